@@ -1,0 +1,1 @@
+"""Requests become sequences become steps: the scheduler, the block pool and the one engine coroutine."""

@@ -1,0 +1,154 @@
+"""The exceptions of the whole project; `http/errors.py` alone maps them to statuses and envelopes.
+
+TgiError
+├── InvalidRequest          the request is wrong: `param` names the field
+│   ├── TemplateError       the chat template is absent, or refused the messages
+│   └── ToolError           tools or response_format cannot be honoured
+├── Unauthorized            no key, or a wrong one
+├── Forbidden               a feature that the operator has not enabled
+├── NotFound                no such path or model
+├── MethodNotAllowed        the path exists, the method does not
+├── PayloadTooLarge         the body is over the limit
+├── UnsupportedMediaType    not JSON, or an encoding that is not read
+├── Overloaded              no permit is free; try again after `retry_after_s`
+├── Unavailable             loading, draining or dead; try again after `retry_after_s`
+├── GenerationFailed        the engine failed on this request
+├── IncompleteGeneration    the engine stopped before this request's end
+└── ModelLoadError          the model cannot be found, read or run (start-up only)
+"""
+
+from __future__ import annotations
+
+
+class TgiError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    `error_type` is the machine name that TGI's envelope carries; `str(error)` is the sentence for people.
+    """
+
+    error_type = "internal"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(TgiError):
+    """Raised when a request cannot be served as written; nothing was scheduled.
+
+    Args:
+        message: what was given, what is allowed and where.
+        param: dotted path of the field at fault (`messages[2].content[0].type`), or None.
+        code: OpenAI's machine name for the case (`context_length_exceeded`), or None.
+        is_syntax: the body is not JSON at all (400 on the native routes, where the rest is 422).
+    """
+
+    error_type = "validation"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        is_syntax: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.is_syntax = is_syntax
+
+
+class TemplateError(InvalidRequest):
+    """Raised when the model has no chat template, or the template raises on these messages."""
+
+    error_type = "template_error"
+
+
+class ToolError(InvalidRequest):
+    """Raised when tools, tool_choice or response_format cannot be honoured together or at all."""
+
+    error_type = "tool_error"
+
+
+class Unauthorized(TgiError):
+    """Raised when an API key is configured and the request carries none, or another."""
+
+    error_type = "unauthorized"
+
+
+class Forbidden(TgiError):
+    """Raised when a request uses a feature that the operator has not enabled."""
+
+    error_type = "forbidden"
+
+
+class NotFound(TgiError):
+    """Raised for an unknown path or, with `code="model_not_found"`, an unknown model."""
+
+    error_type = "not_found"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class MethodNotAllowed(TgiError):
+    """Raised when the path exists but not for this method; `allow` lists those that do."""
+
+    error_type = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class PayloadTooLarge(TgiError):
+    """Raised when a body is larger than `payload_limit` bytes."""
+
+    error_type = "validation"
+
+
+class UnsupportedMediaType(TgiError):
+    """Raised for a content type or content encoding that a route does not read."""
+
+    error_type = "validation"
+
+
+class Overloaded(TgiError):
+    """Raised when all permits are taken; the client may try again after `retry_after_s` seconds."""
+
+    error_type = "overloaded"
+
+    def __init__(self, message: str = "Model is overloaded", *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(TgiError):
+    """Raised while the model loads, the server drains, or the engine is dead."""
+
+    error_type = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class GenerationFailed(TgiError):
+    """Raised when the engine failed while it worked on this request."""
+
+    error_type = "generation"
+
+
+class IncompleteGeneration(TgiError):
+    """Raised when generation ended without a finish reason (shutdown in the middle of a request)."""
+
+    error_type = "incomplete_generation"
+
+
+class ModelLoadError(TgiError):
+    """Raised at start-up when the model cannot be found, read or run; the message says what to change."""
+
+    error_type = "model_load"

@@ -1,0 +1,1 @@
+"""Weights by canonical name, from safetensors checkpoints and GGUF files."""

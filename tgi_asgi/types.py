@@ -1,0 +1,231 @@
+"""What passes between HTTP and the engine: a request in, token events out, through a channel.
+
+Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by `http/`, `TokenEvent` by
+`engine/`; both are read by tests that replace the other side with a script.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tgi_asgi.errors import TgiError
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended. The wire's spelling differs by API and belongs to `http/`."""
+
+    LENGTH = "length"  # max_tokens, or the end of the context
+    EOS = "eos"  # the model's own end-of-sequence token
+    STOP = "stop"  # a stop string or a stop token id of the request
+
+
+class LogprobsMode(enum.Enum):
+    """Which distribution log-probabilities describe."""
+
+    RAW = "raw"  # softmax of the model's logits (OpenAI routes)
+    PROCESSED = "processed"  # the distribution that was sampled from (TGI routes)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn: penalties, bias, temperature, top-k, top-p, min-p, typical-p, draw.
+
+    `temperature == 0` is greedy: the argmax after penalties and bias, lowest id on ties.
+    """
+
+    temperature: float = 1.0  # >= 0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # (0, 1]; 1: off
+    min_p: float = 0.0  # [0, 1]; 0: off
+    typical_p: float = 1.0  # (0, 1]; 1: off
+    repetition_penalty: float = 1.0  # > 0, multiplicative, over prompt and output
+    frequency_penalty: float = 0.0  # times the count in the output
+    presence_penalty: float = 0.0  # once if present in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit); <= -100 bans
+    seed: int = 0  # [0, 2**63): always given; the HTTP layer draws one below 2**53 where the client gave none
+    logprobs: int | None = None  # None: none wanted; k: of the sampled token and of the k best
+    logprobs_mode: LogprobsMode = LogprobsMode.RAW
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When a choice ends, and what its text keeps."""
+
+    max_tokens: int  # >= 1, already clipped to the context
+    min_tokens: int = 0  # before that many tokens EOS and stop ids are masked and stop strings not matched
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()  # beside the model's own EOS ids
+    stop: tuple[str, ...] = ()  # matched on decoded text across tokens: earliest wins, then longest
+    include_stop: bool = False  # keep the matched stop string in the text, and hold nothing back
+    skip_special_tokens: bool = True  # special tokens give no text
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One validated request: every integer in it is already within the model's bounds.
+
+    `n` choices share the prompt; choice i draws from the stream (seed, i), so it does not depend on n.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]  # [1, max_input_tokens] ids, each < vocab_size
+    sampling: SamplingParams
+    stop: StopConditions
+    n: int = 1
+    priority: int = 0  # smaller is sooner
+    cache_salt: str | None = None  # mixed into the prefix-cache key
+    adapter: str | None = None
+    grammar: object | None = None  # a compiled grammar, opaque here
+    prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
+    is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
+
+
+class TokenEvent:
+    """One sampled token of one choice. A plain slotted class: one is made a token.
+
+    Attributes:
+        index: the choice, [0, n).
+        token_id: the id sampled.
+        data: the token's own bytes in the text (b"" for a special token that is skipped); they may end
+            inside a UTF-8 character.
+        text: what may be shown now: whole characters, less what is held back as the possible head of a
+            stop string. Concatenated over a choice's events it is the choice's text.
+        logprob: natural logarithm in the request's mode, or None if none was asked for.
+        top: the k best (id, logprob), descending, or None.
+        is_special: the id is one of the tokenizer's special tokens.
+        finish: set on the choice's last event only.
+        stop: the stop string or stop id that matched, with `finish == STOP`.
+    """
+
+    __slots__ = ("index", "token_id", "data", "text", "logprob", "top", "is_special", "finish", "stop")
+
+    def __init__(
+        self,
+        index: int,
+        token_id: int,
+        data: bytes = b"",
+        text: str = "",
+        logprob: float | None = None,
+        top: Sequence[tuple[int, float]] | None = None,
+        is_special: bool = False,
+        finish: FinishReason | None = None,
+        stop: str | int | None = None,
+    ) -> None:
+        self.index = index
+        self.token_id = token_id
+        self.data = data
+        self.text = text
+        self.logprob = logprob
+        self.top = top
+        self.is_special = is_special
+        self.finish = finish
+        self.stop = stop
+
+    def __repr__(self) -> str:
+        return f"TokenEvent({self.index}, {self.token_id}, {self.text!r}, finish={self.finish})"
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """What the engine knows of one request's course; filled as it happens. Times are `time.monotonic()` seconds."""
+
+    arrival_s: float
+    scheduled_s: float | None = None  # the first step that ran a token of it
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    generated_tokens: int = 0  # sampled, over all choices
+    # Per prompt token: (logprob or None for the first, the k best), when `prompt_logprobs` asked for them.
+    prompt_logprobs: list[tuple[float | None, Sequence[tuple[int, float]]]] | None = None
+
+
+class Sink(Protocol):
+    """What HTTP attaches to a channel. Called on the event loop; must not block or raise."""
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        """Take all that is new since the last call, in order, choices mixed."""
+
+    def on_error(self, error: TgiError) -> None:
+        """Learn that the request failed; nothing follows."""
+
+
+class Channel(Protocol):
+    """A request's mailbox for all its n choices.
+
+    It ends when every choice has had its event with `finish`, or with one error; never otherwise.
+    """
+
+    request: GenerationRequest
+    stats: RequestStats
+
+    def attach(self, sink: Sink) -> None:
+        """Call `sink` from now on, first with whatever is waiting. At most once, and no iteration then."""
+
+    def cancel(self) -> None:
+        """Give the request up: blocks and permit come back within two steps. Idempotent."""
+
+    def __aiter__(self) -> Channel: ...
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        """Wait for the next batch of events; raises the `TgiError` that ended the request."""
+
+
+class EngineState(enum.Enum):
+    """What `/health` reports."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Permit(Protocol):
+    """Room for n choices, running or waiting. Released once: by the engine at the request's end, or by its taker."""
+
+    def release(self) -> None: ...
+
+
+class Engine(Protocol):
+    """The engine as HTTP sees it."""
+
+    @property
+    def state(self) -> EngineState: ...
+
+    def acquire(self, n: int) -> Permit:
+        """Take room for n choices before any work is done on them.
+
+        Raises:
+            Overloaded: no room; `retry_after_s` is an estimate from the drain rate.
+            Unavailable: the engine is draining or dead.
+        """
+
+    def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
+        """Queue a request; the permit is the engine's from here on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the API says of the model that is served."""
+
+    model_id: str  # as the operator named it: also the served name
+    revision: str | None  # commit or file hash, where known
+    architecture: str  # e.g. "LlamaForCausalLM"
+    dtype: str  # of the arithmetic, e.g. "float32"
+    device: str  # "cpu" or "cuda:0"
+    vocab_size: int
+    max_input_tokens: int
+    max_total_tokens: int  # prompt and output together
+    eos_token_ids: frozenset[int]
+    kv_tokens: int = 0  # size of the KV cache
+    kv_bytes: int = 0
+    num_threads: int = 0
+    created: int = 0  # seconds since the epoch, constant for the process
+    fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)
+    aliases: tuple[str, ...] = field(default=())
