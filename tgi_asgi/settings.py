@@ -1,7 +1,7 @@
-"""Every setting of the server: one frozen, validated dataclass that the CLI, the environment and tests build.
+"""Every setting of the server: one frozen, validated dataclass for the CLI, the environment and tests.
 
-Each field is also a flag (`--max-batch-size`) and an environment variable (`MAX_BATCH_SIZE`); `cli.py` derives
-both from this file, so a setting is written down once. Knows nothing of the rest of the project.
+Each field is also a flag (`--max-batch-size`) and an environment variable (`MAX_BATCH_SIZE`); `cli.py`
+derives both from this file, so a setting is written down once. Knows nothing of the rest of the project.
 """
 
 from __future__ import annotations
@@ -197,12 +197,14 @@ class Settings:
         return cls(**values)
 
     def __repr__(self) -> str:
-        shown = (
-            f"{spec.name}={'***' if spec.name == 'api_key' and self.api_key else repr(getattr(self, spec.name))}"
+        changed = {
+            spec.name: getattr(self, spec.name)
             for spec in dataclasses.fields(self)
             if getattr(self, spec.name) != spec.default
-        )
-        return f"Settings({', '.join(shown)})"
+        }
+        if "api_key" in changed:
+            changed["api_key"] = "***"
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:

@@ -104,7 +104,7 @@ class TokenEvent:
         stop: the stop string or stop id that matched, with `finish == STOP`.
     """
 
-    __slots__ = ("index", "token_id", "data", "text", "logprob", "top", "is_special", "finish", "stop")
+    __slots__ = ("data", "finish", "index", "is_special", "logprob", "stop", "text", "token_id", "top")
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class RequestStats:
-    """What the engine knows of one request's course; filled as it happens. Times are `time.monotonic()` seconds."""
+    """What the engine knows of one request's course, filled as it happens; times by `time.monotonic()`."""
 
     arrival_s: float
     scheduled_s: float | None = None  # the first step that ran a token of it
@@ -187,7 +187,7 @@ class EngineState(enum.Enum):
 
 
 class Permit(Protocol):
-    """Room for n choices, running or waiting. Released once: by the engine at the request's end, or by its taker."""
+    """Room for n choices, running or waiting; the engine releases it at the request's end, or else its taker."""
 
     def release(self) -> None: ...
 

@@ -1,0 +1,94 @@
+"""What passes between the engine and a runner: one step's plan down, its sampled tokens up.
+
+Plain values without torch, so that the scheduler can be tested alone and the engine with a scripted runner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tgi_asgi.types import SamplingParams
+
+
+@dataclass(slots=True)
+class SlotStart:
+    """Give a slot to a sequence: the runner resets the slot's sampling state to this.
+
+    `output_ids` are the tokens that the sequence had generated before it was preempted (else empty); they count
+    for penalties, and the first draw is of output token number `len(output_ids)`.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    choice: int  # the draw's key is (seed, choice)
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int] = ()
+    min_tokens: int = 0  # output tokens before which `masked_ids` cannot be sampled
+    masked_ids: tuple[int, ...] = ()  # EOS and stop token ids
+
+
+@dataclass(slots=True)
+class StepRow:
+    """One sequence's part of a step."""
+
+    slot: int  # [0, max_batch_size)
+    token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
+    start: int  # position of the first token, which is the number of its tokens already in the KV cache
+    block_table: Sequence[int]  # covers start + number of tokens
+    samples: bool  # draw a token after the last one
+    prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes. In order: slots start, blocks are copied, rows run."""
+
+    step_id: int
+    rows: list[StepRow]  # decode rows first, then prefill chunks
+    starts: list[SlotStart] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One row's draw."""
+
+    token_id: int
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] | None = None  # descending
+    is_finite: bool = True  # False: the row's logits held NaN or +inf; the token means nothing
+
+
+# Of each token of a chunk: its log-probability given the tokens before it (None for position 0), and the k best.
+PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step drew."""
+
+    step_id: int
+    sampled: list[Sampled | None]  # one a row; None where the row does not sample
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
+
+
+class Runner(Protocol):
+    """Computes steps, in the order submitted, at most two of them in flight."""
+
+    num_blocks: int
+    block_size: int
+    max_batch_size: int
+    max_step_tokens: int
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Queue a step (from the event loop); the future fails if the step raised."""
+
+    def close(self) -> None:
+        """Finish the steps in flight and stop the threads."""
