@@ -187,7 +187,7 @@ class EngineState(enum.Enum):
 
 
 class Permit(Protocol):
-    """Room for n choices, running or waiting; the engine releases it at the request's end, or else its taker."""
+    """Room for n choices, running or waiting; released at the request's end, or by its taker."""
 
     def release(self) -> None: ...
 

@@ -17,8 +17,8 @@ from tgi_asgi.types import SamplingParams
 class SlotStart:
     """Give a slot to a sequence: the runner resets the slot's sampling state to this.
 
-    `output_ids` are the tokens that the sequence had generated before it was preempted (else empty); they count
-    for penalties, and the first draw is of output token number `len(output_ids)`.
+    `output_ids` are the tokens that the sequence had generated before it was preempted (else empty); they
+    count for penalties, and the first draw is of output token number `len(output_ids)`.
     """
 
     slot: int
@@ -66,7 +66,7 @@ class Sampled:
     is_finite: bool = True  # False: the row's logits held NaN or +inf; the token means nothing
 
 
-# Of each token of a chunk: its log-probability given the tokens before it (None for position 0), and the k best.
+# Of each token of a chunk: its log-probability given those before it (None at position 0), and the k best.
 PromptLogprobs = list[tuple[float | None, Sequence[tuple[int, float]]]]
 
 
