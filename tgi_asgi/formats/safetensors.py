@@ -1,0 +1,293 @@
+"""Read safetensors checkpoints: headers checked in full, tensors as views of the mapped files.
+
+We read the header ourselves instead of through the `safetensors` package so that every way in which it can
+lie gets a message of ours, and so that shards are views, not copies. `models/loading` uses this.
+Layout: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.files import map_file, refuse_overlaps
+
+_MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
+_MAX_INDEX_BYTES = 100_000_000
+_MAX_DIMS = 16
+_MAX_ELEMENTS = 1 << 48
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+
+# Bits an element; the names are the format's own.
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64,
+    "U64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SafeTensor:
+    """Where a tensor lies."""
+
+    name: str
+    dtype: str  # the format's name: "F32", "F16", "BF16", ...
+    shape: tuple[int, ...]
+    offset: int  # in bytes from the start of the file
+    nbytes: int
+
+
+class SafetensorsFile:
+    """One open safetensors file.
+
+    Attributes:
+        tensors: by name, in the header's order.
+        metadata: the header's free-form strings (`{"format": "pt"}`).
+    """
+
+    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
+        self.path = path
+        self._data = data
+        try:
+            header, start = _read_header(data)
+            self.metadata = _read_metadata(header.pop("__metadata__", {}))
+            self.tensors = {name: _read_info(name, entry, start) for name, entry in header.items()}
+            _check_layout(self.tensors, start, data.size)
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{path}: {error}") from None
+
+    @classmethod
+    def open(cls, path: str | Path) -> SafetensorsFile:
+        """Map a file and read its header.
+
+        Raises:
+            ModelLoadError: it cannot be read, is no safetensors file, or its header lies.
+        """
+        return cls(Path(path), map_file(Path(path)))
+
+    def tensor(self, name: str) -> SafeTensor:
+        """Look a tensor up; raises `ModelLoadError` if there is none of that name."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise ModelLoadError(f"{self.path}: there is no tensor {name!r}") from None
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
+        info = self.tensor(name)
+        return self._data[info.offset : info.offset + info.nbytes]
+
+    def close(self) -> None:
+        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent."""
+        self._data = self._data[:0].copy()
+
+
+class Checkpoint:
+    """The tensors of a model directory, in one safetensors file or several.
+
+        checkpoint = Checkpoint.open("/models/llama")
+        checkpoint.tensor("model.norm.weight").shape     # (576,)
+        checkpoint.raw("model.norm.weight")              # uint8 view
+
+    A directory without `model.safetensors` and without its index may hold exactly one other .safetensors file.
+    """
+
+    def __init__(self, files: dict[str, SafetensorsFile]) -> None:
+        self._files = files  # by tensor name
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Open all shards and check that the index and their headers agree.
+
+        Raises:
+            ModelLoadError: no safetensors here (pickled checkpoints are never read), an index that names
+                a file outside the directory or a tensor that its file lacks, or a file that is damaged.
+        """
+        directory = Path(directory)
+        if (directory / _INDEX_NAME).is_file():
+            weight_map = _read_index(directory / _INDEX_NAME)
+            shards = {
+                name: SafetensorsFile.open(directory / name) for name in sorted(set(weight_map.values()))
+            }
+            for tensor, name in weight_map.items():
+                shards[name].tensor(tensor)
+            return cls({tensor: shards[name] for tensor, name in weight_map.items()})
+        file = SafetensorsFile.open(_only_file(directory))
+        return cls(dict.fromkeys(file.tensors, file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self._files)
+
+    def tensor(self, name: str) -> SafeTensor:
+        """Look a tensor up; raises `ModelLoadError` if there is none of that name."""
+        return self._file(name).tensors[name]
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
+        return self._file(name).raw(name)
+
+    def close(self) -> None:
+        """Let go of the mappings."""
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        try:
+            return self._files[name]
+        except KeyError:
+            raise ModelLoadError(f"the checkpoint has no tensor {name!r}") from None
+
+
+def read_json(path: Path, *, limit: int = _MAX_INDEX_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a model's directory.
+
+    Raises:
+        ModelLoadError: absent, too large, not JSON (duplicate keys count as damage), or not an object.
+    """
+    data = map_file(path)
+    if data.size > limit:
+        raise ModelLoadError(f"{path} has {data.size} bytes; at most {limit} are read")
+    try:
+        return _parse_object(data.tobytes())
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ModelLoadError("the JSON nests too deep") from None
+    except ValueError as error:  # covers UnicodeDecodeError, JSONDecodeError and over-long integers
+        raise ModelLoadError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return result
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _read_header(data: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
+    """Return the header's object and where the tensors' bytes start."""
+    if data.size < 8:
+        raise ModelLoadError(f"not a safetensors file: it has {data.size} bytes")
+    length = struct.unpack("<Q", data[:8].tobytes())[0]
+    if length > min(_MAX_HEADER_BYTES, data.size - 8):
+        raise ModelLoadError(
+            f"the header claims {length} bytes; the file has {data.size - 8} after it and "
+            f"{_MAX_HEADER_BYTES} are allowed (truncated, or not safetensors?)"
+        )
+    try:
+        return _parse_object(data[8 : 8 + length].tobytes()), 8 + length
+    except ModelLoadError as error:
+        raise ModelLoadError(f"the header is damaged: {error}") from None
+
+
+def _read_metadata(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ModelLoadError("`__metadata__` must map strings to strings")
+    return value
+
+
+def _is_size(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value <= limit
+
+
+def _read_info(name: str, entry: Any, start: int) -> SafeTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ModelLoadError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    bits = _DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        raise ModelLoadError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MAX_DIMS
+        or not all(_is_size(size, _MAX_ELEMENTS) for size in shape)
+        or math.prod(shape) > _MAX_ELEMENTS
+    ):
+        raise ModelLoadError(f"tensor {name!r} has the impossible shape {str(shape)[:100]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(at, 1 << 62) for at in offsets):
+        raise ModelLoadError(f"tensor {name!r} has the impossible offsets {str(offsets)[:100]}")
+    begin, end = offsets
+    num_bits = math.prod(shape) * bits
+    if num_bits % 8 or end - begin != num_bits // 8:
+        raise ModelLoadError(
+            f"tensor {name!r} of dtype {dtype} and shape {shape} takes {num_bits / 8:g} bytes, "
+            f"but its offsets [{begin}, {end}] span {end - begin}"
+        )
+    return SafeTensor(name, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _check_layout(tensors: dict[str, SafeTensor], start: int, file_size: int) -> None:
+    """Refuse what the format forbids: ranges past the end, over each other, or with holes."""
+    for info in tensors.values():
+        if info.offset + info.nbytes > file_size:
+            raise ModelLoadError(
+                f"tensor {info.name!r} takes bytes {info.offset} to {info.offset + info.nbytes}, "
+                f"but the file ends at {file_size} (truncated?)"
+            )
+    refuse_overlaps((info.offset, info.offset + info.nbytes, info.name) for info in tensors.values())
+    unused = file_size - start - sum(info.nbytes for info in tensors.values())
+    if unused:
+        raise ModelLoadError(f"{unused} bytes after the header belong to no tensor")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{path}: `weight_map` must be an object that names each tensor's file")
+    for tensor, name in weight_map.items():
+        # The index is untrusted: it may name files of this directory, and nothing else.
+        if (
+            not isinstance(name, str)
+            or not name.endswith(".safetensors")
+            or name.startswith(".")
+            or any(character in name for character in "/\\\0")
+        ):
+            raise ModelLoadError(f"{path}: {tensor!r} lies in {name!r}, which is no plain .safetensors name")
+    return weight_map
+
+
+def _only_file(directory: Path) -> Path:
+    if (directory / _SINGLE_NAME).exists():
+        return directory / _SINGLE_NAME
+    try:
+        found = sorted(path for path in directory.iterdir() if path.suffix == ".safetensors")
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
+    if len(found) == 1:
+        return found[0]
+    what = f"{len(found)} .safetensors files and no {_INDEX_NAME}" if found else "no .safetensors file"
+    raise ModelLoadError(f"{directory} has {what}; pickled checkpoints (.bin, .pt) are never read")
