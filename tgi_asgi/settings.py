@@ -65,6 +65,9 @@ class Settings:
     api_key: tuple[str, ...] = _setting(
         (), "Key that clients must send as a Bearer token; may be given several times.", group="Server"
     )
+    api_key_file: str | None = _setting(
+        None, "File of further keys, one a line; empty lines and lines with # are skipped.", group="Server"
+    )
     cors_allow_origin: tuple[str, ...] = _setting(
         (), "Origin that browsers may call from (* for any); may be given several times.", group="Server"
     )
@@ -89,6 +92,16 @@ class Settings:
         "info", "Least level that is logged.", group="Server", choices=("debug", "info", "warn", "error")
     )
 
+    compute_type: str | None = _setting(
+        None, "Value of the x-compute-type response header (default: 1-<device>).", group="Server"
+    )
+    aip_predict_route: str | None = _setting(
+        None, "Vertex AI: a further path that serves what /vertex serves.", group="Server", metavar="PATH"
+    )
+    aip_health_route: str | None = _setting(
+        None, "Vertex AI: a further path that serves what /health serves.", group="Server", metavar="PATH"
+    )
+
     # Limits
     max_concurrent_requests: int = _setting(
         128, "Choices running and waiting together; beyond that clients get 429.", group="Limits"
@@ -111,6 +124,13 @@ class Settings:
     )
     max_client_batch_size: int | None = _setting(
         None, "Most prompts in one /v1/completions call.", group="Limits"
+    )
+
+    enable_prefill_logprobs: bool = _setting(
+        False, "Let decoder_input_details return the prompt's log-probabilities.", group="Limits"
+    )
+    disable_grammar_support: bool = _setting(
+        False, "Refuse every request that constrains the output, tools included.", group="Limits"
     )
 
     # Engine
