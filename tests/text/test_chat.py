@@ -1,0 +1,267 @@
+"""Chat templates against transformers' own renderer, and the rules that it does not have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tgi_asgi.errors import ModelLoadError, TemplateError
+from tgi_asgi.text.chat import ChatTemplate, load_chat_template
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+
+LLAMA3 = """{{- bos_token }}
+{%- if tools is not none %}
+    {{- 'Tools:\\n' }}
+    {%- for tool in tools %}{{- tool | tojson(indent=4) }}{{- '\\n' }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls is defined and message.tool_calls %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+        {{- '{"name": "' + call.name + '", "parameters": ' }}{{- call.arguments | tojson }}{{- '}' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+MISTRAL = """{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}
+{%- else %}{%- set turns = messages %}{%- endif %}
+{{- bos_token }}
+{%- for message in turns %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST]' }}{% if loop.last and system is defined %}{{ system + '\\n\\n' }}{% endif %}
+        {{- message['content'] + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '\\n</tools><|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(count=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- set ns.count = ns.count + 1 %}
+        {{- '<|im_start|>user\\n<tool_response>' + message.content + '</tool_response><|im_end|>\\n' }}
+        {%- continue %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}{% generation %}
+        {%- set thought = message.reasoning_content %}
+        {%- if thought %}{{- '<think>' + thought + '</think>' }}{% endif %}
+        {%- if message.content %}{{- message.content }}{% endif %}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>' }}{{- call.function | tojson }}{{- '</tool_call>' }}
+        {%- endfor %}
+    {%- endgeneration %}{% else %}
+        {%- if message.content is string %}{{- message.content }}
+        {%- else %}{%- for part in message.content %}{{- part.text }}{%- endfor %}{%- endif %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think></think>' }}{% endif %}
+{%- endif %}
+{{- '<!-- ' ~ ns.count ~ ' tool answers -->' if ns.count }}
+"""
+
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "qwen": QWEN}
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Wetter für <Ort> & 'Umgebung'",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "at": {"type": "string"}},
+        },
+    },
+}
+SYSTEM = {"role": "system", "content": "Be  brief.\n"}
+USER = {"role": "user", "content": " Grüße 👋 <b>&amp;</b> {{ 7 * 7 }} "}
+ASSISTANT = {"role": "assistant", "content": "Hello.  "}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    ],
+}
+ANSWER = {"role": "tool", "tool_call_id": "c1", "content": '{"degrees": 3}'}
+THINKING = {"role": "assistant", "content": "Yes.", "reasoning": "Let me see."}
+
+CASES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+    *[(name, [USER], {}) for name in TEMPLATES],
+    *[(name, [SYSTEM, USER, ASSISTANT, USER], {}) for name in TEMPLATES],
+    *[(name, [USER, ASSISTANT], {"add_generation_prompt": False}) for name in TEMPLATES],
+    *[
+        (name, [USER, ASSISTANT], {"continue_final_message": True, "add_generation_prompt": False})
+        for name in ("chatml", "llama3", "qwen")
+    ],
+    ("llama3", [USER, CALL, ANSWER], {"tools": [TOOL, TOOL]}),
+    ("qwen", [USER, CALL, ANSWER, ANSWER], {"tools": [TOOL]}),
+    ("qwen", [USER, THINKING, USER], {"enable_thinking": False}),
+    (
+        "qwen",
+        [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "messages", "options"), CASES)
+def test_renders_what_transformers_renders(
+    name: str, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    reference = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
+    options = {"add_generation_prompt": True, **options}
+    expected, _ = reference([messages], chat_template=TEMPLATES[name], **SPECIAL, **options)
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages, **options) == expected[0]
+
+
+def test_the_messages_are_not_changed_and_string_arguments_become_objects() -> None:
+    call = json.loads(json.dumps(CALL))
+    call["tool_calls"][0]["function"]["arguments"] = '{"city": "Köln"}'
+    messages = [USER, call]
+    before = json.dumps(messages)
+    template = ChatTemplate(QWEN, SPECIAL)
+    assert template.render(messages) == template.render([USER, CALL])
+    assert json.dumps(messages) == before
+
+
+def test_absent_content_is_an_empty_string_where_the_template_adds_strings() -> None:
+    text = ChatTemplate(CHATML, SPECIAL).render([USER, {"role": "assistant"}], add_generation_prompt=False)
+    assert text.endswith("<|im_start|>assistant\n<|im_end|>\n")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("chatml", False), ("llama3", False), ("qwen", True)])
+def test_knows_whether_the_template_reads_lists_of_parts(name: str, expected: bool) -> None:
+    assert ChatTemplate(TEMPLATES[name], SPECIAL).iterates_parts is expected
+
+
+def test_mentions_variables_attributes_and_keys() -> None:
+    template = ChatTemplate(QWEN, SPECIAL)
+    assert all(template.mentions(name) for name in ("tools", "enable_thinking", "reasoning_content"))
+    assert not ChatTemplate(CHATML, SPECIAL).mentions("tools")
+    assert ChatTemplate(CHATML, SPECIAL, tool_use_source=QWEN).mentions("tools")
+
+
+def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
+    template = ChatTemplate("plain", SPECIAL, tool_use_source="{{ tools | length }} tools")
+    assert template.render([USER]) == "plain"
+    assert template.render([USER], tools=[TOOL]) == "1 tools"
+
+
+def test_the_exception_of_a_template_is_the_message() -> None:
+    with pytest.raises(TemplateError, match=r"^roles must alternate$"):
+        ChatTemplate(MISTRAL, SPECIAL).render([USER, USER])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__ }}",
+        "{{ messages.append(1) }}",
+        "{{ namespace(__class__=1) }}",
+        "{% set n = namespace(a=1) %}{% set n.__x = 1 %}",
+        "{{ range.__self__ }}",
+        "{{ missing.attribute }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 'text' }}",
+        "{{ {}['x'].y }}",
+        "{% for i in range(1000000000) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages | tojson(indent=missing) }}",
+    ],
+)
+def test_what_a_template_must_not_do_is_a_template_error(source: str) -> None:
+    with pytest.raises(TemplateError):
+        template = ChatTemplate(source, SPECIAL)
+        text = template.render([USER])
+        assert not text.strip(), f"the sandbox let through {text!r}"
+        raise TemplateError("an undefined value that prints nothing is no escape")
+
+
+def test_endless_output_is_stopped() -> None:
+    source = "{% for i in range(10000) %}{{ messages[0].content }}{% endfor %}"
+    with pytest.raises(TemplateError, match="wrote more than"):
+        ChatTemplate(source, SPECIAL).render([{"role": "user", "content": "x" * 100_000}])
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{ unclosed", "{% unknown_tag %}", "{{ x | no_such_filter }}"]
+)
+def test_a_template_that_does_not_compile_says_so(source: str) -> None:
+    with pytest.raises(TemplateError, match="does not compile"):
+        ChatTemplate(source, SPECIAL)
+
+
+def test_a_final_message_that_the_template_drops_cannot_be_continued() -> None:
+    with pytest.raises(TemplateError, match="drops or changes the final message"):
+        ChatTemplate("{{ messages[0].content }}", SPECIAL).render(
+            [USER, ASSISTANT], add_generation_prompt=False, continue_final_message=True
+        )
+
+
+def _write_config(path: Path, template: object) -> Path:
+    path.write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    return path
+
+
+def test_sources_in_their_order(tmp_path: Path) -> None:
+    def render(**extra: Any) -> str | None:
+        template = load_chat_template({}, directory=tmp_path, metadata=metadata, **extra)
+        return template and template.render([USER])
+
+    metadata: dict[str, Any] = {}
+    assert render() is None
+    metadata["tokenizer.chat_template"] = "from gguf"
+    assert render() == "from gguf"
+    _write_config(tmp_path / "tokenizer_config.json", "from config")
+    assert render() == "from config"
+    (tmp_path / "chat_template.jinja").write_text("from file")
+    assert render() == "from file"
+    override = _write_config(tmp_path / "other.json", "from override")
+    assert render(override=override) == "from override"
+
+
+def test_named_templates_of_a_config_and_of_a_gguf_file(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    _write_config(tmp_path / "tokenizer_config.json", named)
+    metadata = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "with tools"}
+    for template in (load_chat_template({}, directory=tmp_path), load_chat_template({}, metadata=metadata)):
+        assert template is not None
+        assert (template.render([USER]), template.render([USER], tools=[TOOL])) == ("plain", "with tools")
+
+
+def test_an_override_without_a_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="has no chat_template"):
+        load_chat_template({}, override=_write_config(tmp_path / "config.json", None))
+    with pytest.raises(ModelLoadError, match="Cannot read"):
+        load_chat_template({}, override=tmp_path / "absent.jinja")

@@ -1,0 +1,262 @@
+"""Chat templates: messages to prompt text in jinja2's immutable sandbox, by the rules of transformers.
+
+The source comes from the model or the operator, never from a request; what it is given does. `render` takes
+up to milliseconds and belongs in a worker thread. Knows no tokenizer and no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+
+from tgi_asgi.errors import ModelLoadError, TemplateError
+from tgi_asgi.text.sandbox import make_environment
+
+MAX_OUTPUT_CHARS = 1 << 25  # twice the default payload limit: no honest prompt comes near it
+_SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What a template can raise: jinja's own errors, and those of Python operations on values of the wrong type.
+_RENDER_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+class ChatTemplate:
+    """One model's chat template, compiled.
+
+    Args:
+        source: the template.
+        special_tokens: `bos_token`, `eos_token`, ... : variables of the template.
+        tool_use_source: a second template that serves requests with tools.
+
+    Raises:
+        TemplateError: the source does not compile.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: dict[str, str], *, tool_use_source: str | None = None
+    ) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._words: set[str] = set()
+        self._default = self._compile(source)
+        self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
+        self.iterates_parts = self._probe_parts()
+        """Whether content may stay a list of parts; else the caller joins the texts."""
+        self._tolerates_none = self._probe_none()
+
+    def mentions(self, name: str) -> bool:
+        """Return whether the template reads a variable, attribute or key of that name."""
+        return name in self._words
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        /,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
+
+        Tool-call arguments that are a JSON object in a string are given to the template as the object. With
+        `continue_final_message` the prompt ends right behind the last message's content.
+
+        Raises:
+            TemplateError: the template refused the messages, failed on them, or wrote too much.
+        """
+        chat = [self._prepare(message) for message in messages]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+            _mark_end(chat)
+        template = self._tool_use if tools else self._default
+        text = _render(
+            template,
+            {
+                **self._special_tokens,
+                **variables,
+                "messages": chat,
+                "tools": tools,
+                "documents": documents,
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
+        return _cut_at_end(text, messages[-1]) if continue_final_message else text
+
+    def _compile(self, source: str) -> jinja2.Template:
+        try:
+            environment = make_environment()
+            self._words.update(_words(environment.parse(source)))
+            return environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise TemplateError(f"The chat template does not compile: {error}") from error
+
+    def _prepare(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the message as templates expect it."""
+        message = dict(message)
+        calls = message.get("tool_calls")
+        if calls:
+            message["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        if message.get("content") is None:
+            message["content"] = None if calls and self._tolerates_none else ""
+        reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
+        if reasoning is not None:  # templates differ in the name they read
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        return message
+
+    def _probe_parts(self) -> bool:
+        probe: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "PROBE"}]}]
+        text = self._probe(probe)
+        return "PROBE" in text and "'text'" not in text and '"text"' not in text
+
+    def _probe_none(self) -> bool:
+        function = {"name": "f", "arguments": {"PROBE": 1}}
+        call = {"id": "call00000", "type": "function", "function": function}
+        answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        text = self._probe([{"role": "user", "content": "hi"}, answer])
+        return "PROBE" in text and "None" not in text
+
+    def _probe(self, messages: list[dict[str, Any]]) -> str:
+        variables = {**self._special_tokens, "messages": messages, "tools": None, "documents": None}
+        try:
+            return _render(self._default, variables)
+        except TemplateError:
+            return ""
+
+
+def load_chat_template(
+    special_tokens: dict[str, str],
+    *,
+    override: Path | None = None,
+    directory: Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> ChatTemplate | None:
+    """Find the model's chat template and compile it; None if there is none.
+
+    The first of these that has one: the operator's `override` (a tokenizer_config.json, or a bare .jinja
+    file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
+    its tokenizer_config.json, `tokenizer.chat_template` of a GGUF file's `metadata`.
+
+    Raises:
+        ModelLoadError: a file cannot be read, or the override holds no template.
+        TemplateError: the template does not compile.
+    """
+    named = _find_sources(override, directory, metadata or {})
+    if not named:
+        return None
+    default = named.get("default") or next(iter(named.values()))
+    return ChatTemplate(default, special_tokens, tool_use_source=named.get("tool_use"))
+
+
+def _find_sources(
+    override: Path | None, directory: Path | None, metadata: Mapping[str, Any]
+) -> dict[str, str]:
+    if override is not None:
+        named = {"default": _read(override)} if override.suffix == ".jinja" else _from_config(override)
+        if not named:
+            raise ModelLoadError(f"{override} has no chat_template")
+        return named
+    if directory is not None:
+        named = {
+            path.stem: _read(path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
+        }
+        if (single := directory / "chat_template.jinja").is_file():
+            named["default"] = _read(single)
+        if not named and (config := directory / "tokenizer_config.json").is_file():
+            named = _from_config(config)
+        if named:
+            return named
+    prefix = "tokenizer.chat_template"
+    return {
+        "default" if key == prefix else key[len(prefix) + 1 :]: value
+        for key, value in sorted(metadata.items())
+        if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str) and value
+    }
+
+
+def _from_config(path: Path) -> dict[str, str]:
+    try:
+        config = json.loads(_read(path))
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            return {str(entry["name"]): str(entry["template"]) for entry in template}
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ModelLoadError(f"{path} is not a tokenizer_config.json: {error}") from error
+    return {"default": template} if isinstance(template, str) and template else {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"Cannot read the chat template {path}: {error}") from error
+
+
+def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    pieces: list[str] = []
+    size = 0
+    try:
+        for piece in template.generate(variables):
+            size += len(piece)
+            if size > MAX_OUTPUT_CHARS:
+                raise TemplateError(f"The chat template wrote more than {MAX_OUTPUT_CHARS} characters")
+            pieces.append(piece)
+    except _RENDER_ERRORS as error:
+        raise TemplateError(str(error) or type(error).__name__) from error
+    return "".join(pieces)
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _mark_end(chat: list[dict[str, Any]]) -> None:
+    """Append the sentinel to the last message's content, in place."""
+    if not chat or not chat[-1]["content"]:
+        raise TemplateError("continue_final_message needs a final message with content")
+    content = chat[-1]["content"]
+    if isinstance(content, str):
+        chat[-1]["content"] = content + _SENTINEL
+        return
+    parts = [dict(part) for part in content]
+    last = next((part for part in reversed(parts) if isinstance(part.get("text"), str)), None)
+    if last is None:
+        raise TemplateError("continue_final_message needs a final message with text")
+    last["text"] += _SENTINEL
+    chat[-1]["content"] = parts
+
+
+def _cut_at_end(text: str, final: dict[str, Any]) -> str:
+    content = final["content"]
+    if not isinstance(content, str):
+        content = next(part["text"] for part in reversed(content) if isinstance(part.get("text"), str))
+    at = text.rfind(_SENTINEL.strip())
+    if at < 0 or content.strip() not in text:
+        raise TemplateError("continue_final_message: the chat template drops or changes the final message")
+    # A template that trims content has taken the sentinel's space: then the content's own goes as well.
+    return text[:at] if text.startswith(_SENTINEL, at) else text[:at].rstrip()
+
+
+def _words(tree: jinja2.nodes.Template) -> Iterator[str]:
+    yield from (node.name for node in tree.find_all(jinja2.nodes.Name))
+    yield from (node.attr for node in tree.find_all(jinja2.nodes.Getattr))
+    for node in tree.find_all(jinja2.nodes.Const):
+        if isinstance(node.value, str):
+            yield node.value
