@@ -1,0 +1,187 @@
+#include "platform.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <thread>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace tgi::cpu {
+
+namespace {
+
+#if defined(__linux__)
+// The process's path in the hierarchy whose controllers include `controller` ("" is version 2's).
+std::string cgroup_path(const std::string& controller) {
+  std::ifstream file("/proc/self/cgroup");
+  std::string line;
+  while (std::getline(file, line)) {
+    const size_t first = line.find(':');
+    const size_t second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    std::stringstream names(line.substr(first + 1, second - first - 1));
+    if (controller.empty() && second == first + 1) return line.substr(second + 1);
+    for (std::string name; std::getline(names, name, ',');) {
+      if (name == controller) return line.substr(second + 1);
+    }
+  }
+  return "/";
+}
+
+// quota / period of one directory in cores, or a negative number where it sets none.
+double version2_limit(const std::string& directory) {
+  std::ifstream file(directory + "/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return -1;
+  return std::strtod(quota.c_str(), nullptr) / period;
+}
+
+double version1_limit(const std::string& directory) {
+  std::ifstream quota_file(directory + "/cpu.cfs_quota_us");
+  std::ifstream period_file(directory + "/cpu.cfs_period_us");
+  double quota = 0, period = 0;
+  if (!(quota_file >> quota) || !(period_file >> period) || quota <= 0 || period <= 0) return -1;
+  return quota / period;
+}
+
+// The tightest limit from `path` up to the root of the hierarchy mounted at `root`.
+double tightest(const std::string& root, std::string path, double (*limit)(const std::string&)) {
+  double result = -1;
+  for (;;) {
+    const double here = limit(root + path);
+    if (here > 0 && (result < 0 || here < result)) result = here;
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos || path.size() <= 1) break;
+    path.resize(slash);
+  }
+  const double top = limit(root);
+  if (top > 0 && (result < 0 || top < result)) result = top;
+  return result;
+}
+#endif
+
+}  // namespace
+
+#if defined(__linux__)
+
+std::vector<int> usable_cores() {
+  std::vector<int> cores;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(getpid(), sizeof(set), &set) == 0) {
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+      if (CPU_ISSET(core, &set)) cores.push_back(core);
+    }
+  }
+  if (cores.empty()) {
+    const int count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    for (int core = 0; core < count; ++core) cores.push_back(core);
+  }
+  return cores;
+}
+
+int quota_cores(int fallback) {
+  double limit = tightest("/sys/fs/cgroup", cgroup_path(""), version2_limit);
+  for (const char* root : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"}) {
+    const double here = tightest(root, cgroup_path("cpu"), version1_limit);
+    if (here > 0 && (limit < 0 || here < limit)) limit = here;
+  }
+  return limit < 0 ? fallback : std::max(1, static_cast<int>(limit));
+}
+
+void wait_on(std::atomic<uint32_t>* word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, expected, nullptr,
+          nullptr, 0);
+}
+
+void wake_all(std::atomic<uint32_t>* word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr,
+          nullptr, 0);
+}
+
+bool pin_thread(int core) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  return sched_setaffinity(0, sizeof(set), &set) == 0;
+}
+
+bool nice_thread(int nice) {
+  const auto thread = static_cast<id_t>(syscall(SYS_gettid));
+  return setpriority(PRIO_PROCESS, thread, nice) == 0;
+}
+
+void name_thread(const char* name) {
+  char kept[16];
+  std::snprintf(kept, sizeof(kept), "%s", name);
+  pthread_setname_np(pthread_self(), kept);
+}
+
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+#else
+
+std::vector<int> usable_cores() {
+  std::vector<int> cores;
+  const int count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  for (int core = 0; core < count; ++core) cores.push_back(core);
+  return cores;
+}
+
+int quota_cores(int fallback) { return fallback; }
+
+void wait_on(std::atomic<uint32_t>* word, uint32_t expected) {
+  if (word->load(std::memory_order_acquire) == expected) {
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+}
+
+void wake_all(std::atomic<uint32_t>*) {}
+bool pin_thread(int) { return false; }
+bool nice_thread(int) { return false; }
+void name_thread(const char*) {}
+void advise_huge_pages(void*, int64_t) {}
+
+#endif
+
+FlushDenormals::FlushDenormals() {
+#if defined(__x86_64__)
+  saved_ = _mm_getcsr();
+  _mm_setcsr(static_cast<unsigned>(saved_) | 0x8040u);  // FTZ (bit 15) and DAZ (bit 6)
+#elif defined(__aarch64__)
+  asm volatile("mrs %0, fpcr" : "=r"(saved_));
+  asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));  // FZ
+#endif
+}
+
+FlushDenormals::~FlushDenormals() {
+#if defined(__x86_64__)
+  _mm_setcsr(static_cast<unsigned>(saved_));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" ::"r"(saved_));
+#endif
+}
+
+}  // namespace tgi::cpu

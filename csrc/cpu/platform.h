@@ -1,0 +1,58 @@
+// What the thread team needs of the operating system, in one place: Linux calls, with a portable
+// fallback that is slower but right. No torch header, no knowledge of kernels.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace tgi::cpu {
+
+// Cores that the process's main thread may run on, ascending. (Team threads may be pinned to one.)
+std::vector<int> usable_cores();
+
+// Cores worth of CPU time that the control group grants (v1 or v2, the tightest level), or `fallback`
+// where there is no limit. At least 1.
+int quota_cores(int fallback);
+
+// Sleeps while *word == expected; may return early. futex on Linux, a short sleep elsewhere.
+void wait_on(std::atomic<uint32_t>* word, uint32_t expected);
+
+// Wakes every thread that sleeps in wait_on(word).
+void wake_all(std::atomic<uint32_t>* word);
+
+// Binds the calling thread to one core. Returns false if the system refused.
+bool pin_thread(int core);
+
+// Sets the calling thread's nice value. Returns false if the system refused.
+bool nice_thread(int nice);
+
+// Names the calling thread for top and perf; at most 15 characters are kept.
+void name_thread(const char* name);
+
+// Asks for huge pages in [data, data + bytes): 3-9 % in decode. A hint; failure is ignored.
+void advise_huge_pages(void* data, int64_t bytes);
+
+// Tells the core that this is a spin loop.
+inline void spin_pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield" ::: "memory");
+#endif
+}
+
+// Flushes denormals to zero in the calling thread while it lives: torch's own switch does not reach
+// the team, and a denormal costs over 100 cycles.
+class FlushDenormals {
+ public:
+  FlushDenormals();
+  ~FlushDenormals();
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  uint64_t saved_ = 0;
+};
+
+}  // namespace tgi::cpu

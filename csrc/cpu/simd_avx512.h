@@ -1,0 +1,100 @@
+// Sixteen lanes in one AVX-512 register: the vocabulary in which the kernels of this folder are written.
+// simd_avx2.h and simd_portable.h offer the same functions with the same rounding, so a kernel is one template over them.
+// Included only below a `#pragma GCC target` that enables AVX-512 F/BW/DQ/VL, VNNI and BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace tgi::cpu {
+namespace {
+
+struct Avx512 {
+  using F = __m512;   // 16 float
+  using I = __m512i;  // 16 int32, or 64 bytes
+
+  static inline F zero() { return _mm512_setzero_ps(); }
+  static inline F set1(float x) { return _mm512_set1_ps(x); }
+  static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+  static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // As the instructions do: the second operand when either is NaN.
+  static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static inline F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // p * 2^n for integral n, and 0 where x < -126, so that no result is denormal.
+  static inline F scale_pow2(F p, F n, F x) {
+    const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(keep, p, n);
+  }
+  // a where lane < count, else b.
+  static inline F select_head(int count, F a, F b) {
+    const auto mask = count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1u << count) - 1);
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
+  }
+  static inline F load_half(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  static inline F load_bf16(const void* p) {
+    const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+  static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+
+  static inline I izero() { return _mm512_setzero_si512(); }
+  static inline I iset1(int32_t x) { return _mm512_set1_epi32(x); }
+  static inline I iload(const void* p) { return _mm512_loadu_si512(p); }
+  static inline void istore(void* p, I a) { _mm512_storeu_si512(p, a); }
+  static inline I ibroadcast(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
+  static inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static inline I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static inline I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static inline I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static inline I ishl(I a, int n) { return _mm512_slli_epi32(a, n); }
+  static inline I ishr(I a, int n) { return _mm512_srli_epi32(a, n); }
+  static inline I isar(I a, int n) { return _mm512_srai_epi32(a, n); }
+  static inline I load_u8(const void* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static inline I load_i8(const void* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static inline I round(F a) { return _mm512_cvtps_epi32(a); }  // to nearest, ties to even
+  static inline void store_i8(int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
+  static inline int32_t reduce_iadd(I a) { return _mm512_reduce_add_epi32(a); }
+  // The bits of |a|: as integers they order like the values, with infinity and then NaN on top.
+  static inline I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF)); }
+  static inline I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+  static inline int32_t reduce_imax(I a) { return _mm512_reduce_max_epi32(a); }
+
+  // Per lane: acc + the sum over four bytes of unsigned u times signed s. Exact.
+  static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+  // The same where every byte of u is below 64.
+  static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+  // Per lane: acc + the sum over two bf16 of a times b.
+  static inline F dot_bf16(F acc, I a, I b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static inline void store_bf16(void* p, F a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  }
+  // Lane i: bf16(a[i]) in the low half, bf16(b[i]) in the high half.
+  static inline I pair_bf16(F a, F b) {
+    const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+    const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace
+}  // namespace tgi::cpu

@@ -1,0 +1,255 @@
+#include "team.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "platform.h"
+
+namespace tgi::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kSpinsPerClockRead = 64;      // reading the clock costs as much as ten pauses
+constexpr auto kYieldAfter = std::chrono::milliseconds(1);
+
+// Spins until ready() holds. After kYieldAfter it gives its core away between looks.
+template <typename Ready>
+void spin_until(const Ready& ready) {
+  for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {
+    if (ready()) return;
+    spin_pause();
+  }
+  const auto deadline = Clock::now() + kYieldAfter;
+  bool is_late = false;
+  while (!ready()) {
+    for (int spins = 0; spins < kSpinsPerClockRead && !ready(); ++spins) spin_pause();
+    if (is_late) {
+      std::this_thread::yield();
+    } else {
+      is_late = Clock::now() > deadline;
+    }
+  }
+}
+
+// Counter and generation on lines of their own: members spin on the one that nobody increments.
+class Barrier {
+ public:
+  void reset(int num_members) {
+    num_members_ = num_members;
+    arrived_.store(0, std::memory_order_relaxed);
+  }
+
+  void wait() {
+    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_members_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  int num_members_ = 1;
+};
+
+class Team;
+thread_local Team* current_team = nullptr;  // whose run this thread is inside of; null in run_alone
+
+class Team {
+ public:
+  explicit Team(const TeamOptions& options)
+      : options_(options), cores_(usable_cores()), num_members_(options.num_threads) {
+    barrier_.reset(num_members_);
+    for (int member = 1; member < num_members_; ++member) {
+      threads_.emplace_back([this, member] { serve(member); });
+    }
+  }
+
+  ~Team() {
+    fn_ = nullptr;
+    publish();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  int core_of(int member) const { return cores_[member % cores_.size()]; }
+
+  void run(TeamFunction fn, void* context) {
+    fn_ = fn;
+    context_ = context;
+    publish();
+    current_team = this;
+    fn(context, 0, num_members_);
+    current_team = nullptr;
+    barrier_.wait();
+  }
+
+  void wake() {
+    signal_.fetch_add(1, std::memory_order_seq_cst);
+    if (num_parked_.load(std::memory_order_seq_cst) > 0) wake_all(&signal_);
+  }
+
+  void barrier() { barrier_.wait(); }
+
+  // In a forked child the threads do not exist: forget them without joining.
+  void abandon() {
+    for (std::thread& thread : threads_) thread.detach();
+    threads_.clear();
+  }
+
+ private:
+  void publish() {
+    run_number_.fetch_add(1, std::memory_order_release);
+    wake();
+  }
+
+  void serve(int member) {
+    name_thread("tgi-team");
+    if (options_.pin) pin_thread(core_of(member));
+    if (options_.nice != 0) nice_thread(options_.nice);
+    FlushDenormals flush;
+    current_team = this;
+    for (uint32_t seen = 0;;) {
+      seen = next_run(seen);
+      if (fn_ == nullptr) return;
+      fn_(context_, member, num_members_);
+      barrier_.wait();
+    }
+  }
+
+  // Waits for the run after number `seen`: spins for spin_us, then parks until signalled, and again.
+  uint32_t next_run(uint32_t seen) {
+    for (;;) {
+      const uint32_t signal = signal_.load(std::memory_order_seq_cst);
+      const auto deadline = Clock::now() + std::chrono::microseconds(options_.spin_us);
+      do {
+        for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {
+          const uint32_t number = run_number_.load(std::memory_order_acquire);
+          if (number != seen) return number;
+          spin_pause();
+        }
+      } while (Clock::now() < deadline);
+      num_parked_.fetch_add(1, std::memory_order_seq_cst);
+      if (run_number_.load(std::memory_order_seq_cst) == seen) wait_on(&signal_, signal);
+      num_parked_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+  }
+
+  const TeamOptions options_;
+  const std::vector<int> cores_;
+  const int num_members_;
+  TeamFunction fn_ = nullptr;
+  void* context_ = nullptr;
+  Barrier barrier_;
+  alignas(64) std::atomic<uint32_t> run_number_{0};
+  alignas(64) std::atomic<uint32_t> signal_{0};
+  std::atomic<int> num_parked_{0};
+  std::vector<std::thread> threads_;
+};
+
+// One team a process, started by its first run. The lock is what makes several callers take turns.
+struct Shared {
+  std::mutex lock;
+  TeamOptions options;
+  std::unique_ptr<Team> team;
+};
+
+Shared& shared() {
+  // Never destroyed: at exit other threads may still be inside a run.
+  static Shared* const instance = [] {
+    pthread_atfork([] { shared().lock.lock(); }, [] { shared().lock.unlock(); },
+                   [] {
+                     Shared& state = shared();
+                     if (state.team) {
+                       state.team->abandon();
+                       state.team.release();  // its threads' stacks are gone with the parent
+                     }
+                     state.lock.unlock();
+                   });
+    return new Shared;
+  }();
+  return *instance;
+}
+
+int resolved(int num_threads) { return num_threads > 0 ? num_threads : default_num_threads(); }
+
+// The team, started if need be. The caller holds the lock.
+Team& started(Shared& state) {
+  if (!state.team) {
+    TeamOptions options = state.options;
+    options.num_threads = resolved(options.num_threads);
+    state.team = std::make_unique<Team>(options);
+  }
+  return *state.team;
+}
+
+}  // namespace
+
+int default_num_threads() {
+  const int cores = static_cast<int>(usable_cores().size());
+  return std::min(cores, quota_cores(cores));
+}
+
+void configure_team(const TeamOptions& options) {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  state.team.reset();
+  state.options = options;
+}
+
+TeamOptions team_options() {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  return state.options;
+}
+
+void set_num_threads(int num_threads) {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  if (state.team && resolved(num_threads) == resolved(state.options.num_threads)) return;
+  state.team.reset();
+  state.options.num_threads = num_threads;
+}
+
+int num_threads() { return resolved(team_options().num_threads); }
+
+void join_team() {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  if (state.options.pin) pin_thread(started(state).core_of(0));
+  if (state.options.nice != 0) nice_thread(state.options.nice);
+}
+
+void team_run(TeamFunction fn, void* context) {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  FlushDenormals flush;
+  started(state).run(fn, context);
+}
+
+void team_barrier() {
+  if (current_team != nullptr) current_team->barrier();
+}
+
+void run_alone(TeamFunction fn, void* context) {
+  FlushDenormals flush;
+  fn(context, 0, 1);
+}
+
+void team_wake() {
+  Shared& state = shared();
+  std::unique_lock<std::mutex> guard(state.lock, std::try_to_lock);
+  if (guard.owns_lock()) started(state).wake();  // a run in progress needs no waking
+}
+
+}  // namespace tgi::cpu

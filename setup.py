@@ -1,0 +1,69 @@
+"""Build tgi_asgi._C from csrc/ with torch's extension builder and ninja; pyproject.toml has all the rest.
+
+Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
+out; TORCH_CUDA_ARCH_LIST chooses their targets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from glob import glob
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+# fma where it is written and nowhere else: rows must have the same bits in every tile shape.
+CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
+DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+
+
+def nvcc_major() -> int | None:
+    """Return the major version of the nvcc that torch would call, or None."""
+    if CUDA_HOME is None:
+        return None
+    try:
+        text = subprocess.check_output([os.path.join(CUDA_HOME, "bin", "nvcc"), "--version"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    found = re.search(r"release (\d+)\.", text)
+    return int(found.group(1)) if found else None
+
+
+def cuda_decision(sources: list[str]) -> tuple[bool, str]:
+    """Return whether the CUDA kernels are built, and the reason in words."""
+    wish = os.environ.get("TGI_CUDA", "")
+    if wish == "0":
+        return False, "TGI_CUDA=0"
+    if torch.version.cuda is None:
+        reason = "this torch has no CUDA"
+    elif nvcc_major() != int(torch.version.cuda.split(".")[0]):
+        reason = f"no nvcc {torch.version.cuda.split('.')[0]}.x found for torch's CUDA {torch.version.cuda}"
+    elif not sources:
+        reason = "no CUDA sources"
+    else:
+        return True, f"torch's CUDA {torch.version.cuda} and its nvcc found"
+    if wish == "1":
+        raise SystemExit(f"TGI_CUDA=1, but {reason}")
+    return False, reason
+
+
+def extension() -> CppExtension:
+    """Describe the extension: every .cpp of csrc/cpu and csrc/bindings, and .cu where CUDA is built."""
+    sources = glob("csrc/cpu/*.cpp") + glob("csrc/bindings/*.cpp")
+    cuda_sources = glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")
+    has_cuda, reason = cuda_decision(cuda_sources)
+    print(f"tgi_asgi._C: {'CPU and CUDA' if has_cuda else 'CPU only'} ({reason})", flush=True)
+    common = {"include_dirs": [os.path.abspath("csrc")], "name": "tgi_asgi._C"}
+    if not has_cuda:
+        flags = {"cxx": CXX_FLAGS}
+        return CppExtension(sources=sorted(sources), extra_compile_args=flags, **common)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA"], "nvcc": NVCC_FLAGS}
+    return CUDAExtension(sources=sorted(sources + cuda_sources), extra_compile_args=flags, **common)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
