@@ -1,7 +1,7 @@
 """TGI's rules for a generate request: its checks, in its order and words, and what they turn into.
 
-`plan` runs what needs no permit, `check_parameters` what TGI checks once a permit is held, `to_generation` what
-needs the prompt's tokens. Pure functions: routes (`tgi.py`) own the permit and the worker threads.
+`plan` runs what needs no permit, `check_parameters` what TGI checks once a permit is held, `to_generation`
+what needs the prompt's tokens. Pure functions: routes (`tgi.py`) own the permit and the worker threads.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def _require(holds: bool, message: str, field: str) -> None:
 
 def _refuse(message: str, field: str) -> NoReturn:
     path = field if field == "inputs" else f"parameters.{field}"
-    raise InvalidRequest(f"Input validation error: {message}", param=path)
+    raise InvalidRequest(message, param=path)
 
 
 def _factor(value: float | None) -> float:
