@@ -201,14 +201,18 @@ class Settings:
             return "127.0.0.1" if self.hostname == "localhost" else "0.0.0.0"
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         """Read every setting from its upper-snake variable; an empty value counts as unset.
+
+        Values `given` by name win, and their variables are not even read.
 
         Raises:
             InvalidRequest: a variable does not parse; the message names it.
         """
-        values: dict[str, Any] = {}
+        values = dict(given)
         for spec in dataclasses.fields(cls):
+            if spec.name in given:
+                continue
             for variable in (spec.name.upper(), *spec.metadata.get("env", ())):
                 text = environ.get(variable, "")
                 if text:
