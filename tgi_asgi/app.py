@@ -1,0 +1,205 @@
+"""The ASGI application: puts the routes together, loads the model behind them, answers what they raise.
+
+    hypercorn --workers 0 tgi_asgi.app:app         # MODEL_ID and the other settings from the environment
+    create_app(Settings(model_id="model.gguf"))    # what the command line and the tests do
+
+Importing this module does not import torch: the loading thread does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from starlette.routing import Router
+
+from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
+from tgi_asgi.http import health, openai
+from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
+from tgi_asgi.http.context import Served, ServerContext
+from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
+from tgi_asgi.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int | None], None]  # stage, done, total
+Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started
+Reply = tuple[int, bytes, list[Header]]  # status, JSON body, headers
+Guard = Callable[[Exchange], Reply | None]  # before the body is read: raise, answer, or let pass
+Observer = Callable[[Exchange], None]  # after the response, whatever became of it
+
+
+class App:
+    """The server as one ASGI callable.
+
+    Attributes:
+        context: what the routes share; `context.served` is there once the model has loaded.
+        on_ready: called once the engine runs.
+        on_fatal: called with the reason when loading has failed; the port goes on answering 503 until then.
+        guards: run in order before each request is routed.
+        observers: run in order after each request.
+    """
+
+    def __init__(self, context: ServerContext, loader: Loader) -> None:
+        self.context = context
+        self.on_ready: Callable[[Served], None] | None = None
+        self.on_fatal: Callable[[BaseException], None] | None = None
+        self.guards: list[Guard] = []
+        self.observers: list[Observer] = []
+        self._loader = loader
+        self._loading: asyncio.Task[None] | None = None
+        self._router = Router(
+            [*openai.routes(), *health.routes()],
+            redirect_slashes=False,
+            default=not_found,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    def start(self) -> None:
+        """Begin to load the model, in a thread; returns at once."""
+        if self._loading is None:
+            self._loading = asyncio.get_running_loop().create_task(self._load())
+
+    async def stop(self) -> None:
+        """Stop the engine; requests that still run end with an error."""
+        if self._loading is not None:
+            self._loading.cancel()  # the thread itself ends with the process
+        if self.context.served is not None:
+            await _engine_call(self.context.served, "stop")
+        self.context.executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _load(self) -> None:
+        context = self.context
+        try:
+            served = await asyncio.to_thread(self._loader, context.settings, context.report)
+            await _engine_call(served, "start")
+        except Exception as error:
+            context.failure = error
+            if not isinstance(error, TgiError):
+                logger.exception("loading the model failed")
+            if self.on_fatal is not None:
+                self.on_fatal(error)
+            return
+        context.served = served
+        if self.on_ready is not None:
+            self.on_ready(served)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if len(path) > 1 and path[-1] == "/":
+            scope = {**scope, "path": path.rstrip("/") or "/"}
+        exchange = Exchange(self.context, scope, receive, send, dialect_of(path, self.context.settings))
+        scope[EXCHANGE] = exchange
+        try:
+            await self._answer(exchange)
+        except ClientDisconnected:
+            exchange.is_disconnected = True
+        finally:
+            for observer in self.observers:
+                observer(exchange)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        """Route a request; the one border where exceptions become responses."""
+        try:
+            for guard in self.guards:
+                reply = guard(exchange)
+                if reply is not None:
+                    status, body, headers = reply
+                    await exchange.reply(status, body, headers=headers)
+                    return
+            await self._router(exchange.scope, exchange.receive, exchange.send)
+        except TgiError as error:
+            await exchange.fail(error)
+        except ClientDisconnected:
+            raise
+        except Exception as error:
+            logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, exchange.path)
+            if exchange.status is not None:
+                raise  # the response has begun: the server closes the connection
+            await exchange.fail(error)
+
+
+async def _engine_call(served: Served, name: str) -> None:
+    """Call the engine's `start` or `stop`, which the engine that HTTP sees has no need of."""
+    result = getattr(served.engine, name)()
+    if asyncio.iscoroutine(result):
+        await result
+
+
+def load_model(settings: Settings, progress: Progress) -> Served:
+    """Find, read and warm up the model; imports torch. Runs in the loading thread."""
+    from tgi_asgi.engine.engine import Engine
+    from tgi_asgi.formats.sources import resolve
+    from tgi_asgi.runner.load import load
+
+    files = resolve(settings, progress)
+    progress("loading libraries", 0, None)
+    loaded = load(settings, files, progress)
+    engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
+    return Served(engine, loaded.tokenizer, loaded.chat_template, loaded.info)
+
+
+def create_app(settings: Settings | None = None, loader: Loader | None = None) -> App:
+    """Return the application; `loader` replaces the real model (tests).
+
+    Raises:
+        InvalidRequest: a setting does not parse; without settings they come from the environment.
+    """
+    if settings is None:
+        settings = Settings.from_environ()
+    return App(ServerContext(settings), loader or load_model)
+
+
+class _EnvironmentApp:
+    """`app` for servers that are given this module's name: reads the environment when it is first called."""
+
+    def __init__(self) -> None:
+        self._app: App | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is None:
+            self._app = self._create()
+        await self._app(scope, receive, send)
+
+    def _create(self) -> App:
+        try:
+            settings = Settings.from_environ()
+            if settings.model_id is None:
+                raise ModelLoadError(
+                    "MODEL_ID is not set: which model shall be served?"
+                )
+        except (InvalidRequest, ModelLoadError) as error:
+            _exit(error)
+        app = create_app(settings)
+        app.on_fatal = _exit
+        return app
+
+
+def _exit(error: BaseException) -> NoReturn:
+    """End the process with the reason as its last line: servers would turn an exception into exit code 0."""
+    print(f"tgi-asgi: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+app = _EnvironmentApp()

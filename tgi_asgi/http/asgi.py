@@ -1,0 +1,123 @@
+"""The few ASGI operations that routes need: read a body under limits, send a response in one go.
+
+Called by `exchange.py` and by tests; knows nothing of dialects, engines or models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import orjson
+
+from tgi_asgi.errors import InvalidRequest, PayloadTooLarge
+from tgi_asgi.settings import MIB
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON = b"application/json"
+BODY_TIMEOUT_S = 60.0  # a client that trickles its body holds a connection, nothing else
+_DRAIN_BYTES = 32 * MIB
+_DRAIN_TIMEOUT_S = 5.0
+_MAX_REQUEST_ID = 128
+
+
+class ClientDisconnected(Exception):
+    """Raised inside a request whose client has gone: there is nobody left to answer."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """Return the first header of that lower-case name."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+def request_id_of(scope: Scope) -> str:
+    """Take over the client's `X-Request-Id` of up to 128 printable ASCII characters, else draw one."""
+    given = header(scope, b"x-request-id")
+    if given and len(given) <= _MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in given):
+        return given.decode("ascii")
+    return secrets.token_hex(16)
+
+
+async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
+    """Read the request's whole body.
+
+    A body that is too large is refused by its `Content-Length` or as soon as it has grown past the limit; a
+    bounded remainder is read and thrown away, because clients that still write do not see an answer.
+
+    Raises:
+        PayloadTooLarge: the body is longer than `limit` bytes.
+        InvalidRequest: it did not arrive within a minute.
+        ClientDisconnected: the client went away first.
+    """
+    declared = header(scope, b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit:
+        await drain(receive)
+        raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {limit}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnected
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    break
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
+    except TimeoutError:
+        raise InvalidRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:.0f} seconds") from None
+    if message.get("more_body", False):
+        await drain(receive)
+    raise PayloadTooLarge(f"The request body is longer than the limit of {limit} bytes")
+
+
+async def drain(receive: Receive) -> None:
+    """Throw away what is left of a request's body, up to 32 MiB or 5 seconds.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    size = 0
+    try:
+        async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+            while size < _DRAIN_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnected
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+async def send_bytes(
+    send: Send, status: int, body: bytes, content_type: bytes, headers: Iterable[Header] = ()
+) -> None:
+    """Send a whole response: one start, one body."""
+    start_headers = [
+        (b"content-type", content_type),
+        (b"content-length", str(len(body)).encode("ascii")),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": start_headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def send_json(send: Send, status: int, payload: object, headers: Iterable[Header] = ()) -> None:
+    """Send a whole JSON response."""
+    await send_bytes(send, status, orjson.dumps(payload), JSON, headers)

@@ -1,0 +1,105 @@
+"""What routes see of the server: settings, the model once it has loaded, threads for text work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from tgi_asgi.errors import Unavailable
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import Engine, EngineState, ModelInfo
+
+if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
+    from tgi_asgi.text.chat import ChatTemplate
+    from tgi_asgi.text.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """How far loading has come. Written by the loading thread, read by `/health`."""
+
+    stage: str = "starting"
+    done: int = 0
+    total: int | None = None  # in the stage's own unit (bytes, tensors); None: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that has loaded, and all that it takes to serve it."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    info: ModelInfo
+
+
+class ServerContext:
+    """One server's state, shared by all routes; changed on the event loop only.
+
+    Attributes:
+        served: the model, or None while it loads.
+        failure: why loading failed, or why the engine died, if it did.
+        started_s: `time.monotonic()` of the start.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.served: Served | None = None
+        self.failure: BaseException | None = None
+        self.progress = LoadProgress()
+        self.started_s = time.monotonic()
+        self.created = int(time.time())
+        self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
+
+    @property
+    def engine(self) -> Engine | None:
+        return self.served.engine if self.served else None
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self.served.info if self.served else None
+
+    @property
+    def state(self) -> EngineState:
+        """Whether requests can be served: LOADING, READY, DRAINING or DEAD."""
+        if self.failure is not None:
+            return EngineState.DEAD
+        return self.served.engine.state if self.served else EngineState.LOADING
+
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        """Take a loader's progress; called in its thread."""
+        self.progress = LoadProgress(stage, done, total)
+
+    def ready(self) -> Served:
+        """Return the loaded model.
+
+        Raises:
+            Unavailable: it is loading still, or failed, or the server is shutting down.
+        """
+        state = self.state
+        if state is EngineState.READY and self.served is not None:
+            return self.served
+        if state is EngineState.LOADING:
+            raise Unavailable(f"The model is loading ({self.describe_progress()})", retry_after_s=2)
+        if state is EngineState.DRAINING:
+            raise Unavailable("The server is shutting down", retry_after_s=5)
+        raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
+
+    def describe_progress(self) -> str:
+        """Say in a few words how far loading is: `reading weights, 41%`."""
+        progress = self.progress
+        if progress.total:
+            return f"{progress.stage}, {100 * progress.done // progress.total}%"
+        return progress.stage
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run text work (templates, tokenisation, large JSON) off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, lambda: function(*args, **kwargs))

@@ -1,0 +1,190 @@
+"""One HTTP request and its answer: what every handler gets.
+
+Made by `app.py` for each request; guards, handlers and the access log share it. It exists so that no layer
+has to wrap `send`: a wrapper would cost every streamed token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+import orjson
+
+from tgi_asgi.errors import UnsupportedMediaType
+from tgi_asgi.http.asgi import (
+    JSON,
+    ClientDisconnected,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    drain,
+    header,
+    read_body,
+    request_id_of,
+    send_bytes,
+)
+from tgi_asgi.http.context import ServerContext
+from tgi_asgi.http.errors import Dialect, envelope, headers_of, status_of
+from tgi_asgi.http.parse import decode_json
+from tgi_asgi.types import Channel
+
+T = TypeVar("T")
+
+_LARGE_BODY = 256 * 1024  # decoding more than this takes the loop for most of a millisecond
+
+
+class Exchange:
+    """A request, and the response as far as it has come.
+
+    Attributes:
+        dialect: whose envelope an error gets; a handler may change it once it has seen the body.
+        response_headers: added to whatever is answered (request id, CORS).
+        status: of the response once it has started, else None.
+        channels: the engine's channels of this request, for the access log and metrics.
+        error: what went wrong, if anything did.
+        is_disconnected: the client left before the response had ended.
+    """
+
+    __slots__ = (
+        "channels",
+        "context",
+        "dialect",
+        "error",
+        "is_body_read",
+        "is_disconnected",
+        "receive",
+        "request_id",
+        "response_headers",
+        "route",
+        "scope",
+        "send",
+        "started_s",
+        "status",
+    )
+
+    def __init__(
+        self, context: ServerContext, scope: Scope, receive: Receive, send: Send, dialect: Dialect
+    ) -> None:
+        self.context = context
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.dialect = dialect
+        self.request_id = request_id_of(scope)
+        self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
+        self.started_s = time.monotonic()
+        self.status: int | None = None
+        self.route = ""  # the pattern that matched, for metrics labels
+        self.channels: list[Channel] = []
+        self.error: BaseException | None = None
+        self.is_body_read = False
+        self.is_disconnected = False
+
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        return str(self.scope["path"])
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name."""
+        return header(self.scope, name)
+
+    async def read_body(self) -> bytes:
+        """Read the body under the server's limit.
+
+        Raises:
+            PayloadTooLarge, InvalidRequest, ClientDisconnected: see `asgi.read_body`.
+            UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
+        """
+        encoding = self.header(b"content-encoding")
+        if encoding not in (None, b"", b"identity"):
+            raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
+        if self.dialect is Dialect.NATIVE:
+            _require_json(self.header(b"content-type"))
+        self.is_body_read = True  # from here on read_body drains what it refuses
+        return await read_body(self.receive, self.scope, self.context.settings.payload_limit)
+
+    async def read_json(self, decoder: msgspec.json.Decoder[T]) -> T:
+        """Read and decode the body; large ones are decoded in a thread.
+
+        Raises:
+            InvalidRequest: it is no JSON, or not of the decoder's type.
+        """
+        body = await self.read_body()
+        if len(body) > _LARGE_BODY:
+            return await self.context.in_thread(decode_json, body, decoder)
+        return decode_json(body, decoder)
+
+    async def reply(
+        self, status: int, body: bytes, content_type: bytes = JSON, headers: Iterable[Header] = ()
+    ) -> None:
+        """Send the whole response; a HEAD request gets the headers alone."""
+        self.status = status
+        all_headers = [*headers, *self.response_headers]
+        if self.method == "HEAD":
+            start = [
+                (b"content-type", content_type), (b"content-length", b"%d" % len(body)), *all_headers
+            ]  # fmt: skip
+            await self.send({"type": "http.response.start", "status": status, "headers": start})
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        await send_bytes(self.send, status, body, content_type, all_headers)
+
+    async def reply_json(self, payload: object, status: int = 200, headers: Iterable[Header] = ()) -> None:
+        """Send a whole JSON response."""
+        await self.reply(status, orjson.dumps(payload), JSON, headers)
+
+    async def fail(self, error: BaseException) -> None:
+        """Answer with an error in the route's dialect; the response must not have started."""
+        self.error = error
+        if not self.is_body_read:
+            # An unread body hides disconnects from us and our answer from the client.
+            self.is_body_read = True
+            await drain(self.receive)
+        await self.reply_json(
+            envelope(error, self.dialect), status_of(error, self.dialect), headers_of(error)
+        )
+
+    async def wait_for_disconnect(self) -> None:
+        """Return when the client has gone; the body must have been read."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    def disconnect(self) -> ClientDisconnected:
+        """Note that the client has gone, give the request's channels up, and return what to raise."""
+        self.is_disconnected = True
+        for channel in self.channels:
+            channel.cancel()
+        return ClientDisconnected()
+
+
+def _require_json(content_type: bytes | None) -> None:
+    media_type = (content_type or b"").split(b";", 1)[0].strip().lower()
+    is_json = media_type == JSON or (media_type.startswith(b"application/") and media_type.endswith(b"+json"))
+    if not is_json:
+        raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+
+
+async def while_connected(exchange: Exchange, work: asyncio.Future[T]) -> T:
+    """Wait for `work`, or give it and the request's channels up when the client goes away.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise exchange.disconnect()
+    finally:
+        watch.cancel()
+        work.cancel()
