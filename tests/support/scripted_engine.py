@@ -1,0 +1,288 @@
+"""An engine that plays a script instead of running a model: HTTP's tests put it behind the real routes.
+
+    engine = ScriptedEngine()
+    engine.script = say("Hel", "lo")                 # every choice: two tokens, then EOS
+    app = scripted_app(engine)                       # the real app around it
+    engine.requests[0].prompt_ids                    # what HTTP asked for
+
+A script is given each request and yields what one step delivers: token events, or an exception for the
+request's failure. It may await, so a test can hold a request open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
+from tgi_asgi.app import App, create_app
+from tgi_asgi.errors import IncompleteGeneration, Overloaded, TgiError, Unavailable
+from tgi_asgi.http.context import Served
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.detokenize import Utf8Assembler
+from tgi_asgi.text.stop import StopMatcher
+from tgi_asgi.types import (
+    EngineState,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    RequestStats,
+    Sink,
+    TokenEvent,
+)
+
+Script = Callable[["ScriptedChannel"], AsyncIterator[Sequence[TokenEvent] | TgiError]]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LOGPROB = -0.5  # of every scripted token; the k-th best alternative has LOGPROB - k
+
+
+class ScriptedChannel:
+    """A request's mailbox, filled by the script."""
+
+    def __init__(self, engine: ScriptedEngine, request: GenerationRequest, permit: ScriptedPermit) -> None:
+        self.engine = engine
+        self.request = request
+        self.stats = RequestStats(arrival_s=time.monotonic())
+        self.is_cancelled = False
+        self.ended = asyncio.Event()
+        self._permit = permit
+        self._sink: Sink | None = None
+        self._waiting: list[Sequence[TokenEvent] | TgiError] = []
+        self._arrived = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._play())
+
+    def attach(self, sink: Sink) -> None:
+        assert self._sink is None, "attached twice"
+        self._sink = sink
+        waiting, self._waiting = self._waiting, []
+        for batch in waiting:
+            self._deliver(batch)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self._task.cancel()
+        self._end()
+
+    def __aiter__(self) -> ScriptedChannel:
+        return self
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        while not self._waiting:
+            if self.ended.is_set():
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        batch = self._waiting.pop(0)
+        if isinstance(batch, TgiError):
+            raise batch
+        return batch
+
+    async def _play(self) -> None:
+        self.stats.scheduled_s = time.monotonic()
+        num_open = self.request.n
+        async for batch in self.engine.script(self):
+            if isinstance(batch, TgiError):
+                self._end()
+                self._deliver(batch)
+                return
+            if self.stats.first_token_s is None and batch:
+                self.stats.first_token_s = time.monotonic()
+            self.stats.generated_tokens += len(batch)
+            num_open -= sum(event.finish is not None for event in batch)
+            if not num_open:
+                self._end()
+            self._deliver(batch)
+        if num_open:
+            self._end()
+            self._deliver(IncompleteGeneration("Incomplete generation"))
+
+    def _deliver(self, batch: Sequence[TokenEvent] | TgiError) -> None:
+        if self._sink is None:
+            self._waiting.append(batch)
+            self._arrived.set()
+        elif isinstance(batch, TgiError):
+            self._sink.on_error(batch)
+        else:
+            self._sink.on_events(batch)
+
+    def _end(self) -> None:
+        self.stats.finished_s = time.monotonic()
+        self.ended.set()
+        self._arrived.set()
+        self._permit.release()
+
+
+class ScriptedPermit:
+    """Room for n choices; giving it back twice does nothing."""
+
+    def __init__(self, engine: ScriptedEngine, n: int) -> None:
+        self._engine = engine
+        self._n = n
+
+    def release(self) -> None:
+        self._engine.num_permits += self._n
+        self._n = 0
+
+
+class ScriptedEngine:
+    """`types.Engine` with a script, and a record of what it was asked."""
+
+    def __init__(self, script: Script | None = None, *, num_permits: int = 128) -> None:
+        self.tokenizer = ToyTokenizer()
+        self.state = EngineState.READY
+        self.script: Script = script or say("Hello", " world")
+        self.num_permits = num_permits
+        self.channels: list[ScriptedChannel] = []
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        return [channel.request for channel in self.channels]
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None:
+        self.state = EngineState.DEAD
+
+    def acquire(self, n: int) -> ScriptedPermit:
+        if self.state is not EngineState.READY:
+            raise Unavailable("The server is shutting down", retry_after_s=5)
+        if n > self.num_permits:
+            raise Overloaded(retry_after_s=3)
+        self.num_permits -= n
+        return ScriptedPermit(self, n)
+
+    def submit(self, request: GenerationRequest, permit: ScriptedPermit) -> ScriptedChannel:
+        channel = ScriptedChannel(self, request, permit)
+        self.channels.append(channel)
+        return channel
+
+
+def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) -> Script:
+    """Return a script by which every choice samples these tokens, one a step, and then EOS.
+
+    The request's stop conditions hold as in the real engine: max_tokens, stop strings, stop ids. With
+    `finish=None` the choices never end by themselves (the last token repeats until max_tokens).
+    """
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        choices = [Choice(channel, index) for index in range(channel.request.n)]
+        data = [token.encode() if isinstance(token, str) else token for token in tokens]
+        step = 0
+        while any(not choice.is_finished for choice in choices):
+            await asyncio.sleep(0)
+            if step < len(data) or finish is None:
+                token_id = channel.engine.tokenizer.id_of(data[min(step, len(data) - 1)])
+            else:
+                token_id = EOS
+            yield [choice.sample(token_id) for choice in choices if not choice.is_finished]
+            step += 1
+
+    return script
+
+
+def fail_with(error: TgiError, after: Script | None = None) -> Script:
+    """Return a script that fails with `error`, at once or once another script would finish."""
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        if after is not None:
+            async for batch in after(channel):
+                if not isinstance(batch, TgiError) and any(event.finish for event in batch):
+                    break
+                yield batch
+        await asyncio.sleep(0)
+        yield error
+
+    return script
+
+
+class Choice:
+    """One choice's detokeniser and stop matcher: turns sampled ids into events, as the engine does."""
+
+    def __init__(self, channel: ScriptedChannel, index: int) -> None:
+        self.is_finished = False
+        self._tokenizer = channel.engine.tokenizer
+        self._request = channel.request
+        self._index = index
+        self._num_tokens = 0
+        self._assembler = Utf8Assembler()
+        self._matcher = StopMatcher(channel.request.stop.stop, channel.request.stop.include_stop)
+
+    def sample(self, token_id: int) -> TokenEvent:
+        """Return the event of this token."""
+        conditions = self._request.stop
+        self._num_tokens += 1
+        is_special = token_id in self._tokenizer.special_ids
+        is_eos = token_id in self._tokenizer.eos_ids and not conditions.ignore_eos
+        is_stop_id = token_id in conditions.stop_token_ids
+        data = b"" if is_special and conditions.skip_special_tokens else self._tokenizer.token_bytes(token_id)
+        if is_eos or is_stop_id:
+            data = b""
+        text = self._assembler.push(data)
+        if self._num_tokens > conditions.min_tokens:
+            text = self._matcher.push(text)
+        finish: FinishReason | None = None
+        stop: str | int | None = None
+        if self._matcher.matched is not None:
+            finish, stop = FinishReason.STOP, self._matcher.matched
+        elif is_eos:
+            finish = FinishReason.EOS
+        elif is_stop_id:
+            finish, stop = FinishReason.STOP, token_id
+        elif self._num_tokens >= conditions.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None and self._matcher.matched is None:
+            text += self._matcher.push(self._assembler.flush()) + self._matcher.flush()
+        self.is_finished = finish is not None
+        return TokenEvent(
+            self._index, token_id, data, text, *self._logprobs(token_id), is_special, finish, stop
+        )
+
+    def _logprobs(self, token_id: int) -> tuple[float | None, list[tuple[int, float]] | None]:
+        k = self._request.sampling.logprobs
+        if k is None:
+            return None, None
+        best = [token_id, *(i for i in range(97, 97 + k) if i != token_id)]
+        return LOGPROB, [(i, LOGPROB - rank) for rank, i in enumerate(best[:k])]
+
+
+def toy_info(**changes: Any) -> ModelInfo:
+    """Return what the API says of the scripted model: a context of 512 tokens."""
+    values: dict[str, Any] = {
+        "model_id": "toy/model",
+        "revision": "abc123",
+        "architecture": "ToyForCausalLM",
+        "dtype": "float32",
+        "device": "cpu",
+        "vocab_size": VOCAB_SIZE,
+        "max_input_tokens": 511,
+        "max_total_tokens": 512,
+        "eos_token_ids": frozenset({EOS}),
+        "created": 1_700_000_000,
+        "fingerprint": "fp_toy",
+    }
+    return ModelInfo(**(values | changes))
+
+
+def scripted_app(
+    engine: ScriptedEngine,
+    settings: Settings | None = None,
+    *,
+    info: ModelInfo | None = None,
+    chat_template: str | None = CHATML,
+) -> App:
+    """Return the real application around the engine, already loaded; needs no lifespan."""
+    app = create_app(settings or Settings(model_id="toy/model"), loader=_never)
+    template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
+    app.context.served = Served(engine, engine.tokenizer, template, info or toy_info())  # type: ignore[arg-type]
+    return app
+
+
+def _never(settings: Settings, progress: object) -> Served:
+    raise AssertionError("the scripted model needs no loading")

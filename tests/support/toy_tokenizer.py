@@ -1,0 +1,59 @@
+"""A tokenizer whose ids are bytes, with room for tokens of several bytes: no file, no library."""
+
+from __future__ import annotations
+
+BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
+VOCAB_SIZE = 1024
+_SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
+
+
+class ToyTokenizer:
+    """Ids 0..255 are bytes, 256..259 special tokens, further ids are given out by `id_of`."""
+
+    def __init__(self, *, adds_bos: bool = False) -> None:
+        self.vocab_size = VOCAB_SIZE
+        self.bos_id: int | None = BOS
+        self.eos_id: int | None = EOS
+        self.eos_ids = frozenset({EOS, IM_END})
+        self.special_ids = frozenset(_SPECIAL)
+        self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        self.adds_bos = adds_bos
+        self.chat_template: str | None = None
+        self._longer: dict[bytes, int] = {}
+
+    def id_of(self, data: bytes) -> int:
+        """Return the token of these bytes; a new one for bytes that have none."""
+        if len(data) == 1:
+            return data[0]
+        for token_id, text in _SPECIAL.items():
+            if text.encode() == data:
+                return token_id
+        return self._longer.setdefault(data, 260 + len(self._longer))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [start[0] for start in self.encode_with_offsets(text, add_special_tokens=add_special_tokens)]
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int, int]]:
+        data = text.encode()
+        tokens = [(BOS, 0, 0)] if add_special_tokens and self.adds_bos else []
+        at = 0
+        while at < len(data):
+            special = next((i for i, name in _SPECIAL.items() if data.startswith(name.encode(), at)), None)
+            size = 1 if special is None else len(_SPECIAL[special])
+            tokens.append((data[at] if special is None else special, at, at + size))
+            at += size
+        return tokens
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes([token_id])
+        if token_id in _SPECIAL:
+            return _SPECIAL[token_id].encode()
+        return next((data for data, known in self._longer.items() if known == token_id), b"")
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        kept = (i for i in ids if not (skip_special_tokens and i in _SPECIAL))
+        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
