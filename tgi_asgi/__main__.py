@@ -1,0 +1,7 @@
+"""`python -m tgi_asgi`."""
+
+from __future__ import annotations
+
+from tgi_asgi.cli import main
+
+main()

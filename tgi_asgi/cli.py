@@ -1,0 +1,145 @@
+"""The `tgi-asgi` command: flags and environment to `Settings`, then `server.run`.
+
+The options are made from the fields of `Settings`, so that a setting is written down once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import click
+
+from tgi_asgi import __version__
+from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.process import end_process
+from tgi_asgi.settings import DEMO_MODEL, Settings
+
+_TYPES: dict[str, click.ParamType[Any]] = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+
+
+class _GroupedCommand(click.Command):
+    """A command whose help lists the options under the settings' groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "group", "Other"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class _SettingOption(click.Option):
+    """The option of one field of `Settings`; None if it was not given."""
+
+    def __init__(self, spec: dataclasses.Field[Any]) -> None:
+        kind = str(spec.type)
+        name = spec.name.replace("_", "-")
+        extra: dict[str, Any] = {}
+        if kind == "bool":
+            flag = f"--{name}/--no-{name}"
+        else:
+            flag = f"--{name}"
+            choices = spec.metadata.get("choices")
+            extra["type"] = click.Choice(choices) if choices else _TYPES[_base_type(kind)]
+            extra["metavar"] = None if choices else spec.metadata["metavar"] or _METAVARS[_base_type(kind)]
+            extra["multiple"] = kind.startswith("tuple")
+        self.group = spec.metadata["group"]
+        self._is_on = spec.default is True
+        super().__init__([flag, *spec.metadata.get("flags", ()), spec.name], help=_help(spec), **extra)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Show the one form of a switch that changes its default."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.is_bool_flag:
+            return record
+        on, off = record[0].split(" / ")
+        return (off if self._is_on else on, record[1])
+
+    def get_default(self, ctx: click.Context, call: bool = True) -> None:
+        """Give none: what is not given is left to the environment, and then to `Settings`."""
+        return None
+
+
+def _base_type(kind: str) -> str:
+    """Return the type of one value: `int` of "int | None", `str` of "tuple[str, ...]"."""
+    return kind.removeprefix("tuple[").split(",")[0].split(" ")[0]
+
+
+def _help(spec: dataclasses.Field[Any]) -> str:
+    notes = []
+    if spec.default not in (None, (), False, True):
+        notes.append(f"default: {spec.default}")
+    notes += [f"env also: {variable}" for variable in spec.metadata.get("env", ())]
+    text: str = spec.metadata["help"]
+    return f"{text}  [{'; '.join(notes)}]" if notes else text
+
+
+def _run(print_env: bool, **options: Any) -> None:
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    try:
+        settings = Settings.from_environ(os.environ, **given)
+    except InvalidRequest as error:
+        raise click.UsageError(error.message) from None
+    if print_env:
+        click.echo(describe_environment(settings))
+    if settings.model_id is None:
+        click.echo(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
+        settings = dataclasses.replace(settings, model_id=DEMO_MODEL)
+
+    from tgi_asgi import server  # hypercorn and Starlette: `--help` needs neither
+
+    try:
+        code = server.run(settings)
+    except TgiError as error:
+        end_process(error.message, 1)
+    end_process(None, code)
+
+
+def describe_environment(settings: Settings) -> str:
+    """Return what a bug report needs: versions, machine, settings (keys masked)."""
+    lines = [f"tgi-asgi {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    for package in ("torch", "hypercorn", "uvloop", "starlette", "tokenizers", "transformers"):
+        try:
+            lines.append(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"  {package} is not installed")
+    lines += [f"  {len(os.sched_getaffinity(0))} cores", f"  {settings!r}"]
+    return "\n".join(lines)
+
+
+def make_command() -> click.Command:
+    """Return the click command, with an option for every setting."""
+    options: list[click.Parameter] = [_SettingOption(spec) for spec in dataclasses.fields(Settings)]
+    options.append(
+        click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
+    )
+    command = _GroupedCommand(
+        "tgi-asgi",
+        params=options,
+        callback=_run,
+        help="Serve a language model over HTTP: TGI's API and OpenAI's.",
+        epilog=(
+            "Every option is also read from the environment, in upper snake case (--max-batch-size: "
+            "MAX_BATCH_SIZE); the flag wins."
+        ),
+        context_settings={
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": 100,
+        },
+    )
+    return click.version_option(__version__, "-V", "--version", prog_name="tgi-asgi")(command)
+
+
+def main() -> None:
+    """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
+    make_command().main(sys.argv[1:], prog_name="tgi-asgi")

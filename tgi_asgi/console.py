@@ -1,0 +1,106 @@
+"""What a person at the terminal sees while the model loads, and once it serves.
+
+A progress bar on a terminal, else a line a stage through the log; then the summary with a curl line to try.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from tgi_asgi.settings import MIB, Settings
+from tgi_asgi.types import ModelInfo
+
+logger = logging.getLogger(__name__)
+_LINE_EVERY_S = 10.0  # of a long download, where there is no terminal
+
+
+class Console:
+    """Progress and summary of one start-up. `report` is called in the loading thread, one at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._has_terminal = sys.stderr.isatty() and not settings.json_output
+        self._started_s = time.monotonic()
+        self._stage = ""
+        self._bar: tqdm[Any] | None = None
+        self._next_line_s = 0.0
+
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        """Show how far a stage of loading is; `total` is None where it is unknown."""
+        if self._has_terminal:
+            self._draw(stage, done, total)
+        else:
+            self._log(stage, done, total)
+        self._stage = stage
+
+    def close(self) -> None:
+        """End the progress bar's line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def summarise(self, info: ModelInfo, url: str, *, has_chat: bool) -> None:
+        """Say what is served, where, and how to try it."""
+        self.close()
+        seconds = time.monotonic() - self._started_s
+        if self._settings.json_output:
+            fields = {"model": info.model_id, "dtype": info.dtype, "kv_tokens": info.kv_tokens, "url": url}
+            logger.info("serving", extra=fields)
+            return
+        print(describe(info, url, seconds), end="\n\n")
+        print("Try it:", example(url, has_chat=has_chat, has_key=bool(self._settings.api_key)), sep="\n")
+        sys.stdout.flush()
+
+    def _draw(self, stage: str, done: int, total: int | None) -> None:
+        if self._bar is None or stage != self._stage:
+            self.close()
+            # Stages whose length is unknown show their name and the time alone.
+            form = None if total else "{desc} [{elapsed}]"
+            self._bar = tqdm(
+                total=total, desc=stage, unit="B", unit_scale=True, bar_format=form, dynamic_ncols=True
+            )
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def _log(self, stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if stage == self._stage and now < self._next_line_s:
+            return
+        self._next_line_s = now + _LINE_EVERY_S
+        if total:
+            logger.info("%s: %d of %d MiB", stage, done // MIB, -(-total // MIB))
+        else:
+            logger.info("%s", stage)
+
+
+def describe(info: ModelInfo, url: str, seconds: float) -> str:
+    """Return the table that tells what is served."""
+    revision = f" ({info.revision})" if info.revision else ""
+    kv_cache = f"{info.kv_tokens:,} tokens, {info.kv_bytes / MIB:,.0f} MiB"
+    rows = {
+        "Model": f"{info.model_id}{revision}",
+        "Architecture": info.architecture,
+        "Arithmetic": f"{info.dtype} on {info.device}, {info.num_threads} threads",
+        "Context": f"{info.max_total_tokens:,} tokens",
+        "KV cache": kv_cache,
+        "Ready": f"{url} after {seconds:.1f} s",
+    }
+    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+
+
+def example(url: str, *, has_chat: bool, has_key: bool) -> str:
+    """Return a curl line that works as it stands."""
+    path, body = "/generate", '{"inputs": "The sky is", "parameters": {"max_new_tokens": 20}}'
+    if has_chat:
+        path = "/v1/chat/completions"
+        body = (
+            '{"model": "tgi", "messages": [{"role": "user", "content": "What is deep learning?"}], '
+            '"max_tokens": 60, "stream": true}'
+        )
+    key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
+    return f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'"
