@@ -1,1 +1,64 @@
-"""The public operators: one file each with argument checks, docstring and meta function."""
+"""The public operators, and the constructors of what they work on. All that `models/` knows of arithmetic.
+
+`models/` and `runner/` call these; each has one file here, a float64 reference in tests/reference and a test.
+Activations, weights and KV layers are opaque above this line: their layout is the kernels' own affair.
+"""
+
+from tgi_asgi import _C  # noqa: F401  (registers torch.ops.tgi)
+from tgi_asgi.ops.attention import AttentionTables, attention
+from tgi_asgi.ops.embed import embed
+from tgi_asgi.ops.gate_up import gate_up
+from tgi_asgi.ops.head import head
+from tgi_asgi.ops.kv import KvLayer, allocate_kv, copy_blocks, kv_bytes_per_token
+from tgi_asgi.ops.linear_add import linear_add
+from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
+from tgi_asgi.ops.norm import norm
+from tgi_asgi.ops.qkv import qkv
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.sample import SampleResult, sample
+from tgi_asgi.ops.sample_state import SampleState
+from tgi_asgi.ops.team import configure_threads, join_threads, num_threads
+from tgi_asgi.ops.weights import (
+    NATIVE_FORMATS,
+    GateUpWeight,
+    LinearWeight,
+    QkvWeight,
+    WeightSource,
+    gate_up_weight,
+    linear_weight,
+    qkv_weight,
+    vector,
+)
+
+__all__ = [
+    "NATIVE_FORMATS",
+    "AttentionTables",
+    "GateUpWeight",
+    "KvLayer",
+    "LinearWeight",
+    "QkvWeight",
+    "RopeTable",
+    "SampleResult",
+    "SampleState",
+    "TokenLogprobs",
+    "WeightSource",
+    "allocate_kv",
+    "attention",
+    "configure_threads",
+    "copy_blocks",
+    "embed",
+    "gate_up",
+    "gate_up_weight",
+    "head",
+    "join_threads",
+    "kv_bytes_per_token",
+    "linear_add",
+    "linear_weight",
+    "norm",
+    "num_threads",
+    "qkv",
+    "qkv_weight",
+    "sample",
+    "token_logprobs",
+    "vector",
+]

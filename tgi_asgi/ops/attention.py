@@ -1,0 +1,41 @@
+"""The operator `attention`: paged, variable-length, causal; one for prefill and decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.kv import KvLayer
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTables:
+    """Which queries belong to which sequence, and where its keys and values lie.
+
+    A sequence's queries are its last tokens: query i of n attends to the first `context_len - n + i + 1`
+    positions.
+    """
+
+    query_start: Tensor  # [n_sequences + 1] int32, ascending from 0 to n_tokens
+    context_len: Tensor  # [n_sequences] int32, the step's own tokens included
+    block_table: Tensor  # [n_sequences, max_blocks] int32; entries past a context are not read
+
+
+def attention(q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float) -> Tensor:
+    """Attend q [n_tokens, num_heads, head_dim] float32 to the cache; scores are multiplied by `scale`.
+
+    Returns an activation [n_tokens, num_heads * head_dim]. A row's bits depend on its own sequence only:
+    not on the batch, on how its prompt was cut, on block ids or on threads. Chunks of 256 positions are
+    reduced alone and merged in order (Dao, FlashAttention, section 3.1; flash-decoding).
+
+    Raises:
+        RuntimeError: lengths do not fit together, or a block id is not in the pool.
+    """
+    out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=torch.float32)
+    torch.ops.tgi.attention(
+        q, kv.key, kv.value, tables.query_start, tables.context_len, tables.block_table, kv.block_size,
+        scale, out,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,36 @@
+"""The operator `qkv`: projections, rotary embedding, and the write into the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.matmul import matmul
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.weights import QkvWeight
+
+
+def qkv(
+    a: Tensor, weight: QkvWeight, positions: Tensor, slots: Tensor, kv: KvLayer, rope: RopeTable
+) -> Tensor:
+    """Project the activation, rotate queries and keys, write keys and values to `kv`; return the queries.
+
+    Args:
+        a: [n_tokens, hidden], an activation.
+        positions: [n_tokens] int32, each below the rope table's length.
+        slots: [n_tokens] int64, block * block_size + offset in the pool of `kv`, which is mutated; no two
+            tokens share one.
+
+    Returns:
+        q: [n_tokens, num_heads, head_dim] float32.
+
+    Raises:
+        RuntimeError: a position or slot is out of range; nothing is written then.
+    """
+    product = matmul(a, weight.linear)  # [n_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    q = torch.empty(a.shape[0], weight.num_heads, weight.head_dim, dtype=torch.float32)
+    torch.ops.tgi.rope_kv_write(
+        product, positions, slots, rope.cos, rope.sin, kv.block_size, q, kv.key, kv.value
+    )
+    return q

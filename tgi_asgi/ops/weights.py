@@ -1,0 +1,226 @@
+"""Weights as the operators want them, made from what the files hold.
+
+`models/loading` wraps a tensor's bytes in a `WeightSource` and calls a constructor; only this file and the
+kernels know what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Formats that the constructors decode themselves: format -> (elements, bytes) of a block.
+_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
+NATIVE_FORMATS = frozenset(_BLOCKS)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """A tensor as its file holds it.
+
+        WeightSource(gguf.raw(name), "Q4_1", (576, 1536))
+        WeightSource(array.view(np.uint8), "F32", (576, 576))
+
+    Attributes:
+        data: its bytes, uint8, contiguous; may be a view of a mapped file, read only while constructing.
+        format: one of `NATIVE_FORMATS`; anything else is decoded to float32 by the caller first.
+        shape: (rows, columns) with rows outermost in memory, or (elements,).
+
+    Raises:
+        ValueError: the format is not native, or the bytes are not as many as format and shape say.
+    """
+
+    data: npt.NDArray[np.uint8]
+    format: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.format not in NATIVE_FORMATS:
+            raise ValueError(
+                f"`format` must be one of {', '.join(sorted(NATIVE_FORMATS))}, got {self.format}"
+            )
+        if len(self.shape) not in (1, 2):
+            raise ValueError(f"`shape` must have one or two sizes, got {self.shape}")
+        elements, size = _BLOCKS[self.format]
+        if self.shape[-1] % elements:
+            raise ValueError(f"{self.format} needs rows of a multiple of {elements}, got {self.shape}")
+        if self.data.dtype != np.uint8 or not self.data.flags.c_contiguous:
+            raise ValueError("`data` must be contiguous uint8")
+        needed = int(np.prod(self.shape, dtype=np.int64)) // elements * size
+        if self.data.size != needed:
+            raise ValueError(f"{self.format} of shape {self.shape} has {needed} bytes, got {self.data.size}")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A matrix W of `a @ W.T (+ bias)`; also what `embed` gathers from. Opaque above `ops`."""
+
+    matrix: Tensor  # [rows, columns] float32 or bfloat16
+    bias: Tensor | None = None  # [rows] float32
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return int(self.matrix.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weight takes."""
+        bias = 0 if self.bias is None else self.bias.nbytes
+        return self.matrix.nbytes + bias
+
+
+@dataclass(frozen=True, slots=True)
+class QkvWeight:
+    """The query, key and value projections as one product. Opaque above `ops`."""
+
+    linear: LinearWeight  # rows: queries, keys, values
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weight takes."""
+        return self.linear.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GateUpWeight:
+    """The gate and up projections as one product. Opaque above `ops`."""
+
+    linear: LinearWeight  # rows: gate, up
+
+    @property
+    def intermediate_size(self) -> int:
+        """Number of outputs after the gate."""
+        return self.linear.rows // 2
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weight takes."""
+        return self.linear.num_bytes
+
+
+def vector(source: WeightSource) -> Tensor:
+    """Return a norm's weight or a bias as float32 [elements]."""
+    return _decode(source).reshape(-1)
+
+
+def linear_weight(
+    source: WeightSource, *, dtype: torch.dtype, bias: WeightSource | None = None
+) -> LinearWeight:
+    """Make the weight of `linear_add`, `head` and `embed` from a [rows, columns] source.
+
+    `dtype` is that of the arithmetic, float32 or bfloat16.
+    """
+    return _linear([source], dtype, None if bias is None else [bias])
+
+
+def qkv_weight(
+    query: WeightSource,
+    key: WeightSource,
+    value: WeightSource,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    biases: tuple[WeightSource, WeightSource, WeightSource] | None = None,
+    is_interleaved: bool = False,
+) -> QkvWeight:
+    """Make the weight of `qkv` from [heads * head_dim, columns] sources.
+
+    `is_interleaved` says that rotary pairs are neighbouring rows of query and key, as GGUF's `llama` files
+    have them; they are put into two halves here, so that one rotation serves all files.
+
+    Raises:
+        ValueError: a source has other rows than the heads say.
+    """
+    parts = (query, key, value)
+    for name, part, heads in zip(
+        ("query", "key", "value"), parts, (num_heads, num_kv_heads, num_kv_heads), strict=True
+    ):
+        if part.shape[0] != heads * head_dim:
+            raise ValueError(f"`{name}` must have {heads} x {head_dim} rows, got {part.shape[0]}")
+    if is_interleaved:
+        query, key = _halve_pairs(query, head_dim), _halve_pairs(key, head_dim)
+        if biases is not None:
+            biases = (_halve_pairs(biases[0], head_dim), _halve_pairs(biases[1], head_dim), biases[2])
+    linear = _linear([query, key, value], dtype, biases)
+    return QkvWeight(linear, num_heads, num_kv_heads, head_dim)
+
+
+def gate_up_weight(gate: WeightSource, up: WeightSource, *, dtype: torch.dtype) -> GateUpWeight:
+    """Make the weight of `gate_up` from two [intermediate, columns] sources.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"`gate` and `up` must have one shape, got {gate.shape} and {up.shape}")
+    return GateUpWeight(_linear([gate, up], dtype, None))
+
+
+def _linear(
+    sources: Sequence[WeightSource], dtype: torch.dtype, biases: Sequence[WeightSource] | None
+) -> LinearWeight:
+    """Stack sources by rows into one matrix of `dtype`."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
+    rows = sum(source.shape[0] for source in sources)
+    matrix = torch.empty(rows, sources[0].shape[1], dtype=dtype)
+    first = 0
+    for source in sources:
+        if len(source.shape) != 2 or source.shape[1] != matrix.shape[1]:
+            raise ValueError(f"a matrix must have {matrix.shape[1]} columns, got shape {source.shape}")
+        matrix[first : first + source.shape[0]] = _decode(source)
+        first += source.shape[0]
+    bias = None if biases is None else torch.cat([vector(part) for part in biases])
+    if bias is not None and bias.shape[0] != rows:
+        raise ValueError(f"the bias must have {rows} elements, got {bias.shape[0]}")
+    return LinearWeight(matrix, bias)
+
+
+def _decode(source: WeightSource) -> Tensor:
+    """Return a source as float32 of its shape."""
+    out = torch.empty(source.shape, dtype=torch.float32)
+    torch.ops.tgi.dequantise(_as_tensor(source.data), source.format, out)
+    return out
+
+
+def _as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
+    """Wrap bytes without a copy; torch warns about read-only memory, which the kernel only reads."""
+    if data.flags.writeable:
+        return torch.from_numpy(data.reshape(-1))
+    if data.size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    interface = dict(data.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    view = _Borrowed(interface, data)
+    return torch.as_tensor(np.asarray(view).reshape(-1))
+
+
+class _Borrowed:
+    """Present read-only memory as writable, and keep its owner alive."""
+
+    def __init__(self, interface: dict[str, object], owner: object) -> None:
+        self.__array_interface__ = interface
+        self._owner = owner
+
+
+def _halve_pairs(source: WeightSource, head_dim: int) -> WeightSource:
+    """Reorder rows 0 1 2 3 ... of each head to 0 2 4 ... 1 3 5 ...: whole rows move, so any format does."""
+    heads = source.shape[0] // head_dim
+    rows = source.data.reshape(heads, head_dim // 2, 2, -1)
+    return WeightSource(np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1), source.format, source.shape)
