@@ -147,6 +147,13 @@ class Settings:
         group="Engine",
         metavar="MS",
     )
+    step_timeout_s: float = _setting(
+        60.0,
+        "A step that takes longer counts as hung, and the server exits; a long prompt on a slow machine gets "
+        "ten times what it is expected to take.",
+        group="Engine",
+        metavar="SECONDS",
+    )
     block_size: int = _setting(16, "Tokens in a block of the KV cache.", group="Engine")
     prefix_cache: bool = _setting(True, "Reuse the KV blocks of prompts seen before.", group="Engine")
     num_threads: int | None = _setting(
@@ -173,12 +180,9 @@ class Settings:
             _check(value is None or value >= 0, name, "must not be negative", value)
         _check(0 <= self.port <= 65535, "port", "must be in 0..65535", self.port)
         _check(self.block_size in (16, 32, 64), "block_size", "must be 16, 32 or 64", self.block_size)
-        _check(
-            self.target_inter_token_ms > 0,
-            "target_inter_token_ms",
-            "must be positive",
-            self.target_inter_token_ms,
-        )
+        for name in ("target_inter_token_ms", "step_timeout_s"):
+            value = getattr(self, name)
+            _check(value > 0, name, "must be positive", value)
         if self.max_input_tokens is not None and self.max_total_tokens is not None:
             _check(
                 self.max_input_tokens < self.max_total_tokens,

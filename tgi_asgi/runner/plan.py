@@ -37,7 +37,9 @@ class StepRow:
     slot: int  # [0, max_batch_size)
     token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
     start: int  # position of the first token, which is the number of its tokens already in the KV cache
-    block_table: Sequence[int]  # covers start + number of tokens
+    # Covers at least start + number of tokens. The engine's own list: while the step is in flight it may grow
+    # at its end, and nothing else in it changes.
+    block_table: Sequence[int]
     samples: bool  # draw a token after the last one
     prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
 
@@ -77,6 +79,10 @@ class StepResult:
     step_id: int
     sampled: list[Sampled | None]  # one a row; None where the row does not sample
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
+
+
+class DeviceLost(Exception):
+    """Raised through a step's future when no further step can succeed (a CUDA error): nothing is retried."""
 
 
 class Runner(Protocol):
