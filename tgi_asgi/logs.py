@@ -18,14 +18,13 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING
 
 
 def configure(settings: Settings) -> None:
-    """Send this project's and the server's log records to stderr, from the level that was asked for."""
+    """Send our records to stderr from the level that was asked for, and other libraries' warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if settings.json_output else _TextFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(logging.WARNING)  # of the libraries; ours below
-    for name in ("tgi_asgi", "hypercorn"):
-        logging.getLogger(name).setLevel(_LEVELS[settings.log_level])
+    root.setLevel(logging.WARNING)  # libraries, the server's among them
+    logging.getLogger("tgi_asgi").setLevel(_LEVELS[settings.log_level])
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.chat import ChatTemplate, load_chat_template
@@ -138,9 +139,8 @@ CASES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
 def test_renders_what_transformers_renders(
     name: str, messages: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
-    reference = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
     options = {"add_generation_prompt": True, **options}
-    expected, _ = reference([messages], chat_template=TEMPLATES[name], **SPECIAL, **options)
+    expected, _ = render_jinja_template([messages], chat_template=TEMPLATES[name], **SPECIAL, **options)
     assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages, **options) == expected[0]
 
 

@@ -1,0 +1,61 @@
+# The one task runner. Needs a C++ compiler, make, and Python 3.11 to 3.13 with its headers and venv module.
+#   make serve ARGS="--model-id org/name --port 8080"      make test PYTEST_ARGS="-k stop"
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+TORCH ?= torch==2.13.0
+# PyTorch's CPU builds, where no NVIDIA GPU is found: PyPI's own bring gigabytes of CUDA. Empty: do not ask.
+TORCH_INDEX ?= $(if $(wildcard /dev/nvidia[0-9]*),,https://download.pytorch.org/whl/cpu)
+# An index that does not answer within 5 seconds is left out: pip alone would retry it for minutes.
+PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', timeout=5)
+TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp)
+
+.PHONY: serve test install lint format bench clean
+
+serve: $(VENV)/.installed
+	$(BIN)/tgi-asgi $(ARGS)
+
+test: $(VENV)/.test-tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+install: $(VENV)/.installed
+
+lint: $(VENV)/.lint-tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+bench: $(VENV)/.test-tools
+	for file in bench/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH) $(TORCH_FLAGS) || $(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
+	$(PIP) install --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json
+	$(PIP) install --no-build-isolation --editable '.[test]'
+	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock; fi
+	touch $@
+
+$(VENV)/.lint-tools: $(VENV)/.installed
+	$(PIP) install --no-build-isolation --editable '.[lint]'
+	touch $@
