@@ -18,9 +18,12 @@ from typing import NoReturn
 from starlette.routing import Router
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
-from tgi_asgi.http import health, openai
+from tgi_asgi.http import health, info, openai, tgi
+from tgi_asgi.http.access_log import log_access
 from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
+from tgi_asgi.http.auth import ApiKeys
 from tgi_asgi.http.context import Served, ServerContext
+from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
 from tgi_asgi.settings import Settings
@@ -49,12 +52,15 @@ class App:
         self.context = context
         self.on_ready: Callable[[Served], None] | None = None
         self.on_fatal: Callable[[BaseException], None] | None = None
-        self.guards: list[Guard] = []
-        self.observers: list[Observer] = []
+        self.guards: list[Guard] = [
+            Cors.from_settings(context.settings).guard,
+            ApiKeys.from_settings(context.settings).check,
+        ]
+        self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._loader = loader
         self._loading: asyncio.Task[None] | None = None
         self._router = Router(
-            [*openai.routes(), *health.routes()],
+            [*openai.routes(), *tgi.routes(), *health.routes(), *info.routes()],
             redirect_slashes=False,
             default=not_found,
         )
@@ -92,6 +98,7 @@ class App:
             if self.on_fatal is not None:
                 self.on_fatal(error)
             return
+        context.metrics.model_loaded(served.info)
         context.served = served
         if self.on_ready is not None:
             self.on_ready(served)
@@ -156,7 +163,7 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     progress("loading libraries", 0, None)
     loaded = load(settings, files, progress)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
-    return Served(engine, loaded.tokenizer, loaded.chat_template, loaded.info)
+    return Served(engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats)
 
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> App:
@@ -164,6 +171,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 
     Raises:
         InvalidRequest: a setting does not parse; without settings they come from the environment.
+        ModelLoadError: the file of API keys cannot be read.
     """
     if settings is None:
         settings = Settings.from_environ()
@@ -185,12 +193,10 @@ class _EnvironmentApp:
         try:
             settings = Settings.from_environ()
             if settings.model_id is None:
-                raise ModelLoadError(
-                    "MODEL_ID is not set: which model shall be served?"
-                )
+                raise ModelLoadError("MODEL_ID is not set: which model shall be served?")
+            app = create_app(settings)
         except (InvalidRequest, ModelLoadError) as error:
             _exit(error)
-        app = create_app(settings)
         app.on_fatal = _exit
         return app
 

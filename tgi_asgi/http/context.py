@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tgi_asgi.errors import Unavailable
+from tgi_asgi.http.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, EngineState, ModelInfo
 
 if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
+    from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat import ChatTemplate
     from tgi_asgi.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,6 +43,7 @@ class Served:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
+    stats: EngineStats | None = None  # the engine's counters, for `/metrics`
 
 
 class ServerContext:
@@ -46,6 +52,7 @@ class ServerContext:
     Attributes:
         served: the model, or None while it loads.
         failure: why loading failed, or why the engine died, if it did.
+        metrics: what `/metrics` shows.
         started_s: `time.monotonic()` of the start.
     """
 
@@ -56,6 +63,8 @@ class ServerContext:
         self.progress = LoadProgress()
         self.started_s = time.monotonic()
         self.created = int(time.time())
+        self.metrics = Metrics(settings.block_size)
+        self._warned: set[str] = set()
         self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
 
     @property
@@ -98,6 +107,12 @@ class ServerContext:
         if progress.total:
             return f"{progress.stage}, {100 * progress.done // progress.total}%"
         return progress.stage
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Log a warning unless this server has logged one on that topic; topics are few and ours."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            logger.warning(message)
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run text work (templates, tokenisation, large JSON) off the event loop."""

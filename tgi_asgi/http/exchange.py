@@ -51,6 +51,7 @@ class Exchange:
     """
 
     __slots__ = (
+        "_body",
         "channels",
         "context",
         "dialect",
@@ -82,6 +83,7 @@ class Exchange:
         self.route = ""  # the pattern that matched, for metrics labels
         self.channels: list[Channel] = []
         self.error: BaseException | None = None
+        self._body: bytes | None = None
         self.is_body_read = False
         self.is_disconnected = False
 
@@ -104,6 +106,9 @@ class Exchange:
             PayloadTooLarge, InvalidRequest, ClientDisconnected: see `asgi.read_body`.
             UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
         """
+        if self._body is not None:
+            body, self._body = self._body, None
+            return body
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
@@ -111,6 +116,10 @@ class Exchange:
             _require_json(self.header(b"content-type"))
         self.is_body_read = True  # from here on read_body drains what it refuses
         return await read_body(self.receive, self.scope, self.context.settings.payload_limit)
+
+    def put_back(self, body: bytes) -> None:
+        """Let the handler that is called next read this body again."""
+        self._body = body
 
     async def read_json(self, decoder: msgspec.json.Decoder[T]) -> T:
         """Read and decode the body; large ones are decoded in a thread.

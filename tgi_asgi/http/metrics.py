@@ -1,25 +1,32 @@
 """What is measured: TGI's metrics by name, label and bucket, and what vLLM's dashboards show besides.
 
-`requests` are counted once, at the HTTP edge. The engine knows nothing of this file: it is given an observer
-with `step_done` and `step_failed`, and `/metrics` reads its gauges when it is asked.
+Requests are counted once, at the HTTP edge, after each response; the engine keeps its own plain counters,
+which are read when `/metrics` is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tgi_asgi.errors import (
+    Forbidden,
     GenerationFailed,
     IncompleteGeneration,
     InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
     Overloaded,
+    PayloadTooLarge,
     TemplateError,
     TgiError,
+    Unavailable,
+    UnsupportedMediaType,
 )
+from tgi_asgi.http.course import Course
 from tgi_asgi.http.prometheus import Counter, Gauge, Histogram, Registry, Summary
-from tgi_asgi.types import ModelInfo, RequestStats
+from tgi_asgi.http.tgi_validation import MAX_TESTED_NEW_TOKENS
+from tgi_asgi.types import ModelInfo
 
 _FAILURES: tuple[tuple[type[TgiError], str], ...] = (
     (TemplateError, "template"),
@@ -27,7 +34,17 @@ _FAILURES: tuple[tuple[type[TgiError], str], ...] = (
     (Overloaded, "overloaded"),
     (GenerationFailed, "generation"),
     (IncompleteGeneration, "incomplete"),
+    # What a client can be told to mend is TGI's "validation", whatever its status.
+    (PayloadTooLarge, "validation"),
+    (UnsupportedMediaType, "validation"),
+    (NotFound, "validation"),
+    (Forbidden, "validation"),
+    (MethodNotAllowed, "validation"),
 )
+if TYPE_CHECKING:
+    from tgi_asgi.engine.stats import EngineStats
+    from tgi_asgi.http.exchange import Exchange
+
 _Made = TypeVar("_Made", Counter, Histogram)
 
 DROPPED = "dropped"  # the client went away
@@ -35,6 +52,17 @@ UNAVAILABLE = "unavailable"  # loading, draining or dead; TGI has no such state
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, UNAVAILABLE)
 METHODS = ("prefill", "decode")
 CONCAT_REASONS = ("backpressure", "wait_exceeded", "chunking")
+GENERATING_ROUTES = frozenset(
+    {
+        "/",
+        "/generate",
+        "/generate_stream",
+        "/invocations",
+        "/vertex",
+        "/v1/chat/completions",
+        "/v1/completions",
+    }
+)  # fmt: skip
 BATCH_BUCKETS = [float(size) for size in range(1, 1025)]
 
 
@@ -54,51 +82,14 @@ def length_buckets(most: int) -> list[float]:
     return [most * i / 100 for i in range(1, 101)]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineGauges:
-    """The engine's state at one moment."""
-
-    running: int = 0  # sequences in the batch
-    waiting: int = 0  # sequences that wait for room
-    running_max_tokens: int = 0  # tokens that the batch may come to hold
-    kv_usage: float = 0.0  # share of the KV cache in use, 0 to 1
-    preemptions: int = 0  # since the start
-
-
-@dataclass(frozen=True, slots=True)
-class RequestTimes:
-    """One request's course in seconds, as the HTTP edge and the engine saw it."""
-
-    total_s: float
-    validation_s: float
-    queue_s: float
-    inference_s: float
-    first_token_s: float | None  # since arrival; None: there was no token
-
-    @classmethod
-    def of(cls, arrival_s: float, submitted_s: float, now_s: float, stats: RequestStats) -> RequestTimes:
-        """Take the times from a request's stats; all arguments are of `time.monotonic()`."""
-        scheduled = now_s if stats.scheduled_s is None else stats.scheduled_s
-        finished = now_s if stats.finished_s is None else stats.finished_s
-        first = stats.first_token_s
-        return cls(
-            total_s=now_s - arrival_s,
-            validation_s=submitted_s - arrival_s,
-            queue_s=max(scheduled - submitted_s, 0.0),
-            inference_s=max(finished - scheduled, 0.0),
-            first_token_s=None if first is None else first - arrival_s,
-        )
-
-
 class Metrics:
     """Every metric of one server.
 
-    Routes call the `request_*` methods, the engine's observer is `step_done` and `step_failed`, and `render`
-    is `/metrics`.
+    `app.py` calls `request_ended` after each request; `/metrics` is `render`.
     """
 
-    def __init__(self, read_engine: Callable[[], EngineGauges] = EngineGauges) -> None:
-        self.read_engine = read_engine
+    def __init__(self, block_size: int = 16) -> None:
+        self._block_size = block_size
         self._registry = Registry()
         self._make_request_metrics()
         self._make_batch_metrics()
@@ -158,12 +149,15 @@ class Metrics:
             "tgi_time_to_first_token_seconds", "From arrival to the first token."
         )
         self.inter_token_latency = duration(
-            "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
+            "tgi_inter_token_latency_seconds", "Between two tokens of a request, its mean for each of them."
         )
-        self.prompt_tokens = counter("tgi_prompt_tokens_total", "Prompt tokens of answered requests.")
-        self.generation_tokens = counter("tgi_generation_tokens_total", "Generated tokens of those.")
+        self.prompt_tokens = counter("tgi_prompt_tokens_total", "Prompt tokens, computed or cached.")
+        self.generation_tokens = counter("tgi_generation_tokens_total", "Generated tokens.")
+        self.prefix_query_tokens = counter(
+            "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
+        )
         self.prefix_hit_tokens = counter(
-            "tgi_prefix_cache_hit_tokens_total", "Prompt tokens of those that the prefix cache gave."
+            "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
         )
 
     def _make_length_metrics(self, max_input: int, max_total: int) -> None:
@@ -182,64 +176,62 @@ class Metrics:
         """Size the length histograms, whose buckets TGI derives from the model's limits."""
         self._make_length_metrics(info.max_input_tokens, info.max_total_tokens)
 
-    def request_arrived(self) -> None:
-        """Record a request to a generating route, whatever becomes of it."""
+    def request_ended(self, exchange: Exchange) -> None:
+        """Record a request, whatever became of it; an observer of `app.py`."""
+        if exchange.method != "POST" or exchange.route not in GENERATING_ROUTES:
+            return
         self.count.add()
-
-    def request_validated(self, input_length: int, max_new_tokens: int) -> None:
-        """Record a request that is about to be submitted."""
-        self.input_length.observe(input_length)
-        self.max_new_tokens.observe(max_new_tokens)
-
-    def request_finished(self, times: RequestTimes, stats: RequestStats, input_length: int) -> None:
-        """Record a request that was answered whole."""
-        self.success.add()
-        self.duration.observe(times.total_s)
-        self.validation_duration.observe(times.validation_s)
-        self.queue_duration.observe(times.queue_s)
-        self.inference_duration.observe(times.inference_s)
-        self.mean_time_per_token.observe(times.inference_s / max(stats.generated_tokens, 1))
-        self.generated_tokens.observe(stats.generated_tokens)
-        if times.first_token_s is not None:
-            self.time_to_first_token.observe(times.first_token_s)
-        self.prompt_tokens.add(input_length)
-        self.generation_tokens.add(stats.generated_tokens)
-        self.prefix_hit_tokens.add(stats.cached_tokens)
-
-    def request_failed(self, error: TgiError) -> None:
-        """Record a request that ended with an error."""
-        label = next((label for kind, label in _FAILURES if isinstance(error, kind)), UNAVAILABLE)
-        self.failure[label].add()
-
-    def request_dropped(self) -> None:
-        """Record a request whose client went away."""
-        self.failure[DROPPED].add()
-
-    def step_done(self, method: str, inference_s: float, forward_s: float, size: int) -> None:
-        """Record a step: `method` is prefill or decode, `size` its sequences."""
-        self.batch_count[method].add()
-        self.batch_success[method].add()
-        self.batch_inference[method].observe(inference_s)
-        self.batch_forward[method].observe(forward_s)
-        if method == "decode":
-            self.inter_token_latency.observe(inference_s, size)
+        course = Course.of(exchange)
+        if exchange.channels:
+            self.input_length.observe(course.prompt_tokens)
+            self.max_new_tokens.observe(min(course.max_new_tokens, MAX_TESTED_NEW_TOKENS))
+        if exchange.error is not None:
+            self.failure[_failure(exchange.error)].add()
+        elif exchange.is_disconnected:
+            self.failure[DROPPED].add()
         else:
-            self.batch_next_size.observe(size)
+            self._request_succeeded(course)
 
-    def step_failed(self, method: str) -> None:
-        """Record a step that raised."""
-        self.batch_count[method].add()
-        self.batch_failure[method].add()
+    def _request_succeeded(self, course: Course) -> None:
+        self.success.add()
+        self.duration.observe(course.total_s)
+        self.validation_duration.observe(course.validation_s)
+        self.queue_duration.observe(course.queue_s)
+        self.inference_duration.observe(course.inference_s)
+        self.mean_time_per_token.observe(course.inference_s / max(course.generated_tokens, 1))
+        self.generated_tokens.observe(course.generated_tokens)
+        if course.first_token_s is not None:
+            self.time_to_first_token.observe(course.first_token_s)
+            num_gaps = course.generated_tokens - 1
+            if num_gaps > 0:
+                self.inter_token_latency.observe(course.decode_s / num_gaps, num_gaps)
 
-    def render(self) -> bytes:
-        """Return the exposition, the engine's gauges read just now."""
-        now = self.read_engine()
-        self._queue_size.value = self._waiting.value = now.waiting
-        self._current_size.value = self._running.value = now.running
-        self._current_max_tokens.value = now.running_max_tokens
-        self._kv_usage.value = now.kv_usage
-        self._preemptions.value = now.preemptions
+    def render(self, stats: EngineStats | None = None) -> bytes:
+        """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
+        if stats is not None:
+            self._read_engine(stats)
         return self._registry.render()
+
+    def _read_engine(self, stats: EngineStats) -> None:
+        for method, durations in stats.step_s.items():
+            self.batch_success[method].value = durations.count
+            for histogram in (self.batch_inference[method], self.batch_forward[method]):
+                histogram.copy(durations.bounds, durations.counts, durations.total)
+        # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
+        self.batch_failure["decode"].value = stats.failed_steps
+        for method in METHODS:
+            self.batch_count[method].value = (
+                self.batch_success[method].value + self.batch_failure[method].value
+            )
+        self._queue_size.value = self._waiting.value = stats.waiting
+        self._current_size.value = self._running.value = stats.running
+        self._current_max_tokens.value = stats.blocks_used * self._block_size
+        self._kv_usage.value = stats.blocks_used / max(stats.blocks_total, 1)
+        self._preemptions.value = stats.preemptions
+        self.generation_tokens.value = stats.sampled_tokens
+        self.prompt_tokens.value = stats.prefill_tokens + stats.prefix_hit_tokens
+        self.prefix_query_tokens.value = stats.prefix_query_tokens
+        self.prefix_hit_tokens.value = stats.prefix_hit_tokens
 
     def _counter(self, name: str, help: str) -> Counter:
         return self._registry.add(name, help, Counter())
@@ -252,6 +244,13 @@ class Metrics:
 
     def _by_method(self, name: str, help: str, make: Callable[[], _Made]) -> dict[str, _Made]:
         return self._registry.add_labelled(name, help, make, "method", METHODS)
+
+
+def _failure(error: BaseException) -> str:
+    """Return TGI's label for an error; what is no error of ours is the engine's or the server's."""
+    if isinstance(error, Unavailable):
+        return UNAVAILABLE
+    return next((label for kind, label in _FAILURES if isinstance(error, kind)), "generation")
 
 
 def _durations() -> Histogram:

@@ -70,6 +70,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
+    def copy(self, bounds: Sequence[float], counts: Sequence[int], total: float) -> None:
+        """Take over a histogram that is kept elsewhere."""
+        self.bounds = bounds
+        self.counts = list(counts)
+        self.sum = total
+
     def samples(self, name: str, label: str) -> Iterator[str]:
         comma = "," if label else ""
         below = 0

@@ -5,13 +5,16 @@ Called by the native routes. Stream frames are put together from prebuilt bytes:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 import orjson
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
+from tgi_asgi.errors import TgiError
+from tgi_asgi.http.errors import Dialect, error_event
 from tgi_asgi.http.tgi_schema import (
     BestOfSequence,
     Details,
@@ -32,6 +35,8 @@ FINISH_NAMES: dict[FinishReason, FinishReasonName] = {
     FinishReason.EOS: "eos_token",
     FinishReason.STOP: "stop_sequence",
 }
+Events = Sequence[TokenEvent]  # of one choice
+
 _encode = msgspec.json.encode
 
 
@@ -54,37 +59,31 @@ def _top_tokens(tokenizer: Tokenizer, event: TokenEvent) -> list[Token]:
     ]
 
 
-class CollectedSequence:
-    """One choice of a whole answer, gathered from its events."""
+def _tokens(tokenizer: Tokenizer, events: Events) -> list[Token]:
+    return [
+        Token(
+            id=event.token_id,
+            text=tokenizer.token_text(event.token_id) if event.is_special else event.text,
+            logprob=event.logprob,
+            special=event.is_special,
+        )
+        for event in events
+    ]
 
-    __slots__ = ("events", "finish", "text")
 
-    def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-        self.finish: FinishReasonName = "length"
-        self.text = ""
+def _text(events: Events) -> str:
+    return "".join([event.text for event in events])
 
-    def add(self, event: TokenEvent) -> None:
-        self.events.append(event)
-        if event.finish is not None:
-            self.finish = FINISH_NAMES[event.finish]
-            self.text = "".join(event.text for event in self.events)
 
-    @property
-    def mean_logprob(self) -> float:
-        known = [event.logprob for event in self.events if event.logprob is not None]
-        return sum(known) / len(known) if known else float("-inf")
+def _finish(events: Events) -> FinishReasonName:
+    finish = events[-1].finish
+    assert finish is not None, "a choice ended without a finish reason"
+    return FINISH_NAMES[finish]
 
-    def tokens(self, tokenizer: Tokenizer) -> list[Token]:
-        return [
-            Token(
-                id=event.token_id,
-                text=tokenizer.token_text(event.token_id) if event.is_special else event.text,
-                logprob=event.logprob,
-                special=event.is_special,
-            )
-            for event in self.events
-        ]
+
+def _mean_logprob(events: Events) -> float:
+    known = [event.logprob for event in events if event.logprob is not None]
+    return sum(known) / len(known) if known else -math.inf
 
 
 def render_prefill(
@@ -99,57 +98,46 @@ def render_prefill(
     ]
 
 
-def pick_best(sequences: Sequence[CollectedSequence]) -> int:
-    """Return the index of the sequence with the highest mean log-probability, the first on ties."""
-    return max(range(len(sequences)), key=lambda index: sequences[index].mean_logprob)
+def pick_best(choices: Sequence[Events]) -> int:
+    """Return the index of the choice with the highest mean log-probability, the first on ties."""
+    return max(range(len(choices)), key=lambda index: _mean_logprob(choices[index]))
 
 
 def render_whole(
-    plan: NativePlan,
-    sequences: Sequence[CollectedSequence],
-    best: int,
-    prefill: list[PrefillToken],
-    tokenizer: Tokenizer,
+    plan: NativePlan, choices: Sequence[Events], best: int, prefill: list[PrefillToken], tokenizer: Tokenizer
 ) -> GenerateResponse:
-    """Build the whole answer; `sequences[best]` is the one that counts."""
-    winner = sequences[best]
-    text = plan.text_prefix + winner.text
+    """Build the whole answer; `choices[best]` is the one that counts."""
+    winner = choices[best]
+    text = plan.text_prefix + _text(winner)
     if not plan.details:
         return GenerateResponse(generated_text=text)
-    top = _all_top_tokens if plan.top_n else _no_top_tokens
-    losers = [sequence for index, sequence in enumerate(sequences) if index != best]
-    return GenerateResponse(
-        generated_text=text,
-        details=Details(
-            finish_reason=winner.finish,
-            generated_tokens=len(winner.events),
+    losers = [
+        BestOfSequence(
+            generated_text=plan.text_prefix + _text(loser),
+            finish_reason=_finish(loser),
+            generated_tokens=len(loser),
             seed=plan.shown_seed,
             prefill=prefill,
-            tokens=winner.tokens(tokenizer),
-            top_tokens=top(winner, tokenizer),
-            best_of_sequences=[
-                BestOfSequence(
-                    generated_text=plan.text_prefix + loser.text,
-                    finish_reason=loser.finish,
-                    generated_tokens=len(loser.events),
-                    seed=plan.shown_seed,
-                    prefill=prefill,
-                    tokens=loser.tokens(tokenizer),
-                    top_tokens=top(loser, tokenizer),
-                )
-                for loser in losers
-            ]
-            or UNSET,
-        ),
+            tokens=_tokens(tokenizer, loser),
+            top_tokens=_all_top_tokens(plan, tokenizer, loser),
+        )
+        for index, loser in enumerate(choices)
+        if index != best
+    ]
+    details = Details(
+        finish_reason=_finish(winner),
+        generated_tokens=len(winner),
+        seed=plan.shown_seed,
+        prefill=prefill,
+        tokens=_tokens(tokenizer, winner),
+        top_tokens=_all_top_tokens(plan, tokenizer, winner),
+        best_of_sequences=losers or UNSET,
     )
+    return GenerateResponse(generated_text=text, details=details)
 
 
-def _all_top_tokens(sequence: CollectedSequence, tokenizer: Tokenizer) -> list[list[Token]]:
-    return [_top_tokens(tokenizer, event) for event in sequence.events]
-
-
-def _no_top_tokens(sequence: CollectedSequence, tokenizer: Tokenizer) -> msgspec.UnsetType:
-    return UNSET
+def _all_top_tokens(plan: NativePlan, tokenizer: Tokenizer, events: Events) -> list[list[Token]] | UnsetType:
+    return [_top_tokens(tokenizer, event) for event in events] if plan.top_n else UNSET
 
 
 class StreamRenderer:
@@ -164,9 +152,17 @@ class StreamRenderer:
         self._num_tokens = 0
         self._texts: list[str] = []
 
-    def render(self, events: Sequence[TokenEvent]) -> bytes:
-        """Return one whole SSE event a token."""
+    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return one whole SSE event a token; a native stream has one part."""
         return b"".join([self._frame(event) for event in events])
+
+    def close(self) -> bytes:
+        """Return nothing: the last token's event is the end, there is no `[DONE]`."""
+        return b""
+
+    def fail(self, error: TgiError) -> bytes:
+        """Return the event that ends a failed stream."""
+        return error_event(error, Dialect.NATIVE)
 
     def _frame(self, event: TokenEvent) -> bytes:
         self._num_tokens += 1

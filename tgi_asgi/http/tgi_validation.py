@@ -1,7 +1,7 @@
 """TGI's rules for a generate request: its checks, in its order and words, and what they turn into.
 
-`plan` runs what needs no permit, `check_parameters` what TGI checks once a permit is held, `to_generation`
-what needs the prompt's tokens. Pure functions: routes (`tgi.py`) own the permit and the worker threads.
+`plan_request` checks what needs no permit, `check_parameters` what TGI checks once a permit is held,
+`to_generation` what needs the prompt's tokens. Pure functions: `tgi.py` owns the permit and the threads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _ENGINE_SEED_MASK = 2**63 - 1
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 
 _ABSENT = GenerateParameters()
-_Decoded = TypeVar("_Decoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,7 @@ class NativePlan:
     num_choices: int  # permits to take
     details: bool
     shows_prefill: bool
+    needs_logprobs: bool
     top_n: int
     text_prefix: str  # `inputs`, where the full text is wanted
     seed: int  # [0, 2**64): the client's, or drawn
@@ -87,30 +87,7 @@ class NativePlan:
         return self.seed if self.is_sampled else None
 
 
-def decode(decoder: msgspec.json.Decoder[_Decoded], body: bytes) -> _Decoded:
-    """Read a native body.
-
-    Raises:
-        InvalidRequest: not JSON (`is_syntax`), or of the wrong shape (`param` is the field's path).
-    """
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at `")
-        refuse_type(path.rstrip("`").removeprefix("$").removeprefix("."), what)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"Failed to parse the request body as JSON: {error}", is_syntax=True) from error
-
-
-def refuse_type(path: str, what: str) -> NoReturn:
-    """Raise TGI's message for a field of the wrong type."""
-    where = f"{path}: " if path else ""
-    raise InvalidRequest(
-        f"Failed to deserialize the JSON body into the target type: {where}{what}", param=path or None
-    )
-
-
-def plan(
+def plan_request(
     request: GenerateRequest | CompatGenerateRequest,
     limits: NativeLimits,
     *,
@@ -126,7 +103,7 @@ def plan(
     parameters = given or _ABSENT
     best_of = _or(parameters.best_of, 1)
     if parameters.seed is not None and parameters.seed > MAX_SEED:
-        refuse_type("parameters.seed", f"Expected `int` <= {MAX_SEED}")
+        _refuse(f"`seed` must be at most {MAX_SEED}. Given: {parameters.seed}", "seed")
     if is_stream:
         _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
         _require(
@@ -141,6 +118,7 @@ def plan(
             f"`best_of` must be > 0 and <= {limits.max_best_of}. Given: {best_of}",
             "best_of",
         )
+    details = bool(parameters.details or parameters.decoder_input_details)
     full_text = parameters.return_full_text
     return NativePlan(
         inputs=request.inputs,
@@ -148,8 +126,10 @@ def plan(
         # TGI's trap: a request without parameters samples, one with parameters is greedy unless told.
         is_sampled=given is None or _is_sampled(given),
         num_choices=max(best_of, 1),
-        details=bool(parameters.details or parameters.decoder_input_details),
+        details=details,
         shows_prefill=bool(parameters.decoder_input_details) and limits.enable_prefill_logprobs,
+        # Every token of a stream shows its own; the best of several sequences is the likeliest.
+        needs_logprobs=is_stream or details or best_of > 1,
         top_n=parameters.top_n_tokens or 0,
         text_prefix=request.inputs if (full_text_default if full_text is None else full_text) else "",
         seed=random.randrange(DRAWN_SEEDS) if parameters.seed is None else parameters.seed,
@@ -219,12 +199,10 @@ def to_generation(
     room = _check_length(len(prompt_ids), p.max_new_tokens, limits)
     if p.grammar is not None:
         _refuse_grammar(p.grammar, limits)
-    # The likeliest of several sequences is chosen by its log-probabilities.
-    wants_logprobs = plan.details or plan.num_choices > 1 or plan.top_n > 0
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=prompt_ids,
-        sampling=_sampling(plan, limits, plan.top_n if wants_logprobs else None),
+        sampling=_sampling(plan, limits, plan.top_n if plan.needs_logprobs else None),
         stop=StopConditions(
             max_tokens=room if p.max_new_tokens is None else min(p.max_new_tokens, room),
             stop=tuple(p.stop or ()),

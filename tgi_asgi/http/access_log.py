@@ -1,0 +1,65 @@
+"""One log line a request: what it was, what became of it, where its time went. An observer of `app.py`."""
+
+from __future__ import annotations
+
+import logging
+
+from tgi_asgi.http.course import Course
+from tgi_asgi.http.exchange import Exchange
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an answer
+# Probes and scrapes come every few seconds: they are worth a line only when they fail.
+_QUIET = frozenset({("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics")})
+
+
+def log_access(exchange: Exchange) -> None:
+    """Log a request that has ended; its numbers are fields of the record, for JSON logs."""
+    status = exchange.status or CLIENT_CLOSED
+    is_quiet = (exchange.method, exchange.route) in _QUIET and status < 400
+    level = logging.DEBUG if is_quiet else logging.INFO
+    if logger.isEnabledFor(level):
+        logger.log(
+            level,
+            "%s %s %d%s",
+            exchange.method,
+            _one_line(exchange.path),
+            status,
+            " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else "",
+            extra=_fields(exchange, status),
+        )
+
+
+def _fields(exchange: Exchange, status: int) -> dict[str, object]:
+    course = Course.of(exchange)
+    client = exchange.scope.get("client")
+    fields: dict[str, object] = {
+        "request_id": exchange.request_id,
+        "client": client[0] if client else None,
+        "status": status,
+        "total_ms": _milliseconds(course.total_s),
+    }
+    if exchange.channels:
+        fields |= {
+            "prompt_tokens": course.prompt_tokens,
+            "cached_tokens": course.cached_tokens,
+            "generated_tokens": course.generated_tokens,
+            "validation_ms": _milliseconds(course.validation_s),
+            "queue_ms": _milliseconds(course.queue_s),
+            "inference_ms": _milliseconds(course.inference_s),
+        }
+        if course.first_token_s is not None:
+            fields["first_token_ms"] = _milliseconds(course.first_token_s)
+    if exchange.error is not None:
+        fields["error"] = _one_line(str(exchange.error))[:500]
+    return fields
+
+
+def _one_line(text: str) -> str:
+    """Escape what a client wrote: no line of it may look like one of ours."""
+    return text.encode("unicode_escape").decode("ascii")
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 1)

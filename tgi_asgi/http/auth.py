@@ -1,0 +1,87 @@
+"""API keys: who may call what.
+
+`app.py` asks before any handler runs. Which routes stay open is a matter of the wire, so it is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+from tgi_asgi.errors import ModelLoadError, Unauthorized
+from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.settings import Settings
+
+# Orchestrators and Prometheus send no key. CORS preflights carry none either: `cors.py` answers them first.
+OPEN_ROUTES = frozenset({("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics"), ("GET", "/")})
+
+
+class ApiKeys:
+    """The keys that clients may send as `Authorization: Bearer <key>`; none: everything is open."""
+
+    def __init__(self, keys: Iterable[str], open_paths: Iterable[str] = ()) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+        self._open = OPEN_ROUTES | {("GET", path) for path in open_paths}
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> ApiKeys:
+        """Take the keys of the flags and of the key file.
+
+        Raises:
+            ModelLoadError: the key file cannot be read, or has no key: better no server than an open one.
+        """
+        keys = list(settings.api_key)
+        if settings.api_key_file is not None:
+            keys += read_key_file(settings.api_key_file)
+        open_paths = (settings.aip_health_route,) if settings.aip_health_route else ()
+        return cls(keys, open_paths)
+
+    def check(self, exchange: Exchange) -> None:
+        """Let a request pass, or not.
+
+        Raises:
+            Unauthorized: the route needs a key, and the request has none or another.
+        """
+        if not self._digests:
+            return
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        path = exchange.path.rstrip("/") or "/"
+        if (method, path) in self._open:
+            return
+        given = exchange.header(b"authorization")
+        if given is None:
+            raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
+        scheme, _, key = given.strip().partition(b" ")
+        if scheme.lower() != b"bearer" or not self._knows(key.strip()):
+            raise Unauthorized("The API key is wrong")
+
+    def _knows(self, key: bytes) -> bool:
+        # Digests have one length, and every one is compared: time tells neither the key nor its place.
+        digest = _digest(key)
+        found = 0
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return bool(found)
+
+
+def read_key_file(path: str) -> list[str]:
+    """Return the keys of a file: one a line, empty lines and lines that begin with # skipped.
+
+    Raises:
+        ModelLoadError: the file cannot be read, or has no key.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"--api-key-file {path}: cannot be read: {error}") from None
+    keys = [line.strip() for line in text.splitlines()]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    if not keys:
+        raise ModelLoadError(f"--api-key-file {path}: has no key in it")
+    return keys
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

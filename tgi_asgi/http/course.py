@@ -1,0 +1,51 @@
+"""What became of one request, in numbers: read off its exchange for headers, metrics and the access log."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tgi_asgi.http.exchange import Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One request's sizes and times so far, over all its channels (prompts)."""
+
+    total_s: float  # since the request's first byte was handled
+    validation_s: float = 0.0  # until it was submitted
+    queue_s: float = 0.0  # from there to the first step that ran a token of it
+    inference_s: float = 0.0  # from there to its last token
+    first_token_s: float | None = None  # since the request's start; None: there was none
+    decode_s: float = 0.0  # from the first token to the last
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    max_new_tokens: int = 0
+
+    @classmethod
+    def of(cls, exchange: Exchange) -> Course:
+        """Take stock of a request now."""
+        now_s = time.monotonic()
+        channels = exchange.channels
+        if not channels:
+            return cls(total_s=now_s - exchange.started_s)
+        stats = [channel.stats for channel in channels]
+        submitted_s = min(s.arrival_s for s in stats)
+        scheduled_s = min((s.scheduled_s for s in stats if s.scheduled_s is not None), default=now_s)
+        finished_s = max(now_s if s.finished_s is None else s.finished_s for s in stats)
+        first_s = min((s.first_token_s for s in stats if s.first_token_s is not None), default=None)
+        return cls(
+            total_s=now_s - exchange.started_s,
+            validation_s=max(submitted_s - exchange.started_s, 0.0),
+            queue_s=max(scheduled_s - submitted_s, 0.0),
+            inference_s=max(finished_s - scheduled_s, 0.0),
+            first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
+            decode_s=0.0 if first_s is None else max(finished_s - first_s, 0.0),
+            prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),
+            cached_tokens=sum(s.cached_tokens for s in stats),
+            generated_tokens=sum(s.generated_tokens for s in stats),
+            max_new_tokens=max(channel.request.stop.max_tokens for channel in channels),
+        )
