@@ -161,7 +161,13 @@ def qkv_weight(
     return QkvWeight(linear, num_heads, num_kv_heads, head_dim)
 
 
-def gate_up_weight(gate: WeightSource, up: WeightSource, *, dtype: torch.dtype) -> GateUpWeight:
+def gate_up_weight(
+    gate: WeightSource,
+    up: WeightSource,
+    *,
+    dtype: torch.dtype,
+    biases: tuple[WeightSource, WeightSource] | None = None,
+) -> GateUpWeight:
     """Make the weight of `gate_up` from two [intermediate, columns] sources.
 
     Raises:
@@ -169,7 +175,7 @@ def gate_up_weight(gate: WeightSource, up: WeightSource, *, dtype: torch.dtype) 
     """
     if gate.shape != up.shape:
         raise ValueError(f"`gate` and `up` must have one shape, got {gate.shape} and {up.shape}")
-    return GateUpWeight(_linear([gate, up], dtype, None))
+    return GateUpWeight(_linear([gate, up], dtype, biases))
 
 
 def _linear(
