@@ -1,0 +1,126 @@
+"""What TGI's launcher and the clouds pass: nothing is lost in silence, nothing stops a server needlessly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.launcher_compat import (
+    OPTIONS,
+    Treatment,
+    check_options,
+    environment_changes,
+    simple_level,
+)
+from tgi_asgi.settings import Settings
+
+# Flags and variables of TGI 3.3.7's launcher, less what is a setting here.
+LAUNCHER = (
+    "model_id revision validation_workers sharded num_shard quantize speculate dtype kv_cache_dtype "
+    "trust_remote_code max_concurrent_requests max_best_of max_stop_sequences max_top_n_tokens "
+    "max_input_tokens max_total_tokens waiting_served_ratio max_batch_prefill_tokens max_batch_total_tokens "
+    "max_waiting_tokens max_batch_size cuda_graphs hostname port prometheus_port shard_uds_path master_addr "
+    "master_port disable_custom_kernels cuda_memory_fraction rope_scaling rope_factor json_output "
+    "otlp_endpoint otlp_service_name cors_allow_origin api_key watermark_gamma watermark_delta ngrok "
+    "ngrok_authtoken ngrok_edge tokenizer_config_path disable_grammar_support max_client_batch_size "
+    "lora_adapters usage_stats payload_limit enable_prefill_logprobs graceful_termination_timeout"
+)
+
+
+def test_every_flag_of_the_launcher_is_a_setting_or_a_compat_option() -> None:
+    settings = {field.name for field in dataclasses.fields(Settings)}
+    options = {option.name for option in OPTIONS}
+    assert set(LAUNCHER.split()) <= settings | options
+    assert not settings & options
+
+
+def test_an_ignored_option_gives_one_warning_without_its_value() -> None:
+    assert check_options({"ngrok_authtoken": "s3cret"}, {}) == [
+        "--ngrok-authtoken is ignored: there is no tunnel"
+    ]
+    assert check_options({}, {"WAITING_SERVED_RATIO": "1.2"}) == [
+        "WAITING_SERVED_RATIO is ignored: the scheduler fills every step by itself"
+    ]
+
+
+def test_values_that_ask_for_nothing_pass_in_silence() -> None:
+    environ = {
+        "NUM_SHARD": "1", "SHARDED": "false", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off",
+        "QUANTIZE": "", "SPECULATE": "0", "ROPE_FACTOR": "1.0",
+    }  # fmt: skip
+    assert check_options({}, environ) == []
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    assert check_options({"num_shard": "1"}, {"NUM_SHARD": "4"}) == []
+    with pytest.raises(InvalidRequest, match="--num-shard=4"):
+        check_options({"num_shard": "4"}, {"NUM_SHARD": "1"})
+
+
+@pytest.mark.parametrize(
+    "option", [o for o in OPTIONS if o.treatment is Treatment.REFUSED], ids=lambda o: o.name
+)
+def test_what_would_silently_be_missing_is_refused(option) -> None:
+    value = {"num_shard": "2", "sharded": "true"}.get(option.name, "x")
+    with pytest.raises(InvalidRequest, match=option.variable):
+        check_options({}, {option.variable: value})
+
+
+def test_sagemaker_variables_become_ours() -> None:
+    environ = {
+        "HF_MODEL_ID": "org/model", "HF_MODEL_REVISION": "v2", "SM_NUM_GPUS": "1",
+        "HF_MODEL_QUANTIZE": "awq", "HF_MODEL_TRUST_REMOTE_CODE": "true",
+    }  # fmt: skip
+    assert environment_changes(environ, ["serve"]) == {
+        "MODEL_ID": "org/model", "REVISION": "v2", "NUM_SHARD": "1", "QUANTIZE": "awq",
+        "TRUST_REMOTE_CODE": "true", "PORT": "8080",
+    }  # fmt: skip
+
+
+def test_sagemaker_without_a_model_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="HF_MODEL_ID"):
+        environment_changes({"MODEL_ID": "org/model"}, ["serve"])
+
+
+def test_vertex_chooses_the_port() -> None:
+    assert environment_changes({"PORT": "80", "AIP_HTTP_PORT": "8081"}) == {"PORT": "8081"}
+
+
+def test_what_is_set_under_our_name_stays() -> None:
+    assert (
+        environment_changes(
+            {"HF_MODEL_ID": "a", "MODEL_ID": "b", "HUGGING_FACE_HUB_TOKEN": "x", "HF_TOKEN": "y"}
+        )
+        == {}
+    )
+
+
+def test_hugging_face_variables_of_old_are_translated() -> None:
+    assert environment_changes({"HUGGING_FACE_HUB_TOKEN": "x", "HUGGINGFACE_HUB_CACHE": "/data"}) == {
+        "HF_TOKEN": "x",
+        "HF_HUB_CACHE": "/data",
+    }
+    assert environment_changes({"HF_API_TOKEN": "x", "HF_TOKEN": "y"}) == {"HF_TOKEN": "x"}
+
+
+def test_ready_weights_are_served_under_the_models_name() -> None:
+    assert environment_changes({"MODEL_ID": "org/model", "WEIGHTS_CACHE_OVERRIDE": "/weights"}) == {
+        "MODEL_ID": "/weights",
+        "SERVED_MODEL_NAME": "org/model",
+    }
+
+
+def test_one_limit_under_two_names_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="MAX_INPUT_LENGTH"):
+        environment_changes({"MAX_INPUT_TOKENS": "10", "MAX_INPUT_LENGTH": "10"})
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [("info", "info"), ("WARN", "warn"), ("trace", "debug"), ("off", "error"), ("info,hyper=debug", "info"),
+     ("text_generation_router=debug", "info"), ("router=debug,warn", "warn")],
+)  # fmt: skip
+def test_levels_of_rust_filters_are_understood(text: str, level: str) -> None:
+    assert simple_level(text) == level

@@ -1,0 +1,180 @@
+"""What TGI's launcher, and the clouds that start it, pass to a server: translated, ignored or refused.
+
+`cli.py` calls `environment_changes` before it reads the settings, makes an option of each of `OPTIONS`, and
+gives what was set to `check_options`. Everything that TGI's launcher takes is a setting or stands here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tgi_asgi.errors import InvalidRequest
+
+_OFF = frozenset({"", "0", "false", "no", "off"})
+_LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "warning": "warn"}
+SAGEMAKER_PORT = "8080"
+
+
+class Treatment(enum.Enum):
+    """What becomes of an option of TGI that is no setting here."""
+
+    IGNORED = "ignored"  # with one warning: answers are the same without it
+    REFUSED = "refused"  # the server does not start: without it answers or capacity would be others
+
+
+@dataclass(frozen=True, slots=True)
+class CompatOption:
+    """An option of TGI's launcher that is no setting here.
+
+    Attributes:
+        name: in snake case; the flag is `--kebab-case`, the variable `UPPER_SNAKE`.
+        reason: what holds instead, for the warning or the refusal.
+        is_switch: the flag takes no value.
+        is_flag: False for what TGI reads from the environment only.
+        neutral: values that ask for nothing (beside an empty one), which pass in silence.
+    """
+
+    name: str
+    reason: str
+    treatment: Treatment = Treatment.IGNORED
+    is_switch: bool = False
+    is_flag: bool = True
+    neutral: frozenset[str] = frozenset()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return self.name.upper()
+
+
+def _ignored(reason: str, *names: str, is_flag: bool = True) -> list[CompatOption]:
+    return [CompatOption(name, reason, is_flag=is_flag) for name in names]
+
+
+def _switch(name: str, reason: str) -> CompatOption:
+    return CompatOption(name, reason, is_switch=True, neutral=_OFF)
+
+
+def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
+    return CompatOption(name, reason, Treatment.REFUSED, neutral=frozenset(neutral))
+
+
+_ONE_DEVICE = "one process serves one device; run several behind a load balancer"
+_SCHEDULER = "the scheduler fills every step by itself"
+_INTERNAL = "there are no shard processes"
+
+OPTIONS: tuple[CompatOption, ...] = (
+    _refused("num_shard", _ONE_DEVICE, "1"),
+    _refused("sharded", _ONE_DEVICE, "false"),
+    _refused("lora_adapters", "adapters are not served"),
+    _refused("rope_scaling", "positions are scaled as the model's own configuration says"),
+    _refused("rope_factor", "positions are scaled as the model's own configuration says", "1", "1.0"),
+    _switch("trust_remote_code", "code of a model's repository is never run"),
+    *_ignored("the model is served in the precision of its files", "quantize"),
+    *_ignored("the KV cache has the arithmetic's type", "kv_cache_dtype"),
+    CompatOption("speculate", "nothing is speculated", neutral=frozenset({"0"})),
+    *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
+    *_ignored(_SCHEDULER, "waiting_served_ratio", "max_waiting_tokens"),
+    *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
+    CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),
+    _switch("disable_usage_stats", "nothing is ever sent"),
+    _switch("disable_crash_reports", "nothing is ever sent"),
+    _switch("ngrok", "there is no tunnel"),
+    *_ignored("there is no tunnel", "ngrok_authtoken", "ngrok_edge"),
+    *_ignored("texts are not watermarked", "watermark_gamma", "watermark_delta"),
+    *_ignored("traces are not exported", "otlp_endpoint", "otlp_service_name"),
+    *_ignored(_INTERNAL, "shard_uds_path", "master_addr", "master_port"),
+    _switch("disable_custom_kernels", "there are no others"),
+    *_ignored("images are not read", "max_image_fetch_size", is_flag=False),
+    *_ignored("the engine chooses", "attention", "prefill_chunking", "use_flash_attention", is_flag=False),
+    *_ignored("memory is measured, not guessed", "tgi_wiggle_room", is_flag=False),
+    *_ignored("/invocations tells chats by their `messages`", "messages_api_enabled", is_flag=False),
+)
+
+
+def check_options(options: Mapping[str, str | None], environ: Mapping[str, str]) -> list[str]:
+    """Return one warning for each option that is set to something and ignored.
+
+    Args:
+        options: by name, those given as flags (a switch that was given has the value "true").
+        environ: the environment; flags win over it.
+
+    Raises:
+        InvalidRequest: an option asks for what would silently be missing.
+    """
+    warnings = []
+    for option in OPTIONS:
+        given = options.get(option.name)
+        source = option.flag if given is not None else option.variable
+        value = (environ.get(option.variable, "") if given is None else given).strip()
+        if not value or value.lower() in option.neutral:
+            continue
+        if option.treatment is Treatment.REFUSED:
+            raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)
+        # A value may be a secret (ngrok's token), so only the name is told.
+        warnings.append(f"{source} is ignored: {option.reason}")
+    return warnings
+
+
+# (from, to): taken where `to` is unset.
+_SAGEMAKER = (
+    ("HF_MODEL_ID", "MODEL_ID"),
+    ("HF_MODEL_REVISION", "REVISION"),
+    ("SM_NUM_GPUS", "NUM_SHARD"),
+    ("HF_MODEL_QUANTIZE", "QUANTIZE"),
+    ("HF_MODEL_TRUST_REMOTE_CODE", "TRUST_REMOTE_CODE"),
+)
+_RENAMED = (
+    ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN"),
+    ("HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"),
+    ("PREFIX_CACHING", "PREFIX_CACHE"),
+    ("USE_PREFIX_CACHING", "PREFIX_CACHE"),
+)
+
+
+def is_sagemaker(arguments: Sequence[str]) -> bool:
+    """Return whether SageMaker started the image: it runs it with the one argument `serve`."""
+    return list(arguments) == ["serve"]
+
+
+def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = ()) -> dict[str, str]:
+    """Return the variables to set, so that those of TGI, SageMaker and Vertex mean what they mean there.
+
+    Raises:
+        InvalidRequest: SageMaker gave no model, or a setting is given under two names.
+    """
+    changes: dict[str, str] = {}
+    for old, new in (*_SAGEMAKER, *_RENAMED):
+        if environ.get(old) and not environ.get(new):
+            changes.setdefault(new, environ[old])
+    if environ.get("HF_API_TOKEN"):
+        changes["HF_TOKEN"] = environ["HF_API_TOKEN"]
+    if is_sagemaker(arguments):
+        if not environ.get("HF_MODEL_ID"):
+            raise InvalidRequest("HF_MODEL_ID must be set: it names the model to serve", param="model_id")
+        changes["PORT"] = SAGEMAKER_PORT
+    if environ.get("AIP_HTTP_PORT"):
+        changes["PORT"] = environ["AIP_HTTP_PORT"]
+    if environ.get("WEIGHTS_CACHE_OVERRIDE"):
+        # A directory with the weights: served under the model's own name.
+        changes["MODEL_ID"], name = environ["WEIGHTS_CACHE_OVERRIDE"], environ.get("MODEL_ID")
+        if name and not environ.get("SERVED_MODEL_NAME"):
+            changes["SERVED_MODEL_NAME"] = name
+    if environ.get("MAX_INPUT_TOKENS") and environ.get("MAX_INPUT_LENGTH"):
+        raise InvalidRequest(
+            "MAX_INPUT_TOKENS and MAX_INPUT_LENGTH are the same setting: give one", param="max_input_tokens"
+        )
+    if environ.get("LOG_LEVEL"):
+        changes["LOG_LEVEL"] = simple_level(environ["LOG_LEVEL"])
+    return changes
+
+
+def simple_level(text: str) -> str:
+    """Return the level that a filter of Rust's tracing names for everything: of `info,router=debug`, info."""
+    bare = [part.strip().lower() for part in text.split(",") if "=" not in part]
+    return next((_LEVELS[part] for part in bare if part in _LEVELS), "error" if bare else "info")
