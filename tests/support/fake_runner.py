@@ -1,0 +1,279 @@
+"""A runner without a model, and the tokenizer to go with it, for tests of everything above the runner.
+
+    runner = FakeRunner(num_blocks=64)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
+
+Its KV cache is a table of (token, position) entries, written and read through the block tables as a real one
+is. Each row checks that what it reads is exactly its own sequence's tokens at their positions, so a block
+shared, reused or copied wrongly fails the step, and is kept in `violations`. The next token is a function of
+the tokens read, the seed and the choice: `expected_tokens` says what a request must produce, whatever else is
+running beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import ModelInfo, SamplingParams
+
+EOS_ID = 256
+BOS_ID = 257
+VOCAB_SIZE = 258
+GARBAGE = -1
+
+NextToken = Callable[[Sequence[int], SamplingParams, int], int]
+
+
+class FakeTokenizer:
+    """Ids 0..255 are the bytes; EOS and BOS are special tokens."""
+
+    vocab_size = VOCAB_SIZE
+    eos_ids = frozenset({EOS_ID})
+    special_ids = frozenset({EOS_ID, BOS_ID})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes((token_id,)) if token_id < 256 else (b"<eos>" if token_id == EOS_ID else b"<bos>")
+
+
+def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
+    """Return the description of a model that has FakeTokenizer's vocabulary."""
+    return ModelInfo(
+        model_id="fake",
+        revision=None,
+        architecture="FakeForCausalLM",
+        dtype="float32",
+        device="cpu",
+        vocab_size=VOCAB_SIZE,
+        max_input_tokens=max_total_tokens - 1,
+        max_total_tokens=max_total_tokens,
+        eos_token_ids=frozenset({EOS_ID}),
+    )
+
+
+def letters(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
+    """Draw a lower-case letter from all that came before; greedy ignores seed and choice."""
+    key = (0, 0) if sampling.is_greedy else (sampling.seed, choice)
+    return 97 + crc32(repr(key).encode(), crc32(array("q", tokens).tobytes())) % 26
+
+
+def script(text: bytes | Sequence[int], then: int = EOS_ID) -> Callable[[int], NextToken]:
+    """Make a next-token function that says `text` after a prompt of the given length: `script(b"hi")(5)`."""
+
+    def after(prompt_len: int) -> NextToken:
+        def next_token(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
+            index = len(tokens) - prompt_len
+            return text[index] if index < len(text) else then
+
+        return next_token
+
+    return after
+
+
+def expected_tokens(
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    *,
+    sampling: SamplingParams | None = None,
+    choice: int = 0,
+    next_token: NextToken = letters,
+) -> list[int]:
+    """Return what a request must produce, EOS and all else that ends it aside."""
+    tokens = list(prompt_ids)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens, sampling or SamplingParams(temperature=0), choice))
+    return tokens[len(prompt_ids) :]
+
+
+@dataclass
+class _Slot:
+    start: SlotStart
+    tokens: list[int]  # prompt and output, sampled ones included
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.start.prompt_ids)
+
+
+@dataclass
+class _Queued:
+    plan: StepPlan
+    future: asyncio.Future[StepResult]
+    is_tainted: bool = False  # queued behind a step that failed: what it computes means nothing
+
+
+@dataclass
+class FakeRunner:
+    """Run plans on the simulated cache, in order, one a turn of the event loop (or `step_s` apart).
+
+    With `is_manual` a step runs when `run_next` is called. Hooks, all settable at any time: `fault(plan)` may
+    return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits not finite,
+    `next_token` draws.
+    """
+
+    num_blocks: int = 64
+    block_size: int = 16
+    max_batch_size: int = 64
+    max_step_tokens: int = 4096
+    next_token: NextToken = letters
+    step_s: float = 0.0
+    is_manual: bool = False
+    fault: Callable[[StepPlan], BaseException | None] | None = None
+    is_poisoned: Callable[[Sequence[int]], bool] | None = None
+    violations: list[str] = field(default_factory=list)
+    plans: list[StepPlan] = field(default_factory=list)  # as executed
+    is_closed: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.num_blocks * self.block_size
+        self._store: list[tuple[int, int]] = [(GARBAGE, GARBAGE)] * size
+        self._slots: dict[int, _Slot] = {}
+        self._queue: deque[_Queued] = deque()
+        self._is_pumping = False
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._queue)
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        loop = asyncio.get_running_loop()
+        queued = _Queued(plan, loop.create_future())
+        self._queue.append(queued)
+        self._require(len(self._queue) <= 2, "more than two steps in flight")
+        self._require(not self.is_closed, "a step after close()")
+        if not self.is_manual:
+            self._pump_later()
+        return queued.future
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def run_next(self) -> None:
+        """Run the oldest step in flight."""
+        queued = self._queue.popleft()
+        try:
+            result = self.execute(queued.plan, is_tainted=queued.is_tainted)
+        except Exception as error:
+            for later in self._queue:
+                later.is_tainted = True
+            if not queued.future.cancelled():
+                queued.future.set_exception(error)
+        else:
+            if not queued.future.cancelled():
+                queued.future.set_result(result)
+
+    def _pump_later(self) -> None:
+        if not self._is_pumping and self._queue:
+            self._is_pumping = True
+            loop = asyncio.get_running_loop()
+            if self.step_s:
+                loop.call_later(self.step_s, self._pump)
+            else:
+                loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._is_pumping = False
+        if self._queue and not self.is_manual:
+            self.run_next()
+            self._pump_later()
+
+    def execute(self, plan: StepPlan, *, is_tainted: bool = False) -> StepResult:
+        """Compute a step at once: slots start, blocks are copied, rows write, then read and draw."""
+        self.plans.append(plan)
+        error = self.fault(plan) if self.fault is not None else None
+        if error is not None:
+            is_tainted = True
+        self._check_plan(plan)
+        for start in plan.starts:
+            tokens = [*start.prompt_ids, *start.output_ids]
+            self._slots[start.slot] = _Slot(start, tokens)
+        size = self.block_size
+        for source, target in plan.copies:
+            self._store[target * size : (target + 1) * size] = self._store[
+                source * size : (source + 1) * size
+            ]
+        for row in plan.rows:
+            self._write(row, is_tainted)
+        if error is not None:
+            raise error
+        result = StepResult(plan.step_id, [])
+        for index, row in enumerate(plan.rows):
+            result.sampled.append(self._row(row, is_tainted))
+            if row.prompt_logprobs is not None and row.token_ids is not None:
+                result.prompt_logprobs[index] = [
+                    (fake_logprob(token) if row.start + at else None, [(token, fake_logprob(token))])
+                    for at, token in enumerate(row.token_ids)
+                ]
+        return result
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        self._require(bool(plan.rows), "an empty step")
+        slots = [row.slot for row in plan.rows]
+        self._require(len(slots) <= self.max_batch_size, "too many rows")
+        self._require(len(set(slots)) == len(slots), "a slot twice in a step")
+        self._require(all(0 <= slot < self.max_batch_size for slot in slots), "no such slot")
+        self._require(sum(row.num_tokens for row in plan.rows) <= self.max_step_tokens, "too many tokens")
+        sizes = [row.num_tokens for row in plan.rows]
+        first_chunk = next((at for at, size in enumerate(sizes) if size > 1), len(sizes))
+        late = [row for row in plan.rows[first_chunk:] if row.token_ids is None]
+        self._require(not late, "decode rows do not come first")
+
+    def _write(self, row: StepRow, is_tainted: bool) -> None:
+        slot = self._slots[row.slot]
+        tokens = slot.tokens[-1:] if row.token_ids is None else list(row.token_ids)
+        self._require(bool(tokens), "a row without tokens")
+        for at, token in enumerate(tokens):
+            place = self._place(row, row.start + at)
+            self._store[place] = (GARBAGE, GARBAGE) if is_tainted else (token, row.start + at)
+
+    def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
+        slot = self._slots[row.slot]
+        end = row.start + row.num_tokens
+        if is_tainted:
+            if row.samples:
+                slot.tokens.append(0)
+            return Sampled(0) if row.samples else None
+        seen = [self._store[self._place(row, position)] for position in range(end)]
+        wanted = [(token, position) for position, token in enumerate(slot.tokens[:end])]
+        self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
+        if not row.samples:
+            return None
+        self._require(end == len(slot.tokens), f"slot {row.slot} draws before its last token")
+        return self._draw(slot)
+
+    def _draw(self, slot: _Slot) -> Sampled:
+        sampling = slot.start.sampling
+        token = self.next_token(slot.tokens, sampling, slot.start.choice)
+        while slot.num_output < slot.start.min_tokens and token in slot.start.masked_ids:
+            token = (token + 1) % VOCAB_SIZE
+        is_finite = self.is_poisoned is None or not self.is_poisoned(slot.tokens)
+        slot.tokens.append(token)
+        if sampling.logprobs is None:
+            return Sampled(token, is_finite=is_finite)
+        top = [((token + rank) % VOCAB_SIZE, -0.5 - rank) for rank in range(sampling.logprobs)]
+        return Sampled(token, fake_logprob(token), top, is_finite)
+
+    def _place(self, row: StepRow, position: int) -> int:
+        index, offset = divmod(position, self.block_size)
+        self._require(index < len(row.block_table), "the block table is too short")
+        block = row.block_table[index]
+        self._require(0 <= block < self.num_blocks, f"no such block: {block}")
+        return block * self.block_size + offset
+
+    def _require(self, holds: bool, message: str) -> None:
+        if not holds:
+            self.violations.append(message)
+            raise AssertionError(message)
+
+
+def fake_logprob(token: int) -> float:
+    """Return the log-probability that FakeRunner reports of a token."""
+    return -0.5 - token % 8 / 8

@@ -1,0 +1,113 @@
+"""The pool of KV-cache blocks: reference counts, the LRU of what may be reused, the index of cached contents.
+
+Called by the scheduler alone; knows neither torch nor asyncio, nor what a block's memory looks like.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class BlockPool:
+    """Count the references to each block and remember the contents of the freed ones.
+
+    A block is used (it has references) or free. A free block may still be *registered*: known by the digest
+    of its contents, so that `take` can bring it back until `allocate` hands it out for something else. The
+    free list is the LRU order: blocks without a digest first, then registered ones, oldest first.
+
+    `num_free + num_used == num_blocks` always.
+    """
+
+    __slots__ = ("_by_digest", "_digests", "_free", "_references", "num_blocks", "num_used")
+
+    def __init__(self, num_blocks: int) -> None:
+        assert num_blocks >= 1
+        self.num_blocks = num_blocks
+        self.num_used = 0
+        self._references = [0] * num_blocks
+        self._digests: list[bytes | None] = [None] * num_blocks
+        self._by_digest: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def references(self, block: int) -> int:
+        """Return how many holders the block has."""
+        return self._references[block]
+
+    def is_registered(self, block: int) -> bool:
+        """Tell whether the block can be found by its contents, and so must not be written."""
+        return self._digests[block] is not None
+
+    def allocate(self) -> int:
+        """Take the free block that is longest unused; it forgets what it held. Needs `num_free > 0`."""
+        block, _ = self._free.popitem(last=False)
+        digest = self._digests[block]
+        if digest is not None:
+            del self._by_digest[digest]
+            self._digests[block] = None
+        self._references[block] = 1
+        self.num_used += 1
+        return block
+
+    def share(self, block: int) -> None:
+        """Add a holder to a used block."""
+        assert self._references[block] > 0, f"block {block} is free"
+        self._references[block] += 1
+
+    def find(self, digest: bytes) -> int | None:
+        """Return the block that holds these contents, used or free."""
+        return self._by_digest.get(digest)
+
+    def is_free(self, block: int) -> bool:
+        return self._references[block] == 0
+
+    def take(self, block: int) -> None:
+        """Add a holder to a block that `find` returned, reviving it if it is free."""
+        if self._references[block] == 0:
+            del self._free[block]
+            self.num_used += 1
+        self._references[block] += 1
+
+    def register(self, block: int, digest: bytes) -> None:
+        """Make a used block findable by its contents. A digest that is already known keeps its block."""
+        assert self._references[block] > 0, f"block {block} is free"
+        if digest not in self._by_digest and self._digests[block] is None:
+            self._by_digest[digest] = block
+            self._digests[block] = digest
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Make blocks unfindable: what they hold is not to be trusted."""
+        for block in blocks:
+            digest = self._digests[block]
+            if digest is not None:
+                del self._by_digest[digest]
+                self._digests[block] = None
+
+    def release(self, blocks: list[int]) -> None:
+        """Drop one reference of each block of a table.
+
+        From the last to the first: a chain of cached blocks is then evicted from its end, and what is left of
+        it can still be found.
+        """
+        for block in reversed(blocks):
+            count = self._references[block] - 1
+            assert count >= 0, f"block {block} is freed twice"
+            self._references[block] = count
+            if count == 0:
+                self.num_used -= 1
+                self._free[block] = None
+                if self._digests[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def check(self) -> None:
+        """Assert every invariant of the pool; for tests."""
+        used = sum(count > 0 for count in self._references)
+        assert used == self.num_used
+        assert used + len(self._free) == self.num_blocks
+        assert all(self._references[block] == 0 for block in self._free)
+        registered = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
+        assert registered == {block: digest for digest, block in self._by_digest.items()}

@@ -1,0 +1,119 @@
+"""A request's mailbox: the engine pushes events, HTTP attaches a sink or somebody iterates."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from tgi_asgi.engine.output import ChoiceOutput
+from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.errors import TgiError
+from tgi_asgi.types import GenerationRequest, Permit, RequestStats, Sink, TokenEvent
+
+log = logging.getLogger(__name__)
+
+
+class RequestChannel:
+    """What the engine knows of a request, and where its events wait until they are taken.
+
+    `attach`, `cancel` and iteration are for the taker; everything else is the engine's. Iterating is for one
+    taker at a time.
+    """
+
+    __slots__ = (
+        "_error", "_events", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled", "num_open",
+        "outputs", "permit", "request", "sequences", "stats",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        permit: Permit,
+        on_cancel: Callable[[RequestChannel], None],
+        arrival_s: float,
+    ) -> None:
+        self.request = request
+        self.stats = RequestStats(arrival_s)
+        self.permit = permit
+        self.sequences: list[Sequence] = []
+        self.outputs: list[ChoiceOutput] = []
+        self.num_open = request.n
+        self.is_cancelled = False
+        self._on_cancel = on_cancel
+        self._events: list[TokenEvent] = []
+        self._error: TgiError | None = None
+        self._is_ended = False
+        self._sink: Sink | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the last event or the error is here, taken or not."""
+        return self._is_ended
+
+    def attach(self, sink: Sink) -> None:
+        """Call `sink` from now on, first with whatever is waiting."""
+        assert self._sink is None, "a channel takes one sink"
+        self._sink = sink
+        self.flush()
+
+    def cancel(self) -> None:
+        """Give the request up; it ends with `IncompleteGeneration` unless it has ended already."""
+        if not self.is_cancelled and not self._is_ended:
+            self.is_cancelled = True
+            self._on_cancel(self)
+
+    def __aiter__(self) -> RequestChannel:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        """Wait for the next batch of events; raises the error that ended the request."""
+        while True:
+            if self._events:
+                return self._take()
+            if self._error is not None:
+                raise self._error
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def push(self, event: TokenEvent) -> None:
+        """Add an event; it is seen at the next `flush`."""
+        self._events.append(event)
+        if event.finish is not None:
+            self.num_open -= 1
+            if self.num_open == 0:
+                self._is_ended = True
+
+    def fail(self, error: TgiError) -> None:
+        """End the request with an error, behind the events that wait."""
+        if not self._is_ended:
+            self._is_ended = True
+            self._error = error
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what is new: one call of the sink, or a wake-up."""
+        if self._sink is None:
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
+            return
+        # What a sink does wrong is its own request's problem: nobody else's tokens may be lost for it.
+        try:
+            if self._events:
+                self._sink.on_events(self._take())
+            if self._error is not None:
+                error, self._error = self._error, None
+                self._sink.on_error(error)
+        except Exception:
+            log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
+            self.cancel()
+
+    def _take(self) -> list[TokenEvent]:
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,91 @@
+"""One choice's tokens become events: bytes, whole characters, stop strings, and the reason to end.
+
+Called by the engine once a token, so it is short; knows neither the scheduler nor asyncio.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.text.detokenize import Utf8Assembler
+from tgi_asgi.text.stop import StopMatcher
+from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
+
+
+class TokenTable(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    def token_bytes(self, token_id: int, /) -> bytes:
+        """Return the token's own bytes in running text."""
+
+
+class ChoiceOutput:
+    """Turn each token of a choice into its event; the event that ends the choice has `finish` set.
+
+    The model's EOS and the request's stop ids win over stop strings, those over the length. The token that
+    ends the choice gives text only with `include_stop`.
+    """
+
+    __slots__ = ("_assembler", "_eos_ids", "_index", "_matcher", "_num_tokens", "_stop", "_tokenizer")
+
+    def __init__(
+        self, index: int, stop: StopConditions, tokenizer: TokenTable, eos_ids: frozenset[int]
+    ) -> None:
+        self._index = index
+        self._stop = stop
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset() if stop.ignore_eos else eos_ids
+        self._assembler = Utf8Assembler()
+        self._matcher = StopMatcher(stop.stop, stop.include_stop) if stop.stop else None
+        self._num_tokens = 0
+
+    def push(self, sampled: Sampled) -> TokenEvent:
+        """Return the event of the choice's next token."""
+        stop, token_id, matcher = self._stop, sampled.token_id, self._matcher
+        self._num_tokens += 1
+        is_special = token_id in self._tokenizer.special_ids
+        data = b"" if is_special and stop.skip_special_tokens else self._tokenizer.token_bytes(token_id)
+        event = TokenEvent(self._index, token_id, data, "", sampled.logprob, sampled.top, is_special)
+        if token_id in self._eos_ids:
+            event.finish = FinishReason.EOS
+        elif token_id in stop.stop_token_ids:
+            event.finish = FinishReason.STOP
+            event.stop = token_id
+        if event.finish is None or stop.include_stop:
+            event.text = self._text(data)
+        if event.finish is None:
+            if matcher is not None and matcher.matched is not None:
+                event.finish = FinishReason.STOP
+                event.stop = matcher.matched
+            elif self._num_tokens >= stop.max_tokens:
+                event.finish = FinishReason.LENGTH
+        if event.finish is not None:
+            self._end(event)
+        return event
+
+    def _text(self, data: bytes) -> str:
+        text = self._assembler.push(data)
+        if self._matcher is not None and self._num_tokens > self._stop.min_tokens:
+            return self._matcher.push(text)
+        return text
+
+    def _end(self, event: TokenEvent) -> None:
+        """Release what was held back, unless a stop string cut it off."""
+        matcher = self._matcher
+        tail = self._assembler.flush()
+        if matcher is None:
+            event.text += tail
+        elif matcher.matched is None:
+            event.text += matcher.push(tail)
+            if matcher.matched is None:
+                event.text += matcher.flush()
+            elif event.finish is FinishReason.LENGTH:
+                event.finish = FinishReason.STOP
+                event.stop = matcher.matched

@@ -1,0 +1,136 @@
+"""The steps in flight: hands them to the runner, times them, and notices one that hangs. The engine's own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
+
+log = logging.getLogger(__name__)
+
+_DEPTH = 2
+_GRACE_S = 1.0  # a process that was stopped for a while finds its step late, but not hung
+
+
+class Flight:
+    """A step that the runner has: `begun_s` is when it had the runner to itself."""
+
+    __slots__ = ("begun_s", "done_s", "future", "is_done", "limit_s", "step")
+
+    def __init__(
+        self, step: Step, future: asyncio.Future[StepResult], begun_s: float, limit_s: float
+    ) -> None:
+        self.step = step
+        self.future = future
+        self.begun_s = begun_s
+        self.done_s = begun_s
+        self.is_done = False
+        self.limit_s = limit_s
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return why the finished step failed."""
+        if self.future.cancelled():
+            return DeviceLost("the runner gave a step up")
+        return self.future.exception()
+
+
+class Pipeline:
+    """Keep at most two steps with the runner, in order.
+
+    Args:
+        on_done: called when a step has finished, well or not.
+        on_hang: called once with the seconds that a step has taken beyond bearing.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        on_done: Callable[[], None],
+        on_hang: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self._on_done = on_done
+        self._on_hang = on_hang
+        self._clock = clock
+        self._flights: deque[Flight] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_suspect = False
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._flights) < _DEPTH
+
+    def submit(self, step: Step, limit_s: float) -> Flight:
+        """Hand a step to the runner; a refusal becomes the step's failure."""
+        loop = asyncio.get_running_loop()
+        now = self._clock()
+        try:
+            future = self._runner.submit(step.plan)
+        except Exception as error:
+            future = loop.create_future()
+            future.set_exception(error)
+        flight = Flight(step, future, now, limit_s)
+        self._flights.append(flight)
+        future.add_done_callback(partial(self._finish, flight))
+        if self._timer is None:
+            self._timer = loop.call_later(limit_s, self._watch)
+        return flight
+
+    def pop_done(self) -> Flight | None:
+        """Take the oldest step if it has finished."""
+        if self._flights and self._flights[0].is_done:
+            return self._flights.popleft()
+        return None
+
+    async def drain(self) -> list[Flight]:
+        """Wait until every step has finished and take them all, oldest first."""
+        flights = list(self._flights)
+        if flights:
+            await asyncio.wait([flight.future for flight in flights])
+        self._flights.clear()
+        return flights
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _finish(self, flight: Flight, future: asyncio.Future[StepResult]) -> None:
+        flight.is_done = True
+        flight.done_s = self._clock()
+        if not future.cancelled():
+            future.exception()  # retrieved, even if nobody waits for this step any more
+        for other in self._flights:
+            if not other.is_done:
+                other.begun_s = flight.done_s
+        self._on_done()
+
+    def _watch(self) -> None:
+        """Look at the oldest step; the timer runs on only while there is one."""
+        self._timer = None
+        if not self._flights:
+            return
+        oldest = self._flights[0]
+        taken_s = self._clock() - oldest.begun_s
+        delay_s = oldest.limit_s - taken_s
+        if oldest.is_done or delay_s > 0:
+            self._is_suspect = False
+        elif self._is_suspect:
+            self._on_hang(taken_s)
+            return
+        else:
+            self._is_suspect = True
+        delay_s = max(delay_s, min(_GRACE_S, oldest.limit_s))
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._watch)

@@ -1,0 +1,369 @@
+"""Decide what each step computes: rows, chunks, blocks and slots. No torch, no asyncio, no clock.
+
+Called by the engine, which keeps up to two steps in flight: `plan` is called before the result of the step
+before is known, `apply` is called with the results in order.
+
+Why blocks may be given back while a step in flight still writes to them. (1) Steps run in the order planned.
+(2) A row writes only blocks that are in no other table and not registered. (3) A block is registered when a
+result is applied, and rows in flight write later positions, so registered contents are final. (4) A row reads
+only positions that it, or an earlier step, wrote for the same tokens. Therefore a late write lands before its
+block's next owner writes (1), in a block that nobody else can find (2, 3), and whatever it leaves there is
+overwritten before it is read (4). After a failed step (1) would break, so those rows only are run again whose
+sequence still holds its blocks, and the source of a copy is held until the copy has been applied.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from heapq import heappop, heappush
+from operator import attrgetter
+
+from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
+
+_urgency = attrgetter("urgency")
+
+
+class Step:
+    """A planned step: what the runner gets, and whom each row belongs to."""
+
+    __slots__ = ("epochs", "num_decode_rows", "num_prefill_tokens", "plan", "sequences")
+
+    def __init__(self, step_id: int) -> None:
+        self.plan = StepPlan(step_id, [])
+        self.sequences: list[Sequence] = []
+        self.epochs: list[int] = []
+        self.num_decode_rows = 0
+        self.num_prefill_tokens = 0
+
+    def live(self) -> list[tuple[int, Sequence]]:
+        """Return (row, sequence) of the rows that matter: not finished, cancelled or preempted since."""
+        pairs = zip(self.sequences, self.epochs, strict=True)
+        return [(row, sequence) for row, (sequence, epoch) in enumerate(pairs) if sequence.epoch == epoch]
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, a prefix cache and preemption by recomputation.
+
+    The running sequences are kept in order of urgency; decode rows go first, then chunks of running prompts,
+    then new ones as long as tokens, slots and blocks last. When a sequence needs a block and none is free the
+    least urgent one is preempted. The most urgent is never preempted, and every request fits the pool
+    alone (the engine checks), so there is always progress.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        budget: TokenBudget,
+        stats: EngineStats,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self._block_size = block_size
+        self._max_step_tokens = max_step_tokens
+        self._budget = budget
+        self._stats = stats
+        self._prefix_cache = prefix_cache
+        self._running: list[Sequence] = []  # most urgent first
+        self._waiting: list[tuple[tuple[float, int, int], Sequence]] = []  # a heap, with stale entries
+        self._num_waiting = 0
+        self._slots = list(reversed(range(max_batch_size)))  # free ones, lowest last
+        self._next_step = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The sequences that hold a slot, most urgent first."""
+        return tuple(self._running)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold that many tokens."""
+        return -(-num_tokens // self._block_size)
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue a request's sequences, the first of which computes the prompt for all."""
+        leader, *followers = sequences
+        leader.followers = followers
+        self._num_waiting += len(sequences)
+        heappush(self._waiting, (leader.urgency, leader))
+
+    def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Give back all that a sequence holds, for good; with `forget` none of it stays in the cache."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            if forget:
+                self.pool.forget(sequence.table)
+            self._running.remove(sequence)
+            self._give_back(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.leave(SequenceState.FINISHED)
+
+    def plan(self) -> Step | None:
+        """Plan the next step, or return None if there is nothing that a step could compute now."""
+        step = self._new_step()
+        num_preemptions = self._stats.preemptions
+        prefilling = self._plan_decodes(step)
+        step.num_decode_rows = len(step.sequences)
+        budget = self._budget.tokens(step.num_decode_rows)
+        budget = min(budget, self._max_step_tokens - step.num_decode_rows)
+        for sequence in prefilling:
+            if sequence.state is SequenceState.RUNNING and budget > 0:
+                budget -= self._plan_chunk(step, sequence, budget)
+        # Whoever was preempted for want of blocks must not take them back at once.
+        if self._stats.preemptions == num_preemptions:
+            self._admit(step, budget)
+        if not step.sequences:
+            return None
+        self._end_prefills(step)
+        self._next_step += 1
+        return step
+
+    def _new_step(self) -> Step:
+        return Step(self._next_step)
+
+    def _plan_decodes(self, step: Step) -> list[Sequence]:
+        """Add a row for every sequence that decodes; return those that do not yet.
+
+        About 1 us a row. Victims come off the end of `_running`, so none has a row in this step yet.
+        """
+        prefilling: list[Sequence] = []
+        running, size = self._running, self._block_size
+        rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            index += 1
+            if sequence.is_prefilling:
+                prefilling.append(sequence)
+                continue
+            token_ids, pending = sequence.token_ids, sequence.num_pending
+            if len(token_ids) + pending >= sequence.prompt_len + sequence.max_tokens:
+                continue
+            start = sequence.num_computed
+            if start == len(sequence.table) * size and not self._grow(sequence):
+                continue
+            rows.append(
+                StepRow(sequence.slot, None if pending else token_ids[start:], start, sequence.table, True)
+            )
+            sequences.append(sequence)
+            epochs.append(sequence.epoch)
+            sequence.num_computed = start + 1
+            sequence.num_pending = pending + 1
+        return prefilling
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Add a block to a running sequence, preempting from the end; False if that came to itself."""
+        while self.pool.num_free == 0:
+            victim = self._running.pop()
+            self._give_back(victim)
+            victim.leave(SequenceState.WAITING)
+            heappush(self._waiting, (victim.urgency, victim))
+            self._num_waiting += 1
+            self._stats.preemptions += 1
+            if victim is sequence:
+                return False
+        sequence.table.append(self.pool.allocate())
+        return True
+
+    def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
+        """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
+
+        A chunk that does not finish them ends at a block boundary; a sliver is left to the next step, unless
+        it is all that this one has.
+        """
+        start = sequence.num_computed
+        count = remaining = len(sequence.token_ids) - start
+        if count > budget:
+            aligned = budget - (start + budget) % self._block_size
+            if aligned <= 0 and step.num_prefill_tokens:
+                return 0
+            count = aligned if aligned > 0 else budget
+        self._add_row(step, sequence, count, samples=count == remaining)
+        return count
+
+    def _add_row(self, step: Step, sequence: Sequence, count: int, *, samples: bool) -> None:
+        """Add a row of `count` known tokens, with the slot's start and the block to copy where due."""
+        start = sequence.num_computed
+        plan = step.plan
+        if sequence.starts_slot:
+            plan.starts.append(sequence.slot_start())
+            sequence.starts_slot = False
+        if sequence.copy_source is not None:
+            plan.copies.append((sequence.copy_source, sequence.table[start // self._block_size]))
+        wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
+        tokens = sequence.token_ids[start : start + count]
+        plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted))
+        step.sequences.append(sequence)
+        step.epochs.append(sequence.epoch)
+        step.num_prefill_tokens += count
+        sequence.num_computed = start + count
+        sequence.num_pending += samples
+
+    def _end_prefills(self, step: Step) -> None:
+        """Let sequences that sample decode from the next step on, and what waits for their prompt start."""
+        for index in range(step.num_decode_rows, len(step.sequences)):
+            if step.plan.rows[index].samples:
+                sequence = step.sequences[index]
+                sequence.is_prefilling = False
+                for follower in sequence.followers:
+                    if follower.state is SequenceState.HELD:
+                        follower.state = SequenceState.WAITING
+                        heappush(self._waiting, (follower.urgency, follower))
+                sequence.followers = []
+
+    def _admit(self, step: Step, budget: int) -> None:
+        """Start waiting sequences, strictly in order, while tokens, slots and blocks last."""
+        while self._waiting and budget > 0 and self._slots:
+            sequence = self._waiting[0][1]
+            if sequence.state is SequenceState.WAITING:
+                leader = sequence.leader
+                can_fork = (
+                    leader is not None
+                    and leader.state is SequenceState.RUNNING
+                    and not leader.is_prefilling
+                    and sequence.num_output == 0
+                )
+                if not (self._fork(sequence) if can_fork else self._take_blocks(sequence)):
+                    return
+                sequence.state = SequenceState.RUNNING
+                sequence.slot = self._slots.pop()
+                insort(self._running, sequence, key=_urgency)
+                self._num_waiting -= 1
+                budget -= self._plan_chunk(step, sequence, budget)
+            heappop(self._waiting)
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """Tell whether that many can be taken and still leave each running sequence its next one."""
+        return self.pool.num_free - num_blocks >= len(self._running)
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Give a sequence blocks for all its tokens, from the cache as far as it reaches."""
+        pool = self.pool
+        cached = self._cached_blocks(sequence)
+        num_new = self.blocks_for(len(sequence.token_ids)) - len(cached)
+        if not self._has_room(num_new + sum(map(pool.is_free, cached))):
+            return False
+        for block in cached:
+            pool.take(block)
+        sequence.table = cached + [pool.allocate() for _ in range(num_new)]
+        sequence.num_registered = len(cached)
+        sequence.num_computed = len(cached) * self._block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self._stats.prefix_query_tokens += sequence.prompt_len
+            self._stats.prefix_hit_tokens += sequence.num_computed
+        return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Return the blocks of the longest cached prefix; at least one token is left to compute."""
+        blocks: list[int] = []
+        if not self._prefix_cache or not sequence.request.is_prefix_cached or sequence.wants_prompt_logprobs:
+            return blocks
+        tokens = sequence.token_ids
+        for index in range((len(tokens) - 1) // self._block_size):
+            block = self.pool.find(sequence.chain.digest(index, tokens))
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _fork(self, sequence: Sequence) -> bool:
+        """Share the leader's full blocks before the last prompt token, and copy the partial one.
+
+        That token is computed again, so that each choice draws its own first token.
+        """
+        leader = sequence.leader
+        assert leader is not None
+        if not self._has_room(1):
+            return False
+        start = sequence.prompt_len - 1
+        num_shared, num_partial = divmod(start, self._block_size)
+        sequence.table = leader.table[:num_shared]
+        for block in sequence.table:
+            self.pool.share(block)
+        sequence.table.append(self.pool.allocate())
+        if num_partial:
+            sequence.copy_source = leader.table[num_shared]
+            self.pool.share(sequence.copy_source)
+        sequence.num_computed = start
+        sequence.num_registered = num_shared
+        if self._prefix_cache:
+            sequence.chain = leader.chain.fork(num_shared, leader.token_ids)
+        return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self._release_copy(sequence)
+        self.pool.release(sequence.table)
+        self._slots.append(sequence.slot)
+
+    def _release_copy(self, sequence: Sequence) -> None:
+        if sequence.copy_source is not None:
+            self.pool.release([sequence.copy_source])
+            sequence.copy_source = None
+
+    def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
+        """Take over a step's result; return (row, sequence) of the rows that still matter.
+
+        A drawn token is appended unless its logits were not finite; ending sequences is the caller's part.
+        """
+        live = step.live()
+        for index, sequence in live:
+            row = step.plan.rows[index]
+            if sequence.copy_source is not None:
+                self._release_copy(sequence)
+            computed = row.start + row.num_tokens
+            if computed // self._block_size > sequence.num_registered:
+                self._register(sequence, computed // self._block_size)
+            if sequence.wants_prompt_logprobs and computed >= sequence.prompt_len:
+                sequence.wants_prompt_logprobs = False
+            sampled = result.sampled[index]
+            if sampled is not None:
+                sequence.num_pending -= 1
+                if sampled.is_finite:
+                    sequence.token_ids.append(sampled.token_id)
+        return live
+
+    def _register(self, sequence: Sequence, num_full: int) -> None:
+        if self._prefix_cache:
+            for index in range(sequence.num_registered, num_full):
+                self.pool.register(sequence.table[index], sequence.chain.digest(index, sequence.token_ids))
+        sequence.num_registered = num_full
+
+    def rollback(self, step: Step) -> None:
+        """Undo a step that failed, or came after one that did; of several the newest first."""
+        for index, sequence in reversed(step.live()):
+            row = step.plan.rows[index]
+            sequence.num_computed = row.start
+            sequence.num_pending -= row.samples
+            sequence.is_prefilling = True
+            sequence.starts_slot = True
+
+    def retry(self, failed: Step, rows: range) -> Step | None:
+        """Plan some rows of a step again after `rollback`; None if none of them matters any more."""
+        step = self._new_step()
+        for index, sequence in failed.live():
+            if index in rows:
+                row = failed.plan.rows[index]
+                assert sequence.num_computed == row.start
+                self._add_row(step, sequence, row.num_tokens, samples=row.samples)
+        if not step.sequences:
+            return None
+        self._end_prefills(step)
+        self._next_step += 1
+        return step

@@ -1,0 +1,106 @@
+"""One choice of one request as the scheduler sees it: tokens, blocks, and how far they are computed."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from tgi_asgi.engine.prefix import HashChain
+from tgi_asgi.runner.plan import SlotStart
+from tgi_asgi.types import GenerationRequest
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is; only a RUNNING one holds a slot and blocks."""
+
+    HELD = "held"  # a further choice, until the first one has computed the prompt
+    WAITING = "waiting"  # in the queue, new or preempted
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The scheduler's state of one choice.
+
+    `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
+    step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
+    written or being written by a step in flight; `num_pending` the tokens that steps in flight will draw.
+    `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
+    """
+
+    __slots__ = (
+        "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader", "max_tokens",
+        "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered", "owner", "prompt_len",
+        "request", "slot", "starts_slot", "state", "stop_ids", "table", "token_ids", "urgency",
+        "wants_prompt_logprobs",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        choice: int,
+        *,
+        urgency: tuple[float, int, int],
+        chain: HashChain,
+        eos_ids: frozenset[int] = frozenset(),
+        leader: Sequence | None = None,
+        owner: Any = None,
+    ) -> None:
+        stop = request.stop
+        self.request = request
+        self.choice = choice
+        self.urgency = urgency
+        self.chain = chain
+        self.leader = leader
+        self.owner = owner  # the caller's handle; the scheduler never looks at it
+        self.stop_ids = stop.stop_token_ids if stop.ignore_eos else stop.stop_token_ids | eos_ids
+        self.max_tokens = stop.max_tokens
+        self.min_tokens = stop.min_tokens
+        self.wants_prompt_logprobs = request.prompt_logprobs is not None and leader is None
+        self.token_ids = list(request.prompt_ids)
+        self.prompt_len = len(self.token_ids)
+        self.followers: list[Sequence] = []
+        self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
+        self.epoch = 0
+        self.slot = 0
+        self.num_cached: int | None = None  # prompt tokens found in the cache when it first ran
+        self._reset()
+
+    def _reset(self) -> None:
+        """Hold nothing: the table is a new list, for steps in flight may still read the old one."""
+        self.table: list[int] = []
+        self.num_computed = 0
+        self.num_pending = 0
+        self.num_registered = 0
+        self.is_prefilling = True
+        self.starts_slot = True
+        self.copy_source: int | None = None
+
+    def leave(self, state: SequenceState) -> None:
+        """Leave the running set (or the queue); blocks and slot have been given back."""
+        self.state = state
+        self.epoch += 1
+        self._reset()
+
+    @property
+    def num_output(self) -> int:
+        """Tokens drawn and known."""
+        return len(self.token_ids) - self.prompt_len
+
+    def slot_start(self) -> SlotStart:
+        """Return what the runner needs to draw this sequence's next token."""
+        return SlotStart(
+            slot=self.slot,
+            sampling=self.request.sampling,
+            choice=self.choice,
+            prompt_ids=self.request.prompt_ids,
+            output_ids=self.token_ids[self.prompt_len :],
+            min_tokens=self.min_tokens,
+            masked_ids=tuple(sorted(self.stop_ids)) if self.min_tokens else (),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id}/{self.choice}, {self.state.value}, "
+            f"{self.num_computed}/{len(self.token_ids)}+{self.num_pending})"
+        )

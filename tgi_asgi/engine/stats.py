@@ -1,0 +1,68 @@
+"""Counters of the engine, filled by it and read by whoever shows metrics. Plain numbers of one thread."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+_STEP_BOUNDS_S = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+class Histogram:
+    """Count values by upper bound, as Prometheus does; `counts` has one more entry, for what is above all."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+class EngineStats:
+    """What the engine did since it started (counters) and holds now (gauges).
+
+    Attributes:
+        accepted, finished, failed, cancelled: requests; accepted = finished + failed + cancelled + open.
+        sampled_tokens: tokens delivered; prefill_tokens: prompt tokens computed.
+        prefix_query_tokens, prefix_hit_tokens: prompt tokens looked up in the prefix cache, and found.
+        steps, failed_steps, preemptions: as they say.
+        step_s: durations of steps, by "prefill" (some prompt tokens) and "decode" (none).
+        batch_size: rows of the newest step.
+        running, waiting: sequences with a slot, and without.
+        blocks_used, blocks_total: of the KV cache.
+    """
+
+    __slots__ = (
+        "accepted", "batch_size", "blocks_total", "blocks_used", "cancelled", "failed", "failed_steps",
+        "finished", "preemptions", "prefill_tokens", "prefix_hit_tokens", "prefix_query_tokens", "running",
+        "sampled_tokens", "step_s", "steps", "waiting",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.finished = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.sampled_tokens = 0
+        self.prefill_tokens = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self.steps = 0
+        self.failed_steps = 0
+        self.preemptions = 0
+        self.step_s = {"prefill": Histogram(_STEP_BOUNDS_S), "decode": Histogram(_STEP_BOUNDS_S)}
+        self.batch_size = 0
+        self.running = 0
+        self.waiting = 0
+        self.blocks_used = 0
+        self.blocks_total = 0
