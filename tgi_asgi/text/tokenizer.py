@@ -1,0 +1,225 @@
+"""Text to token ids and back: one wrapper over `tokenizers`, whatever file the vocabulary came from.
+
+Built in the loading thread, then used by the HTTP layer's worker threads (`encode`) and by the engine
+(`token_bytes`, on the event loop). Knows neither HTTP nor the engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.text import gguf_vocab
+from tgi_asgi.text.token_bytes import token_byte_table
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDED_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+        tokenizer = Tokenizer.from_directory(Path("/models/llama"))
+        ids = tokenizer.encode("Hello", add_special_tokens=True)
+        tokenizer.decode(ids, skip_special_tokens=True)          # "Hello"
+
+    All methods may be called from several threads at once.
+
+    Attributes:
+        vocab_size: ids are in [0, vocab_size); the model's own vocabulary may be padded beyond it.
+        special_tokens: "bos_token", "eos_token", ... -> text, those that there are; for the chat template.
+        special_ids: control tokens, which give no text unless a request wants them.
+        bos_id, eos_id: of those two, or None.
+        eos_ids: every token that ends an answer.
+        adds_bos: `encode(..., add_special_tokens=True)` starts with the BOS token.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        # tokenizer.json files of embedding models carry these; a server's limits are its own.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._bytes = token_byte_table(backend, self._added)
+        self.vocab_size = len(self._bytes)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}
+        self.eos_ids = frozenset(known | ({self.eos_id} if self.eos_id is not None else set()))
+        self.adds_bos = self.bos_id in self.encode("", add_special_tokens=True)[:1]
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Read tokenizer.json and the configuration files beside it, as transformers does.
+
+        The tokens that end an answer are those of generation_config.json, else of config.json, and the
+        tokenizer's own `eos_token`.
+
+        Raises:
+            ModelLoadError: there is no tokenizer.json, or a file is damaged.
+        """
+        config = _read_json(directory / "special_tokens_map.json")
+        overrides = _read_json(directory / "tokenizer_config.json")
+        config.update((name, value) for name, value in overrides.items() if value is not None)
+        eos = _read_json(directory / "generation_config.json").get("eos_token_id")
+        if eos is None:
+            eos = _read_json(directory / "config.json").get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [eos]
+        return cls.from_file(
+            directory / "tokenizer.json", config, eos_ids=[item for item in eos_ids if type(item) is int]
+        )
+
+    @classmethod
+    def from_file(cls, path: Path, config: Mapping[str, Any], *, eos_ids: Iterable[int] = ()) -> Tokenizer:
+        """Read a tokenizer.json; `config` is the content of the tokenizer_config.json that goes with it.
+
+        Raises:
+            ModelLoadError: the file is absent or damaged.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except FileNotFoundError:
+            raise ModelLoadError(f"no such file: {path} (a tokenizer.model alone is not read)") from None
+        except OSError as error:
+            raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
+        except Exception as error:  # what `tokenizers` raises is a bare Exception
+            raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
+        named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
+        try:
+            _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
+            if "add_bos_token" in config or "add_eos_token" in config:
+                bos = named.get("bos_token") if config.get("add_bos_token") else None
+                eos = named.get("eos_token") if config.get("add_eos_token") else None
+                _set_affixes(backend, bos, eos)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
+        return cls(backend, named, eos_ids)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Rebuild the tokenizer that a GGUF file's metadata describes.
+
+        Raises:
+            ModelLoadError: the vocabulary is absent, damaged, or of a kind that is not supported.
+        """
+        vocab = gguf_vocab.build(metadata)
+        bos = vocab.special_tokens.get("bos_token") if vocab.adds_bos else None
+        eos = vocab.special_tokens.get("eos_token") if vocab.adds_eos else None
+        _set_affixes(vocab.backend, bos, eos)
+        return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Turn text into ids. Text of special tokens in it becomes those tokens.
+
+        The GIL is released meanwhile, so long text belongs into a worker thread (1 ms takes some 500 tokens).
+
+        Raises:
+            InvalidRequest: the text has a lone surrogate, which no UTF-8 can carry.
+        """
+        # `encode` would hold the GIL even in a thread; the batch call does not.
+        return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int, int]]:
+        """Turn text into (id, start, stop), where the token covers bytes [start, stop) of the text's UTF-8.
+
+        Tokens that share a character all cover the whole of it; added special tokens cover nothing.
+
+        Raises:
+            InvalidRequest: as `encode`.
+        """
+        encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
+        if text.isascii():
+            return [(token_id, *span) for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)]
+        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+        at = [0, *np.cumsum(widths).tolist()]
+        return [
+            (token_id, at[start], at[stop])
+            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for inside running text (b"" for an id without a token)."""
+        return self._bytes[token_id] if token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        """Return a token's text for display: a special token's name, U+FFFD for incomplete characters."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Turn ids into text; unknown ids give none. For whole texts: streams use `token_bytes`."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _encode(self, encode_batch: Any, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            encoding: tokenizers.Encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        except TypeError:  # said of a string that has no UTF-8
+            raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
+        return encoding
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read an optional JSON object; {} where there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelLoadError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} holds no JSON object")
+    return value
+
+
+def _text_of(token: Any) -> str | None:
+    """Return the text of a token as configurations write it: a string or an object with `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _add_missing(backend: tokenizers.Tokenizer, listed: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Add the tokens that the configuration has and tokenizer.json lacks or has with other flags.
+
+    `listed` is `added_tokens_decoder`: id -> token. Named tokens (BOS, EOS, ...) are special in any case.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    wanted: dict[str, AddedToken] = {}
+    for token_id in sorted(listed, key=int):
+        entry = listed[token_id]
+        flags = {flag: bool(entry.get(flag, False)) for flag in _ADDED_FLAGS}
+        wanted[entry["content"]] = AddedToken(entry["content"], **flags)
+    for text in named.values():
+        token = wanted.get(text) or known.get(text) or AddedToken(text, normalized=False)
+        flags = {flag: getattr(token, flag) for flag in _ADDED_FLAGS}
+        wanted[text] = AddedToken(text, **{**flags, "special": True})
+    for text, token in wanted.items():
+        if known.get(text) != token:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def _set_affixes(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Let `bos` go before every text and `eos` after it, and nothing else."""
+    around = dict.fromkeys(text for text in (bos, eos) if text is not None)
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])],
+        special_tokens=[(text, backend.token_to_id(text)) for text in around],
+    )
