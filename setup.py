@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from glob import glob
 
 import torch
@@ -66,4 +67,13 @@ def extension() -> CppExtension:
     return CUDAExtension(sources=sorted(sources + cuda_sources), extra_compile_args=flags, **common)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class Build(BuildExtension):
+    """Keeps the objects in the tree: an editable install would compile them anew in a temporary folder."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        version = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        self.build_temp = os.path.abspath(os.path.join("build", version))
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
