@@ -1,0 +1,146 @@
+"""The command line: options made from the settings, precedence, help, errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tgi_asgi import __version__, server
+from tgi_asgi import cli as cli_module
+from tgi_asgi.cli import make_command
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.settings import DEMO_MODEL, Settings
+
+
+class _Run:
+    """Invoke the command with the server replaced: what settings it would have served with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.settings: Settings | None = None
+        self.ended: list[tuple[str | None, int]] = []
+        self.error: ModelLoadError | None = None
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(server, "run", self._serve)
+        monkeypatch.setattr(cli_module, "end_process", lambda *how: self.ended.append(how))
+        for spec in dataclasses.fields(Settings):
+            monkeypatch.delenv(spec.name.upper(), raising=False)
+
+    def _serve(self, settings: Settings) -> int:
+        self.settings = settings
+        if self.error is not None:
+            raise self.error
+        return 0
+
+    def __call__(self, *arguments: str, **environ: str) -> Result:
+        return CliRunner(env=environ).invoke(make_command(), arguments)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> _Run:
+    return _Run(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--port", "8080"], {"port": 8080}),
+        (["-p", "8080", "-g", "5"], {"port": 8080, "graceful_termination_timeout": 5}),
+        (["--host", "127.0.0.1"], {"hostname": "127.0.0.1"}),
+        (["--max-batch-size", "4"], {"max_batch_size": 4}),
+        (["--max_batch_size=4"], {"max_batch_size": 4}),
+        (["--api-key", "a", "--api-key", "b"], {"api_key": ("a", "b")}),
+        (["--no-prefix-cache", "--json-output"], {"prefix_cache": False, "json_output": True}),
+        (["--dtype", "float32", "--target-inter-token-ms", "20"], {"dtype": "float32"}),
+    ],
+)
+def test_flags_become_settings(run: _Run, arguments: list[str], expected: dict[str, object]) -> None:
+    result = run("--model-id", "m", *arguments)
+    assert result.exit_code == 0, result.output
+    assert run.settings is not None
+    assert {name: getattr(run.settings, name) for name in expected} == expected
+
+
+def test_every_setting_is_an_option_with_help() -> None:
+    options = {option.name: option for option in make_command().params}
+    for spec in dataclasses.fields(Settings):
+        option = options[spec.name]
+        assert f"--{spec.name.replace('_', '-')}" in option.opts
+        assert spec.metadata["help"] in option.help  # type: ignore[attr-defined]
+
+
+def test_variables_are_read_and_flags_win(run: _Run) -> None:
+    assert run("--port", "2", MODEL_ID="m", PORT="1", MAX_BATCH_SIZE="9").exit_code == 0
+    assert run.settings == Settings(model_id="m", port=2, max_batch_size=9)
+    assert run("--port", "2", MODEL_ID="m", PORT="not read").exit_code == 0
+
+
+def test_a_flag_turns_off_what_a_variable_turned_on(run: _Run) -> None:
+    assert run("--no-json-output", MODEL_ID="m", JSON_OUTPUT="true").exit_code == 0
+    assert run.settings is not None
+    assert run.settings.json_output is False
+
+
+def test_without_a_model_it_says_that_it_serves_the_demonstration_model(run: _Run) -> None:
+    result = run()
+    assert result.output.count("\n") == 1
+    assert DEMO_MODEL in result.output
+    assert run.settings == Settings(model_id=DEMO_MODEL)
+
+
+def test_help_lists_the_options_by_group() -> None:
+    text = CliRunner().invoke(make_command(), ["--help"]).output
+    headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert headings == ["Model:", "Server:", "Limits:", "Engine:", "Other:"]
+    assert "--no-prefix-cache" in text
+    assert "--no-json-output" not in text
+    assert "default: 3000" in text
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(make_command(), ["--version"]).output == f"tgi-asgi, version {__version__}\n"
+
+
+def test_env_prints_versions_and_settings_without_keys(run: _Run) -> None:
+    text = run("--env", "--model-id", "m", "--api-key", "secret", "--port", "1234").output
+    assert "Python" in text
+    assert "torch 2." in text
+    assert "port=1234" in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["--port", "x"], {}, "'x' is not a valid integer"),
+        (["--port", "70000"], {}, "--port must be in 0..65535"),
+        (["--prot", "1"], {}, "--port"),
+        (["--dtype", "int3"], {}, "'int3' is not one of"),
+        ([], {"PORT": "x"}, "PORT='x' is not a valid int"),
+        (["--max-input-tokens", "9", "--max-total-tokens", "9"], {}, "--max-input-tokens must be below"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(
+    run: _Run, arguments: list[str], environ: dict[str, str], message: str
+) -> None:
+    result = run(*arguments, **environ)
+    assert result.exit_code == 2
+    assert message in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert run.settings is None
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(run: _Run) -> None:
+    run.error = ModelLoadError("m.gguf is cut short")
+    result = run("--model-id", "m.gguf")
+    assert run.ended[0] == ("m.gguf is cut short", 1)
+    assert "Traceback" not in result.output
+
+
+def test_the_module_runs_as_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(cli_module, "main", lambda: called.append(True))
+    importlib.import_module("tgi_asgi.__main__")
+    assert called

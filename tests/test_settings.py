@@ -1,0 +1,84 @@
+"""Settings: the environment's spellings, ranges, and what a repr must not show."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import Settings
+
+
+def test_every_field_is_read_from_its_upper_snake_variable() -> None:
+    examples = {"int": "3", "float": "2.5", "bool": "true", "str": "text", "tuple": "one"}
+    special = {"block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4"}
+    for spec in dataclasses.fields(Settings):
+        kind = next(name for name in examples if str(spec.type).startswith(name))
+        text = special.get(spec.name, examples[kind])
+        value = getattr(Settings.from_environ({spec.name.upper(): text}), spec.name)
+        assert value != spec.default or spec.default is True, spec.name
+        assert isinstance(value, {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}[kind])
+
+
+def test_an_empty_variable_is_unset() -> None:
+    assert Settings.from_environ({"PORT": "", "MODEL_ID": ""}) == Settings()
+
+
+def test_given_values_win_and_their_variables_are_not_read() -> None:
+    assert Settings.from_environ({"PORT": "no number"}, port=8080).port == 8080
+
+
+def test_tgi_s_old_name_of_a_variable_is_read_after_the_new_one() -> None:
+    assert Settings.from_environ({"MAX_INPUT_LENGTH": "7"}).max_input_tokens == 7
+    both = {"MAX_INPUT_LENGTH": "7", "MAX_INPUT_TOKENS": "8"}
+    assert Settings.from_environ(both).max_input_tokens == 8
+
+
+@pytest.mark.parametrize("text", ["true", "1", "yes", "on", "TRUE"])
+def test_switches_are_turned_on_by_the_usual_words(text: str) -> None:
+    assert Settings.from_environ({"JSON_OUTPUT": text}).json_output
+
+
+@pytest.mark.parametrize("text", ["false", "0", "no", "off", "False"])
+def test_switches_are_turned_off_by_the_usual_words(text: str) -> None:
+    assert not Settings.from_environ({"PREFIX_CACHE": text}).prefix_cache
+
+
+@pytest.mark.parametrize(("variable", "text"), [("PORT", "x"), ("JSON_OUTPUT", "maybe"), ("PORT", "80.5")])
+def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{variable}='{text}'"):
+        Settings.from_environ({variable: text})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"port": 65536}, "--port must be in"),
+        ({"max_batch_size": 0}, "--max-batch-size must be at least 1"),
+        ({"validation_workers": 0}, "--validation-workers must be at least 1"),
+        ({"max_stop_sequences": -1}, "--max-stop-sequences must not be negative"),
+        ({"block_size": 17}, "--block-size must be 16, 32 or 64"),
+        ({"dtype": "int4"}, "--dtype must be one of auto, float32"),
+        ({"max_input_tokens": 10, "max_total_tokens": 10}, "--max-input-tokens must be below"),
+        ({"target_inter_token_ms": 0.0}, "--target-inter-token-ms must be positive"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Settings(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hostname", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("localhost", "127.0.0.1"), ("3f2a9c", "0.0.0.0")],
+)
+def test_a_hostname_that_is_no_address_means_all(hostname: str, address: str) -> None:
+    assert Settings(hostname=hostname).bind_address == address
+
+
+def test_the_repr_shows_what_was_changed_and_no_key() -> None:
+    text = repr(Settings(port=8080, api_key=("very-secret",)))
+    assert "port=8080" in text
+    assert "secret" not in text
+    assert "max_batch_size" not in text
