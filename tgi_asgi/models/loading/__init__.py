@@ -1,1 +1,38 @@
-"""Weights by canonical name, from safetensors checkpoints and GGUF files."""
+"""A model's weights by their canonical names, which are those of Hugging Face's checkpoints.
+
+Both formats give bytes as they are stored; what layout the kernels want of them is `ops`' affair.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.ops import WeightSource
+
+
+class Weights(Protocol):
+    """Where a model takes its weights from."""
+
+    num_bytes: int  # of all tensors, as stored
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor of this shape; its bytes are a view of the file wherever possible.
+
+        Raises:
+            ModelLoadError: it is missing, of another shape, or of a type that cannot be read.
+        """
+
+    def close(self) -> None:
+        """Let go of the files; views that are still held stay valid."""
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a tensor that is not of the shape that the configuration says."""
+    if found != expected:
+        raise ModelLoadError(
+            f"tensor {name!r} has the shape {list(found)}, "
+            f"but the model's configuration says {list(expected)}"
+        )

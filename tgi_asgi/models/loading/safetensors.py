@@ -1,0 +1,40 @@
+"""Weights of a checkpoint directory: their names are canonical already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.models.loading import check_shape
+from tgi_asgi.ops import WeightSource
+
+_FORMATS = ("F32", "F16", "BF16")
+
+
+class SafetensorsWeights:
+    """A checkpoint's `Weights`, sharded or not."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._checkpoint = Checkpoint.open(directory)
+        self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._checkpoint
+
+    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor, as `Weights.get` says."""
+        if name not in self._checkpoint:
+            raise ModelLoadError(f"{self._directory}: there is no tensor {name!r}, which the model needs")
+        info = self._checkpoint.tensor(name)
+        if info.dtype not in _FORMATS:
+            raise ModelLoadError(
+                f"tensor {name!r} is of dtype {info.dtype}; supported are {', '.join(_FORMATS)}"
+            )
+        check_shape(name, info.shape, shape)
+        return WeightSource(self._checkpoint.raw(name), info.dtype, info.shape)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._checkpoint.close()

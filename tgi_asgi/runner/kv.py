@@ -1,0 +1,99 @@
+"""How large the KV cache is: as many tokens as could ever be used at once, within the memory that is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.settings import Settings
+
+_SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class KvSize:
+    """Size of the pool."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    bytes_per_token: int
+    dtype: torch.dtype
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Address space of the pool; the system commits memory as blocks are first written."""
+        return self.num_tokens * self.bytes_per_token
+
+
+def choose_size(
+    config: ModelConfig, settings: Settings, dtype: torch.dtype, max_total_tokens: int, free_bytes: int
+) -> KvSize:
+    """Choose the pool's size for sequences of up to `max_total_tokens`.
+
+    `max_batch_total_tokens` decides where the operator set it. Otherwise all slots could be filled to the
+    end, unless half of the free memory is less.
+
+    Raises:
+        ModelLoadError: there is no room for a block, or the operator's own limits contradict each other.
+    """
+    kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+    per_token = ops.kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype)
+    size = settings.block_size
+    blocks_a_sequence = -(-max_total_tokens // size)
+    if settings.max_batch_total_tokens is not None:
+        num_blocks = settings.max_batch_total_tokens // size
+    else:
+        wanted = settings.max_batch_size * blocks_a_sequence
+        num_blocks = min(wanted, int(free_bytes * _SHARE) // (per_token * size))
+    if num_blocks < 1:
+        raise ModelLoadError(
+            f"there is no room for a KV cache: a block of {size} tokens takes {per_token * size} bytes, "
+            f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
+        )
+    if settings.max_total_tokens is not None and num_blocks < blocks_a_sequence:
+        raise ModelLoadError(
+            f"the KV cache holds {num_blocks * size} tokens, less than one sequence of --max-total-tokens "
+            f"{settings.max_total_tokens}: lower that, or raise --max-batch-total-tokens or the memory"
+        )
+    return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take: of the machine, and of its control group."""
+    free = _meminfo("MemAvailable")
+    limit, used = _read_number(_CGROUP / "memory.max"), _read_number(_CGROUP / "memory.current")
+    if limit is None:  # version 1
+        group = _CGROUP / "memory"
+        limit, used = (
+            _read_number(group / "memory.limit_in_bytes"),
+            _read_number(group / "memory.usage_in_bytes"),
+        )
+    if limit is not None and used is not None:
+        free = min(free, max(limit - used, 0))
+    return free
+
+
+def _meminfo(key: str) -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise ModelLoadError(f"/proc/meminfo has no {key}")
+
+
+def _read_number(path: Path) -> int | None:
+    """Read a control group's number; None where there is none ("max", or no such file)."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,139 @@
+"""Load a model: from its files on disk to a runner that waits for steps. Called once, in a thread.
+
+Prints nothing: `progress` hears what is being done and how many bytes of it are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+import tgi_asgi
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.tokenizer import Tokenizer
+from tgi_asgi.types import ModelInfo
+
+Progress = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all
+
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """All that serving a model takes."""
+
+    runner: CpuRunner
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    info: ModelInfo
+
+    @property
+    def num_blocks(self) -> int:
+        return self.runner.num_blocks
+
+
+def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedModel:
+    """Load the model of `files`; its weights are held once, in the kernels' layout, and unmapped after.
+
+    Raises:
+        ModelLoadError: the files are damaged or not supported, or settings and memory do not suffice.
+    """
+    dtype = _DTYPES.get(settings.dtype)
+    if dtype is None:
+        raise ModelLoadError(f"--dtype {settings.dtype} is not computed on a CPU: take bfloat16 or float32")
+    num_threads = ops.configure_threads(settings.num_threads)
+    with (
+        OpenModel(files, chat_template_path=settings.tokenizer_config_path) as opened,
+        ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
+    ):
+        text = executor.submit(opened.read_text)  # beside the weights: both take about as long
+        config = opened.config
+        max_total_tokens = _max_total_tokens(config, settings)
+        weights = _TrackedWeights(opened.weights, progress)
+        model = Llama(config, weights, dtype, max_positions=max_total_tokens)
+        tokenizer, chat_template = text.result()
+    kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
+    max_total_tokens = min(max_total_tokens, kv_size.num_tokens)
+    runner = CpuRunner(
+        model,
+        kv_size,
+        max_batch_size=settings.max_batch_size,
+        max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+        max_context=max_total_tokens,
+    )
+    info = ModelInfo(
+        model_id=settings.served_model_name or files.model_id,
+        revision=files.revision,
+        architecture=config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu",
+        vocab_size=config.vocab_size,
+        max_input_tokens=_max_input_tokens(settings, max_total_tokens),
+        max_total_tokens=max_total_tokens,
+        eos_token_ids=tokenizer.eos_ids,
+        kv_tokens=kv_size.num_tokens,
+        kv_bytes=kv_size.num_bytes,
+        num_threads=num_threads,
+        created=int(time.time()),
+        fingerprint=weights.fingerprint(dtype, kv_size),
+    )
+    return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _max_total_tokens(config: ModelConfig, settings: Settings) -> int:
+    return min(config.context_length, settings.max_total_tokens or config.context_length)
+
+
+def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:
+    longest = max(max_total_tokens - 1, 1)
+    return min(settings.max_input_tokens or longest, longest)
+
+
+class _TrackedWeights:
+    """Weights that report how much of them has been read, and remember which they were."""
+
+    def __init__(self, weights: Weights, progress: Progress) -> None:
+        self.num_bytes = weights.num_bytes
+        self._weights = weights
+        self._progress = progress
+        self._done = 0
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+        """Return a tensor, as `Weights.get` says."""
+        self._progress("loading weights", self._done, self.num_bytes)
+        source = self._weights.get(name, shape)
+        self._done += source.data.nbytes
+        self._hash.update(f"{name} {source.format} {source.shape}\n".encode())
+        self._hash.update(source.data[:_SAMPLE_BYTES].data)
+        self._hash.update(source.data[-_SAMPLE_BYTES:].data)
+        return source
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._weights.close()
+
+    def fingerprint(self, dtype: torch.dtype, kv_size: KvSize) -> str:
+        """Name what decides the output's bits: weights, arithmetic, code version."""
+        options = f"{dtype} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
+        self._hash.update(options.encode())
+        return f"fp_{self._hash.hexdigest()}"

@@ -1,0 +1,60 @@
+"""Log-probabilities of prompt tokens, chunk by chunk (`decoder_input_details`, `echo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.runner.plan import PromptLogprobs, StepRow
+from tgi_asgi.runner.sampling import unpack_top
+
+_ROWS = 64  # of logits at a time: 12 MB with 49,152 tokens, 64 MB with 256k
+
+
+class PromptScorer:
+    """Scores each token of a chunk by the logits of the one before it.
+
+    The first token of a chunk belongs to the logits of the chunk before, which are kept by slot.
+    """
+
+    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._logits = logits
+        self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
+
+    def forget(self, slot: int) -> None:
+        """Drop what is kept of a slot: another sequence takes it."""
+        self._tails.pop(slot, None)
+
+    def score(self, x: Tensor, first: int, row: StepRow) -> PromptLogprobs:
+        """Return one entry a token of `row`, whose tokens are rows first, first + 1, ... of x.
+
+        Raises:
+            ValueError: the sequence's tokens before this chunk were computed without being scored.
+        """
+        if row.token_ids is None or row.prompt_logprobs is None:
+            raise ValueError("prompt log-probabilities are of a chunk whose tokens are given")
+        tokens, num_top = row.token_ids, row.prompt_logprobs
+        tail = self._tails.pop(row.slot, None)
+        if row.start == 0:
+            result: PromptLogprobs = [(None, [])]
+        elif tail is not None:
+            result = _pairs(tail, tokens[:1], num_top)
+        else:
+            raise ValueError(f"the tokens before position {row.start} have no log-probabilities")
+        last = len(tokens) - 1
+        for start in range(0, last, _ROWS):
+            stop = min(start + _ROWS, last)
+            rows = torch.arange(first + start, first + stop, dtype=torch.int32)
+            result += _pairs(self._logits(x, rows), tokens[start + 1 : stop + 1], num_top)
+        if not row.samples:  # more of the prompt may follow
+            self._tails[row.slot] = self._logits(x, torch.tensor([first + last], dtype=torch.int32))
+        return result
+
+
+def _pairs(logits: Tensor, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
+    found = ops.token_logprobs(logits, torch.tensor(tokens, dtype=torch.int32), num_top)
+    tops = unpack_top(found.top_ids.tolist(), found.top_logprobs.tolist(), [num_top] * len(tokens))
+    return list(zip(found.logprobs.tolist(), tops, strict=True))

@@ -1,0 +1,164 @@
+"""Runs steps on the CPU: plan -> buffers -> model -> sampled tokens, in a thread of its own.
+
+The engine submits from its event loop and gets a future; steps run first in, first out. Everything that one
+step leaves for the next (KV blocks, sampling state, the token drawn last) stays here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.runner.inputs import StepInputs
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.prompt_logprobs import PromptScorer
+from tgi_asgi.runner.sampling import unpack
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 2
+_Job = tuple[StepPlan, "asyncio.Future[StepResult]", asyncio.AbstractEventLoop]
+
+
+class CpuRunner:
+    """A `Runner` that computes on the team of CPU threads.
+
+        runner = CpuRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
+        result = await runner.submit(StepPlan(0, rows))
+
+    Attributes:
+        max_context: tokens that a sequence can have.
+    """
+
+    def __init__(
+        self, model: Llama, kv_size: KvSize, *, max_batch_size: int, max_step_tokens: int, max_context: int
+    ) -> None:
+        config = model.config
+        self.num_blocks = kv_size.num_blocks
+        self.block_size = kv_size.block_size
+        self.max_batch_size = max_batch_size
+        self.max_step_tokens = max_step_tokens
+        self.max_context = max_context
+        self._model = model
+        self._kv = ops.allocate_kv(
+            config.num_layers,
+            kv_size.num_blocks,
+            config.num_kv_heads,
+            config.head_dim,
+            kv_size.block_size,
+            kv_size.dtype,
+        )
+        self._inputs = StepInputs(
+            vocab_size=config.vocab_size,
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
+            max_context=max_context,
+            max_rows=max_batch_size,
+            max_tokens=max_step_tokens,
+        )
+        self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
+        self._scorer = PromptScorer(model.logits)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Queue a step, from the event loop; the future fails if the step raises, and only it.
+
+        Raises:
+            RuntimeError: the runner is closed, or two steps are in flight already.
+        """
+        if self._is_closed:
+            raise RuntimeError("the runner is closed")
+        if self._in_flight == MAX_IN_FLIGHT:
+            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+        self._in_flight += 1
+        self._jobs.put((plan, future, loop))
+        return future
+
+    def close(self) -> None:
+        """Finish the steps in flight and end the thread. Idempotent."""
+        self._is_closed = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
+
+        A step that raises has drawn nothing: running its rows again, with its starts, is the same as the
+        first time.
+
+        Raises:
+            PlanError: the plan contradicts itself or the bounds.
+        """
+        self._inputs.check(plan)
+        ops.copy_blocks(self._kv, plan.copies)
+        for start in plan.starts:
+            self._sampling.start(
+                start.slot,
+                start.sampling,
+                choice=start.choice,
+                prompt_ids=start.prompt_ids,
+                output_ids=start.output_ids,
+                min_tokens=start.min_tokens,
+                masked_ids=start.masked_ids,
+            )
+            self._scorer.forget(start.slot)
+        if not plan.rows:
+            return StepResult(plan.step_id, [])
+        return self._compute(plan)
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
+        x = self._model.forward(batch, self._kv)
+        ends = batch.tables.query_start[1:] - 1  # [n_rows]: each row's last token
+        result = StepResult(plan.step_id, [None] * len(plan.rows))
+        first = 0
+        for index, row in enumerate(plan.rows):
+            if row.prompt_logprobs is not None:
+                result.prompt_logprobs[index] = self._scorer.score(x, first, row)
+            first += row.num_tokens
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        if sampling:
+            logits = self._model.logits(x, ends[sampling])
+            slots = torch.tensor([plan.rows[index].slot for index in sampling], dtype=torch.int32)
+            drawn: list[Sampled] = unpack(ops.sample(logits, self._sampling, slots))
+            for index, sampled in zip(sampling, drawn, strict=True):
+                result.sampled[index] = sampled
+        return result
+
+    def _work(self) -> None:
+        """Run jobs until closed: the runner thread's whole life."""
+        ops.join_threads()
+        while (job := self._jobs.get()) is not None:
+            plan, future, loop = job
+            try:
+                outcome: StepResult | Exception = self.run(plan)
+            except Exception as error:
+                logger.exception("step %s failed", plan.step_id)
+                outcome = error
+            try:
+                loop.call_soon_threadsafe(self._deliver, future, outcome)
+            except RuntimeError:  # the loop is closed: nobody waits for the result
+                logger.debug("the result of step %s has no taker", plan.step_id)
+
+    def _deliver(self, future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
+        """Hand a step's result over; runs on the event loop."""
+        self._in_flight -= 1
+        if future.done():  # cancelled by its waiter
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
