@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # both import libraries that nobody needs before the model ha
 
 logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
+
+_MAX_NAMES_LOGGED = 100  # clients choose the names
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -65,6 +69,7 @@ class ServerContext:
         self.created = int(time.time())
         self.metrics = Metrics(settings.block_size)
         self._warned: set[str] = set()
+        self._unknown_models: set[str] = set()
         self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
 
     @property
@@ -113,6 +118,12 @@ class ServerContext:
         if topic not in self._warned:
             self._warned.add(topic)
             logger.warning(message)
+
+    def note_unknown_model(self, name: str) -> None:
+        """Log, once a name, that clients ask for a model that is not the served one."""
+        if name not in self._unknown_models and len(self._unknown_models) < _MAX_NAMES_LOGGED:
+            self._unknown_models.add(name)
+            logger.info("model %r was asked for; answering as the served one", name[:200])
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run text work (templates, tokenisation, large JSON) off the event loop."""

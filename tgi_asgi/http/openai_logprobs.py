@@ -1,0 +1,189 @@
+"""Log-probabilities in OpenAI's two shapes, released together with the text that they belong to.
+
+A tracker is given every event of one choice and tells which tokens' entries may leave: those whose text has
+been shown. Text that a stop string cuts off takes the entries of the tokens wholly inside it along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from tgi_asgi.text.detokenize import Utf8Assembler
+from tgi_asgi.text.tokenizer import Tokenizer
+from tgi_asgi.types import TokenEvent
+
+_SMALLEST = -9999.0  # JSON has no infinity
+
+
+class TokenNames:
+    """How tokens are spelled in log-probabilities."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id) or self._tokenizer.token_text(token_id).encode()
+
+    def name(self, token_id: int, data: bytes) -> str:
+        """Return the token as text; one that is part of a character as `bytes:` and its escaped bytes."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+class Released:
+    """Holds one choice's tokens back until their text has been shown.
+
+    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too.
+    """
+
+    def __init__(self, *, keeps_hidden: bool) -> None:
+        self._keeps_hidden = keeps_hidden
+        self._assembler = Utf8Assembler()
+        self._num_decoded = 0  # characters of all tokens so far
+        self._num_shown = 0
+        self._held: deque[tuple[int, TokenEvent]] = deque()  # with where the token's text starts
+
+    def push(self, event: TokenEvent) -> list[tuple[int, TokenEvent]]:
+        """Take one event; return (first character, event) of every token that is shown now."""
+        if event.data or self._keeps_hidden:
+            self._held.append((self._num_decoded, event))
+        self._num_decoded += len(self._assembler.push(event.data))
+        self._num_shown += len(event.text)
+        held = self._held
+        if event.finish is not None and not isinstance(event.stop, str):
+            shown = list(held)
+            held.clear()
+            return shown
+        shown = []
+        while held and held[0][0] < self._num_shown:
+            shown.append(held.popleft())
+        return shown
+
+
+class ChatLogprobs:
+    """One choice's entries in the shape of chat completions."""
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._released = Released(keeps_hidden=False)
+        self._waiting: list[dict[str, Any]] = []
+
+    def push(self, event: TokenEvent) -> None:
+        """Take one event of the choice."""
+        for _, shown in self._released.push(event):
+            entry = self._entry(shown.token_id, shown.data, shown.logprob)
+            entry["top_logprobs"] = [
+                self._entry(token_id, self._names.bytes_of(token_id), logprob)
+                for token_id, logprob in shown.top or ()
+            ]
+            self._waiting.append(entry)
+
+    def take(self) -> dict[str, Any] | None:
+        """Return what may leave now, or None."""
+        if not self._waiting:
+            return None
+        waiting, self._waiting = self._waiting, []
+        return {"content": waiting, "refusal": None}
+
+    def _entry(self, token_id: int, data: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": self._names.name(token_id, data), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+class CompletionLogprobs:
+    """One choice's entries in the shape of text completions.
+
+    Args:
+        k: how many alternatives each entry shows; 0: none.
+        offset: characters of the text before the choice's own.
+    """
+
+    def __init__(self, names: TokenNames, k: int, offset: int) -> None:
+        self._names = names
+        self._k = k
+        self._offset = offset
+        self._released = Released(keeps_hidden=True)
+        self._lists = _Lists(k)
+
+    def push_prompt(
+        self, ids: Sequence[int], logprobs: Sequence[tuple[float | None, Sequence[tuple[int, float]]]],
+        special_ids: frozenset[int],
+    ) -> None:  # fmt: skip
+        """Take the prompt's tokens, which an echoed answer starts with."""
+        assembler = Utf8Assembler()
+        offset = 0
+        for token_id, (logprob, best) in zip(ids, logprobs, strict=True):
+            data = self._names.bytes_of(token_id)
+            self._add(token_id, data, logprob, best, offset)
+            offset += len(assembler.push(b"" if token_id in special_ids else data))
+
+    def push(self, event: TokenEvent) -> None:
+        """Take one event of the choice."""
+        for start, shown in self._released.push(event):
+            data = shown.data or self._names.bytes_of(shown.token_id)
+            self._add(shown.token_id, data, shown.logprob, shown.top, self._offset + start)
+
+    def take(self) -> dict[str, Any] | None:
+        """Return what may leave now, or None."""
+        if not self._lists.tokens:
+            return None
+        lists, self._lists = self._lists, _Lists(self._k)
+        return lists.payload()
+
+    def _add(
+        self,
+        token_id: int,
+        data: bytes,
+        logprob: float | None,
+        best: Sequence[tuple[int, float]] | None,
+        offset: int,
+    ) -> None:
+        name = self._names.name(token_id, data)
+        lists = self._lists
+        lists.tokens.append(name)
+        lists.text_offset.append(offset)
+        if logprob is None:  # the first token of a prompt has none
+            lists.token_logprobs.append(None)
+            lists.top_logprobs.append(None)
+            return
+        value = _finite(logprob)
+        lists.token_logprobs.append(value)
+        top: dict[str, float] = {}
+        for other_id, other in [*(best or ()), (token_id, logprob)]:
+            other_data = data if other_id == token_id else self._names.bytes_of(other_id)
+            other_name = self._names.name(other_id, other_data)
+            # Two ids may read alike; clients look the sampled token's value up by its name.
+            top[other_name] = max(_finite(other), top.get(other_name, -math.inf))
+        lists.top_logprobs.append(top)
+
+
+class _Lists:
+    """The four lists of a completion's log-probabilities."""
+
+    __slots__ = ("k", "text_offset", "token_logprobs", "tokens", "top_logprobs")
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.tokens: list[str] = []
+        self.token_logprobs: list[float | None] = []
+        self.top_logprobs: list[dict[str, float] | None] = []
+        self.text_offset: list[int] = []
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs if self.k else None,
+            "text_offset": self.text_offset,
+        }
+
+
+def _finite(logprob: float | None) -> float:
+    return logprob if logprob is not None and math.isfinite(logprob) else _SMALLEST
