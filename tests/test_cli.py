@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
+import sys
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,7 +24,7 @@ class _Run:
         self.settings: Settings | None = None
         self.ended: list[tuple[str | None, int]] = []
         self.error: ModelLoadError | None = None
-        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # restored: the command sets its own
         monkeypatch.setattr(server, "run", self._serve)
         monkeypatch.setattr(cli_module, "end_process", lambda *how: self.ended.append(how))
         for spec in dataclasses.fields(Settings):
@@ -93,7 +95,7 @@ def test_without_a_model_it_says_that_it_serves_the_demonstration_model(run: _Ru
 def test_help_lists_the_options_by_group() -> None:
     text = CliRunner().invoke(make_command(), ["--help"]).output
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Model:", "Server:", "Limits:", "Engine:", "Other:"]
+    assert headings == ["Model:", "Server:", "Limits:", "Engine:", "Of TGI's launcher:", "Other:"]
     assert "--no-prefix-cache" in text
     assert "--no-json-output" not in text
     assert "default: 3000" in text
@@ -130,6 +132,34 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(
     assert message in result.output.splitlines()[-1]
     assert "Traceback" not in result.output
     assert run.settings is None
+
+
+def test_an_option_of_the_launcher_is_ignored_with_a_warning(run: _Run) -> None:
+    result = run("--model-id", "m", "--waiting-served-ratio", "1.2", "--trust-remote-code")
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert "WARNING --trust-remote-code is ignored: " in lines[0]
+    assert "WARNING --waiting-served-ratio is ignored: " in lines[1]
+    assert len(lines) == 2
+    assert run.settings == Settings(model_id="m")
+
+
+def test_an_option_that_would_be_missed_is_refused(run: _Run) -> None:
+    result = run("--model-id", "m", "--num-shard", "2")
+    assert result.exit_code == 2
+    assert "--num-shard=2 is not supported" in result.output
+
+
+def test_sagemaker_s_one_argument_means_its_port_and_its_variables(
+    run: _Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tgi-asgi", "serve"])
+    for name in ("PORT", "MODEL_ID", "HF_MODEL_ID"):  # so that they are restored
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HF_MODEL_ID", "org/name")
+    with pytest.raises(SystemExit):
+        cli_module.main()
+    assert run.settings == Settings(model_id="org/name", port=8080)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1(run: _Run) -> None:

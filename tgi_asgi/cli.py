@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -14,10 +15,20 @@ from typing import Any
 
 import click
 
-from tgi_asgi import __version__
+from tgi_asgi import __version__, logs
 from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.launcher_compat import (
+    OPTIONS,
+    CompatOption,
+    Treatment,
+    check_options,
+    environment_changes,
+    is_sagemaker,
+)
 from tgi_asgi.process import end_process
 from tgi_asgi.settings import DEMO_MODEL, Settings
+
+logger = logging.getLogger(__name__)
 
 _TYPES: dict[str, click.ParamType[Any]] = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
@@ -69,6 +80,20 @@ class _SettingOption(click.Option):
         return None
 
 
+class _LauncherOption(click.Option):
+    """An option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
+
+    group = "Of TGI's launcher"
+
+    def __init__(self, option: CompatOption) -> None:
+        refused = option.treatment is Treatment.REFUSED
+        form: dict[str, Any] = (
+            {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
+        )
+        text = f"{'Refused' if refused else 'Ignored'}: {option.reason}."
+        super().__init__([option.flag, option.name], default=None, help=text, **form)
+
+
 def _base_type(kind: str) -> str:
     """Return the type of one value: `int` of "int | None", `str` of "tuple[str, ...]"."""
     return kind.removeprefix("tuple[").split(",")[0].split(" ")[0]
@@ -84,11 +109,18 @@ def _help(spec: dataclasses.Field[Any]) -> str:
 
 
 def _run(print_env: bool, **options: Any) -> None:
+    names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
     try:
-        settings = Settings.from_environ(os.environ, **given)
+        settings = Settings.from_environ(
+            os.environ, **{name: value for name, value in given.items() if name in names}
+        )
+        warnings = check_options(given, os.environ)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from None
+    logs.configure(settings)
+    for warning in warnings:
+        logger.warning(warning)
     if print_env:
         click.echo(describe_environment(settings))
     if settings.model_id is None:
@@ -119,6 +151,7 @@ def describe_environment(settings: Settings) -> str:
 def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
     options: list[click.Parameter] = [_SettingOption(spec) for spec in dataclasses.fields(Settings)]
+    options += [_LauncherOption(option) for option in OPTIONS if option.is_flag]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )
@@ -142,4 +175,9 @@ def make_command() -> click.Command:
 
 def main() -> None:
     """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
-    make_command().main(sys.argv[1:], prog_name="tgi-asgi")
+    arguments = sys.argv[1:]
+    try:
+        os.environ.update(environment_changes(os.environ, arguments))
+    except InvalidRequest as error:
+        end_process(error.message, 2)
+    make_command().main([] if is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")

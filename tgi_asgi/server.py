@@ -18,7 +18,6 @@ from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
-from tgi_asgi import logs
 from tgi_asgi.app import Loader, Progress, create_app, load_model
 from tgi_asgi.console import Console
 from tgi_asgi.errors import ModelLoadError, TgiError
@@ -50,7 +49,6 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
     Raises:
         ModelLoadError: the address cannot be listened on, or the model cannot be loaded.
     """
-    logs.configure(settings)
     sys.setswitchinterval(0.001)  # a thread that wants the GIL back waits 1 ms, not 4.4 (p90 under load)
     listener = listen(settings)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
