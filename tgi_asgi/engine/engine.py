@@ -82,7 +82,7 @@ class Engine:
         self._eos_ids = tokenizer.eos_ids | info.eos_token_ids
         self._max_total_tokens = info.max_total_tokens
         self._step_timeout_s = settings.step_timeout_s
-        self._on_fatal = on_fatal
+        self.on_fatal = on_fatal
         self._clock = clock
         self._state = EngineState.LOADING
         self._inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
@@ -389,8 +389,8 @@ class Engine:
         log.critical("the engine is dead: %s", error)
         self._pipeline.close()
         self._end_all(error)
-        if self._on_fatal is not None:
-            self._on_fatal(error)
+        if self.on_fatal is not None:
+            self.on_fatal(error)
 
     def _show(self) -> None:
         stats, scheduler = self.stats, self.scheduler

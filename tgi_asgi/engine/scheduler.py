@@ -255,7 +255,10 @@ class Scheduler:
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for all its tokens, from the cache as far as it reaches."""
         pool = self.pool
-        cached = self._cached_blocks(sequence)
+        may_look_up = (
+            self._prefix_cache and sequence.request.is_prefix_cached and not sequence.wants_prompt_logprobs
+        )
+        cached = self._cached_blocks(sequence) if may_look_up else []
         num_new = self.blocks_for(len(sequence.token_ids)) - len(cached)
         if not self._has_room(num_new + sum(map(pool.is_free, cached))):
             return False
@@ -266,6 +269,7 @@ class Scheduler:
         sequence.num_computed = len(cached) * self._block_size
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
+        if may_look_up and sequence.num_output == 0:
             self._stats.prefix_query_tokens += sequence.prompt_len
             self._stats.prefix_hit_tokens += sequence.num_computed
         return True
@@ -273,8 +277,6 @@ class Scheduler:
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Return the blocks of the longest cached prefix; at least one token is left to compute."""
         blocks: list[int] = []
-        if not self._prefix_cache or not sequence.request.is_prefix_cached or sequence.wants_prompt_logprobs:
-            return blocks
         tokens = sequence.token_ids
         for index in range((len(tokens) - 1) // self._block_size):
             block = self.pool.find(sequence.chain.digest(index, tokens))

@@ -1,0 +1,68 @@
+"""Requests, and a scheduler by itself, for the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from itertools import count
+from typing import Any
+
+from tests.support.fake_runner import EOS_ID
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.prefix import HashChain, root_digest
+from tgi_asgi.engine.scheduler import Scheduler
+from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
+
+_GREEDY = SamplingParams(temperature=0.0)
+_ids = count()
+
+
+def make_request(
+    prompt: Tokens[int] | bytes | int,
+    max_tokens: int = 8,
+    *,
+    sampling: SamplingParams = _GREEDY,
+    stop: dict[str, Any] | None = None,
+    **fields: Any,
+) -> GenerationRequest:
+    """Make a request; an integer prompt is that many different tokens."""
+    tokens = [index * 7 % 251 for index in range(prompt)] if isinstance(prompt, int) else list(prompt)
+    conditions = StopConditions(max_tokens=max_tokens, **(stop or {}))
+    return GenerationRequest(f"request-{next(_ids)}", tokens, sampling, conditions, **fields)
+
+
+def make_scheduler(**changes: Any) -> Scheduler:
+    """Make a scheduler of 32 blocks of 16 tokens and 8 slots, whose budget never shrinks."""
+    values: dict[str, Any] = {
+        "num_blocks": 32,
+        "block_size": 16,
+        "max_batch_size": 8,
+        "max_step_tokens": 1 << 20,
+        "max_prefill_tokens": 512,
+        **changes,
+    }
+    budget = TokenBudget(
+        max_tokens=values.pop("max_prefill_tokens"), block_size=values["block_size"], target_s=1e9
+    )
+    values.setdefault("stats", EngineStats())
+    return Scheduler(budget=budget, **values)
+
+
+def add_request(scheduler: Scheduler, request: GenerationRequest, arrival: int = 0) -> list[Sequence]:
+    """Queue a request's sequences as the engine does, and return them."""
+    chain = HashChain(root_digest(request.adapter, request.cache_salt), scheduler._block_size)
+    sequences: list[Sequence] = []
+    for choice in range(request.n):
+        sequences.append(
+            Sequence(
+                request,
+                choice,
+                urgency=(float(arrival + 30 * request.priority), arrival, choice),
+                chain=chain,
+                eos_ids=frozenset({EOS_ID}),
+                leader=sequences[0] if choice else None,
+            )
+        )
+    scheduler.add(sequences)
+    return sequences

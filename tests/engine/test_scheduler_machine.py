@@ -1,0 +1,207 @@
+"""The scheduler and the block pool under random requests, cancellations, preemptions, forks and failed steps.
+
+Steps run on the fake runner's simulated cache, which fails as soon as a row would read anything but its own
+sequence's tokens. A step runs at any moment between its planning and its completion, in order, up to two of
+them in flight: all that the engine may do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.engine.helpers import add_request, make_request, make_scheduler
+from tests.support.fake_runner import FakeRunner, expected_tokens
+from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.runner.plan import StepResult
+from tgi_asgi.types import SamplingParams
+
+BLOCK = 4
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(8, 24),
+        max_batch_size=st.integers(1, 5),
+        max_prefill=st.sampled_from([4, 8, 64]),
+        prefix_cache=st.booleans(),
+    )
+    def start(self, num_blocks: int, max_batch_size: int, max_prefill: int, prefix_cache: bool) -> None:
+        self.scheduler = make_scheduler(
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_batch_size=max_batch_size,
+            max_prefill_tokens=max_prefill,
+            prefix_cache=prefix_cache,
+        )
+        self.runner = FakeRunner(num_blocks=num_blocks, block_size=BLOCK, max_batch_size=max_batch_size)
+        self.num_blocks = num_blocks
+        self.open: list[Sequence] = []
+        self.flights: deque[tuple[Step, list[StepResult]]] = deque()
+        self.num_arrived = 0
+
+    @rule(
+        family=st.integers(0, 2),
+        prompt_len=st.integers(1, 20),
+        max_tokens=st.integers(1, 10),
+        n=st.integers(1, 3),
+        priority=st.integers(0, 1),
+        is_prefix_cached=st.booleans(),
+        wants_prompt_logprobs=st.booleans(),
+    )
+    def submit(
+        self,
+        family: int,
+        prompt_len: int,
+        max_tokens: int,
+        n: int,
+        priority: int,
+        is_prefix_cached: bool,
+        wants_prompt_logprobs: bool,
+    ) -> None:
+        if -(-(prompt_len + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
+            return
+        request = make_request(
+            [family * 50 + position for position in range(prompt_len)],
+            max_tokens,
+            sampling=SamplingParams(seed=self.num_arrived),
+            n=n,
+            priority=priority,
+            is_prefix_cached=is_prefix_cached,
+            prompt_logprobs=0 if wants_prompt_logprobs else None,
+        )
+        self.open += add_request(self.scheduler, request, self.num_arrived)
+        self.num_arrived += 1
+
+    @precondition(lambda self: len(self.flights) < 2)
+    @rule(runs_early=st.booleans())
+    def plan(self, runs_early: bool) -> None:
+        step = self.scheduler.plan()
+        if step is not None:
+            self.flights.append((step, []))
+            if runs_early:
+                self._run_all()
+
+    @precondition(lambda self: self.flights)
+    @rule()
+    def complete(self) -> None:
+        step, results = self.flights[0]
+        if not results:
+            results.append(self.runner.execute(step.plan))
+        self.flights.popleft()
+        self._apply(step, results[0])
+
+    @precondition(lambda self: self.flights and not self.flights[0][1])
+    @rule(is_split=st.booleans())
+    def fail(self, is_split: bool) -> None:
+        """The oldest step fails: what came after it is void, and its rows run again."""
+        (failed, _), *following = self.flights
+        self.flights.clear()
+        self._break(failed)
+        for step, _ in reversed(following):
+            self.runner.execute(step.plan, is_tainted=True)
+            self.scheduler.rollback(step)
+        self.scheduler.rollback(failed)
+        middle = len(failed.sequences) // 2 if is_split else 0
+        for rows in (range(middle), range(middle, len(failed.sequences))):
+            again = self.scheduler.retry(failed, rows)
+            if again is not None:
+                self._apply(again, self.runner.execute(again.plan))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """Give up a request, all its choices; a poisoned one is forgotten by the cache, too."""
+        request = data.draw(st.sampled_from(self.open)).request
+        for sequence in [sequence for sequence in self.open if sequence.request is request]:
+            self.scheduler.remove(sequence, forget=data.draw(st.booleans()))
+            self.open.remove(sequence)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def stop_early(self, data: st.DataObject) -> None:
+        """One choice ends by itself, as with EOS or a stop string, while a step still works on it."""
+        sequence = data.draw(st.sampled_from(self.open))
+        if sequence.num_output:
+            self.scheduler.remove(sequence)
+            self.open.remove(sequence)
+
+    def _run_all(self) -> None:
+        for step, results in self.flights:
+            if not results:
+                results.append(self.runner.execute(step.plan))
+
+    def _break(self, step: Step) -> None:
+        self.runner.fault = lambda plan: RuntimeError("broken")
+        try:
+            self.runner.execute(step.plan)
+        except RuntimeError:
+            pass
+        finally:
+            self.runner.fault = None
+
+    def _apply(self, step: Step, result: StepResult) -> None:
+        for _, sequence in self.scheduler.apply(step, result):
+            if sequence.num_output >= sequence.max_tokens:
+                self.scheduler.remove(sequence)
+                self.open.remove(sequence)
+            tokens = sequence.token_ids[sequence.prompt_len :]
+            assert tokens == expected_tokens(
+                sequence.request.prompt_ids,
+                len(tokens),
+                sampling=sequence.request.sampling,
+                choice=sequence.choice,
+            )
+
+    @invariant()
+    def blocks_are_accounted_for(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        pool = self.scheduler.pool
+        pool.check()
+        holders: Counter[int] = Counter()
+        writable: Counter[int] = Counter()
+        for sequence in self.scheduler.running:
+            holders.update(sequence.table)
+            writable.update(sequence.table[sequence.num_computed // BLOCK :])
+            if sequence.copy_source is not None:
+                holders[sequence.copy_source] += 1
+        assert all(pool.references(block) == holders[block] for block in range(self.num_blocks))
+        tables = Counter(block for sequence in self.scheduler.running for block in sequence.table)
+        for block in writable:
+            assert tables[block] == 1, f"block {block} will be written and is shared"
+            assert not pool.is_registered(block), f"block {block} will be written and is in the cache"
+
+    @invariant()
+    def sequences_are_accounted_for(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        running = [sequence for sequence in self.open if sequence.state is SequenceState.RUNNING]
+        assert sorted(running, key=lambda sequence: sequence.urgency) == list(self.scheduler.running)
+        assert self.scheduler.num_waiting == len(self.open) - len(running)
+        assert len({sequence.slot for sequence in running}) == len(running)
+
+    def teardown(self) -> None:
+        """Everything that is open ends by itself, in few steps, and leaves nothing behind."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(2000):
+            if not self.open and not self.flights:
+                break
+            if len(self.flights) < 2:
+                self.plan(runs_early=False)
+            if self.flights:
+                self.complete()
+            self.blocks_are_accounted_for()
+        assert not self.open, f"stuck: {self.open}"
+        assert self.scheduler.pool.num_used == 0
+        assert self.scheduler.num_waiting == self.scheduler.num_running == 0
+        assert self.runner.violations == []
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
