@@ -103,7 +103,7 @@ def plan_request(
     parameters = given or _ABSENT
     best_of = _or(parameters.best_of, 1)
     if parameters.seed is not None and parameters.seed > MAX_SEED:
-        _refuse(f"`seed` must be at most {MAX_SEED}. Given: {parameters.seed}", "seed")
+        _refuse(f"`parameters.seed` must be at most {MAX_SEED}. Given: {parameters.seed}", "seed")
     if is_stream:
         _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
         _require(

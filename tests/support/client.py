@@ -1,0 +1,12 @@
+"""An HTTP client for an app in this process: no socket, no server."""
+
+from __future__ import annotations
+
+import httpx
+
+from tgi_asgi.app import App
+
+
+def client_of(app: App) -> httpx.AsyncClient:
+    """Return a client whose requests go straight to the app; streams arrive whole."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tgi")
