@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from tgi_asgi.engine.admission import Admission
+from tgi_asgi.errors import InvalidRequest, Overloaded
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_choices_are_counted_not_requests() -> None:
+    admission = Admission(4, Clock())
+    permit = admission.acquire(3)
+    with pytest.raises(Overloaded):
+        admission.acquire(2)
+    admission.acquire(1)
+    permit.release()
+    assert admission.num_taken == 1
+
+
+def test_releasing_twice_gives_back_once() -> None:
+    admission = Admission(2, Clock())
+    permit = admission.acquire(2)
+    permit.release()
+    permit.release()
+    assert admission.num_taken == 0
+
+
+def test_more_than_there_could_ever_be_is_the_requests_fault() -> None:
+    with pytest.raises(InvalidRequest, match="at most 4"):
+        Admission(4, Clock()).acquire(5)
+
+
+def test_retry_after_follows_the_drain_rate() -> None:
+    clock = Clock()
+    admission = Admission(10, clock)
+    for _ in range(5):
+        permit = admission.acquire(1)
+        clock.now += 2.0
+        permit.release()
+    held = [admission.acquire(1) for _ in range(10)]
+    with pytest.raises(Overloaded) as caught:
+        admission.acquire(4)
+    # Five came back in the 8 s since the first of them: four more take 6.4 s.
+    assert caught.value.retry_after_s == 7
+    for permit in held:
+        permit.release()
+    held = [admission.acquire(1) for _ in range(10)]
+    with pytest.raises(Overloaded) as caught:
+        admission.acquire(1)
+    assert caught.value.retry_after_s == 1
+
+
+def test_nothing_released_for_a_minute_is_a_long_wait() -> None:
+    clock = Clock()
+    admission = Admission(1, clock)
+    admission.acquire(1).release()
+    admission.acquire(1)
+    clock.now += 61
+    with pytest.raises(Overloaded) as caught:
+        admission.acquire(1)
+    assert caught.value.retry_after_s == 60

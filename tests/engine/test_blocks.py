@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+
+from tgi_asgi.engine.blocks import BlockPool
+
+
+def digest(name: str) -> bytes:
+    return name.encode().ljust(16)
+
+
+def test_blocks_are_handed_out_once_until_released() -> None:
+    pool = BlockPool(3)
+    blocks = [pool.allocate() for _ in range(3)]
+    assert sorted(blocks) == [0, 1, 2]
+    assert (pool.num_free, pool.num_used) == (0, 3)
+    pool.release(blocks)
+    assert (pool.num_free, pool.num_used) == (3, 0)
+
+
+def test_a_shared_block_is_free_when_its_last_holder_lets_go() -> None:
+    pool = BlockPool(2)
+    block = pool.allocate()
+    pool.share(block)
+    pool.release([block])
+    assert not pool.is_free(block)
+    pool.release([block])
+    assert pool.is_free(block)
+    pool.check()
+
+
+def test_releasing_twice_is_noticed() -> None:
+    pool = BlockPool(2)
+    block = pool.allocate()
+    pool.release([block])
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.release([block])
+
+
+def test_a_freed_block_is_found_by_its_contents_and_revived() -> None:
+    pool = BlockPool(2)
+    block = pool.allocate()
+    pool.register(block, digest("a"))
+    pool.release([block])
+    assert pool.find(digest("a")) == block
+    pool.take(block)
+    assert pool.references(block) == 1
+    assert pool.num_used == 1
+    pool.check()
+
+
+def test_cached_blocks_are_reused_last_and_the_longest_unused_first() -> None:
+    pool = BlockPool(4)
+    old, new, plain = pool.allocate(), pool.allocate(), pool.allocate()
+    pool.register(old, digest("old"))
+    pool.register(new, digest("new"))
+    pool.release([old])
+    pool.release([new])
+    pool.release([plain])
+    assert {pool.allocate(), pool.allocate()} == {plain, 3}
+    assert pool.allocate() == old
+    assert pool.find(digest("old")) is None
+    assert pool.find(digest("new")) == new
+
+
+def test_a_chain_is_evicted_from_its_end() -> None:
+    pool = BlockPool(3)
+    chain = [pool.allocate() for _ in range(3)]
+    for index, block in enumerate(chain):
+        pool.register(block, digest(str(index)))
+    pool.release(chain)
+    assert pool.allocate() == chain[-1]
+    assert pool.find(digest("0")) == chain[0]
+
+
+def test_a_reused_block_forgets_what_it_held() -> None:
+    pool = BlockPool(1)
+    block = pool.allocate()
+    pool.register(block, digest("a"))
+    pool.release([block])
+    assert pool.allocate() == block
+    assert pool.find(digest("a")) is None
+    assert not pool.is_registered(block)
+
+
+def test_the_same_contents_twice_keep_their_first_block() -> None:
+    pool = BlockPool(2)
+    first, second = pool.allocate(), pool.allocate()
+    pool.register(first, digest("a"))
+    pool.register(second, digest("a"))
+    assert pool.find(digest("a")) == first
+    assert not pool.is_registered(second)
+    pool.check()
+
+
+def test_forgotten_contents_are_not_found_and_the_block_stays_with_its_holder() -> None:
+    pool = BlockPool(1)
+    block = pool.allocate()
+    pool.register(block, digest("a"))
+    pool.forget([block])
+    assert pool.find(digest("a")) is None
+    assert pool.references(block) == 1
+    pool.check()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.fake_runner import BOS_ID, EOS_ID, FakeTokenizer
+from tgi_asgi.engine.output import ChoiceOutput
+from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
+
+
+def events_of(tokens: bytes | list[int], max_tokens: int = 100, **conditions: Any) -> list[TokenEvent]:
+    """Push tokens until the choice ends."""
+    output = ChoiceOutput(
+        0, StopConditions(max_tokens=max_tokens, **conditions), FakeTokenizer(), frozenset({EOS_ID})
+    )
+    events: list[TokenEvent] = []
+    for token in tokens:
+        events.append(output.push(Sampled(token)))
+        if events[-1].finish is not None:
+            break
+    return events
+
+
+def text_of(events: list[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def test_every_token_is_an_event_and_only_the_last_has_a_finish() -> None:
+    events = events_of(b"abc", max_tokens=3)
+    assert [event.text for event in events] == ["a", "b", "c"]
+    assert [event.finish for event in events] == [None, None, FinishReason.LENGTH]
+
+
+def test_a_character_is_shown_when_it_is_whole_and_its_bytes_come_one_by_one() -> None:
+    events = events_of("é!".encode(), max_tokens=3)
+    assert [event.text for event in events] == ["", "é", "!"]
+    assert [event.data for event in events] == [b"\xc3", b"\xa9", b"!"]
+
+
+def test_half_a_character_at_the_end_is_replaced() -> None:
+    assert text_of(events_of("aé".encode(), max_tokens=2)) == "a\ufffd"
+
+
+def test_eos_gives_no_text_and_wins_over_the_length() -> None:
+    events = events_of([*b"a", EOS_ID], max_tokens=2)
+    assert (events[-1].finish, events[-1].stop, events[-1].data) == (FinishReason.EOS, None, b"")
+    assert events[-1].is_special
+    assert text_of(events) == "a"
+
+
+def test_eos_is_shown_only_if_special_tokens_are_and_stops_are_kept() -> None:
+    tokens = [*b"a", EOS_ID]
+    assert text_of(events_of(tokens, skip_special_tokens=False, include_stop=True)) == "a<eos>"
+    assert text_of(events_of(tokens, skip_special_tokens=False)) == "a"
+    assert text_of(events_of(tokens, include_stop=True)) == "a"
+
+
+def test_special_tokens_in_the_middle_give_text_only_on_request() -> None:
+    tokens = [*b"a", BOS_ID, *b"b"]
+    assert text_of(events_of(tokens, max_tokens=3)) == "ab"
+    assert text_of(events_of(tokens, max_tokens=3, skip_special_tokens=False)) == "a<bos>b"
+
+
+def test_eos_is_a_token_like_others_if_it_is_ignored() -> None:
+    events = events_of([*b"a", EOS_ID, *b"b"], max_tokens=3, ignore_eos=True)
+    assert [event.finish for event in events] == [None, None, FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "say "), (True, "say x")])
+def test_a_stop_id_ends_and_names_itself(include: bool, text: str) -> None:
+    events = events_of(b"say xyz", stop_token_ids=frozenset({ord("x")}), include_stop=include)
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, ord("x"))
+    assert text_of(events) == text
+    assert events[-1].data == b"x"
+
+
+def test_eos_wins_over_the_same_id_as_a_stop_id() -> None:
+    events = events_of([EOS_ID], stop_token_ids=frozenset({EOS_ID}))
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.EOS, None)
+    events = events_of([EOS_ID], stop_token_ids=frozenset({EOS_ID}), ignore_eos=True)
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, EOS_ID)
+
+
+def test_a_stop_string_across_tokens_is_cut_and_held_back_until_it_is_sure() -> None:
+    events = events_of(b"one EN END two", stop=("END",))
+    assert [event.text for event in events] == [*"one ", "", "", "EN ", "", "", ""]
+    assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, "END")
+
+
+def test_a_kept_stop_string_holds_nothing_back() -> None:
+    events = events_of(b"one END two", stop=("END",), include_stop=True)
+    assert [event.text for event in events] == list("one END")
+
+
+def test_a_stop_string_on_the_very_last_token_wins_over_the_length() -> None:
+    assert events_of(b"aEND", max_tokens=4, stop=("END",))[-1].finish is FinishReason.STOP
+
+
+@pytest.mark.parametrize("end", [[], [EOS_ID]])
+def test_what_was_held_back_is_released_at_the_end(end: list[int]) -> None:
+    tokens = [*b"a EN", *end]
+    assert text_of(events_of(tokens, max_tokens=len(tokens), stop=("END",))) == "a EN"
+
+
+def test_stops_are_not_matched_before_min_tokens_nor_with_text_from_before() -> None:
+    # "EN" is before: the "D" behind it does not complete a stop string.
+    events = events_of(b"ENDENDEND", min_tokens=5, stop=("END",))
+    assert text_of(events) == "ENDEND"
+    assert len(events) == 9
+
+
+def test_logprobs_pass_through() -> None:
+    output = ChoiceOutput(3, StopConditions(max_tokens=2), FakeTokenizer(), frozenset())
+    event = output.push(Sampled(97, -0.25, [(97, -0.25), (98, -2.0)]))
+    assert (event.index, event.token_id, event.logprob) == (3, 97, -0.25)
+    assert event.top == [(97, -0.25), (98, -2.0)]
