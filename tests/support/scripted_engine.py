@@ -18,12 +18,12 @@ from typing import Any
 
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.app import App, create_app
+from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.errors import IncompleteGeneration, Overloaded, TgiError, Unavailable
 from tgi_asgi.http.context import Served
+from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat import ChatTemplate
-from tgi_asgi.text.detokenize import Utf8Assembler
-from tgi_asgi.text.stop import StopMatcher
 from tgi_asgi.types import (
     EngineState,
     FinishReason,
@@ -38,7 +38,8 @@ Script = Callable[["ScriptedChannel"], AsyncIterator[Sequence[TokenEvent] | TgiE
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LOGPROB = -0.5  # of every scripted token; the k-th best alternative has LOGPROB - k
 
@@ -86,6 +87,12 @@ class ScriptedChannel:
 
     async def _play(self) -> None:
         self.stats.scheduled_s = time.monotonic()
+        self.stats.cached_tokens = self.engine.num_cached
+        k = self.request.prompt_logprobs
+        if k is not None:
+            best = [(97 + rank, LOGPROB - rank) for rank in range(k)]
+            rest = len(self.request.prompt_ids) - 1
+            self.stats.prompt_logprobs = [(None, []), *([(LOGPROB, best)] * rest)]
         num_open = self.request.n
         async for batch in self.engine.script(self):
             if isinstance(batch, TgiError):
@@ -139,6 +146,7 @@ class ScriptedEngine:
         self.state = EngineState.READY
         self.script: Script = script or say("Hello", " world")
         self.num_permits = num_permits
+        self.num_cached = 0  # prompt tokens that every request finds in the prefix cache
         self.channels: list[ScriptedChannel] = []
 
     @property
@@ -168,20 +176,22 @@ def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) ->
     """Return a script by which every choice samples these tokens, one a step, and then EOS.
 
     The request's stop conditions hold as in the real engine: max_tokens, stop strings, stop ids. With
-    `finish=None` the choices never end by themselves (the last token repeats until max_tokens).
+    `finish=None` the last token repeats until something else ends the choice.
     """
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-        choices = [Choice(channel, index) for index in range(channel.request.n)]
+        request, tokenizer = channel.request, channel.engine.tokenizer
+        outputs = [ChoiceOutput(i, request.stop, tokenizer, tokenizer.eos_ids) for i in range(request.n)]
         data = [token.encode() if isinstance(token, str) else token for token in tokens]
         step = 0
-        while any(not choice.is_finished for choice in choices):
+        while outputs:
             await asyncio.sleep(0)
+            token_id = EOS
             if step < len(data) or finish is None:
-                token_id = channel.engine.tokenizer.id_of(data[min(step, len(data) - 1)])
-            else:
-                token_id = EOS
-            yield [choice.sample(token_id) for choice in choices if not choice.is_finished]
+                token_id = tokenizer.id_of(data[min(step, len(data) - 1)])
+            events = {output: output.push(sampled(channel, token_id)) for output in outputs}
+            outputs = [output for output, event in events.items() if event.finish is None]
+            yield list(events.values())
             step += 1
 
     return script
@@ -202,54 +212,13 @@ def fail_with(error: TgiError, after: Script | None = None) -> Script:
     return script
 
 
-class Choice:
-    """One choice's detokeniser and stop matcher: turns sampled ids into events, as the engine does."""
-
-    def __init__(self, channel: ScriptedChannel, index: int) -> None:
-        self.is_finished = False
-        self._tokenizer = channel.engine.tokenizer
-        self._request = channel.request
-        self._index = index
-        self._num_tokens = 0
-        self._assembler = Utf8Assembler()
-        self._matcher = StopMatcher(channel.request.stop.stop, channel.request.stop.include_stop)
-
-    def sample(self, token_id: int) -> TokenEvent:
-        """Return the event of this token."""
-        conditions = self._request.stop
-        self._num_tokens += 1
-        is_special = token_id in self._tokenizer.special_ids
-        is_eos = token_id in self._tokenizer.eos_ids and not conditions.ignore_eos
-        is_stop_id = token_id in conditions.stop_token_ids
-        data = b"" if is_special and conditions.skip_special_tokens else self._tokenizer.token_bytes(token_id)
-        if is_eos or is_stop_id:
-            data = b""
-        text = self._assembler.push(data)
-        if self._num_tokens > conditions.min_tokens:
-            text = self._matcher.push(text)
-        finish: FinishReason | None = None
-        stop: str | int | None = None
-        if self._matcher.matched is not None:
-            finish, stop = FinishReason.STOP, self._matcher.matched
-        elif is_eos:
-            finish = FinishReason.EOS
-        elif is_stop_id:
-            finish, stop = FinishReason.STOP, token_id
-        elif self._num_tokens >= conditions.max_tokens:
-            finish = FinishReason.LENGTH
-        if finish is not None and self._matcher.matched is None:
-            text += self._matcher.push(self._assembler.flush()) + self._matcher.flush()
-        self.is_finished = finish is not None
-        return TokenEvent(
-            self._index, token_id, data, text, *self._logprobs(token_id), is_special, finish, stop
-        )
-
-    def _logprobs(self, token_id: int) -> tuple[float | None, list[tuple[int, float]] | None]:
-        k = self._request.sampling.logprobs
-        if k is None:
-            return None, None
-        best = [token_id, *(i for i in range(97, 97 + k) if i != token_id)]
-        return LOGPROB, [(i, LOGPROB - rank) for rank, i in enumerate(best[:k])]
+def sampled(channel: ScriptedChannel, token_id: int) -> Sampled:
+    """Return the draw of a token, with as many alternatives as the request asked for."""
+    k = channel.request.sampling.logprobs
+    if k is None:
+        return Sampled(token_id)
+    best = [token_id, *(i for i in range(97, 97 + k) if i != token_id)]
+    return Sampled(token_id, LOGPROB, [(i, LOGPROB - rank) for rank, i in enumerate(best[:k])])
 
 
 def toy_info(**changes: Any) -> ModelInfo:

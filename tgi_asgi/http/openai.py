@@ -18,6 +18,7 @@ from tgi_asgi.http.openai_params import (
     Limits,
     check_common,
     check_tools,
+    includes_stop,
     refuse,
     sampling_of,
     stop_of,
@@ -83,7 +84,11 @@ async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
             echoes=[prompt.echo] if prompt.echo else (),
         )
         names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-        trackers = [ChatLogprobs(names) for _ in range(n)] if logprobs is not None else []
+        trackers = (
+            [ChatLogprobs(names, include_stop=includes_stop(request)) for _ in range(n)]
+            if logprobs is not None
+            else []
+        )
         channel = served.engine.submit(generation, admission.take())
     if request.stream:
         await EventStream(exchange, ChunkRenderer(answer, is_chat=True, trackers=trackers)).run([channel])
@@ -191,7 +196,9 @@ class _CompletionTrackers:
             return
         names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         self.trackers = [
-            CompletionLogprobs(names, request.logprobs, len(prompt.text or ""))
+            CompletionLogprobs(
+                names, request.logprobs, len(prompt.text or ""), include_stop=includes_stop(request)
+            )
             for prompt in prompts
             for _ in range(answer.n)
         ]

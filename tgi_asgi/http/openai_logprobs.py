@@ -13,7 +13,7 @@ from typing import Any
 
 from tgi_asgi.text.detokenize import Utf8Assembler
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import TokenEvent
+from tgi_asgi.types import FinishReason, TokenEvent
 
 _SMALLEST = -9999.0  # JSON has no infinity
 
@@ -41,11 +41,13 @@ class TokenNames:
 class Released:
     """Holds one choice's tokens back until their text has been shown.
 
-    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too.
+    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too;
+    `include_stop` whether the token that ends the choice gives text.
     """
 
-    def __init__(self, *, keeps_hidden: bool) -> None:
+    def __init__(self, *, keeps_hidden: bool, include_stop: bool) -> None:
         self._keeps_hidden = keeps_hidden
+        self._include_stop = include_stop
         self._assembler = Utf8Assembler()
         self._num_decoded = 0  # characters of all tokens so far
         self._num_shown = 0
@@ -53,9 +55,10 @@ class Released:
 
     def push(self, event: TokenEvent) -> list[tuple[int, TokenEvent]]:
         """Take one event; return (first character, event) of every token that is shown now."""
-        if event.data or self._keeps_hidden:
+        data = b"" if self._ends_unseen(event) else event.data
+        if data or self._keeps_hidden:
             self._held.append((self._num_decoded, event))
-        self._num_decoded += len(self._assembler.push(event.data))
+        self._num_decoded += len(self._assembler.push(data))
         self._num_shown += len(event.text)
         held = self._held
         if event.finish is not None and not isinstance(event.stop, str):
@@ -67,13 +70,18 @@ class Released:
             shown.append(held.popleft())
         return shown
 
+    def _ends_unseen(self, event: TokenEvent) -> bool:
+        """Return whether the token itself ended the choice, and so gives no text."""
+        is_end = event.finish is FinishReason.EOS or isinstance(event.stop, int)
+        return is_end and not self._include_stop
+
 
 class ChatLogprobs:
     """One choice's entries in the shape of chat completions."""
 
-    def __init__(self, names: TokenNames) -> None:
+    def __init__(self, names: TokenNames, *, include_stop: bool) -> None:
         self._names = names
-        self._released = Released(keeps_hidden=False)
+        self._released = Released(keeps_hidden=False, include_stop=include_stop)
         self._waiting: list[dict[str, Any]] = []
 
     def push(self, event: TokenEvent) -> None:
@@ -105,11 +113,11 @@ class CompletionLogprobs:
         offset: characters of the text before the choice's own.
     """
 
-    def __init__(self, names: TokenNames, k: int, offset: int) -> None:
+    def __init__(self, names: TokenNames, k: int, offset: int, *, include_stop: bool) -> None:
         self._names = names
         self._k = k
         self._offset = offset
-        self._released = Released(keeps_hidden=True)
+        self._released = Released(keeps_hidden=True, include_stop=include_stop)
         self._lists = _Lists(k)
 
     def push_prompt(

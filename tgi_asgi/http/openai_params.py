@@ -133,7 +133,7 @@ def stop_of(request: CommonRequest, max_tokens: int, info: ModelInfo) -> StopCon
         ignore_eos=bool(request.ignore_eos),
         stop_token_ids=frozenset(request.stop_token_ids or ()),
         stop=stop_strings(request),
-        include_stop=bool(request.include_stop_str_in_output or request.no_stop_trim),
+        include_stop=includes_stop(request),
         skip_special_tokens=request.skip_special_tokens is not False,
     )
 
@@ -141,6 +141,11 @@ def stop_of(request: CommonRequest, max_tokens: int, info: ModelInfo) -> StopCon
 def stop_strings(request: CommonRequest) -> tuple[str, ...]:
     """Return the stop strings: one string counts as a list of one."""
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+
+
+def includes_stop(request: CommonRequest) -> bool:
+    """Return whether the text keeps the stop string that ended it."""
+    return bool(request.include_stop_str_in_output or request.no_stop_trim)
 
 
 def check_tools(request: ChatRequest, *, is_compat: bool) -> None:
