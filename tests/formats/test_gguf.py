@@ -1,0 +1,186 @@
+"""The GGUF reader: what it reads, and that no lie of a header gets past it."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from tests.support.gguf_bytes import Tensor, gguf_bytes, string, write
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile, GgufType
+
+F32, F16, Q4_1 = GgufType.F32, GgufType.F16, GgufType.Q4_1
+
+
+def open_bytes(tmp_path: Path, data: bytes) -> GgufFile:
+    return GgufFile.open(write(tmp_path / "model.gguf", data))
+
+
+def refusal(tmp_path: Path, data: bytes) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        open_bytes(tmp_path, data)
+    return str(caught.value)
+
+
+def test_metadata_of_every_type_is_read(tmp_path: Path) -> None:
+    metadata: dict[str, Any] = {
+        "text": "Grüße",
+        "yes": True,
+        "no": False,
+        "u8": ("u8", 255),
+        "i8": ("i8", -1),
+        "i32": ("i32", -(2**31)),
+        "u64": ("u64", 2**64 - 1),
+        "float": 0.5,
+        "strings": ["a", "", "ü"],
+        "floats": np.array([1.5, -2.0], "<f4"),
+        "nested": [[1, 2], [3]],
+    }
+    with open_bytes(tmp_path, gguf_bytes(metadata)) as file:
+        read = dict(file.metadata)
+    assert list(read.pop("strings")) == ["a", "", "ü"]
+    assert read.pop("floats").tolist() == [1.5, -2.0]
+    assert [part.tolist() for part in read.pop("nested")] == [[1, 2], [3]]
+    for name, item in read.items():
+        expected = metadata[name]
+        expected = expected[1] if isinstance(expected, tuple) else expected
+        assert item == expected and type(item) is type(expected), name
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    assert open_bytes(tmp_path, gguf_bytes({"a": 1}, version=2)).metadata == {"a": 1}
+
+
+def test_tensors_have_numpy_order_and_their_own_bytes(tmp_path: Path) -> None:
+    first, second = np.arange(6, dtype="<f4"), np.arange(40, dtype=np.uint8)
+    tensors = [Tensor("a", (3, 2), F32, first.tobytes()), Tensor("b", (32, 2), Q4_1, second.tobytes())]
+    file = open_bytes(tmp_path, gguf_bytes({}, tensors))
+    assert file.tensors["a"].shape == (2, 3)
+    assert file.tensors["b"].type is GgufType.Q4_1 and file.tensors["b"].nbytes == 40
+    assert file.raw("a").tobytes() == first.tobytes()
+    assert file.raw("b").tobytes() == second.tobytes()
+
+
+def test_alignment_of_the_file_is_honoured(tmp_path: Path) -> None:
+    data = [Tensor("a", (1,), F32, b"\1\2\3\4"), Tensor("b", (1,), F32, b"\5\6\7\10")]
+    file = open_bytes(tmp_path, gguf_bytes({"general.alignment": 64}, data, alignment=64))
+    assert file.raw("b").tobytes() == b"\5\6\7\10"
+
+
+def test_views_outlive_the_file_and_cannot_be_written(tmp_path: Path) -> None:
+    file = open_bytes(tmp_path, gguf_bytes({}, [Tensor("a", (1,), F32, b"\1\2\3\4")]))
+    view = file.raw("a")
+    file.close()
+    file.close()
+    assert view.tobytes() == b"\1\2\3\4"
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 0
+
+
+def test_block_sizes_are_those_of_ggml() -> None:
+    for kind in GgufType:
+        assert (kind.block_size, kind.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType(kind)], kind
+
+
+def test_a_tensor_of_unknown_type_matters_only_when_it_is_wanted(tmp_path: Path) -> None:
+    tensors = [Tensor("strange", (32,), 4242, bytes(32)), Tensor("known", (1,), F32, bytes(4))]
+    file = open_bytes(tmp_path, gguf_bytes({}, tensors))
+    assert file.raw("known").size == 4
+    with pytest.raises(ModelLoadError, match="'strange' has the unknown type 4242"):
+        file.raw("strange")
+    with pytest.raises(ModelLoadError, match="no tensor 'absent'"):
+        file.tensor("absent")
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    metadata = {"text": "abc", "strings": ["x", "y"], "numbers": np.zeros(3, "<i4"), "nested": [[1], [2]]}
+    data = gguf_bytes(metadata, [Tensor("a", (8,), F32, bytes(range(32)))])
+    open_bytes(tmp_path, data)
+    for size in range(1, len(data)):
+        assert "model.gguf" in refusal(tmp_path, data[:size])
+
+
+def typed(code: str, *items: Any) -> dict[str, Any]:
+    """One metadata key `a` whose type and value are the packed items."""
+    return {"a": struct.pack("<" + code, *items)}
+
+
+def one(*dims: int, kind: int = F32, size: int = 16, offset: int | None = None) -> bytes:
+    """A file with one tensor."""
+    return gguf_bytes({}, [Tensor("a", dims, kind, bytes(size), offset)])
+
+
+LIES = {
+    "magic": (b"GGML" + bytes(60), "not a GGUF file"),
+    "old version": (gguf_bytes(version=1), "of version 1"),
+    "big-endian": (gguf_bytes(version=0x03000000), "big-endian"),
+    "tensor count": (gguf_bytes(num_tensors=2**63), "9223372036854775808 tensors"),
+    "key count": (gguf_bytes(num_keys=2**40), "1099511627776 metadata keys"),
+    "value type": (gguf_bytes(typed("IQ", 13, 0)), "unknown type 13"),
+    "element type": (gguf_bytes(typed("IIQ", 9, 13, 0)), "array of the unknown type 13"),
+    "boolean": (gguf_bytes(typed("IB", 7, 2)), "boolean of value 2"),
+    "boolean in array": (gguf_bytes(typed("IIQBB", 9, 7, 2, 1, 2)), "neither 0 nor 1"),
+    "string length": (gguf_bytes(typed("IQ", 8, 2**63)), "needs 9223372036854775808 bytes"),
+    "not UTF-8": (gguf_bytes(typed("IQH", 8, 2, 0xFFFF)), "`a` is not UTF-8"),
+    "array size": (gguf_bytes(typed("IIQ", 9, 6, 2**62)), "needs 18446744073709551616 bytes"),
+    "string array size": (gguf_bytes(typed("IIQ", 9, 8, 2**61)), "strings do not fit"),
+    "string in array": (gguf_bytes(typed("IIQQ", 9, 8, 1, 2**64 - 4)), "past the end"),
+    "nesting": (gguf_bytes(typed("I" + "IQ" * 64, 9, *(9, 1) * 64)), "nests too many"),
+    "number of nested arrays": (gguf_bytes(typed("IIQ", 9, 9, 2**32)), "nests too many"),
+    "empty key": (gguf_bytes({"": 1}), "0 characters"),
+    "long key": (gguf_bytes({"k" * 2**16: 1}), "65536 characters"),
+    "alignment 0": (gguf_bytes({"general.alignment": 0}), "power of two"),
+    "alignment 24": (gguf_bytes({"general.alignment": 24}), "power of two"),
+    "alignment text": (gguf_bytes({"general.alignment": "32"}), "power of two"),
+    "rank": (one(1, 1, 1, 1, 1), "5 dimensions"),
+    "dimension 0": (one(4, 0), "impossible dimensions"),
+    "product overflows": (one(2**33, 2**33), "impossible dimensions"),
+    "size past the end": (one(2**40), "but the file ends at"),
+    "offset past the end": (one(4, offset=2**64 - 32), "but the file ends at"),
+    "unaligned": (one(4, offset=4), "not a multiple of 32"),
+    "row size": (one(33, kind=Q4_1, size=64), "not a multiple of Q4_1's block"),
+    "overlap": (
+        gguf_bytes({}, [Tensor("a", (16,), F32, bytes(64)), Tensor("b", (8,), F32, bytes(32), 32)]),
+        "'a' and 'b' overlap",
+    ),
+    "same name": (
+        gguf_bytes({}, [Tensor("a", (8,), F32, bytes(32)), Tensor("a", (8,), F16, bytes(32))]),
+        "given twice",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), LIES.values(), ids=LIES.keys())
+def test_a_header_that_lies_is_refused_with_the_reason(tmp_path: Path, data: bytes, reason: str) -> None:
+    assert reason in refusal(tmp_path, data)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    data = gguf_bytes({"a": 1, "b": 2}).replace(string("b"), string("a"))
+    assert "`a` is given twice" in refusal(tmp_path, data)
+
+
+def test_a_string_of_an_array_that_is_not_text_is_refused_when_read(tmp_path: Path) -> None:
+    array = struct.pack("<IIQ", 9, 8, 2) + string("fine") + string(b"\xff")
+    strings = open_bytes(tmp_path, gguf_bytes({"names": array})).metadata["names"]
+    assert len(strings) == 2
+    with pytest.raises(ModelLoadError, match=r"`names`\[1\] is not UTF-8"):
+        list(strings)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in [
+        (tmp_path / "absent.gguf", "no such file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (write(tmp_path / "empty", b""), "is empty"),
+        (tmp_path, "tmp|regular"),
+    ]:
+        with pytest.raises(ModelLoadError, match=reason):
+            GgufFile.open(path)
