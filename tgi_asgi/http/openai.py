@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.routing import Route
 
 from tgi_asgi.errors import Forbidden
-from tgi_asgi.http.admission import Admission
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_answer import Answer, model_not_found, served_name
@@ -33,6 +33,7 @@ from tgi_asgi.http.openai_schema import (
     CompletionRequest,
 )
 from tgi_asgi.http.openai_stream import ChunkRenderer
+from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams
@@ -60,21 +61,12 @@ async def chat_completions(exchange: Exchange) -> None:
 
 async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
     """Answer a decoded chat request, streamed or whole."""
-    context = exchange.context
-    served = context.ready()
+    served = exchange.context.ready()
     info = served.info
-    is_compat = context.settings.tgi_compat
-    limits = Limits.of(context.settings)
-    check_common(request, limits)
-    check_tools(request, is_compat=is_compat)
-    max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
-    sampling = sampling_of(request, info, logprobs)
-    stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
-    served_name(exchange, request.model, info)
-    n = request.n or 1
-    with Admission(served.engine, n) as admission:
-        prompt = await context.in_thread(chat_prompt, request, served, is_compat=is_compat)
-        generation = _generation(exchange, request, sampling, prompt, max_tokens, "messages", None, n)
+    chat = check_chat(exchange, request)
+    n, logprobs = chat.n, chat.sampling.logprobs
+    with Permits(served.engine, n) as permits:
+        prompt, generation = await prepare_chat(exchange, chat)
         answer = Answer.of(
             exchange,
             request,
@@ -89,12 +81,57 @@ async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
             if logprobs is not None
             else []
         )
-        channel = served.engine.submit(generation, admission.take())
+        channel = permits.submit(generation)
     if request.stream:
         await EventStream(exchange, ChunkRenderer(answer, is_chat=True, trackers=trackers)).run([channel])
         return
     [choices] = await collect(exchange, [channel])
     await exchange.reply_json(chat_completion(answer, choices, trackers))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedChat:
+    """A chat request whose values are right; its messages have not been looked at."""
+
+    request: ChatRequest
+    n: int
+    max_tokens: int | None
+    sampling: SamplingParams
+
+
+def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
+    """Check what needs no template and no permit.
+
+    Raises:
+        InvalidRequest, Forbidden, NotFound: a value is refused, or another model was named.
+    """
+    context = exchange.context
+    info = context.ready().info
+    is_compat = context.settings.tgi_compat
+    limits = Limits.of(context.settings)
+    check_common(request, limits)
+    check_tools(request, is_compat=is_compat)
+    max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
+    sampling = sampling_of(request, info, logprobs)
+    stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
+    served_name(exchange, request.model, info)
+    return CheckedChat(request, request.n or 1, max_tokens, sampling)
+
+
+async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> tuple[Prompt, GenerationRequest]:
+    """Render and tokenise the messages in a thread, and build the engine's request.
+
+    Raises:
+        InvalidRequest: a message is refused, or the prompt does not fit.
+        TemplateError: there is no template, or it refused the messages.
+    """
+    context = exchange.context
+    is_compat = context.settings.tgi_compat
+    prompt = await context.in_thread(chat_prompt, chat.request, context.ready(), is_compat=is_compat)
+    generation = _generation(
+        exchange, chat.request, chat.sampling, prompt, chat.max_tokens, "messages", None, chat.n
+    )
+    return prompt, generation
 
 
 async def completions(exchange: Exchange) -> None:
@@ -122,7 +159,7 @@ async def serve_completion(exchange: Exchange, request: CompletionRequest) -> No
     stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
     served_name(exchange, request.model, info)
     default = None if context.settings.tgi_compat else _COMPLETION_TOKENS
-    with Admission(served.engine, best_of, num_prompts) as admission:
+    with Permits(served.engine, best_of, num_prompts) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
         generations = [
             _generation(exchange, request, sampling, prompt, max_tokens, "prompt", default, best_of)
@@ -138,7 +175,7 @@ async def serve_completion(exchange: Exchange, request: CompletionRequest) -> No
             hides_tokens=hides_tokens,
         )
         logprobs_of = _CompletionTrackers(answer, request, prompts, exchange)
-        channels = [served.engine.submit(generation, admission.take()) for generation in generations]
+        channels = [permits.submit(generation) for generation in generations]
     if request.stream:
         renderer = ChunkRenderer(
             answer, is_chat=False, trackers=logprobs_of.trackers, on_begin=logprobs_of.begin

@@ -42,6 +42,18 @@ def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Pro
     """Render and tokenise a conversation.
 
     Raises:
+        InvalidRequest, TemplateError: as `chat_text`.
+    """
+    text = chat_text(request, served, is_compat=is_compat)
+    ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    is_echoed = request.echo and _is_continued(request)
+    return Prompt(ids, _text(request.messages[-1].content) if is_echoed else "")
+
+
+def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
+    """Render a conversation.
+
+    Raises:
         InvalidRequest: a message or a template option is wrong; `param` has its path.
         TemplateError: there is no template, or it refused the messages.
     """
@@ -59,7 +71,7 @@ def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Pro
     is_continued = _is_continued(request)
     add_generation_prompt = not is_continued and request.add_generation_prompt is not False
     try:
-        text = template.render(
+        return template.render(
             messages,
             tools=_tools(request),
             documents=request.documents,
@@ -71,9 +83,6 @@ def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Pro
         if error.param is None:
             error.param = "messages"
         raise
-    ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
-    echo = _text(request.messages[-1].content) if request.echo and is_continued else ""
-    return Prompt(ids, echo)
 
 
 def completion_prompts(request: CompletionRequest, served: Served) -> list[Prompt]:

@@ -119,8 +119,8 @@ class VertexRequest(Struct, frozen=True):
     """Body of `/vertex`; an instance is a GenerateRequest or a chat request."""
 
     instances: Annotated[
-        list[dict[str, Any]],
-        _field("Each a GenerateRequest, or a chat request without `stream`.", minItems=1),
+        list[msgspec.Raw],
+        _field("Each a GenerateRequest, or a chat request; `stream` is ignored.", minItems=1),
     ]
 
 
@@ -213,19 +213,19 @@ class ChatTokenizeResponse(Struct, frozen=True):
     templated_text: str
 
 
-class TokenizeRequest(Struct, frozen=True, kw_only=True):
-    """Body of `/tokenize`: `inputs` gives TGI's array, `prompt` or `messages` give ids and a count."""
+class TokenizeRequest(Struct, frozen=True):
+    """Body of `/tokenize` as TGI takes it; special tokens are added."""
 
-    inputs: Annotated[str | None, _field("Text to tokenise, as TGI takes it.")] = None
-    prompt: Annotated[str | None, _field("Text to tokenise, as vLLM takes it.")] = None
-    messages: Annotated[list[dict[str, Any]] | None, _field("A chat, templated first.")] = None
-    add_special_tokens: Annotated[bool | None, _field("Default: true, with `messages` false.")] = None
-    add_generation_prompt: Annotated[bool | None, _field("With `messages`; default true.")] = None
-    continue_final_message: Annotated[bool | None, _field("With `messages`; default false.")] = None
-    chat_template_kwargs: Annotated[
-        dict[str, Any] | None, _field("With `messages`: further variables of the template.")
-    ] = None
-    tools: Annotated[list[dict[str, Any]] | None, _field("With `messages`: tools for the template.")] = None
+    inputs: Annotated[str, _field("Text to tokenise.")]
+
+
+class PromptTokenizeRequest(Struct, frozen=True):
+    """Body of `/tokenize` as vLLM takes it; with `messages` instead it is a chat request."""
+
+    prompt: Annotated[str, _field("Text to tokenise.")]
+    add_special_tokens: Annotated[bool | None, _field("Whether to add BOS and the like (default true).")] = (
+        None
+    )
 
 
 class TokenCount(Struct, frozen=True):
@@ -278,8 +278,18 @@ class ErrorResponse(Struct, frozen=True):
     error_type: str
 
 
+class RequestKeys(Struct, frozen=True):
+    """Which kind of request a body is, on the routes that take several."""
+
+    inputs: msgspec.Raw | UnsetType = UNSET
+    messages: msgspec.Raw | UnsetType = UNSET
+    prompt: msgspec.Raw | UnsetType = UNSET
+
+
 GENERATE = msgspec.json.Decoder(GenerateRequest)
 COMPAT_GENERATE = msgspec.json.Decoder(CompatGenerateRequest)
 VERTEX = msgspec.json.Decoder(VertexRequest)
 TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+PROMPT_TOKENIZE = msgspec.json.Decoder(PromptTokenizeRequest)
 DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+REQUEST_KEYS = msgspec.json.Decoder(RequestKeys)
