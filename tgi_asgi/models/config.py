@@ -25,7 +25,7 @@ _BOUNDS = {
     "num_layers": (1, 1 << 10),
     "num_heads": (1, 1 << 10),
     "num_kv_heads": (1, 1 << 10),
-    "head_dim": (2, 1 << 9),
+    "head_dim": (16, 256),  # what the attention kernels have
     "context_length": (1, _MAX_CONTEXT),
 }
 
@@ -88,7 +88,7 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
         )
-        _check(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        _check(self.head_dim % 16 == 0, f"head_dim must be a multiple of 16, got {self.head_dim}")
 
     @property
     def scale(self) -> float:
@@ -122,7 +122,10 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
             head_dim=_integer(config, "head_dim", hidden_size // max(num_heads, 1)),
-            context_length=_context_within_window(config),
+            context_length=_within_window(
+                _integer(config, "max_position_embeddings"),
+                _integer(config, "sliding_window", 0) if config.get("use_sliding_window", True) else 0,
+            ),
             norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=_number(rope, "rope_theta", 10000.0),
             rope_scaling=_scaling_from_json(rope),
@@ -162,9 +165,8 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_integer(values, "attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            context_length=min(
-                _integer(values, "context_length"),
-                _integer(values, "attention.sliding_window", 0) or _MAX_CONTEXT,
+            context_length=_within_window(
+                _integer(values, "context_length"), _integer(values, "attention.sliding_window", 0)
             ),
             norm_eps=_number(values, "attention.layer_norm_rms_epsilon"),
             rope_theta=_number(values, "rope.freq_base", 10000.0),
@@ -200,13 +202,9 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     return float(value)  # type: ignore[arg-type]
 
 
-def _context_within_window(config: Mapping[str, Any]) -> int:
-    """Return the context, cut to the sliding window: within it, attention is the same without one."""
-    context = _integer(config, "max_position_embeddings")
-    window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", True):
-        return context
-    return min(context, _integer(config, "sliding_window"))
+def _within_window(context: int, window: int) -> int:
+    """Cut the context to the sliding window (0: none): within it, attention is the same without one."""
+    return min(context, window) if window else context
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:

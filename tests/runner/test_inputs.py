@@ -1,0 +1,75 @@
+"""Plans as arrays: where each token goes, and which plans are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tgi_asgi.runner.inputs import PlanError, StepInputs
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
+from tgi_asgi.types import SamplingParams
+
+
+@pytest.fixture
+def inputs() -> StepInputs:
+    return StepInputs(vocab_size=100, num_blocks=10, block_size=16, max_context=64, max_rows=4, max_tokens=40)
+
+
+def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
+    rows = [
+        StepRow(2, None, 17, [4, 7], samples=True),
+        StepRow(0, [50, 51, 52], 15, [9, 1, 3], samples=False),
+    ]
+    batch = inputs.fill(rows, [10, 11, 12, 13])
+    assert batch.ids.tolist() == [12, 50, 51, 52]
+    assert batch.positions.tolist() == [17, 15, 16, 17]
+    assert batch.slots.tolist() == [7 * 16 + 1, 9 * 16 + 15, 1 * 16, 1 * 16 + 1]
+    assert batch.tables.query_start.tolist() == [0, 1, 4]
+    assert batch.tables.context_len.tolist() == [18, 18]
+    assert [row[:2] for row in batch.tables.block_table.tolist()] == [[4, 7], [9, 1]]
+
+
+def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
+    inputs.fill([StepRow(0, list(range(40)), 0, [1, 2, 3], samples=True)], [])
+    batch = inputs.fill([StepRow(1, [5], 16, [8, 9], samples=True)], [])
+    assert (batch.ids.tolist(), batch.slots.tolist()) == ([5], [9 * 16])
+    assert batch.tables.query_start.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(StepRow(0, [100], 0, [1], samples=True), id="token-too-large"),
+        pytest.param(StepRow(0, [-1], 0, [1], samples=True), id="token-negative"),
+        pytest.param(StepRow(0, [1 << 70], 0, [1], samples=True), id="token-huge"),
+        pytest.param(StepRow(0, [], 0, [1], samples=True), id="no-token"),
+        pytest.param(StepRow(0, [1], -1, [1], samples=True), id="start-negative"),
+        pytest.param(StepRow(0, [1], 64, [1, 2, 3, 4, 5], samples=True), id="past-the-context"),
+        pytest.param(StepRow(0, [1], 16, [1], samples=True), id="table-too-short"),
+        pytest.param(StepRow(0, [1], 0, [10], samples=True), id="block-too-large"),
+        pytest.param(StepRow(0, None, 16, [1, -1], samples=True), id="block-negative"),
+    ],
+)
+def test_rows_out_of_bounds_are_refused(inputs: StepInputs, row: StepRow) -> None:
+    with pytest.raises((PlanError, OverflowError)):
+        inputs.fill([row], [0])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(
+            StepPlan(0, [StepRow(1, [1], 0, [1], True), StepRow(1, [1], 0, [2], True)]), id="slot-twice"
+        ),
+        pytest.param(StepPlan(0, [StepRow(4, [1], 0, [1], True)]), id="slot-too-large"),
+        pytest.param(StepPlan(0, [StepRow(-1, [1], 0, [1], True)]), id="slot-negative"),
+        pytest.param(StepPlan(0, [], starts=[SlotStart(4, SamplingParams(), 0, [1])]), id="start-too-large"),
+        pytest.param(StepPlan(0, [StepRow(0, [1] * 41, 0, [1, 2, 3], True)]), id="too-many-tokens"),
+        pytest.param(StepPlan(0, [], copies=[(0, 10)]), id="copy-too-large"),
+        pytest.param(StepPlan(0, [], copies=[(-1, 1)]), id="copy-negative"),
+        pytest.param(StepPlan(0, [], copies=[(0, 1), (2, 1)]), id="copied-to-twice"),
+        pytest.param(StepPlan(0, [], copies=[(0, 1), (1, 2)]), id="copied-to-and-from"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_refused(inputs: StepInputs, plan: StepPlan) -> None:
+    with pytest.raises(PlanError):
+        inputs.check(plan)

@@ -1,0 +1,88 @@
+"""The size of the KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.runner import kv
+from tgi_asgi.settings import Settings
+
+GIB = 1 << 30
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    context_length=1000,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head size, bfloat16
+
+
+def choose(settings: Settings, free_bytes: int = GIB, dtype: torch.dtype = torch.bfloat16) -> kv.KvSize:
+    return kv.choose_size(CONFIG, settings, dtype, settings.max_total_tokens or 1000, free_bytes)
+
+
+def test_all_slots_fit_where_memory_allows() -> None:
+    size = choose(Settings(max_batch_size=4))
+    assert size.num_blocks == 4 * 63  # 1,000 tokens are 62.5 blocks
+    assert size.num_bytes == size.num_tokens * TOKEN_BYTES
+
+
+def test_half_of_the_free_memory_is_the_bound() -> None:
+    size = choose(Settings(), free_bytes=100 * 16 * TOKEN_BYTES)
+    assert size.num_blocks == 50
+
+
+def test_the_operator_decides() -> None:
+    assert choose(Settings(max_batch_total_tokens=1234), free_bytes=0).num_blocks == 1234 // 16
+
+
+def test_float32_arithmetic_has_a_float32_cache() -> None:
+    exact, fast = choose(Settings(), dtype=torch.float32), choose(Settings())
+    assert exact.dtype is torch.float32
+    assert exact.bytes_per_token == 2 * fast.bytes_per_token
+
+
+def test_no_memory_is_an_error_with_a_cure() -> None:
+    with pytest.raises(ModelLoadError, match="--max-batch-total-tokens"):
+        choose(Settings(), free_bytes=0)
+
+
+def test_a_sequence_that_the_operator_asked_for_must_fit() -> None:
+    with pytest.raises(ModelLoadError, match="--max-total-tokens 500"):
+        choose(Settings(max_total_tokens=500, max_batch_total_tokens=496))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "5000000", "memory.current": "2000000"}, 3000000),
+        ({"memory.max": "max", "memory.current": "2000000"}, None),
+        ({"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "900"}, 0),
+        ({}, None),
+    ],
+)
+def test_control_groups_bound_the_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(kv, "_CGROUP", tmp_path)
+    monkeypatch.setattr(kv, "_meminfo", lambda key: 1 << 40)
+    assert kv.free_memory() == (1 << 40 if expected is None else expected)
+
+
+def test_this_machine_has_free_memory() -> None:
+    assert kv.free_memory() > 1 << 20

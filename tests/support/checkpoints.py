@@ -1,0 +1,180 @@
+"""Tiny random models, written as checkpoints and as GGUF files, with `transformers` as their truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.inputs import StepInputs
+from tgi_asgi.runner.plan import StepRow
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+Model = transformers.PreTrainedModel
+
+
+def make_model(kind: str = "Llama", **changes: Any) -> Model:
+    """Make a random model whose logits are far from flat, biases and norms included."""
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model: Model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if "norm" in name else 0.15)
+    return model
+
+
+def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> ModelFiles:
+    """Write a checkpoint directory; the model's own weights are rounded to `dtype` with it."""
+    model.to(dtype).save_pretrained(path, **options)
+    model.float()
+    return ModelFiles("tiny", None, "directory", path)
+
+
+def reference_logits(model: Model, ids: list[int]) -> torch.Tensor:
+    """Return transformers' logits [n_tokens, vocab] in float32."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def our_logits(
+    files: ModelFiles, ids: list[int], *, dtype: torch.dtype = torch.float32, chunk: int = 512
+) -> torch.Tensor:
+    """Return our logits [n_tokens, vocab], the prompt computed in chunks over scattered blocks."""
+    with OpenModel(files) as opened:
+        config = opened.config
+        model = Llama(config, opened.weights, dtype, max_positions=config.context_length)
+    kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+    kv = ops.allocate_kv(config.num_layers, 64, config.num_kv_heads, config.head_dim, 16, kv_dtype)
+    inputs = StepInputs(
+        vocab_size=config.vocab_size,
+        num_blocks=64,
+        block_size=16,
+        max_context=512,
+        max_rows=1,
+        max_tokens=512,
+    )
+    blocks = [(7 * index + 3) % 64 for index in range(32)]
+    parts = []
+    for start in range(0, len(ids), chunk):
+        row = StepRow(0, ids[start : start + chunk], start, blocks, samples=False)
+        x = model.forward(inputs.fill([row], [0]), kv)
+        parts.append(model.logits(x, torch.arange(x.shape[0], dtype=torch.int32)))
+    return torch.cat(parts)
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def save_gguf(
+    model: Model,
+    path: Path,
+    kind: str,
+    *,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> ModelFiles:
+    """Write a GGUF file as llama.cpp's converter does, matrices in the format `kind`.
+
+    The model's own weights become what the file's blocks decode to.
+    """
+    config, name = model.config, "llama" if model.config.model_type == "llama" else model.config.model_type
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(f"{name}.{key}", value, _gguf_type(value))
+    for key, parameter in model.named_parameters():
+        quantisation = gguf.GGMLQuantizationType[kind if parameter.dim() == 2 else "F32"]
+        rows = parameter.detach().numpy()
+        is_permuted = name == "llama" and (".q_proj." in key or ".k_proj." in key)
+        head_dim = config.head_dim if getattr(config, "head_dim", None) else 16
+        if is_permuted:
+            rows = _split_rotary_halves(rows, head_dim)
+        blocks = gguf.quants.quantize(np.ascontiguousarray(rows), quantisation)
+        writer.add_tensor(_gguf_name(key), blocks, raw_dtype=quantisation)
+        decoded = gguf.quants.dequantize(blocks, quantisation).reshape(rows.shape)
+        if is_permuted:
+            decoded = _join_rotary_halves(decoded, head_dim)
+        parameter.data.copy_(torch.from_numpy(decoded.copy()))
+    for key, array in (tensors or {}).items():
+        writer.add_tensor(key, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ModelFiles("tiny", None, "gguf", path)
+
+
+def _gguf_type(value: Any) -> gguf.GGUFValueType:
+    return {
+        str: gguf.GGUFValueType.STRING,
+        float: gguf.GGUFValueType.FLOAT32,
+        int: gguf.GGUFValueType.UINT32,
+    }[type(value)]
+
+
+def _gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        _, _, index, rest = stem.split(".", 3)
+        return f"blk.{index}.{_GGUF_NAMES[rest]}.{kind}"
+    return f"{_GGUF_NAMES[stem]}.{kind}"
+
+
+def _split_rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Reorder rows as `permute` of llama.cpp's convert_hf_to_gguf.py does."""
+    heads = rows.shape[0] // head_dim
+    return rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _join_rotary_halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    heads = rows.shape[0] // head_dim
+    return rows.reshape(heads, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
