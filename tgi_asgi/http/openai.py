@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from tgi_asgi.errors import Forbidden
 from tgi_asgi.http.collect import collect
+from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_answer import Answer, model_not_found, served_name
 from tgi_asgi.http.openai_length import room_for, tgi_room_for
@@ -82,11 +83,15 @@ async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
             else []
         )
         channel = permits.submit(generation)
+    characters = prompt.num_characters
     if request.stream:
-        await EventStream(exchange, ChunkRenderer(answer, is_chat=True, trackers=trackers)).run([channel])
+        renderer = ChunkRenderer(answer, is_chat=True, trackers=trackers)
+        headers = stream_headers(exchange, info, characters=characters)
+        await EventStream(exchange, renderer, headers).run([channel])
         return
     [choices] = await collect(exchange, [channel])
-    await exchange.reply_json(chat_completion(answer, choices, trackers))
+    body = chat_completion(answer, choices, trackers)
+    await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +181,21 @@ async def serve_completion(exchange: Exchange, request: CompletionRequest) -> No
         )
         logprobs_of = _CompletionTrackers(answer, request, prompts, exchange)
         channels = [permits.submit(generation) for generation in generations]
+    characters = sum(prompt.num_characters for prompt in prompts)
     if request.stream:
         renderer = ChunkRenderer(
             answer, is_chat=False, trackers=logprobs_of.trackers, on_begin=logprobs_of.begin
         )
-        await EventStream(exchange, renderer).run(channels)
+        headers = stream_headers(exchange, info, characters=characters)
+        await EventStream(exchange, renderer, headers).run(channels)
         return
     parts = await collect(exchange, channels)
     for part in range(num_prompts):
         logprobs_of.begin(part)
     num_generated = sum(len(events) for choices in parts for events in choices)
     chosen = [events for choices in parts for events in (likeliest(choices, n) if best_of > n else choices)]
-    await exchange.reply_json(text_completion(answer, chosen, logprobs_of.trackers, num_generated))
+    body = text_completion(answer, chosen, logprobs_of.trackers, num_generated)
+    await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
 
 
 async def responses(exchange: Exchange) -> None:

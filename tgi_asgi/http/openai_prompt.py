@@ -31,11 +31,13 @@ class Prompt:
         ids: its tokens.
         echo: the text that comes before the answer's, where the request asks for that.
         text: the prompt as text, for text offsets; None where no one needs it.
+        num_characters: of the prompt as text, where it came as text.
     """
 
     ids: list[int]
     echo: str = ""
     text: str | None = None
+    num_characters: int = 0
 
 
 def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Prompt:
@@ -47,7 +49,8 @@ def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Pro
     text = chat_text(request, served, is_compat=is_compat)
     ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
     is_echoed = request.echo and _is_continued(request)
-    return Prompt(ids, _text(request.messages[-1].content) if is_echoed else "")
+    echo = _text(request.messages[-1].content) if is_echoed else ""
+    return Prompt(ids, echo, num_characters=len(text))
 
 
 def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
@@ -126,7 +129,7 @@ def _completion_prompt(item: Any, path: str, request: CompletionRequest, served:
         refuse(path, f"`{path}` must be a string or a list of token ids")
     if not ids:
         refuse(path, f"`{path}` must not be empty")
-    return Prompt(ids, text if request.echo else "", text if needs_text else None)
+    return Prompt(ids, text if request.echo else "", text if needs_text else None, len(text))
 
 
 def _checked_ids(item: list[Any], path: str, vocab_size: int) -> list[int]:
