@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from starlette.routing import Router
 
+from tgi_asgi import logs
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
 from tgi_asgi.http import health, info, openai, tgi
 from tgi_asgi.http.access_log import log_access
@@ -26,6 +25,7 @@ from tgi_asgi.http.context import Served, ServerContext
 from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
+from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -191,9 +191,11 @@ class _EnvironmentApp:
 
     def _create(self) -> App:
         try:
+            claim_parent()
             settings = Settings.from_environ()
             if settings.model_id is None:
                 raise ModelLoadError("MODEL_ID is not set: which model shall be served?")
+            logs.configure(settings)
             app = create_app(settings)
         except (InvalidRequest, ModelLoadError) as error:
             _exit(error)
@@ -202,10 +204,8 @@ class _EnvironmentApp:
 
 
 def _exit(error: BaseException) -> NoReturn:
-    """End the process with the reason as its last line: servers would turn an exception into exit code 0."""
-    print(f"tgi-asgi: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
+    """End the process, which would else end with code 0: servers take a failed start for a finished one."""
+    end_process(str(error), 1)
 
 
 app = _EnvironmentApp()

@@ -20,7 +20,7 @@ from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.app import Loader, Progress, create_app, load_model
 from tgi_asgi.console import Console
-from tgi_asgi.errors import ModelLoadError, TgiError
+from tgi_asgi.errors import GenerationFailed, ModelLoadError, TgiError
 from tgi_asgi.http.context import Served
 from tgi_asgi.process import end_process
 from tgi_asgi.settings import Settings
@@ -48,6 +48,7 @@ def run(settings: Settings, loader: Loader = load_model) -> int:
 
     Raises:
         ModelLoadError: the address cannot be listened on, or the model cannot be loaded.
+        TgiError: the engine has died.
     """
     sys.setswitchinterval(0.001)  # a thread that wants the GIL back waits 1 ms, not 4.4 (p90 under load)
     listener = listen(settings)
@@ -114,6 +115,7 @@ class _Server:
         self._app.on_fatal = self._on_fatal
         self._stop = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
 
     async def serve(self) -> int:
         loop = asyncio.get_running_loop()
@@ -123,12 +125,11 @@ class _Server:
         app = cast(ASGIFramework, self._app)  # hypercorn types each message; ASGI's own type is a mapping
         await hypercorn_serve(app, make_config(self._listener), shutdown_trigger=self._stop.wait, mode="asgi")
         watchdog.cancel()
-        failure = self._app.context.failure
-        if failure is None:
+        if self._failure is None:
             return 0
-        if isinstance(failure, TgiError):
-            raise failure
-        raise ModelLoadError(f"{type(failure).__name__}: {failure}") from failure
+        if isinstance(self._failure, TgiError):
+            raise self._failure
+        raise ModelLoadError(f"{type(self._failure).__name__}: {self._failure}") from self._failure
 
     def _load(self, settings: Settings, progress: Progress) -> Served:
         def report(stage: str, done: int, total: int | None) -> None:
@@ -142,7 +143,9 @@ class _Server:
         self._console.summarise(served.info, self._url, has_chat=served.chat_template is not None)
 
     def _on_fatal(self, error: BaseException) -> None:
+        """Stop because the model could not be loaded, or the engine has died."""
         self._console.close()
+        self._failure = self._failure or error
         self._stop.set()
 
     def _on_signal(self, number: int) -> None:
@@ -164,7 +167,7 @@ class _Server:
         """End the process when the engine has died: its supervisor starts a new one."""
         while self._app.context.state is not EngineState.DEAD:
             await asyncio.sleep(WATCH_EVERY_S)
-        self._stop.set()
+        self._on_fatal(self._app.context.failure or GenerationFailed("the engine has died"))
 
 
 def _url(listener: socket.socket) -> str:

@@ -1,0 +1,50 @@
+"""The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
+
+FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
+`crash` fail to load; `dies` loses the device at the first step.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from tests.support.fake_runner import FakeRunner
+from tests.support.scripted_engine import CHATML, toy_info
+from tests.support.toy_tokenizer import ToyTokenizer
+from tgi_asgi import cli, server
+from tgi_asgi.app import Progress
+from tgi_asgi.engine.engine import Engine
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.http.context import Served
+from tgi_asgi.runner.plan import DeviceLost, StepPlan
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat import ChatTemplate
+
+
+def load(settings: Settings, progress: Progress) -> Served:
+    """Load no model, in the way that FAKE_MODEL says."""
+    behaviour, _, path = os.environ.get("FAKE_MODEL", "ok").partition(":")
+    progress("reading weights", 1 << 20, 4 << 20)
+    if behaviour == "waits":
+        with open(path, "rb") as fifo:
+            fifo.read()
+    if behaviour == "missing":
+        raise ModelLoadError("model.gguf: no such file")
+    if behaviour == "crash":
+        raise RuntimeError("a bug in a loader")
+    runner = FakeRunner(step_s=0.005, num_blocks=256)
+    if behaviour == "dies":
+        runner.fault = _lose_device
+    tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=4096, max_input_tokens=4095)
+    engine = Engine(runner, tokenizer, settings, info)
+    return Served(engine, tokenizer, ChatTemplate(CHATML, {}), info, engine.stats)  # type: ignore[arg-type]
+
+
+def _lose_device(plan: StepPlan) -> BaseException:
+    return DeviceLost("the device is gone")
+
+
+if __name__ == "__main__":
+    server.run = partial(server.run, loader=load)  # type: ignore[assignment]
+    cli.main()

@@ -1,0 +1,160 @@
+"""A server process's life: it answers while it loads, drains on a signal, and ends with a true exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.server_process import ServerProcess, free_port
+
+MODULE = "tests.server.fake_server"
+ENDLESS = {
+    "model": "tgi",
+    "messages": [{"role": "user", "content": "go"}],
+    "max_tokens": 4000,
+    "stream": True,
+}
+
+
+def _server(model: str = "ok", *arguments: str) -> ServerProcess:
+    return ServerProcess(MODULE, "--model-id", "fake", *arguments, environ={"FAKE_MODEL": model})
+
+
+def _events(lines: Iterator[str]) -> Iterator[str]:
+    return (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+
+
+def test_the_port_answers_503_with_progress_while_the_model_loads(tmp_path: Path) -> None:
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    with _server(f"waits:{fifo}") as server:
+        health = server.wait_until(503)
+        assert health.headers["retry-after"].isdigit()
+        assert health.json()["state"] == "loading"
+        answer = httpx.post(server.url + "/v1/chat/completions", json=ENDLESS)
+        assert (answer.status_code, answer.headers["retry-after"].isdigit()) == (503, True)
+        assert "loading" in answer.json()["error"]["message"]
+        fifo.write_bytes(b"")  # lets the loader go on
+        server.wait_until_healthy()
+        assert httpx.get(server.url + "/info").status_code == 200
+
+
+def test_start_up_says_what_is_served_and_how_to_try_it() -> None:
+    with _server() as server:
+        server.wait_until_healthy()
+        server.signal()
+        assert server.wait() == 0
+        text = server.output()
+    assert "ToyForCausalLM" in text
+    assert "float32 on cpu" in text
+    assert "4,096 tokens" in text
+    assert f"curl {server.url}/v1/chat/completions" in text
+    assert "Running on" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_streams_finish_and_refuses_new_requests(number: signal.Signals) -> None:
+    body = {**ENDLESS, "max_tokens": 200}
+    with (
+        _server() as server,
+        httpx.Client(timeout=60) as client,
+    ):
+        server.wait_until_healthy()
+        with client.stream("POST", server.url + "/v1/chat/completions", json=body) as stream:
+            events = _events(stream.iter_lines())
+            next(events)
+            server.signal(number)
+            server.wait_until(503)
+            refused = httpx.post(server.url + "/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"].isdigit()) == (503, True)
+            rest = list(events)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+
+
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_done() -> None:
+    with _server("ok", "--graceful-termination-timeout", "0") as server:
+        server.wait_until_healthy()
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+            events = _events(stream.iter_lines())
+            next(events)
+            server.signal()
+            rest = list(events)
+        assert rest[-1] == "[DONE]"
+        assert "error" in json.loads(rest[-2])
+        assert server.wait() == 0
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    with _server() as server:
+        server.wait_until_healthy()
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.signal()
+            server.wait_until(503)
+            server.signal()
+            assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_a_signal_while_the_model_loads_ends_the_process(tmp_path: Path) -> None:
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    with _server(f"waits:{fifo}") as server:
+        server.wait_until(503)
+        server.signal()
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("missing", "model.gguf: no such file"), ("crash", "RuntimeError: a bug in a loader")],
+)
+def test_a_failed_load_exits_with_1_and_the_reason_last(model: str, reason: str) -> None:
+    with _server(model) as server:
+        assert server.wait() == 1
+        assert server.output().splitlines()[-1] == f"tgi-asgi: {reason}"
+        assert ("Traceback" in server.output()) is (model == "crash")
+
+
+def test_a_dead_engine_ends_its_streams_and_then_the_process() -> None:
+    with _server("dies") as server:
+        server.wait_until_healthy()
+        answer = httpx.post(server.url + "/generate", json={"inputs": "go"}, timeout=60)
+        assert answer.status_code in (424, 500, 503)
+        assert answer.json()["error_type"]
+        assert server.wait() == 1
+
+
+def test_a_port_that_is_taken_is_one_line_and_exit_code_1() -> None:
+    with socket.socket() as holder:
+        holder.bind(("0.0.0.0", 0))
+        holder.listen()
+        with ServerProcess(MODULE, "--model-id", "fake", port=holder.getsockname()[1]) as server:
+            assert server.wait() == 1
+            (line,) = server.output().splitlines()
+            assert f"port {server.port}: Address already in use" in line
+
+
+def test_under_hypercorn_s_command_a_missing_model_id_is_an_error() -> None:
+    port = free_port()
+    command = ("hypercorn", "--workers", "0", "tgi_asgi.app:app", "--bind", f"127.0.0.1:{port}")
+    with ServerProcess(*command, port=port) as server:
+        assert server.wait() != 0
+        assert "MODEL_ID" in server.output().splitlines()[-1]
+
+
+def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
+    port = free_port()
+    command = ("hypercorn", "--workers", "2", "tgi_asgi.app:app", "--bind", f"127.0.0.1:{port}")
+    with ServerProcess(*command, port=port, environ={"MODEL_ID": "/nowhere"}) as server:
+        server.wait()  # hypercorn's own exit code says nothing of its workers
+        assert "start hypercorn with --workers 0" in server.output()

@@ -1,0 +1,98 @@
+"""A server in its own process, as users start it: its address, its output, its exit code.
+
+with ServerProcess("tgi-asgi", "--model-id", "model.gguf") as server:
+    server.wait_until_healthy()
+    httpx.get(server.url + "/info")
+    assert server.terminate() == 0
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+ROOT = Path(__file__).parent.parent.parent
+START_TIMEOUT_S = 120.0  # the machine may be busy; a start takes 2 seconds
+EXIT_TIMEOUT_S = 60.0
+KEPT = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "LD_LIBRARY_PATH"})
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ServerProcess:
+    """One run of `python -m <module> <arguments> --port <a free one>`.
+
+    Settings in this process's environment do not reach it; `environ` does.
+    """
+
+    def __init__(self, *command: str, environ: dict[str, str] | None = None, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        base = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("PIP_")}
+        self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env={**base, "PYTHONUNBUFFERED": "1", "PORT": str(self.port), **(environ or {})},
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if error is not None:
+            print(self.output(), file=sys.stderr)
+        self._output.close()
+
+    def output(self) -> str:
+        """Return what the server has written so far, to both streams."""
+        self._output.seek(0)
+        return self._output.read()
+
+    def wait_until(self, status: int) -> httpx.Response:
+        """Wait until `/health` answers with this status; fails if the process ends first."""
+        give_up_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < give_up_s:
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(self.url + "/health", timeout=5)
+                if answer.status_code == status:
+                    return answer
+            assert self.process.poll() is None, f"the server ended:\n{self.output()}"
+            time.sleep(0.02)
+        raise AssertionError(f"no {status} from /health:\n{self.output()}")
+
+    def wait_until_healthy(self) -> None:
+        """Wait until the model is loaded."""
+        self.wait_until(200)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for the process to end; return its exit code."""
+        return self.process.wait(EXIT_TIMEOUT_S)
