@@ -52,7 +52,7 @@ class Limits:
             stops=_or(settings.max_stop_sequences, stops),
             top_logprobs=_or(settings.max_top_n_tokens, top_logprobs),
             prompts=_or(settings.max_client_batch_size, prompts),
-            choices=128,
+            choices=min(128, settings.max_concurrent_requests),
         )
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from tgi_asgi.types import Engine, Permit
+from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit
 
 
-class Admission:
+class Permits:
     """Takes room for all of a request's prompts at once, and gives back what the engine did not take.
 
-        with Admission(engine, n, num_prompts) as admission:
-            channels = [engine.submit(request, admission.take()) for request in requests]
+        with Permits(engine, n, num_prompts) as permits:
+            channels = [permits.submit(request) for request in requests]
 
     Raises:
         Overloaded, Unavailable: there is no room; nothing is held then.
     """
 
     def __init__(self, engine: Engine, n: int, num_prompts: int = 1) -> None:
+        self._engine = engine
         self._permits: list[Permit] = []
         try:
             for _ in range(num_prompts):
@@ -26,16 +27,18 @@ class Admission:
             self.release()
             raise
 
-    def take(self) -> Permit:
-        """Return one permit, to be handed to the engine at once."""
-        return self._permits.pop()
+    def submit(self, request: GenerationRequest) -> Channel:
+        """Hand a request to the engine, with one of the permits."""
+        channel = self._engine.submit(request, self._permits[-1])
+        self._permits.pop()
+        return channel
 
     def release(self) -> None:
-        """Give back the permits that were not taken."""
+        """Give back the permits that were not used."""
         while self._permits:
             self._permits.pop().release()
 
-    def __enter__(self) -> Admission:
+    def __enter__(self) -> Permits:
         return self
 
     def __exit__(

@@ -1,0 +1,93 @@
+"""Every error class has a status and an envelope in both dialects."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import pytest
+
+from tgi_asgi import errors
+from tgi_asgi.http.errors import _RULES, Dialect, envelope, error_event, headers_of, status_of
+
+
+def every_class() -> list[type[errors.TgiError]]:
+    return [
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.TgiError) and kind is not errors.TgiError
+    ]
+
+
+def make(kind: type[errors.TgiError]) -> errors.TgiError:
+    return kind("why", allow=("GET",)) if kind is errors.MethodNotAllowed else kind("why")
+
+
+@pytest.mark.parametrize("kind", every_class())
+def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
+    assert kind in _RULES
+    error = make(kind)
+    openai = envelope(error, Dialect.OPENAI)
+    assert list(openai["error"]) == ["message", "type", "param", "code"]
+    assert openai["error"]["message"] == "why"
+    assert openai["error"]["code"] is None or isinstance(openai["error"]["code"], str)
+    native = envelope(error, Dialect.NATIVE)
+    assert list(native) == ["error", "error_type"]
+    assert native["error"].endswith("why")
+    assert native["error_type"] == kind.error_type
+    for dialect in Dialect:
+        assert 400 <= status_of(error, dialect) < 600
+
+
+@pytest.mark.parametrize(
+    ("error", "native", "openai"),
+    [
+        (errors.InvalidRequest("x"), 422, 400),
+        (errors.InvalidRequest("x", is_syntax=True), 400, 400),
+        (errors.TemplateError("x"), 422, 400),
+        (errors.ToolError("x"), 422, 400),
+        (errors.Unauthorized("x"), 401, 401),
+        (errors.NotFound("x"), 404, 404),
+        (errors.PayloadTooLarge("x"), 413, 413),
+        (errors.UnsupportedMediaType("x"), 415, 415),
+        (errors.Overloaded(), 429, 429),
+        (errors.Unavailable("x"), 503, 503),
+        (errors.GenerationFailed("x"), 424, 500),
+        (errors.IncompleteGeneration("x"), 500, 500),
+        (ValueError("secret"), 500, 500),
+    ],
+)
+def test_statuses(error: BaseException, native: int, openai: int) -> None:
+    assert status_of(error, Dialect.NATIVE) == native
+    assert status_of(error, Dialect.OPENAI) == openai
+
+
+def test_native_messages_have_tgis_prefixes() -> None:
+    def text(error: BaseException) -> Any:
+        return envelope(error, Dialect.NATIVE)["error"]
+
+    assert text(errors.InvalidRequest("x")) == "Input validation error: x"
+    assert text(errors.InvalidRequest("x", is_syntax=True)) == "x"
+    assert text(errors.TemplateError("x")) == "Template error: x"
+    assert text(errors.ToolError("x")) == "Tool error: x"
+    assert text(errors.GenerationFailed("x")) == "Request failed during generation: x"
+    assert text(errors.Overloaded()) == "Model is overloaded"
+
+
+def test_foreign_exceptions_tell_nothing() -> None:
+    for dialect in Dialect:
+        assert "secret" not in json.dumps(envelope(ValueError("secret"), dialect))
+
+
+@pytest.mark.parametrize(("given", "sent"), [(0, b"1"), (7, b"7"), (900, b"120")])
+def test_retry_after_is_what_clients_obey(given: int, sent: bytes) -> None:
+    for error in (errors.Overloaded(retry_after_s=given), errors.Unavailable("x", retry_after_s=given)):
+        assert headers_of(error) == [(b"retry-after", sent)]
+
+
+def test_an_error_event_is_one_whole_event() -> None:
+    event = error_event(errors.GenerationFailed("a\nb"), Dialect.OPENAI)
+    assert event.startswith(b'data: {"error":{')
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"\n") == 2
