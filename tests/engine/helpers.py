@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from itertools import count
 from typing import Any
 
 from tests.support.fake_runner import EOS_ID
+from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
-from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions
+from tgi_asgi.errors import TgiError
+from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 _GREEDY = SamplingParams(temperature=0.0)
 _ids = count()
@@ -66,3 +71,56 @@ def add_request(scheduler: Scheduler, request: GenerationRequest, arrival: int =
         )
     scheduler.add(sequences)
     return sequences
+
+
+class Answer:
+    """What one request gave: the events by choice, as text and tokens, or the error that ended it."""
+
+    def __init__(self, channel: RequestChannel) -> None:
+        self.channel = channel
+        self.stats = channel.stats
+        self.events: list[TokenEvent] = []
+        self.batches: list[list[TokenEvent]] = []
+        self.error: TgiError | None = None
+
+    def of(self, choice: int = 0) -> list[TokenEvent]:
+        return [event for event in self.events if event.index == choice]
+
+    def tokens(self, choice: int = 0) -> list[int]:
+        return [event.token_id for event in self.of(choice)]
+
+    def text(self, choice: int = 0) -> str:
+        return "".join(event.text for event in self.of(choice))
+
+    def finish(self, choice: int = 0) -> FinishReason | None:
+        return self.of(choice)[-1].finish
+
+
+def submit(engine: Engine, request: GenerationRequest) -> RequestChannel:
+    """Take a permit and submit."""
+    return engine.submit(request, engine.acquire(request.n))
+
+
+async def collect(channel: RequestChannel) -> Answer:
+    """Take a request's events to its end, for at most ten seconds."""
+    answer = Answer(channel)
+    async with asyncio.timeout(10):
+        try:
+            async for events in channel:
+                answer.batches.append(events)
+                answer.events += events
+        except TgiError as error:
+            answer.error = error
+    return answer
+
+
+async def ask(engine: Engine, request: GenerationRequest) -> Answer:
+    """Submit and collect."""
+    return await collect(submit(engine, request))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until a condition holds, for at most ten seconds."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)

@@ -43,9 +43,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open: list[Sequence] = []
         self.flights: deque[tuple[Step, list[StepResult]]] = deque()
         self.num_arrived = 0
+        self.answers: list[list[int]] = []  # prompt and output of what has finished
 
     @rule(
         family=st.integers(0, 2),
+        turn=st.none() | st.integers(0, 5),
         prompt_len=st.integers(1, 20),
         max_tokens=st.integers(1, 10),
         n=st.integers(1, 3),
@@ -56,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(
         self,
         family: int,
+        turn: int | None,
         prompt_len: int,
         max_tokens: int,
         n: int,
@@ -63,10 +66,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_prefix_cached: bool,
         wants_prompt_logprobs: bool,
     ) -> None:
-        if -(-(prompt_len + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
+        prompt = [family * 50 + position for position in range(prompt_len)]
+        if turn is not None and self.answers:
+            prompt = self.answers[-1 - turn % len(self.answers)] + prompt[:3]
+        if -(-(len(prompt) + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
             return
         request = make_request(
-            [family * 50 + position for position in range(prompt_len)],
+            prompt,
             max_tokens,
             sampling=SamplingParams(seed=self.num_arrived),
             n=n,
@@ -149,6 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.num_output >= sequence.max_tokens:
                 self.scheduler.remove(sequence)
                 self.open.remove(sequence)
+                self.answers.append(sequence.token_ids)
             tokens = sequence.token_ids[sequence.prompt_len :]
             assert tokens == expected_tokens(
                 sequence.request.prompt_ids,

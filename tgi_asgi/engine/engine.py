@@ -174,7 +174,7 @@ class Engine:
         # The last token drawn is never fed back.
         if self.scheduler.blocks_for(num_tokens - 1) > self._runner.num_blocks:
             raise InvalidRequest(
-                f"prompt and max_tokens need {num_tokens} tokens of KV cache, which has "
+                f"prompt and max_tokens need {num_tokens - 1} tokens of KV cache, which has "
                 f"{self._runner.num_blocks * self._runner.block_size}",
                 code="context_length_exceeded",
             )

@@ -239,6 +239,9 @@ class Scheduler:
                     and not leader.is_prefilling
                     and sequence.num_output == 0
                 )
+                if leader is not None and self._prefix_cache and sequence.num_output == 0:
+                    num_blocks = sequence.prompt_len // self._block_size
+                    sequence.chain = leader.chain.fork(num_blocks, sequence.token_ids)
                 if not (self._fork(sequence) if can_fork else self._take_blocks(sequence)):
                     return
                 sequence.state = SequenceState.RUNNING
@@ -305,8 +308,6 @@ class Scheduler:
             self.pool.share(sequence.copy_source)
         sequence.num_computed = start
         sequence.num_registered = num_shared
-        if self._prefix_cache:
-            sequence.chain = leader.chain.fork(num_shared, leader.token_ids)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:

@@ -43,14 +43,14 @@ class Sequence:
         urgency: tuple[float, int, int],
         chain: HashChain,
         eos_ids: frozenset[int] = frozenset(),
-        leader: Sequence | None = None,
+        leader: Sequence | None = None,  # the request's first choice
         owner: Any = None,
     ) -> None:
         stop = request.stop
         self.request = request
         self.choice = choice
         self.urgency = urgency
-        self.chain = chain
+        self.chain = chain if leader is None else leader.chain.fork(0, ())
         self.leader = leader
         self.owner = owner  # the caller's handle; the scheduler never looks at it
         self.stop_ids = stop.stop_token_ids if stop.ignore_eos else stop.stop_token_ids | eos_ids

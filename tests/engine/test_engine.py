@@ -1,0 +1,370 @@
+"""The engine on the fake runner: many requests, choices, stops, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from tests.engine.conftest import MakeEngine
+from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.support.fake_runner import EOS_ID, FakeRunner, expected_tokens, fake_logprob, script
+from tgi_asgi.errors import IncompleteGeneration, InvalidRequest, Overloaded, TgiError, Unavailable
+from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
+
+SEEDED = SamplingParams(seed=7)
+
+
+class Recorder:
+    """A sink that keeps the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[TokenEvent]] = []
+        self.errors: list[TgiError] = []
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        self.calls.append(list(events))
+
+    def on_error(self, error: TgiError) -> None:
+        self.errors.append(error)
+
+
+async def test_a_request_gets_its_tokens_and_one_finish(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    request = make_request(b"Once upon a time", max_tokens=20)
+    answer = await ask(engine, request)
+    assert answer.tokens() == expected_tokens(b"Once upon a time", 20)
+    assert [event.finish for event in answer.events] == [None] * 19 + [FinishReason.LENGTH]
+    assert answer.stats.generated_tokens == 20
+    stats = answer.stats
+    assert None not in (stats.scheduled_s, stats.first_token_s, stats.finished_s)
+    assert stats.arrival_s <= stats.scheduled_s <= stats.first_token_s <= stats.finished_s  # type: ignore[operator]
+
+
+async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(num_blocks=400))
+    draw = random.Random(0)
+    requests = [
+        make_request([draw.randrange(256) for _ in range(draw.randrange(1, 60))], 30, sampling=SEEDED)
+        for _ in range(64)
+    ]
+    order: list[str] = []
+
+    async def take(request: object, channel: object) -> list[int]:
+        tokens: list[int] = []
+        async for events in channel:  # type: ignore[attr-defined]
+            order.append(request.request_id)  # type: ignore[attr-defined]
+            tokens += [event.token_id for event in events]
+        return tokens
+
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*(take(r, submit(engine, r)) for r in requests))
+    for request, tokens in zip(requests, results, strict=True):
+        assert tokens == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
+    # Everybody had ten tokens before anybody had thirty.
+    first_done = min(len(order) - 1 - order[::-1].index(request.request_id) for request in requests)
+    assert all(order[:first_done].count(request.request_id) >= 10 for request in requests)
+
+
+async def test_a_seed_and_a_choice_decide_alone(make_engine: MakeEngine) -> None:
+    """Choice i is the same whatever n is, preempted or not, beside others or alone."""
+    prompt = b"The same prompt for all of them"
+    roomy, tight = make_engine(), make_engine(FakeRunner(num_blocks=9, max_batch_size=4))
+    for engine in (roomy, tight):
+        many, one = await asyncio.gather(
+            ask(engine, make_request(prompt, 40, sampling=SEEDED, n=5)),
+            ask(engine, make_request(prompt, 40, sampling=SEEDED)),
+        )
+        for choice in range(5):
+            assert many.tokens(choice) == expected_tokens(prompt, 40, sampling=SEEDED, choice=choice)
+            assert many.finish(choice) is FinishReason.LENGTH
+        assert one.tokens() == many.tokens(0)
+        assert many.stats.generated_tokens == 200
+    assert tight.stats.preemptions > 0
+
+
+async def test_all_choices_come_with_one_call_a_step(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    sink = Recorder()
+    channel = submit(engine, make_request(20, max_tokens=6, sampling=SEEDED, n=4))
+    channel.attach(sink)
+    await until(lambda: channel.is_ended)
+    await until(lambda: sum(map(len, sink.calls)) == 24)
+    assert [len(call) for call in sink.calls] == [1, 4, 4, 4, 4, 4, 3]
+    assert sink.errors == []
+
+
+async def test_a_sink_attached_late_gets_everything(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    channel = submit(engine, make_request(20, max_tokens=6))
+    await until(lambda: channel.is_ended)
+    sink = Recorder()
+    channel.attach(sink)
+    assert [len(call) for call in sink.calls] == [6]
+
+
+async def test_a_stop_string_ends_and_its_speculative_token_is_not_counted(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(next_token=script(b"say END and more")(5))
+    engine = make_engine(runner)
+    answer = await ask(engine, make_request(5, max_tokens=50, stop={"stop": ("END",)}))
+    assert answer.text() == "say "
+    assert (answer.finish(), answer.events[-1].stop) == (FinishReason.STOP, "END")
+    assert answer.stats.generated_tokens == 7
+    assert engine.stats.sampled_tokens == 7
+
+
+async def test_eos_on_the_last_token_wins_over_the_length(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(next_token=script(b"abc")(5)))
+    answer = await ask(engine, make_request(5, max_tokens=4))
+    assert (answer.tokens(), answer.text()) == ([97, 98, 99, EOS_ID], "abc")
+    assert answer.finish() is FinishReason.EOS
+
+
+async def test_min_tokens_keeps_eos_away(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(next_token=lambda tokens, sampling, choice: EOS_ID))
+    answer = await ask(engine, make_request(5, max_tokens=50, stop={"min_tokens": 3}))
+    assert answer.tokens() == [257, 257, 257, EOS_ID]
+
+
+async def test_logprobs_of_the_prompt_and_of_each_token(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_batch_prefill_tokens=16)
+    prompt = list(range(40))
+    await ask(engine, make_request(prompt))
+    request = make_request(
+        prompt, 2, sampling=SamplingParams(temperature=0, logprobs=2), prompt_logprobs=1, n=2
+    )
+    answer = await ask(engine, request)
+    known = answer.stats.prompt_logprobs
+    assert known is not None
+    assert [entry[0] for entry in known] == [None] + [fake_logprob(token) for token in prompt[1:]]
+    assert answer.stats.cached_tokens == 0
+    for event in answer.events:
+        assert event.logprob == fake_logprob(event.token_id)
+        assert event.top is not None
+        assert len(event.top) == 2
+
+
+async def test_prompt_logprobs_are_whole_after_a_preemption(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(num_blocks=9), max_batch_prefill_tokens=16)
+    old = submit(engine, make_request(range(100, 116), max_tokens=110))
+    prompt = list(range(70))
+    new = await ask(engine, make_request(prompt, 3, prompt_logprobs=0))
+    assert new.stats.prompt_logprobs is not None
+    assert [entry[0] for entry in new.stats.prompt_logprobs] == [None, *map(fake_logprob, prompt[1:])]
+    await collect(old)
+
+
+async def test_cached_tokens_are_reported(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    first = await ask(engine, make_request(100))
+    second = await ask(engine, make_request(100))
+    assert (first.stats.cached_tokens, second.stats.cached_tokens) == (0, 96)
+    assert engine.stats.prefill_tokens == 100 + 4
+    assert engine.stats.prefix_hit_tokens == 96
+
+
+@pytest.mark.parametrize("num_blocks", [5, 7, 11])
+async def test_requests_that_do_not_fit_together_all_finish(make_engine: MakeEngine, num_blocks: int) -> None:
+    engine = make_engine(FakeRunner(num_blocks=num_blocks, max_batch_size=8))
+    requests = [make_request([index] * 20, 60, sampling=SEEDED) for index in range(12)]
+    answers = await asyncio.gather(*(ask(engine, request) for request in requests))
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.tokens() == expected_tokens(request.prompt_ids, 60, sampling=SEEDED)
+    if num_blocks == 11:
+        assert engine.stats.preemptions > 0
+
+
+async def test_a_request_that_could_never_run_is_refused_and_its_permit_comes_back(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(num_blocks=4), max_total_tokens=100)
+    with pytest.raises(InvalidRequest, match="KV cache"):
+        submit(engine, make_request(60, max_tokens=6))
+    with pytest.raises(InvalidRequest, match="100 tokens"):
+        submit(engine, make_request(60, max_tokens=41))
+    assert engine.admission.num_taken == 0
+    assert (await ask(engine, make_request(60, max_tokens=5))).finish() is FinishReason.LENGTH
+
+
+async def test_a_cancelled_stream_frees_its_blocks_within_two_steps(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    engine = make_engine(runner)
+    channel = submit(engine, make_request(40, max_tokens=500, n=2))
+    await until(lambda: runner.num_in_flight == 2)
+    for _ in range(5):
+        runner.run_next()
+        await until(lambda: runner.num_in_flight == 2)
+    assert engine.scheduler.pool.num_used > 0
+    num_steps = len(runner.plans)
+    channel.cancel()
+    channel.cancel()
+    await until(lambda: engine.scheduler.pool.num_used == 0)
+    assert len(runner.plans) - num_steps <= 2
+    answer = await collect(channel)
+    assert isinstance(answer.error, IncompleteGeneration)
+    assert engine.stats.cancelled == 1
+    assert engine.admission.num_taken == 0
+
+
+async def test_a_request_cancelled_before_it_ran_never_runs(make_engine: MakeEngine) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    channel = submit(engine, make_request(40))
+    channel.cancel()
+    answer = await collect(channel)
+    assert isinstance(answer.error, IncompleteGeneration)
+    assert runner.plans == []
+
+
+async def test_cancelling_after_the_end_changes_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    answer = await ask(engine, make_request(5))
+    answer.channel.cancel()
+    await asyncio.sleep(0)
+    assert (engine.stats.finished, engine.stats.cancelled) == (1, 0)
+
+
+async def test_a_storm_of_cancellations_leaves_nothing_and_harms_nobody(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(num_blocks=60), max_concurrent_requests=1000)
+    draw = random.Random(1)
+    survivors = [make_request([index] * 30, 60) for index in range(10)]
+    kept = [submit(engine, request) for request in survivors]
+    victims = [
+        submit(engine, make_request([draw.randrange(9)] * 30, 50, n=draw.choice((1, 2)))) for _ in range(90)
+    ]
+
+    async def leave(channel: object) -> None:
+        for _ in range(draw.randrange(200)):
+            await asyncio.sleep(0)
+        channel.cancel()  # type: ignore[attr-defined]
+
+    await asyncio.gather(*map(leave, victims))
+    answers = await asyncio.gather(*map(collect, kept))
+    for request, answer in zip(survivors, answers, strict=True):
+        assert answer.tokens() == expected_tokens(request.prompt_ids, 60)
+    await asyncio.gather(*map(collect, victims))
+
+
+async def test_a_sink_that_raises_loses_its_own_request_only(make_engine: MakeEngine) -> None:
+    class Broken(Recorder):
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            raise ValueError("broken")
+
+    engine = make_engine()
+    bad = submit(engine, make_request(5, max_tokens=50))
+    broken = Broken()
+    bad.attach(broken)
+    good = await ask(engine, make_request(6, max_tokens=50))
+    assert good.finish() is FinishReason.LENGTH
+    await until(lambda: bad.is_ended)
+    assert engine.stats.cancelled == 1
+    assert [type(error) for error in broken.errors] == [IncompleteGeneration]
+
+
+async def test_no_room_is_said_at_once_with_a_time_to_wait(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_concurrent_requests=2)
+    channel = submit(engine, make_request(5, max_tokens=50, n=2))
+    with pytest.raises(Overloaded) as caught:
+        engine.acquire(1)
+    assert caught.value.retry_after_s >= 1
+    await collect(channel)
+    engine.acquire(2).release()
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    early = engine.acquire(1)
+    running = asyncio.create_task(ask(engine, make_request(5, max_tokens=50)))
+    await until(lambda: engine.stats.sampled_tokens > 3)
+    draining = asyncio.create_task(engine.drain(10))
+    await asyncio.sleep(0)
+    assert engine.state is EngineState.DRAINING
+    with pytest.raises(Unavailable):
+        engine.acquire(1)
+    with pytest.raises(Unavailable):
+        engine.submit(make_request(5), early)
+    await draining
+    assert (await running).finish() is FinishReason.LENGTH
+
+
+async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(is_manual=True))
+    channels = [submit(engine, make_request(5, max_tokens=50)) for _ in range(3)]
+    await engine.drain(0.01)
+    for channel in channels:
+        assert isinstance((await collect(channel)).error, IncompleteGeneration)
+
+
+async def test_stopping_ends_every_request_with_an_error(make_engine: MakeEngine) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    channels = [submit(engine, make_request(5, max_tokens=900)) for _ in range(3)]
+    await until(lambda: engine.stats.sampled_tokens > 5)
+    await engine.stop()
+    assert runner.num_in_flight == 0
+    for channel in channels:
+        assert isinstance((await collect(channel)).error, IncompleteGeneration)
+
+
+async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    await ask(engine, make_request(5))
+    await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+    num_wakes = 0
+    original = engine._take
+
+    def counting(message: object) -> None:
+        nonlocal num_wakes
+        num_wakes += 1
+        original(message)  # type: ignore[arg-type]
+
+    engine._take = counting  # type: ignore[method-assign, assignment]
+    waiting = loop.create_future()
+    loop.call_later(0.05, waiting.set_result, None)
+    await waiting
+    # One speculative step may still have been in flight.
+    assert num_wakes <= 1
+
+
+async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngine) -> None:
+    now = 0.0
+
+    class Slow(Recorder):
+        """Each call takes 0.4 ms of the clock that the engine sees."""
+
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            nonlocal now
+            now += 0.0004
+            super().on_events(events)
+
+    from tests.support.fake_runner import FakeTokenizer, fake_info
+    from tgi_asgi.engine import Engine
+    from tgi_asgi.settings import Settings
+
+    runner = FakeRunner(num_blocks=200)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), clock=lambda: now)
+    engine.start()
+    sinks = [Slow() for _ in range(30)]
+    for index, sink in enumerate(sinks):
+        submit(engine, make_request([index] * 5, max_tokens=1)).attach(sink)
+    seen: list[int] = []
+    async with asyncio.timeout(10):
+        while not all(sink.calls for sink in sinks):
+            await asyncio.sleep(0)
+            seen.append(sum(len(sink.calls) for sink in sinks))
+    steps = [after - before for before, after in zip([0, *seen], seen, strict=False)]
+    assert max(steps) <= 3
+    await engine.stop()
+
+
+def test_metrics_add_up() -> None:
+    """Kept synchronous: histograms count as Prometheus does."""
+    from tgi_asgi.engine import Histogram
+
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    assert (histogram.counts, histogram.total, histogram.count) == ([2, 1, 1], 12.0, 4)

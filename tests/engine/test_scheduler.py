@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.helpers import add_request, make_request, make_scheduler
+from tests.support.fake_runner import EOS_ID, FakeRunner
+from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+
+
+def must_plan(scheduler: Scheduler) -> Step:
+    step = scheduler.plan()
+    assert step is not None
+    return step
+
+
+def run(scheduler: Scheduler, runner: FakeRunner, step: Step) -> None:
+    """Compute and apply a step; sequences end by length."""
+    for _, sequence in scheduler.apply(step, runner.execute(step.plan)):
+        if sequence.num_output >= sequence.max_tokens:
+            scheduler.remove(sequence)
+
+
+def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
+    steps = []
+    while (step := scheduler.plan()) is not None:
+        steps.append(step)
+        run(scheduler, runner, step)
+    return steps
+
+
+def finished(sequences: list[Sequence]) -> bool:
+    return all(sequence.state is SequenceState.FINISHED for sequence in sequences)
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    assert make_scheduler().plan() is None
+
+
+def test_the_next_step_is_planned_before_the_token_is_known() -> None:
+    scheduler = make_scheduler()
+    add_request(scheduler, make_request(5))
+    (prefill,) = must_plan(scheduler).plan.rows
+    (decode,) = must_plan(scheduler).plan.rows
+    assert (prefill.start, len(prefill.token_ids or ()), prefill.samples) == (0, 5, True)
+    assert (decode.start, decode.token_ids, decode.samples) == (5, None, True)
+
+
+def test_a_length_limit_needs_no_result() -> None:
+    scheduler = make_scheduler()
+    add_request(scheduler, make_request(5, max_tokens=2))
+    must_plan(scheduler)
+    must_plan(scheduler)
+    assert scheduler.plan() is None
+
+
+def test_decode_rows_come_first_and_prompts_in_whole_blocks() -> None:
+    scheduler, runner = make_scheduler(max_prefill_tokens=40), FakeRunner()
+    add_request(scheduler, make_request(10))
+    run(scheduler, runner, must_plan(scheduler))
+    add_request(scheduler, make_request(100), arrival=1)
+    sizes = []
+    for _ in range(4):
+        step = must_plan(scheduler)
+        sizes.append([row.num_tokens for row in step.plan.rows])
+        run(scheduler, runner, step)
+    assert sizes == [[1, 32], [1, 32], [1, 36], [1, 1]]
+
+
+def test_prompts_share_a_step_but_no_sliver_of_one_is_computed() -> None:
+    scheduler = make_scheduler(max_prefill_tokens=64)
+    for arrival, size in enumerate((30, 30, 30)):
+        add_request(scheduler, make_request(list(range(arrival, arrival + size))), arrival)
+    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [30, 30]
+    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1, 1, 30]
+
+
+def test_a_step_never_exceeds_what_the_runner_takes() -> None:
+    scheduler = make_scheduler(max_step_tokens=20)
+    add_request(scheduler, make_request(16))
+    must_plan(scheduler)
+    add_request(scheduler, make_request(range(100, 200)), arrival=1)
+    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1, 16]
+
+
+def test_slots_and_blocks_come_back_at_the_end() -> None:
+    scheduler, runner = make_scheduler(max_batch_size=2), FakeRunner()
+    sequences = [add_request(scheduler, make_request(20), arrival)[0] for arrival in range(5)]
+    run_all(scheduler, runner)
+    assert finished(sequences)
+    assert scheduler.pool.num_used == 0
+    assert max(len(plan.rows) for plan in runner.plans) == 2
+
+
+def test_priority_goes_before_arrival_and_waiting_makes_up_for_it() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    low = add_request(scheduler, make_request(5, priority=1), arrival=0)[0]
+    high = add_request(scheduler, make_request(5, priority=0), arrival=29)[0]
+    late = add_request(scheduler, make_request(5, priority=0), arrival=31)[0]
+    order = []
+    for _ in range(3):
+        (sequence,) = must_plan(scheduler).sequences
+        order.append(sequence)
+        scheduler.remove(sequence)
+    assert order == [high, low, late]
+
+
+def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> None:
+    scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
+    old = add_request(scheduler, make_request(range(30), max_tokens=40), arrival=0)[0]
+    new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
+    steps = run_all(scheduler, runner)
+    assert finished([old, new])
+    assert scheduler._stats.preemptions == 1
+    last_of_old = max(at for at, step in enumerate(steps) if old in step.sequences)
+    first_back = next(
+        at
+        for at, step in enumerate(steps)
+        if at > 0 and new in step.sequences and any(start.output_ids for start in step.plan.starts)
+    )
+    row = steps[first_back].plan.rows[steps[first_back].sequences.index(new)]
+    assert first_back >= last_of_old
+    assert row.start > 0, "nothing of it was left in the cache"
+    assert runner.violations == []
+
+
+def test_a_priority_decides_who_is_preempted() -> None:
+    scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
+    low = add_request(scheduler, make_request(range(30), max_tokens=40, priority=2), arrival=0)[0]
+    run(scheduler, runner, must_plan(scheduler))
+    high = add_request(scheduler, make_request(range(100, 130), max_tokens=40), arrival=1)[0]
+    while scheduler._stats.preemptions == 0:
+        run(scheduler, runner, must_plan(scheduler))
+    assert (low.state, high.state) == (SequenceState.WAITING, SequenceState.RUNNING)
+
+
+def test_a_preempted_sequence_forgets_what_a_step_in_flight_draws_for_it() -> None:
+    scheduler, runner = make_scheduler(num_blocks=4), FakeRunner()
+    add_request(scheduler, make_request(range(31), max_tokens=20), arrival=0)
+    new = add_request(scheduler, make_request(range(100, 116), max_tokens=20), arrival=1)[0]
+    first = must_plan(scheduler)
+    second = must_plan(scheduler)  # the prompts' blocks are full: the old one takes the last block...
+    run(scheduler, runner, first)
+    third = must_plan(scheduler)
+    assert new.state is SequenceState.WAITING
+    known = list(new.token_ids)
+    run(scheduler, runner, second)
+    assert new.token_ids == known
+    run(scheduler, runner, third)
+    run_all(scheduler, runner)
+    assert new.num_output == 20
+    assert runner.violations == []
+
+
+def test_blocks_of_a_finished_sequence_may_be_reused_while_a_step_still_writes_to_them() -> None:
+    """The speculative row lands first, and its block's next owner overwrites what it left."""
+    scheduler, runner = make_scheduler(num_blocks=2), FakeRunner(num_blocks=2)
+    first = add_request(scheduler, make_request(range(16), max_tokens=10), arrival=0)[0]
+    prefill, speculative = must_plan(scheduler), must_plan(scheduler)
+    late_block = first.table[-1]
+    scheduler.apply(prefill, runner.execute(prefill.plan))
+    scheduler.remove(first)  # as EOS does
+    second = add_request(scheduler, make_request(range(100, 117), max_tokens=10), arrival=1)[0]
+    reuse = must_plan(scheduler)
+    assert late_block in second.table
+    assert scheduler.apply(speculative, runner.execute(speculative.plan)) == []
+    run(scheduler, runner, reuse)
+    run_all(scheduler, runner)
+    assert finished([second])
+    assert runner.violations == []
+
+
+def test_a_second_prompt_takes_the_cached_prefix() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    add_request(scheduler, make_request(range(70)))
+    run_all(scheduler, runner)
+    again = add_request(scheduler, make_request([*range(50), 240]), arrival=1)[0]
+    (row,) = must_plan(scheduler).plan.rows
+    assert (row.start, row.num_tokens, again.num_cached) == (48, 3, 48)
+    assert scheduler._stats.prefix_hit_tokens == 48
+    assert scheduler._stats.prefix_query_tokens == 70 + 51
+
+
+def test_the_next_turn_computes_only_what_is_new() -> None:
+    """The answer's blocks are cached as well as the prompt's."""
+    scheduler, runner = make_scheduler(), FakeRunner()
+    sequence = add_request(scheduler, make_request(20, max_tokens=60))[0]
+    run_all(scheduler, runner)
+    add_request(scheduler, make_request([*sequence.token_ids, 7, 8, 9]), arrival=1)
+    (row,) = must_plan(scheduler).plan.rows
+    # The answer's last token has no KV entries: it was drawn and never fed.
+    assert row.start == (20 + 59) // 16 * 16
+
+
+def test_one_token_is_computed_even_if_all_blocks_are_cached() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    for arrival in range(2):
+        add_request(scheduler, make_request(range(32)), arrival)
+        step = must_plan(scheduler)
+        run(scheduler, runner, step)
+        run_all(scheduler, runner)
+    assert [(row.start, row.num_tokens) for row in step.plan.rows] == [(16, 16)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"cache_salt": "mine"}, {"adapter": "lora"}, {"is_prefix_cached": False}, {"prompt_logprobs": 0}],
+)
+def test_who_must_not_share_does_not(fields: dict[str, object]) -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    add_request(scheduler, make_request(range(70)))
+    run_all(scheduler, runner)
+    add_request(scheduler, make_request(range(70), **fields), arrival=1)
+    assert must_plan(scheduler).plan.rows[0].start == 0
+
+
+def test_without_the_prefix_cache_nothing_is_shared_or_counted() -> None:
+    scheduler, runner = make_scheduler(prefix_cache=False), FakeRunner()
+    for arrival in range(2):
+        add_request(scheduler, make_request(range(70)), arrival)
+        assert must_plan(scheduler).plan.rows[0].start == 0
+        scheduler.remove(scheduler.running[0])
+    assert scheduler._stats.prefix_query_tokens == 0
+    assert runner.violations == []
+
+
+@pytest.mark.parametrize("prompt_len", [1, 15, 16, 17, 33, 48])
+def test_further_choices_share_full_blocks_and_copy_the_partial_one(prompt_len: int) -> None:
+    scheduler, runner = make_scheduler(), FakeRunner(max_batch_size=8)
+    leader, second, third = add_request(scheduler, make_request(prompt_len, max_tokens=40, n=3))
+    step = must_plan(scheduler)
+    assert step.sequences == [leader]
+    run(scheduler, runner, step)
+    forks = must_plan(scheduler)
+    assert forks.sequences == [leader, second, third]
+    num_shared = (prompt_len - 1) // 16
+    for sequence in (second, third):
+        row = forks.plan.rows[forks.sequences.index(sequence)]
+        assert (row.start, row.num_tokens, row.samples) == (prompt_len - 1, 1, True)
+        assert sequence.table[:num_shared] == leader.table[:num_shared]
+        assert sequence.table[num_shared] not in leader.table
+    assert len(forks.plan.copies) == (2 if (prompt_len - 1) % 16 else 0)
+    run(scheduler, runner, forks)
+    run_all(scheduler, runner)
+    assert finished([leader, second, third])
+    assert scheduler.pool.num_used == 0
+    assert runner.violations == []
+
+
+def test_further_choices_whose_first_is_gone_go_through_the_cache() -> None:
+    scheduler, runner = make_scheduler(max_batch_size=1), FakeRunner(max_batch_size=1)
+    sequences = add_request(scheduler, make_request(40, max_tokens=3, n=3))
+    steps = run_all(scheduler, runner)
+    assert finished(sequences)
+    starts = [row.start for step in steps for row in step.plan.rows if (row.token_ids or ())[1:]]
+    assert starts == [0, 32, 32]
+
+
+def test_each_slot_is_told_what_was_drawn_and_what_may_not_be() -> None:
+    scheduler, runner = make_scheduler(num_blocks=5), FakeRunner()
+    add_request(scheduler, make_request(range(30), max_tokens=33), arrival=0)
+    stop = {"min_tokens": 5, "stop_token_ids": frozenset({7})}
+    new = add_request(scheduler, make_request(range(100, 128), max_tokens=30, stop=stop), arrival=1)[0]
+    starts = [start for step in run_all(scheduler, runner) for start in step.plan.starts]
+    first, back = [start for start in starts if start.prompt_ids[0] == 100]
+    assert (first.output_ids, first.min_tokens, first.masked_ids) == ([], 5, (7, EOS_ID))
+    assert back.output_ids == new.token_ids[28 : 28 + len(back.output_ids)] != []
+
+
+def test_cancelling_a_queued_request_leaves_nothing() -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    add_request(scheduler, make_request(5, max_tokens=1), arrival=0)
+    queued = add_request(scheduler, make_request(5, n=3), arrival=1)
+    must_plan(scheduler)
+    assert scheduler.num_waiting == 3
+    for sequence in queued:
+        scheduler.remove(sequence)
+    assert scheduler.num_waiting == 0
+    assert scheduler.plan() is None
+
+
+def test_what_a_poisoned_sequence_wrote_is_not_found() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    poisoned = add_request(scheduler, make_request(range(70), max_tokens=20))[0]
+    run(scheduler, runner, must_plan(scheduler))
+    scheduler.remove(poisoned, forget=True)
+    add_request(scheduler, make_request(range(70)), arrival=1)
+    assert must_plan(scheduler).plan.rows[0].start == 0
+
+
+def test_a_failed_step_and_the_one_behind_it_are_computed_again() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    sequences = add_request(scheduler, make_request(20, max_tokens=12, n=2))
+    run(scheduler, runner, must_plan(scheduler))
+    failed, following = must_plan(scheduler), must_plan(scheduler)
+    runner.execute(failed.plan, is_tainted=True)
+    runner.execute(following.plan, is_tainted=True)
+    scheduler.rollback(following)
+    scheduler.rollback(failed)
+    for rows in (range(1), range(1, 2)):
+        again = scheduler.retry(failed, rows)
+        assert again is not None
+        assert again.sequences == [sequences[rows[0]]]
+        run(scheduler, runner, again)
+    run_all(scheduler, runner)
+    assert finished(sequences)
+    assert runner.violations == []
+    assert scheduler.pool.num_used == 0
+
+
+def test_rows_that_ended_are_not_tried_again() -> None:
+    scheduler = make_scheduler()
+    sequence = add_request(scheduler, make_request(20))[0]
+    failed = must_plan(scheduler)
+    scheduler.rollback(failed)
+    scheduler.remove(sequence)
+    assert scheduler.retry(failed, range(1)) is None
