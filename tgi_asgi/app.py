@@ -17,7 +17,7 @@ from starlette.routing import Router
 
 from tgi_asgi import logs
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
-from tgi_asgi.http import health, info, openai, tgi
+from tgi_asgi.http import cloud, docs, health, info, openai, tgi, tokenize
 from tgi_asgi.http.access_log import log_access
 from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.http.auth import ApiKeys
@@ -60,7 +60,15 @@ class App:
         self._loader = loader
         self._loading: asyncio.Task[None] | None = None
         self._router = Router(
-            [*openai.routes(), *tgi.routes(), *health.routes(), *info.routes()],
+            [
+                *openai.routes(),
+                *tgi.routes(),
+                *health.routes(),
+                *info.routes(),
+                *tokenize.routes(),
+                *cloud.routes(context.settings),
+                *docs.routes(),
+            ],  # fmt: skip
             redirect_slashes=False,
             default=not_found,
         )

@@ -183,6 +183,9 @@ class Settings:
         for name in ("target_inter_token_ms", "step_timeout_s"):
             value = getattr(self, name)
             _check(value > 0, name, "must be positive", value)
+        for name in ("aip_predict_route", "aip_health_route"):
+            value = getattr(self, name)
+            _check(value is None or (len(value) > 1 and value[0] == "/"), name, "must be a path", value)
         if self.max_input_tokens is not None and self.max_total_tokens is not None:
             _check(
                 self.max_input_tokens < self.max_total_tokens,

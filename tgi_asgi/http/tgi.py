@@ -15,6 +15,7 @@ from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.http.tgi_render import StreamRenderer, pick_best, render_prefill, render_whole
@@ -32,7 +33,7 @@ from tgi_asgi.http.tgi_validation import (
     plan_request,
     to_generation,
 )
-from tgi_asgi.types import GenerationRequest, Permit
+from tgi_asgi.types import GenerationRequest
 
 
 def routes() -> list[Route]:
@@ -70,26 +71,21 @@ async def generate_compat(exchange: Exchange) -> None:
     await exchange.reply(200, msgspec.json.encode([response]), JSON, headers)
 
 
-async def admit(exchange: Exchange, served: Served, plan: NativePlan) -> tuple[GenerationRequest, Permit]:
-    """Take a permit, check and tokenise: what is returned can be submitted.
+async def prepare(exchange: Exchange, served: Served, plan: NativePlan) -> GenerationRequest:
+    """Check the values and tokenise the prompt, in a thread; a permit is held already.
+
+    TGI takes it first, so a server without room answers 429 to what it would have refused.
 
     Raises:
-        Overloaded: no permit is free; TGI answers so before it looks at the values.
         InvalidRequest: a value is refused, or the prompt does not fit.
     """
     context = exchange.context
     limits = NativeLimits.of(context.settings, served.info)
-    permit = served.engine.acquire(plan.num_choices)
-    try:
-        check_parameters(plan, limits)
-        if plan.parameters.watermark:
-            context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
-        tokenizer = served.tokenizer
-        prompt_ids = await context.in_thread(tokenizer.encode, plan.inputs, add_special_tokens=True)
-        return to_generation(plan, limits, prompt_ids, exchange.request_id), permit
-    except BaseException:
-        permit.release()
-        raise
+    check_parameters(plan, limits)
+    if plan.parameters.watermark:
+        context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
+    prompt_ids = await context.in_thread(served.tokenizer.encode, plan.inputs, add_special_tokens=True)
+    return to_generation(plan, limits, prompt_ids, exchange.request_id)
 
 
 async def _answer_whole(
@@ -101,8 +97,9 @@ async def _answer_whole(
 ) -> tuple[GenerateResponse, list[Header]]:
     limits = NativeLimits.of(exchange.context.settings, served.info)
     plan = plan_request(request, limits, is_stream=False, full_text_default=full_text_default)
-    generation, permit = await admit(exchange, served, plan)
-    channel = served.engine.submit(generation, permit)
+    with Permits(served.engine, plan.num_choices) as permits:
+        generation = await prepare(exchange, served, plan)
+        channel = permits.submit(generation)
     [choices] = await collect(exchange, [channel])
     best = pick_best(choices)
     prefill = render_prefill(generation, channel.stats, served.tokenizer)
@@ -121,7 +118,9 @@ async def _answer_stream(
 ) -> None:
     limits = NativeLimits.of(exchange.context.settings, served.info)
     plan = plan_request(request, limits, is_stream=True, full_text_default=full_text_default)
-    generation, permit = await admit(exchange, served, plan)
+    with Permits(served.engine, plan.num_choices) as permits:
+        generation = await prepare(exchange, served, plan)
+        channel = permits.submit(generation)
     renderer = StreamRenderer(plan, len(generation.prompt_ids), served.tokenizer)
     headers = stream_headers(exchange, served.info, characters=len(plan.inputs))
-    await EventStream(exchange, renderer, headers).run([served.engine.submit(generation, permit)])
+    await EventStream(exchange, renderer, headers).run([channel])

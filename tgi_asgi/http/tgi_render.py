@@ -71,7 +71,8 @@ def _tokens(tokenizer: Tokenizer, events: Events) -> list[Token]:
     ]
 
 
-def _text(events: Events) -> str:
+def text_of(events: Events) -> str:
+    """Return a choice's whole text."""
     return "".join([event.text for event in events])
 
 
@@ -108,12 +109,12 @@ def render_whole(
 ) -> GenerateResponse:
     """Build the whole answer; `choices[best]` is the one that counts."""
     winner = choices[best]
-    text = plan.text_prefix + _text(winner)
+    text = plan.text_prefix + text_of(winner)
     if not plan.details:
         return GenerateResponse(generated_text=text)
     losers = [
         BestOfSequence(
-            generated_text=plan.text_prefix + _text(loser),
+            generated_text=plan.text_prefix + text_of(loser),
             finish_reason=_finish(loser),
             generated_tokens=len(loser),
             seed=plan.shown_seed,

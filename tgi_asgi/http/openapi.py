@@ -1,0 +1,194 @@
+"""The OpenAPI document, made from the very structs that requests are decoded with, so it cannot drift.
+
+A test holds the operations listed here against the app's routes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+import tgi_asgi
+from tgi_asgi.http import openai_schema, tgi_schema
+from tgi_asgi.http.tgi_validation import NativeLimits
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import ModelInfo
+
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path, as the document describes it.
+
+    Attributes:
+        requests: the types that the body may have.
+        response: of a 200, where it is a struct; else any JSON object (or none, for `is_empty`).
+        is_list: the response is an array of `response`.
+        event: one event of the stream that the route answers with when it streams.
+        is_openai: errors come in OpenAI's envelope.
+        media_type: of a response that is not JSON.
+    """
+
+    method: str
+    path: str
+    summary: str
+    tag: str
+    requests: tuple[type, ...] = ()
+    response: type | None = None
+    is_list: bool = False
+    event: type | None = None
+    is_openai: bool = False
+    is_open: bool = False  # needs no key
+    media_type: str = "application/json"
+
+
+_GENERATE = tgi_schema.GenerateRequest
+_CHAT = openai_schema.ChatRequest
+_COMPLETION = openai_schema.CompletionRequest
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        "post", "/", "Generate; the body says whether to stream", "TGI", (tgi_schema.CompatGenerateRequest,),
+        tgi_schema.GenerateResponse, is_list=True, event=tgi_schema.StreamResponse,
+    ),
+    Operation("post", "/generate", "Generate", "TGI", (_GENERATE,), tgi_schema.GenerateResponse),
+    Operation(
+        "post", "/generate_stream", "Generate, an event a token", "TGI", (_GENERATE,),
+        event=tgi_schema.StreamResponse, media_type="text/event-stream",
+    ),
+    Operation("post", "/v1/chat/completions", "Chat", "OpenAI", (_CHAT,), is_openai=True),
+    Operation("post", "/v1/completions", "Complete a text", "OpenAI", (_COMPLETION,), is_openai=True),
+    Operation("post", "/v1/responses", "Not served yet", "OpenAI", (dict[str, Any],), is_openai=True),
+    Operation("get", "/v1/models", "List the served model", "OpenAI", is_openai=True),
+    Operation("get", "/v1/models/{model}", "Describe a served model", "OpenAI", is_openai=True),
+    Operation(
+        "post", "/tokenize", "Tokens of a text or chat", "Tokens",
+        (tgi_schema.TokenizeRequest, tgi_schema.PromptTokenizeRequest, _CHAT),
+    ),
+    Operation(
+        "post", "/detokenize", "Text of tokens", "Tokens", (tgi_schema.DetokenizeRequest,),
+        tgi_schema.DetokenizeResponse, is_openai=True,
+    ),
+    Operation(
+        "post", "/chat_tokenize", "A chat's templated text and tokens", "Tokens", (_CHAT,),
+        tgi_schema.ChatTokenizeResponse,
+    ),
+    Operation("get", "/tokenizer_info", "Special tokens and chat template", "Tokens"),
+    Operation(
+        "post", "/invocations", "SageMaker: POST /, chat or completions", "Clouds",
+        (tgi_schema.CompatGenerateRequest, _CHAT, _COMPLETION),
+    ),
+    Operation(
+        "post", "/vertex", "Vertex AI: several requests at once", "Clouds", (tgi_schema.VertexRequest,),
+        tgi_schema.VertexResponse,
+    ),
+    Operation("get", "/info", "The model and the limits", "Server", response=tgi_schema.Info),
+    Operation("get", "/health", "Whether requests can be served", "Server", is_open=True, media_type=""),
+    Operation("get", "/ping", "The same, for SageMaker", "Server", is_open=True, media_type=""),
+    Operation("get", "/", "The same, for TGI's clients", "Server", is_open=True, media_type=""),
+    Operation("get", "/metrics", "Prometheus metrics", "Server", is_open=True, media_type="text/plain"),
+    Operation("get", "/docs", "This document, to read", "Server", media_type="text/html"),
+    Operation("get", "/api-doc/openapi.json", "This document", "Server"),
+)  # fmt: skip
+
+
+def document(settings: Settings, info: ModelInfo | None, *, needs_key: bool) -> Schema:
+    """Return the OpenAPI 3.1 document; with `info`, the limits in it are those that hold."""
+    types: list[Any] = [tgi_schema.ErrorResponse, tgi_schema.SimpleToken, tgi_schema.TokenCount]
+    for operation in OPERATIONS:
+        types += [*operation.requests, *filter(None, (operation.response, operation.event))]
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    if info is not None:
+        _put_limits(components, NativeLimits.of(settings, info))
+    paths: dict[str, Schema] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, needs_key)
+    result: Schema = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "tgi-asgi",
+            "description": "Text generation: the API of Text Generation Inference, and OpenAI's.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            "version": tgi_asgi.__version__,
+        },
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if needs_key:
+        result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return result
+
+
+def _operation(operation: Operation, needs_key: bool) -> Schema:
+    result: Schema = {
+        "operationId": f"{operation.method}{operation.path}".replace("/", "_").strip("_"),
+        "summary": operation.summary,
+        "tags": [operation.tag],
+        "responses": _responses(operation),
+    }
+    if operation.requests:
+        result["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _any_of(operation.requests)}},
+        }
+    if "{model}" in operation.path:
+        result["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if needs_key and not operation.is_open:
+        result["security"] = [{"key": []}]
+    return result
+
+
+def _responses(operation: Operation) -> Schema:
+    content: Schema = {}
+    if operation.media_type == "application/json":
+        schema: Schema = {} if operation.response is None else _reference(operation.response)
+        content[operation.media_type] = {
+            "schema": {"type": "array", "items": schema} if operation.is_list else schema
+        }
+    elif operation.media_type:
+        content[operation.media_type] = {"schema": {"type": "string"}}
+    if operation.event is not None:
+        content["text/event-stream"] = {"schema": _reference(operation.event)}
+    answered: Schema = {"description": "Answered"}
+    if content:
+        answered["content"] = content
+    error = {
+        "description": "Refused or failed",
+        "content": {"application/json": {"schema": _error(operation)}},
+    }
+    return {"200": answered, "4XX": error, "5XX": error}
+
+
+def _error(operation: Operation) -> Schema:
+    if not operation.is_openai:
+        return _reference(tgi_schema.ErrorResponse)
+    text = {"type": "string"}
+    optional = {"type": ["string", "null"]}
+    fields = {"message": text, "type": text, "param": optional, "code": optional}
+    inner = {"type": "object", "required": list(fields), "properties": fields}
+    return {"type": "object", "required": ["error"], "properties": {"error": inner}}
+
+
+def _any_of(types: tuple[type, ...]) -> Schema:
+    schemas = [_reference(each) for each in types]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+def _reference(kind: type) -> Schema:
+    if not issubclass(kind, msgspec.Struct):
+        return {"type": "object"}
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _put_limits(components: Schema, limits: NativeLimits) -> None:
+    """Replace TGI's default bounds by this server's."""
+    fields = components["GenerateParameters"]["properties"]
+    fields["best_of"]["maximum"] = limits.max_best_of
+    fields["stop"]["maxItems"] = limits.max_stop_sequences
+    fields["top_n_tokens"]["maximum"] = limits.max_top_n_tokens
+    fields["truncate"]["maximum"] = limits.max_input_tokens
