@@ -53,8 +53,10 @@ def make_model(kind: str = "Llama", **changes: Any) -> Model:
 
 def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> ModelFiles:
     """Write a checkpoint directory; the model's own weights are rounded to `dtype` with it."""
-    model.to(dtype).save_pretrained(path, **options)
-    model.float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(path, state_dict=state, **options)
     return ModelFiles("tiny", None, "directory", path)
 
 
