@@ -68,7 +68,7 @@ class App:
                 *tokenize.routes(),
                 *cloud.routes(context.settings),
                 *docs.routes(),
-            ],  # fmt: skip
+            ],
             redirect_slashes=False,
             default=not_found,
         )
