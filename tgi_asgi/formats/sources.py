@@ -44,7 +44,7 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         ModelLoadError: there is no such model, it is not one that can be served, or it cannot be fetched.
     """
     model_id = settings.model_id
-    if model_id is None:
+    if not model_id:
         raise ModelLoadError("no model was named: set --model-id or MODEL_ID")
     if model_id.startswith("pypi:"):
         from tgi_asgi.formats import pypi
