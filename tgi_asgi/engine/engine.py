@@ -93,6 +93,7 @@ class Engine:
         self._num_arrived = 0
         self._num_lost_rows = 0
         self._yield_at = 0.0
+        self._last_done_s = 0.0
         self._task: asyncio.Task[None] | None = None
 
     # What HTTP calls
@@ -256,6 +257,11 @@ class Engine:
         step, duration_s = flight.step, flight.done_s - flight.begun_s
         self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
         self.stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
+        # A decode row had its last token from the step before.
+        self.stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
+        self._last_done_s = flight.done_s
+        if step.num_prefill_tokens:
+            self.stats.prefill_size.observe(len(step.sequences) - step.num_decode_rows)
         self.stats.steps += 1
         self.stats.batch_size = len(step.sequences)
         self.stats.prefill_tokens += step.num_prefill_tokens

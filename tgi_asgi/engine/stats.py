@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-_STEP_BOUNDS_S = (
-    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
-)  # fmt: skip
+# TGI's buckets: 0.15 ms to 145.6 s, and one a size.
+_DURATION_BOUNDS_S = tuple(0.0001 * 1.5**k for k in range(1, 36))
+_SIZE_BOUNDS = tuple(float(size) for size in range(1, 1025))
 
 
 class Histogram:
@@ -19,9 +19,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
     @property
     def count(self) -> int:
@@ -37,6 +37,8 @@ class EngineStats:
         prefix_query_tokens, prefix_hit_tokens: prompt tokens looked up in the prefix cache, and found.
         steps, failed_steps, preemptions: as they say.
         step_s: durations of steps, by "prefill" (some prompt tokens) and "decode" (none).
+        inter_token_s: time between two tokens of a sequence, each counted.
+        prefill_size: sequences that a step with prompt tokens read them for.
         batch_size: rows of the newest step.
         running, waiting: sequences with a slot, and without.
         blocks_used, blocks_total: of the KV cache.
@@ -44,8 +46,8 @@ class EngineStats:
 
     __slots__ = (
         "accepted", "batch_size", "blocks_total", "blocks_used", "cancelled", "failed", "failed_steps",
-        "finished", "preemptions", "prefill_tokens", "prefix_hit_tokens", "prefix_query_tokens", "running",
-        "sampled_tokens", "step_s", "steps", "waiting",
+        "finished", "inter_token_s", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
+        "prefix_query_tokens", "running", "sampled_tokens", "step_s", "steps", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -60,7 +62,9 @@ class EngineStats:
         self.steps = 0
         self.failed_steps = 0
         self.preemptions = 0
-        self.step_s = {"prefill": Histogram(_STEP_BOUNDS_S), "decode": Histogram(_STEP_BOUNDS_S)}
+        self.step_s = {"prefill": Histogram(_DURATION_BOUNDS_S), "decode": Histogram(_DURATION_BOUNDS_S)}
+        self.inter_token_s = Histogram(_DURATION_BOUNDS_S)
+        self.prefill_size = Histogram(_SIZE_BOUNDS)
         self.batch_size = 0
         self.running = 0
         self.waiting = 0

@@ -19,7 +19,6 @@ class Course:
     queue_s: float = 0.0  # from there to the first step that ran a token of it
     inference_s: float = 0.0  # from there to its last token
     first_token_s: float | None = None  # since the request's start; None: there was none
-    decode_s: float = 0.0  # from the first token to the last
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -43,7 +42,6 @@ class Course:
             queue_s=max(scheduled_s - submitted_s, 0.0),
             inference_s=max(finished_s - scheduled_s, 0.0),
             first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
-            decode_s=0.0 if first_s is None else max(finished_s - first_s, 0.0),
             prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),
             cached_tokens=sum(s.cached_tokens for s in stats),
             generated_tokens=sum(s.generated_tokens for s in stats),

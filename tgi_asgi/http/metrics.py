@@ -149,7 +149,7 @@ class Metrics:
             "tgi_time_to_first_token_seconds", "From arrival to the first token."
         )
         self.inter_token_latency = duration(
-            "tgi_inter_token_latency_seconds", "Between two tokens of a request, its mean for each of them."
+            "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
         )
         self.prompt_tokens = counter("tgi_prompt_tokens_total", "Prompt tokens, computed or cached.")
         self.generation_tokens = counter("tgi_generation_tokens_total", "Generated tokens.")
@@ -202,9 +202,6 @@ class Metrics:
         self.generated_tokens.observe(course.generated_tokens)
         if course.first_token_s is not None:
             self.time_to_first_token.observe(course.first_token_s)
-            num_gaps = course.generated_tokens - 1
-            if num_gaps > 0:
-                self.inter_token_latency.observe(course.decode_s / num_gaps, num_gaps)
 
     def render(self, stats: EngineStats | None = None) -> bytes:
         """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
@@ -215,8 +212,10 @@ class Metrics:
     def _read_engine(self, stats: EngineStats) -> None:
         for method, durations in stats.step_s.items():
             self.batch_success[method].value = durations.count
-            for histogram in (self.batch_inference[method], self.batch_forward[method]):
-                histogram.copy(durations.bounds, durations.counts, durations.total)
+            self.batch_inference[method].copy_from(durations)
+            self.batch_forward[method].copy_from(durations)
+        self.inter_token_latency.copy_from(stats.inter_token_s)
+        self.batch_next_size.copy_from(stats.prefill_size)
         # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
         self.batch_failure["decode"].value = stats.failed_steps
         for method in METHODS:

@@ -51,6 +51,19 @@ class Gauge:
         yield f"{name}{_braces(label)} {_number(self.value)}"
 
 
+class HistogramCounts(Protocol):
+    """A histogram that is kept elsewhere: `counts` has one more entry than `bounds`."""
+
+    @property
+    def bounds(self) -> Sequence[float]: ...
+
+    @property
+    def counts(self) -> list[int]: ...
+
+    @property
+    def total(self) -> float: ...
+
+
 class Histogram:
     """Counts of observations by upper bound (inclusive), and their sum."""
 
@@ -70,11 +83,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
-    def copy(self, bounds: Sequence[float], counts: Sequence[int], total: float) -> None:
+    def copy_from(self, other: HistogramCounts) -> None:
         """Take over a histogram that is kept elsewhere."""
-        self.bounds = bounds
-        self.counts = list(counts)
-        self.sum = total
+        self.bounds = other.bounds
+        self.counts = other.counts[:]
+        self.sum = other.total
 
     def samples(self, name: str, label: str) -> Iterator[str]:
         comma = "," if label else ""

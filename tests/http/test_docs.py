@@ -1,0 +1,118 @@
+"""The OpenAPI document: every route is in it, nothing else is, and its bounds are the ones enforced."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import ScriptedEngine, scripted_app
+from tgi_asgi.errors import MethodNotAllowed
+from tgi_asgi.http import cloud, docs, health, info, openai, tgi, tokenize
+from tgi_asgi.http.openapi import OPERATIONS
+from tgi_asgi.http.routing import EXCHANGE
+from tgi_asgi.settings import Settings
+
+
+async def document(**settings: Any) -> dict[str, Any]:
+    async with client_of(scripted_app(ScriptedEngine(), Settings(**settings))) as client:
+        response = await client.get("/api-doc/openapi.json", headers={"authorization": "Bearer k"})
+    assert response.status_code == 200
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def methods_of(route: Route) -> tuple[str, ...]:
+    """Return what the route says when it is asked with a method that it does not have."""
+    scope: dict[str, Any] = {"method": "DELETE", "path": route.path, EXCHANGE: SimpleNamespace(route="")}
+    with pytest.raises(MethodNotAllowed) as refusal:
+        asyncio.run(route.endpoint(scope, None, None))
+    return refusal.value.allow
+
+
+def test_the_document_lists_exactly_the_routes() -> None:
+    modules = (openai, tgi, health, info, tokenize, docs)
+    routes: list[Route] = [each for module in modules for each in module.routes()]
+    routes += cloud.routes(Settings())
+    served = {
+        (method.lower(), each.path.replace(":path", ""))
+        for each in routes
+        for method in methods_of(each)
+        if method != "HEAD"
+    }
+    assert served == {(operation.method, operation.path) for operation in OPERATIONS}
+
+
+async def test_every_reference_leads_somewhere() -> None:
+    body = await document()
+
+    def references(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            found = [node["$ref"]] if "$ref" in node else []
+            return found + [ref for value in node.values() for ref in references(value)]
+        return [ref for value in node for ref in references(value)] if isinstance(node, list) else []
+
+    names = {ref.removeprefix("#/components/schemas/") for ref in references(body)}
+    assert names <= set(body["components"]["schemas"])
+    assert {"GenerateRequest", "GenerateParameters", "ChatRequest", "Message"} <= names
+
+
+async def test_bounds_are_those_of_this_server() -> None:
+    fields = (await document(max_stop_sequences=9, max_best_of=5, max_top_n_tokens=7))["components"][
+        "schemas"
+    ]["GenerateParameters"]["properties"]
+    assert fields["stop"]["maxItems"] == 9
+    assert fields["best_of"]["maximum"] == 5
+    assert fields["top_n_tokens"]["maximum"] == 7
+    assert fields["truncate"]["maximum"] == 511
+    assert fields["temperature"]["exclusiveMinimum"] == 0
+    assert (fields["frequency_penalty"]["minimum"], fields["frequency_penalty"]["maximum"]) == (-2, 2)
+
+
+BEYOND = {
+    "best_of": 3, "temperature": 0, "repetition_penalty": 0, "frequency_penalty": 2.5, "top_k": 0, "top_p": 1,
+    "typical_p": 1, "max_new_tokens": 0, "stop": list("abcde"), "truncate": 0, "seed": -1, "top_n_tokens": 6,
+}  # fmt: skip
+
+
+async def test_every_bound_in_the_document_is_enforced() -> None:
+    fields = (await document())["components"]["schemas"]["GenerateParameters"]["properties"]
+    keywords = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "maxItems")
+    bounded = {
+        name
+        for name, schema in fields.items()
+        if any(key in part for part in (schema, *schema.get("anyOf", ())) for key in keywords)
+    }
+    assert bounded == set(BEYOND)
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        for name, value in BEYOND.items():
+            response = await client.post("/generate", json={"inputs": "x", "parameters": {name: value}})
+            assert response.status_code == 422, name
+
+
+async def test_the_document_tells_of_keys_only_where_there_are_some() -> None:
+    assert "securitySchemes" not in (await document())["components"]
+    keyed = await document(api_key=("k",))
+    assert keyed["paths"]["/generate"]["post"]["security"] == [{"key": []}]
+    assert "security" not in keyed["paths"]["/health"]["get"]
+
+
+async def test_the_page_shows_every_route_and_needs_no_script() -> None:
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        response = await client.get("/docs")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<script" not in response.text
+    assert all(f"<code>{operation.path}</code>" in response.text for operation in OPERATIONS)
+    assert "max_new_tokens" in response.text
+
+
+@pytest.mark.parametrize("path", ["/docs", "/api-doc/openapi.json"])
+async def test_the_documentation_is_there_while_the_model_loads(path: str) -> None:
+    app = scripted_app(ScriptedEngine())
+    app.context.served = None
+    async with client_of(app) as client:
+        assert (await client.get(path)).status_code == 200

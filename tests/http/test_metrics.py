@@ -1,0 +1,191 @@
+"""`/metrics`: TGI's names, kinds, labels and buckets, and numbers that are true."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
+from tgi_asgi.app import App
+from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.http.metrics import DURATION_BUCKETS, Metrics
+from tgi_asgi.http.prometheus import Counter, Histogram, Registry
+
+# TGI 3.3.7, as a scrape shows it: name, kind, labels.
+TGI = """
+tgi_request_count counter
+tgi_request_success counter
+tgi_request_failure counter err=validation,overloaded,generation,incomplete,template,dropped
+tgi_batch_inference_count counter method=prefill,decode
+tgi_batch_inference_success counter method=prefill,decode
+tgi_batch_inference_failure counter method=prefill,decode
+tgi_batch_concat counter reason=backpressure,wait_exceeded,chunking
+tgi_queue_size gauge
+tgi_batch_current_size gauge
+tgi_batch_current_max_tokens gauge
+tgi_request_duration histogram
+tgi_request_validation_duration histogram
+tgi_request_queue_duration histogram
+tgi_request_inference_duration histogram
+tgi_request_mean_time_per_token_duration histogram
+tgi_batch_inference_duration histogram method=prefill,decode
+tgi_batch_forward_duration histogram method=prefill,decode
+tgi_batch_decode_duration histogram method=prefill,decode
+tgi_batch_filter_duration histogram method=prefill,decode
+tgi_batch_concat_duration histogram method=decode
+tgi_request_input_length histogram
+tgi_request_generated_tokens histogram
+tgi_request_max_new_tokens histogram
+tgi_batch_next_size histogram
+tgi_request_skipped_tokens summary
+"""
+
+
+def samples(text: str) -> dict[str, float]:
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+async def scrape(app: App) -> dict[str, float]:
+    async with client_of(app) as client:
+        response = await client.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    return samples(response.text)
+
+
+@pytest.mark.parametrize("line", TGI.strip().splitlines())
+def test_tgis_metrics_have_their_names_kinds_and_labels(line: str) -> None:
+    name, kind, *labels = line.split()
+    text = Metrics().render().decode()
+    assert f"\n# TYPE {name} {kind}\n" in f"\n{text}"
+    found = samples(text)
+    for label in labels:
+        key, _, values = label.partition("=")
+        for value in values.split(","):
+            suffix = "_count" if kind == "histogram" else ""
+            assert f'{name}{suffix}{{{key}="{value}"}}' in found
+    if not labels:
+        assert name + {"histogram": "_count", "summary": "_count"}.get(kind, "") in found
+
+
+def test_no_counter_of_tgi_has_a_total_suffix() -> None:
+    names = re.findall(r"# TYPE (tgi_(?:request|batch)\S*) counter", Metrics().render().decode())
+    assert len(names) == 7
+    assert not [name for name in names if name.endswith("_total")]
+
+
+def test_duration_buckets_are_tgis() -> None:
+    assert len(DURATION_BUCKETS) == 35
+    assert DURATION_BUCKETS[0] == pytest.approx(0.00015)
+    assert DURATION_BUCKETS[-1] == pytest.approx(0.0001 * 1.5**35)
+
+
+def test_length_buckets_come_from_the_models_limits() -> None:
+    metrics = Metrics()
+    metrics.model_loaded(toy_info(max_input_tokens=400, max_total_tokens=1000))
+    found = samples(metrics.render().decode())
+    inputs = [name for name in found if name.startswith("tgi_request_input_length_bucket")]
+    assert inputs[0].endswith('{le="4"}') and inputs[-2].endswith('{le="400"}')
+    assert len(inputs) == 101  # a hundred bounds and +Inf
+    assert 'tgi_request_generated_tokens_bucket{le="1000"}' in found
+    assert 'tgi_batch_next_size_bucket{le="1024"}' in found
+
+
+def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:
+    histogram = Histogram([1, 2.5])
+    for value in (1, 2, 2.5, 3):
+        histogram.observe(value)
+    assert list(histogram.samples("x", 'a="b"')) == [
+        'x_bucket{a="b",le="1"} 1',
+        'x_bucket{a="b",le="2.5"} 3',
+        'x_bucket{a="b",le="+Inf"} 4',
+        'x_sum{a="b"} 8.5',
+        'x_count{a="b"} 4',
+    ]
+
+
+def test_the_exposition_ends_with_a_line_feed_and_names_each_family_once() -> None:
+    registry = Registry()
+    for label in ('a="1"', 'a="2"'):
+        registry.add("x", "Help.", Counter(), label).add(2)
+    assert registry.render() == b'# HELP x Help.\n# TYPE x counter\nx{a="1"} 2\nx{a="2"} 2\n'
+
+
+async def post(app: App, path: str, body: Any) -> None:
+    async with client_of(app) as client:
+        await client.post(path, json=body)
+
+
+async def test_each_request_is_counted_once_with_its_end() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    app = scripted_app(engine)
+    app.context.metrics.model_loaded(toy_info())
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    await post(app, "/generate", {"inputs": "hi"})
+    await post(app, "/generate_stream", {"inputs": "hi"})
+    await post(app, "/v1/chat/completions", chat)
+    await post(app, "/v1/completions", {"prompt": ["a", "b", "c"]})
+    await post(app, "/generate", {"inputs": ""})
+    await post(app, "/generate", [])
+    await post(app, "/tokenize", {"inputs": "x"})
+    engine.script = fail_with(GenerationFailed("x"))
+    await post(app, "/generate", {"inputs": "hi"})
+    engine.script = fail_with(GenerationFailed("x"), say("a", "b"))
+    await post(app, "/generate_stream", {"inputs": "hi"})
+    engine.num_permits = 0
+    await post(app, "/generate", {"inputs": "hi"})
+    found = await scrape(app)
+    assert found["tgi_request_count"] == 9
+    assert found["tgi_request_success"] == 4
+    assert found['tgi_request_failure{err="validation"}'] == 2
+    assert found['tgi_request_failure{err="generation"}'] == 2
+    assert found['tgi_request_failure{err="overloaded"}'] == 1
+    assert found["tgi_request_duration_count"] == 4
+    assert found["tgi_request_generated_tokens_sum"] == 3 + 3 + 3 + 9
+    assert found["tgi_request_input_length_count"] == 6  # whatever was submitted
+    assert found["tgi_time_to_first_token_seconds_count"] == 4
+
+
+async def test_a_request_without_a_template_is_a_template_failure() -> None:
+    app = scripted_app(ScriptedEngine(), chat_template=None)
+    await post(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert (await scrape(app))['tgi_request_failure{err="template"}'] == 1
+
+
+async def test_requests_while_loading_are_counted_apart() -> None:
+    app = scripted_app(ScriptedEngine())
+    app.context.served = None
+    await post(app, "/generate", {"inputs": "hi"})
+    found = await scrape(app)
+    assert found['tgi_request_failure{err="unavailable"}'] == 1
+    assert found["tgi_queue_size"] == 0
+
+
+def test_the_engines_numbers_are_read_as_they_are() -> None:
+    stats = EngineStats()
+    stats.waiting, stats.running, stats.preemptions = 3, 2, 1
+    stats.blocks_used, stats.blocks_total = 5, 20
+    stats.sampled_tokens, stats.prefill_tokens, stats.prefix_hit_tokens = 70, 30, 12
+    stats.failed_steps = 1
+    stats.step_s["decode"].observe(0.02)
+    stats.inter_token_s.observe(0.02, times=8)
+    found = samples(Metrics(block_size=16).render(stats).decode())
+    assert (found["tgi_queue_size"], found["tgi_requests_waiting"]) == (3, 3)
+    assert (found["tgi_batch_current_size"], found["tgi_requests_running"]) == (2, 2)
+    assert found["tgi_batch_current_max_tokens"] == 80
+    assert found["tgi_kv_cache_usage_ratio"] == 0.25
+    assert found["tgi_preemptions_total"] == 1
+    assert found["tgi_generation_tokens_total"] == 70
+    assert found["tgi_prompt_tokens_total"] == 42
+    assert found["tgi_prefix_cache_hit_tokens_total"] == 12
+    assert found['tgi_batch_inference_success{method="decode"}'] == 1
+    assert found['tgi_batch_inference_count{method="decode"}'] == 2
+    assert found['tgi_batch_inference_failure{method="decode"}'] == 1
+    assert found["tgi_inter_token_latency_seconds_count"] == 8
+    assert found['tgi_batch_inference_duration_sum{method="decode"}'] == 0.02
+    bounds = [name for name in found if name.startswith('tgi_batch_forward_duration_bucket{method="decode"')]
+    assert len(bounds) == 36  # TGI's, by the engine too
