@@ -1,0 +1,23 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import resolve
+from tgi_asgi.settings import DEMO_MODEL, Settings
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demonstration model's file, fetched on first use just as the server fetches it (98 MB, cached)."""
+    try:
+        return resolve(Settings(model_id=DEMO_MODEL), lambda stage, done, total: None).path
+    except ModelLoadError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the demonstration model cannot be fetched: {error}")

@@ -1,0 +1,223 @@
+"""The tokenizer, on the demonstration model's own vocabulary.
+
+That its ids are right is shown on a thousand recorded strings: `record_tokens.py` had them encoded by
+llama.cpp, and by what transformers makes of the same GGUF file, and kept those on which the two agree.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.text.tokenizer import Tokenizer
+
+RECORDED = Path(__file__).parent / "data" / "smollm2_tokens.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_gguf: Path) -> Tokenizer:
+    with GgufFile.open(demo_gguf) as file:
+        return Tokenizer.from_gguf(file.metadata)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[tuple[str, list[int]]]:
+    return [(text, ids) for text, ids in json.loads(RECORDED.read_text("utf-8"))]
+
+
+@pytest.fixture
+def model_dir(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A directory with the same vocabulary as a tokenizer.json, without configuration."""
+    tokenizer._backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def complete(tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
+    """Leave out strings with bytes that no token has (0x04 is one): they are lost, as by other tokenizers."""
+    known = {byte for token_id in range(tokenizer.vocab_size) for byte in tokenizer.token_bytes(token_id)}
+    kept = [(text, ids) for text, ids in recorded if set(text.encode()) <= known]
+    assert len(kept) > 900
+    return kept
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def test_a_thousand_strings_have_the_ids_that_others_give_them(
+    tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]
+) -> None:
+    assert len(recorded) == 1000
+    for text, ids in recorded:
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
+
+
+def test_the_same_vocabulary_as_tokenizer_json_gives_the_same_ids(
+    model_dir: Path, recorded: list[tuple[str, list[int]]]
+) -> None:
+    again = Tokenizer.from_directory(model_dir)
+    for text, ids in recorded[::10]:
+        assert again.encode(text, add_special_tokens=True) == ids, repr(text)
+
+
+def test_the_bytes_of_a_texts_tokens_are_the_text(
+    tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]
+) -> None:
+    for text, ids in complete(tokenizer, recorded):
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode(), repr(text)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text, repr(text)
+
+
+def test_offsets_are_byte_ranges_of_the_text(
+    tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]
+) -> None:
+    for text, ids in complete(tokenizer, recorded):
+        data = text.encode()
+        spans = tokenizer.encode_with_offsets(text, add_special_tokens=False)
+        assert [token_id for token_id, _, _ in spans] == ids
+        for token_id, start, stop in spans:
+            # A token that is a part of a character covers all of it.
+            assert tokenizer.token_bytes(token_id) in data[start:stop], (text, token_id)
+            data[start:stop].decode()  # never cuts a character
+
+
+def test_special_tokens_are_parsed_and_known(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("<|im_start|>hi<|im_end|>", add_special_tokens=False)
+    assert ids[0] == tokenizer.bos_id == 1 and ids[-1] == tokenizer.eos_id == 2
+    assert {0, 1, 2} <= tokenizer.special_ids and ids[1] not in tokenizer.special_ids
+    assert tokenizer.special_tokens["eos_token"] == "<|im_end|>"
+    assert tokenizer.eos_ids == {0, 2}  # <|endoftext|> ends a text as well
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hi"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
+    assert not tokenizer.adds_bos
+    assert tokenizer.token_text(2) == "<|im_end|>"
+
+
+def test_an_incomplete_character_is_shown_as_such(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("\U000130b8", add_special_tokens=False)
+    assert len(ids) > 1 and "\ufffd" in tokenizer.token_text(ids[0])
+
+
+def test_an_id_without_a_token_has_no_bytes(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.token_bytes(49152) == b""
+    assert tokenizer.decode([49152], skip_special_tokens=False) == ""
+
+
+def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(InvalidRequest, match="surrogate"):
+            encode("a\ud800", add_special_tokens=False)
+
+
+def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
+    text = "Many words, and more of them. " * 20_000
+    turns, stop = 0, threading.Event()
+
+    def spin() -> None:
+        nonlocal turns
+        while not stop.is_set():
+            turns += 1
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    before = turns
+    tokenizer.encode(text, add_special_tokens=False)
+    during = turns - before
+    stop.set()
+    thread.join()
+    # With the GIL held it would be what fits into one switch interval.
+    assert during > 50_000
+
+
+class TestConfiguration:
+    def test_generation_config_says_what_ends_an_answer(self, model_dir: Path) -> None:
+        write(model_dir / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+        write(model_dir / "config.json", {"eos_token_id": 7})
+        assert Tokenizer.from_directory(model_dir).eos_ids == {2, 7}
+        write(model_dir / "generation_config.json", {"eos_token_id": [0, 3, 10**9]})
+        assert Tokenizer.from_directory(model_dir).eos_ids == {0, 2, 3}
+        write(model_dir / "generation_config.json", {"eos_token_id": 4})
+        assert Tokenizer.from_directory(model_dir).eos_ids == {2, 4}
+
+    def test_named_tokens_come_as_strings_or_objects(self, model_dir: Path) -> None:
+        write(model_dir / "special_tokens_map.json", {"pad_token": "<|im_end|>", "bos_token": "no"})
+        write(
+            model_dir / "tokenizer_config.json",
+            {"bos_token": {"content": "<|im_start|>"}, "pad_token": None, "eos_token": "<|im_end|>"},
+        )
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert tokenizer.special_tokens == {
+            "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"
+        }  # fmt: skip
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+    def test_bos_and_eos_are_added_where_the_configuration_says_so(self, model_dir: Path) -> None:
+        config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+        write(model_dir / "tokenizer_config.json", {**config, "add_bos_token": True})
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert tokenizer.adds_bos
+        assert tokenizer.encode("a", add_special_tokens=True) == [
+            1,
+            *tokenizer.encode("a", add_special_tokens=False),
+        ]
+        write(model_dir / "tokenizer_config.json", {**config, "add_eos_token": True})
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert not tokenizer.adds_bos
+        assert tokenizer.encode("", add_special_tokens=True) == [2]
+
+    def test_tokens_that_only_the_configuration_has_are_added(self, model_dir: Path) -> None:
+        added = {
+            "49153": {"content": "<tool>", "special": False},
+            "49152": {"content": "<think>", "special": True},
+        }
+        write(model_dir / "tokenizer_config.json", {"added_tokens_decoder": added, "eos_token": "<stop>"})
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert tokenizer.encode("<think><tool><stop>", add_special_tokens=False) == [49152, 49153, 49154]
+        assert tokenizer.special_ids >= {49152, 49154} and 49153 not in tokenizer.special_ids
+        assert tokenizer.eos_id == 49154
+        assert tokenizer.token_bytes(49153) == b"<tool>"
+
+    def test_truncation_and_padding_of_the_file_are_ignored(self, model_dir: Path) -> None:
+        backend = Backend.from_file(str(model_dir / "tokenizer.json"))
+        backend.enable_truncation(4)
+        backend.enable_padding(length=32)
+        backend.save(str(model_dir / "tokenizer.json"))
+        tokenizer = Tokenizer.from_directory(model_dir)
+        assert len(tokenizer.encode("a b c d e f g h", add_special_tokens=True)) == 8
+
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("tokenizer.json", "{}", "is not a tokenizer"),
+            ("tokenizer.json", "\0", "is not a tokenizer"),
+            ("tokenizer_config.json", "[]", "holds no JSON object"),
+            ("tokenizer_config.json", "{", "cannot read"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}, "is damaged"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"1": "y"}}, "is damaged"),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, "is damaged"),
+            ("generation_config.json", "nonsense", "cannot read"),
+        ],
+    )
+    def test_damaged_files_are_named(self, model_dir: Path, name: str, content: Any, reason: str) -> None:
+        write(model_dir / name, content)
+        with pytest.raises(ModelLoadError, match=rf"{name}.*{reason}|{reason}.*{name}|{name} of .*{reason}"):
+            Tokenizer.from_directory(model_dir)
+
+    def test_a_directory_without_tokenizer_json_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelLoadError, match=r"no such file: .*tokenizer\.json"):
+            Tokenizer.from_directory(tmp_path)
+
+    def test_a_vocabulary_of_another_family_is_refused(self, tmp_path: Path) -> None:
+        from tokenizers import models
+
+        Backend(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ModelLoadError, match=r"decoder \(none\) is not supported"):
+            Tokenizer.from_directory(tmp_path)
