@@ -16,6 +16,7 @@ from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import ModelInfo
 
 logger = logging.getLogger(__name__)
+GIB = 1 << 30
 _LINE_EVERY_S = 10.0  # of a long download, where there is no terminal
 
 
@@ -80,14 +81,14 @@ class Console:
 
 def describe(info: ModelInfo, url: str, seconds: float) -> str:
     """Return the table that tells what is served."""
-    revision = f" ({info.revision})" if info.revision else ""
-    kv_cache = f"{info.kv_tokens:,} tokens, {info.kv_bytes / MIB:,.0f} MiB"
+    revision = f" ({info.revision[:12]})" if info.revision else ""
+    size = f"{info.kv_bytes / GIB:.1f} GiB" if info.kv_bytes >= GIB else f"{info.kv_bytes / MIB:.0f} MiB"
     rows = {
         "Model": f"{info.model_id}{revision}",
         "Architecture": info.architecture,
         "Arithmetic": f"{info.dtype} on {info.device}, {info.num_threads} threads",
         "Context": f"{info.max_total_tokens:,} tokens",
-        "KV cache": kv_cache,
+        "KV cache": f"{info.kv_tokens:,} tokens, {size}",
         "Ready": f"{url} after {seconds:.1f} s",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())

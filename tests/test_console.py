@@ -1,0 +1,78 @@
+"""What start-up prints: progress, the summary, and a curl line that works."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from tgi_asgi.console import Console, describe, example
+from tgi_asgi.settings import MIB, Settings
+from tgi_asgi.types import ModelInfo
+
+INFO = ModelInfo(
+    model_id="org/name",
+    revision="0123456789abcdef0123",
+    architecture="LlamaForCausalLM",
+    dtype="bfloat16",
+    device="cpu",
+    vocab_size=10,
+    max_input_tokens=8191,
+    max_total_tokens=8192,
+    eos_token_ids=frozenset({2}),
+    kv_tokens=65536,
+    kv_bytes=3 << 29,
+    num_threads=2,
+)
+
+
+def test_the_summary_has_what_a_person_wants_to_know() -> None:
+    assert describe(INFO, "http://127.0.0.1:3000", 1.96).splitlines() == [
+        "Model         org/name (0123456789ab)",
+        "Architecture  LlamaForCausalLM",
+        "Arithmetic    bfloat16 on cpu, 2 threads",
+        "Context       8,192 tokens",
+        "KV cache      65,536 tokens, 1.5 GiB",
+        "Ready         http://127.0.0.1:3000 after 2.0 s",
+    ]
+
+
+def test_the_example_fits_the_model_and_the_keys() -> None:
+    assert "/v1/chat/completions" in example("http://h:1", has_chat=True, has_key=False)
+    assert "/generate" in example("http://h:1", has_chat=False, has_key=False)
+    assert "Bearer $API_KEY" in example("http://h:1", has_chat=True, has_key=True)
+
+
+def test_without_a_terminal_a_stage_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    console = Console(Settings())
+    with caplog.at_level(logging.INFO, "tgi_asgi"):
+        console.report("downloading", 0, 10 * MIB)
+        for done in range(10):
+            console.report("downloading", done * MIB, 10 * MIB)
+        console.report("loading libraries", 0, None)
+    assert [record.message for record in caplog.records] == ["downloading: 0 of 10 MiB", "loading libraries"]
+
+
+def test_on_a_terminal_a_stage_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    console = Console(Settings())
+    console.report("downloading", 0, 10 * MIB)
+    console.report("downloading", 10 * MIB, 10 * MIB)
+    console.report("loading libraries", 0, None)
+    console.close()
+    text = capsys.readouterr().err
+    assert "downloading:   0%" in text
+    assert "downloading: 100%" in text
+    assert "loading libraries" in text
+
+
+def test_with_json_logs_the_summary_is_a_record(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "tgi_asgi"):
+        Console(Settings(json_output=True)).summarise(INFO, "http://h:1", has_chat=True)
+    assert capsys.readouterr().out == ""
+    assert caplog.records[-1].__dict__["model"] == "org/name"

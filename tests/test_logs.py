@@ -1,0 +1,59 @@
+"""Log lines: text and JSON, extra fields, tracebacks, levels."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tgi_asgi import logs
+from tgi_asgi.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    """Give the loggers their handlers and levels back."""
+    loggers = [logging.getLogger(), logging.getLogger("tgi_asgi")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
+def test_json_lines_carry_the_fields_of_the_record(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(json_output=True))
+    logging.getLogger("tgi_asgi.x").info("GET %s", "/é\n", extra={"status": 200, "error": ValueError("no")})
+    (line,) = capsys.readouterr().err.splitlines()
+    record = json.loads(line)
+    assert record.pop("timestamp").endswith("Z")
+    assert record == {
+        "level": "INFO", "target": "tgi_asgi.x", "message": "GET /é\n", "status": 200, "error": "no",
+    }  # fmt: skip
+
+
+def test_an_exception_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(json_output=True))
+    try:
+        raise ValueError("inner")
+    except ValueError:
+        logging.getLogger("tgi_asgi").exception("failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ValueError: inner" in json.loads(line)["exception"]
+
+
+def test_text_lines_put_fields_behind_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings())
+    logging.getLogger("tgi_asgi").warning("slow", extra={"seconds": 2})
+    assert capsys.readouterr().err.endswith("Z WARNING slow seconds=2\n")
+
+
+def test_levels_hold_for_us_and_libraries_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_level="error"))
+    logging.getLogger("tgi_asgi").warning("hidden")
+    logs.configure(Settings(log_level="debug"))
+    logging.getLogger("tgi_asgi").debug("shown")
+    logging.getLogger("hypercorn.error").info("hidden as well")
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == ["shown"]
