@@ -73,26 +73,30 @@ inline Range split(int64_t size, int member, int num_members, int64_t grain = 1)
   return {begin < size ? begin : size, end < size ? end : size};
 }
 
-// kernel(begin, end) over [0, size), split over the team. Small work (fewer grains than `serial_below`)
-// runs on the caller alone: a hand-over to a spinning member costs about 1 us, to a parked one 25.
-template <typename Kernel>
-void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t serial_below = 2);
-
-// Flushes denormals on the caller and runs fn as a team of one.
+// Flushes denormals on the caller and runs callable(0, 1) there: a team of one. For work so small that a
+// hand-over would cost more (1 us to a spinning member, 25 to a parked one).
 void run_alone(TeamFunction fn, void* context);
 
+template <typename Callable>
+void run_alone(Callable&& callable) {
+  using Plain = std::remove_reference_t<Callable>;
+  run_alone(
+      [](void* context, int member, int num_members) {
+        (*static_cast<Plain*>(context))(member, num_members);
+      },
+      const_cast<void*>(static_cast<const void*>(&callable)));
+}
+
+// kernel(begin, end) over [0, size), split over the team; on the caller alone below `serial_below` grains.
 template <typename Kernel>
-void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t serial_below) {
+void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t serial_below = 2) {
   if (size <= 0) return;
-  auto body = [&](int member, int num_members) {
+  const auto body = [&](int member, int num_members) {
     const Range part = split(size, member, num_members, grain);
     if (part.begin < part.end) kernel(part.begin, part.end);
   };
   if ((size + grain - 1) / grain < serial_below) {
-    using Body = decltype(body);
-    run_alone([](void* context, int member, int members) {
-      (*static_cast<Body*>(context))(member, members);
-    }, &body);
+    run_alone(body);
   } else {
     run_on_team(body);
   }

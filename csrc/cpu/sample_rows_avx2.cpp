@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#include "target_avx2.h"
+#include "sample_rows_impl.h"
+#endif
