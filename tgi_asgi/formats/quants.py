@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.gguf import GgufType
+from tgi_asgi.formats.gguf_types import GgufType
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
