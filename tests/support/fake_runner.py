@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import PromptLogprobs, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import ModelInfo, SamplingParams
 
 EOS_ID = 256
@@ -97,6 +97,7 @@ def expected_tokens(
 class _Slot:
     start: SlotStart
     tokens: list[int]  # prompt and output, sampled ones included
+    num_scored: int = 0  # prompt tokens whose log-probabilities were given, chunk after chunk
 
     @property
     def num_output(self) -> int:
@@ -138,6 +139,7 @@ class FakeRunner:
         self._slots: dict[int, _Slot] = {}
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
+        self._has_failed = False
 
     @property
     def num_in_flight(self) -> int:
@@ -145,7 +147,8 @@ class FakeRunner:
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()
-        queued = _Queued(plan, loop.create_future())
+        queued = _Queued(plan, loop.create_future(), is_tainted=self._has_failed)
+        queued.future.add_done_callback(self._told)
         self._queue.append(queued)
         self._require(len(self._queue) <= 2, "more than two steps in flight")
         self._require(not self.is_closed, "a step after close()")
@@ -162,6 +165,7 @@ class FakeRunner:
         try:
             result = self.execute(queued.plan, is_tainted=queued.is_tainted)
         except Exception as error:
+            self._has_failed = True  # until the engine has been told, by the future
             for later in self._queue:
                 later.is_tainted = True
             if not queued.future.cancelled():
@@ -169,6 +173,9 @@ class FakeRunner:
         else:
             if not queued.future.cancelled():
                 queued.future.set_result(result)
+
+    def _told(self, future: asyncio.Future[StepResult]) -> None:
+        self._has_failed = False
 
     def _pump_later(self) -> None:
         if not self._is_pumping and self._queue:
@@ -207,12 +214,18 @@ class FakeRunner:
         result = StepResult(plan.step_id, [])
         for index, row in enumerate(plan.rows):
             result.sampled.append(self._row(row, is_tainted))
-            if row.prompt_logprobs is not None and row.token_ids is not None:
-                result.prompt_logprobs[index] = [
-                    (fake_logprob(token) if row.start + at else None, [(token, fake_logprob(token))])
-                    for at, token in enumerate(row.token_ids)
-                ]
+            if row.prompt_logprobs is not None and not is_tainted:
+                result.prompt_logprobs[index] = self._score(row)
         return result
+
+    def _score(self, row: StepRow) -> PromptLogprobs:
+        slot, tokens = self._slots[row.slot], row.token_ids or ()
+        self._require(slot.num_scored == row.start, "a prompt is not scored from its beginning")
+        slot.num_scored += len(tokens)
+        return [
+            (fake_logprob(token) if row.start + at else None, [(token, fake_logprob(token))])
+            for at, token in enumerate(tokens)
+        ]
 
     def _check_plan(self, plan: StepPlan) -> None:
         self._require(bool(plan.rows), "an empty step")

@@ -331,7 +331,7 @@ class Engine:
             step, error, rows = pending.pop()
             if isinstance(error, DeviceLost):
                 raise error
-            log.error("step %d failed with %d rows", step.plan.step_id, len(rows), exc_info=error)
+            log.error("step %d failed with %d rows: %r", step.plan.step_id, len(rows), error)
             self.stats.failed_steps += 1
             self.scheduler.rollback(step)
             if len(rows) == 1:

@@ -63,13 +63,15 @@ class Pipeline:
         self._flights: deque[Flight] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._is_suspect = False
+        self._has_failed = False
 
     def __len__(self) -> int:
         return len(self._flights)
 
     @property
     def has_room(self) -> bool:
-        return len(self._flights) < _DEPTH
+        """Whether another step may be submitted; not while a failed one has not been dealt with."""
+        return len(self._flights) < _DEPTH and not self._has_failed
 
     def submit(self, step: Step, limit_s: float) -> Flight:
         """Hand a step to the runner; a refusal becomes the step's failure."""
@@ -99,6 +101,7 @@ class Pipeline:
         if flights:
             await asyncio.wait([flight.future for flight in flights])
         self._flights.clear()
+        self._has_failed = False
         return flights
 
     def close(self) -> None:
@@ -110,8 +113,8 @@ class Pipeline:
     def _finish(self, flight: Flight, future: asyncio.Future[StepResult]) -> None:
         flight.is_done = True
         flight.done_s = self._clock()
-        if not future.cancelled():
-            future.exception()  # retrieved, even if nobody waits for this step any more
+        # Looked at here, so that the loop does not complain if nobody waits for this step any more.
+        self._has_failed |= flight.error is not None
         for other in self._flights:
             if not other.is_done:
                 other.begun_s = flight.done_s

@@ -352,7 +352,8 @@ class Scheduler:
         """Undo a step that failed, or came after one that did; of several the newest first."""
         for index, sequence in reversed(step.live()):
             row = step.plan.rows[index]
-            sequence.num_computed = row.start
+            # The runner keeps a prompt's scores from chunk to chunk: they begin again at the beginning.
+            sequence.num_computed = 0 if sequence.wants_prompt_logprobs else row.start
             sequence.num_pending -= row.samples
             sequence.is_prefilling = True
             sequence.starts_slot = True
@@ -363,8 +364,8 @@ class Scheduler:
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
-                assert sequence.num_computed == row.start
-                self._add_row(step, sequence, row.num_tokens, samples=row.samples)
+                count = row.start + row.num_tokens - sequence.num_computed
+                self._add_row(step, sequence, count, samples=row.samples)
         if not step.sequences:
             return None
         self._end_prefills(step)

@@ -50,7 +50,7 @@ class Sequence:
         self.request = request
         self.choice = choice
         self.urgency = urgency
-        self.chain = chain if leader is None else leader.chain.fork(0, ())
+        self.chain = chain  # of a further choice: its own from when it first runs
         self.leader = leader
         self.owner = owner  # the caller's handle; the scheduler never looks at it
         self.stop_ids = stop.stop_token_ids if stop.ignore_eos else stop.stop_token_ids | eos_ids

@@ -1,0 +1,207 @@
+"""Invariant: every accepted request ends exactly once, whatever fails, and what is healthy goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.engine.conftest import MakeEngine
+from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info
+from tgi_asgi.engine import Engine
+from tgi_asgi.errors import GenerationFailed, TgiError, Unavailable
+from tgi_asgi.runner.plan import DeviceLost, StepPlan
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import EngineState, FinishReason, SamplingParams
+
+SEEDED = SamplingParams(seed=3)
+POISON = 250
+
+
+def poisoned_slots(runner: FakeRunner) -> Callable[[StepPlan], BaseException | None]:
+    """Make every step fail that has a row of a request whose prompt begins with POISON."""
+    slots: dict[int, bool] = {}
+
+    def fault(plan: StepPlan) -> BaseException | None:
+        for start in plan.starts:
+            slots[start.slot] = start.prompt_ids[0] == POISON
+        return RuntimeError("poison") if any(slots.get(row.slot) for row in plan.rows) else None
+
+    return fault
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 6, 31])
+async def test_the_row_that_makes_a_step_fail_fails_alone(make_engine: MakeEngine, num_others: int) -> None:
+    runner = FakeRunner(num_blocks=400)
+    runner.fault = poisoned_slots(runner)
+    engine = make_engine(runner)
+    requests = [make_request([index] * 20, 30, sampling=SEEDED) for index in range(num_others)]
+    requests.insert(num_others // 2, make_request([POISON] * 20, 30))
+    answers = await asyncio.gather(*(ask(engine, request) for request in requests))
+    for request, answer in zip(requests, answers, strict=True):
+        if request.prompt_ids[0] == POISON:
+            assert isinstance(answer.error, GenerationFailed)
+            assert "poison" in str(answer.error)
+        else:
+            assert answer.error is None
+            assert answer.tokens() == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
+    assert engine.state is EngineState.READY
+    assert (await ask(engine, make_request(9))).finish() is FinishReason.LENGTH
+
+
+async def test_a_step_that_is_too_large_runs_in_halves(make_engine: MakeEngine) -> None:
+    """As when memory runs out: nobody is lost."""
+    runner = FakeRunner(num_blocks=400)
+    runner.fault = lambda plan: MemoryError() if len(plan.rows) > 5 else None
+    engine = make_engine(runner)
+    requests = [make_request([index] * 20, 12, sampling=SEEDED, n=2) for index in range(10)]
+    answers = await asyncio.gather(*(ask(engine, request) for request in requests))
+    for request, answer in zip(requests, answers, strict=True):
+        for choice in range(2):
+            assert answer.tokens(choice) == expected_tokens(
+                request.prompt_ids, 12, sampling=SEEDED, choice=choice
+            )
+    assert engine.stats.failed == 0
+
+
+async def test_a_row_without_finite_logits_fails_alone_and_is_not_cached(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(num_blocks=200)
+    engine = make_engine(runner)
+    poison = [POISON] * 40
+    runner.is_poisoned = lambda tokens: tokens[0] == POISON and len(tokens) > 44
+    good, bad = await asyncio.gather(
+        ask(engine, make_request([5] * 40, 30, sampling=SEEDED)),
+        ask(engine, make_request(poison, 30, sampling=SEEDED, n=2)),
+    )
+    assert good.tokens() == expected_tokens([5] * 40, 30, sampling=SEEDED)
+    assert isinstance(bad.error, GenerationFailed)
+    assert "not finite" in str(bad.error)
+    assert bad.finish() is None
+    runner.is_poisoned = None
+    again = await ask(engine, make_request(poison, 30, sampling=SEEDED))
+    assert again.stats.cached_tokens == 0
+    assert again.tokens() == expected_tokens(poison, 30, sampling=SEEDED)
+
+
+async def test_faults_at_random_steps_lose_no_request_and_change_no_token(make_engine: MakeEngine) -> None:
+    draw = random.Random(2)
+    runner = FakeRunner(num_blocks=40, max_batch_size=8)
+    runner.fault = lambda plan: RuntimeError("flaky") if len(plan.rows) > 1 and draw.random() < 0.2 else None
+    engine = make_engine(runner)
+    requests = [
+        make_request(
+            [index % 4] * draw.randrange(1, 40), draw.randrange(1, 40), sampling=SEEDED, n=1 + index % 3
+        )
+        for index in range(40)
+    ]
+    channels = [submit(engine, request) for request in requests]
+    answering = [asyncio.create_task(collect(channel)) for channel in channels]
+    for channel in channels[::5]:
+        for _ in range(draw.randrange(20)):
+            await asyncio.sleep(0)
+        channel.cancel()
+    answers = await asyncio.gather(*answering)
+    for index, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        for choice in range(request.n):
+            tokens = answer.tokens(choice)
+            length = len(tokens) if index % 5 == 0 else request.stop.max_tokens
+            assert tokens == expected_tokens(request.prompt_ids, length, sampling=SEEDED, choice=choice)
+    assert engine.stats.failed == 0
+    assert engine.stats.failed_steps > 10
+
+
+async def test_a_runner_that_refuses_a_step_fails_its_rows_alone(make_engine: MakeEngine) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    original = runner.submit
+    runner.submit = lambda plan: (_ for _ in ()).throw(ValueError("no"))  # type: ignore[method-assign]
+    answers = await asyncio.gather(*(ask(engine, make_request([index], 4)) for index in range(3)))
+    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    runner.submit = original  # type: ignore[method-assign]
+    assert (await ask(engine, make_request(9))).finish() is FinishReason.LENGTH
+
+
+class Deaths:
+    """What `on_fatal` was told."""
+
+    def __init__(self) -> None:
+        self.errors: list[TgiError] = []
+
+    def __call__(self, error: TgiError) -> None:
+        self.errors.append(error)
+
+
+async def must_be_dead(engine: Engine, deaths: Deaths, reason: str) -> None:
+    assert engine.state is EngineState.DEAD
+    assert len(deaths.errors) == 1
+    assert reason in str(deaths.errors[0])
+    with pytest.raises(Unavailable):
+        engine.acquire(1)
+    assert engine.stats.failed == engine.stats.accepted
+    assert engine.admission.num_taken == 0
+    assert engine.scheduler.pool.num_used == 0
+    await engine.stop()
+
+
+async def test_a_lost_device_ends_everything_at_once() -> None:
+    runner, deaths = FakeRunner(), Deaths()
+    runner.fault = lambda plan: DeviceLost("CUDA error") if plan.step_id == 4 else None
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine.start()
+    answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
+    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    await must_be_dead(engine, deaths, "CUDA error")
+
+
+async def test_a_hung_step_is_noticed() -> None:
+    runner, deaths = FakeRunner(is_manual=True), Deaths()
+    engine = Engine(runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=deaths)
+    engine.start()
+    answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
+    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    await must_be_dead(engine, deaths, "has not ended")
+
+
+async def test_a_step_that_hangs_while_a_fault_is_looked_for_is_noticed() -> None:
+    runner, deaths = FakeRunner(), Deaths()
+
+    def fault(plan: StepPlan) -> BaseException | None:
+        runner.is_manual = True
+        return RuntimeError("then silence")
+
+    runner.fault = fault
+    engine = Engine(runner, FakeTokenizer(), Settings(step_timeout_s=0.02), fake_info(), on_fatal=deaths)
+    engine.start()
+    answers = await asyncio.gather(*(ask(engine, make_request([index], 50)) for index in range(4)))
+    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    await must_be_dead(engine, deaths, "has not ended")
+
+
+async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
+    """Each takes less than the limit, all of them together far more."""
+    engine = make_engine(FakeRunner(step_s=0.01), step_timeout_s=0.1)
+    assert (await ask(engine, make_request(9, 40))).finish() is FinishReason.LENGTH
+
+
+async def test_an_engine_whose_steps_all_fail_does_not_stay_up() -> None:
+    runner, deaths = FakeRunner(), Deaths()
+    runner.fault = lambda plan: RuntimeError("all broken")
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine.start()
+    answers = await asyncio.gather(*(ask(engine, make_request([index], 5)) for index in range(40)))
+    assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
+    await must_be_dead(engine, deaths, "one after the other")
+
+
+async def test_a_bug_in_the_engine_is_not_silent() -> None:
+    deaths = Deaths()
+    engine = Engine(FakeRunner(), FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine.start()
+    channel = submit(engine, make_request(9, 50))
+    await until(lambda: engine.stats.sampled_tokens > 2)
+    engine.scheduler.apply = None  # type: ignore[method-assign, assignment]
+    assert isinstance((await collect(channel)).error, GenerationFailed)
+    await must_be_dead(engine, deaths, "the engine failed")
