@@ -246,12 +246,9 @@ def scripted_app(
     info: ModelInfo | None = None,
     chat_template: str | None = CHATML,
 ) -> App:
-    """Return the real application around the engine, already loaded; needs no lifespan."""
-    app = create_app(settings or Settings(model_id="toy/model"), loader=_never)
+    """Return the real application around the engine, already loaded: a lifespan may follow, or not."""
     template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
-    app.context.served = Served(engine, engine.tokenizer, template, info or toy_info())  # type: ignore[arg-type]
+    served = Served(engine, engine.tokenizer, template, info or toy_info())  # type: ignore[arg-type]
+    app = create_app(settings or Settings(model_id="toy/model"), loader=lambda settings, progress: served)
+    app.context.served = served
     return app
-
-
-def _never(settings: Settings, progress: object) -> Served:
-    raise AssertionError("the scripted model needs no loading")

@@ -203,11 +203,11 @@ class _ChatShape:
     is_chat = True
 
     def __init__(self, is_compat: bool) -> None:
-        # TGI's own clients want the role in every delta.
-        role = b'"role":"assistant",' if is_compat else b""
+        # TGI's own client wants the role in every delta, and the key of the calls.
+        role, calls = (b'"role":"assistant",', b',"tool_calls":null') if is_compat else (b"", b"")
         self.before_text = b'"delta":{' + role + b'"content":'
-        self.after_text = b"}"
-        self.opening = b'"delta":{"role":"assistant","content":""}'
+        self.after_text = calls + b"}"
+        self.opening = b'"delta":{"role":"assistant","content":""' + self.after_text
 
     def text(self, text: str) -> bytes:
         return self.before_text + orjson.dumps(text) + self.after_text
