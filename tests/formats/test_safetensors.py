@@ -78,6 +78,7 @@ LIES = {
     "NaN": (encode(b'{"a": NaN}'), "NaN is not JSON"),
     "same name": (encode(b'{"a": 1, "a": 2}'), "'a' is given twice"),
     "metadata": (encode({"__metadata__": {"a": 1}}, b""), "`__metadata__` must map"),
+    "long name": (encode({"n" * 1025: GOOD["a"]}), "1025 characters"),
     "entry": (encode({"a": []}), "must have dtype, shape"),
     "no shape": (encode({"a": {"dtype": "F32", "data_offsets": [0, 16]}}), "must have dtype, shape"),
     "dtype": (changed(dtype="F31"), "unknown dtype 'F31'"),

@@ -19,6 +19,7 @@ from tgi_asgi.errors import ModelLoadError
 _MAX_KEYS = 1 << 16
 _MAX_KEY_BYTES = (1 << 16) - 1  # the specification's own bound
 _MAX_TENSORS = 1 << 17
+_MAX_NAME_CHARS = 1024  # ggml itself allows 63
 _MAX_DIMS = 4
 _MAX_NESTING = 4
 _MAX_NESTED_ARRAYS = 1 << 12  # arrays inside arrays, in the whole file
@@ -239,6 +240,8 @@ def _read_array(reader: _Reader, key: str, nesting: int) -> Any:
 
 def _read_tensor_info(reader: _Reader) -> TensorInfo:
     name = reader.string("a tensor's name")
+    if len(name) > _MAX_NAME_CHARS:
+        raise ModelLoadError(f"a tensor's name has {len(name)} characters; {_MAX_NAME_CHARS} are allowed")
     num_dims = reader.u32(f"the rank of {name!r}")
     if num_dims > _MAX_DIMS:
         raise ModelLoadError(f"tensor {name!r} has {num_dims} dimensions; at most {_MAX_DIMS} are allowed")

