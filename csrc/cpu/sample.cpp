@@ -70,23 +70,25 @@ float kth_largest(float* values, int64_t n, int64_t k) {
   return values[k - 1];
 }
 
-// The largest score such that those from it upwards weigh at least `target`; reorders scores [n]. Halving:
-// each round moves the larger ones to the front and adds up their weight, so all rounds cost two passes.
-float score_at_mass(float* scores, int64_t n, double target) {
-  double above = 0;
+// Of values [n] in the order of `precedes`, the first at which those up to it weigh `target`, or the last;
+// reorders them. Halving: each round moves the first half to the front and adds up its weight by
+// mass(values, count), so all rounds together cost two passes.
+template <typename Value, typename Precedes, typename Mass>
+Value value_at_mass(Value* values, int64_t n, double target, const Precedes& precedes, const Mass& mass) {
+  double before = 0;
   int64_t begin = 0, end = n;
   while (end - begin > 1) {
     const int64_t middle = begin + (end - begin) / 2;
-    std::nth_element(scores + begin, scores + middle, scores + end, std::greater<float>());
-    const double mass = TGI_VARIANT(row_mass)(scores + begin, middle - begin, 0.0f, -FLT_MAX);
-    if (above + mass >= target) {
+    std::nth_element(values + begin, values + middle, values + end, precedes);
+    const double half = mass(values + begin, middle - begin);
+    if (before + half >= target) {
       end = middle;
     } else {
-      above += mass;
+      before += half;
       begin = middle;
     }
   }
-  return scores[begin];
+  return values[begin];
 }
 
 struct Deviation {
@@ -109,15 +111,13 @@ void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, fl
   }
   const auto mean = static_cast<float>(weighted / mass);
   for (int64_t i = 0; i < count; ++i) deviations[i].distance = std::fabs(deviations[i].distance - mean);
-  std::sort(deviations, deviations + count,
-            [](const Deviation& a, const Deviation& b) { return a.distance < b.distance; });
-  double sum = 0;
-  int64_t last = 0;
-  for (; last < count; ++last) {
-    sum += deviations[last].weight;
-    if (sum >= mass * typical_p) break;
-  }
-  const float limit = deviations[std::min(last, count - 1)].distance;
+  const auto is_nearer = [](const Deviation& a, const Deviation& b) { return a.distance < b.distance; };
+  const auto weigh = [](const Deviation* part, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += part[i].weight;
+    return sum;
+  };
+  const float limit = value_at_mass(deviations, count, mass * typical_p, is_nearer, weigh).distance;
   for (int64_t i = 0; i < vocab; ++i) {
     if (!(scores[i] >= floor && std::fabs(scores[i] - mean) <= limit)) scores[i] = -INFINITY;
   }
@@ -144,7 +144,11 @@ float cut_off(const SampleSlot& slot, float* scores, int64_t vocab, float* room)
       const bool is_near = TGI_VARIANT(row_mass)(scores, vocab, 0.0f, kNear) >= mass * slot.top_p;
       count = TGI_VARIANT(row_compact)(scores, vocab, is_near ? kNear : floor, room);
     }
-    floor = std::max(floor, score_at_mass(room, count, mass * slot.top_p));
+    const auto weigh = [](const float* part, int64_t n) {
+      return TGI_VARIANT(row_mass)(part, n, 0.0f, -FLT_MAX);
+    };
+    const float least = value_at_mass(room, count, mass * slot.top_p, std::greater<float>(), weigh);
+    floor = std::max(floor, least);
   }
   if (slot.min_p > 0.0f) floor = std::max(floor, std::log(slot.min_p));
   if (slot.typical_p < 1.0f) keep_typical(scores, vocab, floor, slot.typical_p, room);

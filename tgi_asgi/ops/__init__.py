@@ -4,6 +4,8 @@
 Activations, weights and KV layers are opaque above this line: their layout is the kernels' own affair.
 """
 
+import torch  # noqa: F401  (first: _C links to its libraries)
+
 from tgi_asgi import _C  # noqa: F401  (registers torch.ops.tgi)
 from tgi_asgi.ops.attention import AttentionTables, attention
 from tgi_asgi.ops.embed import embed

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.meta import meta_of, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +40,18 @@ def attention(q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float) -> 
         scale, out,
     )  # fmt: skip
     return out
+
+
+@meta_of("attention")
+def _attention_meta(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    require(out.shape == (q.shape[0], q.shape[1] * q.shape[2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.weights import LinearWeight
 
 
@@ -17,3 +18,8 @@ def embed(ids: Tensor, weight: LinearWeight) -> Tensor:
     x = torch.empty(ids.shape[0], weight.columns, dtype=torch.float32)
     torch.ops.tgi.embed(ids, weight.matrix, x)
     return x
+
+
+@meta_of("embed")
+def _embed_meta(ids: Tensor, table: Tensor, out: Tensor) -> None:
+    require(out.shape == (ids.shape[0], table.shape[1]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.matmul import matmul
+from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.weights import GateUpWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -25,3 +26,8 @@ def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor
     out = torch.empty(a.shape[0], weight.intermediate_size, dtype=torch.float32)
     torch.ops.tgi.act_mul(product, activation, out)
     return out
+
+
+@meta_of("act_mul")
+def _act_mul_meta(gate_up: Tensor, activation: str, out: Tensor) -> None:
+    require(gate_up.shape == (out.shape[0], 2 * out.shape[1]))

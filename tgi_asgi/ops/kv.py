@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.meta import meta_of, require
+
 BLOCK_SIZES = (16, 32, 64)
 _TILE = 16  # tokens whose keys lie side by side, one a vector lane
 
@@ -121,3 +123,8 @@ def _pack(layer: KvLayer, key: Tensor, value: Tensor) -> None:
     layer.value.copy_(
         value.view(heads, blocks, size // pair, pair, dim).permute(0, 1, 2, 4, 3).reshape(layer.value.shape)
     )
+
+
+@meta_of("advise_huge_pages")
+def _advise_huge_pages_meta(memory: Tensor) -> None:
+    require(memory.is_contiguous())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.meta import meta_of, require
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -31,3 +33,10 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
     )
     torch.ops.tgi.token_logprobs(logits, token_ids, result.logprobs, result.top_ids, result.top_logprobs)
     return result
+
+
+@meta_of("token_logprobs")
+def _token_logprobs_meta(
+    logits: Tensor, token_ids: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
+) -> None:
+    require(token_ids.shape == (logits.shape[0],))

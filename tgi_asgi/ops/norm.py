@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.meta import meta_of, require
+
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise x [n_tokens, hidden] float32 to `x / rms(x) * weight`; weight [hidden] float32.
@@ -15,3 +17,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     torch.ops.tgi.rms_norm(x, weight, eps, None, out)
     return out
+
+
+@meta_of("rms_norm")
+def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None, out: Tensor) -> None:
+    num_rows = x.shape[0] if rows is None else rows.shape[0]
+    require(out.shape == (num_rows, weight.shape[0]))

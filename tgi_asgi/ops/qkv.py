@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.matmul import matmul
+from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.weights import QkvWeight
 
@@ -34,3 +35,18 @@ def qkv(
         product, positions, slots, rope.cos, rope.sin, kv.block_size, q, kv.key, kv.value
     )
     return q
+
+
+@meta_of("rope_kv_write")
+def _rope_kv_write_meta(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    block_size: int,
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> None:
+    require(qkv.shape == (q.shape[0], (q.shape[1] + 2 * key.shape[0]) * q.shape[2]))

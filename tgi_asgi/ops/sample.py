@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import _C
+from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.sample_state import SampleState
 
 
@@ -61,3 +62,24 @@ def sample(logits: Tensor, state: SampleState, slots: Tensor, *, mask: Tensor | 
         result.top_ids, result.top_logprobs, result.num_top,
     )  # fmt: skip
     return result
+
+
+@meta_of("sample")
+def _sample_meta(
+    logits: Tensor,
+    slots: Tensor,
+    records: Tensor,
+    counts: Tensor,
+    biased_ids: Tensor,
+    biased_values: Tensor,
+    masked_ids: Tensor,
+    mask: Tensor | None,
+    scratch: Tensor,
+    token_ids: Tensor,
+    is_finite: Tensor,
+    logprobs: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    num_top: Tensor,
+) -> None:
+    require(slots.shape == (logits.shape[0],))

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.meta import meta_of, require
+
 # Formats that the constructors decode themselves: format -> (elements, bytes) of a block.
 _BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
 NATIVE_FORMATS = frozenset(_BLOCKS)
@@ -230,3 +232,9 @@ def _halve_pairs(source: WeightSource, head_dim: int) -> WeightSource:
     heads = source.shape[0] // head_dim
     rows = source.data.reshape(heads, head_dim // 2, 2, -1)
     return WeightSource(np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1), source.format, source.shape)
+
+
+@meta_of("dequantise")
+def _dequantise_meta(blocks: Tensor, format: str, out: Tensor) -> None:
+    elements, size = _BLOCKS[format]
+    require(out.numel() * size == blocks.numel() * elements)
