@@ -159,6 +159,13 @@ class Settings:
     num_threads: int | None = _setting(
         None, "Compute threads (default: the cores that this process may use).", group="Engine"
     )
+    thread_nice: int | None = _setting(
+        None,
+        "Nice value of the compute threads (default: 19 on up to four cores, so that HTTP never waits for "
+        "one; else 0). Lower it where other programs take the cores.",
+        group="Engine",
+        metavar="0..19",
+    )
     validation_workers: int = _setting(2, "Threads for templates and tokenisation.", group="Engine")
 
     def __post_init__(self) -> None:
@@ -178,6 +185,8 @@ class Settings:
         for name in ("max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout"):
             value = getattr(self, name)
             _check(value is None or value >= 0, name, "must not be negative", value)
+        nice = self.thread_nice
+        _check(nice is None or 0 <= nice <= 19, "thread_nice", "must be in 0..19", nice)
         _check(0 <= self.port <= 65535, "port", "must be in 0..65535", self.port)
         _check(self.block_size in (16, 32, 64), "block_size", "must be 16, 32 or 64", self.block_size)
         for name in ("target_inter_token_ms", "step_timeout_s"):

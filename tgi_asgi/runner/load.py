@@ -57,7 +57,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     dtype = _DTYPES.get(settings.dtype)
     if dtype is None:
         raise ModelLoadError(f"--dtype {settings.dtype} is not computed on a CPU: take bfloat16 or float32")
-    num_threads = ops.configure_threads(settings.num_threads)
+    num_threads = ops.configure_threads(settings.num_threads, nice=settings.thread_nice)
     with (
         OpenModel(files, chat_template_path=settings.tokenizer_config_path) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
