@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -159,19 +160,20 @@ class TestConfiguration:
         }  # fmt: skip
         assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
-    def test_bos_and_eos_are_added_where_the_configuration_says_so(self, model_dir: Path) -> None:
+    def test_bos_is_added_where_tokenizer_json_says_so(self, model_dir: Path) -> None:
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
         write(model_dir / "tokenizer_config.json", {**config, "add_bos_token": True})
+        assert not Tokenizer.from_directory(model_dir).adds_bos  # as transformers has it
+        backend = Backend.from_file(str(model_dir / "tokenizer.json"))
+        backend.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+        backend.save(str(model_dir / "tokenizer.json"))
+        write(model_dir / "tokenizer_config.json", {**config, "add_bos_token": False})
         tokenizer = Tokenizer.from_directory(model_dir)
         assert tokenizer.adds_bos
-        assert tokenizer.encode("a", add_special_tokens=True) == [
-            1,
-            *tokenizer.encode("a", add_special_tokens=False),
-        ]
-        write(model_dir / "tokenizer_config.json", {**config, "add_eos_token": True})
-        tokenizer = Tokenizer.from_directory(model_dir)
-        assert not tokenizer.adds_bos
-        assert tokenizer.encode("", add_special_tokens=True) == [2]
+        plain = tokenizer.encode("a", add_special_tokens=False)
+        assert tokenizer.encode("a", add_special_tokens=True) == [1, *plain]
 
     def test_tokens_that_only_the_configuration_has_are_added(self, model_dir: Path) -> None:
         added = {
@@ -216,8 +218,6 @@ class TestConfiguration:
             Tokenizer.from_directory(tmp_path)
 
     def test_a_vocabulary_of_another_family_is_refused(self, tmp_path: Path) -> None:
-        from tokenizers import models
-
         Backend(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ModelLoadError, match=r"decoder \(none\) is not supported"):
             Tokenizer.from_directory(tmp_path)

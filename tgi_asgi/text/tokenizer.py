@@ -88,6 +88,9 @@ class Tokenizer:
     def from_file(cls, path: Path, config: Mapping[str, Any], *, eos_ids: Iterable[int] = ()) -> Tokenizer:
         """Read a tokenizer.json; `config` is the content of the tokenizer_config.json that goes with it.
 
+        What surrounds a text (BOS, EOS) is tokenizer.json's to say: `add_bos_token` and `add_eos_token` of
+        the configuration are for vocabularies without one, and transformers ignores them here as well.
+
         Raises:
             ModelLoadError: the file is absent or damaged.
         """
@@ -102,10 +105,6 @@ class Tokenizer:
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         try:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
-            if "add_bos_token" in config or "add_eos_token" in config:
-                bos = named.get("bos_token") if config.get("add_bos_token") else None
-                eos = named.get("eos_token") if config.get("add_eos_token") else None
-                _set_affixes(backend, bos, eos)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
         return cls(backend, named, eos_ids)
