@@ -67,6 +67,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         max_total_tokens = _max_total_tokens(config, settings)
         weights = _TrackedWeights(opened.weights, progress)
         model = Llama(config, weights, dtype, max_positions=max_total_tokens)
+        progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
     kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
     max_total_tokens = min(max_total_tokens, kv_size.num_tokens)

@@ -1,0 +1,102 @@
+"""Loading: what is reported, what the limits become, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+from tests.support.checkpoints import make_model, save
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner.load import LoadedModel, load
+from tgi_asgi.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    directory = tmp_path_factory.mktemp("model")
+    model = save(make_model(), directory)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:160]
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(directory / "tokenizer.json"))
+    return model
+
+
+def load_closed(files: ModelFiles, settings: Settings) -> LoadedModel:
+    loaded = load(settings, files, lambda stage, done, total: None)
+    loaded.runner.close()
+    return loaded
+
+
+def settings(**changes: object) -> Settings:
+    return Settings(**{"thread_nice": 0, "max_batch_size": 4, "num_threads": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_what_was_loaded_is_told(files: ModelFiles) -> None:
+    info = load_closed(files, settings(dtype="float32")).info
+    assert (info.model_id, info.architecture, info.dtype) == ("tiny", "LlamaForCausalLM", "float32")
+    assert (info.vocab_size, info.max_total_tokens, info.max_input_tokens) == (160, 512, 511)
+    assert info.kv_tokens == 4 * 512
+    assert info.kv_bytes == info.kv_tokens * 2 * 3 * 2 * 16 * 4
+    assert info.num_threads == 1
+
+
+def test_progress_counts_bytes_up_to_all_of_them(files: ModelFiles) -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    load(settings(), files, lambda *call: calls.append(call)).runner.close()
+    done = [call[1] for call in calls if call[0] == "loading weights"]
+    total = calls[-1][2]
+    assert done == sorted(done)
+    assert total == done[-1] > 0
+
+
+def test_the_operator_s_limits_bound_a_sequence(files: ModelFiles) -> None:
+    info = load_closed(files, settings(max_total_tokens=100, max_input_tokens=60)).info
+    assert (info.max_total_tokens, info.max_input_tokens) == (100, 60)
+    assert load_closed(files, settings(max_total_tokens=4096)).info.max_total_tokens == 512
+
+
+def test_a_small_cache_bounds_a_sequence(files: ModelFiles) -> None:
+    loaded = load_closed(files, settings(max_batch_total_tokens=128))
+    assert (loaded.info.max_total_tokens, loaded.runner.max_context, loaded.num_blocks) == (128, 128, 8)
+
+
+def test_the_fingerprint_names_weights_and_arithmetic(files: ModelFiles, tmp_path: Path) -> None:
+    first, again = (load_closed(files, settings()).info.fingerprint for _ in range(2))
+    other_dtype = load_closed(files, settings(dtype="float32")).info.fingerprint
+    assert first == again != other_dtype
+    changed = make_model()
+    changed.model.norm.weight.data[0] += 1
+    save(changed, tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((files.path / "tokenizer.json").read_bytes())
+    other = ModelFiles("other", None, "directory", tmp_path)
+    assert load_closed(other, settings()).info.fingerprint != first
+
+
+def test_the_served_name_replaces_the_model_id(files: ModelFiles) -> None:
+    assert load_closed(files, settings(served_model_name="mine")).info.model_id == "mine"
+
+
+def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:
+    with pytest.raises(ModelLoadError, match="bfloat16 or float32"):
+        load_closed(files, settings(dtype="float16"))
+
+
+def test_a_failed_load_leaves_no_thread(files: ModelFiles) -> None:
+    before = threading.active_count()
+    with pytest.raises(ModelLoadError):
+        load_closed(files, settings(max_total_tokens=512, max_batch_total_tokens=64))
+    assert threading.active_count() == before
+
+
+def test_weights_are_unmapped_once_loaded(files: ModelFiles) -> None:
+    loaded = load_closed(files, settings())
+    assert str(files.path) not in Path("/proc/self/maps").read_text()
+    assert torch.is_tensor(loaded.runner._model.norm)

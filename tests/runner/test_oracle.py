@@ -1,0 +1,102 @@
+"""The demonstration model against what `transformers` said of it (tests/models/oracle/record.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.demo import demo_files
+from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi.runner.load import LoadedModel, load
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import SamplingParams
+
+RECORD = Path(__file__).parents[1] / "models" / "oracle" / "smollm2-135m.json"
+CASES: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())["cases"]
+NUM_TOKENS = 64
+SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=42)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[LoadedModel]:
+    settings = Settings(dtype="float32", max_batch_total_tokens=16384, thread_nice=0)
+    loaded = load(settings, demo_files(), lambda stage, done, total: None)
+    yield loaded
+    loaded.runner.close()
+
+
+def with_top(sampling: SamplingParams) -> SamplingParams:
+    return SamplingParams(temperature=sampling.temperature, logprobs=5)
+
+
+def test_the_tokenizer_gives_the_recorded_ids(exact: LoadedModel) -> None:
+    for name, case in CASES.items():
+        assert exact.tokenizer.encode(case["text"], add_special_tokens=True) == case["prompt_ids"], name
+
+
+async def test_greedy_text_equals_the_oracle_token_for_token(exact: LoadedModel) -> None:
+    jobs = {name: Job(case["prompt_ids"], NUM_TOKENS, with_top(GREEDY)) for name, case in CASES.items()}
+    await generate(exact.runner, list(jobs.values()), chunk=500)
+    for name, job in jobs.items():
+        case = CASES[name]
+        assert job.token_ids == case["token_ids"], name
+        logprobs = [sampled.logprob for sampled in job.sampled]
+        assert logprobs == pytest.approx(case["logprobs"], abs=1e-3), name
+        for sampled, ids, values in zip(job.sampled, case["top_ids"], case["top_logprobs"], strict=True):
+            assert sampled.top is not None
+            assert [value for _, value in sampled.top] == pytest.approx(values, abs=1e-3), name
+            if min(first - second for first, second in pairwise(values)) > 2e-3:
+                assert [token for token, _ in sampled.top] == ids, name
+
+
+async def test_prompt_logprobs_equal_the_oracle_when_its_answer_is_the_prompt(exact: LoadedModel) -> None:
+    case = CASES["chat"]
+    job = Job(case["prompt_ids"] + case["token_ids"], 0, wants_prompt_logprobs=2)
+    await generate(exact.runner, [job], chunk=30)
+    assert job.prompt_logprobs[0] == (None, [])
+    answer = job.prompt_logprobs[-NUM_TOKENS:]
+    assert [logprob for logprob, _ in answer] == pytest.approx(case["logprobs"], abs=1e-3)
+    assert [top[0][0] for _, top in answer] == case["token_ids"]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+async def test_a_request_alone_or_among_others_gives_the_same_tokens(
+    exact: LoadedModel, sampling: SamplingParams
+) -> None:
+    names = ("code", "cyrillic")
+    alone = [Job(CASES[name]["prompt_ids"], NUM_TOKENS, sampling) for name in names]
+    for job in alone:
+        await generate(exact.runner, [job])
+    crowd = [
+        Job(CASES["essay"]["prompt_ids"][start : start + 3 + start % 29], 40, SamplingParams(seed=start))
+        for start in range(32)
+    ]
+    among = [Job(CASES[name]["prompt_ids"], NUM_TOKENS, sampling) for name in names]
+    await generate(exact.runner, [*crowd[:20], *among, *crowd[20:]], chunk=100)
+    assert [job.token_ids for job in among] == [job.token_ids for job in alone]
+    assert len({tuple(job.token_ids) for job in crowd}) > 16, "the others said different things"
+
+
+async def test_the_default_arithmetic_stays_close_to_the_oracle() -> None:
+    settings = Settings(max_batch_total_tokens=16384, thread_nice=0)
+    loaded = load(settings, demo_files(), lambda stage, done, total: None)
+    try:
+        jobs = [
+            Job(case["prompt_ids"] + case["token_ids"], 0, wants_prompt_logprobs=0) for case in CASES.values()
+        ]
+        await generate(loaded.runner, jobs)
+    finally:
+        loaded.runner.close()
+    errors = [
+        abs(logprob - expected)
+        for job, case in zip(jobs, CASES.values(), strict=True)
+        for (logprob, _), expected in zip(job.prompt_logprobs[-NUM_TOKENS:], case["logprobs"], strict=True)
+        if logprob is not None
+    ]
+    assert len(errors) == NUM_TOKENS * len(CASES)
+    assert sum(errors) / len(errors) < 0.04

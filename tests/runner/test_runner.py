@@ -1,0 +1,242 @@
+"""The runner on a tiny model: what a plan does, what a step leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.checkpoints import make_model, reference_logits, save
+from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi import ops
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.inputs import PlanError
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.types import SamplingParams
+
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
+NAN_TOKEN = 7
+SEEDED = SamplingParams(temperature=1.0, seed=11)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> None:
+    ops.configure_threads(2, nice=0, pin=False)
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.nn.Module:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def model(reference: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    files = save(reference, tmp_path_factory.mktemp("model"))
+    with OpenModel(files) as opened:
+        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+
+
+@pytest.fixture
+def make_runner(model: Llama) -> Iterator[Callable[..., CpuRunner]]:
+    runners = []
+
+    def make(model: Llama = model) -> CpuRunner:
+        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
+        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
+        return runners[-1]
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+@pytest.fixture
+def runner(make_runner: Callable[..., CpuRunner]) -> CpuRunner:
+    return make_runner()
+
+
+def start(slot: int, sampling: SamplingParams = GREEDY, **changes: object) -> SlotStart:
+    return SlotStart(slot, sampling, 0, PROMPT, **changes)  # type: ignore[arg-type]
+
+
+def greedy_reference(model: torch.nn.Module, num_tokens: int) -> list[int]:
+    ids = list(PROMPT)
+    for _ in range(num_tokens):
+        ids.append(int(reference_logits(model, ids)[-1].argmax()))  # type: ignore[arg-type]
+    return ids[len(PROMPT) :]
+
+
+async def test_greedy_tokens_are_the_reference_s(runner: CpuRunner, reference: torch.nn.Module) -> None:
+    job = Job(PROMPT, 12)
+    await generate(runner, [job])
+    assert job.token_ids == greedy_reference(reference, 12)
+
+
+async def test_a_token_left_on_the_device_equals_one_that_is_given(runner: CpuRunner) -> None:
+    job = Job(PROMPT, 3)
+    await generate(runner, [job])
+    first, second = job.token_ids[:2]
+    blocks, at = [1, 2], len(PROMPT)
+    rows = [StepRow(0, PROMPT, 0, blocks, samples=True)]
+    await runner.submit(StepPlan(0, rows, [start(0)]))
+    await runner.submit(StepPlan(1, [StepRow(0, [first], at, blocks, samples=True)]))
+    result = await runner.submit(StepPlan(2, [StepRow(0, [second], at + 1, blocks, samples=True)]))
+    assert result.sampled[0] is not None
+    assert result.sampled[0].token_id == job.token_ids[2]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 17])
+async def test_chunks_do_not_change_the_tokens(runner: CpuRunner, chunk: int) -> None:
+    whole, cut = Job(PROMPT, 8, SEEDED), Job(PROMPT, 8, SEEDED)
+    await generate(runner, [whole])
+    await generate(runner, [cut], chunk=chunk)
+    assert cut.token_ids == whole.token_ids
+
+
+async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
+    job = Job(PROMPT, 2)
+    await generate(runner, [job])
+    rows = [StepRow(0, PROMPT, 0, [1, 2], samples=True)]
+    await runner.submit(StepPlan(0, rows, [start(0)]))
+    fork = StepRow(1, [job.token_ids[0]], len(PROMPT), [1, 5], samples=True)
+    result = await runner.submit(StepPlan(1, [fork], [start(1)], copies=[(2, 5)]))
+    assert result.sampled[0] is not None
+    assert result.sampled[0].token_id == job.token_ids[1]
+
+
+async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner) -> None:
+    sampling = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5)
+    job = Job(PROMPT, 10, sampling)
+    await generate(runner, [job])
+    done = job.token_ids[:6]
+    row = StepRow(3, PROMPT + done, 0, [10, 11], samples=True)
+    plan = StepPlan(0, [row], [start(3, sampling, output_ids=done)])
+    tokens = []
+    for step in range(4):
+        (sampled,) = (await runner.submit(plan)).sampled
+        assert sampled is not None
+        tokens.append(sampled.token_id)
+        at = len(PROMPT) + 6 + step
+        plan = StepPlan(step + 1, [StepRow(3, None, at, [10, 11], samples=True)])
+    assert tokens == job.token_ids[6:]
+
+
+async def test_a_new_sequence_sees_nothing_of_the_slot_s_last_one(runner: CpuRunner) -> None:
+    fresh = Job(PROMPT, 6, SEEDED)
+    await generate(runner, [fresh])
+    penalised = SamplingParams(
+        temperature=2.0, seed=1, frequency_penalty=1.5, logit_bias=((fresh.token_ids[0], -100.0),)
+    )
+    await generate(runner, [Job(PROMPT[:5], 20, penalised)])
+    again = Job(PROMPT, 6, SEEDED)
+    await generate(runner, [again])
+    assert again.token_ids == fresh.token_ids
+
+
+async def test_masked_ids_wait_for_min_tokens(runner: CpuRunner) -> None:
+    free = Job(PROMPT, 1)
+    await generate(runner, [free])
+    masked = start(0, min_tokens=2, masked_ids=(free.token_ids[0],))
+    result = await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [masked]))
+    assert result.sampled[0] is not None
+    assert result.sampled[0].token_id != free.token_ids[0]
+
+
+async def test_logprobs_come_where_they_are_wanted(runner: CpuRunner, reference: torch.nn.Module) -> None:
+    wanted = Job(PROMPT, 1, SamplingParams(temperature=0.0, logprobs=3))
+    bare, none = Job(PROMPT, 1, SamplingParams(temperature=0.0, logprobs=0)), Job(PROMPT, 1)
+    await generate(runner, [none, wanted, bare])
+    expected = reference_logits(reference, PROMPT)[-1].double().log_softmax(-1).topk(3)  # type: ignore[arg-type]
+    top = wanted.sampled[0].top
+    assert top is not None
+    assert [token for token, _ in top] == expected.indices.tolist()
+    assert [value for _, value in top] == pytest.approx(expected.values.tolist(), abs=1e-4)
+    assert wanted.sampled[0].logprob == top[0][1] == bare.sampled[0].logprob
+    assert bare.sampled[0].top == []
+    assert (none.sampled[0].logprob, none.sampled[0].top) == (None, None)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+async def test_prompt_logprobs_equal_the_reference(
+    runner: CpuRunner, reference: torch.nn.Module, chunk: int
+) -> None:
+    prompt = PROMPT * 6  # more rows than are scored at a time
+    job = Job(prompt, 1, wants_prompt_logprobs=2)
+    other = Job(PROMPT, 4)
+    await generate(runner, [other, job], chunk=chunk)
+    logprobs = reference_logits(reference, prompt).double().log_softmax(-1)  # type: ignore[arg-type]
+    assert job.prompt_logprobs[0] == (None, [])
+    assert len(job.prompt_logprobs) == len(prompt)
+    for position, (logprob, top) in enumerate(job.prompt_logprobs[1:], 1):
+        row = logprobs[position - 1]
+        assert logprob == pytest.approx(float(row[prompt[position]]), abs=1e-4)
+        assert [value for _, value in top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+
+
+async def test_rows_that_are_not_finite_are_flagged_alone(
+    make_runner: Callable[..., CpuRunner], model: Llama, tmp_path: Path
+) -> None:
+    poisoned = make_model()
+    poisoned.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
+    with OpenModel(save(poisoned, tmp_path)) as opened:
+        runner = make_runner(Llama(opened.config, opened.weights, torch.float32, max_positions=256))
+    healthy, ill = Job(PROMPT, 4, SEEDED), Job([*PROMPT, NAN_TOKEN], 1)
+    await generate(runner, [ill, healthy])
+    assert not ill.sampled[0].is_finite
+    assert all(sampled.is_finite for sampled in healthy.sampled)
+    alone = Job(PROMPT, 4, SEEDED)
+    await generate(make_runner(), [alone])
+    assert healthy.token_ids == alone.token_ids
+
+
+async def test_a_failed_step_fails_its_future_only(runner: CpuRunner) -> None:
+    good = StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [start(0)])
+    bad = StepPlan(1, [StepRow(1, [999], 0, [3], samples=True)], [start(1)])
+    first, failing = runner.submit(good), runner.submit(bad)
+    assert (await first).sampled[0] is not None
+    with pytest.raises(PlanError, match="token id"):
+        await failing
+    after = StepPlan(2, [StepRow(0, None, len(PROMPT), [1, 2], samples=True)])
+    assert (await runner.submit(after)).step_id == 2
+
+
+async def test_prompt_logprobs_of_an_unscored_prefix_fail(runner: CpuRunner) -> None:
+    await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=False)], [start(0)]))
+    row = StepRow(0, [1, 2], len(PROMPT), [1, 2], samples=False, prompt_logprobs=1)
+    with pytest.raises(ValueError, match="before position 18"):
+        await runner.submit(StepPlan(1, [row]))
+
+
+async def test_at_most_two_steps_are_in_flight(runner: CpuRunner) -> None:
+    futures = [runner.submit(StepPlan(index, [])) for index in range(2)]
+    with pytest.raises(RuntimeError, match="in flight"):
+        runner.submit(StepPlan(2, []))
+    results = await asyncio.gather(*futures)
+    assert [result.step_id for result in results] == [0, 1]
+    assert await runner.submit(StepPlan(3, [])) == StepResult(3, [])
+
+
+async def test_a_cancelled_future_costs_no_place(runner: CpuRunner) -> None:
+    for index in range(5):
+        runner.submit(StepPlan(index, [])).cancel()
+        await runner.submit(StepPlan(index, []))
+
+
+async def test_close_finishes_what_is_in_flight_and_ends_the_thread(
+    make_runner: Callable[..., CpuRunner],
+) -> None:
+    before = threading.active_count()
+    runner = make_runner()
+    future = runner.submit(StepPlan(7, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [start(0)]))
+    runner.close()
+    assert threading.active_count() == before
+    assert (await future).step_id == 7
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.submit(StepPlan(8, []))

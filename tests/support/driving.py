@@ -1,0 +1,94 @@
+"""Drives a runner as the engine does, two steps in flight, with every decision made beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tgi_asgi.runner.plan import PromptLogprobs, Runner, Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(slots=True)
+class Job:
+    """One sequence to generate; `sampled` and `prompt_logprobs` are filled by `generate`."""
+
+    prompt_ids: Sequence[int]
+    num_tokens: int
+    sampling: SamplingParams = GREEDY
+    wants_prompt_logprobs: int | None = None
+    sampled: list[Sampled] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [sampled.token_id for sampled in self.sampled]
+
+
+class _Running:
+    """A job's slot, blocks and progress."""
+
+    def __init__(self, job: Job, slot: int, blocks: list[int]) -> None:
+        self.job = job
+        self.slot = slot
+        self.blocks = blocks
+        self.num_computed = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_computed >= len(self.job.prompt_ids) + self.job.num_tokens - 1
+
+    def next_row(self, budget: int) -> StepRow:
+        start, prompt = self.num_computed, self.job.prompt_ids
+        if start >= len(prompt):
+            self.num_computed += 1
+            return StepRow(self.slot, None, start, self.blocks, samples=True)
+        chunk = prompt[start : start + budget]
+        self.num_computed += len(chunk)
+        is_last = self.num_computed == len(prompt)
+        return StepRow(
+            self.slot,
+            chunk,
+            start,
+            self.blocks,
+            samples=is_last and self.job.num_tokens > 0,
+            prompt_logprobs=self.job.wants_prompt_logprobs,
+        )
+
+
+async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> None:
+    """Run all jobs to their ends in one continuous batch: decode rows first, prompts in chunks."""
+    blocks = iter(range(runner.num_blocks - 1, -1, -1))  # backwards: no table is in order
+    running = []
+    starts = []
+    for slot, job in enumerate(jobs):
+        count = -(-(len(job.prompt_ids) + job.num_tokens) // runner.block_size)
+        running.append(_Running(job, slot, [next(blocks) for _ in range(count)]))
+        starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids))
+    waiting: list[tuple[asyncio.Future[StepResult], list[_Running]]] = []
+    step_id = 0
+    while any(not sequence.is_done for sequence in running):
+        decoding = [s for s in running if not s.is_done and s.num_computed >= len(s.job.prompt_ids)]
+        members, rows, budget = list(decoding), [s.next_row(1) for s in decoding], chunk
+        for sequence in running:
+            if budget and sequence not in decoding and sequence.num_computed < len(sequence.job.prompt_ids):
+                rows.append(sequence.next_row(budget))
+                budget -= rows[-1].num_tokens
+                members.append(sequence)
+        if len(waiting) == 2:
+            await _collect(*waiting.pop(0))
+        waiting.append((runner.submit(StepPlan(step_id, rows, starts)), members))
+        step_id, starts = step_id + 1, []
+    for step in waiting:
+        await _collect(*step)
+
+
+async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Running]) -> None:
+    result = await future
+    for index, (sequence, sampled) in enumerate(zip(members, result.sampled, strict=True)):
+        sequence.job.prompt_logprobs += result.prompt_logprobs.get(index, [])
+        if sampled is not None:
+            sequence.job.sampled.append(sampled)
