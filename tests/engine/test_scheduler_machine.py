@@ -25,7 +25,7 @@ BLOCK = 4
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(8, 24),
+        num_blocks=st.integers(6, 20),
         max_batch_size=st.integers(1, 5),
         max_prefill=st.sampled_from([4, 8, 64]),
         prefix_cache=st.booleans(),
@@ -49,7 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         family=st.integers(0, 2),
         turn=st.none() | st.integers(0, 5),
         prompt_len=st.integers(1, 20),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(1, 16),
         n=st.integers(1, 3),
         priority=st.integers(0, 1),
         is_prefix_cached=st.booleans(),
@@ -211,4 +211,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -173,7 +173,7 @@ class Engine:
                 code="context_length_exceeded",
             )
         # The last token drawn is never fed back.
-        if self.scheduler.blocks_for(num_tokens - 1) > self._runner.num_blocks:
+        if self.scheduler.tables.blocks_for(num_tokens - 1) > self._runner.num_blocks:
             raise InvalidRequest(
                 f"prompt and max_tokens need {num_tokens - 1} tokens of KV cache, which has "
                 f"{self._runner.num_blocks * self._runner.block_size}",

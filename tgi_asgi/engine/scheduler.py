@@ -22,6 +22,7 @@ from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
 
 _urgency = attrgetter("urgency")
@@ -65,12 +66,12 @@ class Scheduler:
         stats: EngineStats,
         prefix_cache: bool = True,
     ) -> None:
-        self.pool = BlockPool(num_blocks)
+        self.tables = BlockTables(BlockPool(num_blocks), block_size, prefix_cache=prefix_cache, stats=stats)
+        self.pool = self.tables.pool
         self._block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget
         self._stats = stats
-        self._prefix_cache = prefix_cache
         self._running: list[Sequence] = []  # most urgent first
         self._waiting: list[tuple[tuple[float, int, int], Sequence]] = []  # a heap, with stale entries
         self._num_waiting = 0
@@ -90,10 +91,6 @@ class Scheduler:
         """The sequences that hold a slot, most urgent first."""
         return tuple(self._running)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks hold that many tokens."""
-        return -(-num_tokens // self._block_size)
-
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a request's sequences, the first of which computes the prompt for all."""
         leader, *followers = sequences
@@ -106,10 +103,9 @@ class Scheduler:
         if sequence.state is SequenceState.FINISHED:
             return
         if sequence.state is SequenceState.RUNNING:
-            if forget:
-                self.pool.forget(sequence.table)
             self._running.remove(sequence)
-            self._give_back(sequence)
+            self.tables.give_back(sequence, forget=forget)
+            self._slots.append(sequence.slot)
         else:
             self._num_waiting -= 1
         sequence.leave(SequenceState.FINISHED)
@@ -171,14 +167,15 @@ class Scheduler:
         """Add a block to a running sequence, preempting from the end; False if that came to itself."""
         while self.pool.num_free == 0:
             victim = self._running.pop()
-            self._give_back(victim)
+            self.tables.give_back(victim)
+            self._slots.append(victim.slot)
             victim.leave(SequenceState.WAITING)
             heappush(self._waiting, (victim.urgency, victim))
             self._num_waiting += 1
             self._stats.preemptions += 1
             if victim is sequence:
                 return False
-        sequence.table.append(self.pool.allocate())
+        self.tables.grow(sequence)
         return True
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
@@ -232,17 +229,8 @@ class Scheduler:
         while self._waiting and budget > 0 and self._slots:
             sequence = self._waiting[0][1]
             if sequence.state is SequenceState.WAITING:
-                leader = sequence.leader
-                can_fork = (
-                    leader is not None
-                    and leader.state is SequenceState.RUNNING
-                    and not leader.is_prefilling
-                    and sequence.num_output == 0
-                )
-                if leader is not None and self._prefix_cache and sequence.num_output == 0:
-                    num_blocks = sequence.prompt_len // self._block_size
-                    sequence.chain = leader.chain.fork(num_blocks, sequence.token_ids)
-                if not (self._fork(sequence) if can_fork else self._take_blocks(sequence)):
+                # Each that runs will soon need its next block: without a reserve one of them would be preempted.
+                if not self.tables.start(sequence, reserve=len(self._running)):
                     return
                 sequence.state = SequenceState.RUNNING
                 sequence.slot = self._slots.pop()
@@ -250,75 +238,6 @@ class Scheduler:
                 self._num_waiting -= 1
                 budget -= self._plan_chunk(step, sequence, budget)
             heappop(self._waiting)
-
-    def _has_room(self, num_blocks: int) -> bool:
-        """Tell whether that many can be taken and still leave each running sequence its next one."""
-        return self.pool.num_free - num_blocks >= len(self._running)
-
-    def _take_blocks(self, sequence: Sequence) -> bool:
-        """Give a sequence blocks for all its tokens, from the cache as far as it reaches."""
-        pool = self.pool
-        may_look_up = (
-            self._prefix_cache and sequence.request.is_prefix_cached and not sequence.wants_prompt_logprobs
-        )
-        cached = self._cached_blocks(sequence) if may_look_up else []
-        num_new = self.blocks_for(len(sequence.token_ids)) - len(cached)
-        if not self._has_room(num_new + sum(map(pool.is_free, cached))):
-            return False
-        for block in cached:
-            pool.take(block)
-        sequence.table = cached + [pool.allocate() for _ in range(num_new)]
-        sequence.num_registered = len(cached)
-        sequence.num_computed = len(cached) * self._block_size
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
-        if may_look_up and sequence.num_output == 0:
-            self._stats.prefix_query_tokens += sequence.prompt_len
-            self._stats.prefix_hit_tokens += sequence.num_computed
-        return True
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Return the blocks of the longest cached prefix; at least one token is left to compute."""
-        blocks: list[int] = []
-        tokens = sequence.token_ids
-        for index in range((len(tokens) - 1) // self._block_size):
-            block = self.pool.find(sequence.chain.digest(index, tokens))
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
-
-    def _fork(self, sequence: Sequence) -> bool:
-        """Share the leader's full blocks before the last prompt token, and copy the partial one.
-
-        That token is computed again, so that each choice draws its own first token.
-        """
-        leader = sequence.leader
-        assert leader is not None
-        if not self._has_room(1):
-            return False
-        start = sequence.prompt_len - 1
-        num_shared, num_partial = divmod(start, self._block_size)
-        sequence.table = leader.table[:num_shared]
-        for block in sequence.table:
-            self.pool.share(block)
-        sequence.table.append(self.pool.allocate())
-        if num_partial:
-            sequence.copy_source = leader.table[num_shared]
-            self.pool.share(sequence.copy_source)
-        sequence.num_computed = start
-        sequence.num_registered = num_shared
-        return True
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self._release_copy(sequence)
-        self.pool.release(sequence.table)
-        self._slots.append(sequence.slot)
-
-    def _release_copy(self, sequence: Sequence) -> None:
-        if sequence.copy_source is not None:
-            self.pool.release([sequence.copy_source])
-            sequence.copy_source = None
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Take over a step's result; return (row, sequence) of the rows that still matter.
@@ -328,11 +247,8 @@ class Scheduler:
         live = step.live()
         for index, sequence in live:
             row = step.plan.rows[index]
-            if sequence.copy_source is not None:
-                self._release_copy(sequence)
             computed = row.start + row.num_tokens
-            if computed // self._block_size > sequence.num_registered:
-                self._register(sequence, computed // self._block_size)
+            self.tables.settle(sequence, computed)
             if sequence.wants_prompt_logprobs and computed >= sequence.prompt_len:
                 sequence.wants_prompt_logprobs = False
             sampled = result.sampled[index]
@@ -341,12 +257,6 @@ class Scheduler:
                 if sampled.is_finite:
                     sequence.token_ids.append(sampled.token_id)
         return live
-
-    def _register(self, sequence: Sequence, num_full: int) -> None:
-        if self._prefix_cache:
-            for index in range(sequence.num_registered, num_full):
-                self.pool.register(sequence.table[index], sequence.chain.digest(index, sequence.token_ids))
-        sequence.num_registered = num_full
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or came after one that did; of several the newest first."""

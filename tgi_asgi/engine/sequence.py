@@ -87,6 +87,11 @@ class Sequence:
         """Tokens drawn and known."""
         return len(self.token_ids) - self.prompt_len
 
+    @property
+    def has_computed_prompt(self) -> bool:
+        """Whether its table holds the prompt, as of a step before the one that is planned."""
+        return self.state is SequenceState.RUNNING and not self.is_prefilling
+
     def slot_start(self) -> SlotStart:
         """Return what the runner needs to draw this sequence's next token."""
         return SlotStart(
