@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.types import SamplingParams
+
+NO_IDS = np.zeros(4, np.int32)
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
         StepRow(2, None, 17, [4, 7], samples=True),
         StepRow(0, [50, 51, 52], 15, [9, 1, 3], samples=False),
     ]
-    batch = inputs.fill(rows, [10, 11, 12, 13])
+    batch = inputs.fill(rows, np.array([10, 11, 12, 13]))
     assert batch.ids.tolist() == [12, 50, 51, 52]
     assert batch.positions.tolist() == [17, 15, 16, 17]
     assert batch.slots.tolist() == [7 * 16 + 1, 9 * 16 + 15, 1 * 16, 1 * 16 + 1]
@@ -29,8 +32,8 @@ def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
 
 
 def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
-    inputs.fill([StepRow(0, list(range(40)), 0, [1, 2, 3], samples=True)], [])
-    batch = inputs.fill([StepRow(1, [5], 16, [8, 9], samples=True)], [])
+    inputs.fill([StepRow(0, list(range(40)), 0, [1, 2, 3], samples=True)], NO_IDS)
+    batch = inputs.fill([StepRow(1, [5], 16, [8, 9], samples=True)], NO_IDS)
     assert (batch.ids.tolist(), batch.slots.tolist()) == ([5], [9 * 16])
     assert batch.tables.query_start.tolist() == [0, 1]
 
@@ -51,7 +54,7 @@ def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
 )
 def test_rows_out_of_bounds_are_refused(inputs: StepInputs, row: StepRow) -> None:
     with pytest.raises((PlanError, OverflowError)):
-        inputs.fill([row], [0])
+        inputs.fill([row], NO_IDS)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def our_logits(
     parts = []
     for start in range(0, len(ids), chunk):
         row = StepRow(0, ids[start : start + chunk], start, blocks, samples=False)
-        x = model.forward(inputs.fill([row], [0]), kv)
+        x = model.forward(inputs.fill([row], np.zeros(1, np.int32)), kv)
         parts.append(model.logits(x, torch.arange(x.shape[0], dtype=torch.int32)))
     return torch.cat(parts)
 

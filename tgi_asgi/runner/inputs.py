@@ -6,14 +6,18 @@ Everything that reaches C++ passes here: each integer of a plan is checked again
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tgi_asgi.models.batch import Batch
 from tgi_asgi.ops import AttentionTables
 from tgi_asgi.runner.plan import StepPlan, StepRow
+
+Integers = npt.NDArray[Any]
 
 
 class PlanError(ValueError):
@@ -72,43 +76,54 @@ class StepInputs:
         if len(set(targets)) != len(targets) or set(targets) & set(sources):
             raise PlanError("a block is copied to twice, or both from and to")
 
-    def fill(self, rows: Sequence[StepRow], last_ids: Sequence[int] | np.ndarray) -> Batch:
-        """Write the rows' arrays; a row without token ids takes its slot's `last_ids`."""
-        at = 0
-        for index, row in enumerate(rows):
-            stop = at + row.num_tokens
-            if row.token_ids is None:
-                self._ids[at] = last_ids[row.slot]
-            else:
-                self._ids[at:stop] = _integers("token id", row.token_ids, self._vocab_size)
-            self._place(index, row, at, stop)
-            at = stop
-        return self._batch(len(rows), at)
+    def fill(self, rows: Sequence[StepRow], last_ids: Integers) -> Batch:
+        """Write the rows' arrays; a row without token ids takes its slot's `last_ids`.
 
-    def _place(self, index: int, row: StepRow, at: int, stop: int) -> None:
-        """Write where a row's tokens are: in its sequence, in the step, and in the pool."""
-        context = row.start + stop - at
-        if row.start < 0 or stop == at or context > self._max_context:
-            raise PlanError(
-                f"a row of {stop - at} tokens at {row.start} is not within the context of {self._max_context}"
-            )
-        num_blocks = -(-context // self._block_size)
-        if len(row.block_table) < num_blocks:
-            raise PlanError(f"{context} tokens need {num_blocks} blocks, got {len(row.block_table)}")
-        blocks = _integers("block", row.block_table[:num_blocks], self._num_blocks)
-        self._block_table[index, :num_blocks] = blocks
-        self._context_len[index] = context
-        self._query_start[index + 1] = stop
-        if stop - at == 1:  # decode rows, by far the most: numpy's calls would take longer than the rest
-            self._positions[at] = row.start
-            self._slots[at] = int(blocks[-1]) * self._block_size + row.start % self._block_size
-            return
-        positions = np.arange(row.start, context)
-        self._positions[at:stop] = positions
-        self._slots[at:stop] = (
-            blocks[positions // self._block_size].astype(np.int64) * self._block_size
-            + positions % self._block_size
-        )
+        All rows at once: row by row 64 decode rows take four times as long, 0.3 ms.
+
+        Raises:
+            PlanError: an id, a position or a block is out of bounds.
+        """
+        starts = np.array([row.start for row in rows], np.int64)
+        counts = np.array([row.num_tokens for row in rows], np.int64)
+        contexts = starts + counts
+        if starts.min() < 0 or counts.min() < 1 or contexts.max() > self._max_context:
+            raise PlanError(f"a row has no token, or leaves the context of {self._max_context}")
+        stops = np.cumsum(counts)
+        num_tokens = int(stops[-1])
+        self._query_start[1 : len(rows) + 1] = stops
+        self._context_len[: len(rows)] = contexts
+        positions = np.arange(num_tokens) + np.repeat(starts - (stops - counts), counts)
+        self._positions[:num_tokens] = positions
+        self._ids[:num_tokens] = self._token_ids(rows, last_ids)
+        self._place(rows, -(-contexts // self._block_size), positions, counts)
+        return self._batch(len(rows), num_tokens)
+
+    def _token_ids(self, rows: Sequence[StepRow], last_ids: Integers) -> Integers:
+        last: list[int] = last_ids.tolist()
+        ids: list[int] = []
+        for row in rows:
+            if row.token_ids is None:
+                ids.append(last[row.slot])
+            else:
+                ids.extend(row.token_ids)
+        return _integers("token id", ids, self._vocab_size)
+
+    def _place(
+        self, rows: Sequence[StepRow], num_blocks: Integers, positions: Integers, counts: Integers
+    ) -> None:
+        """Write the block tables, and where in the pool each token's keys and values go."""
+        flat: list[int] = []
+        for row, count in zip(rows, num_blocks.tolist(), strict=True):
+            if len(row.block_table) < count:
+                raise PlanError(f"{count} blocks are needed, got {len(row.block_table)}")
+            flat.extend(row.block_table[:count])
+        blocks = _integers("block", flat, self._num_blocks)
+        firsts = np.cumsum(num_blocks) - num_blocks  # each table's place in `blocks`
+        columns = np.arange(blocks.size) - np.repeat(firsts, num_blocks)
+        self._block_table[np.repeat(np.arange(len(rows)), num_blocks), columns] = blocks
+        index, offset = np.divmod(positions, self._block_size)
+        self._slots[: positions.size] = blocks[index + np.repeat(firsts, counts)] * self._block_size + offset
 
     def _batch(self, num_rows: int, num_tokens: int) -> Batch:
         def first(name: str, count: int) -> Tensor:
@@ -131,9 +146,9 @@ def _check_range(name: str, value: int, stop: int) -> None:
         raise PlanError(f"a {name} must be in [0, {stop}), got {value}")
 
 
-def _integers(name: str, values: Sequence[int], stop: int) -> np.ndarray:
+def _integers(name: str, values: Sequence[int], stop: int) -> Integers:
     """Return values as an array, each in [0, stop)."""
-    array = np.asarray(values, dtype=np.int64)
-    if array.ndim != 1 or (array.size and not 0 <= array.min() <= array.max() < stop):
+    array = np.array(values, np.int64)
+    if array.size and not 0 <= array.min() <= array.max() < stop:
         raise PlanError(f"each {name} must be in [0, {stop})")
     return array
