@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
@@ -94,21 +95,23 @@ class ScriptedChannel:
             rest = len(self.request.prompt_ids) - 1
             self.stats.prompt_logprobs = [(None, []), *([(LOGPROB, best)] * rest)]
         num_open = self.request.n
-        async for batch in self.engine.script(self):
-            if isinstance(batch, TgiError):
-                self._end()
+        async with aclosing(self.engine.script(self)) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                if isinstance(batch, TgiError):
+                    self._end()
+                    self._deliver(batch)
+                    return
+                if self.stats.first_token_s is None and batch:
+                    self.stats.first_token_s = time.monotonic()
+                self.stats.generated_tokens += len(batch)
+                num_open -= sum(event.finish is not None for event in batch)
+                if not num_open:
+                    self._end()
                 self._deliver(batch)
-                return
-            if self.stats.first_token_s is None and batch:
-                self.stats.first_token_s = time.monotonic()
-            self.stats.generated_tokens += len(batch)
-            num_open -= sum(event.finish is not None for event in batch)
-            if not num_open:
-                self._end()
-            self._deliver(batch)
-        if num_open:
-            self._end()
-            self._deliver(IncompleteGeneration("Incomplete generation"))
+                if not num_open:
+                    return
+        self._end()
+        self._deliver(IncompleteGeneration("Incomplete generation"))
 
     def _deliver(self, batch: Sequence[TokenEvent] | TgiError) -> None:
         if self._sink is None:

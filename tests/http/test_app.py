@@ -1,0 +1,185 @@
+"""The application around the routes: loading, failing, unknown paths, health."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.support.asgi import request, send
+from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
+from tgi_asgi.app import App, create_app
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.http.context import Served
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import EngineState
+
+CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@asynccontextmanager
+async def lifespan(app: App) -> AsyncIterator[None]:
+    """Run an app's lifespan as a server does."""
+    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    task = asyncio.create_task(app({"type": "lifespan"}, incoming.get, outgoing.put))
+    await incoming.put({"type": "lifespan.startup"})
+    assert (await outgoing.get())["type"] == "lifespan.startup.complete"
+    try:
+        yield
+    finally:
+        await incoming.put({"type": "lifespan.shutdown"})
+        assert (await outgoing.get())["type"] == "lifespan.shutdown.complete"
+        await task
+
+
+async def test_the_port_answers_while_the_model_loads() -> None:
+    engine = ScriptedEngine()
+    may_finish, has_reported, is_ready = threading.Event(), threading.Event(), asyncio.Event()
+
+    def load(settings: Settings, progress: Any) -> Served:
+        progress("reading weights", 41, 100)
+        has_reported.set()
+        assert may_finish.wait(10)
+        return Served(engine, engine.tokenizer, None, toy_info())  # type: ignore[arg-type]
+
+    app = create_app(Settings(), load)
+    app.on_ready = lambda served: is_ready.set()
+    async with lifespan(app):
+        await asyncio.to_thread(has_reported.wait, 10)
+        health = await send(app, request("GET", "/health"))
+        assert health.status == 503
+        assert health.json() == {
+            "error": "unhealthy", "error_type": "healthcheck", "state": "loading",
+            "progress": {"stage": "reading weights", "done": 41, "total": 100},
+        }  # fmt: skip
+        assert int(health.headers["retry-after"]) >= 1
+        refused = await send(app, request("POST", CHAT, HI))
+        assert refused.status == 503
+        assert "reading weights, 41%" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.body == []
+        native = await send(app, request("POST", "/generate", {"inputs": "hi"}))
+        assert (native.status, native.json()["error_type"]) == (503, "unavailable")
+        may_finish.set()
+        await asyncio.wait_for(is_ready.wait(), 10)
+        health = await send(app, request("GET", "/health"))
+        assert (health.status, health.content) == (200, b"")
+    assert engine.state is EngineState.DEAD
+
+
+async def test_a_failed_load_is_reported_and_keeps_health_at_503() -> None:
+    reasons: asyncio.Queue[BaseException] = asyncio.Queue()
+
+    def load(settings: Settings, progress: Any) -> Served:
+        raise ModelLoadError("model.gguf does not exist")
+
+    app = create_app(Settings(), load)
+    app.on_fatal = reasons.put_nowait
+    async with lifespan(app):
+        assert str(await asyncio.wait_for(reasons.get(), 10)) == "model.gguf does not exist"
+        health = await send(app, request("GET", "/health"))
+        assert (health.status, health.json()["state"]) == (503, "dead")
+        assert (await send(app, request("POST", CHAT, HI))).status == 503
+
+
+@pytest.mark.parametrize("state", [EngineState.DRAINING, EngineState.DEAD])
+async def test_an_engine_that_drains_or_died_answers_503(state: EngineState) -> None:
+    engine = ScriptedEngine()
+    engine.state = state
+    app = scripted_app(engine)
+    for call in (request("GET", "/health"), request("GET", "/ping"), request("POST", CHAT, HI)):
+        await send(app, call)
+        assert call.status == 503
+        assert int(call.headers["retry-after"]) >= 1
+    assert engine.channels == []
+
+
+@pytest.mark.parametrize("path", ["/v1/nope", "/v1", "/v1/embeddings", "/v1/audio/speech"])
+async def test_unknown_v1_paths_get_openais_envelope(path: str) -> None:
+    call = await send(scripted_app(ScriptedEngine()), request("POST", path, HI))
+    assert call.status == 404
+    assert call.json()["error"]["code"] == "unknown_url"
+    assert call.body == []
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models", "/models/x", "/responses"])
+async def test_a_forgotten_v1_gets_a_hint(path: str) -> None:
+    call = await send(scripted_app(ScriptedEngine()), request("POST", path, HI))
+    assert call.status == 404
+    error = call.json()["error"]
+    assert error["code"] == "unknown_url"
+    assert "/v1" + path in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/nope", "/generate/x", "/v2/models", "/v1x"])
+async def test_other_unknown_paths_get_the_flat_envelope(path: str) -> None:
+    call = await send(scripted_app(ScriptedEngine()), request("GET", path))
+    assert call.status == 404
+    assert call.json()["error_type"] == "not_found"
+
+
+async def test_wrong_methods_name_the_right_ones() -> None:
+    app = scripted_app(ScriptedEngine())
+    call = await send(app, request("GET", CHAT))
+    assert (call.status, call.headers["allow"]) == (405, "POST")
+    assert call.json()["error"]["code"] == "method_not_allowed"
+    call = await send(app, request("DELETE", "/health"))
+    assert (call.status, call.headers["allow"]) == (405, "GET, HEAD")
+    assert call.json()["error_type"] == "method_not_allowed"
+
+
+async def test_a_trailing_slash_is_the_same_path() -> None:
+    app = scripted_app(ScriptedEngine())
+    assert (await send(app, request("POST", CHAT + "/", HI))).status == 200
+    assert (await send(app, request("GET", "/v1/models/"))).json()["object"] == "list"
+
+
+async def test_compat_mode_speaks_tgis_envelope_on_v1() -> None:
+    app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
+    call = await send(app, request("POST", CHAT, {"messages": []}))
+    assert call.status == 422
+    assert call.json()["error_type"] == "validation"
+    call = await send(app, request("POST", CHAT, HI, {"content-type": "text/plain"}))
+    assert call.status == 415
+
+
+def run_python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("MODEL_ID", "PORT")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=60, env=kept | {"PYTHONPATH": "."} | environ,
+    )  # fmt: skip
+
+
+def test_importing_the_app_does_not_import_torch() -> None:
+    result = run_python("import sys, tgi_asgi.app; sys.exit('torch' in sys.modules)")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+RUN_LIFESPAN = """
+import asyncio, tgi_asgi.app
+async def receive(): return {"type": "lifespan.startup"}
+async def send(message): pass
+asyncio.run(tgi_asgi.app.app({"type": "lifespan"}, receive, send))
+"""
+
+
+def test_the_module_attribute_requires_model_id() -> None:
+    result = run_python(RUN_LIFESPAN)
+    assert result.returncode == 1
+    assert "MODEL_ID is not set" in result.stderr.splitlines()[-1]
+
+
+def test_the_module_attribute_says_which_variable_is_wrong() -> None:
+    result = run_python(RUN_LIFESPAN, MODEL_ID="x", MAX_BATCH_SIZE="many")
+    assert result.returncode == 1
+    assert "MAX_BATCH_SIZE" in result.stderr.splitlines()[-1]

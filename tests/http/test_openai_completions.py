@@ -1,0 +1,255 @@
+"""`POST /v1/completions`: prompt forms, echo, scoring, best_of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.support.asgi import Call, request, send
+from tests.support.scripted_engine import LOGPROB, ScriptedChannel, ScriptedEngine, say, scripted_app
+from tests.support.toy_tokenizer import BOS, ToyTokenizer
+from tgi_asgi.errors import TgiError
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import FinishReason, TokenEvent
+
+
+async def complete(
+    engine: ScriptedEngine | None = None, /, settings: Settings | None = None, **fields: Any
+) -> Call:
+    app = scripted_app(engine or ScriptedEngine(), settings)
+    return await send(app, request("POST", "/v1/completions", fields))
+
+
+async def test_a_whole_answer() -> None:
+    body = (await complete(ScriptedEngine(say("a", "b")), prompt="xyz", model="m")).json()
+    assert body.pop("id").startswith("cmpl-")
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "text_completion",
+        "model": "m",
+        "system_fingerprint": "fp_toy",
+        "choices": [
+            {"index": 0, "text": "ab", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+        ],
+        "usage": {
+            "prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("ab", [[97, 98]]),
+        (["ab", "c"], [[97, 98], [99]]),
+        ([97, 98], [[97, 98]]),
+        ([[97], [98, 99]], [[97], [98, 99]]),
+    ],
+)
+async def test_every_form_of_prompt(prompt: Any, expected: list[list[int]]) -> None:
+    engine = ScriptedEngine()
+    body = (await complete(engine, prompt=prompt)).json()
+    assert [list(got.prompt_ids) for got in engine.requests] == expected
+    assert [choice["index"] for choice in body["choices"]] == list(range(len(expected)))
+    assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
+
+
+async def test_texts_get_the_tokenizers_bos_and_ids_do_not() -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer = ToyTokenizer(adds_bos=True)
+    await complete(engine, prompt="a")
+    await complete(engine, prompt=[97])
+    await complete(engine, prompt="a", add_special_tokens=False)
+    await complete(engine, prompt="")
+    assert [list(got.prompt_ids) for got in engine.requests] == [[BOS, 97], [97], [97], [BOS]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ("", "prompt"),
+        ([], "prompt"),
+        ([[]], "prompt[0]"),
+        (["a", ""], "prompt[1]"),
+        (["a", 1], "prompt[1]"),
+        (["a", [1]], "prompt[1]"),
+        ([1, "a"], "prompt[1]"),
+        ([[1], "a"], "prompt[1]"),
+        ([1, 1024], "prompt[1]"),
+        ([-1], "prompt[0]"),
+        ([True], "prompt[0]"),
+        ([1.5], "prompt[0]"),
+        ([[1], [2, None]], "prompt[1][1]"),
+        ([{}], "prompt[0]"),
+        ([None], "prompt[0]"),
+        (5, "prompt"),
+        (None, "prompt"),
+    ],
+)
+async def test_prompts_that_are_refused(prompt: Any, param: str) -> None:
+    engine = ScriptedEngine()
+    call = await complete(engine, prompt=prompt)
+    assert (call.status, call.json()["error"]["param"]) == (400, param)
+    assert engine.channels == []
+    assert engine.num_permits == 128
+
+
+async def test_max_tokens_defaults_to_16_and_to_the_context_under_compat() -> None:
+    engine = ScriptedEngine()
+    await complete(engine, prompt="abc")
+    await complete(engine, prompt="abc", max_tokens=None)
+    await complete(engine, Settings(tgi_compat=True), prompt="abc")
+    await complete(engine, prompt="x" * 505)
+    assert [got.stop.max_tokens for got in engine.requests] == [16, 16, 509, 7]
+
+
+async def test_context_overflow_speaks_of_the_prompt() -> None:
+    call = await complete(prompt="abc", max_tokens=510)
+    assert call.json()["error"] == {
+        "message": "This model's maximum context length is 512 tokens. However, you requested 513 tokens "
+        "(3 in the prompt, 510 in the completion). Please reduce the length of the prompt or completion. "
+        "(context_length_exceeded)",
+        "type": "invalid_request_error", "param": "prompt", "code": "context_length_exceeded",
+    }  # fmt: skip
+
+
+async def test_compat_accepts_by_tgis_rule_and_cuts_at_the_context() -> None:
+    engine = ScriptedEngine()
+    assert (await complete(engine, Settings(tgi_compat=True), prompt="abc", max_tokens=509)).status == 200
+    call = await complete(engine, Settings(tgi_compat=True), prompt="abc", max_tokens=510)
+    assert call.status == 422
+    assert "`inputs` tokens + `max_new_tokens` must be <= 512" in call.json()["error"]
+
+
+async def test_n_choices_are_numbered_within_their_prompt() -> None:
+    engine = ScriptedEngine(say("a"))
+    body = (await complete(engine, prompt=["x", "y", "z"], n=2)).json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert body["usage"]["prompt_tokens"] == 3
+    assert body["usage"]["completion_tokens"] == 12
+    assert engine.num_permits == 128
+
+
+async def test_one_bad_prompt_fails_the_call_and_frees_the_rest() -> None:
+    engine = ScriptedEngine()
+    call = await complete(engine, prompt=["a", "b" * 600])
+    assert call.json()["error"]["code"] == "context_length_exceeded"
+    assert engine.channels == []
+    assert engine.num_permits == 128
+
+
+async def test_permits_are_taken_for_all_prompts_or_none() -> None:
+    engine = ScriptedEngine(num_permits=5)
+    assert (await complete(engine, prompt=["a", "b", "c"], n=2)).status == 429
+    assert engine.num_permits == 5
+
+
+async def test_more_choices_than_the_server_has_room_for_are_the_clients_error() -> None:
+    call = await complete(settings=Settings(max_concurrent_requests=4), prompt=["a"] * 3, n=2)
+    assert call.status == 400
+
+
+async def test_echo_puts_the_prompt_before_each_text() -> None:
+    body = (await complete(ScriptedEngine(say("c")), prompt=["ab", "x"], echo=True, n=2)).json()
+    assert [choice["text"] for choice in body["choices"]] == ["abc", "abc", "xc", "xc"]
+    body = (await complete(ScriptedEngine(say("c")), prompt=[97, 98], echo=True)).json()
+    assert body["choices"][0]["text"] == "abc"
+
+
+async def test_log_probabilities_have_the_legacy_shape_and_keep_eos() -> None:
+    body = (await complete(ScriptedEngine(say("c", "dd")), prompt="ab", logprobs=2)).json()
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["c", "dd", "</s>"]
+    assert logprobs["token_logprobs"] == [LOGPROB] * 3
+    assert logprobs["text_offset"] == [2, 3, 5]
+    assert [list(top) for top in logprobs["top_logprobs"]] == [["c", "a"], ["dd", "a"], ["</s>", "a"]]
+    assert len(logprobs["tokens"]) == body["usage"]["completion_tokens"]
+
+
+async def test_zero_logprobs_are_the_sampled_tokens_alone() -> None:
+    engine = ScriptedEngine(say("c"))
+    logprobs = (await complete(engine, prompt="ab", logprobs=0)).json()["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [LOGPROB, LOGPROB]
+    assert logprobs["top_logprobs"] is None
+
+
+async def test_scoring_as_lm_eval_does_it() -> None:
+    engine = ScriptedEngine(say("c", "d"))
+    prompt = [104, 105, 33]
+    body = (
+        await complete(engine, prompt=[prompt], temperature=0, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    ).json()
+    [choice] = body["choices"]
+    assert choice["text"] == "hi!c"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["h", "i", "!", "c"]
+    assert logprobs["token_logprobs"] == [None, LOGPROB, LOGPROB, LOGPROB]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["text_offset"] == [0, 1, 2, 3]
+    # What lm-eval's parse_logprobs reads.
+    for value, top in zip(logprobs["token_logprobs"][1:-1], logprobs["top_logprobs"][1:-1], strict=True):
+        assert value == max(top.values())
+    got = engine.requests[0]
+    assert (got.prompt_logprobs, got.is_prefix_cached) == (1, False)
+
+
+async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:
+    for is_stream in (False, True):
+        engine = ScriptedEngine(say("c"))
+        fields = {"prompt": "hi", "max_tokens": 0, "logprobs": 1, "echo": True, "stream": is_stream}
+        call = await complete(engine, **fields)
+        assert call.status == 200
+        if is_stream:
+            assert b'"c"' not in call.content
+            continue
+        body = call.json()
+        [choice] = body["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+        assert choice["logprobs"]["tokens"] == ["h", "i"]
+        assert body["usage"]["completion_tokens"] == 0
+
+
+async def graded(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+    """Choice i says its number, with a mean log-probability that is best for choice 1, then 2, then 0."""
+    for i, logprob in enumerate((-3.0, -0.1, -1.0)):
+        yield [
+            TokenEvent(i, 48 + i, b"%d" % i, str(i), logprob),
+            TokenEvent(i, 257, b"", "", logprob, finish=FinishReason.EOS),
+        ]
+
+
+async def test_best_of_returns_the_likeliest() -> None:
+    engine = ScriptedEngine(graded)
+    body = (await complete(engine, prompt="x", best_of=3, n=2)).json()
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "1"), (1, "2")]
+    assert body["usage"]["completion_tokens"] == 6
+    assert body["choices"][0]["logprobs"] is None
+    assert (engine.requests[0].n, engine.requests[0].sampling.logprobs) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 2, "n": 1, "stream": True}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+    ],
+)
+async def test_refusals(fields: dict[str, Any], param: str) -> None:
+    call = await complete(**{"prompt": "x", **fields})
+    assert (call.status, call.json()["error"]["param"]) == (400, param)
+
+
+async def test_an_empty_suffix_and_best_of_n_are_fine() -> None:
+    assert (await complete(prompt="x", suffix="", best_of=1, stream=True)).status == 200

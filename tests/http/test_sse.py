@@ -1,0 +1,260 @@
+"""The stream writer: direct sends, blocked readers, disconnects, keep-alive, one end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from tests.support.asgi import Call, events_of, request, send
+from tests.support.scripted_engine import (
+    ScriptedChannel,
+    ScriptedEngine,
+    fail_with,
+    say,
+    scripted_app,
+)
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, Overloaded, TgiError
+from tgi_asgi.http import sse
+from tgi_asgi.types import FinishReason, TokenEvent
+
+STREAM = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+def chat(**fields: object) -> Call:
+    return request("POST", "/v1/chat/completions", {**STREAM, **fields})
+
+
+def text_of(call: Call) -> str:
+    chunks = [event for event in events_of(call.content) if event != "[DONE]"]
+    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c.get("choices"))
+
+
+class Steps:
+    """A script whose steps the test makes one by one."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Sequence[TokenEvent] | TgiError] = asyncio.Queue()
+
+    async def script(self, channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        while True:
+            yield await self.queue.get()
+
+    async def deliver(self, *batches: Sequence[TokenEvent] | TgiError) -> None:
+        for batch in batches:
+            self.queue.put_nowait(batch)
+        async with asyncio.timeout(5):
+            while not self.queue.empty():
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+def token(text: str, finish: FinishReason | None = None) -> list[TokenEvent]:
+    return [TokenEvent(0, 97, text.encode(), text, finish=finish)]
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+async def submitted(engine: ScriptedEngine) -> None:
+    """Wait until a request has reached the engine."""
+    async with asyncio.timeout(5):
+        while not engine.channels:
+            await asyncio.sleep(0.001)
+
+
+async def start(steps: Steps, call: Call) -> tuple[ScriptedEngine, asyncio.Task[Call]]:
+    engine = ScriptedEngine(steps.script)
+    task = asyncio.create_task(send(scripted_app(engine), call))
+    await submitted(engine)
+    return engine, task
+
+
+async def test_nothing_is_sent_before_the_first_token_and_a_token_is_a_send(steps: Steps) -> None:
+    call = chat()
+    _, task = await start(steps, call)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert call.sent == []
+    await steps.deliver(token("a"))
+    assert [message["type"] for message in call.sent] == ["http.response.start", "http.response.body"]
+    assert call.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert call.headers["cache-control"] == "no-cache"
+    assert call.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in call.headers
+    await steps.deliver(token("b"))
+    assert len(call.sent) == 3
+    await steps.deliver(token("", FinishReason.EOS))
+    await task
+    assert len(call.sent) == 4
+    assert call.is_complete
+    assert text_of(call) == "ab"
+    assert events_of(call.content)[-1] == "[DONE]"
+
+
+async def test_every_send_holds_whole_events() -> None:
+    call = await send(scripted_app(ScriptedEngine(say("a", "b", "c"))), chat(n=3))
+    for message in call.sent[1:]:
+        events_of(message["body"])
+    assert call.is_complete
+
+
+async def test_an_error_before_the_first_token_is_an_ordinary_response() -> None:
+    for error, status in ((Overloaded(retry_after_s=4), 429), (GenerationFailed("x"), 500)):
+        call = await send(scripted_app(ScriptedEngine(fail_with(error))), chat())
+        assert call.status == status
+        assert call.headers["content-type"] == "application/json"
+        assert call.is_complete
+
+
+async def test_an_error_after_the_first_token_is_an_event_and_done(steps: Steps) -> None:
+    call = chat()
+    _, task = await start(steps, call)
+    await steps.deliver(token("a"), IncompleteGeneration("cut off"))
+    await task
+    assert call.status == 200
+    error, done = events_of(call.content)[-2:]
+    assert error["error"]["message"] == "cut off"
+    assert done == "[DONE]"
+    assert call.is_complete
+
+
+async def test_a_disconnect_cancels_the_request(steps: Steps) -> None:
+    call = chat()
+    engine, task = await start(steps, call)
+    await steps.deliver(token("a"))
+    call.gone.set()
+    await task
+    assert engine.channels[0].is_cancelled
+    assert engine.num_permits == 128
+    assert not call.is_complete
+
+
+async def test_a_disconnect_before_the_first_token_cancels_too(steps: Steps) -> None:
+    for fields in ({}, {"stream": False}):
+        call = chat(**fields)
+        engine, task = await start(steps, call)
+        call.gone.set()
+        await task
+        assert engine.channels[0].is_cancelled
+        assert call.sent == []
+
+
+async def test_a_blocked_reader_gets_what_waited_in_one_merged_send(steps: Steps) -> None:
+    call = chat()
+    _, task = await start(steps, call)
+    await steps.deliver(token("a"))
+    call.gate.clear()
+    await steps.deliver(token("b"), token("c"), token("d"))
+    assert call.num_blocked == 1
+    num_sent = len(call.sent)
+    call.gate.set()
+    async with asyncio.timeout(5):
+        while len(call.sent) < num_sent + 2:
+            await asyncio.sleep(0)
+    assert [event["choices"][0]["delta"] for event in events_of(call.sent[-1]["body"])] == [{"content": "cd"}]
+    await steps.deliver(token("e", FinishReason.EOS))
+    await task
+    assert text_of(call) == "abcde"
+    assert call.is_complete
+
+
+async def test_a_stream_that_ends_while_its_reader_blocks_ends_once(steps: Steps) -> None:
+    for last in (token("c", FinishReason.LENGTH), GenerationFailed("broken")):
+        call = chat()
+        _, task = await start(steps, call)
+        await steps.deliver(token("a"))
+        call.gate.clear()
+        await steps.deliver(token("b"))
+        steps.queue.put_nowait(last)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        call.gate.set()
+        await task
+        assert call.is_complete
+        events = events_of(call.content)
+        assert events[-1] == "[DONE]"
+        assert ("error" in events[-2]) == isinstance(last, TgiError)
+
+
+async def test_a_reader_that_lags_too_far_is_cut_off_alone(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sse, "MAX_WAITING_EVENTS", 10)
+    slow = chat()
+    engine, task = await start(steps, slow)
+    await steps.deliver(token("a"))
+    slow.gate.clear()
+    await steps.deliver(*[token("b") for _ in range(12)])
+    await task
+    assert engine.channels[0].is_cancelled
+    assert not slow.is_complete
+    assert "tokens behind" in caplog.text
+
+
+async def test_a_reader_that_stalls_for_a_minute_is_cut_off(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(sse, "STALL_LIMIT_S", 0.02)
+    call = chat()
+    engine, task = await start(steps, call)
+    call.gate.clear()
+    await steps.deliver(token("a"))
+    await task
+    assert engine.channels[0].is_cancelled
+    assert "has not read" in caplog.text
+
+
+async def test_silence_is_filled_with_comments_once_headers_are_out(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
+    call = chat()
+    _, task = await start(steps, call)
+    await asyncio.sleep(0.03)
+    assert call.sent == []
+    await steps.deliver(token("a"))
+    call.got_frame.clear()
+    await asyncio.wait_for(call.got_frame.wait(), 5)
+    assert call.sent[-1]["body"] == b":\n\n"
+    await steps.deliver(token("b", FinishReason.EOS))
+    await task
+    assert text_of(call) == "ab"
+
+
+async def test_a_send_that_fails_cancels_the_request(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    call = chat()
+
+    async def broken(message: object) -> None:
+        await asyncio.sleep(0)
+        raise OSError("broken pipe")
+
+    engine = ScriptedEngine(steps.script)
+    task = asyncio.create_task(scripted_app(engine)(call.scope, call.receive, broken))
+    await submitted(engine)
+    await steps.deliver(token("a"))
+    await task
+    assert engine.channels[0].is_cancelled
+    assert "broken pipe" in caplog.text
+
+
+async def test_a_server_that_cancels_the_request_frees_it(steps: Steps) -> None:
+    call = chat()
+    engine, task = await start(steps, call)
+    await steps.deliver(token("a"))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.channels[0].is_cancelled
+
+
+async def test_streams_do_not_leave_tasks_or_timers_behind() -> None:
+    before = asyncio.all_tasks()
+    await send(scripted_app(ScriptedEngine(say("a", "b"))), chat())
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
