@@ -315,3 +315,17 @@ def test_rows_that_ended_are_not_tried_again() -> None:
     scheduler.rollback(failed)
     scheduler.remove(sequence)
     assert scheduler.retry(failed, range(1)) is None
+
+
+def test_a_choice_does_not_fork_from_a_prompt_that_this_very_step_computes_again() -> None:
+    scheduler = make_scheduler(num_blocks=7, max_batch_size=2, prefix_cache=False)
+    runner = FakeRunner(num_blocks=7, max_batch_size=2)
+    add_request(scheduler, make_request(range(14), max_tokens=80), arrival=0)
+    leader, follower = add_request(scheduler, make_request(range(100, 120), max_tokens=60, n=2), arrival=1)
+    steps = run_all(scheduler, runner)
+    assert scheduler._stats.preemptions >= 1
+    first = next(step for step in steps if follower in step.sequences)
+    assert leader in first.sequences, "the scene is not as meant"
+    assert first.plan.rows[first.sequences.index(follower)].start == 0
+    assert runner.violations == []
+    assert finished([leader, follower])
