@@ -185,7 +185,7 @@ class Engine:
     async def _run(self) -> None:
         try:
             while True:
-                self._take(await self._inbox.get())
+                self._take(await self._next_message())
                 while not self._inbox.empty():
                     self._take(self._inbox.get_nowait())
                 while (flight := self._pipeline.pop_done()) is not None:
@@ -196,6 +196,14 @@ class Engine:
         except Exception as error:
             log.exception("the engine failed")
             self._die(GenerationFailed(f"the engine failed: {error}"))
+
+    async def _next_message(self) -> RequestChannel | TgiError | None:
+        """Wait for a message; where that really waits, a new slice of the loop's time begins."""
+        if not self._inbox.empty():
+            return self._inbox.get_nowait()
+        message = await self._inbox.get()
+        self._yield_at = self._clock() + _SLICE_S
+        return message
 
     def _wake(self) -> None:
         self._inbox.put_nowait(None)
@@ -255,7 +263,7 @@ class Engine:
             await self._recover(flight.step, error)
             return
         step, duration_s = flight.step, flight.done_s - flight.begun_s
-        self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
+        self._budget.observe(step.num_prefill_tokens, duration_s)
         self.stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         # A decode row had its last token from the step before.
         self.stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
@@ -271,7 +279,6 @@ class Engine:
     async def _deliver(self, step: Step, result: StepResult) -> None:
         """Turn a result into events and end what has ended; `_flush` hands them on."""
         now = self._clock()
-        self._yield_at = now + _SLICE_S
         for row, sequence in self.scheduler.apply(step, result):
             if sequence.state is SequenceState.FINISHED:
                 continue  # a sibling failed in this same step

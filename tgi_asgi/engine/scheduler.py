@@ -229,7 +229,7 @@ class Scheduler:
         while self._waiting and budget > 0 and self._slots:
             sequence = self._waiting[0][1]
             if sequence.state is SequenceState.WAITING:
-                # Each that runs will soon need its next block: without a reserve one of them would be preempted.
+                # Each that runs needs its next block soon: without a reserve one of them would be preempted.
                 if not self.tables.start(sequence, reserve=len(self._running)):
                     return
                 sequence.state = SequenceState.RUNNING
