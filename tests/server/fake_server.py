@@ -1,7 +1,7 @@
 """The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
 
 FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
-`crash` fail to load; `dies` loses the device at the first step.
+`crash` fail to load; `dies` loses the device at the first step. FAKE_STEP_S is how long a step takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load(settings: Settings, progress: Progress) -> Served:
         raise ModelLoadError("model.gguf: no such file")
     if behaviour == "crash":
         raise RuntimeError("a bug in a loader")
-    runner = FakeRunner(step_s=0.005, num_blocks=256)
+    runner = FakeRunner(step_s=float(os.environ.get("FAKE_STEP_S", "0.005")), num_blocks=256)
     if behaviour == "dies":
         runner.fault = _lose_device
     tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=4096, max_input_tokens=4095)

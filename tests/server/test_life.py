@@ -59,6 +59,25 @@ def test_start_up_says_what_is_served_and_how_to_try_it() -> None:
     assert "Running on" not in text
 
 
+def _metric(server: ServerProcess, name: str) -> float:
+    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+
+
+def test_a_client_that_leaves_frees_its_blocks_within_two_steps() -> None:
+    steps = 'tgi_batch_inference_count{method="decode"}'
+    with ServerProcess(MODULE, "--model-id", "fake", environ={"FAKE_STEP_S": "0.2"}) as server:
+        server.wait_until_healthy()
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert _metric(server, "tgi_kv_cache_usage_ratio") > 0
+            before = _metric(server, steps)
+        while _metric(server, "tgi_kv_cache_usage_ratio") > 0:
+            assert _metric(server, steps) <= before + 3  # the one that ran as it left, and two
+        assert _metric(server, "tgi_requests_running") == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_streams_finish_and_refuses_new_requests(number: signal.Signals) -> None:
     body = {**ENDLESS, "max_tokens": 200}
