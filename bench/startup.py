@@ -1,0 +1,98 @@
+"""Time from exec to the first token of an answer, and where it goes. The model must be cached.
+
+    python -m bench.startup --runs 3 [--model-id model.gguf]
+
+Prints one JSON object: seconds from exec to each event, the median of the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import http.client
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+BODY = {
+    "model": "tgi",
+    "messages": [{"role": "user", "content": "What is deep learning?"}],
+    "max_tokens": 1,
+    "stream": True,
+}
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def first_chunk(port: int) -> bool:
+    """Ask for one token; return whether it came."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "application/json"}
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(BODY), headers)
+        answer = connection.getresponse()
+        return answer.status == 200 and bool(answer.readline())
+    finally:
+        connection.close()
+
+
+def run_once(arguments: list[str]) -> dict[str, float]:
+    """Start a server, wait for its first token, stop it; return seconds from exec by event."""
+    port = free_port()
+    events: dict[str, float] = {}
+    with tempfile.TemporaryFile("w+") as log:
+        start_s = time.time()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tgi_asgi", "--json-output", "--port", str(port), *arguments],
+            stderr=log,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "HOSTNAME": "127.0.0.1"},
+        )
+        try:
+            while "first token" not in events:
+                if server.poll() is not None:
+                    raise SystemExit("the server ended; start it by hand to see why")
+                with contextlib.suppress(OSError):
+                    is_there = first_chunk(port)
+                    events.setdefault("port answers", time.time() - start_s)
+                    if is_there:
+                        events["first token"] = time.time() - start_s
+                time.sleep(0.01)
+        finally:
+            server.terminate()
+            server.wait()
+        log.seek(0)
+        for line in log:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if record["target"] == "tgi_asgi.console":
+                    seconds = datetime.datetime.fromisoformat(record["timestamp"]).timestamp() - start_s
+                    events.setdefault(record["message"].split(":")[0], seconds)
+    return events
+
+
+def main() -> None:
+    """Run it several times and print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    options, arguments = parser.parse_known_args()
+    runs = [run_once(arguments) for _ in range(options.runs)]
+    names = sorted(runs[0], key=runs[0].__getitem__)
+    medians = {name: round(statistics.median(run[name] for run in runs), 2) for name in names}
+    print(json.dumps({"bench": "startup", "runs": options.runs, "seconds_from_exec": medians}))
+
+
+if __name__ == "__main__":
+    main()
