@@ -163,12 +163,13 @@ async def _engine_call(served: Served, name: str) -> None:
 
 def load_model(settings: Settings, progress: Progress) -> Served:
     """Find, read and warm up the model; imports torch. Runs in the loading thread."""
-    from tgi_asgi.engine.engine import Engine
     from tgi_asgi.formats.sources import resolve
-    from tgi_asgi.runner.load import load
 
     files = resolve(settings, progress)
-    progress("loading libraries", 0, None)
+    progress("loading libraries", 0, None)  # torch alone takes a second
+    from tgi_asgi.engine.engine import Engine
+    from tgi_asgi.runner.load import load
+
     loaded = load(settings, files, progress)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     return Served(engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats)
