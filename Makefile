@@ -51,8 +51,10 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json
+$(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/server/tgi_clients/requirements.txt
 	$(PIP) install --no-build-isolation --editable '.[test]'
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
 	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock; fi
 	touch $@
 
