@@ -1,0 +1,156 @@
+"""The thread team: its size, its manners, callers that take turns, and life after a fork."""
+
+from __future__ import annotations
+
+import ast
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tgi_asgi import _C
+
+ROWS = torch.randn(64, 257)
+
+
+@pytest.fixture
+def team() -> Iterator[None]:
+    """Give the test a team to reshape, and put a plain one back."""
+    before = _C.num_threads()
+    yield
+    _C.configure_team(before)
+
+
+def norm() -> torch.Tensor:
+    out = torch.full_like(ROWS, torch.nan)
+    torch.ops.tgi.rms_norm(ROWS, torch.ones(257), 1e-5, None, out)
+    return out
+
+
+def team_threads() -> list[int]:
+    """Return the kernel's ids of the threads that the team owns."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(task.name) for task in tasks if (task / "comm").read_text().strip() == "tgi-team"]
+
+
+def state_of(thread: int) -> str:
+    return Path(f"/proc/self/task/{thread}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def until(holds: object, seconds: float = 20) -> bool:
+    """Wait for a condition that another thread brings about."""
+    assert callable(holds)
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return bool(holds())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(team: None, threads: int) -> None:
+    alone = norm()
+    _C.set_num_threads(threads)
+    assert _C.num_threads() == threads
+    assert torch.equal(norm(), alone)
+    assert until(lambda: len(team_threads()) == threads - 1)
+
+
+def test_the_default_is_what_the_process_may_use(team: None) -> None:
+    _C.set_num_threads(0)
+    assert _C.num_threads() == _C.default_num_threads() <= len(os.sched_getaffinity(0))
+
+
+def test_callers_on_many_threads_take_turns(team: None) -> None:
+    _C.set_num_threads(2)
+    expected, results = norm(), []
+    workers = [threading.Thread(target=lambda: results.extend(norm() for _ in range(5))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 20
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_an_idle_team_sleeps(team: None) -> None:
+    _C.configure_team(3, spin_us=10)
+    norm()
+    assert until(lambda: [state_of(thread) for thread in team_threads()] == ["S", "S"])
+    assert torch.equal(norm(), norm())
+
+
+def test_a_parked_team_is_woken_ahead_of_a_run(team: None) -> None:
+    _C.configure_team(2, spin_us=500_000)
+    norm()
+    (thread,) = team_threads()
+    assert until(lambda: state_of(thread) == "S")
+    _C.wake_team()
+    assert until(lambda: state_of(thread) == "R")
+
+
+def test_team_threads_take_the_nice_value_and_the_core_asked_for(team: None) -> None:
+    _C.configure_team(2, nice=7, pin=True)
+    norm()
+    (thread,) = team_threads()
+    cores = sorted(os.sched_getaffinity(0))
+    assert until(lambda: os.getpriority(os.PRIO_PROCESS, thread) == 7)
+    assert until(lambda: os.sched_getaffinity(thread) == {cores[1 % len(cores)]})
+    assert os.getpriority(os.PRIO_PROCESS, 0) == 0, "the caller is no member for good"
+
+
+def test_the_thread_that_joins_takes_member_zeros_place(team: None) -> None:
+    _C.configure_team(2, nice=5, pin=True)
+    seen: list[object] = []
+
+    def join() -> None:
+        _C.join_team()
+        own = threading.get_native_id()
+        seen.extend([os.getpriority(os.PRIO_PROCESS, own), os.sched_getaffinity(own)])
+
+    joiner = threading.Thread(target=join)
+    joiner.start()
+    joiner.join()
+    assert seen == [5, {min(os.sched_getaffinity(0))}]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_starts_a_team_of_its_own(team: None) -> None:
+    _C.set_num_threads(2)
+    expected = norm()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(norm(), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(norm(), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: _C.set_num_threads(-1),
+        lambda: _C.configure_team(2000),
+        lambda: _C.configure_team(1, nice=20),
+        lambda: _C.configure_team(1, spin_us=-1),
+        lambda: _C.force_isa("sse9"),
+    ],
+)
+def test_values_out_of_range_are_refused(call: object) -> None:
+    assert callable(call)
+    with pytest.raises(ValueError, match="must be"):
+        call()
+
+
+def test_the_stub_names_what_the_extension_has() -> None:
+    stub = Path(_C.__file__).with_name("_C.pyi").read_text()
+    functions = {node.name: node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)}
+    assert set(functions) == {name for name in vars(_C) if not name.startswith("_")}
+    for name, node in functions.items():
+        assert ast.get_docstring(node).split()[0] in getattr(_C, name).__doc__, f"{name} is told otherwise"
+        signature = getattr(_C, name).__doc__.splitlines()[0]
+        assert [argument.arg for argument in node.args.args] == [
+            part.split(":")[0].strip() for part in signature.split("(")[1].split(")")[0].split(",") if part
+        ]

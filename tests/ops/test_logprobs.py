@@ -1,0 +1,40 @@
+"""token_logprobs: log softmax at given tokens, and the best of each row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tgi_asgi import _C, ops
+
+
+@pytest.mark.parametrize(("rows", "vocab", "num_top"), [(0, 5, 2), (1, 1, 1), (3, 17, 17), (17, 1290, 20)])
+def test_values_equal_log_softmax(isa: str, rows: int, vocab: int, num_top: int) -> None:
+    _C.set_num_threads(2)
+    logits, ids = torch.randn(rows, vocab) * 6, torch.randint(vocab, (rows,))
+    found = ops.token_logprobs(logits, ids.int(), num_top)
+    expected = logits.double().log_softmax(-1)
+    chosen = expected.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(found.logprobs.double(), chosen, atol=2e-5, rtol=0)
+    best = expected.topk(num_top)
+    assert torch.equal(found.top_ids.long(), best.indices)
+    torch.testing.assert_close(found.top_logprobs.double(), best.values, atol=2e-5, rtol=0)
+
+
+def test_of_equal_logits_the_lowest_ids_are_listed_in_order(isa: str) -> None:
+    found = ops.token_logprobs(torch.zeros(1, 100), torch.tensor([4], dtype=torch.int32), 7)
+    assert found.top_ids.tolist() == [list(range(7))]
+
+
+def test_a_row_that_is_not_finite_is_nan_alone(isa: str) -> None:
+    logits = torch.randn(2, 50)
+    logits[0, 49] = torch.nan
+    found = ops.token_logprobs(logits, torch.tensor([1, 1], dtype=torch.int32), 3)
+    assert torch.isnan(found.logprobs).tolist() == [True, False]
+    assert torch.isnan(found.top_logprobs).all(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_a_token_out_of_range_is_refused(token: int) -> None:
+    with pytest.raises(RuntimeError, match=r"`token_ids`\[0\] must be in \[0, 50\)"):
+        ops.token_logprobs(torch.randn(1, 50), torch.tensor([token], dtype=torch.int32), 0)
