@@ -314,14 +314,14 @@ async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:
     await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
     num_wakes = 0
-    original = engine._take
+    original = engine._loop._take
 
     def counting(message: object) -> None:
         nonlocal num_wakes
         num_wakes += 1
         original(message)  # type: ignore[arg-type]
 
-    engine._take = counting  # type: ignore[method-assign, assignment]
+    engine._loop._take = counting  # type: ignore[method-assign, assignment]
     waiting = loop.create_future()
     loop.call_later(0.05, waiting.set_result, None)
     await waiting

@@ -85,7 +85,8 @@ class Pipeline:
         flight = Flight(step, future, now, limit_s)
         self._flights.append(flight)
         future.add_done_callback(partial(self._finish, flight))
-        if self._timer is None:
+        if self._timer is None or self._timer.when() > loop.time() + limit_s:
+            self.close()
             self._timer = loop.call_later(limit_s, self._watch)
         return flight
 

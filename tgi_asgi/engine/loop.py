@@ -1,0 +1,313 @@
+"""The one coroutine that serves: takes requests from a queue, plans steps, runs them, delivers their tokens.
+
+Owned by `Engine`, which is what HTTP sees; knows the runner's protocol, the tokenizer's byte table and the
+scheduler. Everything here runs on one event loop, and nothing but this coroutine touches the scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.output import ChoiceOutput, TokenTable
+from tgi_asgi.engine.pipeline import Flight, Pipeline
+from tgi_asgi.engine.prefix import HashChain, root_digest
+from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
+from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
+from tgi_asgi.settings import Settings
+
+log = logging.getLogger(__name__)
+
+AGING_S = 30.0  # seconds of waiting that make up for one level of priority
+_LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
+_SLICE_S = 0.001  # delivery holds the loop no longer
+_MAX_LOST_ROWS = 16  # rows that failed with no good step between them: the fault is not in the requests
+
+
+class ServingLoop:
+    """The engine's coroutine and all that it owns.
+
+    Args:
+        eos_ids: of the model.
+        on_hang: called once with the seconds that a step has taken beyond bearing.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: TokenTable,
+        settings: Settings,
+        *,
+        eos_ids: frozenset[int],
+        stats: EngineStats,
+        on_hang: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._budget = TokenBudget(
+            max_tokens=settings.max_batch_prefill_tokens,
+            block_size=runner.block_size,
+            target_s=settings.target_inter_token_ms / 1000,
+        )
+        self.scheduler = Scheduler(
+            num_blocks=runner.num_blocks,
+            block_size=runner.block_size,
+            max_batch_size=runner.max_batch_size,
+            max_step_tokens=runner.max_step_tokens,
+            budget=self._budget,
+            stats=stats,
+            prefix_cache=settings.prefix_cache,
+        )
+        self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
+        self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
+        self.is_idle = asyncio.Event()  # no request is open
+        self.is_idle.set()
+        self._block_size = runner.block_size
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._step_timeout_s = settings.step_timeout_s
+        self._stats = stats
+        self._clock = clock
+        self._open: set[RequestChannel] = set()
+        self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
+        self._num_arrived = 0
+        self._num_lost_rows = 0
+        self._yield_at = 0.0
+        self._last_done_s = 0.0
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def open(self, channel: RequestChannel) -> None:
+        """Queue a new request; from here on it will end exactly once."""
+        self._open.add(channel)
+        self.is_idle.clear()
+        self._stats.accepted += 1
+        self.inbox.put_nowait(channel)
+
+    async def run(self) -> None:
+        """Serve until cancelled.
+
+        Raises:
+            Exception: nothing can be served any more: the device is lost, or there is a bug.
+        """
+        while True:
+            self._take(await self._next_message())
+            while not self.inbox.empty():
+                self._take(self.inbox.get_nowait())
+            while (flight := self.pipeline.pop_done()) is not None:
+                await self._complete(flight)
+                self._fill()
+                await self._flush()
+            self._fill()
+
+    def end_all(self, error: TgiError) -> None:
+        """End every request that is open."""
+        for channel in list(self._open):
+            self._end(channel, error)
+        self._show()
+
+    async def _next_message(self) -> RequestChannel | TgiError | None:
+        """Wait for a message; where that really waits, a new slice of the loop's time begins."""
+        if not self.inbox.empty():
+            return self.inbox.get_nowait()
+        message = await self.inbox.get()
+        self._yield_at = self._clock() + _SLICE_S
+        return message
+
+    def _wake(self) -> None:
+        self.inbox.put_nowait(None)
+
+    def _take(self, message: RequestChannel | TgiError | None) -> None:
+        """Handle a message: a channel is new or cancelled, an error ends all, None means a step is done."""
+        if isinstance(message, RequestChannel):
+            if message.is_cancelled:
+                self._end(message, IncompleteGeneration("the request was cancelled"))
+            elif not message.is_ended:
+                self._add(message)
+        elif message is not None:
+            self.end_all(message)
+
+    def _add(self, channel: RequestChannel) -> None:
+        request = channel.request
+        urgency = channel.stats.arrival_s + request.priority * AGING_S
+        chain = HashChain(root_digest(request.adapter, request.cache_salt), self._block_size)
+        for choice in range(request.n):
+            sequence = Sequence(
+                request,
+                choice,
+                urgency=(urgency, self._num_arrived, choice),
+                chain=chain,
+                eos_ids=self._eos_ids,
+                leader=channel.sequences[0] if choice else None,
+                owner=channel,
+            )
+            channel.sequences.append(sequence)
+            channel.outputs.append(ChoiceOutput(choice, request.stop, self._tokenizer, self._eos_ids))
+        self._num_arrived += 1
+        self.scheduler.add(channel.sequences)
+
+    def _fill(self) -> None:
+        """Plan and submit until two steps are in flight or there is nothing to compute."""
+        while self.pipeline.has_room:
+            step = self.scheduler.plan()
+            if step is None:
+                break
+            self._submit(step)
+        self._show()
+
+    def _submit(self, step: Step) -> Flight:
+        predicted_s = self._budget.predict_s(step.num_prefill_tokens)
+        flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
+        for sequence in step.sequences[step.num_decode_rows :]:
+            stats = sequence.owner.stats
+            if stats.scheduled_s is None:
+                stats.scheduled_s = flight.begun_s
+                stats.cached_tokens = sequence.num_cached or 0
+        return flight
+
+    async def _complete(self, flight: Flight) -> None:
+        """Take over a finished step."""
+        error = flight.error
+        if error is not None:
+            await self._recover(flight.step, error)
+            return
+        step, duration_s = flight.step, flight.done_s - flight.begun_s
+        self._budget.observe(step.num_prefill_tokens, duration_s)
+        self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
+        # A decode row had its last token from the step before.
+        self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
+        self._last_done_s = flight.done_s
+        if step.num_prefill_tokens:
+            self._stats.prefill_size.observe(len(step.sequences) - step.num_decode_rows)
+        self._stats.steps += 1
+        self._stats.batch_size = len(step.sequences)
+        self._stats.prefill_tokens += step.num_prefill_tokens
+        self._num_lost_rows = 0
+        await self._deliver(step, flight.future.result())
+
+    async def _deliver(self, step: Step, result: StepResult) -> None:
+        """Turn a result into events and end what has ended; `_flush` hands them on."""
+        now = self._clock()
+        for row, sequence in self.scheduler.apply(step, result):
+            if sequence.state is SequenceState.FINISHED:
+                continue  # a sibling failed in this same step
+            channel: RequestChannel = sequence.owner
+            if row in result.prompt_logprobs:
+                self._keep_prompt_logprobs(channel, step, row, result)
+            sampled = result.sampled[row]
+            if sampled is None:
+                continue
+            if not sampled.is_finite:
+                self._lose(sequence, "the model's logits were not finite")
+                continue
+            stats = channel.stats
+            stats.generated_tokens += 1
+            if stats.first_token_s is None:
+                stats.first_token_s = now
+            try:
+                event = channel.outputs[sequence.choice].push(sampled)
+            except Exception as error:
+                log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
+                self._lose(sequence, f"token {sampled.token_id} could not be turned into text: {error!r}")
+                continue
+            channel.push(event)
+            self._touched[channel] = None
+            self._stats.sampled_tokens += 1
+            if event.finish is not None:
+                self.scheduler.remove(sequence)
+                if channel.is_ended:
+                    self._end(channel, None)
+            if self._clock() > self._yield_at:
+                await self._breathe()
+
+    def _keep_prompt_logprobs(
+        self, channel: RequestChannel, step: Step, row: int, result: StepResult
+    ) -> None:
+        known = channel.stats.prompt_logprobs or []
+        del known[step.plan.rows[row].start :]  # computed twice after a preemption
+        known.extend(result.prompt_logprobs[row])
+        channel.stats.prompt_logprobs = known
+
+    async def _flush(self) -> None:
+        """Hand on what is new, one call a request, and let the loop do other things in between."""
+        touched, self._touched = self._touched, {}
+        for channel in touched:
+            channel.flush()
+            if self._clock() > self._yield_at:
+                await self._breathe()
+
+    async def _breathe(self) -> None:
+        await asyncio.sleep(0)
+        self._yield_at = self._clock() + _SLICE_S
+
+    # Faults and ends
+
+    async def _recover(self, failed: Step, error: BaseException) -> None:
+        """Run the rows of a failed step again by halves, until those that make it fail are alone."""
+        following = await self.pipeline.drain()
+        for flight in reversed(following):
+            self.scheduler.rollback(flight.step)
+        pending = [(failed, error, range(len(failed.sequences)))]
+        while pending:
+            step, error, rows = pending.pop()
+            if isinstance(error, DeviceLost):
+                raise error
+            log.error("step %d failed with %d rows: %r", step.plan.step_id, len(rows), error)
+            self._stats.failed_steps += 1
+            self.scheduler.rollback(step)
+            if len(rows) == 1:
+                self._lose(step.sequences[rows[0]], f"the model failed on this request: {error!r}")
+                continue
+            middle = len(rows) // 2
+            for half in (rows[:middle], rows[middle:]):
+                again = self.scheduler.retry(step, half)
+                if again is not None:
+                    self._submit(again)
+                    (flight,) = await self.pipeline.drain()
+                    if flight.error is None:
+                        await self._complete(flight)
+                        await self._flush()
+                    else:
+                        pending.append((again, flight.error, range(len(again.sequences))))
+
+    def _lose(self, sequence: Sequence, reason: str) -> None:
+        """Fail the request of a row; what it wrote is not to be found in the cache."""
+        self.scheduler.remove(sequence, forget=True)
+        self._end(sequence.owner, GenerationFailed(reason))
+        self._num_lost_rows += 1
+        if self._num_lost_rows >= _MAX_LOST_ROWS:
+            raise DeviceLost(f"{self._num_lost_rows} rows failed one after the other: {reason}")
+
+    def _end(self, channel: RequestChannel, error: TgiError | None) -> None:
+        """End a request once: give back all that it holds, and tell its taker if it is an error."""
+        if channel not in self._open:
+            return
+        self._open.remove(channel)
+        for sequence in channel.sequences:
+            self.scheduler.remove(sequence)
+        channel.permit.release()
+        channel.stats.finished_s = self._clock()
+        if error is None:
+            self._stats.finished += 1
+        elif channel.is_cancelled:
+            self._stats.cancelled += 1
+        else:
+            self._stats.failed += 1
+        if error is not None:
+            channel.fail(error)
+        if not self._open:
+            self.is_idle.set()
+
+    def _show(self) -> None:
+        stats, scheduler = self._stats, self.scheduler
+        stats.running = scheduler.num_running
+        stats.waiting = scheduler.num_waiting
+        stats.blocks_used = scheduler.pool.num_used
