@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -122,6 +122,18 @@ async def test_a_runner_that_refuses_a_step_fails_its_rows_alone(make_engine: Ma
     assert all(isinstance(answer.error, GenerationFailed) for answer in answers)
     runner.submit = original  # type: ignore[method-assign]
     assert (await ask(engine, make_request(9))).finish() is FinishReason.LENGTH
+
+
+async def test_a_token_without_text_fails_its_request_alone(make_engine: MakeEngine) -> None:
+    """A model may have more logits than its tokenizer has tokens."""
+
+    def next_token(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
+        return 999_999 if tokens[0] == POISON else 97
+
+    engine = make_engine(FakeRunner(next_token=next_token))
+    bad, good = await asyncio.gather(ask(engine, make_request([POISON])), ask(engine, make_request([1])))
+    assert isinstance(bad.error, GenerationFailed)
+    assert good.text() == "a" * 8
 
 
 class Deaths:

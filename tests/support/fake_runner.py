@@ -41,7 +41,7 @@ class FakeTokenizer:
         return list(text.encode())
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes((token_id,)) if token_id < 256 else (b"<eos>" if token_id == EOS_ID else b"<bos>")
+        return bytes((token_id,)) if token_id < 256 else {EOS_ID: b"<eos>", BOS_ID: b"<bos>"}[token_id]
 
 
 def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
