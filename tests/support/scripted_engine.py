@@ -55,6 +55,7 @@ class ScriptedChannel:
         self.is_cancelled = False
         self.ended = asyncio.Event()
         self._permit = permit
+        self._script = engine.script
         self._sink: Sink | None = None
         self._waiting: list[Sequence[TokenEvent] | TgiError] = []
         self._arrived = asyncio.Event()
@@ -95,7 +96,7 @@ class ScriptedChannel:
             rest = len(self.request.prompt_ids) - 1
             self.stats.prompt_logprobs = [(None, []), *([(LOGPROB, best)] * rest)]
         num_open = self.request.n
-        async with aclosing(self.engine.script(self)) as batches:  # type: ignore[type-var]
+        async with aclosing(self._script(self)) as batches:  # type: ignore[type-var]
             async for batch in batches:
                 if isinstance(batch, TgiError):
                     self._end()

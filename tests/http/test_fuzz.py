@@ -1,0 +1,91 @@
+"""Random JSON, near and far from valid: never a 500, never a hang, never a permit lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.asgi import events_of, request, send
+from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
+from tgi_asgi.http.openai_schema import ChatRequest, CompletionRequest
+from tgi_asgi.settings import Settings
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 30), st.floats(allow_nan=False),
+    st.floats(-3, 3), st.text(max_size=8), st.sampled_from(["", "user", "assistant", "system", "text", "auto", "none", "tgi"]),
+)  # fmt: skip
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+PARTS = st.fixed_dictionaries({"type": st.sampled_from(["text", "refusal", "image_url"])}, optional={
+    "text": st.text(max_size=5) | SCALARS, "refusal": SCALARS,
+})  # fmt: skip
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "developer", "x"])},
+    optional={
+        "content": st.text(max_size=8) | st.lists(PARTS, max_size=3) | SCALARS,
+        "name": SCALARS, "tool_call_id": st.text(max_size=3), "tool_calls": ANYTHING, "reasoning": SCALARS,
+    },
+)  # fmt: skip
+
+
+def bodies(kind: type[msgspec.Struct], required: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """Return requests whose known fields hold anything at all, a few at a time."""
+    names = sorted({field.name for field in msgspec.structs.fields(kind)} - set(required))
+    given_fields = st.dictionaries(st.sampled_from(names), ANYTHING | SCALARS, max_size=4)
+    return st.builds(lambda own, fields: {**fields, **own}, st.fixed_dictionaries(required), given_fields)
+
+
+CHATS = bodies(ChatRequest, {"messages": st.lists(MESSAGES, max_size=3) | ANYTHING})
+COMPLETIONS = bodies(
+    CompletionRequest,
+    {
+        "prompt": st.text(max_size=5)
+        | st.lists(st.text(max_size=3) | st.integers(-1, 1100), max_size=3)
+        | ANYTHING
+    },
+)
+APPS = st.sampled_from([Settings(), Settings(tgi_compat=True), Settings(strict_model_names=True)])
+
+
+async def survive(app_settings: Settings, path: str, body: Any) -> None:
+    engine = ScriptedEngine(say("Hel", "lo", b"\xf0\x9f"))
+    app = scripted_app(engine, app_settings)
+    try:
+        call = await send(app, request("POST", path, body))
+    finally:
+        app.context.executor.shutdown(wait=False)
+    assert call.status < 500, call.content
+    assert call.is_complete
+    assert engine.num_permits == 128
+    if call.headers["content-type"].startswith("text/event-stream"):
+        assert events_of(call.content)[-1] == "[DONE]"
+    else:
+        assert ("error" in call.json()) == (call.status >= 400)
+
+
+@settings(max_examples=150, deadline=None)
+@given(APPS, CHATS)
+def test_random_chats(app_settings: Settings, body: Any) -> None:
+    asyncio.run(survive(app_settings, "/v1/chat/completions", body))
+
+
+@settings(max_examples=150, deadline=None)
+@given(APPS, COMPLETIONS)
+def test_random_completions(app_settings: Settings, body: Any) -> None:
+    asyncio.run(survive(app_settings, "/v1/completions", body))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/responses"]),
+    st.binary(max_size=60) | ANYTHING,
+)
+def test_random_bodies(path: str, body: Any) -> None:
+    asyncio.run(survive(Settings(), path, body))

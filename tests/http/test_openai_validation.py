@@ -1,0 +1,248 @@
+"""Bad requests on `/v1`: the status, the field's path, and the words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.asgi import request, send
+from tests.support.scripted_engine import ScriptedEngine, scripted_app
+from tgi_asgi.settings import Settings
+
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+
+
+async def refused(path: str, body: Any, settings: Settings | None = None) -> dict[str, Any]:
+    """Return the error object of a request that never reaches the engine."""
+    engine = ScriptedEngine()
+    call = await send(scripted_app(engine, settings), request("POST", path, body))
+    assert call.status == 400, (call.status, call.content)
+    assert engine.channels == []
+    assert engine.num_permits == 128
+    error = call.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["type"] == "invalid_request_error"
+    return dict(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b'{"messages":', b"nope", b"\xff\xfe", b'{"messages":[],"x":"\xff"}',
+        b'{"temperature":NaN}', b'{"temperature":Infinity}', b'{"user":"\\ud83d"}', b'{"x":' + b"[" * 200_000, b"{} {}",
+        b'{"seed":1e400}', b"\xef\xbb\xbf{}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+async def test_what_is_no_json_is_a_400(path: str, body: bytes) -> None:
+    await refused(path, body)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"5", b'"x"', b"null"])
+async def test_what_is_no_object_is_a_400(body: bytes) -> None:
+    assert "object" in (await refused(CHAT, body))["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HI, {"role": "robot", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [
+                {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}]}]},
+            "messages[0].content[1].type",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
+         "messages[0].content[0].refusal"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": -1}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": "20"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 10**30}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 1025}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {"1024": 1}}, "logit_bias.1024"),
+        ({"logit_bias": {"²": 1}}, "logit_bias.²"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": [1.0]}, "logit_bias"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"stop_token_ids": [1024]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids[1]"),
+        ({"stop_token_ids": ["5"]}, "stop_token_ids[0]"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"priority": 0.5}, "priority"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}},
+         "chat_template_kwargs.add_generation_prompt"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "é"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {}}, "audio"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": JSON_SCHEMA}, "response_format"),
+        ({"response_format": {"type": "regex", "value": "a+"}}, "response_format"),
+        ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"use_beam_search": True}, "use_beam_search"),
+    ],
+)  # fmt: skip
+async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -> None:
+    error = await refused(CHAT, {"messages": HI, **fields})
+    assert error["param"] == param
+    assert param.split(".")[0].split("[")[0] in error["message"] or "multiple" in error["message"]
+
+
+async def test_a_missing_field_is_named() -> None:
+    assert await refused(CHAT, {}) == {
+        "message": "`messages` is required", "type": "invalid_request_error", "param": "messages",
+        "code": None,
+    }  # fmt: skip
+    assert (await refused("/v1/completions", {}))["param"] == "prompt"
+
+
+async def test_messages_say_what_was_given_and_what_is_allowed() -> None:
+    error = await refused(CHAT, {"messages": HI, "top_p": 1.3})
+    assert error["message"] == "`top_p` must be in [0, 1], got 1.3"
+    error = await refused(CHAT, {"messages": HI, "typical_p": 0})
+    assert error["message"] == "`typical_p` must be in (0, 1], got 0.0"
+    error = await refused(CHAT, {"messages": HI, "top_k": -5})
+    assert error["message"] == "`top_k` must be at least -1, got -5"
+
+
+async def test_what_is_harmless_is_accepted() -> None:
+    engine = ScriptedEngine()
+    body = {
+        "messages": HI, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
+        "top_logprobs": 0, "functions": [], "modalities": ["text"], "stop": [], "use_beam_search": False,
+        "spaces_between_special_tokens": True, "include_reasoning": False, "stop_token_ids": [],
+    }  # fmt: skip
+    assert (await send(scripted_app(engine), request("POST", CHAT, body))).status == 200
+
+
+async def test_tools_that_must_not_be_called_are_rendered() -> None:
+    engine = ScriptedEngine()
+    app = scripted_app(engine, chat_template="{{ tools[0].function.name }}")
+    body = {"messages": HI, "tools": [TOOL], "tool_choice": "none"}
+    assert (await send(app, request("POST", CHAT, body))).status == 200
+    assert engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False) == "f"
+
+
+async def test_a_template_from_a_request_is_forbidden() -> None:
+    call = await send(
+        scripted_app(ScriptedEngine()), request("POST", CHAT, {"messages": HI, "chat_template": "x"})
+    )
+    assert (call.status, call.json()["error"]["type"]) == (403, "permission_error")
+
+
+async def test_responses_is_refused_clearly() -> None:
+    error = await refused("/v1/responses", {"input": "hi"})
+    assert "/v1/chat/completions" in error["message"]
+    assert (await refused("/v1/responses", {"model": "x"}))["param"] == "input"
+
+
+async def test_the_operators_limits_hold_on_v1() -> None:
+    settings = Settings(max_stop_sequences=1, max_best_of=2, max_top_n_tokens=3, max_client_batch_size=2)
+    for fields, param in (
+        ({"stop": ["a", "b"]}, "stop"), ({"n": 3}, "n"),
+        ({"logprobs": True, "top_logprobs": 4}, "top_logprobs"),
+    ):  # fmt: skip
+        assert (await refused(CHAT, {"messages": HI, **fields}, settings))["param"] == param
+    error = await refused("/v1/completions", {"prompt": ["a", "b", "c"]}, settings)
+    assert error["message"] == "Number of prompts exceeds the maximum allowed batch size of 2"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop": ["a"] * 5}, "`stop`"),
+        ({"n": 3}, "`n`"),
+        ({"logprobs": True, "top_logprobs": 6}, "`top_logprobs`"),
+    ],
+)
+async def test_compat_has_tgis_limits(fields: dict[str, Any], message: str) -> None:
+    app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
+    call = await send(app, request("POST", CHAT, {"messages": HI, **fields}))
+    assert call.status == 422
+    assert message in call.json()["error"]
+
+
+async def test_compat_refuses_tools_with_a_grammar_in_tgis_words() -> None:
+    app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
+    body = {"messages": HI, "tools": [], "response_format": {"type": "text"}}
+    call = await send(app, request("POST", CHAT, body))
+    assert call.status == 422
+    assert (
+        call.content
+        == json.dumps(
+            {"error": "Tool error: Grammar and tools are mutually exclusive", "error_type": "tool_error"},
+            separators=(",", ":"),
+        ).encode()
+    )
