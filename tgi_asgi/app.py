@@ -30,6 +30,8 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+FLUSH_S = 1.0
+
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started
 Reply = tuple[int, bytes, list[Header]]  # status, JSON body, headers
@@ -43,7 +45,8 @@ class App:
     Attributes:
         context: what the routes share; `context.served` is there once the model has loaded.
         on_ready: called once the engine runs.
-        on_fatal: called with the reason when loading has failed; the port goes on answering 503 until then.
+        on_fatal: called with the reason when loading has failed, or the engine has died and its streams have
+            had `FLUSH_S` to send their last events; the process should end, and answers 503 until then.
         guards: run in order before each request is routed.
         observers: run in order after each request.
     """
@@ -98,6 +101,7 @@ class App:
         context = self.context
         try:
             served = await asyncio.to_thread(self._loader, context.settings, context.report)
+            served.engine.on_fatal = self._on_engine_death  # type: ignore[attr-defined]  # not HTTP's business
             await _engine_call(served, "start")
         except Exception as error:
             context.failure = error
@@ -110,6 +114,11 @@ class App:
         context.served = served
         if self.on_ready is not None:
             self.on_ready(served)
+
+    def _on_engine_death(self, error: TgiError) -> None:
+        self.context.failure = error
+        if self.on_fatal is not None:
+            asyncio.get_running_loop().call_later(FLUSH_S, self.on_fatal, error)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()

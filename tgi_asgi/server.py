@@ -20,11 +20,10 @@ from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.app import Loader, Progress, create_app, load_model
 from tgi_asgi.console import Console
-from tgi_asgi.errors import GenerationFailed, ModelLoadError, TgiError
+from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.http.context import Served
 from tgi_asgi.process import end_process
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75  # over the 60 s of common load balancers, which else reuse a connection as it closes
 # A reader that never reads blocks `send()` for ever under hypercorn: the kernel ends its connection.
 STALLED_READER_MS = 120_000
-WATCH_EVERY_S = 0.5
 FLUSH_S = 1.0  # what the last events of a stream get to leave, once nothing more is generated
 
 
@@ -121,10 +119,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        watchdog = loop.create_task(self._watch())
         app = cast(ASGIFramework, self._app)  # hypercorn types each message; ASGI's own type is a mapping
         await hypercorn_serve(app, make_config(self._listener), shutdown_trigger=self._stop.wait, mode="asgi")
-        watchdog.cancel()
         if self._failure is None:
             return 0
         if isinstance(self._failure, TgiError):
@@ -145,7 +141,7 @@ class _Server:
     def _on_fatal(self, error: BaseException) -> None:
         """Stop because the model could not be loaded, or the engine has died."""
         self._console.close()
-        self._failure = self._failure or error
+        self._failure = error
         self._stop.set()
 
     def _on_signal(self, number: int) -> None:
@@ -162,12 +158,6 @@ class _Server:
         logger.info("draining for up to %d s; a second signal ends at once", timeout_s)
         await cast(_Drainable, served.engine).drain(timeout_s)
         self._stop.set()
-
-    async def _watch(self) -> None:
-        """End the process when the engine has died: its supervisor starts a new one."""
-        while self._app.context.state is not EngineState.DEAD:
-            await asyncio.sleep(WATCH_EVERY_S)
-        self._on_fatal(self._app.context.failure or GenerationFailed("the engine has died"))
 
 
 def _url(listener: socket.socket) -> str:

@@ -163,17 +163,33 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_1() -> None:
             assert f"port {server.port}: Address already in use" in line
 
 
-def test_under_hypercorn_s_command_a_missing_model_id_is_an_error() -> None:
+def _under_hypercorn(app: str, *flags: str, **environ: str) -> ServerProcess:
     port = free_port()
-    command = ("hypercorn", "--workers", "0", "tgi_asgi.app:app", "--bind", f"127.0.0.1:{port}")
-    with ServerProcess(*command, port=port) as server:
-        assert server.wait() != 0
+    command = ("hypercorn", *(flags or ("--workers", "0")), app, "--bind", f"127.0.0.1:{port}")
+    return ServerProcess(*command, port=port, environ=environ)
+
+
+def test_under_hypercorn_s_command_it_serves_and_dies_with_its_engine() -> None:
+    with _under_hypercorn("tests.server.fake_app:app", MODEL_ID="fake", FAKE_MODEL="dies") as server:
+        server.wait_until_healthy()
+        answer = httpx.post(server.url + "/generate", json={"inputs": "go"}, timeout=60)
+        assert answer.status_code in (424, 500, 503)
+        assert server.wait() == 1
+
+
+def test_under_hypercorn_s_command_a_missing_model_id_is_an_error() -> None:
+    with _under_hypercorn("tgi_asgi.app:app") as server:
+        assert server.wait() == 1
         assert "MODEL_ID" in server.output().splitlines()[-1]
 
 
+def test_under_hypercorn_s_command_a_failed_load_ends_the_process() -> None:
+    with _under_hypercorn("tgi_asgi.app:app", MODEL_ID="/nowhere") as server:
+        assert server.wait() == 1
+        assert "/nowhere" in server.output().splitlines()[-1]
+
+
 def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
-    port = free_port()
-    command = ("hypercorn", "--workers", "2", "tgi_asgi.app:app", "--bind", f"127.0.0.1:{port}")
-    with ServerProcess(*command, port=port, environ={"MODEL_ID": "/nowhere"}) as server:
+    with _under_hypercorn("tests.server.fake_app:app", "--workers", "2", MODEL_ID="fake") as server:
         server.wait()  # hypercorn's own exit code says nothing of its workers
         assert "start hypercorn with --workers 0" in server.output()
