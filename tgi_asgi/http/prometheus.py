@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import ClassVar, Protocol, TypeVar
 
 CONTENT_TYPE = b"text/plain; charset=utf-8"
@@ -68,16 +69,13 @@ class Histogram:
     """Counts of observations by upper bound (inclusive), and their sum."""
 
     kind: ClassVar[str] = "histogram"
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("_heads", "bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
+        self._heads: list[str] = []  # of the bucket lines: made once, for the loop waits while we render
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
 
     def observe(self, value: float, times: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += times
@@ -85,20 +83,21 @@ class Histogram:
 
     def copy_from(self, other: HistogramCounts) -> None:
         """Take over a histogram that is kept elsewhere."""
-        self.bounds = other.bounds
+        if self.bounds is not other.bounds:
+            self.bounds, self._heads = other.bounds, []
         self.counts = other.counts[:]
         self.sum = other.total
 
     def samples(self, name: str, label: str) -> Iterator[str]:
-        comma = "," if label else ""
-        below = 0
-        for bound, count in zip(self.bounds, self.counts, strict=False):
-            below += count
-            yield f'{name}_bucket{{{label}{comma}le="{_number(bound)}"}} {below}'
-        total = self.count
-        yield f'{name}_bucket{{{label}{comma}le="+Inf"}} {total}'
+        if not self._heads:
+            comma = "," if label else ""
+            bounds = [*map(_number, self.bounds), "+Inf"]
+            self._heads = [f'{name}_bucket{{{label}{comma}le="{bound}"}} ' for bound in bounds]
+        up_to = list(accumulate(self.counts))
+        for head, count in zip(self._heads, up_to, strict=True):
+            yield head + str(count)
         yield f"{name}_sum{_braces(label)} {_number(self.sum)}"
-        yield f"{name}_count{_braces(label)} {total}"
+        yield f"{name}_count{_braces(label)} {up_to[-1]}"
 
 
 class Summary:
