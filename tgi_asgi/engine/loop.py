@@ -100,8 +100,7 @@ class ServingLoop:
         """
         while True:
             self._take(await self._next_message())
-            while not self.inbox.empty():
-                self._take(self.inbox.get_nowait())
+            self._take_waiting()
             while (flight := self.pipeline.pop_done()) is not None:
                 await self._complete(flight)
                 self._fill()
@@ -124,6 +123,10 @@ class ServingLoop:
 
     def _wake(self) -> None:
         self.inbox.put_nowait(None)
+
+    def _take_waiting(self) -> None:
+        while not self.inbox.empty():
+            self._take(self.inbox.get_nowait())
 
     def _take(self, message: RequestChannel | TgiError | None) -> None:
         """Handle a message: a channel is new or cancelled, an error ends all, None means a step is done."""
@@ -255,36 +258,37 @@ class ServingLoop:
         following = await self.pipeline.drain()
         for flight in reversed(following):
             self.scheduler.rollback(flight.step)
-        pending = [(failed, error, range(len(failed.sequences)))]
+        pending = [(failed, error)]
         while pending:
-            step, error, rows = pending.pop()
-            if isinstance(error, DeviceLost):
-                raise error
-            log.error("step %d failed with %d rows: %r", step.plan.step_id, len(rows), error)
+            step, error = pending.pop()
+            num_rows = len(step.sequences)
+            log.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
             self._stats.failed_steps += 1
+            if isinstance(error, DeviceLost) or self._num_lost_rows >= _MAX_LOST_ROWS:
+                raise error
             self.scheduler.rollback(step)
-            if len(rows) == 1:
-                self._lose(step.sequences[rows[0]], f"the model failed on this request: {error!r}")
+            if num_rows == 1:
+                for _, sequence in step.live():
+                    self._lose(sequence, f"the model failed on this request: {error!r}")
+                    self._num_lost_rows += 1
                 continue
-            middle = len(rows) // 2
-            for half in (rows[:middle], rows[middle:]):
-                again = self.scheduler.retry(step, half)
+            for rows in (range(num_rows // 2), range(num_rows // 2, num_rows)):
+                self._take_waiting()
+                again = self.scheduler.retry(step, rows)
                 if again is not None:
                     self._submit(again)
                     (flight,) = await self.pipeline.drain()
-                    if flight.error is None:
-                        await self._complete(flight)
-                        await self._flush()
-                    else:
-                        pending.append((again, flight.error, range(len(again.sequences))))
+                    if flight.error is not None:
+                        pending.append((again, flight.error))
+                        continue
+                    await self._complete(flight)
+                    await self._flush()
 
     def _lose(self, sequence: Sequence, reason: str) -> None:
         """Fail the request of a row; what it wrote is not to be found in the cache."""
+        log.error("request %s, choice %d: %s", sequence.request.request_id, sequence.choice, reason)
         self.scheduler.remove(sequence, forget=True)
         self._end(sequence.owner, GenerationFailed(reason))
-        self._num_lost_rows += 1
-        if self._num_lost_rows >= _MAX_LOST_ROWS:
-            raise DeviceLost(f"{self._num_lost_rows} rows failed one after the other: {reason}")
 
     def _end(self, channel: RequestChannel, error: TgiError | None) -> None:
         """End a request once: give back all that it holds, and tell its taker if it is an error."""
