@@ -10,14 +10,13 @@ from starlette.routing import Route
 import tgi_asgi
 from tgi_asgi.http.asgi import JSON
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.openai_params import Limits
 from tgi_asgi.http.prometheus import CONTENT_TYPE
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.tgi_schema import Info
 from tgi_asgi.http.tgi_validation import NativeLimits
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
-
-DEFAULT_MAX_CLIENT_BATCH_SIZE = 128  # prompts in one /v1/completions call
 
 
 def routes() -> list[Route]:
@@ -80,7 +79,7 @@ def describe(settings: Settings, model: ModelInfo) -> Info:
         max_input_tokens=model.max_input_tokens,
         max_total_tokens=model.max_total_tokens,
         validation_workers=settings.validation_workers,
-        max_client_batch_size=settings.max_client_batch_size or DEFAULT_MAX_CLIENT_BATCH_SIZE,
+        max_client_batch_size=Limits.of(settings).prompts,
         max_batch_total_tokens=model.kv_tokens,
         max_batch_size=settings.max_batch_size,
         # Dashboards and clients ask for this name; `version` is ours.
