@@ -16,7 +16,8 @@ from tgi_asgi.settings import Settings
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 30), st.floats(allow_nan=False),
-    st.floats(-3, 3), st.text(max_size=8), st.sampled_from(["", "user", "assistant", "system", "text", "auto", "none", "tgi"]),
+    st.floats(-3, 3), st.text(max_size=8),
+    st.sampled_from(["", "user", "assistant", "system", "text", "auto", "none", "tgi"]),
 )  # fmt: skip
 ANYTHING = st.recursive(
     SCALARS,

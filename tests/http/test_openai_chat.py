@@ -375,3 +375,17 @@ async def test_token_ids_come_on_request() -> None:
 
 async def test_a_request_id_field_names_the_answer() -> None:
     assert (await chat(request_id="mine")).json()["id"] == "chatcmpl-mine"
+
+
+async def test_tgis_headers_say_how_large_a_request_was_and_where_its_time_went() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    headers = (await chat(engine)).headers
+    num_prompt = len(engine.requests[0].prompt_ids)
+    assert (headers["x-prompt-tokens"], headers["x-generated-tokens"]) == (str(num_prompt), "3")
+    assert headers["x-compute-characters"] == str(
+        len("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    )
+    assert int(headers["x-total-time"]) >= 0
+    headers = (await chat(engine, stream=True)).headers
+    assert "x-compute-type" in headers
+    assert "x-generated-tokens" not in headers

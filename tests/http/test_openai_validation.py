@@ -34,7 +34,8 @@ async def refused(path: str, body: Any, settings: Settings | None = None) -> dic
     "body",
     [
         b"", b"{", b'{"messages":', b"nope", b"\xff\xfe", b'{"messages":[],"x":"\xff"}',
-        b'{"temperature":NaN}', b'{"temperature":Infinity}', b'{"user":"\\ud83d"}', b'{"x":' + b"[" * 200_000, b"{} {}",
+        b'{"temperature":NaN}', b'{"temperature":Infinity}', b'{"user":"\\ud83d"}',
+        b'{"x":' + b"[" * 200_000, b"{} {}",
         b'{"seed":1e400}', b"\xef\xbb\xbf{}",
     ],
 )  # fmt: skip

@@ -48,6 +48,7 @@ class ChunkRenderer:
         on_begin: Callable[[int], None] | None = None,
     ) -> None:
         self._answer = answer
+        self._n = answer.n
         self._trackers = trackers
         self._num_choices = answer.n * len(answer.prompts)
         self._num_generated = 0
@@ -83,8 +84,7 @@ class ChunkRenderer:
             self._num_generated += 1
             if not event.text:
                 return b""
-            index = part * self._answer.n + event.index
-            return self._text_heads[index] + orjson.dumps(event.text) + self._text_tail
+            return self._text_heads[part * self._n + event.index] + orjson.dumps(event.text) + self._text_tail
         frames: list[bytes] = []
         if not self._has_begun[part]:
             self._has_begun[part] = True

@@ -53,7 +53,7 @@ def dialect_of(path: str, settings: Settings) -> Dialect:
     return Dialect.OPENAI if is_openai and not settings.tgi_compat else Dialect.NATIVE
 
 
-async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+async def not_found(scope: Scope, _receive: object, _send: object) -> None:
     """Refuse a path that no route has."""
     exchange: Exchange = scope[EXCHANGE]
     path = exchange.path

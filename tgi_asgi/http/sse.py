@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 from tgi_asgi.errors import TgiError
-from tgi_asgi.http.asgi import Header
+from tgi_asgi.http.asgi import Header, Message
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.types import Channel, TokenEvent
 
@@ -162,7 +162,8 @@ class EventStream:
         if self._timer is None:
             self._timer = self._loop.call_later(KEEP_ALIVE_S, self._tick)
         self._last_send_s = self._loop.time()
-        sending = self._transmit(frames, is_last)
+        message = {"type": "http.response.body", "body": frames, "more_body": not is_last}
+        sending = self._send(message) if self._is_started else self._start(message)
         try:
             blocker = sending.send(None)
         except StopIteration:
@@ -172,13 +173,12 @@ class EventStream:
         self._sending = self._loop.create_task(_carry_on(sending, blocker))
         self._sending.add_done_callback(lambda task: self._on_sent(task, is_last))
 
-    async def _transmit(self, frames: bytes, is_last: bool) -> None:
-        if not self._is_started:
-            self._is_started = True
-            self._exchange.status = 200
-            headers = [*_STREAM_HEADERS, *self._headers, *self._exchange.response_headers]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": frames, "more_body": not is_last})
+    async def _start(self, first: Message) -> None:
+        self._is_started = True
+        self._exchange.status = 200
+        headers = [*_STREAM_HEADERS, *self._headers, *self._exchange.response_headers]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send(first)
 
     def _on_sent(self, task: asyncio.Task[None], was_last: bool) -> None:
         self._sending = None
