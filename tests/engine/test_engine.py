@@ -10,8 +10,19 @@ import pytest
 
 from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, collect, make_request, submit, until
-from tests.support.fake_runner import EOS_ID, FakeRunner, expected_tokens, fake_logprob, script
+from tests.support.fake_runner import (
+    EOS_ID,
+    FakeRunner,
+    FakeTokenizer,
+    expected_tokens,
+    fake_info,
+    fake_logprob,
+    script,
+)
+from tgi_asgi.engine import Engine, Histogram
+from tgi_asgi.engine.loop import AGING_S
 from tgi_asgi.errors import IncompleteGeneration, InvalidRequest, Overloaded, TgiError, Unavailable
+from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
 SEEDED = SamplingParams(seed=7)
@@ -147,13 +158,34 @@ async def test_logprobs_of_the_prompt_and_of_each_token(make_engine: MakeEngine)
 
 
 async def test_prompt_logprobs_are_whole_after_a_preemption(make_engine: MakeEngine) -> None:
-    engine = make_engine(FakeRunner(num_blocks=9), max_batch_prefill_tokens=16)
+    engine = make_engine(FakeRunner(num_blocks=41), max_batch_prefill_tokens=16)
     old = submit(engine, make_request(range(100, 116), max_tokens=110))
-    prompt = list(range(70))
+    prompt = [index % 256 for index in range(600)]
     new = await ask(engine, make_request(prompt, 3, prompt_logprobs=0))
+    assert engine.stats.preemptions == 1
+    assert engine.stats.prefill_tokens > 16 + 600, "it was not preempted within its prompt"
     assert new.stats.prompt_logprobs is not None
     assert [entry[0] for entry in new.stats.prompt_logprobs] == [None, *map(fake_logprob, prompt[1:])]
     await collect(old)
+
+
+async def test_priority_goes_first_unless_the_other_has_waited_long() -> None:
+    now = 0.0
+    runner = FakeRunner(max_batch_size=1, is_manual=True)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), clock=lambda: now)
+    engine.start()
+    channels = []
+    # Each prompt is one token longer than the one before, which tells them apart.
+    for arrival_s, priority in ((0.0, 0), (0.0, 1), (AGING_S - 1, 0), (AGING_S + 1, 0)):
+        now = arrival_s
+        channels.append(submit(engine, make_request(len(channels) + 1, max_tokens=1, priority=priority)))
+        await until(lambda: runner.num_in_flight > 0)
+    runner.is_manual = False
+    runner.run_next()
+    await asyncio.gather(*map(collect, channels))
+    order = [len(start.prompt_ids) for plan in runner.plans for start in plan.starts]
+    assert order == [1, 3, 2, 4]
+    await engine.stop()
 
 
 async def test_cached_tokens_are_reported(make_engine: MakeEngine) -> None:
@@ -352,10 +384,6 @@ async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngi
             now += 0.0004
             super().on_events(events)
 
-    from tests.support.fake_runner import FakeTokenizer, fake_info
-    from tgi_asgi.engine import Engine
-    from tgi_asgi.settings import Settings
-
     runner = FakeRunner(num_blocks=200)
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), clock=lambda: now)
     engine.start()
@@ -372,10 +400,7 @@ async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngi
     await engine.stop()
 
 
-def test_metrics_add_up() -> None:
-    """Kept synchronous: histograms count as Prometheus does."""
-    from tgi_asgi.engine import Histogram
-
+def test_histograms_count_by_upper_bound() -> None:
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 9.0):
         histogram.observe(value)

@@ -10,12 +10,12 @@ import pytest
 
 from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, collect, make_request, submit, until
-from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info
+from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import EngineState, FinishReason, SamplingParams
+from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
 SEEDED = SamplingParams(seed=3)
 POISON = 250
@@ -84,6 +84,69 @@ async def test_a_row_without_finite_logits_fails_alone_and_is_not_cached(make_en
     again = await ask(engine, make_request(poison, 30, sampling=SEEDED))
     assert again.stats.cached_tokens == 0
     assert again.tokens() == expected_tokens(poison, 30, sampling=SEEDED)
+
+
+async def test_a_request_that_failed_gets_nothing_after_its_error(make_engine: MakeEngine) -> None:
+    """One choice is poisoned, another has its token in the same step."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[object] = []
+
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            self.seen += [event.index for event in events]
+
+        def on_error(self, error: TgiError) -> None:
+            self.seen.append(type(error))
+
+    prompt = [1] * 20
+    runner = FakeRunner()
+    poisoned = prompt + expected_tokens(prompt, 3, sampling=SEEDED, choice=0)
+    runner.is_poisoned = lambda tokens: list(tokens) == poisoned
+    engine = make_engine(runner)
+    recorder = Recorder()
+    channel = submit(engine, make_request(prompt, 30, sampling=SEEDED, n=2))
+    channel.attach(recorder)
+    await until(lambda: channel.is_ended)
+    await ask(engine, make_request([2], 5))
+    assert recorder.seen == [0, 0, 1, 0, 1, GenerationFailed]
+
+
+async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(make_engine: MakeEngine) -> None:
+    """The runner keeps scores from chunk to chunk, so the prompt begins again."""
+    runner = FakeRunner()
+    engine = make_engine(runner, max_batch_prefill_tokens=16)
+    prompt = list(range(60))
+    other = submit(engine, make_request([200] * 5, 20))
+    runner.fault = lambda plan: (
+        RuntimeError("once") if len(plan.rows) == 2 and plan.rows[1].start == 32 else None
+    )
+    answer = await ask(engine, make_request(prompt, 3, prompt_logprobs=0))
+    assert answer.error is None
+    assert answer.stats.prompt_logprobs is not None
+    assert [entry[0] for entry in answer.stats.prompt_logprobs] == [None, *map(fake_logprob, prompt[1:])]
+    assert (await collect(other)).error is None
+    assert engine.stats.failed_steps >= 1
+
+
+async def test_cancellations_are_heard_while_a_fault_is_looked_for(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(is_manual=True)
+    engine = make_engine(runner)
+    channels = [submit(engine, make_request([index], 50)) for index in range(8)]
+    await until(lambda: runner.num_in_flight == 2)
+    runner.fault = lambda plan: RuntimeError("broken") if len(plan.rows) > 1 else None
+    for _ in range(2):
+        runner.run_next()
+    await until(lambda: runner.num_in_flight == 1)
+    channels[7].cancel()
+    runner.run_next()
+    await until(lambda: runner.num_in_flight == 1)
+    assert channels[7].is_ended
+    runner.is_manual = False
+    runner.fault = None
+    runner.run_next()
+    for answer in await asyncio.gather(*map(collect, channels[:7])):
+        assert answer.finish() is FinishReason.LENGTH
 
 
 async def test_faults_at_random_steps_lose_no_request_and_change_no_token(make_engine: MakeEngine) -> None:

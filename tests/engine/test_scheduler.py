@@ -83,6 +83,28 @@ def test_a_step_never_exceeds_what_the_runner_takes() -> None:
     assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1, 16]
 
 
+def test_a_step_that_is_full_of_decode_rows_leaves_prompts_for_later() -> None:
+    scheduler = make_scheduler(max_step_tokens=20)
+    add_request(scheduler, make_request(18))
+    must_plan(scheduler)
+    add_request(scheduler, make_request(range(100, 200)), arrival=1)
+    must_plan(scheduler)
+    scheduler._max_step_tokens = 1
+    assert [row.num_tokens for row in must_plan(scheduler).plan.rows] == [1]
+
+
+def test_a_new_prompt_leaves_a_block_to_each_that_runs() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    add_request(scheduler, make_request(range(20)), arrival=0)
+    must_plan(scheduler)
+    waiting = add_request(scheduler, make_request(range(100, 120)), arrival=1)[0]
+    must_plan(scheduler)
+    assert waiting.state is SequenceState.WAITING
+    scheduler.remove(scheduler.running[0])
+    must_plan(scheduler)
+    assert waiting.state is SequenceState.RUNNING
+
+
 def test_slots_and_blocks_come_back_at_the_end() -> None:
     scheduler, runner = make_scheduler(max_batch_size=2), FakeRunner()
     sequences = [add_request(scheduler, make_request(20), arrival)[0] for arrival in range(5)]

@@ -113,7 +113,6 @@ class Scheduler:
     def plan(self) -> Step | None:
         """Plan the next step, or return None if there is nothing that a step could compute now."""
         step = self._new_step()
-        num_preemptions = self._stats.preemptions
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = len(step.sequences)
         budget = self._budget.tokens(step.num_decode_rows)
@@ -121,9 +120,7 @@ class Scheduler:
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)
-        # Whoever was preempted for want of blocks must not take them back at once.
-        if self._stats.preemptions == num_preemptions:
-            self._admit(step, budget)
+        self._admit(step, budget)
         if not step.sequences:
             return None
         self._end_prefills(step)
