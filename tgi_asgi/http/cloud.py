@@ -11,7 +11,7 @@ import msgspec
 from starlette.routing import Route
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.http import health, openai, tgi
+from tgi_asgi.http import health, openai_chat, openai_completions, tgi
 from tgi_asgi.http.asgi import JSON
 from tgi_asgi.http.by_key import Kind, dispatch, kind_of
 from tgi_asgi.http.collect import collect
@@ -47,9 +47,9 @@ async def invocations(exchange: Exchange) -> None:
         case Kind.INPUTS:
             await tgi.generate_compat(exchange)
         case Kind.MESSAGES:
-            await openai.chat_completions(exchange)
+            await openai_chat.chat_completions(exchange)
         case Kind.PROMPT:
-            await openai.completions(exchange)
+            await openai_completions.completions(exchange)
 
 
 async def vertex(exchange: Exchange) -> None:
@@ -107,14 +107,14 @@ class _TextInstance:
 
 @dataclass(frozen=True, slots=True)
 class _ChatInstance:
-    chat: openai.CheckedChat
+    chat: openai_chat.CheckedChat
 
     @property
     def num_choices(self) -> int:
         return self.chat.n
 
     async def prepare(self, exchange: Exchange, served: Served) -> GenerationRequest:
-        _, generation = await openai.prepare_chat(exchange, self.chat)
+        _, generation = await openai_chat.prepare_chat(exchange, self.chat)
         return generation
 
     def text_of(self, choices: Sequence[Events]) -> str:
@@ -127,7 +127,7 @@ def _read_instance(exchange: Exchange, served: Served, raw: bytes) -> _Instance:
             limits = NativeLimits.of(exchange.context.settings, served.info)
             return _TextInstance(plan_request(decode_json(raw, GENERATE), limits, is_stream=False))
         case Kind.MESSAGES:
-            return _ChatInstance(openai.check_chat(exchange, decode_json(raw, CHAT_DECODER)))
+            return _ChatInstance(openai_chat.check_chat(exchange, decode_json(raw, CHAT_DECODER)))
         case Kind.PROMPT:
             raise InvalidRequest("`inputs` or `messages` is required", param="inputs")
 

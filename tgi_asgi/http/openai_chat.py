@@ -1,0 +1,137 @@
+"""`POST /v1/chat/completions`: decode, check, admit, render and tokenise, hand to the engine, answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tgi_asgi.errors import Forbidden
+from tgi_asgi.http.collect import collect
+from tgi_asgi.http.compute_headers import stream_headers, sync_headers
+from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.openai_answer import Answer, served_name
+from tgi_asgi.http.openai_generation import generation_of
+from tgi_asgi.http.openai_logprobs import ChatLogprobs, TokenNames
+from tgi_asgi.http.openai_params import (
+    Limits,
+    check_common,
+    check_tools,
+    includes_stop,
+    refuse,
+    sampling_of,
+    stop_of,
+)
+from tgi_asgi.http.openai_prompt import Prompt, chat_prompt
+from tgi_asgi.http.openai_response import chat_completion
+from tgi_asgi.http.openai_schema import CHAT_DECODER, ChatRequest
+from tgi_asgi.http.openai_stream import ChunkRenderer
+from tgi_asgi.http.permits import Permits
+from tgi_asgi.http.sse import EventStream
+from tgi_asgi.types import GenerationRequest, SamplingParams
+
+
+async def chat_completions(exchange: Exchange) -> None:
+    """Answer `POST /v1/chat/completions`."""
+    exchange.context.ready()
+    await serve_chat(exchange, await exchange.read_json(CHAT_DECODER))
+
+
+async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
+    """Answer a decoded chat request, streamed or whole."""
+    served = exchange.context.ready()
+    info = served.info
+    chat = check_chat(exchange, request)
+    n, logprobs = chat.n, chat.sampling.logprobs
+    with Permits(served.engine, n) as permits:
+        prompt, generation = await prepare_chat(exchange, chat)
+        answer = Answer.of(
+            exchange,
+            request,
+            info,
+            "chatcmpl",
+            [generation.prompt_ids],
+            echoes=[prompt.echo] if prompt.echo else (),
+        )
+        names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+        trackers = (
+            [ChatLogprobs(names, include_stop=includes_stop(request)) for _ in range(n)]
+            if logprobs is not None
+            else []
+        )
+        channel = permits.submit(generation)
+    characters = prompt.num_characters
+    if request.stream:
+        renderer = ChunkRenderer(answer, is_chat=True, trackers=trackers)
+        headers = stream_headers(exchange, info, characters=characters)
+        await EventStream(exchange, renderer, headers).run([channel])
+        return
+    [choices] = await collect(exchange, [channel])
+    body = chat_completion(answer, choices, trackers)
+    await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedChat:
+    """A chat request whose values are right; its messages have not been looked at."""
+
+    request: ChatRequest
+    n: int
+    max_tokens: int | None
+    sampling: SamplingParams
+
+
+def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
+    """Check what needs no template and no permit.
+
+    Raises:
+        InvalidRequest, Forbidden, NotFound: a value is refused, or another model was named.
+    """
+    context = exchange.context
+    info = context.ready().info
+    is_compat = context.settings.tgi_compat
+    limits = Limits.of(context.settings)
+    check_common(request, limits)
+    check_tools(request, is_compat=is_compat)
+    max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
+    sampling = sampling_of(request, info, logprobs)
+    stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
+    served_name(exchange, request.model, info)
+    return CheckedChat(request, request.n or 1, max_tokens, sampling)
+
+
+async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> tuple[Prompt, GenerationRequest]:
+    """Render and tokenise the messages in a thread, and build the engine's request.
+
+    Raises:
+        InvalidRequest: a message is refused, or the prompt does not fit.
+        TemplateError: there is no template, or it refused the messages.
+    """
+    context = exchange.context
+    is_compat = context.settings.tgi_compat
+    prompt = await context.in_thread(chat_prompt, chat.request, context.ready(), is_compat=is_compat)
+    generation = generation_of(
+        exchange,
+        chat.request,
+        chat.sampling,
+        prompt.ids,
+        n=chat.n,
+        max_tokens=chat.max_tokens,
+        default_max_tokens=None,
+        field="messages",
+    )
+    return prompt, generation
+
+
+def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tuple[int | None, int | None]:
+    """Check chat's own fields; return max_tokens and how many log-probabilities are wanted."""
+    field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens: int | None = getattr(request, field)
+    if max_tokens == 0:
+        refuse(field, f"`{field}` must be at least 1, got 0")
+    top = request.top_logprobs or 0
+    if top > limits.top_logprobs:
+        refuse("top_logprobs", f"`top_logprobs` must be at most {limits.top_logprobs}, got {top}")
+    if top and not request.logprobs and not is_compat:
+        refuse("top_logprobs", "`top_logprobs` is only allowed with `logprobs: true`")
+    if request.chat_template is not None:
+        raise Forbidden("`chat_template` is not accepted from requests")
+    return max_tokens, top if request.logprobs else None
