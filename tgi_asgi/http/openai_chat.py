@@ -18,7 +18,6 @@ from tgi_asgi.http.openai_params import (
     includes_stop,
     refuse,
     sampling_of,
-    stop_of,
 )
 from tgi_asgi.http.openai_prompt import Prompt, chat_prompt
 from tgi_asgi.http.openai_response import chat_completion
@@ -30,14 +29,9 @@ from tgi_asgi.types import GenerationRequest, SamplingParams
 
 
 async def chat_completions(exchange: Exchange) -> None:
-    """Answer `POST /v1/chat/completions`."""
-    exchange.context.ready()
-    await serve_chat(exchange, await exchange.read_json(CHAT_DECODER))
-
-
-async def serve_chat(exchange: Exchange, request: ChatRequest) -> None:
-    """Answer a decoded chat request, streamed or whole."""
+    """Answer `POST /v1/chat/completions`, streamed or whole."""
     served = exchange.context.ready()
+    request = await exchange.read_json(CHAT_DECODER)
     info = served.info
     chat = check_chat(exchange, request)
     n, logprobs = chat.n, chat.sampling.logprobs
@@ -89,11 +83,10 @@ def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
     info = context.ready().info
     is_compat = context.settings.tgi_compat
     limits = Limits.of(context.settings)
-    check_common(request, limits)
+    check_common(request, limits, info)
     check_tools(request, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     sampling = sampling_of(request, info, logprobs)
-    stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
     served_name(exchange, request.model, info)
     return CheckedChat(request, request.n or 1, max_tokens, sampling)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
+from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_answer import Answer, served_name
 from tgi_asgi.http.openai_generation import generation_of
@@ -14,59 +17,28 @@ from tgi_asgi.http.openai_params import (
     includes_stop,
     refuse,
     sampling_of,
-    stop_of,
 )
 from tgi_asgi.http.openai_prompt import Prompt, completion_prompts, count_prompts
-from tgi_asgi.http.openai_response import likeliest, text_completion
+from tgi_asgi.http.openai_response import Choices, likeliest, text_completion
 from tgi_asgi.http.openai_schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.http.openai_stream import ChunkRenderer
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.types import GenerationRequest, SamplingParams
 
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 
 
 async def completions(exchange: Exchange) -> None:
-    """Answer `POST /v1/completions`."""
-    exchange.context.ready()
-    await serve_completion(exchange, await exchange.read_json(COMPLETION_DECODER))
-
-
-async def serve_completion(exchange: Exchange, request: CompletionRequest) -> None:
-    """Answer a decoded completion request, streamed or whole."""
+    """Answer `POST /v1/completions`, streamed or whole."""
     context = exchange.context
     served = context.ready()
     info = served.info
-    limits = Limits.of(context.settings)
-    check_common(request, limits)
-    num_prompts = count_prompts(request)
-    n = request.n or 1
-    best_of = _check_completion(request, limits, num_prompts, n)
-    # Scoring asks for no token at all: one is sampled and not shown.
-    hides_tokens = request.max_tokens == 0
-    max_tokens = 1 if hides_tokens else request.max_tokens
-    # Whoever wants the best of several needs their log-probabilities.
-    logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
-    sampling = sampling_of(request, info, logprobs)
-    stop_of(request, max_tokens if max_tokens is not None else info.max_total_tokens, info)
-    served_name(exchange, request.model, info)
-    default = None if context.settings.tgi_compat else _DEFAULT_TOKENS
-    with Permits(served.engine, best_of, num_prompts) as permits:
+    request = await exchange.read_json(COMPLETION_DECODER)
+    checked = _check(exchange, request)
+    with Permits(served.engine, checked.best_of, checked.num_prompts) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
-        generations = [
-            generation_of(
-                exchange,
-                request,
-                sampling,
-                prompt.ids,
-                n=best_of,
-                max_tokens=max_tokens,
-                default_max_tokens=default,
-                field="prompt",
-                prompt_logprobs=request.logprobs if request.echo else None,
-            )
-            for prompt in prompts
-        ]
+        generations = [checked.generation_of(exchange, prompt) for prompt in prompts]
         answer = Answer.of(
             exchange,
             request,
@@ -74,34 +46,84 @@ async def serve_completion(exchange: Exchange, request: CompletionRequest) -> No
             "cmpl",
             [generation.prompt_ids for generation in generations],
             echoes=[prompt.echo for prompt in prompts] if request.echo else (),
-            hides_tokens=hides_tokens,
+            hides_tokens=checked.hides_tokens,
         )
-        logprobs_of = _CompletionTrackers(answer, request, prompts, exchange)
+        logprobs = _Logprobs(answer, request, prompts, served)
         channels = [permits.submit(generation) for generation in generations]
     characters = sum(prompt.num_characters for prompt in prompts)
     if request.stream:
-        renderer = ChunkRenderer(
-            answer, is_chat=False, trackers=logprobs_of.trackers, on_begin=logprobs_of.begin
-        )
+        renderer = ChunkRenderer(answer, is_chat=False, trackers=logprobs.trackers, on_begin=logprobs.begin)
         headers = stream_headers(exchange, info, characters=characters)
         await EventStream(exchange, renderer, headers).run(channels)
         return
     parts = await collect(exchange, channels)
-    for part in range(num_prompts):
-        logprobs_of.begin(part)
+    for part in range(checked.num_prompts):
+        logprobs.begin(part)
     num_generated = sum(len(events) for choices in parts for events in choices)
-    chosen = [events for choices in parts for events in (likeliest(choices, n) if best_of > n else choices)]
-    body = text_completion(answer, chosen, logprobs_of.trackers, num_generated)
+    chosen = [events for choices in parts for events in checked.chosen(choices)]
+    body = text_completion(answer, chosen, logprobs.trackers, num_generated)
     await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
 
 
-class _CompletionTrackers:
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A completion request whose values are right; its prompts have not been looked at."""
+
+    request: CompletionRequest
+    num_prompts: int
+    n: int
+    best_of: int
+    sampling: SamplingParams
+    default_max_tokens: int | None
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Scoring asks for no token at all: then one is sampled and not shown."""
+        return self.request.max_tokens == 0
+
+    def generation_of(self, exchange: Exchange, prompt: Prompt) -> GenerationRequest:
+        """Return the engine's request for one of the prompts."""
+        request = self.request
+        return generation_of(
+            exchange,
+            request,
+            self.sampling,
+            prompt.ids,
+            n=self.best_of,
+            max_tokens=1 if self.hides_tokens else request.max_tokens,
+            default_max_tokens=self.default_max_tokens,
+            field="prompt",
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
+
+    def chosen(self, choices: Choices) -> Choices:
+        """Return the choices of one prompt that are shown: all, or the likeliest."""
+        return likeliest(choices, self.n) if self.best_of > self.n else choices
+
+
+def _check(exchange: Exchange, request: CompletionRequest) -> _Checked:
+    """Check what needs no tokens and no permit."""
+    context = exchange.context
+    info = context.ready().info
+    limits = Limits.of(context.settings)
+    check_common(request, limits, info)
+    num_prompts = count_prompts(request)
+    n = request.n or 1
+    best_of = _check_own(request, limits, num_prompts, n)
+    # Whoever wants the best of several needs their log-probabilities.
+    logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
+    sampling = sampling_of(request, info, logprobs)
+    served_name(exchange, request.model, info)
+    default = None if context.settings.tgi_compat else _DEFAULT_TOKENS
+    return _Checked(request, num_prompts, n, best_of, sampling, default)
+
+
+class _Logprobs:
     """The log-probabilities of a completion request's choices, and of the prompts that it echoes."""
 
     def __init__(
-        self, answer: Answer, request: CompletionRequest, prompts: list[Prompt], exchange: Exchange
+        self, answer: Answer, request: CompletionRequest, prompts: list[Prompt], served: Served
     ) -> None:
-        served = exchange.context.ready()
         self._answer = answer
         self._has_prompt = bool(request.echo)
         self._special_ids = served.tokenizer.special_ids
@@ -127,7 +149,7 @@ class _CompletionTrackers:
             self.trackers[index].push_prompt(self._answer.prompts[part], logprobs, self._special_ids)
 
 
-def _check_completion(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
+def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check completions' own fields; return best_of."""
     if request.suffix:
         refuse(

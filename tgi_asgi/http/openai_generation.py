@@ -41,7 +41,7 @@ def generation_of(
         request_id=exchange.request_id,
         prompt_ids=ids,
         sampling=sampling,
-        stop=stop_of(request, budget, info),
+        stop=stop_of(request, budget),
         n=n,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,

@@ -61,7 +61,7 @@ def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
     raise InvalidRequest(message, param=param, code=code)
 
 
-def check_common(request: CommonRequest, limits: Limits) -> None:
+def check_common(request: CommonRequest, limits: Limits, info: ModelInfo) -> None:
     """Check ranges, combinations and features of the shared fields.
 
     Raises:
@@ -79,6 +79,10 @@ def check_common(request: CommonRequest, limits: Limits) -> None:
         param = "stop" if isinstance(request.stop, str) else f"stop[{i}]"
         if not 1 <= len(stop) <= _MAX_STOP_CHARS:
             refuse(param, f"`{param}` must have 1 to {_MAX_STOP_CHARS} characters, got {len(stop)}")
+    for i, token_id in enumerate(request.stop_token_ids or ()):
+        if not 0 <= token_id < info.vocab_size:
+            param = f"stop_token_ids[{i}]"
+            refuse(param, f"`{param}` must be a token id in 0..{info.vocab_size - 1}, got {token_id}")
     if request.truncate_prompt_tokens == 0:
         refuse("truncate_prompt_tokens", "`truncate_prompt_tokens` must be -1 or at least 1, got 0")
     if request.cache_salt == "":
@@ -114,19 +118,15 @@ def sampling_of(request: CommonRequest, info: ModelInfo, logprobs: int | None) -
     )
 
 
-def stop_of(request: CommonRequest, max_tokens: int, info: ModelInfo) -> StopConditions:
+def stop_of(request: CommonRequest, max_tokens: int) -> StopConditions:
     """Return the stop conditions of a checked request, whose prompt leaves room for `max_tokens`.
 
     Raises:
-        InvalidRequest: `min_tokens` exceeds `max_tokens`, or a stop id is no token of the model.
+        InvalidRequest: `min_tokens` exceeds `max_tokens`.
     """
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         refuse("min_tokens", f"`min_tokens` must be at most `max_tokens` ({max_tokens}), got {min_tokens}")
-    for i, token_id in enumerate(request.stop_token_ids or ()):
-        if not 0 <= token_id < info.vocab_size:
-            param = f"stop_token_ids[{i}]"
-            refuse(param, f"`{param}` must be a token id in 0..{info.vocab_size - 1}, got {token_id}")
     return StopConditions(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
