@@ -1,5 +1,5 @@
-// Checks of operands, for the bindings only: kernels trust what has passed here. Messages name the operand,
-// what it must be and what it is.
+// Checks of operands, for the bindings only: kernels trust what has passed here. Messages name the
+// operand, what it must be and what it is.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,8 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, c10::Scalar
   }
   TORCH_CHECK(fits, "`", name, "` must have shape ", at::IntArrayRef(shape), " (-1: any), got ",
               tensor.sizes());
-  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ", tensor.strides());
+  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ",
+              tensor.strides());
 }
 
 // Every element in [0, limit).

@@ -1,5 +1,6 @@
-// One plain struct an operator, shared by the CPU and the CUDA kernels: pointers, int64 sizes and strides
-// in elements. The bindings (or the recorded program) have checked everything that a kernel trusts.
+// One plain struct an operator, shared by the CPU and the CUDA kernels: pointers, int64 sizes and
+// strides in elements. The bindings (or the recorded program) have checked everything that a kernel
+// trusts.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@ namespace tgi {
 enum class FloatType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
 struct EmbedParams {
-  const int32_t* ids;   // [num_tokens], each in [0, rows of table)
-  const void* table;    // [rows, hidden] of table_type
-  float* out;           // [num_tokens, hidden]
+  const int32_t* ids;  // [num_tokens], each in [0, rows of table)
+  const void* table;   // [rows, hidden] of table_type
+  float* out;          // [num_tokens, hidden]
   int64_t hidden;
   FloatType table_type;
 };
@@ -26,7 +27,8 @@ struct RmsNormParams {
   float eps;
 };
 
-// Neox rotation: dimension i turns with i + rotary_dim / 2; those from rotary_dim on pass unchanged.
+// Neox rotation: dimension i turns with i + rotary_dim / 2; those from rotary_dim on pass
+// unchanged.
 struct RopeParams {
   const float* qkv;          // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
   const int32_t* positions;  // [num_tokens], each below the tables' length
@@ -46,8 +48,8 @@ struct RopeParams {
 };
 
 struct AttentionParams {
-  const float* q;              // [num_tokens, num_heads, head_dim]
-  const void* key;             // KvLayout
+  const float* q;   // [num_tokens, num_heads, head_dim]
+  const void* key;  // KvLayout
   const void* value;
   const int32_t* query_start;  // [num_sequences + 1], ascending from 0 to num_tokens
   const int32_t* context_len;  // [num_sequences], the queries' own positions included
@@ -56,9 +58,9 @@ struct AttentionParams {
   int64_t num_sequences;
   int64_t num_heads;
   int64_t num_kv_heads;
-  int64_t head_dim;            // multiple of 16, at most 256
+  int64_t head_dim;  // multiple of 16, at most 256
   int64_t num_blocks;
-  int64_t block_size;          // 16, 32 or 64
+  int64_t block_size;  // 16, 32 or 64
   int64_t block_table_stride;
   float scale;
   FloatType kv_type;
@@ -73,7 +75,8 @@ struct ActMulParams {
   Activation activation;
 };
 
-// One slot's sampling parameters and place; tgi_asgi/ops/sample_state.py has the same record in numpy.
+// One slot's sampling parameters and place; tgi_asgi/ops/sample_state.py has the same record in
+// numpy.
 struct SampleSlot {
   float temperature;  // 0: greedy
   int32_t top_k;      // 0: off

@@ -1,10 +1,11 @@
 // CPU adapter of paged attention.
+#include "cpu/attention.h"
+
 #include <torch/library.h>
 
 #include <vector>
 
 #include "checks.h"
-#include "cpu/attention.h"
 #include "cpu/team.h"
 #include "params.h"
 
@@ -35,8 +36,8 @@ void check_tables(const tgi::AttentionParams& p, int64_t num_tokens) {
 }
 
 void attention(const Tensor& q, const Tensor& key, const Tensor& value, const Tensor& query_start,
-               const Tensor& context_len, const Tensor& block_table, int64_t block_size, double scale,
-               const Tensor& out) {
+               const Tensor& context_len, const Tensor& block_table, int64_t block_size,
+               double scale, const Tensor& out) {
   TORCH_CHECK(block_size == 16 || block_size == 32 || block_size == 64,
               "`block_size` must be 16, 32 or 64, got ", block_size);
   check_tensor(q, "q", kFloat, {-1, -1, -1});
@@ -76,14 +77,17 @@ void attention(const Tensor& q, const Tensor& key, const Tensor& value, const Te
 
   tgi::cpu::AttentionPlan plan;
   tgi::cpu::attention_plan(params, plan);
-  std::vector<float> workspace(
-      static_cast<size_t>(tgi::cpu::attention_workspace(params, plan, tgi::cpu::num_threads())));
-  float* work = workspace.data();
-  tgi::cpu::run_on_team([&](int member, int num_members) {
-    tgi::cpu::attention(params, plan, work, member, num_members);
-    tgi::cpu::team_barrier();
-    tgi::cpu::attention_finish(params, plan, work, member, num_members);
-  });
+  std::vector<float> workspace;
+  tgi::cpu::run_on_team(
+      [&](int num_members) {
+        workspace.resize(
+            static_cast<size_t>(tgi::cpu::attention_workspace(params, plan, num_members)));
+      },
+      [&](int member, int num_members) {
+        tgi::cpu::attention(params, plan, workspace.data(), member, num_members);
+        tgi::cpu::team_barrier();
+        tgi::cpu::attention_finish(params, plan, workspace.data(), member, num_members);
+      });
 }
 
 }  // namespace

@@ -62,9 +62,9 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::opti
       kSerialRows);
 }
 
-void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots, const Tensor& cos,
-                   const Tensor& sin, int64_t block_size, const Tensor& q, const Tensor& key,
-                   const Tensor& value) {
+void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots,
+                   const Tensor& cos, const Tensor& sin, int64_t block_size, const Tensor& q,
+                   const Tensor& key, const Tensor& value) {
   const tgi::FloatType type = float_type(key, "key");
   TORCH_CHECK(block_size == 16 || block_size == 32 || block_size == 64,
               "`block_size` must be 16, 32 or 64, got ", block_size);
@@ -101,7 +101,8 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
                                   type};
   tgi::cpu::parallel_range(
       num_tokens, 1,
-      [&](int64_t begin, int64_t end) { tgi::cpu::rope_kv_write(params, begin, end); }, kSerialRows);
+      [&](int64_t begin, int64_t end) { tgi::cpu::rope_kv_write(params, begin, end); },
+      kSerialRows);
 }
 
 void act_mul(const Tensor& gate_up, c10::string_view activation, const Tensor& out) {
@@ -121,14 +122,16 @@ void act_mul(const Tensor& gate_up, c10::string_view activation, const Tensor& o
 void dequantise(const Tensor& blocks, c10::string_view format, const Tensor& out) {
   const std::string name(format);
   int64_t elements = 0, bytes = 0;
-  TORCH_CHECK(tgi::cpu::format_block(name.c_str(), &elements, &bytes), "`format` must be a weight format",
-              " that this build decodes, got ", name);
+  TORCH_CHECK(tgi::cpu::format_block(name.c_str(), &elements, &bytes),
+              "`format` must be a weight format", " that this build decodes, got ", name);
   check_tensor(blocks, "blocks", at::kByte, {-1});
-  TORCH_CHECK(blocks.size(0) % bytes == 0, "`blocks` must be a multiple of ", bytes, " bytes for ", name,
-              ", got ", blocks.size(0));
+  TORCH_CHECK(blocks.size(0) % bytes == 0, "`blocks` must be a multiple of ", bytes, " bytes for ",
+              name, ", got ", blocks.size(0));
   const int64_t num_blocks = blocks.size(0) / bytes;
-  TORCH_CHECK(out.scalar_type() == kFloat && out.is_contiguous() && out.numel() == num_blocks * elements,
-              "`out` must be contiguous float32 of ", num_blocks * elements, " elements, got ", out.sizes());
+  TORCH_CHECK(
+      out.scalar_type() == kFloat && out.is_contiguous() && out.numel() == num_blocks * elements,
+      "`out` must be contiguous float32 of ", num_blocks * elements, " elements, got ",
+      out.sizes());
   const uint8_t* from = blocks.const_data_ptr<uint8_t>();
   float* to = out.mutable_data_ptr<float>();
   tgi::cpu::parallel_range(num_blocks, 1024, [&](int64_t begin, int64_t end) {

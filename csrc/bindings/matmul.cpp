@@ -1,5 +1,5 @@
-// Products through torch's GEMM, its rows of weights split over our team. torch's own threads stay out: they
-// would fight the team for the cores.
+// Products through torch's GEMM, its rows of weights split over our team. torch's own threads stay
+// out: they would fight the team for the cores.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/mm.h>
@@ -19,7 +19,8 @@ using at::Tensor;
 
 constexpr int64_t kGrain = 32;  // rows of weights: two cache lines of a row of outputs
 
-void matmul(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+void matmul(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias,
+            const Tensor& out) {
   TORCH_CHECK(weight.scalar_type() == kFloat || weight.scalar_type() == at::kBFloat16,
               "`weight` must be float32 or bfloat16, got ", weight.scalar_type());
   tgi::check_tensor(weight, "weight", weight.scalar_type(), {-1, -1});
@@ -28,8 +29,9 @@ void matmul(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& 
   if (bias) tgi::check_tensor(*bias, "bias", kFloat, {weight.size(0)});
   if (out.numel() == 0) return;
   const Tensor input = a.to(weight.scalar_type());
-  std::vector<std::exception_ptr> errors(static_cast<size_t>(tgi::cpu::num_threads()));
-  tgi::cpu::run_on_team([&](int member, int num_members) {
+  std::vector<std::exception_ptr> errors;
+  const auto prepare = [&](int num_members) { errors.resize(static_cast<size_t>(num_members)); };
+  tgi::cpu::run_on_team(prepare, [&](int member, int num_members) {
     try {
       thread_local const bool is_serial = (at::set_num_threads(1), true);
       static_cast<void>(is_serial);

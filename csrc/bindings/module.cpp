@@ -49,7 +49,8 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
     throw std::invalid_argument("`nice` must be in [-20, 19], got " + std::to_string(nice));
   }
   if (spin_us < 0 || spin_us > 1000000) {
-    throw std::invalid_argument("`spin_us` must be in [0, 1000000], got " + std::to_string(spin_us));
+    throw std::invalid_argument("`spin_us` must be in [0, 1000000], got " +
+                                std::to_string(spin_us));
   }
   tgi::cpu::configure_team({num_threads, nice, pin, spin_us});
 }
@@ -58,7 +59,9 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "Compute threads and instruction set of the CPU kernels; importing it registers torch.ops.tgi.";
+  module.doc() =
+      "Compute threads and instruction set of the CPU kernels; importing it registers "
+      "torch.ops.tgi.";
   module.def("num_threads", &tgi::cpu::num_threads, release(),
              "Return the number of compute threads, the caller's own included.");
   module.def(
@@ -80,5 +83,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       "isa", [] { return std::string(tgi::cpu::isa_name(tgi::cpu::isa())); },
       "Return the instruction set in use: portable, avx2 or avx512.");
   module.def("supported_isas", &supported_isas, "Return what force_isa takes on this machine.");
-  module.def("force_isa", &force_isa, py::arg("name"), "Use this instruction set from now on (for tests).");
+  module.def("force_isa", &force_isa, py::arg("name"),
+             "Use this instruction set from now on (for tests).");
 }

@@ -1,10 +1,11 @@
 // CPU adapters of sampling and log-probabilities.
+#include "cpu/sample.h"
+
 #include <torch/library.h>
 
 #include <vector>
 
 #include "checks.h"
-#include "cpu/sample.h"
 #include "cpu/team.h"
 #include "params.h"
 
@@ -32,10 +33,10 @@ void check_slots(const Tensor& slots, int64_t num_slots) {
 // The record's own counts stay within its lists, and the ids in the lists within the vocabulary.
 void check_record(const tgi::SampleParams& p, int64_t slot) {
   const tgi::SampleSlot& record = p.records[slot];
-  TORCH_CHECK(record.num_biased >= 0 && record.num_biased <= p.biased_stride, "slot ", slot, " has ",
-              record.num_biased, " biased ids in a list of ", p.biased_stride);
-  TORCH_CHECK(record.num_masked >= 0 && record.num_masked <= p.masked_stride, "slot ", slot, " has ",
-              record.num_masked, " masked ids in a list of ", p.masked_stride);
+  TORCH_CHECK(record.num_biased >= 0 && record.num_biased <= p.biased_stride, "slot ", slot,
+              " has ", record.num_biased, " biased ids in a list of ", p.biased_stride);
+  TORCH_CHECK(record.num_masked >= 0 && record.num_masked <= p.masked_stride, "slot ", slot,
+              " has ", record.num_masked, " masked ids in a list of ", p.masked_stride);
   check_range(p.biased_ids + slot * p.biased_stride, record.num_biased, p.vocab, "biased_ids");
   check_range(p.masked_ids + slot * p.masked_stride, record.num_masked, p.vocab, "masked_ids");
 }
@@ -64,37 +65,40 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
   check_tensor(num_top, "num_top", kInt, {num_rows});
   check_slots(slots, num_slots);
-  const tgi::SampleParams params = {
-      logits.const_data_ptr<float>(),
-      slots.const_data_ptr<int32_t>(),
-      static_cast<tgi::SampleSlot*>(records.mutable_data_ptr()),
-      counts.mutable_data_ptr<int32_t>(),
-      biased_ids.const_data_ptr<int32_t>(),
-      biased_values.const_data_ptr<float>(),
-      masked_ids.const_data_ptr<int32_t>(),
-      mask ? mask->const_data_ptr<int32_t>() : nullptr,
-      token_ids.mutable_data_ptr<int32_t>(),
-      is_finite.mutable_data_ptr<bool>(),
-      logprobs.mutable_data_ptr<float>(),
-      top_ids.mutable_data_ptr<int32_t>(),
-      top_logprobs.mutable_data_ptr<float>(),
-      num_top.mutable_data_ptr<int32_t>(),
-      vocab,
-      biased_ids.size(1),
-      masked_ids.size(1),
-      top_ids.size(1)};
+  const tgi::SampleParams params = {logits.const_data_ptr<float>(),
+                                    slots.const_data_ptr<int32_t>(),
+                                    static_cast<tgi::SampleSlot*>(records.mutable_data_ptr()),
+                                    counts.mutable_data_ptr<int32_t>(),
+                                    biased_ids.const_data_ptr<int32_t>(),
+                                    biased_values.const_data_ptr<float>(),
+                                    masked_ids.const_data_ptr<int32_t>(),
+                                    mask ? mask->const_data_ptr<int32_t>() : nullptr,
+                                    token_ids.mutable_data_ptr<int32_t>(),
+                                    is_finite.mutable_data_ptr<bool>(),
+                                    logprobs.mutable_data_ptr<float>(),
+                                    top_ids.mutable_data_ptr<int32_t>(),
+                                    top_logprobs.mutable_data_ptr<float>(),
+                                    num_top.mutable_data_ptr<int32_t>(),
+                                    vocab,
+                                    biased_ids.size(1),
+                                    masked_ids.size(1),
+                                    top_ids.size(1)};
   for (int64_t row = 0; row < num_rows; ++row) check_record(params, params.slots[row]);
   float* work = scratch.mutable_data_ptr<float>();
   const int64_t most_members = scratch.size(0);
-  TORCH_CHECK(most_members >= tgi::cpu::num_threads(), "`scratch` must have ", tgi::cpu::num_threads(),
-              " parts, got ", most_members);
+  const auto check_scratch = [&](int num_members) {
+    TORCH_CHECK(most_members >= num_members, "`scratch` must have ", num_members, " parts, got ",
+                most_members);
+  };
   auto body = [&](int member, int num_members) {
     const tgi::cpu::Range rows = tgi::cpu::split(num_rows, member, num_members);
-    tgi::cpu::sample(params, work + member * tgi::cpu::kSampleScratchRows * vocab, rows.begin, rows.end);
+    tgi::cpu::sample(params, work + member * tgi::cpu::kSampleScratchRows * vocab, rows.begin,
+                     rows.end);
   };
   if (num_rows > 1) {
-    tgi::cpu::run_on_team(body);
-  } else {
+    tgi::cpu::run_on_team(check_scratch, body);
+  } else if (num_rows == 1) {
+    check_scratch(1);
     tgi::cpu::run_alone(body);
   }
 }

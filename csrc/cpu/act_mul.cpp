@@ -1,5 +1,4 @@
 #include "act_mul_impl.h"
-
 #include "isa.h"
 #include "kernels.h"
 

@@ -16,7 +16,8 @@ inline Vec gelu_tanh(Vec x) {
 }
 
 template <typename Function>
-inline void multiply_rows(const ActMulParams& p, int64_t begin, int64_t end, const Function& activate) {
+inline void multiply_rows(const ActMulParams& p, int64_t begin, int64_t end,
+                          const Function& activate) {
   const int64_t n = p.intermediate;
   for (int64_t row = begin; row < end; ++row) {
     const float* gate = p.gate_up + row * 2 * n;  // [intermediate]
@@ -25,7 +26,8 @@ inline void multiply_rows(const ActMulParams& p, int64_t begin, int64_t end, con
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) store(out + i, activate(load(gate + i)) * load(up + i));
     if (i < n) {
-      store_first(out + i, activate(load_first(gate + i, n - i)) * load_first(up + i, n - i), n - i);
+      store_first(out + i, activate(load_first(gate + i, n - i)) * load_first(up + i, n - i),
+                  n - i);
     }
   }
 }

@@ -18,8 +18,8 @@ int64_t parts_capacity(const AttentionPlan& plan, int num_members) {
   return std::min(plan.max_chunks, (plan.num_units + num_members - 1) / num_members);
 }
 
-float* member_workspace(const ::tgi::AttentionParams& p, const AttentionPlan& plan, float* workspace,
-                        int member, int num_members) {
+float* member_workspace(const ::tgi::AttentionParams& p, const AttentionPlan& plan,
+                        float* workspace, int member, int num_members) {
   const int64_t parts = 1 + parts_capacity(plan, num_members);
   return workspace + member * parts * attention_part_floats(p.head_dim);
 }
@@ -48,17 +48,22 @@ void attention_plan(const ::tgi::AttentionParams& p, AttentionPlan& plan) {
   plan.num_units = unit * p.num_kv_heads;
 }
 
-int64_t attention_workspace(const ::tgi::AttentionParams& p, const AttentionPlan& plan, int num_members) {
+int64_t attention_workspace(const ::tgi::AttentionParams& p, const AttentionPlan& plan,
+                            int num_members) {
   return num_members * (1 + parts_capacity(plan, num_members)) * attention_part_floats(p.head_dim);
 }
 
-void attention(const ::tgi::AttentionParams& p, const AttentionPlan& plan, float* workspace, int member,
-               int num_members) {
+void attention(const ::tgi::AttentionParams& p, const AttentionPlan& plan, float* workspace,
+               int member, int num_members) {
   const Range units = split(plan.num_units, member, num_members);
   if (units.begin == units.end) return;
   float* own = member_workspace(p, plan, workspace, member, num_members);
-  const AttentionShare share = {plan.tiles.data(), plan.units_per_head, units.begin, units.end,
-                                own,               own + attention_part_floats(p.head_dim)};
+  const AttentionShare share = {plan.tiles.data(),
+                                plan.units_per_head,
+                                units.begin,
+                                units.end,
+                                own,
+                                own + attention_part_floats(p.head_dim)};
   TGI_VARIANT(attention_share)(p, share);
 }
 
@@ -67,7 +72,8 @@ void attention_finish(const ::tgi::AttentionParams& p, const AttentionPlan& plan
   const Range units = split(plan.num_units, member, num_members);
   if (units.begin == units.end) return;
   // The tile of this member's last unit: is it begun here, and completed elsewhere?
-  const int64_t head = (units.end - 1) / plan.units_per_head, last = (units.end - 1) % plan.units_per_head;
+  const int64_t head = (units.end - 1) / plan.units_per_head,
+                last = (units.end - 1) % plan.units_per_head;
   const auto after = std::upper_bound(
       plan.tiles.begin(), plan.tiles.end(), last,
       [](int64_t unit, const AttentionTile& tile) { return unit < tile.first_unit; });
@@ -87,7 +93,8 @@ void attention_finish(const ::tgi::AttentionParams& p, const AttentionPlan& plan
     }
   }
   float* state = member_workspace(p, plan, workspace, member, num_members);
-  TGI_VARIANT(attention_merge)(p, tile, head, state, parts.data(), static_cast<int64_t>(parts.size()));
+  TGI_VARIANT(attention_merge)(p, tile, head, state, parts.data(),
+                               static_cast<int64_t>(parts.size()));
 }
 
 }  // namespace tgi::cpu

@@ -24,9 +24,9 @@ constexpr int64_t kMaxBlocks = kChunk / kKeyTile;  // of a chunk, at the smalles
 // A tile with its rows' queries and the running softmax.
 struct TileState {
   const AttentionTile* tile;
-  int64_t head;                                    // KV head
+  int64_t head;                                     // KV head
   alignas(64) float q[kMaxTileRows * kMaxHeadDim];  // [rows][head_dim], times scale and log2(e)
-  int64_t visible[kMaxTileRows];                   // positions that the row attends to
+  int64_t visible[kMaxTileRows];                    // positions that the row attends to
 };
 
 // Parts are max[kMaxTileRows], sum[kMaxTileRows], values [kMaxTileRows][head_dim].
@@ -81,8 +81,8 @@ inline void score(const uint16_t* const* key, const float* q, int64_t dim, float
   }
 }
 
-// values [Rows][dim] from column d on: sums of weights [Rows][kChunk] times V, tokens ascending. Positions
-// from num_tokens on are not read: they may hold anything.
+// values [Rows][dim] from column d on: sums of weights [Rows][kChunk] times V, tokens ascending.
+// Positions from num_tokens on are not read: they may hold anything.
 template <int Rows, int Vectors>
 inline void weigh(const Chunk<float>& chunk, int64_t block_size, const float* weights, int64_t dim,
                   int64_t d, float* values) {
@@ -94,7 +94,8 @@ inline void weigh(const Chunk<float>& chunk, int64_t block_size, const float* we
     const float* v = chunk.value[token / block_size] + token % block_size * dim + d;
     for (int k = 0; k < Vectors; ++k) {
       const Vec x = load(v + 16 * k);
-      for (int r = 0; r < Rows; ++r) sums[r][k] = fma(splat(weights[r * kChunk + token]), x, sums[r][k]);
+      for (int r = 0; r < Rows; ++r)
+        sums[r][k] = fma(splat(weights[r * kChunk + token]), x, sums[r][k]);
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -103,8 +104,8 @@ inline void weigh(const Chunk<float>& chunk, int64_t block_size, const float* we
 }
 
 template <int Rows, int Vectors>
-inline void weigh(const Chunk<uint16_t>& chunk, int64_t block_size, const float* weights, int64_t dim,
-                  int64_t d, float* values) {
+inline void weigh(const Chunk<uint16_t>& chunk, int64_t block_size, const float* weights,
+                  int64_t dim, int64_t d, float* values) {
   Vec sums[Rows][Vectors];
   for (auto& row : sums) {
     for (Vec& sum : row) sum = splat(0.0f);
@@ -126,8 +127,10 @@ inline void weigh(const Chunk<uint16_t>& chunk, int64_t block_size, const float*
   }
 }
 
-// Turns a row's scores into weights 2^(score - max), zero from `visible` on. At least one is visible.
-inline void softmax(float* scores, int64_t visible, int64_t num_tokens, float& max_out, float& sum_out) {
+// Turns a row's scores into weights 2^(score - max), zero from `visible` on. At least one is
+// visible.
+inline void softmax(float* scores, int64_t visible, int64_t num_tokens, float& max_out,
+                    float& sum_out) {
   Vec largest = splat(-INFINITY);
   int64_t i = 0;
   for (; i + 16 <= visible; i += 16) largest = max(largest, load(scores + i));
@@ -152,8 +155,8 @@ inline void softmax(float* scores, int64_t visible, int64_t num_tokens, float& m
 
 // One pass of Rows rows over a chunk, into the part's entries of those rows.
 template <int Rows, typename Element>
-void attend_rows(const Chunk<Element>& chunk, const TileState& state, int64_t first_row, int64_t start,
-                 int64_t block_size, int64_t dim, float* part) {
+void attend_rows(const Chunk<Element>& chunk, const TileState& state, int64_t first_row,
+                 int64_t start, int64_t block_size, int64_t dim, float* part) {
   alignas(64) float scores[Rows * kChunk];
   const float* q = state.q + first_row * dim;
   const int64_t num_groups = (chunk.num_tokens + kKeyTile - 1) / kKeyTile;
@@ -175,9 +178,11 @@ void attend_rows(const Chunk<Element>& chunk, const TileState& state, int64_t fi
     int64_t visible = state.visible[row] - start;
     visible = visible > chunk.num_tokens ? chunk.num_tokens : visible;
     if (visible > 0) {
-      softmax(scores + r * kChunk, visible, chunk.num_tokens, part_max(part)[row], part_sum(part)[row]);
+      softmax(scores + r * kChunk, visible, chunk.num_tokens, part_max(part)[row],
+              part_sum(part)[row]);
     } else {
-      for (int64_t i = 0; i < chunk.num_tokens; i += 16) store(scores + r * kChunk + i, splat(0.0f));
+      for (int64_t i = 0; i < chunk.num_tokens; i += 16)
+        store(scores + r * kChunk + i, splat(0.0f));
       part_max(part)[row] = -INFINITY;
       part_sum(part)[row] = 0.0f;
     }
@@ -191,17 +196,23 @@ void attend_rows(const Chunk<Element>& chunk, const TileState& state, int64_t fi
 }
 
 template <typename Element>
-void attend_pass(const Chunk<Element>& chunk, const TileState& state, int64_t first_row, int64_t num_rows,
-                 int64_t start, int64_t block_size, int64_t dim, float* part) {
+void attend_pass(const Chunk<Element>& chunk, const TileState& state, int64_t first_row,
+                 int64_t num_rows, int64_t start, int64_t block_size, int64_t dim, float* part) {
   switch (num_rows) {
 #if defined(TGI_AVX512)
-    case 6: return attend_rows<6>(chunk, state, first_row, start, block_size, dim, part);
-    case 5: return attend_rows<5>(chunk, state, first_row, start, block_size, dim, part);
-    case 4: return attend_rows<4>(chunk, state, first_row, start, block_size, dim, part);
-    case 3: return attend_rows<3>(chunk, state, first_row, start, block_size, dim, part);
+    case 6:
+      return attend_rows<6>(chunk, state, first_row, start, block_size, dim, part);
+    case 5:
+      return attend_rows<5>(chunk, state, first_row, start, block_size, dim, part);
+    case 4:
+      return attend_rows<4>(chunk, state, first_row, start, block_size, dim, part);
+    case 3:
+      return attend_rows<3>(chunk, state, first_row, start, block_size, dim, part);
 #endif
-    case 2: return attend_rows<2>(chunk, state, first_row, start, block_size, dim, part);
-    default: return attend_rows<1>(chunk, state, first_row, start, block_size, dim, part);
+    case 2:
+      return attend_rows<2>(chunk, state, first_row, start, block_size, dim, part);
+    default:
+      return attend_rows<1>(chunk, state, first_row, start, block_size, dim, part);
   }
 }
 
@@ -210,10 +221,12 @@ void attend_chunk(const AttentionParams& p, const TileState& state, int64_t inde
   const AttentionTile& tile = *state.tile;
   const int64_t start = index * kChunk;
   int64_t most = 0;
-  for (int64_t r = 0; r < tile.num_rows; ++r) most = state.visible[r] > most ? state.visible[r] : most;
+  for (int64_t r = 0; r < tile.num_rows; ++r)
+    most = state.visible[r] > most ? state.visible[r] : most;
   Chunk<Element> chunk;
   chunk.num_tokens = most - start < kChunk ? most - start : kChunk;
-  const int32_t* blocks = p.block_table + tile.sequence * p.block_table_stride + start / p.block_size;
+  const int32_t* blocks =
+      p.block_table + tile.sequence * p.block_table_stride + start / p.block_size;
   const int64_t block_elements = p.block_size * p.head_dim;
   for (int64_t b = 0; b * p.block_size < chunk.num_tokens; ++b) {
     const int64_t at = (state.head * p.num_blocks + blocks[b]) * block_elements;
@@ -255,7 +268,8 @@ inline void clear(float* state, int64_t dim) {
   for (int64_t i = 0; i < kMaxTileRows * dim; ++i) part_values(state)[i] = 0.0f;
 }
 
-inline void open_tile(const AttentionParams& p, const AttentionTile& tile, int64_t head, TileState& state) {
+inline void open_tile(const AttentionParams& p, const AttentionTile& tile, int64_t head,
+                      TileState& state) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t first_token = p.query_start[tile.sequence];
   const int64_t num_queries = p.query_start[tile.sequence + 1] - first_token;
@@ -265,18 +279,21 @@ inline void open_tile(const AttentionParams& p, const AttentionTile& tile, int64
   state.head = head;
   for (int64_t r = 0; r < tile.num_rows; ++r) {
     const int64_t row = tile.first_row + r, token = row / group;
-    const float* q = p.q + ((first_token + token) * p.num_heads + head * group + row % group) * p.head_dim;
+    const float* q =
+        p.q + ((first_token + token) * p.num_heads + head * group + row % group) * p.head_dim;
     for (int64_t d = 0; d < p.head_dim; ++d) state.q[r * p.head_dim + d] = q[d] * factor;
     state.visible[r] = cached + token + 1;
   }
 }
 
-inline void write_out(const AttentionParams& p, const AttentionTile& tile, int64_t head, float* state) {
+inline void write_out(const AttentionParams& p, const AttentionTile& tile, int64_t head,
+                      float* state) {
   const int64_t group = p.num_heads / p.num_kv_heads, dim = p.head_dim;
   const int64_t first_token = p.query_start[tile.sequence];
   for (int64_t r = 0; r < tile.num_rows; ++r) {
     const int64_t row = tile.first_row + r;
-    float* out = p.out + ((first_token + row / group) * p.num_heads + head * group + row % group) * dim;
+    float* out =
+        p.out + ((first_token + row / group) * p.num_heads + head * group + row % group) * dim;
     const Vec inverse = splat(1.0f) / splat(part_sum(state)[r]);
     const float* values = part_values(state) + r * dim;
     for (int64_t d = 0; d < dim; d += 16) store(out + d, load(values + d) * inverse);
@@ -294,7 +311,8 @@ void attention_share(const AttentionParams& p, const AttentionShare& share) {
   for (int64_t unit = share.begin; unit < share.end;) {
     const int64_t head = unit / share.units_per_head, in_head = unit % share.units_per_head;
     if (in_head == 0) tile_index = 0;
-    while (in_head >= share.tiles[tile_index].first_unit + share.tiles[tile_index].num_chunks) ++tile_index;
+    while (in_head >= share.tiles[tile_index].first_unit + share.tiles[tile_index].num_chunks)
+      ++tile_index;
     const AttentionTile& tile = share.tiles[tile_index];
     const int64_t first = in_head - tile.first_unit;
     const int64_t left = share.end - unit;
@@ -319,8 +337,8 @@ void attention_share(const AttentionParams& p, const AttentionShare& share) {
   }
 }
 
-void attention_merge(const AttentionParams& p, const AttentionTile& tile, int64_t head, float* state,
-                     const float* const* parts, int64_t num_parts) {
+void attention_merge(const AttentionParams& p, const AttentionTile& tile, int64_t head,
+                     float* state, const float* const* parts, int64_t num_parts) {
   for (int64_t i = 0; i < num_parts; ++i) merge(state, parts[i], tile.num_rows, p.head_dim);
   write_out(p, tile, head, state);
 }

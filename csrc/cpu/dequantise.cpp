@@ -1,5 +1,6 @@
 // Weight formats to float32, at load. One variant: the file is read once.
-// Layouts: ggml's block_q8_0, block_q4_0, block_q4_1 (scales are fp16; element i and i + 16 share a byte).
+// Layouts: ggml's block_q8_0, block_q4_0, block_q4_1 (scales are fp16; element i and i + 16 share a
+// byte).
 #include <cstring>
 
 #include "kernels.h"

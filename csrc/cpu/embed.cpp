@@ -11,7 +11,8 @@ void embed(const ::tgi::EmbedParams& p, int64_t begin, int64_t end) {
     const int64_t first = int64_t{p.ids[token]} * p.hidden;
     float* out = p.out + token * p.hidden;  // [hidden]
     if (p.table_type == FloatType::kFloat32) {
-      std::memcpy(out, static_cast<const float*>(p.table) + first, size_t(p.hidden) * sizeof(float));
+      std::memcpy(out, static_cast<const float*>(p.table) + first,
+                  size_t(p.hidden) * sizeof(float));
     } else {
       const uint16_t* row = static_cast<const uint16_t*>(p.table) + first;
       for (int64_t i = 0; i < p.hidden; ++i) out[i] = portable::from_bfloat16(row[i]);

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use: chosen once by cpuid, or forced (TGI_ISA, tests). One choice for
-// all shapes, because variants differ in the last bits.
+// Which instruction set the kernels use: chosen once by cpuid, or forced (TGI_ISA, tests). One
+// choice for all shapes, because variants differ in the last bits.
 #pragma once
 
 namespace tgi::cpu {
@@ -20,10 +20,11 @@ const char* isa_name(Isa isa);
 
 }  // namespace tgi::cpu
 
-// The variant of a kernel for the instruction set in use: TGI_VARIANT(rms_norm)(params, begin, end). A kernel
-// is declared in each of the namespaces tgi::cpu::portable, avx2 and avx512 (see simd.h).
+// The variant of a kernel for the instruction set in use: TGI_VARIANT(rms_norm)(params, begin,
+// end). A kernel is declared in each of the namespaces tgi::cpu::portable, avx2 and avx512 (see
+// simd.h).
 #if defined(__x86_64__)
-#define TGI_VARIANT(name)                                            \
+#define TGI_VARIANT(name)                                                   \
   (::tgi::cpu::isa() == ::tgi::cpu::Isa::kAvx512 ? ::tgi::cpu::avx512::name \
    : ::tgi::cpu::isa() == ::tgi::cpu::Isa::kAvx2 ? ::tgi::cpu::avx2::name   \
                                                  : ::tgi::cpu::portable::name)

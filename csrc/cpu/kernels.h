@@ -1,5 +1,5 @@
-// The CPU kernels: raw pointers, and a [begin, end) range of the parallel axis; threads are the caller's.
-// Each function here chooses the variant for the instruction set in use.
+// The CPU kernels: raw pointers, and a [begin, end) range of the parallel axis; threads are the
+// caller's. Each function here chooses the variant for the instruction set in use.
 #pragma once
 
 #include <cstdint>
@@ -22,13 +22,13 @@ bool format_block(const char* format, int64_t* elements, int64_t* bytes);
 }  // namespace tgi::cpu
 
 // Declares a kernel over a range in the namespace of each instruction set.
-#define TGI_DECLARE_VARIANTS(name, Params)                              \
-  namespace tgi::cpu::portable {                                        \
-  void name(const ::tgi::Params& p, int64_t begin, int64_t end);               \
-  }                                                                     \
-  namespace tgi::cpu::avx2 {                                            \
-  void name(const ::tgi::Params& p, int64_t begin, int64_t end);               \
-  }                                                                     \
-  namespace tgi::cpu::avx512 {                                          \
-  void name(const ::tgi::Params& p, int64_t begin, int64_t end);               \
+#define TGI_DECLARE_VARIANTS(name, Params)                       \
+  namespace tgi::cpu::portable {                                 \
+  void name(const ::tgi::Params& p, int64_t begin, int64_t end); \
+  }                                                              \
+  namespace tgi::cpu::avx2 {                                     \
+  void name(const ::tgi::Params& p, int64_t begin, int64_t end); \
+  }                                                              \
+  namespace tgi::cpu::avx512 {                                   \
+  void name(const ::tgi::Params& p, int64_t begin, int64_t end); \
   }

@@ -1,7 +1,7 @@
-// Where a token's key and value lie in the pool: the one description for the write and for attention.
-// A (head, block) is contiguous: block_size * head_dim elements. Keys lie as the score kernel reads them,
-// 16 tokens side by side; bfloat16 packs two elements of the summed dimension into a word. tgi_asgi/ops/kv.py
-// has the same in torch, for tests.
+// Where a token's key and value lie in the pool: the one description for the write and for
+// attention. A (head, block) is contiguous: block_size * head_dim elements. Keys lie as the score
+// kernel reads them, 16 tokens side by side; bfloat16 packs two elements of the summed dimension
+// into a word. tgi_asgi/ops/kv.py has the same in torch, for tests.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ template <>
 struct KvLayout<uint16_t> {
   // keys [block / 16][head_dim / 2][16 tokens][2], values [block / 2][head_dim][2 tokens]
   static int64_t key_offset(int64_t token, int64_t d, int64_t head_dim) {
-    return (token / kKeyTile * (head_dim / 2) + d / 2) * 2 * kKeyTile + token % kKeyTile * 2 + d % 2;
+    return (token / kKeyTile * (head_dim / 2) + d / 2) * 2 * kKeyTile + token % kKeyTile * 2 +
+           d % 2;
   }
   static int64_t value_offset(int64_t token, int64_t d, int64_t head_dim) {
     return (token / 2 * head_dim + d) * 2 + token % 2;

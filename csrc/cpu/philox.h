@@ -1,5 +1,5 @@
-// Philox4x32-10, sixteen counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3,
-// section 3.3 and table 2.
+// Philox4x32-10, sixteen counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1,
+// 2, 3, section 3.3 and table 2.
 #pragma once
 
 #include <cstdint>
@@ -45,9 +45,7 @@ inline void multiply(Words a, Words b, Words& high, Words& low) {
   low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
   high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
 }
-inline void put(uint32_t* out, Words a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), a);
-}
+inline void put(uint32_t* out, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), a); }
 
 #else
 
@@ -66,8 +64,10 @@ inline void put(uint32_t* out, Words a) { *out = a; }
 
 #endif
 
-// The first output word of counters (token + lane, choice, position low, position high), key = seed.
-inline void philox16(uint32_t token, uint32_t choice, uint64_t position, uint64_t seed, uint32_t* out) {
+// The first output word of counters (token + lane, choice, position low, position high), key =
+// seed.
+inline void philox16(uint32_t token, uint32_t choice, uint64_t position, uint64_t seed,
+                     uint32_t* out) {
   for (int lane = 0; lane < 16; lane += kWordsLanes) {
     Words c0 = lanes_from(token + uint32_t(lane)), c1 = words(choice);
     Words c2 = words(uint32_t(position)), c3 = words(uint32_t(position >> 32));

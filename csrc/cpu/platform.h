@@ -11,8 +11,8 @@ namespace tgi::cpu {
 // Cores that the process's main thread may run on, ascending. (Team threads may be pinned to one.)
 std::vector<int> usable_cores();
 
-// Cores worth of CPU time that the control group grants (v1 or v2, the tightest level), or `fallback`
-// where there is no limit. At least 1.
+// Cores worth of CPU time that the control group grants (v1 or v2, the tightest level), or
+// `fallback` where there is no limit. At least 1.
 int quota_cores(int fallback);
 
 // Sleeps while *word == expected; may return early. futex on Linux, a short sleep elsewhere.

@@ -1,7 +1,6 @@
-#include "rms_norm_impl.h"
-
 #include "isa.h"
 #include "kernels.h"
+#include "rms_norm_impl.h"
 
 TGI_DECLARE_VARIANTS(rms_norm, RmsNormParams)
 

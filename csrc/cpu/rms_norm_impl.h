@@ -26,7 +26,8 @@ void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
     const Vec inverse = splat(1.0f / std::sqrt(sum / float(n) + p.eps));
     for (i = 0; i + 16 <= n; i += 16) store(out + i, load(x + i) * inverse * load(p.weight + i));
     if (i < n) {
-      store_first(out + i, load_first(x + i, n - i) * inverse * load_first(p.weight + i, n - i), n - i);
+      store_first(out + i, load_first(x + i, n - i) * inverse * load_first(p.weight + i, n - i),
+                  n - i);
     }
   }
 }

@@ -1,5 +1,6 @@
-// Rotary embedding of queries and keys, and the write of keys and values into the pool. One variant: the
-// write is a scatter of head_dim elements a head, and the rotation is vectorised by the compiler.
+// Rotary embedding of queries and keys, and the write of keys and values into the pool. One
+// variant: the write is a scatter of head_dim elements a head, and the rotation is vectorised by
+// the compiler.
 #include "kernels.h"
 #include "kv_layout.h"
 #include "simd.h"

@@ -16,12 +16,13 @@ namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Scores this far below the best weigh 6e-6 of it: cut-offs nearly always lie above, so a search through
-// those alone will do; where it does not, all are searched.
+// Scores this far below the best weigh 6e-6 of it: cut-offs nearly always lie above, so a search
+// through those alone will do; where it does not, all are searched.
 constexpr float kNear = -12.0f;
 
 bool has_penalties(const SampleSlot& slot) {
-  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f || slot.presence_penalty != 0.0f;
+  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f ||
+         slot.presence_penalty != 0.0f;
 }
 
 void apply_penalties(const SampleSlot& slot, const int32_t* counts, float* x, int64_t vocab) {
@@ -45,7 +46,8 @@ void apply_mask(const int32_t* mask, float* x, int64_t vocab) {
   }
 }
 
-// The row's logits after penalties, bias and masks: in `room` where anything applies, else where they are.
+// The row's logits after penalties, bias and masks: in `room` where anything applies, else where
+// they are.
 const float* modified(const SampleParams& p, int64_t row, float* room) {
   const int64_t slot_index = p.slots[row];
   const SampleSlot& slot = p.records[slot_index];
@@ -55,7 +57,8 @@ const float* modified(const SampleParams& p, int64_t row, float* room) {
   std::copy(logits, logits + p.vocab, room);
   if (has_penalties(slot)) apply_penalties(slot, p.counts + slot_index * p.vocab, room, p.vocab);
   for (int64_t i = 0; i < slot.num_biased; ++i) {
-    room[p.biased_ids[slot_index * p.biased_stride + i]] += p.biased_values[slot_index * p.biased_stride + i];
+    room[p.biased_ids[slot_index * p.biased_stride + i]] +=
+        p.biased_values[slot_index * p.biased_stride + i];
   }
   for (int64_t i = 0; is_held && i < slot.num_masked; ++i) {
     room[p.masked_ids[slot_index * p.masked_stride + i]] = -INFINITY;
@@ -70,11 +73,12 @@ float kth_largest(float* values, int64_t n, int64_t k) {
   return values[k - 1];
 }
 
-// Of values [n] in the order of `precedes`, the first at which those up to it weigh `target`, or the last;
-// reorders them. Halving: each round moves the first half to the front and adds up its weight by
-// mass(values, count), so all rounds together cost two passes.
+// Of values [n] in the order of `precedes`, the first at which those up to it weigh `target`, or
+// the last; reorders them. Halving: each round moves the first half to the front and adds up its
+// weight by mass(values, count), so all rounds together cost two passes.
 template <typename Value, typename Precedes, typename Mass>
-Value value_at_mass(Value* values, int64_t n, double target, const Precedes& precedes, const Mass& mass) {
+Value value_at_mass(Value* values, int64_t n, double target, const Precedes& precedes,
+                    const Mass& mass) {
   double before = 0;
   int64_t begin = 0, end = n;
   while (end - begin > 1) {
@@ -96,8 +100,8 @@ struct Deviation {
   float weight;
 };
 
-// Keeps the most typical scores that weigh typical_p of those >= floor; the others become -infinity.
-// Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
+// Keeps the most typical scores that weigh typical_p of those >= floor; the others become
+// -infinity. Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
 void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, float* room) {
   auto* deviations = reinterpret_cast<Deviation*>(room);
   double mass = 0, weighted = 0;
@@ -110,8 +114,11 @@ void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, fl
     deviations[count++] = {scores[i], weight};
   }
   const auto mean = static_cast<float>(weighted / mass);
-  for (int64_t i = 0; i < count; ++i) deviations[i].distance = std::fabs(deviations[i].distance - mean);
-  const auto is_nearer = [](const Deviation& a, const Deviation& b) { return a.distance < b.distance; };
+  for (int64_t i = 0; i < count; ++i)
+    deviations[i].distance = std::fabs(deviations[i].distance - mean);
+  const auto is_nearer = [](const Deviation& a, const Deviation& b) {
+    return a.distance < b.distance;
+  };
   const auto weigh = [](const Deviation* part, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += part[i].weight;
@@ -123,8 +130,8 @@ void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, fl
   }
 }
 
-// Applies top-k, top-p, min-p and typical-p to scores [vocab] (best 0): returns the least score that stays.
-// room: 2 * vocab floats.
+// Applies top-k, top-p, min-p and typical-p to scores [vocab] (best 0): returns the least score
+// that stays. room: 2 * vocab floats.
 float cut_off(const SampleSlot& slot, float* scores, int64_t vocab, float* room) {
   float floor = -FLT_MAX;
   int64_t count = 0;  // of the candidates in room, once they are there
@@ -134,7 +141,8 @@ float cut_off(const SampleSlot& slot, float* scores, int64_t vocab, float* room)
     if (count < slot.top_k) count = TGI_VARIANT(row_compact)(scores, vocab, floor, room);
     if (slot.top_k < count) {
       floor = kth_largest(room, count, slot.top_k);
-      count = std::partition(room, room + count, [=](float score) { return score >= floor; }) - room;
+      count =
+          std::partition(room, room + count, [=](float score) { return score >= floor; }) - room;
     }
     mass = TGI_VARIANT(row_mass)(room, count, 0.0f, floor);
   }
@@ -182,7 +190,8 @@ std::vector<Top> top_list(const float* values, int64_t n, float floor, int64_t w
   return heap;
 }
 
-// log softmax of values [n] that are >= floor, at `id` and of the best; returns how many of these there are.
+// log softmax of values [n] that are >= floor, at `id` and of the best; returns how many of these
+// there are.
 int64_t describe(const float* values, int64_t n, float max, float floor, int64_t id, int64_t wanted,
                  float* logprob, int32_t* top_ids, float* top_logprobs) {
   const auto normaliser =
@@ -223,7 +232,8 @@ void sample_row(const SampleParams& p, int64_t row, float* scratch) {
     const float factor = std::min(1.0f / slot.temperature, FLT_MAX);
     TGI_VARIANT(row_scale)(values, p.vocab, stats.max, factor, scores);
     floor = cut_off(slot, scores, p.vocab, scratch + 2 * p.vocab);
-    const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice), static_cast<uint64_t>(slot.position)};
+    const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
+                         static_cast<uint64_t>(slot.position)};
     id = TGI_VARIANT(row_race)(scores, p.vocab, floor, key);
     values = scores;
     max = 0.0f;
@@ -231,11 +241,11 @@ void sample_row(const SampleParams& p, int64_t row, float* scratch) {
   if ((slot.flags & kWantsLogprobs) != 0) {
     const bool is_processed = (slot.flags & kIsProcessed) != 0;
     const int64_t wanted = std::min<int64_t>(slot.num_top, p.max_top);
-    p.num_top[row] = static_cast<int32_t>(
-        is_processed
-            ? describe(values, p.vocab, max, floor, id, wanted, p.logprobs + row, top_ids, top_logprobs)
-            : describe(logits, p.vocab, raw.max, -FLT_MAX, id, wanted, p.logprobs + row, top_ids,
-                       top_logprobs));
+    p.num_top[row] =
+        static_cast<int32_t>(is_processed ? describe(values, p.vocab, max, floor, id, wanted,
+                                                     p.logprobs + row, top_ids, top_logprobs)
+                                          : describe(logits, p.vocab, raw.max, -FLT_MAX, id, wanted,
+                                                     p.logprobs + row, top_ids, top_logprobs));
   }
   p.token_ids[row] = static_cast<int32_t>(id);
   p.is_finite[row] = true;

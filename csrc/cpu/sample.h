@@ -1,4 +1,5 @@
-// One token a row of logits, and log-probabilities. See tgi_asgi/ops/sample.py for the order of the filters.
+// One token a row of logits, and log-probabilities. See tgi_asgi/ops/sample.py for the order of the
+// filters.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ void sample(const ::tgi::SampleParams& p, float* scratch, int64_t begin, int64_t
 // Rows [begin, end). A row that is not finite gets NaN.
 void token_logprobs(const ::tgi::TokenLogprobsParams& p, int64_t begin, int64_t end);
 
-// What a draw depends on, beside the scores: Philox's key and counter. One call a token id, first word.
+// What a draw depends on, beside the scores: Philox's key and counter. One call a token id, first
+// word.
 struct DrawKey {
   uint64_t seed;
   uint32_t choice;
@@ -31,21 +33,21 @@ struct RowStats {
 }  // namespace tgi::cpu
 
 // Passes over one row of n floats, a variant each.
-#define TGI_DECLARE_ROW_PASSES(isa)                                                                   \
-  namespace tgi::cpu::isa {                                                                           \
-  RowStats row_stats(const float* x, int64_t n);                                                      \
-  /* The first index >= begin with x[index] > bound (>= where or_equal), or n. */                     \
-  int64_t row_find(const float* x, int64_t begin, int64_t n, float bound, bool or_equal);             \
-  /* out = (x - max) * factor; equal bits in every variant. */                                        \
-  void row_scale(const float* x, int64_t n, float max, float factor, float* out);                     \
-  /* Sum of e^(x - max) over x >= floor. */                                                           \
-  double row_mass(const float* x, int64_t n, float max, float floor);                                 \
-  int64_t row_count(const float* x, int64_t n, float floor);                                          \
-  /* Copies those >= floor to out, in order; returns how many. out has room for n. */                 \
-  int64_t row_compact(const float* x, int64_t n, float floor, float* out);                            \
-  /* The winner of the race: the index that minimises E / e^score over scores >= floor, E             \
-     exponential from the key and the index; lowest index on ties. At least one is in. */             \
-  int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key);                  \
+#define TGI_DECLARE_ROW_PASSES(isa)                                                       \
+  namespace tgi::cpu::isa {                                                               \
+  RowStats row_stats(const float* x, int64_t n);                                          \
+  /* The first index >= begin with x[index] > bound (>= where or_equal), or n. */         \
+  int64_t row_find(const float* x, int64_t begin, int64_t n, float bound, bool or_equal); \
+  /* out = (x - max) * factor; equal bits in every variant. */                            \
+  void row_scale(const float* x, int64_t n, float max, float factor, float* out);         \
+  /* Sum of e^(x - max) over x >= floor. */                                               \
+  double row_mass(const float* x, int64_t n, float max, float floor);                     \
+  int64_t row_count(const float* x, int64_t n, float floor);                              \
+  /* Copies those >= floor to out, in order; returns how many. out has room for n. */     \
+  int64_t row_compact(const float* x, int64_t n, float floor, float* out);                \
+  /* The winner of the race: the index that minimises E / e^score over scores >= floor, E \
+     exponential from the key and the index; lowest index on ties. At least one is in. */ \
+  int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key);      \
   }
 
 TGI_DECLARE_ROW_PASSES(portable)

@@ -1,12 +1,13 @@
-// Sixteen floats, written once for AVX-512, AVX2 and portable C++: kernels are templates over nothing, they
-// are compiled once an instruction set. A kernel's file pair:
+// Sixteen floats, written once for AVX-512, AVX2 and portable C++: kernels are templates over
+// nothing, they are compiled once an instruction set. A kernel's file pair:
 //
 //   softmax_impl.h     #include "simd.h", then the kernel in namespace tgi::cpu::TGI_ISA
-//   softmax.cpp        #include "softmax_impl.h": the portable variant, and the function that chooses
-//   softmax_avx2.cpp   #include "target_avx2.h" first, then "softmax_impl.h"; softmax_avx512.cpp alike
+//   softmax.cpp        #include "softmax_impl.h": the portable variant, and the function that
+//   chooses softmax_avx2.cpp   #include "target_avx2.h" first, then "softmax_impl.h";
+//   softmax_avx512.cpp alike
 //
-// Everything here is in an unnamed namespace and every standard header comes before the target pragma, so
-// that no AVX-512 copy of a shared inline function can reach a machine without it.
+// Everything here is in an unnamed namespace and every standard header comes before the target
+// pragma, so that no AVX-512 copy of a shared inline function can reach a machine without it.
 #pragma once
 
 #include <cmath>
@@ -192,7 +193,8 @@ inline Vec operator*(Vec a, Vec b) {
 inline Vec operator/(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
-inline Vec fma(Vec a, Vec b, Vec c) {  // two roundings: a fused one is a library call on plain x86-64
+inline Vec fma(Vec a, Vec b,
+               Vec c) {  // two roundings: a fused one is a library call on plain x86-64
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
 inline Vec max(Vec a, Vec b) {

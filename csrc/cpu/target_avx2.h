@@ -1,4 +1,5 @@
-// Compiles what follows in this file for AVX2 and FMA, into the namespace tgi::cpu::avx2. Include it first.
+// Compiles what follows in this file for AVX2 and FMA, into the namespace tgi::cpu::avx2. Include
+// it first.
 #pragma once
 #include <immintrin.h>
 

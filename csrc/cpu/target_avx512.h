@@ -1,5 +1,5 @@
-// Compiles what follows in this file for AVX-512 (F, BW, DQ, VL), into the namespace tgi::cpu::avx512.
-// Include it first.
+// Compiles what follows in this file for AVX-512 (F, BW, DQ, VL), into the namespace
+// tgi::cpu::avx512. Include it first.
 #pragma once
 #include <immintrin.h>
 

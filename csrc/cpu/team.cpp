@@ -17,7 +17,7 @@ namespace tgi::cpu {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr int kSpinsPerClockRead = 64;      // reading the clock costs as much as ten pauses
+constexpr int kSpinsPerClockRead = 64;  // reading the clock costs as much as ten pauses
 constexpr auto kYieldAfter = std::chrono::milliseconds(1);
 
 // Spins until ready() holds. After kYieldAfter it gives its core away between looks.
@@ -82,6 +82,8 @@ class Team {
     for (std::thread& thread : threads_) thread.join();
   }
 
+  int num_members() const { return num_members_; }
+
   int core_of(int member) const { return cores_[member % cores_.size()]; }
 
   void run(TeamFunction fn, void* context) {
@@ -127,7 +129,8 @@ class Team {
     }
   }
 
-  // Waits for the run after number `seen`: spins for spin_us, then parks until signalled, and again.
+  // Waits for the run after number `seen`: spins for spin_us, then parks until signalled, and
+  // again.
   uint32_t next_run(uint32_t seen) {
     for (;;) {
       const uint32_t signal = signal_.load(std::memory_order_seq_cst);
@@ -230,11 +233,13 @@ void join_team() {
   if (state.options.nice != 0) nice_thread(state.options.nice);
 }
 
-void team_run(TeamFunction fn, void* context) {
+void team_run(TeamFunction fn, void* context, PrepareFunction prepare) {
   Shared& state = shared();
   std::lock_guard<std::mutex> guard(state.lock);
+  Team& team = started(state);
+  if (prepare != nullptr) prepare(context, team.num_members());
   FlushDenormals flush;
-  started(state).run(fn, context);
+  team.run(fn, context);
 }
 
 void team_barrier() {

@@ -1,6 +1,7 @@
-// The persistent team of compute threads. Every kernel call and every recorded step runs on it; nothing
-// here uses OpenMP. The caller is member 0, so a team of n has n - 1 threads of its own. Members spin
-// briefly between runs, then park; inside a run they meet at a spin barrier and never park.
+// The persistent team of compute threads. Every kernel call and every recorded step runs on it;
+// nothing here uses OpenMP. The caller is member 0, so a team of n has n - 1 threads of its own.
+// Members spin briefly between runs, then park; inside a run they meet at a spin barrier and never
+// park.
 #pragma once
 
 #include <cstdint>
@@ -10,16 +11,16 @@ namespace tgi::cpu {
 
 struct TeamOptions {
   int num_threads = 0;  // 0: default_num_threads()
-  int nice = 0;         // of the team's own threads; 19 where cores are few, so that HTTP is not starved
-  bool pin = false;     // bind member i to the i-th core that the process may use
-  int spin_us = 75;     // how long an idle member spins before it parks (a wake-up costs 16-25 us)
+  int nice = 0;  // of the team's own threads; 19 where cores are few, so that HTTP is not starved
+  bool pin = false;  // bind member i to the i-th core that the process may use
+  int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
 };
 
 // Cores by affinity and by cgroup quota, whichever is less: spinning under a quota is throttled.
 int default_num_threads();
 
-// Ends the present team, if any; the next run starts one with these options. Must not be called inside a
-// run; waits for a run on another thread to end.
+// Ends the present team, if any; the next run starts one with these options. Must not be called
+// inside a run; waits for a run on another thread to end.
 void configure_team(const TeamOptions& options);
 TeamOptions team_options();
 
@@ -29,32 +30,50 @@ void set_num_threads(int num_threads);
 // Members of the team as the next run will have them, at least 1.
 int num_threads();
 
-// Applies the team's nice value and member 0's core to the calling thread, for good: for the thread that
-// launches all steps. Others only borrow the team.
+// Applies the team's nice value and member 0's core to the calling thread, for good: for the thread
+// that launches all steps. Others only borrow the team.
 void join_team();
 
-// Runs fn(context, member, num_members) once on every member and returns when all have returned. Runs of
-// several callers take turns. fn must not throw and must not call team_run. Memory written before the
-// call is visible to all members; what they wrote is visible after it. Denormals are flushed inside.
+// Runs fn(context, member, num_members) once on every member and returns when all have returned.
+// Runs of several callers take turns. fn must not throw and must not call team_run. Memory written
+// before the call is visible to all members; what they wrote is visible after it. Denormals are
+// flushed inside.
+// `prepare`, if given, is called first on the caller alone with the number of members, which cannot
+// change before the run ends: work memory is made there. It may throw, and then nothing runs.
 using TeamFunction = void (*)(void* context, int member, int num_members);
-void team_run(TeamFunction fn, void* context);
+using PrepareFunction = void (*)(void* context, int num_members);
+void team_run(TeamFunction fn, void* context, PrepareFunction prepare = nullptr);
 
 // Inside a run: waits until every member has arrived. All members must call it equally often.
 // About 0.06 us on two cores. After about 1 ms of spinning it yields: a peer was descheduled.
 void team_barrier();
 
-// Unparks the team ahead of a run, so that the wake-up overlaps with the caller's last preparations.
+// Unparks the team ahead of a run, so that the wake-up overlaps with the caller's last
+// preparations.
 void team_wake();
 
 // team_run for a callable: run_on_team([&](int member, int num_members) { ... }).
 template <typename Callable>
 void run_on_team(Callable&& callable) {
   using Plain = std::remove_reference_t<Callable>;
+  team_run([](void* context, int member,
+              int num_members) { (*static_cast<Plain*>(context))(member, num_members); },
+           const_cast<void*>(static_cast<const void*>(&callable)));
+}
+
+// The same with prepare(num_members).
+template <typename Prepare, typename Callable>
+void run_on_team(Prepare&& prepare, Callable&& callable) {
+  struct Both {
+    Prepare& prepare;
+    Callable& callable;
+  } both = {prepare, callable};
   team_run(
       [](void* context, int member, int num_members) {
-        (*static_cast<Plain*>(context))(member, num_members);
+        static_cast<Both*>(context)->callable(member, num_members);
       },
-      const_cast<void*>(static_cast<const void*>(&callable)));
+      &both,
+      [](void* context, int num_members) { static_cast<Both*>(context)->prepare(num_members); });
 }
 
 struct Range {
@@ -62,8 +81,9 @@ struct Range {
   int64_t end;
 };
 
-// Member's part of [0, size): contiguous, in order, sizes differing by at most one grain; every inner
-// border is a multiple of grain. Depends on nothing else, so a split is the same in every run.
+// Member's part of [0, size): contiguous, in order, sizes differing by at most one grain; every
+// inner border is a multiple of grain. Depends on nothing else, so a split is the same in every
+// run.
 inline Range split(int64_t size, int member, int num_members, int64_t grain = 1) {
   const int64_t grains = (size + grain - 1) / grain;
   const int64_t each = grains / num_members, extra = grains % num_members;
@@ -73,21 +93,20 @@ inline Range split(int64_t size, int member, int num_members, int64_t grain = 1)
   return {begin < size ? begin : size, end < size ? end : size};
 }
 
-// Flushes denormals on the caller and runs callable(0, 1) there: a team of one. For work so small that a
-// hand-over would cost more (1 us to a spinning member, 25 to a parked one).
+// Flushes denormals on the caller and runs callable(0, 1) there: a team of one. For work so small
+// that a hand-over would cost more (1 us to a spinning member, 25 to a parked one).
 void run_alone(TeamFunction fn, void* context);
 
 template <typename Callable>
 void run_alone(Callable&& callable) {
   using Plain = std::remove_reference_t<Callable>;
-  run_alone(
-      [](void* context, int member, int num_members) {
-        (*static_cast<Plain*>(context))(member, num_members);
-      },
-      const_cast<void*>(static_cast<const void*>(&callable)));
+  run_alone([](void* context, int member,
+               int num_members) { (*static_cast<Plain*>(context))(member, num_members); },
+            const_cast<void*>(static_cast<const void*>(&callable)));
 }
 
-// kernel(begin, end) over [0, size), split over the team; on the caller alone below `serial_below` grains.
+// kernel(begin, end) over [0, size), split over the team; on the caller alone below `serial_below`
+// grains.
 template <typename Kernel>
 void parallel_range(int64_t size, int64_t grain, const Kernel& kernel, int64_t serial_below = 2) {
   if (size <= 0) return;
