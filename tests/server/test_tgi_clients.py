@@ -19,8 +19,18 @@ from tgi_asgi.settings import Settings
 
 SCRIPT = Path(__file__).parent / "tgi_clients" / "examples.py"
 # `make test` makes it beside the packages of the tests, which cannot be installed together with these.
-CLIENTS = Path(sys.prefix) / "clients" / "bin" / "python"
+CLIENTS = Path(sys.prefix) / "clients" / "bin"
 TEXT = "Hello wörld"
+
+
+def require_client(name: str) -> Path:
+    """Return a program of the clients' environment; without it the test is skipped, but under CI it fails."""
+    path = CLIENTS / name
+    if not path.exists():
+        if os.environ.get("CI"):
+            pytest.fail("the environment of TGI's clients must be there under CI")
+        pytest.skip("TGI's clients are not installed: `make test` does it")
+    return path
 
 
 def serve(**settings: Any) -> LiveServer:
@@ -30,12 +40,12 @@ def serve(**settings: Any) -> LiveServer:
 
 def run_examples(url: str, *flags: str) -> dict[str, Any]:
     """Run the calls in the clients' own environment."""
-    if not CLIENTS.exists():
-        if os.environ.get("CI"):
-            pytest.fail("the environment of TGI's clients must be there under CI")
-        pytest.skip("TGI's clients are not installed: `make test` does it")
     run = subprocess.run(
-        [CLIENTS, SCRIPT, url, *flags], capture_output=True, text=True, timeout=120, check=False
+        [require_client("python"), SCRIPT, url, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout)
@@ -113,3 +123,19 @@ async def test_todays_huggingface_hub_with_asyncio() -> None:
             stream = await client.chat_completion(MESSAGES, stream=True)
             texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
     assert "".join(texts) == TEXT
+
+
+def test_answers_to_what_the_openapi_document_allows_are_as_it_says() -> None:
+    command = [
+        "run", "--phases", "fuzzing", "--max-examples", "8", "--no-color", "--request-timeout", "20",
+        "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
+    ]  # fmt: skip
+    with serve() as server:
+        run = subprocess.run(
+            [require_client("st"), *command, server.url + "/api-doc/openapi.json"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert run.returncode == 0, run.stdout[-5000:]

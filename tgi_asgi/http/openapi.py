@@ -5,6 +5,7 @@ A test holds the operations listed here against the app's routes.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,14 @@ from tgi_asgi.types import ModelInfo
 Schema = dict[str, Any]
 
 
+class Errors(enum.Enum):
+    """Whose envelope a route's errors come in."""
+
+    NATIVE = "native"
+    OPENAI = "openai"
+    BY_KEY = "by key"  # that of the kind of request that the body is
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One method of one path, as the document describes it.
@@ -27,8 +36,9 @@ class Operation:
         requests: the types that the body may have.
         response: of a 200, where it is a struct; else any JSON object (or none, for `is_empty`).
         is_list: the response is an array of `response`.
-        event: one event of the stream that the route answers with when it streams.
-        is_openai: errors come in OpenAI's envelope.
+        streams: it answers with server-sent events, where the request asks for them.
+        event: the JSON of one of those, where it is a struct.
+        errors: whose envelope errors come in.
         media_type: of a response that is not JSON.
     """
 
@@ -39,8 +49,9 @@ class Operation:
     requests: tuple[type, ...] = ()
     response: type | None = None
     is_list: bool = False
+    streams: bool = False
     event: type | None = None
-    is_openai: bool = False
+    errors: Errors = Errors.NATIVE
     is_open: bool = False  # needs no key
     media_type: str = "application/json"
 
@@ -52,25 +63,27 @@ _COMPLETION = openai_schema.CompletionRequest
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "post", "/", "Generate; the body says whether to stream", "TGI", (tgi_schema.CompatGenerateRequest,),
-        tgi_schema.GenerateResponse, is_list=True, event=tgi_schema.StreamResponse,
+        tgi_schema.GenerateResponse, is_list=True, streams=True, event=tgi_schema.StreamResponse,
     ),
     Operation("post", "/generate", "Generate", "TGI", (_GENERATE,), tgi_schema.GenerateResponse),
     Operation(
         "post", "/generate_stream", "Generate, an event a token", "TGI", (_GENERATE,),
-        event=tgi_schema.StreamResponse, media_type="text/event-stream",
+        streams=True, event=tgi_schema.StreamResponse, media_type="",
     ),
-    Operation("post", "/v1/chat/completions", "Chat", "OpenAI", (_CHAT,), is_openai=True),
-    Operation("post", "/v1/completions", "Complete a text", "OpenAI", (_COMPLETION,), is_openai=True),
-    Operation("post", "/v1/responses", "Not served yet", "OpenAI", (dict[str, Any],), is_openai=True),
-    Operation("get", "/v1/models", "List the served model", "OpenAI", is_openai=True),
-    Operation("get", "/v1/models/{model}", "Describe a served model", "OpenAI", is_openai=True),
+    Operation("post", "/v1/chat/completions", "Chat", "OpenAI", (_CHAT,), streams=True, errors=Errors.OPENAI),
+    Operation(
+        "post", "/v1/completions", "Text", "OpenAI", (_COMPLETION,), streams=True, errors=Errors.OPENAI,
+    ),
+    Operation("post", "/v1/responses", "Not served yet", "OpenAI", (dict[str, Any],), errors=Errors.OPENAI),
+    Operation("get", "/v1/models", "List the served model", "OpenAI", errors=Errors.OPENAI),
+    Operation("get", "/v1/models/{model}", "Describe a served model", "OpenAI", errors=Errors.OPENAI),
     Operation(
         "post", "/tokenize", "Tokens of a text or chat", "Tokens",
-        (tgi_schema.TokenizeRequest, tgi_schema.PromptTokenizeRequest, _CHAT),
+        (tgi_schema.TokenizeRequest, tgi_schema.PromptTokenizeRequest, _CHAT), errors=Errors.BY_KEY,
     ),
     Operation(
         "post", "/detokenize", "Text of tokens", "Tokens", (tgi_schema.DetokenizeRequest,),
-        tgi_schema.DetokenizeResponse, is_openai=True,
+        tgi_schema.DetokenizeResponse, errors=Errors.OPENAI,
     ),
     Operation(
         "post", "/chat_tokenize", "A chat's templated text and tokens", "Tokens", (_CHAT,),
@@ -79,7 +92,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/tokenizer_info", "Special tokens and chat template", "Tokens"),
     Operation(
         "post", "/invocations", "SageMaker: POST /, chat or completions", "Clouds",
-        (tgi_schema.CompatGenerateRequest, _CHAT, _COMPLETION),
+        (tgi_schema.CompatGenerateRequest, _CHAT, _COMPLETION), streams=True, errors=Errors.BY_KEY,
     ),
     Operation(
         "post", "/vertex", "Vertex AI: several requests at once", "Clouds", (tgi_schema.VertexRequest,),
@@ -152,20 +165,27 @@ def _responses(operation: Operation) -> Schema:
         }
     elif operation.media_type:
         content[operation.media_type] = {"schema": {"type": "string"}}
-    if operation.event is not None:
-        content["text/event-stream"] = {"schema": _reference(operation.event)}
+    if operation.streams:
+        data: Schema = {"type": "string"}
+        if operation.event is not None:
+            schema = _reference(operation.event)
+            data |= {"contentMediaType": "application/json", "contentSchema": schema}
+        event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        content["text/event-stream"] = {"schema": event}
     answered: Schema = {"description": "Answered"}
     if content:
         answered["content"] = content
     error = {
         "description": "Refused or failed",
-        "content": {"application/json": {"schema": _error(operation)}},
+        "content": {"application/json": {"schema": _error(operation.errors)}},
     }
     return {"200": answered, "4XX": error, "5XX": error}
 
 
-def _error(operation: Operation) -> Schema:
-    if not operation.is_openai:
+def _error(errors: Errors) -> Schema:
+    if errors is Errors.BY_KEY:
+        return {"anyOf": [_error(Errors.NATIVE), _error(Errors.OPENAI)]}
+    if errors is Errors.NATIVE:
         return _reference(tgi_schema.ErrorResponse)
     text = {"type": "string"}
     optional = {"type": ["string", "null"]}
