@@ -12,7 +12,10 @@ from tgi_asgi.settings import Settings
 
 def test_every_field_is_read_from_its_upper_snake_variable() -> None:
     examples = {"int": "3", "float": "2.5", "bool": "true", "str": "text", "tuple": "one"}
-    special = {"block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4"}
+    special = {
+        "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
+        "aip_predict_route": "/predict", "aip_health_route": "/healthy",
+    }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         kind = next(name for name in examples if str(spec.type).startswith(name))
         text = special.get(spec.name, examples[kind])
