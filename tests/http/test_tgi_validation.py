@@ -315,6 +315,11 @@ def test_a_grammar_is_checked_and_then_refused(grammar: dict[str, Any], message:
     assert refusal.value.param is not None and refusal.value.param.startswith("parameters.grammar")
 
 
+def test_an_operator_may_switch_grammars_off_and_then_they_are_not_looked_at() -> None:
+    with pytest.raises(InvalidRequest, match=r"^grammar is not supported$"):
+        generation(parameters(grammar={"type": "json", "value": "{"}), disable_grammar_support=True)
+
+
 def test_an_adapter_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match=r"`adapter_id` is not supported.*my-lora"):
         generation(parameters(adapter_id="my-lora"))
