@@ -176,7 +176,7 @@ async def test_priority_goes_first_unless_the_other_has_waited_long() -> None:
     engine.start()
     channels = []
     # Each prompt is one token longer than the one before, which tells them apart.
-    for arrival_s, priority in ((0.0, 0), (0.0, 1), (AGING_S - 1, 0), (AGING_S + 1, 0)):
+    for arrival_s, priority in ((0.0, 0), (0.0, 1), (AGING_S / 2, 0), (AGING_S * 2, 0)):
         now = arrival_s
         channels.append(submit(engine, make_request(len(channels) + 1, max_tokens=1, priority=priority)))
         await until(lambda: runner.num_in_flight > 0)

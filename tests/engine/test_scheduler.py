@@ -301,6 +301,18 @@ def test_cancelling_a_queued_request_leaves_nothing() -> None:
     assert scheduler.plan() is None
 
 
+def test_a_blocked_queue_does_not_collect_the_cancelled() -> None:
+    scheduler, runner = make_scheduler(max_batch_size=1), FakeRunner()
+    first = add_request(scheduler, make_request(5, max_tokens=100), arrival=0)[0]
+    run(scheduler, runner, must_plan(scheduler))
+    for arrival in range(1, 1000):
+        scheduler.remove(add_request(scheduler, make_request(5), arrival)[0])
+    last = add_request(scheduler, make_request(5), arrival=1000)[0]
+    assert len(scheduler._waiting) < 100
+    scheduler.remove(first)
+    assert must_plan(scheduler).sequences == [last]
+
+
 def test_what_a_poisoned_sequence_wrote_is_not_found() -> None:
     scheduler, runner = make_scheduler(), FakeRunner()
     poisoned = add_request(scheduler, make_request(range(70), max_tokens=20))[0]

@@ -9,13 +9,14 @@ result is applied, and rows in flight write later positions, so registered conte
 only positions that it, or an earlier step, wrote for the same tokens. Therefore a late write lands before its
 block's next owner writes (1), in a block that nobody else can find (2, 3), and whatever it leaves there is
 overwritten before it is read (4). After a failed step (1) would break, so those rows only are run again whose
-sequence still holds its blocks, and the source of a copy is held until the copy has been applied.
+sequence still holds its blocks, and the source of a copy is held until the copy has been applied. (A prompt
+whose scores begin again after such a step breaks (2), but writes what is there already.)
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
@@ -26,6 +27,7 @@ from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
 
 _urgency = attrgetter("urgency")
+_MAX_STALE = 64  # entries of the queue that nobody waits for any more
 
 
 class Step:
@@ -109,6 +111,9 @@ class Scheduler:
         else:
             self._num_waiting -= 1
         sequence.leave(SequenceState.FINISHED)
+        if len(self._waiting) > 2 * self._num_waiting + _MAX_STALE:
+            self._waiting = [entry for entry in self._waiting if entry[1].state is SequenceState.WAITING]
+            heapify(self._waiting)
 
     def plan(self) -> Step | None:
         """Plan the next step, or return None if there is nothing that a step could compute now."""
