@@ -31,6 +31,7 @@ BACKLOG = 2048
 KEEP_ALIVE_S = 75  # over the 60 s of common load balancers, which else reuse a connection as it closes
 # A reader that never reads blocks `send()` for ever under hypercorn: the kernel ends its connection.
 STALLED_READER_MS = 120_000
+CLOSE_S = 5.0
 FLUSH_S = 1.0  # what the last events of a stream get to leave, once nothing more is generated
 
 
@@ -142,7 +143,7 @@ class _Server:
         """Stop because the model could not be loaded, or the engine has died."""
         self._console.close()
         self._failure = error
-        self._stop.set()
+        self._close(str(error), 1)
 
     def _on_signal(self, number: int) -> None:
         if self._app.context.served is None:
@@ -156,8 +157,15 @@ class _Server:
         """Refuse new requests, let those that run finish, end the rest with an error event."""
         timeout_s = self._settings.graceful_termination_timeout
         logger.info("draining for up to %d s; a second signal ends at once", timeout_s)
-        await cast(_Drainable, served.engine).drain(timeout_s)
+        try:
+            await cast(_Drainable, served.engine).drain(timeout_s)
+        finally:
+            self._close(None, 0)
+
+    def _close(self, reason: str | None, code: int) -> None:
+        """Let hypercorn close; a connection or a step that hangs must not keep the process."""
         self._stop.set()
+        asyncio.get_running_loop().call_later(CLOSE_S, end_process, reason, code)
 
 
 def _url(listener: socket.socket) -> str:

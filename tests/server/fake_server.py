@@ -1,11 +1,13 @@
 """The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
 
 FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
-`crash` fail to load; `dies` loses the device at the first step. FAKE_STEP_S is how long a step takes.
+`crash` fail to load; `dies` loses the device at the first step; `stuck` never stops. FAKE_STEP_S is how long a
+step takes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from functools import partial
 
@@ -38,6 +40,8 @@ def load(settings: Settings, progress: Progress) -> Served:
         runner.fault = _lose_device
     tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=4096, max_input_tokens=4095)
     engine = Engine(runner, tokenizer, settings, info)
+    if behaviour == "stuck":
+        engine.stop = asyncio.Event().wait  # type: ignore[method-assign,assignment]
     return Served(engine, tokenizer, ChatTemplate(CHATML, {}), info, engine.stats)  # type: ignore[arg-type]
 
 

@@ -124,6 +124,13 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             assert server.wait() == 128 + signal.SIGTERM
 
 
+def test_an_engine_that_does_not_stop_does_not_keep_the_process() -> None:
+    with _server("stuck") as server:
+        server.wait_until_healthy()
+        server.signal()
+        assert server.wait() == 0
+
+
 def test_a_signal_while_the_model_loads_ends_the_process(tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
