@@ -1,8 +1,8 @@
 """The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
 
 FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
-`crash` fail to load; `dies` loses the device at the first step; `stuck` never stops. FAKE_STEP_S is how long a
-step takes.
+`crash` fail to load; `dies` loses the device at the first step; `stuck` never stops. FAKE_STEP_S is how long
+a step takes.
 """
 
 from __future__ import annotations

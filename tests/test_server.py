@@ -1,0 +1,51 @@
+"""The listening socket and hypercorn's configuration: what long streams need."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.server import STALLED_READER_MS, listen, make_config
+from tgi_asgi.settings import Settings
+
+LOCAL = Settings(hostname="127.0.0.1", port=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hand these options on")
+def test_accepted_connections_end_for_readers_that_stall_or_vanish() -> None:
+    with listen(LOCAL) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            timeout_ms = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            assert timeout_ms == STALLED_READER_MS
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
+def test_connections_queue_before_anybody_accepts() -> None:
+    with listen(LOCAL) as listener, socket.create_connection(listener.getsockname(), timeout=5) as early:
+        assert early.getpeername() == listener.getsockname()
+
+
+def test_a_port_that_is_taken_names_the_flag() -> None:
+    with listen(LOCAL) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ModelLoadError, match=f"port {port}: Address already in use.*--port"):
+            listen(Settings(hostname="127.0.0.1", port=port))
+
+
+def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
+    listener = listen(LOCAL)
+    address = listener.getsockname()
+    config = make_config(listener)
+    (bound,) = config.create_sockets().insecure_sockets
+    with bound:
+        assert bound.getsockname() == address
+    assert config.backlog >= 1024
+    assert config.keep_alive_timeout > 60
+    assert config.keep_alive_max_requests > 1_000_000
+    assert config.read_timeout is None
+    assert "h2" not in config.alpn_protocols
