@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Protocol, cast
 
 from starlette.routing import Router
 
@@ -27,6 +27,7 @@ from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
 from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,16 @@ Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine 
 Reply = tuple[int, bytes, list[Header]]  # status, JSON body, headers
 Guard = Callable[[Exchange], Reply | None]  # before the body is read: raise, answer, or let pass
 Observer = Callable[[Exchange], None]  # after the response, whatever became of it
+
+
+class OwnedEngine(Engine, Protocol):
+    """The engine as its owner sees it: what HTTP has no need of."""
+
+    on_fatal: Callable[[TgiError], None] | None
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
 
 
 class App:
@@ -94,15 +105,16 @@ class App:
         if self._loading is not None:
             self._loading.cancel()  # the thread itself ends with the process
         if self.context.served is not None:
-            await _engine_call(self.context.served, "stop")
+            await cast(OwnedEngine, self.context.served.engine).stop()
         self.context.executor.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self) -> None:
         context = self.context
         try:
             served = await asyncio.to_thread(self._loader, context.settings, context.report)
-            served.engine.on_fatal = self._on_engine_death  # type: ignore[attr-defined]  # not HTTP's business
-            await _engine_call(served, "start")
+            engine = cast(OwnedEngine, served.engine)
+            engine.on_fatal = self._on_engine_death
+            engine.start()
         except Exception as error:
             context.failure = error
             if not isinstance(error, TgiError):
@@ -161,13 +173,6 @@ class App:
             if exchange.status is not None:
                 raise  # the response has begun: the server closes the connection
             await exchange.fail(error)
-
-
-async def _engine_call(served: Served, name: str) -> None:
-    """Call the engine's `start` or `stop`, which the engine that HTTP sees has no need of."""
-    result = getattr(served.engine, name)()
-    if asyncio.iscoroutine(result):
-        await result
 
 
 def load_model(settings: Settings, progress: Progress) -> Served:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
-from tgi_asgi.http import asgi
+from tgi_asgi.http import asgi, openai_chat
 from tgi_asgi.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -121,3 +123,20 @@ async def test_other_protocols_are_closed() -> None:
 
     await small_app()({"type": "websocket"}, asyncio.Event().wait, collect)
     assert sent == [{"type": "websocket.close", "code": 1000}]
+
+
+async def test_a_large_body_is_handled_in_a_thread_and_a_small_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+    check_common = openai_chat.check_common
+
+    def record(*args: Any) -> None:
+        threads.append(threading.current_thread() is threading.main_thread())
+        check_common(*args)
+
+    monkeypatch.setattr(openai_chat, "check_common", record)
+    app = scripted_app(ScriptedEngine())
+    assert (await send(app, request("POST", CHAT, {**HI, "user": "x" * 300_000}))).status == 200
+    assert (await send(app, request("POST", CHAT, HI))).status == 200
+    assert threads == [False, True]

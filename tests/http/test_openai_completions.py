@@ -98,6 +98,15 @@ async def test_prompts_that_are_refused(prompt: Any, param: str) -> None:
     assert engine.num_permits == 128
 
 
+async def test_equal_prompts_without_a_seed_draw_differently() -> None:
+    engine = ScriptedEngine()
+    await complete(engine, prompt=["a", "a"])
+    assert engine.requests[0].sampling.seed != engine.requests[1].sampling.seed
+    engine = ScriptedEngine()
+    await complete(engine, prompt=["a", "a"], seed=7)
+    assert [got.sampling.seed for got in engine.requests] == [7, 7]
+
+
 async def test_max_tokens_defaults_to_16_and_to_the_context_under_compat() -> None:
     engine = ScriptedEngine()
     await complete(engine, prompt="abc")

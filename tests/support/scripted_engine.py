@@ -159,7 +159,7 @@ class ScriptedEngine:
 
     def start(self) -> None: ...
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         self.state = EngineState.DEAD
 
     def acquire(self, n: int) -> ScriptedPermit:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import msgspec
 import orjson
@@ -33,6 +33,7 @@ from tgi_asgi.http.errors import Dialect, envelope, headers_of, status_of
 from tgi_asgi.http.parse import decode_json
 from tgi_asgi.types import Channel
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _LARGE_BODY = 256 * 1024  # decoding more than this takes the loop for most of a millisecond
@@ -48,6 +49,7 @@ class Exchange:
         channels: the engine's channels of this request, for the access log and metrics.
         error: what went wrong, if anything did.
         is_disconnected: the client left before the response had ended.
+        is_large: handling the body at once would keep the event loop for too long.
     """
 
     __slots__ = (
@@ -58,6 +60,7 @@ class Exchange:
         "error",
         "is_body_read",
         "is_disconnected",
+        "is_large",
         "receive",
         "request_id",
         "response_headers",
@@ -86,6 +89,7 @@ class Exchange:
         self._body: bytes | None = None
         self.is_body_read = False
         self.is_disconnected = False
+        self.is_large = False
 
     @property
     def method(self) -> str:
@@ -128,9 +132,14 @@ class Exchange:
             InvalidRequest: it is no JSON, or not of the decoder's type.
         """
         body = await self.read_body()
-        if len(body) > _LARGE_BODY:
-            return await self.context.in_thread(decode_json, body, decoder)
-        return decode_json(body, decoder)
+        self.is_large = len(body) > _LARGE_BODY
+        return await self.work(decode_json, body, decoder)
+
+    async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a pure function of the request at once, or in a thread if the body was large."""
+        if self.is_large:
+            return await self.context.in_thread(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
     async def reply(
         self, status: int, body: bytes, content_type: bytes = JSON, headers: Iterable[Header] = ()

@@ -33,7 +33,7 @@ async def chat_completions(exchange: Exchange) -> None:
     served = exchange.context.ready()
     request = await exchange.read_json(CHAT_DECODER)
     info = served.info
-    chat = check_chat(exchange, request)
+    chat = await exchange.work(check_chat, exchange, request)
     n, logprobs = chat.n, chat.sampling.logprobs
     with Permits(served.engine, n) as permits:
         prompt, generation = await prepare_chat(exchange, chat)

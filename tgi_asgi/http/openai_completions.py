@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from tgi_asgi.http.collect import collect
@@ -14,6 +15,7 @@ from tgi_asgi.http.openai_logprobs import CompletionLogprobs, TokenNames
 from tgi_asgi.http.openai_params import (
     Limits,
     check_common,
+    drawn_seed,
     includes_stop,
     refuse,
     sampling_of,
@@ -35,7 +37,7 @@ async def completions(exchange: Exchange) -> None:
     served = context.ready()
     info = served.info
     request = await exchange.read_json(COMPLETION_DECODER)
-    checked = _check(exchange, request)
+    checked = await exchange.work(_check, exchange, request)
     with Permits(served.engine, checked.best_of, checked.num_prompts) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
         generations = [checked.generation_of(exchange, prompt) for prompt in prompts]
@@ -84,10 +86,13 @@ class _Checked:
     def generation_of(self, exchange: Exchange, prompt: Prompt) -> GenerationRequest:
         """Return the engine's request for one of the prompts."""
         request = self.request
+        sampling = self.sampling
+        if request.seed is None:  # or equal prompts of one call would all get the same answer
+            sampling = dataclasses.replace(sampling, seed=drawn_seed())
         return generation_of(
             exchange,
             request,
-            self.sampling,
+            sampling,
             prompt.ids,
             n=self.best_of,
             max_tokens=1 if self.hides_tokens else request.max_tokens,

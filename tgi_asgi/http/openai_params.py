@@ -113,7 +113,7 @@ def sampling_of(request: CommonRequest, info: ModelInfo, logprobs: int | None) -
         frequency_penalty=_or(request.frequency_penalty, 0.0),
         presence_penalty=_or(request.presence_penalty, 0.0),
         logit_bias=_logit_bias(request.logit_bias or {}, info.vocab_size),
-        seed=random.randrange(_DRAWN_SEEDS) if request.seed is None else request.seed % 2**63,
+        seed=drawn_seed() if request.seed is None else request.seed % 2**63,
         logprobs=logprobs,
     )
 
@@ -141,6 +141,11 @@ def stop_of(request: CommonRequest, max_tokens: int) -> StopConditions:
 def stop_strings(request: CommonRequest) -> tuple[str, ...]:
     """Return the stop strings: one string counts as a list of one."""
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+
+
+def drawn_seed() -> int:
+    """Return a seed for a request that gave none."""
+    return random.randrange(_DRAWN_SEEDS)
 
 
 def includes_stop(request: CommonRequest) -> bool:
