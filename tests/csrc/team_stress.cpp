@@ -1,0 +1,62 @@
+// Drives the thread team hard, for the thread sanitizer: callers in turns, barriers, parking,
+// wake-ups, teams that are replaced. Exits 0 if every run saw the memory of its caller and of the
+// other members.
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "cpu/team.h"
+
+namespace {
+
+std::atomic<int> num_errors{0};
+
+// Two phases: each member writes its cell, and after the barrier sums up those of all.
+void run_once(int salt) {
+  std::vector<int> cells, sums;
+  tgi::cpu::run_on_team(
+      [&](int num_members) {
+        cells.assign(static_cast<size_t>(num_members), -1);
+        sums.assign(static_cast<size_t>(num_members), 0);
+      },
+      [&](int member, int num_members) {
+        cells[static_cast<size_t>(member)] = salt + member;
+        tgi::cpu::team_barrier();
+        int sum = 0;
+        for (const int cell : cells) sum += cell;
+        tgi::cpu::team_barrier();
+        sums[static_cast<size_t>(member)] = sum;
+        if (static_cast<int>(cells.size()) != num_members) num_errors.fetch_add(1);
+      });
+  const int count = static_cast<int>(cells.size());
+  for (const int sum : sums) {
+    if (sum != count * salt + count * (count - 1) / 2) num_errors.fetch_add(1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const int threads : {1, 2, 3, 5}) {
+    for (const int spin_us : {0, 200}) {
+      tgi::cpu::configure_team({threads, 0, false, spin_us});
+      std::vector<std::thread> callers;
+      for (int caller = 0; caller < 3; ++caller) {
+        callers.emplace_back([caller] {
+          for (int i = 0; i < 40; ++i) {
+            if (i % 7 == 0)
+              std::this_thread::sleep_for(std::chrono::microseconds(300));  // they park
+            if (i % 5 == 0) tgi::cpu::team_wake();
+            if (i == 20 && caller == 0) tgi::cpu::set_num_threads(2);
+            run_once(caller * 1000 + i);
+          }
+        });
+      }
+      for (std::thread& caller : callers) caller.join();
+    }
+  }
+  std::printf("%d errors\n", num_errors.load());
+  return num_errors.load() == 0 ? 0 : 1;
+}

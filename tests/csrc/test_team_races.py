@@ -1,0 +1,28 @@
+"""The thread team under the thread sanitizer: a stress program of its own, without Python in the process."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_team_has_no_data_race(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    program = tmp_path / "team_stress"
+    sources = ["tests/csrc/team_stress.cpp", "csrc/cpu/team.cpp", "csrc/cpu/platform.cpp"]
+    built = subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", *sources, "-o", program],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    if "tsan" in built.stderr:
+        pytest.skip("the compiler has no thread sanitizer library")
+    assert built.returncode == 0, built.stderr
+    run = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("the sanitizer cannot run under this kernel's address layout")
+    assert run.returncode == 0, run.stdout + run.stderr
