@@ -57,7 +57,7 @@ def cuda_decision(sources: list[str]) -> tuple[bool, str]:
 
 def extension() -> CppExtension:
     """Describe the extension: every .cpp of csrc/cpu and csrc/bindings, and .cu where CUDA is built."""
-    sources = glob("csrc/cpu/*.cpp") + glob("csrc/bindings/*.cpp")
+    sources = glob("csrc/cpu/**/*.cpp", recursive=True) + glob("csrc/bindings/*.cpp")
     cuda_sources = glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")
     has_cuda, reason = cuda_decision(cuda_sources)
     print(f"tgi_asgi._C: {'CPU and CUDA' if has_cuda else 'CPU only'} ({reason})", flush=True)

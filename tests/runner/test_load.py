@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 
 from tests.support.checkpoints import make_model, save
 from tgi_asgi.errors import ModelLoadError
@@ -99,4 +98,4 @@ def test_a_failed_load_leaves_no_thread(files: ModelFiles) -> None:
 def test_weights_are_unmapped_once_loaded(files: ModelFiles) -> None:
     loaded = load_closed(files, settings())
     assert str(files.path) not in Path("/proc/self/maps").read_text()
-    assert torch.is_tensor(loaded.runner._model.norm)
+    assert loaded.num_blocks > 0, "and the model is in use"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from tgi_asgi import ops
@@ -26,7 +25,9 @@ class Llama:
     logits = model.logits(x, rows)
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, dtype: torch.dtype, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, dtype: ops.Arithmetic, max_positions: int
+    ) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self.config = config
         self.embedding = ops.linear_weight(weights.get("model.embed_tokens.weight", shape), dtype=dtype)
@@ -54,7 +55,7 @@ class Llama:
 class Layer:
     """One transformer layer."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, dtype: ops.Arithmetic) -> None:
         hidden, intermediate = config.hidden_size, config.intermediate_size
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 

@@ -15,6 +15,8 @@ from tgi_asgi.ops.kv import KvLayer, allocate_kv, copy_blocks, kv_bytes_per_toke
 from tgi_asgi.ops.linear_add import linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm
+from tgi_asgi.ops.packed import Packing
+from tgi_asgi.ops.program import ProgramInputs, StepProgram
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
@@ -22,6 +24,7 @@ from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.team import configure_threads, join_threads, num_threads
 from tgi_asgi.ops.weights import (
     NATIVE_FORMATS,
+    Arithmetic,
     GateUpWeight,
     LinearWeight,
     QkvWeight,
@@ -34,14 +37,18 @@ from tgi_asgi.ops.weights import (
 
 __all__ = [
     "NATIVE_FORMATS",
+    "Arithmetic",
     "AttentionTables",
     "GateUpWeight",
     "KvLayer",
     "LinearWeight",
+    "Packing",
+    "ProgramInputs",
     "QkvWeight",
     "RopeTable",
     "SampleResult",
     "SampleState",
+    "StepProgram",
     "TokenLogprobs",
     "WeightSource",
     "allocate_kv",

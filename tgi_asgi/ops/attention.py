@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.recorded import Recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ def attention(q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float) -> 
     Raises:
         RuntimeError: lengths do not fit together, or a block id is not in the pool.
     """
+    if isinstance(q, Recorded):
+        return q.program.record_attention(q, kv, scale)
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=torch.float32)
     torch.ops.tgi.attention(
         q, kv.key, kv.value, tables.query_start, tables.context_len, tables.block_table, kv.block_size,

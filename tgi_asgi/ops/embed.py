@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.recorded import Recorded
 from tgi_asgi.ops.weights import LinearWeight
 
 
@@ -15,6 +16,8 @@ def embed(ids: Tensor, weight: LinearWeight) -> Tensor:
     Raises:
         RuntimeError: an id is not a row of the weight.
     """
+    if isinstance(ids, Recorded):
+        return ids.program.record_embed(weight)
     x = torch.empty(ids.shape[0], weight.columns, dtype=torch.float32)
     torch.ops.tgi.embed(ids, weight.matrix, x)
     return x

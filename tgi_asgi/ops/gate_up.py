@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.matmul import matmul
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.recorded import Recorded
 from tgi_asgi.ops.weights import GateUpWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -22,6 +23,8 @@ def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+    if isinstance(a, Recorded):
+        return a.program.record_gate_up(a, weight, activation)
     product = matmul(a, weight.linear)  # [n_tokens, 2 * intermediate]
     out = torch.empty(a.shape[0], weight.intermediate_size, dtype=torch.float32)
     torch.ops.tgi.act_mul(product, activation, out)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.matmul import matmul
+from tgi_asgi.ops.recorded import Recorded
 from tgi_asgi.ops.weights import LinearWeight
 
 
@@ -15,6 +16,8 @@ def head(x: Tensor, rows: Tensor, norm_weight: Tensor, eps: float, weight: Linea
     Raises:
         RuntimeError: a row is not in x.
     """
+    if isinstance(x, Recorded):
+        return x.program.record_head(norm_weight, eps, weight)
     normed = torch.empty(rows.shape[0], x.shape[1], dtype=torch.float32)
     torch.ops.tgi.rms_norm(x, norm_weight, eps, rows, normed)
     return matmul(normed, weight)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.recorded import Recorded
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -14,6 +15,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The result is an activation: opaque, good for one product, and valid until the step ends.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4.
     """
+    if isinstance(x, Recorded):
+        return x.program.record_norm(weight, eps)
     out = torch.empty_like(x)
     torch.ops.tgi.rms_norm(x, weight, eps, None, out)
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.matmul import matmul
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.recorded import Recorded
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.weights import QkvWeight
 
@@ -29,6 +30,8 @@ def qkv(
     Raises:
         RuntimeError: a position or slot is out of range; nothing is written then.
     """
+    if isinstance(a, Recorded):
+        return a.program.record_qkv(a, weight, kv, rope)
     product = matmul(a, weight.linear)  # [n_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
     q = torch.empty(a.shape[0], weight.num_heads, weight.head_dim, dtype=torch.float32)
     torch.ops.tgi.rope_kv_write(

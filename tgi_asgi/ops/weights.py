@@ -6,7 +6,7 @@ kernels know what comes out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,21 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi.ops.packed import (
+    BLOCKS,
+    PackedMatrix,
+    Packing,
+    head_order,
+    interleaved_order,
+    ordered_bias,
+    pack,
+    plain_order,
+    unpack,
+)
 
-# Formats that the constructors decode themselves: format -> (elements, bytes) of a block.
-_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20)}
-NATIVE_FORMATS = frozenset(_BLOCKS)
+NATIVE_FORMATS = frozenset(BLOCKS)  # what a `WeightSource` can hold
+_DECODED = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"})  # what the operator `dequantise` reads
+Arithmetic = torch.dtype | Packing  # how products compute: eagerly in a dtype, or in a recorded step
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,7 @@ class WeightSource:
             )
         if len(self.shape) not in (1, 2):
             raise ValueError(f"`shape` must have one or two sizes, got {self.shape}")
-        elements, size = _BLOCKS[self.format]
+        elements, size = BLOCKS[self.format]
         if self.shape[-1] % elements:
             raise ValueError(f"{self.format} needs rows of a multiple of {elements}, got {self.shape}")
         if self.data.dtype != np.uint8 or not self.data.flags.c_contiguous:
@@ -62,7 +73,7 @@ class WeightSource:
 class LinearWeight:
     """A matrix W of `a @ W.T (+ bias)`; also what `embed` gathers from. Opaque above `ops`."""
 
-    matrix: Tensor  # [rows, columns] float32 or bfloat16
+    matrix: Tensor | PackedMatrix  # [rows, columns]; a tensor is float32 or bfloat16
     bias: Tensor | None = None  # [rows] float32
 
     @property
@@ -74,6 +85,11 @@ class LinearWeight:
     def columns(self) -> int:
         """Number of inputs."""
         return int(self.matrix.shape[1])
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it was made for a recorded step; otherwise for eager calls."""
+        return isinstance(self.matrix, PackedMatrix)
 
     @property
     def num_bytes(self) -> int:
@@ -120,13 +136,14 @@ def vector(source: WeightSource) -> Tensor:
 
 
 def linear_weight(
-    source: WeightSource, *, dtype: torch.dtype, bias: WeightSource | None = None
+    source: WeightSource, *, dtype: Arithmetic, bias: WeightSource | None = None
 ) -> LinearWeight:
     """Make the weight of `linear_add`, `head` and `embed` from a [rows, columns] source.
 
-    `dtype` is that of the arithmetic, float32 or bfloat16.
+    `dtype` is that of the arithmetic, float32 or bfloat16, or a `Packing`.
     """
-    return _linear([source], dtype, None if bias is None else [bias])
+    biases = None if bias is None else [bias]
+    return _linear([source], dtype, biases, lambda: plain_order(source.shape[0]))
 
 
 def qkv_weight(
@@ -137,7 +154,7 @@ def qkv_weight(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: torch.dtype,
+    dtype: Arithmetic,
     biases: tuple[WeightSource, WeightSource, WeightSource] | None = None,
     is_interleaved: bool = False,
 ) -> QkvWeight:
@@ -159,7 +176,12 @@ def qkv_weight(
         query, key = _halve_pairs(query, head_dim), _halve_pairs(key, head_dim)
         if biases is not None:
             biases = (_halve_pairs(biases[0], head_dim), _halve_pairs(biases[1], head_dim), biases[2])
-    linear = _linear([query, key, value], dtype, biases)
+    linear = _linear(
+        [query, key, value],
+        dtype,
+        biases,
+        lambda: head_order(num_heads + num_kv_heads, num_kv_heads, head_dim),
+    )
     return QkvWeight(linear, num_heads, num_kv_heads, head_dim)
 
 
@@ -167,7 +189,7 @@ def gate_up_weight(
     gate: WeightSource,
     up: WeightSource,
     *,
-    dtype: torch.dtype,
+    dtype: Arithmetic,
     biases: tuple[WeightSource, WeightSource] | None = None,
 ) -> GateUpWeight:
     """Make the weight of `gate_up` from two [intermediate, columns] sources.
@@ -177,34 +199,52 @@ def gate_up_weight(
     """
     if gate.shape != up.shape:
         raise ValueError(f"`gate` and `up` must have one shape, got {gate.shape} and {up.shape}")
-    return GateUpWeight(_linear([gate, up], dtype, biases))
+    if isinstance(dtype, Packing) and gate.format != up.format:  # their panels alternate: one format for both
+        gate, up = _as_float32(gate), _as_float32(up)
+    return GateUpWeight(_linear([gate, up], dtype, biases, lambda: interleaved_order(gate.shape[0])))
 
 
 def _linear(
-    sources: Sequence[WeightSource], dtype: torch.dtype, biases: Sequence[WeightSource] | None
+    sources: Sequence[WeightSource],
+    dtype: Arithmetic,
+    biases: Sequence[WeightSource] | None,
+    order: Callable[[], npt.NDArray[np.int64]],
 ) -> LinearWeight:
-    """Stack sources by rows into one matrix of `dtype`."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
-    rows = sum(source.shape[0] for source in sources)
-    matrix = torch.empty(rows, sources[0].shape[1], dtype=dtype)
-    first = 0
-    for source in sources:
-        if len(source.shape) != 2 or source.shape[1] != matrix.shape[1]:
-            raise ValueError(f"a matrix must have {matrix.shape[1]} columns, got shape {source.shape}")
-        matrix[first : first + source.shape[0]] = _decode(source)
-        first += source.shape[0]
+    """Stack sources by rows into one matrix; a packed one has its rows in `order`."""
+    rows, columns = sum(source.shape[0] for source in sources), sources[0].shape[-1]
+    if any(len(source.shape) != 2 or source.shape[1] != columns for source in sources):
+        raise ValueError(f"a matrix must have {columns} columns, got {[source.shape for source in sources]}")
     bias = None if biases is None else torch.cat([vector(part) for part in biases])
     if bias is not None and bias.shape[0] != rows:
         raise ValueError(f"the bias must have {rows} elements, got {bias.shape[0]}")
+    if isinstance(dtype, Packing):
+        raw = [(_as_tensor(source.data), source.format) for source in sources]
+        wanted = order()
+        return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
+    matrix = torch.empty(rows, columns, dtype=dtype)
+    first = 0
+    for source in sources:
+        matrix[first : first + source.shape[0]] = _decode(source)
+        first += source.shape[0]
     return LinearWeight(matrix, bias)
 
 
 def _decode(source: WeightSource) -> Tensor:
     """Return a source as float32 of its shape."""
+    data = _as_tensor(source.data)
+    if source.format not in _DECODED:  # by way of the panels, which all formats have
+        rows = int(np.prod(source.shape[:-1]))
+        packed = pack([(data, source.format)], source.shape[-1], plain_order(rows), Packing(is_exact=True))
+        return unpack(packed)[:rows].reshape(source.shape)
     out = torch.empty(source.shape, dtype=torch.float32)
-    torch.ops.tgi.dequantise(_as_tensor(source.data), source.format, out)
+    torch.ops.tgi.dequantise(data, source.format, out)
     return out
+
+
+def _as_float32(source: WeightSource) -> WeightSource:
+    return WeightSource(_decode(source).numpy().reshape(-1).view(np.uint8), "F32", source.shape)
 
 
 def _as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
@@ -236,5 +276,5 @@ def _halve_pairs(source: WeightSource, head_dim: int) -> WeightSource:
 
 @meta_of("dequantise")
 def _dequantise_meta(blocks: Tensor, format: str, out: Tensor) -> None:
-    elements, size = _BLOCKS[format]
+    elements, size = BLOCKS[format]
     require(out.numel() * size == blocks.numel() * elements)

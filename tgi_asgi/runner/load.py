@@ -22,6 +22,7 @@ from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
+from tgi_asgi.runner.program import can_record
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat import ChatTemplate
@@ -66,7 +67,9 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         config = opened.config
         max_total_tokens = _max_total_tokens(config, settings)
         weights = _TrackedWeights(opened.weights, progress)
-        model = Llama(config, weights, dtype, max_positions=max_total_tokens)
+        packing = ops.Packing(is_exact=dtype is torch.float32)
+        arithmetic = packing if can_record(config) else dtype
+        model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
     kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())

@@ -20,8 +20,9 @@ class PromptScorer:
     The first token of a chunk belongs to the logits of the chunk before, which are kept by slot.
     """
 
-    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor], *, max_rows: int = _ROWS) -> None:
         self._logits = logits
+        self._max_rows = min(max_rows, _ROWS)
         self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
 
     def forget(self, slot: int) -> None:
@@ -45,8 +46,8 @@ class PromptScorer:
         else:
             raise ValueError(f"the tokens before position {row.start} have no log-probabilities")
         last = len(tokens) - 1
-        for start in range(0, last, _ROWS):
-            stop = min(start + _ROWS, last)
+        for start in range(0, last, self._max_rows):
+            stop = min(start + self._max_rows, last)
             rows = torch.arange(first + start, first + stop, dtype=torch.int32)
             result += _pairs(self._logits(x, rows), tokens[start + 1 : stop + 1], num_top)
         if not row.samples:  # more of the prompt may follow

@@ -18,6 +18,7 @@ from tgi_asgi.models.llama import Llama
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.program import make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
@@ -46,7 +47,6 @@ class CpuRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self._model = model
         self._kv = ops.allocate_kv(
             config.num_layers,
             kv_size.num_blocks,
@@ -63,8 +63,11 @@ class CpuRunner:
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
         )
+        self._step = make_step(
+            model, self._kv, max_tokens=max_step_tokens, max_rows=max_batch_size, max_context=max_context
+        )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
-        self._scorer = PromptScorer(model.logits)
+        self._scorer = PromptScorer(self._step.logits, max_rows=max_batch_size)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._in_flight = 0
         self._is_closed = False
@@ -121,17 +124,19 @@ class CpuRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
-        x = self._model.forward(batch, self._kv)
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         ends = batch.tables.query_start[1:] - 1  # [n_rows]: each row's last token
+        rows = ends[sampling]
+        x, logits = self._step.run(batch, rows)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
                 result.prompt_logprobs[index] = self._scorer.score(x, first, row)
             first += row.num_tokens
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        if result.prompt_logprobs:
+            logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
         if sampling:
-            logits = self._model.logits(x, ends[sampling])
             slots = torch.tensor([plan.rows[index].slot for index in sampling], dtype=torch.int32)
             drawn: list[Sampled] = unpack(ops.sample(logits, self._sampling, slots))
             for index, sampled in zip(sampling, drawn, strict=True):

@@ -6,15 +6,21 @@
 #include <cstdint>
 #include <cstring>
 
-namespace tgi::cpu {
+#define TGI_UNROLL(times)  // sixteen lanes of plain code are long enough
+
+namespace tgi::cpu::step {
 namespace {
 
 struct Portable {
+  // Vectors of the compiler's own: arithmetic on them becomes whatever the target has.
   struct F {
-    float v[16];
+    typedef float Lanes __attribute__((vector_size(64)));
+    Lanes v;
   };
   struct I {
-    int32_t v[16];
+    typedef int32_t Lanes __attribute__((vector_size(64)));
+    typedef uint32_t UnsignedLanes __attribute__((vector_size(64)));
+    Lanes v;
   };
 
   template <class Out, class Op>
@@ -52,34 +58,34 @@ struct Portable {
 
   static inline F zero() { return set1(0.0f); }
   static inline F set1(float x) {
-    return each<F>([=](int) { return x; });
+    return {F::Lanes{} + x};
   }
   static inline F load(const float* p) {
     F a;
-    std::memcpy(a.v, p, 64);
+    std::memcpy(&a.v, p, 64);
     return a;
   }
-  static inline void store(float* p, const F& a) { std::memcpy(p, a.v, 64); }
+  static inline void store(float* p, const F& a) { std::memcpy(p, &a.v, 64); }
   static inline F add(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] + b.v[i]; });
+    return {a.v + b.v};
   }
   static inline F sub(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] - b.v[i]; });
+    return {a.v - b.v};
   }
   static inline F mul(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] * b.v[i]; });
+    return {a.v * b.v};
   }
   static inline F div(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] / b.v[i]; });
+    return {a.v / b.v};
   }
   static inline F fma(const F& a, const F& b, const F& c) {
     return each<F>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
   }
   static inline F min(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+    return {a.v < b.v ? a.v : b.v};
   }
   static inline F max(const F& a, const F& b) {
-    return each<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    return {a.v > b.v ? a.v : b.v};
   }
   static inline F floor(const F& a) {
     return each<F>([&](int i) { return std::floor(a.v[i]); });
@@ -99,11 +105,6 @@ struct Portable {
     std::memcpy(h, p, 32);
     return each<F>([&](int i) { return half_to_float(h[i]); });
   }
-  static inline F load_bf16(const void* p) {
-    uint16_t h[16];
-    std::memcpy(h, p, 32);
-    return each<F>([&](int i) { return from_bits(static_cast<uint32_t>(h[i]) << 16); });
-  }
   static inline float reduce_add(F a) {
     for (int step = 8; step > 0; step /= 2) {
       for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
@@ -119,39 +120,39 @@ struct Portable {
 
   static inline I izero() { return iset1(0); }
   static inline I iset1(int32_t x) {
-    return each<I>([=](int) { return x; });
+    return {I::Lanes{} + x};
   }
   static inline I iload(const void* p) {
     I a;
-    std::memcpy(a.v, p, 64);
+    std::memcpy(&a.v, p, 64);
     return a;
   }
-  static inline void istore(void* p, const I& a) { std::memcpy(p, a.v, 64); }
+  static inline void istore(void* p, const I& a) { std::memcpy(p, &a.v, 64); }
   static inline I ibroadcast(const void* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
     return iset1(x);
   }
   static inline I iadd(const I& a, const I& b) {
-    return each<I>([&](int i) { return a.v[i] + b.v[i]; });
+    return {a.v + b.v};
   }
   static inline I isub(const I& a, const I& b) {
-    return each<I>([&](int i) { return a.v[i] - b.v[i]; });
+    return {a.v - b.v};
   }
   static inline I iand(const I& a, const I& b) {
-    return each<I>([&](int i) { return a.v[i] & b.v[i]; });
+    return {a.v & b.v};
   }
   static inline I ior(const I& a, const I& b) {
-    return each<I>([&](int i) { return a.v[i] | b.v[i]; });
+    return {a.v | b.v};
   }
   static inline I ishl(const I& a, int n) {
-    return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); });
+    return {(I::Lanes)((I::UnsignedLanes)a.v << n)};
   }
   static inline I ishr(const I& a, int n) {
-    return each<I>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n); });
+    return {(I::Lanes)((I::UnsignedLanes)a.v >> n)};
   }
   static inline I isar(const I& a, int n) {
-    return each<I>([&](int i) { return a.v[i] >> n; });
+    return {a.v >> n};
   }
   static inline I load_u8(const void* p) {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const uint8_t*>(p)[i]); });
@@ -160,7 +161,7 @@ struct Portable {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const int8_t*>(p)[i]); });
   }
   static inline F to_float(const I& a) {
-    return each<F>([&](int i) { return static_cast<float>(a.v[i]); });
+    return {__builtin_convertvector(a.v, F::Lanes)};
   }
   // What does not fit (NaN, infinity) becomes INT32_MIN, as vcvtps2dq has it.
   static inline I round(const F& a) {
@@ -177,10 +178,10 @@ struct Portable {
     return sum;
   }
   static inline I abs_bits(const F& a) {
-    return each<I>([&](int i) { return static_cast<int32_t>(to_bits(a.v[i]) & 0x7FFFFFFFu); });
+    return {(I::Lanes)a.v & 0x7FFFFFFF};
   }
   static inline I imax(const I& a, const I& b) {
-    return each<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    return {a.v > b.v ? a.v : b.v};
   }
   static inline int32_t reduce_imax(const I& a) {
     int32_t best = a.v[0];
@@ -188,14 +189,12 @@ struct Portable {
     return best;
   }
   static inline I dot(const I& acc, const I& u, const I& s) {
-    uint8_t x[64];
-    int8_t y[64];
-    std::memcpy(x, u.v, 64);
-    std::memcpy(y, s.v, 64);
-    return each<I>([&](int i) {
-      return acc.v[i] + x[4 * i] * y[4 * i] + x[4 * i + 1] * y[4 * i + 1] + x[4 * i + 2] * y[4 * i + 2] +
-             x[4 * i + 3] * y[4 * i + 3];
-    });
+    I::Lanes sum = acc.v;
+    for (int byte = 0; byte < 32; byte += 8) {
+      const auto code = (I::Lanes)(((I::UnsignedLanes)u.v >> byte) & 0xFFu);
+      sum += code * ((I::Lanes)((I::UnsignedLanes)s.v << (24 - byte)) >> 24);
+    }
+    return {sum};
   }
   static inline I dot_small(const I& acc, const I& u, const I& s) { return dot(acc, u, s); }
   static inline F dot_bf16(const F& acc, const I& a, const I& b) {
@@ -220,4 +219,4 @@ struct Portable {
 };
 
 }  // namespace
-}  // namespace tgi::cpu
+}  // namespace tgi::cpu::step

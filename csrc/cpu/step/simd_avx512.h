@@ -7,7 +7,10 @@
 
 #include <cstdint>
 
-namespace tgi::cpu {
+#define TGI_PRAGMA(text) _Pragma(#text)
+#define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
+
+namespace tgi::cpu::step {
 namespace {
 
 struct Avx512 {
@@ -39,10 +42,6 @@ struct Avx512 {
   }
   static inline F load_half(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-  }
-  static inline F load_bf16(const void* p) {
-    const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
   static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
@@ -97,4 +96,4 @@ struct Avx512 {
 };
 
 }  // namespace
-}  // namespace tgi::cpu
+}  // namespace tgi::cpu::step

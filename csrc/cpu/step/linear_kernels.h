@@ -1,0 +1,183 @@
+// Products and what is done with them while they are in L1: residual add, RoPE and KV write, gate times up, logits.
+// Included by the step_<isa>.cpp files only.
+#pragma once
+
+#include "linear_tile.h"
+#include "simd_math.h"
+#include "step.h"
+#include "../team.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+constexpr int64_t kMaxUnitStrips = 8;  // a head of 256
+constexpr int64_t kTileOutputs = kTileTokens * kStripRows;
+
+template <class S, class Fmt>
+inline TileFunction int8_function(int64_t tokens) {
+  constexpr TileFunction table[] = {int8_strip<S, Fmt, 1>, int8_strip<S, Fmt, 2>, int8_strip<S, Fmt, 3>,
+                                    int8_strip<S, Fmt, 4>, int8_strip<S, Fmt, 5>, int8_strip<S, Fmt, 6>};
+  return table[tokens - 1];
+}
+
+template <class S, Precision precision>
+inline TileFunction float_function(int64_t tokens) {
+  constexpr TileFunction table[] = {float_strip<S, precision, 1>, float_strip<S, precision, 2>,
+                                    float_strip<S, precision, 3>, float_strip<S, precision, 4>,
+                                    float_strip<S, precision, 5>, float_strip<S, precision, 6>};
+  return table[tokens - 1];
+}
+
+template <class S>
+inline TileFunction tile_function(Format format, Precision precision, int64_t tokens) {
+  if (precision == Precision::kFloat32) return float_function<S, Precision::kFloat32>(tokens);
+  switch (format) {
+    case Format::kQ8_0: return int8_function<S, Q8_0<S>>(tokens);
+    case Format::kQ4_0: return int8_function<S, Q4_0<S>>(tokens);
+    case Format::kQ4_1: return int8_function<S, Q4_1<S>>(tokens);
+    case Format::kQ5_0: return int8_function<S, Q5_0<S>>(tokens);
+    case Format::kQ5_1: return int8_function<S, Q5_1<S>>(tokens);
+    case Format::kQ4_K: return int8_function<S, Q4_K<S>>(tokens);
+    case Format::kQ5_K: return int8_function<S, Q5_K<S>>(tokens);
+    case Format::kQ6_K: return int8_function<S, Q6_K<S>>(tokens);
+    default: return float_function<S, Precision::kBF16>(tokens);
+  }
+}
+
+template <class S>
+void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
+  const uint8_t* data = weight.panel(panel);
+  const int64_t blocks = weight.num_columns / kBlockColumns;
+  switch (weight.format) {
+    case Format::kF32: std::memcpy(out, data, weight.panel_size()); return;
+    case Format::kF16: return widen_half_panel<S>(data, blocks, out);
+    case Format::kBF16: return widen_bf16_panel<S>(data, blocks, out);
+    case Format::kQ8_0: return dequantise_panel<S, Q8_0<S>>(data, blocks, out);
+    case Format::kQ4_0: return dequantise_panel<S, Q4_0<S>>(data, blocks, out);
+    case Format::kQ4_1: return dequantise_panel<S, Q4_1<S>>(data, blocks, out);
+    case Format::kQ5_0: return dequantise_panel<S, Q5_0<S>>(data, blocks, out);
+    case Format::kQ5_1: return dequantise_panel<S, Q5_1<S>>(data, blocks, out);
+    case Format::kQ4_K: return dequantise_panel<S, Q4_K<S>>(data, blocks, out);
+    case Format::kQ5_K: return dequantise_panel<S, Q5_K<S>>(data, blocks, out);
+    case Format::kQ6_K: return dequantise_panel<S, Q6_K<S>>(data, blocks, out);
+  }
+}
+
+// A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token, count, out) gets
+// count tokens from `token` on; out: [strip of the unit][6][32], in L1. Units outside, so that weights are read from
+// memory once; tokens in groups that leave the activations in L2.
+template <class S, class Epilogue>
+void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips, int member,
+                const Epilogue& epilogue) {
+  const bool is_float = p.in.precision == Precision::kFloat32;
+  const bool is_widened = is_float && p.weight.format != Format::kF32;
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  const int64_t panel_size = is_widened ? p.weight.num_columns * 64 : p.weight.panel_size();
+  const int64_t block_lines = (2 * panel_layout(p.weight.format).block_bytes + 63) / 64;
+  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t group = is_float || p.weight.num_columns > 1024 ? 32 : 96;  // tiles
+  const uint8_t* input = p.in.data;
+  if (num_tokens <= kPrivateTokens) input += member * p.private_bytes;
+  float* const scratch = p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
+  const TileFunction full = tile_function<S>(p.weight.format, p.in.precision, kTileTokens);
+  const int64_t rest = num_tokens % kTileTokens;
+  const TileFunction tail = rest == 0 ? full : tile_function<S>(p.weight.format, p.in.precision, rest);
+  alignas(64) float out[kMaxUnitStrips * kTileOutputs];
+
+  for (int64_t first = 0; first < num_tiles; first += group) {
+    const int64_t last = first + group < num_tiles ? first + group : num_tiles;
+    const int64_t lines = is_widened ? 0 : (block_lines + last - first - 1) / (last - first);
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      const uint8_t* weights = p.weight.panel(2 * unit * unit_strips);
+      if (is_widened) {
+        for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
+          dequantise<S>(p.weight, 2 * unit * unit_strips + panel, scratch + panel * panel_size / 4);
+        }
+        weights = reinterpret_cast<const uint8_t*>(scratch);
+      }
+      for (int64_t tile = first; tile < last; ++tile) {
+        const bool is_tail = rest != 0 && tile == num_tiles - 1;
+        const int64_t fetched = (tile - first) * lines;  // of a block's lines, by earlier tiles
+        for (int64_t strip = 0; strip < unit_strips; ++strip) {
+          const uint8_t* panel = weights + 2 * strip * panel_size;
+          const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
+                               fetched < block_lines ? lines : 0};
+          (is_tail ? tail : full)(panel, panel + panel_size, input + tile * p.in.tile_bytes(), num_blocks,
+                                  out + strip * kTileOutputs, ahead);
+        }
+        epilogue(unit, tile * kTileTokens, is_tail ? rest : kTileTokens, out);
+      }
+    }
+  }
+}
+
+template <class S>
+inline typename S::F biased(const float* bias, int64_t row, const float* out) {
+  return bias == nullptr ? S::load(out) : S::add(S::load(out), S::load(bias + row));
+}
+
+template <class S>
+void linear_add(const LinearAddParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t width = p.linear.weight.num_rows;
+  const Range units = split(p.linear.weight.num_strips(), member, num_members);
+  run_linear<S>(p.linear, step.num_tokens, units, 1, member,
+                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                  for (int64_t t = 0; t < count; ++t) {
+                    float* x = p.x + (token + t) * width + unit * kStripRows;
+                    for (int64_t half = 0; half < 32; half += 16) {
+                      const auto sum = biased<S>(p.linear.bias, unit * kStripRows + half, out + 32 * t + half);
+                      S::store(x + half, S::add(S::load(x + half), sum));
+                    }
+                  }
+                });
+}
+
+// A unit is two strips, that is 32 outputs, one block of the next product's input.
+template <class S>
+void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
+  const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
+  run_linear<S>(p.linear, step.num_tokens, units, 2, member,
+                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                  uint8_t* block = p.out.block(token, unit);
+                  for (int64_t t = 0; t < count; ++t) {
+                    typename S::F value[2];
+                    for (int64_t i = 0; i < 2; ++i) {
+                      const int64_t row = (2 * unit + i) * kStripRows;
+                      const float* strip = out + i * kTileOutputs + 32 * t;
+                      const auto gate = biased<S>(p.linear.bias, row, strip);
+                      const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
+                      const auto active =
+                          p.activation == MlpActivation::kSilu ? silu<S>(gate) : gelu_tanh<S>(gate);
+                      value[i] = S::mul(active, up);
+                    }
+                    write_block<S>(p.out.precision, value[0], value[1], block, t);
+                  }
+                });
+}
+
+template <class S>
+void logits(const LogitsParams& p, const StepHeader& step, int member, int num_members) {
+  const Range units = split(p.linear.weight.num_strips(), member, num_members);
+  run_linear<S>(p.linear, step.num_rows, units, 1, member,
+                [&](int64_t unit, int64_t row, int64_t count, const float* out) {
+                  const int64_t column = unit * kStripRows;
+                  for (int64_t t = 0; t < count; ++t) {
+                    float* logits = p.logits + (row + t) * p.vocab_size + column;
+                    alignas(64) float values[32];
+                    for (int64_t half = 0; half < 32; half += 16) {
+                      auto value = biased<S>(p.linear.bias, column + half, out + 32 * t + half);
+                      if (p.cap != 0) {  // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1)
+                        const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kLog2E / p.cap)));
+                        const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));
+                        value = S::mul(S::set1(p.cap), S::sub(S::set1(1.0f), part));
+                      }
+                      S::store(values + half, value);
+                    }
+                    const int64_t width = p.vocab_size - column;
+                    std::memcpy(logits, values, (width < 32 ? (width > 0 ? width : 0) : 32) * sizeof(float));
+                  }
+                });
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

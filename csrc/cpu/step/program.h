@@ -1,0 +1,61 @@
+// A step, recorded once as a list of operators over fixed buffers, and replayed by the thread team: no Python, no
+// allocation and no dispatch inside. Who records it keeps the buffers alive.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "step.h"
+
+namespace tgi::cpu::step {
+
+// Which operators are followed by a barrier: all but norms that every member computes for itself.
+enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows };
+
+// Part of a step (the forward pass, the head) as a list of operators.
+class Segment {
+ public:
+  template <class Params>
+  void add(StepFunction<Params> function, const Params& params, Sync sync = Sync::kAlways) {
+    auto owned = std::make_shared<Params>(params);
+    operators_.push_back({&call<Params>, reinterpret_cast<void (*)()>(function), owned.get(), sync});
+    params_.push_back(std::move(owned));
+  }
+
+  int64_t size() const { return static_cast<int64_t>(operators_.size()); }
+
+  // One member's share of the whole segment; all members of the team run it at once.
+  void run(const StepHeader& step, int member, int num_members) const;
+
+ private:
+  struct Operator {
+    void (*call)(const Operator&, const StepHeader&, int, int);
+    void (*function)();
+    const void* params;
+    Sync sync;
+  };
+  template <class Params>
+  static void call(const Operator& op, const StepHeader& step, int member, int num_members) {
+    const auto function = reinterpret_cast<StepFunction<Params>>(op.function);
+    function(*static_cast<const Params*>(op.params), step, member, num_members);
+  }
+
+  std::vector<Operator> operators_;
+  std::vector<std::shared_ptr<void>> params_;
+};
+
+// Room for the partial results of row tiles that several members share: one tile a member.
+class AttentionWorkspace {
+ public:
+  AttentionWorkspace(int num_members, int64_t max_context, int64_t head_dim);
+  const AttentionPartial* partials() const { return partials_.data(); }
+
+ private:
+  std::vector<float> data_;
+  std::deque<std::atomic<int32_t>> arrived_;
+  std::vector<AttentionPartial> partials_;
+};
+
+}  // namespace tgi::cpu::step

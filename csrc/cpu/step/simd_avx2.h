@@ -1,0 +1,176 @@
+// Sixteen lanes in two AVX2 registers; see simd_avx512.h. Included only below a `#pragma GCC target` that enables AVX2,
+// FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define TGI_PRAGMA(text) _Pragma(#text)
+#define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
+
+namespace tgi::cpu::step {
+namespace {
+
+struct Avx2 {
+  struct F {
+    __m256 a, b;  // lanes 0-7, 8-15
+  };
+  struct I {
+    __m256i a, b;
+  };
+
+  static inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static inline void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  static inline F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static inline F floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+  static inline F scale_pow2(F p, F n, F x) { return {scale_half(p.a, n.a, x.a), scale_half(p.b, n.b, x.b)}; }
+  static inline F select_head(int count, F x, F y) {
+    const __m256i limit = _mm256_set1_epi32(count);
+    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, low))),
+            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, high)))};
+  }
+  static inline F load_half(const void* p) {
+    const auto* halves = static_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+  }
+  static inline float reduce_add(F x) {
+    const __m256 eight = _mm256_add_ps(x.a, x.b);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  }
+  static inline float reduce_max(F x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+  }
+
+  static inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static inline I iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static inline I iload(const void* p) {
+    const auto* vectors = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)};
+  }
+  static inline void istore(void* p, I x) {
+    auto* vectors = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(vectors, x.a);
+    _mm256_storeu_si256(vectors + 1, x.b);
+  }
+  static inline I ibroadcast(const void* p) { return iset1(*static_cast<const int32_t*>(p)); }
+  static inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static inline I isub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  static inline I iand(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+  static inline I ior(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static inline I ishl(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+  static inline I ishr(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+  static inline I isar(I x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+  static inline I load_u8(const void* p) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  static inline I load_i8(const void* p) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static inline I round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+  static inline void store_i8(int8_t* p, I x) {
+    const __m256i low_bytes = _mm256_set1_epi32(0xFF);  // the low byte of a lane, as AVX-512 keeps it
+    const __m256i words =
+        _mm256_packus_epi32(_mm256_and_si256(x.a, low_bytes), _mm256_and_si256(x.b, low_bytes));
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+  }
+  static inline int32_t reduce_iadd(I x) {
+    const __m256i eight = _mm256_add_epi32(x.a, x.b);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+  static inline I abs_bits(F x) {
+    const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
+    return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
+  }
+  static inline I imax(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+  static inline int32_t reduce_imax(I x) {
+    const __m256i eight = _mm256_max_epi32(x.a, x.b);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+  }
+
+  static inline I dot(I acc, I u, I s) { return {dot_half(acc.a, u.a, s.a), dot_half(acc.b, u.b, s.b)}; }
+  static inline I dot_small(I acc, I u, I s) {
+    return {dot_small_half(acc.a, u.a, s.a), dot_small_half(acc.b, u.b, s.b)};
+  }
+  static inline F dot_bf16(F acc, I x, I y) { return {dot_bf16_half(acc.a, x.a, y.a), dot_bf16_half(acc.b, x.b, y.b)}; }
+  static inline void store_bf16(void* p, F x) {
+    const __m256i words = _mm256_packus_epi32(to_bf16(x.a), to_bf16(x.b));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xD8));
+  }
+  static inline I pair_bf16(F x, F y) {
+    return {_mm256_or_si256(to_bf16(x.a), _mm256_slli_epi32(to_bf16(y.a), 16)),
+            _mm256_or_si256(to_bf16(x.b), _mm256_slli_epi32(to_bf16(y.b), 16))};
+  }
+  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  static inline __m256 scale_half(__m256 p, __m256 n, __m256 x) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const __m256 scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
+    const __m256 is_tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+    const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_blendv_ps(_mm256_andnot_ps(is_tiny, scaled), x, is_nan);
+  }
+  // All 8-bit values: even and odd bytes as 16 bits, so that nothing saturates.
+  static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0xFF)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+  // Two products below 64 * 128 each fit 16 bits.
+  static inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+  }
+  static inline __m256 dot_bf16_half(__m256 acc, __m256i x, __m256i y) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, high)),
+                          _mm256_castsi256_ps(_mm256_and_si256(y, high)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+                           _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), acc);
+  }
+  // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
+  static inline __m256i to_bf16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x8000));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F800000));
+    const __m256i is_denormal = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i finite = _mm256_blendv_epi8(rounded, sign, is_denormal);
+    return _mm256_blendv_epi8(finite, quiet, is_nan);
+  }
+};
+
+}  // namespace
+}  // namespace tgi::cpu::step

@@ -1,0 +1,160 @@
+// The operators of a recorded step: what each reads and writes. A step's sizes and index arrays come from its header;
+// everything else is fixed when the step is recorded. Plain structs without torch, shared by all instruction sets.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "packed.h"
+
+namespace tgi::cpu::step {
+
+// A place in the flat list of attention work: row tiles in order of (sequence, KV head, tile), and inside a tile
+// the chunk of context.
+struct AttentionPoint {
+  int32_t sequence;
+  int32_t head;
+  int32_t tile;
+  int32_t chunk;
+};
+
+// What changes from step to step. The arrays are written before the step starts and not during it.
+struct StepHeader {
+  int64_t num_tokens;
+  int64_t num_sequences;
+  int64_t num_rows;            // rows of logits
+  const int32_t* ids;          // [num_tokens]
+  const int32_t* positions;    // [num_tokens]
+  const int64_t* slots;        // [num_tokens], block * block_size + offset
+  const int32_t* query_start;  // [num_sequences + 1]
+  const int32_t* context_len;  // [num_sequences], the step's own tokens included
+  const int32_t* block_table;  // [num_sequences, block_table_stride]
+  int64_t block_table_stride;
+  const int32_t* rows;                    // [num_rows], indices of tokens
+  const AttentionPoint* attention_split;  // [members + 1]
+};
+
+// Up to this many tokens every member makes its own copy of a norm's output: cheaper than a barrier.
+constexpr int64_t kPrivateTokens = 2;
+
+// One layer's keys and values: pools [KV head][block] of sub-blocks of 16 tokens.
+// BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32: keys [dim][16], values [16][dim].
+// The dims of keys (and of q) are in the order of the packed rows: of each rotated pair the first, then the second.
+struct KvLayerView {
+  uint8_t* keys;
+  uint8_t* values;
+  Precision precision;  // kBF16 or kFloat32
+  int64_t num_blocks;
+  int64_t block_size;  // tokens, a multiple of 16
+  int64_t num_heads;
+  int64_t head_dim;
+
+  int64_t sub_block_bytes() const { return head_dim * (precision == Precision::kBF16 ? 32 : 64); }
+  // In both pools, where the sub-block of the token at `slot` begins.
+  int64_t sub_block(int64_t head, int64_t slot) const {
+    return (head * num_blocks * block_size + slot) / 16 * sub_block_bytes();
+  }
+};
+
+struct EmbedParams {
+  PackedMatrix table;
+  float factor;  // on every value (Gemma)
+  float* x;      // [num_tokens, num_columns]
+};
+
+struct NormParams {
+  const float* x;       // [num_tokens, out.num_columns]
+  const float* weight;  // [out.num_columns]
+  float eps;
+  bool for_logits;  // rows of the header's `rows` instead of all tokens
+  Activation out;
+  int64_t private_bytes;  // between the members' copies, see kPrivateTokens
+};
+
+struct LinearParams {
+  PackedMatrix weight;
+  const float* bias;  // [num_rows] in packed order, or null
+  Activation in;
+  int64_t private_bytes;   // of the input, 0: it is not private
+  float* scratch;          // a unit's weights as float32, a member each; null where the input is not float32
+  int64_t scratch_floats;  // between members
+};
+
+enum class MlpActivation : int32_t { kSilu, kGeluTanh };
+
+struct QkvParams {
+  LinearParams parts[3];  // the rows of q, k, v: one matrix, or several where formats differ
+  int32_t num_parts;
+  int64_t num_heads;
+  int64_t head_dim;
+  const float* cosines;      // [positions, head_dim / 2]
+  const float* sines;        // the same
+  const float* q_norm;       // [head_dim] in packed order, or null: no norm of heads
+  const float* k_norm;
+  float eps;
+  float q_scale;             // softmax scale times log2(e)
+  void* q;                   // [num_tokens, num_heads, head_dim], the KV cache's precision
+  KvLayerView kv;
+};
+
+// A row tile's partial results, where its chunks are split over members: merged in order by who arrives last.
+struct AttentionPartial {
+  float* data;  // [chunk][row]: head_dim sums, then maximum and total
+  std::atomic<int32_t>* arrived;
+};
+
+struct AttentionParams {
+  const void* q;
+  KvLayerView kv;
+  int64_t num_heads;
+  Activation out;                    // num_columns = num_heads * head_dim
+  const AttentionPartial* partials;  // one a member: of the tile that this member is the first to work on
+};
+
+struct LinearAddParams {
+  LinearParams linear;
+  float* x;  // [num_tokens, num_rows]
+};
+
+struct GateUpParams {
+  LinearParams linear;  // strips of a gate panel and an up panel
+  MlpActivation activation;
+  Activation out;
+};
+
+struct LogitsParams {
+  LinearParams linear;
+  float* logits;  // [num_rows, vocab_size]
+  int64_t vocab_size;
+  float cap;  // logits = cap * tanh(logits / cap), 0: none
+};
+
+// The kernels of one instruction set. Each does the member's part of the operator.
+template <class Params>
+using StepFunction = void (*)(const Params& params, const StepHeader& step, int member, int num_members);
+
+struct Kernels {
+  const char* name;
+  StepFunction<EmbedParams> embed;
+  StepFunction<NormParams> norm;
+  StepFunction<QkvParams> qkv;
+  StepFunction<AttentionParams> attention;
+  StepFunction<LinearAddParams> linear_add;
+  StepFunction<GateUpParams> gate_up;
+  StepFunction<LogitsParams> logits;
+  void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel, float* out);  // out: [columns][16]
+};
+
+// The set of the instruction set in use, see isa.h.
+const Kernels& kernels();
+
+// Rows of queries that are attended together, and tokens of context whose softmax is taken at once. Chunks begin at
+// multiples of kChunkTokens whatever the batch, which is why a split does not change a bit.
+constexpr int64_t kAttentionRows = 6;
+constexpr int64_t kChunkTokens = 256;
+
+// Divides a step's attention among members by the blocks of context they read: `split` gets num_members + 1 points.
+void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads, int num_members,
+                     AttentionPoint* split);
+
+}  // namespace tgi::cpu::step

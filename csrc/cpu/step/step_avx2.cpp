@@ -1,0 +1,25 @@
+// The step's kernels in AVX2 with FMA and F16C (x86-64-v3: Haswell, Zen and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "pack.h"
+#include "step.h"
+#include "../team.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,tune=znver3")
+#include "simd_avx2.h"
+// After the simd type.
+#include "step_kernels.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kAvx2Kernels;
+const Kernels kAvx2Kernels = make_kernels<Avx2>("avx2");
+}  // namespace tgi::cpu::step
+#pragma GCC pop_options
+#endif

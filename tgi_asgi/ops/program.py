@@ -1,0 +1,216 @@
+"""The step program: a model's forward pass and head recorded once as a list of kernel calls, replayed in C++.
+
+To record, the model's own code is called with handles in place of tensors; the operators of this package see
+them and note their call here. A handle is no tensor: any other use of it fails with a TypeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.packed import PackedMatrix
+from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInputs:
+    """The handles that a model is recorded with: of a batch, and of the rows whose logits are wanted."""
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    tables: AttentionTables
+    rows: Tensor
+
+
+class StepProgram:
+    """Records a model, then runs its steps on the team of threads.
+
+        program = StepProgram(max_tokens=4224, max_sequences=128, max_rows=128, max_context=8192)
+        inputs = program.inputs
+        x = model.forward(Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables), kv)
+        model.logits(x, inputs.rows)
+        logits = program.run(ids, positions, slots, tables, rows)
+
+    Recorded for the instruction set in use and at most the team's present number of threads.
+
+    Args:
+        max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
+        max_context: tokens of a sequence.
+    """
+
+    def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None:
+        self._program = torch.classes.tgi.StepProgram(max_tokens, max_sequences, max_rows)
+        self._max_tokens, self._max_rows, self._max_context = max_tokens, max_rows, max_context
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+        self._x = torch.empty(0)
+        self._logits = torch.empty(0)
+        handle = cast(Tensor, Recorded(self, "input"))
+        tables = AttentionTables(handle, handle, handle)
+        self.inputs = ProgramInputs(handle, handle, handle, tables, handle)
+
+    @property
+    def residual(self) -> Tensor:
+        """The residual [max_tokens, hidden] float32 that the last step left; overwritten by the next."""
+        return self._x
+
+    @property
+    def num_operators(self) -> int:
+        """How many kernel calls were recorded."""
+        return int(self._program.num_operators())
+
+    def run(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, tables: AttentionTables, rows: Tensor
+    ) -> Tensor:
+        """Compute a step: the forward pass, and the logits of rows [n_rows] int32.
+
+        Returns:
+            [n_rows, vocab] float32, a view of the program's buffer: valid until the next call.
+
+        Raises:
+            RuntimeError: a size, id, slot or block is out of range; nothing has been computed.
+        """
+        self._program.run(
+            ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows
+        )
+        return self._logits[: rows.shape[0]]
+
+    def run_head(self, rows: Tensor) -> Tensor:
+        """Compute the logits of other rows of the last step; as `run`."""
+        self._program.run_head(rows)
+        return self._logits[: rows.shape[0]]
+
+    # What the operators call when they are given a handle. An activation is computed when a product takes it:
+    # only the product's weight knows the precision it wants.
+
+    def record_embed(self, weight: LinearWeight) -> Tensor:
+        """Record `embed`."""
+        matrix = _packed(weight)
+        self._x = self._buffer("x", (self._max_tokens, matrix.shape[1]), torch.float32)
+        self._program.embed(
+            matrix.parts[0], matrix.formats[0], matrix.shape[1], matrix.shape[0], 1.0, self._x
+        )
+        return cast(Tensor, Recorded(self, "residual"))
+
+    def record_norm(self, weight: Tensor, eps: float) -> Tensor:
+        """Record `norm`, to be computed by the product that takes its result."""
+
+        def emit(precision: str) -> Tensor:
+            out = self._activation("norm", self._max_tokens, weight.numel(), precision)
+            self._program.norm(self._x, weight, eps, False, out, precision)
+            return out
+
+        return self._later(emit)
+
+    def record_qkv(self, a: Tensor, weight: QkvWeight, kv: KvLayer, rope: RopeTable) -> Tensor:
+        """Record `qkv`, to be computed by the attention that takes its result and knows the scale."""
+        matrix = _packed(weight.linear)
+        width = weight.num_heads * weight.head_dim
+
+        def emit(scale: float) -> Tensor:
+            q = self._buffer("q", (self._max_tokens, width), kv.key.dtype)
+            source = _emit(a, matrix.precision)
+            self._program.qkv(
+                source, matrix.precision, list(matrix.parts), list(matrix.formats), matrix.shape[1],
+                weight.linear.bias, weight.num_heads, rope.cos, rope.sin, [], 0.0, scale, kv.key, kv.value,
+                kv.block_size, kv.head_dim, q,
+            )  # fmt: skip
+            return q
+
+        return cast(Tensor, Recorded(self, "query", emit))
+
+    def record_attention(self, q: Tensor, kv: KvLayer, scale: float) -> Tensor:
+        """Record `attention`."""
+
+        def emit(precision: str) -> Tensor:
+            query = _emit(q, scale)
+            out = self._activation("attention", self._max_tokens, query.shape[1], precision)
+            self._program.attention(
+                query, kv.key, kv.value, kv.block_size, kv.head_dim, self._max_context, out, precision
+            )
+            return out
+
+        return self._later(emit)
+
+    def record_linear_add(self, a: Tensor, weight: LinearWeight, x: Tensor) -> Tensor:
+        """Record `linear_add`."""
+        matrix = _packed(weight)
+        source = _emit(a, matrix.precision)
+        self._program.linear_add(
+            source,
+            matrix.precision,
+            matrix.parts[0],
+            matrix.formats[0],
+            matrix.shape[1],
+            weight.bias,
+            self._x,
+        )
+        return x
+
+    def record_gate_up(self, a: Tensor, weight: GateUpWeight, activation: str) -> Tensor:
+        """Record `gate_up`."""
+        matrix = _packed(weight.linear)
+
+        def emit(precision: str) -> Tensor:
+            source = _emit(a, matrix.precision)
+            out = self._activation("gate_up", self._max_tokens, weight.intermediate_size, precision)
+            self._program.gate_up(
+                source, matrix.precision, matrix.parts[0], matrix.formats[0], matrix.shape[1],
+                weight.linear.bias, activation, out, precision,
+            )  # fmt: skip
+            return out
+
+        return self._later(emit)
+
+    def record_head(self, norm_weight: Tensor, eps: float, weight: LinearWeight) -> Tensor:
+        """Record `head`."""
+        matrix = _packed(weight)
+        vocab_size, columns = matrix.shape
+        source = self._activation("head", self._max_rows, columns, matrix.precision)
+        self._logits = self._buffer("logits", (self._max_rows, vocab_size), torch.float32)
+        self._program.norm(self._x, norm_weight, eps, True, source, matrix.precision)
+        self._program.logits(
+            source, matrix.precision, matrix.parts[0], matrix.formats[0], columns, weight.bias, 0.0,
+            self._logits,
+        )  # fmt: skip
+        return cast(Tensor, Recorded(self, "logits"))
+
+    def _later(self, emit: Callable[[str], Tensor]) -> Tensor:
+        return cast(Tensor, Recorded(self, "activation", emit))
+
+    def _activation(self, name: str, tokens: int, columns: int, precision: str) -> Tensor:
+        size = self._program.activation_bytes(tokens, columns, precision)
+        return self._buffer(f"{name} {columns} {precision}", (size,), torch.uint8)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the buffer of that name: layers share theirs, as they run one after the other."""
+        key = (name, shape, dtype)
+        if key not in self._buffers:
+            buffer = torch.empty(shape, dtype=dtype)
+            torch.ops.tgi.advise_huge_pages(buffer)
+            self._buffers[key] = buffer
+        return self._buffers[key]
+
+
+def _packed(weight: LinearWeight) -> PackedMatrix:
+    if not isinstance(weight.matrix, PackedMatrix):
+        raise TypeError("a step is recorded with packed weights: make them with a `Packing`")
+    return weight.matrix
+
+
+def _emit(handle: Tensor, argument: Any) -> Tensor:
+    """Record the call behind a handle that is taken; a handle can be taken once."""
+    recorded = cast(Recorded, handle)
+    if recorded.emit is None:
+        raise TypeError(f"a {recorded.kind} cannot be used here, or was used before")
+    emit, recorded.emit = recorded.emit, None
+    return cast(Tensor, emit(argument))
