@@ -227,11 +227,15 @@ async def test_silence_is_filled_with_comments_once_headers_are_out(
     assert text_of(call) == "ab"
 
 
-async def test_a_send_that_fails_cancels_the_request(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_at_once", [True, False])
+async def test_a_send_that_fails_cancels_the_request(
+    steps: Steps, caplog: pytest.LogCaptureFixture, is_at_once: bool
+) -> None:
     call = chat()
 
     async def broken(message: object) -> None:
-        await asyncio.sleep(0)
+        if not is_at_once:
+            await asyncio.sleep(0)
         raise OSError("broken pipe")
 
     engine = ScriptedEngine(steps.script)

@@ -170,6 +170,9 @@ class EventStream:
             if is_last:
                 self._finish()
             return
+        except Exception as error:  # a server may raise for a client that has gone
+            self._abandon(f"sending failed: {error!r}")
+            return
         self._sending = self._loop.create_task(_carry_on(sending, blocker))
         self._sending.add_done_callback(lambda task: self._on_sent(task, is_last))
 

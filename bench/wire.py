@@ -1,0 +1,330 @@
+"""What HTTP costs without a model: reading a chat request, making a frame, sending it.
+
+    python -m bench.wire                                   # the costs inside the process
+    python -m bench.wire --streams 1000 --rate 20          # and over sockets, under hypercorn
+    python -m bench.wire --streams 1000 --server uvicorn --stalled 1
+
+Prints one JSON object. `request_us` reads, checks and renders a chat of 20 messages; `token_us` is a streamed
+token's own cost (bytes to text, stop match, frame, hand-over to a `send` that does nothing). Over sockets an
+engine without a model gives every stream a token a step: `sent_token_us` is the server's CPU time a token,
+`cores` its share of one core, `late_ms` how long after its step a token reached a client (which takes CPU of
+the same machine); `--stalled` adds readers that never read, whose streams do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
+from typing import Any, cast
+
+import uvloop
+from hypercorn.asyncio import serve
+
+from tgi_asgi.app import App, create_app
+from tgi_asgi.engine.output import ChoiceOutput
+from tgi_asgi.http.context import Served
+from tgi_asgi.http.errors import Dialect
+from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.openai_chat import check_chat
+from tgi_asgi.http.openai_prompt import chat_prompt
+from tgi_asgi.http.openai_schema import CHAT_DECODER
+from tgi_asgi.http.parse import decode_json
+from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.server import make_config
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.types import (
+    EngineState,
+    GenerationRequest,
+    ModelInfo,
+    Permit,
+    RequestStats,
+    Sink,
+)
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INFO = ModelInfo("bench", None, "M", "f", "cpu", 50_000, 1 << 20, 1 << 20, frozenset({0}))
+STOP = ["\n\nUser:", "<END>"]
+WARM_UP_STEPS = 20
+
+
+class Words:
+    """A tokenizer of which only the byte table is real."""
+
+    eos_ids = special_ids = frozenset({0})
+    text = b" word"
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [1] * 100
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.text
+
+
+class Channel:
+    """A request whose tokens the benchmark delivers."""
+
+    def __init__(self, request: GenerationRequest, words: Words) -> None:
+        self.request = request
+        self.stats = RequestStats(time.monotonic())
+        self.sink: Sink | None = None
+        self.output = ChoiceOutput(0, request.stop, words, words.eos_ids)
+
+    def attach(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def cancel(self) -> None:
+        self.sink = None
+
+    def step(self) -> None:
+        """Do what the engine does for one sampled token."""
+        if self.sink is not None:
+            self.sink.on_events([self.output.push(Sampled(1))])
+
+
+class Engine:
+    """Takes every request; `step` gives each of them a token."""
+
+    def __init__(self, words: Words) -> None:
+        self.state = EngineState.READY
+        self.channels: list[Channel] = []
+        self._words = words
+
+    def acquire(self, n: int) -> Engine:
+        return self
+
+    def release(self) -> None: ...
+
+    def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
+        self.channels.append(Channel(request, self._words))
+        return self.channels[-1]
+
+    def step(self) -> None:
+        for channel in self.channels:
+            channel.step()
+
+
+def make_app() -> tuple[App, Engine, Words]:
+    words = Words()
+    engine = Engine(words)
+    app = create_app(Settings(log_level="error"))
+    app.observers.clear()
+    app.context.served = Served(cast(Any, engine), cast(Any, words), ChatTemplate(TEMPLATE, {}), INFO)
+    return app, engine, words
+
+
+def chat_body(num_messages: int = 20, **fields: object) -> bytes:
+    roles = ("user", "assistant")
+    messages = [
+        {"role": roles[i % 2], "content": "What is deep learning, in a few words? " * 5}
+        for i in range(num_messages - 1)
+    ]
+    messages.append({"role": "user", "content": "And now in one word."})
+    return json.dumps(
+        {"model": "tgi", "messages": messages, "max_tokens": 1 << 18, "stop": STOP, **fields}
+    ).encode()
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [],
+        "query_string": b"",
+        "root_path": "",
+    }
+
+
+def request_us() -> dict[str, float]:
+    """Return the costs of reading, checking and rendering a chat request."""
+    app, _, _ = make_app()
+    body = chat_body()
+    exchange = Exchange(app.context, scope_of("/"), cast(Any, None), cast(Any, None), Dialect.OPENAI)
+    request = decode_json(body, CHAT_DECODER)
+    served = app.context.ready()
+    parts: dict[str, Callable[[], object]] = {
+        "decode_us": lambda: decode_json(body, CHAT_DECODER),
+        "check_us": lambda: check_chat(exchange, request),
+        "render_us": lambda: chat_prompt(request, served, is_compat=False),
+    }
+    costs = {name: round(best_us(part), 1) for name, part in parts.items()}
+    return {"request_us": round(sum(costs.values()), 1), **costs}
+
+
+def best_us(function: Callable[[], object], rounds: int = 30, repeats: int = 20) -> float:
+    """Return the least mean time of a few calls: what the code costs when nothing else runs."""
+    best = float("inf")
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        best = min(best, (time.perf_counter() - begun) / repeats)
+    return best * 1e6
+
+
+async def token_us(num_streams: int = 100) -> float:
+    """Return a streamed token's own cost, `send` excluded."""
+    app, engine, _ = make_app()
+    body = chat_body(stream=True)
+
+    async def send(message: MutableMapping[str, Any]) -> None: ...
+
+    def receiver() -> Callable[[], Any]:
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await asyncio.Event().wait()
+
+        return receive
+
+    tasks = [
+        asyncio.create_task(app(scope_of("/v1/chat/completions"), receiver(), send))
+        for _ in range(num_streams)
+    ]
+    while len(engine.channels) < num_streams or any(channel.sink is None for channel in engine.channels):
+        await asyncio.sleep(0.001)
+    engine.step()
+    cost = best_us(engine.step, rounds=50, repeats=2) / num_streams
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return round(cost, 2)
+
+
+async def serve_steps(args: argparse.Namespace) -> None:
+    """Be the server: when all streams are there, step at the rate, then print what it cost and leave."""
+    app, engine, words = make_app()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    print(listener.getsockname()[1], flush=True)
+    stop = asyncio.Event()
+    server = asyncio.create_task(run_server(args.server, app, listener, stop))
+    while sum(channel.sink is not None for channel in engine.channels) < args.streams + args.stalled:
+        await asyncio.sleep(0.01)
+    num_steps = int(args.seconds * args.rate)
+    begun = cpu = 0.0
+    next_s = time.monotonic()
+    for step in range(WARM_UP_STEPS + num_steps):
+        if step == WARM_UP_STEPS:
+            begun, cpu = time.monotonic(), time.process_time()
+        words.text = b" %.6f" % time.monotonic()
+        engine.step()
+        next_s += 1 / args.rate
+        await asyncio.sleep(max(next_s - time.monotonic(), 0))
+    cpu, took = time.process_time() - cpu, time.monotonic() - begun
+    report = {
+        "sent_token_us": round(cpu / (num_steps * args.streams) * 1e6, 1),
+        "cores": round(cpu / took, 2),
+        "steps_per_s": round(num_steps / took, 1),
+    }
+    print(json.dumps(report), flush=True)
+    server.cancel()
+
+
+async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio.Event) -> None:
+    async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await app(scope, receive, send)
+
+    if name == "hypercorn":
+        await serve(cast(Any, without_lifespan), make_config(listener), shutdown_trigger=stop.wait)
+        return
+    import uvicorn
+
+    config = uvicorn.Config(app, lifespan="off", log_level="critical")
+    await uvicorn.Server(config).serve([listener])
+
+
+async def read_streams(args: argparse.Namespace) -> dict[str, Any]:
+    """Start the server, read its streams, and time the tokens of every twentieth."""
+    command = [sys.executable, "-m", "bench.wire", "--serve", "--server", args.server]
+    command += ["--streams", str(args.streams), "--stalled", str(args.stalled)]
+    command += ["--rate", str(args.rate), "--seconds", str(args.seconds)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
+    late_s: list[float] = []
+    loop = asyncio.get_running_loop()
+    connections = []
+    for i in range(args.streams + args.stalled):
+        is_stalled = i >= args.streams
+        make = partial(Reader, late_s if i % 20 == 0 and not is_stalled else None, is_stalled)
+        connection, _ = await loop.create_connection(make, "127.0.0.1", port)
+        connections.append(connection)
+    report = json.loads(await asyncio.to_thread(server.stdout.readline))
+    for connection in connections:
+        connection.abort()
+    server.terminate()
+    server.wait()
+    late_s.sort()
+    percentiles = {p: round(late_s[int(len(late_s) * p / 100)] * 1e3, 1) for p in (50, 99)}
+    return {**report, "late_ms": {f"p{p}": value for p, value in percentiles.items()}}
+
+
+class Reader(asyncio.Protocol):
+    """A client that reads one stream; `late_s` collects how old its tokens are."""
+
+    def __init__(self, late_s: list[float] | None, is_stalled: bool) -> None:
+        self._late_s = late_s
+        self._is_stalled = is_stalled
+        self._num_chunks = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)
+        body = chat_body(stream=True)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        transport.write(head.encode() + body)
+        if self._is_stalled:
+            transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._late_s is None:
+            return
+        now = time.monotonic()
+        self._num_chunks += 1
+        if self._num_chunks > WARM_UP_STEPS:
+            self._late_s.extend(now - sent for sent in stamps(data))
+
+
+def stamps(data: bytes) -> Iterator[float]:
+    """Return the times that a piece of a stream carries as text."""
+    for part in data.split(b'"content":" ')[1:]:
+        yield float(part[: part.index(b'"')].split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, default=0, help="over sockets; 0: only inside the process")
+    parser.add_argument("--stalled", type=int, default=0, help="further streams whose reader never reads")
+    parser.add_argument("--rate", type=float, default=20.0, help="tokens a second of each stream")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--server", choices=("hypercorn", "uvicorn"), default="hypercorn")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        uvloop.run(serve_steps(args))
+        return
+    report: dict[str, Any] = {**request_us(), "token_us": asyncio.run(token_us())}
+    if args.streams:
+        report |= {"server": args.server, "streams": args.streams, "rate": args.rate, "stalled": args.stalled}
+        report |= asyncio.run(read_streams(args))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
