@@ -1,0 +1,133 @@
+// The CUDA operators: one plain struct of device pointers and sizes each, and a launcher that returns the launch's
+// error. Activations, queries and the cache are 16 bits wide here (or 8, the cache), the residual is float32. The
+// bindings check everything a kernel trusts, but for what lies on the device: ids and lengths there are clamped.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#elif defined(TGI_CUDA)
+#include <cuda_runtime_api.h>
+#else
+#include "cuda_emu.h"
+#endif
+
+namespace tgi::cuda {
+
+enum class Type : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat8 = 2 };
+
+struct EmbedParams {
+  const int32_t* ids;  // [num_tokens], clamped to the table
+  const void* table;   // [num_rows, hidden] of type
+  float* out;          // [num_tokens, hidden]
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t hidden;  // multiple of 8
+  Type type;
+};
+cudaError_t embed(const EmbedParams& p, cudaStream_t stream);
+
+struct RmsNormParams {
+  const float* x;       // [num_tokens, hidden]
+  const float* weight;  // [hidden]
+  const int32_t* rows;  // [num_rows] rows of x, clamped; or null: all in order
+  void* out;            // [num_rows, hidden] of type
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t hidden;  // multiple of 8, at most kMaxHidden
+  float eps;
+  Type type;
+};
+constexpr int64_t kMaxHidden = 16384;
+cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream);
+
+struct ActMulParams {
+  const void* gate_up;  // [num_tokens, 2 * intermediate] of type: gate, then up
+  void* out;            // [num_tokens, intermediate] of type
+  int64_t num_tokens;
+  int64_t intermediate;  // multiple of 8
+  Activation activation;
+  Type type;
+};
+cudaError_t act_mul(const ActMulParams& p, cudaStream_t stream);
+
+// The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write into the cache.
+// The cache of a layer is [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim] of kv_type.
+struct RopeParams {
+  const void* qkv;           // [num_tokens, num_heads + 2 * num_kv_heads, head_dim] of type
+  const int32_t* positions;  // [num_tokens], clamped to the tables
+  const int64_t* slots;      // [num_tokens] block * block_size + offset; outside of the pool: not written
+  const float* cos;          // [num_positions, rotary_dim / 2]
+  const float* sin;          // the same
+  const float* q_norm;       // [head_dim], or null: heads are not normed
+  const float* k_norm;       // [head_dim], or null
+  void* q;                   // [num_tokens, num_heads, head_dim] of type
+  void* kv;
+  int64_t num_tokens;
+  int64_t num_positions;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;    // multiple of 16
+  int64_t rotary_dim;  // multiple of 4, at most head_dim
+  int64_t num_blocks;
+  int64_t block_size;
+  float eps;
+  float key_scale;    // keys and values are divided by these: 1 unless the cache is 8 bits wide
+  float value_scale;
+  Type type;
+  Type kv_type;
+};
+cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream);
+
+// A sequence's queries are its last tokens: query i of n sees the positions below context_len - n + i + 1, and of
+// these the last `window`.
+struct AttentionParams {
+  const void* q;               // [num_tokens, num_heads, head_dim] of type
+  const void* kv;              // see RopeParams
+  const int32_t* query_start;  // [num_sequences + 1]; decode does not read it: one token a sequence
+  const int32_t* context_len;  // [num_sequences], the queries included; 0: a padding row, its output is 0
+  const int32_t* block_table;  // [num_sequences, block_table_stride], clamped to the pool
+  void* out;                   // [num_tokens, num_heads, head_dim] of type
+  void* workspace;             // decode: attention_workspace_bytes
+  int64_t num_tokens;
+  int64_t num_sequences;
+  int64_t max_query_len;  // prefill: of any sequence
+  int64_t num_heads;
+  int64_t num_kv_heads;  // divides num_heads; decode: at most 16 heads share one
+  int64_t head_dim;      // 64, 80, 96, 128 or 256
+  int64_t num_blocks;
+  int64_t block_size;  // multiple of 16
+  int64_t block_table_stride;
+  int64_t window;  // 0: all positions
+  float scale;
+  float key_scale;  // what was divided by when the cache was written
+  float value_scale;
+  Type type;
+  Type kv_type;  // type or kFloat8
+};
+// One token a sequence. The plan depends on the lengths only and serves all layers of a step.
+cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream);
+cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream);
+cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
+int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride, int64_t block_size,
+                                  int64_t num_heads, int64_t head_dim);
+
+// A row of slots outside of [0, num_slots) is padding: it draws 0 and changes nothing.
+struct SampleParams {
+  ::tgi::SampleParams base;
+  float* scratch;  // [num_rows, vocab]
+  int64_t num_rows;
+  int64_t num_slots;
+};
+cudaError_t sample(const SampleParams& p, cudaStream_t stream);
+
+struct TokenLogprobsParams {
+  ::tgi::TokenLogprobsParams base;
+  int64_t num_rows;
+};
+cudaError_t token_logprobs(const TokenLogprobsParams& p, cudaStream_t stream);
+
+}  // namespace tgi::cuda

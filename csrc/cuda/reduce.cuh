@@ -1,0 +1,45 @@
+// Reductions over a warp and a block, in an order that is fixed by the number of threads.
+#pragma once
+
+#include "launch.cuh"
+
+namespace tgi::cuda {
+
+struct Add {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+
+// All lanes get the result.
+template <typename T, typename Operation>
+__device__ __forceinline__ T warp_reduce(T x, Operation operation) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+    x = operation(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  }
+  return x;
+}
+
+// All threads get the result. scratch: [warps of the block] in shared memory, free again on return. Called by
+// every thread of a block of whole warps.
+template <typename T, typename Operation>
+__device__ __forceinline__ T block_reduce(T x, Operation operation, T* scratch) {
+  const int num_warps = int(blockDim.x) / kWarpSize;
+  x = warp_reduce(x, operation);
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  T result = scratch[0];
+  for (int warp = 1; warp < num_warps; ++warp) result = operation(result, scratch[warp]);
+  __syncthreads();
+  return result;
+}
+
+}  // namespace tgi::cuda

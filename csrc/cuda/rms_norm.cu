@@ -1,0 +1,53 @@
+// RMSNorm of the residual into the next product's activation: one block a row, the row in registers.
+#include "kernels.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace tgi::cuda {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kVectors = 2;  // of eight elements, a thread
+
+template <typename Element>
+__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(RmsNormParams p) {
+  SHARED_ARRAY(float, scratch, kMaxThreads / kWarpSize);
+  const int64_t row = blockIdx.x;
+  const int64_t from = p.rows == nullptr ? row : min(max(int64_t{p.rows[row]}, int64_t{0}), p.num_tokens - 1);
+  const float* x = p.x + from * p.hidden;  // [hidden]
+  float values[kVectors][8];
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int64_t column = (int64_t{k} * blockDim.x + threadIdx.x) * 8;
+    if (column >= p.hidden) continue;
+    load8(x + column, values[k]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += values[k][i] * values[k][i];
+  }
+  sum = block_reduce(sum, Add(), scratch);
+  const float inverse = 1.0f / sqrtf(sum / float(p.hidden) + p.eps);
+  Element* out = static_cast<Element*>(p.out) + row * p.hidden;  // [hidden]
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int64_t column = (int64_t{k} * blockDim.x + threadIdx.x) * 8;
+    if (column >= p.hidden) continue;
+    float weight[8];
+    load8(p.weight + column, weight);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[k][i] *= inverse * weight[i];
+    store8(out + column, values[k]);
+  }
+}
+
+}  // namespace
+
+cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
+  if (p.hidden % 8 != 0 || p.hidden < 8 || p.hidden > kMaxHidden) return cudaErrorInvalidValue;
+  if (p.num_rows == 0) return cudaSuccess;
+  const auto threads = unsigned(ceil_divide<int64_t>(p.hidden, 8 * kVectors * kWarpSize) * kWarpSize);
+  const auto kernel = p.type == Type::kBfloat16 ? rms_norm_kernel<bf16> : rms_norm_kernel<fp16>;
+  return launch(kernel, dim3(unsigned(p.num_rows)), dim3(threads), 0, stream, p);
+}
+
+}  // namespace tgi::cuda

@@ -1,0 +1,121 @@
+// Norm of heads, rotary embedding and the write of keys and values into the cache: one warp a (token, head).
+#include "kernels.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace tgi::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kMaxWords = 4;  // pairs of elements a lane holds: head_dim up to 256
+
+struct Words {
+  float2 at[kMaxWords];  // elements 2 (lane + 32 k) and the next
+};
+
+template <typename Element>
+__device__ __forceinline__ float2 load_pair(const Element* p) {
+  return Pair<Element>::unpack(*reinterpret_cast<const typename Pair<Element>::Word*>(p));
+}
+
+template <typename Element>
+__device__ __forceinline__ void store_pair(Element* p, float2 x) {
+  *reinterpret_cast<typename Pair<Element>::Word*>(p) = Pair<Element>::pack(x.x, x.y);
+}
+
+// What every element of the head is multiplied by to give it a mean square of 1.
+__device__ __forceinline__ float inverse_rms(const Words& words, int lane, int head_dim, float eps) {
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kMaxWords; ++k) {
+    if (2 * (lane + kWarpSize * k) < head_dim) {
+      sum += words.at[k].x * words.at[k].x + words.at[k].y * words.at[k].y;
+    }
+  }
+  return 1.0f / sqrtf(warp_reduce(sum, Add()) / float(head_dim) + eps);
+}
+
+// Element pairs at d of the head, normed and rotated. `head` is read again for the other half: it is in L1.
+template <typename Element>
+__device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, int half, const float* cos,
+                                         const float* sin, const float* norm, float inverse) {
+  const bool is_first = d < half;
+  if (norm != nullptr) x.x *= inverse * norm[d], x.y *= inverse * norm[d + 1];
+  if (d >= 2 * half) return x;
+  const int other = is_first ? d + half : d - half, angle = is_first ? d : other;
+  float2 y = load_pair(head + other);
+  if (norm != nullptr) y.x *= inverse * norm[other], y.y *= inverse * norm[other + 1];
+  const float sign = is_first ? -1.0f : 1.0f;
+  return float2{x.x * cos[angle] + sign * y.x * sin[angle],
+                x.y * cos[angle + 1] + sign * y.y * sin[angle + 1]};
+}
+
+template <typename Element, typename KvElement>
+__global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
+  const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim), half = int(p.rotary_dim / 2);
+  const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (unit >= p.num_tokens * all_heads) return;
+  const int64_t token = unit / all_heads, head = unit % all_heads;
+  const bool is_query = head < p.num_heads, is_value = head >= p.num_heads + p.num_kv_heads;
+  const Element* in = static_cast<const Element*>(p.qkv) + unit * head_dim;  // [head_dim]
+  Words words;
+#pragma unroll
+  for (int k = 0; k < kMaxWords; ++k) {
+    const int d = 2 * (lane + kWarpSize * k);
+    if (d < head_dim) words.at[k] = load_pair(in + d);
+  }
+  if (!is_value) {
+    const float* norm = is_query ? p.q_norm : p.k_norm;
+    const float inverse = norm == nullptr ? 1.0f : inverse_rms(words, lane, head_dim, p.eps);
+    const int64_t position = min(max(int64_t{p.positions[token]}, int64_t{0}), p.num_positions - 1);
+#pragma unroll
+    for (int k = 0; k < kMaxWords; ++k) {
+      const int d = 2 * (lane + kWarpSize * k);
+      if (d >= head_dim) continue;
+      words.at[k] = rotate(in, words.at[k], d, half, p.cos + position * half, p.sin + position * half, norm,
+                           inverse);
+    }
+  }
+  if (is_query) {
+    Element* q = static_cast<Element*>(p.q) + (token * p.num_heads + head) * head_dim;
+#pragma unroll
+    for (int k = 0; k < kMaxWords; ++k) {
+      const int d = 2 * (lane + kWarpSize * k);
+      if (d < head_dim) store_pair(q + d, words.at[k]);
+    }
+    return;
+  }
+  const int64_t slot = p.slots[token];
+  if (slot < 0 || slot >= p.num_blocks * p.block_size) return;
+  const int64_t kv_head = (head - p.num_heads) % p.num_kv_heads;
+  const int64_t plane = slot / p.block_size * 2 + (is_value ? 1 : 0);
+  KvElement* out = static_cast<KvElement*>(p.kv) +
+                   ((plane * p.num_kv_heads + kv_head) * p.block_size + slot % p.block_size) * head_dim;
+  const float factor = 1.0f / (is_value ? p.value_scale : p.key_scale);
+#pragma unroll
+  for (int k = 0; k < kMaxWords; ++k) {
+    const int d = 2 * (lane + kWarpSize * k);
+    if (d < head_dim) store_pair(out + d, float2{words.at[k].x * factor, words.at[k].y * factor});
+  }
+}
+
+template <typename Element>
+cudaError_t launch_rope(const RopeParams& p, cudaStream_t stream) {
+  const int64_t units = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
+  const auto kernel = p.kv_type == Type::kFloat8 ? rope_kernel<Element, fp8> : rope_kernel<Element, Element>;
+  return launch(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))), dim3(kThreads), 0, stream, p);
+}
+
+}  // namespace
+
+cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream) {
+  const bool fits = p.head_dim % 16 == 0 && p.head_dim >= 16 && p.head_dim <= 64 * kMaxWords &&
+                    p.rotary_dim % 4 == 0 && p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim;
+  if (!fits || (p.kv_type != p.type && p.kv_type != Type::kFloat8)) return cudaErrorInvalidValue;
+  if (p.num_tokens == 0) return cudaSuccess;
+  return p.type == Type::kBfloat16 ? launch_rope<bf16>(p, stream) : launch_rope<fp16>(p, stream);
+}
+
+}  // namespace tgi::cuda

@@ -1,0 +1,32 @@
+"""The emulated device, and faults planted in copies of the kernels' sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.emulation import library
+from tests.emulation.device import Device
+
+
+@pytest.fixture(scope="session")
+def built_device() -> Device:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    return Device(library.build())
+
+
+@pytest.fixture
+def device(built_device: Device) -> Iterator[Device]:
+    """An emulated device with nothing on it."""
+    built_device.reset()
+    yield built_device
+    built_device.reset()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

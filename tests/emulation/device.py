@@ -1,0 +1,147 @@
+"""An emulated device: its memory as torch tensors, its operators by name, and what it has to complain of."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulation.structs import params_struct
+
+_STRUCTS = {
+    "embed": "EmbedParams",
+    "rms_norm": "RmsNormParams",
+    "act_mul": "ActMulParams",
+    "rope_kv_write": "RopeParams",
+
+
+
+
+
+}
+_SEEDS = (1, 2)
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}
+
+
+class KernelFault(AssertionError):
+    """Raised when a kernel did what CUDA does not allow, or its result hangs on the order of threads."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Device:
+    """An emulated device.
+
+        device = Device(library.build())
+        x = device.tensor(torch.randn(3, 64))
+        out = device.empty((3, 64), torch.bfloat16)
+        device.run("rms_norm", [out], x=x, out=out, ...)
+
+    All its memory begins as bytes of 0xff, NaN in every type.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._path = library
+        self.library = ctypes.CDLL(str(library))
+        self.library.emu_allocate.restype = ctypes.c_void_p
+        self.library.emu_allocate.argtypes = [ctypes.c_size_t]
+        self.library.emu_forbid.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
+        self.library.emu_seed.argtypes = [ctypes.c_uint64]
+        self.library.emu_reports.restype = ctypes.c_char_p
+        for name, struct in _STRUCTS.items():
+            size = getattr(self.library, f"emu_size_{name}")
+            size.restype = ctypes.c_size_t
+            assert size() == ctypes.sizeof(params_struct(struct)), f"{struct} was not read right"
+
+    def reset(self) -> None:
+        """Free all tensors."""
+        self.library.emu_reset()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Allocate a tensor of poison."""
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = count * dtype.itemsize
+        address = self.library.emu_allocate(num_bytes)
+        assert address, "the device's memory is full"
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+    def tensor(self, values: Tensor) -> Tensor:
+        """Copy a tensor to the device."""
+        out = self.empty(values.shape, values.dtype)
+        out.copy_(values)
+        return out
+
+    def forbid(self, part: Tensor, is_forbidden: bool = True) -> None:
+        """Report any access to this contiguous part of a tensor."""
+        assert part.is_contiguous()
+        self.library.emu_forbid(part.data_ptr(), part.nbytes, is_forbidden)
+
+    def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
+        """Run an operator under two schedules, from the same outputs, and hold the results to the same bits.
+
+        Raises:
+            KernelFault: a kernel accessed what it must not, or the results differ.
+        """
+        before = [output.clone() for output in outputs]
+        results = []
+        for seed in _SEEDS:
+            for output, start in zip(outputs, before, strict=True):
+                output.copy_(start)
+            self.launch(name, seed, **params)
+            results.append([_bytes(output).clone() for output in outputs])
+        for first, second in zip(*results, strict=True):
+            if not torch.equal(first, second):
+                raise KernelFault("order", f"{name}: two schedules give two results")
+
+    def launch(self, name: str, seed: int = 1, **params: Any) -> None:
+        """Run an operator once.
+
+        Raises:
+            KernelFault: a kernel accessed what it must not.
+        """
+        struct = fill(params_struct(_STRUCTS[name])(), params)
+        self.library.emu_seed(seed)
+        status = getattr(self.library, f"emu_{name}")(ctypes.byref(struct))
+        reports = self.library.emu_reports().decode().splitlines()
+        if reports:
+            lines = [self._describe(line) for line in reports]
+            raise KernelFault(reports[0].partition("|")[0], f"{name}, seed {seed}:\n" + "\n".join(lines))
+        assert status == 0, f"{name} was refused"
+
+    def _describe(self, line: str) -> str:
+        kind, offset, text = line.split("|", 2)
+        place = subprocess.run(
+            ["addr2line", "-i", "-e", str(self._path), hex(max(int(offset, 16) - 1, 0))],
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        return f"  {kind}: {text} ({' in '.join(Path(part).name for part in place[:3])})"
+
+
+def fill(struct: ctypes.Structure, params: dict[str, Any]) -> ctypes.Structure:
+    """Set every field of a struct; a field without a value, or a value without a field, is an error."""
+    params = dict(params)
+    for name, kind in struct._fields_:
+        if issubclass(kind, ctypes.Structure):
+            setattr(struct, name, fill(kind(), {key: params.pop(key) for key, *_ in kind._fields_}))
+            continue
+        value = params.pop(name)
+        setattr(struct, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    assert not params, f"no such parameters: {', '.join(params)}"
+    return struct
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

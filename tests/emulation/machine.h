@@ -1,0 +1,74 @@
+// The emulator's state, shared by its files and by no kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_emu.h"
+
+namespace emu {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 1024;
+
+enum class State : uint8_t { kReady, kAtBarrier, kInCollective, kFinished };
+
+struct Thread {
+  void* stack_pointer;
+  uintptr_t stack_low, stack_high;
+  uint16_t index;
+  uint8_t warp, lane;
+  State state;
+  const void* site;  // where it waits
+  void* argument;    // to the collective that it waits in
+};
+
+// What the lanes of a warp do together: the last to arrive calls compute(arguments by lane, mask).
+using Compute = void (*)(void* const* arguments, uint32_t mask);
+
+struct Warp {
+  uint32_t living;
+  uint32_t arrived;  // at the collective below
+  uint32_t mask;
+  Compute compute;
+  uint16_t epoch;  // counts the points that order its lanes
+};
+
+struct Block {
+  dim3 index;
+  uint32_t run;    // number of this block's run, unique in the process
+  uint16_t epoch;  // counts its barriers
+  int num_living;
+  int num_at_barrier;
+  const void* barrier_site;
+};
+
+struct Machine {
+  Thread* current = nullptr;  // null: no kernel runs
+  Thread threads[kMaxThreads];
+  Warp warps[kMaxThreads / kWarpSize];
+  Block block;
+  dim3 grid_size, block_size;
+  int num_threads = 0;
+  uint32_t first_run = 1;  // of this launch
+  bool is_aborted = false;
+};
+
+extern Machine machine;
+
+// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, mask, deadlock, barrier, ub, launch.
+void report(const char* kind, const void* site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+
+// Waits until all lanes of the mask are here.
+void collective(uint32_t mask, Compute compute, void* argument, const void* site);
+
+// An access by the running thread, checked.
+void check_access(const void* address, int size, bool is_write, bool is_atomic, const void* site);
+
+// Of the shared memory: forgets the launch's arrays; poisons them for the next block.
+void begin_launch(size_t dynamic_bytes);
+void begin_block();
+void end_thread(int thread);  // drops what its asynchronous copies have not brought
+
+uint64_t next_random();
+
+}  // namespace emu

@@ -1,0 +1,390 @@
+// The device's memory and what is known of each two bytes of it; the hooks that check every access.
+#include <link.h>
+#include <sys/mman.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace emu {
+namespace {
+
+constexpr size_t kSharedBytes = size_t{1} << 20;
+constexpr size_t kArenaBytes = size_t{1} << 28;  // the shared memory, then buffers
+constexpr size_t kRedZone = 512;
+constexpr uint8_t kManyWarps = 255, kManyLanes = 255;
+
+struct Cell {  // of two bytes; the masks have a bit a byte
+  uint32_t write_run, read_run;
+  uint16_t write_epoch, write_warp_epoch, write_thread;
+  uint16_t read_epoch, read_warp_epoch;
+  uint8_t read_warp, read_lane;
+  uint8_t allocated, forbidden, written, is_atomic, is_pending;
+};
+
+struct Copy {
+  char* target;
+  const char* source;  // null: zeros
+};
+struct CopyQueue {
+  std::vector<Copy> open;                  // not yet committed
+  std::vector<std::vector<Copy>> groups;  // oldest first
+};
+
+uint8_t* arena = nullptr;
+Cell* cells = nullptr;
+size_t arena_top = kSharedBytes;
+size_t shared_top = 0;
+std::map<const void*, size_t> shared_arrays;  // of this launch
+CopyQueue queues[kMaxThreads];
+uintptr_t library_low = ~uintptr_t{0}, library_high = 0;
+
+std::string reports;
+int num_reports = 0;
+
+void* reserve(size_t bytes) {
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
+void find_library() {
+  const auto visit = [](dl_phdr_info* info, size_t, void* self) {
+    uintptr_t low = ~uintptr_t{0}, high = 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      if (info->dlpi_phdr[i].p_type != PT_LOAD) continue;
+      const uintptr_t begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
+      low = std::min(low, begin);
+      high = std::max(high, begin + info->dlpi_phdr[i].p_memsz);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(self);
+    if (address < low || address >= high) return 0;
+    library_low = low;
+    library_high = high;
+    return 1;
+  };
+  dl_iterate_phdr(visit, &machine);
+}
+
+void open_arena() {
+  if (arena != nullptr) return;
+  arena = static_cast<uint8_t*>(reserve(kArenaBytes));
+  cells = static_cast<Cell*>(reserve(kArenaBytes / 2 * sizeof(Cell)));
+  find_library();
+}
+
+void set_allocated(size_t offset, size_t bytes, bool is_allocated) {
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    const uint8_t bit = uint8_t(1u << (i & 1));
+    Cell& cell = cells[i / 2];
+    if (i == offset || (i & 1) == 0) cell.forbidden = 0;
+    cell.allocated = uint8_t(is_allocated ? cell.allocated | bit : cell.allocated & ~bit);
+  }
+}
+
+size_t allocate_shared(size_t bytes) {
+  const size_t offset = (shared_top + kRedZone + 127) / 128 * 128;
+  if (offset + bytes + kRedZone > kSharedBytes) {
+    report("launch", nullptr, "more than %zu bytes of shared memory", kSharedBytes);
+    return kRedZone;
+  }
+  set_allocated(offset, bytes, true);
+  shared_top = offset + bytes;
+  std::memset(arena + offset, 0xff, bytes);
+  return offset;
+}
+
+// Whether what this warp's or block's other threads did then is ordered before now.
+bool is_ordered(int warp, uint16_t warp_epoch, uint16_t epoch) {
+  const int own = machine.current->warp;
+  return warp == own ? warp_epoch != machine.warps[own].epoch : epoch != machine.block.epoch;
+}
+
+bool check_write_before(const Cell& cell, uint8_t mask, bool is_atomic, const void* site, size_t offset) {
+  if ((cell.written & mask) == 0 || (is_atomic && cell.is_atomic)) return true;
+  const Thread& thread = *machine.current;
+  if (cell.write_run == machine.block.run) {
+    if (cell.write_thread == thread.index) return true;
+    if (is_ordered(cell.write_thread / kWarpSize, cell.write_warp_epoch, cell.write_epoch)) return true;
+    report("race", site, "thread %d meets thread %d's write at %s + %zu", thread.index, cell.write_thread,
+           offset < kSharedBytes ? "shared" : "device", offset);
+    return false;
+  }
+  if (offset >= kSharedBytes && cell.write_run >= machine.first_run) {
+    report("blocks", site, "memory that another block of this launch wrote, at device + %zu", offset);
+    return false;
+  }
+  return true;
+}
+
+bool check_read_before(const Cell& cell, const void* site, size_t offset) {
+  const Thread& thread = *machine.current;
+  if (cell.read_run != machine.block.run) {
+    if (offset < kSharedBytes || cell.read_run < machine.first_run) return true;
+    report("blocks", site, "memory that another block of this launch read, at device + %zu", offset);
+    return false;
+  }
+  if (cell.read_warp == thread.warp) {
+    if (cell.read_lane == thread.lane || is_ordered(thread.warp, cell.read_warp_epoch, 0)) return true;
+  } else if (cell.read_epoch != machine.block.epoch) {
+    return true;
+  }
+  report("race", site, "thread %d writes what another thread still reads at %s + %zu", thread.index,
+         offset < kSharedBytes ? "shared" : "device", offset);
+  return false;
+}
+
+void note_read(Cell& cell) {
+  const Thread& thread = *machine.current;
+  const uint16_t warp_epoch = machine.warps[thread.warp].epoch;
+  const bool is_same_epoch = cell.read_run == machine.block.run && cell.read_epoch == machine.block.epoch;
+  if (is_same_epoch && cell.read_warp != thread.warp) {
+    cell.read_warp = kManyWarps;
+  } else if (is_same_epoch && cell.read_warp_epoch == warp_epoch) {
+    if (cell.read_lane != thread.lane) cell.read_lane = kManyLanes;
+  } else {
+    cell.read_run = machine.block.run;
+    cell.read_epoch = machine.block.epoch;
+    cell.read_warp = thread.warp;
+    cell.read_lane = thread.lane;
+  }
+  cell.read_warp_epoch = warp_epoch;
+}
+
+void note_write(Cell& cell, uint8_t mask, bool is_atomic) {
+  const Thread& thread = *machine.current;
+  const bool is_mine = cell.write_run == machine.block.run && cell.write_thread == thread.index;
+  const bool is_kept = is_mine || (cell.write_run == machine.block.run && machine.block.run != 0);
+  cell.written = uint8_t(is_kept ? cell.written | mask : mask);
+  cell.write_run = machine.block.run;
+  cell.write_thread = thread.index;
+  cell.write_epoch = machine.block.epoch;
+  cell.write_warp_epoch = machine.warps[thread.warp].epoch;
+  cell.is_atomic = is_atomic;
+}
+
+void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_atomic, const void* site) {
+  if ((cell.allocated & mask) != mask) {
+    report("bounds", site, "%s outside of any buffer, at %s + %zu", is_write ? "a write" : "a read",
+           offset < kSharedBytes ? "shared" : "device", offset);
+    return;
+  }
+  if (cell.forbidden & mask) {
+    report("bounds", site, "%s of forbidden memory, at device + %zu", is_write ? "a write" : "a read", offset);
+    return;
+  }
+  if (cell.is_pending) {
+    report("async", site, "memory that a copy is still to fill, at shared + %zu", offset);
+    return;
+  }
+  const bool is_shared = offset < kSharedBytes;
+  if (is_shared && !is_write && (cell.write_run != machine.block.run || (cell.written & mask) != mask)) {
+    report("uninit", site, "shared memory that this block never wrote, at shared + %zu", offset);
+    return;
+  }
+  if (!check_write_before(cell, mask, is_atomic, site, offset)) return;
+  if (is_write || is_atomic) {
+    if (!is_atomic && !check_read_before(cell, site, offset)) return;
+    note_write(cell, mask, is_atomic);
+  } else {
+    note_read(cell);
+  }
+}
+
+// Neither the device's memory nor this thread's stack: constants of this library may be read.
+void check_elsewhere(uintptr_t address, bool is_write, const void* site) {
+  const Thread& thread = *machine.current;
+  if (address >= thread.stack_low && address < thread.stack_high) return;
+  if (!is_write && address >= library_low && address < library_high) return;
+  report("wild", site, "%s of %p", is_write ? "a write" : "a read", reinterpret_cast<void*>(address));
+}
+
+}  // namespace
+
+void report(const char* kind, const void* site, const char* format, ...) {
+  if (++num_reports > 8) return;
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  char line[600];
+  const auto address = reinterpret_cast<uintptr_t>(site);
+  snprintf(line, sizeof(line), "%s|%zx|%s\n", kind,
+           address >= library_low && address < library_high ? size_t(address - library_low) : size_t{0}, text);
+  reports += line;
+}
+
+void check_access(const void* address, int size, bool is_write, bool is_atomic, const void* site) {
+  if (machine.current == nullptr) return;
+  const size_t offset = static_cast<const uint8_t*>(address) - arena;
+  if (offset >= kArenaBytes) return check_elsewhere(reinterpret_cast<uintptr_t>(address), is_write, site);
+  const size_t end = offset + size_t(size);
+  for (size_t i = offset & ~size_t{1}; i < end; i += 2) {
+    const uint8_t mask = uint8_t((i >= offset ? 1 : 0) | (i + 1 < end ? 2 : 0));
+    check_cell(cells[i / 2], mask, i, is_write, is_atomic, site);
+  }
+}
+
+void begin_launch(size_t dynamic_bytes) {
+  open_arena();
+  if (shared_top > 0) set_allocated(0, shared_top, false);
+  shared_top = 0;
+  shared_arrays.clear();
+  shared_arrays[nullptr] = allocate_shared(dynamic_bytes);
+}
+
+void begin_block() { std::memset(arena, 0xff, shared_top); }
+
+void* shared_array(const void* key, size_t bytes) {
+  const auto found = shared_arrays.find(key);
+  if (found != shared_arrays.end()) return arena + found->second;
+  return arena + (shared_arrays[key] = allocate_shared(bytes));
+}
+
+void* dynamic_shared() { return arena + shared_arrays[nullptr]; }
+
+void atomic_access(void* address, int size) {
+  check_access(address, size, true, true, __builtin_return_address(0));
+}
+
+void async_copy16(void* shared, const void* global, bool is_valid) {
+  const void* site = __builtin_return_address(0);
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || (is_valid && reinterpret_cast<uintptr_t>(global) % 16)) {
+    report("align", site, "an asynchronous copy of 16 bytes between %p and %p", global, shared);
+  }
+  const size_t offset = static_cast<uint8_t*>(shared) - arena;
+  if (offset >= kSharedBytes) return report("bounds", site, "the target of an asynchronous copy is not shared");
+  if (is_valid) check_access(global, 16, false, false, site);
+  check_access(shared, 16, true, false, site);
+  std::memset(shared, 0xff, 16);
+  for (int i = 0; i < 8; ++i) cells[offset / 2 + size_t(i)].is_pending = 1;
+  queues[machine.current->index].open.push_back(
+      {static_cast<char*>(shared), is_valid ? static_cast<const char*>(global) : nullptr});
+}
+
+void async_commit() {
+  CopyQueue& queue = queues[machine.current->index];
+  queue.groups.push_back(std::move(queue.open));
+  queue.open.clear();
+}
+
+void async_wait(int num_pending) {
+  CopyQueue& queue = queues[machine.current->index];
+  while (int(queue.groups.size()) > num_pending) {
+    for (const Copy& copy : queue.groups.front()) {
+      const size_t cell = size_t(reinterpret_cast<uint8_t*>(copy.target) - arena) / 2;
+      for (int i = 0; i < 8; ++i) cells[cell + size_t(i)].is_pending = 0;
+      check_access(copy.target, 16, true, false, __builtin_return_address(0));
+      if (copy.source != nullptr) {
+        std::memcpy(copy.target, copy.source, 16);
+      } else {
+        std::memset(copy.target, 0, 16);
+      }
+    }
+    queue.groups.erase(queue.groups.begin());
+  }
+}
+
+void end_thread(int thread) {
+  CopyQueue& queue = queues[thread];
+  queue.groups.push_back(std::move(queue.open));
+  for (const auto& group : queue.groups) {
+    for (const Copy& copy : group) {
+      const size_t cell = size_t(reinterpret_cast<uint8_t*>(copy.target) - arena) / 2;
+      for (int i = 0; i < 8; ++i) cells[cell + size_t(i)].is_pending = 0;
+    }
+  }
+  queue.open.clear();
+  queue.groups.clear();
+}
+
+}  // namespace emu
+
+// A buffer of device memory, all bytes 0xff (NaN in every type), with red zones on both sides.
+EXPORT void* emu_allocate(size_t bytes) {
+  using namespace emu;
+  open_arena();
+  const size_t offset = (arena_top + kRedZone + 255) / 256 * 256;
+  if (offset + bytes + kRedZone > kArenaBytes) return nullptr;
+  set_allocated(offset, bytes, true);
+  std::memset(arena + offset, 0xff, bytes);
+  arena_top = offset + bytes;
+  return arena + offset;
+}
+
+EXPORT void emu_forbid(void* begin, size_t bytes, bool is_forbidden) {
+  using namespace emu;
+  const size_t offset = static_cast<uint8_t*>(begin) - arena;
+  for (size_t i = offset; i < offset + bytes; ++i) {
+    const uint8_t bit = uint8_t(1u << (i & 1));
+    uint8_t& forbidden = cells[i / 2].forbidden;
+    forbidden = uint8_t(is_forbidden ? forbidden | bit : forbidden & ~bit);
+  }
+}
+
+// Frees all buffers and forgets all reports.
+EXPORT void emu_reset() {
+  using namespace emu;
+  open_arena();
+  std::memset(cells + kSharedBytes / 2, 0, (arena_top - kSharedBytes + kRedZone) / 2 * sizeof(Cell));
+  arena_top = kSharedBytes;
+  reports.clear();
+  num_reports = 0;
+}
+
+// "kind|offset of the place in this library|text" a line.
+EXPORT const char* emu_reports() { return emu::reports.c_str(); }
+
+#define HOOKS(size)                                                                                     \
+  EXPORT void __tsan_read##size(void* p) {                                                              \
+    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                                \
+      emu::report("align", __builtin_return_address(0), "a read of " #size " bytes at %p", p);          \
+    }                                                                                                   \
+    emu::check_access(p, size, false, false, __builtin_return_address(0));                              \
+  }                                                                                                     \
+  EXPORT void __tsan_write##size(void* p) {                                                             \
+    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                                \
+      emu::report("align", __builtin_return_address(0), "a write of " #size " bytes at %p", p);         \
+    }                                                                                                   \
+    emu::check_access(p, size, true, false, __builtin_return_address(0));                               \
+  }                                                                                                     \
+  EXPORT void __tsan_unaligned_read##size(void* p) {                                                    \
+    emu::check_access(p, size, false, false, __builtin_return_address(0));                              \
+  }                                                                                                     \
+  EXPORT void __tsan_unaligned_write##size(void* p) {                                                   \
+    emu::check_access(p, size, true, false, __builtin_return_address(0));                               \
+  }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+EXPORT void __tsan_read_range(void* p, size_t size) {
+  emu::check_access(p, int(size), false, false, __builtin_return_address(0));
+}
+EXPORT void __tsan_write_range(void* p, size_t size) {
+  emu::check_access(p, int(size), true, false, __builtin_return_address(0));
+}
+EXPORT void __tsan_vptr_update(void**, void*) {}
+EXPORT void __tsan_init() {}
+EXPORT void __tsan_func_entry(void*) {}
+EXPORT void __tsan_func_exit() {}
+
+#define UNDEFINED(name, what, ...)                                                     \
+  EXPORT void __ubsan_handle_##name(__VA_ARGS__) {                                     \
+    emu::report("ub", __builtin_return_address(0), what);                              \
+  }
+UNDEFINED(out_of_bounds, "an index past its array", void*, void*)
+UNDEFINED(shift_out_of_bounds, "a shift past the width", void*, void*, void*)
+UNDEFINED(add_overflow, "a sum overflows", void*, void*, void*)
+UNDEFINED(sub_overflow, "a difference overflows", void*, void*, void*)
+UNDEFINED(mul_overflow, "a product overflows", void*, void*, void*)
+UNDEFINED(negate_overflow, "a negation overflows", void*, void*)
+UNDEFINED(divrem_overflow, "a division by zero, or one that overflows", void*, void*, void*)
+UNDEFINED(type_mismatch_v1, "a pointer that is null or not aligned for its type", void*, void*)

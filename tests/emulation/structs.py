@@ -1,0 +1,37 @@
+"""The parameter structs of csrc as ctypes, read from the headers themselves: nothing to keep in step by hand."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+_CSRC = Path(__file__).parents[2] / "csrc"
+_PLAIN: dict[str, type] = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "float": ctypes.c_float,
+    "bool": ctypes.c_bool,
+    "Type": ctypes.c_int32,
+    "Activation": ctypes.c_int32,
+}
+_FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?) (\w+);", re.MULTILINE)
+
+
+@functools.cache
+def params_struct(name: str, header: str = "cuda/kernels.h") -> type[ctypes.Structure]:
+    """Return the struct of this name in the header."""
+    text = (_CSRC / header).read_text()
+    found = re.search(rf"^struct {name} {{\n(.*?)^}};", text, re.MULTILINE | re.DOTALL)
+    assert found, f"{header} has no struct {name}"
+    fields = [(field, _field_type(kind, star)) for kind, star, field in _FIELD.findall(found[1])]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _field_type(kind: str, star: str) -> type:
+    if star:
+        return ctypes.c_void_p
+    if kind.startswith("::tgi::"):
+        return params_struct(kind.removeprefix("::tgi::"), "params.h")
+    return _PLAIN[kind]
