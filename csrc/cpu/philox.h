@@ -1,4 +1,4 @@
-// Philox4x32-10, sixteen counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1,
+// Philox4x32-10, many counters at a time. Salmon et al., Parallel Random Numbers: As Easy as 1,
 // 2, 3, section 3.3 and table 2.
 #pragma once
 
@@ -64,25 +64,33 @@ inline void put(uint32_t* out, Words a) { *out = a; }
 
 #endif
 
-// The first output word of counters (token + lane, choice, position low, position high), key =
-// seed.
-inline void philox16(uint32_t token, uint32_t choice, uint64_t position, uint64_t seed,
-                     uint32_t* out) {
-  for (int lane = 0; lane < 16; lane += kWordsLanes) {
-    Words c0 = lanes_from(token + uint32_t(lane)), c1 = words(choice);
-    Words c2 = words(uint32_t(position)), c3 = words(uint32_t(position >> 32));
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-      Words high0, low0, high1, low1;
-      multiply(c0, words(kPhiloxM0), high0, low0);
-      multiply(c2, words(kPhiloxM1), high1, low1);
-      c0 = xor3(high1, c1, words(k0));
-      c2 = xor3(high0, c3, words(k1));
-      c1 = low1;
-      c3 = low0;
-    }
-    put(out + lane, c0);
+constexpr int kDraws =
+    32;  // counters at a time: rounds depend on each other, so two chains at least
+
+// The first output word of counters (token + i, choice, position low, position high), key = seed.
+inline void philox(uint32_t token, uint32_t choice, uint64_t position, uint64_t seed,
+                   uint32_t* out) {
+  constexpr int kGroups = kDraws / kWordsLanes;
+  Words c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int g = 0; g < kGroups; ++g) {
+    c0[g] = lanes_from(token + uint32_t(g * kWordsLanes));
+    c1[g] = words(choice);
+    c2[g] = words(uint32_t(position));
+    c3[g] = words(uint32_t(position >> 32));
   }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    for (int g = 0; g < kGroups; ++g) {
+      Words high0, low0, high1, low1;
+      multiply(c0[g], words(kPhiloxM0), high0, low0);
+      multiply(c2[g], words(kPhiloxM1), high1, low1);
+      c0[g] = xor3(high1, c1[g], words(k0));
+      c2[g] = xor3(high0, c3[g], words(k1));
+      c1[g] = low1;
+      c3[g] = low0;
+    }
+  }
+  for (int g = 0; g < kGroups; ++g) put(out + g * kWordsLanes, c0[g]);
 }
 
 }  // namespace

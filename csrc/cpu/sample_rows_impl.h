@@ -92,24 +92,30 @@ int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key
   double best = INFINITY;  // of log E - score
   int64_t winner = n;
   Vec reach = splat(INFINITY);  // e^best, and some more than the error of e^score below
-  for (int64_t i = 0; i < n; i += 16) {
-    const Vec score = load_or(scores + i, n - i, -INFINITY);
-    uint32_t runs = less_equal(least, score);
+  for (int64_t first = 0; first < n; first += kDraws) {
+    uint32_t runs = 0;  // bit k: token first + k may be drawn
+    for (int k = 0; k < kDraws && first + k < n; k += 16) {
+      runs |= less_equal(least, load_or(scores + first + k, n - first - k, -INFINITY)) << k;
+    }
     if (runs == 0) continue;
-    alignas(64) uint32_t words[16];
-    philox16(uint32_t(i), key.choice, key.position, key.seed, words);
+    alignas(64) uint32_t words[kDraws];
+    philox(uint32_t(first), key.choice, key.position, key.seed, words);
     // -log(1 - u) >= u: who has u above e^best * e^score cannot win. Some ten a row are left.
-    alignas(64) float uniforms[16];
-    for (int k = 0; k < 16; ++k) uniforms[k] = float(words[k] >> 8) * 5.9604644775390625e-8f;
-    const Vec weight = max(exp(score), splat(FLT_MIN));
-    runs &= less_equal(load(uniforms), reach * weight);
-    for (; runs != 0; runs &= runs - 1) {
-      const int lane = __builtin_ctz(runs);
-      const double uniform = (double(words[lane]) + 0.5) * 0x1p-32;
-      const double arrival = std::log(-std::log1p(-uniform)) - double(scores[i + lane]);
+    alignas(64) float uniforms[kDraws];
+    for (int k = 0; k < kDraws; ++k) uniforms[k] = float(int32_t(words[k] >> 8)) * 0x1p-24f;
+    uint32_t is_near = 0;
+    for (int k = 0; k < kDraws && first + k < n; k += 16) {
+      const Vec score = load_or(scores + first + k, n - first - k, -INFINITY);
+      const Vec weight = max(exp(score), splat(FLT_MIN));
+      is_near |= less_equal(load(uniforms + k), reach * weight) << k;
+    }
+    for (runs &= is_near; runs != 0; runs &= runs - 1) {
+      const int k = __builtin_ctz(runs);
+      const double uniform = (double(words[k]) + 0.5) * 0x1p-32;
+      const double arrival = std::log(-std::log1p(-uniform)) - double(scores[first + k]);
       if (arrival < best) {
         best = arrival;
-        winner = i + lane;
+        winner = first + k;
         reach = splat(float(std::exp(best) * 1.0001) + FLT_MIN);
       }
     }
