@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -247,3 +248,18 @@ async def test_compat_refuses_tools_with_a_grammar_in_tgis_words() -> None:
             separators=(",", ":"),
         ).encode()
     )
+
+
+@pytest.mark.parametrize("padding", [0, 300_000])
+async def test_no_depth_of_nesting_is_a_500(padding: int) -> None:
+    app = scripted_app(ScriptedEngine(), chat_template="{{ tools | tojson }}{{ documents }}{{ x | tojson }}")
+    limit = sys.getrecursionlimit()
+    for depth in (10, *range(limit - 120, limit + 20, 3), 10 * limit):
+        nested = b"[" * depth + b"]" * depth
+        body = (
+            b'{"messages":[{"role":"user","content":"hi"}],"tool_choice":"none","user":"%b","tools":'
+            b'[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}],'
+            b'"chat_template_kwargs":{"x":%b},"documents":[{"a":%b}]}'
+        ) % (b"x" * padding, nested, nested, nested)
+        call = await send(app, request("POST", CHAT, body))
+        assert call.status < 500, depth

@@ -60,9 +60,20 @@ def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
         InvalidRequest: a message or a template option is wrong; `param` has its path.
         TemplateError: there is no template, or it refused the messages.
     """
+    try:
+        return _render(request, served, is_compat)
+    except TemplateError as error:
+        if error.param is None:
+            error.param = "messages"
+        raise
+    except RecursionError:  # what the decoder just accepts may be too deep to be copied
+        raise InvalidRequest("The request body is nested too deeply") from None
+
+
+def _render(request: ChatRequest, served: Served, is_compat: bool) -> str:
     template = served.chat_template
     if template is None:
-        raise TemplateError(_NO_TEMPLATE, param="messages")
+        raise TemplateError(_NO_TEMPLATE)
     if not request.messages:
         refuse("messages", "`messages` must have at least one message")
     separator = None if template.iterates_parts and not is_compat else "" if is_compat else "\n"
@@ -72,20 +83,14 @@ def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
         for i, message in enumerate(request.messages)
     ]
     is_continued = _is_continued(request)
-    add_generation_prompt = not is_continued and request.add_generation_prompt is not False
-    try:
-        return template.render(
-            messages,
-            tools=_tools(request),
-            documents=request.documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=is_continued,
-            **_variables(request),
-        )
-    except TemplateError as error:
-        if error.param is None:
-            error.param = "messages"
-        raise
+    return template.render(
+        messages,
+        tools=_tools(request),
+        documents=request.documents,
+        add_generation_prompt=not is_continued and request.add_generation_prompt is not False,
+        continue_final_message=is_continued,
+        **_variables(request),
+    )
 
 
 def completion_prompts(request: CompletionRequest, served: Served) -> list[Prompt]:
