@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ if TYPE_CHECKING:  # both import libraries that nobody needs before the model ha
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat import ChatTemplate
     from tgi_asgi.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,6 @@ class ServerContext:
         served: the model, or None while it loads.
         failure: why loading failed, or why the engine died, if it did.
         metrics: what `/metrics` shows.
-        started_s: `time.monotonic()` of the start.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -65,16 +61,10 @@ class ServerContext:
         self.served: Served | None = None
         self.failure: BaseException | None = None
         self.progress = LoadProgress()
-        self.started_s = time.monotonic()
-        self.created = int(time.time())
         self.metrics = Metrics(settings.block_size)
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
         self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
-
-    @property
-    def engine(self) -> Engine | None:
-        return self.served.engine if self.served else None
 
     @property
     def info(self) -> ModelInfo | None:

@@ -32,7 +32,6 @@ class Answer:
     prompts: Sequence[Sequence[int]]
     channels: list[Channel]
     is_compat: bool
-    request_id: str
     shows_token_ids: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -60,7 +59,6 @@ class Answer:
             prompts=prompts,
             channels=exchange.channels,
             is_compat=exchange.context.settings.tgi_compat,
-            request_id=exchange.request_id,
             shows_token_ids=bool(request.return_token_ids),
             include_usage=include_usage,
             continuous_usage=include_usage and bool(stream_options and stream_options.continuous_usage_stats),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.text.detokenize import Utf8Assembler
-from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import FinishReason, TokenEvent
+
+if TYPE_CHECKING:  # it imports a library that nobody needs before the model has loaded
+    from tgi_asgi.text.tokenizer import Tokenizer
 
 _SMALLEST = -9999.0  # JSON has no infinity
 
