@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp)
 
-.PHONY: serve test install lint format bench clean
+.PHONY: serve test soak install lint format bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -22,12 +22,16 @@ serve: $(VENV)/.installed
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+soak: $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
 install: $(VENV)/.installed
 
 lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(VENV)/.lint-tools

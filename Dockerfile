@@ -1,0 +1,48 @@
+# syntax=docker/dockerfile:1
+# The server as an image that starts as TGI's did: docker run -p 8080:80 -v $PWD/data:/data IMAGE --model-id ORG/MODEL
+#   docker build -t tgi-asgi .                                  # for CPUs
+#   docker build -t tgi-asgi:cuda --build-arg DEVICE=cuda .     # for NVIDIA GPUs
+# The steps are scripts, so that a test can run them where there is no container engine.
+ARG DEVICE=cpu
+
+# Every base has Ubuntu's Python at the same path: the environment is copied from stage to stage.
+FROM ubuntu:24.04 AS build-cpu
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS build-cuda
+FROM ubuntu:24.04 AS run-cpu
+FROM nvidia/cuda:13.0.2-base-ubuntu24.04 AS run-cuda
+
+# hadolint ignore=DL3006  # a stage of this file, not an image
+FROM build-${DEVICE} AS build
+ARG DEVICE
+# Index of PyTorch's CPU builds; --build-arg TORCH_INDEX= where pip's own configuration finds them.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY docker/packages.sh docker/
+RUN docker/packages.sh build
+# The dependencies are a layer of their own: a change of the sources leaves it alone.
+COPY docker/environment.sh docker/
+COPY Makefile pyproject.toml ./
+RUN docker/environment.sh "$DEVICE" /opt/tgi-asgi
+COPY . .
+RUN docker/install.sh "$DEVICE" /opt/tgi-asgi
+
+# hadolint ignore=DL3006  # likewise
+FROM run-${DEVICE}
+RUN --mount=type=bind,source=docker,target=/docker /docker/packages.sh run && install -d -m 1777 /data
+COPY --from=build /opt/tgi-asgi /opt/tgi-asgi
+COPY docker/healthcheck.py /opt/tgi-asgi/
+# All that is ever written goes to /data, so that the image runs as any user and from a read-only file system.
+ENV PATH=/opt/tgi-asgi/bin:$PATH \
+    PORT=80 \
+    HOME=/data \
+    HF_HOME=/data \
+    TGI_ASGI_CACHE=/data/tgi-asgi \
+    TMPDIR=/data \
+    PYTHONDONTWRITEBYTECODE=1
+WORKDIR /data
+VOLUME /data
+EXPOSE 80
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
+    CMD ["/opt/tgi-asgi/bin/python", "-I", "/opt/tgi-asgi/healthcheck.py"]
+# Signals reach the server itself, which drains on SIGTERM. SageMaker adds the argument `serve`.
+ENTRYPOINT ["tgi-asgi"]
