@@ -1,0 +1,69 @@
+"""How fast this machine reads memory right now, by as many threads as it has cores.
+
+    python -m bench.bandwidth
+
+Every memory-bound figure needs this beside it: virtual machines drift by a factor of two within minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from bench.report import emit, machine, median, table
+
+MIB = 1 << 20
+MODEL_MIB = 96  # the default model's weights: what a decode step reads
+
+
+def read_bandwidth(*, num_threads: int | None = None, mib: int = MODEL_MIB, repeats: int = 15) -> float:
+    """Return the median GB/s of passes over `mib` MiB in 2 MiB pages, each thread over its own share.
+
+    A maximum of 64-bit integers is one instruction a vector: numpy's runs at the speed of memory, starts no
+    threads of its own and releases the GIL.
+    """
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    memory = mmap.mmap(-1, mib * MIB)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    values = np.frombuffer(memory, np.int64)
+    values[:] = 1  # pages exist once they are written
+    shares = np.array_split(values, num_threads)
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(np.max, shares))  # the first pass starts the threads
+        times = [_timed(lambda: list(threads.map(np.max, shares))) for _ in range(repeats)]
+    return median((mib * MIB / seconds / 1e9 for seconds in times), 1)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def main() -> None:
+    """Print the bandwidth of one thread and of all, by size of what is read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.parse_args()
+    sizes = (8, 24, MODEL_MIB, 1024)
+    cores = len(os.sched_getaffinity(0))
+    found = {count: [read_bandwidth(num_threads=count, mib=mib) for mib in sizes] for count in {1, cores}}
+    record = {
+        "bench": "bandwidth",
+        "machine": machine(),
+        "gb_per_s": {
+            str(count): dict(zip(map(str, sizes), row, strict=True)) for count, row in found.items()
+        },
+    }
+    emit(record, None)
+    print(table(["threads", *(f"{mib} MiB" for mib in sizes)], ([n, *row] for n, row in found.items())))
+
+
+if __name__ == "__main__":
+    main()

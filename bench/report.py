@@ -1,0 +1,91 @@
+"""Numbers to text: percentiles, tables, JSON files, and the machine that they were measured on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least `share` of the values do not exceed; NaN if there are none."""
+    if not values:
+        return math.nan
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> dict[str, float]:
+    """Return p50, p90 and p99 of values times `scale`."""
+    return {
+        name: round(percentile(values, share) * scale, digits)
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
+
+
+def median(values: Iterable[float], digits: int = 2) -> float:
+    """Return the median, rounded; NaN if there are no values."""
+    found = list(values)
+    return round(statistics.median(found), digits) if found else math.nan
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Lay rows out as a Markdown table, which also reads well in a terminal."""
+    cells = [list(head), *[[_cell(value) for value in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"  # noqa: RUF001  # an en dash: "no such figure"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine: processor, cores that this process may use, memory, kernel."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpuinfo)}
+    flags = set(fields.get("flags", "").split())
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+    memory = next(
+        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
+    )
+    return {
+        "cpu": fields.get("model name", platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": [flag for flag in wanted if flag in flags],
+        "l3": fields.get("cache size"),
+        "memory_gib": round(int(memory.split()[1]) / (1 << 20), 1),
+        "python": platform.python_version(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def command_line() -> str:
+    """Return the command that runs this program, without machine-specific folders."""
+    module = Path(sys.argv[0]).stem
+    words = [Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:]]
+    return " ".join(["python -m", f"bench.{module}", *words])
+
+
+def emit(record: dict[str, Any], out: Path | None) -> None:
+    """Print a run's JSON object on one line; keep it in a file too, if one is named."""
+    print(json.dumps(record))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

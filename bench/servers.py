@@ -1,0 +1,147 @@
+"""Start a server as its users do, wait until it answers, stop it; and how much memory it holds meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """A server process and all that it starts.
+
+        with Server.ours(["--model-id", "model.gguf"]) as server:
+            ... server.url ...
+
+    Attributes:
+        start_s: seconds from exec until `/health` said 200.
+
+    Raises:
+        SystemExit: it ended, or did not become healthy within `timeout_s`; its last output is printed.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        *,
+        environ: Mapping[str, str] | None = None,
+        timeout_s: float = 300,
+    ) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # stop() closes
+        started_s = time.perf_counter()
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environ or {})},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            self._wait(started_s + timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_s = time.perf_counter() - started_s
+
+    @classmethod
+    def ours(cls, arguments: Sequence[str] = (), *, environ: Mapping[str, str] | None = None) -> Self:
+        """Start this project's server on a free port."""
+        port = free_port()
+        command = [
+            sys.executable,
+            "-m",
+            "tgi_asgi",
+            "--hostname",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *arguments,
+        ]
+        return cls(command, port, environ=environ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process politely, then for certain. Idempotent."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+        self._log.close()
+
+    def memory_mib(self) -> float:
+        """Return the memory that its processes hold now; what they share counts once (PSS)."""
+        return sum(_pss_kib(pid) for pid in _family(self._process.pid)) / 1024
+
+    def peak_mib(self) -> float:
+        """Return the most resident memory that the first process ever had (VmHWM)."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+
+    def _wait(self, give_up_s: float) -> None:
+        while True:
+            if self._is_healthy():
+                return
+            if self._process.poll() is not None or time.perf_counter() > give_up_s:
+                self._log.seek(0)
+                raise SystemExit(f"the server did not start:\n{self._log.read()[-3000:]}")
+            time.sleep(0.02)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # not there yet, or 503
+            return False
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and its descendants."""
+    found = [pid]
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += _family(int(child))
+    return found
+
+
+def _pss_kib(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1])
+    return 0
