@@ -14,10 +14,13 @@ class TokenBudget:
     into the second, which is measured where it is used, so mixed steps settle on the target.
     """
 
-    __slots__ = ("_block_size", "_decode_s", "_max_tokens", "_prefill_s", "_prefill_tokens", "_target_s")
+    __slots__ = (
+        "_block_size", "_decode_s", "_limit", "_max_tokens", "_prefill_s", "_prefill_tokens", "_target_s",
+    )  # fmt: skip
 
     def __init__(self, *, max_tokens: int, block_size: int, target_s: float) -> None:
         self._max_tokens = max_tokens
+        self._limit = max_tokens  # less after a step that found no memory
         self._block_size = block_size
         self._target_s = target_s
         self._decode_s: float | None = None
@@ -34,6 +37,9 @@ class TokenBudget:
         At least one block, so that prompts always advance. Where decoding alone misses the target, prompts
         get half of its time: the streams are late anyway, and starving prompts would not help them.
         """
+        return min(self._wanted(num_decode_rows), self._limit)
+
+    def _wanted(self, num_decode_rows: int) -> int:
         if not self._prefill_tokens:
             return min(_UNKNOWN_COST_TOKENS, self._max_tokens)
         if num_decode_rows == 0:
@@ -50,10 +56,15 @@ class TokenBudget:
             keep = 1 - _WEIGHT
             self._prefill_s = keep * self._prefill_s + duration_s - (self._decode_s or 0.0)
             self._prefill_tokens = keep * self._prefill_tokens + num_prefill_tokens
+            self._limit = min(self._limit + self._block_size, self._max_tokens)
         elif self._decode_s is None:
             self._decode_s = duration_s
         else:
             self._decode_s += _WEIGHT * (duration_s - self._decode_s)
+
+    def shrink(self, num_prefill_tokens: int) -> None:
+        """Learn that a step of so many prompt tokens found no memory: take half, and creep up again."""
+        self._limit = max(min(self._limit, num_prefill_tokens // 2), self._block_size)
 
     def predict_s(self, num_prefill_tokens: int) -> float:
         """Return how long a step is expected to take; 0 while nothing is known."""

@@ -181,6 +181,6 @@ class Engine:
         self._state = EngineState.DEAD
         log.critical("the engine is dead: %s", error)
         self._loop.pipeline.close()
-        self._loop.end_all(error)
+        self._loop.end_all(GenerationFailed("the engine has failed"))  # what of is the log's to tell
         if self.on_fatal is not None:
             self.on_fatal(error)

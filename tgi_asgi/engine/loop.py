@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 _LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
 _SLICE_S = 0.001  # delivery holds the loop no longer
-_MAX_LOST_ROWS = 16  # rows that failed with no good step between them: the fault is not in the requests
+_PROBE_AFTER = 4  # rows that failed with no good one between them: is the fault in the requests?
 
 
 class ServingLoop:
@@ -103,6 +103,7 @@ class ServingLoop:
             self._take_waiting()
             while (flight := self.pipeline.pop_done()) is not None:
                 await self._complete(flight)
+                await self._test_itself()
                 self._fill()
                 await self._flush()
             self._fill()
@@ -193,7 +194,6 @@ class ServingLoop:
         self._stats.steps += 1
         self._stats.batch_size = len(step.sequences)
         self._stats.prefill_tokens += step.num_prefill_tokens
-        self._num_lost_rows = 0
         await self._deliver(step, flight.future.result())
 
     async def _deliver(self, step: Step, result: StepResult) -> None:
@@ -209,6 +209,7 @@ class ServingLoop:
             if sampled is None:
                 continue
             if not sampled.is_finite:
+                self._num_lost_rows += 1
                 self._lose(sequence, "the model's logits were not finite")
                 continue
             stats = channel.stats
@@ -219,11 +220,12 @@ class ServingLoop:
                 event = channel.outputs[sequence.choice].push(sampled)
             except Exception as error:
                 log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-                self._lose(sequence, f"token {sampled.token_id} could not be turned into text: {error!r}")
+                self._lose(sequence, f"token {sampled.token_id} has no text", error)
                 continue
             channel.push(event)
             self._touched[channel] = None
             self._stats.sampled_tokens += 1
+            self._num_lost_rows = 0
             if event.finish is not None:
                 self.scheduler.remove(sequence)
                 if channel.is_ended:
@@ -264,17 +266,26 @@ class ServingLoop:
             num_rows = len(step.sequences)
             log.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
             self._stats.failed_steps += 1
-            if isinstance(error, DeviceLost) or self._num_lost_rows >= _MAX_LOST_ROWS:
+            if isinstance(error, DeviceLost):
                 raise error
             self.scheduler.rollback(step)
+            max_tokens = None
+            halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
+            if isinstance(error, MemoryError):
+                self._budget.shrink(step.num_prefill_tokens)
             if num_rows == 1:
-                for _, sequence in step.live():
-                    self._lose(sequence, f"the model failed on this request: {error!r}")
-                    self._num_lost_rows += 1
-                continue
-            for rows in (range(num_rows // 2), range(num_rows // 2, num_rows)):
+                num_tokens = step.plan.rows[0].num_tokens
+                if not isinstance(error, MemoryError) or num_tokens <= self._block_size:
+                    for _, sequence in step.live():
+                        self._num_lost_rows += 1
+                        self._lose(sequence, "the model failed on this request", error)
+                    await self._test_itself()
+                    continue
+                max_tokens = max(num_tokens // 2, self._block_size)
+                halves = [range(1)]
+            for rows in halves:
                 self._take_waiting()
-                again = self.scheduler.retry(step, rows)
+                again = self.scheduler.retry(step, rows, max_tokens)
                 if again is not None:
                     self._submit(again)
                     (flight,) = await self.pipeline.drain()
@@ -284,11 +295,42 @@ class ServingLoop:
                     await self._complete(flight)
                     await self._flush()
 
-    def _lose(self, sequence: Sequence, reason: str) -> None:
-        """Fail the request of a row; what it wrote is not to be found in the cache."""
-        log.error("request %s, choice %d: %s", sequence.request.request_id, sequence.choice, reason)
+    async def _test_itself(self) -> None:
+        """Once several rows have failed in a row, run a step of our own: only if that fails, too, give up.
+
+        A client whose every prompt fails is its own problem; an engine that cannot compute is everybody's.
+
+        Raises:
+            Exception: our step failed.
+        """
+        if self._num_lost_rows < _PROBE_AFTER:
+            return
+        for flight in await self.pipeline.drain():
+            await self._complete(flight)
+        step = self.scheduler.probe() if self._num_lost_rows >= _PROBE_AFTER else None
+        if step is None:
+            return
+        self._submit(step)
+        (flight,) = await self.pipeline.drain()
+        self.scheduler.end_probe(step)
+        if flight.error is not None:
+            raise flight.error
+        [sampled] = flight.future.result().sampled
+        if sampled is None or not sampled.is_finite:
+            raise ArithmeticError("the model's logits are not finite, whatever the prompt")
+        log.warning("%d requests failed, but the engine works", self._num_lost_rows)
+        self._num_lost_rows = 0
+
+    def _lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+        """Fail the request of a row; what it wrote is not to be found in the cache.
+
+        The log has the cause; the client has the id by which it is found there.
+        """
+        request_id = sequence.request.request_id
+        detail = "" if cause is None else f": {cause!r}"
+        log.error("request %s, choice %d: %s%s", request_id, sequence.choice, reason, detail)
         self.scheduler.remove(sequence, forget=True)
-        self._end(sequence.owner, GenerationFailed(reason))
+        self._end(sequence.owner, GenerationFailed(f"{reason} (request {request_id})"))
 
     def _end(self, channel: RequestChannel, error: TgiError | None) -> None:
         """End a request once: give back all that it holds, and tell its taker if it is an error."""

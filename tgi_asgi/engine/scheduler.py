@@ -24,7 +24,8 @@ from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.tables import BlockTables
-from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import SamplingParams
 
 _urgency = attrgetter("urgency")
 _MAX_STALE = 64  # entries of the queue that nobody waits for any more
@@ -270,16 +271,44 @@ class Scheduler:
             sequence.is_prefilling = True
             sequence.starts_slot = True
 
-    def retry(self, failed: Step, rows: range) -> Step | None:
-        """Plan some rows of a step again after `rollback`; None if none of them matters any more."""
+    def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
+        """Plan some rows of a step again after `rollback`; None if none of them matters any more.
+
+        With `max_tokens` each computes at most so many tokens; later steps compute the others.
+        """
         step = self._new_step()
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
-                count = row.start + row.num_tokens - sequence.num_computed
-                self._add_row(step, sequence, count, samples=row.samples)
+                end = row.start + row.num_tokens
+                if max_tokens is not None:
+                    end = min(end, sequence.num_computed + max_tokens)
+                is_whole = end == row.start + row.num_tokens
+                count = end - sequence.num_computed
+                self._add_row(step, sequence, count, samples=row.samples and is_whole)
         if not step.sequences:
             return None
         self._end_prefills(step)
         self._next_step += 1
         return step
+
+    def probe(self) -> Step | None:
+        """Plan a step of one token that is nobody's, to see whether steps can succeed at all.
+
+        `end_probe` gives back what it holds. None if no block or slot is free.
+        """
+        if not self._slots or not self.pool.num_free:
+            return None
+        step = self._new_step()
+        self._next_step += 1
+        slot, block = self._slots.pop(), self.pool.allocate()
+        step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))
+        step.plan.rows.append(StepRow(slot, (0,), 0, [block], True))
+        step.num_prefill_tokens = 1
+        return step
+
+    def end_probe(self, step: Step) -> None:
+        """Give back what a probe held."""
+        [row] = step.plan.rows
+        self._slots.append(row.slot)
+        self.pool.release(list(row.block_table))

@@ -152,7 +152,7 @@ class CpuRunner:
                 outcome: StepResult | Exception = self.run(plan)
             except Exception as error:
                 logger.exception("step %s failed", plan.step_id)
-                outcome = error
+                outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
             try:
                 loop.call_soon_threadsafe(self._deliver, future, outcome)
             except RuntimeError:  # the loop is closed: nobody waits for the result
@@ -167,3 +167,8 @@ class CpuRunner:
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's ways of saying that there is no memory from other errors."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
