@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -36,6 +37,16 @@ void force_isa(const std::string& name) {
   throw std::invalid_argument("`name` must be one of supported_isas(), got " + name);
 }
 
+// A wish that cannot be met is an error: whoever sets TGI_ISA compares variants.
+void check_wish() {
+  const char* wanted = std::getenv("TGI_ISA");
+  if (wanted == nullptr || *wanted == '\0') return;
+  if (std::string(wanted) == tgi::cpu::isa_name(tgi::cpu::isa())) return;
+  std::string known;
+  for (const std::string& name : supported_isas()) known += (known.empty() ? "" : ", ") + name;
+  throw py::import_error("TGI_ISA must be one of " + known + " on this machine, got " + wanted);
+}
+
 void check_threads(int num_threads) {
   if (num_threads < 0 || num_threads > 1024) {
     throw std::invalid_argument("`num_threads` must be in [0, 1024] (0: the default), got " +
@@ -59,6 +70,7 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
+  check_wish();
   module.doc() =
       "Compute threads and instruction set of the CPU kernels; importing it registers "
       "torch.ops.tgi.";

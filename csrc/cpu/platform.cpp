@@ -27,8 +27,8 @@ namespace {
 
 #if defined(__linux__)
 // The process's path in the hierarchy whose controllers include `controller` ("" is version 2's).
-std::string cgroup_path(const std::string& controller) {
-  std::ifstream file("/proc/self/cgroup");
+std::string cgroup_path(const char* membership, const std::string& controller) {
+  std::ifstream file(membership);
   std::string line;
   while (std::getline(file, line)) {
     const size_t first = line.find(':');
@@ -96,10 +96,11 @@ std::vector<int> usable_cores() {
   return cores;
 }
 
-int quota_cores(int fallback) {
-  double limit = tightest("/sys/fs/cgroup", cgroup_path(""), version2_limit);
-  for (const char* root : {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"}) {
-    const double here = tightest(root, cgroup_path("cpu"), version1_limit);
+int quota_cores(int fallback, const char* hierarchy, const char* membership) {
+  const std::string root(hierarchy);
+  double limit = tightest(root, cgroup_path(membership, ""), version2_limit);
+  for (const char* mount : {"/cpu", "/cpu,cpuacct"}) {
+    const double here = tightest(root + mount, cgroup_path(membership, "cpu"), version1_limit);
     if (here > 0 && (limit < 0 || here < limit)) limit = here;
   }
   return limit < 0 ? fallback : std::max(1, static_cast<int>(limit));
@@ -150,7 +151,7 @@ std::vector<int> usable_cores() {
   return cores;
 }
 
-int quota_cores(int fallback) { return fallback; }
+int quota_cores(int fallback, const char*, const char*) { return fallback; }
 
 void wait_on(std::atomic<uint32_t>* word, uint32_t expected) {
   if (word->load(std::memory_order_acquire) == expected) {

@@ -11,9 +11,10 @@ namespace tgi::cpu {
 // Cores that the process's main thread may run on, ascending. (Team threads may be pinned to one.)
 std::vector<int> usable_cores();
 
-// Cores worth of CPU time that the control group grants (v1 or v2, the tightest level), or
-// `fallback` where there is no limit. At least 1.
-int quota_cores(int fallback);
+// Cores worth of CPU time that the control group grants (version 1 or 2, the tightest level), or
+// `fallback` where there is no limit. At least 1. Tests give it a hierarchy of their own.
+int quota_cores(int fallback, const char* hierarchy = "/sys/fs/cgroup",
+                const char* membership = "/proc/self/cgroup");
 
 // Sleeps while *word == expected; may return early. futex on Linux, a short sleep elsewhere.
 void wait_on(std::atomic<uint32_t>* word, uint32_t expected);

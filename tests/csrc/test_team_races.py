@@ -15,10 +15,10 @@ def test_the_team_has_no_data_race(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path / "team_stress"
     sources = ["tests/csrc/team_stress.cpp", "csrc/cpu/team.cpp", "csrc/cpu/platform.cpp"]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", program]
     built = subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", *sources, "-o", program],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [compiler, *sources, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     if "tsan" in built.stderr:
         pytest.skip("the compiler has no thread sanitizer library")
     assert built.returncode == 0, built.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tgi_asgi import _C
@@ -12,16 +14,21 @@ def num_threads() -> int:
     return _C.num_threads()
 
 
-def configure_threads(num_threads: int | None = None, *, nice: int | None = None, pin: bool = True) -> int:
+def configure_threads(
+    num_threads: int | None = None, *, nice: int | None = None, pin: bool | None = None
+) -> int:
     """Start the compute team; return how many threads it has, the launching one included.
 
     By default as many as the process may use by affinity and cgroup quota; nice 19 where these are four or
-    fewer, so that the event loop is never kept waiting (at equal priority 4-11 ms, at 19 0.15 ms). torch's
-    own threads would fight the team for the cores: they are switched off for the process.
+    fewer, so that the event loop is never kept waiting (at equal priority 4-11 ms, at 19 0.15 ms); pinned to
+    their cores if they are as many as these (a smaller team would take the cores of another process's).
+    torch's own threads would fight the team for the cores: they are switched off for the process.
     """
     count = num_threads or _C.default_num_threads()
     if nice is None:
         nice = 19 if count <= 4 else 0
+    if pin is None:
+        pin = hasattr(os, "sched_getaffinity") and count == len(os.sched_getaffinity(os.getpid()))
     torch.set_num_threads(1)
     _C.configure_team(count, nice, pin)
     return count

@@ -1,0 +1,77 @@
+"""What the team learns of the machine: cgroup quotas of both versions, and the instruction set wished for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tgi_asgi import _C
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quota_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that asks platform.cpp about a hierarchy of ours."""
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    program = tmp_path_factory.mktemp("quota") / "quota"
+    sources = ["tests/csrc/quota.cpp", "csrc/cpu/platform.cpp"]
+    subprocess.run(
+        [compiler, "-std=c++17", "-Icsrc", *sources, "-o", program], cwd=ROOT, check=True, timeout=120
+    )
+    return program
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/\n", {}, 8),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 2),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "100000 100000", "a/cpu.max": "300000 100000"}, 1),
+        ("0::/a\n", {"a/cpu.max": "20000 100000"}, 1),
+        ("0::/elsewhere\n", {"cpu.max": "400000 100000"}, 4),
+        (
+            "3:cpu,cpuacct:/box\n1:memory:/other\n",
+            {"cpu,cpuacct/box/cpu.cfs_quota_us": "350000", "cpu,cpuacct/box/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        ("3:cpu:/box\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpu:/box\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("garbage\n", {"cpu.max": "garbage"}, 8),
+    ],
+)
+def test_the_tightest_quota_decides(
+    quota_program: Path, tmp_path: Path, membership: str, files: dict[str, str], cores: int
+) -> None:
+    (tmp_path / "self").write_text(membership)
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    arguments = [quota_program, tmp_path / "root", tmp_path / "self"]
+    assert int(subprocess.run(arguments, capture_output=True, check=True, timeout=20).stdout) == cores
+
+
+def imported_with(isa: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import torch; from tgi_asgi import _C; print(_C.isa())"]
+    environ = {**os.environ, "TGI_ISA": isa}
+    return subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_instruction_set_wished_for_is_used() -> None:
+    assert imported_with("portable").stdout.strip() == "portable"
+    assert imported_with("").stdout.strip() == _C.supported_isas()[-1]
+
+
+def test_a_wish_that_cannot_be_met_is_refused() -> None:
+    refused = imported_with("sse9")
+    assert refused.returncode != 0
+    assert "TGI_ISA must be one of portable" in refused.stderr
