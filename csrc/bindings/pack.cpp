@@ -1,4 +1,6 @@
 // Adapters of packing: from a file's rows to the panels that the recorded step reads, and back.
+#include "cpu/step/pack.h"
+
 #include <torch/library.h>
 
 #include <string>
@@ -6,7 +8,6 @@
 
 #include "bindings/packed.h"
 #include "checks.h"
-#include "cpu/step/pack.h"
 #include "cpu/team.h"
 
 namespace {
@@ -22,19 +23,21 @@ using tgi::matrix_of;
 namespace step = tgi::step;
 
 // Packs the rows of `sources`, one after the other, in the order `order` (-1: a row of zeros).
-void pack_weight(at::TensorList sources, c10::string_view format_name, int64_t columns, const Tensor& order,
-                 const Tensor& out) {
+void pack_weight(at::TensorList sources, c10::string_view format_name, int64_t columns,
+                 const Tensor& order, const Tensor& out) {
   const step::Format format = format_of(format_name);
   check_columns(format, columns);
   check_tensor(order, "order", kLong, {-1});
   const int64_t num_rows = order.size(0);
   TORCH_CHECK(num_rows % step::kStripRows == 0, "`order` must be a multiple of 32, got ", num_rows);
-  check_tensor(out, "out", kByte, {num_rows / step::kPanelRows * step::panel_bytes(format, columns)});
+  check_tensor(out, "out", kByte,
+               {num_rows / step::kPanelRows * step::panel_bytes(format, columns)});
   const int64_t row_bytes = step::file_row_bytes(format, columns);
   std::vector<const uint8_t*> rows;
   for (const Tensor& source : sources) {
     check_tensor(source, "sources", kByte, {-1});
-    TORCH_CHECK(source.size(0) % row_bytes == 0, "`sources` must be whole rows of ", row_bytes, " bytes");
+    TORCH_CHECK(source.size(0) % row_bytes == 0, "`sources` must be whole rows of ", row_bytes,
+                " bytes");
     for (int64_t at = 0; at < source.size(0); at += row_bytes) {
       rows.push_back(source.const_data_ptr<uint8_t>() + at);
     }
@@ -71,11 +74,12 @@ void quantise_rows(const Tensor& values, c10::string_view format_name, const Ten
 }
 
 // Rows [begin, end) as float32, as they are stored.
-void unpack_weight(const Tensor& data, c10::string_view format, int64_t columns, int64_t begin, const Tensor& out) {
+void unpack_weight(const Tensor& data, c10::string_view format, int64_t columns, int64_t begin,
+                   const Tensor& out) {
   const step::PackedMatrix matrix = matrix_of(data, format, columns);
   check_tensor(out, "out", kFloat, {-1, columns});
-  TORCH_CHECK(begin >= 0 && begin + out.size(0) <= matrix.num_rows, "rows [", begin, ", ", begin + out.size(0),
-              ") must be in [0, ", matrix.num_rows, ")");
+  TORCH_CHECK(begin >= 0 && begin + out.size(0) <= matrix.num_rows, "rows [", begin, ", ",
+              begin + out.size(0), ") must be in [0, ", matrix.num_rows, ")");
   auto* to = out.mutable_data_ptr<float>();
   for (int64_t row = 0; row < out.size(0); ++row) {
     step::unpack_row(matrix, begin + row, 1.0f, to + row * columns);
@@ -85,12 +89,16 @@ void unpack_weight(const Tensor& data, c10::string_view format, int64_t columns,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tgi, m) {
-  m.def("pack_weight(Tensor[] sources, str format, int columns, Tensor order, Tensor(a!) out) -> ()", pack_weight);
+  m.def(
+      "pack_weight(Tensor[] sources, str format, int columns, Tensor order, Tensor(a!) out) -> ()",
+      pack_weight);
   m.def("quantise_rows(Tensor values, str format, Tensor(a!) out) -> ()", quantise_rows);
-  m.def("unpack_weight(Tensor weight, str format, int columns, int begin, Tensor(a!) out) -> ()", unpack_weight);
-  m.def("packed_panel_bytes(str format, int columns) -> int", [](c10::string_view format, int64_t columns) {
-    const step::Format parsed = format_of(format);
-    check_columns(parsed, columns);
-    return step::panel_bytes(parsed, columns);
-  });
+  m.def("unpack_weight(Tensor weight, str format, int columns, int begin, Tensor(a!) out) -> ()",
+        unpack_weight);
+  m.def("packed_panel_bytes(str format, int columns) -> int",
+        [](c10::string_view format, int64_t columns) {
+          const step::Format parsed = format_of(format);
+          check_columns(parsed, columns);
+          return step::panel_bytes(parsed, columns);
+        });
 }

@@ -1,5 +1,8 @@
-// The recorded step as the class torch.classes.tgi.StepProgram. Operands are checked when they are recorded, the
-// header's arrays before each run; the kernels trust both. Tensors that a step reads or writes are kept alive here.
+// The recorded step as the class torch.classes.tgi.StepProgram. Operands are checked when they are
+// recorded, the header's arrays before each run; the kernels trust both. Tensors that a step reads
+// or writes are kept alive here.
+#include "cpu/step/program.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -12,7 +15,6 @@
 
 #include "bindings/packed.h"
 #include "checks.h"
-#include "cpu/step/program.h"
 #include "cpu/team.h"
 
 namespace {
@@ -56,11 +58,11 @@ class StepProgram : public torch::CustomClassHolder {
     return std::max<int64_t>(tiles, num_members_) * shape.tile_bytes();
   }
 
-  void embed(const Tensor& weight, const std::string& format, int64_t columns, int64_t num_ids, double factor,
-             const Tensor& x) {
+  void embed(const Tensor& weight, const std::string& format, int64_t columns, int64_t num_ids,
+             double factor, const Tensor& x) {
     const step::PackedMatrix table = tgi::matrix_of(weight, format, columns);
-    TORCH_CHECK(num_ids > 0 && num_ids <= table.num_rows, "`num_ids` must be in [1, ", table.num_rows, "], got ",
-                num_ids);
+    TORCH_CHECK(num_ids > 0 && num_ids <= table.num_rows, "`num_ids` must be in [1, ",
+                table.num_rows, "], got ", num_ids);
     check_tensor(x, "x", kFloat, {max_tokens_, columns});
     num_ids_ = num_ids;
     forward_.add(step::kernels().embed,
@@ -75,20 +77,26 @@ class StepProgram : public torch::CustomClassHolder {
     check_tensor(x, "x", kFloat, {max_tokens_, columns});
     const step::Activation activation =
         activation_of(out, for_logits ? max_rows_ : max_tokens_, columns, precision);
-    const step::NormParams params = {x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                                     static_cast<float>(eps),  for_logits,
-                                     activation,               activation.tile_bytes()};
+    const step::NormParams params = {x.const_data_ptr<float>(),
+                                     weight.const_data_ptr<float>(),
+                                     static_cast<float>(eps),
+                                     for_logits,
+                                     activation,
+                                     activation.tile_bytes()};
     (for_logits ? head_ : forward_)
-        .add(step::kernels().norm, params, for_logits ? Sync::kUnlessPrivateRows : Sync::kUnlessPrivateTokens);
+        .add(step::kernels().norm, params,
+             for_logits ? Sync::kUnlessPrivateRows : Sync::kUnlessPrivateTokens);
     norms_.insert(out.const_data_ptr());
     keep({x, weight, out});
   }
 
-  // parts: the rows of q, k and v as one matrix, or as three of different formats; norms: of q and of k, or none.
-  void qkv(const Tensor& in, const std::string& precision, at::TensorList parts, std::vector<std::string> formats,
-           int64_t columns, const std::optional<Tensor>& bias, int64_t num_heads, const Tensor& cosines,
-           const Tensor& sines, at::TensorList norms, double eps, double scale, const Tensor& key,
-           const Tensor& value, int64_t block_size, int64_t head_dim, const Tensor& q) {
+  // parts: the rows of q, k and v as one matrix, or as three of different formats; norms: of q and
+  // of k, or none.
+  void qkv(const Tensor& in, const std::string& precision, at::TensorList parts,
+           std::vector<std::string> formats, int64_t columns, const std::optional<Tensor>& bias,
+           int64_t num_heads, const Tensor& cosines, const Tensor& sines, at::TensorList norms,
+           double eps, double scale, const Tensor& key, const Tensor& value, int64_t block_size,
+           int64_t head_dim, const Tensor& q) {
     TORCH_CHECK(parts.size() == formats.size() && (parts.size() == 1 || parts.size() == 3),
                 "`parts` must be one or three matrices with a format each");
     TORCH_CHECK(norms.empty() || norms.size() == 2, "`norms` must be none or two");
@@ -98,8 +106,9 @@ class StepProgram : public torch::CustomClassHolder {
     const int64_t unit_strips = norms.empty() ? 1 : head_dim / step::kStripRows;
     int64_t num_rows = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
-      params.parts[i] = linear(in, precision, parts[i], formats[i], columns, bias, num_rows, unit_strips);
-        num_rows += params.parts[i].weight.num_rows;
+      params.parts[i] =
+          linear(in, precision, parts[i], formats[i], columns, bias, num_rows, unit_strips);
+      num_rows += params.parts[i].weight.num_rows;
     }
     const int64_t expected = (num_heads + 2 * params.kv.num_heads) * head_dim;
     TORCH_CHECK(num_heads > 0 && num_heads % params.kv.num_heads == 0 && num_rows == expected,
@@ -126,72 +135,85 @@ class StepProgram : public torch::CustomClassHolder {
     if (bias) keep({*bias});
   }
 
-  void attention(const Tensor& q, const Tensor& key, const Tensor& value, int64_t block_size, int64_t head_dim,
-                 int64_t max_context, const Tensor& out, const std::string& precision) {
+  void attention(const Tensor& q, const Tensor& key, const Tensor& value, int64_t block_size,
+                 int64_t head_dim, int64_t max_context, const Tensor& out,
+                 const std::string& precision) {
     const step::KvLayerView kv = kv_of(key, value, block_size, head_dim);
     check_tensor(q, "q", key.scalar_type(), {max_tokens_, -1});
     const int64_t width = q.size(1);
-    TORCH_CHECK(width % head_dim == 0 && width / head_dim % kv.num_heads == 0, "`q` must have a multiple of ",
-                kv.num_heads, " heads of ", head_dim, ", got ", width, " columns");
+    TORCH_CHECK(width % head_dim == 0 && width / head_dim % kv.num_heads == 0,
+                "`q` must have a multiple of ", kv.num_heads, " heads of ", head_dim, ", got ",
+                width, " columns");
     if (workspace_ == nullptr) {
       workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context, head_dim);
       max_context_ = max_context;
       num_heads_ = width / head_dim;
       kv_ = kv;
     }
-    TORCH_CHECK(kv.num_heads == kv_.num_heads && head_dim == kv_.head_dim && kv.num_blocks == kv_.num_blocks &&
-                    block_size == kv_.block_size && num_heads_ == width / head_dim && max_context == max_context_,
+    TORCH_CHECK(kv.num_heads == kv_.num_heads && head_dim == kv_.head_dim &&
+                    kv.num_blocks == kv_.num_blocks && block_size == kv_.block_size &&
+                    num_heads_ == width / head_dim && max_context == max_context_,
                 "all layers of a program must have one shape of attention");
     forward_.add(step::kernels().attention,
                  step::AttentionParams{q.const_data_ptr(), kv, num_heads_,
-                                       activation_of(out, max_tokens_, width, precision), workspace_->partials()});
+                                       activation_of(out, max_tokens_, width, precision),
+                                       workspace_->partials()});
     keep({q, key, value, out});
   }
 
-  void linear_add(const Tensor& in, const std::string& precision, const Tensor& weight, const std::string& format,
-                  int64_t columns, const std::optional<Tensor>& bias, const Tensor& x) {
+  void linear_add(const Tensor& in, const std::string& precision, const Tensor& weight,
+                  const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
+                  const Tensor& x) {
     // It writes to x, which other members may still be normalising for themselves.
-    TORCH_CHECK(norms_.count(in.const_data_ptr()) == 0, "`linear_add` cannot take the result of `norm`");
+    TORCH_CHECK(norms_.count(in.const_data_ptr()) == 0,
+                "`linear_add` cannot take the result of `norm`");
     const step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 1);
     check_tensor(x, "x", kFloat, {max_tokens_, params.weight.num_rows});
     if (bias) check_tensor(*bias, "bias", kFloat, {params.weight.num_rows});
-    forward_.add(step::kernels().linear_add, step::LinearAddParams{params, x.mutable_data_ptr<float>()});
+    forward_.add(step::kernels().linear_add,
+                 step::LinearAddParams{params, x.mutable_data_ptr<float>()});
     keep({in, weight, x});
     if (bias) keep({*bias});
   }
 
-  void gate_up(const Tensor& in, const std::string& precision, const Tensor& weight, const std::string& format,
-               int64_t columns, const std::optional<Tensor>& bias, const std::string& activation, const Tensor& out,
-               const std::string& out_precision) {
-    TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ",
-                activation);
+  void gate_up(const Tensor& in, const std::string& precision, const Tensor& weight,
+               const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
+               const std::string& activation, const Tensor& out, const std::string& out_precision) {
+    TORCH_CHECK(activation == "silu" || activation == "gelu_tanh",
+                "`activation` must be silu or gelu_tanh, got ", activation);
     step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 2);
     const int64_t rows = params.weight.num_rows;
-    TORCH_CHECK(rows % (2 * step::kStripRows) == 0, "`weight` must have a multiple of 64 rows, got ", rows);
+    TORCH_CHECK(rows % (2 * step::kStripRows) == 0,
+                "`weight` must have a multiple of 64 rows, got ", rows);
     if (bias) check_tensor(*bias, "bias", kFloat, {rows});
-    const auto kind = activation == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
-    forward_.add(step::kernels().gate_up,
-                 step::GateUpParams{params, kind, activation_of(out, max_tokens_, rows / 2, out_precision)});
+    const auto kind =
+        activation == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
+    forward_.add(
+        step::kernels().gate_up,
+        step::GateUpParams{params, kind, activation_of(out, max_tokens_, rows / 2, out_precision)});
     keep({in, weight, out});
     if (bias) keep({*bias});
   }
 
-  void logits(const Tensor& in, const std::string& precision, const Tensor& weight, const std::string& format,
-              int64_t columns, const std::optional<Tensor>& bias, double cap, const Tensor& out) {
+  void logits(const Tensor& in, const std::string& precision, const Tensor& weight,
+              const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
+              double cap, const Tensor& out) {
     step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 1);
     check_tensor(out, "logits", kFloat, {max_rows_, -1});
-    TORCH_CHECK(out.size(1) > 0 && out.size(1) <= params.weight.num_rows, "`logits` must have at most ",
-                params.weight.num_rows, " columns, got ", out.size(1));
+    TORCH_CHECK(out.size(1) > 0 && out.size(1) <= params.weight.num_rows,
+                "`logits` must have at most ", params.weight.num_rows, " columns, got ",
+                out.size(1));
     if (bias) check_tensor(*bias, "bias", kFloat, {params.weight.num_rows});
-    head_.add(step::kernels().logits, step::LogitsParams{params, out.mutable_data_ptr<float>(), out.size(1),
-                                                         static_cast<float>(cap)});
+    head_.add(step::kernels().logits, step::LogitsParams{params, out.mutable_data_ptr<float>(),
+                                                         out.size(1), static_cast<float>(cap)});
     keep({in, weight, out});
     if (bias) keep({*bias});
   }
 
   // Runs the forward pass of a batch and, if rows are asked for, the head on these.
-  void run(const Tensor& ids, const Tensor& positions, const Tensor& slots, const Tensor& query_start,
-           const Tensor& context_len, const Tensor& block_table, const Tensor& rows) {
+  void run(const Tensor& ids, const Tensor& positions, const Tensor& slots,
+           const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
+           const Tensor& rows) {
     check_tensor(ids, "ids", kInt, {-1});
     check_tensor(context_len, "context_len", kInt, {-1});
     const int64_t num_tokens = ids.size(0), num_sequences = context_len.size(0);
@@ -239,11 +261,13 @@ class StepProgram : public torch::CustomClassHolder {
     for (int64_t s = 0; s < h.num_sequences; ++s) {
       const int64_t length = int64_t{h.query_start[s + 1]} - h.query_start[s];
       const int64_t longest = std::min(max_context_, h.block_table_stride * kv_.block_size);
-      TORCH_CHECK(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ", h.query_start[s + 1]);
+      TORCH_CHECK(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ",
+                  h.query_start[s + 1]);
       TORCH_CHECK(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s,
                   "] must be in [", length, ", ", longest, "], got ", h.context_len[s]);
       const int64_t num_blocks = (h.context_len[s] + kv_.block_size - 1) / kv_.block_size;
-      check_range(h.block_table + s * h.block_table_stride, num_blocks, kv_.num_blocks, "block_table");
+      check_range(h.block_table + s * h.block_table_stride, num_blocks, kv_.num_blocks,
+                  "block_table");
     }
   }
 
@@ -257,8 +281,8 @@ class StepProgram : public torch::CustomClassHolder {
 
   void run_segments(bool forward, bool head) {
     const int num_members = tgi::cpu::num_threads();
-    TORCH_CHECK(num_members <= num_members_, "the program was recorded for ", num_members_, " threads, not ",
-                num_members);
+    TORCH_CHECK(num_members <= num_members_, "the program was recorded for ", num_members_,
+                " threads, not ", num_members);
     if (forward) {
       step::split_attention(header_, num_heads_, kv_.num_heads, num_members, split_.data());
       header_.attention_split = split_.data();
@@ -271,23 +295,26 @@ class StepProgram : public torch::CustomClassHolder {
 
   step::Activation activation_of(const Tensor& buffer, int64_t tokens, int64_t columns,
                                  const std::string& precision) const {
-    TORCH_CHECK(columns % step::kBlockColumns == 0, "an activation must have a multiple of 32 columns, got ",
-                columns);
+    TORCH_CHECK(columns % step::kBlockColumns == 0,
+                "an activation must have a multiple of 32 columns, got ", columns);
     check_tensor(buffer, "activation", kByte, {activation_bytes(tokens, columns, precision)});
     return {buffer.mutable_data_ptr<uint8_t>(), precision_of(precision), columns};
   }
 
-  // A product; `first_row` is where its rows begin in the bias. Makes room to widen a unit's weights.
+  // A product; `first_row` is where its rows begin in the bias. Makes room to widen a unit's
+  // weights.
   step::LinearParams linear(const Tensor& in, const std::string& precision, const Tensor& weight,
-                            const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
-                            int64_t first_row, int64_t unit_strips) {
+                            const std::string& format, int64_t columns,
+                            const std::optional<Tensor>& bias, int64_t first_row,
+                            int64_t unit_strips) {
     step::LinearParams params = {};
     params.weight = tgi::matrix_of(weight, format, columns);
     params.in = {in.mutable_data_ptr<uint8_t>(), precision_of(precision), columns};
     check_tensor(in, "activation", kByte, {-1});
     const step::Format kind = params.weight.format;
     const bool is_float32 = params.in.precision == Precision::kFloat32;
-    TORCH_CHECK(is_float32 || (params.in.precision == Precision::kInt8 && step::is_quantised(kind)) ||
+    TORCH_CHECK(is_float32 ||
+                    (params.in.precision == Precision::kInt8 && step::is_quantised(kind)) ||
                     (params.in.precision == Precision::kBF16 && kind == step::Format::kBF16),
                 "a weight of format ", format, " cannot be multiplied in ", precision);
     if (norms_.count(in.const_data_ptr()) != 0) params.private_bytes = params.in.tile_bytes();
@@ -299,14 +326,18 @@ class StepProgram : public torch::CustomClassHolder {
     return params;
   }
 
-  // One buffer serves all operators, as they run one after the other; it only grows, and old ones stay valid.
+  // One buffer serves all operators, as they run one after the other; it only grows, and old ones
+  // stay valid.
   float* scratch_of(int64_t floats) {
-    if (scratch_.empty() || scratch_.back().numel() < floats) scratch_.push_back(at::empty({floats}, kFloat));
+    if (scratch_.empty() || scratch_.back().numel() < floats)
+      scratch_.push_back(at::empty({floats}, kFloat));
     return scratch_.back().mutable_data_ptr<float>();
   }
 
-  step::KvLayerView kv_of(const Tensor& key, const Tensor& value, int64_t block_size, int64_t head_dim) const {
-    TORCH_CHECK(block_size > 0 && block_size % 16 == 0, "`block_size` must be a multiple of 16, got ", block_size);
+  step::KvLayerView kv_of(const Tensor& key, const Tensor& value, int64_t block_size,
+                          int64_t head_dim) const {
+    TORCH_CHECK(block_size > 0 && block_size % 16 == 0,
+                "`block_size` must be a multiple of 16, got ", block_size);
     TORCH_CHECK(head_dim > 0 && head_dim % step::kStripRows == 0 && head_dim <= 256,
                 "`head_dim` must be a multiple of 32 up to 256, got ", head_dim);
     TORCH_CHECK(key.scalar_type() == kFloat || key.scalar_type() == at::kBFloat16,
@@ -345,14 +376,16 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
       .def("activation_bytes", &StepProgram::activation_bytes)
       .def("embed", &StepProgram::embed)
       .def("norm", &StepProgram::norm)
-      .def("qkv", [](const c10::intrusive_ptr<StepProgram>& self, const Tensor& in, const std::string& precision,
-                     std::vector<Tensor> parts, std::vector<std::string> formats, int64_t columns,
-                     const std::optional<Tensor>& bias, int64_t num_heads, const Tensor& cosines,
-                     const Tensor& sines, std::vector<Tensor> norms, double eps, double scale, const Tensor& key,
-                     const Tensor& value, int64_t block_size, int64_t head_dim, const Tensor& q) {
-        self->qkv(in, precision, parts, std::move(formats), columns, bias, num_heads, cosines, sines, norms, eps,
-                  scale, key, value, block_size, head_dim, q);
-      })
+      .def("qkv",
+           [](const c10::intrusive_ptr<StepProgram>& self, const Tensor& in,
+              const std::string& precision, std::vector<Tensor> parts,
+              std::vector<std::string> formats, int64_t columns, const std::optional<Tensor>& bias,
+              int64_t num_heads, const Tensor& cosines, const Tensor& sines,
+              std::vector<Tensor> norms, double eps, double scale, const Tensor& key,
+              const Tensor& value, int64_t block_size, int64_t head_dim, const Tensor& q) {
+             self->qkv(in, precision, parts, std::move(formats), columns, bias, num_heads, cosines,
+                       sines, norms, eps, scale, key, value, block_size, head_dim, q);
+           })
       .def("attention", &StepProgram::attention)
       .def("linear_add", &StepProgram::linear_add)
       .def("gate_up", &StepProgram::gate_up)

@@ -1,6 +1,7 @@
-// Paged attention of a step: six query rows at a time against chunks of 256 tokens, grouped heads sharing each read
-// of keys and values. The context may be split over members; chunk results are merged in order all the same.
-// Online softmax: Milakov and Gimelshein, arXiv 1805.02867. Included by the step_<isa>.cpp files only.
+// Paged attention of a step: six query rows at a time against chunks of 256 tokens, grouped heads
+// sharing each read of keys and values. The context may be split over members; chunk results are
+// merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867. Included
+// by the step_<isa>.cpp files only.
 #pragma once
 
 #include "simd_math.h"
@@ -10,10 +11,13 @@ namespace tgi::cpu::step {
 namespace {
 
 constexpr int64_t kSubBlocks = kChunkTokens / 16;
+constexpr int64_t kAhead =
+    4;  // sub-blocks, 8 KiB: how far ahead of their use keys and values are fetched
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// A row tile of one sequence and KV head: rows [first, first + count) of its query tokens times grouped heads.
+// A row tile of one sequence and KV head: rows [first, first + count) of its query tokens times
+// grouped heads.
 struct RowTile {
   const uint8_t* query[kAttentionRows];
   int64_t visible[kAttentionRows];  // tokens of context that a row may see
@@ -29,9 +33,10 @@ struct RowState {
 };
 
 struct Chunk {
-  const uint8_t* keys[kSubBlocks + 2];  // sub-blocks of this chunk, and the first two of the next to fetch ahead
-  const uint8_t* values[kSubBlocks + 2];
-  int64_t begin;                          // first token
+  const uint8_t*
+      keys[kSubBlocks + kAhead];  // sub-blocks of this chunk, and the first that are read after it
+  const uint8_t* values[kSubBlocks];
+  int64_t begin;  // first token
   int64_t num_tokens;
   int64_t num_blocks;
   int64_t num_ahead;  // sub-blocks known in all
@@ -41,7 +46,8 @@ template <class S, Precision precision>
 struct KvTraits {
   static constexpr bool kIsBF16 = precision == Precision::kBF16;
   static inline int64_t key_steps(int64_t head_dim) { return kIsBF16 ? head_dim / 2 : head_dim; }
-  static inline typename S::F multiply(typename S::F sum, const uint8_t* vector, const uint8_t* value) {
+  static inline typename S::F multiply(typename S::F sum, const uint8_t* vector,
+                                       const uint8_t* value) {
     if constexpr (kIsBF16) return S::dot_bf16(sum, S::iload(vector), S::ibroadcast(value));
     return S::fma(S::load(reinterpret_cast<const float*>(vector)),
                   S::set1(*reinterpret_cast<const float*>(value)), sum);
@@ -50,36 +56,38 @@ struct KvTraits {
 
 // Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
 template <class S, Precision precision, int Rows, int Blocks>
-inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b, float* scores) {
+inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
+                         float* scores) {
   using Kv = KvTraits<S, precision>;
   const int64_t steps = Kv::key_steps(head_dim);
   const uint8_t* ahead[Blocks];  // keys two reads ahead; behind the last keys, the first values
   typename S::F sums[Rows][Blocks];
   for (int i = 0; i < Blocks; ++i) {
-    const int64_t next = b + i + 2;
+    const int64_t next = b + i + kAhead;
     ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
-TGI_UNROLL(6)
+    TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
   }
-TGI_UNROLL(2)
+  TGI_UNROLL(2)
   for (int64_t k = 0; k < steps; ++k) {
-TGI_UNROLL(2)
+    TGI_UNROLL(2)
     for (int i = 0; i < Blocks; ++i) {
       S::prefetch(ahead[i] + 64 * k);
-TGI_UNROLL(6)
+      TGI_UNROLL(6)
       for (int r = 0; r < Rows; ++r) {
         sums[r][i] = Kv::multiply(sums[r][i], chunk.keys[b + i] + 64 * k, tile.query[r] + 4 * k);
       }
     }
   }
-TGI_UNROLL(2)
+  TGI_UNROLL(2)
   for (int i = 0; i < Blocks; ++i) {
     const int64_t begin = chunk.begin + 16 * (b + i);
-TGI_UNROLL(6)
+    TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       const int64_t seen = tile.visible[r] - begin;
       if (seen < 16) {
-        sums[r][i] = S::select_head(static_cast<int>(seen < 0 ? 0 : seen), sums[r][i], S::set1(kMinusInfinity));
+        sums[r][i] = S::select_head(static_cast<int>(seen < 0 ? 0 : seen), sums[r][i],
+                                    S::set1(kMinusInfinity));
       }
       S::store(scores + r * kChunkTokens + 16 * (b + i), sums[r][i]);
     }
@@ -91,12 +99,15 @@ template <class S, Precision precision, int Rows>
 void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
   int64_t b = 0;
   if constexpr (Rows <= 4) {
-    for (; b + 2 <= chunk.num_blocks; b += 2) block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
+    for (; b + 2 <= chunk.num_blocks; b += 2)
+      block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
   }
-  for (; b < chunk.num_blocks; ++b) block_scores<S, precision, Rows, 1>(tile, chunk, head_dim, b, scores);
+  for (; b < chunk.num_blocks; ++b)
+    block_scores<S, precision, Rows, 1>(tile, chunk, head_dim, b, scores);
 }
 
-// Scores to weights: maximum and total of each row; weights in the precision that the values are multiplied in.
+// Scores to weights: maximum and total of each row; weights in the precision that the values are
+// multiplied in.
 template <class S, Precision precision, int Rows>
 void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState& state) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
@@ -123,57 +134,59 @@ void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState
 
 // Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>
-void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, int64_t first_dim, RowState& state) {
+void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, int64_t first_dim,
+                  RowState& state) {
   using Kv = KvTraits<S, precision>;
   constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
   constexpr int64_t kWeightBytes = Kv::kIsBF16 ? 2 : 4;
   typename S::F sums[Rows][Vectors];
-TGI_UNROLL(6)
+  TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
-TGI_UNROLL(4)
+    TGI_UNROLL(4)
     for (int v = 0; v < Vectors; ++v) sums[r][v] = S::zero();
   }
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     const int64_t tokens = chunk.num_tokens - 16 * b < 16 ? chunk.num_tokens - 16 * b : 16;
     const uint8_t* values = chunk.values[b] + first_dim * 4;
     const uint8_t* weight = weights + 16 * b * kWeightBytes;
-    const uint8_t* ahead = b + 2 < chunk.num_blocks  ? chunk.values[b + 2] + first_dim * 4
-                           : b + 2 < chunk.num_ahead ? chunk.keys[b + 2] + first_dim * 4
-                                                     : values;
+    const uint8_t* ahead = b + kAhead < chunk.num_blocks  ? chunk.values[b + kAhead] + first_dim * 4
+                           : b + kAhead < chunk.num_ahead ? chunk.keys[b + kAhead] + first_dim * 4
+                                                          : values;
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
       const int64_t row_bytes = t / kStepTokens * head_dim * 4;
-TGI_UNROLL(4)
+      TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) S::prefetch(ahead + row_bytes + 64 * v);
       if constexpr (Kv::kIsBF16) {
         // The second token of the last pair may be beyond the context, where anything may lie.
         const auto mask = S::iset1(t + 1 < tokens ? -1 : 0xFFFF);
         typename S::I vector[Vectors];
-TGI_UNROLL(4)
-        for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(S::iload(values + row_bytes + 64 * v), mask);
-TGI_UNROLL(6)
+        TGI_UNROLL(4)
+        for (int v = 0; v < Vectors; ++v)
+          vector[v] = S::iand(S::iload(values + row_bytes + 64 * v), mask);
+        TGI_UNROLL(6)
         for (int r = 0; r < Rows; ++r) {
           const auto p = S::ibroadcast(weight + (r * kChunkTokens + t) * 2);
-TGI_UNROLL(4)
+          TGI_UNROLL(4)
           for (int v = 0; v < Vectors; ++v) sums[r][v] = S::dot_bf16(sums[r][v], vector[v], p);
         }
       } else {
         typename S::F vector[Vectors];
-TGI_UNROLL(4)
+        TGI_UNROLL(4)
         for (int v = 0; v < Vectors; ++v) {
           vector[v] = S::load(reinterpret_cast<const float*>(values + row_bytes + 64 * v));
         }
-TGI_UNROLL(6)
+        TGI_UNROLL(6)
         for (int r = 0; r < Rows; ++r) {
           const auto p = S::set1(reinterpret_cast<const float*>(weight)[r * kChunkTokens + t]);
-TGI_UNROLL(4)
+          TGI_UNROLL(4)
           for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(vector[v], p, sums[r][v]);
         }
       }
     }
   }
-TGI_UNROLL(6)
+  TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
-TGI_UNROLL(4)
+    TGI_UNROLL(4)
     for (int v = 0; v < Vectors; ++v) S::store(state.sums[r] + first_dim + 16 * v, sums[r][v]);
   }
 }
@@ -191,7 +204,8 @@ void attend_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, Row
   if (dim < head_dim) chunk_values<S, precision, Rows, 2>(chunk, weights, head_dim, dim, state);
 }
 
-// merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides changes nothing.
+// merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides
+// changes nothing.
 template <class S>
 void merge(RowState& merged, const RowState& next, int64_t num_rows, int64_t head_dim) {
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -200,7 +214,8 @@ void merge(RowState& merged, const RowState& next, int64_t num_rows, int64_t hea
     const auto old_factor = exp2<S, false>(S::set1(merged.maximum[r] - maximum));
     const auto new_factor = exp2<S, false>(S::set1(next.maximum[r] - maximum));
     alignas(64) float total[16];
-    S::store(total, S::fma(S::set1(merged.total[r]), old_factor, S::mul(S::set1(next.total[r]), new_factor)));
+    S::store(total, S::fma(S::set1(merged.total[r]), old_factor,
+                           S::mul(S::set1(next.total[r]), new_factor)));
     merged.total[r] = total[0];
     merged.maximum[r] = maximum;
     for (int64_t d = 0; d < head_dim; d += 16) {
@@ -215,13 +230,14 @@ using ChunkFunction = void (*)(const RowTile&, const Chunk&, int64_t, RowState&)
 
 template <class S, Precision precision>
 inline ChunkFunction<S> chunk_function(int64_t rows) {
-  constexpr ChunkFunction<S> table[] = {attend_chunk<S, precision, 1>, attend_chunk<S, precision, 2>,
-                                        attend_chunk<S, precision, 3>, attend_chunk<S, precision, 4>,
-                                        attend_chunk<S, precision, 5>, attend_chunk<S, precision, 6>};
+  constexpr ChunkFunction<S> table[] = {
+      attend_chunk<S, precision, 1>, attend_chunk<S, precision, 2>, attend_chunk<S, precision, 3>,
+      attend_chunk<S, precision, 4>, attend_chunk<S, precision, 5>, attend_chunk<S, precision, 6>};
   return table[rows - 1];
 }
 
-inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at) {
+inline RowTile row_tile(const AttentionParams& p, const StepHeader& step,
+                        const AttentionPoint& at) {
   const int64_t group = p.num_heads / p.kv.num_heads;
   const int64_t start = step.query_start[at.sequence];
   const int64_t length = step.query_start[at.sequence + 1] - start;
@@ -232,36 +248,48 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
   tile.count = all - first < kAttentionRows ? all - first : kAttentionRows;
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t token = (first + r) / group, head = at.head * group + (first + r) % group;
-    tile.query[r] = static_cast<const uint8_t*>(p.q) + ((start + token) * p.num_heads + head) * row_bytes;
+    tile.query[r] =
+        static_cast<const uint8_t*>(p.q) + ((start + token) * p.num_heads + head) * row_bytes;
     tile.visible[r] = before + token + 1;
   }
   tile.longest = tile.visible[tile.count - 1];
   return tile;
 }
 
-// Looks up the chunk's sub-blocks, and the first two after it.
-inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at, int64_t longest,
-                      int64_t index) {
+inline int64_t sub_block_at(const AttentionParams& p, const StepHeader& step,
+                            const AttentionPoint& at, int64_t token) {
+  const int32_t* table = step.block_table + at.sequence * step.block_table_stride;
+  const int64_t slot = table[token / p.kv.block_size] * p.kv.block_size + token % p.kv.block_size;
+  return p.kv.sub_block(at.head, slot);
+}
+
+// Looks up the chunk's sub-blocks, and the keys that are read next: of this tile, then of the tile
+// `next`.
+inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
+                      const AttentionPoint& next, int64_t longest, int64_t index) {
   Chunk chunk;
   chunk.begin = index * kChunkTokens;
   chunk.num_tokens = longest - chunk.begin < kChunkTokens ? longest - chunk.begin : kChunkTokens;
   chunk.num_blocks = (chunk.num_tokens + 15) / 16;
-  const int64_t all = (longest - chunk.begin + 15) / 16;
-  chunk.num_ahead = all < chunk.num_blocks + 2 ? all : chunk.num_blocks + 2;
-  const int32_t* table = step.block_table + at.sequence * step.block_table_stride;
-  for (int64_t b = 0; b < chunk.num_ahead; ++b) {
-    const int64_t token = chunk.begin + 16 * b;
-    const int64_t slot = table[token / p.kv.block_size] * p.kv.block_size + token % p.kv.block_size;
-    const int64_t offset = p.kv.sub_block(at.head, slot);
+  for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+    const int64_t offset = sub_block_at(p, step, at, chunk.begin + 16 * b);
     chunk.keys[b] = p.kv.keys + offset;
     chunk.values[b] = p.kv.values + offset;
+  }
+  chunk.num_ahead = chunk.num_blocks;
+  const bool is_last = chunk.begin + kChunkTokens >= longest;
+  if (is_last && next.sequence >= step.num_sequences) return chunk;
+  const int64_t begin = is_last ? 0 : chunk.begin + kChunkTokens;
+  const int64_t end = is_last ? step.context_len[next.sequence] : longest;
+  for (int64_t token = begin; token < end && token < begin + 16 * kAhead; token += 16) {
+    chunk.keys[chunk.num_ahead++] = p.kv.keys + sub_block_at(p, step, is_last ? next : at, token);
   }
   return chunk;
 }
 
 template <class S>
-void write_rows(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at, int64_t count,
-                const RowState& state) {
+void write_rows(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
+                int64_t count, const RowState& state) {
   const int64_t group = p.num_heads / p.kv.num_heads, head_dim = p.kv.head_dim;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = at.tile * kAttentionRows + r;
@@ -274,6 +302,19 @@ void write_rows(const AttentionParams& p, const StepHeader& step, const Attentio
                      p.out.block(token, (column + d) / kBlockColumns), token % kTileTokens);
     }
   }
+}
+
+inline AttentionPoint tile_after(const AttentionParams& p, const StepHeader& step,
+                                 AttentionPoint at) {
+  const int64_t group = p.num_heads / p.kv.num_heads;
+  const int64_t rows = (step.query_start[at.sequence + 1] - step.query_start[at.sequence]) * group;
+  at.chunk = 0;
+  if (++at.tile * kAttentionRows < rows) return at;
+  at.tile = 0;
+  if (++at.head < p.kv.num_heads) return at;
+  at.head = 0;
+  ++at.sequence;
+  return at;
 }
 
 inline bool same_tile(const AttentionPoint& a, const AttentionPoint& b) {
@@ -289,7 +330,8 @@ struct Sharers {
   int count;
 };
 
-inline Sharers sharers(const AttentionPoint* split, const AttentionPoint& at, int member, int num_members) {
+inline Sharers sharers(const AttentionPoint* split, const AttentionPoint& at, int member,
+                       int num_members) {
   int first = member;
   while (same_tile(split[first], at) && split[first].chunk > 0) --first;
   int count = 1;
@@ -320,19 +362,22 @@ inline void clear(RowState& state) {
   for (float& maximum : state.maximum) maximum = kMinusInfinity;
 }
 
-// Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive merges them all.
+// Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive
+// merges them all.
 template <class S>
-void attend_shared(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at, const RowTile& tile,
-                   int64_t begin, int64_t end, int member, int num_members) {
+void attend_shared(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
+                   const AttentionPoint& next, const RowTile& tile, int64_t begin, int64_t end,
+                   int member, int num_members) {
   const int64_t head_dim = p.kv.head_dim, size = kAttentionRows * (head_dim + 2);
-  const auto function = p.kv.precision == Precision::kBF16 ? chunk_function<S, Precision::kBF16>(tile.count)
-                                                           : chunk_function<S, Precision::kFloat32>(tile.count);
+  const auto function = p.kv.precision == Precision::kBF16
+                            ? chunk_function<S, Precision::kBF16>(tile.count)
+                            : chunk_function<S, Precision::kFloat32>(tile.count);
   const Sharers all = sharers(step.attention_split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
   RowState state, merged;
   clear(state);
   for (int64_t c = begin; c < end; ++c) {
-    function(tile, chunk_of(p, step, at, tile.longest, c), head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile.longest, c), head_dim, state);
     store_partial(partial.data + c * size, state, head_dim);
   }
   if (partial.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 != all.count) return;
@@ -346,17 +391,19 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
 }
 
 template <class S>
-void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at, const RowTile& tile) {
-  const auto function = p.kv.precision == Precision::kBF16 ? chunk_function<S, Precision::kBF16>(tile.count)
-                                                           : chunk_function<S, Precision::kFloat32>(tile.count);
+void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
+                 const AttentionPoint& next, const RowTile& tile) {
+  const auto function = p.kv.precision == Precision::kBF16
+                            ? chunk_function<S, Precision::kBF16>(tile.count)
+                            : chunk_function<S, Precision::kFloat32>(tile.count);
   RowState state, merged;
   if (tile.longest <= kChunkTokens) {
-    function(tile, chunk_of(p, step, at, tile.longest, 0), p.kv.head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile.longest, 0), p.kv.head_dim, state);
     return write_rows<S>(p, step, at, tile.count, state);
   }
   clear(merged);
   for (int64_t c = 0; c * kChunkTokens < tile.longest; ++c) {
-    function(tile, chunk_of(p, step, at, tile.longest, c), p.kv.head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile.longest, c), p.kv.head_dim, state);
     merge<S>(merged, state, tile.count, p.kv.head_dim);
   }
   write_rows<S>(p, step, at, tile.count, merged);
@@ -364,28 +411,20 @@ void attend_tile(const AttentionParams& p, const StepHeader& step, const Attenti
 
 template <class S>
 void attention(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
-  const int64_t group = p.num_heads / p.kv.num_heads;
   AttentionPoint at = step.attention_split[member];
   const AttentionPoint stop = step.attention_split[member + 1];
   while (!same_point(at, stop)) {
     const RowTile tile = row_tile(p, step, at);
+    const AttentionPoint next = tile_after(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;
     const int64_t end = same_tile(at, stop) ? stop.chunk : num_chunks;
     if (at.chunk == 0 && end == num_chunks) {
-      attend_tile<S>(p, step, at, tile);
+      attend_tile<S>(p, step, at, next, tile);
     } else {
-      attend_shared<S>(p, step, at, tile, at.chunk, end, member, num_members);
+      attend_shared<S>(p, step, at, next, tile, at.chunk, end, member, num_members);
     }
     if (same_tile(at, stop)) return;
-    const int64_t rows = (step.query_start[at.sequence + 1] - step.query_start[at.sequence]) * group;
-    at.chunk = 0;
-    if (++at.tile * kAttentionRows >= rows) {
-      at.tile = 0;
-      if (++at.head == p.kv.num_heads) {
-        at.head = 0;
-        ++at.sequence;
-      }
-    }
+    at = next;
   }
 }
 

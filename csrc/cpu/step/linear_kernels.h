@@ -1,11 +1,11 @@
-// Products and what is done with them while they are in L1: residual add, RoPE and KV write, gate times up, logits.
-// Included by the step_<isa>.cpp files only.
+// Products and what is done with them while they are in L1: residual add, RoPE and KV write, gate
+// times up, logits. Included by the step_<isa>.cpp files only.
 #pragma once
 
+#include "../team.h"
 #include "linear_tile.h"
 #include "simd_math.h"
 #include "step.h"
-#include "../team.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -15,8 +15,9 @@ constexpr int64_t kTileOutputs = kTileTokens * kStripRows;
 
 template <class S, class Fmt>
 inline TileFunction int8_function(int64_t tokens) {
-  constexpr TileFunction table[] = {int8_strip<S, Fmt, 1>, int8_strip<S, Fmt, 2>, int8_strip<S, Fmt, 3>,
-                                    int8_strip<S, Fmt, 4>, int8_strip<S, Fmt, 5>, int8_strip<S, Fmt, 6>};
+  constexpr TileFunction table[] = {int8_strip<S, Fmt, 1>, int8_strip<S, Fmt, 2>,
+                                    int8_strip<S, Fmt, 3>, int8_strip<S, Fmt, 4>,
+                                    int8_strip<S, Fmt, 5>, int8_strip<S, Fmt, 6>};
   return table[tokens - 1];
 }
 
@@ -32,15 +33,24 @@ template <class S>
 inline TileFunction tile_function(Format format, Precision precision, int64_t tokens) {
   if (precision == Precision::kFloat32) return float_function<S, Precision::kFloat32>(tokens);
   switch (format) {
-    case Format::kQ8_0: return int8_function<S, Q8_0<S>>(tokens);
-    case Format::kQ4_0: return int8_function<S, Q4_0<S>>(tokens);
-    case Format::kQ4_1: return int8_function<S, Q4_1<S>>(tokens);
-    case Format::kQ5_0: return int8_function<S, Q5_0<S>>(tokens);
-    case Format::kQ5_1: return int8_function<S, Q5_1<S>>(tokens);
-    case Format::kQ4_K: return int8_function<S, Q4_K<S>>(tokens);
-    case Format::kQ5_K: return int8_function<S, Q5_K<S>>(tokens);
-    case Format::kQ6_K: return int8_function<S, Q6_K<S>>(tokens);
-    default: return float_function<S, Precision::kBF16>(tokens);
+    case Format::kQ8_0:
+      return int8_function<S, Q8_0<S>>(tokens);
+    case Format::kQ4_0:
+      return int8_function<S, Q4_0<S>>(tokens);
+    case Format::kQ4_1:
+      return int8_function<S, Q4_1<S>>(tokens);
+    case Format::kQ5_0:
+      return int8_function<S, Q5_0<S>>(tokens);
+    case Format::kQ5_1:
+      return int8_function<S, Q5_1<S>>(tokens);
+    case Format::kQ4_K:
+      return int8_function<S, Q4_K<S>>(tokens);
+    case Format::kQ5_K:
+      return int8_function<S, Q5_K<S>>(tokens);
+    case Format::kQ6_K:
+      return int8_function<S, Q6_K<S>>(tokens);
+    default:
+      return float_function<S, Precision::kBF16>(tokens);
   }
 }
 
@@ -49,26 +59,39 @@ void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
   const uint8_t* data = weight.panel(panel);
   const int64_t blocks = weight.num_columns / kBlockColumns;
   switch (weight.format) {
-    case Format::kF32: std::memcpy(out, data, weight.panel_size()); return;
-    case Format::kF16: return widen_half_panel<S>(data, blocks, out);
-    case Format::kBF16: return widen_bf16_panel<S>(data, blocks, out);
-    case Format::kQ8_0: return dequantise_panel<S, Q8_0<S>>(data, blocks, out);
-    case Format::kQ4_0: return dequantise_panel<S, Q4_0<S>>(data, blocks, out);
-    case Format::kQ4_1: return dequantise_panel<S, Q4_1<S>>(data, blocks, out);
-    case Format::kQ5_0: return dequantise_panel<S, Q5_0<S>>(data, blocks, out);
-    case Format::kQ5_1: return dequantise_panel<S, Q5_1<S>>(data, blocks, out);
-    case Format::kQ4_K: return dequantise_panel<S, Q4_K<S>>(data, blocks, out);
-    case Format::kQ5_K: return dequantise_panel<S, Q5_K<S>>(data, blocks, out);
-    case Format::kQ6_K: return dequantise_panel<S, Q6_K<S>>(data, blocks, out);
+    case Format::kF32:
+      std::memcpy(out, data, weight.panel_size());
+      return;
+    case Format::kF16:
+      return widen_half_panel<S>(data, blocks, out);
+    case Format::kBF16:
+      return widen_bf16_panel<S>(data, blocks, out);
+    case Format::kQ8_0:
+      return dequantise_panel<S, Q8_0<S>>(data, blocks, out);
+    case Format::kQ4_0:
+      return dequantise_panel<S, Q4_0<S>>(data, blocks, out);
+    case Format::kQ4_1:
+      return dequantise_panel<S, Q4_1<S>>(data, blocks, out);
+    case Format::kQ5_0:
+      return dequantise_panel<S, Q5_0<S>>(data, blocks, out);
+    case Format::kQ5_1:
+      return dequantise_panel<S, Q5_1<S>>(data, blocks, out);
+    case Format::kQ4_K:
+      return dequantise_panel<S, Q4_K<S>>(data, blocks, out);
+    case Format::kQ5_K:
+      return dequantise_panel<S, Q5_K<S>>(data, blocks, out);
+    case Format::kQ6_K:
+      return dequantise_panel<S, Q6_K<S>>(data, blocks, out);
   }
 }
 
-// A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token, count, out) gets
-// count tokens from `token` on; out: [strip of the unit][6][32], in L1. Units outside, so that weights are read from
-// memory once; tokens in groups that leave the activations in L2.
+// A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
+// count, out) gets count tokens from `token` on; out: [strip of the unit][6][32], in L1. Units
+// outside, so that weights are read from memory once; tokens in groups that leave the activations
+// in L2.
 template <class S, class Epilogue>
-void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips, int member,
-                const Epilogue& epilogue) {
+void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+                int member, const Epilogue& epilogue) {
   const bool is_float = p.in.precision == Precision::kFloat32;
   const bool is_widened = is_float && p.weight.format != Format::kF32;
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
@@ -81,7 +104,8 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
   float* const scratch = p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
   const TileFunction full = tile_function<S>(p.weight.format, p.in.precision, kTileTokens);
   const int64_t rest = num_tokens % kTileTokens;
-  const TileFunction tail = rest == 0 ? full : tile_function<S>(p.weight.format, p.in.precision, rest);
+  const TileFunction tail =
+      rest == 0 ? full : tile_function<S>(p.weight.format, p.in.precision, rest);
   alignas(64) float out[kMaxUnitStrips * kTileOutputs];
 
   for (int64_t first = 0; first < num_tiles; first += group) {
@@ -102,8 +126,8 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
           const uint8_t* panel = weights + 2 * strip * panel_size;
           const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
                                fetched < block_lines ? lines : 0};
-          (is_tail ? tail : full)(panel, panel + panel_size, input + tile * p.in.tile_bytes(), num_blocks,
-                                  out + strip * kTileOutputs, ahead);
+          (is_tail ? tail : full)(panel, panel + panel_size, input + tile * p.in.tile_bytes(),
+                                  num_blocks, out + strip * kTileOutputs, ahead);
         }
         epilogue(unit, tile * kTileTokens, is_tail ? rest : kTileTokens, out);
       }
@@ -125,7 +149,8 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
                   for (int64_t t = 0; t < count; ++t) {
                     float* x = p.x + (token + t) * width + unit * kStripRows;
                     for (int64_t half = 0; half < 32; half += 16) {
-                      const auto sum = biased<S>(p.linear.bias, unit * kStripRows + half, out + 32 * t + half);
+                      const auto sum =
+                          biased<S>(p.linear.bias, unit * kStripRows + half, out + 32 * t + half);
                       S::store(x + half, S::add(S::load(x + half), sum));
                     }
                   }
@@ -174,7 +199,8 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
                       S::store(values + half, value);
                     }
                     const int64_t width = p.vocab_size - column;
-                    std::memcpy(logits, values, (width < 32 ? (width > 0 ? width : 0) : 32) * sizeof(float));
+                    std::memcpy(logits, values,
+                                (width < 32 ? (width > 0 ? width : 0) : 32) * sizeof(float));
                   }
                 });
 }

@@ -9,9 +9,9 @@ namespace {
 
 // 32 columns of one row in a form that all formats share.
 struct RowBlock {
-  uint8_t codes[32];      // unsigned, zero point included
-  uint16_t scale, min;    // fp16 of a plain block
-  uint8_t factors[2];     // of a K-quant's block: scale and min, or the scales of both halves (signed)
+  uint8_t codes[32];    // unsigned, zero point included
+  uint16_t scale, min;  // fp16 of a plain block
+  uint8_t factors[2];  // of a K-quant's block: scale and min, or the scales of both halves (signed)
 };
 
 uint16_t read16(const uint8_t* p) {
@@ -38,9 +38,11 @@ uint16_t to_half(float x) {  // to nearest, ties to even
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const float magnitude = std::fabs(x);
-  if (!(magnitude < 65520.0f)) return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
+  if (!(magnitude < 65520.0f))
+    return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
   if (magnitude < 6.103515625e-05f) {
-    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
+    return static_cast<uint16_t>(sign |
+                                 static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
   }
   const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0xFFFu + ((bits >> 13) & 1);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
@@ -129,8 +131,11 @@ RowBlock read_block(Format format, const uint8_t* row, int64_t b) {
       read_super_nibbles(super + 48, s, out.codes);
       for (int i = 0; i < 32; ++i) out.codes[i] |= ((super[16 + i] >> s) & 1) << 4;
       break;
-    case Format::kQ6_K: read_q6_k(super, s, out); break;
-    default: break;
+    case Format::kQ6_K:
+      read_q6_k(super, s, out);
+      break;
+    default:
+      break;
   }
   return out;
 }
@@ -146,19 +151,29 @@ struct Parts {
 
 Parts parts_of(Format format) {
   switch (format) {
-    case Format::kQ8_0: return {8, -1, 512, -1, -1};
-    case Format::kQ4_0: return {4, -1, 256, -1, -1};
-    case Format::kQ4_1: return {4, -1, 256, 288, -1};
-    case Format::kQ5_0: return {5, 256, 320, -1, -1};
-    case Format::kQ5_1: return {5, 256, 320, 352, -1};
-    case Format::kQ4_K: return {4, -1, -1, -1, 256};
-    case Format::kQ5_K: return {5, 256, -1, -1, 320};
-    case Format::kQ6_K: return {6, 256, -1, -1, 384};
-    default: return {0, -1, -1, -1, -1};
+    case Format::kQ8_0:
+      return {8, -1, 512, -1, -1};
+    case Format::kQ4_0:
+      return {4, -1, 256, -1, -1};
+    case Format::kQ4_1:
+      return {4, -1, 256, 288, -1};
+    case Format::kQ5_0:
+      return {5, 256, 320, -1, -1};
+    case Format::kQ5_1:
+      return {5, 256, 320, 352, -1};
+    case Format::kQ4_K:
+      return {4, -1, -1, -1, 256};
+    case Format::kQ5_K:
+      return {5, 256, -1, -1, 320};
+    case Format::kQ6_K:
+      return {6, 256, -1, -1, 384};
+    default:
+      return {0, -1, -1, -1, -1};
   }
 }
 
-// Adds row r's codes to a zeroed block of a panel. Column 4j + i of a row is byte i of its dword in vector j.
+// Adds row r's codes to a zeroed block of a panel. Column 4j + i of a row is byte i of its dword in
+// vector j.
 void write_codes(const Parts& parts, const uint8_t* codes, int64_t r, uint8_t* block) {
   for (int k = 0; k < 32; ++k) {
     const int j = k / 4, byte = static_cast<int>(4 * r) + k % 4;
@@ -168,7 +183,9 @@ void write_codes(const Parts& parts, const uint8_t* codes, int64_t r, uint8_t* b
     }
     block[64 * (j % 4) + byte] |= static_cast<uint8_t>((codes[k] & 15) << (j / 4 * 4));
     if (parts.bits == 5) block[parts.high + byte] |= static_cast<uint8_t>((codes[k] >> 4) << j);
-    if (parts.bits == 6) block[parts.high + 64 * (j / 4) + byte] |= static_cast<uint8_t>((codes[k] >> 4) << (j % 4 * 2));
+    if (parts.bits == 6)
+      block[parts.high + 64 * (j / 4) + byte] |=
+          static_cast<uint8_t>((codes[k] >> 4) << (j % 4 * 2));
   }
 }
 
@@ -180,9 +197,11 @@ void read_codes(const Parts& parts, const uint8_t* block, int64_t r, uint8_t* co
       continue;
     }
     codes[k] = (block[64 * (j % 4) + byte] >> (j / 4 * 4)) & 15;
-    if (parts.bits == 5) codes[k] |= static_cast<uint8_t>(((block[parts.high + byte] >> j) & 1) << 4);
+    if (parts.bits == 5)
+      codes[k] |= static_cast<uint8_t>(((block[parts.high + byte] >> j) & 1) << 4);
     if (parts.bits == 6) {
-      codes[k] |= static_cast<uint8_t>(((block[parts.high + 64 * (j / 4) + byte] >> (j % 4 * 2)) & 3) << 4);
+      codes[k] |=
+          static_cast<uint8_t>(((block[parts.high + 64 * (j / 4) + byte] >> (j % 4 * 2)) & 3) << 4);
     }
   }
 }
@@ -210,9 +229,11 @@ void pack_dwords(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_
   if (format == Format::kQ4_1) std::memcpy(block + 64 * vectors + 32 + 2 * r, row + 2, 2);
 }
 
-void pack_quantised_row(Format format, int64_t columns, const uint8_t* row, int64_t r, uint8_t* panel) {
+void pack_quantised_row(Format format, int64_t columns, const uint8_t* row, int64_t r,
+                        uint8_t* panel) {
   const Parts parts = parts_of(format);
-  const bool is_plain = format == Format::kQ8_0 || format == Format::kQ4_0 || format == Format::kQ4_1;
+  const bool is_plain =
+      format == Format::kQ8_0 || format == Format::kQ4_0 || format == Format::kQ4_1;
   for (int64_t b = 0; b < columns / kBlockColumns; ++b) {
     uint8_t* block = panel + block_offset(format, b);
     if (is_plain) {
@@ -240,7 +261,8 @@ void pack_quantised_row(Format format, int64_t columns, const uint8_t* row, int6
   }
 }
 
-void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t r, float factor, float* out) {
+void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t r, float factor,
+                      float* out) {
   for (int64_t k = 0; k < weight.num_columns; ++k) {
     float x;
     if (weight.format == Format::kF32) {
@@ -248,7 +270,8 @@ void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t 
     } else if (weight.format == Format::kF16) {
       x = to_float(read16(panel + (k * 16 + r) * 2));
     } else {
-      const uint32_t bits = static_cast<uint32_t>(read16(panel + ((k / 2 * 16 + r) * 2 + k % 2) * 2)) << 16;
+      const uint32_t bits =
+          static_cast<uint32_t>(read16(panel + ((k / 2 * 16 + r) * 2 + k % 2) * 2)) << 16;
       std::memcpy(&x, &bits, 4);
     }
     out[k] = x * factor;
@@ -259,23 +282,34 @@ void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t 
 
 int64_t file_row_bytes(Format format, int64_t columns) {
   switch (format) {
-    case Format::kF32: return columns * 4;
-    case Format::kF16: return columns * 2;
-    case Format::kBF16: return columns * 2;
-    case Format::kQ8_0: return columns / 32 * 34;
-    case Format::kQ4_0: return columns / 32 * 18;
-    case Format::kQ4_1: return columns / 32 * 20;
-    case Format::kQ5_0: return columns / 32 * 22;
-    case Format::kQ5_1: return columns / 32 * 24;
-    case Format::kQ4_K: return columns / 256 * 144;
-    case Format::kQ5_K: return columns / 256 * 176;
-    case Format::kQ6_K: return columns / 256 * 210;
+    case Format::kF32:
+      return columns * 4;
+    case Format::kF16:
+      return columns * 2;
+    case Format::kBF16:
+      return columns * 2;
+    case Format::kQ8_0:
+      return columns / 32 * 34;
+    case Format::kQ4_0:
+      return columns / 32 * 18;
+    case Format::kQ4_1:
+      return columns / 32 * 20;
+    case Format::kQ5_0:
+      return columns / 32 * 22;
+    case Format::kQ5_1:
+      return columns / 32 * 24;
+    case Format::kQ4_K:
+      return columns / 256 * 144;
+    case Format::kQ5_K:
+      return columns / 256 * 176;
+    case Format::kQ6_K:
+      return columns / 256 * 210;
   }
   return 0;
 }
 
-void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin, int64_t end,
-                 uint8_t* out) {
+void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin,
+                 int64_t end, uint8_t* out) {
   const int64_t size = panel_bytes(format, columns);
   for (int64_t panel = begin; panel < end; ++panel) {
     uint8_t* const target = out + panel * size;
@@ -297,9 +331,11 @@ void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* ou
   const int64_t r = row % kPanelRows;
   if (!is_quantised(weight.format)) return unpack_float_row(weight, panel, r, factor, out);
   const Parts parts = parts_of(weight.format);
-  const int zero = parts.bits == 8 ? 128 : parts.mins >= 0 || weight.format == Format::kQ4_K || weight.format == Format::kQ5_K
-                                               ? 0
-                                               : 1 << (parts.bits - 1);
+  const int zero =
+      parts.bits == 8 ? 128
+      : parts.mins >= 0 || weight.format == Format::kQ4_K || weight.format == Format::kQ5_K
+          ? 0
+          : 1 << (parts.bits - 1);
   for (int64_t b = 0; b < weight.num_columns / kBlockColumns; ++b, out += kBlockColumns) {
     const uint8_t* block = panel + block_offset(weight.format, b);
     const uint8_t* header = panel + block_offset(weight.format, b / kSuperBlock * kSuperBlock) -
@@ -333,17 +369,20 @@ void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) 
     float largest = 0.0f;  // by magnitude, with its sign
     for (int k = 0; k < 32; ++k) largest = std::fabs(x[k]) > std::fabs(largest) ? x[k] : largest;
     if (format == Format::kQ8_0) {
-      const float scale = std::fabs(largest) / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+      const float scale = std::fabs(largest) / 127.0f,
+                  inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
       const uint16_t half = to_half(scale);
       std::memcpy(out, &half, 2);
-      for (int k = 0; k < 32; ++k) out[2 + k] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[k] * inverse)));
+      for (int k = 0; k < 32; ++k)
+        out[2 + k] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[k] * inverse)));
       out += 34;
     } else {
       const float scale = largest / -8.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
       const uint16_t half = to_half(scale);
       std::memcpy(out, &half, 2);
       for (int k = 0; k < 16; ++k) {
-        const int low = static_cast<int>(x[k] * inverse + 8.5f), high = static_cast<int>(x[16 + k] * inverse + 8.5f);
+        const int low = static_cast<int>(x[k] * inverse + 8.5f),
+                  high = static_cast<int>(x[16 + k] * inverse + 8.5f);
         out[2 + k] = static_cast<uint8_t>((low > 15 ? 15 : low) | ((high > 15 ? 15 : high) << 4));
       }
       out += 18;

@@ -1,4 +1,5 @@
-// From a file's rows to packed panels and back. Done once at load, and for each row of the embedding.
+// From a file's rows to packed panels and back. Done once at load, and for each row of the
+// embedding.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +11,13 @@ namespace tgi::cpu::step {
 // Bytes of a row of `columns` values in a GGUF or safetensors file.
 int64_t file_row_bytes(Format format, int64_t columns);
 
-// Packs panels [begin, end) of a matrix: row r of the result is the file's row at rows[r], zeros where that is null.
-// out is the whole matrix, [num_rows / 16] panels.
-void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin, int64_t end,
-                 uint8_t* out);
+// Packs panels [begin, end) of a matrix: row r of the result is the file's row at rows[r], zeros
+// where that is null. out is the whole matrix, [num_rows / 16] panels.
+void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin,
+                 int64_t end, uint8_t* out);
 
-// Quantises a row of float32 to the file's format, kQ8_0 or kQ4_0, rounding as llama.cpp's reference does.
+// Quantises a row of float32 to the file's format, kQ8_0 or kQ4_0, rounding as llama.cpp's
+// reference does.
 void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
 
 // A stored row as float32, times factor.

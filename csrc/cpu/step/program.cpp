@@ -7,8 +7,9 @@ namespace tgi::cpu::step {
 void Segment::run(const StepHeader& step, int member, int num_members) const {
   for (const Operator& op : operators_) {
     op.call(op, step, member, num_members);
-    const bool is_private = (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
-                            (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
+    const bool is_private =
+        (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
+        (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
     if (!is_private) team_barrier();
   }
 }

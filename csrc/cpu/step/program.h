@@ -1,5 +1,5 @@
-// A step, recorded once as a list of operators over fixed buffers, and replayed by the thread team: no Python, no
-// allocation and no dispatch inside. Who records it keeps the buffers alive.
+// A step, recorded once as a list of operators over fixed buffers, and replayed by the thread team:
+// no Python, no allocation and no dispatch inside. Who records it keeps the buffers alive.
 #pragma once
 
 #include <atomic>
@@ -20,7 +20,8 @@ class Segment {
   template <class Params>
   void add(StepFunction<Params> function, const Params& params, Sync sync = Sync::kAlways) {
     auto owned = std::make_shared<Params>(params);
-    operators_.push_back({&call<Params>, reinterpret_cast<void (*)()>(function), owned.get(), sync});
+    operators_.push_back(
+        {&call<Params>, reinterpret_cast<void (*)()>(function), owned.get(), sync});
     params_.push_back(std::move(owned));
   }
 

@@ -1,5 +1,5 @@
-// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue; and the norms.
-// Included by the step_<isa>.cpp files only.
+// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue;
+// and the norms. Included by the step_<isa>.cpp files only.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,8 @@ inline void normalise_head(HeadRows<S>& head, int64_t num_strips, const float* w
 }
 
 template <class S>
-inline void rotate(typename S::F& first, typename S::F& second, const float* cosines, const float* sines) {
+inline void rotate(typename S::F& first, typename S::F& second, const float* cosines,
+                   const float* sines) {
   const auto c = S::load(cosines), s = S::load(sines);
   const auto rotated = S::sub(S::mul(first, c), S::mul(second, s));
   second = S::fma(second, c, S::mul(first, s));
@@ -41,8 +42,8 @@ inline void rotate(typename S::F& first, typename S::F& second, const float* cos
 
 // Strip `strip` of a head's query; float32 keeps the pairs' halves apart as the keys do.
 template <class S>
-inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t strip, typename S::F first,
-                        typename S::F second) {
+inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t strip,
+                        typename S::F first, typename S::F second) {
   const int64_t offset = (token * p.num_heads + head) * p.head_dim + strip * kStripRows;
   first = S::mul(first, S::set1(p.q_scale));
   second = S::mul(second, S::set1(p.q_scale));
@@ -55,8 +56,8 @@ inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t
 }
 
 template <class S>
-inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip, typename S::F first,
-                      typename S::F second) {
+inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
+                      typename S::F first, typename S::F second) {
   uint8_t* keys = kv.keys + kv.sub_block(head, slot) + slot % 16 * 4;
   alignas(64) int32_t lanes[32];
   if (kv.precision == Precision::kBF16) {
@@ -73,7 +74,8 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
 
 // Sixteen dims of a value, from dim on.
 template <class S>
-inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t dim, typename S::F values) {
+inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t dim,
+                        typename S::F values) {
   uint8_t* block = kv.values + kv.sub_block(head, slot);
   const int64_t offset = slot % 16;
   if (kv.precision == Precision::kBF16) {
@@ -87,8 +89,8 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
 }
 
 template <class S>
-inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t token, int64_t head, int64_t strip,
-                        int64_t num_strips, HeadRows<S>& rows) {
+inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t token, int64_t head,
+                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
   const int64_t slot = step.slots[token];
   if (head >= p.num_heads + num_kv_heads) {
@@ -100,7 +102,8 @@ inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t toke
     return;
   }
   const bool is_query = head < p.num_heads;
-  if (p.q_norm != nullptr) normalise_head<S>(rows, num_strips, is_query ? p.q_norm : p.k_norm, p.eps);
+  if (p.q_norm != nullptr)
+    normalise_head<S>(rows, num_strips, is_query ? p.q_norm : p.k_norm, p.eps);
   const int64_t angles = step.positions[token] * (p.head_dim / 2);
   for (int64_t i = 0; i < num_strips; ++i) {
     const int64_t at = angles + (strip + i) * 16;
@@ -119,7 +122,8 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   const int64_t head_strips = p.head_dim / kStripRows;
   const int64_t unit_strips = p.q_norm == nullptr ? 1 : head_strips;
   int64_t num_units = 0;
-  for (int32_t i = 0; i < p.num_parts; ++i) num_units += p.parts[i].weight.num_strips() / unit_strips;
+  for (int32_t i = 0; i < p.num_parts; ++i)
+    num_units += p.parts[i].weight.num_strips() / unit_strips;
   const Range all = split(num_units, member, num_members);
   int64_t before = 0;
   for (int32_t i = 0; i < p.num_parts; ++i) {

@@ -1,5 +1,5 @@
-// Sixteen lanes in two AVX2 registers; see simd_avx512.h. Included only below a `#pragma GCC target` that enables AVX2,
-// FMA and F16C.
+// Sixteen lanes in two AVX2 registers; see simd_avx512.h. Included only below a `#pragma GCC
+// target` that enables AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -31,11 +31,15 @@ struct Avx2 {
   static inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-  static inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static inline F fma(F x, F y, F z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+  }
   static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static inline F floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
-  static inline F scale_pow2(F p, F n, F x) { return {scale_half(p.a, n.a, x.a), scale_half(p.b, n.b, x.b)}; }
+  static inline F scale_pow2(F p, F n, F x) {
+    return {scale_half(p.a, n.a, x.a), scale_half(p.b, n.b, x.b)};
+  }
   static inline F select_head(int count, F x, F y) {
     const __m256i limit = _mm256_set1_epi32(count);
     const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -72,13 +76,25 @@ struct Avx2 {
     _mm256_storeu_si256(vectors + 1, x.b);
   }
   static inline I ibroadcast(const void* p) { return iset1(*static_cast<const int32_t*>(p)); }
-  static inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
-  static inline I isub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
-  static inline I iand(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+  static inline I iadd(I x, I y) {
+    return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+  }
+  static inline I isub(I x, I y) {
+    return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+  }
+  static inline I iand(I x, I y) {
+    return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+  }
   static inline I ior(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-  static inline I ishl(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
-  static inline I ishr(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
-  static inline I isar(I x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+  static inline I ishl(I x, int n) {
+    return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)};
+  }
+  static inline I ishr(I x, int n) {
+    return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)};
+  }
+  static inline I isar(I x, int n) {
+    return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)};
+  }
   static inline I load_u8(const void* p) {
     const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
@@ -90,11 +106,13 @@ struct Avx2 {
   static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static inline I round(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
   static inline void store_i8(int8_t* p, I x) {
-    const __m256i low_bytes = _mm256_set1_epi32(0xFF);  // the low byte of a lane, as AVX-512 keeps it
+    const __m256i low_bytes =
+        _mm256_set1_epi32(0xFF);  // the low byte of a lane, as AVX-512 keeps it
     const __m256i words =
         _mm256_packus_epi32(_mm256_and_si256(x.a, low_bytes), _mm256_and_si256(x.b, low_bytes));
     const __m256i bytes = _mm256_packus_epi16(words, words);
-    const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+    const __m256i ordered =
+        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
   }
   static inline int32_t reduce_iadd(I x) {
@@ -105,9 +123,12 @@ struct Avx2 {
   }
   static inline I abs_bits(F x) {
     const __m256i mask = _mm256_set1_epi32(0x7FFFFFFF);
-    return {_mm256_and_si256(_mm256_castps_si256(x.a), mask), _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
+    return {_mm256_and_si256(_mm256_castps_si256(x.a), mask),
+            _mm256_and_si256(_mm256_castps_si256(x.b), mask)};
   }
-  static inline I imax(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+  static inline I imax(I x, I y) {
+    return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)};
+  }
   static inline int32_t reduce_imax(I x) {
     const __m256i eight = _mm256_max_epi32(x.a, x.b);
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
@@ -115,11 +136,15 @@ struct Avx2 {
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
   }
 
-  static inline I dot(I acc, I u, I s) { return {dot_half(acc.a, u.a, s.a), dot_half(acc.b, u.b, s.b)}; }
+  static inline I dot(I acc, I u, I s) {
+    return {dot_half(acc.a, u.a, s.a), dot_half(acc.b, u.b, s.b)};
+  }
   static inline I dot_small(I acc, I u, I s) {
     return {dot_small_half(acc.a, u.a, s.a), dot_small_half(acc.b, u.b, s.b)};
   }
-  static inline F dot_bf16(F acc, I x, I y) { return {dot_bf16_half(acc.a, x.a, y.a), dot_bf16_half(acc.b, x.b, y.b)}; }
+  static inline F dot_bf16(F acc, I x, I y) {
+    return {dot_bf16_half(acc.a, x.a, y.a), dot_bf16_half(acc.b, x.b, y.b)};
+  }
   static inline void store_bf16(void* p, F x) {
     const __m256i words = _mm256_packus_epi32(to_bf16(x.a), to_bf16(x.b));
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xD8));
@@ -128,11 +153,14 @@ struct Avx2 {
     return {_mm256_or_si256(to_bf16(x.a), _mm256_slli_epi32(to_bf16(y.a), 16)),
             _mm256_or_si256(to_bf16(x.b), _mm256_slli_epi32(to_bf16(y.b), 16))};
   }
-  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 
  private:
   static inline __m256 scale_half(__m256 p, __m256 n, __m256 x) {
-    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    const __m256i exponent =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const __m256 scaled = _mm256_mul_ps(p, _mm256_castsi256_ps(exponent));
     const __m256 is_tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
     const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
@@ -147,7 +175,8 @@ struct Avx2 {
   }
   // Two products below 64 * 128 each fit 16 bits.
   static inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(acc,
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
   }
   static inline __m256 dot_bf16_half(__m256 acc, __m256i x, __m256i y) {
     const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u));

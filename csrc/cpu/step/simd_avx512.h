@@ -1,6 +1,7 @@
-// Sixteen lanes in one AVX-512 register: the vocabulary in which the kernels of this folder are written.
-// simd_avx2.h and simd_portable.h offer the same functions with the same rounding, so a kernel is one template over them.
-// Included only below a `#pragma GCC target` that enables AVX-512 F/BW/DQ/VL, VNNI and BF16.
+// Sixteen lanes in one AVX-512 register: the vocabulary in which the kernels of this folder are
+// written. simd_avx2.h and simd_portable.h offer the same functions with the same rounding, so a
+// kernel is one template over them. Included only below a `#pragma GCC target` that enables AVX-512
+// F/BW/DQ/VL, VNNI and BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -29,7 +30,9 @@ struct Avx512 {
   // As the instructions do: the second operand when either is NaN.
   static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
   static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static inline F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static inline F floor(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
   // p * 2^n for integral n, and 0 where x < -126, so that no result is denormal.
   static inline F scale_pow2(F p, F n, F x) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -50,7 +53,9 @@ struct Avx512 {
   static inline I iset1(int32_t x) { return _mm512_set1_epi32(x); }
   static inline I iload(const void* p) { return _mm512_loadu_si512(p); }
   static inline void istore(void* p, I a) { _mm512_storeu_si512(p, a); }
-  static inline I ibroadcast(const void* p) { return _mm512_set1_epi32(*static_cast<const int32_t*>(p)); }
+  static inline I ibroadcast(const void* p) {
+    return _mm512_set1_epi32(*static_cast<const int32_t*>(p));
+  }
   static inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static inline I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static inline I iand(I a, I b) { return _mm512_and_si512(a, b); }
@@ -71,7 +76,9 @@ struct Avx512 {
   }
   static inline int32_t reduce_iadd(I a) { return _mm512_reduce_add_epi32(a); }
   // The bits of |a|: as integers they order like the values, with infinity and then NaN on top.
-  static inline I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF)); }
+  static inline I abs_bits(F a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF));
+  }
   static inline I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static inline int32_t reduce_imax(I a) { return _mm512_reduce_max_epi32(a); }
 
@@ -92,7 +99,9 @@ struct Avx512 {
     const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b)));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
-  static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// exp2, the activation functions and the quantising writers, over the simd type S. Included by the step_<isa>.cpp
-// files only.
+// exp2, the activation functions and the quantising writers, over the simd type S. Included by the
+// step_<isa>.cpp files only.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,8 @@
 namespace tgi::cpu::step {
 namespace {
 
-// 2^x, relative error 4e-6 (coarse: enough below bf16) or 1e-7; 0 below 2^-126, NaN for NaN. Minimax polynomials.
+// 2^x, relative error 4e-6 (coarse: enough below bf16) or 1e-7; 0 below 2^-126, NaN for NaN.
+// Minimax polynomials.
 template <class S, bool Coarse>
 inline typename S::F exp2(typename S::F x) {
   x = S::min(S::set1(127.999f), x);  // this order keeps NaN
@@ -52,8 +53,8 @@ inline typename S::F gelu_tanh(typename S::F x) {
 }
 
 // Writes 32 values of one token (a: the first sixteen) into its slot of a tile's block.
-// Int8: scale max|x| / 127. Below 1e-30 all are zero. NaN or infinity give a scale that is not finite, so they
-// reach the logits and are seen there.
+// Int8: scale max|x| / 127. Below 1e-30 all are zero. NaN or infinity give a scale that is not
+// finite, so they reach the logits and are seen there.
 template <class S>
 inline void write_int8_block(typename S::F a, typename S::F b, uint8_t* block, int64_t slot) {
   const int32_t bits = S::reduce_imax(S::imax(S::abs_bits(a), S::abs_bits(b)));
@@ -67,7 +68,8 @@ inline void write_int8_block(typename S::F a, typename S::F b, uint8_t* block, i
   auto* values = reinterpret_cast<int8_t*>(block + 32 * slot);
   S::store_i8(values, low);
   S::store_i8(values + 16, high);
-  // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not meet. Unsigned, as NaN gives any integer.
+  // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not meet. Unsigned, as NaN
+  // gives any integer.
   const auto both = static_cast<uint32_t>(S::reduce_iadd(S::iadd(low, S::ishl(high, 16))));
   const int32_t first = static_cast<int16_t>(both);
   const int32_t second = static_cast<int16_t>((both - static_cast<uint32_t>(first)) >> 16);
@@ -81,7 +83,8 @@ inline void write_int8_block(typename S::F a, typename S::F b, uint8_t* block, i
 }
 
 template <class S>
-inline void write_block(Precision precision, typename S::F a, typename S::F b, uint8_t* block, int64_t slot) {
+inline void write_block(Precision precision, typename S::F a, typename S::F b, uint8_t* block,
+                        int64_t slot) {
   if (precision == Precision::kInt8) {
     write_int8_block<S>(a, b, block, slot);
   } else if (precision == Precision::kBF16) {

@@ -1,5 +1,6 @@
 // Sixteen lanes in plain C++: the reference of the other simd_*.h, for any compiler and processor.
-// Everything here rounds as the AVX-512 functions do, except dot_bf16, whose order of rounding processors do not share.
+// Everything here rounds as the AVX-512 functions do, except dot_bf16, whose order of rounding
+// processors do not share.
 #pragma once
 
 #include <cmath>
@@ -45,7 +46,8 @@ struct Portable {
       const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
       return sign ? -magnitude : magnitude;
     }
-    if (exponent == 31) return from_bits(sign | 0x7F800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
+    if (exponent == 31)
+      return from_bits(sign | 0x7F800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
     return from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
   }
   // To nearest, ties to even; denormals become zero, as in vcvtneps2bf16.
@@ -57,36 +59,22 @@ struct Portable {
   }
 
   static inline F zero() { return set1(0.0f); }
-  static inline F set1(float x) {
-    return {F::Lanes{} + x};
-  }
+  static inline F set1(float x) { return {F::Lanes{} + x}; }
   static inline F load(const float* p) {
     F a;
     std::memcpy(&a.v, p, 64);
     return a;
   }
   static inline void store(float* p, const F& a) { std::memcpy(p, &a.v, 64); }
-  static inline F add(const F& a, const F& b) {
-    return {a.v + b.v};
-  }
-  static inline F sub(const F& a, const F& b) {
-    return {a.v - b.v};
-  }
-  static inline F mul(const F& a, const F& b) {
-    return {a.v * b.v};
-  }
-  static inline F div(const F& a, const F& b) {
-    return {a.v / b.v};
-  }
+  static inline F add(const F& a, const F& b) { return {a.v + b.v}; }
+  static inline F sub(const F& a, const F& b) { return {a.v - b.v}; }
+  static inline F mul(const F& a, const F& b) { return {a.v * b.v}; }
+  static inline F div(const F& a, const F& b) { return {a.v / b.v}; }
   static inline F fma(const F& a, const F& b, const F& c) {
     return each<F>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
   }
-  static inline F min(const F& a, const F& b) {
-    return {a.v < b.v ? a.v : b.v};
-  }
-  static inline F max(const F& a, const F& b) {
-    return {a.v > b.v ? a.v : b.v};
-  }
+  static inline F min(const F& a, const F& b) { return {a.v < b.v ? a.v : b.v}; }
+  static inline F max(const F& a, const F& b) { return {a.v > b.v ? a.v : b.v}; }
   static inline F floor(const F& a) {
     return each<F>([&](int i) { return std::floor(a.v[i]); });
   }
@@ -119,9 +107,7 @@ struct Portable {
   }
 
   static inline I izero() { return iset1(0); }
-  static inline I iset1(int32_t x) {
-    return {I::Lanes{} + x};
-  }
+  static inline I iset1(int32_t x) { return {I::Lanes{} + x}; }
   static inline I iload(const void* p) {
     I a;
     std::memcpy(&a.v, p, 64);
@@ -133,40 +119,25 @@ struct Portable {
     std::memcpy(&x, p, 4);
     return iset1(x);
   }
-  static inline I iadd(const I& a, const I& b) {
-    return {a.v + b.v};
-  }
-  static inline I isub(const I& a, const I& b) {
-    return {a.v - b.v};
-  }
-  static inline I iand(const I& a, const I& b) {
-    return {a.v & b.v};
-  }
-  static inline I ior(const I& a, const I& b) {
-    return {a.v | b.v};
-  }
-  static inline I ishl(const I& a, int n) {
-    return {(I::Lanes)((I::UnsignedLanes)a.v << n)};
-  }
-  static inline I ishr(const I& a, int n) {
-    return {(I::Lanes)((I::UnsignedLanes)a.v >> n)};
-  }
-  static inline I isar(const I& a, int n) {
-    return {a.v >> n};
-  }
+  static inline I iadd(const I& a, const I& b) { return {a.v + b.v}; }
+  static inline I isub(const I& a, const I& b) { return {a.v - b.v}; }
+  static inline I iand(const I& a, const I& b) { return {a.v & b.v}; }
+  static inline I ior(const I& a, const I& b) { return {a.v | b.v}; }
+  static inline I ishl(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v << n)}; }
+  static inline I ishr(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v >> n)}; }
+  static inline I isar(const I& a, int n) { return {a.v >> n}; }
   static inline I load_u8(const void* p) {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const uint8_t*>(p)[i]); });
   }
   static inline I load_i8(const void* p) {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const int8_t*>(p)[i]); });
   }
-  static inline F to_float(const I& a) {
-    return {__builtin_convertvector(a.v, F::Lanes)};
-  }
+  static inline F to_float(const I& a) { return {__builtin_convertvector(a.v, F::Lanes)}; }
   // What does not fit (NaN, infinity) becomes INT32_MIN, as vcvtps2dq has it.
   static inline I round(const F& a) {
     return each<I>([&](int i) {
-      return std::fabs(a.v[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a.v[i])) : INT32_MIN;
+      return std::fabs(a.v[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyintf(a.v[i]))
+                                               : INT32_MIN;
     });
   }
   static inline void store_i8(int8_t* p, const I& a) {
@@ -177,12 +148,8 @@ struct Portable {
     for (int i = 0; i < 16; ++i) sum += a.v[i];
     return sum;
   }
-  static inline I abs_bits(const F& a) {
-    return {(I::Lanes)a.v & 0x7FFFFFFF};
-  }
-  static inline I imax(const I& a, const I& b) {
-    return {a.v > b.v ? a.v : b.v};
-  }
+  static inline I abs_bits(const F& a) { return {(I::Lanes)a.v & 0x7FFFFFFF}; }
+  static inline I imax(const I& a, const I& b) { return {a.v > b.v ? a.v : b.v}; }
   static inline int32_t reduce_imax(const I& a) {
     int32_t best = a.v[0];
     for (int i = 1; i < 16; ++i) best = a.v[i] > best ? a.v[i] : best;

@@ -13,7 +13,8 @@ extern const Kernels kAvx2Kernels;
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const bool has_dots = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  static const bool has_dots =
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (isa() == Isa::kAvx512 && has_dots) return kAvx512Kernels;
   if (isa() != Isa::kPortable && __builtin_cpu_supports("f16c")) return kAvx2Kernels;
 #endif
@@ -42,21 +43,23 @@ constexpr int64_t kTileOverhead = 64;  // tokens of context that a tile's set-up
 
 }  // namespace
 
-void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads, int num_members,
-                     AttentionPoint* split) {
+void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads,
+                     int num_members, AttentionPoint* split) {
   const int64_t group = num_heads / num_kv_heads;
   int64_t total = 0;
-  each_tile(step, group, num_kv_heads, [&](int64_t, int64_t, int64_t, int64_t seen) { total += seen + kTileOverhead; });
+  each_tile(step, group, num_kv_heads,
+            [&](int64_t, int64_t, int64_t, int64_t seen) { total += seen + kTileOverhead; });
   int64_t done = 0;
   int next = 0;
   // A member's part begins at the first chunk whose start is at or past its share.
   each_tile(step, group, num_kv_heads, [&](int64_t s, int64_t head, int64_t tile, int64_t seen) {
     for (int64_t chunk = 0; chunk * kChunkTokens < seen; ++chunk) {
-      const int64_t size = seen - chunk * kChunkTokens < kChunkTokens ? seen - chunk * kChunkTokens : kChunkTokens;
+      const int64_t size =
+          seen - chunk * kChunkTokens < kChunkTokens ? seen - chunk * kChunkTokens : kChunkTokens;
       const int64_t middle = done + (chunk == 0 ? size + kTileOverhead : size) / 2;
       while (next < num_members && (next == 0 || middle * num_members >= total * next)) {
-        split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head), static_cast<int32_t>(tile),
-                         static_cast<int32_t>(chunk)};
+        split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head),
+                         static_cast<int32_t>(tile), static_cast<int32_t>(chunk)};
       }
       done += chunk == 0 ? size + kTileOverhead : size;
     }

@@ -1,5 +1,6 @@
-// The operators of a recorded step: what each reads and writes. A step's sizes and index arrays come from its header;
-// everything else is fixed when the step is recorded. Plain structs without torch, shared by all instruction sets.
+// The operators of a recorded step: what each reads and writes. A step's sizes and index arrays
+// come from its header; everything else is fixed when the step is recorded. Plain structs without
+// torch, shared by all instruction sets.
 #pragma once
 
 #include <atomic>
@@ -9,8 +10,8 @@
 
 namespace tgi::cpu::step {
 
-// A place in the flat list of attention work: row tiles in order of (sequence, KV head, tile), and inside a tile
-// the chunk of context.
+// A place in the flat list of attention work: row tiles in order of (sequence, KV head, tile), and
+// inside a tile the chunk of context.
 struct AttentionPoint {
   int32_t sequence;
   int32_t head;
@@ -34,12 +35,14 @@ struct StepHeader {
   const AttentionPoint* attention_split;  // [members + 1]
 };
 
-// Up to this many tokens every member makes its own copy of a norm's output: cheaper than a barrier.
+// Up to this many tokens every member makes its own copy of a norm's output: cheaper than a
+// barrier.
 constexpr int64_t kPrivateTokens = 2;
 
 // One layer's keys and values: pools [KV head][block] of sub-blocks of 16 tokens.
-// BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32: keys [dim][16], values [16][dim].
-// The dims of keys (and of q) are in the order of the packed rows: of each rotated pair the first, then the second.
+// BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32: keys
+// [dim][16], values [16][dim]. The dims of keys (and of q) are in the order of the packed rows: of
+// each rotated pair the first, then the second.
 struct KvLayerView {
   uint8_t* keys;
   uint8_t* values;
@@ -75,8 +78,9 @@ struct LinearParams {
   PackedMatrix weight;
   const float* bias;  // [num_rows] in packed order, or null
   Activation in;
-  int64_t private_bytes;   // of the input, 0: it is not private
-  float* scratch;          // a unit's weights as float32, a member each; null where the input is not float32
+  int64_t private_bytes;  // of the input, 0: it is not private
+  float*
+      scratch;  // a unit's weights as float32, a member each; null where the input is not float32
   int64_t scratch_floats;  // between members
 };
 
@@ -87,17 +91,18 @@ struct QkvParams {
   int32_t num_parts;
   int64_t num_heads;
   int64_t head_dim;
-  const float* cosines;      // [positions, head_dim / 2]
-  const float* sines;        // the same
-  const float* q_norm;       // [head_dim] in packed order, or null: no norm of heads
+  const float* cosines;  // [positions, head_dim / 2]
+  const float* sines;    // the same
+  const float* q_norm;   // [head_dim] in packed order, or null: no norm of heads
   const float* k_norm;
   float eps;
-  float q_scale;             // softmax scale times log2(e)
-  void* q;                   // [num_tokens, num_heads, head_dim], the KV cache's precision
+  float q_scale;  // softmax scale times log2(e)
+  void* q;        // [num_tokens, num_heads, head_dim], the KV cache's precision
   KvLayerView kv;
 };
 
-// A row tile's partial results, where its chunks are split over members: merged in order by who arrives last.
+// A row tile's partial results, where its chunks are split over members: merged in order by who
+// arrives last.
 struct AttentionPartial {
   float* data;  // [chunk][row]: head_dim sums, then maximum and total
   std::atomic<int32_t>* arrived;
@@ -107,8 +112,9 @@ struct AttentionParams {
   const void* q;
   KvLayerView kv;
   int64_t num_heads;
-  Activation out;                    // num_columns = num_heads * head_dim
-  const AttentionPartial* partials;  // one a member: of the tile that this member is the first to work on
+  Activation out;  // num_columns = num_heads * head_dim
+  const AttentionPartial*
+      partials;  // one a member: of the tile that this member is the first to work on
 };
 
 struct LinearAddParams {
@@ -131,7 +137,8 @@ struct LogitsParams {
 
 // The kernels of one instruction set. Each does the member's part of the operator.
 template <class Params>
-using StepFunction = void (*)(const Params& params, const StepHeader& step, int member, int num_members);
+using StepFunction = void (*)(const Params& params, const StepHeader& step, int member,
+                              int num_members);
 
 struct Kernels {
   const char* name;
@@ -142,19 +149,22 @@ struct Kernels {
   StepFunction<LinearAddParams> linear_add;
   StepFunction<GateUpParams> gate_up;
   StepFunction<LogitsParams> logits;
-  void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel, float* out);  // out: [columns][16]
+  void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel,
+                           float* out);  // out: [columns][16]
 };
 
 // The set of the instruction set in use, see isa.h.
 const Kernels& kernels();
 
-// Rows of queries that are attended together, and tokens of context whose softmax is taken at once. Chunks begin at
-// multiples of kChunkTokens whatever the batch, which is why a split does not change a bit.
+// Rows of queries that are attended together, and tokens of context whose softmax is taken at once.
+// Chunks begin at multiples of kChunkTokens whatever the batch, which is why a split does not
+// change a bit.
 constexpr int64_t kAttentionRows = 6;
 constexpr int64_t kChunkTokens = 256;
 
-// Divides a step's attention among members by the blocks of context they read: `split` gets num_members + 1 points.
-void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads, int num_members,
-                     AttentionPoint* split);
+// Divides a step's attention among members by the blocks of context they read: `split` gets
+// num_members + 1 points.
+void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads,
+                     int num_members, AttentionPoint* split);
 
 }  // namespace tgi::cpu::step

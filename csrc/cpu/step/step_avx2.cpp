@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../team.h"
 #include "pack.h"
 #include "step.h"
-#include "../team.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,tune=znver3")

@@ -7,15 +7,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../team.h"
 #include "pack.h"
 #include "step.h"
-#include "../team.h"
 
 // GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c,avx2,bmi2,tune=znver3")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c,avx2,bmi2,tune=znver3")
 #include "simd_avx512.h"
 // After the simd type.
 #include "step_kernels.h"

@@ -19,8 +19,8 @@ void embed(const EmbedParams& p, const StepHeader& step, int member, int num_mem
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,          embed<S>,   norm<S>,   qkv<S>, attention<S>, linear_add<S>, gate_up<S>, logits<S>,
-          dequantise<S>};
+  return {name,          embed<S>,   norm<S>,   qkv<S>,       attention<S>,
+          linear_add<S>, gate_up<S>, logits<S>, dequantise<S>};
 }
 
 }  // namespace
