@@ -52,15 +52,15 @@ class Prompts:
             {"role": "user", "content": " ".join(words[4:])},
         ]
 
-    async def calibrate(self, client: Client, model: str) -> None:
+    async def calibrate(self, client: Client, body: dict[str, Any]) -> None:
         """Ask the server how many tokens a prompt has, and adjust the number of words.
 
         Raises:
             ValueError: the server does not answer, or the template alone is longer than the prompt.
         """
         for _ in range(2):
-            body = {"model": model, "messages": self.messages(), "max_tokens": 2, "temperature": 0}
-            self._num_words += self.tokens - Answer.read(await client.chat(body)).num_prompt_tokens
+            answer = Answer.read(await client.chat({**body, "messages": self.messages(), "max_tokens": 4}))
+            self._num_words += self.tokens - answer.num_prompt_tokens
         if self._num_words < len(self._shared) + 5:
             raise ValueError(f"{self.tokens} tokens are too few for this template and the shared prefix")
 
@@ -178,7 +178,7 @@ async def run(
     client = Client(url)
     body = {"model": model, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     try:
-        await prompts.calibrate(client, model)
+        await prompts.calibrate(client, body)
         send = _Sender(client, prompts, body)
         await load.drive(send)
     finally:

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def numbers(kind: type[Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of comma-separated lists for argparse; an empty text is an empty list."""
+    return lambda text: [kind(word) for word in text.split(",") if word]
 
 
 def command_line() -> str:

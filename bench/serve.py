@@ -22,7 +22,7 @@ from typing import Any
 from bench import picture
 from bench.bandwidth import read_bandwidth
 from bench.loads import ClosedLoop, Measured, OpenLoop, Prompts, Target, run
-from bench.report import command_line, emit, machine, table
+from bench.report import command_line, emit, machine, numbers, table
 from bench.servers import Server
 
 ROUNDS = 3  # closed loop: requests a client, unless --requests says otherwise
@@ -33,11 +33,6 @@ def loads_of(options: argparse.Namespace) -> list[ClosedLoop | OpenLoop]:
     """Return the loads that the command line asks for."""
     closed = [ClosedLoop(n, options.requests or max(ROUNDS * n, MIN_REQUESTS)) for n in options.clients]
     return [*closed, *(OpenLoop(rate, options.requests or max(int(20 * rate), 20)) for rate in options.rates)]
-
-
-def numbers(kind: type[Any]) -> Any:
-    """Parse a comma-separated list; "" is none."""
-    return lambda text: [kind(word) for word in text.split(",") if word]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
