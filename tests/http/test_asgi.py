@@ -75,7 +75,7 @@ async def test_v1_reads_json_whatever_its_content_type() -> None:
 @pytest.mark.parametrize("given", ["abc-123", "x" * 128, "a b"])
 async def test_a_clients_request_id_comes_back(given: str) -> None:
     call = await send(small_app(), request("GET", "/health", headers={"x-request-id": given}))
-    assert call.headers["x-request-id"] == given or " " in given
+    assert call.headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "a\nb", "é"])

@@ -185,6 +185,7 @@ async def test_what_is_harmless_is_accepted() -> None:
         "messages": HI, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"},
         "top_logprobs": 0, "functions": [], "modalities": ["text"], "stop": [], "use_beam_search": False,
         "spaces_between_special_tokens": True, "include_reasoning": False, "stop_token_ids": [],
+        "bad_words": [],
     }  # fmt: skip
     assert (await send(scripted_app(engine), request("POST", CHAT, body))).status == 200
 
@@ -236,9 +237,10 @@ async def test_compat_has_tgis_limits(fields: dict[str, Any], message: str) -> N
     assert message in call.json()["error"]
 
 
-async def test_compat_refuses_tools_with_a_grammar_in_tgis_words() -> None:
+@pytest.mark.parametrize("given", [{"type": "text"}, {"type": "json", "value": {"type": "object"}}])
+async def test_compat_refuses_tools_with_a_grammar_in_tgis_words(given: dict[str, Any]) -> None:
     app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
-    body = {"messages": HI, "tools": [], "response_format": {"type": "text"}}
+    body = {"messages": HI, "tools": [], "response_format": given}
     call = await send(app, request("POST", CHAT, body))
     assert call.status == 422
     assert (

@@ -43,7 +43,7 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 def request_id_of(scope: Scope) -> str:
     """Take over the client's `X-Request-Id` of up to 128 printable ASCII characters, else draw one."""
     given = header(scope, b"x-request-id")
-    if given and len(given) <= _MAX_REQUEST_ID and all(0x20 < byte < 0x7F for byte in given):
+    if given and len(given) <= _MAX_REQUEST_ID and all(0x20 <= byte < 0x7F for byte in given):
         return given.decode("ascii")
     return secrets.token_hex(16)
 

@@ -83,8 +83,8 @@ def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
     info = context.ready().info
     is_compat = context.settings.tgi_compat
     limits = Limits.of(context.settings)
+    check_tools(request, is_compat=is_compat)  # before response_format: with tools, TGI's words come first
     check_common(request, limits, info)
-    check_tools(request, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     sampling = sampling_of(request, info, logprobs)
     served_name(exchange, request.model, info)

@@ -88,7 +88,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo) -> Non
     if request.cache_salt == "":
         refuse("cache_salt", "`cache_salt` must not be empty")
     for name in _UNSUPPORTED:
-        if getattr(request, name) not in (None, False):
+        if getattr(request, name) not in (None, False, []):
             refuse(name, f"`{name}` is not supported", "unsupported_parameter")
     _check_constraints(request)
 
