@@ -28,6 +28,14 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return cudaGetLastError();
 }
 
+// Of the current device; persistent kernels fill it a fixed number of times.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count;
+}
+
 }  // namespace tgi::cuda
 
 #else
@@ -44,6 +52,8 @@ TGI_EMULATOR cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 b
   return emu::run(
       grid, block, shared_bytes, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
+
+inline int num_multiprocessors() { return 3; }
 
 }  // namespace tgi::cuda
 

@@ -18,11 +18,9 @@ _STRUCTS = {
     "rms_norm": "RmsNormParams",
     "act_mul": "ActMulParams",
     "rope_kv_write": "RopeParams",
-
-
-
-
-
+    "attention_plan": "AttentionParams",
+    "attention_decode": "AttentionParams",
+    "attention_prefill": "AttentionParams",
 }
 _SEEDS = (1, 2)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}

@@ -1,0 +1,198 @@
+// Attention of one token a sequence, split over the context (flash-decoding).
+//
+// The work is a list of items (sequence, chunk of its context, KV head). A chunk's length depends on its own
+// sequence's length only, so a row's bits do not depend on the batch. A persistent grid takes the items in turn; the
+// query heads of a KV head share an item as the rows of mma, and each warp walks every fourth tile of sixteen
+// tokens by itself, without barriers. Chunks of one sequence are merged in order by a second kernel.
+#pragma once
+
+#include "attention_context.cuh"
+#include "attention_tile.cuh"
+
+namespace tgi::cuda {
+
+constexpr int kMergeThreads = 64;
+
+template <typename Element, typename KvElement, int HeadDim>
+struct Decode {
+  static constexpr int kWarps = HeadDim <= 128 ? 4 : 2;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kStages = 3;
+  static constexpr int kTile = 16;                               // tokens
+  static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;  // of 16 bytes: keys, or values
+  static constexpr int kSharedChunks = kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
+  static constexpr int kSharedBytes = kSharedChunks * 16;
+  // The merge of the warps lies where the tiles were.
+  static_assert(kWarps * kRows * (HeadDim + 2) * 4 <= kWarps * kStages * 2 * kTileChunks * 16);
+  using KvCache = Cache<Element, KvElement, HeadDim>;
+
+  // Rows of queries past the group are zeros.
+  static __device__ __forceinline__ void load_queries(const AttentionParams& p, int64_t sequence, int64_t kv_head,
+                                                      int group, uint4* queries) {
+    const Element* q = static_cast<const Element*>(p.q) + (sequence * p.num_heads + kv_head * group) * HeadDim;
+    for (int i = int(threadIdx.x); i < kRows * Row<HeadDim>::kChunks; i += kThreads) {
+      const int row = i / Row<HeadDim>::kChunks, chunk = i % Row<HeadDim>::kChunks;
+      queries[Row<HeadDim>::at(row, chunk)] =
+          row < group ? *reinterpret_cast<const uint4*>(q + row * HeadDim + chunk * 8) : uint4{0, 0, 0, 0};
+    }
+  }
+
+  // This warp's part of the tokens [begin, end): tiles warp, warp + kWarps ... of them.
+  static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence, int64_t kv_head,
+                                              int64_t begin, int64_t end, const uint4* queries, uint4* tiles,
+                                              RowState<HeadDim>& state) {
+    const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+    const int64_t first_tile = begin / kTile;
+    const int num_tiles = int((ceil_divide<int64_t>(end, kTile) - first_tile - warp + kWarps - 1) / kWarps);
+    const auto token_of = [&](int i) { return (first_tile + warp + int64_t{i} * kWarps) * kTile; };
+    // Lane i knows the i-th tile's block: ids stand in front of every address, so they are fetched all at once.
+    int32_t own_block = 0;
+    if (lane < num_tiles) {
+      own_block = p.block_table[sequence * p.block_table_stride + token_of(lane) / p.block_size];
+    }
+    own_block = min(max(own_block, 0), int32_t(p.num_blocks - 1));
+    const KvCache cache(p, kv_head);
+    const auto bring_tile = [&](int i) {
+      const int64_t token = token_of(i);
+      const int64_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize), offset = token % p.block_size;
+      uint4* stage = tiles + i % kStages * 2 * kTileChunks;
+#pragma unroll 4
+      for (int k = lane; k < 2 * kTile * KvCache::kCopies; k += kWarpSize) {
+        const bool is_value = k >= kTile * KvCache::kCopies;
+        const int row = k / KvCache::kCopies % kTile;
+        const bool is_valid = token + row >= begin && token + row < end;
+        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value, block, offset + row,
+                    is_valid);
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < num_tiles) bring_tile(i);
+      async_commit();
+    }
+    for (int i = 0; i < num_tiles; ++i) {
+      async_wait<kStages - 2>();
+      __syncwarp();  // tile i is there for all lanes, and all have done with tile i - 1
+      if (i + kStages - 1 < num_tiles) bring_tile(i + kStages - 1);
+      async_commit();
+      const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
+      const int first = int(max(begin - token_of(i), int64_t{0}));
+      const int stop = int(min(end - token_of(i), int64_t{kTile}));
+      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks, p.scale * p.key_scale * kLog2E,
+                                      first == 0 && stop == kTile, Visible{{first, first}, {stop, stop}});
+    }
+    finish_sums(state);
+  }
+
+  // Leaves the warp's rows in shared memory: [warp][row] sums, then of each the maximum and the total.
+  static __device__ __forceinline__ void leave(const RowState<HeadDim>& state, float* sums, float* stats) {
+    const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp * kRows + lane / 4 + 8 * half;
+#pragma unroll
+      for (int j = 0; j < HeadDim / 8; ++j) {
+        *reinterpret_cast<float2*>(sums + row * HeadDim + j * 8 + lane % 4 * 2) =
+            float2{state.out[j][2 * half], state.out[j][2 * half + 1]};
+      }
+      if (lane % 4 == 0) *reinterpret_cast<float2*>(stats + row * 2) = float2{state.max[half], state.sum[half]};
+    }
+  }
+};
+
+// What parts (of a softmax over parts of the keys) make together, in their order.
+struct Merged {
+  float out, max, sum;
+
+  __device__ __forceinline__ void add(float part_out, float2 part) {
+    const float larger = fmaxf(max, part.x);
+    if (larger == -INFINITY) return;
+    const float own = exp2f(max - larger), other = exp2f(part.x - larger);
+    out = out * own + part_out * other;
+    sum = sum * own + part.y * other;
+    max = larger;
+  }
+};
+
+template <typename Element, typename KvElement, int HeadDim>
+__global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads, 2)
+    decode_kernel(AttentionParams p) {
+  using Kernel = Decode<Element, KvElement, HeadDim>;
+  DYNAMIC_SHARED(uint4, queries);  // [16 rows], then the warps' tiles
+  uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
+  auto* sums = reinterpret_cast<float*>(tiles);  // once the tiles are done with
+  float* stats = sums + Kernel::kWarps * kRows * HeadDim;
+  const int group = int(p.num_heads / p.num_kv_heads);
+  const Workspace workspace(p);
+  const int64_t num_items = int64_t{workspace.chunk_start[p.num_sequences]} * p.num_kv_heads;
+  for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+    const int64_t chunk = item / p.num_kv_heads, kv_head = item % p.num_kv_heads;
+    int64_t sequence = 0;  // the last that begins at or before this chunk
+    for (int64_t stop = p.num_sequences; stop - sequence > 1;) {
+      const int64_t middle = (sequence + stop) / 2;
+      (workspace.chunk_start[middle] <= chunk ? sequence : stop) = middle;
+    }
+    const Context context(p, sequence);
+    const int64_t start = (context.first_chunk() + chunk - workspace.chunk_start[sequence]) * context.length;
+    const int64_t begin = max(context.begin, start), end = min(context.end, start + context.length);
+    Kernel::load_queries(p, sequence, kv_head, group, queries);
+    __syncthreads();  // also: all have done with the merge of the item before, and its tiles are free
+    RowState<HeadDim> state;
+    state.clear();
+    Kernel::walk(p, sequence, kv_head, begin, end, queries,
+                 tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks, state);
+    __syncthreads();  // the tiles are done with
+    Kernel::leave(state, sums, stats);
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < group * HeadDim; i += Kernel::kThreads) {
+      const int row = i / HeadDim, d = i % HeadDim;
+      Merged merged = {0, -INFINITY, 0};
+#pragma unroll
+      for (int warp = 0; warp < Kernel::kWarps; ++warp) {
+        const int from = warp * kRows + row;
+        merged.add(sums[from * HeadDim + d], *reinterpret_cast<const float2*>(stats + from * 2));
+      }
+      const int64_t head = kv_head * group + row, place = chunk * p.num_heads + head;
+      workspace.out[place * HeadDim + d] = merged.out;
+      if (d == 0) workspace.stats[place] = float2{merged.max, merged.sum};
+    }
+  }
+}
+
+// One block a (sequence, head): merges its chunks and divides.
+template <typename Element, int HeadDim>
+__global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams p) {
+  const Workspace workspace(p);
+  const int64_t sequence = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
+  const int64_t first = workspace.chunk_start[sequence], stop = workspace.chunk_start[sequence + 1];
+  for (int d = 2 * int(threadIdx.x); d < HeadDim; d += 2 * kMergeThreads) {
+    Merged merged[2] = {{0, -INFINITY, 0}, {0, -INFINITY, 0}};
+    for (int64_t chunk = first; chunk < stop; ++chunk) {
+      const int64_t place = chunk * p.num_heads + head;
+      const float2 out = *reinterpret_cast<const float2*>(workspace.out + place * HeadDim + d);
+      merged[0].add(out.x, workspace.stats[place]);
+      merged[1].add(out.y, workspace.stats[place]);
+    }
+    const float factor = first == stop ? 0.0f : p.value_scale / merged[0].sum;
+    Element* out = static_cast<Element*>(p.out) + (sequence * p.num_heads + head) * HeadDim + d;
+    *reinterpret_cast<uint32_t*>(out) = Pair<Element>::pack(merged[0].out * factor, merged[1].out * factor);
+  }
+}
+
+template <typename Element, typename KvElement>
+cudaError_t launch_decode(const AttentionParams& p, cudaStream_t stream) {
+  return for_head_dim(p.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    using Kernel = Decode<Element, KvElement, kHeadDim>;
+    const int64_t items =
+        p.num_sequences * max_chunks(p.block_table_stride * p.block_size) * p.num_kv_heads;
+    const auto blocks = unsigned(min(items, int64_t{2} * num_multiprocessors()));
+    const cudaError_t error = launch(decode_kernel<Element, KvElement, kHeadDim>, dim3(blocks),
+                                     dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, p);
+    if (error != cudaSuccess) return error;
+    return launch(merge_kernel<Element, kHeadDim>, dim3(unsigned(p.num_sequences * p.num_heads)),
+                  dim3(kMergeThreads), 0, stream, p);
+  });
+}
+
+}  // namespace tgi::cuda

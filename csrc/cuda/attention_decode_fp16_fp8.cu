@@ -1,0 +1,8 @@
+// Decode attention in float16 over a cache of 8 bits.
+#include "attention_decode.cuh"
+
+namespace tgi::cuda {
+
+template cudaError_t launch_decode<fp16, fp8>(const AttentionParams&, cudaStream_t);
+
+}  // namespace tgi::cuda

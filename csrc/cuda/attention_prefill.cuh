@@ -1,0 +1,134 @@
+// Attention of many tokens a sequence over the paged cache: causal, chunked or whole, with a sliding window.
+//
+// A block takes 64 rows of one KV head: row r is query token r / group and query head r % group, so that the heads of
+// a group read keys and values once. Its four warps have sixteen rows each and share the tiles of keys, which begin
+// at multiples of the tile's length: a row's bits do not depend on how its prompt was cut.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace tgi::cuda {
+
+template <typename Element, typename KvElement, int HeadDim>
+struct Prefill {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockRows = kWarps * kRows;
+  static constexpr int kKeys = HeadDim <= 128 ? 64 : 32;
+  static constexpr int kStages = 2;
+  static constexpr int kUnroll = HeadDim <= 128 ? 4 : 1;  // the sums leave no more registers
+  static constexpr int kTileChunks = kKeys * Row<HeadDim>::kStride;
+  static constexpr int kSharedBytes = (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16;
+  using KvCache = Cache<Element, KvElement, HeadDim>;
+
+  static __device__ __forceinline__ void bring_tile(const AttentionParams& p, const KvCache& cache,
+                                                    const int32_t* table, int token, int begin, int end, uint4* stage) {
+#pragma unroll(kUnroll)
+    for (int k = int(threadIdx.x); k < 2 * kKeys * KvCache::kCopies; k += kThreads) {
+      const bool is_value = k >= kKeys * KvCache::kCopies;
+      const int row = k / KvCache::kCopies % kKeys;
+      const int position = token + row, block_size = int(p.block_size);
+      const bool is_valid = position >= begin && position < end;
+      int block = is_valid ? table[position / block_size] : 0;
+      block = min(max(block, 0), int(p.num_blocks) - 1);
+      cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value, block,
+                  position % block_size, is_valid);
+    }
+  }
+};
+
+template <typename Element, typename KvElement, int HeadDim>
+__global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads, 1)
+    prefill_kernel(AttentionParams p) {
+  using Kernel = Prefill<Element, KvElement, HeadDim>;
+  using Tile = Row<HeadDim>;
+  DYNAMIC_SHARED(uint4, queries);  // [64 rows], then the stages' tiles
+  uint4* tiles = queries + Kernel::kBlockRows * Tile::kStride;
+  const int64_t sequence = blockIdx.z, kv_head = blockIdx.y;
+  const int group = int(p.num_heads / p.num_kv_heads);
+  const int64_t query_begin = min(max(int64_t{p.query_start[sequence]}, int64_t{0}), p.num_tokens);
+  const int64_t query_end = min(max(int64_t{p.query_start[sequence + 1]}, query_begin), p.num_tokens);
+  const int num_rows = int(query_end - query_begin) * group;
+  // The last rows see the most keys: they start first.
+  const int first_row = int(gridDim.x - 1 - blockIdx.x) * Kernel::kBlockRows;
+  if (first_row >= num_rows) return;
+  const int last_row = min(first_row + Kernel::kBlockRows, num_rows) - 1;
+  const int64_t longest = p.block_table_stride * p.block_size;
+  const int64_t context = min(max(int64_t{p.context_len[sequence]}, int64_t{0}), longest);
+  const int before = int(context - (query_end - query_begin));  // position of the first query
+  const int nearest = before + first_row / group, furthest = before + last_row / group;
+  const int window = int(p.window), begin = window > 0 ? max(nearest - window + 1, 0) : 0, end = furthest + 1;
+
+  const Element* q = static_cast<const Element*>(p.q) + (query_begin * p.num_heads + kv_head * group) * HeadDim;
+  for (int i = int(threadIdx.x); i < Kernel::kBlockRows * Tile::kChunks; i += Kernel::kThreads) {
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const int from = first_row + row;
+    const int64_t offset = (int64_t{from / group} * p.num_heads + from % group) * HeadDim + chunk * 8;
+    async_copy16(&queries[Tile::at(row, chunk)], from < num_rows ? q + offset : q, from < num_rows);
+  }
+  const typename Kernel::KvCache cache(p, kv_head);
+  const int32_t* table = p.block_table + sequence * p.block_table_stride;
+  const int first_tile = begin / Kernel::kKeys, stop_tile = ceil_divide(end, Kernel::kKeys);
+  Kernel::bring_tile(p, cache, table, first_tile * Kernel::kKeys, begin, end, tiles);
+  async_commit();
+
+  const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  int position[2];  // of this lane's rows
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    position[half] = before + (first_row + warp * kRows + lane / 4 + 8 * half) / group;
+  }
+  RowState<HeadDim> state;
+  state.clear();
+  for (int tile = first_tile; tile < stop_tile; ++tile) {
+    async_wait<0>();
+    __syncthreads();  // this tile is there for all, and all have done with the one before
+    const int stage = (tile - first_tile) % Kernel::kStages;
+    const int token = tile * Kernel::kKeys;
+    if (tile + 1 < stop_tile) {
+      Kernel::bring_tile(p, cache, table, token + Kernel::kKeys, begin, end,
+                         tiles + (stage ^ 1) * 2 * Kernel::kTileChunks);
+    }
+    async_commit();
+    Visible visible;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      visible.stop[half] = min(position[half] + 1 - token, +Kernel::kKeys);
+      visible.first[half] = window > 0 ? max(position[half] + 1 - window - token, 0) : 0;
+    }
+    const bool is_all_visible =
+        token + Kernel::kKeys <= nearest + 1 && (window == 0 || token >= furthest + 1 - window);
+    const uint4* keys = tiles + stage * 2 * Kernel::kTileChunks;
+    attend<Element, HeadDim, Kernel::kKeys>(state, queries + warp * kRows * Tile::kStride, keys,
+                                            keys + Kernel::kTileChunks, p.scale * p.key_scale * kLog2E,
+                                            is_all_visible, visible);
+  }
+  finish_sums(state);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + warp * kRows + lane / 4 + 8 * half;
+    if (row >= num_rows) continue;
+    const float factor = p.value_scale / state.sum[half];
+    const int64_t head = kv_head * group + row % group;
+    Element* out = static_cast<Element*>(p.out) + ((query_begin + row / group) * p.num_heads + head) * HeadDim;
+#pragma unroll
+    for (int j = 0; j < HeadDim / 8; ++j) {
+      *reinterpret_cast<uint32_t*>(out + j * 8 + lane % 4 * 2) =
+          Pair<Element>::pack(state.out[j][2 * half] * factor, state.out[j][2 * half + 1] * factor);
+    }
+  }
+}
+
+template <typename Element, typename KvElement>
+cudaError_t launch_prefill(const AttentionParams& p, cudaStream_t stream) {
+  return for_head_dim(p.head_dim, [&](auto head_dim) {
+    using Kernel = Prefill<Element, KvElement, decltype(head_dim)::value>;
+    const int64_t rows = p.max_query_len * (p.num_heads / p.num_kv_heads);
+    const dim3 grid(unsigned(ceil_divide<int64_t>(rows, Kernel::kBlockRows)), unsigned(p.num_kv_heads),
+                    unsigned(p.num_sequences));
+    return launch(prefill_kernel<Element, KvElement, decltype(head_dim)::value>, grid, dim3(Kernel::kThreads),
+                  Kernel::kSharedBytes, stream, p);
+  });
+}
+
+}  // namespace tgi::cuda

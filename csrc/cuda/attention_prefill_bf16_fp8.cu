@@ -1,0 +1,8 @@
+// Prefill attention in bfloat16 over a cache of 8 bits.
+#include "attention_prefill.cuh"
+
+namespace tgi::cuda {
+
+template cudaError_t launch_prefill<bf16, fp8>(const AttentionParams&, cudaStream_t);
+
+}  // namespace tgi::cuda

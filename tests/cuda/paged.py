@@ -1,0 +1,130 @@
+"""A paged cache on an emulated device, with sequences scattered over it, and what attention should make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.emulation.device import TYPES, Device
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a case of attention is about."""
+
+    contexts: Sequence[int]
+    queries: Sequence[int]  # of each sequence
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    window: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None  # None: dtype
+    magnitude: float = 1.0  # of queries: the spread of the scores
+
+
+class PagedCase:
+    """Random queries, keys and values of a shape, on the device; what no sequence owns is forbidden."""
+
+    def __init__(self, device: Device, shape: Shape) -> None:
+        self.device, self.shape = device, shape
+        size, kv_dtype = shape.block_size, shape.kv_dtype or shape.dtype
+        self.counts = [-(-context // size) for context in shape.contexts]
+        num_blocks = sum(self.counts) + 3
+        order = torch.randperm(num_blocks)[: sum(self.counts)].int()
+        columns = max(self.counts, default=0) + 1
+        self.block_table = device.empty((len(shape.contexts), columns), torch.int32)
+        pool_shape = (num_blocks, 2, shape.num_kv_heads, size, shape.head_dim)
+        self.kv = device.empty(pool_shape, kv_dtype)
+        self.kv_scales = (0.5, 2.0) if kv_dtype is torch.float8_e4m3fn else (1.0, 1.0)
+        self.keys, self.values = [], []
+        first = 0
+        for index, (context, count) in enumerate(zip(shape.contexts, self.counts, strict=True)):
+            blocks = order[first : first + count]
+            first += count
+            self.block_table[index, :count] = blocks
+            device.forbid(self.block_table[index, count:])
+            self._fill(blocks.long(), context)
+        owned = set(order.tolist())
+        for block in range(num_blocks):
+            if block not in owned:
+                device.forbid(self.kv[block])
+        num_tokens = sum(shape.queries)
+        self.q = device.tensor(
+            (torch.randn(num_tokens, shape.num_heads, shape.head_dim) * shape.magnitude).to(shape.dtype)
+        )
+        self.out = device.empty(self.q.shape, shape.dtype)
+        starts = torch.tensor([0, *shape.queries]).cumsum(0).int()
+        self.query_start = device.tensor(starts)
+        self.context_len = device.tensor(torch.tensor(shape.contexts, dtype=torch.int32))
+
+    def _fill(self, blocks: Tensor, context: int) -> None:
+        shape, size = self.shape, self.shape.block_size
+        both = torch.randn(2, context, shape.num_kv_heads, shape.head_dim)
+        both[1] += 1  # or the mean of many values would be 0
+        stored = torch.stack([both[0] / self.kv_scales[0], both[1] / self.kv_scales[1]]).to(self.kv.dtype)
+        for token in range(context):
+            self.kv[blocks[token // size], :, :, token % size] = stored[:, token]
+        if len(blocks):  # slots past the context
+            for plane in range(2):
+                for head in range(shape.num_kv_heads):
+                    rest = self.kv[blocks[-1], plane, head, (context - 1) % size + 1 :]
+                    if rest.numel():
+                        self.device.forbid(rest)
+        wide = stored.double()
+        self.keys.append(wide[0] * self.kv_scales[0])
+        self.values.append(wide[1] * self.kv_scales[1])
+
+    def params(self, **changes: object) -> dict[str, object]:
+        shape = self.shape
+        return {
+            "q": self.q, "kv": self.kv, "query_start": self.query_start, "context_len": self.context_len,
+            "block_table": self.block_table, "out": self.out, "workspace": None,
+            "num_tokens": self.q.shape[0], "num_sequences": len(shape.contexts),
+            "max_query_len": max(shape.queries, default=0), "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "num_blocks": self.kv.shape[0],
+            "block_size": shape.block_size, "block_table_stride": self.block_table.shape[1],
+            "window": shape.window, "scale": shape.head_dim**-0.5, "key_scale": self.kv_scales[0],
+            "value_scale": self.kv_scales[1], "type": TYPES[shape.dtype], "kv_type": TYPES[self.kv.dtype],
+            **changes,
+        }  # fmt: skip
+
+    def expected(self) -> Tensor:
+        """Attend in float64: [num_tokens, num_heads, head_dim]."""
+        shape = self.shape
+        group = shape.num_heads // shape.num_kv_heads
+        out = torch.zeros(self.q.shape, dtype=torch.float64)
+        row = 0
+        for context, queries, key, value in zip(
+            shape.contexts, shape.queries, self.keys, self.values, strict=True
+        ):
+            for i in range(queries):
+                stop = context - queries + i + 1
+                first = max(stop - shape.window, 0) if shape.window else 0
+                if stop > first:
+                    q = self.q[row].double().view(shape.num_kv_heads, group, -1)
+                    scores = torch.einsum("kgd,tkd->kgt", q, key[first:stop]) * shape.head_dim**-0.5
+                    seen = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), value[first:stop])
+                    out[row] = seen.reshape(shape.num_heads, -1)
+                row += 1
+        return out
+
+
+# Of the whole tensor: the results are rounded once, and weights once before they meet the values.
+_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
+
+
+def assert_attended(case: PagedCase) -> None:
+    """Hold a case's output to the reference, as a whole and at its worst element."""
+    expected, actual = case.expected(), case.out.double()
+    if expected.numel() == 0:
+        return
+    limit = _TOLERANCE[case.shape.dtype]
+    error = (actual - expected).abs()
+    whole, worst = float(error.norm() / expected.norm()), float(error.max() / expected.abs().max())
+    assert whole < limit, f"relative error {whole:.2g} is not below {limit}"
+    assert worst < 4 * limit, f"worst error {worst:.2g} is not below {4 * limit}"

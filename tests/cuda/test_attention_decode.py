@@ -1,0 +1,159 @@
+"""The CUDA kernels of decode attention in emulation: the plan, the split over the context, the merge."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cuda.faults import Fault, assert_caught
+from tests.cuda.paged import PagedCase, Shape, assert_attended
+from tests.emulation.device import Device
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+
+def run(device: Device, shape: Shape) -> PagedCase:
+    case = PagedCase(device, shape)
+    params = case.params()
+    size_of = device.library.emu_attention_workspace_bytes
+    size_of.argtypes, size_of.restype = [ctypes.c_int64] * 5, ctypes.c_int64
+    num_bytes = size_of(
+        len(shape.contexts), case.block_table.shape[1], shape.block_size, shape.num_heads, shape.head_dim
+    )
+    workspace = device.empty((num_bytes,), torch.uint8)
+    device.launch("attention_plan", **params | {"workspace": workspace})
+    device.run("attention_decode", [case.out, workspace], **params | {"workspace": workspace})
+    return case
+
+
+def check(device: Device, shape: Shape) -> None:
+    assert_attended(run(device, shape))
+
+
+def one_each(*contexts: int, **kinds: object) -> Shape:
+    return Shape(contexts, [1] * len(contexts), **kinds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        one_each(1),
+        one_each(15, 16, 17, 3, 129),
+        one_each(0, 1, 0),
+        one_each(255, 256, 257, 600),
+        one_each(65, dtype=FP16),
+        one_each(33, 70, num_heads=9, num_kv_heads=3, block_size=32),
+        one_each(40, num_heads=7, num_kv_heads=1, head_dim=80),
+        one_each(20, num_heads=2, num_kv_heads=2, head_dim=96, block_size=64),
+        one_each(100, 35, num_heads=6, num_kv_heads=2, head_dim=128),
+        one_each(50, num_heads=16, num_kv_heads=1, head_dim=256),
+        one_each(70, 300, kv_dtype=FP8),
+        one_each(47, kv_dtype=FP8, head_dim=128, dtype=FP16),
+        one_each(300, 40, 7, window=33),
+        one_each(600, window=100, block_size=32),
+        one_each(290, magnitude=30),
+    ],
+    ids=str,
+)
+def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
+    check(device, shape)
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(device: Device) -> None:
+    shape = one_each(300, 64, 513, 31)
+    case = run(device, shape)
+    together = case.out.clone()
+    workspace = device.empty((1 << 20,), torch.uint8)
+    for index in range(4):
+        out = device.empty(case.out.shape[1:], shape.dtype)
+        alone = case.params(
+            q=case.q[index], out=out, workspace=workspace, context_len=case.context_len[index:],
+            block_table=case.block_table[index], num_tokens=1, num_sequences=1,
+        )  # fmt: skip
+        device.launch("attention_plan", **alone)
+        device.run("attention_decode", [out, workspace], **alone)
+        assert torch.equal(out.view(torch.int16), together[index].view(torch.int16))
+
+
+def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: Device) -> None:
+    lengths = [1, 256, 8192, 8193, 8448, 32768, 32769, 40000]
+    stride = 40000 // 16
+    size_of = device.library.emu_attention_workspace_bytes
+    size_of.argtypes, size_of.restype = [ctypes.c_int64] * 5, ctypes.c_int64
+    num_bytes = size_of(len(lengths), stride, 16, 1, 64)
+    workspace = device.empty((num_bytes,), torch.uint8)
+    case = PagedCase(device, one_each(*[1] * len(lengths)))
+    contexts = device.tensor(torch.tensor(lengths, dtype=torch.int32))
+    params = case.params(context_len=contexts, block_table_stride=stride, workspace=workspace)
+    device.launch("attention_plan", **params)
+    starts = workspace[: 4 * (len(lengths) + 1)].view(torch.int32).tolist()
+    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    assert counts == [1, 1, 32, 17, 17, 64, 33, 40]
+    assert num_bytes >= len(lengths) * max(counts) * 66 * 4
+
+
+FAULTS = [
+    Fault(
+        "the block table is read one entry late", "attention_decode.cuh",
+        "token_of(lane) / p.block_size];", "token_of(lane) / p.block_size + 1];", "bounds",
+    ),
+    Fault(
+        "the next sequence's table is read", "attention_decode.cuh",
+        "p.block_table[sequence * p.block_table_stride +", "p.block_table[(sequence + 1) * p.block_table_stride +",
+        "bounds",
+    ),
+    Fault(
+        "a token past the context is brought", "attention_decode.cuh",
+        "token + row < end;", "token + row < end + 1;", "bounds",
+    ),
+    Fault(
+        "a copy is waited for too little", "attention_decode.cuh",
+        "async_wait<kStages - 2>()", "async_wait<kStages - 1>()", "async",
+    ),
+    Fault(
+        "the last tile's group is not committed", "attention_decode.cuh",
+        "bring_tile(i + kStages - 1);\n      async_commit();",
+        "{ bring_tile(i + kStages - 1);\n      async_commit(); }", "async",
+    ),
+    Fault(
+        "lanes do not wait for each other's copies", "attention_decode.cuh",
+        "      __syncwarp();  // tile i is there", "      // tile i is there", "race|async",
+    ),
+    Fault(
+        "queries are read before they are there", "attention_decode.cuh",
+        "    __syncthreads();  // also", "    // also", "uninit|race",
+    ),
+    Fault(
+        "the merge begins while tiles are in use", "attention_decode.cuh",
+        "    __syncthreads();  // the tiles are done with", "    // the tiles are done with", "race",
+    ),
+    Fault(
+        "a stage is refilled while it is read", "attention_decode.cuh",
+        "tiles + i % kStages * 2 * kTileChunks;\n#pragma", "tiles + i % 2 * 2 * kTileChunks;\n#pragma", "async",
+    ),
+    Fault("the running maximum is dropped", "attention_tile.cuh", "float largest = state.max[half];",
+          "float largest = -INFINITY;", "result"),
+    Fault("one key too many is seen", "attention_tile.cuh", "key < visible.stop[half]",
+          "key <= visible.stop[half]", "result"),
+    Fault("values are not transposed", "attention_tile.cuh", "load_matrix_x4_transposed(b,",
+          "load_matrix_x4(b,", "result"),
+    Fault("the window begins one late", "attention_context.cuh", "max(end - p.window, int64_t{0})",
+          "max(end - p.window + 1, int64_t{0})", "result"),
+    Fault("chunks overlap the next sequence's", "attention_decode.cu", "chunk_start[sequence + 1] = total + before;",
+          "chunk_start[sequence + 1] = total + before - own;", "result"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    if fault.file.endswith(".cuh"):
+        fault = replace(fault, kernel="attention_decode_bf16.cu")
+
+    def both(device: Device) -> None:
+        check(device, one_each(300, 40, 17, magnitude=200))  # a maximum that falls by more than floats can hold
+        check(device, one_each(300, 40, 17, window=20))
+
+    assert_caught(fault, both)

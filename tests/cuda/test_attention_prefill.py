@@ -1,0 +1,90 @@
+"""The CUDA kernels of prefill attention in emulation: whole prompts, chunks behind a prefix, windows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cuda.faults import Fault, assert_caught
+from tests.cuda.paged import PagedCase, Shape, assert_attended
+from tests.emulation.device import Device
+
+FP16, FP8 = torch.float16, torch.float8_e4m3fn
+
+
+def run(device: Device, shape: Shape) -> PagedCase:
+    case = PagedCase(device, shape)
+    device.run("attention_prefill", [case.out], **case.params())
+    return case
+
+
+def check(device: Device, shape: Shape) -> None:
+    assert_attended(run(device, shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape([1], [1]),
+        Shape([17, 3, 64], [17, 3, 64]),
+        Shape([129], [129], num_heads=2, num_kv_heads=1),
+        Shape([90, 40], [20, 40], dtype=FP16, block_size=32),  # a chunk behind a prefix, a whole prompt
+        Shape([65, 130, 1], [65, 1, 1], num_heads=3, num_kv_heads=1),  # decode rows beside a prompt
+        Shape([5, 0, 9], [5, 0, 9]),
+        Shape([70], [33], num_heads=6, num_kv_heads=2, head_dim=80),
+        Shape([40], [40], num_heads=1, num_kv_heads=1, head_dim=96, block_size=64),
+        Shape([100], [37], num_heads=7, num_kv_heads=1, head_dim=128),
+        Shape([70], [40], num_heads=2, num_kv_heads=2, head_dim=256),
+        Shape([75], [30], kv_dtype=FP8),
+        Shape([40], [40], kv_dtype=FP8, head_dim=128, dtype=FP16),
+        Shape([150], [80], window=20),
+        Shape([90], [90], window=64, num_heads=3, num_kv_heads=3),
+        Shape([80], [80], magnitude=30),
+    ],
+    ids=str,
+)
+def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
+    check(device, shape)
+
+
+def test_a_prompt_has_the_same_bits_however_it_is_cut(device: Device) -> None:
+    whole = run(device, Shape([150], [150], num_heads=3, num_kv_heads=1))
+    for start, stop in ((0, 41), (41, 128), (128, 150)):
+        out = device.empty((stop - start, 3, 64), torch.bfloat16)
+        part = whole.params(
+            q=whole.q[start:stop], out=out, num_tokens=stop - start, max_query_len=stop - start,
+            query_start=device.tensor(torch.tensor([0, stop - start], dtype=torch.int32)),
+            context_len=device.tensor(torch.tensor([stop], dtype=torch.int32)),
+        )  # fmt: skip
+        device.run("attention_prefill", [out], **part)
+        assert torch.equal(out.view(torch.int16), whole.out[start:stop].view(torch.int16))
+
+
+FAULTS = [
+    Fault("the block table is read one entry late", "attention_prefill.cuh",
+          "table[position / block_size]", "table[position / block_size + 1]", "bounds"),
+    Fault("a token past the context is brought", "attention_prefill.cuh",
+          "position < end;", "position < end + 1;", "bounds"),
+    Fault("a tile is read before it is there", "attention_prefill.cuh", "    async_wait<0>();\n", "", "async"),
+    Fault("warps do not wait for each other's copies", "attention_prefill.cuh",
+          "    __syncthreads();  // this tile", "    __syncwarp();  // this tile", "async|race|uninit"),
+    Fault("the stage in use is refilled", "attention_prefill.cuh", "tiles + (stage ^ 1) * 2", "tiles + stage * 2",
+          "async"),
+    Fault("queries past the last are read", "attention_prefill.cuh",
+          "from < num_rows ? q + offset : q, from < num_rows", "q + offset, true", "bounds"),
+    Fault("rows past the last are written", "attention_prefill.cuh", "    if (row >= num_rows) continue;\n", "",
+          "bounds"),
+    Fault("a query sees the token after it", "attention_prefill.cuh", "min(position[half] + 1 - token",
+          "min(position[half] + 2 - token", "result"),
+    Fault("unmasked one tile too soon", "attention_prefill.cuh", "<= nearest + 1", "<= nearest + 64", "result"),
+    Fault("the window is one short", "attention_prefill.cuh", "position[half] + 1 - window", "position[half] + 2 - window",
+          "result"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    shape = Shape([144], [70], num_heads=3, num_kv_heads=1, window=75)
+    assert_caught(replace(fault, kernel="attention_prefill_bf16.cu"), lambda device: check(device, shape))

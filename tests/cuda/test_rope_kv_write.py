@@ -1,0 +1,105 @@
+"""The CUDA kernel rope_kv_write in emulation: norm of heads, rotation, and where keys and values land."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.faults import Fault, assert_caught
+from tests.emulation.device import TYPES, Device
+from tests.reference.compare import assert_close
+from tests.reference.layers import rms_norm, rotate
+
+HEADS, KV_HEADS, BLOCKS, EPS = 5, 2, 4, 1e-6
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+
+def check(
+    device: Device,
+    tokens: int,
+    head_dim: int,
+    rotary_dim: int,
+    *,
+    dtype: torch.dtype = BF16,
+    kv_dtype: torch.dtype = BF16,
+    is_normed: bool = False,
+    block_size: int = 16,
+    padding: tuple[int, ...] = (),
+) -> None:
+    heads = HEADS + 2 * KV_HEADS
+    qkv = device.tensor(torch.randn(tokens, heads, head_dim).to(dtype))
+    positions = device.tensor(torch.randint(50, (tokens,), dtype=torch.int32))
+    slots = torch.randperm(BLOCKS * block_size)[:tokens]
+    slots[list(padding)] = -1
+    angles = torch.rand(50, rotary_dim // 2) * 6
+    cos, sin = device.tensor(angles.cos()), device.tensor(angles.sin())
+    norms = [device.tensor(torch.randn(head_dim)) if is_normed else None for _ in range(2)]
+    kv = device.empty((BLOCKS, 2, KV_HEADS, block_size, head_dim), kv_dtype)
+    q = device.empty((tokens, HEADS, head_dim), dtype)
+    scales = (0.5, 2.0) if kv_dtype is FP8 else (1.0, 1.0)
+    written = slots[slots >= 0]
+    untouched = torch.ones(BLOCKS * block_size, dtype=torch.bool).index_fill(0, written, False)
+    for slot in untouched.nonzero()[:, 0].tolist():
+        for plane in range(2):
+            for head in range(KV_HEADS):
+                device.forbid(kv[slot // block_size, plane, head, slot % block_size])
+    device.run(
+        "rope_kv_write", [q, kv], qkv=qkv, positions=positions, slots=device.tensor(slots), cos=cos, sin=sin,
+        q_norm=norms[0], k_norm=norms[1], q=q, kv=kv, num_tokens=tokens, num_positions=50, num_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_dim=head_dim, rotary_dim=rotary_dim, num_blocks=BLOCKS,
+        block_size=block_size, eps=EPS, key_scale=scales[0], value_scale=scales[1], type=TYPES[dtype],
+        kv_type=TYPES[kv_dtype],
+    )  # fmt: skip
+    query, key, value = qkv.double().split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    if norms[0] is not None and norms[1] is not None:
+        query, key = rms_norm(query, norms[0], EPS), rms_norm(key, norms[1], EPS)
+    place = positions.long()
+    assert_close(q.float(), rotate(query, cos[place], sin[place]), length=2, dtype=dtype)
+    rows = (slots >= 0).nonzero()[:, 0]
+    stored = kv.float()[written // block_size, :, :, written % block_size]  # [n, 2, KV_HEADS, head_dim]
+    assert_close(
+        stored[:, 0], rotate(key, cos[place], sin[place])[rows] / scales[0], length=2, dtype=kv_dtype
+    )
+    _assert_rounded(stored[:, 1], (value[rows] / scales[1]).float().to(kv_dtype))
+
+
+def _assert_rounded(actual: Tensor, expected: Tensor) -> None:
+    assert torch.equal(actual, expected.float())
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["same", "fp8"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (96, 96), (256, 256)])
+def test_queries_keys_and_values_land_rotated_where_the_slots_say(
+    device: Device, head_dim: int, rotary_dim: int, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
+    check(device, 7, head_dim, rotary_dim, dtype=dtype, kv_dtype=kv_dtype or dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_heads_are_normed_before_they_are_rotated(device: Device, head_dim: int) -> None:
+    check(device, 3, head_dim, head_dim, is_normed=True, block_size=32)
+
+
+def test_padding_rows_write_nothing_to_the_cache(device: Device) -> None:
+    check(device, 6, 64, 64, padding=(1, 5))
+
+
+FAULTS = [
+    Fault("the slot's offset is dropped", "rope_kv_write.cu", "p.block_size + slot % p.block_size)", "p.block_size)",
+          "bounds|blocks|race"),
+    Fault("values are written over keys", "rope_kv_write.cu", "* 2 + (is_value ? 1 : 0)", "* 2", "blocks|race"),
+    Fault("padding is written", "rope_kv_write.cu", "if (slot < 0 || slot", "if (slot", "bounds"),
+    Fault("the rotation turns the other way", "rope_kv_write.cu", "is_first ? -1.0f : 1.0f", "is_first ? 1.0f : -1.0f",
+          "result"),
+    Fault("the norm forgets its other half", "rope_kv_write.cu",
+          "if (norm != nullptr) y.x *= inverse * norm[other], y.y *= inverse * norm[other + 1];", "", "result"),
+    Fault("a lane's words are one too many", "rope_kv_write.cu", "    if (d < head_dim) words.at[k] = load",
+          "    words.at[k] = load", "bounds"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    assert_caught(fault, lambda device: check(device, 6, 80, 64, is_normed=True, padding=(1, 5)))
