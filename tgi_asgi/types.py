@@ -9,16 +9,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tgi_asgi.errors import TgiError
+
+if TYPE_CHECKING:
+    from tgi_asgi.text.grammar import Grammar
 
 
 class FinishReason(enum.Enum):
     """Why a choice ended. The wire's spelling differs by API and belongs to `http/`."""
 
     LENGTH = "length"  # max_tokens, or the end of the context
-    EOS = "eos"  # the model's own end-of-sequence token
+    EOS = "eos"  # the model's own end-of-sequence token, or the end of the request's grammar
     STOP = "stop"  # a stop string or a stop token id of the request
 
 
@@ -82,7 +85,7 @@ class GenerationRequest:
     priority: int = 0  # smaller is sooner
     cache_salt: str | None = None  # mixed into the prefix-cache key
     adapter: str | None = None
-    grammar: object | None = None  # a compiled grammar, opaque here
+    grammar: Grammar | None = None  # what the output must match
     prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
 

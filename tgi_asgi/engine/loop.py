@@ -212,6 +212,9 @@ class ServingLoop:
                 self._num_lost_rows += 1
                 self._lose(sequence, "the model's logits were not finite")
                 continue
+            if sampled.failure is not None:
+                self._lose(sequence, f"the grammar cannot go on: {sampled.failure}")
+                continue
             stats = channel.stats
             stats.generated_tokens += 1
             if stats.first_token_s is None:

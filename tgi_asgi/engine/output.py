@@ -29,7 +29,8 @@ class TokenTable(Protocol):
 class ChoiceOutput:
     """Turn each token of a choice into its event; the event that ends the choice has `finish` set.
 
-    The model's EOS and the request's stop ids win over stop strings, those over the length. The token that
+    The model's EOS and the request's stop ids win over stop strings, those over the end of the grammar and
+    over the length. The token that
     ends the choice gives text only with `include_stop`.
     """
 
@@ -64,6 +65,8 @@ class ChoiceOutput:
             if matcher is not None and matcher.matched is not None:
                 event.finish = FinishReason.STOP
                 event.stop = matcher.matched
+            elif sampled.is_last:
+                event.finish = FinishReason.EOS
             elif self._num_tokens >= stop.max_tokens:
                 event.finish = FinishReason.LENGTH
         if event.finish is not None:

@@ -102,6 +102,7 @@ class Sequence:
             output_ids=self.token_ids[self.prompt_len :],
             min_tokens=self.min_tokens,
             masked_ids=tuple(sorted(self.stop_ids)) if self.min_tokens else (),
+            grammar=self.request.grammar,
         )
 
     def __repr__(self) -> str:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tgi_asgi.types import SamplingParams
+
+if TYPE_CHECKING:
+    from tgi_asgi.text.grammar import Grammar
 
 
 @dataclass(slots=True)
@@ -28,6 +31,7 @@ class SlotStart:
     output_ids: Sequence[int] = ()
     min_tokens: int = 0  # output tokens before which `masked_ids` cannot be sampled
     masked_ids: tuple[int, ...] = ()  # EOS and stop token ids
+    grammar: Grammar | None = None  # what the output must match
 
 
 @dataclass(slots=True)
@@ -66,6 +70,8 @@ class Sampled:
     logprob: float | None = None
     top: Sequence[tuple[int, float]] | None = None  # descending
     is_finite: bool = True  # False: the row's logits held NaN or +inf; the token means nothing
+    is_last: bool = False  # the slot's grammar is complete, and nothing can follow
+    failure: str | None = None  # why the slot's grammar cannot go on; the token means nothing
 
 
 # Of each token of a chunk: its log-probability given those before it (None at position 0), and the k best.

@@ -17,6 +17,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.runner.program import make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
@@ -67,6 +68,7 @@ class CpuRunner:
             model, self._kv, max_tokens=max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
+        self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._step.logits, max_rows=max_batch_size)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._in_flight = 0
@@ -95,6 +97,7 @@ class CpuRunner:
         self._is_closed = True
         self._jobs.put(None)
         self._thread.join()
+        self._masks.close()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
@@ -115,8 +118,9 @@ class CpuRunner:
                 prompt_ids=start.prompt_ids,
                 output_ids=start.output_ids,
                 min_tokens=start.min_tokens,
-                masked_ids=start.masked_ids,
+                masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
             )
+            self._masks.start(start)
             self._scorer.forget(start.slot)
         if not plan.rows:
             return StepResult(plan.step_id, [])
@@ -127,6 +131,8 @@ class CpuRunner:
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         ends = batch.tables.query_start[1:] - 1  # [n_rows]: each row's last token
         rows = ends[sampling]
+        slots = [plan.rows[index].slot for index in sampling]
+        masks = self._masks.begin(slots)
         x, logits = self._step.run(batch, rows)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         first = 0
@@ -137,8 +143,11 @@ class CpuRunner:
         if result.prompt_logprobs:
             logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
         if sampling:
-            slots = torch.tensor([plan.rows[index].slot for index in sampling], dtype=torch.int32)
-            drawn: list[Sampled] = unpack(ops.sample(logits, self._sampling, slots))
+            mask = self._masks.finish(masks)
+            drawn: list[Sampled] = unpack(
+                ops.sample(logits, self._sampling, torch.tensor(slots, dtype=torch.int32), mask=mask)
+            )
+            self._masks.accept(slots, drawn)
             for index, sampled in zip(sampling, drawn, strict=True):
                 result.sampled[index] = sampled
         return result

@@ -1,0 +1,120 @@
+"""Constrained slots of the real operator: masks, ends, `min_tokens`, resumption, and neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
+from tgi_asgi.runner.masks import SlotMasks
+from tgi_asgi.runner.plan import Sampled, SlotStart
+from tgi_asgi.text import grammar_source as sources
+from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.types import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+
+
+@pytest.fixture
+def masks() -> Iterator[SlotMasks]:
+    masks = SlotMasks(VOCAB_SIZE)
+    yield masks
+    masks.close()
+
+
+def start(slot: int, grammar: Grammar | None, **changes: Any) -> SlotStart:
+    return SlotStart(slot, GREEDY, 0, [1, 2], grammar=grammar, **changes)
+
+
+def allowed(masks: SlotMasks, *slots: int) -> list[set[int]]:
+    mask = masks.finish(masks.begin(slots))
+    assert mask is not None
+    words = [[word & 0xFFFFFFFF for word in row] for row in mask.tolist()]
+    return [{i for i in range(VOCAB_SIZE) if row[i // 32] >> i % 32 & 1} for row in words]
+
+
+def draw(masks: SlotMasks, slot: int, token_id: int) -> Sampled:
+    sampled = Sampled(token_id)
+    masks.accept([slot], [sampled])
+    return sampled
+
+
+def test_rows_without_a_grammar_are_free_beside_one_that_has_it(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    assert masks.begin([0, 1]) is None
+    masks.start(start(1, compiler.compile(sources.choice(["xy"]))))
+    assert masks.begin([0, 2]) is None
+    free, bound = allowed(masks, 0, 1)
+    assert len(free) == VOCAB_SIZE
+    assert bound == {ord("x")}
+
+
+def test_the_token_after_which_nothing_can_follow_is_marked(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
+    assert not draw(masks, 0, ord("x")).is_last
+    assert draw(masks, 0, ord("y")).is_last
+    # The step that was planned before the end was known still runs: it must find something to draw.
+    assert len(*allowed(masks, 0)) == VOCAB_SIZE
+    assert draw(masks, 0, 3).failure is None
+
+
+def test_an_eos_where_the_text_may_end_is_the_last_token(masks: SlotMasks, compiler: GrammarCompiler) -> None:
+    masks.start(start(0, compiler.compile(sources.regex("x+"))))
+    assert allowed(masks, 0) == [{ord("x")}]
+    assert not draw(masks, 0, ord("x")).is_last
+    assert EOS in allowed(masks, 0)[0]
+    assert draw(masks, 0, EOS).is_last
+
+
+def test_a_new_sequence_frees_the_slot_of_the_old_one_s_grammar(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    masks.start(start(0, compiler.compile(sources.choice(["x"]))))
+    masks.start(start(0, None))
+    assert masks.begin([0]) is None
+
+
+def test_a_resumed_sequence_goes_on_where_it_was(masks: SlotMasks, compiler: GrammarCompiler) -> None:
+    masks.start(start(0, compiler.compile(sources.choice(["xyz"])), output_ids=list(b"xy")))
+    assert allowed(masks, 0) == [{ord("z")}]
+
+
+def test_min_tokens_forbids_the_end_unless_the_grammar_leaves_nothing_else(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    masks.start(start(0, compiler.compile(sources.regex("x{1,4}")), min_tokens=3, masked_ids=(EOS, 259)))
+    for _ in range(2):
+        assert EOS not in allowed(masks, 0)[0]
+        draw(masks, 0, ord("x"))
+    assert EOS not in allowed(masks, 0)[0]
+    draw(masks, 0, ord("x"))
+    assert EOS in allowed(masks, 0)[0]
+    masks.start(start(0, compiler.compile(sources.choice(["", "x"])), min_tokens=9, masked_ids=(EOS, 259)))
+    draw(masks, 0, ord("x"))
+    assert EOS in allowed(masks, 0)[0]
+
+
+def test_a_draw_that_is_not_finite_does_not_move_the_matcher(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
+    masks.accept([0], [Sampled(0, is_finite=False)])
+    assert allowed(masks, 0) == [{ord("x")}]
+
+
+def test_a_matcher_that_fails_says_so_and_leaves_the_row_free(
+    masks: SlotMasks, compiler: GrammarCompiler
+) -> None:
+    masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
+    assert draw(masks, 0, ord("q")).failure
+    assert len(*allowed(masks, 0)) == VOCAB_SIZE

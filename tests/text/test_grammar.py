@@ -1,0 +1,239 @@
+"""Grammars against `re` and `jsonschema`, on a vocabulary of bytes; and grammars made to hurt."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from tests.support.schemas import random_schema
+from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text import grammar_source as sources
+from tgi_asgi.text.grammar import GrammarCompiler, Matcher
+from tgi_asgi.text.grammar_source import GrammarSource
+
+NUM_WORDS = -(-VOCAB_SIZE // 32)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    mask = np.zeros(NUM_WORDS, np.int32)
+    matcher.fill_mask(mask)
+    assert matcher.error is None
+    return [int(i) for i in np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))]
+
+
+def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool:
+    """Tell whether the grammar takes a text as a whole, token by token."""
+    matcher = compiler.compile(source).matcher()
+    for byte in text.encode():
+        if byte not in allowed(matcher):
+            return False
+        matcher.accept(byte)
+    return matcher.is_ended or EOS in allowed(matcher)
+
+
+def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str | None:
+    """Draw allowed tokens at random until the text ends; None if it has not after `limit`."""
+    matcher = compiler.compile(source).matcher()
+    data = bytearray()
+    while not matcher.is_ended:
+        tokens = allowed(matcher)
+        # Ends and quotes are rare among all bytes: taken at once where possible, for texts that end.
+        ends = [token for token in tokens if token in (EOS, *b'"}],')]
+        token = rng.choice(ends if ends and rng.random() < 0.7 else tokens)
+        if token in (EOS, IM_END):
+            break
+        data.append(token)
+        matcher.accept(token)
+        if len(data) > limit:
+            return None
+    return data.decode()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_a_random_schema_s_grammar_allows_validates(compiler: GrammarCompiler, seed: int) -> None:
+    rng = random.Random(seed)
+    schema = random_schema(rng)
+    text = wander(compiler, sources.json_schema(schema), rng, 4000)
+    if text is not None:
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"[a-f]{2,5}-\d{3}", r"(red|green)+x?", r"\w+@\w+\s\.(com|org)", r"^a/b$", "é?ü{1,3}", '"[^"]*"'],
+)
+def test_whatever_a_regex_s_grammar_allows_matches_it_as_a_whole(
+    compiler: GrammarCompiler, pattern: str
+) -> None:
+    for seed in range(5):
+        text = wander(compiler, sources.regex(pattern), random.Random(seed), 300)
+        assert text is None or re.fullmatch(pattern, text)
+
+
+def test_a_choice_is_one_of_its_texts_even_where_one_begins_another(compiler: GrammarCompiler) -> None:
+    source = sources.choice(["yes", "yes, sir", 'a "quoted"\nline', "ja"])
+    assert all(accepts(compiler, source, text) for text in ("yes", "yes, sir", 'a "quoted"\nline'))
+    assert not any(accepts(compiler, source, text) for text in ("", "ye", "yes,", "yes, sir!", "Yes"))
+
+
+@pytest.mark.parametrize("text", ['root ::= "(" root ")" | "x"', 'start: "(" start ")" | "x"'])
+def test_grammars_may_be_written_as_gbnf_or_as_lark(compiler: GrammarCompiler, text: str) -> None:
+    source = sources.ebnf(text)
+    assert accepts(compiler, source, "((x))")
+    assert not accepts(compiler, source, "((x)")
+
+
+def test_json_is_compact_and_keeps_the_schema_s_order(compiler: GrammarCompiler) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"b": {"type": "integer"}, "a": {"type": "null"}},
+        "required": ["b", "a"],
+    }
+    source = sources.json_schema(schema)
+    assert accepts(compiler, source, '{"b":1,"a":null}')
+    assert not accepts(compiler, source, '{"b": 1,"a":null}')
+    assert not accepts(compiler, source, '{"a":null,"b":1}')
+
+
+def test_the_end_is_allowed_exactly_where_the_text_is_complete(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(sources.regex("ab?c?")).matcher()
+    assert allowed(matcher) == [ord("a")]
+    matcher.accept(ord("a"))
+    assert {EOS, IM_END} < set(allowed(matcher))  # every token that ends an answer
+    assert not matcher.is_ended
+    matcher.accept(ord("b"))
+    matcher.accept(ord("c"))
+    assert matcher.is_ended
+
+
+def test_a_matcher_goes_on_where_the_tokens_it_is_given_end(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(sources.regex("abc"))
+    assert allowed(grammar.matcher(list(b"ab"))) == [ord("c")]
+    assert allowed(grammar.matcher()) == [ord("a")]
+
+
+def test_a_token_that_is_not_allowed_is_the_matcher_s_error(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(sources.regex("abc")).matcher()
+    matcher.accept(ord("x"))
+    assert matcher.error is not None
+
+
+def test_reasoning_may_come_before_the_answer(compiler: GrammarCompiler) -> None:
+    source = sources.after_reasoning(sources.choice(["yes"]), start="<think>", end="</think>", is_open=False)
+    assert accepts(compiler, source, "yes")
+    assert accepts(compiler, source, "<think>no {or} </thin</think>\n\nyes")
+    assert not accepts(compiler, source, "no <think></think>yes")
+    opened = sources.after_reasoning(sources.choice(["yes"]), start="<think>", end="</think>", is_open=True)
+    assert accepts(compiler, opened, "hm</think>yes")
+    assert not accepts(compiler, opened, "yes")
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        (lambda: sources.json_schema({"not": {"type": "string"}}), "not"),
+        (lambda: sources.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (lambda: sources.json_schema({"$ref": "#/$defs/absent"}), "absent"),
+        (lambda: sources.regex("(a"), "regex"),
+        (lambda: sources.regex("a(?=b)"), "regex"),
+        (lambda: sources.choice([]), "choice"),
+        (lambda: sources.ebnf("start: absent"), "absent"),
+    ],
+)
+def test_a_refusal_names_what_cannot_be_had(compiler: GrammarCompiler, source: Any, word: str) -> None:
+    with pytest.raises(InvalidRequest, match=word):
+        compiler.compile(source())
+
+
+def test_a_lenient_schema_leaves_out_what_cannot_be_had(compiler: GrammarCompiler) -> None:
+    schema = {"type": "array", "uniqueItems": True, "items": {"type": "boolean"}}
+    assert accepts(compiler, sources.json_schema(schema, is_lenient=True), "[true]")
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def _chain(length: int) -> dict[str, Any]:
+    links: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sources.json_schema(_nested(5_000)),
+        lambda: sources.json_schema(_chain(20_000)),
+        lambda: sources.json_schema({"enum": [f"value {i}" * 9 for i in range(50_000)]}),
+        lambda: sources.json_schema({"type": "integer", "multipleOf": 1_000_003}),
+        lambda: sources.json_schema({"type": "number", "multipleOf": 1e-9 + 1}),
+        lambda: sources.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(9_000)}}),
+        lambda: sources.json_schema({"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(9)]}),
+        lambda: sources.regex("(" * 5_000 + "a" + ")" * 5_000),
+        lambda: sources.regex("a" * 1_000_000),
+        lambda: sources.ebnf("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))),
+        lambda: sources.ebnf("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+        lambda: sources.choice(["x" * 20] * 50_000),
+    ],
+)  # fmt: skip
+def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler, make: Any) -> None:
+    begun = time.thread_time()
+    with pytest.raises(InvalidRequest):
+        compiler.compile(make())
+    assert time.thread_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sources.regex("((((a{1,1000}){1,1000}){1,1000}){1,1000})"),
+        lambda: sources.regex("(.*a.{200})"),
+        lambda: sources.ebnf("start: s\ns: s s | \"a\" | \"a\" s \"a\" | "),
+        lambda: sources.ebnf('start: ("a"{1,1000}){1,1000}'),
+        lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
+    compiler: GrammarCompiler, make: Any
+) -> None:
+    try:
+        matcher = compiler.compile(make()).matcher()
+    except InvalidRequest:
+        return
+    mask = np.zeros(NUM_WORDS, np.int32)
+    for _ in range(60):
+        begun = time.thread_time()
+        matcher.fill_mask(mask)
+        matcher.accept(ord("a"))
+        assert time.thread_time() - begun < 1
+        if matcher.is_ended:
+            break
+
+
+def test_equal_grammars_are_compiled_once_and_the_least_used_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tgi_asgi.text.grammar.MAX_CACHED", 2)
+    compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+    first = compiler.compile(sources.choice(["a"]))
+    compiler.compile(sources.choice(["b"]))
+    assert compiler.compile(sources.choice(["a"])) is first
+    compiler.compile(sources.choice(["c"]))
+    assert compiler.compile(sources.choice(["a"])) is first
+    assert len(compiler._compiled) == 2

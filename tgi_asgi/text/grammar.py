@@ -1,0 +1,178 @@
+"""Compiled grammars: which tokens may come next, computed by llguidance.
+
+`http` compiles in a worker thread, a runner asks for masks from another one; both release the GIL meanwhile.
+A mask costs some 50 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.grammar_source import GrammarSource
+
+MAX_CACHED = 128  # compiled grammars; one takes from 10 kB to a few MB
+
+Mask = npt.NDArray[np.int32]  # [ceil(vocab_size / 32)]: bit i % 32 of word i / 32 allows token i
+
+
+class Vocabulary(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    def token_bytes(self, token_id: int, /) -> bytes:
+        """Return the token's own bytes in running text."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Turn text into ids."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary, and remembers those used last.
+
+    Made without work: the trie over the vocabulary, 0.3 s for 50,000 tokens, waits for the first grammar. All
+    methods may be called from several threads at once.
+
+    Args:
+        vocab_size: of the model's logits, which may have more columns than the tokenizer tokens.
+    """
+
+    def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._backend: Any = None
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+
+    def compile(self, source: GrammarSource) -> Grammar:
+        """Compile a grammar: milliseconds, up to a second for the largest.
+
+        Raises:
+            InvalidRequest: it is not valid, too complex, or holds what cannot be enforced; the message says
+                what.
+        """
+        text = source.text
+        with self._lock:
+            known = self._compiled.get(text)
+            if known is not None:
+                self._compiled.move_to_end(text)
+                return known
+            if self._backend is None:
+                self._backend = _make_backend(self._tokenizer, self._vocab_size)
+        grammar = Grammar(_make_matcher(self._backend, text))
+        # The first mask builds most of the lexer: here, and not while a batch waits.
+        probe = grammar.matcher()
+        probe.fill_mask(np.empty(-(-self._vocab_size // 32), np.int32))
+        if probe.error is not None:
+            raise InvalidRequest(f"the grammar is not valid: {probe.error}")
+        with self._lock:
+            self._compiled[text] = grammar
+            while len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+        return grammar
+
+
+class Grammar:
+    """A compiled grammar, shared by all requests that use it."""
+
+    __slots__ = ("_prototype",)
+
+    def __init__(self, prototype: Any) -> None:
+        self._prototype = prototype
+
+    def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
+        """Return the state of one choice, after the tokens that it has already."""
+        return Matcher(self._prototype.deep_copy(), token_ids)
+
+
+class Matcher:
+    """How far one choice has come in its grammar. For one thread at a time."""
+
+    __slots__ = ("_backend",)
+
+    def __init__(self, backend: Any, token_ids: Sequence[int]) -> None:
+        self._backend = backend
+        if token_ids:
+            backend.consume_tokens(list(token_ids))
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong: the grammar is too complex here, or was given a token that it does not allow."""
+        return _first_line(self._backend.get_error()) if self._backend.is_error() else None
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the text is complete and nothing can follow it, or the matcher has failed."""
+        return bool(self._backend.is_stopped())
+
+    def fill_mask(self, mask: Mask) -> None:
+        """Write which tokens may come next: EOS only where the text may end. See `error` afterwards."""
+        try:
+            self._backend.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        except ValueError:  # the matcher holds the reason
+            if self.error is None:
+                raise
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token. See `error` afterwards."""
+        self._backend.consume_token(token_id)
+
+
+def _make_matcher(backend: Any, text: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_items_in_row=10_000,  # an object of 2,000 optional properties
+        initial_lexer_fuel=1_000_000,  # 20 ms
+        step_lexer_fuel=200_000,  # 15 ms
+        step_max_items=50_000,  # 3 ms
+        max_lexer_states=20_000,  # 40 MB
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+    matcher = LLMatcher(backend, text, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise InvalidRequest(f"the grammar is not valid: {_first_line(matcher.get_error())}")
+    return matcher
+
+
+def _make_backend(tokenizer: Vocabulary, vocab_size: int) -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    vocabulary = TokenizerWrapper(_Vocabulary(tokenizer, vocab_size))
+    return LLTokenizer(vocabulary, eos_token=sorted(tokenizer.eos_ids))
+
+
+class _Vocabulary:
+    """A tokenizer in the shape that llguidance reads."""
+
+    def __init__(self, tokenizer: Vocabulary, vocab_size: int) -> None:
+        size = min(tokenizer.vocab_size, vocab_size)
+        tokens = [tokenizer.token_bytes(token_id) for token_id in range(size)]
+        self.tokens = tokens + [b""] * (vocab_size - size)
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.eos_token_id = min(tokenizer.eos_ids)
+        self.bos_token_id = None
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _first_line(message: str) -> str:
+    lines = [line for line in message.splitlines() if line.strip()]
+    return lines[0].strip()[:300] if lines else "unknown error"

@@ -1,0 +1,182 @@
+"""What constrains an answer, as grammar text: JSON schemas, regexes, choices, EBNF, and how they combine.
+
+Pure functions from what clients send to llguidance's Lark dialect, with limits that keep compiling short.
+Text only: `grammar.py` compiles it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tgi_asgi.errors import InvalidRequest
+
+MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
+MAX_DEPTH = 64  # of a schema; the compiler itself stops at 128
+MAX_REFERENCES = 512  # the compiler recurses along chains of them: 5,000 overflow its stack
+MAX_PROPERTIES = 1_000  # in a schema; compiling is quadratic in those of an object: 9,000 take 7 s
+MAX_CONJUNCTS = 8  # regexes that must match together: time and memory are exponential in them
+MAX_MULTIPLE = 10_000  # `multipleOf` becomes an automaton with that many states
+
+COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
+SPACED: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSource:
+    """A grammar that has not been compiled.
+
+    Attributes:
+        lark: rules in llguidance's dialect, beginning with `start`.
+        parts: further grammars, which the rules name as `@<name>`.
+    """
+
+    lark: str
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole as the compiler reads it; equal grammars have equal text."""
+        named = [{"name": name, "lark_grammar": lark} for name, lark in self.parts]
+        return json.dumps({"grammars": [{"lark_grammar": self.lark}, *named]})
+
+
+def json_schema(schema: Mapping[str, Any], *, is_lenient: bool = False) -> GrammarSource:
+    """Constrain to JSON of a schema, without whitespace between tokens, properties in the schema's order.
+
+    Args:
+        is_lenient: leave out keywords that cannot be enforced, instead of refusing them when compiled.
+
+    Raises:
+        InvalidRequest: the schema is too large or too deep.
+    """
+    return GrammarSource("start: " + inline_json(schema, COMPACT, is_lenient=is_lenient))
+
+
+def inline_json(schema: Mapping[str, Any], separators: Mapping[str, Any], *, is_lenient: bool = False) -> str:
+    """Return a schema as an expression inside a rule; raises as `json_schema`."""
+    check_schema(schema)
+    options = {**separators, "lenient": True} if is_lenient else separators
+    return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+def any_object() -> GrammarSource:
+    """Constrain to any JSON object."""
+    return json_schema({"type": "object"})
+
+
+def regex(pattern: str) -> GrammarSource:
+    r"""Constrain to texts that a regex matches as a whole; `\d`, `\w` and `\s` are ASCII.
+
+    Raises:
+        InvalidRequest: the pattern is too long.
+    """
+    from llguidance import regex_to_lark
+
+    _check_size(pattern)
+    return GrammarSource(f"start: /{regex_to_lark(pattern, 'dws')}/")
+
+
+def choice(texts: Sequence[str]) -> GrammarSource:
+    """Constrain to one of some texts.
+
+    Raises:
+        InvalidRequest: there are none, or too many.
+    """
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("a choice takes a list of at least one string")
+    lark = "start: " + " | ".join(map(literal, texts))
+    _check_size(lark)
+    return GrammarSource(lark)
+
+
+def ebnf(text: str) -> GrammarSource:
+    """Constrain to a context-free grammar: Lark as llguidance reads it, or llama.cpp's GBNF.
+
+    Raises:
+        InvalidRequest: it is too long, has too many rules, or is GBNF with a mistake.
+    """
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    _check_size(text)
+    try:
+        lark = any_to_lark(text)
+    except Exception as error:  # the converter's own
+        raise InvalidRequest(f"the grammar is not valid: {error}") from None
+    num_rules = sum(":" in line for line in lark.splitlines())
+    if lark.count("&") > MAX_CONJUNCTS:
+        raise InvalidRequest(f"a grammar has at most {MAX_CONJUNCTS} `&`")
+    if num_rules > MAX_REFERENCES:
+        raise InvalidRequest(f"a grammar has at most {MAX_REFERENCES} rules, got {num_rules}")
+    return GrammarSource(lark)
+
+
+def after_reasoning(answer: GrammarSource, *, start: str, end: str, is_open: bool) -> GrammarSource:
+    """Let a reasoning section come before a constrained answer, or end if the prompt has opened it."""
+    opening = "" if is_open else literal(start) + " "
+    rules = (
+        f"start: {'reasoning' if is_open else 'reasoning?'} GAP? @answer\n"
+        f"reasoning[lazy]: {opening}/(.|\\n)*/ {literal(end)}\n"
+        "GAP: /[ \\n]+/"
+    )
+    return GrammarSource(rules, (("answer", answer.lark), *answer.parts))
+
+
+def literal(text: str) -> str:
+    """Return a text as a string of the grammar's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Check the size of a schema, without recursion.
+
+    Raises:
+        InvalidRequest: it is too large, too deep, or holds what takes too long to compile.
+    """
+    num_references = num_properties = num_patterns = 0
+    has_conjunction = False
+    for depth, key, value in _walk(schema):
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"a JSON schema nests at most {MAX_DEPTH} levels deep")
+        num_references += key == "$ref"
+        num_patterns += key == "pattern"
+        has_conjunction |= key == "allOf"
+        if key in ("properties", "patternProperties") and isinstance(value, Mapping):
+            num_properties += len(value)
+        if key == "multipleOf" and isinstance(value, int | float) and not _is_small_multiple(value):
+            raise InvalidRequest(f"`multipleOf` has at most 4 significant digits, got {value}")
+    if has_conjunction and num_patterns > MAX_CONJUNCTS:
+        raise InvalidRequest(f"a JSON schema with `allOf` has at most {MAX_CONJUNCTS} `pattern`s")
+    if num_properties > MAX_PROPERTIES:
+        raise InvalidRequest(f"a JSON schema has at most {MAX_PROPERTIES} properties, got {num_properties}")
+    if num_references > MAX_REFERENCES:
+        raise InvalidRequest(f"a JSON schema has at most {MAX_REFERENCES} `$ref`s, got {num_references}")
+    _check_size(json.dumps(schema))
+
+
+def _is_small_multiple(value: float) -> bool:
+    digits = f"{value:.12g}".replace(".", "").replace("-", "").lstrip("0")
+    return "e" not in digits and int(digits or "0") <= MAX_MULTIPLE
+
+
+def _walk(schema: object) -> Iterator[tuple[int, str | None, object]]:
+    """Yield (depth, key, value) of all that is in a JSON value."""
+    waiting: list[tuple[int, object]] = [(0, schema)]
+    while waiting:
+        depth, value = waiting.pop()
+        items: Iterable[tuple[str | None, object]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list):
+            items = ((None, item) for item in value)
+        for key, item in items:
+            yield depth, key, item
+            if isinstance(item, Mapping | list):
+                waiting.append((depth + 1, item))
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MAX_CHARS:
+        raise InvalidRequest(f"a grammar has at most {MAX_CHARS} characters, got {len(text)}")
