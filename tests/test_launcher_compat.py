@@ -40,9 +40,7 @@ def test_an_ignored_option_gives_one_warning_without_its_value() -> None:
     assert check_options({"ngrok_authtoken": "s3cret"}, {}) == [
         "--ngrok-authtoken is ignored: there is no tunnel"
     ]
-    assert check_options({}, {"WAITING_SERVED_RATIO": "1.2"}) == [
-        "WAITING_SERVED_RATIO is ignored: the scheduler fills every step by itself"
-    ]
+    assert check_options({}, {"CUDA_GRAPHS": "1,2"}) == ["CUDA_GRAPHS is ignored: the engine chooses"]
 
 
 def test_values_that_ask_for_nothing_pass_in_silence() -> None:

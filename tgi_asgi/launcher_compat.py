@@ -65,7 +65,6 @@ def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
 
 
 _ONE_DEVICE = "one process serves one device; run several behind a load balancer"
-_SCHEDULER = "the scheduler fills every step by itself"
 _INTERNAL = "there are no shard processes"
 
 OPTIONS: tuple[CompatOption, ...] = (
@@ -79,7 +78,6 @@ OPTIONS: tuple[CompatOption, ...] = (
     *_ignored("the KV cache has the arithmetic's type", "kv_cache_dtype"),
     CompatOption("speculate", "nothing is speculated", neutral=frozenset({"0"})),
     *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
-    *_ignored(_SCHEDULER, "waiting_served_ratio", "max_waiting_tokens"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
     CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),
     _switch("disable_usage_stats", "nothing is ever sent"),

@@ -141,6 +141,21 @@ class Settings:
     max_batch_total_tokens: int | None = _setting(
         None, "Size of the KV cache, in tokens (default: from the memory that is free).", group="Engine"
     )
+    queue_timeout_s: float = _setting(
+        0.0,
+        "A request that has waited this long for its first step gets 429 (0: it waits on).",
+        group="Engine",
+        metavar="SECONDS",
+    )
+    waiting_served_ratio: float = _setting(
+        0.0,
+        "While streams run, prompts start only once this many times as many wait (0: at once).",
+        group="Engine",
+        metavar="RATIO",
+    )
+    max_waiting_tokens: int = _setting(
+        20, "Most steps that --waiting-served-ratio keeps a prompt waiting.", group="Engine"
+    )
     target_inter_token_ms: float = _setting(
         50.0,
         "Prompt chunks shrink so that running streams get a token at least this often.",
@@ -182,7 +197,10 @@ class Settings:
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "must be at least 1", value)
-        for name in ("max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout"):
+        for name in (
+            "max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout", "queue_timeout_s",
+            "waiting_served_ratio", "max_waiting_tokens",
+        ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 0, name, "must not be negative", value)
         nice = self.thread_nice

@@ -192,6 +192,13 @@ class EngineState(enum.Enum):
 class Permit(Protocol):
     """Room for n choices, running or waiting; released at the request's end, or by its taker."""
 
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def tenant(self) -> str | None:
+        """Whom the room is counted for."""
+
     def release(self) -> None: ...
 
 
@@ -201,8 +208,8 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState: ...
 
-    def acquire(self, n: int) -> Permit:
-        """Take room for n choices before any work is done on them.
+    def acquire(self, n: int, tenant: str | None = None) -> Permit:
+        """Take room for n choices before any work is done on them; tenants (API keys) share it evenly.
 
         Raises:
             Overloaded: no room; `retry_after_s` is an estimate from the drain rate.

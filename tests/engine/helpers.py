@@ -54,7 +54,9 @@ def make_scheduler(**changes: Any) -> Scheduler:
     return Scheduler(budget=budget, **values)
 
 
-def add_request(scheduler: Scheduler, request: GenerationRequest, arrival: int = 0) -> list[Sequence]:
+def add_request(
+    scheduler: Scheduler, request: GenerationRequest, arrival: int = 0, tenant: str | None = None
+) -> list[Sequence]:
     """Queue a request's sequences as the engine does, and return them."""
     chain = HashChain(root_digest(request.adapter, request.cache_salt), scheduler._block_size)
     sequences: list[Sequence] = []
@@ -67,6 +69,7 @@ def add_request(scheduler: Scheduler, request: GenerationRequest, arrival: int =
                 chain=chain,
                 eos_ids=frozenset({EOS_ID}),
                 leader=sequences[0] if choice else None,
+                tenant=tenant,
             )
         )
     scheduler.add(sequences)

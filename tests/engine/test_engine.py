@@ -317,6 +317,46 @@ async def test_no_room_is_said_at_once_with_a_time_to_wait(make_engine: MakeEngi
     engine.acquire(2).release()
 
 
+async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.002), queue_timeout_s=0.05)
+    running = submit(engine, make_request(5, max_tokens=60))
+    late = await ask(engine, make_request(6))
+    assert isinstance(late.error, Overloaded)
+    assert late.error.retry_after_s >= 1
+    assert (await collect(running)).finish() is FinishReason.LENGTH
+    assert engine.stats.failed == 1
+
+
+async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=2), max_concurrent_requests=6)
+    greedy = [engine.submit(make_request(5, max_tokens=300), engine.acquire(1, "greedy")) for _ in range(6)]
+    await until(lambda: engine.stats.sampled_tokens > 4)
+    modest = [engine.submit(make_request(6), engine.acquire(1, "modest")) for _ in range(3)]
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "modest")  # half is enough
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "greedy")
+    assert engine.admission.num_taken == 6
+    answers = await asyncio.gather(*map(collect, greedy))
+    assert [type(answer.error) for answer in answers] == [type(None)] * 3 + [Overloaded] * 3
+    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, modest)))
+
+
+async def test_nobody_is_displaced_who_has_begun_or_where_there_is_one_tenant(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(), max_concurrent_requests=2)
+    running = [engine.submit(make_request(5, max_tokens=200), engine.acquire(1, "a")) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "a")
+    await until(lambda: engine.stats.sampled_tokens > 0)
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "b")
+    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, running)))
+
+
 async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: MakeEngine) -> None:
     engine = make_engine()
     early = engine.acquire(1)

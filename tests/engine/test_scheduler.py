@@ -127,6 +127,51 @@ def test_priority_goes_before_arrival_and_waiting_makes_up_for_it() -> None:
     assert order == [high, low, late]
 
 
+def test_the_next_slot_goes_to_the_tenant_that_runs_least() -> None:
+    scheduler = make_scheduler(max_batch_size=4)
+    greedy = [add_request(scheduler, make_request(5), arrival, "greedy")[0] for arrival in range(8)]
+    assert must_plan(scheduler).sequences == greedy[:4]
+    modest = [add_request(scheduler, make_request(5), 10 + arrival, "modest")[0] for arrival in range(3)]
+    third = add_request(scheduler, make_request(5, priority=9), 20, "third")[0]
+    started = []
+    for sequence in greedy[:4]:
+        scheduler.remove(sequence)
+        running = set(scheduler.running)
+        must_plan(scheduler)
+        started += set(scheduler.running) - running
+    # First those that have none, whatever they waited; then each has one, and urgency decides.
+    assert started == [modest[0], third, greedy[4], greedy[5]]
+
+
+def test_a_preempted_sequence_comes_back_before_new_ones_of_other_tenants() -> None:
+    scheduler, runner = make_scheduler(num_blocks=6, max_batch_size=4), FakeRunner()
+    old = add_request(scheduler, make_request(range(30), max_tokens=40), 0, "a")[0]
+    new = add_request(scheduler, make_request(range(100, 130), max_tokens=40), 1, "a")[0]
+    while new.state is not SequenceState.WAITING or not new.was_preempted:
+        run(scheduler, runner, must_plan(scheduler))
+    other = add_request(scheduler, make_request(range(60, 80)), 2, "b")[0]
+    while new.state is SequenceState.WAITING:
+        assert other.state is SequenceState.WAITING
+        run(scheduler, runner, must_plan(scheduler))
+    run_all(scheduler, runner)
+    assert finished([old, new, other])
+
+
+def test_prompts_wait_for_company_while_others_decode_but_not_for_ever() -> None:
+    scheduler, runner = make_scheduler(waiting_served_ratio=1.0, max_waiting_steps=5), FakeRunner()
+    running = [add_request(scheduler, make_request(5, max_tokens=100), arrival)[0] for arrival in range(2)]
+    run(scheduler, runner, must_plan(scheduler))
+    lonely = add_request(scheduler, make_request(5, max_tokens=100), arrival=2)[0]
+    num_steps = 0
+    while lonely.state is SequenceState.WAITING:
+        run(scheduler, runner, must_plan(scheduler))
+        num_steps += 1
+    assert num_steps == 6
+    company = [add_request(scheduler, make_request(5), arrival)[0] for arrival in (3, 4, 5)]
+    run(scheduler, runner, must_plan(scheduler))
+    assert all(sequence.state is SequenceState.RUNNING for sequence in (*running, *company))
+
+
 def test_the_least_urgent_is_preempted_and_comes_back_through_the_cache() -> None:
     scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
     old = add_request(scheduler, make_request(range(30), max_tokens=40), arrival=0)[0]

@@ -101,3 +101,12 @@ def test_a_key_file_without_a_key_stops_the_server(tmp_path: Path, content: byte
 
 async def test_a_wrong_key_is_not_told_whether_the_path_exists() -> None:
     assert (await call("GET", "/nowhere")).json() == (await call("GET", "/info")).json()
+
+
+async def test_requests_are_counted_for_the_key_that_they_carry() -> None:
+    engine = ScriptedEngine()
+    async with client_of(scripted_app(engine, KEYED)) as client:
+        for key in ("first-key", "Zweiter-Schlüssel"):
+            headers = {"authorization": f"Bearer {key}".encode()}
+            await client.post("/generate", headers=headers, json={"inputs": "hi"})  # type: ignore[arg-type]
+    assert [channel.permit.tenant for channel in engine.channels] == ["key 1", "key 2"]

@@ -54,7 +54,7 @@ class ScriptedChannel:
         self.stats = RequestStats(arrival_s=time.monotonic())
         self.is_cancelled = False
         self.ended = asyncio.Event()
-        self._permit = permit
+        self.permit = permit
         self._script = engine.script
         self._sink: Sink | None = None
         self._waiting: list[Sequence[TokenEvent] | TgiError] = []
@@ -127,19 +127,20 @@ class ScriptedChannel:
         self.stats.finished_s = time.monotonic()
         self.ended.set()
         self._arrived.set()
-        self._permit.release()
+        self.permit.release()
 
 
 class ScriptedPermit:
     """Room for n choices; giving it back twice does nothing."""
 
-    def __init__(self, engine: ScriptedEngine, n: int) -> None:
+    def __init__(self, engine: ScriptedEngine, n: int, tenant: str | None) -> None:
         self._engine = engine
-        self._n = n
+        self.n = n
+        self.tenant = tenant
 
     def release(self) -> None:
-        self._engine.num_permits += self._n
-        self._n = 0
+        self._engine.num_permits += self.n
+        self.n = 0
 
 
 class ScriptedEngine:
@@ -162,13 +163,13 @@ class ScriptedEngine:
     async def stop(self) -> None:
         self.state = EngineState.DEAD
 
-    def acquire(self, n: int) -> ScriptedPermit:
+    def acquire(self, n: int, tenant: str | None = None) -> ScriptedPermit:
         if self.state is not EngineState.READY:
             raise Unavailable("The server is shutting down", retry_after_s=5)
         if n > self.num_permits:
             raise Overloaded(retry_after_s=3)
         self.num_permits -= n
-        return ScriptedPermit(self, n)
+        return ScriptedPermit(self, n, tenant)
 
     def submit(self, request: GenerationRequest, permit: ScriptedPermit) -> ScriptedChannel:
         channel = ScriptedChannel(self, request, permit)

@@ -1,12 +1,13 @@
-"""Permits: how many choices run and wait together, and what a client that finds no room is told."""
+"""Permits: how many choices run and wait together, whose they are, and what one who finds no room is told."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from tgi_asgi.errors import InvalidRequest, Overloaded
+from tgi_asgi.types import Permit
 
 _MAX_RETRY_AFTER_S = 60
 _MEMORY = 64  # releases that the drain rate is taken from
@@ -14,19 +15,20 @@ _WINDOW_S = 60.0  # older ones say nothing of now
 
 
 class AdmissionPermit:
-    """Room for `n` choices, until it is released."""
+    """Room for `n` choices of a tenant, until it is released."""
 
-    __slots__ = ("_admission", "n")
+    __slots__ = ("_admission", "n", "tenant")
 
-    def __init__(self, admission: Admission, n: int) -> None:
+    def __init__(self, admission: Admission, n: int, tenant: str | None) -> None:
         self._admission: Admission | None = admission
         self.n = n
+        self.tenant = tenant
 
     def release(self) -> None:
         """Give the room back. Idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._on_release(self.n)
+            admission._on_release(self)
 
 
 class Admission:
@@ -36,9 +38,21 @@ class Admission:
         self.capacity = capacity
         self.num_taken = 0
         self._clock = clock
+        self._taken_by: Counter[str | None] = Counter()
         self._releases: deque[tuple[float, int]] = deque(maxlen=_MEMORY)
 
-    def acquire(self, n: int) -> AdmissionPermit:
+    def is_full(self, n: int) -> bool:
+        """Tell whether n choices find no room now, and could find some later."""
+        return self.num_taken + n > self.capacity >= n
+
+    def may_displace(self, n: int, tenant: str | None, other: Permit) -> bool:
+        """Tell whether it is fair to n choices of a tenant to have another's room, if that has not run yet.
+
+        The other must keep at least as much as this one comes to have: shares only ever become more equal.
+        """
+        return self._taken_by[other.tenant] - other.n >= self._taken_by[tenant] + n
+
+    def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take room for n choices.
 
         Raises:
@@ -53,7 +67,8 @@ class Admission:
         if missing > 0:
             raise Overloaded(retry_after_s=self.retry_after_s(missing))
         self.num_taken += n
-        return AdmissionPermit(self, n)
+        self._taken_by[tenant] += n
+        return AdmissionPermit(self, n, tenant)
 
     def retry_after_s(self, missing: int) -> int:
         """Estimate the seconds until `missing` more permits are free, from the last minute's releases."""
@@ -65,6 +80,9 @@ class Admission:
         seconds = missing * (now - recent[0][0]) / released
         return min(max(math.ceil(seconds), 1), _MAX_RETRY_AFTER_S)
 
-    def _on_release(self, n: int) -> None:
-        self.num_taken -= n
-        self._releases.append((self._clock(), n))
+    def _on_release(self, permit: AdmissionPermit) -> None:
+        self.num_taken -= permit.n
+        self._taken_by[permit.tenant] -= permit.n
+        if not self._taken_by[permit.tenant]:
+            del self._taken_by[permit.tenant]
+        self._releases.append((self._clock(), permit.n))

@@ -23,7 +23,7 @@ class RequestChannel:
 
     __slots__ = (
         "_error", "_events", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled", "num_open",
-        "outputs", "permit", "request", "sequences", "stats",
+        "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -40,6 +40,8 @@ class RequestChannel:
         self.outputs: list[ChoiceOutput] = []
         self.num_open = request.n
         self.is_cancelled = False
+        self.refusal: TgiError | None = None  # why it will not run after all
+        self.timer: asyncio.TimerHandle | None = None  # of its wait for the first step
         self._on_cancel = on_cancel
         self._events: list[TokenEvent] = []
         self._error: TgiError | None = None
@@ -62,6 +64,13 @@ class RequestChannel:
         """Give the request up; it ends with `IncompleteGeneration` unless it has ended already."""
         if not self.is_cancelled and not self._is_ended:
             self.is_cancelled = True
+            self._on_cancel(self)
+
+    def refuse(self, error: TgiError) -> None:
+        """Take a request that has not run yet back out of the queue; its room is free at once."""
+        if not self.is_cancelled and not self._is_ended and self.refusal is None:
+            self.refusal = error
+            self.permit.release()
             self._on_cancel(self)
 
     def __aiter__(self) -> RequestChannel:

@@ -24,7 +24,14 @@ from tgi_asgi.engine.loop import ServingLoop
 from tgi_asgi.engine.output import TokenTable
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.stats import EngineStats
-from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError, Unavailable
+from tgi_asgi.errors import (
+    GenerationFailed,
+    IncompleteGeneration,
+    InvalidRequest,
+    Overloaded,
+    TgiError,
+    Unavailable,
+)
 from tgi_asgi.runner.plan import Runner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, GenerationRequest, ModelInfo, Permit
@@ -68,6 +75,7 @@ class Engine:
         self._vocab_size = info.vocab_size
         self._max_total_tokens = info.max_total_tokens
         self._step_timeout_s = settings.step_timeout_s
+        self._queue_timeout_s = settings.queue_timeout_s
         self._clock = clock
         self._state = EngineState.LOADING
         self._task: asyncio.Task[None] | None = None
@@ -87,10 +95,22 @@ class Engine:
         self._state = EngineState.READY
         self._task = asyncio.create_task(self._run(), name="engine")
 
-    def acquire(self, n: int) -> AdmissionPermit:
-        """Take room for n choices; raises `Overloaded` or `Unavailable`."""
+    def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
+        """Take room for n choices; raises `Overloaded` or `Unavailable`.
+
+        Where there is none, a tenant that holds less than another takes the place of that one's newest
+        request that has not begun to run, which fails with `Overloaded` in its stead.
+        """
         self._check_state()
-        return self.admission.acquire(n)
+        while self.admission.is_full(n):
+            victim = self._loop.newest_waiting(
+                lambda channel: self.admission.may_displace(n, tenant, channel.permit)
+            )
+            if victim is None:
+                break
+            retry_after_s = self.admission.retry_after_s(victim.permit.n)
+            victim.refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:
         """Queue a request. The permit is released at its end, or at once if this raises.
@@ -107,7 +127,18 @@ class Engine:
             raise
         channel = RequestChannel(request, permit, self._loop.inbox.put_nowait, self._clock())
         self._loop.open(channel)
+        if self._queue_timeout_s:
+            loop = asyncio.get_running_loop()
+            channel.timer = loop.call_later(self._queue_timeout_s, self._on_late, channel)
         return channel
+
+    def _on_late(self, channel: RequestChannel) -> None:
+        """Refuse a request that has waited for its first step for too long."""
+        if channel.stats.scheduled_s is None:
+            retry_after_s = self.admission.retry_after_s(channel.permit.n)
+            channel.refuse(
+                Overloaded(f"No room within {self._queue_timeout_s:g} s", retry_after_s=retry_after_s)
+            )
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what runs finish; what has not by then gets `IncompleteGeneration`."""

@@ -62,6 +62,8 @@ class ServingLoop:
             budget=self._budget,
             stats=stats,
             prefix_cache=settings.prefix_cache,
+            waiting_served_ratio=settings.waiting_served_ratio,
+            max_waiting_steps=settings.max_waiting_tokens,
         )
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
@@ -91,6 +93,15 @@ class ServingLoop:
         self.is_idle.clear()
         self._stats.accepted += 1
         self.inbox.put_nowait(channel)
+
+    def newest_waiting(self, accept: Callable[[RequestChannel], bool]) -> RequestChannel | None:
+        """Return the last request to arrive among the acceptable ones that have not run yet."""
+        waiting = (
+            channel
+            for channel in self._open
+            if channel.stats.scheduled_s is None and channel.refusal is None and not channel.is_cancelled
+        )
+        return max(filter(accept, waiting), key=lambda channel: channel.stats.arrival_s, default=None)
 
     async def run(self) -> None:
         """Serve until cancelled.
@@ -134,6 +145,8 @@ class ServingLoop:
         if isinstance(message, RequestChannel):
             if message.is_cancelled:
                 self._end(message, IncompleteGeneration("the request was cancelled"))
+            elif message.refusal is not None:
+                self._end(message, message.refusal)
             elif not message.is_ended:
                 self._add(message)
         elif message is not None:
@@ -152,6 +165,7 @@ class ServingLoop:
                 eos_ids=self._eos_ids,
                 leader=channel.sequences[0] if choice else None,
                 owner=channel,
+                tenant=channel.permit.tenant,
             )
             channel.sequences.append(sequence)
             channel.outputs.append(ChoiceOutput(choice, request.stop, self._tokenizer, self._eos_ids))
@@ -174,6 +188,8 @@ class ServingLoop:
             stats = sequence.owner.stats
             if stats.scheduled_s is None:
                 stats.scheduled_s = flight.begun_s
+                if sequence.owner.timer is not None:
+                    sequence.owner.timer.cancel()
                 stats.cached_tokens = sequence.num_cached or 0
         return flight
 
@@ -343,6 +359,8 @@ class ServingLoop:
         for sequence in channel.sequences:
             self.scheduler.remove(sequence)
         channel.permit.release()
+        if channel.timer is not None:
+            channel.timer.cancel()
         channel.stats.finished_s = self._clock()
         if error is None:
             self._stats.finished += 1

@@ -16,7 +16,7 @@ whose scores begin again after such a step breaks (2), but writes what is there 
 from __future__ import annotations
 
 from bisect import insort
-from heapq import heapify, heappop, heappush
+from collections import Counter
 from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
@@ -24,11 +24,11 @@ from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.tables import BlockTables
+from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import SamplingParams
 
 _urgency = attrgetter("urgency")
-_MAX_STALE = 64  # entries of the queue that nobody waits for any more
 
 
 class Step:
@@ -56,6 +56,10 @@ class Scheduler:
     then new ones as long as tokens, slots and blocks last. When a sequence needs a block and none is free the
     least urgent one is preempted. The most urgent is never preempted, and every request fits the pool
     alone (the engine checks), so there is always progress.
+
+    Args:
+        waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
+            `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Scheduler:
         budget: TokenBudget,
         stats: EngineStats,
         prefix_cache: bool = True,
+        waiting_served_ratio: float = 0.0,
+        max_waiting_steps: int = 20,
     ) -> None:
         self.tables = BlockTables(BlockPool(num_blocks), block_size, prefix_cache=prefix_cache, stats=stats)
         self.pool = self.tables.pool
@@ -76,8 +82,12 @@ class Scheduler:
         self._budget = budget
         self._stats = stats
         self._running: list[Sequence] = []  # most urgent first
-        self._waiting: list[tuple[tuple[float, int, int], Sequence]] = []  # a heap, with stale entries
+        self._num_running_of: Counter[str | None] = Counter()  # by tenant
+        self._waiting = WaitingQueue()
         self._num_waiting = 0
+        self._served_ratio = waiting_served_ratio
+        self._max_waiting_steps = max_waiting_steps
+        self._num_held_back = 0  # steps since prompts that could have started were not
         self._slots = list(reversed(range(max_batch_size)))  # free ones, lowest last
         self._next_step = 0
 
@@ -99,7 +109,7 @@ class Scheduler:
         leader, *followers = sequences
         leader.followers = followers
         self._num_waiting += len(sequences)
-        heappush(self._waiting, (leader.urgency, leader))
+        self._waiting.push(leader)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Give back all that a sequence holds, for good; with `forget` none of it stays in the cache."""
@@ -107,14 +117,16 @@ class Scheduler:
             return
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
-            self.tables.give_back(sequence, forget=forget)
-            self._slots.append(sequence.slot)
+            self._stop_running(sequence, forget=forget)
         else:
             self._num_waiting -= 1
         sequence.leave(SequenceState.FINISHED)
-        if len(self._waiting) > 2 * self._num_waiting + _MAX_STALE:
-            self._waiting = [entry for entry in self._waiting if entry[1].state is SequenceState.WAITING]
-            heapify(self._waiting)
+        self._waiting.compact(self._num_waiting)
+
+    def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
+        self.tables.give_back(sequence, forget=forget)
+        self._slots.append(sequence.slot)
+        self._num_running_of[sequence.tenant] -= 1
 
     def plan(self) -> Step | None:
         """Plan the next step, or return None if there is nothing that a step could compute now."""
@@ -126,7 +138,8 @@ class Scheduler:
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)
-        self._admit(step, budget)
+        if self._may_admit(step):
+            self._admit(step, budget)
         if not step.sequences:
             return None
         self._end_prefills(step)
@@ -170,10 +183,9 @@ class Scheduler:
         """Add a block to a running sequence, preempting from the end; False if that came to itself."""
         while self.pool.num_free == 0:
             victim = self._running.pop()
-            self.tables.give_back(victim)
-            self._slots.append(victim.slot)
+            self._stop_running(victim)
             victim.leave(SequenceState.WAITING)
-            heappush(self._waiting, (victim.urgency, victim))
+            self._waiting.push(victim)
             self._num_waiting += 1
             self._stats.preemptions += 1
             if victim is sequence:
@@ -224,23 +236,32 @@ class Scheduler:
                 for follower in sequence.followers:
                     if follower.state is SequenceState.HELD:
                         follower.state = SequenceState.WAITING
-                        heappush(self._waiting, (follower.urgency, follower))
+                        self._waiting.push(follower)
                 sequence.followers = []
 
+    def _may_admit(self, step: Step) -> bool:
+        """Tell whether enough wait, or long enough, to make those that decode wait for a prompt."""
+        is_soon = self._num_held_back < self._max_waiting_steps
+        if self._num_waiting < self._served_ratio * step.num_decode_rows and self._num_waiting and is_soon:
+            self._num_held_back += 1
+            return False
+        self._num_held_back = 0
+        return True
+
     def _admit(self, step: Step, budget: int) -> None:
-        """Start waiting sequences, strictly in order, while tokens, slots and blocks last."""
-        while self._waiting and budget > 0 and self._slots:
-            sequence = self._waiting[0][1]
-            if sequence.state is SequenceState.WAITING:
-                # Each that runs needs its next block soon: without a reserve one of them would be preempted.
-                if not self.tables.start(sequence, reserve=len(self._running)):
-                    return
-                sequence.state = SequenceState.RUNNING
-                sequence.slot = self._slots.pop()
-                insort(self._running, sequence, key=_urgency)
-                self._num_waiting -= 1
-                budget -= self._plan_chunk(step, sequence, budget)
-            heappop(self._waiting)
+        """Start waiting sequences, strictly in turn, while tokens, slots and blocks last."""
+        while budget > 0 and self._slots:
+            sequence = self._waiting.first(self._num_running_of)
+            # Each that runs needs its next block soon: without a reserve one of them would be preempted.
+            if sequence is None or not self.tables.start(sequence, reserve=len(self._running)):
+                return
+            self._waiting.pop(sequence)
+            sequence.state = SequenceState.RUNNING
+            sequence.slot = self._slots.pop()
+            insort(self._running, sequence, key=_urgency)
+            self._num_running_of[sequence.tenant] += 1
+            self._num_waiting -= 1
+            budget -= self._plan_chunk(step, sequence, budget)
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Take over a step's result; return (row, sequence) of the rows that still matter.

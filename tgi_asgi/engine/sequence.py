@@ -31,7 +31,7 @@ class Sequence:
     __slots__ = (
         "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader", "max_tokens",
         "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered", "owner", "prompt_len",
-        "request", "slot", "starts_slot", "state", "stop_ids", "table", "token_ids", "urgency",
+        "request", "slot", "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
         "wants_prompt_logprobs",
     )  # fmt: skip
 
@@ -45,6 +45,7 @@ class Sequence:
         eos_ids: frozenset[int] = frozenset(),
         leader: Sequence | None = None,  # the request's first choice
         owner: Any = None,
+        tenant: str | None = None,  # whom it is counted for
     ) -> None:
         stop = request.stop
         self.request = request
@@ -52,6 +53,7 @@ class Sequence:
         self.urgency = urgency
         self.chain = chain  # of a further choice: its own from when it first runs
         self.leader = leader
+        self.tenant = tenant
         self.owner = owner  # the caller's handle; the scheduler never looks at it
         self.stop_ids = stop.stop_token_ids if stop.ignore_eos else stop.stop_token_ids | eos_ids
         self.max_tokens = stop.max_tokens
@@ -86,6 +88,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens drawn and known."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def was_preempted(self) -> bool:
+        """Whether it has run before and had to leave."""
+        return self.epoch > 0
 
     @property
     def has_computed_prompt(self) -> bool:

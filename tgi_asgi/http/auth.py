@@ -39,7 +39,7 @@ class ApiKeys:
         return cls(keys, open_paths)
 
     def check(self, exchange: Exchange) -> None:
-        """Let a request pass, or not.
+        """Let a request pass, or not; note whose key it has.
 
         Raises:
             Unauthorized: the route needs a key, and the request has none or another.
@@ -54,16 +54,19 @@ class ApiKeys:
         if given is None:
             raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
         scheme, _, key = given.strip().partition(b" ")
-        if scheme.lower() != b"bearer" or not self._knows(key.strip()):
+        number = self._number_of(key.strip()) if scheme.lower() == b"bearer" else 0
+        if not number:
             raise Unauthorized("The API key is wrong")
+        exchange.tenant = f"key {number}"
 
-    def _knows(self, key: bytes) -> bool:
+    def _number_of(self, key: bytes) -> int:
+        """Return which of the keys this is, from 1; 0: none of them."""
         # Digests have one length, and every one is compared: time tells neither the key nor its place.
         digest = _digest(key)
         found = 0
-        for known in self._digests:
-            found |= hmac.compare_digest(digest, known)
-        return bool(found)
+        for number, known in enumerate(self._digests, 1):
+            found = max(found, number * hmac.compare_digest(digest, known))
+        return found
 
 
 def read_key_file(path: str) -> list[str]:

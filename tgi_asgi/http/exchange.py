@@ -44,6 +44,7 @@ class Exchange:
 
     Attributes:
         dialect: whose envelope an error gets; a handler may change it once it has seen the body.
+        tenant: whom the request is counted for, where there are API keys.
         response_headers: added to whatever is answered (request id, CORS).
         status: of the response once it has started, else None.
         channels: the engine's channels of this request, for the access log and metrics.
@@ -69,6 +70,7 @@ class Exchange:
         "send",
         "started_s",
         "status",
+        "tenant",
     )
 
     def __init__(
@@ -79,6 +81,7 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.dialect = dialect
+        self.tenant: str | None = None
         self.request_id = request_id_of(scope)
         self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
         self.started_s = time.monotonic()

@@ -35,7 +35,7 @@ async def chat_completions(exchange: Exchange) -> None:
     info = served.info
     chat = await exchange.work(check_chat, exchange, request)
     n, logprobs = chat.n, chat.sampling.logprobs
-    with Permits(served.engine, n) as permits:
+    with Permits(exchange, served.engine, n) as permits:
         prompt, generation = await prepare_chat(exchange, chat)
         answer = Answer.of(
             exchange,

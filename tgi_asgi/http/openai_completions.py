@@ -38,7 +38,7 @@ async def completions(exchange: Exchange) -> None:
     info = served.info
     request = await exchange.read_json(COMPLETION_DECODER)
     checked = await exchange.work(_check, exchange, request)
-    with Permits(served.engine, checked.best_of, checked.num_prompts) as permits:
+    with Permits(exchange, served.engine, checked.best_of, checked.num_prompts) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
         generations = [checked.generation_of(exchange, prompt) for prompt in prompts]
         answer = Answer.of(

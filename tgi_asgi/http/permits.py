@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit
 
 
 class Permits:
     """Takes room for all of a request's prompts at once, and gives back what the engine did not take.
 
-        with Permits(engine, n, num_prompts) as permits:
+        with Permits(exchange, engine, n, num_prompts) as permits:
             channels = [permits.submit(request) for request in requests]
 
     Raises:
         Overloaded, Unavailable: there is no room; nothing is held then.
     """
 
-    def __init__(self, engine: Engine, n: int, num_prompts: int = 1) -> None:
+    def __init__(self, exchange: Exchange, engine: Engine, n: int, num_prompts: int = 1) -> None:
         self._engine = engine
         self._permits: list[Permit] = []
         try:
             for _ in range(num_prompts):
-                self._permits.append(engine.acquire(n))
+                self._permits.append(engine.acquire(n, exchange.tenant))
         except BaseException:
             self.release()
             raise

@@ -97,7 +97,7 @@ async def _answer_whole(
 ) -> tuple[GenerateResponse, list[Header]]:
     limits = NativeLimits.of(exchange.context.settings, served.info)
     plan = plan_request(request, limits, is_stream=False, full_text_default=full_text_default)
-    with Permits(served.engine, plan.num_choices) as permits:
+    with Permits(exchange, served.engine, plan.num_choices) as permits:
         generation = await prepare(exchange, served, plan)
         channel = permits.submit(generation)
     [choices] = await collect(exchange, [channel])
@@ -118,7 +118,7 @@ async def _answer_stream(
 ) -> None:
     limits = NativeLimits.of(exchange.context.settings, served.info)
     plan = plan_request(request, limits, is_stream=True, full_text_default=full_text_default)
-    with Permits(served.engine, plan.num_choices) as permits:
+    with Permits(exchange, served.engine, plan.num_choices) as permits:
         generation = await prepare(exchange, served, plan)
         channel = permits.submit(generation)
     renderer = StreamRenderer(plan, len(generation.prompt_ids), served.tokenizer)
