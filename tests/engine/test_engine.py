@@ -413,6 +413,31 @@ async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:
     assert num_wakes <= 1
 
 
+async def test_while_the_loop_lags_tokens_leave_together_but_first_ones_at_once(
+    make_engine: MakeEngine,
+) -> None:
+    runner = FakeRunner(is_manual=True)
+    engine = make_engine(runner)
+    old, new = Recorder(), Recorder()
+    submit(engine, make_request(5, max_tokens=9)).attach(old)
+    for _ in range(2):
+        await until(lambda: runner.num_in_flight == 2)
+        runner.run_next()
+    await until(lambda: len(old.calls) == 2)
+    submit(engine, make_request(6, max_tokens=9)).attach(new)
+    for num_calls in (3, 4):
+        await until(lambda: runner.num_in_flight == 2)
+        runner.run_next()
+        await until(lambda num_calls=num_calls: len(old.calls) == num_calls)  # type: ignore[misc]
+    await until(lambda: runner.num_in_flight == 2)
+    assert new.calls == []
+    runner.run_next()  # both are done before the loop comes around
+    runner.run_next()
+    await until(lambda: len(new.calls) == 2)
+    assert [len(call) for call in old.calls] == [1, 1, 1, 1, 2]
+    assert [len(call) for call in new.calls] == [1, 1]
+
+
 async def test_delivery_of_a_large_step_yields_to_the_loop(make_engine: MakeEngine) -> None:
     now = 0.0
 

@@ -22,7 +22,7 @@ class RequestChannel:
     """
 
     __slots__ = (
-        "_error", "_events", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled", "num_open",
+        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled", "num_open",
         "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class RequestChannel:
         self._events: list[TokenEvent] = []
         self._error: TgiError | None = None
         self._is_ended = False
+        self._has_begun = False
         self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -53,6 +54,11 @@ class RequestChannel:
     def is_ended(self) -> bool:
         """Whether the last event or the error is here, taken or not."""
         return self._is_ended
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether somebody waits for what is new: it is the first token, or the end."""
+        return self._is_ended or not self._has_begun
 
     def attach(self, sink: Sink) -> None:
         """Call `sink` from now on, first with whatever is waiting."""
@@ -108,6 +114,7 @@ class RequestChannel:
 
     def flush(self) -> None:
         """Hand on what is new: one call of the sink, or a wake-up."""
+        self._has_begun |= bool(self._events)
         if self._sink is None:
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 _LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
 _SLICE_S = 0.001  # delivery holds the loop no longer
+_MAX_DELAY_S = 0.05  # what a token waits at most, where the event loop is slower than the steps
 _PROBE_AFTER = 4  # rows that failed with no good one between them: is the fault in the requests?
 
 
@@ -80,6 +81,7 @@ class ServingLoop:
         self._num_arrived = 0
         self._num_lost_rows = 0
         self._yield_at = 0.0
+        self._flush_by: float | None = None  # when the tokens that wait in `_touched` must leave
         self._last_done_s = 0.0
 
     @property
@@ -261,9 +263,22 @@ class ServingLoop:
         channel.stats.prompt_logprobs = known
 
     async def _flush(self) -> None:
-        """Hand on what is new, one call a request, and let the loop do other things in between."""
+        """Hand on what is new, one call a request, and let the loop do other things in between.
+
+        First tokens and ends go first. While the next step is done already the event loop is what is slow:
+        then the others wait, for a while, and leave with that step's in larger frames.
+        """
         touched, self._touched = self._touched, {}
-        for channel in touched:
+        urgent = [channel for channel in touched if channel.is_urgent]
+        others = [channel for channel in touched if not channel.is_urgent]
+        now = self._clock()
+        if self.pipeline.has_done and now < (self._flush_by or now + _MAX_DELAY_S):
+            self._flush_by = self._flush_by or now + _MAX_DELAY_S
+            self._touched = dict.fromkeys(others)
+            others = []
+        else:
+            self._flush_by = None
+        for channel in urgent + others:
             channel.flush()
             if self._clock() > self._yield_at:
                 await self._breathe()

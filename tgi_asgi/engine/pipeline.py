@@ -73,6 +73,11 @@ class Pipeline:
         """Whether another step may be submitted; not while a failed one has not been dealt with."""
         return len(self._flights) < _DEPTH and not self._has_failed
 
+    @property
+    def has_done(self) -> bool:
+        """Whether `pop_done` would return a step."""
+        return bool(self._flights) and self._flights[0].is_done
+
     def submit(self, step: Step, limit_s: float) -> Flight:
         """Hand a step to the runner; a refusal becomes the step's failure."""
         loop = asyncio.get_running_loop()
@@ -92,7 +97,7 @@ class Pipeline:
 
     def pop_done(self) -> Flight | None:
         """Take the oldest step if it has finished."""
-        if self._flights and self._flights[0].is_done:
+        if self.has_done:
             return self._flights.popleft()
         return None
 
