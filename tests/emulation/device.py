@@ -21,6 +21,8 @@ _STRUCTS = {
     "attention_plan": "AttentionParams",
     "attention_decode": "AttentionParams",
     "attention_prefill": "AttentionParams",
+    "sample": "SampleParams",
+    "token_logprobs": "TokenLogprobsParams",
 }
 _SEEDS = (1, 2)
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2}

@@ -21,3 +21,5 @@ extern "C" __attribute__((visibility("default"))) int64_t emu_attention_workspac
     int64_t num_sequences, int64_t block_table_stride, int64_t block_size, int64_t num_heads, int64_t head_dim) {
   return tgi::cuda::attention_workspace_bytes(num_sequences, block_table_stride, block_size, num_heads, head_dim);
 }
+OPERATOR(sample, SampleParams)
+OPERATOR(token_logprobs, TokenLogprobsParams)

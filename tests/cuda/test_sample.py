@@ -1,0 +1,245 @@
+"""The CUDA kernels of sampling in emulation: what is drawn, from which set, and its log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.faults import Fault, assert_caught
+from tests.emulation.device import Device
+from tests.reference.philox import draw
+from tests.reference.sample import penalised, probabilities
+from tgi_asgi.ops.sample_state import SampleState
+from tgi_asgi.types import LogprobsMode, SamplingParams
+
+PROMPT, OUTPUT = [1, 5, 5, 9, 11], [2, 5, 2, 2, 30]
+
+
+@dataclass
+class Drawn:
+    """What the kernel wrote, a list entry a row."""
+
+    ids: list[int]
+    are_finite: list[bool]
+    logprobs: list[float]
+    tops: list[dict[int, float]]
+    state: SampleState = field(repr=False)
+
+
+def run(
+    device: Device,
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    *,
+    max_top: int = 0,
+    banned: Sequence[int] = (),
+    mask: Tensor | None = None,
+    padding: bool = False,
+) -> Drawn:
+    rows, vocab = logits.shape
+    state = SampleState(rows + 2, vocab)
+    slots = torch.randperm(rows + 2)[:rows].int()
+    for slot, sampling in zip(slots.tolist(), params, strict=True):
+        state.start(
+            slot, sampling, choice=slot % 3, prompt_ids=PROMPT, output_ids=OUTPUT,
+            min_tokens=len(OUTPUT) + 1 if banned else 0, masked_ids=banned,
+        )  # fmt: skip
+    if padding:
+        slots[rows - 1] = -1
+    records, counts = device.tensor(state.record_bytes), device.tensor(state.counts_tensor)
+    biased_ids, biased_values = (device.tensor(part) for part in state.biased)
+    ids = device.empty((rows,), torch.int32)
+    are_finite = device.empty((rows,), torch.bool)
+    logprobs = device.empty((rows,), torch.float32)
+    top_ids = device.empty((rows, max_top), torch.int32)
+    top_logprobs = device.empty((rows, max_top), torch.float32)
+    num_top = device.empty((rows,), torch.int32)
+    outputs = [records, counts, ids, are_finite, logprobs, top_ids, top_logprobs, num_top]
+    device.run(
+        "sample", outputs, logits=device.tensor(logits), slots=device.tensor(slots), records=records,
+        counts=counts, biased_ids=biased_ids, biased_values=biased_values,
+        masked_ids=device.tensor(state.masked), mask=None if mask is None else device.tensor(mask),
+        token_ids=ids, is_finite=are_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs,
+        num_top=num_top, vocab=vocab, biased_stride=biased_ids.shape[1], masked_stride=state.masked.shape[1],
+        max_top=max_top, scratch=device.empty((rows, vocab), torch.float32), num_rows=rows,
+        num_slots=rows + 2,
+    )  # fmt: skip
+    state.record_bytes.copy_(records)
+    state.counts_tensor.copy_(counts)
+    tops = [
+        dict(zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True))
+        for row, count in enumerate(num_top.tolist())
+    ]
+    return Drawn(ids.tolist(), are_finite.tolist(), logprobs.tolist(), tops, state)
+
+
+def check(
+    device: Device,
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    banned: Sequence[int] = (),
+    mask: Tensor | None = None,
+) -> None:
+    """Hold the set drawn from, its log-probabilities and the draw to the reference."""
+    vocab = logits.shape[1]
+    wanted = [replace(one, logprobs=vocab, logprobs_mode=LogprobsMode.PROCESSED) for one in params]
+    drawn = run(device, logits, wanted, max_top=vocab, banned=banned, mask=mask)
+    position = len(PROMPT) + len(OUTPUT)
+    for row, sampling in enumerate(params):
+        x = penalised(logits[row], sampling, PROMPT, OUTPUT, banned)
+        if mask is not None:
+            bits = torch.tensor([mask[row, i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
+            x = x.masked_fill(~bits, -math.inf)
+        slot = int((drawn.state.records["position"] == position + 1).nonzero()[0][0]) if len(params) == 1 else None
+        expected = x.softmax(0) if sampling.is_greedy else probabilities(x, sampling)
+        logs = expected.log()
+        assert set(drawn.tops[row]) == set(logs.isfinite().nonzero()[:, 0].tolist())
+        for token, logprob in drawn.tops[row].items():
+            assert logprob == pytest.approx(float(logs[token]), abs=2e-5)
+        if sampling.is_greedy:
+            assert drawn.ids[row] == int(x.argmax())
+        elif slot is not None:
+            assert drawn.ids[row] == draw(logs.tolist(), sampling.seed, slot % 3, position)
+        assert drawn.logprobs[row] == pytest.approx(float(logs[drawn.ids[row]]), abs=2e-5)
+
+
+WAYS = [
+    SamplingParams(temperature=0),
+    SamplingParams(seed=3),
+    SamplingParams(temperature=0.7, seed=2**62 + 5),
+    SamplingParams(top_k=1),
+    SamplingParams(top_k=7, temperature=3.0),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.001),
+    SamplingParams(top_k=40, top_p=0.5, temperature=2.0),
+    SamplingParams(min_p=0.1),
+    SamplingParams(typical_p=0.5, temperature=1.5),
+    SamplingParams(top_k=50, top_p=0.9, min_p=0.01, typical_p=0.8, temperature=1.3),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.3),
+    SamplingParams(repetition_penalty=0.8, temperature=0),
+    SamplingParams(logit_bias=((3, 5.0), (4, -100.0), (9, -2.5)), top_k=4),
+]
+
+
+@pytest.mark.parametrize("vocab", [37, 1000])
+@pytest.mark.parametrize("sampling", WAYS, ids=str)
+def test_a_row_is_drawn_as_the_reference_draws(device: Device, sampling: SamplingParams, vocab: int) -> None:
+    check(device, torch.randn(1, vocab) * 3, [sampling])
+
+
+def test_flat_logits_show_the_edge_of_the_set(device: Device) -> None:
+    flat = 1 + torch.randperm(513).float()[None] * 1e-6
+    check(device, flat, [SamplingParams(top_k=5)])
+    check(device, flat.round(decimals=5), [SamplingParams(top_k=5)])  # whole ties are kept
+
+
+def test_large_and_negative_logits_do_not_overflow(device: Device) -> None:
+    check(device, torch.randn(1, 300) * 50 - 30000, [SamplingParams(top_p=0.95)])
+
+
+def test_rows_differ_in_everything_and_masked_ids_are_never_drawn(device: Device) -> None:
+    logits = torch.randn(len(WAYS), 130)
+    mask = torch.randint(-(2**31), 2**31, (len(WAYS), 5), dtype=torch.int64).int()
+    check(device, logits, WAYS, banned=(0, 7, 129), mask=mask)
+
+
+def test_the_state_moves_on_by_the_token_drawn(device: Device) -> None:
+    drawn = run(device, torch.randn(1, 50), [SamplingParams(presence_penalty=0.1)])
+    slot = int(drawn.state.records["position"].argmax())
+    assert drawn.state.records["position"][slot] == len(PROMPT) + len(OUTPUT) + 1
+    assert drawn.state.last_ids[slot] == drawn.ids[0]
+    expected = [2 * OUTPUT.count(token) + (token in PROMPT) for token in range(50)]
+    expected[drawn.ids[0]] += 2
+    assert drawn.state.counts[slot].tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_draws_nothing_and_others_go_on(device: Device, bad: float) -> None:
+    logits = torch.randn(3, 600)
+    logits[1, 555] = bad
+    drawn = run(device, logits, [SamplingParams(temperature=0, logprobs=0)] * 3)
+    assert drawn.are_finite == [True, False, True]
+    assert drawn.ids == [int(logits[0].argmax()), 0, int(logits[2].argmax())]
+    assert math.isnan(drawn.logprobs[1])
+    assert sorted(drawn.state.records["position"].tolist()) == [0, 0, 10, 11, 11]
+
+
+def test_a_row_without_a_slot_is_padding(device: Device) -> None:
+    drawn = run(device, torch.randn(2, 40), [SamplingParams(temperature=0)] * 2, padding=True)
+    assert drawn.are_finite == [True, False]
+    assert sorted(drawn.state.records["position"].tolist()) == [0, 0, 10, 11]
+
+
+def test_raw_log_probabilities_are_of_the_logits_as_they_came(device: Device) -> None:
+    logits = torch.randn(1, 700)
+    logits[0, 20] = logits[0, 10]
+    sampling = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=2.0, logprobs=5)
+    drawn = run(device, logits, [sampling], max_top=8)
+    logs = logits[0].double().log_softmax(0)
+    assert list(drawn.tops[0]) == logs.sort(descending=True, stable=True).indices[:5].tolist()
+    for token, logprob in [*drawn.tops[0].items(), (drawn.ids[0], drawn.logprobs[0])]:
+        assert logprob == pytest.approx(float(logs[token]), abs=1e-5)
+
+
+def test_token_logprobs_equal_the_reference(device: Device) -> None:
+    logits = torch.randn(4, 530) * 2
+    logits[2, 3] = math.nan
+    logits[3, 5:] = -math.inf
+    token_ids = device.tensor(torch.tensor([0, 529, 1, 7], dtype=torch.int32))
+    logprobs = device.empty((4,), torch.float32)
+    top_ids, top_logprobs = device.empty((4, 7), torch.int32), device.empty((4, 7), torch.float32)
+    device.run(
+        "token_logprobs", [logprobs, top_ids, top_logprobs], logits=device.tensor(logits),
+        token_ids=token_ids, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs, vocab=530,
+        num_top=7, num_rows=4,
+    )  # fmt: skip
+    for row in (0, 1):
+        logs = logits[row].double().log_softmax(0)
+        assert float(logprobs[row]) == pytest.approx(float(logs[token_ids[row]]), abs=1e-5)
+        assert top_ids[row].tolist() == logs.topk(7).indices.tolist()
+        assert top_logprobs[row].tolist() == pytest.approx(logs.topk(7).values.tolist(), abs=1e-5)
+    assert logprobs[2].isnan() and top_logprobs[2].isnan().all()
+    assert logprobs[3] == -math.inf
+    assert top_logprobs[3, 5:].tolist() == [-math.inf, -math.inf]
+
+
+FAULTS = [
+    Fault("bins are cleared while others count", "sample_rows.cuh", "room.bins[bin] = 0;\n    __syncthreads();",
+          "room.bins[bin] = 0;", "race"),
+    Fault("counts are added without an atomic", "sample_rows.cuh",
+          "atomicAdd(&room.bins[bits >> shift & ((1u << (above - shift)) - 1)], weight);",
+          "room.bins[bits >> shift & ((1u << (above - shift)) - 1)] += weight;", "race"),
+    Fault("the bin found is read too soon", "sample_rows.cuh",
+          "    room.before = before;\n  }\n  __syncthreads();", "    room.before = before;\n  }", "race|uninit"),
+    Fault("one token too many is kept", "sample_rows.cuh", "before < target && target <= upto",
+          "before <= target && target < upto", "result|race|uninit"),
+    Fault("the bias is added before the logits are there", "sample.cu",
+          "    room[i] = x;\n  }\n  __syncthreads();", "    room[i] = x;\n  }", "race"),
+    Fault("the mask of another row", "sample.cu", "p.mask + row * ((p.vocab + 31) / 32)",
+          "p.mask + row * (p.vocab / 32)", "result"),
+    Fault("the draw forgets the choice", "sample.cu", "uint32_t(slot.choice)", "0u", "result"),
+    Fault("top-p over the whole vocabulary", "sample.cu",
+          "return score >= kept.floor ? to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight total) {",
+          "return to_weight(score);\n    };\n    const auto share = [&](Weight total) {", "result"),
+    Fault("ties go to the highest id", "sample_rows.cuh", "(x == last && i > last_id)", "x == last", "result"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    def everything(device: Device) -> None:
+        logits = torch.randn(2, 130) * 2
+        for sampling in (WAYS[7], WAYS[10]):
+            check(device, logits[:1], [sampling])
+        for _ in range(2):
+            check(device, logits[:1], [SamplingParams(temperature=4.0)])
+        mask = torch.tensor([[-1, -1, -1, -1, -1], [-1, 0, 0, 0, 0]], dtype=torch.int32)
+        check(device, logits, [SamplingParams(logit_bias=((3, 5.0), (9, -2.5)), top_k=9)] * 2, mask=mask)
+        check(device, torch.zeros(1, 130), [SamplingParams()])
+
+    assert_caught(replace(fault, kernel="sample.cu"), everything)
