@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_END_OF_CHUNKS = b"0\r\n\r\n"
+_LAST_CHUNK = b"\n0\r\n\r\n"  # with the end of the line before: a header may end in 0 as well
 
 
 @dataclass(slots=True)
@@ -126,6 +126,7 @@ class _Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._done: asyncio.Future[None] | None = None
         self._num_left: int | None = None  # bytes of a body with a stated length
+        self._tail = b""
         self.is_open = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -140,7 +141,10 @@ class _Connection(asyncio.Protocol):
             self._num_left = _body_length(data)
         elif self._num_left is not None:
             self._num_left -= len(data)
-        if (self._num_left is not None and self._num_left <= 0) or data.endswith(_END_OF_CHUNKS):
+        self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[
+            -len(_LAST_CHUNK) :
+        ]  # it may come in two pieces
+        if self._tail == _LAST_CHUNK or (self._num_left is not None and self._num_left <= 0):
             self._finish(None)
 
     def connection_lost(self, error: Exception | None) -> None:
