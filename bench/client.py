@@ -141,9 +141,10 @@ class _Connection(asyncio.Protocol):
             self._num_left = _body_length(data)
         elif self._num_left is not None:
             self._num_left -= len(data)
+        # It may come in two pieces.
         self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[
             -len(_LAST_CHUNK) :
-        ]  # it may come in two pieces
+        ]
         if self._tail == _LAST_CHUNK or (self._num_left is not None and self._num_left <= 0):
             self._finish(None)
 
