@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings/packed.h"
+#include "bindings/sample.h"
 #include "checks.h"
 #include "cpu/team.h"
 
@@ -206,6 +207,7 @@ class StepProgram : public torch::CustomClassHolder {
     if (bias) check_tensor(*bias, "bias", kFloat, {params.weight.num_rows});
     head_.add(step::kernels().logits, step::LogitsParams{params, out.mutable_data_ptr<float>(),
                                                          out.size(1), static_cast<float>(cap)});
+    logits_ = out;
     keep({in, weight, out});
     if (bias) keep({*bias});
   }
@@ -214,6 +216,62 @@ class StepProgram : public torch::CustomClassHolder {
   void run(const Tensor& ids, const Tensor& positions, const Tensor& slots,
            const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
            const Tensor& rows) {
+    set_header(ids, positions, slots, query_start, context_len, block_table);
+    set_rows(rows);
+    if (header_.num_tokens == 0) return;
+    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members); },
+                          [&](int member, int num_members) {
+                            forward_.run(header_, member, num_members);
+                            if (header_.num_rows > 0) head_.run(header_, member, num_members);
+                          });
+  }
+
+  // The same and then one draw a row, all in one run of the team. Operands from `row_slots` on are
+  // those of the operator `sample`.
+  void draw(const Tensor& ids, const Tensor& positions, const Tensor& slots,
+            const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
+            const Tensor& rows, const Tensor& row_slots, const Tensor& records,
+            const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
+            const Tensor& masked_ids, const Tensor& scratch, const Tensor& token_ids,
+            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
+            const Tensor& top_logprobs, const Tensor& num_top) {
+    set_header(ids, positions, slots, query_start, context_len, block_table);
+    set_rows(rows);
+    TORCH_CHECK(header_.num_rows > 0, "`rows` must not be empty");
+    const tgi::SampleCall call =
+        tgi::check_sample(logits_.narrow(0, 0, header_.num_rows), row_slots, records, counts,
+                          biased_ids, biased_values, masked_ids, std::nullopt, scratch, token_ids,
+                          is_finite, logprobs, top_ids, top_logprobs, num_top);
+    tgi::cpu::run_on_team(
+        [&](int num_members) {
+          prepare(num_members);
+          call.check_members(num_members);
+        },
+        [&](int member, int num_members) {
+          forward_.run(header_, member, num_members);
+          head_.run(header_, member, num_members);
+          call.run(member, num_members);
+        });
+  }
+
+  // Runs the head again on other rows of the last batch.
+  void run_head(const Tensor& rows) {
+    set_rows(rows);
+    if (header_.num_rows == 0) return;
+    tgi::cpu::run_on_team(
+        [&](int num_members) { check_members(num_members); },
+        [&](int member, int num_members) { head_.run(header_, member, num_members); });
+  }
+
+  int64_t num_operators() const { return forward_.size() + head_.size(); }
+
+ private:
+  static void check_limit(int64_t size, int64_t limit, const char* name) {
+    TORCH_CHECK(size <= limit, "`", name, "` must have at most ", limit, " elements, got ", size);
+  }
+
+  void set_header(const Tensor& ids, const Tensor& positions, const Tensor& slots,
+                  const Tensor& query_start, const Tensor& context_len, const Tensor& block_table) {
     check_tensor(ids, "ids", kInt, {-1});
     check_tensor(context_len, "context_len", kInt, {-1});
     const int64_t num_tokens = ids.size(0), num_sequences = context_len.size(0);
@@ -225,6 +283,7 @@ class StepProgram : public torch::CustomClassHolder {
     check_tensor(block_table, "block_table", kInt, {num_sequences, -1});
     header_.num_tokens = num_tokens;
     header_.num_sequences = num_sequences;
+    header_.num_rows = 0;
     header_.ids = ids.const_data_ptr<int32_t>();
     header_.positions = positions.const_data_ptr<int32_t>();
     header_.slots = slots.const_data_ptr<int64_t>();
@@ -233,22 +292,6 @@ class StepProgram : public torch::CustomClassHolder {
     header_.block_table = block_table.const_data_ptr<int32_t>();
     header_.block_table_stride = block_table.size(1);
     check_header();
-    set_rows(rows);
-    if (num_tokens == 0) return;
-    run_segments(true, header_.num_rows > 0);
-  }
-
-  // Runs the head again on other rows of the last batch.
-  void run_head(const Tensor& rows) {
-    set_rows(rows);
-    if (header_.num_rows > 0) run_segments(false, true);
-  }
-
-  int64_t num_operators() const { return forward_.size() + head_.size(); }
-
- private:
-  static void check_limit(int64_t size, int64_t limit, const char* name) {
-    TORCH_CHECK(size <= limit, "`", name, "` must have at most ", limit, " elements, got ", size);
   }
 
   void check_header() const {
@@ -279,18 +322,16 @@ class StepProgram : public torch::CustomClassHolder {
     header_.rows = rows.const_data_ptr<int32_t>();
   }
 
-  void run_segments(bool forward, bool head) {
-    const int num_members = tgi::cpu::num_threads();
+  void check_members(int num_members) const {
     TORCH_CHECK(num_members <= num_members_, "the program was recorded for ", num_members_,
                 " threads, not ", num_members);
-    if (forward) {
-      step::split_attention(header_, num_heads_, kv_.num_heads, num_members, split_.data());
-      header_.attention_split = split_.data();
-    }
-    tgi::cpu::run_on_team([&](int member, int members) {
-      if (forward) forward_.run(header_, member, members);
-      if (head) head_.run(header_, member, members);
-    });
+  }
+
+  // Before a forward pass, once the team is known.
+  void prepare(int num_members) {
+    check_members(num_members);
+    step::split_attention(header_, num_heads_, kv_.num_heads, num_members, split_.data());
+    header_.attention_split = split_.data();
   }
 
   step::Activation activation_of(const Tensor& buffer, int64_t tokens, int64_t columns,
@@ -365,6 +406,7 @@ class StepProgram : public torch::CustomClassHolder {
   std::vector<step::AttentionPoint> split_;
   std::unique_ptr<step::AttentionWorkspace> workspace_;
   std::set<const void*> norms_;  // buffers that members may hold copies of, see kPrivateTokens
+  Tensor logits_;
   std::vector<Tensor> scratch_, kept_;
 };
 
@@ -391,6 +433,7 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
       .def("gate_up", &StepProgram::gate_up)
       .def("logits", &StepProgram::logits)
       .def("run", &StepProgram::run)
+      .def("draw", &StepProgram::draw)
       .def("run_head", &StepProgram::run_head)
       .def("num_operators", &StepProgram::num_operators);
 }

@@ -1,11 +1,12 @@
 // CPU adapters of sampling and log-probabilities.
-#include "cpu/sample.h"
+#include "bindings/sample.h"
 
 #include <torch/library.h>
 
 #include <vector>
 
 #include "checks.h"
+#include "cpu/sample.h"
 #include "cpu/team.h"
 #include "params.h"
 
@@ -41,11 +42,16 @@ void check_record(const tgi::SampleParams& p, int64_t slot) {
   check_range(p.masked_ids + slot * p.masked_stride, record.num_masked, p.vocab, "masked_ids");
 }
 
-void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
-            const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
-            const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& token_ids,
-            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
-            const Tensor& top_logprobs, const Tensor& num_top) {
+}  // namespace
+
+namespace tgi {
+
+SampleCall check_sample(const Tensor& logits, const Tensor& slots, const Tensor& records,
+                        const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
+                        const Tensor& masked_ids, const std::optional<Tensor>& mask,
+                        const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
+                        const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
+                        const Tensor& num_top) {
   check_tensor(logits, "logits", kFloat, {-1, -1});
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   tgi::check_positive(vocab, "vocab");
@@ -84,20 +90,37 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
                                     masked_ids.size(1),
                                     top_ids.size(1)};
   for (int64_t row = 0; row < num_rows; ++row) check_record(params, params.slots[row]);
-  float* work = scratch.mutable_data_ptr<float>();
-  const int64_t most_members = scratch.size(0);
-  const auto check_scratch = [&](int num_members) {
-    TORCH_CHECK(most_members >= num_members, "`scratch` must have ", num_members, " parts, got ",
-                most_members);
-  };
-  auto body = [&](int member, int num_members) {
-    const tgi::cpu::Range rows = tgi::cpu::split(num_rows, member, num_members);
-    tgi::cpu::sample(params, work + member * tgi::cpu::kSampleScratchRows * vocab, rows.begin,
-                     rows.end);
-  };
-  if (num_rows > 1) {
+  return {params, num_rows, scratch.mutable_data_ptr<float>(), scratch.size(0)};
+}
+
+void SampleCall::check_members(int num_members) const {
+  TORCH_CHECK(most_members >= num_members, "`scratch` must have ", num_members, " parts, got ",
+              most_members);
+}
+
+void SampleCall::run(int member, int num_members) const {
+  const cpu::Range rows = cpu::split(num_rows, member, num_members);
+  cpu::sample(params, scratch + member * cpu::kSampleScratchRows * params.vocab, rows.begin,
+              rows.end);
+}
+
+}  // namespace tgi
+
+namespace {
+
+void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
+            const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
+            const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& token_ids,
+            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
+            const Tensor& top_logprobs, const Tensor& num_top) {
+  const tgi::SampleCall call =
+      tgi::check_sample(logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
+                        scratch, token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
+  const auto check_scratch = [&](int num_members) { call.check_members(num_members); };
+  const auto body = [&](int member, int num_members) { call.run(member, num_members); };
+  if (call.num_rows > 1) {
     tgi::cpu::run_on_team(check_scratch, body);
-  } else if (num_rows == 1) {
+  } else if (call.num_rows == 1) {
     check_scratch(1);
     tgi::cpu::run_alone(body);
   }

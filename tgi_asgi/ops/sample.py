@@ -23,6 +23,18 @@ class SampleResult:
     top_logprobs: Tensor  # [n_rows, max_top] float32
     num_top: Tensor  # [n_rows] int32: how many of a row's top entries are filled
 
+    @classmethod
+    def allocate(cls, rows: int, max_top: int) -> SampleResult:
+        """Make room for a draw from `rows` rows, not filled yet."""
+        return cls(
+            token_ids=torch.empty(rows, dtype=torch.int32),
+            is_finite=torch.empty(rows, dtype=torch.bool),
+            logprobs=torch.empty(rows),
+            top_ids=torch.empty(rows, max_top, dtype=torch.int32),
+            top_logprobs=torch.empty(rows, max_top),
+            num_top=torch.empty(rows, dtype=torch.int32),
+        )
+
 
 def sample(logits: Tensor, state: SampleState, slots: Tensor, *, mask: Tensor | None = None) -> SampleResult:
     """Draw one token for each row of logits [n_rows, vocab] float32, by the parameters of its slot.
@@ -47,15 +59,7 @@ def sample(logits: Tensor, state: SampleState, slots: Tensor, *, mask: Tensor | 
     Raises:
         RuntimeError: shapes do not fit, or a slot is out of range or named twice.
     """
-    rows, max_top = logits.shape[0], state.max_top(slots)
-    result = SampleResult(
-        token_ids=torch.empty(rows, dtype=torch.int32),
-        is_finite=torch.empty(rows, dtype=torch.bool),
-        logprobs=torch.empty(rows),
-        top_ids=torch.empty(rows, max_top, dtype=torch.int32),
-        top_logprobs=torch.empty(rows, max_top),
-        num_top=torch.empty(rows, dtype=torch.int32),
-    )
+    result = SampleResult.allocate(logits.shape[0], state.max_top(slots))
     torch.ops.tgi.sample(
         logits, slots, state.record_bytes, state.counts_tensor, *state.biased, state.masked, mask,
         state.scratch(_C.num_threads()), result.token_ids, result.is_finite, result.logprobs,

@@ -28,6 +28,9 @@ class Step(Protocol):
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return fresh logits [n_rows, vocab] float32 of rows of the last batch."""
 
+    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
+        """Compute a batch and draw after its rows, each for its sampling slot; there is at least one."""
+
 
 class EagerStep:
     """Calls the model for every batch."""
@@ -43,6 +46,11 @@ class EagerStep:
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Compute more logits, as `Step.logits` says."""
         return self._model.logits(x, rows)
+
+    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
+        """Compute a batch and draw, as `Step.draw` says."""
+        _, logits = self.run(batch, rows)
+        return ops.sample(logits, state, slots)
 
 
 class RecordedStep:
@@ -67,6 +75,10 @@ class RecordedStep:
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Compute more logits, as `Step.logits` says."""
         return self._program.run_head(rows).clone()
+
+    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
+        """Compute a batch and draw, as `Step.draw` says."""
+        return self._program.draw(batch.ids, batch.positions, batch.slots, batch.tables, rows, slots, state)
 
 
 def make_step(

@@ -10,15 +10,18 @@ import asyncio
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.program import make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
@@ -128,29 +131,31 @@ class CpuRunner:
 
     def _compute(self, plan: StepPlan) -> StepResult:
         batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
-        ends = batch.tables.query_start[1:] - 1  # [n_rows]: each row's last token
-        rows = ends[sampling]
-        slots = [plan.rows[index].slot for index in sampling]
-        masks = self._masks.begin(slots)
-        x, logits = self._step.run(batch, rows)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
-        first = 0
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        slots = [plan.rows[index].slot for index in sampling]
+        stops = batch.tables.query_start.tolist()
+        rows = _int32([stops[index + 1] - 1 for index in sampling])  # each row's last token
+        masks = self._masks.begin(slots)
+        if slots and masks is None and all(row.prompt_logprobs is None for row in plan.rows):
+            drawn = unpack(self._step.draw(batch, rows, _int32(slots), self._sampling))
+        else:
+            x, logits = self._step.run(batch, rows)
+            if self._score(x, plan, stops, result):
+                logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
+            mask = self._masks.finish(masks)
+            drawn = unpack(ops.sample(logits, self._sampling, _int32(slots), mask=mask)) if slots else []
+        self._masks.accept(slots, drawn)
+        for index, sampled in zip(sampling, drawn, strict=True):
+            result.sampled[index] = sampled
+        return result
+
+    def _score(self, x: Tensor, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
+        """Score the prompts of the rows that want it; tell whether there were any."""
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
-                result.prompt_logprobs[index] = self._scorer.score(x, first, row)
-            first += row.num_tokens
-        if result.prompt_logprobs:
-            logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
-        if sampling:
-            mask = self._masks.finish(masks)
-            drawn: list[Sampled] = unpack(
-                ops.sample(logits, self._sampling, torch.tensor(slots, dtype=torch.int32), mask=mask)
-            )
-            self._masks.accept(slots, drawn)
-            for index, sampled in zip(sampling, drawn, strict=True):
-                result.sampled[index] = sampled
-        return result
+                result.prompt_logprobs[index] = self._scorer.score(x, stops[index], row)
+        return bool(result.prompt_logprobs)
 
     def _work(self) -> None:
         """Run jobs until closed: the runner thread's whole life."""
@@ -181,3 +186,7 @@ class CpuRunner:
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell torch's ways of saying that there is no memory from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _int32(values: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int32))
