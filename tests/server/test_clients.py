@@ -197,4 +197,13 @@ def test_openai_node(demo: ServerProcess) -> None:
     result = json.loads(run.stdout)
     assert result["whole"] == result["text"] != ""
     assert result["chunks"] > 1
+    assert result["accumulated"] == {
+        "text": result["whole"],
+        "deltas": result["whole"],
+        "role": "assistant",
+        "finish": "length",
+        "tokens": result["usage"],
+    }
+    assert result["continued"]
+    assert result["names"] == [DEMO_MODEL] == [result["named"]]
     assert result["refusal"] == {"name": "BadRequestError", "status": 400, "type": "invalid_request_error"}

@@ -164,6 +164,10 @@ class Tokenizer:
         """Turn ids into text; unknown ids give none. For whole texts: streams use `token_bytes`."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json, with what surrounds a text, for other programs to read."""
+        self._backend.save(str(path))
+
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
