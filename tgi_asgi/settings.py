@@ -81,6 +81,11 @@ class Settings:
         metavar="SECONDS",
         flags=("-g",),
     )
+    chat_special_tokens: bool = _setting(
+        False,
+        "Let special tokens in the text of chat messages act as such; else they are text.",
+        group="Server",
+    )
     tgi_compat: bool = _setting(
         False, "Answer /v1 exactly as TGI did, for its old strict clients.", group="Server"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tgi_asgi.text.guard import PromptGuard
+
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 VOCAB_SIZE = 1024
 _SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
@@ -19,6 +21,7 @@ class ToyTokenizer:
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.adds_bos = adds_bos
         self.chat_template: str | None = None
+        self.guard = PromptGuard(_SPECIAL.values())
         self._longer: dict[bytes, int] = {}
 
     def id_of(self, data: bytes) -> int:
@@ -30,17 +33,26 @@ class ToyTokenizer:
                 return token_id
         return self._longer.setdefault(data, 260 + len(self._longer))
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return [start[0] for start in self.encode_with_offsets(text, add_special_tokens=add_special_tokens)]
+    def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
+        tokens = self.encode_with_offsets(text, add_special_tokens=add_special_tokens, is_marked=is_marked)
+        return [start[0] for start in tokens]
 
-    def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int, int]]:
-        data = text.encode()
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool, is_marked: bool = False
+    ) -> list[tuple[int, int, int]]:
+        data, mark = text.encode(), self.guard.mark.encode() if is_marked else b""
         tokens = [(BOS, 0, 0)] if add_special_tokens and self.adds_bos else []
-        at = 0
+        at = skipped = 0
         while at < len(data):
-            special = next((i for i, name in _SPECIAL.items() if data.startswith(name.encode(), at)), None)
+            special = next(
+                (i for i, name in _SPECIAL.items() if data.startswith(mark + name.encode(), at)), None
+            )
+            if special is not None:
+                at += len(mark)
+                skipped += len(mark)
             size = 1 if special is None else len(_SPECIAL[special])
-            tokens.append((data[at] if special is None else special, at, at + size))
+            start = at - skipped
+            tokens.append((data[at] if special is None else special, start, start + size))
             at += size
         return tokens
 

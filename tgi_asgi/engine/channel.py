@@ -22,8 +22,8 @@ class RequestChannel:
     """
 
     __slots__ = (
-        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled", "num_open",
-        "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
+        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled",
+        "num_open", "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
     )  # fmt: skip
 
     def __init__(

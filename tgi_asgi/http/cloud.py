@@ -67,7 +67,9 @@ async def vertex(exchange: Exchange) -> None:
     generations = []
     with ExitStack() as stack:
         # Permits for all before any work on one: half a call is of no use.
-        permits = [stack.enter_context(Permits(exchange, served.engine, each.num_choices)) for each in instances]
+        permits = [
+            stack.enter_context(Permits(exchange, served.engine, each.num_choices)) for each in instances
+        ]
         for i, instance in enumerate(instances):
             with _naming(i):
                 generations.append(await instance.prepare(exchange, served))

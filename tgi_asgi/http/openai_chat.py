@@ -99,8 +99,7 @@ async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> tuple[Prompt, G
         TemplateError: there is no template, or it refused the messages.
     """
     context = exchange.context
-    is_compat = context.settings.tgi_compat
-    prompt = await context.in_thread(chat_prompt, chat.request, context.ready(), is_compat=is_compat)
+    prompt = await context.in_thread(chat_prompt, chat.request, context.ready(), context.settings)
     generation = generation_of(
         exchange,
         chat.request,

@@ -11,6 +11,7 @@ from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_schema import ChatRequest, CompletionRequest, ContentPart, Message
+from tgi_asgi.settings import Settings
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -40,20 +41,37 @@ class Prompt:
     num_characters: int = 0
 
 
-def chat_prompt(request: ChatRequest, served: Served, *, is_compat: bool) -> Prompt:
+def chat_prompt(request: ChatRequest, served: Served, settings: Settings) -> Prompt:
     """Render and tokenise a conversation.
 
     Raises:
         InvalidRequest, TemplateError: as `chat_text`.
     """
-    text = chat_text(request, served, is_compat=is_compat)
-    ids = served.tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    text = chat_text(request, served, settings)
+    ids = served.tokenizer.encode(
+        text.source, add_special_tokens=bool(request.add_special_tokens), is_marked=text.is_marked
+    )
     is_echoed = request.echo and _is_continued(request)
     echo = _text(request.messages[-1].content) if is_echoed else ""
-    return Prompt(ids, echo, num_characters=len(text))
+    return Prompt(ids, echo, num_characters=len(text.shown))
 
 
-def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    """A rendered conversation.
+
+    Attributes:
+        shown: as it reads.
+        source: what to encode: the same, unless `is_marked`.
+        is_marked: the messages hold special tokens as text; those that are to act as such are marked.
+    """
+
+    shown: str
+    source: str
+    is_marked: bool = False
+
+
+def chat_text(request: ChatRequest, served: Served, settings: Settings) -> ChatText:
     """Render a conversation.
 
     Raises:
@@ -61,7 +79,7 @@ def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
         TemplateError: there is no template, or it refused the messages.
     """
     try:
-        return _render(request, served, is_compat)
+        return _render(request, served, settings)
     except TemplateError as error:
         if error.param is None:
             error.param = "messages"
@@ -70,8 +88,8 @@ def chat_text(request: ChatRequest, served: Served, *, is_compat: bool) -> str:
         raise InvalidRequest("The request body is nested too deeply") from None
 
 
-def _render(request: ChatRequest, served: Served, is_compat: bool) -> str:
-    template = served.chat_template
+def _render(request: ChatRequest, served: Served, settings: Settings) -> ChatText:
+    template, is_compat = served.chat_template, settings.tgi_compat
     if template is None:
         raise TemplateError(_NO_TEMPLATE)
     if not request.messages:
@@ -83,14 +101,19 @@ def _render(request: ChatRequest, served: Served, is_compat: bool) -> str:
         for i, message in enumerate(request.messages)
     ]
     is_continued = _is_continued(request)
-    return template.render(
+    # What a client gives to the template, under the names that templates have for it.
+    given = {"tools": _tools(request), "documents": request.documents, **_variables(request)}
+    guard = served.tokenizer.guard
+    is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
+    if is_marked:
+        messages, given = guard.protect(messages), guard.protect(given)
+    text = template.render(
         messages,
-        tools=_tools(request),
-        documents=request.documents,
         add_generation_prompt=not is_continued and request.add_generation_prompt is not False,
         continue_final_message=is_continued,
-        **_variables(request),
+        **given,
     )
+    return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
 
 
 def completion_prompts(request: CompletionRequest, served: Served) -> list[Prompt]:

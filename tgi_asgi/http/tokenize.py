@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +26,7 @@ from tgi_asgi.http.tgi_schema import (
     SimpleToken,
     TokenCount,
 )
+from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
     from tgi_asgi.text.tokenizer import Tokenizer
@@ -56,8 +58,8 @@ async def tokenize(exchange: Exchange) -> None:
             await _reply_count(exchange, served, ids)
         case Kind.MESSAGES:
             chat = await exchange.read_json(CHAT_DECODER)
-            is_compat = exchange.context.settings.tgi_compat
-            prompt = await exchange.context.in_thread(chat_prompt, chat, served, is_compat=is_compat)
+            context = exchange.context
+            prompt = await context.in_thread(chat_prompt, chat, served, context.settings)
             await _reply_count(exchange, served, prompt.ids)
 
 
@@ -81,30 +83,30 @@ async def chat_tokenize(exchange: Exchange) -> None:
     """Answer with a chat's templated text and its tokens; none are added to it."""
     served = exchange.context.ready()
     chat = await exchange.read_json(CHAT_DECODER)
-    is_compat = exchange.context.settings.tgi_compat
-    body = await exchange.context.in_thread(_encoded_chat, chat, served, is_compat)
+    body = await exchange.context.in_thread(_encoded_chat, chat, served, exchange.context.settings)
     await exchange.reply(200, body, JSON)
 
 
-def simple_tokens(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[SimpleToken]:
-    """Return a text's tokens with their byte offsets; an added token has no text."""
+def simple_tokens(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
+    """Return a text's tokens (id, and its bytes' offsets) as TGI shows them; an added token has no text."""
     data = text.encode()
     return [
         SimpleToken(id=token_id, text=data[start:stop].decode("utf-8", "replace"), start=start, stop=stop)
-        for token_id, start, stop in tokenizer.encode_with_offsets(
-            text, add_special_tokens=add_special_tokens
-        )
+        for token_id, start, stop in tokens
     ]
 
 
-def _encoded_chat(chat: ChatRequest, served: Served, is_compat: bool) -> bytes:
-    text = chat_text(chat, served, is_compat=is_compat)
-    tokens = simple_tokens(served.tokenizer, text, add_special_tokens=False)
-    return msgspec.json.encode(ChatTokenizeResponse(tokens, text))
+def _encoded_chat(chat: ChatRequest, served: Served, settings: Settings) -> bytes:
+    text = chat_text(chat, served, settings)
+    tokens = served.tokenizer.encode_with_offsets(
+        text.source, add_special_tokens=False, is_marked=text.is_marked
+    )
+    return msgspec.json.encode(ChatTokenizeResponse(simple_tokens(text.shown, tokens), text.shown))
 
 
 def _encoded_tokens(tokenizer: Tokenizer, text: str) -> bytes:
-    return msgspec.json.encode(simple_tokens(tokenizer, text, add_special_tokens=True))
+    tokens = tokenizer.encode_with_offsets(text, add_special_tokens=True)
+    return msgspec.json.encode(simple_tokens(text, tokens))
 
 
 async def _reply_count(exchange: Exchange, served: Served, ids: list[int]) -> None:

@@ -7,6 +7,9 @@ Built in the loading thread, then used by the HTTP layer's worker threads (`enco
 from __future__ import annotations
 
 import json
+import re
+import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tokenizers import AddedToken, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.text import gguf_vocab
+from tgi_asgi.text.guard import PromptGuard
 from tgi_asgi.text.token_bytes import token_byte_table
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,6 +42,7 @@ class Tokenizer:
         special_ids: control tokens, which give no text unless a request wants them.
         bos_id, eos_id: of those two, or None.
         eos_ids: every token that ends an answer.
+        guard: keeps special tokens in messages from acting as such; `is_marked` texts are its.
         adds_bos: `encode(..., add_special_tokens=True)` starts with the BOS token.
     """
 
@@ -56,6 +61,10 @@ class Tokenizer:
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes = token_byte_table(backend, self._added)
+        self.guard = PromptGuard(self._added[token_id] for token_id in self.special_ids)
+        self._marked_backend: tokenizers.Tokenizer | None = None
+        self._acting: dict[int, int] = {}  # the marked backend's id of a special token -> the token's own
+        self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
@@ -122,8 +131,8 @@ class Tokenizer:
         _set_affixes(vocab.backend, bos, eos)
         return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn text into ids. Text of special tokens in it becomes those tokens.
+    def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
+        """Turn text into ids. Text of special tokens in it becomes those tokens, or only where it is marked.
 
         The GIL is released meanwhile, so long text belongs into a worker thread (1 ms takes some 500 tokens).
 
@@ -131,26 +140,35 @@ class Tokenizer:
             InvalidRequest: the text has a lone surrogate, which no UTF-8 can carry.
         """
         # `encode` would hold the GIL even in a thread; the batch call does not.
+        if is_marked:
+            ids = self._encode(self._marked().encode_batch_fast, text, add_special_tokens).ids
+            return [self._acting.get(token_id, token_id) for token_id in ids]
         return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
 
-    def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int, int]]:
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool, is_marked: bool = False
+    ) -> list[tuple[int, int, int]]:
         """Turn text into (id, start, stop), where the token covers bytes [start, stop) of the text's UTF-8.
 
-        Tokens that share a character all cover the whole of it; added special tokens cover nothing.
+        Tokens that share a character all cover the whole of it; added special tokens cover nothing. Marks are
+        taken out first: offsets are those of the text without them.
 
         Raises:
             InvalidRequest: as `encode`.
         """
-        encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
+        backend = self._marked() if is_marked else self._backend
+        encoding = self._encode(backend.encode_batch, text, add_special_tokens)
+        ids, offsets = encoding.ids, encoding.offsets
+        if is_marked:
+            ids = [self._acting.get(token_id, token_id) for token_id in ids]
+            offsets = _without_marks(offsets, text, self.guard.mark)
+            text = text.replace(self.guard.mark, "")
         if text.isascii():
-            return [(token_id, *span) for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)]
+            return [(token_id, *span) for token_id, span in zip(ids, offsets, strict=True)]
         points = np.frombuffer(text.encode("utf-32-le"), "<u4")
         widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
         at = [0, *np.cumsum(widths).tolist()]
-        return [
-            (token_id, at[start], at[stop])
-            for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-        ]
+        return [(token_id, at[start], at[stop]) for token_id, (start, stop) in zip(ids, offsets, strict=True)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for inside running text (b"" for an id without a token)."""
@@ -172,12 +190,43 @@ class Tokenizer:
         text = self.special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
+    def _marked(self) -> tokenizers.Tokenizer:
+        """Return a backend that reads special tokens as text, and the mark before one as that token.
+
+        Made when a prompt first needs it: a copy takes a quarter of a second (49,000 tokens).
+        """
+        with self._lock:
+            if self._marked_backend is None:
+                backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+                backend.encode_special_tokens = True
+                known = self._backend.get_added_tokens_decoder()
+                for token_id in sorted(self.special_ids):
+                    token = known[token_id]
+                    flags = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word")}
+                    marked = self.guard.mark + token.content
+                    backend.add_tokens([AddedToken(marked, normalized=False, special=False, **flags)])
+                    new_id = backend.token_to_id(marked)
+                    assert new_id is not None
+                    self._acting[new_id] = token_id
+                self._marked_backend = backend
+            return self._marked_backend
+
     def _encode(self, encode_batch: Any, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
             encoding: tokenizers.Encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError:  # said of a string that has no UTF-8
             raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
         return encoding
+
+
+def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list[tuple[int, int]]:
+    """Return what character offsets of a marked text are in the text without the marks."""
+    at = [match.start() for match in re.finditer(mark, text)]
+    size = len(mark)
+    return [
+        (start - size * bisect_left(at, start), stop - size * bisect_left(at, stop))
+        for start, stop in offsets
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

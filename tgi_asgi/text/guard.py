@@ -1,0 +1,103 @@
+"""Keep what clients write from being read as control tokens: `<|im_end|>` in a message is ten characters.
+
+    guard = tokenizer.guard
+    if guard.is_needed(messages):
+        text, marked = guard.marks(template.render(guard.protect(messages)))
+        ids = tokenizer.encode(marked, add_special_tokens=False, is_marked=True)
+
+Before the template runs, a separator that no client can write is put into the special tokens' texts in the
+messages. What stands whole in the template's output is then the template's own, and is marked. Knows no
+tokenizer and no HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_SLICE = 1 << 16  # characters that a search holds the GIL for
+_PRIVATE = 0x100000  # a plane that no character will ever be assigned in
+_STRUCTURAL = frozenset({"role", "type"})  # templates compare these; they are checked before
+
+
+def _nonce() -> str:
+    """Return a text of four characters that no client can guess."""
+    return "".join(chr(_PRIVATE + secrets.randbelow(0xFFFE)) for _ in range(4))
+
+
+class PromptGuard:
+    """Tells the special tokens that a template writes from those that stand in what it was given.
+
+    Args:
+        special_texts: of the tokens that are to be guarded.
+
+    Attributes:
+        mark: what `marks` puts before each special token that is to act as one.
+    """
+
+    def __init__(self, special_texts: Iterable[str]) -> None:
+        texts = sorted({text for text in special_texts if text}, key=len, reverse=True)
+        self.mark = _nonce()
+        self._inert = _nonce()  # before a special token that is text
+        self._break = _nonce()  # within one, and where one might come about by joining
+        self._firsts = {text[0] for text in texts}
+        self._whole = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        self._open = re.compile(f"(?<!{self._inert})(?:{self._whole.pattern})")
+        self._heads = {text[:size] for text in texts for size in range(1, len(text))}
+        self._tails = {text[size:] for text in texts for size in range(1, len(text))}
+        self._longest = max(map(len, texts), default=0)
+
+    def is_needed(self, *values: Any) -> bool:
+        """Tell whether special tokens stand in a value's strings, or would if some were joined."""
+        keys: list[str] = []
+        text = "".join(text for value in values for text in _strings(value, keys))
+        text = "\0".join((text, *keys))
+        if not any(first in text for first in self._firsts):
+            return False
+        starts = range(0, len(text), _SLICE)
+        return any(self._whole.search(text, start, start + _SLICE + self._longest) for start in starts)
+
+    def protect(self, value: Any) -> Any:
+        """Return a copy of a value of plain dicts, lists and strings in which no special token is whole."""
+        if isinstance(value, str):
+            return self._protect_text(value)
+        if isinstance(value, list):
+            return [self.protect(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                self.protect(key): item if key in _STRUCTURAL else self.protect(item)
+                for key, item in value.items()
+            }
+        return value
+
+    def marks(self, rendered: str) -> tuple[str, str]:
+        """Return a rendered prompt as it reads, and the same with the mark before what is to act."""
+        marked = self._open.sub(lambda match: self.mark + match[0], rendered)
+        marked = marked.replace(self._inert, "").replace(self._break, "")
+        return marked.replace(self.mark, ""), marked
+
+    def _protect_text(self, text: str) -> str:
+        while self._open.search(text):  # breaking one may lay bare another that overlaps it
+            text = self._open.sub(lambda m: f"{self._inert}{m[0][0]}{self._break}{m[0][1:]}", text)
+        sizes = range(1, min(self._longest, len(text) + 1))
+        if any(text[-size:] in self._heads for size in sizes):
+            text += self._break
+        if any(text[:size] in self._tails for size in sizes):
+            text = self._break + text
+        return text
+
+
+def _strings(value: Any, keys: list[str]) -> Iterator[str]:
+    """Yield a value's strings, as a template might put them together, and collect its keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, keys)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in _STRUCTURAL:
+                keys.append(key)
+                yield from _strings(item, keys)
