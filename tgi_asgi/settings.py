@@ -57,6 +57,12 @@ class Settings:
         group="Model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantize: str | None = _setting(
+        None,
+        "Quantise float weights as they are loaded: q8_0 (faster, all but equal) or q4_0 (smaller, worse); "
+        "TGI's other methods are ignored.",
+        group="Model",
+    )
     served_model_name: str | None = _setting(None, "Name to report instead of the model id.", group="Model")
 
     # Server

@@ -255,3 +255,24 @@ def test_models_whose_shapes_the_kernels_do_not_have_run_eagerly() -> None:
     model = Llama(small, RandomWeights("F32"), torch.float32, max_positions=64)
     kv = ops.allocate_kv(2, 4, 2, 16, 16, torch.float32)
     assert isinstance(make_step(model, kv, max_tokens=8, max_rows=2, max_context=64), EagerStep)
+
+
+@pytest.mark.parametrize(("quantise", "limit"), [("Q8_0", 0.02), ("Q4_0", 0.3)])
+def test_float_weights_are_quantised_as_they_are_loaded(quantise: str, limit: float) -> None:
+    weights = RandomWeights("BF16")
+    model = Llama(CONFIG, weights, ops.Packing(is_exact=True, quantise=quantise), max_positions=1024)
+    down = model.layers[0].down.matrix
+    assert not isinstance(down, Tensor)
+    assert down.formats == (quantise,)
+    pieces = [Piece(0, 0, 9)]
+    expected = recorded_cache("BF16", is_exact=True).run(pieces)
+    found = Cache(recorded, model, torch.float32).run(pieces)
+    assert 1e-5 < (found - expected).double().norm() / expected.double().norm() < limit
+
+
+def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
+    packing = ops.Packing(is_exact=False, quantise="Q4_0")
+    assert packing.format_of("BF16", 49152, 576) == "Q8_0"
+    assert packing.format_of("BF16", 3072, 576) == "Q4_0"
+    assert packing.format_of("Q6_K", 3072, 576) == "Q6_K", "what the file quantised stays as it is"
+    assert packing.format_of("F32", 64, 48) == "F32", "blocks of 32 do not fit"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 STRIP_ROWS = 32
+_VOCABULARY_ROWS = 8  # times as many rows as columns: more than any other matrix has
 _HALF = STRIP_ROWS // 2
 _QUANTISED = frozenset({"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"})
 
@@ -27,6 +28,16 @@ class Packing:
     """
 
     is_exact: bool
+    quantise: str | None = None  # Q8_0 or Q4_0: what float weights become; a vocabulary stays at eight bits
+
+    def format_of(self, name: str, rows: int, columns: int) -> str:
+        """Return the format in which a [rows, columns] weight that the file has as `name` is kept.
+
+        Embedding and head, told by their many rows, decide log-probabilities directly: never below Q8_0.
+        """
+        if self.quantise is None or name in _QUANTISED or columns % 32:
+            return name
+        return "Q8_0" if rows > _VOCABULARY_ROWS * columns else self.quantise
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,7 @@ def _linear(
     if bias is not None and bias.shape[0] != rows:
         raise ValueError(f"the bias must have {rows} elements, got {bias.shape[0]}")
     if isinstance(dtype, Packing):
-        raw = [(_as_tensor(source.data), source.format) for source in sources]
+        raw = [_stored(source, dtype) for source in sources]
         wanted = order()
         return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
     if dtype not in (torch.float32, torch.bfloat16):
@@ -241,6 +241,18 @@ def _decode(source: WeightSource) -> Tensor:
     out = torch.empty(source.shape, dtype=torch.float32)
     torch.ops.tgi.dequantise(data, source.format, out)
     return out
+
+
+def _stored(source: WeightSource, packing: Packing) -> tuple[Tensor, str]:
+    """Return a matrix's bytes and format as they will be packed: the file's own, unless it is quantised."""
+    rows, columns = source.shape
+    name = packing.format_of(source.format, rows, columns)
+    if name == source.format:
+        return _as_tensor(source.data), name
+    elements, size = BLOCKS[name]
+    out = torch.empty(rows * columns // elements * size, dtype=torch.uint8)
+    torch.ops.tgi.quantise_rows(_decode(source), name, out)
+    return out, name
 
 
 def _as_float32(source: WeightSource) -> WeightSource:

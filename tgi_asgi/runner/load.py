@@ -6,6 +6,7 @@ Prints nothing: `progress` hears what is being done and how many bytes of it are
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all
 
@@ -67,7 +70,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         config = opened.config
         max_total_tokens = _max_total_tokens(config, settings)
         weights = _TrackedWeights(opened.weights, progress)
-        packing = ops.Packing(is_exact=dtype is torch.float32)
+        packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
         arithmetic = packing if can_record(config) else dtype
         model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
@@ -95,9 +98,17 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         kv_bytes=kv_size.num_bytes,
         num_threads=num_threads,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(dtype, kv_size),
+        fingerprint=weights.fingerprint(arithmetic, kv_size),
     )
     return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _quantised(method: str | None) -> str | None:
+    """Return the weight format that `--quantize` asks for."""
+    if method is None or method.upper() in ("Q8_0", "Q4_0"):
+        return method and method.upper()
+    logger.warning("--quantize %s is ignored: q8_0 and q4_0 are known", method)
+    return None
 
 
 def _max_total_tokens(config: ModelConfig, settings: Settings) -> int:
@@ -136,8 +147,8 @@ class _TrackedWeights:
         """Unmap the files."""
         self._weights.close()
 
-    def fingerprint(self, dtype: torch.dtype, kv_size: KvSize) -> str:
+    def fingerprint(self, arithmetic: ops.Arithmetic, kv_size: KvSize) -> str:
         """Name what decides the output's bits: weights, arithmetic, code version."""
-        options = f"{dtype} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
+        options = f"{arithmetic} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
         self._hash.update(options.encode())
         return f"fp_{self._hash.hexdigest()}"
