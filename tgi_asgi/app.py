@@ -17,13 +17,14 @@ from starlette.routing import Router
 
 from tgi_asgi import logs
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
-from tgi_asgi.http import cloud, docs, health, info, openai, tgi, tokenize
+from tgi_asgi.http import cloud, debug, docs, health, info, openai, tgi, tokenize
 from tgi_asgi.http.access_log import log_access
 from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.http.auth import ApiKeys
 from tgi_asgi.http.context import Served, ServerContext
 from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.lag import LoopLag
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
 from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
@@ -72,6 +73,7 @@ class App:
         ]
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._loader = loader
+        self._lag = LoopLag(context.metrics.loop_lag)
         self._loading: asyncio.Task[None] | None = None
         self._router = Router(
             [
@@ -82,6 +84,7 @@ class App:
                 *tokenize.routes(),
                 *cloud.routes(context.settings),
                 *docs.routes(),
+                *debug.routes(context.settings),
             ],
             redirect_slashes=False,
             default=not_found,
@@ -99,9 +102,11 @@ class App:
         """Begin to load the model, in a thread; returns at once."""
         if self._loading is None:
             self._loading = asyncio.get_running_loop().create_task(self._load())
+            self._lag.start()
 
     async def stop(self) -> None:
         """Stop the engine; requests that still run end with an error."""
+        self._lag.stop()
         if self._loading is not None:
             self._loading.cancel()  # the thread itself ends with the process
         if self.context.served is not None:

@@ -98,6 +98,9 @@ class Settings:
     strict_model_names: bool = _setting(
         False, "Answer 404 to requests that name another model.", group="Server"
     )
+    debug_endpoints: bool = _setting(
+        False, "Serve /debug/engine: the requests, sequences and blocks of the moment.", group="Server"
+    )
     json_output: bool = _setting(False, "Write logs as JSON lines.", group="Server")
     log_level: str = _setting(
         "info", "Least level that is logged.", group="Server", choices=("debug", "info", "warn", "error")

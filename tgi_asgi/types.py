@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.errors import TgiError
 
@@ -207,6 +207,9 @@ class Engine(Protocol):
 
     @property
     def state(self) -> EngineState: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the engine holds now, for a person to read: JSON's types only."""
 
     def acquire(self, n: int, tenant: str | None = None) -> Permit:
         """Take room for n choices before any work is done on them; tenants (API keys) share it evenly.

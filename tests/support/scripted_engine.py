@@ -160,6 +160,9 @@ class ScriptedEngine:
 
     def start(self) -> None: ...
 
+    def describe(self) -> dict[str, Any]:
+        return {"requests": [channel.request.request_id for channel in self.channels]}
+
     async def stop(self) -> None:
         self.state = EngineState.DEAD
 

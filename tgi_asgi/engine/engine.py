@@ -17,9 +17,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tgi_asgi.engine.admission import Admission, AdmissionPermit
 from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.describe import describe
 from tgi_asgi.engine.loop import ServingLoop
 from tgi_asgi.engine.output import TokenTable
 from tgi_asgi.engine.scheduler import Scheduler
@@ -88,6 +90,10 @@ class Engine:
     def scheduler(self) -> Scheduler:
         """What runs and waits, and the block pool; to look at only."""
         return self._loop.scheduler
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the engine holds now, for a person to read."""
+        return describe(self.admission, self.scheduler.pool, self._loop.channels, self._clock())
 
     def start(self) -> None:
         """Begin to serve."""

@@ -89,6 +89,11 @@ class ServingLoop:
         """Requests that have not ended."""
         return len(self._open)
 
+    @property
+    def channels(self) -> list[RequestChannel]:
+        """The requests that have not ended; to look at only."""
+        return list(self._open)
+
     def open(self, channel: RequestChannel) -> None:
         """Queue a new request; from here on it will end exactly once."""
         self._open.add(channel)

@@ -153,6 +153,9 @@ class Metrics:
         )
         self.prompt_tokens = counter("tgi_prompt_tokens_total", "Prompt tokens, computed or cached.")
         self.generation_tokens = counter("tgi_generation_tokens_total", "Generated tokens.")
+        self.loop_lag = duration(
+            "tgi_event_loop_lag_seconds", "How late a timer runs: what blocks the loop delays every client."
+        )
         self.prefix_query_tokens = counter(
             "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
         )

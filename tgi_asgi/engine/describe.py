@@ -1,0 +1,49 @@
+"""What the engine holds, as plain values for a person to read. Nothing of what clients wrote is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tgi_asgi.engine.admission import Admission
+from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.channel import RequestChannel
+from tgi_asgi.engine.sequence import Sequence
+
+
+def describe(
+    admission: Admission, pool: BlockPool, channels: Iterable[RequestChannel], now_s: float
+) -> dict[str, Any]:
+    """Return permits, blocks and every open request with its sequences, oldest first."""
+    ordered = sorted(channels, key=lambda channel: channel.stats.arrival_s)
+    return {
+        "permits": {"capacity": admission.capacity, "taken": admission.num_taken},
+        "blocks": {"total": pool.num_blocks, "used": pool.num_used, "free": pool.num_free},
+        "requests": [_request(channel, now_s) for channel in ordered],
+    }
+
+
+def _request(channel: RequestChannel, now_s: float) -> dict[str, Any]:
+    request, stats = channel.request, channel.stats
+    return {
+        "request_id": request.request_id,
+        "tenant": channel.permit.tenant,
+        "age_s": round(now_s - stats.arrival_s, 3),
+        "priority": request.priority,
+        "prompt_tokens": len(request.prompt_ids),
+        "max_tokens": request.stop.max_tokens,
+        "cached_tokens": stats.cached_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "sequences": [_sequence(sequence) for sequence in channel.sequences],
+    }
+
+
+def _sequence(sequence: Sequence) -> dict[str, Any]:
+    return {
+        "choice": sequence.choice,
+        "state": sequence.state.value,
+        "slot": sequence.slot,
+        "computed_tokens": sequence.num_computed,
+        "output_tokens": sequence.num_output,
+        "blocks": list(sequence.table),
+    }
