@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
+from tgi_asgi.errors import ModelLoadError
 
 LOGGER = "tgi_asgi.http.access_log"
 
@@ -43,8 +44,10 @@ async def test_probes_are_logged_only_when_they_fail(caplog: pytest.LogCaptureFi
     async with client_of(app) as client:
         for path in ("/health", "/ping", "/metrics", "/"):
             await client.get(path)
+        app.context.served = None  # loading
+        await client.get("/health")
         assert caplog.records == []
-        app.context.served = None
+        app.context.failure = ModelLoadError("no such file")
         await client.get("/health")
     assert [record.getMessage() for record in caplog.records] == ["GET /health 503"]
 

@@ -6,18 +6,21 @@ import logging
 
 from tgi_asgi.http.course import Course
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.types import EngineState
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an answer
-# Probes and scrapes come every few seconds: they are worth a line only when they fail.
+# Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that loads
+# its model has not failed.
 _QUIET = frozenset({("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics")})
 
 
 def log_access(exchange: Exchange) -> None:
     """Log a request that has ended; its numbers are fields of the record, for JSON logs."""
     status = exchange.status or CLIENT_CLOSED
-    is_quiet = (exchange.method, exchange.route) in _QUIET and status < 400
+    is_well = status < 400 or exchange.context.state is EngineState.LOADING
+    is_quiet = (exchange.method, exchange.route) in _QUIET and is_well
     level = logging.DEBUG if is_quiet else logging.INFO
     if logger.isEnabledFor(level):
         logger.log(
