@@ -1,0 +1,106 @@
+// CUDA adapters of paged attention.
+#include <torch/library.h>
+
+#include "bindings/cuda/checks.h"
+
+namespace {
+
+using at::kInt;
+using at::Tensor;
+using tgi::cuda::AttentionParams;
+using tgi::cuda::check_kv_type;
+using tgi::cuda::check_tensor;
+using tgi::cuda::check_type;
+using tgi::cuda::run;
+
+struct Scales {
+  double scale, key_scale, value_scale;
+};
+
+AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& context_len, const Tensor& block_table,
+                            int64_t window, const Scales& scales, const Tensor& out) {
+  AttentionParams p = {};
+  p.type = check_type(q, "q");
+  p.kv_type = check_kv_type(kv, q);
+  check_tensor(q, "q", q.scalar_type(), {-1, -1, -1});
+  check_tensor(kv, "kv", kv.scalar_type(), {-1, 2, -1, -1, q.size(2)});
+  TORCH_CHECK(kv.size(2) > 0 && q.size(1) % kv.size(2) == 0, "`q` must have a multiple of ", kv.size(2),
+              " heads, got ", q.size(1));
+  TORCH_CHECK(kv.size(0) > 0 && kv.size(0) * kv.size(3) < (int64_t{1} << 31), "`kv` must have 1 to 2^31 slots");
+  check_tensor(context_len, "context_len", kInt, {-1});
+  check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
+  check_tensor(out, "out", q.scalar_type(), {q.size(0), q.size(1), q.size(2)});
+  TORCH_CHECK(window >= 0, "`window` must not be negative, got ", window);
+  p.q = q.const_data_ptr();
+  p.kv = kv.const_data_ptr();
+  p.context_len = context_len.const_data_ptr<int32_t>();
+  p.block_table = block_table.const_data_ptr<int32_t>();
+  p.out = out.mutable_data_ptr();
+  p.num_tokens = q.size(0);
+  p.num_sequences = context_len.size(0);
+  p.num_heads = q.size(1);
+  p.num_kv_heads = kv.size(2);
+  p.head_dim = q.size(2);
+  p.num_blocks = kv.size(0);
+  p.block_size = kv.size(3);
+  p.block_table_stride = block_table.size(1);
+  p.window = window;
+  p.scale = static_cast<float>(scales.scale);
+  p.key_scale = static_cast<float>(scales.key_scale);
+  p.value_scale = static_cast<float>(scales.value_scale);
+  return p;
+}
+
+void check_workspace(const Tensor& workspace, const AttentionParams& p) {
+  const int64_t needed =
+      tgi::cuda::attention_workspace_bytes(p.num_sequences, p.block_table_stride, p.block_size, p.num_heads, p.head_dim);
+  check_tensor(workspace, "workspace", at::kByte, {-1});
+  TORCH_CHECK(workspace.size(0) >= needed, "`workspace` must have ", needed, " bytes, got ", workspace.size(0));
+}
+
+void attention_plan(const Tensor& context_len, const Tensor& block_table, int64_t block_size, int64_t window,
+                    const Tensor& workspace) {
+  check_tensor(context_len, "context_len", kInt, {-1});
+  check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
+  TORCH_CHECK(block_size > 0 && window >= 0, "`block_size` must be positive and `window` not negative");
+  AttentionParams p = {};
+  p.context_len = context_len.const_data_ptr<int32_t>();
+  p.workspace = workspace.mutable_data_ptr();
+  p.num_sequences = context_len.size(0);
+  p.block_size = block_size;
+  p.block_table_stride = block_table.size(1);
+  p.window = window;
+  check_workspace(workspace, p);
+  run(tgi::cuda::attention_plan, p, workspace);
+}
+
+void attention_decode(const Tensor& q, const Tensor& kv, const Tensor& context_len, const Tensor& block_table,
+                      int64_t window, double scale, double key_scale, double value_scale, const Tensor& workspace,
+                      const Tensor& out) {
+  AttentionParams p = make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+  TORCH_CHECK(p.num_tokens == p.num_sequences, "`q` must have one token a sequence, got ", p.num_tokens, " for ",
+              p.num_sequences);
+  p.workspace = workspace.mutable_data_ptr();
+  check_workspace(workspace, p);
+  run(tgi::cuda::attention_decode, p, out);
+}
+
+void attention_prefill(const Tensor& q, const Tensor& kv, const Tensor& query_start, const Tensor& context_len,
+                       const Tensor& block_table, int64_t max_query_len, int64_t window, double scale,
+                       double key_scale, double value_scale, const Tensor& out) {
+  AttentionParams p = make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+  check_tensor(query_start, "query_start", kInt, {p.num_sequences + 1});
+  TORCH_CHECK(max_query_len >= 0 && max_query_len <= p.num_tokens, "`max_query_len` must be in [0, ", p.num_tokens,
+              "], got ", max_query_len);
+  p.query_start = query_start.const_data_ptr<int32_t>();
+  p.max_query_len = max_query_len;
+  run(tgi::cuda::attention_prefill, p, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
+  m.impl("attention_plan", attention_plan);
+  m.impl("attention_decode", attention_decode);
+  m.impl("attention_prefill", attention_prefill);
+}

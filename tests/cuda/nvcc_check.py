@@ -1,0 +1,238 @@
+"""Compiles csrc/cuda with nvcc and reads what the assembler says: `make cuda-check`. Needs no GPU.
+
+A warning, a spill, a stack frame or a register more than is noted below fails. Results are kept by what went into
+them, so that only files that changed are compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+_SOURCES = _ROOT / "csrc" / "cuda"
+_CACHE = _ROOT / "build" / "cuda-check"
+ARCHITECTURES = ("80", "90a")
+_FLAGS = [
+    "-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror", "-Xptxas", "-v",
+    f"-I{_ROOT / 'csrc'}",
+]  # fmt: skip
+
+# The most registers a thread of each kernel may take: what it took when last measured, and a few for the next
+# compiler. 65,536 divided by them and by the block's threads is how many blocks an SM holds.
+_REGISTERS = {
+    "embed_kernel": 32,
+    "rms_norm_kernel": 56,
+    "act_mul_kernel": 56,
+    "rope_kernel": 56,
+    "plan_kernel": 40,
+    "decode_kernel": 176,
+    "decode_kernel 256": 255,
+    "decode_kernel fp8": 232,
+    "merge_kernel": 64,
+    "prefill_kernel": 248,
+    "prefill_kernel 256": 255,
+    "sample_kernel": 64,
+    "token_logprobs_kernel": 40,
+}
+# What the intermediate code must hold, by source: copies of 16 bytes, asynchronous ones, tensor cores.
+_INSTRUCTIONS = {
+    "attention_decode_bf16": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4.trans"),
+    "attention_prefill_bf16": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4.trans"),
+    "rms_norm": ("ld.global.v4", "st.global.v4"),
+    "act_mul": ("ld.global.v4", "st.global.v4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What the assembler says of a kernel for an architecture."""
+
+    source: str
+    name: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+    def complaints(self) -> Iterator[str]:
+        """Say what is wrong with it."""
+        if self.stack_bytes or self.spill_bytes:
+            yield f"{self.name} for {self.architecture} has {self.stack_bytes} bytes of stack, {self.spill_bytes} spilled"
+        base = self.name.partition("<")[0]
+        kinds = [f"{base} {kind}" for kind in ("256", "fp8") if kind in self.name]
+        bound = next((_REGISTERS[kind] for kind in (*kinds, base) if kind in _REGISTERS), None)
+        if bound is None:
+            yield f"{self.name} has no bound of registers in {Path(__file__).name}"
+        elif self.registers > bound:
+            yield f"{self.name} for {self.architecture} takes {self.registers} registers, more than the {bound} noted"
+
+
+def find_nvcc() -> str | None:
+    """Return nvcc's path; None: there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def compile_all(nvcc: str) -> tuple[list[Kernel], list[str]]:
+    """Compile every source, a few at once; return their kernels, and complaints."""
+    sources = sorted(_SOURCES.glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        results = list(executor.map(lambda source: _compile(nvcc, source), sources))
+    kernels = [kernel for result, _ in results for kernel in result]
+    complaints = [complaint for _, result in results for complaint in result]
+    complaints += [complaint for kernel in kernels for complaint in kernel.complaints()]
+    return kernels, complaints
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Render the kernels as lines of text."""
+    lines = [f"{'kernel':<44} {'arch':>5} {'registers':>9} {'shared':>7}"]
+    lines += [
+        f"{kernel.name:<44} {kernel.architecture:>5} {kernel.registers:>9} {kernel.shared_bytes:>7}"
+        for kernel in sorted(kernels, key=lambda kernel: (kernel.source, kernel.name, kernel.architecture))
+    ]
+    return "\n".join(lines)
+
+
+def _compile(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
+    version = subprocess.check_output([nvcc, "--version"], text=True)
+    texts = [path.read_text() for path in (*_closure(source), Path(__file__))]
+    kept = _CACHE / f"{source.stem}-{hashlib.sha256(repr((version, texts)).encode()).hexdigest()[:16]}.json"
+    if not kept.exists():
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        kernels, complaints = _run(nvcc, source)
+        partial = kept.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps([[asdict(kernel) for kernel in kernels], complaints]))
+        partial.replace(kept)
+    kernels, complaints = json.loads(kept.read_text())
+    return [Kernel(**kernel) for kernel in kernels], complaints
+
+
+def _closure(source: Path) -> list[Path]:
+    """Return the source and what it includes of csrc."""
+    found, waiting = [], [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            waiting += [near for near in (path.parent / name, _ROOT / "csrc" / name) if near.exists()][:1]
+    return sorted(found)
+
+
+def _run(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [nvcc, *_FLAGS, *targets, "--keep", "--keep-dir", folder, "-c", str(source), "-o", f"{folder}/out.o"],
+            capture_output=True,
+            text=True,
+        )
+        code = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+    if done.returncode != 0:
+        return [], [f"{source.name} does not compile:\n{done.stdout}{done.stderr}"]
+    needed = _INSTRUCTIONS.get(source.stem, ())
+    missing = [f"{source.name} compiles to no {word}" for word in needed if word not in code]
+    return list(_parse(source.name, done.stderr)), missing
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    r"Used (\d+) registers(?:.*?(\d+) bytes smem)?[^\n]*",
+    re.DOTALL,
+)
+
+
+def _parse(source: str, text: str) -> Iterator[Kernel]:
+    for part in re.split(r"(?=ptxas info *: Compiling entry)", text):
+        found = _ENTRY.search(part)
+        if found is None:
+            continue
+        mangled, architecture, stack, stores, loads, registers, shared = found.groups()
+        yield Kernel(
+            source, _demangle(mangled), architecture, int(registers), int(shared or 0), int(stack),
+            int(stores) + int(loads),
+        )  # fmt: skip
+
+
+def _demangle(name: str) -> str:
+    """Return a kernel's name without namespaces and parameters: decode_kernel<bf16, bf16, 128>."""
+    text = subprocess.check_output(["c++filt", name], text=True).strip()
+    text = re.sub(r"\(anonymous namespace\)::|tgi::cuda::|^void |\(int\)", "", text)
+    return text.partition("(")[0]
+
+
+def check_bindings(nvcc: str) -> list[str]:
+    """Parse the CUDA adapters with the host's compiler and the headers of the torch that is there; complaints.
+
+    A torch without CUDA ships the headers of c10/cuda but for one, which only says how torch was built.
+    """
+    from torch.utils.cpp_extension import include_paths
+
+    toolkit = re.search(r"^#\$ TOP=(.*)", _dry_run(nvcc), re.MULTILINE)
+    if toolkit is None:
+        return ["nvcc does not say where its headers are"]
+    with tempfile.TemporaryDirectory() as folder:
+        stub = Path(folder, "c10/cuda/impl/cuda_cmake_macros.h")
+        stub.parent.mkdir(parents=True)
+        stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+        includes = [f"-I{_ROOT / 'csrc'}", f"-isystem{toolkit[1]}/targets/{platform.machine()}-linux/include"]
+        includes += [f"-isystem{path}" for path in (*include_paths(), folder)]
+        sources = sorted((_ROOT / "csrc/bindings/cuda").glob("*.cpp"))
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            results = executor.map(lambda source: _parse_adapter(source, includes), sources)
+            return [complaint for complaint in results if complaint]
+
+
+def _parse_adapter(source: Path, includes: list[str]) -> str:
+    import torch
+
+    texts = [torch.__version__, *(path.read_text() for path in _closure(source))]
+    kept = _CACHE / f"{source.stem}-{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}.parsed"
+    if kept.exists():
+        return ""
+    flags = ["-std=c++17", "-fsyntax-only", "-DTGI_CUDA", "-Wall", "-Werror", "-Wno-c++20-extensions"]
+    done = subprocess.run(["g++", *flags, *includes, str(source)], capture_output=True, text=True)
+    if done.returncode != 0:
+        return f"{source.name} does not compile:\n{done.stderr[:4000]}"
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    kept.touch()
+    return ""
+
+
+def _dry_run(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def main() -> int:
+    """Compile, print the table, and return the exit status."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda-check: there is no nvcc here; nothing was checked")
+        return 0
+    kernels, complaints = compile_all(nvcc)
+    print(table(kernels))
+    complaints += check_bindings(nvcc)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
