@@ -142,9 +142,7 @@ class _Connection(asyncio.Protocol):
         elif self._num_left is not None:
             self._num_left -= len(data)
         # It may come in two pieces.
-        self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[
-            -len(_LAST_CHUNK) :
-        ]
+        self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
         if self._tail == _LAST_CHUNK or (self._num_left is not None and self._num_left <= 0):
             self._finish(None)
 

@@ -102,15 +102,13 @@ class Server:
                 self._process.wait()
         self._log.close()
 
-    def memory_mib(self) -> float:
-        """Return the memory that its processes hold now; what they share counts once (PSS)."""
-        return sum(_pss_kib(pid) for pid in _family(self._process.pid)) / 1024
+    def memory_mib(self, kind: str = "Pss") -> float:
+        """Return the memory that its processes hold now.
 
-    def peak_mib(self) -> float:
-        """Return the most resident memory that the first process ever had (VmHWM)."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
+        Args:
+            kind: "Pss", in which pages that several processes share count once, or "Rss".
+        """
+        return sum(_memory_kib(pid, kind) for pid in _family(self._process.pid)) / 1024
 
     def _wait(self, give_up_s: float) -> None:
         while True:
@@ -139,9 +137,9 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _pss_kib(pid: int) -> int:
+def _memory_kib(pid: int, kind: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(kind + ":"):
                 return int(line.split()[1])
     return 0

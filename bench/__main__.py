@@ -1,0 +1,95 @@
+"""Measure this server alone in about five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
+
+Runs the programs of this folder one after the other, each in a process of its own, and prints their tables,
+then a summary. All JSON objects go to --out, the latency distributions beside it. Flags other than --out go
+to the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.report import RESULTS, table
+from bench.servers import ROOT
+
+TIMEOUT_S = 180
+
+
+def programs(out: Path) -> list[tuple[str, list[str], bool]]:
+    """Return what is run: the program, its flags, and whether it takes the server's flags too."""
+    return [
+        ("bandwidth", [], False),
+        ("kernels", [], False),
+        ("scheduler", [], False),
+        ("engine", [], True),
+        ("serve", ["--clients", "1,16,64", "--rates", "4", "--picture", str(out.with_suffix(".svg"))], True),
+        ("startup", ["--runs", "3"], True),
+        ("memory", [], True),
+    ]
+
+
+def run(name: str, flags: Sequence[str]) -> dict[str, Any]:
+    """Run a program, show what it prints but for its JSON object, and return that.
+
+    Raises:
+        SystemExit: the program failed.
+    """
+    start_s = time.perf_counter()
+    command = [sys.executable, "-m", f"bench.{name}", *flags]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise SystemExit(f"bench.{name} failed")
+    record: dict[str, Any] = {}
+    print(f"\n## {name} ({time.perf_counter() - start_s:.0f} s)", flush=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            record = json.loads(line)
+        else:
+            print(line, flush=True)
+    return record
+
+
+def summary(found: dict[str, dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the figures that matter most."""
+    engine = {row["what"]: row for row in found["engine"]["rows"]}
+    served = {load["load"]: load for load in found["serve"]["loads"]}
+    rows: list[tuple[str, Any]] = [(f"{what}, tokens/s", row["tokens_per_s"]) for what, row in engine.items()]
+    rows += [
+        (f"{what}, share of the bandwidth", row["share_of_bandwidth"])
+        for what, row in engine.items()
+        if what in ("decode x1", "decode at 4000")
+    ]
+    rows += [(f"served, {name}, tokens/s", load["tokens_per_s"]) for name, load in served.items()]
+    rows += [(f"served, {name}, TTFT p50, ms", load["ttft_ms"]["p50"]) for name, load in served.items()]
+    rows += [(f"served, {name}, ITL p99, ms", load["itl_ms"]["p99"]) for name, load in served.items()]
+    one = served["1 clients"]["tokens_per_s"] / engine["decode x1"]["tokens_per_s"]
+    rows.append(("served over bare, 1 sequence", round(one, 3)))
+    rows.append(("exec to first token, s", found["startup"]["seconds_from_exec"]["first token"]))
+    rows.append(("resident memory, 8k KV tokens written, MiB", found["memory"]["used"]["rss_mib"]))
+    return rows
+
+
+def main() -> None:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "ours.json", help="where the JSON objects go")
+    options, arguments = parser.parse_known_args()
+    found = {
+        name: run(name, [*flags, *(arguments if is_server else [])])
+        for name, flags, is_server in programs(options.out.absolute())
+    }
+    rows = summary(found)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"summary": dict(rows), **found}, indent=1) + "\n", encoding="utf-8")
+    print("\n## summary\n" + table(("figure", "value"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""All logits of given tokens (teacher forcing), from the kernels and the step that the server runs.
+
+    teacher = Teacher(files, dtype="auto", max_tokens=2048)
+    logits = teacher.logits(ids)  # [len(ids), vocab] float32
+
+The runner hands out log-probabilities of a few tokens only; a KL divergence needs all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.inputs import StepInputs
+from tgi_asgi.runner.plan import StepRow
+from tgi_asgi.runner.program import can_record, make_step
+
+BLOCK_SIZE = 16
+ROWS = 64  # of logits at a time
+
+
+class Teacher:
+    """A loaded model with one sequence, computed on the team of threads.
+
+    Args:
+        dtype: "float32" for the exact arithmetic, "auto" for the fast one; as --dtype.
+    """
+
+    def __init__(self, files: ModelFiles, dtype: str, max_tokens: int) -> None:
+        is_exact = dtype == "float32"
+        floats = torch.float32 if is_exact else torch.bfloat16
+        ops.configure_threads()
+        with OpenModel(files) as opened:
+            config = opened.config
+            arithmetic = ops.Packing(is_exact=is_exact) if can_record(config) else floats
+            model = Llama(config, opened.weights, arithmetic, max_positions=max_tokens)
+        num_blocks = -(-max_tokens // BLOCK_SIZE)
+        sizes = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim)
+        kv = ops.allocate_kv(*sizes, BLOCK_SIZE, floats)
+        self._inputs = StepInputs(
+            vocab_size=config.vocab_size,
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            max_context=max_tokens,
+            max_rows=ROWS,
+            max_tokens=max_tokens,
+        )
+        self._step = make_step(model, kv, max_tokens=max_tokens, max_rows=ROWS, max_context=max_tokens)
+        self._blocks = range(num_blocks)
+        self._last_ids = np.zeros(ROWS, np.int32)
+
+    def logits(self, ids: Sequence[int], start: int = 0) -> Tensor:
+        """Return the logits [n, vocab] after each of `ids`, which follow `start` tokens computed before."""
+        row = StepRow(0, ids, start, self._blocks, samples=False)
+        batch = self._inputs.fill([row], self._last_ids)
+        x, _ = self._step.run(batch, torch.empty(0, dtype=torch.int32))
+        places = torch.arange(len(ids), dtype=torch.int32)
+        parts = (places[first : first + ROWS] for first in range(0, len(ids), ROWS))
+        return torch.cat([self._step.logits(x, part) for part in parts])
+
+    def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
+        """Continue a prompt by `count` tokens drawn at temperature 1, past EOS too."""
+        generator = torch.Generator().manual_seed(seed)
+        found: list[int] = []
+        last = self.logits(prompt)[-1]
+        while len(found) < count:
+            found.append(int(torch.multinomial(last.softmax(-1), 1, generator=generator)))
+            last = self.logits(found[-1:], len(prompt) + len(found) - 1)[0]
+        return found
