@@ -143,6 +143,12 @@ class Settings:
     enable_prefill_logprobs: bool = _setting(
         False, "Let decoder_input_details return the prompt's log-probabilities.", group="Limits"
     )
+    tool_format: str | None = _setting(
+        None,
+        "How tool calls are written (default: as the chat template shows).",
+        group="Model",
+        choices=("hermes", "mistral", "deepseek", "pythonic", "llama3_json"),
+    )
     disable_grammar_support: bool = _setting(
         False, "Refuse every request that constrains the output, tools included.", group="Limits"
     )
@@ -238,7 +244,8 @@ class Settings:
             choices = spec.metadata.get("choices")
             if choices:
                 value = getattr(self, spec.name)
-                _check(value in choices, spec.name, f"must be one of {', '.join(choices)}", value)
+                is_allowed = value is None or value in choices
+                _check(is_allowed, spec.name, f"must be one of {', '.join(choices)}", value)
 
     @property
     def bind_address(self) -> str:

@@ -15,7 +15,8 @@ from tgi_asgi.settings import Settings
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+NOT = {"properties": {"a": {"not": {}}}}
+UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT}}
 
 
 async def refused(path: str, body: Any, settings: Settings | None = None) -> dict[str, Any]:
@@ -128,7 +129,12 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"add_generation_prompt": True}},
          "chat_template_kwargs.add_generation_prompt"),
-        ({"tools": [TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "absent"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [3]}},
+         "tool_choice.allowed_tools.tools[0]"),
+        ({"tools": [UNENFORCEABLE], "tool_choice": "required"}, "tools"),
         ({"tools": [{"type": "custom"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "é"}}]}, "tools[0].function.name"),
@@ -141,15 +147,17 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {}}, "audio"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
-        ({"response_format": JSON_SCHEMA}, "response_format"),
-        ({"response_format": {"type": "regex", "value": "a+"}}, "response_format"),
+        ({"response_format": {"type": "json", "value": {"not": {}}}}, "response_format"),
+        ({"response_format": {"type": "json", "value": "{"}}, "response_format"),
+        ({"response_format": {"type": "regex", "value": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"guided_json": {}}, "guided_json"),
-        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_json": "3"}, "guided_json"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "start: absent"}, "guided_grammar"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"bad_words": ["x"]}, "bad_words"),

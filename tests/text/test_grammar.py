@@ -131,16 +131,6 @@ def test_a_token_that_is_not_allowed_is_the_matcher_s_error(compiler: GrammarCom
     assert matcher.error is not None
 
 
-def test_reasoning_may_come_before_the_answer(compiler: GrammarCompiler) -> None:
-    source = sources.after_reasoning(sources.choice(["yes"]), start="<think>", end="</think>", is_open=False)
-    assert accepts(compiler, source, "yes")
-    assert accepts(compiler, source, "<think>no {or} </thin</think>\n\nyes")
-    assert not accepts(compiler, source, "no <think></think>yes")
-    opened = sources.after_reasoning(sources.choice(["yes"]), start="<think>", end="</think>", is_open=True)
-    assert accepts(compiler, opened, "hm</think>yes")
-    assert not accepts(compiler, opened, "yes")
-
-
 @pytest.mark.parametrize(
     ("source", "word"),
     [

@@ -116,8 +116,7 @@ class _ChatInstance:
         return self.chat.n
 
     async def prepare(self, exchange: Exchange, served: Served) -> GenerationRequest:
-        _, generation = await openai_chat.prepare_chat(exchange, self.chat)
-        return generation
+        return (await openai_chat.prepare_chat(exchange, self.chat)).generation
 
     def text_of(self, choices: Sequence[Events]) -> str:
         return text_of(choices[0])

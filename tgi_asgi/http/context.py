@@ -17,6 +17,7 @@ from tgi_asgi.types import Engine, EngineState, ModelInfo
 if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat import ChatTemplate
+    from tgi_asgi.text.grammar import GrammarCompiler
     from tgi_asgi.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class ServerContext:
         self.metrics = Metrics(settings.block_size)
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
+        self._grammar_compiler: GrammarCompiler | None = None
         self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
 
     @property
@@ -95,6 +97,15 @@ class ServerContext:
         if state is EngineState.DRAINING:
             raise Unavailable("The server is shutting down", retry_after_s=5)
         raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
+
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Return the compiler for the model's vocabulary, made for the first grammar."""
+        if self._grammar_compiler is None:
+            from tgi_asgi.text.grammar import GrammarCompiler
+
+            served = self.ready()
+            self._grammar_compiler = GrammarCompiler(served.tokenizer, served.info.vocab_size)
+        return self._grammar_compiler
 
     def describe_progress(self) -> str:
         """Say in a few words how far loading is: `reading weights, 41%`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Answer:
     include_usage: bool = False
     continuous_usage: bool = False
     echoes: Sequence[str] = ()  # by prompt: text to put before each of its choices
+    num_reasoning: Callable[[], int] = int  # reasoning tokens so far, over all choices
     hides_tokens: bool = False  # max_tokens was 0: the one token that was sampled is not shown
 
     @classmethod
@@ -77,7 +78,7 @@ class Answer:
             "prompt_tokens_details": {
                 "cached_tokens": sum(channel.stats.cached_tokens for channel in self.channels)
             },
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning()},
         }
 
 

@@ -8,21 +8,25 @@ from tgi_asgi.errors import Forbidden
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.grammars import compile_grammar, naming
 from tgi_asgi.http.openai_answer import Answer, served_name
+from tgi_asgi.http.openai_constraints import Constraint, constraint_of
 from tgi_asgi.http.openai_generation import generation_of
 from tgi_asgi.http.openai_logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.http.openai_params import (
     Limits,
     check_common,
-    check_tools,
     includes_stop,
     refuse,
     sampling_of,
 )
+from tgi_asgi.http.openai_plan import AnswerPlan
 from tgi_asgi.http.openai_prompt import Prompt, chat_prompt
+from tgi_asgi.http.openai_reply import ReplyPlan
 from tgi_asgi.http.openai_response import chat_completion
 from tgi_asgi.http.openai_schema import CHAT_DECODER, ChatRequest
 from tgi_asgi.http.openai_stream import ChunkRenderer
+from tgi_asgi.http.openai_tools import ToolPlan, tool_plan
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import GenerationRequest, SamplingParams
@@ -36,7 +40,9 @@ async def chat_completions(exchange: Exchange) -> None:
     chat = await exchange.work(check_chat, exchange, request)
     n, logprobs = chat.n, chat.sampling.logprobs
     with Permits(exchange, served.engine, n) as permits:
-        prompt, generation = await prepare_chat(exchange, chat)
+        prepared = await prepare_chat(exchange, chat)
+        prompt, generation = prepared.prompt, prepared.generation
+        replies = prepared.reply_plan.replies(n) if prepared.reply_plan is not None else []
         answer = Answer.of(
             exchange,
             request,
@@ -44,6 +50,7 @@ async def chat_completions(exchange: Exchange) -> None:
             "chatcmpl",
             [generation.prompt_ids],
             echoes=[prompt.echo] if prompt.echo else (),
+            num_reasoning=lambda: sum(reply.num_reasoning_tokens for reply in replies),
         )
         names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         trackers = (
@@ -54,12 +61,12 @@ async def chat_completions(exchange: Exchange) -> None:
         channel = permits.submit(generation)
     characters = prompt.num_characters
     if request.stream:
-        renderer = ChunkRenderer(answer, is_chat=True, trackers=trackers)
+        renderer = ChunkRenderer(answer, is_chat=True, trackers=trackers, replies=replies)
         headers = stream_headers(exchange, info, characters=characters)
         await EventStream(exchange, renderer, headers).run([channel])
         return
     [choices] = await collect(exchange, [channel])
-    body = chat_completion(answer, choices, trackers)
+    body = chat_completion(answer, choices, trackers, replies)
     await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
 
 
@@ -71,6 +78,8 @@ class CheckedChat:
     n: int
     max_tokens: int | None
     sampling: SamplingParams
+    tools: ToolPlan | None
+    constraint: Constraint | None
 
 
 def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
@@ -83,23 +92,38 @@ def check_chat(exchange: Exchange, request: ChatRequest) -> CheckedChat:
     info = context.ready().info
     is_compat = context.settings.tgi_compat
     limits = Limits.of(context.settings)
-    check_tools(request, is_compat=is_compat)  # before response_format: with tools, TGI's words come first
+    tools = tool_plan(request, is_compat=is_compat)  # before response_format: TGI's words come first
     check_common(request, limits, info)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     sampling = sampling_of(request, info, logprobs)
     served_name(exchange, request.model, info)
-    return CheckedChat(request, request.n or 1, max_tokens, sampling)
+    return CheckedChat(request, request.n or 1, max_tokens, sampling, tools, constraint_of(request))
 
 
-async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> tuple[Prompt, GenerationRequest]:
-    """Render and tokenise the messages in a thread, and build the engine's request.
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A chat request, ready for the engine, and how its answer is to be read (None: it is text)."""
+
+    prompt: Prompt
+    generation: GenerationRequest
+    reply_plan: ReplyPlan | None
+
+
+async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> PreparedChat:
+    """Render and tokenise the messages in a thread, compile what constrains the answer.
 
     Raises:
-        InvalidRequest: a message is refused, or the prompt does not fit.
+        InvalidRequest: a message or a grammar is refused, or the prompt does not fit.
         TemplateError: there is no template, or it refused the messages.
     """
     context = exchange.context
-    prompt = await context.in_thread(chat_prompt, chat.request, context.ready(), context.settings)
+    served = context.ready()
+    prompt = await context.in_thread(chat_prompt, chat.request, served, context.settings)
+    plan = AnswerPlan(chat.request, chat.tools, chat.constraint, served, context.settings, prompt.tail)
+    with naming(plan.param):
+        source = await exchange.work(plan.grammar_source)
+        grammar = await compile_grammar(context, source) if source is not None else None
+    reply_plan = plan.reply_plan()
     generation = generation_of(
         exchange,
         chat.request,
@@ -109,8 +133,10 @@ async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> tuple[Prompt, G
         max_tokens=chat.max_tokens,
         default_max_tokens=None,
         field="messages",
+        grammar=grammar,
+        shows_special=reply_plan is not None and bool(reply_plan.kept),
     )
-    return prompt, generation
+    return PreparedChat(prompt, generation, reply_plan)
 
 
 def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tuple[int | None, int | None]:

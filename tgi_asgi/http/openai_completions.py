@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.grammars import compile_grammar, naming
 from tgi_asgi.http.openai_answer import Answer, served_name
+from tgi_asgi.http.openai_constraints import Constraint, constraint_of
 from tgi_asgi.http.openai_generation import generation_of
 from tgi_asgi.http.openai_logprobs import CompletionLogprobs, TokenNames
 from tgi_asgi.http.openai_params import (
@@ -28,6 +31,9 @@ from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import GenerationRequest, SamplingParams
 
+if TYPE_CHECKING:
+    from tgi_asgi.text.grammar import Grammar
+
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 
 
@@ -40,7 +46,12 @@ async def completions(exchange: Exchange) -> None:
     checked = await exchange.work(_check, exchange, request)
     with Permits(exchange, served.engine, checked.best_of, checked.num_prompts) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
-        generations = [checked.generation_of(exchange, prompt) for prompt in prompts]
+        wanted = checked.constraint
+        grammar = None
+        if wanted is not None:
+            with naming(wanted.param):
+                grammar = await compile_grammar(context, wanted.source)
+        generations = [checked.generation_of(exchange, prompt, grammar) for prompt in prompts]
         answer = Answer.of(
             exchange,
             request,
@@ -77,13 +88,14 @@ class _Checked:
     best_of: int
     sampling: SamplingParams
     default_max_tokens: int | None
+    constraint: Constraint | None
 
     @property
     def hides_tokens(self) -> bool:
         """Scoring asks for no token at all: then one is sampled and not shown."""
         return self.request.max_tokens == 0
 
-    def generation_of(self, exchange: Exchange, prompt: Prompt) -> GenerationRequest:
+    def generation_of(self, exchange: Exchange, prompt: Prompt, grammar: Grammar | None) -> GenerationRequest:
         """Return the engine's request for one of the prompts."""
         request = self.request
         sampling = self.sampling
@@ -99,6 +111,7 @@ class _Checked:
             default_max_tokens=self.default_max_tokens,
             field="prompt",
             prompt_logprobs=request.logprobs if request.echo else None,
+            grammar=grammar,
         )
 
     def chosen(self, choices: Choices) -> Choices:
@@ -120,7 +133,7 @@ def _check(exchange: Exchange, request: CompletionRequest) -> _Checked:
     sampling = sampling_of(request, info, logprobs)
     served_name(exchange, request.model, info)
     default = None if context.settings.tgi_compat else _DEFAULT_TOKENS
-    return _Checked(request, num_prompts, n, best_of, sampling, default)
+    return _Checked(request, num_prompts, n, best_of, sampling, default, constraint_of(request))
 
 
 class _Logprobs:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_length import room_for, tgi_room_for
 from tgi_asgi.http.openai_params import stop_of
 from tgi_asgi.http.openai_schema import CommonRequest
 from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams
+
+if TYPE_CHECKING:
+    from tgi_asgi.text.grammar import Grammar
 
 
 def generation_of(
@@ -20,11 +25,14 @@ def generation_of(
     default_max_tokens: int | None,
     field: str,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
+    shows_special: bool = False,
 ) -> GenerationRequest:
     """Check the lengths of one prompt and its answer, and return the engine's request.
 
     Args:
         default_max_tokens: where the client gave none; None fills the context.
+        shows_special: special tokens give text, whatever the client asks for.
         field: `messages` or `prompt`, for the error that says what is too long.
 
     Raises:
@@ -41,10 +49,11 @@ def generation_of(
         request_id=exchange.request_id,
         prompt_ids=ids,
         sampling=sampling,
-        stop=stop_of(request, budget),
+        stop=stop_of(request, budget, shows_special=shows_special),
         n=n,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
+        grammar=grammar,
         prompt_logprobs=prompt_logprobs,
         is_prefix_cached=prompt_logprobs is None,
     )

@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 
 from msgspec import Meta
 
-from tgi_asgi.errors import InvalidRequest, ToolError
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.openai_schema import (
     ChatRequest,
     CommonRequest,
     CompletionRequest,
-    ResponseFormat,
 )
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo, SamplingParams, StopConditions
@@ -29,9 +28,6 @@ _MAX_STOP_CHARS = 1024  # of one stop string: matching holds that much text back
 _UNSUPPORTED = (
     "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
 )  # fmt: skip
-_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
-_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf")
-_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +86,6 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo) -> Non
     for name in _UNSUPPORTED:
         if getattr(request, name) not in (None, False, []):
             refuse(name, f"`{name}` is not supported", "unsupported_parameter")
-    _check_constraints(request)
 
 
 def sampling_of(request: CommonRequest, info: ModelInfo, logprobs: int | None) -> SamplingParams:
@@ -118,7 +113,7 @@ def sampling_of(request: CommonRequest, info: ModelInfo, logprobs: int | None) -
     )
 
 
-def stop_of(request: CommonRequest, max_tokens: int) -> StopConditions:
+def stop_of(request: CommonRequest, max_tokens: int, *, shows_special: bool = False) -> StopConditions:
     """Return the stop conditions of a checked request, whose prompt leaves room for `max_tokens`.
 
     Raises:
@@ -134,7 +129,7 @@ def stop_of(request: CommonRequest, max_tokens: int) -> StopConditions:
         stop_token_ids=frozenset(request.stop_token_ids or ()),
         stop=stop_strings(request),
         include_stop=includes_stop(request),
-        skip_special_tokens=request.skip_special_tokens is not False,
+        skip_special_tokens=request.skip_special_tokens is not False and not shows_special,
     )
 
 
@@ -151,43 +146,6 @@ def drawn_seed() -> int:
 def includes_stop(request: CommonRequest) -> bool:
     """Return whether the text keeps the stop string that ended it."""
     return bool(request.include_stop_str_in_output or request.no_stop_trim)
-
-
-def check_tools(request: ChatRequest, *, is_compat: bool) -> None:
-    """Check the shape of tools and the like, then refuse what would have to be honoured.
-
-    Raises:
-        InvalidRequest: a shape is wrong, or tools are really wanted.
-        ToolError: tools together with response_format, which TGI refused in these words.
-    """
-    tools = request.tools
-    if is_compat and tools is not None and request.response_format is not None:
-        raise ToolError("Grammar and tools are mutually exclusive", param="tools")
-    names: set[str] = set()
-    for i, tool in enumerate(tools or ()):
-        if tool.type != "function" or tool.function is None:
-            refuse(f"tools[{i}].type", f"`tools[{i}].type` must be `function` with a `function`")
-        if not _is_name(tool.function.name):
-            refuse(
-                f"tools[{i}].function.name",
-                f"`tools[{i}].function.name` must have 1 to 64 letters, digits, `_` or `-`",
-            )
-        if tool.function.name in names:
-            refuse(f"tools[{i}].function.name", f"`tools[{i}].function.name` is given twice")
-        names.add(tool.function.name)
-    if not tools and request.tool_choice not in (None, "none", "auto") and not is_compat:
-        refuse("tool_choice", "`tool_choice` is only allowed with `tools`")
-    if tools and request.tool_choice != "none":
-        refuse("tools", "`tools` are not supported by this server yet", "unsupported_parameter")
-    for name in ("functions", "function_call"):
-        if getattr(request, name) not in (None, [], "none"):
-            refuse(
-                name, f"`{name}` is not supported; OpenAI has replaced it by `tools`", "unsupported_parameter"
-            )
-    if any(modality != "text" for modality in request.modalities or ()):
-        refuse("modalities", "`modalities` may hold `text` only", "unsupported_parameter")
-    if request.audio is not None:
-        refuse("audio", "`audio` is not supported", "unsupported_parameter")
 
 
 def _check_ranges(request: CommonRequest) -> None:
@@ -223,43 +181,6 @@ _RANGES: dict[type[CommonRequest], list[tuple[str, float, float, bool]]] = {
 }
 
 
-def _check_constraints(request: CommonRequest) -> None:
-    """Check the shape of what would constrain the output, then say that it is not there."""
-    wanted: str | None = None
-    if request.response_format is not None and _is_constraint(request.response_format):
-        wanted = "response_format"
-    if request.structured_outputs is not None:
-        given = [name for name in _CONSTRAINTS if request.structured_outputs.get(name) not in (None, False)]
-        if len(given) != 1:
-            refuse(
-                "structured_outputs",
-                f"`structured_outputs` must have exactly one of {', '.join(_CONSTRAINTS)}; got {len(given)}",
-            )
-        wanted = "structured_outputs"
-    for name in _GUIDED:
-        if getattr(request, name) is not None:
-            wanted = name
-    if wanted is not None:
-        refuse(wanted, f"`{wanted}` is not supported by this server yet", "unsupported_parameter")
-
-
-def _is_constraint(given: ResponseFormat) -> bool:
-    if given.type not in _FORMATS:
-        refuse("response_format.type", f"`response_format.type` must be one of {', '.join(_FORMATS)}")
-    if given.type == "json_schema" and given.value is None and (
-        given.json_schema is None or given.json_schema.schema is None
-    ):  # fmt: skip
-        refuse(
-            "response_format.json_schema.schema",
-            "`response_format.json_schema.schema` is required with type `json_schema`",
-        )
-    if given.type == "regex" and not isinstance(given.value, str):
-        refuse("response_format.value", "`response_format.value` must be a string with type `regex`")
-    if given.type == "json" and given.value is None:
-        refuse("response_format.value", "`response_format.value` is required with type `json`")
-    return given.type != "text"
-
-
 def _logit_bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     bias: dict[int, float] = {}
     for key, value in given.items():
@@ -270,10 +191,6 @@ def _logit_bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, fl
             refuse(param, f"`{param}` must be in [-100, 100], got {value}")
         bias[int(key)] = value
     return tuple(bias.items())
-
-
-def _is_name(name: str) -> bool:
-    return 1 <= len(name) <= 64 and name.isascii() and name.replace("-", "_").replace("_", "a").isalnum()
 
 
 def _or(value: Any, default: Any) -> Any:

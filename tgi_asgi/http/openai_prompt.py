@@ -12,12 +12,14 @@ from tgi_asgi.http.context import Served
 from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_schema import ChatRequest, CompletionRequest, ContentPart, Message
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.tools import spell_out
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
+_TAIL_CHARS = 64
 _NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --tokenizer-config-path "
     "and a tokenizer_config.json that has a chat_template"
@@ -39,6 +41,7 @@ class Prompt:
     echo: str = ""
     text: str | None = None
     num_characters: int = 0
+    tail: str = ""  # the end of a chat's prompt, which may open a reasoning section
 
 
 def chat_prompt(request: ChatRequest, served: Served, settings: Settings) -> Prompt:
@@ -53,7 +56,7 @@ def chat_prompt(request: ChatRequest, served: Served, settings: Settings) -> Pro
     )
     is_echoed = request.echo and _is_continued(request)
     echo = _text(request.messages[-1].content) if is_echoed else ""
-    return Prompt(ids, echo, num_characters=len(text.shown))
+    return Prompt(ids, echo, num_characters=len(text.shown), tail=text.shown[-_TAIL_CHARS:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,12 @@ def _render(request: ChatRequest, served: Served, settings: Settings) -> ChatTex
         _message(message, f"messages[{i}]", separator, has_developer)
         for i, message in enumerate(request.messages)
     ]
+    tools = _tools(request)
+    if not (template.mentions("tools") or template.mentions("tool_calls")):
+        messages = spell_out(messages, None if request.tool_choice == "none" else tools)
     is_continued = _is_continued(request)
     # What a client gives to the template, under the names that templates have for it.
-    given = {"tools": _tools(request), "documents": request.documents, **_variables(request)}
+    given = {"tools": tools, "documents": request.documents, **_variables(request)}
     guard = served.tokenizer.guard
     is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
     if is_marked:

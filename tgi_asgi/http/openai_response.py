@@ -7,22 +7,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.http.openai_answer import Answer, finish_of
-from tgi_asgi.http.openai_stream import LogprobsTracker
+from tgi_asgi.http.openai_reply import ChoiceReply, LogprobsTracker
 from tgi_asgi.types import TokenEvent
 
 Choices = Sequence[Sequence[TokenEvent]]  # each choice's events
 
 
-def chat_completion(answer: Answer, choices: Choices, trackers: Sequence[LogprobsTracker]) -> dict[str, Any]:
-    """Return the body of a `chat.completion`."""
-    body = _body(answer, "chat.completion", sum(map(len, choices)))
+def chat_completion(
+    answer: Answer, choices: Choices, trackers: Sequence[LogprobsTracker], replies: Sequence[ChoiceReply] = ()
+) -> dict[str, Any]:
+    """Return the body of a `chat.completion`; `replies` are there if answers have more than text."""
     echo = answer.echoes[0] if answer.echoes else ""
-    for index, events in enumerate(choices):
-        choice = {
+    messages: list[dict[str, Any]] = [
+        replies[index].message(replies[index].push(events, trackers[index] if trackers else None))
+        if replies
+        else {"role": "assistant", "content": _text(events), "refusal": None}
+        for index, events in enumerate(choices)
+    ]
+    body = _body(answer, "chat.completion", sum(map(len, choices)))
+    for index, (events, message) in enumerate(zip(choices, messages, strict=True)):
+        if echo:
+            message["content"] = echo + (message.get("content") or "")
+        choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": echo + _text(events), "refusal": None},
-            "logprobs": _logprobs(events, trackers, index),
-            "finish_reason": finish_of(events[-1]),
+            "message": message,
+            "logprobs": _logprobs(() if replies else events, trackers, index),
+            "finish_reason": replies[index].finish_reason(events[-1]) if replies else finish_of(events[-1]),
             "stop_reason": events[-1].stop,
         }
         if answer.shows_token_ids:

@@ -95,7 +95,6 @@ class CommonRequest(Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
-    # Known, and refused while nobody would honour them: ignoring these would be a lie.
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -103,6 +102,8 @@ class CommonRequest(Struct, kw_only=True):
     guided_grammar: str | None = None
     regex: str | None = None
     ebnf: str | None = None
+
+    # Known, and refused while nobody would honour them: ignoring these would be a lie.
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -181,6 +182,8 @@ class ChatRequest(CommonRequest, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's name for the same
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None

@@ -6,24 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import orjson
 
 from tgi_asgi.errors import TgiError
 from tgi_asgi.http.errors import Dialect, error_event
 from tgi_asgi.http.openai_answer import Answer, finish_of
+from tgi_asgi.http.openai_reply import ChoiceReply, LogprobsTracker
 from tgi_asgi.types import FinishReason, TokenEvent
 
 DONE = b"data: [DONE]\n\n"
-
-
-class LogprobsTracker(Protocol):
-    """One choice's log-probabilities, in either endpoint's shape."""
-
-    def push(self, event: TokenEvent) -> None: ...
-
-    def take(self) -> dict[str, Any] | None: ...
 
 
 class ChunkRenderer:
@@ -36,6 +28,7 @@ class ChunkRenderer:
         answer: identity and options.
         is_chat: which of the two endpoints' shapes.
         trackers: one a choice where log-probabilities were asked for, else empty.
+        replies: one a choice where answers have more than text, else empty.
         on_begin: called with each part's number before its first chunk.
     """
 
@@ -45,17 +38,19 @@ class ChunkRenderer:
         *,
         is_chat: bool,
         trackers: Sequence[LogprobsTracker] = (),
+        replies: Sequence[ChoiceReply] = (),
         on_begin: Callable[[int], None] | None = None,
     ) -> None:
         self._answer = answer
         self._n = answer.n
         self._trackers = trackers
+        self._replies = replies
         self._num_choices = answer.n * len(answer.prompts)
         self._num_generated = 0
         self._token_ids: list[list[int]] = [[] for _ in range(self._num_choices)]
         self._has_begun = [False] * len(answer.prompts)
         self._on_begin = on_begin
-        self._is_plain = not (trackers or answer.shows_token_ids or answer.continuous_usage)
+        self._is_plain = not (trackers or replies or answer.shows_token_ids or answer.continuous_usage)
         shape: _ChatShape | _TextShape = _ChatShape(answer.is_compat) if is_chat else _TextShape()
         self._shape = shape
         envelope = orjson.dumps(
@@ -133,19 +128,13 @@ class ChunkRenderer:
         self._num_generated += len(events)
         last = events[-1]
         if not self._answer.hides_tokens:
-            text = "".join(event.text for event in events)
-            if self._trackers:
-                for event in events:
-                    self._trackers[index].push(event)
             if self._answer.shows_token_ids:
                 self._token_ids[index].extend(event.token_id for event in events)
-            if text:
+            for body in self._bodies(index, events):
                 extras = self._take_token_ids(index)
-                frames.append(
-                    self._chunk(index, self._shape.text(text), self._take_logprobs(index), b"null", extras)
-                )
+                frames.append(self._chunk(index, body, self._take_logprobs(index), b"null", extras))
         if last.finish is not None:
-            reason = "length" if self._answer.hides_tokens else self._finish_reason(last)
+            reason = "length" if self._answer.hides_tokens else self._finish_reason(index, last)
             extras = b',"stop_reason":' + orjson.dumps(last.stop) + self._take_token_ids(index)
             frames.append(
                 self._chunk(
@@ -190,7 +179,21 @@ class ChunkRenderer:
         ids, self._token_ids[index] = self._token_ids[index], []
         return b',"token_ids":' + orjson.dumps(ids)
 
-    def _finish_reason(self, event: TokenEvent) -> str:
+    def _bodies(self, index: int, events: Sequence[TokenEvent]) -> list[bytes]:
+        """Return what is new in a choice, as the text or the deltas of as many chunks."""
+        tracker = self._trackers[index] if self._trackers else None
+        if self._replies:
+            reply = self._replies[index]
+            return [reply.delta(piece) for piece in reply.push(events, tracker)]
+        if tracker is not None:
+            for event in events:
+                tracker.push(event)
+        text = "".join(event.text for event in events)
+        return [self._shape.text(text)] if text else []
+
+    def _finish_reason(self, index: int, event: TokenEvent) -> str:
+        if self._replies:
+            return self._replies[index].finish_reason(event)
         if self._answer.is_compat and not self._shape.is_chat and event.finish is FinishReason.STOP:
             return "stop_sequence"
         return finish_of(event)

@@ -113,17 +113,6 @@ def ebnf(text: str) -> GrammarSource:
     return GrammarSource(lark)
 
 
-def after_reasoning(answer: GrammarSource, *, start: str, end: str, is_open: bool) -> GrammarSource:
-    """Let a reasoning section come before a constrained answer, or end if the prompt has opened it."""
-    opening = "" if is_open else literal(start) + " "
-    rules = (
-        f"start: {'reasoning' if is_open else 'reasoning?'} GAP? @answer\n"
-        f"reasoning[lazy]: {opening}/(.|\\n)*/ {literal(end)}\n"
-        "GAP: /[ \\n]+/"
-    )
-    return GrammarSource(rules, (("answer", answer.lark), *answer.parts))
-
-
 def literal(text: str) -> str:
     """Return a text as a string of the grammar's."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,256 @@
+"""Every tool-call format: what its grammar allows, what its parser reads, and how it is recognised."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+
+from tests.support.schemas import random_schema
+from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
+from tests.text.test_grammar import accepts, wander
+from tgi_asgi.text import grammar_source as sources
+from tgi_asgi.text.answer import ToolUse, answer_grammar
+from tgi_asgi.text.grammar import GrammarCompiler
+from tgi_asgi.text.reasoning import STYLES, style_of
+from tgi_asgi.text.reply import ReplyParser
+from tgi_asgi.text.tools import (
+    FORMATS,
+    CallArguments,
+    CallStart,
+    Content,
+    Piece,
+    Reasoning,
+    ToolSpec,
+    choose_format,
+    spell_out,
+)
+
+THINK = STYLES[0]
+PARAMETERS = {
+    "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}, "s": {"type": "string"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
+DEEPSEEK_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"  # noqa: RUF001
+TWO_CALLS = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
+    '{"name": "g", "arguments": {}}]',
+    "llama3_json": '{"name": "f", "parameters": {"a": 1, "s": "}\\"<"}}; {"name": "g", "parameters": {}}',
+    "pythonic": '[f(a=1, s="}\\"<"), g()]',
+    "deepseek": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
+    + DEEPSEEK_CALL.format("f", '{"a": 1, "s": "}\\"<"}')
+    + "\n"
+    + DEEPSEEK_CALL.format("g", "{}")
+    + "<｜tool▁calls▁end｜>",  # noqa: RUF001
+}
+names = pytest.mark.parametrize("name", sorted(FORMATS))
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+
+
+def use(name: str, **options: Any) -> ToolUse:
+    return ToolUse(FORMATS[name], SPECS, **options)
+
+
+def parse(parser: ReplyParser, text: str, size: int) -> list[Piece]:
+    """Feed a text in pieces of some size; join what comes out."""
+    pieces: list[Piece] = []
+    for at in range(0, len(text), size):
+        pieces += parser.push(text[at : at + size])
+    joined: list[Piece] = []
+    for piece in pieces + parser.finish():
+        last = joined[-1] if joined else None
+        if isinstance(piece, Content) and isinstance(last, Content):
+            joined[-1] = Content(last.text + piece.text)
+        elif isinstance(piece, Reasoning) and isinstance(last, Reasoning):
+            joined[-1] = Reasoning(last.text + piece.text)
+        elif isinstance(piece, CallArguments) and isinstance(last, CallArguments):
+            joined[-1] = CallArguments(last.text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+@names
+def test_a_required_answer_is_calls_and_nothing_else(compiler: GrammarCompiler, name: str) -> None:
+    grammar = answer_grammar(None, use(name, must_call=True))
+    assert grammar is not None
+    assert accepts(compiler, grammar, TWO_CALLS[name])
+    for text in ("", "hello", "hi " + TWO_CALLS[name], TWO_CALLS[name] + "."):
+        assert not accepts(compiler, grammar, text), text
+
+
+@names
+def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarCompiler, name: str) -> None:
+    for must_call in (True, False):
+        grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
+        assert grammar is not None
+        assert not accepts(compiler, grammar, TWO_CALLS[name])
+
+
+@names
+def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarCompiler, name: str) -> None:
+    grammar = answer_grammar(None, use(name))
+    assert grammar is not None
+    for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
+        assert accepts(compiler, grammar, text), text
+    wrong = (
+        TWO_CALLS[name].replace("g", "h", 1) if name != "deepseek" else TWO_CALLS[name].replace("{}", "[]")
+    )
+    assert not accepts(compiler, grammar, wrong)
+    if FORMATS[name].marker:
+        assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
+
+
+@names
+def test_an_answer_that_is_no_call_can_be_constrained(compiler: GrammarCompiler, name: str) -> None:
+    grammar = answer_grammar(sources.choice(["yes"]), use(name))
+    assert grammar is not None
+    assert accepts(compiler, grammar, "yes")
+    assert accepts(compiler, grammar, TWO_CALLS[name])
+    assert not accepts(compiler, grammar, "no")
+
+
+@names
+def test_reasoning_comes_first_and_is_free(compiler: GrammarCompiler, name: str) -> None:
+    grammar = answer_grammar(None, use(name, must_call=True), THINK)
+    assert grammar is not None
+    assert accepts(compiler, grammar, "<think>{ hm [</think>\n\n" + TWO_CALLS[name])
+    assert accepts(compiler, grammar, TWO_CALLS[name])
+    opened = answer_grammar(None, use(name, must_call=True), THINK, is_reasoning_open=True)
+    assert opened is not None
+    assert accepts(compiler, opened, "hm</think>" + TWO_CALLS[name])
+    assert not accepts(compiler, opened, TWO_CALLS[name])
+
+
+def test_a_constrained_answer_follows_reasoning(compiler: GrammarCompiler) -> None:
+    grammar = answer_grammar(sources.choice(["yes"]), None, THINK)
+    assert grammar is not None
+    assert accepts(compiler, grammar, "yes")
+    assert accepts(compiler, grammar, "<think>no {or} </thin</think>\n\nyes")
+    assert not accepts(compiler, grammar, "no <think></think>yes")
+
+
+def test_an_answer_without_tools_and_format_is_not_constrained() -> None:
+    assert answer_grammar(None, None, THINK) is None
+
+
+@names
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_are_read_wherever_the_text_is_cut(name: str, size: int) -> None:
+    text = "<think>hm</think>\n\n" + ("Sure.\n" if FORMATS[name].marker else "") + TWO_CALLS[name]
+    reasoning, *rest = parse(ReplyParser(THINK, FORMATS[name]), text, size)
+    assert reasoning == Reasoning("hm")
+    if FORMATS[name].marker:
+        assert rest.pop(0) == Content("Sure.")
+    first, arguments, second, none = rest
+    assert (first, second) == (CallStart("f"), CallStart("g"))
+    assert isinstance(arguments, CallArguments) and isinstance(none, CallArguments)
+    assert json.loads(arguments.text) == {"a": 1, "s": '}"<'}
+    assert none.text == "{}"
+
+
+@names
+def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
+    text = "a <tool_cal [TOOL_ {x} [y]  \n"
+    assert parse(ReplyParser(None, FORMATS[name]), text, 1) == [Content(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "pieces"),
+    [
+        ("no thoughts", False, [Content("no thoughts")]),
+        ("hm</think>x", True, [Reasoning("hm"), Content("x")]),
+        ("hm</thi", True, [Reasoning("hm</thi")]),
+        ("<thi", False, [Content("<thi")]),
+        ("\n<think>\n\n</think>\n\nx", False, [Reasoning("\n\n"), Content("x")]),
+        ("<think>a</think>", False, [Reasoning("a")]),
+        ("x <think>y</think>", False, [Content("x <think>y</think>")]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_reasoning_is_split_off(text: str, is_open: bool, pieces: list[Piece], size: int) -> None:
+    assert parse(ReplyParser(THINK, None, is_reasoning_open=is_open), text, size) == pieces
+
+
+@names
+@pytest.mark.parametrize("seed", range(4))
+def test_arguments_drawn_at_random_are_valid_for_their_schema(
+    compiler: GrammarCompiler, name: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    schema = random_schema(rng)
+    if name == "pythonic":  # whose keywords are identifiers
+        schema = json.loads(
+            json.dumps(schema).replace("x y", "xy").replace('q\\"', "q").replace("\\u00f6\\u00df", "")
+        )
+    grammar = answer_grammar(
+        None, ToolUse(FORMATS[name], [ToolSpec("f", schema)], must_call=True, is_parallel=False)
+    )
+    assert grammar is not None
+    answer = wander(compiler, grammar, rng, 4000)
+    if answer is None:
+        return
+    start, arguments = parse(ReplyParser(None, FORMATS[name]), answer, 7)
+    assert start == CallStart("f")
+    assert isinstance(arguments, CallArguments)
+    jsonschema.Draft202012Validator(schema).validate(json.loads(arguments.text))
+
+
+def test_a_call_that_is_cut_keeps_what_there_is() -> None:
+    text = TWO_CALLS["hermes"]
+    cut = text[: text.index("1") + 1]
+    assert parse(ReplyParser(None, FORMATS["hermes"]), cut, 4) == [CallStart("f"), CallArguments('{"a": 1')]
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("<tool_call>{{ tools }}", "hermes"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
+        ("{{ '<|python_tag|>' }}", "llama3_json"),
+        ("[func_name1(params_name1=params_value1)]", "pythonic"),
+        (TWO_CALLS["deepseek"], "deepseek"),
+        ("nothing of the kind", "hermes"),
+    ],
+)
+def test_a_template_shows_its_format(template: str, name: str) -> None:
+    assert choose_format(template).name == name
+    assert choose_format(template, "mistral").name == "mistral"
+
+
+def test_a_template_shows_its_reasoning_style() -> None:
+    assert style_of("{% if x %}</think>{% endif %}") is THINK
+    assert style_of("nothing") is None
+    assert THINK.is_open("assistant\n<think>\n")
+    assert THINK.is_closed("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "42"},
+        {"role": "tool", "tool_call_id": "c2", "content": "43"},
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    system, user, assistant, answer = spell_out(messages, [tool])
+    assert system["role"] == "system" and '"name":"f"' in system["content"]
+    assert user == messages[0]
+    assert assistant["content"].count('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>') == 2
+    assert answer["role"] == "user"
+    assert answer["content"].index("42") < answer["content"].index("43")
+    assert messages[1]["tool_calls"] == [call, call]  # the request's own
+    kept, *_ = spell_out([{"role": "system", "content": "Be kind."}, *messages], [tool])
+    assert kept["content"].startswith("Be kind.\n\n")

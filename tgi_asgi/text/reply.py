@@ -1,0 +1,135 @@
+"""One choice's text, taken apart while it is generated: reasoning, content, tool calls.
+
+Made by `http` for each choice that may have more than content; knows no wire format.
+"""
+
+from __future__ import annotations
+
+from tgi_asgi.text.reasoning import ReasoningStyle
+from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat
+
+
+class ReplyParser:
+    """Splits an answer into pieces. Markers are never shown, nor text that may turn out to be one.
+
+        parser = ReplyParser(style, format, is_reasoning_open=False)
+        for text in texts: pieces = parser.push(text)
+        pieces = parser.finish()
+
+    Args:
+        style: how reasoning is marked, or None if the answer has none.
+        tools: how calls are written, or None if there are none.
+        is_reasoning_open: the prompt has opened the reasoning section.
+
+    Attributes:
+        is_reasoning: the text is inside the reasoning section.
+    """
+
+    def __init__(
+        self, style: ReasoningStyle | None, tools: ToolFormat | None, *, is_reasoning_open: bool = False
+    ) -> None:
+        self._style = style
+        self._tools = tools
+        self._calls: CallParser | None = None
+        self._held = ""
+        self._has_content = False
+        self._may_reason = style is not None and not is_reasoning_open
+        self.is_reasoning = is_reasoning_open
+        self._is_after_reasoning = False
+
+    @property
+    def is_in_calls(self) -> bool:
+        """Whether calls have begun: nothing else follows."""
+        return self._calls is not None
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what the next piece of text tells."""
+        if self._calls is not None:
+            return self._calls.push(text)
+        self._held += text
+        return self._read(is_end=False)
+
+    def finish(self) -> list[Piece]:
+        """Return what was held back, at the end of the answer."""
+        return [] if self._calls is not None else self._read(is_end=True)
+
+    def _read(self, *, is_end: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        if self._may_reason and not self._begin_reasoning(is_end):
+            return pieces
+        if self.is_reasoning and not self._take_reasoning(pieces, is_end):
+            return pieces
+        if self._is_after_reasoning:
+            self._held = self._held.lstrip("\n ")
+            self._is_after_reasoning = not self._held
+        self._take_content(pieces, is_end)
+        return pieces
+
+    def _begin_reasoning(self, is_end: bool) -> bool:
+        """Look for the section's start; False while it cannot be told yet."""
+        assert self._style is not None
+        start, head = self._style.start, self._held.lstrip()
+        if head.startswith(start):
+            self._held = head[len(start) :]
+            self.is_reasoning = True
+        elif start.startswith(head) and not is_end:
+            return False
+        self._may_reason = False
+        return True
+
+    def _take_reasoning(self, pieces: list[Piece], is_end: bool) -> bool:
+        """Give out reasoning; True once the section has ended."""
+        assert self._style is not None
+        at = self._held.find(self._style.end)
+        if at < 0:
+            self._give(pieces, Reasoning, 0 if is_end else _num_held(self._held, self._style.end))
+            return False
+        if at:
+            pieces.append(Reasoning(self._held[:at]))
+        self._held = self._held[at + len(self._style.end) :]
+        self.is_reasoning = False
+        self._is_after_reasoning = True
+        return True
+
+    def _take_content(self, pieces: list[Piece], is_end: bool) -> None:
+        tools = self._tools
+        if tools is None:
+            self._give(pieces, Content, 0)
+        elif not tools.marker:
+            self._take_anchored(pieces, tools, is_end)
+        elif (at := self._held.find(tools.marker)) >= 0:
+            before = self._held[:at].rstrip()
+            if before:
+                pieces.append(Content(before))
+            self._enter_calls(pieces, tools, self._held[at + len(tools.marker) :])
+        else:
+            self._give(pieces, Content, 0 if is_end else _num_held(self._held, tools.marker))
+
+    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> None:
+        """Read an answer that is either text or calls, as its first character tells."""
+        head = self._held.lstrip()
+        if not self._has_content and head.startswith(tools.first):
+            self._enter_calls(pieces, tools, head)
+        elif head or is_end or self._has_content:
+            self._give(pieces, Content, 0)
+
+    def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:
+        self._held = ""
+        self._calls = tools.parser()
+        pieces.extend(self._calls.push(rest))
+
+    def _give(self, pieces: list[Piece], kind: type[Content | Reasoning], num_held: int) -> None:
+        size = len(self._held) - num_held
+        if size > 0:
+            pieces.append(kind(self._held[:size]))
+            self._held = self._held[size:]
+            self._has_content |= kind is Content
+
+
+def _num_held(text: str, marker: str) -> int:
+    """Return how much of the end of `text` to hold: what may begin the marker, and blanks before it."""
+    size = next(
+        (size for size in range(min(len(marker), len(text)), 0, -1) if text.endswith(marker[:size])), 0
+    )
+    shown = text[: len(text) - size]
+    return size + len(shown) - len(shown.rstrip())

@@ -1,0 +1,67 @@
+"""Tools for chat templates that know none: a system prompt, and the history spelled out as text.
+
+It is the prompt that Hermes models were trained on, with their format; the docs print it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+
+def generic_prompt(tools: Sequence[dict[str, Any]]) -> str:
+    """Return what the system message says of the tools."""
+    lines = "\n".join(orjson.dumps(tool).decode() for tool in tools)
+    return (
+        "You may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>\n{lines}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
+
+
+def spell_out(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Return messages without tool calls and tool roles, and with the tools in the system message."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = "\n".join(map(_call, message["tool_calls"]))
+            text = _text(message)
+            result.append({"role": "assistant", "content": f"{text}\n{calls}" if text else calls})
+        elif message["role"] == "tool":
+            answer = f"<tool_response>\n{_text(message)}\n</tool_response>"
+            if result and result[-1].get("is_tool_answer"):
+                result[-1]["content"] += f"\n{answer}"
+            else:
+                result.append({"role": "user", "content": answer, "is_tool_answer": True})
+        else:
+            result.append(message)
+    for message in result:
+        message.pop("is_tool_answer", None)
+    if tools:
+        prompt = generic_prompt(tools)
+        if result and result[0]["role"] in ("system", "developer"):
+            result[0] = {**result[0], "content": f"{_text(result[0])}\n\n{prompt}"}
+        else:
+            result.insert(0, {"role": "system", "content": prompt})
+    return result
+
+
+def _call(call: dict[str, Any]) -> str:
+    function = call["function"]
+    arguments = function.get("arguments") or "{}"
+    if not isinstance(arguments, str):
+        arguments = orjson.dumps(arguments).decode()
+    name = orjson.dumps(function["name"]).decode()
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -1,0 +1,27 @@
+"""`<tool_call>` around JSON: Hermes, Qwen 2.5 and 3, and every model that gets the generic tool prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, json_calls
+
+
+class HermesFormat:
+    """`<tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n</tool_call>`, once a call."""
+
+    name = "hermes"
+    marker = "<tool_call>"
+    markers: tuple[str, ...] = ("<tool_call>", "</tool_call>")
+    first = ""
+
+    def recognises(self, template: str) -> bool:
+        return "<tool_call>" in template and "<function=" not in template
+
+    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+        end = mark("</tool_call>")
+        more = rf' ("\n" {mark(self.marker)} "\n" call "\n" {end})*' if is_parallel else ""
+        return rf'calls: "\n" call "\n" {end}{more}' + "\n" + json_calls(tools)
+
+    def parser(self) -> CallParser:
+        return JsonCallParser()

@@ -1,0 +1,26 @@
+"""Llama 3.1 to 3.3: an answer that is a call is one JSON object, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, json_calls
+
+
+class LlamaFormat:
+    """`{"name": "f", "parameters": {"a": 1}}`; several calls are separated by `; `."""
+
+    name = "llama3_json"
+    marker = ""
+    markers: tuple[str, ...] = ()
+    first = "{"
+
+    def recognises(self, template: str) -> bool:
+        return "<|python_tag|>" in template or '{"name": function name, "parameters"' in template
+
+    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+        more = ' ("; " call)*' if is_parallel else ""
+        return f"calls: call{more}\n{json_calls(tools, 'parameters')}"
+
+    def parser(self) -> CallParser:
+        return JsonCallParser()
