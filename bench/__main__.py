@@ -1,4 +1,4 @@
-"""Measure this server alone in about five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
+"""Measure this server alone in five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
 
 Runs the programs of this folder one after the other, each in a process of its own, and prints their tables,
 then a summary. All JSON objects go to --out, the latency distributions beside it. Flags other than --out go

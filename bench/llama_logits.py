@@ -1,4 +1,4 @@
-"""Write llama.cpp's logits of given tokens. An interpreter with llama-cpp-python runs this, not the project's.
+"""Write llama.cpp's logits of given tokens; an interpreter with llama-cpp-python runs this, not ours.
 
     python llama_logits.py model.gguf texts.json folder num_threads
 

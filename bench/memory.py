@@ -2,8 +2,8 @@
 
     python -m bench.memory --kv-tokens 8192 [--model-id model.gguf]
 
-The prompts are fresh, so each token takes its own place in the KV cache, whose pages exist once written. Prints
-one JSON object. Unknown flags go to the server.
+The prompts are fresh, so each token takes its own place in the KV cache, whose pages exist once written.
+Prints one JSON object. Unknown flags go to the server.
 """
 
 from __future__ import annotations
