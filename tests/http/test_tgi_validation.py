@@ -11,7 +11,8 @@ from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.parse import decode_json
-from tgi_asgi.http.tgi_schema import GENERATE
+from tgi_asgi.http.tgi_grammar import native_grammar
+from tgi_asgi.http.tgi_schema import GENERATE, Grammar
 from tgi_asgi.http.tgi_validation import NativeLimits, check_parameters, plan_request, to_generation
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, LogprobsMode
@@ -299,25 +300,49 @@ def test_logprobs_are_computed_only_where_they_are_shown() -> None:
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
-        ({"type": "regex", "value": "a+"}, "grammar is not supported: "),
-        ({"type": "json", "value": {"type": "object"}}, "grammar is not supported: "),
-        ({"type": "json_object", "value": '{"type": "object"}'}, "grammar is not supported: "),
-        ({"type": "json_schema", "value": {"schema": {}}}, "grammar is not supported: "),
         ({"type": "regex", "value": {}}, "grammar is not valid: a regex must be a string"),
+        ({"type": "regex", "value": "(a"}, "grammar is not valid: "),
         ({"type": "json", "value": "{"}, "grammar is not valid: "),
-        ({"type": "json", "value": 3}, "grammar is not supported$"),
+        ({"type": "json", "value": 3}, "grammar is not supported"),
+        ({"type": "json_schema", "value": {}}, "grammar is not supported"),
+        ({"type": "json", "value": {"not": {}}}, "grammar is not valid: "),
     ],
     ids=str,
 )
-def test_a_grammar_is_checked_and_then_refused(grammar: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidRequest, match=message) as refusal:
-        generation(parameters(grammar=grammar))
-    assert refusal.value.param is not None and refusal.value.param.startswith("parameters.grammar")
+async def test_a_grammar_that_cannot_be_had_is_refused_in_tgi_s_words(
+    grammar: dict[str, Any], message: str
+) -> None:
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        answer = await client.post("/generate", json=parameters(grammar=grammar))
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith(f"Input validation error: {message}")
+    assert answer.json()["error_type"] == "validation"
 
 
-def test_an_operator_may_switch_grammars_off_and_then_they_are_not_looked_at() -> None:
-    with pytest.raises(InvalidRequest, match=r"^grammar is not supported$"):
-        generation(parameters(grammar={"type": "json", "value": "{"}), disable_grammar_support=True)
+@pytest.mark.parametrize(
+    ("grammar", "lark"),
+    [
+        ({"type": "regex", "value": "a+"}, "start: /a+/"),
+        ({"type": "json", "value": {"type": "null"}}, 'start: %json {"type": "null"'),
+        ({"type": "json_object", "value": '{"type": "null"}'}, 'start: %json {"type": "null"'),
+        ({"type": "json_schema", "value": {"schema": {"type": "null"}}}, 'start: %json {"type": "null"'),
+    ],
+    ids=str,
+)
+async def test_a_grammar_of_every_spelling_reaches_the_engine(grammar: dict[str, Any], lark: str) -> None:
+    engine = ScriptedEngine()
+    async with client_of(scripted_app(engine)) as client:
+        assert (await client.post("/generate", json=parameters(grammar=grammar))).status_code == 200
+    assert engine.requests[0].grammar is not None
+    assert native_grammar(Grammar(**grammar)).lark.startswith(lark)
+
+
+async def test_an_operator_may_switch_grammars_off_and_then_they_are_not_looked_at() -> None:
+    app = scripted_app(ScriptedEngine(), Settings(model_id="toy/model", disable_grammar_support=True))
+    async with client_of(app) as client:
+        answer = await client.post("/generate", json=parameters(grammar={"type": "json", "value": "{"}))
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "Input validation error: grammar is not supported"
 
 
 def test_an_adapter_is_refused_by_name() -> None:

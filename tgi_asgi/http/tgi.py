@@ -6,18 +6,23 @@ They read a request, take its permit, tokenise in a thread and hand over to the 
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 from starlette.routing import Route
 
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http import health
 from tgi_asgi.http.asgi import JSON, Header
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.grammars import compile_grammar
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.http.tgi_grammar import PARAM, native_grammar
 from tgi_asgi.http.tgi_render import StreamRenderer, pick_best, render_prefill, render_whole
 from tgi_asgi.http.tgi_schema import (
     COMPAT_GENERATE,
@@ -77,7 +82,7 @@ async def prepare(exchange: Exchange, served: Served, plan: NativePlan) -> Gener
     TGI takes it first, so a server without room answers 429 to what it would have refused.
 
     Raises:
-        InvalidRequest: a value is refused, or the prompt does not fit.
+        InvalidRequest: a value or a grammar is refused, or the prompt does not fit.
     """
     context = exchange.context
     limits = NativeLimits.of(context.settings, served.info)
@@ -85,7 +90,18 @@ async def prepare(exchange: Exchange, served: Served, plan: NativePlan) -> Gener
     if plan.parameters.watermark:
         context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
     prompt_ids = await context.in_thread(served.tokenizer.encode, plan.inputs, add_special_tokens=True)
-    return to_generation(plan, limits, prompt_ids, exchange.request_id)
+    generation = to_generation(plan, limits, prompt_ids, exchange.request_id)
+    given = plan.parameters.grammar
+    if given is None:
+        return generation
+    is_disabled = limits.disable_grammar_support
+    source = await context.in_thread(native_grammar, given, is_disabled=is_disabled)
+    try:
+        grammar = await compile_grammar(context, source)
+    except InvalidRequest as error:
+        error.param = f"{PARAM}.value"
+        raise
+    return dataclasses.replace(generation, grammar=grammar)
 
 
 async def _answer_whole(

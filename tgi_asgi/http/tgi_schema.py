@@ -97,7 +97,7 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
         _Unsigned | None,
         _field("Likeliest tokens to report a step (default 0).", maximum=DEFAULT_MAX_TOP_N_TOKENS),
     ] = None
-    grammar: Annotated[Grammar | None, _field("Constraint on the output; refused for now.")] = None
+    grammar: Annotated[Grammar | None, _field("Constraint on the output.")] = None
 
 
 class GenerateRequest(Struct, frozen=True):

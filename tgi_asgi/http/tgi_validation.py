@@ -9,9 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
-
-import msgspec
+from typing import NoReturn, TypeVar
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.tgi_schema import (
@@ -23,7 +21,6 @@ from tgi_asgi.http.tgi_schema import (
     CompatGenerateRequest,
     GenerateParameters,
     GenerateRequest,
-    Grammar,
 )
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, LogprobsMode, ModelInfo, SamplingParams, StopConditions
@@ -186,10 +183,10 @@ def check_parameters(plan: NativePlan, limits: NativeLimits) -> None:
 def to_generation(
     plan: NativePlan, limits: NativeLimits, prompt_ids: Sequence[int], request_id: str
 ) -> GenerationRequest:
-    """Check the lengths and the grammar, and build the engine's request.
+    """Check the lengths, and build the engine's request; its grammar is `tgi_grammar`'s.
 
     Raises:
-        InvalidRequest: the prompt or its answer does not fit; a grammar was given.
+        InvalidRequest: the prompt or its answer does not fit.
     """
     p = plan.parameters
     if p.truncate is not None:
@@ -197,8 +194,6 @@ def to_generation(
     if not prompt_ids:
         _refuse("`inputs` cannot be empty", "inputs")
     room = _check_length(len(prompt_ids), p.max_new_tokens, limits)
-    if p.grammar is not None:
-        _refuse_grammar(p.grammar, limits)
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=prompt_ids,
@@ -259,31 +254,6 @@ def _check_length(num_input: int, max_new: int | None, limits: NativeLimits) -> 
         "inputs",
     )
     return room
-
-
-def _refuse_grammar(grammar: Grammar, limits: NativeLimits) -> NoReturn:
-    """Say what is wrong with a grammar's shape, or else that grammars are not served."""
-    if limits.disable_grammar_support:
-        _refuse("grammar is not supported", "grammar")
-    value = grammar.value
-    if grammar.type == "regex":
-        _require(isinstance(value, str), "grammar is not valid: a regex must be a string", "grammar.value")
-    else:
-        _check_schema(value.get("schema") if _is_wrapped(grammar) else value)
-    _refuse("grammar is not supported: this server does not constrain its output yet", "grammar")
-
-
-def _is_wrapped(grammar: Grammar) -> bool:
-    return grammar.type == "json_schema" and isinstance(grammar.value, dict)
-
-
-def _check_schema(schema: Any) -> None:
-    if isinstance(schema, str):
-        try:
-            schema = msgspec.json.decode(schema)
-        except (msgspec.DecodeError, RecursionError) as error:
-            _refuse(f"grammar is not valid: {error}", "grammar.value")
-    _require(isinstance(schema, dict), "grammar is not supported", "grammar.value")
 
 
 def _require(holds: bool, message: str, field: str) -> None:

@@ -78,7 +78,7 @@ class GrammarCompiler:
         probe = grammar.matcher()
         probe.fill_mask(np.empty(-(-self._vocab_size // 32), np.int32))
         if probe.error is not None:
-            raise InvalidRequest(f"the grammar is not valid: {probe.error}")
+            raise InvalidRequest(f"grammar is not valid: {probe.error}")
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -146,7 +146,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
     )
     matcher = LLMatcher(backend, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise InvalidRequest(f"the grammar is not valid: {_first_line(matcher.get_error())}")
+        raise InvalidRequest(f"grammar is not valid: {_first_line(matcher.get_error())}")
     return matcher
 
 

@@ -104,7 +104,7 @@ def ebnf(text: str) -> GrammarSource:
     try:
         lark = any_to_lark(text)
     except Exception as error:  # the converter's own
-        raise InvalidRequest(f"the grammar is not valid: {error}") from None
+        raise InvalidRequest(f"grammar is not valid: {error}") from None
     num_rules = sum(":" in line for line in lark.splitlines())
     if lark.count("&") > MAX_CONJUNCTS:
         raise InvalidRequest(f"a grammar has at most {MAX_CONJUNCTS} `&`")

@@ -109,7 +109,7 @@ def hub() -> dict[str, Any]:
 def errors() -> dict[str, str]:
     """What refusals become."""
     client = Client(URL)
-    grammar = Grammar(type=GrammarType.Regex, value="[0-9]+")
+    grammar = Grammar(type=GrammarType.Regex, value="a(?=b)")
     return {
         "grammar": error_of(client.generate, "Hi", grammar=grammar),
         "too long": error_of(client.generate, "Hi", max_new_tokens=100_000),
