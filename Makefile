@@ -40,7 +40,7 @@ format: $(VENV)/.lint-tools
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 bench: $(VENV)/.test-tools
-	for file in $(wildcard bench/*.py); do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m bench $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools

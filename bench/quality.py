@@ -6,8 +6,8 @@ The oracle is transformers in float32 with eager attention on the exactly dequan
 (bench.export_checkpoint). All see the same tokens: the golden cases of tests/models/oracle, which are prompts
 and greedy continuations of the default model, and texts that it drew itself at temperature 1. Of every
 position but a text's first: the error |log p(token) - oracle's log p(token)|, and KL(oracle || contender)
-over the whole vocabulary, both in float64. llama.cpp gives its logits through llama-cpp-python (any interpreter
-that has it; --llama-dir makes it load that build), so nothing is cut off or rounded.
+over the whole vocabulary, both in float64. llama.cpp gives its logits through llama-cpp-python, in any
+interpreter that has it (--llama-dir makes it load that build), so nothing is cut off or rounded.
 """
 
 from __future__ import annotations

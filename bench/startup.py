@@ -13,12 +13,15 @@ import datetime
 import http.client
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+from bench.report import command_line, emit, machine
+from bench.servers import free_port
 
 BODY = {
     "model": "tgi",
@@ -26,14 +29,6 @@ BODY = {
     "max_tokens": 1,
     "stream": True,
 }
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def first_chunk(port: int) -> bool:
@@ -87,11 +82,13 @@ def main() -> None:
     """Run it several times and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
     options, arguments = parser.parse_known_args()
     runs = [run_once(arguments) for _ in range(options.runs)]
     names = sorted(runs[0], key=runs[0].__getitem__)
     medians = {name: round(statistics.median(run[name] for run in runs), 2) for name in names}
-    print(json.dumps({"bench": "startup", "runs": options.runs, "seconds_from_exec": medians}))
+    record = {"bench": "startup", "command": command_line(), "machine": machine(), "runs": options.runs}
+    emit({**record, "seconds_from_exec": medians}, options.out)
 
 
 if __name__ == "__main__":
