@@ -3,11 +3,13 @@
 // or writes are kept alive here.
 #include "cpu/step/program.h"
 
+#include <ATen/ops/diff.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <set>
 #include <string>
@@ -254,6 +256,26 @@ class StepProgram : public torch::CustomClassHolder {
         });
   }
 
+  // As `run`, and returns the seconds that each operator took, barrier included.
+  Tensor profile(const Tensor& ids, const Tensor& positions, const Tensor& slots,
+                 const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
+                 const Tensor& rows) {
+    set_header(ids, positions, slots, query_start, context_len, block_table);
+    set_rows(rows);
+    Tensor times = at::empty({num_operators() + 1}, at::kDouble);
+    auto* const begin = times.mutable_data_ptr<double>();
+    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members); },
+                          [&](int member, int num_members) {
+                            if (member == 0)
+                              *begin = std::chrono::duration<double>(
+                                           std::chrono::steady_clock::now().time_since_epoch())
+                                           .count();
+                            forward_.run(header_, member, num_members, begin + 1);
+                            head_.run(header_, member, num_members, begin + 1 + forward_.size());
+                          });
+    return times.diff();
+  }
+
   // Runs the head again on other rows of the last batch.
   void run_head(const Tensor& rows) {
     set_rows(rows);
@@ -434,6 +456,7 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
       .def("logits", &StepProgram::logits)
       .def("run", &StepProgram::run)
       .def("draw", &StepProgram::draw)
+      .def("profile", &StepProgram::profile)
       .def("run_head", &StepProgram::run_head)
       .def("num_operators", &StepProgram::num_operators);
 }

@@ -1,16 +1,22 @@
 #include "program.h"
 
+#include <chrono>
+
 #include "../team.h"
 
 namespace tgi::cpu::step {
 
-void Segment::run(const StepHeader& step, int member, int num_members) const {
+void Segment::run(const StepHeader& step, int member, int num_members, double* ends) const {
   for (const Operator& op : operators_) {
     op.call(op, step, member, num_members);
     const bool is_private =
         (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
         (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
     if (!is_private) team_barrier();
+    if (ends != nullptr && member == 0) {
+      *ends++ = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+                    .count();
+    }
   }
 }
 

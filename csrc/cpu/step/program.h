@@ -28,7 +28,9 @@ class Segment {
   int64_t size() const { return static_cast<int64_t>(operators_.size()); }
 
   // One member's share of the whole segment; all members of the team run it at once.
-  void run(const StepHeader& step, int member, int num_members) const;
+  // Where `ends` is given, member 0 writes there the time in seconds at which each operator was
+  // done.
+  void run(const StepHeader& step, int member, int num_members, double* ends = nullptr) const;
 
  private:
   struct Operator {

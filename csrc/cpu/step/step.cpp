@@ -3,12 +3,20 @@
 
 #include "../isa.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace tgi::cpu::step {
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
+#endif
+#if defined(__aarch64__)
+extern const Kernels kNeonKernels;
+extern const Kernels kI8mmKernels;
 #endif
 
 const Kernels& kernels() {
@@ -17,6 +25,12 @@ const Kernels& kernels() {
       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   if (isa() == Isa::kAvx512 && has_dots) return kAvx512Kernels;
   if (isa() != Isa::kPortable && __builtin_cpu_supports("f16c")) return kAvx2Kernels;
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  // Bits of the kernel's asm/hwcap.h, which old headers lack.
+  static const bool has_dot = (getauxval(AT_HWCAP) >> 20 & 1) != 0;
+  static const bool has_i8mm = (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // and BF16
+  if (has_dot) return has_i8mm ? kI8mmKernels : kNeonKernels;
 #endif
   return kPortableKernels;
 }

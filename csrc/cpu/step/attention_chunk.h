@@ -1,0 +1,229 @@
+// A chunk of paged attention: six query rows against up to 256 tokens of context, grouped heads
+// sharing each read of keys and values. The context may be split over members; chunk results are
+// merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867. Included
+// by the step_<isa>.cpp files only.
+#pragma once
+
+#include "simd_math.h"
+#include "step.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+constexpr int64_t kSubBlocks = kChunkTokens / 16;
+constexpr int64_t kAhead =
+    4;  // sub-blocks, 8 KiB: how far ahead of their use keys and values are fetched
+constexpr int64_t kMaxHeadDim = 256;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// A row tile of one sequence and KV head: rows [first, first + count) of its query tokens times
+// grouped heads.
+struct RowTile {
+  const uint8_t* query[kAttentionRows];
+  int64_t visible[kAttentionRows];  // tokens of context that a row may see
+  int64_t count;
+  int64_t longest;  // the largest of `visible`
+};
+
+// What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.
+struct RowState {
+  alignas(64) float sums[kAttentionRows][kMaxHeadDim];
+  float maximum[kAttentionRows];
+  float total[kAttentionRows];
+};
+
+struct Chunk {
+  const uint8_t*
+      keys[kSubBlocks + kAhead];  // sub-blocks of this chunk, and the first that are read after it
+  const uint8_t* values[kSubBlocks];
+  int64_t begin;  // first token
+  int64_t num_tokens;
+  int64_t num_blocks;
+  int64_t num_ahead;  // sub-blocks known in all
+};
+
+template <class S, Precision precision>
+struct KvTraits {
+  static constexpr bool kIsBF16 = precision == Precision::kBF16;
+  static inline int64_t key_steps(int64_t head_dim) { return kIsBF16 ? head_dim / 2 : head_dim; }
+  static inline typename S::F multiply(typename S::F sum, const uint8_t* vector,
+                                       const uint8_t* value) {
+    if constexpr (kIsBF16) return S::dot_bf16(sum, S::iload(vector), S::ibroadcast(value));
+    return S::fma(S::load(reinterpret_cast<const float*>(vector)),
+                  S::set1(*reinterpret_cast<const float*>(value)), sum);
+  }
+};
+
+// Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
+template <class S, Precision precision, int Rows, int Blocks>
+inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
+                         float* scores) {
+  using Kv = KvTraits<S, precision>;
+  const int64_t steps = Kv::key_steps(head_dim);
+  const uint8_t* ahead[Blocks];  // keys two reads ahead; behind the last keys, the first values
+  typename S::F sums[Rows][Blocks];
+  for (int i = 0; i < Blocks; ++i) {
+    const int64_t next = b + i + kAhead;
+    ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
+  }
+  TGI_UNROLL(2)
+  for (int64_t k = 0; k < steps; ++k) {
+    TGI_UNROLL(2)
+    for (int i = 0; i < Blocks; ++i) {
+      S::prefetch(ahead[i] + 64 * k);
+      TGI_UNROLL(6)
+      for (int r = 0; r < Rows; ++r) {
+        sums[r][i] = Kv::multiply(sums[r][i], chunk.keys[b + i] + 64 * k, tile.query[r] + 4 * k);
+      }
+    }
+  }
+  TGI_UNROLL(2)
+  for (int i = 0; i < Blocks; ++i) {
+    const int64_t begin = chunk.begin + 16 * (b + i);
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t seen = tile.visible[r] - begin;
+      if (seen < 16) {
+        sums[r][i] = S::select_head(static_cast<int>(seen < 0 ? 0 : seen), sums[r][i],
+                                    S::set1(kMinusInfinity));
+      }
+      S::store(scores + r * kChunkTokens + 16 * (b + i), sums[r][i]);
+    }
+  }
+}
+
+// scores: [Rows][256]. Few rows take two sub-blocks at a time, to have enough sums in flight.
+template <class S, Precision precision, int Rows>
+void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
+  int64_t b = 0;
+  if constexpr (Rows <= 4) {
+    for (; b + 2 <= chunk.num_blocks; b += 2)
+      block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
+  }
+  for (; b < chunk.num_blocks; ++b)
+    block_scores<S, precision, Rows, 1>(tile, chunk, head_dim, b, scores);
+}
+
+// Scores to weights: maximum and total of each row; weights in the precision that the values are
+// multiplied in.
+template <class S, Precision precision, int Rows>
+void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState& state) {
+  constexpr bool kIsBF16 = precision == Precision::kBF16;
+  for (int r = 0; r < Rows; ++r) {
+    float* row = scores + r * kChunkTokens;
+    auto largest = S::set1(kMinusInfinity);
+    for (int64_t b = 0; b < chunk.num_blocks; ++b) largest = S::max(S::load(row + 16 * b), largest);
+    const float maximum = S::reduce_max(largest);
+    state.maximum[r] = maximum;
+    const auto shift = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
+    auto total = S::zero();
+    for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+      const auto p = exp2<S, kIsBF16>(S::sub(S::load(row + 16 * b), shift));
+      total = S::add(total, p);
+      if constexpr (kIsBF16) {
+        S::store_bf16(weights + (r * kChunkTokens + 16 * b) * 2, p);
+      } else {
+        S::store(reinterpret_cast<float*>(weights) + r * kChunkTokens + 16 * b, p);
+      }
+    }
+    state.total[r] = S::reduce_add(total);
+  }
+}
+
+// Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
+template <class S, Precision precision, int Rows, int Vectors>
+void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, int64_t first_dim,
+                  RowState& state) {
+  using Kv = KvTraits<S, precision>;
+  constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
+  constexpr int64_t kWeightBytes = Kv::kIsBF16 ? 2 : 4;
+  typename S::F sums[Rows][Vectors];
+  TGI_UNROLL(6)
+  for (int r = 0; r < Rows; ++r) {
+    TGI_UNROLL(4)
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = S::zero();
+  }
+  for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+    const int64_t tokens = chunk.num_tokens - 16 * b < 16 ? chunk.num_tokens - 16 * b : 16;
+    const uint8_t* values = chunk.values[b] + first_dim * 4;
+    const uint8_t* weight = weights + 16 * b * kWeightBytes;
+    const uint8_t* ahead = b + kAhead < chunk.num_blocks  ? chunk.values[b + kAhead] + first_dim * 4
+                           : b + kAhead < chunk.num_ahead ? chunk.keys[b + kAhead] + first_dim * 4
+                                                          : values;
+    for (int64_t t = 0; t < tokens; t += kStepTokens) {
+      const int64_t row_bytes = t / kStepTokens * head_dim * 4;
+      TGI_UNROLL(4)
+      for (int v = 0; v < Vectors; ++v) S::prefetch(ahead + row_bytes + 64 * v);
+      if constexpr (Kv::kIsBF16) {
+        // The second token of the last pair may be beyond the context, where anything may lie.
+        const auto mask = S::iset1(t + 1 < tokens ? -1 : 0xFFFF);
+        typename S::I vector[Vectors];
+        TGI_UNROLL(4)
+        for (int v = 0; v < Vectors; ++v)
+          vector[v] = S::iand(S::iload(values + row_bytes + 64 * v), mask);
+        TGI_UNROLL(6)
+        for (int r = 0; r < Rows; ++r) {
+          const auto p = S::ibroadcast(weight + (r * kChunkTokens + t) * 2);
+          TGI_UNROLL(4)
+          for (int v = 0; v < Vectors; ++v) sums[r][v] = S::dot_bf16(sums[r][v], vector[v], p);
+        }
+      } else {
+        typename S::F vector[Vectors];
+        TGI_UNROLL(4)
+        for (int v = 0; v < Vectors; ++v) {
+          vector[v] = S::load(reinterpret_cast<const float*>(values + row_bytes + 64 * v));
+        }
+        TGI_UNROLL(6)
+        for (int r = 0; r < Rows; ++r) {
+          const auto p = S::set1(reinterpret_cast<const float*>(weight)[r * kChunkTokens + t]);
+          TGI_UNROLL(4)
+          for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(vector[v], p, sums[r][v]);
+        }
+      }
+    }
+  }
+  TGI_UNROLL(6)
+  for (int r = 0; r < Rows; ++r) {
+    TGI_UNROLL(4)
+    for (int v = 0; v < Vectors; ++v) S::store(state.sums[r] + first_dim + 16 * v, sums[r][v]);
+  }
+}
+
+template <class S, Precision precision, int Rows>
+void attend_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, RowState& state) {
+  alignas(64) float scores[Rows * kChunkTokens];
+  alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
+  chunk_scores<S, precision, Rows>(tile, chunk, head_dim, scores);
+  chunk_softmax<S, precision, Rows>(chunk, scores, weights, state);
+  int64_t dim = 0;
+  for (; dim + 64 <= head_dim; dim += 64) {
+    chunk_values<S, precision, Rows, 4>(chunk, weights, head_dim, dim, state);
+  }
+  if (dim < head_dim) chunk_values<S, precision, Rows, 2>(chunk, weights, head_dim, dim, state);
+}
+
+// merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides
+// changes nothing.
+template <class S>
+void merge(RowState& merged, const RowState& next, int64_t num_rows, int64_t head_dim) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (next.total[r] == 0.0f) continue;
+    const float maximum = next.maximum[r] > merged.maximum[r] ? next.maximum[r] : merged.maximum[r];
+    const auto old_factor = exp2<S, false>(S::set1(merged.maximum[r] - maximum));
+    const auto new_factor = exp2<S, false>(S::set1(next.maximum[r] - maximum));
+    alignas(64) float total[16];
+    S::store(total, S::fma(S::set1(merged.total[r]), old_factor,
+                           S::mul(S::set1(next.total[r]), new_factor)));
+    merged.total[r] = total[0];
+    merged.maximum[r] = maximum;
+    for (int64_t d = 0; d < head_dim; d += 16) {
+      const auto part = S::mul(S::load(next.sums[r] + d), new_factor);
+      S::store(merged.sums[r] + d, S::fma(S::load(merged.sums[r] + d), old_factor, part));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

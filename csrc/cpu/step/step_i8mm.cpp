@@ -1,0 +1,27 @@
+// The step's kernels in NEON with those of i8mm and BF16 (Graviton 3, Apple M2, Neoverse V1 and
+// later).
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../team.h"
+#include "pack.h"
+#include "step.h"
+
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod+fp16+i8mm+bf16")
+#define TGI_NEON_I8MM
+#include "simd_neon.h"
+// After the simd type.
+#include "step_kernels.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kI8mmKernels;
+const Kernels kI8mmKernels = make_kernels<Neon>("i8mm");
+}  // namespace tgi::cpu::step
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,99 @@
+// Runs norm and products with every set of kernels that this build has and compares their bits with
+// the portable ones'. A program of its own, so that it can be cross-compiled and run under an
+// emulator (test_step_arm.py).
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "cpu/step/pack.h"
+#include "cpu/step/step.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kPortableKernels;
+#if defined(__aarch64__)
+extern const Kernels kNeonKernels;
+extern const Kernels kI8mmKernels;
+#elif defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+#endif
+}  // namespace tgi::cpu::step
+
+using namespace tgi::cpu::step;  // NOLINT
+
+namespace {
+
+constexpr int64_t kColumns = 256, kRows = 96, kTokens = 9;
+
+// Rows of random codes with small, normal scales, as a file has them.
+std::vector<uint8_t> random_rows(Format format, std::mt19937& random) {
+  std::vector<uint8_t> rows(kRows * file_row_bytes(format, kColumns));
+  for (uint8_t& byte : rows) byte = static_cast<uint8_t>(random());
+  const bool is_super = panel_layout(format).header_bytes != 0;
+  const int64_t block = file_row_bytes(format, is_super ? 256 : 32);
+  for (size_t at = 0; at < rows.size(); at += block) {
+    const uint16_t scale = static_cast<uint16_t>(0x1000 + random() % 0x400);
+    std::memcpy(&rows[at + (format == Format::kQ6_K ? 208 : 0)], &scale, 2);
+    if (format != Format::kQ6_K)
+      std::memcpy(&rows[at + 2], &scale, 2);  // codes, where there is no min
+  }
+  return rows;
+}
+
+std::vector<float> logits_of(const Kernels& kernels, const PackedMatrix& weight,
+                             Precision precision, const std::vector<float>& x) {
+  const std::vector<float> norm_weight(kColumns, 1.25f);
+  Activation input = {nullptr, precision, kColumns};
+  std::vector<uint8_t> tiles(4 * input.tile_bytes() + 64);
+  input.data = tiles.data() + (64 - reinterpret_cast<uintptr_t>(tiles.data()) % 64) % 64;
+  std::vector<int32_t> all(kTokens);
+  for (int32_t i = 0; i < kTokens; ++i) all[i] = i;
+  StepHeader step = {};
+  step.num_tokens = step.num_rows = kTokens;
+  step.rows = all.data();
+  kernels.norm({x.data(), norm_weight.data(), 1e-5f, true, input, 0}, step, 0, 1);
+  std::vector<float> scratch(kStripRows * kColumns), out(kTokens * kRows);
+  const LinearParams linear = {weight, nullptr, input, 0, scratch.data(), 0};
+  kernels.logits({linear, out.data(), kRows, 0}, step, 0, 1);
+  return out;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<const Kernels*> variants;
+#if defined(__aarch64__)
+  variants = {&kNeonKernels, &kI8mmKernels};
+#elif defined(__x86_64__)
+  variants = {&kAvx2Kernels};
+#endif
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(kTokens * kColumns);
+  for (float& value : x) value = normal(random);
+  int num_failed = 0;
+  for (int i = static_cast<int>(Format::kQ8_0); i < kNumFormats; ++i) {
+    const Format format = static_cast<Format>(i);
+    const std::vector<uint8_t> rows = random_rows(format, random);
+    std::vector<const uint8_t*> pointers;
+    for (int64_t r = 0; r < kRows; ++r) {
+      pointers.push_back(rows.data() + r * file_row_bytes(format, kColumns));
+    }
+    std::vector<uint8_t> packed(kRows / kPanelRows * panel_bytes(format, kColumns));
+    pack_panels(format, kColumns, pointers.data(), 0, kRows / kPanelRows, packed.data());
+    const PackedMatrix weight = {packed.data(), format, kRows, kColumns};
+    for (const Precision precision : {Precision::kInt8, Precision::kFloat32}) {
+      const std::vector<float> expected = logits_of(kPortableKernels, weight, precision, x);
+      if (expected.back() == 0.0f || expected.back() != expected.back()) ++num_failed;
+      for (const Kernels* variant : variants) {
+        const std::vector<float> found = logits_of(*variant, weight, precision, x);
+        if (std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)) == 0) continue;
+        ++num_failed;
+        std::printf("%s: format %d, precision %d differs\n", variant->name, i,
+                    static_cast<int>(precision));
+      }
+    }
+  }
+  std::printf("%zu variants, %d failures\n", variants.size(), num_failed);
+  return num_failed == 0 && !variants.empty() ? 0 : 1;
+}
