@@ -48,8 +48,16 @@ _REGISTERS = {
 }
 # What the intermediate code must hold, by source: copies of 16 bytes, asynchronous ones, tensor cores.
 _INSTRUCTIONS = {
-    "attention_decode_bf16": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4.trans"),
-    "attention_prefill_bf16": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4.trans"),
+    "attention_decode_bf16": (
+        "cp.async.cg",
+        "mma.sync.aligned.m16n8k16",
+        "ldmatrix.sync.aligned.m8n8.x4.trans",
+    ),
+    "attention_prefill_bf16": (
+        "cp.async.cg",
+        "mma.sync.aligned.m16n8k16",
+        "ldmatrix.sync.aligned.m8n8.x4.trans",
+    ),
     "rms_norm": ("ld.global.v4", "st.global.v4"),
     "act_mul": ("ld.global.v4", "st.global.v4"),
 }
@@ -138,7 +146,18 @@ def _run(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [nvcc, *_FLAGS, *targets, "--keep", "--keep-dir", folder, "-c", str(source), "-o", f"{folder}/out.o"],
+            [
+                nvcc,
+                *_FLAGS,
+                *targets,
+                "--keep",
+                "--keep-dir",
+                folder,
+                "-c",
+                str(source),
+                "-o",
+                f"{folder}/out.o",
+            ],
             capture_output=True,
             text=True,
         )

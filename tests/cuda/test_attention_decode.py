@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import pytest
@@ -18,9 +17,7 @@ BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 def run(device: Device, shape: Shape) -> PagedCase:
     case = PagedCase(device, shape)
     params = case.params()
-    size_of = device.library.emu_attention_workspace_bytes
-    size_of.argtypes, size_of.restype = [ctypes.c_int64] * 5, ctypes.c_int64
-    num_bytes = size_of(
+    num_bytes = device.attention_workspace_bytes(
         len(shape.contexts), case.block_table.shape[1], shape.block_size, shape.num_heads, shape.head_dim
     )
     workspace = device.empty((num_bytes,), torch.uint8)
@@ -81,9 +78,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(device: Device) -> No
 def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: Device) -> None:
     lengths = [1, 256, 8192, 8193, 8448, 32768, 32769, 40000]
     stride = 40000 // 16
-    size_of = device.library.emu_attention_workspace_bytes
-    size_of.argtypes, size_of.restype = [ctypes.c_int64] * 5, ctypes.c_int64
-    num_bytes = size_of(len(lengths), stride, 16, 1, 64)
+    num_bytes = device.attention_workspace_bytes(len(lengths), stride, 16, 1, 64)
     workspace = device.empty((num_bytes,), torch.uint8)
     case = PagedCase(device, one_each(*[1] * len(lengths)))
     contexts = device.tensor(torch.tensor(lengths, dtype=torch.int32))
@@ -153,7 +148,9 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         fault = replace(fault, kernel="attention_decode_bf16.cu")
 
     def both(device: Device) -> None:
-        check(device, one_each(300, 40, 17, magnitude=200))  # a maximum that falls by more than floats can hold
+        check(
+            device, one_each(300, 40, 17, magnitude=200)
+        )  # a maximum that falls by more than floats can hold
         check(device, one_each(300, 40, 17, window=20))
 
     assert_caught(fault, both)

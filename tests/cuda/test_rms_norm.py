@@ -28,7 +28,9 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "hidden"), [(0, 8), (1, 8), (3, 24), (2, 576), (5, 520), (1, 4096), (2, 16384)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden"), [(0, 8), (1, 8), (3, 24), (2, 576), (5, 520), (1, 4096), (2, 16384)]
+)
 def test_rows_equal_the_reference(device: Device, tokens: int, hidden: int, dtype: torch.dtype) -> None:
     check(device, tokens, hidden, dtype)
 

@@ -95,7 +95,11 @@ def check(
         if mask is not None:
             bits = torch.tensor([mask[row, i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
             x = x.masked_fill(~bits, -math.inf)
-        slot = int((drawn.state.records["position"] == position + 1).nonzero()[0][0]) if len(params) == 1 else None
+        slot = (
+            int((drawn.state.records["position"] == position + 1).nonzero()[0][0])
+            if len(params) == 1
+            else None
+        )
         expected = x.softmax(0) if sampling.is_greedy else probabilities(x, sampling)
         logs = expected.log()
         assert set(drawn.tops[row]) == set(logs.isfinite().nonzero()[:, 0].tolist())

@@ -55,10 +55,16 @@ class Device:
         self.library.emu_forbid.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
         self.library.emu_seed.argtypes = [ctypes.c_uint64]
         self.library.emu_reports.restype = ctypes.c_char_p
+        self.library.emu_allow_host.argtypes = [ctypes.c_bool]
+        self.library.emu_attention_workspace_bytes.restype = ctypes.c_int64
         for name, struct in _STRUCTS.items():
             size = getattr(self.library, f"emu_size_{name}")
             size.restype = ctypes.c_size_t
             assert size() == ctypes.sizeof(params_struct(struct)), f"{struct} was not read right"
+
+    def attention_workspace_bytes(self, *sizes: int) -> int:
+        """Return what decode attention needs; sizes as csrc/cuda/kernels.h names them."""
+        return int(self.library.emu_attention_workspace_bytes(*map(ctypes.c_int64, sizes)))
 
     def reset(self) -> None:
         """Free all tensors."""

@@ -51,7 +51,9 @@ def build(variant: Variant | None = None) -> Path:
         jobs = [(changed if name == variant.kernel else files, name) for _, name in jobs]
     with ThreadPoolExecutor(2) as executor:
         objects = list(executor.map(lambda job: _compile(*job, _KERNEL_FLAGS), jobs))
-        runtime = {path.name: path.read_text() for path in sorted(_HERE.iterdir()) if path.suffix in (".cpp", ".h")}
+        runtime = {
+            path.name: path.read_text() for path in sorted(_HERE.iterdir()) if path.suffix in (".cpp", ".h")
+        }
         names = [name for name in runtime if name.endswith(".cpp")]
         objects += executor.map(lambda name: _compile(files | runtime, name, _RUNTIME_FLAGS), names)
     library = _CACHE / f"emulated-{_digest(*(path.name for path in objects))}.so"
@@ -75,14 +77,19 @@ class Variant:
         changed = dict(files)
         changed[self.file] = files[self.file].replace(self.old, self.new)
         # One head size is enough to show a fault, and compiles in a fifth of the time.
-        changed["attention_tile.cuh"] = re.sub(r".*case (80|96|128|256):.*", "", changed["attention_tile.cuh"])
+        changed["attention_tile.cuh"] = re.sub(
+            r".*case (80|96|128|256):.*", "", changed["attention_tile.cuh"]
+        )
         return changed
 
 
 def _read_sources() -> dict[str, str]:
     """Return what a kernel's source can include, by the name it is included by."""
     files = {path.name: path.read_text() for path in sorted((_CSRC / "cuda").iterdir())}
-    return files | {"params.h": (_CSRC / "params.h").read_text(), "cuda_emu.h": (_HERE / "cuda_emu.h").read_text()}
+    return files | {
+        "params.h": (_CSRC / "params.h").read_text(),
+        "cuda_emu.h": (_HERE / "cuda_emu.h").read_text(),
+    }
 
 
 def _closure(files: Mapping[str, str], name: str) -> dict[str, str]:

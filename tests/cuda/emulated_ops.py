@@ -1,0 +1,168 @@
+"""torch.ops.tgi_cuda on the CPU, by the emulated kernels: what is built on the operators runs without a GPU.
+
+The schemas are read from the extension's own source.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulation import library
+from tests.emulation.device import TYPES, Device
+
+_BINDINGS = Path(__file__).parents[2] / "csrc" / "bindings" / "cuda" / "library.cpp"
+
+
+@functools.cache
+def register() -> None:
+    """Define the operators, once a process; where the extension has them they are left alone."""
+    if "attention_plan" in dir(torch.ops.tgi_cuda) or hasattr(torch.ops.tgi_cuda, "attention_plan"):
+        return
+    device = Device(library.build())
+    device.library.emu_allow_host(True)
+    definitions = torch.library.Library("tgi_cuda", "DEF")
+    for schema in _schemas():
+        name = schema.partition("(")[0]
+        definitions.define(schema)
+        implementation = _IMPLEMENTATIONS[name]
+        definitions.impl(name, functools.partial(implementation, device), _KEYS.get(name, "CPU"))
+    _KEPT.append(definitions)
+
+
+_KEPT: list[Any] = []  # a library that is collected takes its operators along
+_KEYS = {"attention_workspace_bytes": "CompositeExplicitAutograd"}
+
+
+def _schemas() -> list[str]:
+    text = re.sub(r'"\s*\n\s*"', "", _BINDINGS.read_text())
+    return re.findall(r'm\.def\(\s*"([^"]+)"', text)
+
+
+def _embed(device: Device, ids: Tensor, table: Tensor, out: Tensor) -> None:
+    device.launch(
+        "embed", ids=ids, table=table, out=out, num_tokens=ids.shape[0], num_rows=table.shape[0],
+        hidden=table.shape[1], type=TYPES[table.dtype],
+    )  # fmt: skip
+
+
+def _rms_norm(
+    device: Device, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None, out: Tensor
+) -> None:
+    device.launch(
+        "rms_norm", x=x, weight=weight, rows=rows, out=out, num_tokens=x.shape[0], num_rows=out.shape[0],
+        hidden=x.shape[1], eps=eps, type=TYPES[out.dtype],
+    )  # fmt: skip
+
+
+def _act_mul(device: Device, gate_up: Tensor, activation: str, out: Tensor) -> None:
+    device.launch(
+        "act_mul", gate_up=gate_up, out=out, num_tokens=out.shape[0], intermediate=out.shape[1],
+        activation=["silu", "gelu_tanh"].index(activation), type=TYPES[out.dtype],
+    )  # fmt: skip
+
+
+def _rope_kv_write(
+    device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, key_scale: float, value_scale: float, q: Tensor,
+    kv: Tensor,
+) -> None:  # fmt: skip
+    device.launch(
+        "rope_kv_write", qkv=qkv, positions=positions, slots=slots, cos=cos, sin=sin, q_norm=q_norm,
+        k_norm=k_norm, q=q, kv=kv, num_tokens=q.shape[0], num_positions=cos.shape[0], num_heads=q.shape[1],
+        num_kv_heads=kv.shape[2], head_dim=q.shape[2], rotary_dim=2 * cos.shape[1], num_blocks=kv.shape[0],
+        block_size=kv.shape[3], eps=eps, key_scale=key_scale, value_scale=value_scale, type=TYPES[q.dtype],
+        kv_type=TYPES[kv.dtype],
+    )  # fmt: skip
+
+
+def _attention(device: Device, name: str, **given: Any) -> None:
+    none: dict[str, Any] = dict.fromkeys(("q", "kv", "query_start", "out", "workspace"))
+    zeros = dict.fromkeys(("num_tokens", "max_query_len", "num_heads", "head_dim", "num_blocks", "scale"), 0)
+    ones = dict.fromkeys(("num_kv_heads", "key_scale", "value_scale"), 1)
+    kinds = {"type": 0, "kv_type": 0}
+    table = given["block_table"]
+    shape = {"num_sequences": table.shape[0], "block_table_stride": table.shape[1]}
+    q, kv = given.get("q"), given.get("kv")
+    if q is not None and kv is not None:
+        shape |= {"num_tokens": q.shape[0], "num_heads": q.shape[1], "head_dim": q.shape[2]}
+        shape |= {"num_blocks": kv.shape[0], "num_kv_heads": kv.shape[2], "block_size": kv.shape[3]}
+        kinds = {"type": TYPES[q.dtype], "kv_type": TYPES[kv.dtype]}
+    device.launch(name, **(none | zeros | ones | kinds | shape | given))
+
+
+def _attention_plan(
+    device: Device, context_len: Tensor, block_table: Tensor, block_size: int, window: int, workspace: Tensor
+) -> None:
+    _attention(
+        device, "attention_plan", context_len=context_len, block_table=block_table, block_size=block_size,
+        window=window, workspace=workspace,
+    )  # fmt: skip
+
+
+def _attention_decode(
+    device: Device, q: Tensor, kv: Tensor, context_len: Tensor, block_table: Tensor, window: int, scale: float,
+    key_scale: float, value_scale: float, workspace: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    _attention(
+        device, "attention_decode", q=q, kv=kv, context_len=context_len, block_table=block_table,
+        window=window, scale=scale, key_scale=key_scale, value_scale=value_scale, workspace=workspace, out=out,
+    )  # fmt: skip
+
+
+def _attention_prefill(
+    device: Device, q: Tensor, kv: Tensor, query_start: Tensor, context_len: Tensor, block_table: Tensor,
+    max_query_len: int, window: int, scale: float, key_scale: float, value_scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    _attention(
+        device, "attention_prefill", q=q, kv=kv, query_start=query_start, context_len=context_len,
+        block_table=block_table, max_query_len=max_query_len, window=window, scale=scale, key_scale=key_scale,
+        value_scale=value_scale, out=out,
+    )  # fmt: skip
+
+
+def _attention_workspace_bytes(device: Device, *sizes: int) -> int:
+    return device.attention_workspace_bytes(*sizes)
+
+
+def _sample(
+    device: Device, logits: Tensor, slots: Tensor, records: Tensor, counts: Tensor, biased_ids: Tensor,
+    biased_values: Tensor, masked_ids: Tensor, mask: Tensor | None, scratch: Tensor, token_ids: Tensor,
+    is_finite: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, num_top: Tensor,
+) -> None:  # fmt: skip
+    device.launch(
+        "sample", logits=logits, slots=slots, records=records, counts=counts, biased_ids=biased_ids,
+        biased_values=biased_values, masked_ids=masked_ids, mask=mask, token_ids=token_ids,
+        is_finite=is_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs, num_top=num_top,
+        vocab=logits.shape[1], biased_stride=biased_ids.shape[1], masked_stride=masked_ids.shape[1],
+        max_top=top_ids.shape[1], scratch=scratch, num_rows=logits.shape[0], num_slots=records.shape[0],
+    )  # fmt: skip
+
+
+def _token_logprobs(
+    device: Device, logits: Tensor, token_ids: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
+) -> None:
+    device.launch(
+        "token_logprobs", logits=logits, token_ids=token_ids, logprobs=logprobs, top_ids=top_ids,
+        top_logprobs=top_logprobs, vocab=logits.shape[1], num_top=top_ids.shape[1], num_rows=logits.shape[0],
+    )  # fmt: skip
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "embed": _embed,
+    "rms_norm": _rms_norm,
+    "act_mul": _act_mul,
+    "rope_kv_write": _rope_kv_write,
+    "attention_plan": _attention_plan,
+    "attention_decode": _attention_decode,
+    "attention_prefill": _attention_prefill,
+    "attention_workspace_bytes": _attention_workspace_bytes,
+    "sample": _sample,
+    "token_logprobs": _token_logprobs,
+}

@@ -1,0 +1,223 @@
+"""The CUDA runner on emulated kernels: the whole way of a step, but for graphs and the products, which are torch's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.cuda import emulated_ops
+from tests.emulation import library
+from tests.support.checkpoints import make_model, save
+from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.inputs import PlanError
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.types import SamplingParams
+
+FP16 = torch.float16
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
+
+
+class _Event:
+    def synchronize(self) -> None:
+        pass
+
+
+class EmulatedDevice:
+    """A `Device` of emulated kernels: everything happens at once, and a graph is the call itself."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.captured = 0
+        self.replayed = 0
+        self.failure: Exception | None = None
+
+    def pinned(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def record(self) -> _Event:
+        return _Event()
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        call()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            if self.failure is not None:
+                raise self.failure
+            call()
+
+        return replay
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(1)
+
+    def is_lost(self, error: Exception) -> bool:
+        return "CUDA error" in str(error)
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+
+@pytest.fixture(scope="module")
+def reference() -> transformers.PreTrainedModel:
+    return make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    files = save(reference, tmp_path_factory.mktemp("model"), FP16)
+    with OpenModel(files) as opened:
+        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+
+
+@pytest.fixture
+def device() -> EmulatedDevice:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    return EmulatedDevice()
+
+
+@pytest.fixture
+def runner(model: Llama, device: EmulatedDevice) -> Iterator[CudaRunner]:
+    def choose(free_bytes: int) -> KvSize:
+        assert free_bytes == 1 << 30
+        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+
+    runner = CudaRunner(
+        model,
+        device,
+        choose,
+        block_size=16,
+        max_batch_size=5,
+        max_step_tokens=64,
+        max_context=256,
+        dtype=FP16,
+    )
+    yield runner
+    runner.close()
+
+
+def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return reference(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+async def test_sequences_in_one_batch_follow_the_reference(
+    runner: CudaRunner, reference: transformers.PreTrainedModel, device: EmulatedDevice
+) -> None:
+    wanted = SamplingParams(temperature=0.0, logprobs=2)
+    jobs = [Job(PROMPT[:n], m, wanted) for n, m in ((18, 6), (1, 9), (17, 3))]
+    await generate(runner, jobs, chunk=20)
+    for job in jobs:
+        ids = [*job.prompt_ids, *job.token_ids]
+        expected = logprobs_of(reference, ids)
+        for index, sampled in enumerate(job.sampled):
+            row = expected[len(job.prompt_ids) - 1 + index]
+            assert sampled.is_finite
+            assert float(row[sampled.token_id]) > float(row.max()) - 0.02, "not the best token"
+            assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=0.02)
+            assert sampled.top is not None and len(sampled.top) == 2
+    assert [len(job.sampled) for job in jobs] == [6, 9, 3]
+    assert device.captured == 4, "the buckets up to 5 are 1, 2, 4 and 5"
+    assert device.replayed > 4
+
+
+async def test_a_seeded_sequence_draws_the_same_alone_in_a_batch_and_in_chunks(runner: CudaRunner) -> None:
+    seeded = SamplingParams(temperature=1.5, seed=5, top_p=0.95)
+    alone, batched, others = Job(PROMPT, 8, seeded), Job(PROMPT, 8, seeded), [Job([7, 8, 9], 12), Job([4], 3)]
+    await generate(runner, [alone])
+    await generate(runner, [batched, *others], chunk=7)
+    assert len(set(alone.token_ids)) > 3
+    assert batched.token_ids == alone.token_ids
+
+
+async def test_prompt_log_probabilities_follow_the_reference(
+    runner: CudaRunner, reference: transformers.PreTrainedModel
+) -> None:
+    job = Job(PROMPT, 1, GREEDY, wants_prompt_logprobs=1)
+    await generate(runner, [job], chunk=7)
+    expected = logprobs_of(reference, PROMPT)
+    assert job.prompt_logprobs[0] == (None, [])
+    for index, (logprob, top) in enumerate(job.prompt_logprobs[1:]):
+        assert logprob == pytest.approx(float(expected[index, PROMPT[index + 1]]), abs=0.02)
+        assert len(top) == 1
+    assert job.token_ids[0] == int(expected[-1].argmax())
+
+
+async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:
+    first = StepRow(0, PROMPT[:16], 0, [3], samples=False)
+    await runner.submit(StepPlan(0, [first], [SlotStart(0, GREEDY, 0, PROMPT)]))
+    answers = []
+    for step, block in ((1, 3), (2, 9)):
+        rest = StepRow(0, PROMPT[16:], 16, [block, 20 + block], samples=True)
+        starts = [SlotStart(0, GREEDY, 0, PROMPT)]
+        result = await runner.submit(StepPlan(step, [rest], starts, [(3, 9)] if block == 9 else []))
+        answers.append(result.sampled[0])
+    assert answers[0] == answers[1]
+
+
+async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
+    bad = StepRow(0, [160], 0, [0], samples=True)
+    with pytest.raises(PlanError):
+        await runner.submit(StepPlan(0, [bad], [SlotStart(0, GREEDY, 0, [1])]))
+    job = Job(PROMPT, 2)
+    await generate(runner, [job])
+    assert len(job.sampled) == 2
+
+
+async def test_a_lost_device_fails_this_step_and_all_after_it(
+    runner: CudaRunner, device: EmulatedDevice
+) -> None:
+    device.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def submit(step: int) -> asyncio.Future[StepResult]:
+        row = StepRow(0, [5], 0, [0], samples=True)
+        return runner.submit(StepPlan(step, [row], [SlotStart(0, GREEDY, 0, [5])]))
+
+    with pytest.raises(DeviceLost):
+        await submit(0)
+    device.failure = None
+    with pytest.raises(DeviceLost):
+        await submit(1)
+
+
+async def test_a_third_step_in_flight_is_refused_and_so_is_one_after_the_end(runner: CudaRunner) -> None:
+    plans = [StepPlan(step, []) for step in range(3)]
+    futures = [runner.submit(plan) for plan in plans[:2]]
+    with pytest.raises(RuntimeError, match="2 steps are in flight"):
+        runner.submit(plans[2])
+    assert [result.step_id for result in await asyncio.gather(*futures)] == [0, 1]
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.submit(plans[2])
+
+
+def test_what_preparing_raises_is_raised_to_who_makes_the_runner(
+    model: Llama, device: EmulatedDevice
+) -> None:
+    def choose(free_bytes: int) -> KvSize:
+        raise MemoryError("no room for a block")
+
+    with pytest.raises(MemoryError, match="no room"):
+        CudaRunner(
+            model,
+            device,
+            choose,
+            block_size=16,
+            max_batch_size=2,
+            max_step_tokens=8,
+            max_context=64,
+            dtype=FP16,
+        )

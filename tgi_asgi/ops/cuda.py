@@ -1,0 +1,329 @@
+"""The step program of a CUDA device: a model's forward pass and head, recorded once as a list of calls.
+
+To record, the model's own code is called with handles in place of tensors, as on the CPU (program.py); here
+a call is a launch of our kernels or a product of torch's, on buffers that stay where they are, so that a list
+of calls can be captured as a CUDA graph. Imports without CUDA; the operators exist where the extension was
+built with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.program import ProgramInputs
+from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+
+_Call = Callable[["CudaBatch"], None]
+_kernels: Any = torch.ops.tgi_cuda
+
+
+@dataclass(frozen=True, slots=True)
+class CudaBatch:
+    """The tokens of one step on the device, sequence after sequence: first those of one token each.
+
+    A padding sequence has the context length 0, and its token the slot -1.
+    """
+
+    ids: Tensor  # [n_tokens] int32
+    positions: Tensor  # [n_tokens] int32
+    slots: Tensor  # [n_tokens] int64
+    query_start: Tensor  # [n_sequences + 1] int32
+    context_len: Tensor  # [n_sequences] int32
+    block_table: Tensor  # [n_sequences, max_blocks] int32
+    num_decodes: int  # sequences of one token, which come first
+    max_query_len: int  # of the others
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.context_len.shape[0])
+
+
+@dataclass(slots=True)
+class CudaKvLayer:
+    """One layer's keys and values; what `models` passes through as a `KvLayer`.
+
+    The pool may be replaced by one of more blocks until the first graph is captured.
+    """
+
+    pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
+    key_scale: float = 1.0  # keys and values are stored divided by these
+    value_scale: float = 1.0
+
+
+def make_cuda_pools(
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
+    """Make the pools of all layers, of zeros: a block that was never written must not hold NaN."""
+    shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+
+def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+    if not pairs:
+        return
+    table = torch.tensor(pairs, dtype=torch.int64).to(layers[0].pool.device)  # [num_pairs, 2]
+    for layer in layers:
+        layer.pool[table[:, 1]] = layer.pool[table[:, 0]]
+
+
+class _Value(Recorded):
+    """A handle that knows the buffer its value will be in."""
+
+    __slots__ = ("buffer",)
+
+    def __init__(self, program: CudaProgram, kind: str, buffer: Tensor) -> None:
+        super().__init__(cast(Any, program), kind)
+        self.buffer = buffer
+
+
+class CudaProgram:
+    """Records a model, then runs its steps on a device.
+
+        program = CudaProgram(max_tokens=4224, max_rows=128, max_sequences=128, max_blocks=512, ...)
+        x = model.forward(program.batch, kv)
+        model.logits(x, program.inputs.rows)
+        program.forward(batch)
+        program.head(rows)
+        program.logits[: len(rows)]
+
+    Args:
+        max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
+        max_blocks: columns of the block tables.
+        dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        max_rows: int,
+        max_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
+        self._max_blocks = max_blocks
+        self._dtype, self._device = dtype, device
+        self._calls: list[_Call] = []
+        self._head: Callable[[Tensor], None] | None = None
+        self._logits = torch.empty(0)
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the host's tensor, the device's
+        self._plan_block_size: int | None = None
+        self._x = torch.empty(0)
+        handle = cast(Tensor, Recorded(cast(Any, self), "input"))
+        self.inputs = ProgramInputs(handle, handle, handle, AttentionTables(handle, handle, handle), handle)
+
+    @property
+    def logits(self) -> Tensor:
+        """The buffer [max_rows, vocab] float32 that `head` writes."""
+        return self._logits
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls a forward pass is."""
+        return len(self._calls)
+
+    def forward(self, batch: CudaBatch) -> None:
+        """Compute the residual of all tokens, and write their keys and values."""
+        for call in self._calls:
+            call(batch)
+
+    def head(self, rows: Tensor) -> None:
+        """Compute the logits of rows [n_rows] int32 of the last batch: the first of `logits`."""
+        assert self._head is not None, "nothing was recorded"
+        self._head(rows)
+
+    # What the operators call when they are given a handle.
+
+    def record_embed(self, weight: LinearWeight) -> Tensor:
+        """Record `embed`."""
+        table = self._move(weight.matrix)
+        self._x = self._buffer("x", (self._max_tokens, weight.columns), torch.float32)
+        self._calls.append(lambda batch: _kernels.embed(batch.ids, table, self._x[: batch.num_tokens]))
+        return cast(Tensor, _Value(self, "residual", self._x))
+
+    def record_norm(self, weight: Tensor, eps: float) -> Tensor:
+        """Record `norm`."""
+        scale = self._move(weight, torch.float32)
+        out = self._buffer("norm", (self._max_tokens, weight.numel()), self._dtype)
+
+        def call(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            _kernels.rms_norm(self._x[:n], scale, eps, None, out[:n])
+
+        return self._append(call, "activation", out)
+
+    def record_qkv(self, a: Tensor, weight: QkvWeight, kv: KvLayer, rope: RopeTable) -> Tensor:
+        """Record `qkv`: the product, then rotation and the write in one kernel."""
+        layer = cast(CudaKvLayer, kv)
+        product = self._product(a, weight.linear, "qkv")
+        cos, sin = self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
+        q = self._buffer("q", (self._max_tokens, weight.num_heads, weight.head_dim), self._dtype)
+
+        def call(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            _kernels.rope_kv_write(
+                product[:n], batch.positions, batch.slots, cos, sin, None, None, 0.0, layer.key_scale,
+                layer.value_scale, q[:n], layer.pool,
+            )  # fmt: skip
+
+        return self._append(call, "query", q)
+
+    def record_attention(self, q: Tensor, kv: KvLayer, scale: float) -> Tensor:
+        """Record `attention`: sequences of one token by one kernel, the others by another."""
+        layer, query = cast(CudaKvLayer, kv), _buffer_of(q)
+        block_size = int(layer.pool.shape[3])
+        heads, head_dim = int(query.shape[1]), int(query.shape[2])
+        out = self._buffer("attention", tuple(query.shape), self._dtype)
+        num_bytes = _kernels.attention_workspace_bytes(
+            self._max_sequences, self._max_blocks, block_size, heads, head_dim
+        )
+        workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
+        if self._plan_block_size is None:  # the first layer's plan serves all
+            self._plan_block_size = block_size
+            self._calls.append(lambda batch: _plan(batch, block_size, workspace))
+
+        def call(batch: CudaBatch) -> None:
+            d, n = batch.num_decodes, batch.num_tokens
+            scales = (scale, layer.key_scale, layer.value_scale)
+            if d > 0:
+                _kernels.attention_decode(
+                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], 0, *scales,
+                    workspace, out[:d],
+                )  # fmt: skip
+            if d < batch.num_sequences:
+                _kernels.attention_prefill(
+                    query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
+                    batch.block_table[d:], batch.max_query_len, 0, *scales, out[:n],
+                )  # fmt: skip
+
+        return self._append(call, "activation", out.view(self._max_tokens, heads * head_dim))
+
+    def record_linear_add(self, a: Tensor, weight: LinearWeight, x: Tensor) -> Tensor:
+        """Record `linear_add`: the product, then the sum in float32."""
+        product = self._product(a, weight, "linear_add")
+        self._calls.append(lambda batch: _add(self._x, product, batch.num_tokens))
+        return x
+
+    def record_gate_up(self, a: Tensor, weight: GateUpWeight, activation: str) -> Tensor:
+        """Record `gate_up`."""
+        product = self._product(a, weight.linear, "gate_up product")
+        out = self._buffer("gate_up", (self._max_tokens, weight.intermediate_size), self._dtype)
+
+        def call(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            _kernels.act_mul(product[:n], activation, out[:n])
+
+        return self._append(call, "activation", out)
+
+    def record_head(self, norm_weight: Tensor, eps: float, weight: LinearWeight) -> Tensor:
+        """Record `head`."""
+        scale, matrix = self._move(norm_weight, torch.float32), self._move(weight.matrix)
+        bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
+        normed = self._buffer("head", (self._max_rows, weight.columns), self._dtype)
+        self._logits = self._buffer("logits", (self._max_rows, weight.rows), torch.float32)
+        has_wide = _has_wide_products(self._device, self._dtype)
+
+        def call(rows: Tensor) -> None:
+            n = rows.shape[0]
+            logits = self._logits[:n]
+            _kernels.rms_norm(self._x, scale, eps, rows, normed[:n])
+            if has_wide:
+                torch.mm(normed[:n], matrix.t(), out_dtype=torch.float32, out=logits)
+            else:
+                logits.copy_(torch.mm(normed[:n], matrix.t()))
+            if bias is not None:
+                logits += bias
+
+        self._head = call
+        return cast(Tensor, _Value(self, "logits", self._logits))
+
+    def _product(self, a: Tensor, weight: LinearWeight, name: str) -> Tensor:
+        """Record `a @ W.T (+ bias)`; return the buffer it comes to."""
+        source, matrix = _buffer_of(a), self._move(weight.matrix)
+        bias = None if weight.bias is None else self._move(weight.bias, self._dtype)
+        out = self._buffer(name, (self._max_tokens, weight.rows), self._dtype)
+
+        def call(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            if bias is None:
+                torch.mm(source[:n], matrix.t(), out=out[:n])
+            else:
+                torch.addmm(bias, source[:n], matrix.t(), out=out[:n])
+
+        self._calls.append(call)
+        return out
+
+    def _append(self, call: _Call, kind: str, buffer: Tensor) -> Tensor:
+        self._calls.append(call)
+        return cast(Tensor, _Value(self, kind, buffer))
+
+    def _move(self, tensor: object, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor on the device; the same tensor is moved once."""
+        if not isinstance(tensor, Tensor):
+            raise TypeError("a CUDA step is recorded with plain weights: make them with a dtype")
+        kept = self._moved.get(id(tensor))
+        if kept is None:
+            moved = tensor.to(self._device, dtype or self._dtype).contiguous()
+            self._moved[id(tensor)] = kept = (tensor, moved)
+        return kept[1]
+
+    def release_host_weights(self) -> None:
+        """Forget the host's tensors once all is recorded: the model's own references are what is left."""
+        self._moved.clear()
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the buffer of that name: layers share theirs, as they run one after the other."""
+        key = (name, shape, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
+        return self._buffers[key]
+
+
+def _buffer_of(handle: Tensor) -> Tensor:
+    value: object = handle
+    if not isinstance(value, _Value):
+        raise TypeError(f"{handle!r} cannot be used here")
+    return value.buffer
+
+
+def _plan(batch: CudaBatch, block_size: int, workspace: Tensor) -> None:
+    if batch.num_decodes > 0:
+        d = batch.num_decodes
+        _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, 0, workspace)
+
+
+def _add(x: Tensor, product: Tensor, n: int) -> None:
+    x[:n] += product[:n]
+
+
+def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether torch multiplies 16-bit matrices into float32 here: logits then keep all their bits."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(ones, ones, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True

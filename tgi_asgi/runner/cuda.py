@@ -1,0 +1,412 @@
+"""Runs steps on a CUDA device: plan -> one buffer up -> graph or launches -> draw -> one buffer down.
+
+A thread launches steps in the order submitted and never waits for the device, but for grammars and prompt
+log-probabilities; another waits for each step's end and hands its tokens over. Tokens drawn stay on the
+device, where the next step takes them, so that it is launched before the host knows them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.models.batch import Batch
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.ops.cuda import CudaKvLayer, CudaProgram, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState
+from tgi_asgi.ops.sample import SampleResult
+from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape, result_bytes, view_result
+from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.inputs import PlanError, StepInputs
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.masks import SlotMasks
+from tgi_asgi.runner.plan import DeviceLost, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.prompt_logprobs import PromptScorer
+from tgi_asgi.runner.sampling import unpack
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 2
+# Batches that decode alone are padded to one of these, for each of which there is a graph.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A step that was submitted."""
+
+    plan: StepPlan
+    future: asyncio.Future[StepResult]
+    loop: asyncio.AbstractEventLoop
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step that the device is at."""
+
+    result: StepResult  # but for what was drawn
+    event: Event
+    drawn: SampleResult | None  # the host's copy, there once the event is
+    sampling: list[int]  # plan rows that draw, each a row of `drawn`
+    places: list[int]  # and which one
+    slots: list[int]
+
+
+@dataclass(slots=True)
+class _Staging:
+    """Pinned memory of one step in flight."""
+
+    inputs: Tensor
+    results: Tensor
+
+
+class CudaRunner:
+    """A `Runner` that computes on a CUDA device.
+
+        runner = CudaRunner(model, CudaDevice(), choose, max_batch_size=256, max_step_tokens=8448,
+                            max_context=8192)
+        result = await runner.submit(StepPlan(0, rows))
+
+    The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
+    cache for the bytes that are free once all else is there and a step of the largest size has run.
+
+    Attributes:
+        max_context: tokens that a sequence can have.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        device: Device,
+        choose: Callable[[int], KvSize],
+        *,
+        block_size: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_context: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        config = model.config
+        self.block_size = block_size
+        self.max_batch_size = max_batch_size
+        self.max_step_tokens = max_step_tokens
+        self.max_context = max_context
+        self._device = device
+        self._max_blocks = -(-max_context // block_size)
+        pool_shape = (config.num_kv_heads, config.head_dim, block_size, dtype, device.device)
+        self._kv = [CudaKvLayer(pool) for pool in make_cuda_pools(config.num_layers, 1, *pool_shape)]
+        self._program = self._record(model, dtype)
+        self._sampling = CudaSampleState(max_batch_size, config.vocab_size, device.device)
+        self._masks = SlotMasks(config.vocab_size)
+        self._constrained: set[int] = set()  # slots with a grammar
+        self._scorer = PromptScorer(self._host_logits, max_rows=max_batch_size)
+        self._no_ids = np.zeros(max_batch_size, np.int32)
+        largest = self._shape(
+            max_step_tokens, max_batch_size, max_batch_size, max_batch_size, max_step_tokens
+        )
+        self._device_inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
+        self._device_results = torch.zeros(0, dtype=torch.uint8, device=device.device)
+        self._staging = [
+            _Staging(device.pinned(largest.num_bytes), device.pinned(0)) for _ in range(MAX_IN_FLIGHT)
+        ]
+        self._num_launched = 0
+        self._graphs: dict[int, Callable[[], None]] = {}
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[_Job, _Launched | Exception] | None] = queue.SimpleQueue()
+        self._num_undelivered = 0
+        self._delivered = threading.Condition()
+        self._in_flight = 0
+        self._is_closed = False
+        self._lost: DeviceLost | None = None
+
+        def prepare() -> KvSize:
+            device.enter_thread()
+            self._profile()
+            size = choose(device.free_bytes())
+            pools = make_cuda_pools(config.num_layers, size.num_blocks, *pool_shape)
+            for layer, pool in zip(self._kv, pools, strict=True):
+                layer.pool = pool
+            self._capture_all()
+            return size
+
+        self._launcher = threading.Thread(target=self._launch_all, name="tgi-launcher", daemon=True)
+        self._waiter = threading.Thread(target=self._wait_for_all, name="tgi-waiter", daemon=True)
+        self._prepared: Future[KvSize] = Future()
+        self._prepare = prepare
+        self._launcher.start()
+        self.num_blocks = self._prepared.result().num_blocks
+        self._inputs = StepInputs(
+            vocab_size=config.vocab_size,
+            num_blocks=self.num_blocks,
+            block_size=block_size,
+            max_context=max_context,
+            max_rows=max_batch_size,
+            max_tokens=max_step_tokens,
+        )
+        self._waiter.start()
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Queue a step, from the event loop; the future fails if the step raises, and only it.
+
+        Raises:
+            RuntimeError: the runner is closed, or two steps are in flight already.
+        """
+        if self._is_closed:
+            raise RuntimeError("the runner is closed")
+        if self._in_flight == MAX_IN_FLIGHT:
+            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+        self._in_flight += 1
+        self._jobs.put(_Job(plan, future, loop))
+        return future
+
+    def close(self) -> None:
+        """Finish the steps in flight and end the threads. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._jobs.put(None)
+        self._launcher.join()
+        self._waiter.join()
+        self._masks.close()
+
+    def _record(self, model: Llama, dtype: torch.dtype) -> CudaProgram:
+        program = CudaProgram(
+            max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size, max_rows=self.max_batch_size,
+            max_blocks=self._max_blocks, dtype=dtype, device=self._device.device,
+        )  # fmt: skip
+        inputs = program.inputs
+        batch = Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables)
+        x = model.forward(batch, cast("list[ops.KvLayer]", self._kv))
+        model.logits(x, inputs.rows)
+        program.release_host_weights()
+        return program
+
+    def _shape(self, tokens: int, sequences: int, rows: int, decodes: int, longest: int) -> StepShape:
+        return StepShape(tokens, sequences, rows, decodes, longest, self._max_blocks)
+
+    # The launcher's thread.
+
+    def _launch_all(self) -> None:
+        """Prepare the device, then launch jobs until closed."""
+        try:
+            self._prepared.set_result(self._prepare())
+        except BaseException as error:
+            self._prepared.set_exception(error)
+            return
+        while (job := self._jobs.get()) is not None:
+            try:
+                outcome: _Launched | Exception = self._launch(job.plan)
+            except Exception as error:
+                logger.exception("step %s failed", job.plan.step_id)
+                outcome = self._describe(error)
+            with self._delivered:
+                self._num_undelivered += 1
+            self._launched.put((job, outcome))
+        self._launched.put(None)
+
+    def _profile(self) -> None:
+        """Run a step of the largest size, all padding, so that libraries take the memory they want."""
+        shape = self._shape(
+            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens
+        )
+        buffers = StepBuffers.view(self._device_inputs, shape)
+        buffers.slots.fill_(-1)
+        self._forward(buffers)
+        self._device.record().synchronize()
+        self._device_inputs.zero_()
+
+    def _capture_all(self) -> None:
+        """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
+        sizes = {size for size in BUCKETS if size < self.max_batch_size} | {self.max_batch_size}
+        for size in sorted(sizes, reverse=True):
+            buffers = StepBuffers.view(self._device_inputs, self._shape(size, size, size, size, 0))
+            self._device_inputs.zero_()
+            buffers.slots.fill_(-1)  # the call before the capture writes nothing to the cache
+            self._graphs[size] = self._device.capture(functools.partial(self._forward, buffers))
+
+    def _launch(self, plan: StepPlan) -> _Launched:
+        """Launch a step. One that raises has drawn nothing: its rows can be run again."""
+        if self._lost is not None:
+            raise self._lost
+        self._inputs.check(plan)
+        copy_cuda_blocks(self._kv, plan.copies)
+        self._start(plan)
+        result = StepResult(plan.step_id, [None] * len(plan.rows))
+        if not plan.rows:
+            self._start_masks(plan)
+            return _Launched(result, self._device.record(), None, [], [], [])
+        staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
+        self._num_launched += 1
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        slots = [plan.rows[index].slot for index in sampling]
+        buffers, places = self._upload(plan.rows, sampling, staging)
+        if buffers.shape.num_decodes == buffers.shape.num_sequences:
+            self._graphs[buffers.shape.num_sequences]()
+        else:
+            self._forward(buffers)
+        self._score(plan, buffers, result)
+        self._start_masks(plan)
+        drawn = self._draw(buffers, slots, places, staging) if slots else None
+        return _Launched(result, self._device.record(), drawn, sampling, places, slots)
+
+    def _start(self, plan: StepPlan) -> None:
+        """Give slots to new sequences."""
+        for start in plan.starts:
+            self._sampling.start(
+                start.slot,
+                start.sampling,
+                choice=start.choice,
+                prompt_ids=start.prompt_ids,
+                output_ids=start.output_ids,
+                min_tokens=start.min_tokens,
+                masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
+            )
+            self._scorer.forget(start.slot)
+
+    def _start_masks(self, plan: StepPlan) -> None:
+        """Give slots their grammars. These move on by what earlier steps drew, which is waited for."""
+        if self._constrained or any(start.grammar is not None for start in plan.starts):
+            with self._delivered:
+                self._delivered.wait_for(lambda: self._num_undelivered == 0)
+        for start in plan.starts:
+            self._masks.start(start)
+            if start.grammar is None:
+                self._constrained.discard(start.slot)
+            else:
+                self._constrained.add(start.slot)
+
+    def _upload(
+        self, rows: list[StepRow], sampling: list[int], staging: _Staging
+    ) -> tuple[StepBuffers, list[int]]:
+        """Bring a step's inputs to the device; also return the row of logits of each plan row that samples.
+
+        A batch that decodes alone has the shape of its bucket, and a row of logits a sequence; of others only
+        rows that sample have logits.
+        """
+        num_decodes = next((index for index, row in enumerate(rows) if row.num_tokens != 1), len(rows))
+        if any(row.token_ids is None for row in rows[num_decodes:]):
+            raise PlanError("a row that decodes comes after a chunk of a prompt")
+        batch = self._inputs.fill(rows, self._no_ids)
+        from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
+        stops = batch.tables.query_start.tolist()
+        if num_decodes == len(rows):
+            size = min(bucket for bucket in self._graphs if bucket >= len(rows))
+            shape = self._shape(size, size, size, size, 0)
+            row_slots = [row.slot if row.samples else -1 for row in rows]
+            logits_rows, places = list(range(len(rows))), sampling
+        else:
+            longest = max(row.num_tokens for row in rows[num_decodes:])
+            shape = self._shape(stops[-1], len(rows), len(sampling), num_decodes, longest)
+            row_slots = [rows[index].slot for index in sampling]
+            logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
+        StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots)
+        count = shape.num_bytes
+        self._device_inputs[:count].copy_(staging.inputs[:count], non_blocking=True)
+        return StepBuffers.view(self._device_inputs, shape), places
+
+    def _forward(self, buffers: StepBuffers) -> None:
+        """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""
+        decodes = buffers.shape.num_decodes
+        if decodes > 0:
+            last = self._sampling.last_ids.index_select(0, buffers.from_slot.clamp(min=0))
+            buffers.ids[:decodes] = torch.where(buffers.from_slot >= 0, last, buffers.ids[:decodes])
+        self._program.forward(buffers.batch())
+        if buffers.shape.num_rows > 0:
+            self._program.head(buffers.rows)
+
+    def _score(self, plan: StepPlan, buffers: StepBuffers, result: StepResult) -> None:
+        """Score the prompts of the rows that want it; the logits to draw from are computed again after."""
+        first = 0
+        for index, row in enumerate(plan.rows):
+            if row.prompt_logprobs is not None:
+                result.prompt_logprobs[index] = self._scorer.score(self._program.logits, first, row)
+            first += row.num_tokens
+        if result.prompt_logprobs and buffers.shape.num_rows > 0:
+            self._program.head(buffers.rows)
+
+    def _host_logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        self._program.head(rows.to(self._device.device))
+        return self._program.logits[: rows.shape[0]].cpu().clone()
+
+    def _draw(
+        self, buffers: StepBuffers, slots: list[int], places: list[int], staging: _Staging
+    ) -> SampleResult:
+        """Draw on the device, and begin to copy what was drawn to the host."""
+        num_rows, max_top = buffers.shape.num_rows, self._sampling.max_top(slots)
+        count = result_bytes(num_rows, max_top)
+        if self._device_results.numel() < count:
+            self._device_results = torch.zeros(count, dtype=torch.uint8, device=self._device.device)
+        if staging.results.numel() < count:
+            staging.results = self._device.pinned(count)
+        mask = self._masks.finish(self._masks.begin(slots))
+        if mask is not None:  # a row of it for each row of logits
+            spread = torch.full((num_rows, mask.shape[1]), -1, dtype=torch.int32)
+            spread[places] = mask
+            mask = spread.to(self._device.device)
+        drawn = view_result(self._device_results, num_rows, max_top)
+        self._sampling.draw(self._program.logits[:num_rows], buffers.row_slots, mask, drawn)
+        staging.results[:count].copy_(self._device_results[:count], non_blocking=True)
+        return view_result(staging.results, num_rows, max_top)
+
+    # The waiter's thread.
+
+    def _wait_for_all(self) -> None:
+        """Wait for launched steps in turn, and hand their results over."""
+        while (item := self._launched.get()) is not None:
+            job, launched = item
+            outcome = launched if isinstance(launched, Exception) else self._finish(job, launched)
+            with self._delivered:
+                self._num_undelivered -= 1
+                self._delivered.notify_all()
+            try:
+                job.loop.call_soon_threadsafe(self._deliver, job.future, outcome)
+            except RuntimeError:  # the loop is closed: nobody waits for the result
+                logger.debug("the result of step %s has no taker", job.plan.step_id)
+
+    def _finish(self, job: _Job, launched: _Launched) -> StepResult | Exception:
+        try:
+            launched.event.synchronize()
+            if launched.drawn is not None:
+                rows: list[Sampled] = unpack(launched.drawn)
+                drawn = [rows[place] for place in launched.places]
+                self._masks.accept(launched.slots, drawn)
+                for index, sampled in zip(launched.sampling, drawn, strict=True):
+                    launched.result.sampled[index] = sampled
+        except Exception as error:
+            logger.exception("step %s failed", job.plan.step_id)
+            return self._describe(error)
+        return launched.result
+
+    def _describe(self, error: Exception) -> Exception:
+        """Say in the engine's terms what an error means."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return MemoryError(str(error))
+        if self._device.is_lost(error):
+            self._lost = DeviceLost(str(error))
+            return self._lost
+        return error
+
+    # The event loop's thread.
+
+    def _deliver(self, future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
+        self._in_flight -= 1
+        if future.done():  # cancelled by its waiter
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -1,0 +1,127 @@
+"""One step's inputs and results as single buffers, so that each crosses to or from the device in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.models.batch import Batch
+from tgi_asgi.ops.cuda import CudaBatch
+from tgi_asgi.ops.sample import SampleResult
+
+_ALIGNMENT = 16
+
+_Section = tuple[str, tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Sizes of a step's inputs."""
+
+    num_tokens: int
+    num_sequences: int
+    num_rows: int  # of logits
+    num_decodes: int  # sequences of one token, which come first
+    max_query_len: int  # of the others
+    max_blocks: int
+
+    def sections(self) -> list[_Section]:
+        t, s, r = self.num_tokens, self.num_sequences, self.num_rows
+        return [
+            ("slots", (t,), torch.int64),
+            ("ids", (t,), torch.int32),
+            ("positions", (t,), torch.int32),
+            ("query_start", (s + 1,), torch.int32),
+            ("context_len", (s,), torch.int32),
+            ("from_slot", (self.num_decodes,), torch.int32),
+            ("rows", (r,), torch.int32),
+            ("row_slots", (r,), torch.int32),
+            ("block_table", (s, self.max_blocks), torch.int32),
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return _num_bytes(self.sections())
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """A step's inputs, on the host or the device."""
+
+    shape: StepShape
+    slots: Tensor  # [n_tokens] int64; -1: padding
+    ids: Tensor  # [n_tokens] int32
+    positions: Tensor  # [n_tokens] int32
+    query_start: Tensor  # [n_sequences + 1] int32
+    context_len: Tensor  # [n_sequences] int32; 0: padding
+    from_slot: Tensor  # [n_decodes] int32: the slot whose last token is the sequence's; -1: `ids` has it
+    rows: Tensor  # [n_rows] int32: tokens whose logits are wanted
+    row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
+    block_table: Tensor  # [n_sequences, max_blocks] int32
+
+    @classmethod
+    def view(cls, memory: Tensor, shape: StepShape) -> StepBuffers:
+        """Lay the inputs out in memory [num_bytes] uint8."""
+        return cls(shape, **_views(memory, shape.sections()))
+
+    def fill(
+        self, batch: Batch, from_slot: Sequence[int], rows: Sequence[int], row_slots: Sequence[int]
+    ) -> None:
+        """Write a batch of at most this shape; the rest becomes padding."""
+        n, s, r = batch.ids.shape[0], batch.tables.context_len.shape[0], len(rows)
+        self.slots[:n], self.slots[n:] = batch.slots, -1
+        self.ids[:n], self.ids[n:] = batch.ids, 0
+        self.positions[:n], self.positions[n:] = batch.positions, 0
+        self.query_start[: s + 1], self.query_start[s + 1 :] = batch.tables.query_start, n
+        self.context_len[:s], self.context_len[s:] = batch.tables.context_len, 0
+        self.block_table[:s], self.block_table[s:] = batch.tables.block_table, 0
+        self.from_slot.fill_(-1)
+        self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
+        self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0
+        self.row_slots[:r], self.row_slots[r:] = torch.tensor(row_slots, dtype=torch.int32), -1
+
+    def batch(self) -> CudaBatch:
+        """Return what a program computes."""
+        return CudaBatch(
+            self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table,
+            self.shape.num_decodes, self.shape.max_query_len,
+        )  # fmt: skip
+
+
+def result_bytes(num_rows: int, max_top: int) -> int:
+    """Return the size of a draw's results."""
+    return _num_bytes(_result_sections(num_rows, max_top))
+
+
+def view_result(memory: Tensor, num_rows: int, max_top: int) -> SampleResult:
+    """Lay a draw's results out in memory [result_bytes] uint8."""
+    return SampleResult(**_views(memory, _result_sections(num_rows, max_top)))
+
+
+def _result_sections(num_rows: int, max_top: int) -> list[_Section]:
+    shapes = {"top_ids": (num_rows, max_top), "top_logprobs": (num_rows, max_top)}
+    dtypes = {"is_finite": torch.bool, "logprobs": torch.float32, "top_logprobs": torch.float32}
+    return [
+        (field.name, shapes.get(field.name, (num_rows,)), dtypes.get(field.name, torch.int32))
+        for field in fields(SampleResult)
+    ]
+
+
+def _num_bytes(sections: Sequence[_Section]) -> int:
+    return sum(_padded(shape, dtype) for _, shape, dtype in sections)
+
+
+def _views(memory: Tensor, sections: Sequence[_Section]) -> dict[str, Tensor]:
+    views, first = {}, 0
+    for name, shape, dtype in sections:
+        count = torch.Size(shape).numel() * dtype.itemsize
+        views[name] = memory[first : first + count].view(dtype).view(shape)
+        first += _padded(shape, dtype)
+    return views
+
+
+def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

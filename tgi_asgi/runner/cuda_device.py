@@ -1,0 +1,93 @@
+"""What the CUDA runner needs of its device beside the operators: pinned memory, events, graphs, free memory.
+
+A seam: tests put an emulated device in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_cuda: Any = torch.cuda
+
+
+class Event(Protocol):
+    """A point in the device's work."""
+
+    def synchronize(self) -> None:
+        """Wait until the device is there, without the GIL."""
+
+
+class Device(Protocol):
+    """A device that computes in the order of the calls."""
+
+    device: torch.device
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        """Return host memory [num_bytes] uint8 that copies to and from the device need not wait for."""
+
+    def record(self) -> Event:
+        """Mark the end of what was called so far."""
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Return something that does all of what `call` does, at the cost of one launch.
+
+        `call` works on fixed buffers and never waits for the device.
+        """
+
+    def enter_thread(self) -> None:
+        """Prepare the calling thread, which will make all calls from now on."""
+
+    def is_lost(self, error: Exception) -> bool:
+        """Tell whether the error means that nothing can succeed on this device any more."""
+
+    def free_bytes(self) -> int:
+        """Return the memory that is free."""
+
+
+class CudaDevice:
+    """A CUDA device as torch has it; the runner's work has a stream of its own."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+        self._stream = _cuda.Stream(self.device)
+        self._graph_memory: Any = None  # one pool: graphs run one at a time, and share what they use inside
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        """Return pinned memory, as `Device.pinned` says."""
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def record(self) -> Event:
+        """Record an event on the runner's stream."""
+        event: Event = _cuda.Event(blocking=True)
+        _cuda.current_stream().record_event(event)
+        return event
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Capture a CUDA graph; the first call, outside of it, lets libraries allocate what they need."""
+        call()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=self._stream):
+            call()
+        self._graph_memory = self._graph_memory or graph.pool()
+        return graph.replay
+
+    def enter_thread(self) -> None:
+        """Make the runner's stream the thread's."""
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(self._stream)
+
+    def is_lost(self, error: Exception) -> bool:
+        """Tell a CUDA error from others; it stays with the process for good."""
+        is_cuda = "CUDA error" in str(error) or "CUBLAS_STATUS" in str(error)
+        return is_cuda and not isinstance(error, torch.OutOfMemoryError)
+
+    def free_bytes(self) -> int:
+        """Ask the driver, after torch has given back what it keeps."""
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(free)
