@@ -18,6 +18,7 @@ from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
+from tgi_asgi import connections
 from tgi_asgi.app import Loader, Progress, create_app, load_model
 from tgi_asgi.console import Console
 from tgi_asgi.errors import ModelLoadError, TgiError
@@ -120,6 +121,7 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        connections.install(connections.ConnectionLimit(self._settings.max_connections_per_client))
         app = cast(ASGIFramework, self._app)  # hypercorn types each message; ASGI's own type is a mapping
         await hypercorn_serve(app, make_config(self._listener), shutdown_trigger=self._stop.wait, mode="asgi")
         if self._failure is None:

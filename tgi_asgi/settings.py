@@ -120,6 +120,9 @@ class Settings:
     max_concurrent_requests: int = _setting(
         128, "Choices running and waiting together; beyond that clients get 429.", group="Limits"
     )
+    max_connections_per_client: int = _setting(
+        0, "Connections that one address may have open; further ones get 429 (0: any number).", group="Limits"
+    )
     max_input_tokens: int | None = _setting(
         None,
         "Longest prompt, in tokens (default: the context less one).",
@@ -219,7 +222,7 @@ class Settings:
             _check(value is None or value >= 1, name, "must be at least 1", value)
         for name in (
             "max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout", "queue_timeout_s",
-            "waiting_served_ratio", "max_waiting_tokens",
+            "waiting_served_ratio", "max_waiting_tokens", "max_connections_per_client",
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 0, name, "must not be negative", value)

@@ -1,14 +1,17 @@
 """The `tgi-asgi` command around the real engine and a runner without a model, for tests of its life.
 
 FAKE_MODEL says how it behaves: `ok`; `waits:PATH` loads until something opens that FIFO; `missing` and
-`crash` fail to load; `dies` loses the device at the first step; `stuck` never stops. FAKE_STEP_S is how long
-a step takes.
+`crash` fail to load; `dies` loses the device at the first step; `hangs` never ends its tenth one; `stuck`
+never stops; `faulty:SEED` raises, runs out of memory, computes NaN and is slow at random. FAKE_STEP_S is how
+long a step takes, FAKE_NUM_BLOCKS the size of the KV cache.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
+from collections.abc import Sequence
 from functools import partial
 
 from tests.support.fake_runner import FakeRunner
@@ -35,14 +38,48 @@ def load(settings: Settings, progress: Progress) -> Served:
         raise ModelLoadError("model.gguf: no such file")
     if behaviour == "crash":
         raise RuntimeError("a bug in a loader")
-    runner = FakeRunner(step_s=float(os.environ.get("FAKE_STEP_S", "0.005")), num_blocks=256)
+    runner = FakeRunner(
+        step_s=float(os.environ.get("FAKE_STEP_S", "0.005")),
+        num_blocks=int(os.environ.get("FAKE_NUM_BLOCKS", "256")),
+        max_batch_size=settings.max_batch_size,
+    )
     if behaviour == "dies":
         runner.fault = _lose_device
+    if behaviour == "hangs":
+        runner.fault = partial(_hang, runner)
+    if behaviour == "faulty":
+        Faults(runner, int(path))
     tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=4096, max_input_tokens=4095)
     engine = Engine(runner, tokenizer, settings, info)
     if behaviour == "stuck":
         engine.stop = asyncio.Event().wait  # type: ignore[method-assign,assignment]
     return Served(engine, tokenizer, ChatTemplate(CHATML, {}), info, engine.stats)  # type: ignore[arg-type]
+
+
+class Faults:
+    """Let a runner go wrong at random steps, in every way that the engine promises to survive."""
+
+    def __init__(self, runner: FakeRunner, seed: int) -> None:
+        self._runner = runner
+        self._draw = random.Random(seed)
+        self._step_s = runner.step_s
+        runner.fault = self._fault
+        runner.is_poisoned = self._is_poisoned
+
+    def _fault(self, plan: StepPlan) -> BaseException | None:
+        self._runner.step_s = 0.2 if self._draw.random() < 0.01 else self._step_s
+        draw = self._draw.random()
+        if draw < 0.03:
+            return RuntimeError("a step that raises")
+        return MemoryError("a step without memory") if draw < 0.06 else None
+
+    def _is_poisoned(self, tokens: Sequence[int]) -> bool:
+        return self._draw.random() < 0.0005
+
+
+def _hang(runner: FakeRunner, plan: StepPlan) -> BaseException | None:
+    runner.is_manual = plan.step_id >= 10
+    return None
 
 
 def _lose_device(plan: StepPlan) -> BaseException:

@@ -9,14 +9,22 @@ from tgi_asgi.engine.admission import Admission
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.stats import EngineStats
+
+_COUNTERS = ("accepted", "finished", "failed", "cancelled", "steps", "failed_steps", "preemptions")
 
 
 def describe(
-    admission: Admission, pool: BlockPool, channels: Iterable[RequestChannel], now_s: float
+    admission: Admission,
+    pool: BlockPool,
+    channels: Iterable[RequestChannel],
+    stats: EngineStats,
+    now_s: float,
 ) -> dict[str, Any]:
-    """Return permits, blocks and every open request with its sequences, oldest first."""
+    """Return counters, permits, blocks and every open request with its sequences, oldest first."""
     ordered = sorted(channels, key=lambda channel: channel.stats.arrival_s)
     return {
+        "counters": {name: getattr(stats, name) for name in _COUNTERS},
         "permits": {"capacity": admission.capacity, "taken": admission.num_taken},
         "blocks": {"total": pool.num_blocks, "used": pool.num_used, "free": pool.num_free},
         "requests": [_request(channel, now_s) for channel in ordered],

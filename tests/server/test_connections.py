@@ -1,0 +1,56 @@
+"""Connections: those that are closed leave nothing behind, and a client has as many as it may."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import httpx
+
+from tests.support.server_process import ServerProcess
+
+REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+def _serve(*arguments: str) -> ServerProcess:
+    return ServerProcess("tests.server.fake_server", "--model-id", "fake", *arguments)
+
+
+def _num_sockets(server: ServerProcess) -> int:
+    folder = f"/proc/{server.process.pid}/fd"
+    return sum("socket" in os.readlink(f"{folder}/{name}") for name in os.listdir(folder))
+
+
+def test_a_connection_that_the_client_closes_is_closed_at_once() -> None:
+    """And not when its keep-alive time is over, which is longer than this test waits."""
+    with _serve() as server:
+        server.wait_until_healthy()
+        before = _num_sockets(server)
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+                client.sendall(REQUEST)
+                assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        give_up_s = time.monotonic() + 20
+        while _num_sockets(server) > before:
+            assert time.monotonic() < give_up_s, "sockets of closed connections are still open"
+            time.sleep(0.05)
+
+
+def test_one_address_has_as_many_connections_as_it_may() -> None:
+    with _serve("--max-connections-per-client", "3") as server:
+        server.wait_until_healthy()
+        clients = []
+        for _ in range(3):
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            client.sendall(REQUEST)
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+            clients.append(client)
+        refused = httpx.get(server.url + "/health")
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error_type"] == "overloaded"
+        clients.pop().close()
+        server.wait_until_healthy()
+        for client in clients:
+            client.close()

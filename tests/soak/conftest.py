@@ -1,0 +1,30 @@
+"""Servers for the soak tests: the real command and engine, with a runner that only pretends to compute.
+
+Each soak is one test at two sizes: a small one that runs with all others, and the full one of `make soak`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support.server_process import ServerProcess
+
+Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start servers: `serve("--max-batch-size", "8", FAKE_STEP_S="0.001")`; `is_real`: of the demo model."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, is_real: bool = False, **environ: str) -> ServerProcess:
+            command = ("tgi_asgi",) if is_real else ("tests.server.fake_server", "--model-id", "fake")
+            local = ("--hostname", "127.0.0.1", "--debug-endpoints")
+            server = stack.enter_context(ServerProcess(*command, *local, *arguments, environ=environ))
+            server.wait_until_healthy()
+            return server
+
+        yield start
