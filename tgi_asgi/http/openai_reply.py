@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +55,8 @@ class ChoiceReply:
         self._plan = plan
         self._parser = ReplyParser(plan.style, plan.tools, is_reasoning_open=plan.is_reasoning_open)
         self._calls: list[dict[str, Any]] = []
+        self._num_read = 0
+        self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with where their text starts and ends
         self.num_reasoning_tokens = 0
 
     def push(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> list[Piece]:
@@ -62,22 +66,30 @@ class ChoiceReply:
         """
         pieces: list[Piece] = []
         for event in events:
+            begun = self._num_read
             new = self._push(event)
-            if tracker is not None and not self._is_hidden(new):
-                tracker.push(event)
+            if tracker is not None:
+                self._unshown.append((begun, self._num_read, event))
+                self._show(new, tracker)
             pieces += new
         return _merged(pieces)
 
-    def _is_hidden(self, pieces: Sequence[Piece]) -> bool:
-        if any(isinstance(piece, Content) for piece in pieces):
-            return False
-        return bool(pieces) or self._parser.is_reasoning or self._parser.is_in_calls
+    def _show(self, pieces: Sequence[Piece], tracker: LogprobsTracker) -> None:
+        """Give the tracker the tokens that content is made of; forget those before it."""
+        for piece in pieces:
+            if isinstance(piece, Content):
+                stop = piece.start + len(piece.text)
+                while self._unshown and self._unshown[0][0] < stop:
+                    _, end, event = self._unshown.popleft()
+                    if end > piece.start or (not event.text and end == piece.start):
+                        tracker.push(event)
 
     def _push(self, event: TokenEvent) -> list[Piece]:
         text = event.text
         if event.token_id in self._plan.special_ids and event.token_id not in self._plan.kept:
             text = text.removesuffix(event.data.decode("utf-8", "replace"))
         was_reasoning = self._parser.is_reasoning
+        self._num_read += len(text)
         pieces = self._parser.push(text) if text else []
         self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
         if event.finish is not None:
@@ -148,11 +160,8 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     result: list[Piece] = []
     for piece in pieces:
         last = result[-1] if result else None
-        make: Callable[[str], Piece]
-        if not isinstance(piece, CallStart) and type(last) is type(piece) and not isinstance(last, CallStart):
-            make = type(piece)
-            assert last is not None
-            result[-1] = make(last.text + piece.text)
-        else:
+        if isinstance(piece, CallStart) or isinstance(last, CallStart) or type(last) is not type(piece):
             result.append(piece)
+        else:
+            result[-1] = dataclasses.replace(last, text=last.text + piece.text)
     return result

@@ -32,21 +32,18 @@ class ReplyParser:
         self._tools = tools
         self._calls: CallParser | None = None
         self._held = ""
+        self._num_read = 0  # characters so far
         self._has_content = False
         self._may_reason = style is not None and not is_reasoning_open
         self.is_reasoning = is_reasoning_open
         self._is_after_reasoning = False
-
-    @property
-    def is_in_calls(self) -> bool:
-        """Whether calls have begun: nothing else follows."""
-        return self._calls is not None
 
     def push(self, text: str) -> list[Piece]:
         """Return what the next piece of text tells."""
         if self._calls is not None:
             return self._calls.push(text)
         self._held += text
+        self._num_read += len(text)
         return self._read(is_end=False)
 
     def finish(self) -> list[Piece]:
@@ -82,7 +79,9 @@ class ReplyParser:
         assert self._style is not None
         at = self._held.find(self._style.end)
         if at < 0:
-            self._give(pieces, Reasoning, 0 if is_end else _num_held(self._held, self._style.end))
+            shown = self._release(0 if is_end else _num_held(self._held, self._style.end))
+            if shown:
+                pieces.append(Reasoning(shown))
             return False
         if at:
             pieces.append(Reasoning(self._held[:at]))
@@ -94,16 +93,16 @@ class ReplyParser:
     def _take_content(self, pieces: list[Piece], is_end: bool) -> None:
         tools = self._tools
         if tools is None:
-            self._give(pieces, Content, 0)
+            self._give(pieces, 0)
         elif not tools.marker:
             self._take_anchored(pieces, tools, is_end)
         elif (at := self._held.find(tools.marker)) >= 0:
             before = self._held[:at].rstrip()
             if before:
-                pieces.append(Content(before))
+                pieces.append(Content(before, self._num_read - len(self._held)))
             self._enter_calls(pieces, tools, self._held[at + len(tools.marker) :])
         else:
-            self._give(pieces, Content, 0 if is_end else _num_held(self._held, tools.marker))
+            self._give(pieces, 0 if is_end else _num_held(self._held, tools.marker))
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> None:
         """Read an answer that is either text or calls, as its first character tells."""
@@ -111,19 +110,25 @@ class ReplyParser:
         if not self._has_content and head.startswith(tools.first):
             self._enter_calls(pieces, tools, head)
         elif head or is_end or self._has_content:
-            self._give(pieces, Content, 0)
+            self._give(pieces, 0)
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:
         self._held = ""
         self._calls = tools.parser()
         pieces.extend(self._calls.push(rest))
 
-    def _give(self, pieces: list[Piece], kind: type[Content | Reasoning], num_held: int) -> None:
+    def _give(self, pieces: list[Piece], num_held: int) -> None:
+        start = self._num_read - len(self._held)
+        shown = self._release(num_held)
+        if shown:
+            pieces.append(Content(shown, start))
+            self._has_content = True
+
+    def _release(self, num_held: int) -> str:
+        """Return what is held, but for the last characters."""
         size = len(self._held) - num_held
-        if size > 0:
-            pieces.append(kind(self._held[:size]))
-            self._held = self._held[size:]
-            self._has_content |= kind is Content
+        shown, self._held = self._held[:size], self._held[size:]
+        return shown
 
 
 def _num_held(text: str, marker: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tgi_asgi.text.grammar_source import SPACED, inline_json, literal
@@ -38,9 +38,10 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A piece of the answer's text."""
+    """A piece of the answer's text; `start` is its place in all that was read, markers included."""
 
     text: str
+    start: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

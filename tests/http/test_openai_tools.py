@@ -1,0 +1,240 @@
+"""Tool calls and reasoning on chat: whole, streamed, through OpenAI's SDK, and in TGI's shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, say, scripted_app, toy_info
+from tests.support.serving import serving
+from tgi_asgi.app import App
+from tgi_asgi.settings import Settings
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}},
+    {"type": "function", "function": {"name": "now"}},
+]
+CALLS = [
+    "Let", " me", " see", ".\n", "<tool", "_call>", '\n{"na', 'me": "weather", "argu', 'ments": {"ci',
+    'ty": "Pa', 'ris"}', "}\n</tool_call>",
+    "\n<tool_call>\n", '{"name": "now", "arguments": {}}', "\n</tool_call>",
+]  # fmt: skip
+THINKING = CHATML + "{# <think> </think> #}"
+
+
+def app_of(engine: ScriptedEngine, settings: Settings | None = None, **options: Any) -> App:
+    """Return an app whose context has room for the tools' prompt."""
+    info = toy_info(max_input_tokens=4095, max_total_tokens=4096)
+    return scripted_app(engine, settings, info=info, **options)
+
+
+async def chat(
+    script: Script, *, template: str = CHATML, settings: Any = None, **body: Any
+) -> dict[str, Any]:
+    app = app_of(ScriptedEngine(script), Settings(**(settings or {})), chat_template=template)
+    async with client_of(app) as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": HI, **body})
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    return result
+
+
+async def deltas(script: Script, **body: Any) -> list[dict[str, Any]]:
+    """Return what a stream's chunks say of its first choice."""
+    settings, template = body.pop("settings", {}), body.pop("template", CHATML)
+    app = app_of(ScriptedEngine(script), Settings(**settings), chat_template=template)
+    async with client_of(app) as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": HI, "stream": True, **body})
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert events.pop() == "[DONE]"
+    return [choice for event in events for choice in json.loads(event)["choices"] if choice["index"] == 0]
+
+
+@asynccontextmanager
+async def sdk(script: Script, **options: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with (
+        serving(app_of(ScriptedEngine(script), **options)) as url,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
+    ):
+        yield client
+
+
+async def test_calls_and_the_text_before_them() -> None:
+    choice = (await chat(say(*CALLS), tools=TOOLS))["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert message["content"] == "Let me see."
+    first, second = message["tool_calls"]
+    assert first["type"] == "function" and first["id"].startswith("call_") and first["id"] != second["id"]
+    assert first["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
+    assert second["function"] == {"name": "now", "arguments": "{}"}
+
+
+async def test_an_answer_of_calls_alone_has_no_content() -> None:
+    message = (await chat(say(*CALLS[4:]), tools=TOOLS))["choices"][0]["message"]
+    assert message["content"] is None
+    assert len(message["tool_calls"]) == 2
+
+
+async def test_an_answer_without_calls_is_text() -> None:
+    choice = (await chat(say("No", " tools"), tools=TOOLS))["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": "No tools", "refusal": None}
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_with_tool_choice_none_nothing_is_a_call() -> None:
+    choice = (await chat(say(*CALLS), tools=TOOLS, tool_choice="none"))["choices"][0]
+    assert choice["message"]["content"] == "".join(CALLS)
+    assert "tool_calls" not in choice["message"]
+
+
+@pytest.mark.parametrize("named", ["now", {"type": "function", "function": {"name": "now"}}])
+async def test_a_named_function_ends_with_stop_as_openai_s_does(named: Any) -> None:
+    for stream in (False, True):
+        if stream:
+            choices = await deltas(say(*CALLS[-3:]), tools=TOOLS, tool_choice=named)
+        else:
+            choices = (await chat(say(*CALLS[-3:]), tools=TOOLS, tool_choice=named))["choices"]
+        assert choices[-1]["finish_reason"] == "stop"
+
+
+async def test_a_call_that_the_length_cuts_is_shown_as_far_as_it_came() -> None:
+    choice = (await chat(say(*CALLS[4:]), tools=TOOLS, max_tokens=6))["choices"][0]
+    assert choice["finish_reason"] == "length"
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Pa'}
+
+
+async def test_a_stream_tells_id_and_name_once_and_never_the_markup() -> None:
+    *chunks, last = await deltas(say(*CALLS), tools=TOOLS)
+    assert chunks[0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "Let me see."
+    calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+    heads = [call for call in calls if "id" in call]
+    assert [(call["index"], call["function"]["name"]) for call in heads] == [(0, "weather"), (1, "now")]
+    assert all(call["type"] == "function" and call["function"]["arguments"] == "" for call in heads)
+    for index, arguments in enumerate(['{"city": "Paris"}', "{}"]):
+        rest = [call for call in calls if call["index"] == index and "id" not in call]
+        assert all(
+            set(call) == {"index", "function"} and set(call["function"]) == {"arguments"} for call in rest
+        )
+        assert "".join(call["function"]["arguments"] for call in rest) == arguments
+    assert [call["index"] for call in calls] == sorted(call["index"] for call in calls)
+    assert last["finish_reason"] == "tool_calls"
+    assert all(chunk["finish_reason"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_sdk_s_accumulator_gets_what_the_whole_answer_has(n: int) -> None:
+    async with sdk(say(*CALLS)) as client:
+        options: dict[str, Any] = {"model": "m", "messages": HI, "tools": TOOLS, "n": n}
+        whole = await client.chat.completions.create(**options)
+        names = []
+        async with client.chat.completions.stream(**options) as stream:
+            async for event in stream:
+                if event.type == "tool_calls.function.arguments.done":
+                    names.append((event.name, event.parsed_arguments))
+            streamed = await stream.get_final_completion()
+    assert len(whole.choices) == len(streamed.choices) == n
+    for one, other in zip(whole.choices, streamed.choices, strict=True):
+        assert one.finish_reason == other.finish_reason == "tool_calls"
+        assert one.message.content == other.message.content
+        assert one.message.tool_calls is not None and other.message.tool_calls is not None
+        assert [call.function.arguments for call in one.message.tool_calls if call.type == "function"] == [
+            call.function.arguments for call in other.message.tool_calls
+        ]
+    assert names[0] == ("weather", {"city": "Paris"})
+
+
+async def test_the_sdk_parses_an_answer_into_a_model() -> None:
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    async with sdk(say('{"name":', '"Ann","age":', "7}")) as client:
+        answer = await client.chat.completions.parse(model="m", messages=HI, response_format=Person)
+    assert answer.choices[0].message.parsed == Person(name="Ann", age=7)
+
+
+async def test_reasoning_is_split_off_and_counted() -> None:
+    script = say("<think>", "a", "b", "</think>", "\n\n", "x", "y")
+    body = await chat(script, template=THINKING)
+    message = body["choices"][0]["message"]
+    assert message["content"] == "xy"
+    assert message["reasoning_content"] == message["reasoning"] == "ab"
+    assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == 4
+    chunks = await deltas(script, template=THINKING)
+    for name, text in (("content", "xy"), ("reasoning_content", "ab"), ("reasoning", "ab")):
+        assert "".join(chunk["delta"].get(name, "") for chunk in chunks) == text
+    hidden = (await chat(script, template=THINKING, include_reasoning=False))["choices"][0]["message"]
+    assert hidden == {"role": "assistant", "content": "xy", "refusal": None}
+
+
+async def test_a_prompt_that_opens_the_reasoning_is_noticed() -> None:
+    template = THINKING + "{{ '<think>\\n' }}"
+    choice = (await chat(say("a", "</think>", "x"), template=template))["choices"][0]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("a", "x")
+    cut = (await chat(say("a", "b", "c"), template=template, max_tokens=2))["choices"][0]
+    assert (cut["message"]["reasoning"], cut["message"]["content"]) == ("ab", None)
+
+
+async def test_log_probabilities_are_those_of_the_content_alone() -> None:
+    tokens = ["<think>", "a", "</think>", "x", "y", *CALLS[4:]]
+    choice = (await chat(say(*tokens), template=THINKING, tools=TOOLS, logprobs=True))["choices"][0]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["x", "y"]
+
+
+async def test_tools_reach_a_template_that_knows_none_as_text() -> None:
+    engine = ScriptedEngine(say("ok"))
+    async with client_of(app_of(engine)) as client:
+        await client.post("/v1/chat/completions", json={"messages": HI, "tools": TOOLS})
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert prompt.startswith("<|im_start|>system\nYou may call")
+    assert '"name":"weather"' in prompt
+    assert engine.requests[0].grammar is not None
+
+
+async def test_switched_off_grammars_refuse_tools_too() -> None:
+    app = app_of(ScriptedEngine(), Settings(disable_grammar_support=True))
+    async with client_of(app) as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": HI, "tools": TOOLS})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tools"
+
+
+async def test_tgi_s_shapes_of_calls() -> None:
+    settings = {"tgi_compat": True}
+    choice = (await chat(say(*CALLS[4:12]), tools=TOOLS, settings=settings))["choices"][0]
+    call = {"description": None, "name": "weather", "arguments": '{"city": "Paris"}'}
+    assert choice["message"] == {
+        "role": "assistant", "tool_calls": [{"id": "0", "type": "function", "function": call}],
+    }  # fmt: skip
+    assert choice["finish_reason"] == "stop"
+    chunks = await deltas(say(*CALLS[4:12]), tools=TOOLS, settings=settings)
+    calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls") or []]
+    assert all((call["index"], call["id"], call["type"]) == (0, "0", "function") for call in calls)
+    assert [call["function"]["name"] for call in calls] == ["weather"] + [None] * (len(calls) - 1)
+    assert all(chunk["delta"]["role"] == "assistant" for chunk in chunks)
+    app = app_of(ScriptedEngine(), Settings(tgi_compat=True))
+    async with client_of(app) as client:
+        body = {"messages": HI, "tools": TOOLS, "tool_choice": "absent"}
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 422
+    assert answer.json() == {
+        "error": "Tool error: Tool with name absent not found",
+        "error_type": "tool_error",
+    }
