@@ -206,7 +206,7 @@ class Vllm:
     ) -> tuple[float, float]:
         """Return the median TTFT and gap between tokens."""
         load = ClosedLoop(clients, requests)
-        prompts = Prompts(prompt_tokens, seed=int.from_bytes(os.urandom(4)))
+        prompts = Prompts(prompt_tokens)
         found = asyncio.run(
             run(load, prompts, server.url, max_tokens=max_tokens, model=str(self.checkpoint))
         ).answers

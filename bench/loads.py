@@ -34,12 +34,13 @@ class Prompts:
     """Makes chat messages of a given number of tokens, each unlike all before, so that no prefix is cached.
 
     `tokens` counts what the server counts, the chat template's own included: `calibrate` asks it once.
-    The first `shared_tokens` of the words are the same in every prompt.
+    The first `shared_tokens` of the words are the same in every prompt. Prompts of two objects differ, in any
+    process; only their lengths are repeatable, which is what matters to a model that is never read.
     """
 
-    def __init__(self, tokens: int, *, shared_tokens: int = 0, seed: int = 0) -> None:
+    def __init__(self, tokens: int, *, shared_tokens: int = 0) -> None:
         self.tokens = tokens
-        self._random = random.Random(seed)
+        self._random = random.SystemRandom()
         self._shared = self._words(shared_tokens)
         self._num_words = tokens
 

@@ -32,7 +32,13 @@ MIN_REQUESTS = 8  # a load
 def loads_of(options: argparse.Namespace) -> list[ClosedLoop | OpenLoop]:
     """Return the loads that the command line asks for."""
     closed = [ClosedLoop(n, options.requests or max(ROUNDS * n, MIN_REQUESTS)) for n in options.clients]
-    return [*closed, *(OpenLoop(rate, options.requests or max(int(20 * rate), 20)) for rate in options.rates)]
+    return [
+        *closed,
+        *(
+            OpenLoop(rate, options.requests or max(int(20 * rate), 20), options.seed)
+            for rate in options.rates
+        ),
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--target-ttft-ms", type=float, default=1000.0, help="goodput: first token within")
     parser.add_argument("--target-tpot-ms", type=float, default=50.0, help="goodput: mean time of a token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the arrivals in open loop")
     parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
 
 
@@ -54,12 +60,10 @@ def measure(
 ) -> list[Measured]:
     """Run the loads one after the other, after a request that warms the server up."""
     found = []
-    warm_up = Prompts(options.prompt_tokens, seed=options.seed - 1)
+    warm_up = Prompts(options.prompt_tokens)
     asyncio.run(run(ClosedLoop(1, 2), warm_up, url, max_tokens=8, model=model))
-    for index, load in enumerate(loads):
-        prompts = Prompts(
-            options.prompt_tokens, shared_tokens=options.shared_tokens, seed=options.seed * 1000 + index
-        )
+    for load in loads:
+        prompts = Prompts(options.prompt_tokens, shared_tokens=options.shared_tokens)
         found.append(asyncio.run(run(load, prompts, url, max_tokens=options.max_tokens, model=model)))
     return found
 
