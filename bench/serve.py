@@ -31,14 +31,10 @@ MIN_REQUESTS = 8  # a load
 
 def loads_of(options: argparse.Namespace) -> list[ClosedLoop | OpenLoop]:
     """Return the loads that the command line asks for."""
-    closed = [ClosedLoop(n, options.requests or max(ROUNDS * n, MIN_REQUESTS)) for n in options.clients]
-    return [
-        *closed,
-        *(
-            OpenLoop(rate, options.requests or max(int(20 * rate), 20), options.seed)
-            for rate in options.rates
-        ),
-    ]
+    count = options.requests
+    closed = [ClosedLoop(n, count or max(ROUNDS * n, MIN_REQUESTS)) for n in options.clients]
+    opened = [OpenLoop(rate, count or max(int(20 * rate), 20), options.seed) for rate in options.rates]
+    return [*closed, *opened]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
