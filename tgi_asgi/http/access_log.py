@@ -11,8 +11,8 @@ from tgi_asgi.types import EngineState
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an answer
-# Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that loads
-# its model has not failed.
+# Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that
+# loads its model has not failed.
 _QUIET = frozenset({("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics")})
 
 
