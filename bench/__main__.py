@@ -1,8 +1,8 @@
 """Measure this server alone in five minutes: `make bench`, or `python -m bench [--model-id model.gguf]`.
 
 Runs the programs of this folder one after the other, each in a process of its own, and prints their tables,
-then a summary. All JSON objects go to --out, the latency distributions beside it. Flags other than --out go
-to the server.
+then a summary. All JSON objects go to --out, the latency distributions beside it. Other flags are settings
+of the server.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from typing import Any
 
 from bench.report import RESULTS, table
 from bench.servers import ROOT
+from tgi_asgi.settings import DEMO_MODEL
 
 TIMEOUT_S = 180
 
 
-def programs(out: Path) -> list[tuple[str, list[str], bool]]:
-    """Return what is run: the program, its flags, and whether it takes the server's flags too."""
+def programs(out: Path, model_id: str, settings: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return what is run: programs and their flags."""
+    model = ["--model-id", model_id]
+    picture = ["--picture", str(out.with_suffix(".svg"))]
     return [
-        ("bandwidth", [], False),
-        ("kernels", [], False),
-        ("scheduler", [], False),
-        ("engine", [], True),
-        ("serve", ["--clients", "1,16,64", "--rates", "4", "--picture", str(out.with_suffix(".svg"))], True),
-        ("startup", ["--runs", "3"], True),
-        ("memory", [], True),
+        ("bandwidth", []),
+        ("kernels", model),
+        ("scheduler", []),
+        ("engine", [*model, *settings]),
+        ("serve", ["--clients", "1,16,64", "--rates", "4", *picture, *model, *settings]),
+        ("startup", ["--runs", "3", *model, *settings]),
+        ("memory", [*model, *settings]),
     ]
 
 
@@ -80,10 +83,10 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "ours.json", help="where the JSON objects go")
-    options, arguments = parser.parse_known_args()
+    parser.add_argument("--model-id", default=DEMO_MODEL)
+    options, settings = parser.parse_known_args()
     found = {
-        name: run(name, [*flags, *(arguments if is_server else [])])
-        for name, flags, is_server in programs(options.out.absolute())
+        name: run(name, flags) for name, flags in programs(options.out.absolute(), options.model_id, settings)
     }
     rows = summary(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
