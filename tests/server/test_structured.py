@@ -1,0 +1,190 @@
+"""Structured outputs and tool calls on the demonstration model, small enough to get all else wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+
+from tests.support.schemas import random_schema
+from tests.support.server_process import ServerProcess
+
+NUM_SCHEMAS = 8
+REGEXES = [r"[A-Z][a-z]{2,8}, \d{4}-\d{2}-\d{2}", r"(\+\d{1,3} )?\d{3}-\d{4}", "(yes|no)!{1,3}"]
+ASK: list[Any] = [{"role": "user", "content": "Fill in the form for a new customer."}]
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 20},
+        "unit": {"enum": ["C", "F"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 5},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER, "strict": True}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.fixture
+def url(demo: ServerProcess) -> str:
+    return demo.url + "/v1"
+
+
+async def answer(
+    client: AsyncOpenAI, *, stream: bool, max_tokens: int = 200, **options: Any
+) -> tuple[str, str]:
+    """Return an answer's text and why it ended."""
+    if not stream:
+        whole = await client.chat.completions.create(
+            model="tgi", messages=ASK, max_tokens=max_tokens, **options
+        )
+        return whole.choices[0].message.content or "", whole.choices[0].finish_reason
+    text, reason = "", ""
+    async for chunk in await client.chat.completions.create(
+        model="tgi", messages=ASK, max_tokens=max_tokens, stream=True, **options
+    ):
+        text += chunk.choices[0].delta.content or ""
+        reason = chunk.choices[0].finish_reason or reason
+    return text, reason
+
+
+async def test_answers_to_random_schemas_validate(url: str) -> None:
+    schemas = [random_schema(random.Random(seed)) for seed in range(NUM_SCHEMAS)]
+
+    async def check(client: AsyncOpenAI, index: int, schema: dict[str, Any]) -> bool:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "form", "schema": schema, "strict": True}}
+        text, reason = await answer(
+            client, stream=index % 2 == 0, response_format=form, temperature=index // 2 % 2, seed=index
+        )
+        if reason == "stop":
+            jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+        return reason == "stop"
+
+    async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:
+        ended = await asyncio.gather(*(check(client, *pair) for pair in enumerate(schemas)))
+    assert sum(ended) > NUM_SCHEMAS // 2  # the rest was cut by `length`
+
+
+async def test_answers_match_regexes_and_choices(url: str) -> None:
+    async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:
+        for temperature in (0, 1):
+            answers = await asyncio.gather(
+                *(
+                    answer(
+                        client,
+                        stream=bool(temperature),
+                        temperature=temperature,
+                        extra_body={"structured_outputs": {"regex": pattern}},
+                    )
+                    for pattern in REGEXES
+                ),
+                answer(client, stream=True, extra_body={"guided_choice": ["positive", "negative"]}),
+            )
+            for pattern, (text, reason) in zip([*REGEXES, "positive|negative"], answers, strict=True):
+                assert re.fullmatch(pattern, text) and reason == "stop", (pattern, text)
+
+
+def test_json_mode_and_the_sdk_s_parse(url: str) -> None:
+    class Customer(BaseModel):
+        name: str
+        age: int
+
+    client = OpenAI(base_url=url, api_key="-")
+    parsed = client.chat.completions.parse(
+        model="tgi", messages=ASK, response_format=Customer, max_tokens=300, temperature=0
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Customer)
+    form: Any = {"type": "json_object"}
+    text = client.chat.completions.create(
+        model="tgi", messages=ASK, response_format=form, max_tokens=300, temperature=0
+    )
+    assert isinstance(json.loads(text.choices[0].message.content or ""), dict)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_calls_that_must_be_made_are_made_with_valid_arguments(url: str, choice: Any) -> None:
+    client = OpenAI(base_url=url, api_key="-")
+    options: dict[str, Any] = {
+        "model": "tgi", "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": 200,
+        "temperature": 0, "parallel_tool_calls": False,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**options).choices[0]
+    with client.chat.completions.stream(**options) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    arguments = []
+    for one in (whole, streamed):
+        assert one.finish_reason == ("tool_calls" if choice == "required" else "stop")
+        assert one.message.tool_calls is not None
+        (call,) = one.message.tool_calls
+        assert call.type == "function"
+        if call.function.name == "weather":
+            jsonschema.validate(json.loads(call.function.arguments), WEATHER)
+        else:
+            assert call.function.arguments == "{}"
+        arguments.append(call.function.arguments)
+    assert arguments[0] == arguments[1]
+
+
+def test_a_loop_over_tools_comes_to_its_end(url: str) -> None:
+    client = OpenAI(base_url=url, api_key="-")
+    messages = list(ASK)
+    for turn in range(2):
+        message = (
+            client.chat.completions.create(
+                model="tgi",
+                messages=messages,
+                tools=TOOLS,
+                tool_choice="auto" if turn else "required",
+                parallel_tool_calls=False,
+                max_tokens=60,
+                temperature=0,
+            )
+            .choices[0]
+            .message
+        )
+        messages.append(message)
+        for call in message.tool_calls or ():
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": "It is 20 C and noon."})
+    assert messages[-1] is message
+    assert message.content or message.tool_calls
+
+
+async def test_an_unconstrained_stream_is_the_same_beside_constrained_ones(url: str) -> None:
+    async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:
+        options: dict[str, Any] = {
+            "stream": True,
+            "temperature": 1,
+            "seed": 3,
+            "extra_body": {"min_tokens": 20},
+        }
+        alone = await answer(client, **options)
+        form: Any = {"type": "json_object"}
+        together = await asyncio.gather(
+            answer(client, **options),
+            *(answer(client, stream=True, max_tokens=24, response_format=form) for _ in range(3)),
+        )
+    assert together[0] == alone
+
+
+def test_hostile_grammars_are_refused_and_the_server_lives(url: str) -> None:
+    client = OpenAI(base_url=url, api_key="-", max_retries=0)
+    for body in (
+        {"guided_regex": "(" * 3000 + "a" + ")" * 3000},
+        {"guided_grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))},
+        {"guided_choice": ["x" * 20] * 50_000},
+        {"guided_json": {"type": "integer", "multipleOf": 1_000_003}},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="tgi", messages=ASK, max_tokens=5, extra_body=body)
+    assert client.chat.completions.create(model="tgi", messages=ASK, max_tokens=1).choices
