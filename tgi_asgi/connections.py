@@ -51,7 +51,7 @@ def install(limit: ConnectionLimit) -> None:
         def __init__(self, *args: Any) -> None:
             super().__init__(limit, *args)
 
-    hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined,misc,assignment]
+    hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined,assignment]
 
 
 class _Connection(TCPServer):

@@ -49,7 +49,8 @@ def load(settings: Settings, progress: Progress) -> Served:
         runner.fault = partial(_hang, runner)
     if behaviour == "faulty":
         Faults(runner, int(path))
-    tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=4096, max_input_tokens=4095)
+    room = settings.max_total_tokens or 4096
+    tokenizer, info = ToyTokenizer(), toy_info(max_total_tokens=room, max_input_tokens=room - 1)
     engine = Engine(runner, tokenizer, settings, info)
     if behaviour == "stuck":
         engine.stop = asyncio.Event().wait  # type: ignore[method-assign,assignment]
