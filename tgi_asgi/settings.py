@@ -63,6 +63,12 @@ class Settings:
         "TGI's other methods are ignored.",
         group="Model",
     )
+    tool_format: str | None = _setting(
+        None,
+        "How tool calls are written (default: as the chat template shows).",
+        group="Model",
+        choices=("hermes", "mistral", "deepseek", "pythonic", "llama3_json"),
+    )
     served_model_name: str | None = _setting(None, "Name to report instead of the model id.", group="Model")
 
     # Server
@@ -145,12 +151,6 @@ class Settings:
 
     enable_prefill_logprobs: bool = _setting(
         False, "Let decoder_input_details return the prompt's log-probabilities.", group="Limits"
-    )
-    tool_format: str | None = _setting(
-        None,
-        "How tool calls are written (default: as the chat template shows).",
-        group="Model",
-        choices=("hermes", "mistral", "deepseek", "pythonic", "llama3_json"),
     )
     disable_grammar_support: bool = _setting(
         False, "Refuse every request that constrains the output, tools included.", group="Limits"

@@ -45,15 +45,12 @@ async def answer(
     client: AsyncOpenAI, *, stream: bool, max_tokens: int = 200, **options: Any
 ) -> tuple[str, str]:
     """Return an answer's text and why it ended."""
+    options = {"model": "tgi", "messages": ASK, "max_tokens": 200, **options}
     if not stream:
-        whole = await client.chat.completions.create(
-            model="tgi", messages=ASK, max_tokens=max_tokens, **options
-        )
+        whole = await client.chat.completions.create(**options)
         return whole.choices[0].message.content or "", whole.choices[0].finish_reason
     text, reason = "", ""
-    async for chunk in await client.chat.completions.create(
-        model="tgi", messages=ASK, max_tokens=max_tokens, stream=True, **options
-    ):
+    async for chunk in await client.chat.completions.create(stream=True, **options):
         text += chunk.choices[0].delta.content or ""
         reason = chunk.choices[0].finish_reason or reason
     return text, reason
@@ -169,11 +166,8 @@ async def test_an_unconstrained_stream_is_the_same_beside_constrained_ones(url: 
             "extra_body": {"min_tokens": 20},
         }
         alone = await answer(client, **options)
-        form: Any = {"type": "json_object"}
-        together = await asyncio.gather(
-            answer(client, **options),
-            *(answer(client, stream=True, max_tokens=24, response_format=form) for _ in range(3)),
-        )
+        bound = {**options, "response_format": {"type": "json_object"}}
+        together = await asyncio.gather(*(answer(client, **each) for each in (options, bound, bound, bound)))
     assert together[0] == alone
 
 
