@@ -13,7 +13,7 @@ from tests.engine.helpers import ask, collect, make_request, submit, until
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, TgiError, Unavailable
-from tgi_asgi.runner.plan import DeviceLost, StepPlan
+from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
@@ -328,3 +328,27 @@ async def test_a_bug_in_the_engine_is_not_silent() -> None:
     engine.scheduler.apply = None  # type: ignore[method-assign, assignment]
     assert isinstance((await collect(channel)).error, GenerationFailed)
     await must_be_dead(engine, deaths, "the engine failed")
+
+
+async def test_a_grammar_that_cannot_go_on_fails_its_request_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = FakeRunner(is_manual=True)
+    execute = runner.execute
+
+    def failing(plan: StepPlan, *, is_tainted: bool = False) -> StepResult:
+        result = execute(plan, is_tainted=is_tainted)
+        for row, sampled in zip(plan.rows, result.sampled, strict=True):
+            if row.slot == 0 and sampled is not None:
+                sampled.failure = "too many states"
+        return result
+
+    monkeypatch.setattr(runner, "execute", failing)
+    engine = make_engine(runner)
+    bound, free = submit(engine, make_request(5)), submit(engine, make_request(6))
+    await until(lambda: runner.num_in_flight > 0)
+    runner.is_manual = False
+    runner.run_next()
+    failed, fine = await asyncio.gather(collect(bound), collect(free))
+    assert isinstance(failed.error, GenerationFailed) and "too many states" in str(failed.error)
+    assert fine.error is None and fine.finish() is FinishReason.LENGTH

@@ -116,3 +116,16 @@ def test_logprobs_pass_through() -> None:
     event = output.push(Sampled(97, -0.25, [(97, -0.25), (98, -2.0)]))
     assert (event.index, event.token_id, event.logprob) == (3, 97, -0.25)
     assert event.top == [(97, -0.25), (98, -2.0)]
+
+
+def test_the_last_token_of_a_grammar_ends_the_choice_with_its_text() -> None:
+    stop = StopConditions(max_tokens=1, min_tokens=1, ignore_eos=True)
+    output = ChoiceOutput(0, stop, FakeTokenizer(), frozenset({EOS_ID}))
+    event = output.push(Sampled(ord("}"), is_last=True))
+    assert (event.text, event.finish) == ("}", FinishReason.EOS)  # it wins over the length
+
+
+def test_a_stop_string_wins_over_the_end_of_a_grammar() -> None:
+    output = ChoiceOutput(0, StopConditions(max_tokens=9, stop=("}",)), FakeTokenizer(), frozenset())
+    event = output.push(Sampled(ord("}"), is_last=True))
+    assert (event.text, event.finish, event.stop) == ("", FinishReason.STOP, "}")

@@ -66,6 +66,7 @@ class ServerContext:
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
         self._grammar_compiler: GrammarCompiler | None = None
+        self._special_ids: dict[str, int] | None = None
         self.executor = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
 
     @property
@@ -97,6 +98,13 @@ class ServerContext:
         if state is EngineState.DRAINING:
             raise Unavailable("The server is shutting down", retry_after_s=5)
         raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
+
+    def special_ids(self) -> dict[str, int]:
+        """Return the model's special tokens by their text."""
+        if self._special_ids is None:
+            tokenizer = self.ready().tokenizer
+            self._special_ids = {tokenizer.token_text(i): i for i in sorted(tokenizer.special_ids)}
+        return self._special_ids
 
     def grammar_compiler(self) -> GrammarCompiler:
         """Return the compiler for the model's vocabulary, made for the first grammar."""

@@ -119,7 +119,15 @@ async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> PreparedChat:
     context = exchange.context
     served = context.ready()
     prompt = await context.in_thread(chat_prompt, chat.request, served, context.settings)
-    plan = AnswerPlan(chat.request, chat.tools, chat.constraint, served, context.settings, prompt.tail)
+    plan = AnswerPlan(
+        chat.request,
+        chat.tools,
+        chat.constraint,
+        served,
+        context.settings,
+        special_ids=context.special_ids(),
+        prompt_tail=prompt.tail,
+    )
     with naming(plan.param):
         source = await exchange.work(plan.grammar_source)
         grammar = await compile_grammar(context, source) if source is not None else None

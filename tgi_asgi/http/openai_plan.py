@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class AnswerPlan:
     constraint: Constraint | None
     served: Served
     settings: Settings
+    special_ids: Mapping[str, int]  # by text
     prompt_tail: str
 
     @property
@@ -62,8 +63,8 @@ class AnswerPlan:
         if style is None and tools is None:
             return None
         request = self.request
-        ids = map(self._special_id, self._markers(style, tools))
-        kept = frozenset(token_id for token_id in ids if token_id is not None)
+        special = self.special_ids
+        kept = frozenset(special[text] for text in self._markers(style, tools) if text in special)
         shows_all = request.skip_special_tokens is False
         return ReplyPlan(
             style,
@@ -92,11 +93,6 @@ class AnswerPlan:
         if tools is not None:
             yield from tools.markers
 
-    def _special_id(self, marker: str) -> int | None:
-        """Return the special token that a marker is, or None if it is text."""
-        tokenizer = self.served.tokenizer
-        return next((i for i in tokenizer.special_ids if tokenizer.token_text(i) == marker), None)
-
     def _mark(self, marker: str) -> str:
-        token_id = self._special_id(marker)
+        token_id = self.special_ids.get(marker)
         return literal(marker) if token_id is None else f"<[{token_id}]>"
