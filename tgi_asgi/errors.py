@@ -9,6 +9,7 @@ TgiError
 ├── NotFound                no such path or model
 ├── MethodNotAllowed        the path exists, the method does not
 ├── PayloadTooLarge         the body is over the limit
+├── RequestTimeout          the body did not arrive in time
 ├── UnsupportedMediaType    not JSON, or an encoding that is not read
 ├── Overloaded              no permit is free; try again after `retry_after_s`
 ├── Unavailable             loading, draining or dead; try again after `retry_after_s`
@@ -106,6 +107,12 @@ class MethodNotAllowed(TgiError):
 
 class PayloadTooLarge(TgiError):
     """Raised when a body is larger than `payload_limit` bytes."""
+
+    error_type = "validation"
+
+
+class RequestTimeout(TgiError):
+    """Raised when a client takes too long to send its body."""
 
     error_type = "validation"
 

@@ -56,7 +56,8 @@ async def test_a_client_that_leaves_while_it_sends_gets_nothing() -> None:
 async def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi, "BODY_TIMEOUT_S", 0.01)
     call = await send(small_app(), request("POST", CHAT, chunks=[]))
-    assert call.status == 400
+    assert call.status == 408
+    assert call.headers["connection"] == "close"
 
 
 async def test_compressed_bodies_are_refused() -> None:

@@ -273,3 +273,19 @@ async def test_no_depth_of_nesting_is_a_500(padding: int) -> None:
         ) % (b"x" * padding, nested, nested, nested)
         call = await send(app, request("POST", CHAT, body))
         assert call.status < 500, depth
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "more"),
+    [
+        ("logit_bias", {str(i): 1 for i in range(1024)}, None),
+        ("stop_token_ids", list(range(1024)), [*range(1024), 0]),
+    ],
+)
+async def test_lists_of_tokens_have_a_greatest_length(field: str, most: object, more: object) -> None:
+    """`logit_bias` of the toy model cannot have more: it has 1,024 tokens."""
+    for value, status in ((most, 200), (more, 400)):
+        if value is not None:
+            body = {"messages": [{"role": "user", "content": "hi"}], field: value}
+            call = await send(scripted_app(ScriptedEngine()), request("POST", "/v1/chat/completions", body))
+            assert call.status == status

@@ -358,3 +358,12 @@ async def test_watermark_is_accepted_with_one_warning(caplog: pytest.LogCaptureF
     assert [record.message for record in caplog.records if "watermark" in record.message] == [
         "`watermark` is accepted, but texts are not watermarked"
     ]
+
+
+async def test_a_stop_sequence_has_a_greatest_length() -> None:
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        for size, status in ((1024, 200), (1025, 422)):
+            body = {"inputs": "hi", "parameters": {"stop": ["x" * size]}}
+            response = await client.post("/generate", json=body)
+            assert response.status_code == status
+    assert "up to 1024 characters" in response.json()["error"]

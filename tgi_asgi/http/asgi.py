@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.errors import InvalidRequest, PayloadTooLarge
+from tgi_asgi.errors import PayloadTooLarge, RequestTimeout
 from tgi_asgi.settings import MIB
 
 Scope = MutableMapping[str, Any]
@@ -56,7 +56,7 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
 
     Raises:
         PayloadTooLarge: the body is longer than `limit` bytes.
-        InvalidRequest: it did not arrive within a minute.
+        RequestTimeout: it did not arrive within a minute.
         ClientDisconnected: the client went away first.
     """
     declared = header(scope, b"content-length")
@@ -79,7 +79,7 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
                 if not message.get("more_body", False):
                     return parts[0] if len(parts) == 1 else b"".join(parts)
     except TimeoutError:
-        raise InvalidRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:.0f} seconds") from None
+        raise RequestTimeout(f"The request body did not arrive within {BODY_TIMEOUT_S:.0f} seconds") from None
     if message.get("more_body", False):
         await drain(receive)
     raise PayloadTooLarge(f"The request body is longer than the limit of {limit} bytes")

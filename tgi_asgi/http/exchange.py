@@ -110,7 +110,7 @@ class Exchange:
         """Read the body under the server's limit.
 
         Raises:
-            PayloadTooLarge, InvalidRequest, ClientDisconnected: see `asgi.read_body`.
+            PayloadTooLarge, RequestTimeout, ClientDisconnected: see `asgi.read_body`.
             UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
         """
         if self._body is not None:

@@ -18,6 +18,7 @@ from tgi_asgi.errors import (
     NotFound,
     Overloaded,
     PayloadTooLarge,
+    RequestTimeout,
     TemplateError,
     TgiError,
     Unavailable,
@@ -36,6 +37,7 @@ _FAILURES: tuple[tuple[type[TgiError], str], ...] = (
     (IncompleteGeneration, "incomplete"),
     # What a client can be told to mend is TGI's "validation", whatever its status.
     (PayloadTooLarge, "validation"),
+    (RequestTimeout, "validation"),
     (UnsupportedMediaType, "validation"),
     (NotFound, "validation"),
     (Forbidden, "validation"),

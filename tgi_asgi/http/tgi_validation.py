@@ -27,6 +27,7 @@ from tgi_asgi.types import GenerationRequest, LogprobsMode, ModelInfo, SamplingP
 
 # TGI tests the room for at most this many new tokens, then generates what was asked for.
 MAX_TESTED_NEW_TOKENS = 1024
+MAX_STOP_CHARS = 1024  # of one stop sequence: matching holds that much text back at worst
 # A drawn seed survives a JavaScript client's numbers.
 DRAWN_SEEDS = 2**53
 _ENGINE_SEED_MASK = 2**63 - 1
@@ -236,6 +237,12 @@ def _check_stop(stop: Sequence[str], most: int) -> None:
     _require(len(stop) <= most, f"`stop` supports up to {most} stop sequences. Given: {len(stop)}", "stop")
     # TGI ends such a request after its first token, which nobody can have meant.
     _require("" not in stop, "`stop` must not hold an empty string", "stop")
+    longest = max(map(len, stop), default=0)
+    _require(
+        longest <= MAX_STOP_CHARS,
+        f"`stop` sequences may have up to {MAX_STOP_CHARS} characters. Given: {longest}",
+        "stop",
+    )
 
 
 def _check_length(num_input: int, max_new: int | None, limits: NativeLimits) -> int:

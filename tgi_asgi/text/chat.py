@@ -16,8 +16,9 @@ import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.sandbox import make_environment
+from tgi_asgi.text.template_limits import MAX_CHARS
 
-MAX_OUTPUT_CHARS = 1 << 25  # twice the default payload limit: no honest prompt comes near it
+MAX_OUTPUT_CHARS = MAX_CHARS  # twice the default payload limit: no honest prompt comes near it
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a template can raise: jinja's own errors, and those of Python operations on values of the wrong type.

@@ -13,7 +13,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tgi_asgi.text.template_limits import LimitedEnvironment
 
 MAX_RANGE = 10_000
 
@@ -57,9 +58,9 @@ def _check_name(name: object) -> None:
         raise SecurityError(f"a namespace attribute cannot start with an underscore: {name!r}")
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
+def make_environment() -> LimitedEnvironment:
     """Return a fresh environment; it keeps the text of `{% generation %}` blocks and ignores the tags."""
-    environment = ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json  # jinja's own escapes <>&' and sorts keys
