@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cpp)
 
-.PHONY: serve test soak install lint format bench clean
+.PHONY: serve test soak install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -38,6 +38,9 @@ format: $(VENV)/.lint-tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+cuda-check: $(VENV)/.installed
+	$(BIN)/python -m tests.cuda.nvcc_check
 
 bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)

@@ -65,9 +65,17 @@ def extension() -> CppExtension:
     if not has_cuda:
         flags = {"cxx": CXX_FLAGS}
         return CppExtension(sources=sorted(sources), extra_compile_args=flags, **common)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures_here() or DEFAULT_ARCHITECTURES)
     flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA"], "nvcc": NVCC_FLAGS}
     return CUDAExtension(sources=sorted(sources + cuda_sources), extra_compile_args=flags, **common)
+
+
+def architectures_here() -> str:
+    """Return the targets of the GPUs that can be seen, as TORCH_CUDA_ARCH_LIST has them; none: empty."""
+    if not torch.cuda.is_available():
+        return ""
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}{'a' if major == 9 else ''}" for major, minor in sorted(found))
 
 
 class Build(BuildExtension):

@@ -1,5 +1,6 @@
-// Copies from global to shared memory that run beside the arithmetic. A thread's copies are committed in groups and
-// waited for by count; other threads see them after a barrier that follows the wait.
+// Copies from global to shared memory that run beside the arithmetic. A thread's copies are
+// committed in groups and waited for by count; other threads see them after a barrier that follows
+// the wait.
 #pragma once
 
 #include "launch.cuh"
@@ -11,12 +12,14 @@ namespace tgi::cuda {
 // Copies 16 bytes, or writes zeros and reads nothing; both addresses are multiples of 16.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global, bool is_valid) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global),
-               "r"(is_valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(address),
+               "l"(global), "r"(is_valid ? 16 : 0)
                : "memory");
 }
 
-__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 
 // Returns when at most kPending of this thread's groups are on their way.
 template <int kPending>

@@ -17,7 +17,8 @@ constexpr int64_t max_chunks(int64_t longest) {
   return max(int64_t{64}, ceil_divide<int64_t>(longest, 1024));
 }
 
-// A sequence's context as the kernels see it: positions [begin, end) in chunks [first_chunk, first_chunk + count).
+// A sequence's context as the kernels see it: positions [begin, end) in chunks [first_chunk,
+// first_chunk + count).
 struct Context {
   int64_t begin;
   int64_t end;
@@ -35,7 +36,8 @@ struct Context {
   }
 };
 
-// The workspace: where each sequence's chunks begin among all, then what chunks leave for the merge.
+// The workspace: where each sequence's chunks begin among all, then what chunks leave for the
+// merge.
 struct Workspace {
   int32_t* chunk_start;  // [num_sequences + 1]
   float* out;            // [chunk, num_heads, head_dim], not yet divided

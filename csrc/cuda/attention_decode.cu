@@ -1,5 +1,5 @@
-// Decode attention: the plan that all layers of a step share, and the choice of the kernel. Each type has a file of
-// its own: five head sizes are seconds of nvcc.
+// Decode attention: the plan that all layers of a step share, and the choice of the kernel. Each
+// type has a file of its own: five head sizes are seconds of nvcc.
 #include "attention_context.cuh"
 #include "vec.cuh"
 
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p
 
 }  // namespace
 
-int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride, int64_t block_size,
-                                  int64_t num_heads, int64_t head_dim) {
+int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
+                                  int64_t block_size, int64_t num_heads, int64_t head_dim) {
   const int64_t chunks = num_sequences * max_chunks(block_table_stride * block_size);
   return Workspace::head_bytes(num_sequences) + chunks * num_heads * (head_dim + 2) * 4;
 }
@@ -48,9 +48,11 @@ cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream) {
   if (!fits || (p.kv_type != p.type && p.kv_type != Type::kFloat8)) return cudaErrorInvalidValue;
   if (p.num_sequences == 0) return cudaSuccess;
   if (p.type == Type::kBfloat16) {
-    return p.kv_type == p.type ? launch_decode<bf16, bf16>(p, stream) : launch_decode<bf16, fp8>(p, stream);
+    return p.kv_type == p.type ? launch_decode<bf16, bf16>(p, stream)
+                               : launch_decode<bf16, fp8>(p, stream);
   }
-  return p.kv_type == p.type ? launch_decode<fp16, fp16>(p, stream) : launch_decode<fp16, fp8>(p, stream);
+  return p.kv_type == p.type ? launch_decode<fp16, fp16>(p, stream)
+                             : launch_decode<fp16, fp8>(p, stream);
 }
 
 }  // namespace tgi::cuda

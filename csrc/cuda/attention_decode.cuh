@@ -1,9 +1,10 @@
 // Attention of one token a sequence, split over the context (flash-decoding).
 //
-// The work is a list of items (sequence, chunk of its context, KV head). A chunk's length depends on its own
-// sequence's length only, so a row's bits do not depend on the batch. A persistent grid takes the items in turn; the
-// query heads of a KV head share an item as the rows of mma, and each warp walks every fourth tile of sixteen
-// tokens by itself, without barriers. Chunks of one sequence are merged in order by a second kernel.
+// The work is a list of items (sequence, chunk of its context, KV head). A chunk's length depends
+// on its own sequence's length only, so a row's bits do not depend on the batch. A persistent grid
+// takes the items in turn; the query heads of a KV head share an item as the rows of mma, and each
+// warp walks every fourth tile of sixteen tokens by itself, without barriers. Chunks of one
+// sequence are merged in order by a second kernel.
 #pragma once
 
 #include "attention_context.cuh"
@@ -18,34 +19,40 @@ struct Decode {
   static constexpr int kWarps = HeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStages = 3;
-  static constexpr int kTile = 16;                               // tokens
+  static constexpr int kTile = 16;                                   // tokens
   static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;  // of 16 bytes: keys, or values
-  static constexpr int kSharedChunks = kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
+  static constexpr int kSharedChunks =
+      kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
   static constexpr int kSharedBytes = kSharedChunks * 16;
   // The merge of the warps lies where the tiles were.
   static_assert(kWarps * kRows * (HeadDim + 2) * 4 <= kWarps * kStages * 2 * kTileChunks * 16);
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
   // Rows of queries past the group are zeros.
-  static __device__ __forceinline__ void load_queries(const AttentionParams& p, int64_t sequence, int64_t kv_head,
-                                                      int group, uint4* queries) {
-    const Element* q = static_cast<const Element*>(p.q) + (sequence * p.num_heads + kv_head * group) * HeadDim;
+  static __device__ __forceinline__ void load_queries(const AttentionParams& p, int64_t sequence,
+                                                      int64_t kv_head, int group, uint4* queries) {
+    const Element* q =
+        static_cast<const Element*>(p.q) + (sequence * p.num_heads + kv_head * group) * HeadDim;
     for (int i = int(threadIdx.x); i < kRows * Row<HeadDim>::kChunks; i += kThreads) {
       const int row = i / Row<HeadDim>::kChunks, chunk = i % Row<HeadDim>::kChunks;
       queries[Row<HeadDim>::at(row, chunk)] =
-          row < group ? *reinterpret_cast<const uint4*>(q + row * HeadDim + chunk * 8) : uint4{0, 0, 0, 0};
+          row < group ? *reinterpret_cast<const uint4*>(q + row * HeadDim + chunk * 8)
+                      : uint4{0, 0, 0, 0};
     }
   }
 
   // This warp's part of the tokens [begin, end): tiles warp, warp + kWarps ... of them.
-  static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence, int64_t kv_head,
-                                              int64_t begin, int64_t end, const uint4* queries, uint4* tiles,
+  static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence,
+                                              int64_t kv_head, int64_t begin, int64_t end,
+                                              const uint4* queries, uint4* tiles,
                                               RowState<HeadDim>& state) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
     const int64_t first_tile = begin / kTile;
-    const int num_tiles = int((ceil_divide<int64_t>(end, kTile) - first_tile - warp + kWarps - 1) / kWarps);
+    const int num_tiles =
+        int((ceil_divide<int64_t>(end, kTile) - first_tile - warp + kWarps - 1) / kWarps);
     const auto token_of = [&](int i) { return (first_tile + warp + int64_t{i} * kWarps) * kTile; };
-    // Lane i knows the i-th tile's block: ids stand in front of every address, so they are fetched all at once.
+    // Lane i knows the i-th tile's block: ids stand in front of every address, so they are fetched
+    // all at once.
     int32_t own_block = 0;
     if (lane < num_tiles) {
       own_block = p.block_table[sequence * p.block_table_stride + token_of(lane) / p.block_size];
@@ -54,15 +61,16 @@ struct Decode {
     const KvCache cache(p, kv_head);
     const auto bring_tile = [&](int i) {
       const int64_t token = token_of(i);
-      const int64_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize), offset = token % p.block_size;
+      const int64_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize),
+                    offset = token % p.block_size;
       uint4* stage = tiles + i % kStages * 2 * kTileChunks;
 #pragma unroll 4
       for (int k = lane; k < 2 * kTile * KvCache::kCopies; k += kWarpSize) {
         const bool is_value = k >= kTile * KvCache::kCopies;
         const int row = k / KvCache::kCopies % kTile;
         const bool is_valid = token + row >= begin && token + row < end;
-        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value, block, offset + row,
-                    is_valid);
+        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value,
+                    block, offset + row, is_valid);
       }
     };
 #pragma unroll
@@ -78,14 +86,17 @@ struct Decode {
       const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
       const int first = int(max(begin - token_of(i), int64_t{0}));
       const int stop = int(min(end - token_of(i), int64_t{kTile}));
-      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks, p.scale * p.key_scale * kLog2E,
-                                      first == 0 && stop == kTile, Visible{{first, first}, {stop, stop}});
+      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks,
+                                      p.scale * p.key_scale * kLog2E, first == 0 && stop == kTile,
+                                      Visible{{first, first}, {stop, stop}});
     }
     finish_sums(state);
   }
 
-  // Leaves the warp's rows in shared memory: [warp][row] sums, then of each the maximum and the total.
-  static __device__ __forceinline__ void leave(const RowState<HeadDim>& state, float* sums, float* stats) {
+  // Leaves the warp's rows in shared memory: [warp][row] sums, then of each the maximum and the
+  // total.
+  static __device__ __forceinline__ void leave(const RowState<HeadDim>& state, float* sums,
+                                               float* stats) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -95,7 +106,8 @@ struct Decode {
         *reinterpret_cast<float2*>(sums + row * HeadDim + j * 8 + lane % 4 * 2) =
             float2{state.out[j][2 * half], state.out[j][2 * half + 1]};
       }
-      if (lane % 4 == 0) *reinterpret_cast<float2*>(stats + row * 2) = float2{state.max[half], state.sum[half]};
+      if (lane % 4 == 0)
+        *reinterpret_cast<float2*>(stats + row * 2) = float2{state.max[half], state.sum[half]};
     }
   }
 };
@@ -133,14 +145,17 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
       (workspace.chunk_start[middle] <= chunk ? sequence : stop) = middle;
     }
     const Context context(p, sequence);
-    const int64_t start = (context.first_chunk() + chunk - workspace.chunk_start[sequence]) * context.length;
+    const int64_t start =
+        (context.first_chunk() + chunk - workspace.chunk_start[sequence]) * context.length;
     const int64_t begin = max(context.begin, start), end = min(context.end, start + context.length);
     Kernel::load_queries(p, sequence, kv_head, group, queries);
-    __syncthreads();  // also: all have done with the merge of the item before, and its tiles are free
+    __syncthreads();  // also: all have done with the merge of the item before, and its tiles are
+                      // free
     RowState<HeadDim> state;
     state.clear();
     Kernel::walk(p, sequence, kv_head, begin, end, queries,
-                 tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks, state);
+                 tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks,
+                 state);
     __syncthreads();  // the tiles are done with
     Kernel::leave(state, sums, stats);
     __syncthreads();
@@ -175,7 +190,8 @@ __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams
     }
     const float factor = first == stop ? 0.0f : p.value_scale / merged[0].sum;
     Element* out = static_cast<Element*>(p.out) + (sequence * p.num_heads + head) * HeadDim + d;
-    *reinterpret_cast<uint32_t*>(out) = Pair<Element>::pack(merged[0].out * factor, merged[1].out * factor);
+    *reinterpret_cast<uint32_t*>(out) =
+        Pair<Element>::pack(merged[0].out * factor, merged[1].out * factor);
   }
 }
 

@@ -1,8 +1,10 @@
-// Attention of many tokens a sequence over the paged cache: causal, chunked or whole, with a sliding window.
+// Attention of many tokens a sequence over the paged cache: causal, chunked or whole, with a
+// sliding window.
 //
-// A block takes 64 rows of one KV head: row r is query token r / group and query head r % group, so that the heads of
-// a group read keys and values once. Its four warps have sixteen rows each and share the tiles of keys, which begin
-// at multiples of the tile's length: a row's bits do not depend on how its prompt was cut.
+// A block takes 64 rows of one KV head: row r is query token r / group and query head r % group, so
+// that the heads of a group read keys and values once. Its four warps have sixteen rows each and
+// share the tiles of keys, which begin at multiples of the tile's length: a row's bits do not
+// depend on how its prompt was cut.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -18,11 +20,13 @@ struct Prefill {
   static constexpr int kStages = 2;
   static constexpr int kUnroll = HeadDim <= 128 ? 4 : 1;  // the sums leave no more registers
   static constexpr int kTileChunks = kKeys * Row<HeadDim>::kStride;
-  static constexpr int kSharedBytes = (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16;
+  static constexpr int kSharedBytes =
+      (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16;
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
   static __device__ __forceinline__ void bring_tile(const AttentionParams& p, const KvCache& cache,
-                                                    const int32_t* table, int token, int begin, int end, uint4* stage) {
+                                                    const int32_t* table, int token, int begin,
+                                                    int end, uint4* stage) {
 #pragma unroll(kUnroll)
     for (int k = int(threadIdx.x); k < 2 * kKeys * KvCache::kCopies; k += kThreads) {
       const bool is_value = k >= kKeys * KvCache::kCopies;
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   const int64_t sequence = blockIdx.z, kv_head = blockIdx.y;
   const int group = int(p.num_heads / p.num_kv_heads);
   const int64_t query_begin = min(max(int64_t{p.query_start[sequence]}, int64_t{0}), p.num_tokens);
-  const int64_t query_end = min(max(int64_t{p.query_start[sequence + 1]}, query_begin), p.num_tokens);
+  const int64_t query_end =
+      min(max(int64_t{p.query_start[sequence + 1]}, query_begin), p.num_tokens);
   const int num_rows = int(query_end - query_begin) * group;
   // The last rows see the most keys: they start first.
   const int first_row = int(gridDim.x - 1 - blockIdx.x) * Kernel::kBlockRows;
@@ -57,13 +62,16 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   const int64_t context = min(max(int64_t{p.context_len[sequence]}, int64_t{0}), longest);
   const int before = int(context - (query_end - query_begin));  // position of the first query
   const int nearest = before + first_row / group, furthest = before + last_row / group;
-  const int window = int(p.window), begin = window > 0 ? max(nearest - window + 1, 0) : 0, end = furthest + 1;
+  const int window = int(p.window), begin = window > 0 ? max(nearest - window + 1, 0) : 0,
+            end = furthest + 1;
 
-  const Element* q = static_cast<const Element*>(p.q) + (query_begin * p.num_heads + kv_head * group) * HeadDim;
+  const Element* q =
+      static_cast<const Element*>(p.q) + (query_begin * p.num_heads + kv_head * group) * HeadDim;
   for (int i = int(threadIdx.x); i < Kernel::kBlockRows * Tile::kChunks; i += Kernel::kThreads) {
     const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
     const int from = first_row + row;
-    const int64_t offset = (int64_t{from / group} * p.num_heads + from % group) * HeadDim + chunk * 8;
+    const int64_t offset =
+        (int64_t{from / group} * p.num_heads + from % group) * HeadDim + chunk * 8;
     async_copy16(&queries[Tile::at(row, chunk)], from < num_rows ? q + offset : q, from < num_rows);
   }
   const typename Kernel::KvCache cache(p, kv_head);
@@ -99,9 +107,9 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     const bool is_all_visible =
         token + Kernel::kKeys <= nearest + 1 && (window == 0 || token >= furthest + 1 - window);
     const uint4* keys = tiles + stage * 2 * Kernel::kTileChunks;
-    attend<Element, HeadDim, Kernel::kKeys>(state, queries + warp * kRows * Tile::kStride, keys,
-                                            keys + Kernel::kTileChunks, p.scale * p.key_scale * kLog2E,
-                                            is_all_visible, visible);
+    attend<Element, HeadDim, Kernel::kKeys>(
+        state, queries + warp * kRows * Tile::kStride, keys, keys + Kernel::kTileChunks,
+        p.scale * p.key_scale * kLog2E, is_all_visible, visible);
   }
   finish_sums(state);
 #pragma unroll
@@ -110,7 +118,8 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     if (row >= num_rows) continue;
     const float factor = p.value_scale / state.sum[half];
     const int64_t head = kv_head * group + row % group;
-    Element* out = static_cast<Element*>(p.out) + ((query_begin + row / group) * p.num_heads + head) * HeadDim;
+    Element* out =
+        static_cast<Element*>(p.out) + ((query_begin + row / group) * p.num_heads + head) * HeadDim;
 #pragma unroll
     for (int j = 0; j < HeadDim / 8; ++j) {
       *reinterpret_cast<uint32_t*>(out + j * 8 + lane % 4 * 2) =
@@ -124,10 +133,10 @@ cudaError_t launch_prefill(const AttentionParams& p, cudaStream_t stream) {
   return for_head_dim(p.head_dim, [&](auto head_dim) {
     using Kernel = Prefill<Element, KvElement, decltype(head_dim)::value>;
     const int64_t rows = p.max_query_len * (p.num_heads / p.num_kv_heads);
-    const dim3 grid(unsigned(ceil_divide<int64_t>(rows, Kernel::kBlockRows)), unsigned(p.num_kv_heads),
-                    unsigned(p.num_sequences));
-    return launch(prefill_kernel<Element, KvElement, decltype(head_dim)::value>, grid, dim3(Kernel::kThreads),
-                  Kernel::kSharedBytes, stream, p);
+    const dim3 grid(unsigned(ceil_divide<int64_t>(rows, Kernel::kBlockRows)),
+                    unsigned(p.num_kv_heads), unsigned(p.num_sequences));
+    return launch(prefill_kernel<Element, KvElement, decltype(head_dim)::value>, grid,
+                  dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, p);
   });
 }
 

@@ -1,5 +1,6 @@
-// What decode and prefill attention share: tiles of keys and values in shared memory, and sixteen query rows of a
-// warp attending to one. Dao, FlashAttention-2, algorithm 1; the layout of fragments is in mma.cuh.
+// What decode and prefill attention share: tiles of keys and values in shared memory, and sixteen
+// query rows of a warp attending to one. Dao, FlashAttention-2, algorithm 1; the layout of
+// fragments is in mma.cuh.
 #pragma once
 
 #include <type_traits>
@@ -12,13 +13,15 @@ namespace tgi::cuda {
 
 constexpr int kRows = 16;  // of queries a warp
 
-// A row of HeadDim 16-bit elements in shared memory: chunks of 16 bytes, whose order changes from row to row so that
-// ldmatrix meets each bank once.
+// A row of HeadDim 16-bit elements in shared memory: chunks of 16 bytes, whose order changes from
+// row to row so that ldmatrix meets each bank once.
 template <int HeadDim>
 struct Row {
   static constexpr int kChunks = HeadDim / 8;
   static constexpr int kStride = (kChunks + 7) / 8 * 8;
-  static __device__ __forceinline__ int at(int row, int chunk) { return row * kStride + (chunk ^ (row & 7)); }
+  static __device__ __forceinline__ int at(int row, int chunk) {
+    return row * kStride + (chunk ^ (row & 7));
+  }
 };
 
 // The softmax of a warp's rows so far. A lane holds rows l / 4 and l / 4 + 8.
@@ -54,12 +57,12 @@ struct Cache {
         block_stride(2 * p.num_kv_heads * p.block_size * HeadDim),
         value_offset(p.num_kv_heads * p.block_size * HeadDim) {}
 
-  // Starts to bring the i-th 16 bytes of a row (or zeros) into row `row` of a tile. A cache of 8 bits is converted on
-  // the way, at once.
-  __device__ __forceinline__ void bring(uint4* tile, int row, int i, bool is_value, int64_t block, int64_t offset,
-                                        bool is_valid) const {
-    const KvElement* from = head + block * block_stride + (is_value ? value_offset : 0) + offset * HeadDim +
-                            i * (16 / int(sizeof(KvElement)));
+  // Starts to bring the i-th 16 bytes of a row (or zeros) into row `row` of a tile. A cache of 8
+  // bits is converted on the way, at once.
+  __device__ __forceinline__ void bring(uint4* tile, int row, int i, bool is_value, int64_t block,
+                                        int64_t offset, bool is_valid) const {
+    const KvElement* from = head + block * block_stride + (is_value ? value_offset : 0) +
+                            offset * HeadDim + i * (16 / int(sizeof(KvElement)));
     if constexpr (kIsSame) {
       async_copy16(&tile[Row<HeadDim>::at(row, i)], from, is_valid);
     } else {
@@ -83,11 +86,12 @@ struct Visible {
   int stop[2];
 };
 
-// The warp's rows `queries` [16] attend to Keys keys and values. Scores are multiplied by scale_log2.
+// The warp's rows `queries` [16] attend to Keys keys and values. Scores are multiplied by
+// scale_log2.
 template <typename Element, int HeadDim, int Keys>
-__device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* queries, const uint4* keys,
-                                       const uint4* values, float scale_log2, bool is_all_visible,
-                                       const Visible& visible) {
+__device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* queries,
+                                       const uint4* keys, const uint4* values, float scale_log2,
+                                       bool is_all_visible, const Visible& visible) {
   using Tile = Row<HeadDim>;
   const int lane = int(threadIdx.x) % kWarpSize;
   float score[Keys / 8][4];
@@ -114,7 +118,8 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         const int key = j * 8 + lane % 4 * 2 + i % 2;
-        const bool is_seen = is_all_visible || (key >= visible.first[half] && key < visible.stop[half]);
+        const bool is_seen =
+            is_all_visible || (key >= visible.first[half] && key < visible.stop[half]);
         score[j][i] = is_seen ? score[j][i] * scale_log2 : -INFINITY;
         largest = fmaxf(largest, score[j][i]);
       }
@@ -142,14 +147,15 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
   }
 #pragma unroll
   for (int j = 0; j < Keys / 16; ++j) {
-    const uint32_t a[4] = {
-        Pair<Element>::pack(score[2 * j][0], score[2 * j][1]), Pair<Element>::pack(score[2 * j][2], score[2 * j][3]),
-        Pair<Element>::pack(score[2 * j + 1][0], score[2 * j + 1][1]),
-        Pair<Element>::pack(score[2 * j + 1][2], score[2 * j + 1][3])};
+    const uint32_t a[4] = {Pair<Element>::pack(score[2 * j][0], score[2 * j][1]),
+                           Pair<Element>::pack(score[2 * j][2], score[2 * j][3]),
+                           Pair<Element>::pack(score[2 * j + 1][0], score[2 * j + 1][1]),
+                           Pair<Element>::pack(score[2 * j + 1][2], score[2 * j + 1][3])};
 #pragma unroll
     for (int d = 0; d < HeadDim / 16; ++d) {
       uint32_t b[4];
-      load_matrix_x4_transposed(b, &values[Tile::at(j * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16)]);
+      load_matrix_x4_transposed(
+          b, &values[Tile::at(j * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * d + lane / 16)]);
       mma_m16n8k16<Element>(state.out[2 * d], a, b[0], b[1]);
       mma_m16n8k16<Element>(state.out[2 * d + 1], a, b[2], b[3]);
     }
@@ -172,12 +178,18 @@ constexpr float kLog2E = 1.4426950408889634f;
 template <typename Body>
 cudaError_t for_head_dim(int64_t head_dim, const Body& body) {
   switch (head_dim) {
-    case 64: return body(std::integral_constant<int, 64>());
-    case 80: return body(std::integral_constant<int, 80>());
-    case 96: return body(std::integral_constant<int, 96>());
-    case 128: return body(std::integral_constant<int, 128>());
-    case 256: return body(std::integral_constant<int, 256>());
-    default: return cudaErrorInvalidValue;
+    case 64:
+      return body(std::integral_constant<int, 64>());
+    case 80:
+      return body(std::integral_constant<int, 80>());
+    case 96:
+      return body(std::integral_constant<int, 96>());
+    case 128:
+      return body(std::integral_constant<int, 128>());
+    case 256:
+      return body(std::integral_constant<int, 256>());
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -1,6 +1,7 @@
-// The CUDA operators: one plain struct of device pointers and sizes each, and a launcher that returns the launch's
-// error. Activations, queries and the cache are 16 bits wide here (or 8, the cache), the residual is float32. The
-// bindings check everything a kernel trusts, but for what lies on the device: ids and lengths there are clamped.
+// The CUDA operators: one plain struct of device pointers and sizes each, and a launcher that
+// returns the launch's error. Activations, queries and the cache are 16 bits wide here (or 8, the
+// cache), the residual is float32. The bindings check everything a kernel trusts, but for what lies
+// on the device: ids and lengths there are clamped.
 #pragma once
 
 #include <cstdint>
@@ -54,17 +55,18 @@ struct ActMulParams {
 };
 cudaError_t act_mul(const ActMulParams& p, cudaStream_t stream);
 
-// The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write into the cache.
-// The cache of a layer is [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim] of kv_type.
+// The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write
+// into the cache. The cache of a layer is [num_blocks, 2 (key, value), num_kv_heads, block_size,
+// head_dim] of kv_type.
 struct RopeParams {
   const void* qkv;           // [num_tokens, num_heads + 2 * num_kv_heads, head_dim] of type
   const int32_t* positions;  // [num_tokens], clamped to the tables
-  const int64_t* slots;      // [num_tokens] block * block_size + offset; outside of the pool: not written
-  const float* cos;          // [num_positions, rotary_dim / 2]
-  const float* sin;          // the same
-  const float* q_norm;       // [head_dim], or null: heads are not normed
-  const float* k_norm;       // [head_dim], or null
-  void* q;                   // [num_tokens, num_heads, head_dim] of type
+  const int64_t* slots;  // [num_tokens] block * block_size + offset; out of the pool: not written
+  const float* cos;      // [num_positions, rotary_dim / 2]
+  const float* sin;      // the same
+  const float* q_norm;   // [head_dim], or null: heads are not normed
+  const float* k_norm;   // [head_dim], or null
+  void* q;               // [num_tokens, num_heads, head_dim] of type
   void* kv;
   int64_t num_tokens;
   int64_t num_positions;
@@ -75,20 +77,20 @@ struct RopeParams {
   int64_t num_blocks;
   int64_t block_size;
   float eps;
-  float key_scale;    // keys and values are divided by these: 1 unless the cache is 8 bits wide
+  float key_scale;  // keys and values are divided by these: 1 unless the cache is 8 bits wide
   float value_scale;
   Type type;
   Type kv_type;
 };
 cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream);
 
-// A sequence's queries are its last tokens: query i of n sees the positions below context_len - n + i + 1, and of
-// these the last `window`.
+// A sequence's queries are its last tokens: query i of n sees the positions below context_len - n +
+// i + 1, and of these the last `window`.
 struct AttentionParams {
   const void* q;               // [num_tokens, num_heads, head_dim] of type
   const void* kv;              // see RopeParams
   const int32_t* query_start;  // [num_sequences + 1]; decode does not read it: one token a sequence
-  const int32_t* context_len;  // [num_sequences], the queries included; 0: a padding row, its output is 0
+  const int32_t* context_len;  // [num_sequences], queries included; 0: padding, output is 0
   const int32_t* block_table;  // [num_sequences, block_table_stride], clamped to the pool
   void* out;                   // [num_tokens, num_heads, head_dim] of type
   void* workspace;             // decode: attention_workspace_bytes
@@ -112,8 +114,8 @@ struct AttentionParams {
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
-int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride, int64_t block_size,
-                                  int64_t num_heads, int64_t head_dim);
+int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
+                                  int64_t block_size, int64_t num_heads, int64_t head_dim);
 
 // A row of slots outside of [0, num_slots) is padding: it draws 0 and changes nothing.
 struct SampleParams {

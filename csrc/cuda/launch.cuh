@@ -1,5 +1,5 @@
-// Launching kernels and declaring shared memory: the one place that knows how CUDA does it. g++ compiles the
-// same kernels for a CPU with the emulator's header instead.
+// Launching kernels and declaring shared memory: the one place that knows how CUDA does it. g++
+// compiles the same kernels for a CPU with the emulator's header instead.
 #pragma once
 
 #ifdef __CUDACC__
@@ -9,8 +9,8 @@
 #include <cstdint>
 
 #define SHARED_ARRAY(T, name, count) __shared__ T name[count]
-#define DYNAMIC_SHARED(T, name)                                             \
-  extern __shared__ __align__(128) unsigned char tgi_dynamic_shared[];      \
+#define DYNAMIC_SHARED(T, name)                                        \
+  extern __shared__ __align__(128) unsigned char tgi_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(tgi_dynamic_shared)
 
 namespace tgi::cuda {
@@ -32,7 +32,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 inline int num_multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
   return count;
 }
 

@@ -1,5 +1,5 @@
-// Tensor cores: the product of 16 x 16 by 16 x 8 and the loads of its fragments. Layouts: PTX ISA, "Matrix
-// fragments for mma.m16n8k16" and "ldmatrix".
+// Tensor cores: the product of 16 x 16 by 16 x 8 and the loads of its fragments. Layouts: PTX ISA,
+// "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
 
 #include "vec.cuh"
@@ -8,13 +8,14 @@ namespace tgi::cuda {
 
 // d += a b. Lane l holds rows l / 4 and l / 4 + 8, columns l % 4 * 2 and the next, of d.
 template <typename Element>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1);
 
 #ifdef __CUDACC__
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                   uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
@@ -23,8 +24,8 @@ __device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t
 }
 
 template <>
-__device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                   uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4],
+                                                   uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
@@ -32,8 +33,8 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and
-// receives of each matrix row l / 4, columns l % 4 * 2 and the next.
+// Loads four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l /
+// 8, and receives of each matrix row l / 4, columns l % 4 * 2 and the next.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
@@ -65,7 +66,9 @@ inline void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b
   emu::mma_m16n8k16(emu::Element::kFloat16, d, a, b);
 }
 
-inline void load_matrix_x4(uint32_t (&out)[4], const void* row) { emu::load_matrix_x4(out, row, false); }
+inline void load_matrix_x4(uint32_t (&out)[4], const void* row) {
+  emu::load_matrix_x4(out, row, false);
+}
 inline void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
   emu::load_matrix_x4(out, row, true);
 }

@@ -1,5 +1,6 @@
-// The draw's random numbers: Philox4x32-10, by key and counter alone. Salmon et al., Parallel Random Numbers: As Easy
-// as 1, 2, 3, section 3.3 and table 2. csrc/cpu/philox.h is the same for sixteen counters at a time.
+// The draw's random numbers: Philox4x32-10, by key and counter alone. Salmon et al., Parallel
+// Random Numbers: As Easy as 1, 2, 3, section 3.3 and table 2. csrc/cpu/philox.h is the same for
+// sixteen counters at a time.
 #pragma once
 
 #include "launch.cuh"
@@ -7,7 +8,8 @@
 namespace tgi::cuda {
 
 // The first output word of counter (token, choice, position low, position high), key = seed.
-__device__ __forceinline__ uint32_t philox(uint32_t token, uint32_t choice, uint64_t position, uint64_t seed) {
+__device__ __forceinline__ uint32_t philox(uint32_t token, uint32_t choice, uint64_t position,
+                                           uint64_t seed) {
   uint32_t c0 = token, c1 = choice, c2 = uint32_t(position), c3 = uint32_t(position >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
@@ -24,8 +26,8 @@ __device__ __forceinline__ uint32_t philox(uint32_t token, uint32_t choice, uint
   return c0;
 }
 
-// The logarithm of an exponential variable made of a word: the earliest of log E - score wins the race, which is
-// Gumbel-max. u = (word + 1/2) / 2^32.
+// The logarithm of an exponential variable made of a word: the earliest of log E - score wins the
+// race, which is Gumbel-max. u = (word + 1/2) / 2^32.
 __device__ __forceinline__ double log_arrival(uint32_t word) {
   return log(-log1p(-(double(word) + 0.5) * 0x1p-32));
 }

@@ -28,8 +28,8 @@ __device__ __forceinline__ T warp_reduce(T x, Operation operation) {
   return x;
 }
 
-// All threads get the result. scratch: [warps of the block] in shared memory, free again on return. Called by
-// every thread of a block of whole warps.
+// All threads get the result. scratch: [warps of the block] in shared memory, free again on return.
+// Called by every thread of a block of whole warps.
 template <typename T, typename Operation>
 __device__ __forceinline__ T block_reduce(T x, Operation operation, T* scratch) {
   const int num_warps = int(blockDim.x) / kWarpSize;

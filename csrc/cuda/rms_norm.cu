@@ -1,4 +1,5 @@
-// RMSNorm of the residual into the next product's activation: one block a row, the row in registers.
+// RMSNorm of the residual into the next product's activation: one block a row, the row in
+// registers.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -13,7 +14,8 @@ template <typename Element>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(RmsNormParams p) {
   SHARED_ARRAY(float, scratch, kMaxThreads / kWarpSize);
   const int64_t row = blockIdx.x;
-  const int64_t from = p.rows == nullptr ? row : min(max(int64_t{p.rows[row]}, int64_t{0}), p.num_tokens - 1);
+  const int64_t from =
+      p.rows == nullptr ? row : min(max(int64_t{p.rows[row]}, int64_t{0}), p.num_tokens - 1);
   const float* x = p.x + from * p.hidden;  // [hidden]
   float values[kVectors][8];
   float sum = 0;
@@ -45,7 +47,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(RmsNormParams 
 cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.hidden % 8 != 0 || p.hidden < 8 || p.hidden > kMaxHidden) return cudaErrorInvalidValue;
   if (p.num_rows == 0) return cudaSuccess;
-  const auto threads = unsigned(ceil_divide<int64_t>(p.hidden, 8 * kVectors * kWarpSize) * kWarpSize);
+  const auto threads =
+      unsigned(ceil_divide<int64_t>(p.hidden, 8 * kVectors * kWarpSize) * kWarpSize);
   const auto kernel = p.type == Type::kBfloat16 ? rms_norm_kernel<bf16> : rms_norm_kernel<fp16>;
   return launch(kernel, dim3(unsigned(p.num_rows)), dim3(threads), 0, stream, p);
 }

@@ -1,4 +1,5 @@
-// Norm of heads, rotary embedding and the write of keys and values into the cache: one warp a (token, head).
+// Norm of heads, rotary embedding and the write of keys and values into the cache: one warp a
+// (token, head).
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -25,7 +26,8 @@ __device__ __forceinline__ void store_pair(Element* p, float2 x) {
 }
 
 // What every element of the head is multiplied by to give it a mean square of 1.
-__device__ __forceinline__ float inverse_rms(const Words& words, int lane, int head_dim, float eps) {
+__device__ __forceinline__ float inverse_rms(const Words& words, int lane, int head_dim,
+                                             float eps) {
   float sum = 0;
 #pragma unroll
   for (int k = 0; k < kMaxWords; ++k) {
@@ -36,10 +38,12 @@ __device__ __forceinline__ float inverse_rms(const Words& words, int lane, int h
   return 1.0f / sqrtf(warp_reduce(sum, Add()) / float(head_dim) + eps);
 }
 
-// Element pairs at d of the head, normed and rotated. `head` is read again for the other half: it is in L1.
+// Element pairs at d of the head, normed and rotated. `head` is read again for the other half: it
+// is in L1.
 template <typename Element>
-__device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, int half, const float* cos,
-                                         const float* sin, const float* norm, float inverse) {
+__device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, int half,
+                                         const float* cos, const float* sin, const float* norm,
+                                         float inverse) {
   const bool is_first = d < half;
   if (norm != nullptr) x.x *= inverse * norm[d], x.y *= inverse * norm[d + 1];
   if (d >= 2 * half) return x;
@@ -53,7 +57,8 @@ __device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, i
 
 template <typename Element, typename KvElement>
 __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
-  const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim), half = int(p.rotary_dim / 2);
+  const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim),
+            half = int(p.rotary_dim / 2);
   const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (unit >= p.num_tokens * all_heads) return;
@@ -74,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
     for (int k = 0; k < kMaxWords; ++k) {
       const int d = 2 * (lane + kWarpSize * k);
       if (d >= head_dim) continue;
-      words.at[k] = rotate(in, words.at[k], d, half, p.cos + position * half, p.sin + position * half, norm,
-                           inverse);
+      words.at[k] = rotate(in, words.at[k], d, half, p.cos + position * half,
+                           p.sin + position * half, norm, inverse);
     }
   }
   if (is_query) {
@@ -91,8 +96,9 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
   if (slot < 0 || slot >= p.num_blocks * p.block_size) return;
   const int64_t kv_head = (head - p.num_heads) % p.num_kv_heads;
   const int64_t plane = slot / p.block_size * 2 + (is_value ? 1 : 0);
-  KvElement* out = static_cast<KvElement*>(p.kv) +
-                   ((plane * p.num_kv_heads + kv_head) * p.block_size + slot % p.block_size) * head_dim;
+  KvElement* out =
+      static_cast<KvElement*>(p.kv) +
+      ((plane * p.num_kv_heads + kv_head) * p.block_size + slot % p.block_size) * head_dim;
   const float factor = 1.0f / (is_value ? p.value_scale : p.key_scale);
 #pragma unroll
   for (int k = 0; k < kMaxWords; ++k) {
@@ -104,8 +110,10 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
 template <typename Element>
 cudaError_t launch_rope(const RopeParams& p, cudaStream_t stream) {
   const int64_t units = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
-  const auto kernel = p.kv_type == Type::kFloat8 ? rope_kernel<Element, fp8> : rope_kernel<Element, Element>;
-  return launch(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))), dim3(kThreads), 0, stream, p);
+  const auto kernel =
+      p.kv_type == Type::kFloat8 ? rope_kernel<Element, fp8> : rope_kernel<Element, Element>;
+  return launch(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))), dim3(kThreads), 0,
+                stream, p);
 }
 
 }  // namespace

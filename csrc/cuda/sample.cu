@@ -1,5 +1,6 @@
-// One token a row of logits, by its slot's parameters: one block a row, no sort. tgi_asgi/ops/sample.py has the order
-// of the filters; csrc/cpu/sample.cpp draws the same tokens, but for ties in the last bit.
+// One token a row of logits, by its slot's parameters: one block a row, no sort.
+// tgi_asgi/ops/sample.py has the order of the filters; csrc/cpu/sample.cpp draws the same tokens,
+// but for ties in the last bit.
 #include "kernels.h"
 #include "philox.cuh"
 #include "sample_rows.cuh"
@@ -10,19 +11,23 @@ namespace {
 constexpr float kNaN = NAN;
 
 __device__ __forceinline__ bool has_penalties(const SampleSlot& slot) {
-  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f || slot.presence_penalty != 0.0f;
+  return slot.repetition_penalty != 1.0f || slot.frequency_penalty != 0.0f ||
+         slot.presence_penalty != 0.0f;
 }
 
 __device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32_t count) {
   if (count == 0) return x;
   x = x > 0 ? x / slot.repetition_penalty : x * slot.repetition_penalty;
   const int32_t in_output = count >> 1;
-  return in_output == 0 ? x : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
+  return in_output == 0 ? x
+                        : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
 }
 
-// The row's logits after penalties, bias and masks: in `room` where anything applies, else where they are.
-__device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int64_t row, int64_t slot_index,
-                                               const SampleSlot& slot, const float* logits, float* room) {
+// The row's logits after penalties, bias and masks: in `room` where anything applies, else where
+// they are.
+__device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int64_t row,
+                                               int64_t slot_index, const SampleSlot& slot,
+                                               const float* logits, float* room) {
   const int n = int(p.vocab);
   const bool is_penalised = has_penalties(slot);
   const bool is_held = slot.num_masked > 0 && slot.position < slot.masked_until;
@@ -51,7 +56,8 @@ __device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int
   return room;
 }
 
-// The scores (best 0) that may be drawn: those of at least `floor`, and no further from `mean` than `reach`.
+// The scores (best 0) that may be drawn: those of at least `floor`, and no further from `mean` than
+// `reach`.
 struct Kept {
   const float* values;
   float max, factor;
@@ -63,8 +69,8 @@ struct Kept {
   }
 };
 
-// Keeps the most typical scores that weigh typical_p of those kept so far. Meister et al., Locally Typical Sampling,
-// section 4.
+// Keeps the most typical scores that weigh typical_p of those kept so far. Meister et al., Locally
+// Typical Sampling, section 4.
 __device__ __forceinline__ void keep_typical(float typical_p, int n, Kept& kept, RowRoom& room) {
   double mass = 0, weighted = 0;
   for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
@@ -81,12 +87,15 @@ __device__ __forceinline__ void keep_typical(float typical_p, int n, Kept& kept,
     distance = fabsf(score - mean);
     return score >= kept.floor ? to_weight(score) : Weight{0};
   };
-  const auto share = [=](Weight total) { return static_cast<Weight>(ceil(double(total) * typical_p)); };
+  const auto share = [=](Weight total) {
+    return static_cast<Weight>(ceil(double(total) * typical_p));
+  };
   kept.reach = reach(n, weigh, share, room);
   kept.mean = mean;
 }
 
-// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep whole ties.
+// Applies top-k, top-p over the renormalised top-k set, min-p and typical-p. Cut-offs keep whole
+// ties.
 __device__ __forceinline__ void cut(const SampleSlot& slot, int n, Kept& kept, RowRoom& room) {
   if (slot.top_k > 0 && slot.top_k < n) {
     const auto weigh = [&](int i, float& distance) {
@@ -103,23 +112,28 @@ __device__ __forceinline__ void cut(const SampleSlot& slot, int n, Kept& kept, R
       distance = fabsf(score);
       return score >= kept.floor ? to_weight(score) : Weight{0};
     };
-    const auto share = [&](Weight total) { return static_cast<Weight>(ceil(double(total) * slot.top_p)); };
+    const auto share = [&](Weight total) {
+      return static_cast<Weight>(ceil(double(total) * slot.top_p));
+    };
     kept.floor = fmaxf(kept.floor, -reach(n, weigh, share, room));
   }
   if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
   if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, n, kept, room);
 }
 
-// The winner of the race: the index of the least log E - score, lowest on ties. The exact time is taken only of those
-// who come near the best so far: a logarithm in double costs as much as a hundred other instructions.
-__device__ __forceinline__ int race(const SampleSlot& slot, int n, const Kept& kept, RowRoom& room) {
+// The winner of the race: the index of the least log E - score, lowest on ties. The exact time is
+// taken only of those who come near the best so far: a logarithm in double costs as much as a
+// hundred other instructions.
+__device__ __forceinline__ int race(const SampleSlot& slot, int n, const Kept& kept,
+                                    RowRoom& room) {
   double best = INFINITY;
   int winner = n;
   float bound = INFINITY;
   for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
     const float score = kept.score(i);
     if (!kept.has(score)) continue;
-    const uint32_t word = philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
+    const uint32_t word =
+        philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
     if (!(log_arrival_nearly(word) - score <= bound)) continue;
     const double arrival = log_arrival(word) - double(score);
     if (arrival < best) {
@@ -154,7 +168,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   const RowStats stats = values == logits ? raw : row_stats(values, n, room);
   if (!stats.is_finite || stats.max == -INFINITY) return;
 
-  // A temperature near 0 must not make the best score 0 * infinity; greedy, scores are the values less the best.
+  // A temperature near 0 must not make the best score 0 * infinity; greedy, scores are the values
+  // less the best.
   const bool is_greedy = slot.temperature == 0.0f;
   const float factor = is_greedy ? 1.0f : fminf(1.0f / slot.temperature, FLT_MAX);
   Kept kept = {values, stats.max, factor, -FLT_MAX, 0.0f, INFINITY};
@@ -178,7 +193,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
       filled = describe(n, value, 0.0f, id, wanted, p.logprobs + row, top_ids, top_logprobs, room);
     } else {
       const auto value = [&](int i) { return logits[i]; };
-      filled = describe(n, value, raw.max, id, wanted, p.logprobs + row, top_ids, top_logprobs, room);
+      filled =
+          describe(n, value, raw.max, id, wanted, p.logprobs + row, top_ids, top_logprobs, room);
     }
     if (is_first) p.num_top[row] = filled;
   }
@@ -203,8 +219,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
   int filled = 0;
   if (stats.is_finite && stats.max > -INFINITY) {
     const int id = min(max(p.token_ids[row], int32_t{0}), int32_t(n - 1));
-    filled = describe(n, [&](int i) { return logits[i]; }, stats.max, id, num_top, p.logprobs + row, top_ids,
-                      top_logprobs, room);
+    filled = describe(
+        n, [&](int i) { return logits[i]; }, stats.max, id, num_top, p.logprobs + row, top_ids,
+        top_logprobs, room);
   } else if (threadIdx.x == 0) {
     p.logprobs[row] = kNaN;
   }

@@ -1,5 +1,6 @@
-// What one block finds out about one row of vocab values: extremes, cut-offs without a sort, log-probabilities. Every
-// sum is of integers or in a fixed order, so a row's bits hang on nothing but the row.
+// What one block finds out about one row of vocab values: extremes, cut-offs without a sort,
+// log-probabilities. Every sum is of integers or in a fixed order, so a row's bits hang on nothing
+// but the row.
 #pragma once
 
 #include <cfloat>
@@ -60,8 +61,8 @@ __device__ __forceinline__ int row_find(const float* x, int n, float value, RowR
   return block_reduce(first, Min(), room.ints);
 }
 
-// Of the bins' weights, the first bin at which those up to it reach target (at most their total): room.bin, and
-// room.before, the weight before it. Each thread takes four neighbouring bins.
+// Of the bins' weights, the first bin at which those up to it reach target (at most their total):
+// room.bin, and room.before, the weight before it. Each thread takes four neighbouring bins.
 __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   constexpr int kOwn = kBins / kRowThreads;
   const int thread = int(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -87,11 +88,12 @@ __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   __syncthreads();
 }
 
-// The least distance at which the weight of all elements up to it reaches share(total); both inclusive.
-// weigh(i, distance) gives element i's weight and distance >= 0, or 0. Radix search from the top bits of the
-// distance, whose order is that of its bits.
+// The least distance at which the weight of all elements up to it reaches share(total); both
+// inclusive. weigh(i, distance) gives element i's weight and distance >= 0, or 0. Radix search from
+// the top bits of the distance, whose order is that of its bits.
 template <typename Weigh, typename Share>
-__device__ __forceinline__ float reach(int n, const Weigh& weigh, const Share& share, RowRoom& room) {
+__device__ __forceinline__ float reach(int n, const Weigh& weigh, const Share& share,
+                                       RowRoom& room) {
   constexpr int kShifts[4] = {31, 20, 9, 0};
   uint32_t prefix = 0;
   Weight target = 0;
@@ -124,11 +126,12 @@ __device__ __forceinline__ Weight to_weight(float score) {
   return static_cast<Weight>(expf(score) * 0x1p40f);
 }
 
-// log softmax of value(i), where -infinity is out, at `id` and of the `wanted` best; returns how many of these there
-// are. Lowest id first on ties.
+// log softmax of value(i), where -infinity is out, at `id` and of the `wanted` best; returns how
+// many of these there are. Lowest id first on ties.
 template <typename Value>
-__device__ __forceinline__ int describe(int n, const Value& value, float max, int id, int wanted, float* logprob,
-                                        int32_t* top_ids, float* top_logprobs, RowRoom& room) {
+__device__ __forceinline__ int describe(int n, const Value& value, float max, int id, int wanted,
+                                        float* logprob, int32_t* top_ids, float* top_logprobs,
+                                        RowRoom& room) {
   float sum = 0;
   for (int i = int(threadIdx.x); i < n; i += kRowThreads) sum += expf(value(i) - max);
   const auto normaliser = static_cast<float>(log(block_reduce(double(sum), Add(), room.doubles)));

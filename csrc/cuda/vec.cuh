@@ -76,8 +76,8 @@ inline uint16_t to_bf16(float x) {
 inline float from_fp8(uint8_t bits) {
   if ((bits & 0x7f) == 0x7f) return NAN;
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  const float magnitude =
-      exponent == 0 ? std::ldexp(float(mantissa), -9) : std::ldexp(float(8 + mantissa), exponent - 10);
+  const float magnitude = exponent == 0 ? std::ldexp(float(mantissa), -9)
+                                        : std::ldexp(float(8 + mantissa), exponent - 10);
   return bits & 0x80 ? -magnitude : magnitude;
 }
 
@@ -111,7 +111,8 @@ struct Pair<fp16> {
     return uint32_t(emu::to_bits(_Float16(first)) | emu::to_bits(_Float16(second)) << 16);
   }
   static float2 unpack(Word word) {
-    return {float(emu::from_bits<_Float16>(word & 0xffffu)), float(emu::from_bits<_Float16>(word >> 16))};
+    return {float(emu::from_bits<_Float16>(word & 0xffffu)),
+            float(emu::from_bits<_Float16>(word >> 16))};
   }
 };
 

@@ -107,12 +107,13 @@ def _attention_plan(
 
 
 def _attention_decode(
-    device: Device, q: Tensor, kv: Tensor, context_len: Tensor, block_table: Tensor, window: int, scale: float,
-    key_scale: float, value_scale: float, workspace: Tensor, out: Tensor,
+    device: Device, q: Tensor, kv: Tensor, context_len: Tensor, block_table: Tensor, window: int,
+    scale: float, key_scale: float, value_scale: float, workspace: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     _attention(
         device, "attention_decode", q=q, kv=kv, context_len=context_len, block_table=block_table,
-        window=window, scale=scale, key_scale=key_scale, value_scale=value_scale, workspace=workspace, out=out,
+        window=window, scale=scale, key_scale=key_scale, value_scale=value_scale, workspace=workspace,
+        out=out,
     )  # fmt: skip
 
 

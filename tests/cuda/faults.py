@@ -13,8 +13,10 @@ from tests.emulation.device import Device, KernelFault
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A text replacement in a file of csrc/cuda, and how it shows: a report's kind, or "result"; several, where the
-    schedule decides, with bars between."""
+    """A text replacement in a file of csrc/cuda, and how it shows: a report's kind, or "result".
+
+    Several kinds, where the schedule decides, have bars between.
+    """
 
     what: str
     file: str

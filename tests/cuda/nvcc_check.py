@@ -1,7 +1,7 @@
 """Compiles csrc/cuda with nvcc and reads what the assembler says: `make cuda-check`. Needs no GPU.
 
-A warning, a spill, a stack frame or a register more than is noted below fails. Results are kept by what went into
-them, so that only files that changed are compiled again.
+A warning, a spill, a stack frame or a register more than is noted below fails. Results are kept by what went
+into them, so that only files that changed are compiled again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _SOURCES = _ROOT / "csrc" / "cuda"
 _CACHE = _ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("80", "90a")
 _FLAGS = [
-    "-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror", "-Xptxas", "-v",
+    "-std=c++17", "-O3", "-lineinfo", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror",
+    "-Xptxas", "-v", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__",  # as torch builds extensions
     f"-I{_ROOT / 'csrc'}",
 ]  # fmt: skip
 
@@ -78,14 +80,20 @@ class Kernel:
     def complaints(self) -> Iterator[str]:
         """Say what is wrong with it."""
         if self.stack_bytes or self.spill_bytes:
-            yield f"{self.name} for {self.architecture} has {self.stack_bytes} bytes of stack, {self.spill_bytes} spilled"
+            yield (
+                f"{self.name} for {self.architecture} has {self.stack_bytes} bytes of stack and spills "
+                f"{self.spill_bytes}"
+            )
         base = self.name.partition("<")[0]
         kinds = [f"{base} {kind}" for kind in ("256", "fp8") if kind in self.name]
         bound = next((_REGISTERS[kind] for kind in (*kinds, base) if kind in _REGISTERS), None)
         if bound is None:
             yield f"{self.name} has no bound of registers in {Path(__file__).name}"
         elif self.registers > bound:
-            yield f"{self.name} for {self.architecture} takes {self.registers} registers, more than the {bound} noted"
+            yield (
+                f"{self.name} for {self.architecture} takes {self.registers} registers, more than the "
+                f"{bound} noted"
+            )
 
 
 def find_nvcc() -> str | None:
@@ -197,7 +205,7 @@ def _demangle(name: str) -> str:
 
 
 def check_bindings(nvcc: str) -> list[str]:
-    """Parse the CUDA adapters with the host's compiler and the headers of the torch that is there; complaints.
+    """Parse the CUDA adapters with the host's compiler and the headers of the torch that is there.
 
     A torch without CUDA ships the headers of c10/cuda but for one, which only says how torch was built.
     """

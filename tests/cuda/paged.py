@@ -1,4 +1,4 @@
-"""A paged cache on an emulated device, with sequences scattered over it, and what attention should make of them."""
+"""A paged cache on an emulated device, sequences scattered over it, and what attention makes of them."""
 
 from __future__ import annotations
 

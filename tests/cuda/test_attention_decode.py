@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,61 +86,111 @@ def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: D
     params = case.params(context_len=contexts, block_table_stride=stride, workspace=workspace)
     device.launch("attention_plan", **params)
     starts = workspace[: 4 * (len(lengths) + 1)].view(torch.int32).tolist()
-    counts = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    counts = [stop - start for start, stop in pairwise(starts)]
     assert counts == [1, 1, 32, 17, 17, 64, 33, 40]
     assert num_bytes >= len(lengths) * max(counts) * 66 * 4
 
 
 FAULTS = [
     Fault(
-        "the block table is read one entry late", "attention_decode.cuh",
-        "token_of(lane) / p.block_size];", "token_of(lane) / p.block_size + 1];", "bounds",
-    ),
-    Fault(
-        "the next sequence's table is read", "attention_decode.cuh",
-        "p.block_table[sequence * p.block_table_stride +", "p.block_table[(sequence + 1) * p.block_table_stride +",
+        "the block table is read one entry late",
+        "attention_decode.cuh",
+        "token_of(lane) / p.block_size];",
+        "token_of(lane) / p.block_size + 1];",
         "bounds",
     ),
     Fault(
-        "a token past the context is brought", "attention_decode.cuh",
-        "token + row < end;", "token + row < end + 1;", "bounds",
+        "the next sequence's table is read",
+        "attention_decode.cuh",
+        "p.block_table[sequence * p.block_table_stride +",
+        "p.block_table[(sequence + 1) * p.block_table_stride +",
+        "bounds",
     ),
     Fault(
-        "a copy is waited for too little", "attention_decode.cuh",
-        "async_wait<kStages - 2>()", "async_wait<kStages - 1>()", "async",
+        "a token past the context is brought",
+        "attention_decode.cuh",
+        "token + row < end;",
+        "token + row < end + 1;",
+        "bounds",
     ),
     Fault(
-        "the last tile's group is not committed", "attention_decode.cuh",
+        "a copy is waited for too little",
+        "attention_decode.cuh",
+        "async_wait<kStages - 2>()",
+        "async_wait<kStages - 1>()",
+        "async",
+    ),
+    Fault(
+        "the last tile's group is not committed",
+        "attention_decode.cuh",
         "bring_tile(i + kStages - 1);\n      async_commit();",
-        "{ bring_tile(i + kStages - 1);\n      async_commit(); }", "async",
+        "{ bring_tile(i + kStages - 1);\n      async_commit(); }",
+        "async",
     ),
     Fault(
-        "lanes do not wait for each other's copies", "attention_decode.cuh",
-        "      __syncwarp();  // tile i is there", "      // tile i is there", "race|async",
+        "lanes do not wait for each other's copies",
+        "attention_decode.cuh",
+        "      __syncwarp();  // tile i is there",
+        "      // tile i is there",
+        "race|async",
     ),
     Fault(
-        "queries are read before they are there", "attention_decode.cuh",
-        "    __syncthreads();  // also", "    // also", "uninit|race",
+        "queries are read before they are there",
+        "attention_decode.cuh",
+        "    __syncthreads();  // also",
+        "    // also",
+        "uninit|race",
     ),
     Fault(
-        "the merge begins while tiles are in use", "attention_decode.cuh",
-        "    __syncthreads();  // the tiles are done with", "    // the tiles are done with", "race",
+        "the merge begins while tiles are in use",
+        "attention_decode.cuh",
+        "    __syncthreads();  // the tiles are done with",
+        "    // the tiles are done with",
+        "race",
     ),
     Fault(
-        "a stage is refilled while it is read", "attention_decode.cuh",
-        "tiles + i % kStages * 2 * kTileChunks;\n#pragma", "tiles + i % 2 * 2 * kTileChunks;\n#pragma", "async",
+        "a stage is refilled while it is read",
+        "attention_decode.cuh",
+        "tiles + i % kStages * 2 * kTileChunks;\n#pragma",
+        "tiles + i % 2 * 2 * kTileChunks;\n#pragma",
+        "async",
     ),
-    Fault("the running maximum is dropped", "attention_tile.cuh", "float largest = state.max[half];",
-          "float largest = -INFINITY;", "result"),
-    Fault("one key too many is seen", "attention_tile.cuh", "key < visible.stop[half]",
-          "key <= visible.stop[half]", "result"),
-    Fault("values are not transposed", "attention_tile.cuh", "load_matrix_x4_transposed(b,",
-          "load_matrix_x4(b,", "result"),
-    Fault("the window begins one late", "attention_context.cuh", "max(end - p.window, int64_t{0})",
-          "max(end - p.window + 1, int64_t{0})", "result"),
-    Fault("chunks overlap the next sequence's", "attention_decode.cu", "chunk_start[sequence + 1] = total + before;",
-          "chunk_start[sequence + 1] = total + before - own;", "result"),
-]  # fmt: skip
+    Fault(
+        "the running maximum is dropped",
+        "attention_tile.cuh",
+        "float largest = state.max[half];",
+        "float largest = -INFINITY;",
+        "result",
+    ),
+    Fault(
+        "one key too many is seen",
+        "attention_tile.cuh",
+        "key < visible.stop[half]",
+        "key <= visible.stop[half]",
+        "result",
+    ),
+    Fault(
+        "values are not transposed",
+        "attention_tile.cuh",
+        "load_matrix_x4_transposed(\n          b,",
+        "load_matrix_x4(\n          b,",
+        "result",
+    ),
+    Fault(
+        "the window begins one late",
+        "attention_context.cuh",
+        "max(end - p.window, int64_t{0})",
+        "max(end - p.window + 1, int64_t{0})",
+        "result",
+    ),
+    Fault(
+        "chunks overlap the next sequence's",
+        "attention_decode.cu",
+        "chunk_start[sequence + 1] = total + before;",
+        "chunk_start[sequence + 1] = total + before - own;",
+        "result",
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

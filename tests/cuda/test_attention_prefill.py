@@ -63,25 +63,69 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut(device: Device) -> None:
 
 
 FAULTS = [
-    Fault("the block table is read one entry late", "attention_prefill.cuh",
-          "table[position / block_size]", "table[position / block_size + 1]", "bounds"),
-    Fault("a token past the context is brought", "attention_prefill.cuh",
-          "position < end;", "position < end + 1;", "bounds"),
-    Fault("a tile is read before it is there", "attention_prefill.cuh", "    async_wait<0>();\n", "", "async"),
-    Fault("warps do not wait for each other's copies", "attention_prefill.cuh",
-          "    __syncthreads();  // this tile", "    __syncwarp();  // this tile", "async|race|uninit"),
-    Fault("the stage in use is refilled", "attention_prefill.cuh", "tiles + (stage ^ 1) * 2", "tiles + stage * 2",
-          "async"),
-    Fault("queries past the last are read", "attention_prefill.cuh",
-          "from < num_rows ? q + offset : q, from < num_rows", "q + offset, true", "bounds"),
-    Fault("rows past the last are written", "attention_prefill.cuh", "    if (row >= num_rows) continue;\n", "",
-          "bounds"),
-    Fault("a query sees the token after it", "attention_prefill.cuh", "min(position[half] + 1 - token",
-          "min(position[half] + 2 - token", "result"),
-    Fault("unmasked one tile too soon", "attention_prefill.cuh", "<= nearest + 1", "<= nearest + 64", "result"),
-    Fault("the window is one short", "attention_prefill.cuh", "position[half] + 1 - window", "position[half] + 2 - window",
-          "result"),
-]  # fmt: skip
+    Fault(
+        "the block table is read one entry late",
+        "attention_prefill.cuh",
+        "table[position / block_size]",
+        "table[position / block_size + 1]",
+        "bounds",
+    ),
+    Fault(
+        "a token past the context is brought",
+        "attention_prefill.cuh",
+        "position < end;",
+        "position < end + 1;",
+        "bounds",
+    ),
+    Fault(
+        "a tile is read before it is there", "attention_prefill.cuh", "    async_wait<0>();\n", "", "async"
+    ),
+    Fault(
+        "warps do not wait for each other's copies",
+        "attention_prefill.cuh",
+        "    __syncthreads();  // this tile",
+        "    __syncwarp();  // this tile",
+        "async|race|uninit",
+    ),
+    Fault(
+        "the stage in use is refilled",
+        "attention_prefill.cuh",
+        "tiles + (stage ^ 1) * 2",
+        "tiles + stage * 2",
+        "async",
+    ),
+    Fault(
+        "queries past the last are read",
+        "attention_prefill.cuh",
+        "from < num_rows ? q + offset : q, from < num_rows",
+        "q + offset, true",
+        "bounds",
+    ),
+    Fault(
+        "rows past the last are written",
+        "attention_prefill.cuh",
+        "    if (row >= num_rows) continue;\n",
+        "",
+        "bounds",
+    ),
+    Fault(
+        "a query sees the token after it",
+        "attention_prefill.cuh",
+        "min(position[half] + 1 - token",
+        "min(position[half] + 2 - token",
+        "result",
+    ),
+    Fault(
+        "unmasked one tile too soon", "attention_prefill.cuh", "<= nearest + 1", "<= nearest + 64", "result"
+    ),
+    Fault(
+        "the window is one short",
+        "attention_prefill.cuh",
+        "position[half] + 1 - window",
+        "position[half] + 2 - window",
+        "result",
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -41,17 +41,30 @@ def test_only_the_rows_asked_for_are_normed_in_their_order(device: Device) -> No
 
 FAULTS = [
     Fault(
-        "no barrier before the sums of the warps are read", "reduce.cuh",
-        "scratch[threadIdx.x / kWarpSize] = x;\n  __syncthreads();", "scratch[threadIdx.x / kWarpSize] = x;",
-        "uninit", "rms_norm.cu",
+        "no barrier before the sums of the warps are read",
+        "reduce.cuh",
+        "scratch[threadIdx.x / kWarpSize] = x;\n  __syncthreads();",
+        "scratch[threadIdx.x / kWarpSize] = x;",
+        "uninit",
+        "rms_norm.cu",
     ),
     Fault(
-        "the row's end is not minded", "rms_norm.cu",
-        "    if (column >= p.hidden) continue;\n    load8(x", "    load8(x", "bounds",
+        "the row's end is not minded",
+        "rms_norm.cu",
+        "    if (column >= p.hidden) continue;\n    load8(x",
+        "    load8(x",
+        "bounds",
     ),
-    Fault("one warp's sum is left out", "reduce.cuh", "warp < num_warps", "warp < num_warps - 1", "result", "rms_norm.cu"),
+    Fault(
+        "one warp's sum is left out",
+        "reduce.cuh",
+        "warp < num_warps",
+        "warp < num_warps - 1",
+        "result",
+        "rms_norm.cu",
+    ),
     Fault("the rows' own order is ignored", "rms_norm.cu", "p.rows == nullptr ?", "true ?", "result"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -87,17 +87,39 @@ def test_padding_rows_write_nothing_to_the_cache(device: Device) -> None:
 
 
 FAULTS = [
-    Fault("the slot's offset is dropped", "rope_kv_write.cu", "p.block_size + slot % p.block_size)", "p.block_size)",
-          "bounds|blocks|race"),
-    Fault("values are written over keys", "rope_kv_write.cu", "* 2 + (is_value ? 1 : 0)", "* 2", "blocks|race"),
+    Fault(
+        "the slot's offset is dropped",
+        "rope_kv_write.cu",
+        "p.block_size + slot % p.block_size)",
+        "p.block_size)",
+        "bounds|blocks|race",
+    ),
+    Fault(
+        "values are written over keys", "rope_kv_write.cu", "* 2 + (is_value ? 1 : 0)", "* 2", "blocks|race"
+    ),
     Fault("padding is written", "rope_kv_write.cu", "if (slot < 0 || slot", "if (slot", "bounds"),
-    Fault("the rotation turns the other way", "rope_kv_write.cu", "is_first ? -1.0f : 1.0f", "is_first ? 1.0f : -1.0f",
-          "result"),
-    Fault("the norm forgets its other half", "rope_kv_write.cu",
-          "if (norm != nullptr) y.x *= inverse * norm[other], y.y *= inverse * norm[other + 1];", "", "result"),
-    Fault("a lane's words are one too many", "rope_kv_write.cu", "    if (d < head_dim) words.at[k] = load",
-          "    words.at[k] = load", "bounds"),
-]  # fmt: skip
+    Fault(
+        "the rotation turns the other way",
+        "rope_kv_write.cu",
+        "is_first ? -1.0f : 1.0f",
+        "is_first ? 1.0f : -1.0f",
+        "result",
+    ),
+    Fault(
+        "the norm forgets its other half",
+        "rope_kv_write.cu",
+        "if (norm != nullptr) y.x *= inverse * norm[other], y.y *= inverse * norm[other + 1];",
+        "",
+        "result",
+    ),
+    Fault(
+        "a lane's words are one too many",
+        "rope_kv_write.cu",
+        "    if (d < head_dim) words.at[k] = load",
+        "    words.at[k] = load",
+        "bounds",
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -61,13 +61,31 @@ def test_act_mul_equals_the_reference(
 
 
 FAULTS = [
-    Fault("ids are not clamped", "embed.cu", "min(max(int64_t{p.ids[token]}, int64_t{0}), p.num_rows - 1)",
-          "int64_t{p.ids[token]} + 1", "bounds|result"),
-    Fault("threads past the end work too", "embed.cu", "if (i >= p.num_tokens * vectors) return;", "", "bounds"),
-    Fault("up is read where the gate is", "act_mul.cu", "row + p.intermediate + column", "row + column", "result"),
-    Fault("the end is one row late", "act_mul.cu", "i >= p.num_tokens * vectors", "i >= (p.num_tokens + 1) * vectors",
-          "bounds"),
-]  # fmt: skip
+    Fault(
+        "ids are not clamped",
+        "embed.cu",
+        "min(max(int64_t{p.ids[token]}, int64_t{0}), p.num_rows - 1)",
+        "int64_t{p.ids[token]} + 1",
+        "bounds|result",
+    ),
+    Fault(
+        "threads past the end work too", "embed.cu", "if (i >= p.num_tokens * vectors) return;", "", "bounds"
+    ),
+    Fault(
+        "up is read where the gate is",
+        "act_mul.cu",
+        "row + p.intermediate + column",
+        "row + column",
+        "result",
+    ),
+    Fault(
+        "the end is one row late",
+        "act_mul.cu",
+        "i >= p.num_tokens * vectors",
+        "i >= (p.num_tokens + 1) * vectors",
+        "bounds",
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -1,4 +1,4 @@
-"""The CUDA runner on emulated kernels: the whole way of a step, but for graphs and the products, which are torch's."""
+"""The CUDA runner on emulated kernels: all of a step but for graphs, and products, which are torch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -14,12 +15,17 @@ from tests.cuda import emulated_ops
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save
 from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.load import load
 from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 FP16 = torch.float16
@@ -107,6 +113,17 @@ def runner(model: Llama, device: EmulatedDevice) -> Iterator[CudaRunner]:
     )
     yield runner
     runner.close()
+
+
+def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) -> ModelFiles:
+    files = save(model, directory)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:160]
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(directory / "tokenizer.json"))
+    return files
 
 
 def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -221,3 +238,45 @@ def test_what_preparing_raises_is_raised_to_who_makes_the_runner(
             max_context=64,
             dtype=FP16,
         )
+
+
+async def test_a_model_is_loaded_onto_the_device_that_is_there(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    files = save_with_tokenizer(make_model(**shape), tmp_path)
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    settings = Settings(
+        thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128
+    )
+    loaded = load(settings, files, lambda stage, done, total: None)
+    try:
+        assert (loaded.info.device, loaded.info.dtype) == ("cuda", "bfloat16")
+        assert loaded.info.kv_tokens == 2 * 128
+        job = Job(PROMPT, 3)
+        await generate(loaded.runner, [job])
+        assert all(sampled.is_finite for sampled in job.sampled)
+    finally:
+        loaded.runner.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "message"),
+    [
+        ({"head_dim": 32}, "auto", "no head size 32"),
+        ({}, "float32", "--dtype float32 is not computed on a GPU"),
+    ],
+)
+def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
+    tmp_path: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, int],
+    dtype: str,
+    message: str,
+) -> None:
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    files = save_with_tokenizer(make_model(**shape | changes), tmp_path)
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
+        load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)

@@ -213,25 +213,60 @@ def test_token_logprobs_equal_the_reference(device: Device) -> None:
 
 
 FAULTS = [
-    Fault("bins are cleared while others count", "sample_rows.cuh", "room.bins[bin] = 0;\n    __syncthreads();",
-          "room.bins[bin] = 0;", "race"),
-    Fault("counts are added without an atomic", "sample_rows.cuh",
-          "atomicAdd(&room.bins[bits >> shift & ((1u << (above - shift)) - 1)], weight);",
-          "room.bins[bits >> shift & ((1u << (above - shift)) - 1)] += weight;", "race"),
-    Fault("the bin found is read too soon", "sample_rows.cuh",
-          "    room.before = before;\n  }\n  __syncthreads();", "    room.before = before;\n  }", "race|uninit"),
-    Fault("one token too many is kept", "sample_rows.cuh", "before < target && target <= upto",
-          "before <= target && target < upto", "result|race|uninit"),
-    Fault("the bias is added before the logits are there", "sample.cu",
-          "    room[i] = x;\n  }\n  __syncthreads();", "    room[i] = x;\n  }", "race"),
-    Fault("the mask of another row", "sample.cu", "p.mask + row * ((p.vocab + 31) / 32)",
-          "p.mask + row * (p.vocab / 32)", "result"),
+    Fault(
+        "bins are cleared while others count",
+        "sample_rows.cuh",
+        "room.bins[bin] = 0;\n    __syncthreads();",
+        "room.bins[bin] = 0;",
+        "race",
+    ),
+    Fault(
+        "counts are added without an atomic",
+        "sample_rows.cuh",
+        "atomicAdd(&room.bins[bits >> shift & ((1u << (above - shift)) - 1)], weight);",
+        "room.bins[bits >> shift & ((1u << (above - shift)) - 1)] += weight;",
+        "race",
+    ),
+    Fault(
+        "the bin found is read too soon",
+        "sample_rows.cuh",
+        "    room.before = before;\n  }\n  __syncthreads();",
+        "    room.before = before;\n  }",
+        "race|uninit",
+    ),
+    Fault(
+        "one token too many is kept",
+        "sample_rows.cuh",
+        "before < target && target <= upto",
+        "before <= target && target < upto",
+        "result|race|uninit",
+    ),
+    Fault(
+        "the bias is added before the logits are there",
+        "sample.cu",
+        "    room[i] = x;\n  }\n  __syncthreads();",
+        "    room[i] = x;\n  }",
+        "race",
+    ),
+    Fault(
+        "the mask of another row",
+        "sample.cu",
+        "p.mask + row * ((p.vocab + 31) / 32)",
+        "p.mask + row * (p.vocab / 32)",
+        "result",
+    ),
     Fault("the draw forgets the choice", "sample.cu", "uint32_t(slot.choice)", "0u", "result"),
-    Fault("top-p over the whole vocabulary", "sample.cu",
-          "return score >= kept.floor ? to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight total) {",
-          "return to_weight(score);\n    };\n    const auto share = [&](Weight total) {", "result"),
-    Fault("ties go to the highest id", "sample_rows.cuh", "(x == last && i > last_id)", "x == last", "result"),
-]  # fmt: skip
+    Fault(
+        "top-p over the whole vocabulary",
+        "sample.cu",
+        "to_weight(score) : Weight{0};\n    };\n    const auto share = [&](Weight total) {",
+        "to_weight(score) : to_weight(score);\n    };\n    const auto share = [&](Weight total) {",
+        "result",
+    ),
+    Fault(
+        "ties go to the highest id", "sample_rows.cuh", "(x == last && i > last_id)", "x == last", "result"
+    ),
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

@@ -1,8 +1,10 @@
-// CUDA for g++: what csrc/cuda/*.cuh include instead of the CUDA headers, so that kernels run on a CPU.
+// CUDA for g++: what csrc/cuda/*.cuh include instead of the CUDA headers, so that kernels run on a
+// CPU.
 //
-// Threads of a block are fibers, blocks run one after another in random order, and every load and store of a
-// kernel is checked: kernels are compiled with -fsanitize=thread and the hooks that the compiler then calls are
-// defined in memory.cpp. Templates here carry TGI_EMULATOR, so that the emulator's own accesses are not checked.
+// Threads of a block are fibers, blocks run one after another in random order, and every load and
+// store of a kernel is checked: kernels are compiled with -fsanitize=thread and the hooks that the
+// compiler then calls are defined in memory.cpp. Templates here carry TGI_EMULATOR, so that the
+// emulator's own accesses are not checked.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +56,8 @@ dim3 block_index() __attribute__((const));
 dim3 block_size() __attribute__((const));
 dim3 grid_size() __attribute__((const));
 
-// Runs body(context) once a thread of the grid. Returns cudaErrorInvalidValue where CUDA would refuse.
+// Runs body(context) once a thread of the grid. Returns cudaErrorInvalidValue where CUDA would
+// refuse.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 
 // This launch's memory for a shared array; `key` tells arrays apart.
@@ -124,7 +127,9 @@ template <typename T>
 __forceinline__ T __shfl_up_sync(uint32_t mask, T value, int lanes) {
   return emu::from_bits<T>(emu::shuffle(mask, emu::to_bits(value), emu::Shuffle::kUp, lanes));
 }
-__forceinline__ uint32_t __ballot_sync(uint32_t mask, bool predicate) { return emu::ballot(mask, predicate); }
+__forceinline__ uint32_t __ballot_sync(uint32_t mask, bool predicate) {
+  return emu::ballot(mask, predicate);
+}
 template <typename T>
 __forceinline__ T atomicAdd(T* address, T value) {
   return emu::atomic(address, [=](T old) { return T(old + value); });
@@ -140,13 +145,15 @@ __forceinline__ T __ldg(const T* address) {
 }
 __forceinline__ uint32_t __float_as_uint(float x) { return uint32_t(emu::to_bits(x)); }
 __forceinline__ float __uint_as_float(uint32_t x) { return emu::from_bits<float>(x); }
-__forceinline__ uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+__forceinline__ uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return uint32_t(uint64_t(a) * b >> 32);
+}
 __forceinline__ int __popc(uint32_t x) { return __builtin_popcount(x); }
 __forceinline__ int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 __forceinline__ int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 __forceinline__ float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-#define SHARED_ARRAY(T, name, count)                                                              \
-  static char name##_key;                                                                         \
+#define SHARED_ARRAY(T, name, count) \
+  static char name##_key;            \
   auto& name = *static_cast<T(*)[count]>(::emu::shared_array(&name##_key, sizeof(T) * (count)))
 #define DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::emu::dynamic_shared())

@@ -75,7 +75,8 @@ void finish_thread() {
   --block.num_living;
   end_thread(thread.index);
   if (block.num_at_barrier > 0) {
-    report("barrier", block.barrier_site, "thread %d ended while others wait at a barrier", thread.index);
+    report("barrier", block.barrier_site, "thread %d ended while others wait at a barrier",
+           thread.index);
     if (block.num_at_barrier == block.num_living) release_barrier();
   }
   leave();
@@ -125,7 +126,8 @@ void run_block(dim3 index) {
     thread.lane = uint8_t(i % kWarpSize);
     if (thread.lane == 0) {
       const int lanes = std::min(kWarpSize, machine.num_threads - i);
-      machine.warps[thread.warp] = {lanes == 32 ? 0xffffffffu : (1u << lanes) - 1, 0, 0, nullptr, 1};
+      machine.warps[thread.warp] = {lanes == 32 ? 0xffffffffu : (1u << lanes) - 1, 0, 0, nullptr,
+                                    1};
     }
     prepare_stack(thread);
     make_ready(thread);
@@ -159,15 +161,18 @@ uint64_t next_random() {  // splitmix64
   return x ^ x >> 31;
 }
 
-extern "C" __attribute__((visibility("default"))) void emu_seed(uint64_t seed) { random_state = seed; }
+extern "C" __attribute__((visibility("default"))) void emu_seed(uint64_t seed) {
+  random_state = seed;
+}
 
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context) {
   const uint64_t num_threads = uint64_t(block.x) * block.y * block.z;
   const uint64_t num_blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0 || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > (227 << 10)) {
-    report("launch", reinterpret_cast<const void*>(body), "%llu threads, %llu blocks, %zu bytes of shared memory",
-           (unsigned long long)num_threads, (unsigned long long)num_blocks, shared_bytes);
+  if (num_threads == 0 || num_threads > kMaxThreads || num_blocks == 0 || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > (227 << 10)) {
+    report("launch", reinterpret_cast<const void*>(body),
+           "%llu threads, %llu blocks, %zu bytes of shared memory", (unsigned long long)num_threads,
+           (unsigned long long)num_blocks, shared_bytes);
     return cudaErrorInvalidValue;
   }
   machine.grid_size = grid;
@@ -181,7 +186,8 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
   std::vector<uint64_t> order(num_blocks);
   for (uint64_t i = 0; i < num_blocks; ++i) order[i] = i;
   for (uint64_t i = num_blocks; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
-  for (uint64_t i = 0; i < num_blocks && !machine.is_aborted; ++i) run_block(unflatten(order[i], grid));
+  for (uint64_t i = 0; i < num_blocks && !machine.is_aborted; ++i)
+    run_block(unflatten(order[i], grid));
   return cudaSuccess;
 }
 
@@ -198,7 +204,8 @@ void sync_threads() {
     report("barrier", site, "thread %d is at another barrier than others", thread.index);
   }
   if (block.num_living < machine.num_threads) {
-    report("barrier", site, "%d threads ended before a barrier", machine.num_threads - block.num_living);
+    report("barrier", site, "%d threads ended before a barrier",
+           machine.num_threads - block.num_living);
   }
   block.barrier_site = thread.site = site;
   thread.state = State::kAtBarrier;
@@ -263,7 +270,8 @@ void compute_shuffle(void* const* arguments, uint32_t mask) {
     if ((mask >> lane & 1) == 0) continue;
     auto* argument = static_cast<ShuffleArgument*>(arguments[lane]);
     if (argument->source < 0 || argument->source >= kWarpSize || !(mask >> argument->source & 1)) {
-      report("mask", machine.current->site, "lane %d reads lane %d, which takes no part", lane, argument->source);
+      report("mask", machine.current->site, "lane %d reads lane %d, which takes no part", lane,
+             argument->source);
       argument->result = ~uint64_t{0};
     } else {
       argument->result = static_cast<ShuffleArgument*>(arguments[argument->source])->bits;
@@ -279,7 +287,8 @@ struct BallotArgument {
 void compute_ballot(void* const* arguments, uint32_t mask) {
   uint32_t votes = 0;
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if ((mask >> lane & 1) && static_cast<BallotArgument*>(arguments[lane])->predicate) votes |= 1u << lane;
+    if ((mask >> lane & 1) && static_cast<BallotArgument*>(arguments[lane])->predicate)
+      votes |= 1u << lane;
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (mask >> lane & 1) static_cast<BallotArgument*>(arguments[lane])->result = votes;

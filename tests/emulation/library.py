@@ -64,7 +64,7 @@ def build(variant: Variant | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A text replaced in `file` of csrc/cuda, for the kernels of `kernel` alone; the others stay as they are."""
+    """A text replaced in `file` of csrc/cuda, for the kernels of `kernel` alone; others stay as they are."""
 
     file: str
     old: str

@@ -55,8 +55,10 @@ struct Machine {
 
 extern Machine machine;
 
-// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, mask, deadlock, barrier, ub, launch.
-void report(const char* kind, const void* site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, mask, deadlock, barrier,
+// ub, launch.
+void report(const char* kind, const void* site, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
 
 // Waits until all lanes of the mask are here.
 void collective(uint32_t mask, Compute compute, void* argument, const void* site);

@@ -34,7 +34,7 @@ struct Copy {
   const char* source;  // null: zeros
 };
 struct CopyQueue {
-  std::vector<Copy> open;                  // not yet committed
+  std::vector<Copy> open;                 // not yet committed
   std::vector<std::vector<Copy>> groups;  // oldest first
 };
 
@@ -51,7 +51,8 @@ int num_reports = 0;
 bool allows_host = false;
 
 void* reserve(size_t bytes) {
-  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+              -1, 0);
 }
 
 void find_library() {
@@ -106,18 +107,21 @@ bool is_ordered(int warp, uint16_t warp_epoch, uint16_t epoch) {
   return warp == own ? warp_epoch != machine.warps[own].epoch : epoch != machine.block.epoch;
 }
 
-bool check_write_before(const Cell& cell, uint8_t mask, bool is_atomic, const void* site, size_t offset) {
+bool check_write_before(const Cell& cell, uint8_t mask, bool is_atomic, const void* site,
+                        size_t offset) {
   if ((cell.written & mask) == 0 || (is_atomic && cell.is_atomic)) return true;
   const Thread& thread = *machine.current;
   if (cell.write_run == machine.block.run) {
     if (cell.write_thread == thread.index) return true;
-    if (is_ordered(cell.write_thread / kWarpSize, cell.write_warp_epoch, cell.write_epoch)) return true;
-    report("race", site, "thread %d meets thread %d's write at %s + %zu", thread.index, cell.write_thread,
-           offset < kSharedBytes ? "shared" : "device", offset);
+    if (is_ordered(cell.write_thread / kWarpSize, cell.write_warp_epoch, cell.write_epoch))
+      return true;
+    report("race", site, "thread %d meets thread %d's write at %s + %zu", thread.index,
+           cell.write_thread, offset < kSharedBytes ? "shared" : "device", offset);
     return false;
   }
   if (offset >= kSharedBytes && cell.write_run >= machine.first_run) {
-    report("blocks", site, "memory that another block of this launch wrote, at device + %zu", offset);
+    report("blocks", site, "memory that another block of this launch wrote, at device + %zu",
+           offset);
     return false;
   }
   return true;
@@ -127,11 +131,13 @@ bool check_read_before(const Cell& cell, const void* site, size_t offset) {
   const Thread& thread = *machine.current;
   if (cell.read_run != machine.block.run) {
     if (offset < kSharedBytes || cell.read_run < machine.first_run) return true;
-    report("blocks", site, "memory that another block of this launch read, at device + %zu", offset);
+    report("blocks", site, "memory that another block of this launch read, at device + %zu",
+           offset);
     return false;
   }
   if (cell.read_warp == thread.warp) {
-    if (cell.read_lane == thread.lane || is_ordered(thread.warp, cell.read_warp_epoch, 0)) return true;
+    if (cell.read_lane == thread.lane || is_ordered(thread.warp, cell.read_warp_epoch, 0))
+      return true;
   } else if (cell.read_epoch != machine.block.epoch) {
     return true;
   }
@@ -143,7 +149,8 @@ bool check_read_before(const Cell& cell, const void* site, size_t offset) {
 void note_read(Cell& cell) {
   const Thread& thread = *machine.current;
   const uint16_t warp_epoch = machine.warps[thread.warp].epoch;
-  const bool is_same_epoch = cell.read_run == machine.block.run && cell.read_epoch == machine.block.epoch;
+  const bool is_same_epoch =
+      cell.read_run == machine.block.run && cell.read_epoch == machine.block.epoch;
   if (is_same_epoch && cell.read_warp != thread.warp) {
     cell.read_warp = kManyWarps;
   } else if (is_same_epoch && cell.read_warp_epoch == warp_epoch) {
@@ -169,14 +176,16 @@ void note_write(Cell& cell, uint8_t mask, bool is_atomic) {
   cell.is_atomic = is_atomic;
 }
 
-void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_atomic, const void* site) {
+void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_atomic,
+                const void* site) {
   if ((cell.allocated & mask) != mask) {
     report("bounds", site, "%s outside of any buffer, at %s + %zu", is_write ? "a write" : "a read",
            offset < kSharedBytes ? "shared" : "device", offset);
     return;
   }
   if (cell.forbidden & mask) {
-    report("bounds", site, "%s of forbidden memory, at device + %zu", is_write ? "a write" : "a read", offset);
+    report("bounds", site, "%s of forbidden memory, at device + %zu",
+           is_write ? "a write" : "a read", offset);
     return;
   }
   if (cell.is_pending) {
@@ -184,7 +193,8 @@ void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_
     return;
   }
   const bool is_shared = offset < kSharedBytes;
-  if (is_shared && !is_write && (cell.write_run != machine.block.run || (cell.written & mask) != mask)) {
+  if (is_shared && !is_write &&
+      (cell.write_run != machine.block.run || (cell.written & mask) != mask)) {
     report("uninit", site, "shared memory that this block never wrote, at shared + %zu", offset);
     return;
   }
@@ -202,7 +212,8 @@ void check_elsewhere(uintptr_t address, bool is_write, const void* site) {
   const Thread& thread = *machine.current;
   if (address >= thread.stack_low && address < thread.stack_high) return;
   if (allows_host || (!is_write && address >= library_low && address < library_high)) return;
-  report("wild", site, "%s of %p", is_write ? "a write" : "a read", reinterpret_cast<void*>(address));
+  report("wild", site, "%s of %p", is_write ? "a write" : "a read",
+         reinterpret_cast<void*>(address));
 }
 
 }  // namespace
@@ -216,15 +227,18 @@ void report(const char* kind, const void* site, const char* format, ...) {
   va_end(arguments);
   char line[600];
   const auto address = reinterpret_cast<uintptr_t>(site);
-  snprintf(line, sizeof(line), "%s|%zx|%s\n", kind,
-           address >= library_low && address < library_high ? size_t(address - library_low) : size_t{0}, text);
+  snprintf(
+      line, sizeof(line), "%s|%zx|%s\n", kind,
+      address >= library_low && address < library_high ? size_t(address - library_low) : size_t{0},
+      text);
   reports += line;
 }
 
 void check_access(const void* address, int size, bool is_write, bool is_atomic, const void* site) {
   if (machine.current == nullptr) return;
   const size_t offset = static_cast<const uint8_t*>(address) - arena;
-  if (offset >= kArenaBytes) return check_elsewhere(reinterpret_cast<uintptr_t>(address), is_write, site);
+  if (offset >= kArenaBytes)
+    return check_elsewhere(reinterpret_cast<uintptr_t>(address), is_write, site);
   const size_t end = offset + size_t(size);
   for (size_t i = offset & ~size_t{1}; i < end; i += 2) {
     const uint8_t mask = uint8_t((i >= offset ? 1 : 0) | (i + 1 < end ? 2 : 0));
@@ -256,11 +270,13 @@ void atomic_access(void* address, int size) {
 
 void async_copy16(void* shared, const void* global, bool is_valid) {
   const void* site = __builtin_return_address(0);
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || (is_valid && reinterpret_cast<uintptr_t>(global) % 16)) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 ||
+      (is_valid && reinterpret_cast<uintptr_t>(global) % 16)) {
     report("align", site, "an asynchronous copy of 16 bytes between %p and %p", global, shared);
   }
   const size_t offset = static_cast<uint8_t*>(shared) - arena;
-  if (offset >= kSharedBytes) return report("bounds", site, "the target of an asynchronous copy is not shared");
+  if (offset >= kSharedBytes)
+    return report("bounds", site, "the target of an asynchronous copy is not shared");
   if (is_valid) check_access(global, 16, false, false, site);
   check_access(shared, 16, true, false, site);
   std::memset(shared, 0xff, 16);
@@ -329,14 +345,16 @@ EXPORT void emu_forbid(void* begin, size_t bytes, bool is_forbidden) {
   }
 }
 
-// Kernels may work on the host's memory, of which nothing is known: for tests of what is built on them.
+// Kernels may work on the host's memory, of which nothing is known: for tests of what is built on
+// them.
 EXPORT void emu_allow_host(bool allows) { emu::allows_host = allows; }
 
 // Frees all buffers and forgets all reports.
 EXPORT void emu_reset() {
   using namespace emu;
   open_arena();
-  std::memset(cells + kSharedBytes / 2, 0, (arena_top - kSharedBytes + kRedZone) / 2 * sizeof(Cell));
+  std::memset(cells + kSharedBytes / 2, 0,
+              (arena_top - kSharedBytes + kRedZone) / 2 * sizeof(Cell));
   arena_top = kSharedBytes;
   reports.clear();
   num_reports = 0;
@@ -345,24 +363,24 @@ EXPORT void emu_reset() {
 // "kind|offset of the place in this library|text" a line.
 EXPORT const char* emu_reports() { return emu::reports.c_str(); }
 
-#define HOOKS(size)                                                                                     \
-  EXPORT void __tsan_read##size(void* p) {                                                              \
-    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                                \
-      emu::report("align", __builtin_return_address(0), "a read of " #size " bytes at %p", p);          \
-    }                                                                                                   \
-    emu::check_access(p, size, false, false, __builtin_return_address(0));                              \
-  }                                                                                                     \
-  EXPORT void __tsan_write##size(void* p) {                                                             \
-    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                                \
-      emu::report("align", __builtin_return_address(0), "a write of " #size " bytes at %p", p);         \
-    }                                                                                                   \
-    emu::check_access(p, size, true, false, __builtin_return_address(0));                               \
-  }                                                                                                     \
-  EXPORT void __tsan_unaligned_read##size(void* p) {                                                    \
-    emu::check_access(p, size, false, false, __builtin_return_address(0));                              \
-  }                                                                                                     \
-  EXPORT void __tsan_unaligned_write##size(void* p) {                                                   \
-    emu::check_access(p, size, true, false, __builtin_return_address(0));                               \
+#define HOOKS(size)                                                                             \
+  EXPORT void __tsan_read##size(void* p) {                                                      \
+    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                        \
+      emu::report("align", __builtin_return_address(0), "a read of " #size " bytes at %p", p);  \
+    }                                                                                           \
+    emu::check_access(p, size, false, false, __builtin_return_address(0));                      \
+  }                                                                                             \
+  EXPORT void __tsan_write##size(void* p) {                                                     \
+    if (reinterpret_cast<uintptr_t>(p) % size && emu::machine.current) {                        \
+      emu::report("align", __builtin_return_address(0), "a write of " #size " bytes at %p", p); \
+    }                                                                                           \
+    emu::check_access(p, size, true, false, __builtin_return_address(0));                       \
+  }                                                                                             \
+  EXPORT void __tsan_unaligned_read##size(void* p) {                                            \
+    emu::check_access(p, size, false, false, __builtin_return_address(0));                      \
+  }                                                                                             \
+  EXPORT void __tsan_unaligned_write##size(void* p) {                                           \
+    emu::check_access(p, size, true, false, __builtin_return_address(0));                       \
   }
 HOOKS(1)
 HOOKS(2)
@@ -380,9 +398,9 @@ EXPORT void __tsan_init() {}
 EXPORT void __tsan_func_entry(void*) {}
 EXPORT void __tsan_func_exit() {}
 
-#define UNDEFINED(name, what, ...)                                                     \
-  EXPORT void __ubsan_handle_##name(__VA_ARGS__) {                                     \
-    emu::report("ub", __builtin_return_address(0), what);                              \
+#define UNDEFINED(name, what, ...)                        \
+  EXPORT void __ubsan_handle_##name(__VA_ARGS__) {        \
+    emu::report("ub", __builtin_return_address(0), what); \
   }
 UNDEFINED(out_of_bounds, "an index past its array", void*, void*)
 UNDEFINED(shift_out_of_bounds, "a shift past the width", void*, void*, void*)

@@ -17,9 +17,11 @@ OPERATOR(attention_plan, AttentionParams)
 OPERATOR(attention_decode, AttentionParams)
 OPERATOR(attention_prefill, AttentionParams)
 
-extern "C" __attribute__((visibility("default"))) int64_t emu_attention_workspace_bytes(
-    int64_t num_sequences, int64_t block_table_stride, int64_t block_size, int64_t num_heads, int64_t head_dim) {
-  return tgi::cuda::attention_workspace_bytes(num_sequences, block_table_stride, block_size, num_heads, head_dim);
+extern "C" __attribute__((visibility("default"))) int64_t
+emu_attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride, int64_t block_size,
+                              int64_t num_heads, int64_t head_dim) {
+  return tgi::cuda::attention_workspace_bytes(num_sequences, block_table_stride, block_size,
+                                              num_heads, head_dim);
 }
 OPERATOR(sample, SampleParams)
 OPERATOR(token_logprobs, TokenLogprobsParams)

@@ -1,4 +1,4 @@
-"""The parameter structs of csrc as ctypes, read from the headers themselves: nothing to keep in step by hand."""
+"""The parameter structs of csrc as ctypes, read from the headers themselves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN: dict[str, type] = {
     "Type": ctypes.c_int32,
     "Activation": ctypes.c_int32,
 }
-_FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?) (\w+);", re.MULTILINE)
+_FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?)\s+(\w+);", re.MULTILINE)
 
 
 @functools.cache

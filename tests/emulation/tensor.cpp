@@ -1,5 +1,6 @@
-// Tensor-core primitives: fragments are gathered into matrices by the tables of the PTX ISA (9.7.15.5.8, the
-// m16n8k16 fragments, and 9.7.15.5.15, ldmatrix), computed on, and dealt out again.
+// Tensor-core primitives: fragments are gathered into matrices by the tables of the PTX ISA
+// (9.7.15.5.8, the m16n8k16 fragments, and 9.7.15.5.15, ldmatrix), computed on, and dealt out
+// again.
 #include "machine.h"
 
 namespace emu {
@@ -29,7 +30,8 @@ void compute_mma(void* const* arguments, uint32_t mask) {
     const int group = lane / 4, pair = lane % 4 * 2;
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 4; ++i) {
-        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = to_float(half_of(argument.a[i], half), argument.element);
+        a[group + i % 2 * 8][pair + i / 2 * 8 + half] =
+            to_float(half_of(argument.a[i], half), argument.element);
       }
       for (int i = 0; i < 2; ++i) {
         b[pair + i * 8 + half][group] = to_float(half_of(argument.b[i], half), argument.element);
@@ -56,7 +58,8 @@ struct LoadArgument {
 };
 
 void compute_load(void* const* arguments, uint32_t mask) {
-  if (mask != 0xffffffffu) return report("mask", machine.current->site, "ldmatrix needs the whole warp");
+  if (mask != 0xffffffffu)
+    return report("mask", machine.current->site, "ldmatrix needs the whole warp");
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& argument = *static_cast<LoadArgument*>(arguments[lane]);
     for (int matrix = 0; matrix < 4; ++matrix) {

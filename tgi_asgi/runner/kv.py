@@ -36,12 +36,18 @@ class KvSize:
 
 
 def choose_size(
-    config: ModelConfig, settings: Settings, dtype: torch.dtype, max_total_tokens: int, free_bytes: int
+    config: ModelConfig,
+    settings: Settings,
+    dtype: torch.dtype,
+    max_total_tokens: int,
+    free_bytes: int,
+    *,
+    share: float = _SHARE,
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`.
 
     `max_batch_total_tokens` decides where the operator set it. Otherwise all slots could be filled to the
-    end, unless half of the free memory is less.
+    end, unless this share of the free memory is less.
 
     Raises:
         ModelLoadError: there is no room for a block, or the operator's own limits contradict each other.
@@ -54,7 +60,7 @@ def choose_size(
         num_blocks = settings.max_batch_total_tokens // size
     else:
         wanted = settings.max_batch_size * blocks_a_sequence
-        num_blocks = min(wanted, int(free_bytes * _SHARE) // (per_token * size))
+        num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
     if num_blocks < 1:
         raise ModelLoadError(
             f"there is no room for a KV cache: a block of {size} tokens takes {per_token * size} bytes, "

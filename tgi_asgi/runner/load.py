@@ -22,6 +22,8 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.program import can_record
 from tgi_asgi.runner.runner import CpuRunner
@@ -42,7 +44,7 @@ _SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
 class LoadedModel:
     """All that serving a model takes."""
 
-    runner: CpuRunner
+    runner: CpuRunner | CudaRunner
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
@@ -58,9 +60,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     Raises:
         ModelLoadError: the files are damaged or not supported, or settings and memory do not suffice.
     """
-    dtype = _DTYPES.get(settings.dtype)
-    if dtype is None:
-        raise ModelLoadError(f"--dtype {settings.dtype} is not computed on a CPU: take bfloat16 or float32")
+    device = cuda_load.find_device()
     num_threads = ops.configure_threads(settings.num_threads, nice=settings.thread_nice)
     with (
         OpenModel(files, chat_template_path=settings.tokenizer_config_path) as opened,
@@ -68,28 +68,36 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
+        name = settings.dtype
+        dtype = _choose_dtype(name) if device is None else cuda_load.choose_dtype(name, config)
         max_total_tokens = _max_total_tokens(config, settings)
         weights = _TrackedWeights(opened.weights, progress)
         packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
-        arithmetic = packing if can_record(config) else dtype
+        arithmetic: ops.Arithmetic = packing if can_record(config) else dtype
+        if device is not None:  # plain weights; they are rounded to float16 on their way to the device
+            arithmetic = torch.float32 if dtype is torch.float16 else dtype
         model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
-    kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
+    runner: CpuRunner | CudaRunner
+    if device is None:
+        kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
+        runner = CpuRunner(
+            model,
+            kv_size,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+            max_context=min(max_total_tokens, kv_size.num_tokens),
+        )
+    else:
+        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, max_total_tokens)
     max_total_tokens = min(max_total_tokens, kv_size.num_tokens)
-    runner = CpuRunner(
-        model,
-        kv_size,
-        max_batch_size=settings.max_batch_size,
-        max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
-        max_context=max_total_tokens,
-    )
     info = ModelInfo(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
         architecture=config.architecture,
         dtype=str(dtype).removeprefix("torch."),
-        device="cpu",
+        device="cpu" if device is None else "cuda",
         vocab_size=config.vocab_size,
         max_input_tokens=_max_input_tokens(settings, max_total_tokens),
         max_total_tokens=max_total_tokens,
@@ -101,6 +109,13 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         fingerprint=weights.fingerprint(arithmetic, kv_size),
     )
     return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _choose_dtype(name: str) -> torch.dtype:
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise ModelLoadError(f"--dtype {name} is not computed on a CPU: take bfloat16 or float32")
+    return dtype
 
 
 def _quantised(method: str | None) -> str | None:

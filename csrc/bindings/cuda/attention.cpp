@@ -17,16 +17,18 @@ struct Scales {
   double scale, key_scale, value_scale;
 };
 
-AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& context_len, const Tensor& block_table,
-                            int64_t window, const Scales& scales, const Tensor& out) {
+AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& context_len,
+                            const Tensor& block_table, int64_t window, const Scales& scales,
+                            const Tensor& out) {
   AttentionParams p = {};
   p.type = check_type(q, "q");
   p.kv_type = check_kv_type(kv, q);
   check_tensor(q, "q", q.scalar_type(), {-1, -1, -1});
   check_tensor(kv, "kv", kv.scalar_type(), {-1, 2, -1, -1, q.size(2)});
-  TORCH_CHECK(kv.size(2) > 0 && q.size(1) % kv.size(2) == 0, "`q` must have a multiple of ", kv.size(2),
-              " heads, got ", q.size(1));
-  TORCH_CHECK(kv.size(0) > 0 && kv.size(0) * kv.size(3) < (int64_t{1} << 31), "`kv` must have 1 to 2^31 slots");
+  TORCH_CHECK(kv.size(2) > 0 && q.size(1) % kv.size(2) == 0, "`q` must have a multiple of ",
+              kv.size(2), " heads, got ", q.size(1));
+  TORCH_CHECK(kv.size(0) > 0 && kv.size(0) * kv.size(3) < (int64_t{1} << 31),
+              "`kv` must have 1 to 2^31 slots");
   check_tensor(context_len, "context_len", kInt, {-1});
   check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
   check_tensor(out, "out", q.scalar_type(), {q.size(0), q.size(1), q.size(2)});
@@ -52,17 +54,19 @@ AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& con
 }
 
 void check_workspace(const Tensor& workspace, const AttentionParams& p) {
-  const int64_t needed =
-      tgi::cuda::attention_workspace_bytes(p.num_sequences, p.block_table_stride, p.block_size, p.num_heads, p.head_dim);
+  const int64_t needed = tgi::cuda::attention_workspace_bytes(
+      p.num_sequences, p.block_table_stride, p.block_size, p.num_heads, p.head_dim);
   check_tensor(workspace, "workspace", at::kByte, {-1});
-  TORCH_CHECK(workspace.size(0) >= needed, "`workspace` must have ", needed, " bytes, got ", workspace.size(0));
+  TORCH_CHECK(workspace.size(0) >= needed, "`workspace` must have ", needed, " bytes, got ",
+              workspace.size(0));
 }
 
-void attention_plan(const Tensor& context_len, const Tensor& block_table, int64_t block_size, int64_t window,
-                    const Tensor& workspace) {
+void attention_plan(const Tensor& context_len, const Tensor& block_table, int64_t block_size,
+                    int64_t window, const Tensor& workspace) {
   check_tensor(context_len, "context_len", kInt, {-1});
   check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
-  TORCH_CHECK(block_size > 0 && window >= 0, "`block_size` must be positive and `window` not negative");
+  TORCH_CHECK(block_size > 0 && window >= 0,
+              "`block_size` must be positive and `window` not negative");
   AttentionParams p = {};
   p.context_len = context_len.const_data_ptr<int32_t>();
   p.workspace = workspace.mutable_data_ptr();
@@ -74,24 +78,27 @@ void attention_plan(const Tensor& context_len, const Tensor& block_table, int64_
   run(tgi::cuda::attention_plan, p, workspace);
 }
 
-void attention_decode(const Tensor& q, const Tensor& kv, const Tensor& context_len, const Tensor& block_table,
-                      int64_t window, double scale, double key_scale, double value_scale, const Tensor& workspace,
-                      const Tensor& out) {
-  AttentionParams p = make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
-  TORCH_CHECK(p.num_tokens == p.num_sequences, "`q` must have one token a sequence, got ", p.num_tokens, " for ",
-              p.num_sequences);
+void attention_decode(const Tensor& q, const Tensor& kv, const Tensor& context_len,
+                      const Tensor& block_table, int64_t window, double scale, double key_scale,
+                      double value_scale, const Tensor& workspace, const Tensor& out) {
+  AttentionParams p =
+      make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+  TORCH_CHECK(p.num_tokens == p.num_sequences, "`q` must have one token a sequence, got ",
+              p.num_tokens, " for ", p.num_sequences);
   p.workspace = workspace.mutable_data_ptr();
   check_workspace(workspace, p);
   run(tgi::cuda::attention_decode, p, out);
 }
 
-void attention_prefill(const Tensor& q, const Tensor& kv, const Tensor& query_start, const Tensor& context_len,
-                       const Tensor& block_table, int64_t max_query_len, int64_t window, double scale,
-                       double key_scale, double value_scale, const Tensor& out) {
-  AttentionParams p = make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+void attention_prefill(const Tensor& q, const Tensor& kv, const Tensor& query_start,
+                       const Tensor& context_len, const Tensor& block_table, int64_t max_query_len,
+                       int64_t window, double scale, double key_scale, double value_scale,
+                       const Tensor& out) {
+  AttentionParams p =
+      make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
   check_tensor(query_start, "query_start", kInt, {p.num_sequences + 1});
-  TORCH_CHECK(max_query_len >= 0 && max_query_len <= p.num_tokens, "`max_query_len` must be in [0, ", p.num_tokens,
-              "], got ", max_query_len);
+  TORCH_CHECK(max_query_len >= 0 && max_query_len <= p.num_tokens,
+              "`max_query_len` must be in [0, ", p.num_tokens, "], got ", max_query_len);
   p.query_start = query_start.const_data_ptr<int32_t>();
   p.max_query_len = max_query_len;
   run(tgi::cuda::attention_prefill, p, out);

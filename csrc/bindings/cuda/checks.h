@@ -1,5 +1,5 @@
-// Checks of operands of the CUDA operators, and the stream they run on; see csrc/checks.h for the CPU's. What lies on
-// the device is not looked at: kernels clamp ids and lengths.
+// Checks of operands of the CUDA operators, and the stream they run on; see csrc/checks.h for the
+// CPU's. What lies on the device is not looked at: kernels clamp ids and lengths.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,19 +16,25 @@ namespace tgi::cuda {
 // A contiguous CUDA tensor of this dtype and shape, 16-byte aligned; a size of -1 may be anything.
 inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
-  TORCH_CHECK(tensor.device().is_cuda(), "`", name, "` must be on a CUDA device, got ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device().is_cuda(), "`", name, "` must be on a CUDA device, got ",
+              tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ",
+              tensor.scalar_type());
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t axis = 0;
   for (const int64_t size : shape) {
     fits = fits && (size < 0 || tensor.size(axis) == size);
     ++axis;
   }
-  TORCH_CHECK(fits, "`", name, "` must have shape ", at::IntArrayRef(shape), " (-1: any), got ", tensor.sizes());
-  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ", tensor.strides());
-  // Vectors of 16 bytes are of floating-point data; lists of ids are read one by one, and may be slices.
-  TORCH_CHECK(!tensor.is_floating_point() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, "`",
-              name, "` must begin at a multiple of 16 bytes");
+  TORCH_CHECK(fits, "`", name, "` must have shape ", at::IntArrayRef(shape), " (-1: any), got ",
+              tensor.sizes());
+  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ",
+              tensor.strides());
+  // Vectors of 16 bytes are of floating-point data; lists of ids are read one by one, and may be
+  // slices.
+  TORCH_CHECK(
+      !tensor.is_floating_point() || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+      "`", name, "` must begin at a multiple of 16 bytes");
 }
 
 // The type of activations, queries and weights.
@@ -41,8 +47,8 @@ inline Type check_type(const at::Tensor& tensor, const char* name) {
 // The type of the cache: the queries' own, or 8 bits.
 inline Type check_kv_type(const at::Tensor& kv, const at::Tensor& q) {
   if (kv.scalar_type() == at::kFloat8_e4m3fn) return Type::kFloat8;
-  TORCH_CHECK(kv.scalar_type() == q.scalar_type(), "`kv` must be ", q.scalar_type(), " or float8_e4m3fn, got ",
-              kv.scalar_type());
+  TORCH_CHECK(kv.scalar_type() == q.scalar_type(), "`kv` must be ", q.scalar_type(),
+              " or float8_e4m3fn, got ", kv.scalar_type());
   return check_type(kv, "kv");
 }
 
@@ -54,7 +60,8 @@ const T* data_or_null(const std::optional<at::Tensor>& tensor) {
 
 // Calls launcher(params, stream) on the tensor's device and its current stream.
 template <typename Params>
-void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params, const at::Tensor& on) {
+void run(cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params,
+         const at::Tensor& on) {
   const c10::cuda::CUDAGuard guard(on.device());
   C10_CUDA_CHECK(launcher(params, c10::cuda::getCurrentCUDAStream().stream()));
 }

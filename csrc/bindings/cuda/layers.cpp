@@ -26,8 +26,13 @@ void embed(const Tensor& ids, const Tensor& table, const Tensor& out) {
   check_tensor(table, "table", table.scalar_type(), {-1, -1});
   check_tensor(ids, "ids", kInt, {-1});
   check_tensor(out, "out", kFloat, {ids.size(0), table.size(1)});
-  const EmbedParams params = {ids.const_data_ptr<int32_t>(), table.const_data_ptr(), out.mutable_data_ptr<float>(),
-                              ids.size(0), table.size(0), table.size(1), type};
+  const EmbedParams params = {ids.const_data_ptr<int32_t>(),
+                              table.const_data_ptr(),
+                              out.mutable_data_ptr<float>(),
+                              ids.size(0),
+                              table.size(0),
+                              table.size(1),
+                              type};
   run(tgi::cuda::embed, params, out);
 }
 
@@ -67,9 +72,10 @@ void act_mul(const Tensor& gate_up, c10::string_view activation, const Tensor& o
   run(tgi::cuda::act_mul, params, out);
 }
 
-void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots, const Tensor& cos,
-                   const Tensor& sin, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
-                   double eps, double key_scale, double value_scale, const Tensor& q, const Tensor& kv) {
+void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots,
+                   const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& q_norm,
+                   const std::optional<Tensor>& k_norm, double eps, double key_scale,
+                   double value_scale, const Tensor& q, const Tensor& kv) {
   const Type type = check_type(q, "q"), kv_type = check_kv_type(kv, q);
   check_tensor(q, "q", q.scalar_type(), {-1, -1, -1});
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);

@@ -1,5 +1,5 @@
-// The schemas of torch.ops.tgi_cuda: the operators as the CUDA kernels cut them, see csrc/cuda/kernels.h. Outputs are
-// given and marked as mutated; such an operator returns nothing.
+// The schemas of torch.ops.tgi_cuda: the operators as the CUDA kernels cut them, see
+// csrc/cuda/kernels.h. Outputs are given and marked as mutated; such an operator returns nothing.
 #include <torch/library.h>
 
 #include "cuda/kernels.h"
@@ -9,25 +9,35 @@ TORCH_LIBRARY(tgi_cuda, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? rows, Tensor(a!) out) -> ()");
   m.def("act_mul(Tensor gate_up, str activation, Tensor(a!) out) -> ()");
   m.def(
-      "rope_kv_write(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? q_norm, "
-      "Tensor? k_norm, float eps, float key_scale, float value_scale, Tensor(a!) q, Tensor(b!) kv) -> ()");
-  m.def("attention_plan(Tensor context_len, Tensor block_table, int block_size, int window, Tensor(a!) workspace) -> ()");
+      "rope_kv_write(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? "
+      "q_norm, "
+      "Tensor? k_norm, float eps, float key_scale, float value_scale, Tensor(a!) q, Tensor(b!) kv) "
+      "-> ()");
   m.def(
-      "attention_decode(Tensor q, Tensor kv, Tensor context_len, Tensor block_table, int window, float scale, "
+      "attention_plan(Tensor context_len, Tensor block_table, int block_size, int window, "
+      "Tensor(a!) workspace) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor kv, Tensor context_len, Tensor block_table, int window, "
+      "float scale, "
       "float key_scale, float value_scale, Tensor(a!) workspace, Tensor(b!) out) -> ()");
   m.def(
-      "attention_prefill(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor block_table, "
-      "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) out) -> ()");
+      "attention_prefill(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor "
+      "block_table, "
+      "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) "
+      "out) -> ()");
   m.def(
-      "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, Tensor biased_ids, "
-      "Tensor biased_values, Tensor masked_ids, Tensor? mask, Tensor(c!) scratch, Tensor(d!) token_ids, "
+      "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, Tensor "
+      "biased_ids, "
+      "Tensor biased_values, Tensor masked_ids, Tensor? mask, Tensor(c!) scratch, Tensor(d!) "
+      "token_ids, "
       "Tensor(e!) is_finite, Tensor(f!) logprobs, Tensor(g!) top_ids, Tensor(h!) top_logprobs, "
       "Tensor(i!) num_top) -> ()");
   m.def(
       "token_logprobs(Tensor logits, Tensor token_ids, Tensor(a!) logprobs, Tensor(b!) top_ids, "
       "Tensor(c!) top_logprobs) -> ()");
   m.def(
-      "attention_workspace_bytes(int num_sequences, int block_table_stride, int block_size, int num_heads, "
+      "attention_workspace_bytes(int num_sequences, int block_table_stride, int block_size, int "
+      "num_heads, "
       "int head_dim) -> int",
       &tgi::cuda::attention_workspace_bytes);
 }

@@ -14,8 +14,8 @@ using tgi::cuda::run;
 void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
             const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
             const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& token_ids,
-            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
-            const Tensor& num_top) {
+            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
+            const Tensor& top_logprobs, const Tensor& num_top) {
   check_tensor(logits, "logits", kFloat, {-1, -1});
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
@@ -27,7 +27,8 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
   if (mask) check_tensor(*mask, "mask", kInt, {num_rows, (vocab + 31) / 32});
   check_tensor(scratch, "scratch", kFloat, {-1, vocab});
-  TORCH_CHECK(scratch.size(0) >= num_rows, "`scratch` must have ", num_rows, " rows, got ", scratch.size(0));
+  TORCH_CHECK(scratch.size(0) >= num_rows, "`scratch` must have ", num_rows, " rows, got ",
+              scratch.size(0));
   check_tensor(token_ids, "token_ids", kInt, {num_rows});
   check_tensor(is_finite, "is_finite", at::kBool, {num_rows});
   check_tensor(logprobs, "logprobs", kFloat, {num_rows});
@@ -52,12 +53,13 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
                                   biased_ids.size(1),
                                   masked_ids.size(1),
                                   top_ids.size(1)};
-  const tgi::cuda::SampleParams params = {base, scratch.mutable_data_ptr<float>(), num_rows, num_slots};
+  const tgi::cuda::SampleParams params = {base, scratch.mutable_data_ptr<float>(), num_rows,
+                                          num_slots};
   run(tgi::cuda::sample, params, logits);
 }
 
-void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs, const Tensor& top_ids,
-                    const Tensor& top_logprobs) {
+void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
+                    const Tensor& top_ids, const Tensor& top_logprobs) {
   check_tensor(logits, "logits", kFloat, {-1, -1});
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   check_tensor(token_ids, "token_ids", kInt, {num_rows});

@@ -1,0 +1,85 @@
+"""Put a model on a CUDA device: whether there is one, what it computes, and how large the cache is there."""
+
+from __future__ import annotations
+
+import torch
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_device import CudaDevice, Device
+from tgi_asgi.runner.kv import KvSize, choose_size
+from tgi_asgi.settings import Settings
+
+HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
+_MAX_GROUP = 16  # query heads of a KV head
+_MAX_HIDDEN = 16384
+_SHARE = 0.92  # of the memory free after a step of the largest size: graphs and fragments have the rest
+_DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device() -> Device | None:
+    """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen."""
+    has_kernels = hasattr(torch.ops.tgi_cuda, "attention_decode")
+    return CudaDevice() if has_kernels and torch.cuda.is_available() else None
+
+
+def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """Return what products compute in, for --dtype.
+
+    Raises:
+        ModelLoadError: the kernels do not have this dtype, or the model's shapes.
+    """
+    dtype = _DTYPES.get(name)
+    if dtype is None:
+        raise ModelLoadError(
+            f"--dtype {name} is not computed on a GPU: take {' or '.join(_DTYPES)}, or hide the GPU by "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    group = config.num_heads // config.num_kv_heads
+    sizes = (config.hidden_size, config.intermediate_size)
+    if (
+        config.head_dim not in HEAD_DIMS
+        or group > _MAX_GROUP
+        or any(size % 8 for size in sizes)
+        or config.hidden_size > _MAX_HIDDEN
+    ):
+        raise ModelLoadError(
+            f"the GPU kernels have no head size {config.head_dim} with {group} queries a KV head, hidden "
+            f"sizes {sizes}: to compute on the CPU, hide the GPU by CUDA_VISIBLE_DEVICES="
+        )
+    return dtype
+
+
+def make_runner(
+    model: Llama, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int
+) -> tuple[CudaRunner, KvSize]:
+    """Move a model to the device, and give what memory is left to the cache.
+
+    Raises:
+        ModelLoadError: it does not fit; the message says what to change.
+    """
+    sizes: list[KvSize] = []
+
+    def choose(free_bytes: int) -> KvSize:
+        sizes.append(choose_size(model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE))
+        return sizes[-1]
+
+    try:
+        runner = CudaRunner(
+            model,
+            device,
+            choose,
+            block_size=settings.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+            max_context=max_total_tokens,
+            dtype=dtype,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelLoadError(
+            "the model does not fit the GPU's memory: take a smaller one, lower --max-batch-prefill-tokens "
+            f"or --max-batch-size, or free memory ({error})"
+        ) from error
+    return runner, sizes[-1]
