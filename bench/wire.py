@@ -3,30 +3,38 @@
     python -m bench.wire                                   # the costs inside the process
     python -m bench.wire --streams 1000 --rate 20          # and over sockets, under hypercorn
     python -m bench.wire --streams 1000 --server uvicorn --stalled 1
+    python -m bench.wire --streams 100 --server bare       # the floor: the system's calls alone
+    python -m bench.wire --streams 100 --profile           # where the server's time goes
 
-Prints one JSON object. `request_us` reads, checks and renders a chat of 20 messages; `token_us` is a streamed
-token's own cost (bytes to text, stop match, frame, hand-over to a `send` that does nothing). Over sockets an
-engine without a model gives every stream a token a step: `sent_token_us` is the server's CPU time a token,
-`cores` its share of one core, `late_ms` how long after its step a token reached a client (which takes CPU of
-the same machine); `--stalled` adds readers that never read, whose streams do not count.
+Costs are CPU time, of which a busy machine changes little. Prints one JSON object.
+
+`request_us` reads, checks and renders a chat of 20 messages; `token_us` is a streamed token's own cost (bytes
+to text, stop match, frame, hand-over to a `send` that does nothing). Over sockets an engine without a model
+gives every stream a token a step: `sent_token_us` is the server's CPU time a token, `cores` its share of one
+core, `late_ms` how long after its step a token reached a client (wall time; the client takes CPU of the same
+machine); `--stalled` adds readers that never read, whose streams do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import json
+import pstats
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import uvloop
 from hypercorn.asyncio import serve
 
+from bench.report import command_line, emit, machine, percentile
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.http.context import Served
@@ -40,6 +48,7 @@ from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.server import make_config
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.guard import PromptGuard
 from tgi_asgi.types import (
     EngineState,
     GenerationRequest,
@@ -56,16 +65,21 @@ TEMPLATE = (
 INFO = ModelInfo("bench", None, "M", "f", "cpu", 50_000, 1 << 20, 1 << 20, frozenset({0}))
 STOP = ["\n\nUser:", "<END>"]
 WARM_UP_STEPS = 20
+START_TIMEOUT_S = 60.0
 
 
 class Words:
     """A tokenizer of which only the byte table is real."""
 
     eos_ids = special_ids = frozenset({0})
+    guard = PromptGuard(["<|im_start|>", "<|im_end|>"])
     text = b" word"
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
         return [1] * 100
+
+    def token_text(self, token_id: int) -> str:
+        return "word"
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.text
@@ -100,7 +114,7 @@ class Engine:
         self.channels: list[Channel] = []
         self._words = words
 
-    def acquire(self, n: int) -> Engine:
+    def acquire(self, n: int, tenant: str | None = None) -> Engine:
         return self
 
     def release(self) -> None: ...
@@ -112,6 +126,30 @@ class Engine:
     def step(self) -> None:
         for channel in self.channels:
             channel.step()
+
+
+class Bare(asyncio.Protocol):
+    """The floor: a stream of equal frames with no server and no app around it."""
+
+    def __init__(self, engine: Engine, words: Words) -> None:
+        self._engine = engine
+        self._words = words
+        self._is_asked = False
+        self.sink: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            self._transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+            self.sink = self._transport
+            self._engine.channels.append(cast(Any, self))
+
+    def step(self) -> None:
+        frame = b'data: {"choices":[{"delta":{"content":"%b"}}]%b}\n\n' % (self._words.text, b" " * 180)
+        self._transport.write(b"%x\r\n%b\r\n" % (len(frame), frame))
 
 
 def make_app() -> tuple[App, Engine, Words]:
@@ -156,20 +194,20 @@ def request_us() -> dict[str, float]:
     parts: dict[str, Callable[[], object]] = {
         "decode_us": lambda: decode_json(body, CHAT_DECODER),
         "check_us": lambda: check_chat(exchange, request),
-        "render_us": lambda: chat_prompt(request, served, is_compat=False),
+        "render_us": lambda: chat_prompt(request, served, app.context.settings),
     }
     costs = {name: round(best_us(part), 1) for name, part in parts.items()}
     return {"request_us": round(sum(costs.values()), 1), **costs}
 
 
 def best_us(function: Callable[[], object], rounds: int = 30, repeats: int = 20) -> float:
-    """Return the least mean time of a few calls: what the code costs when nothing else runs."""
+    """Return the least mean CPU time of a few calls: what the code costs when nothing else runs."""
     best = float("inf")
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun = time.thread_time()
         for _ in range(repeats):
             function()
-        best = min(best, (time.perf_counter() - begun) / repeats)
+        best = min(best, (time.thread_time() - begun) / repeats)
     return best * 1e6
 
 
@@ -197,7 +235,7 @@ async def token_us(num_streams: int = 100) -> float:
     while len(engine.channels) < num_streams or any(channel.sink is None for channel in engine.channels):
         await asyncio.sleep(0.001)
     engine.step()
-    cost = best_us(engine.step, rounds=50, repeats=2) / num_streams
+    cost = best_us(engine.step, rounds=100, repeats=5) / num_streams
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -211,27 +249,48 @@ async def serve_steps(args: argparse.Namespace) -> None:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(listener.getsockname()[1], flush=True)
     stop = asyncio.Event()
-    server = asyncio.create_task(run_server(args.server, app, listener, stop))
-    while sum(channel.sink is not None for channel in engine.channels) < args.streams + args.stalled:
-        await asyncio.sleep(0.01)
+    if args.server == "bare":
+        make = partial(Bare, engine, words)
+        running = await asyncio.get_running_loop().create_server(make, sock=listener)
+        server = asyncio.create_task(running.serve_forever())
+    else:
+        server = asyncio.create_task(run_server(args.server, app, listener, stop))
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while sum(channel.sink is not None for channel in engine.channels) < args.streams + args.stalled:
+            await asyncio.sleep(0.01)
+    profile = cProfile.Profile() if args.profile else None
     num_steps = int(args.seconds * args.rate)
     begun = cpu = 0.0
     next_s = time.monotonic()
     for step in range(WARM_UP_STEPS + num_steps):
         if step == WARM_UP_STEPS:
             begun, cpu = time.monotonic(), time.process_time()
+            if profile is not None:
+                profile.enable()
         words.text = b" %.6f" % time.monotonic()
         engine.step()
         next_s += 1 / args.rate
         await asyncio.sleep(max(next_s - time.monotonic(), 0))
     cpu, took = time.process_time() - cpu, time.monotonic() - begun
-    report = {
+    report: dict[str, Any] = {
         "sent_token_us": round(cpu / (num_steps * args.streams) * 1e6, 1),
         "cores": round(cpu / took, 2),
         "steps_per_s": round(num_steps / took, 1),
     }
+    if profile is not None:
+        profile.disable()
+        report["profile"] = shares(profile)
     print(json.dumps(report), flush=True)
     server.cancel()
+
+
+def shares(profile: cProfile.Profile, most: int = 14) -> dict[str, str]:
+    """Return the functions that the time went to, waiting left out, with their own shares of it."""
+    stats = cast(Any, pstats.Stats(profile)).stats
+    own = {name: times[2] for name, times in stats.items() if "run_forever" not in name[2]}
+    total = sum(own.values())
+    found = sorted(own.items(), key=lambda item: -item[1])[:most]
+    return {f"{Path(name[0]).name}:{name[2]}": f"{seconds / total:.0%}" for name, seconds in found}
 
 
 async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio.Event) -> None:
@@ -253,31 +312,42 @@ async def read_streams(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.wire", "--serve", "--server", args.server]
     command += ["--streams", str(args.streams), "--stalled", str(args.stalled)]
     command += ["--rate", str(args.rate), "--seconds", str(args.seconds)]
+    command += ["--profile"] if args.profile else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     port = int(server.stdout.readline())
     late_s: list[float] = []
     loop = asyncio.get_running_loop()
+    refusal: asyncio.Future[bytes] = loop.create_future()
     connections = []
     for i in range(args.streams + args.stalled):
         is_stalled = i >= args.streams
-        make = partial(Reader, late_s if i % 20 == 0 and not is_stalled else None, is_stalled)
+        make = partial(Reader, refusal, late_s if i % 20 == 0 and not is_stalled else None, is_stalled)
         connection, _ = await loop.create_connection(make, "127.0.0.1", port)
         connections.append(connection)
-    report = json.loads(await asyncio.to_thread(server.stdout.readline))
-    for connection in connections:
-        connection.abort()
-    server.terminate()
-    server.wait()
-    late_s.sort()
-    percentiles = {p: round(late_s[int(len(late_s) * p / 100)] * 1e3, 1) for p in (50, 99)}
-    return {**report, "late_ms": {f"p{p}": value for p, value in percentiles.items()}}
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S + 4 * args.seconds):
+            reading = asyncio.ensure_future(asyncio.to_thread(server.stdout.readline))
+            await asyncio.wait([reading, refusal], return_when=asyncio.FIRST_COMPLETED)
+            if refusal.done():
+                raise SystemExit(refusal.result().decode())
+            line = reading.result()
+    finally:
+        for connection in connections:
+            connection.abort()
+        server.terminate()
+        server.wait()
+    if not line:
+        raise SystemExit("the server failed")
+    late = {f"p{p}": round(percentile(late_s, p / 100) * 1e3, 1) for p in (50, 99)}
+    return {**json.loads(line), "late_ms": late}
 
 
 class Reader(asyncio.Protocol):
     """A client that reads one stream; `late_s` collects how old its tokens are."""
 
-    def __init__(self, late_s: list[float] | None, is_stalled: bool) -> None:
+    def __init__(self, refusal: asyncio.Future[bytes], late_s: list[float] | None, is_stalled: bool) -> None:
+        self._refusal = refusal
         self._late_s = late_s
         self._is_stalled = is_stalled
         self._num_chunks = 0
@@ -291,6 +361,8 @@ class Reader(asyncio.Protocol):
             transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
+        if data.startswith(b"HTTP/1.1") and b" 200" not in data[:13] and not self._refusal.done():
+            self._refusal.set_result(data)
         if self._late_s is None:
             return
         now = time.monotonic()
@@ -313,7 +385,9 @@ def main() -> None:
     parser.add_argument("--stalled", type=int, default=0, help="further streams whose reader never reads")
     parser.add_argument("--rate", type=float, default=20.0, help="tokens a second of each stream")
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--server", choices=("hypercorn", "uvicorn"), default="hypercorn")
+    parser.add_argument("--server", choices=("hypercorn", "uvicorn", "bare"), default="hypercorn")
+    parser.add_argument("--profile", action="store_true", help="say which functions the time goes to")
+    parser.add_argument("--out", type=Path, help="file to keep the JSON object in")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -323,7 +397,7 @@ def main() -> None:
     if args.streams:
         report |= {"server": args.server, "streams": args.streams, "rate": args.rate, "stalled": args.stalled}
         report |= asyncio.run(read_streams(args))
-    print(json.dumps(report))
+    emit({"command": command_line(), "machine": machine(), **report}, args.out)
 
 
 if __name__ == "__main__":
