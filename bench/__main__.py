@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -42,16 +43,22 @@ def run(name: str, flags: Sequence[str]) -> dict[str, Any]:
     """Run a program, show what it prints but for its JSON object, and return that.
 
     Raises:
-        SystemExit: the program failed.
+        SystemExit: the program failed, or took longer than `TIMEOUT_S`.
     """
     start_s = time.perf_counter()
     command = [sys.executable, "-m", f"bench.{name}", *flags]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S)
-    if done.returncode:
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = program.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        program.send_signal(signal.SIGINT)  # lets it stop the server that it started
+        program.communicate()
+        raise SystemExit(f"bench.{name} took more than {TIMEOUT_S} s") from None
+    if program.returncode:
         raise SystemExit(f"bench.{name} failed")
     record: dict[str, Any] = {}
     print(f"\n## {name} ({time.perf_counter() - start_s:.0f} s)", flush=True)
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         if line.startswith("{"):
             record = json.loads(line)
         else:

@@ -32,12 +32,18 @@ BODY = {
 
 
 def first_chunk(port: int) -> bool:
-    """Ask for one token; return whether it came."""
+    """Ask for one token; return whether it came.
+
+    Raises:
+        SystemExit: the server refuses, other than by saying that it is not ready (503).
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Content-Type": "application/json"}
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(BODY), headers)
         answer = connection.getresponse()
+        if answer.status not in (200, 503):
+            raise SystemExit(f"the server answered {answer.status}: {answer.read(1000)!r}")
         return answer.status == 200 and bool(answer.readline())
     finally:
         connection.close()
