@@ -213,12 +213,6 @@ async def test_a_template_from_a_request_is_forbidden() -> None:
     assert (call.status, call.json()["error"]["type"]) == (403, "permission_error")
 
 
-async def test_responses_is_refused_clearly() -> None:
-    error = await refused("/v1/responses", {"input": "hi"})
-    assert "/v1/chat/completions" in error["message"]
-    assert (await refused("/v1/responses", {"model": "x"}))["param"] == "input"
-
-
 async def test_the_operators_limits_hold_on_v1() -> None:
     settings = Settings(max_stop_sequences=1, max_best_of=2, max_top_n_tokens=3, max_client_batch_size=2)
     for fields, param in (

@@ -1,21 +1,18 @@
-"""OpenAI's routes under `/v1`, and those of them that need no engine: models, and what is not served."""
+"""OpenAI's routes under `/v1`, and those of them that need no engine: models."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from starlette.routing import Route
 
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_answer import model_not_found
 from tgi_asgi.http.openai_chat import chat_completions
 from tgi_asgi.http.openai_completions import completions
-from tgi_asgi.http.openai_params import refuse
+from tgi_asgi.http.responses import responses
 from tgi_asgi.http.routing import route
 from tgi_asgi.types import ModelInfo
-
-_OBJECT_DECODER = msgspec.json.Decoder(dict[str, Any])
 
 
 def routes() -> list[Route]:
@@ -27,18 +24,6 @@ def routes() -> list[Route]:
         route("/v1/models", get=list_models),
         route("/v1/models/{model:path}", get=retrieve_model),
     ]
-
-
-async def responses(exchange: Exchange) -> None:
-    """Refuse `POST /v1/responses`, once its shape is right."""
-    body = await exchange.read_json(_OBJECT_DECODER)
-    if not isinstance(body.get("input"), str | list):
-        refuse("input", "`input` must be a string or a list of items")
-    refuse(
-        "input",
-        "/v1/responses is not supported by this server yet; use /v1/chat/completions",
-        "unsupported_endpoint",
-    )
 
 
 async def list_models(exchange: Exchange) -> None:

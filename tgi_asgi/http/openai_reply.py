@@ -36,6 +36,11 @@ class ReplyPlan:
         return [ChoiceReply(self) for _ in range(n)]
 
 
+TEXT_ONLY = ReplyPlan(
+    None, None, is_reasoning_open=False, is_named=False, shows_reasoning=True, is_compat=False
+)
+
+
 class LogprobsTracker(Protocol):
     """One choice's log-probabilities, in either endpoint's shape."""
 

@@ -13,16 +13,17 @@ import msgspec
 from msgspec import Meta, Struct
 
 
-def _range(**keywords: float) -> Meta:
+def range_of(**keywords: float) -> Meta:
+    """Bound a number, for the checks and for the OpenAPI document."""
     return Meta(extra_json_schema=dict(keywords))
 
 
-Int = Annotated[int, _range(minimum=-(2**63), maximum=2**64 - 1)]
-Natural = Annotated[int, _range(minimum=0, maximum=2**63 - 1)]
-Positive = Annotated[int, _range(minimum=1, maximum=2**63 - 1)]
-Penalty = Annotated[float, _range(minimum=-2, maximum=2)]
-Fraction = Annotated[float, _range(minimum=0, maximum=1)]
-Share = Annotated[float, _range(exclusiveMinimum=0, maximum=1)]
+Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
+Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
+Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
+Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
+Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
+Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
 
 
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
@@ -67,7 +68,7 @@ class CommonRequest(Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Natural | None = None
-    temperature: Annotated[float, _range(minimum=0, maximum=2)] | None = None
+    temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
     top_p: Fraction | None = None
     n: Positive | None = None
     seed: Int | None = None
@@ -77,10 +78,10 @@ class CommonRequest(Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
 
-    top_k: Annotated[int, _range(minimum=-1, maximum=2**63 - 1)] | None = None
+    top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     min_p: Fraction | None = None
     typical_p: Share | None = None
-    repetition_penalty: Annotated[float, _range(exclusiveMinimum=0)] | None = None
+    repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
     min_tokens: Natural | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
@@ -88,7 +89,7 @@ class CommonRequest(Struct, kw_only=True):
     no_stop_trim: bool | None = None  # SGLang's name for the same
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, _range(minimum=-1, maximum=2**63 - 1)] | None = None
+    truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
     priority: Int | None = None
     cache_salt: str | None = None
     request_id: str | None = None

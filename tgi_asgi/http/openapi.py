@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 import tgi_asgi
-from tgi_asgi.http import openai_schema, tgi_schema
+from tgi_asgi.http import openai_schema, responses_request, tgi_schema
 from tgi_asgi.http.tgi_validation import NativeLimits
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
@@ -74,7 +74,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "post", "/v1/completions", "Text", "OpenAI", (_COMPLETION,), streams=True, errors=Errors.OPENAI,
     ),
-    Operation("post", "/v1/responses", "Not served yet", "OpenAI", (dict[str, Any],), errors=Errors.OPENAI),
+    Operation(
+        "post", "/v1/responses", "Responses, stateless", "OpenAI", (responses_request.ResponsesRequest,),
+        streams=True, errors=Errors.OPENAI,
+    ),
     Operation("get", "/v1/models", "List the served model", "OpenAI", errors=Errors.OPENAI),
     Operation("get", "/v1/models/{model}", "Describe a served model", "OpenAI", errors=Errors.OPENAI),
     Operation(

@@ -1,0 +1,195 @@
+"""`/v1/responses`: OpenAI's SDK on a socket, the order of events, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.http.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
+from tests.support.client import client_of
+from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
+from tgi_asgi.errors import GenerationFailed
+
+TOOLS: list[Any] = [
+    {"type": "function", "name": "weather", "parameters": CITY, "strict": True},
+    {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}, "strict": False},
+]
+ALL = ["<think>", "hm", "</think>", "\n", *CALLS]
+
+
+async def post(script: Script, *, template: str = CHATML, **body: Any) -> tuple[int, Any]:
+    async with client_of(app_of(ScriptedEngine(script), chat_template=template)) as client:
+        answer = await client.post("/v1/responses", json={"input": "hi", **body})
+    if not body.get("stream"):
+        return answer.status_code, answer.json()
+    lines = answer.text.split("\n\n")
+    assert lines.pop() == ""
+    events = []
+    for line in lines:
+        name, data = line.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return answer.status_code, events
+
+
+async def test_a_whole_response_through_the_sdk() -> None:
+    async with sdk(say("Hel", "lo")) as client:
+        response = await client.responses.create(
+            model="m", input="hi", instructions="Be brief.", metadata={"a": "b"}
+        )
+    assert (response.status, response.output_text, response.model) == ("completed", "Hello", "m")
+    assert response.id.startswith("resp_") and response.instructions == "Be brief."
+    assert response.usage is not None and response.usage.output_tokens == 3
+    assert response.usage.total_tokens == response.usage.input_tokens + 3
+    assert response.metadata == {"a": "b"}
+
+
+async def test_the_sdk_s_stream_adds_up_to_the_whole_response() -> None:
+    async with sdk(say(*ALL), chat_template=THINKING) as client:
+        whole = await client.responses.create(model="m", input="hi", tools=TOOLS)
+        types: list[str] = []
+        async with client.responses.stream(model="m", input="hi", tools=TOOLS) as stream:
+            async for event in stream:
+                types.append(event.type)
+            streamed = await stream.get_final_response()
+    for response in (whole, streamed):
+        assert [item.type for item in response.output] == [
+            "reasoning",
+            "message",
+            "function_call",
+            "function_call",
+        ]
+        assert response.output_text == "Let me see."
+        _, _, weather, now = response.output
+        assert weather.type == now.type == "function_call"
+        assert (weather.name, weather.arguments) == ("weather", '{"city": "Paris"}')
+        assert (now.name, now.arguments) == ("now", "{}")
+        assert weather.call_id != now.call_id
+        assert response.usage is not None and response.usage.output_tokens_details.reasoning_tokens > 0
+    assert types[:2] == ["response.created", "response.in_progress"]
+    assert types[-1] == "response.completed"
+    assert types.count("response.output_item.added") == types.count("response.output_item.done") == 4
+
+
+async def test_events_come_in_order_and_say_where_they_belong() -> None:
+    _, events = await post(say("a", "b"), stream=True)
+    assert [event["type"] for event in events] == [
+        "response.created", "response.in_progress",
+        "response.output_item.added", "response.content_part.added",
+        "response.output_text.delta", "response.output_text.delta", "response.output_text.done",
+        "response.content_part.done", "response.output_item.done", "response.completed",
+    ]  # fmt: skip
+    assert events[0]["response"]["output"] == [] and events[0]["response"]["usage"] is None
+    assert events[2]["item"]["content"] == []
+    assert events[3]["part"] == {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    assert [event["delta"] for event in events[4:6]] == ["a", "b"]
+    assert {event["item_id"] for event in events[3:8]} == {events[2]["item"]["id"]}
+    assert events[6]["text"] == events[7]["part"]["text"] == "ab"
+    (item,) = events[-1]["response"]["output"]
+    assert item["status"] == "completed" and item["content"][0]["text"] == "ab"
+
+
+async def test_a_response_that_the_length_cuts_is_incomplete() -> None:
+    _, body = await post(say("a", "b", "c"), max_output_tokens=2)
+    assert body["status"] == "incomplete"
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert body["output"][0]["status"] == "incomplete"
+    _, events = await post(say("a", "b", "c"), max_output_tokens=2, stream=True)
+    assert events[-1]["type"] == "response.incomplete"
+
+
+async def test_an_answer_without_text_has_an_empty_message() -> None:
+    _, body = await post(say())
+    assert body["output"][0]["content"][0]["text"] == ""
+
+
+async def test_a_failure_after_the_start_is_an_event() -> None:
+    _, events = await post(fail_with(GenerationFailed("broken"), say("a", "b")), stream=True)
+    assert events[-1]["type"] == "response.failed"
+    assert events[-1]["response"]["status"] == "failed"
+    assert events[-1]["response"]["error"]["code"] == "server_error"
+
+
+async def test_the_sdk_parses_a_response_into_a_model() -> None:
+    class Person(BaseModel):
+        name: str
+
+    async with sdk(say('{"name":', '"Ann"}')) as client:
+        response = await client.responses.parse(model="m", input="hi", text_format=Person)
+    assert response.output_parsed == Person(name="Ann")
+
+
+async def test_log_probabilities_travel_with_the_text() -> None:
+    include = ["message.output_text.logprobs"]
+    _, body = await post(say("a", "b"), include=include, top_logprobs=1)
+    assert [entry["token"] for entry in body["output"][0]["content"][0]["logprobs"]] == ["a", "b"]
+    _, events = await post(say("a", "b"), include=include, stream=True)
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [[entry["token"] for entry in delta["logprobs"]] for delta in deltas] == [["a"], ["b"]]
+
+
+async def test_items_become_the_messages_of_a_chat() -> None:
+    engine = ScriptedEngine(say("ok"))
+    template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{% if tools %}{% endif %}"
+    items = [
+        {"role": "developer", "content": "Be kind."},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+    ]
+    async with client_of(app_of(engine, chat_template=template)) as client:
+        answer = await client.post("/v1/responses", json={"input": items, "instructions": "Now."})
+    assert answer.status_code == 200, answer.text
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    messages = [json.loads(line) for line in prompt.splitlines()]
+    assert [message["role"] for message in messages] == [
+        "system",
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "tool",
+    ]
+    assert [call["function"]["name"] for call in messages[3]["tool_calls"]] == ["f", "g"]
+    assert messages[3]["reasoning_content"] == "hm"
+    assert [message["content"] for message in messages[4:]] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"conversation": "c"}, "conversation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "absent"}}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": 3}, "temperature"),
+    ],
+)
+async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -> None:
+    status, body = await post(say("a"), **fields)
+    assert status == 400
+    assert body["error"]["param"] == param
+
+
+async def test_a_refusal_is_the_sdk_s_exception() -> None:
+    async with sdk(say("a")) as client:
+        with pytest.raises(openai.BadRequestError):
+            await client.responses.create(model="m", input="hi", previous_response_id="resp_1")
