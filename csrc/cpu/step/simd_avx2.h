@@ -166,6 +166,14 @@ struct Avx2 {
     const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
     return _mm256_blendv_ps(_mm256_andnot_ps(is_tiny, scaled), x, is_nan);
   }
+#if defined(TGI_HAS_AVX_VNNI)
+  static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
+  }
+  static inline __m256i dot_small_half(__m256i acc, __m256i u, __m256i s) {
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
+  }
+#else
   // All 8-bit values: even and odd bytes as 16 bits, so that nothing saturates.
   static inline __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0xFF)),
@@ -178,6 +186,7 @@ struct Avx2 {
     return _mm256_add_epi32(acc,
                             _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
   }
+#endif
   static inline __m256 dot_bf16_half(__m256 acc, __m256i x, __m256i y) {
     const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
     acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, high)),

@@ -86,6 +86,7 @@ struct Avx512 {
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   // The same where every byte of u is below 64.
   static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+#if defined(TGI_HAS_BF16)
   // Per lane: acc + the sum over two bf16 of a times b.
   static inline F dot_bf16(F acc, I a, I b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
@@ -99,6 +100,27 @@ struct Avx512 {
     const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b)));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
+#else
+  static inline F dot_bf16(F acc, I a, I b) {
+    const I high = iset1(static_cast<int32_t>(0xFFFF0000u));
+    acc = fma(_mm512_castsi512_ps(iand(a, high)), _mm512_castsi512_ps(iand(b, high)), acc);
+    return fma(_mm512_castsi512_ps(ishl(a, 16)), _mm512_castsi512_ps(ishl(b, 16)), acc);
+  }
+  static inline void store_bf16(void* p, F a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(to_bf16(a)));
+  }
+  static inline I pair_bf16(F a, F b) { return ior(to_bf16(a), ishl(to_bf16(b), 16)); }
+
+  // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
+  static inline I to_bf16(F a) {
+    const I bits = _mm512_castps_si512(a), top = ishr(bits, 16);
+    const I rounded = ishr(iadd(bits, iadd(iand(top, iset1(1)), iset1(0x7FFF))), 16);
+    const __mmask16 is_denormal = _mm512_testn_epi32_mask(bits, iset1(0x7F800000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const I finite = _mm512_mask_and_epi32(rounded, is_denormal, top, iset1(0x8000));
+    return _mm512_mask_or_epi32(finite, is_nan, top, iset1(0x40));
+  }
+#endif
   static inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }

@@ -12,7 +12,15 @@ namespace tgi::cpu::step {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx2Kernels;
+
+bool has_avx_vnni() {  // __builtin_cpu_supports of GCC 12 does not know it
+  unsigned a = 7, b = 0, c = 1, d = 0;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return (a >> 4 & 1) != 0;
+}
 #endif
 #if defined(__aarch64__)
 extern const Kernels kNeonKernels;
@@ -21,10 +29,13 @@ extern const Kernels kI8mmKernels;
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const bool has_dots =
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  if (isa() == Isa::kAvx512 && has_dots) return kAvx512Kernels;
-  if (isa() != Isa::kPortable && __builtin_cpu_supports("f16c")) return kAvx2Kernels;
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+  static const bool has_small_vnni = has_avx_vnni();
+  if (isa() == Isa::kAvx512 && has_vnni) return has_bf16 ? kAvx512Kernels : kAvx512VnniKernels;
+  if (isa() != Isa::kPortable && __builtin_cpu_supports("f16c")) {
+    return has_small_vnni ? kAvxVnniKernels : kAvx2Kernels;
+  }
 #endif
 #if defined(__aarch64__) && defined(__linux__)
   // Bits of the kernel's asm/hwcap.h, which old headers lack.

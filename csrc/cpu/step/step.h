@@ -151,6 +151,8 @@ struct Kernels {
   StepFunction<LogitsParams> logits;
   void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel,
                            float* out);  // out: [columns][16]
+  // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
+  float (*spin)(Precision precision, int64_t times);
 };
 
 // The set of the instruction set in use, see isa.h.

@@ -17,6 +17,7 @@
 #pragma GCC push_options
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c,avx2,bmi2,tune=znver3")
+#define TGI_HAS_BF16
 #include "simd_avx512.h"
 // After the simd type.
 #include "step_kernels.h"

@@ -17,10 +17,42 @@ void embed(const EmbedParams& p, const StepHeader& step, int member, int num_mem
   }
 }
 
+constexpr int kSpinRegisters = 12;  // more than latency times throughput of any
+
+template <class S>
+float spin(Precision precision, int64_t times) {
+  typename S::I sums[kSpinRegisters];
+  typename S::F totals[kSpinRegisters];
+  TGI_UNROLL(12)
+  for (int i = 0; i < kSpinRegisters; ++i) {
+    sums[i] = S::izero();
+    totals[i] = S::zero();
+  }
+  const auto codes = S::iset1(0x3F803F80);  // small bytes, and 1.0 twice
+  const auto one = S::set1(1.0f);
+  for (int64_t n = 0; n < times; ++n) {
+    TGI_UNROLL(12)
+    for (int i = 0; i < kSpinRegisters; ++i) {
+      if (precision == Precision::kInt8) {
+        sums[i] = S::dot(sums[i], codes, codes);
+      } else if (precision == Precision::kBF16) {
+        totals[i] = S::dot_bf16(totals[i], codes, codes);
+      } else {
+        totals[i] = S::fma(one, one, totals[i]);
+      }
+    }
+  }
+  auto all = S::zero();
+  for (int i = 0; i < kSpinRegisters; ++i) {
+    all = S::add(all, S::add(totals[i], S::to_float(sums[i])));
+  }
+  return S::reduce_add(all);
+}
+
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,          embed<S>,   norm<S>,   qkv<S>,       attention<S>,
-          linear_add<S>, gate_up<S>, logits<S>, dequantise<S>};
+  return {name,          embed<S>,   norm<S>,   qkv<S>,        attention<S>,
+          linear_add<S>, gate_up<S>, logits<S>, dequantise<S>, spin<S>};
 }
 
 }  // namespace

@@ -1,0 +1,210 @@
+"""Each operator of the recorded step, its time beside its floor: of memory or of arithmetic.
+
+    python -m bench.kernels [--model-id model.gguf] [--decode 1,16,64] [--context 100,4000] [--prefill 512]
+
+A step is run with a clock read by one thread after each operator, so a time has the operator's barrier in it.
+The floor is the longer of two: bytes read (weights once a step, each sequence's KV) over the bandwidth, and
+multiply-adds over the peak of their instruction on all threads, both measured just before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.bandwidth import read_bandwidth
+from bench.report import emit, machine, numbers, table
+from tgi_asgi import _C, ops
+from tgi_asgi.formats.sources import resolve
+from tgi_asgi.models.batch import Batch
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.settings import DEMO_MODEL, Settings
+
+BLOCK = 16
+LAYER = ("norm", "qkv", "attention", "linear_add o", "norm", "gate_up", "linear_add down")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One kind of step: so many sequences, tokens of each, and tokens of context with these."""
+
+    sequences: int
+    tokens: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        kind = "prefill" if self.tokens > 1 else "decode"
+        return f"{kind} {self.sequences} x {self.tokens}, context {self.context}"
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences * self.tokens
+
+
+class Bench:
+    """A model recorded for steps of any of these shapes."""
+
+    def __init__(self, config: ModelConfig, model: Llama, shapes: list[Shape]) -> None:
+        self.config, self.model = config, model
+        blocks = max(shape.sequences * -(-shape.context // BLOCK) for shape in shapes)
+        kv_dtype = torch.bfloat16
+        self._kv = ops.allocate_kv(
+            config.num_layers, blocks, config.num_kv_heads, config.head_dim, BLOCK, kv_dtype
+        )
+        for layer in self._kv:
+            layer.key.normal_()
+            layer.value.normal_()
+        self._program = ops.StepProgram(
+            max_tokens=max(shape.num_tokens for shape in shapes),
+            max_sequences=max(shape.sequences for shape in shapes),
+            max_rows=max(shape.sequences for shape in shapes),
+            max_context=max(shape.context for shape in shapes),
+        )
+        inputs = self._program.inputs
+        x = model.forward(Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables), self._kv)
+        model.logits(x, inputs.rows)
+
+    def seconds(self, shape: Shape, repeats: int) -> list[tuple[str, float]]:
+        """Return each operator's median seconds a step, all layers together, in order of first use."""
+        batch, rows = _batch(self.config, shape)
+        names = ["embed", *LAYER * self.config.num_layers, "norm", "logits"]
+        runs: list[dict[str, float]] = []
+        for _ in range(repeats + 2):
+            times = self._program.profile(batch.ids, batch.positions, batch.slots, batch.tables, rows)
+            total: dict[str, float] = {}
+            for name, seconds in zip(names, times.tolist(), strict=True):
+                total[name] = total.get(name, 0.0) + seconds
+            runs.append(total)
+        return [(name, statistics.median(run[name] for run in runs[2:])) for name in runs[0]]
+
+    def bytes_read(self, name: str, shape: Shape) -> int:
+        """Return what an operator must read from memory in a step."""
+        config, layers = self.config, self.model.layers
+        if name == "attention":
+            per_token = ops.kv_bytes_per_token(
+                config.num_layers, config.num_kv_heads, config.head_dim, torch.bfloat16
+            )
+            return shape.sequences * shape.context * per_token
+        weights: dict[str, list[Any]] = {
+            "qkv": [layer.qkv for layer in layers],
+            "linear_add o": [layer.output for layer in layers],
+            "gate_up": [layer.gate_up for layer in layers],
+            "linear_add down": [layer.down for layer in layers],
+            "logits": [self.model.head],
+        }
+        return sum(weight.num_bytes for weight in weights.get(name, []))
+
+    def operations(self, name: str, shape: Shape) -> int:
+        """Return twice the multiply-adds of an operator in a step."""
+        config = self.config
+        hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+        if name == "attention":
+            seen = sum(range(shape.context - shape.tokens + 1, shape.context + 1))
+            return 4 * config.num_layers * queries * seen * shape.sequences
+        outputs = {
+            "qkv": hidden * (queries + 2 * config.num_kv_heads * config.head_dim),
+            "linear_add o": queries * hidden,
+            "gate_up": 2 * hidden * config.intermediate_size,
+            "linear_add down": config.intermediate_size * hidden,
+        }
+        if name == "logits":
+            return 2 * config.vocab_size * hidden * shape.sequences
+        return 2 * config.num_layers * outputs.get(name, 0) * shape.num_tokens
+
+
+def _batch(config: ModelConfig, shape: Shape) -> tuple[Batch, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    width = -(-shape.context // BLOCK)
+    blocks = torch.arange(shape.sequences * width, dtype=torch.int32).reshape(shape.sequences, width)
+    span = torch.arange(shape.context - shape.tokens, shape.context)
+    slots = blocks.long()[:, span // BLOCK] * BLOCK + span % BLOCK
+    starts = torch.arange(shape.sequences + 1, dtype=torch.int32) * shape.tokens
+    context = torch.full((shape.sequences,), shape.context, dtype=torch.int32)
+    ids = torch.randint(config.vocab_size, (shape.num_tokens,), dtype=torch.int32, generator=generator)
+    batch = Batch(
+        ids,
+        span.int().repeat(shape.sequences),
+        slots.reshape(-1).contiguous(),
+        ops.AttentionTables(starts, context, blocks),
+    )
+    return batch, starts[1:] - 1
+
+
+def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """Measure a shape; one row an operator."""
+    bandwidth = read_bandwidth(repeats=7)
+    rows = []
+    for name, seconds in bench.seconds(shape, repeats):
+        size, work = bench.bytes_read(name, shape), bench.operations(name, shape)
+        peak = peaks["bfloat16" if name == "attention" else "int8"]
+        floor = max(size / bandwidth / 1e9, work / peak / 1e12)
+        rows.append(
+            {
+                "shape": shape.name,
+                "operator": name,
+                "ms": seconds * 1e3,
+                "floor_ms": floor * 1e3,
+                "share_of_floor": floor / seconds if floor else None,
+                "gb_per_s": size / seconds / 1e9 if size else None,
+                "top_per_s": work / seconds / 1e12 if work else None,
+                "bandwidth_gb_per_s": bandwidth,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model-id", default=DEMO_MODEL)
+    parser.add_argument("--decode", type=numbers(int), default=[1, 16, 64], help="sequences of a decode step")
+    parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
+    parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=40, help="of a decode step; a tenth of it for prefill")
+    parser.add_argument("--out", type=Path, default=None, help="write the JSON object here too")
+    arguments = parser.parse_args()
+    threads = ops.configure_threads(arguments.threads, nice=0)
+    shapes = [Shape(count, 1, context) for context in arguments.context for count in arguments.decode]
+    shapes += [Shape(1, tokens, tokens) for tokens in arguments.prefill]
+    files = resolve(Settings(model_id=arguments.model_id), lambda stage, done, total: None)
+    with OpenModel(files) as opened:
+        positions = max(shape.context for shape in shapes)
+        model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=positions)
+        bench = Bench(opened.config, model, shapes)
+    peaks = {
+        name: max(torch.ops.tgi.arithmetic_peak(name) for _ in range(5)) / 1e12
+        for name in ("int8", "bfloat16", "float32")
+    }
+    rows = []
+    for shape in shapes:
+        repeats = arguments.repeats if shape.tokens == 1 else max(arguments.repeats // 10, 3)
+        rows += report(bench, shape, repeats, peaks)
+    record = {
+        "bench": "kernels",
+        "machine": machine(),
+        "isa": _C.isa(),
+        "threads": threads,
+        "peak_top_per_s": peaks,
+        "operators": rows,
+    }
+    emit(record, arguments.out)
+    columns = ("operator", "ms", "floor_ms", "share_of_floor", "gb_per_s", "top_per_s")
+    for shape in shapes:
+        mine = [row for row in rows if row["shape"] == shape.name]
+        print(f"\n{shape.name} ({mine[0]['bandwidth_gb_per_s']:.0f} GB/s before)")
+        print(table(columns, ([row[column] for column in columns] for row in mine)))
+        total, floor = (sum(row[name] for row in mine) for name in ("ms", "floor_ms"))
+        print(f"step {total:.2f} ms, {shape.num_tokens / total * 1e3:,.0f} tokens/s, floor {floor:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

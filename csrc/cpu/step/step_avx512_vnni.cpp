@@ -1,0 +1,28 @@
+// The step's kernels in AVX-512 with VNNI but without BF16 (Cascade Lake, Ice Lake, Tiger Lake).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../team.h"
+#include "pack.h"
+#include "step.h"
+
+// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c,avx2,bmi2,tune=znver3")
+#include "simd_avx512.h"
+// After the simd type.
+#include "step_kernels.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kAvx512VnniKernels;
+const Kernels kAvx512VnniKernels = make_kernels<Avx512>("avx512_vnni");
+}  // namespace tgi::cpu::step
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,26 @@
+// The step's kernels in AVX2 with AVX-VNNI (Alder Lake and later cores without AVX-512).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../team.h"
+#include "pack.h"
+#include "step.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,avxvnni,fma,f16c,bmi2,tune=znver3")
+#define TGI_HAS_AVX_VNNI
+#include "simd_avx2.h"
+// After the simd type.
+#include "step_kernels.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kAvxVnniKernels;
+const Kernels kAvxVnniKernels = make_kernels<Avx2>("avx_vnni");
+}  // namespace tgi::cpu::step
+#pragma GCC pop_options
+#endif
