@@ -54,3 +54,11 @@ def test_one_address_has_as_many_connections_as_it_may() -> None:
         server.wait_until_healthy()
         for client in clients:
             client.close()
+
+
+def test_a_head_that_is_too_large_is_refused() -> None:
+    with _serve() as server:
+        server.wait_until_healthy()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"a" * (80 << 10))
+            assert client.recv(4096).startswith(b"HTTP/1.1 431")

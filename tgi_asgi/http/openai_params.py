@@ -25,7 +25,7 @@ from tgi_asgi.types import ModelInfo, SamplingParams, StopConditions
 _GREEDY_BELOW = 1e-5  # temperatures under this are 0: dividing logits by them would overflow
 _DRAWN_SEEDS = 2**53  # a drawn seed survives JavaScript's numbers
 _LARGEST_FACTOR = 1e6  # float32 logits survive a factor of this much, or of its inverse
-_MAX_IDS = 1024  # entries of logit_bias and of stop_token_ids: each costs time in every step
+MAX_IDS = 1024  # entries of logit_bias and of stop_token_ids: each costs time in every step
 _UNSUPPORTED = (
     "prompt_logprobs", "allowed_token_ids", "bad_words", "logprob_token_ids", "use_beam_search",
 )  # fmt: skip
@@ -76,8 +76,8 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo) -> Non
         param = "stop" if isinstance(request.stop, str) else f"stop[{i}]"
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             refuse(param, f"`{param}` must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
-    if len(request.stop_token_ids or ()) > _MAX_IDS:
-        refuse("stop_token_ids", f"`stop_token_ids` takes at most {_MAX_IDS} ids")
+    if len(request.stop_token_ids or ()) > MAX_IDS:
+        refuse("stop_token_ids", f"`stop_token_ids` takes at most {MAX_IDS} ids")
     for i, token_id in enumerate(request.stop_token_ids or ()):
         if not 0 <= token_id < info.vocab_size:
             param = f"stop_token_ids[{i}]"
@@ -185,8 +185,8 @@ _RANGES: dict[type[CommonRequest], list[tuple[str, float, float, bool]]] = {
 
 
 def _logit_bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    if len(given) > _MAX_IDS:
-        refuse("logit_bias", f"`logit_bias` takes at most {_MAX_IDS} tokens, got {len(given)}")
+    if len(given) > MAX_IDS:
+        refuse("logit_bias", f"`logit_bias` takes at most {MAX_IDS} tokens, got {len(given)}")
     bias: dict[int, float] = {}
     for key, value in given.items():
         param = f"logit_bias.{key}"
