@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from tests.support.schemas import random_schema
 from tests.support.server_process import ServerProcess
 
-NUM_SCHEMAS = 8
 REGEXES = [r"[A-Z][a-z]{2,8}, \d{4}-\d{2}-\d{2}", r"(\+\d{1,3} )?\d{3}-\d{4}", "(yes|no)!{1,3}"]
 ASK: list[Any] = [{"role": "user", "content": "Fill in the form for a new customer."}]
 WEATHER = {
@@ -56,21 +55,23 @@ async def answer(
     return text, reason
 
 
-async def test_answers_to_random_schemas_validate(url: str) -> None:
-    schemas = [random_schema(random.Random(seed)) for seed in range(NUM_SCHEMAS)]
+@pytest.mark.parametrize("num_schemas", [8, pytest.param(200, marks=pytest.mark.soak)])
+async def test_answers_to_random_schemas_validate(url: str, num_schemas: int) -> None:
+    schemas = [random_schema(random.Random(seed)) for seed in range(num_schemas)]
+    at_once = asyncio.Semaphore(32)
 
     async def check(client: AsyncOpenAI, index: int, schema: dict[str, Any]) -> bool:
         form: Any = {"type": "json_schema", "json_schema": {"name": "form", "schema": schema, "strict": True}}
-        text, reason = await answer(
-            client, stream=index % 2 == 0, response_format=form, temperature=index // 2 % 2, seed=index
-        )
+        options = {"temperature": index // 2 % 2, "seed": index, "response_format": form}
+        async with at_once:
+            text, reason = await answer(client, stream=index % 2 == 0, **options)
         if reason == "stop":
             jsonschema.Draft202012Validator(schema).validate(json.loads(text))
         return reason == "stop"
 
     async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:
         ended = await asyncio.gather(*(check(client, *pair) for pair in enumerate(schemas)))
-    assert sum(ended) > NUM_SCHEMAS // 2  # the rest was cut by `length`
+    assert sum(ended) > num_schemas // 2  # the rest was cut by `length`
 
 
 async def test_answers_match_regexes_and_choices(url: str) -> None:

@@ -128,9 +128,12 @@ async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> PreparedChat:
         special_ids=context.special_ids(),
         prompt_tail=prompt.tail,
     )
-    with naming(plan.param):
-        source = await exchange.work(plan.grammar_source)
-        grammar = await compile_grammar(context, source) if source is not None else None
+    grammar = None
+    if plan.is_constrained:
+        with naming(plan.param):
+            source = await context.in_thread(plan.grammar_source)
+            assert source is not None
+            grammar = await compile_grammar(context, source)
     reply_plan = plan.reply_plan()
     generation = generation_of(
         exchange,

@@ -50,7 +50,7 @@ async def completions(exchange: Exchange) -> None:
         grammar = None
         if wanted is not None:
             with naming(wanted.param):
-                grammar = await compile_grammar(context, wanted.source)
+                grammar = await compile_grammar(context, await context.in_thread(wanted.source))
         generations = [checked.generation_of(exchange, prompt, grammar) for prompt in prompts]
         answer = Answer.of(
             exchange,

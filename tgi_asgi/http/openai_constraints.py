@@ -27,17 +27,27 @@ _GUIDED = {  # vLLM's old names, and SGLang's
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A grammar for the answer, and the field that asked for it."""
+    """What the answer must match, and the field that asked for it."""
 
     param: str
-    source: GrammarSource
+    kind: str
+    value: Any
+
+    def source(self) -> GrammarSource:
+        """Return the grammar's text; milliseconds for large schemas, so not on the event loop.
+
+        Raises:
+            InvalidRequest: the value is of the wrong shape, or too large.
+        """
+        with naming(self.param):
+            return _MAKERS[self.kind](self.value)
 
 
 def constraint_of(request: CommonRequest) -> Constraint | None:
     """Return what the answer must match, if anything.
 
     Raises:
-        InvalidRequest: a shape is wrong, two fields constrain the answer, or one is too large.
+        InvalidRequest: a field is of the wrong shape, or two of them constrain the answer.
     """
     wanted: dict[str, tuple[str, Any]] = {}
     given = request.structured_outputs
@@ -58,8 +68,7 @@ def constraint_of(request: CommonRequest) -> Constraint | None:
         first, second, *_ = wanted
         refuse(second, f"`{first}` and `{second}` exclude each other")
     [(param, (kind, value))] = wanted.items()
-    with naming(param):
-        return Constraint(param, _MAKERS[kind](value))
+    return Constraint(param, kind, value)
 
 
 def _structured(given: dict[str, Any]) -> tuple[str, Any]:

@@ -33,17 +33,22 @@ class AnswerPlan:
     prompt_tail: str
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether there is a grammar."""
+        return self.tools is not None or self.constraint is not None
+
+    @property
     def param(self) -> str:
         """The field that a refused grammar comes from."""
         return "tools" if self.tools is not None else self.constraint.param if self.constraint else ""
 
     def grammar_source(self) -> GrammarSource | None:
-        """Return the grammar of the whole answer, or None.
+        """Return the grammar of the whole answer, or None; milliseconds for large schemas.
 
         Raises:
             InvalidRequest: a schema is too large.
         """
-        content = self.constraint.source if self.constraint is not None else None
+        content = self.constraint.source() if self.constraint is not None else None
         style = self._style()
         use = None
         if self.tools is not None:

@@ -73,12 +73,13 @@ class GrammarCompiler:
                 return known
             if self._backend is None:
                 self._backend = _make_backend(self._tokenizer, self._vocab_size)
-        grammar = Grammar(_make_matcher(self._backend, text))
-        # The first mask builds most of the lexer: here, and not while a batch waits.
-        probe = grammar.matcher()
-        probe.fill_mask(np.empty(-(-self._vocab_size // 32), np.int32))
-        if probe.error is not None:
-            raise InvalidRequest(f"grammar is not valid: {probe.error}")
+        backend = _make_matcher(self._backend, text)
+        # The first mask builds most of the lexer, which copies share: here, and not while a batch waits.
+        first = Matcher(backend)
+        first.fill_mask(np.empty(-(-self._vocab_size // 32), np.int32))
+        if first.error is not None:
+            raise InvalidRequest(f"grammar is not valid: {first.error}")
+        grammar = Grammar(backend)
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -104,7 +105,7 @@ class Matcher:
 
     __slots__ = ("_backend",)
 
-    def __init__(self, backend: Any, token_ids: Sequence[int]) -> None:
+    def __init__(self, backend: Any, token_ids: Sequence[int] = ()) -> None:
         self._backend = backend
         if token_ids:
             backend.consume_tokens(list(token_ids))
