@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import RESULTS, table
+from bench.report import RESULTS, save, table
 from bench.servers import ROOT
 from tgi_asgi.settings import DEMO_MODEL
 
@@ -79,7 +79,7 @@ def summary(found: dict[str, dict[str, Any]]) -> list[tuple[str, Any]]:
     rows += [(f"served, {name}, tokens/s", load["tokens_per_s"]) for name, load in served.items()]
     rows += [(f"served, {name}, TTFT p50, ms", load["ttft_ms"]["p50"]) for name, load in served.items()]
     rows += [(f"served, {name}, ITL p99, ms", load["itl_ms"]["p99"]) for name, load in served.items()]
-    one = served["1 clients"]["tokens_per_s"] / engine["decode x1"]["tokens_per_s"]
+    one = served["1 client"]["tokens_per_s"] / engine["decode x1"]["tokens_per_s"]
     rows.append(("served over bare, 1 sequence", round(one, 3)))
     rows.append(("exec to first token, s", found["startup"]["seconds_from_exec"]["first token"]))
     rows.append(("resident memory, 8k KV tokens written, MiB", found["memory"]["used"]["rss_mib"]))
@@ -96,8 +96,7 @@ def main() -> None:
         name: run(name, flags) for name, flags in programs(options.out.absolute(), options.model_id, settings)
     }
     rows = summary(found)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"summary": dict(rows), **found}, indent=1) + "\n", encoding="utf-8")
+    save({"summary": dict(rows), **found}, options.out)
     print("\n## summary\n" + table(("figure", "value"), rows))
 
 

@@ -78,7 +78,7 @@ class ClosedLoop:
 
     @property
     def name(self) -> str:
-        return f"{self.clients} clients"
+        return "1 client" if self.clients == 1 else f"{self.clients} clients"
 
     async def drive(self, send: _Sender) -> None:
         """Send all requests."""

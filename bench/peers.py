@@ -27,7 +27,7 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from bench.bandwidth import read_bandwidth
 from bench.contenders import Contender, LlamaCpp, Ours, Shape, Vllm, requantised
 from bench.export_checkpoint import export
 from bench.loads import Target
-from bench.report import command_line, emit, machine, median, numbers, table
+from bench.report import command_line, emit, machine, median, numbers, save, table
 from bench.serve import add_arguments, loads_of, measure
 from bench.servers import Server
 from tgi_asgi.formats.sources import resolve
@@ -78,22 +78,35 @@ class Comparison:
 
     def __init__(self, contenders: Sequence[Contender], options: argparse.Namespace) -> None:
         self._contenders = contenders
+        self.names = [contender.name for contender in contenders]
         self._options = options
         self._target = Target(options.target_ttft_ms, options.target_tpot_ms)
         self._running: dict[str, tuple[Server, str]] = {}
         self.figures: Figures = defaultdict(lambda: defaultdict(list))
         self.loads: list[dict[str, Any]] = []
 
-    def run(self) -> None:
-        """Run all rounds; every second one in reverse order."""
+    def run(self) -> Iterator[str]:
+        """Run all rounds, every second one in reverse; yield each contender's name once it is measured."""
         with contextlib.ExitStack() as kept:
             for round_index in range(self._options.rounds):
                 order = self._contenders[:: -1 if round_index % 2 else 1]
                 for contender in order:
                     self._measure(contender, kept)
+                    yield contender.name
+
+    def record(self) -> dict[str, Any]:
+        """Return all that was measured so far."""
+        return {
+            "bench": "peers",
+            "command": command_line(),
+            "machine": machine(),
+            "threads": self._options.threads,
+            "figures": rows_of(self.figures, self.names),
+            "rounds": self.figures,
+            "loads": self.loads,
+        }
 
     def _measure(self, contender: Contender, kept: contextlib.ExitStack) -> None:
-        """Measure one contender once, and print a line so that somebody who waits sees progress."""
         name = contender.name
         self._add(name, "memory read before, GB/s", read_bandwidth())
         if not self._options.skip_bare and not contender.keeps_running:
@@ -107,8 +120,6 @@ class Comparison:
                 self.loads.append({"contender": name, **summary})
                 self._add_all(name, served_figures(summary))
             self._add(name, "resident memory after, MiB", round(server.memory_mib()))
-        latest = {figure: values[name][-1] for figure, values in self.figures.items() if values[name]}
-        print(f"# {name}: {latest}", flush=True)
 
     def _start(self, contender: Contender, stack: contextlib.ExitStack) -> tuple[Server, str]:
         if contender.name not in self._running or not contender.keeps_running:
@@ -185,19 +196,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         contenders = contenders_of(options, arguments, options.work_dir or Path(scratch))
         comparison = Comparison(contenders, options)
-        comparison.run()
-    names = [contender.name for contender in contenders]
-    rows = rows_of(comparison.figures, names)
-    record = {
-        "bench": "peers",
-        "command": command_line(),
-        "machine": machine(),
-        "threads": options.threads,
-        "figures": rows,
-        "rounds": comparison.figures,
-        "loads": comparison.loads,
-    }
+        for name in comparison.run():
+            if options.out:
+                save(comparison.record(), options.out)  # a run takes long: what is measured is kept
+            print(f"# {name} was measured", flush=True)
+    record = comparison.record()
     emit(record, options.out)
+    names, rows = comparison.names, record["figures"]
     print(table(("figure", *names, "over best peer", "over same file"), (cells(r, names) for r in rows)))
 
 

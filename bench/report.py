@@ -92,5 +92,10 @@ def emit(record: dict[str, Any], out: Path | None) -> None:
     """Print a run's JSON object on one line; keep it in a file too, if one is named."""
     print(json.dumps(record))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        save(record, out)
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """Write a JSON object to a file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
