@@ -28,13 +28,12 @@ from tgi_asgi.http.lag import LoopLag
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
 from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Engine
+from tgi_asgi.types import Engine, Progress
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 
-Progress = Callable[[str, int, int | None], None]  # stage, done, total
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started
 Reply = tuple[int, bytes, list[Header]]  # status, JSON body, headers
 Guard = Callable[[Exchange], Reply | None]  # before the body is read: raise, answer, or let pass

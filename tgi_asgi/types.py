@@ -7,7 +7,7 @@ Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,11 @@ from tgi_asgi.errors import TgiError
 
 if TYPE_CHECKING:
     from tgi_asgi.text.grammar import Grammar
+
+
+# Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is
+# known. Called from any thread.
+Progress = Callable[[str, int, int | None], None]
 
 
 class FinishReason(enum.Enum):

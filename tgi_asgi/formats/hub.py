@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from tgi_asgi.formats.sources import Progress
+from tgi_asgi.types import Progress
 
 # Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
 _PATTERNS = ["*.json", "*.jinja", "model*.safetensors"]

@@ -24,12 +24,9 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from tgi_asgi.formats.sources import Progress
+from tgi_asgi.types import Progress
 
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==(?P<version>[A-Za-z0-9][A-Za-z0-9.!+_-]*))?"

@@ -7,17 +7,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import Settings
-
-# Called with what is being done, how much of it is done, and of how much if that is known (bytes).
-# It may be called from any thread.
-Progress = Callable[[str, int, int | None], None]
+from tgi_asgi.types import Progress
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,11 +29,10 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import ModelInfo
+from tgi_asgi.types import ModelInfo, Progress
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int | None], None]  # stage, bytes done, bytes in all
 
 _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
