@@ -1,0 +1,113 @@
+"""Grammars through the engine and the real runner: company, preemption and several choices change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+import torch
+
+from tests.engine.helpers import Answer, collect, submit
+from tests.support.checkpoints import make_model, save
+from tgi_asgi import ops
+from tgi_asgi.engine import Engine
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.settings import Settings
+from tgi_asgi.text import grammar_source as sources
+from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.types import FinishReason, GenerationRequest, ModelInfo, SamplingParams, StopConditions
+
+EOS = 1
+PATTERN = "[a-z]{30,50}-[0-9]{3}"
+
+
+class Letters:
+    """A token for each ASCII character, from id 2 on."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset({EOS})
+        self.special_ids = frozenset({0, EOS})
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([32 + (token_id - 2) % 95]) if token_id >= 2 else b"<special>"
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [2 + ord(character) - 32 for character in text]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    ops.configure_threads(2, nice=0, pin=False)
+    files = save(make_model(), tmp_path_factory.mktemp("model"))
+    with OpenModel(files) as opened:
+        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+
+
+@pytest.fixture
+async def engine(model: Llama) -> AsyncIterator[Engine]:
+    size = KvSize(num_blocks=12, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    runner = CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
+    vocab_size = model.config.vocab_size
+    info = ModelInfo("tiny", None, "Llama", "float32", "cpu", vocab_size, 191, 192, frozenset({EOS}))
+    engine = Engine(runner, Letters(vocab_size), Settings(), info)
+    engine.start()
+    yield engine
+    await engine.stop()
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def grammar(model: Llama) -> Grammar:
+    size = model.config.vocab_size
+    return GrammarCompiler(Letters(size), size).compile(sources.regex(PATTERN))
+
+
+def request(seed: int, grammar: Grammar | None, *, n: int = 1, **conditions: object) -> GenerationRequest:
+    stop = StopConditions(max_tokens=80, **conditions)  # type: ignore[arg-type]
+    prompt = [2 + (seed * 31 + index * 7) % 60 for index in range(20)]
+    return GenerationRequest(f"r{seed}", prompt, SamplingParams(seed=seed), stop, n=n, grammar=grammar)
+
+
+async def alone(engine: Engine, requests: list[GenerationRequest]) -> list[Answer]:
+    return [await collect(submit(engine, each)) for each in requests]
+
+
+async def test_a_constrained_answer_matches_and_ends_by_itself(engine: Engine, grammar: Grammar) -> None:
+    (answer,) = await alone(engine, [request(1, grammar, n=3)])
+    for choice in range(3):
+        assert re.fullmatch(PATTERN, answer.text(choice))
+        assert answer.finish(choice) is FinishReason.EOS
+    assert len({answer.text(choice) for choice in range(3)}) == 3
+
+
+async def test_neither_company_nor_preemption_changes_an_answer(engine: Engine, grammar: Grammar) -> None:
+    requests = [request(seed, grammar if seed % 3 else None) for seed in range(7)]
+    expected = await alone(engine, requests)
+    assert engine.stats.preemptions == 0
+    answers = await asyncio.gather(*(collect(submit(engine, each)) for each in requests))
+    assert engine.stats.preemptions > 0
+    assert [answer.text() for answer in answers] == [answer.text() for answer in expected]
+
+
+async def test_stop_strings_and_lengths_hold_inside_a_grammar(engine: Engine, grammar: Grammar) -> None:
+    (cut,) = await alone(engine, [request(1, grammar, stop=("-",))])
+    assert re.fullmatch("[a-z]{30,50}", cut.text()) and cut.finish() is FinishReason.STOP
+    (short,) = await alone(engine, [GenerationRequest(
+        "short", [5, 6], SamplingParams(seed=1), StopConditions(max_tokens=4), grammar=grammar
+    )])  # fmt: skip
+    assert re.fullmatch("[a-z]{4}", short.text()) and short.finish() is FinishReason.LENGTH
+
+
+async def test_min_tokens_keeps_an_answer_going_where_the_grammar_lets_it(
+    engine: Engine, model: Llama
+) -> None:
+    size = model.config.vocab_size
+    open_ended = GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]+"))
+    (answer,) = await alone(engine, [request(2, open_ended, min_tokens=70)])
+    assert len(answer.text()) >= 70
