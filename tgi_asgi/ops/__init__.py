@@ -21,7 +21,7 @@ from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
-from tgi_asgi.ops.team import configure_threads, join_threads, num_threads
+from tgi_asgi.ops.team import configure_threads, join_threads, num_threads, wake_threads
 from tgi_asgi.ops.weights import (
     NATIVE_FORMATS,
     Arithmetic,
@@ -70,4 +70,5 @@ __all__ = [
     "sample",
     "token_logprobs",
     "vector",
+    "wake_threads",
 ]

@@ -130,6 +130,7 @@ class CpuRunner:
         return self._compute(plan)
 
     def _compute(self, plan: StepPlan) -> StepResult:
+        ops.wake_threads()
         batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]

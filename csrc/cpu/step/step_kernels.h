@@ -25,8 +25,8 @@ float spin(Precision precision, int64_t times) {
   typename S::F totals[kSpinRegisters];
   TGI_UNROLL(12)
   for (int i = 0; i < kSpinRegisters; ++i) {
-    sums[i] = S::izero();
-    totals[i] = S::zero();
+    sums[i] = S::iset1(i);  // all different, or the compiler would keep one
+    totals[i] = S::set1(static_cast<float>(i));
   }
   const auto codes = S::iset1(0x3F803F80);  // small bytes, and 1.0 twice
   const auto one = S::set1(1.0f);
