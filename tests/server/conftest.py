@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.server_process import ServerProcess
+
+_NODE = Path(__file__).parent / "node"
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,18 @@ def require_program(name: str) -> str:
             pytest.fail(f"{name} must be there under CI")
         pytest.skip(f"{name} is not installed")
     return path
+
+
+def run_node(script: str, base_url: str) -> Any:
+    """Run a script of OpenAI's SDK for Node against a server; return the JSON that it prints."""
+    node = require_program("node")
+    if not (_NODE / "node_modules").is_dir():
+        if os.environ.get("CI"):
+            pytest.fail("npm install has not run in tests/server/node")
+        pytest.skip("the SDK for Node is not installed: `make test` does it")
+    environ = {**os.environ, "BASE_URL": base_url}
+    run = subprocess.run(
+        [node, script], cwd=_NODE, env=environ, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,11 +12,10 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.server.conftest import require_program
+from tests.server.conftest import require_program, run_node
 from tests.support.server_process import ServerProcess
 from tgi_asgi.settings import DEMO_MODEL
 
-NODE = Path(__file__).parent / "node"
 MESSAGES: list[Any] = [
     {"role": "system", "content": "You are a helpful assistant."},
     {"role": "user", "content": "What is deep learning?"},
@@ -180,21 +177,7 @@ async def test_64_streams_at_once_all_finish_and_none_waits_for_another_s_end(de
 
 
 def test_openai_node(demo: ServerProcess) -> None:
-    node = require_program("node")
-    if not (NODE / "node_modules").is_dir():
-        if os.environ.get("CI"):
-            pytest.fail("npm install has not run in tests/server/node")
-        pytest.skip("the SDK for Node is not installed: `make test` does it")
-    run = subprocess.run(
-        [node, "examples.mjs"],
-        cwd=NODE,
-        env={**os.environ, "BASE_URL": demo.url + "/v1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
+    result = run_node("examples.mjs", demo.url + "/v1")
     assert result["whole"] == result["text"] != ""
     assert result["chunks"] > 1
     assert result["accumulated"] == {

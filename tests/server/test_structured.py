@@ -14,6 +14,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from tests.server.conftest import run_node
 from tests.support.schemas import random_schema
 from tests.support.server_process import ServerProcess
 
@@ -183,3 +184,23 @@ def test_hostile_grammars_are_refused_and_the_server_lives(url: str) -> None:
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="tgi", messages=ASK, max_tokens=5, extra_body=body)
     assert client.chat.completions.create(model="tgi", messages=ASK, max_tokens=1).choices
+
+
+def test_the_sdk_for_node(url: str) -> None:
+    found = run_node("tools.mjs", url)
+    assert found["called"]
+    for arguments in (*found["called"], *found["streamed"], found["parsed"], found["response"][0][1]):
+        assert set(arguments) == {"city", "days"} and 1 <= arguments["days"] <= 9
+    assert found["reason"] == "tool_calls"
+    assert (found["first"], found["last"]) == ("response.created", "response.completed")
+    assert found["response"][0][0] == "function_call"
+
+
+def test_responses_through_the_sdk(url: str) -> None:
+    client = OpenAI(base_url=url, api_key="-")
+    form: Any = {"format": {"type": "json_schema", "name": "weather", "schema": WEATHER, "strict": True}}
+    with client.responses.stream(model="tgi", input="Paris?", text=form, max_output_tokens=150) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        response = stream.get_final_response()
+    assert text == response.output_text
+    jsonschema.validate(json.loads(text), WEATHER)

@@ -1,0 +1,71 @@
+// OpenAI's Node SDK on structured outputs, tools and responses, against the server at BASE_URL.
+import OpenAI from "openai";
+
+const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "-", maxRetries: 0 });
+const messages = [{ role: "user", content: "What is the weather in Paris?" }];
+const parameters = {
+  type: "object",
+  properties: { city: { type: "string", minLength: 1, maxLength: 20 }, days: { type: "integer", minimum: 1, maximum: 9 } },
+  required: ["city", "days"],
+  additionalProperties: false,
+};
+const common = { model: "tgi", messages, temperature: 0, max_tokens: 120 };
+
+const called = [];
+const runner = client.chat.completions.runTools(
+  {
+    ...common,
+    parallel_tool_calls: false,
+    tool_choice: "required",
+    tools: [
+      {
+        type: "function",
+        function: {
+          name: "weather",
+          parameters,
+          parse: JSON.parse,
+          function: (args) => {
+            called.push(args);
+            return "20 C";
+          },
+        },
+      },
+    ],
+  },
+  { maxChatCompletions: 2 },
+);
+await runner.done();
+
+const tools = [{ type: "function", function: { name: "weather", parameters, strict: true } }];
+const stream = client.chat.completions.stream({ ...common, tools, tool_choice: "required", parallel_tool_calls: false });
+const streamed = await stream.finalChatCompletion();
+
+const parsed = await client.chat.completions.parse({
+  ...common,
+  response_format: { type: "json_schema", json_schema: { name: "weather", strict: true, schema: parameters } },
+});
+
+const types = [];
+const responses = client.responses.stream({
+  model: "tgi",
+  input: "What is the weather in Paris?",
+  temperature: 0,
+  max_output_tokens: 120,
+  tools: [{ type: "function", name: "weather", parameters, strict: true }],
+  tool_choice: "required",
+  parallel_tool_calls: false,
+});
+for await (const event of responses) types.push(event.type);
+const response = await responses.finalResponse();
+
+console.log(
+  JSON.stringify({
+    called,
+    streamed: streamed.choices[0].message.tool_calls.map((call) => JSON.parse(call.function.arguments)),
+    reason: streamed.choices[0].finish_reason,
+    parsed: JSON.parse(parsed.choices[0].message.content),
+    first: types[0],
+    last: types.at(-1),
+    response: response.output.map((item) => [item.type, JSON.parse(item.arguments)]),
+  }),
+);
