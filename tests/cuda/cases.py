@@ -1,0 +1,74 @@
+"""What every operator must compute, as calls that take a device: the emulated one, or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tests.cuda import (
+    test_attention_decode,
+    test_attention_prefill,
+    test_rms_norm,
+    test_rope_kv_write,
+    test_rows,
+    test_sample,
+)
+from tests.cuda.paged import Shape
+from tgi_asgi.types import SamplingParams
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+Case = tuple[str, torch.dtype, Callable[[Any], None]]  # operator, dtype, check
+
+
+def small() -> Iterator[Case]:
+    """Yield a few small cases an operator: for sanitizers, and for the emulation's own test of this list."""
+    for dtype in (BF16, FP16):
+        yield "rms_norm", dtype, lambda device, dtype=dtype: test_rms_norm.check(device, 3, 576, dtype)
+        yield "embed", dtype, lambda device, dtype=dtype: test_rows.check_embed(device, 17, 64, dtype)
+        yield "act_mul", dtype, lambda device, dtype=dtype: test_rows.check_act_mul(device, 5, 264, dtype)
+        yield (
+            "rope_kv_write", dtype,
+            lambda device, dtype=dtype: test_rope_kv_write.check(
+                device, 7, 80, 64, dtype=dtype, kv_dtype=dtype
+            ),
+        )  # fmt: skip
+        yield from attention([300, 17, 1], 64, dtype, prefix=20)
+    yield "sample", torch.float32, lambda device: _sample(device, 300)
+
+
+def large() -> Iterator[Case]:
+    """Yield cases of real sizes, and all head sizes: seconds on a GPU."""
+    for dtype in (BF16, FP16):
+        yield "rms_norm", dtype, lambda device, dtype=dtype: test_rms_norm.check(device, 300, 4096, dtype)
+        yield "embed", dtype, lambda device, dtype=dtype: test_rows.check_embed(device, 300, 4096, dtype)
+        yield "act_mul", dtype, lambda device, dtype=dtype: test_rows.check_act_mul(device, 300, 14336, dtype)
+        for head_dim in (64, 80, 96, 128, 256):
+            for kv_dtype in (dtype, FP8):
+                yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
+    yield "sample", torch.float32, lambda device: _sample(device, 32000)
+
+
+def attention(
+    contexts: list[int],
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    prefix: int,
+    kv_dtype: torch.dtype | None = None,
+) -> Iterator[Case]:
+    """Yield decode and prefill of these contexts; prefill's longest chunk is behind a prefix."""
+    kinds: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype, "num_heads": 6}
+    ones = Shape(contexts, [1] * len(contexts), **kinds)
+    queries = [min(context, 200) if context > prefix else context for context in contexts]
+    chunks = Shape([max(context, 1) for context in contexts], queries, **kinds)
+    yield "attention_decode", dtype, lambda device: test_attention_decode.check(device, ones)
+    yield "attention_prefill", dtype, lambda device: test_attention_prefill.check(device, chunks)
+
+
+def _sample(device: Any, vocab: int) -> None:
+    for sampling in test_sample.WAYS:
+        test_sample.check(device, torch.randn(1, vocab) * 3, [sampling])
+    test_sample.check(device, torch.zeros(1, vocab), [SamplingParams(temperature=0)])

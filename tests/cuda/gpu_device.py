@@ -1,0 +1,111 @@
+"""The operators as a real GPU runs them, behind the interface of the emulated device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.emulation.device import KernelFault
+
+_ops: Any = torch.ops.tgi_cuda
+
+
+class GpuDevice:
+    """Runs `torch.ops.tgi_cuda` on a device; tensors are the host's, and copied for each run.
+
+    Fresh memory is poisoned as on the emulated device; what a kernel must not touch cannot be forbidden here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make a tensor of poison."""
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return torch.full((count,), 0xFF, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+    def tensor(self, values: Tensor) -> Tensor:
+        """Copy a tensor."""
+        return values.clone()
+
+    def forbid(self, part: Tensor, is_forbidden: bool = True) -> None:
+        """Do nothing: a GPU does not watch single elements."""
+
+    def attention_workspace_bytes(self, *sizes: int) -> int:
+        """Return what decode attention needs."""
+        return int(_ops.attention_workspace_bytes(*sizes))
+
+    def run(self, name: str, outputs: Sequence[Tensor], **params: Any) -> None:
+        """Run an operator twice from the same outputs, and hold the results to the same bits."""
+        before = [output.clone() for output in outputs]
+        self.launch(name, **params)
+        first = [output.clone() for output in outputs]
+        for output, start in zip(outputs, before, strict=True):
+            output.copy_(start)
+        self.launch(name, **params)
+        for one, two in zip(first, outputs, strict=True):
+            if not torch.equal(_bytes(one), _bytes(two)):
+                raise KernelFault("order", f"{name}: two runs give two results")
+
+    def launch(self, name: str, seed: int = 1, **params: Any) -> None:
+        """Run an operator once, and bring back every tensor that it may have written."""
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.data_ptr() not in moved or value.numel() == 0:
+                moved[value.data_ptr()] = (value, value.contiguous().to(self.device))
+            return moved[value.data_ptr()][1]
+
+        getattr(self, f"_{name}")(_Params({key: move(value) for key, value in params.items()}))
+        for host, there in moved.values():
+            host.copy_(there)
+
+    def _embed(self, p: Any) -> None:
+        _ops.embed(p.ids, p.table, p.out)
+
+    def _rms_norm(self, p: Any) -> None:
+        _ops.rms_norm(p.x, p.weight, p.eps, p.rows, p.out)
+
+    def _act_mul(self, p: Any) -> None:
+        _ops.act_mul(p.gate_up, ("silu", "gelu_tanh")[p.activation], p.out)
+
+    def _rope_kv_write(self, p: Any) -> None:
+        _ops.rope_kv_write(
+            p.qkv.flatten(1), p.positions, p.slots, p.cos, p.sin, p.q_norm, p.k_norm, p.eps, p.key_scale,
+            p.value_scale, p.q, p.kv,
+        )  # fmt: skip
+
+    def _attention_plan(self, p: Any) -> None:
+        _ops.attention_plan(p.context_len, p.block_table, p.block_size, p.window, p.workspace)
+
+    def _attention_decode(self, p: Any) -> None:
+        _ops.attention_decode(
+            p.q, p.kv, p.context_len, p.block_table, p.window, p.scale, p.key_scale, p.value_scale,
+            p.workspace, p.out,
+        )  # fmt: skip
+
+    def _attention_prefill(self, p: Any) -> None:
+        _ops.attention_prefill(
+            p.q, p.kv, p.query_start, p.context_len, p.block_table, p.max_query_len, p.window, p.scale,
+            p.key_scale, p.value_scale, p.out,
+        )  # fmt: skip
+
+    def _sample(self, p: Any) -> None:
+        _ops.sample(
+            p.logits, p.slots, p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.mask,
+            p.scratch, p.token_ids, p.is_finite, p.logprobs, p.top_ids, p.top_logprobs, p.num_top,
+        )  # fmt: skip
+
+
+class _Params:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
