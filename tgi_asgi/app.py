@@ -26,6 +26,7 @@ from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.lag import LoopLag
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
+from tgi_asgi.http.tracing import Tracing
 from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, Progress
@@ -71,6 +72,9 @@ class App:
             ApiKeys.from_settings(context.settings).check,
         ]
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
+        self._tracing = Tracing.from_settings(context.settings)
+        if self._tracing is not None:
+            self.observers.append(self._tracing.request_ended)
         self._loader = loader
         self._lag = LoopLag(context.metrics.loop_lag)
         self._loading: asyncio.Task[None] | None = None
@@ -110,6 +114,8 @@ class App:
             self._loading.cancel()  # the thread itself ends with the process
         if self.context.served is not None:
             await cast(OwnedEngine, self.context.served.engine).stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         self.context.executor.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self) -> None:
@@ -198,7 +204,7 @@ def create_app(settings: Settings | None = None, loader: Loader | None = None) -
 
     Raises:
         InvalidRequest: a setting does not parse; without settings they come from the environment.
-        ModelLoadError: the file of API keys cannot be read.
+        ModelLoadError: the file of API keys cannot be read, or a library is missing that a setting needs.
     """
     if settings is None:
         settings = Settings.from_environ()

@@ -84,7 +84,6 @@ OPTIONS: tuple[CompatOption, ...] = (
     _switch("ngrok", "there is no tunnel"),
     *_ignored("there is no tunnel", "ngrok_authtoken", "ngrok_edge"),
     *_ignored("texts are not watermarked", "watermark_gamma", "watermark_delta"),
-    *_ignored("traces are not exported", "otlp_endpoint", "otlp_service_name"),
     *_ignored(_INTERNAL, "shard_uds_path", "master_addr", "master_port"),
     _switch("disable_custom_kernels", "there are no others"),
     *_ignored("images are not read", "max_image_fetch_size", is_flag=False),

@@ -108,6 +108,15 @@ class Settings:
         False, "Serve /debug/engine: the requests, sequences and blocks of the moment.", group="Server"
     )
     json_output: bool = _setting(False, "Write logs as JSON lines.", group="Server")
+    otlp_endpoint: str | None = _setting(
+        None,
+        "Send OpenTelemetry spans there, by gRPC (needs the `otel` extra).",
+        group="Server",
+        metavar="URL",
+    )
+    otlp_service_name: str = _setting(
+        "text-generation-inference.router", "Service name of the spans.", group="Server"
+    )
     log_level: str = _setting(
         "info", "Least level that is logged.", group="Server", choices=("debug", "info", "warn", "error")
     )

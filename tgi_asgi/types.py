@@ -150,6 +150,7 @@ class RequestStats:
     finished_s: float | None = None
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     generated_tokens: int = 0  # sampled, over all choices
+    finishes: list[FinishReason] = field(default_factory=list)  # of the choices, in the order they ended
     # Per prompt token: (logprob or None for the first, the k best), when `prompt_logprobs` asked for them.
     prompt_logprobs: list[tuple[float | None, Sequence[tuple[int, float]]]] | None = None
 

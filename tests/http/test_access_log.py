@@ -7,8 +7,20 @@ import logging
 import pytest
 
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
-from tgi_asgi.errors import ModelLoadError
+from tests.support.fake_runner import FakeRunner
+from tests.support.scripted_engine import (
+    Script,
+    ScriptedEngine,
+    fail_with,
+    say,
+    scripted_app,
+    toy_info,
+)
+from tests.support.toy_tokenizer import ToyTokenizer
+from tgi_asgi.engine import Engine
+from tgi_asgi.errors import GenerationFailed, ModelLoadError
+from tgi_asgi.http.context import Served
+from tgi_asgi.settings import Settings
 
 LOGGER = "tgi_asgi.http.access_log"
 
@@ -59,3 +71,52 @@ async def test_a_path_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> N
     [record] = caplog.records
     assert "\n" not in record.getMessage()
     assert "\n" not in record.__dict__["error"]
+
+
+async def test_the_way_of_a_request_is_in_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    runner = FakeRunner()
+    engine = Engine(runner, ToyTokenizer(), Settings(), toy_info())
+    engine.start()
+    app = scripted_app(ScriptedEngine(), Settings(api_key=("k",)))
+    served = Served(engine, ToyTokenizer(), None, toy_info(), engine.stats)  # type: ignore[arg-type]
+    app.context.served = served
+    async with client_of(app) as client:
+        body = {"prompt": "hi", "max_tokens": 3, "n": 2}
+        await client.post("/v1/completions", json=body, headers={"authorization": "Bearer k"})
+    await engine.stop()
+    [record] = caplog.records
+    fields = record.__dict__
+    assert (fields["finish"], fields["tenant"]) == ("length,length", "key 1")
+    assert fields["prefill_ms"] + fields["decode_ms"] == pytest.approx(fields["inference_ms"], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("script", "body"),
+    [
+        (say("a"), {}),
+        (fail_with(GenerationFailed("why")), {}),
+        (say("a"), {"temperature": 9}),
+        (say("a"), {"max_tokens": 10**6}),
+        (say("a"), {"messages": [{"role": "assistant", "content": "SECRET"}] * 2}),
+        (say("a"), {"messages": [{"role": "user", "content": [{"type": "text"}, "SECRET"]}]}),
+        (say("a"), {"messages": [{"role": "user", "content": "SECRET" * 1000}]}),
+    ],
+)
+async def test_what_clients_write_is_in_no_log_line(
+    caplog: pytest.LogCaptureFixture, script: Script, body: dict[str, object]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    template = (
+        "{% if messages|length > 1 %}{{ raise_exception(messages[1].content) }}{% endif %}{{ messages }}"
+    )
+    app = scripted_app(ScriptedEngine(script), chat_template=template)
+    async with client_of(app) as client:
+        messages = [{"role": "user", "content": "SECRET"}]
+        for is_stream in (False, True):
+            request = {"messages": messages, "stream": is_stream, **body}
+            await client.post("/v1/chat/completions", json=request)
+    assert caplog.records
+    for record in caplog.records:
+        assert "SECRET" not in record.getMessage()
+        assert "SECRET" not in str(record.__dict__)

@@ -102,6 +102,7 @@ class RequestChannel:
         self._events.append(event)
         if event.finish is not None:
             self.num_open -= 1
+            self.stats.finishes.append(event.finish)
             if self.num_open == 0:
                 self._is_ended = True
 

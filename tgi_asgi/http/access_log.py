@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from tgi_asgi.errors import TemplateError
 from tgi_asgi.http.course import Course
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.types import EngineState
@@ -51,12 +52,24 @@ def _fields(exchange: Exchange, status: int) -> dict[str, object]:
             "validation_ms": _milliseconds(course.validation_s),
             "queue_ms": _milliseconds(course.queue_s),
             "inference_ms": _milliseconds(course.inference_s),
+            "prefill_ms": _milliseconds(course.prefill_s),
+            "decode_ms": _milliseconds(course.decode_s),
+            "finish": ",".join(course.finishes),
         }
         if course.first_token_s is not None:
             fields["first_token_ms"] = _milliseconds(course.first_token_s)
+    if exchange.tenant is not None:
+        fields["tenant"] = exchange.tenant
     if exchange.error is not None:
-        fields["error"] = _one_line(str(exchange.error))[:500]
+        fields["error"] = _reason(exchange.error)
     return fields
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong. A template may quote the messages, and those are not for the log."""
+    if isinstance(error, TemplateError):
+        return "the chat template refused the messages"
+    return _one_line(str(error))[:500]
 
 
 def _one_line(text: str) -> str:

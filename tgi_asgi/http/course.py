@@ -18,11 +18,15 @@ class Course:
     validation_s: float = 0.0  # until it was submitted
     queue_s: float = 0.0  # from there to the first step that ran a token of it
     inference_s: float = 0.0  # from there to its last token
+    prefill_s: float = 0.0  # the part of it before the first token
+    decode_s: float = 0.0  # and the part after
     first_token_s: float | None = None  # since the request's start; None: there was none
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     max_new_tokens: int = 0
+    finishes: tuple[str, ...] = ()  # why its choices ended
+    parts: tuple[tuple[str, float, float], ...] = ()  # (name, begin, end) by `time.monotonic()`, in order
 
     @classmethod
     def of(cls, exchange: Exchange) -> Course:
@@ -36,14 +40,22 @@ class Course:
         scheduled_s = min((s.scheduled_s for s in stats if s.scheduled_s is not None), default=now_s)
         finished_s = max(now_s if s.finished_s is None else s.finished_s for s in stats)
         first_s = min((s.first_token_s for s in stats if s.first_token_s is not None), default=None)
+        until_first_s = finished_s if first_s is None else first_s
+        moments = (exchange.started_s, submitted_s, scheduled_s, until_first_s, finished_s)
+        names = ("validation", "queue", "prefill", "decode")
+        parts = zip(names, moments, moments[1:], strict=False)
         return cls(
             total_s=now_s - exchange.started_s,
             validation_s=max(submitted_s - exchange.started_s, 0.0),
             queue_s=max(scheduled_s - submitted_s, 0.0),
             inference_s=max(finished_s - scheduled_s, 0.0),
+            prefill_s=max(until_first_s - scheduled_s, 0.0),
+            decode_s=max(finished_s - until_first_s, 0.0),
             first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
             prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),
             cached_tokens=sum(s.cached_tokens for s in stats),
             generated_tokens=sum(s.generated_tokens for s in stats),
             max_new_tokens=max(channel.request.stop.max_tokens for channel in channels),
+            finishes=tuple(finish.value for s in stats for finish in s.finishes),
+            parts=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in parts),
         )

@@ -1,0 +1,75 @@
+"""Spans of requests: one a request, in the trace of its client, with its parts inside it and in order."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app
+from tgi_asgi.app import create_app
+from tgi_asgi.errors import GenerationFailed, ModelLoadError
+from tgi_asgi.http.tracing import Tracing
+from tgi_asgi.settings import Settings
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+
+
+async def spans_of(engine: ScriptedEngine, body: dict[str, object], **headers: str) -> list[ReadableSpan]:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    app = scripted_app(engine)
+    app.observers.append(Tracing(provider).request_ended)
+    async with client_of(app) as client:
+        await client.post("/generate", json=body, headers=headers)
+        await client.get("/health")
+    return list(exporter.get_finished_spans())
+
+
+async def test_a_request_has_a_span_in_its_clients_trace_and_its_parts_lie_within() -> None:
+    *parts, request = await spans_of(
+        ScriptedEngine(say("a", "b")), {"inputs": "secret"}, traceparent=f"00-{TRACE}-{PARENT}-01"
+    )
+    assert request.name == "POST /generate"
+    assert f"{request.context.trace_id:032x}" == TRACE
+    assert request.parent is not None
+    assert f"{request.parent.span_id:016x}" == PARENT
+    assert request.attributes is not None
+    assert request.attributes["gen_ai.usage.input_tokens"] == 6
+    assert request.attributes["gen_ai.usage.output_tokens"] == 3
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.status.is_ok or request.status.is_unset
+    assert [part.name for part in parts] == ["validation", "queue", "prefill", "decode"]
+    at = request.start_time
+    for part in parts:
+        assert part.parent is not None
+        assert part.parent.span_id == request.context.span_id
+        assert part.start_time is not None
+        assert part.end_time is not None
+        assert at is not None
+        assert at <= part.start_time <= part.end_time
+        at = part.end_time
+    assert request.end_time is not None
+    assert at is not None
+    assert at <= request.end_time
+    assert "secret" not in request.to_json()
+
+
+async def test_a_failure_is_an_error_span_and_a_refusal_is_none() -> None:
+    *_, failed = await spans_of(ScriptedEngine(fail_with(GenerationFailed("why"))), {"inputs": "x"})
+    assert failed.attributes is not None
+    assert failed.attributes["http.response.status_code"] == 424
+    [refused] = await spans_of(ScriptedEngine(), {"inputs": ""}, traceparent="garbage")
+    assert refused.status.is_unset
+    assert refused.parent is None
+
+
+def test_without_the_library_the_server_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
+    with pytest.raises(ModelLoadError, match=r"tgi-asgi\[otel\]"):
+        create_app(Settings(model_id="m", otlp_endpoint="http://localhost:4317"))

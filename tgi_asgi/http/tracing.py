@@ -1,0 +1,115 @@
+"""OpenTelemetry spans of requests, made after each has ended: the hot path knows nothing of them.
+
+An observer of `app.py`, used only where `--otlp-endpoint` is set; imports OpenTelemetry (the `otel` extra)
+when it is made. A request's span continues the trace of its `traceparent` header and has one child for each
+part of its way: validation, queue, prefill, decode.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.http.access_log import CLIENT_CLOSED
+from tgi_asgi.http.course import Course
+from tgi_asgi.settings import Settings
+
+if TYPE_CHECKING:
+    from tgi_asgi.http.exchange import Exchange
+
+_NS = 1_000_000_000
+_SERVER_ERROR = 500
+
+
+class Tracing:
+    """Turns what became of a request into spans of `provider`, which exports them in a thread of its own."""
+
+    def __init__(self, provider: Any) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider
+        self._trace = trace
+        self._propagator = TraceContextTextMapPropagator()
+        self._tracer = provider.get_tracer("tgi_asgi")
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Tracing | None:
+        """Return what exports to the endpoint of the settings, or None without one.
+
+        Raises:
+            ModelLoadError: OpenTelemetry is not installed.
+        """
+        if settings.otlp_endpoint is None:
+            return None
+        try:
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise ModelLoadError(
+                f"--otlp-endpoint needs OpenTelemetry: pip install 'tgi-asgi[otel]' ({error.name} is missing)"
+            ) from None
+        resource = Resource.create({"service.name": settings.otlp_service_name})
+        provider = TracerProvider(resource=resource)
+        is_plain = not settings.otlp_endpoint.startswith("https://")
+        exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=is_plain)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    def close(self) -> None:
+        """Export what waits, for at most as long as the exporter may take. Blocks."""
+        self._provider.shutdown()
+
+    def request_ended(self, exchange: Exchange) -> None:
+        """Make the spans of a request; only those that may generate have any."""
+        if exchange.method != "POST":
+            return
+        now_s, now_ns = time.monotonic(), time.time_ns()
+
+        def epoch_ns(at_s: float) -> int:
+            return now_ns - int((now_s - at_s) * _NS)
+
+        course = Course.of(exchange)
+        parent = {
+            name: value.decode("latin-1")
+            for name in ("traceparent", "tracestate")
+            if (value := exchange.header(name.encode())) is not None
+        }
+        status = exchange.status or CLIENT_CLOSED
+        span = self._tracer.start_span(
+            f"{exchange.method} {exchange.route or 'unknown route'}",
+            context=self._propagator.extract(parent),
+            kind=self._trace.SpanKind.SERVER,
+            start_time=epoch_ns(exchange.started_s),
+            attributes=_attributes(exchange, course, status),
+        )
+        if status >= _SERVER_ERROR or (exchange.error is not None and exchange.status == 200):
+            span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
+        context = self._trace.set_span_in_context(span)
+        for name, begin_s, end_s in course.parts:
+            part = self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s))
+            part.end(epoch_ns(end_s))
+        span.end(now_ns)
+
+
+def _attributes(exchange: Exchange, course: Course, status: int) -> dict[str, Any]:
+    """Return a span's attributes, by the names of OpenTelemetry's conventions where they have one."""
+    attributes: dict[str, Any] = {
+        "http.request.method": exchange.method,
+        "http.route": exchange.route,
+        "http.response.status_code": status,
+        "tgi.request_id": exchange.request_id,
+    }
+    info = exchange.context.info
+    if exchange.channels and info is not None:
+        attributes |= {
+            "gen_ai.request.model": info.model_id,
+            "gen_ai.usage.input_tokens": course.prompt_tokens,
+            "gen_ai.usage.output_tokens": course.generated_tokens,
+            "gen_ai.response.finish_reasons": list(course.finishes),
+            "tgi.cached_tokens": course.cached_tokens,
+        }
+    return attributes
