@@ -51,6 +51,9 @@ class ApiKeys:
         if (method, path) in self._open:
             return
         given = exchange.header(b"authorization")
+        own = exchange.header(b"x-api-key")  # Anthropic's clients
+        if given is None and own is not None:
+            given = b"Bearer " + own
         if given is None:
             raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
         scheme, _, key = given.strip().partition(b" ")

@@ -1,4 +1,4 @@
-"""The only place that knows what status and envelope an error has, in both of the APIs' dialects.
+"""The only place that knows what status and envelope an error has, in each API's dialect.
 
 Called by the border of `app.py` for errors before the response has started, and by stream renderers after.
 """
@@ -17,10 +17,11 @@ from tgi_asgi.http.asgi import Header
 
 
 class Dialect(enum.Enum):
-    """Whose manners an answer has: TGI's native routes', or OpenAI's."""
+    """Whose manners an answer has: TGI's native routes', OpenAI's, or Anthropic's."""
 
     NATIVE = "native"
     OPENAI = "openai"
+    ANTHROPIC = "anthropic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,22 @@ _RULES: dict[type[TgiError], _Rule] = {
     errors.IncompleteGeneration: _Rule(500, "", 500, "server_error", "incomplete_generation"),
     errors.ModelLoadError: _Rule(503, "", 503, "server_error", "model_load_failed"),
 }
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _INTERNAL = _Rule(500, "", 500, "server_error", "internal_error")
 _INTERNAL_MESSAGE = "Internal server error"
 
 
 def status_of(error: BaseException, dialect: Dialect) -> int:
     """Return the HTTP status of an error; anything that is not ours is a 500."""
-    if dialect is Dialect.OPENAI:
+    if dialect is not Dialect.NATIVE:
         return _rule(error).openai_status
     if isinstance(error, errors.InvalidRequest) and error.is_syntax:
         return 400
@@ -72,6 +82,9 @@ def envelope(error: BaseException, dialect: Dialect) -> dict[str, Any]:
         is_syntax = isinstance(error, errors.InvalidRequest) and error.is_syntax
         kind = error.error_type if isinstance(error, TgiError) else TgiError.error_type
         return {"error": message if is_syntax else rule.native_prefix + message, "error_type": kind}
+    if dialect is Dialect.ANTHROPIC:
+        kind = _ANTHROPIC_TYPES.get(rule.openai_status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
     return {
         "error": {
             "message": message,

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.routing import Route
 
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.messages import count_tokens, messages
 from tgi_asgi.http.openai_answer import model_not_found
 from tgi_asgi.http.openai_chat import chat_completions
 from tgi_asgi.http.openai_completions import completions
@@ -21,6 +22,8 @@ def routes() -> list[Route]:
         route("/v1/chat/completions", post=chat_completions),
         route("/v1/completions", post=completions),
         route("/v1/responses", post=responses),
+        route("/v1/messages", post=messages),
+        route("/v1/messages/count_tokens", post=count_tokens),
         route("/v1/models", get=list_models),
         route("/v1/models/{model:path}", get=retrieve_model),
     ]

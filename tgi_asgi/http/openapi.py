@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 import tgi_asgi
-from tgi_asgi.http import openai_schema, responses_request, tgi_schema
+from tgi_asgi.http import messages_request, openai_schema, responses_request, tgi_schema
 from tgi_asgi.http.tgi_validation import NativeLimits
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
@@ -25,6 +25,7 @@ class Errors(enum.Enum):
 
     NATIVE = "native"
     OPENAI = "openai"
+    ANTHROPIC = "anthropic"
     BY_KEY = "by key"  # that of the kind of request that the body is
 
 
@@ -73,6 +74,14 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/v1/chat/completions", "Chat", "OpenAI", (_CHAT,), streams=True, errors=Errors.OPENAI),
     Operation(
         "post", "/v1/completions", "Text", "OpenAI", (_COMPLETION,), streams=True, errors=Errors.OPENAI,
+    ),
+    Operation(
+        "post", "/v1/messages", "Anthropic's messages", "Anthropic", (messages_request.MessagesRequest,),
+        streams=True, errors=Errors.ANTHROPIC,
+    ),
+    Operation(
+        "post", "/v1/messages/count_tokens", "Length of a prompt", "Anthropic",
+        (messages_request.CountRequest,), errors=Errors.ANTHROPIC,
     ),
     Operation(
         "post", "/v1/responses", "Responses, stateless", "OpenAI", (responses_request.ResponsesRequest,),
@@ -191,6 +200,11 @@ def _error(errors: Errors) -> Schema:
     if errors is Errors.NATIVE:
         return _reference(tgi_schema.ErrorResponse)
     text = {"type": "string"}
+    if errors is Errors.ANTHROPIC:
+        told = {"type": text, "message": text}
+        error = {"type": "object", "required": list(told), "properties": told}
+        properties = {"type": {"const": "error"}, "error": error}
+        return {"type": "object", "required": list(properties), "properties": properties}
     optional = {"type": ["string", "null"]}
     fields = {"message": text, "type": text, "param": optional, "code": optional}
     inner = {"type": "object", "required": list(fields), "properties": fields}

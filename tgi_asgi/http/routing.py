@@ -49,6 +49,8 @@ class _Endpoint:
 
 def dialect_of(path: str, settings: Settings) -> Dialect:
     """Return whose envelope the errors of a known path have, before its body has been seen."""
+    if path.startswith("/v1/messages"):
+        return Dialect.ANTHROPIC
     is_openai = path == "/v1" or path.startswith("/v1/")
     return Dialect.OPENAI if is_openai and not settings.tgi_compat else Dialect.NATIVE
 

@@ -1,0 +1,175 @@
+"""`/v1/messages`: Anthropic's SDK on a socket, the order of events, keys, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anthropic
+import pytest
+
+from tests.http.test_openai_tools import CALLS, CITY, THINKING, app_of
+from tests.support.client import client_of
+from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
+from tests.support.serving import serving
+from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.settings import Settings
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+TOOLS: list[Any] = [
+    {"name": "weather", "input_schema": CITY},
+    {"name": "now", "input_schema": {"type": "object", "properties": {}}},
+]
+ALL = ["<think>", "hm", "</think>", "\n", *CALLS]
+
+
+@asynccontextmanager
+async def sdk(
+    script: Script, *, template: str = CHATML, **settings: Any
+) -> AsyncIterator[anthropic.AsyncAnthropic]:
+    app = app_of(ScriptedEngine(script), Settings(**settings), chat_template=template)
+    async with (
+        serving(app) as url,
+        anthropic.AsyncAnthropic(base_url=url, api_key="key", max_retries=0) as client,
+    ):
+        yield client
+
+
+async def post(body: dict[str, Any], script: Script | None = None) -> tuple[int, Any]:
+    async with client_of(app_of(ScriptedEngine(script or say("a", "b")))) as client:
+        answer = await client.post("/v1/messages", json={"messages": HI, "max_tokens": 50, **body})
+    assert answer.headers["request-id"]
+    if not body.get("stream"):
+        return answer.status_code, answer.json()
+    pairs = [event.split("\n") for event in answer.text.split("\n\n") if event]
+    events = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
+    assert [name for name, _ in pairs] == [f"event: {event['type']}" for event in events]
+    return answer.status_code, events
+
+
+async def test_a_whole_message_through_the_sdk() -> None:
+    async with sdk(say("Hel", "lo")) as client:
+        message = await client.messages.create(model="m", messages=HI, max_tokens=50, system="Be brief.")
+    (block,) = message.content
+    assert block.type == "text" and block.text == "Hello"
+    assert (message.stop_reason, message.stop_sequence, message.model) == ("end_turn", None, "m")
+    assert message.usage.output_tokens == 3 and message.usage.input_tokens > 0
+    assert message.id.startswith("msg_")
+
+
+async def test_the_sdk_s_stream_adds_up_to_the_whole_message() -> None:
+    async with sdk(say(*ALL), template=THINKING) as client:
+        options: dict[str, Any] = {"model": "m", "messages": HI, "max_tokens": 90, "tools": TOOLS}
+        whole = await client.messages.create(**options)
+        async with client.messages.stream(**options) as stream:
+            text = "".join([piece async for piece in stream.text_stream])
+            streamed = await stream.get_final_message()
+    assert text == "Let me see."
+    for message in (whole, streamed):
+        assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+        assert message.stop_reason == "tool_use"
+        thinking, _, weather, now = message.content
+        assert thinking.type == "thinking" and thinking.thinking == "hm"
+        assert weather.type == now.type == "tool_use"
+        assert (weather.name, weather.input) == ("weather", {"city": "Paris"})
+        assert (now.name, now.input) == ("now", {})
+        assert message.usage.output_tokens == len(ALL) + 1
+
+
+async def test_events_come_in_order() -> None:
+    _, events = await post({"stream": True})
+    assert [event["type"] for event in events] == [
+        "message_start", "content_block_start", "content_block_delta", "content_block_delta",
+        "content_block_stop", "message_delta", "message_stop",
+    ]  # fmt: skip
+    assert events[0]["message"]["content"] == [] and events[0]["message"]["stop_reason"] is None
+    assert events[1]["content_block"] == {"type": "text", "text": ""}
+    assert [event["delta"]["text"] for event in events[2:4]] == ["a", "b"]
+    assert events[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert events[-2]["usage"]["output_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [({"max_tokens": 1}, ("max_tokens", None)), ({"stop_sequences": ["b"]}, ("stop_sequence", "b"))],
+)
+async def test_the_reason_to_stop(fields: dict[str, Any], stop: tuple[str, str | None]) -> None:
+    _, message = await post(fields)
+    assert (message["stop_reason"], message["stop_sequence"]) == stop
+
+
+async def test_a_failure_after_the_start_is_an_event() -> None:
+    script = fail_with(GenerationFailed("broken"), say("a", "b"))
+    _, events = await post({"stream": True}, script=script)
+    assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "broken"}}
+
+
+async def test_a_call_that_the_length_cuts_has_no_input() -> None:
+    _, message = await post({"tools": TOOLS, "max_tokens": 6}, script=say(*CALLS[4:]))
+    assert message["stop_reason"] == "max_tokens"
+    assert message["content"][0]["input"] == {}
+
+
+async def test_blocks_become_the_messages_of_a_chat() -> None:
+    engine = ScriptedEngine(say("ok"))
+    template = "{% for m in messages %}{{ m | tojson }}\n{% endfor %}{% if tools %}{% endif %}"
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "hm", "signature": ""},
+            {"type": "text", "text": "Let me see."},
+            {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}},
+        ]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "42"}]},
+            {"type": "text", "text": "So?"},
+        ]},
+    ]  # fmt: skip
+    async with client_of(app_of(engine, chat_template=template)) as client:
+        body = {"messages": turns, "max_tokens": 9, "system": [{"type": "text", "text": "Be kind."}]}
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    system, user, assistant, tool, last = [json.loads(line) for line in prompt.splitlines()]
+    assert (system["role"], system["content"]) == ("system", "Be kind.")
+    assert user["content"] == "hi"
+    assert assistant["reasoning_content"] == "hm"
+    assert assistant["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert (tool["role"], tool["content"], tool["tool_call_id"]) == ("tool", "42", "t1")
+    assert last["content"] == "So?"
+
+
+async def test_tokens_are_counted() -> None:
+    async with sdk(say("a")) as client:
+        counted = await client.messages.count_tokens(model="m", messages=HI)
+        message = await client.messages.create(model="m", messages=HI, max_tokens=5)
+    assert counted.input_tokens == message.usage.input_tokens
+
+
+async def test_anthropic_s_header_carries_the_key() -> None:
+    async with sdk(say("a"), api_key=("key",)) as client:
+        assert (await client.messages.create(model="m", messages=HI, max_tokens=5)).content
+    async with sdk(say("a"), api_key=("another",)) as client:
+        with pytest.raises(anthropic.AuthenticationError):
+            await client.messages.create(model="m", messages=HI, max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 0}, "max_completion_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+        ({"temperature": 3}, "temperature"),
+    ],
+)
+async def test_a_refusal_is_in_anthropic_s_envelope(fields: dict[str, Any], word: str) -> None:
+    status, body = await post(fields)
+    assert status == 400
+    assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
+    assert word in body["error"]["message"]
