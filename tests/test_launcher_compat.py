@@ -6,21 +6,24 @@ import dataclasses
 
 import pytest
 
+from tgi_asgi.cli import make_command
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.launcher_compat import (
     OPTIONS,
     Treatment,
+    apply_paths,
     check_options,
     environment_changes,
     simple_level,
 )
 from tgi_asgi.settings import Settings
 
-# Flags and variables of TGI 3.3.7's launcher, less what is a setting here.
+# The flags of TGI 3.3.7's launcher.
 LAUNCHER = (
     "model_id revision validation_workers sharded num_shard quantize speculate dtype kv_cache_dtype "
     "trust_remote_code max_concurrent_requests max_best_of max_stop_sequences max_top_n_tokens "
-    "max_input_tokens max_total_tokens waiting_served_ratio max_batch_prefill_tokens max_batch_total_tokens "
+    "max_input_tokens max_input_length max_total_tokens waiting_served_ratio max_batch_prefill_tokens "
+    "max_batch_total_tokens huggingface_hub_cache weights_cache_override "
     "max_waiting_tokens max_batch_size cuda_graphs hostname port prometheus_port shard_uds_path master_addr "
     "master_port disable_custom_kernels cuda_memory_fraction rope_scaling rope_factor json_output "
     "otlp_endpoint otlp_service_name cors_allow_origin api_key watermark_gamma watermark_delta ngrok "
@@ -29,11 +32,31 @@ LAUNCHER = (
 )
 
 
-def test_every_flag_of_the_launcher_is_a_setting_or_a_compat_option() -> None:
-    settings = {field.name for field in dataclasses.fields(Settings)}
-    options = {option.name for option in OPTIONS}
-    assert set(LAUNCHER.split()) <= settings | options
-    assert not settings & options
+def test_every_flag_of_the_launcher_is_an_option() -> None:
+    flags = {flag for option in make_command().params for flag in option.opts}
+    assert {f"--{name.replace('_', '-')}" for name in LAUNCHER.split()} <= flags
+    assert not {field.name for field in dataclasses.fields(Settings)} & {option.name for option in OPTIONS}
+
+
+def test_flags_say_where_files_lie() -> None:
+    environ: dict[str, str] = {}
+    options = {
+        "huggingface_hub_cache": "/cache",
+        "weights_cache_override": "/weights",
+        "model_id": "org/model",
+    }
+    apply_paths(options, environ)
+    assert options == {"model_id": "/weights", "served_model_name": "org/model"}
+    assert environ == {"HF_HUB_CACHE": "/cache"}
+
+
+def test_a_model_named_by_flag_does_not_undo_the_override_of_its_weights() -> None:
+    options = {"model_id": "org/model"}
+    apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "/weights"})
+    assert options == {"model_id": "/weights", "served_model_name": "org/model"}
+    options = {"served_model_name": "mine"}
+    apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "org/model"})
+    assert options == {"served_model_name": "mine", "model_id": "/weights"}
 
 
 def test_an_ignored_option_gives_one_warning_without_its_value() -> None:

@@ -21,6 +21,7 @@ from tgi_asgi.launcher_compat import (
     OPTIONS,
     CompatOption,
     Treatment,
+    apply_paths,
     check_options,
     environment_changes,
     is_sagemaker,
@@ -94,6 +95,21 @@ class _LauncherOption(click.Option):
         super().__init__([option.flag, option.name], default=None, help=text, **form)
 
 
+_PATHS = {
+    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
+    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
+}
+
+
+class _PathOption(click.Option):
+    """An option of TGI's launcher that says where files lie."""
+
+    group = "Of TGI's launcher"
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__([f"--{name.replace('_', '-')}", name], metavar="PATH", help=text)
+
+
 def _base_type(kind: str) -> str:
     """Return the type of one value: `int` of "int | None", `str` of "tuple[str, ...]"."""
     return kind.removeprefix("tuple[").split(",")[0].split(" ")[0]
@@ -111,6 +127,7 @@ def _help(spec: dataclasses.Field[Any]) -> str:
 def _run(print_env: bool, **options: Any) -> None:
     names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    apply_paths(given, os.environ)
     try:
         settings = Settings.from_environ(
             os.environ, **{name: value for name, value in given.items() if name in names}
@@ -152,6 +169,7 @@ def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
     options: list[click.Parameter] = [_SettingOption(spec) for spec in dataclasses.fields(Settings)]
     options += [_LauncherOption(option) for option in OPTIONS if option.is_flag]
+    options += [_PathOption(name, help) for name, help in _PATHS.items()]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )

@@ -7,8 +7,9 @@ gives what was set to `check_options`. Everything that TGI's launcher takes is a
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
 
@@ -168,6 +169,23 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
     if environ.get("LOG_LEVEL"):
         changes["LOG_LEVEL"] = simple_level(environ["LOG_LEVEL"])
     return changes
+
+
+def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> None:
+    """Honour the two flags of the launcher that say where files lie, which are no settings here.
+
+    `--huggingface-hub-cache` goes to the environment, where the Hub's library looks. The folder of
+    `--weights-cache-override` becomes the model, served under the name that `--model-id` gives.
+    """
+    cache = options.pop("huggingface_hub_cache", None)
+    if cache:
+        environ["HF_HUB_CACHE"] = cache
+    weights = options.pop("weights_cache_override", None) or environ.get("WEIGHTS_CACHE_OVERRIDE")
+    if weights:
+        name = options.get("model_id") or environ.get("MODEL_ID")
+        options["model_id"] = weights
+        if name and name != weights and not environ.get("SERVED_MODEL_NAME"):
+            options.setdefault("served_model_name", name)
 
 
 def simple_level(text: str) -> str:

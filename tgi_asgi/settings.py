@@ -142,6 +142,7 @@ class Settings:
         None,
         "Longest prompt, in tokens (default: the context less one).",
         group="Limits",
+        flags=("--max-input-length",),
         env=("MAX_INPUT_LENGTH",),
     )
     max_total_tokens: int | None = _setting(
