@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 
 import pytest
 
+from tgi_asgi.connections import Turnstile
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.server import STALLED_READER_MS, listen, make_config
 from tgi_asgi.settings import Settings
@@ -49,3 +51,23 @@ def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
     assert config.keep_alive_max_requests > 1_000_000
     assert config.read_timeout is None
     assert "h2" not in config.alpn_protocols
+
+
+async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
+    turnstile, passed = Turnstile(4), []
+
+    async def begin(number: int) -> None:
+        await turnstile.enter()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(begin(number)) for number in range(30)]
+    tasks[7].cancel()
+    counts = []
+    async with asyncio.timeout(5):
+        while len(passed) < 29:
+            before = len(passed)
+            await asyncio.sleep(0)
+            counts.append(len(passed) - before)
+    assert max(counts) <= 4
+    assert passed == [number for number in range(30) if number != 7]
+    await turnstile.enter()  # nobody is left before it

@@ -1,6 +1,6 @@
-"""What hypercorn's connections lack: an end once the client has closed, and a limit on one client's number.
+"""What hypercorn's connections lack: an end once the client has closed, turns, and a limit on one client.
 
-Used by `server.py` only. hypercorn offers no hook for either, so its class for a connection is replaced in
+Used by `server.py` only. hypercorn offers no hook for these, so its class for a connection is replaced in
 the module that makes them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import hypercorn.asyncio.run
@@ -21,6 +21,44 @@ _REFUSAL = (
     b"HTTP/1.1 429 \r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
     b"content-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
 )
+
+
+_BEGINNERS = 8  # connections that begin in one turn of the event loop
+
+
+class Turnstile:
+    """Let a few pass in each turn of the event loop, in order.
+
+    A thousand clients that come at once would otherwise be accepted, read and parsed in a few turns of half a
+    second each, and every stream would stand still meanwhile.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._num_passed = 0  # in this turn
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        """Wait for one's turn."""
+        loop = asyncio.get_running_loop()
+        if self._num_passed < self._most and not self._waiting:
+            self._num_passed += 1
+            if self._num_passed == 1:
+                loop.call_soon(self._turn, loop)
+            return
+        future = loop.create_future()
+        self._waiting.append(future)
+        await future
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._num_passed = 0
+        while self._waiting and self._num_passed < self._most:
+            future = self._waiting.popleft()
+            if not future.done():  # else its connection was given up
+                future.set_result(None)
+                self._num_passed += 1
+        if self._num_passed or self._waiting:
+            loop.call_soon(self._turn, loop)
 
 
 class ConnectionLimit:
@@ -46,10 +84,11 @@ class ConnectionLimit:
 
 def install(limit: ConnectionLimit) -> None:
     """Let hypercorn make connections of this kind from now on, in this process."""
+    turnstile = Turnstile(_BEGINNERS)
 
     class Connection(_Connection):
         def __init__(self, *args: Any) -> None:
-            super().__init__(limit, *args)
+            super().__init__(limit, turnstile, *args)
 
     hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined,assignment]
 
@@ -61,9 +100,10 @@ class _Connection(TCPServer):
     time is over: 75 s, in which a health check a second leaves 75 behind.
     """
 
-    def __init__(self, limit: ConnectionLimit, *args: Any) -> None:
+    def __init__(self, limit: ConnectionLimit, turnstile: Turnstile, *args: Any) -> None:
         super().__init__(*args)
         self._limit = limit
+        self._turnstile = turnstile
         self._has_gone = False
 
     async def run(self) -> None:
@@ -72,6 +112,7 @@ class _Connection(TCPServer):
             await self._refuse()
             return
         try:
+            await self._turnstile.enter()
             await super().run()
         finally:
             self._limit.leave(address)
