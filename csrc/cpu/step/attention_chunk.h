@@ -42,15 +42,33 @@ struct Chunk {
   int64_t num_ahead;  // sub-blocks known in all
 };
 
+// How keys and values are multiplied: a vector of sixteen lanes by one broadcast value.
 template <class S, Precision precision>
-struct KvTraits {
-  static constexpr bool kIsBF16 = precision == Precision::kBF16;
-  static inline int64_t key_steps(int64_t head_dim) { return kIsBF16 ? head_dim / 2 : head_dim; }
-  static inline typename S::F multiply(typename S::F sum, const uint8_t* vector,
-                                       const uint8_t* value) {
-    if constexpr (kIsBF16) return S::dot_bf16(sum, S::iload(vector), S::ibroadcast(value));
-    return S::fma(S::load(reinterpret_cast<const float*>(vector)),
-                  S::set1(*reinterpret_cast<const float*>(value)), sum);
+struct KvTraits;
+
+template <class S>
+struct KvTraits<S, Precision::kBF16> {
+  using Vector = typename S::I;  // two bf16 a lane
+  static constexpr bool kIsBF16 = true;
+  static inline int64_t key_steps(int64_t head_dim) { return head_dim / 2; }
+  static inline Vector load(const uint8_t* p) { return S::iload(p); }
+  static inline Vector broadcast(const uint8_t* p) { return S::ibroadcast(p); }
+  static inline typename S::F multiply(typename S::F sum, Vector a, Vector b) {
+    return S::dot_bf16(sum, a, b);
+  }
+};
+
+template <class S>
+struct KvTraits<S, Precision::kFloat32> {
+  using Vector = typename S::F;
+  static constexpr bool kIsBF16 = false;
+  static inline int64_t key_steps(int64_t head_dim) { return head_dim; }
+  static inline Vector load(const uint8_t* p) { return S::load(reinterpret_cast<const float*>(p)); }
+  static inline Vector broadcast(const uint8_t* p) {
+    return S::set1(*reinterpret_cast<const float*>(p));
+  }
+  static inline typename S::F multiply(typename S::F sum, Vector a, Vector b) {
+    return S::fma(a, b, sum);
   }
 };
 
@@ -70,13 +88,17 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   }
   TGI_UNROLL(2)
   for (int64_t k = 0; k < steps; ++k) {
+    typename Kv::Vector keys[Blocks];
     TGI_UNROLL(2)
     for (int i = 0; i < Blocks; ++i) {
       S::prefetch(ahead[i] + 64 * k);
-      TGI_UNROLL(6)
-      for (int r = 0; r < Rows; ++r) {
-        sums[r][i] = Kv::multiply(sums[r][i], chunk.keys[b + i] + 64 * k, tile.query[r] + 4 * k);
-      }
+      keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
+    }
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) {
+      const auto value = Kv::broadcast(tile.query[r] + 4 * k);
+      TGI_UNROLL(2)
+      for (int i = 0; i < Blocks; ++i) sums[r][i] = Kv::multiply(sums[r][i], keys[i], value);
     }
   }
   TGI_UNROLL(2)
@@ -94,16 +116,16 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   }
 }
 
-// scores: [Rows][256]. Few rows take two sub-blocks at a time, to have enough sums in flight.
+// scores: [Rows][256]. Two sub-blocks at a time, to have enough sums in flight.
 template <class S, Precision precision, int Rows>
 void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
   int64_t b = 0;
-  if constexpr (Rows <= 4) {
-    for (; b + 2 <= chunk.num_blocks; b += 2)
-      block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
+  for (; b + 2 <= chunk.num_blocks; b += 2) {
+    block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
   }
-  for (; b < chunk.num_blocks; ++b)
+  if (b < chunk.num_blocks) {
     block_scores<S, precision, Rows, 1>(tile, chunk, head_dim, b, scores);
+  }
 }
 
 // Scores to weights: maximum and total of each row; weights in the precision that the values are
@@ -156,31 +178,20 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
       const int64_t row_bytes = t / kStepTokens * head_dim * 4;
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) S::prefetch(ahead + row_bytes + 64 * v);
+      typename Kv::Vector vector[Vectors];
+      TGI_UNROLL(4)
+      for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);
       if constexpr (Kv::kIsBF16) {
         // The second token of the last pair may be beyond the context, where anything may lie.
         const auto mask = S::iset1(t + 1 < tokens ? -1 : 0xFFFF);
-        typename S::I vector[Vectors];
         TGI_UNROLL(4)
-        for (int v = 0; v < Vectors; ++v)
-          vector[v] = S::iand(S::iload(values + row_bytes + 64 * v), mask);
-        TGI_UNROLL(6)
-        for (int r = 0; r < Rows; ++r) {
-          const auto p = S::ibroadcast(weight + (r * kChunkTokens + t) * 2);
-          TGI_UNROLL(4)
-          for (int v = 0; v < Vectors; ++v) sums[r][v] = S::dot_bf16(sums[r][v], vector[v], p);
-        }
-      } else {
-        typename S::F vector[Vectors];
+        for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(vector[v], mask);
+      }
+      TGI_UNROLL(6)
+      for (int r = 0; r < Rows; ++r) {
+        const auto p = Kv::broadcast(weight + (r * kChunkTokens + t) * kWeightBytes);
         TGI_UNROLL(4)
-        for (int v = 0; v < Vectors; ++v) {
-          vector[v] = S::load(reinterpret_cast<const float*>(values + row_bytes + 64 * v));
-        }
-        TGI_UNROLL(6)
-        for (int r = 0; r < Rows; ++r) {
-          const auto p = S::set1(reinterpret_cast<const float*>(weight)[r * kChunkTokens + t]);
-          TGI_UNROLL(4)
-          for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(vector[v], p, sums[r][v]);
-        }
+        for (int v = 0; v < Vectors; ++v) sums[r][v] = Kv::multiply(sums[r][v], vector[v], p);
       }
     }
   }
