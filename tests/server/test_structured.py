@@ -15,6 +15,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from tests.server.conftest import run_node
+from tests.support.schemas import check as check_json
 from tests.support.schemas import random_schema
 from tests.support.server_process import ServerProcess
 
@@ -67,7 +68,7 @@ async def test_answers_to_random_schemas_validate(url: str, num_schemas: int) ->
         async with at_once:
             text, reason = await answer(client, stream=index % 2 == 0, **options)
         if reason == "stop":
-            jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+            check_json(text, schema)
         return reason == "stop"
 
     async with AsyncOpenAI(base_url=url, api_key="-", timeout=300) as client:

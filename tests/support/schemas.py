@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
+from decimal import Decimal
 from typing import Any
+
+import jsonschema
+
+
+def check(text: str, schema: dict[str, Any]) -> None:
+    """Fail unless a text is JSON for a schema; numbers count as written, not rounded to floats."""
+    jsonschema.Draft202012Validator(schema).validate(json.loads(text, parse_float=Decimal))
 
 
 def random_schema(rng: random.Random) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.support.schemas import random_schema
+from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.text import grammar_source as sources
@@ -204,7 +204,10 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
     start, arguments = parse(ReplyParser(None, FORMATS[name]), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
-    jsonschema.Draft202012Validator(schema).validate(json.loads(arguments.text))
+    if name == "pythonic":  # read as Python reads numbers, and so rounded
+        jsonschema.Draft202012Validator(schema).validate(json.loads(arguments.text))
+    else:
+        check(arguments.text, schema)
 
 
 def test_a_call_that_is_cut_keeps_what_there_is() -> None:
