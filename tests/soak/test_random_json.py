@@ -15,7 +15,7 @@ from tests.http import test_tgi_fuzz as native
 from tests.server.test_tgi_clients import require_client, serve
 
 pytestmark = pytest.mark.soak
-LONG = settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=4_000, deadline=None, suppress_health_check=list(HealthCheck))
 NATIVE_ROUTES = (
     "/",
     "/generate",
