@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tgi_asgi.errors import InvalidRequest, Overloaded
 from tgi_asgi.types import Permit
@@ -45,12 +45,21 @@ class Admission:
         """Tell whether n choices find no room now, and could find some later."""
         return self.num_taken + n > self.capacity >= n
 
-    def may_displace(self, n: int, tenant: str | None, other: Permit) -> bool:
-        """Tell whether it is fair to n choices of a tenant to have another's room, if that has not run yet.
+    def to_displace(self, n: int, tenant: str | None, others: Iterable[Permit]) -> list[Permit]:
+        """Return which of `others`, taken in order, must go so that n choices of a tenant find room.
 
-        The other must keep at least as much as this one comes to have: shares only ever become more equal.
+        Each one's tenant must keep at least as much as this one comes to have: shares only ever become more
+        equal. None go if that does not make room enough.
         """
-        return self._taken_by[other.tenant] - other.n >= self._taken_by[tenant] + n
+        taken = self._taken_by.copy()
+        chosen: list[Permit] = []
+        missing = self.num_taken + n - self.capacity
+        for other in others:
+            if missing > 0 and taken[other.tenant] - other.n >= taken[tenant] + n:
+                taken[other.tenant] -= other.n
+                missing -= other.n
+                chosen.append(other)
+        return chosen if missing <= 0 else []
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take room for n choices.

@@ -108,14 +108,11 @@ class Engine:
         request that has not begun to run, which fails with `Overloaded` in its stead.
         """
         self._check_state()
-        while self.admission.is_full(n):
-            victim = self._loop.newest_waiting(
-                lambda channel: self.admission.may_displace(n, tenant, channel.permit)
-            )
-            if victim is None:
-                break
-            retry_after_s = self.admission.retry_after_s(victim.permit.n)
-            victim.refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        if self.admission.is_full(n):
+            waiting = self._loop.waiting_newest_first()
+            for permit in self.admission.to_displace(n, tenant, waiting):
+                retry_after_s = self.admission.retry_after_s(permit.n)
+                waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
         return self.admission.acquire(n, tenant)
 
     def submit(self, request: GenerationRequest, permit: Permit) -> RequestChannel:

@@ -21,6 +21,7 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
 from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Permit
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +102,15 @@ class ServingLoop:
         self._stats.accepted += 1
         self.inbox.put_nowait(channel)
 
-    def newest_waiting(self, accept: Callable[[RequestChannel], bool]) -> RequestChannel | None:
-        """Return the last request to arrive among the acceptable ones that have not run yet."""
-        waiting = (
+    def waiting_newest_first(self) -> dict[Permit, RequestChannel]:
+        """Return the requests that have not run yet and have not been given up, by their permits."""
+        waiting = [
             channel
             for channel in self._open
             if channel.stats.scheduled_s is None and channel.refusal is None and not channel.is_cancelled
-        )
-        return max(filter(accept, waiting), key=lambda channel: channel.stats.arrival_s, default=None)
+        ]
+        waiting.sort(key=lambda channel: -channel.stats.arrival_s)
+        return {channel.permit: channel for channel in waiting}
 
     async def run(self) -> None:
         """Serve until cancelled.
