@@ -117,6 +117,38 @@ cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim);
 
+// A weight is scale * (code - zero) + offset; codes lie in the order of the columns, the first in
+// the low bits.
+struct QuantMatrix {
+  const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
+  const void* scales;   // [num_rows, num_columns / group] float16, or float32
+  const void* offsets;  // the same, or null: none
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t group;  // columns; a multiple of 32 (4 bits) or 16 (8 bits) that divides num_columns
+  int32_t bits;   // 4 or 8
+  int32_t zero;
+  int32_t has_wide_scales;
+};
+
+struct QuantLinearParams {
+  QuantMatrix weight;
+  const void* a;       // [num_tokens, num_columns] of type
+  const float* bias;   // [num_rows], or null
+  void* out;           // [num_tokens, num_rows] of type, or float32
+  int64_t num_tokens;  // at most 8
+  int32_t is_wide;     // out is float32
+  Type type;
+};
+cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream);
+
+struct DequantiseParams {
+  QuantMatrix weight;
+  void* out;  // [num_rows, num_columns] of type
+  Type type;
+};
+cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
+
 // A row of slots outside of [0, num_slots) is padding: it draws 0 and changes nothing.
 struct SampleParams {
   ::tgi::SampleParams base;

@@ -155,6 +155,32 @@ def _token_logprobs(
     )  # fmt: skip
 
 
+def _matrix(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int) -> dict[str, Any]:
+    columns = codes.shape[1] * 8 // bits
+    return {
+        "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
+        "num_columns": columns, "group": columns // scales.shape[1], "bits": bits, "zero": zero,
+        "has_wide_scales": scales.dtype is torch.float32,
+    }  # fmt: skip
+
+
+def _quant_linear(
+    device: Device, a: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias: Tensor | None,
+    bits: int, zero: int, out: Tensor,
+) -> None:  # fmt: skip
+    device.launch(
+        "quant_linear", **_matrix(codes, scales, offsets, bits, zero), a=a, bias=bias, out=out,
+        num_tokens=a.shape[0], is_wide=out.dtype is torch.float32, type=TYPES[a.dtype],
+    )  # fmt: skip
+
+
+def _dequantise(
+    device: Device, codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int, out: Tensor
+) -> None:
+    matrix = _matrix(codes, scales, offsets, bits, zero)
+    device.launch("dequantise", **matrix, out=out, type=TYPES[out.dtype])
+
+
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "embed": _embed,
     "rms_norm": _rms_norm,
@@ -164,6 +190,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_decode": _attention_decode,
     "attention_prefill": _attention_prefill,
     "attention_workspace_bytes": _attention_workspace_bytes,
+    "quant_linear": _quant_linear,
+    "dequantise": _dequantise,
     "sample": _sample,
     "token_logprobs": _token_logprobs,
 }

@@ -45,6 +45,8 @@ _REGISTERS = {
     "merge_kernel": 64,
     "prefill_kernel": 248,
     "prefill_kernel 256": 255,
+    "quant_linear_kernel": 168,
+    "dequantise_kernel": 64,
     "sample_kernel": 64,
     "token_logprobs_kernel": 40,
 }

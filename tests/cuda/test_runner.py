@@ -13,8 +13,9 @@ import transformers
 
 from tests.cuda import emulated_ops
 from tests.emulation import library
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import make_model, save, save_gguf
 from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.llama import Llama
@@ -280,3 +281,39 @@ def test_what_the_kernels_do_not_have_is_refused_with_a_way_out(
     monkeypatch.setattr(cuda_load, "find_device", lambda: device)
     with pytest.raises(ModelLoadError, match=f"{message}.*CUDA_VISIBLE_DEVICES="):
         load(Settings(thread_nice=0, num_threads=1, dtype=dtype), files, lambda stage, done, total: None)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+async def test_quantised_weights_are_multiplied_as_the_file_has_them(
+    tmp_path: Path, device: EmulatedDevice, kind: str
+) -> None:
+    """The reference's own weights are what the file's blocks decode to."""
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    reference = make_model(**shape, tie_word_embeddings=True)
+    with OpenModel(save_gguf(reference, tmp_path / "tiny.gguf", kind)) as opened:
+        model = Llama(opened.config, opened.weights, ops.Repacking(torch.float32), max_positions=256)
+    assert model.layers[0].qkv.num_bytes < 2 * 256 * 128 * 9 / 8
+
+    def choose(free_bytes: int) -> KvSize:
+        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+
+    runner = CudaRunner(
+        model,
+        device,
+        choose,
+        block_size=16,
+        max_batch_size=2,
+        max_step_tokens=64,
+        max_context=256,
+        dtype=FP16,
+    )
+    try:
+        jobs = [Job(PROMPT * 3, 3, SamplingParams(temperature=0.0, logprobs=0)), Job(PROMPT[:5], 4)]
+        await generate(runner, jobs, chunk=50)  # some steps take the codes, others the matrix decoded
+    finally:
+        runner.close()
+    ids = [*jobs[0].prompt_ids, *jobs[0].token_ids]
+    expected = logprobs_of(reference, ids)[len(PROMPT) * 3 - 1 :]
+    for row, sampled in zip(expected, jobs[0].sampled, strict=False):
+        assert float(row[sampled.token_id]) > float(row.max()) - 0.02, "not the best token"
+        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=0.02)

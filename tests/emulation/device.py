@@ -21,6 +21,8 @@ _STRUCTS = {
     "attention_plan": "AttentionParams",
     "attention_decode": "AttentionParams",
     "attention_prefill": "AttentionParams",
+    "quant_linear": "QuantLinearParams",
+    "dequantise": "DequantiseParams",
     "sample": "SampleParams",
     "token_logprobs": "TokenLogprobsParams",
 }

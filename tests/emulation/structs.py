@@ -34,4 +34,4 @@ def _field_type(kind: str, star: str) -> type:
         return ctypes.c_void_p
     if kind.startswith("::tgi::"):
         return params_struct(kind.removeprefix("::tgi::"), "params.h")
-    return _PLAIN[kind]
+    return _PLAIN[kind] if kind in _PLAIN else params_struct(kind)

@@ -8,6 +8,7 @@ import torch  # noqa: F401  (first: _C links to its libraries)
 
 from tgi_asgi import _C  # noqa: F401  (registers torch.ops.tgi)
 from tgi_asgi.ops.attention import AttentionTables, attention
+from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.head import head
@@ -45,6 +46,7 @@ __all__ = [
     "Packing",
     "ProgramInputs",
     "QkvWeight",
+    "Repacking",
     "RopeTable",
     "SampleResult",
     "SampleState",

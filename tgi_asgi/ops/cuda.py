@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.program import ProgramInputs
 from tgi_asgi.ops.recorded import Recorded
@@ -130,6 +131,8 @@ class CudaProgram:
         self._logits = torch.empty(0)
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the host's tensor, the device's
+        self._moved_codes: dict[int, tuple[CudaQuantMatrix, CudaQuantMatrix]] = {}
+        self._room = torch.empty(0, dtype=dtype, device=device)  # for a quantised matrix as a plain one
         self._plan_block_size: int | None = None
         self._x = torch.empty(0)
         handle = cast(Tensor, Recorded(cast(Any, self), "input"))
@@ -159,7 +162,7 @@ class CudaProgram:
 
     def record_embed(self, weight: LinearWeight) -> Tensor:
         """Record `embed`."""
-        table = self._move(weight.matrix)
+        table = self._dense(weight)
         self._x = self._buffer("x", (self._max_tokens, weight.columns), torch.float32)
         self._calls.append(lambda batch: _kernels.embed(batch.ids, table, self._x[: batch.num_tokens]))
         return cast(Tensor, _Value(self, "residual", self._x))
@@ -240,20 +243,17 @@ class CudaProgram:
 
     def record_head(self, norm_weight: Tensor, eps: float, weight: LinearWeight) -> Tensor:
         """Record `head`."""
-        scale, matrix = self._move(norm_weight, torch.float32), self._move(weight.matrix)
+        scale = self._move(norm_weight, torch.float32)
+        product = self._wide_product(weight)
         bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
         normed = self._buffer("head", (self._max_rows, weight.columns), self._dtype)
         self._logits = self._buffer("logits", (self._max_rows, weight.rows), torch.float32)
-        has_wide = _has_wide_products(self._device, self._dtype)
 
         def call(rows: Tensor) -> None:
             n = rows.shape[0]
             logits = self._logits[:n]
             _kernels.rms_norm(self._x, scale, eps, rows, normed[:n])
-            if has_wide:
-                torch.mm(normed[:n], matrix.t(), out_dtype=torch.float32, out=logits)
-            else:
-                logits.copy_(torch.mm(normed[:n], matrix.t()))
+            product(normed[:n], logits)
             if bias is not None:
                 logits += bias
 
@@ -262,9 +262,19 @@ class CudaProgram:
 
     def _product(self, a: Tensor, weight: LinearWeight, name: str) -> Tensor:
         """Record `a @ W.T (+ bias)`; return the buffer it comes to."""
-        source, matrix = _buffer_of(a), self._move(weight.matrix)
+        source, out = _buffer_of(a), self._buffer(name, (self._max_tokens, weight.rows), self._dtype)
+        if isinstance(weight.matrix, CudaQuantMatrix):
+            codes = self._move_codes(weight.matrix)
+            wide_bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
+
+            def multiply(batch: CudaBatch) -> None:
+                n = batch.num_tokens
+                codes.multiply(source[:n], wide_bias, out[:n], self._room)
+
+            self._calls.append(multiply)
+            return out
+        matrix = self._move(weight.matrix)
         bias = None if weight.bias is None else self._move(weight.bias, self._dtype)
-        out = self._buffer(name, (self._max_tokens, weight.rows), self._dtype)
 
         def call(batch: CudaBatch) -> None:
             n = batch.num_tokens
@@ -275,6 +285,35 @@ class CudaProgram:
 
         self._calls.append(call)
         return out
+
+    def _wide_product(self, weight: LinearWeight) -> Callable[[Tensor, Tensor], object]:
+        """Return what writes a @ W.T to a float32 output, of all the bits that torch gives."""
+        if isinstance(weight.matrix, CudaQuantMatrix):
+            codes = self._move_codes(weight.matrix)
+            return lambda a, out: codes.multiply(a, None, out, self._room)
+        matrix = self._move(weight.matrix)
+        if _has_wide_products(self._device, self._dtype):
+            return lambda a, out: torch.mm(a, matrix.t(), out_dtype=torch.float32, out=out)
+        return lambda a, out: out.copy_(torch.mm(a, matrix.t()))
+
+    def _dense(self, weight: LinearWeight) -> Tensor:
+        """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
+        if not isinstance(weight.matrix, CudaQuantMatrix):
+            return self._move(weight.matrix)
+        table = torch.empty(weight.matrix.shape, dtype=self._dtype, device=self._device)
+        self._move_codes(weight.matrix).decode(table)
+        return table
+
+    def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
+        """Return the matrix on the device, once; there will be room for it as a plain one."""
+        kept = self._moved_codes.get(id(matrix))
+        if kept is None:
+            self._moved_codes[id(matrix)] = kept = (matrix, matrix.to(self._device))
+            if self._room.numel() < matrix.shape[0] * matrix.shape[1]:
+                self._room = torch.empty(
+                    matrix.shape[0] * matrix.shape[1], dtype=self._dtype, device=self._device
+                )
+        return kept[1]
 
     def _append(self, call: _Call, kind: str, buffer: Tensor) -> Tensor:
         self._calls.append(call)
@@ -293,6 +332,7 @@ class CudaProgram:
     def release_host_weights(self) -> None:
         """Forget the host's tensors once all is recorded: the model's own references are what is left."""
         self._moved.clear()
+        self._moved_codes.clear()
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the buffer of that name: layers share theirs, as they run one after the other."""

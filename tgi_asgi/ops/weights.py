@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
 from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.packed import (
     BLOCKS,
@@ -29,7 +30,8 @@ from tgi_asgi.ops.packed import (
 
 NATIVE_FORMATS = frozenset(BLOCKS)  # what a `WeightSource` can hold
 _DECODED = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"})  # what the operator `dequantise` reads
-Arithmetic = torch.dtype | Packing  # how products compute: eagerly in a dtype, or in a recorded step
+# How products compute: eagerly in a dtype, or in a step recorded for the CPU or a CUDA device.
+Arithmetic = torch.dtype | Packing | Repacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class WeightSource:
 class LinearWeight:
     """A matrix W of `a @ W.T (+ bias)`; also what `embed` gathers from. Opaque above `ops`."""
 
-    matrix: Tensor | PackedMatrix  # [rows, columns]; a tensor is float32 or bfloat16
+    matrix: Tensor | PackedMatrix | CudaQuantMatrix  # [rows, columns]; a tensor is float32 or bfloat16
     bias: Tensor | None = None  # [rows] float32
 
     @property
@@ -140,7 +142,7 @@ def linear_weight(
 ) -> LinearWeight:
     """Make the weight of `linear_add`, `head` and `embed` from a [rows, columns] source.
 
-    `dtype` is that of the arithmetic, float32 or bfloat16, or a `Packing`.
+    `dtype` is that of the arithmetic, float32 or bfloat16, a `Packing` or a `Repacking`.
     """
     biases = None if bias is None else [bias]
     return _linear([source], dtype, biases, lambda: plain_order(source.shape[0]))
@@ -221,6 +223,10 @@ def _linear(
         raw = [_stored(source, dtype) for source in sources]
         wanted = order()
         return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
+    if isinstance(dtype, Repacking):
+        if can_repack([source.format for source in sources], columns):
+            return LinearWeight(repack(sources), bias)
+        dtype = dtype.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
     matrix = torch.empty(rows, columns, dtype=dtype)

@@ -72,8 +72,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         weights = _TrackedWeights(opened.weights, progress)
         packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
         arithmetic: ops.Arithmetic = packing if can_record(config) else dtype
-        if device is not None:  # plain weights; they are rounded to float16 on their way to the device
-            arithmetic = torch.float32 if dtype is torch.float16 else dtype
+        if device is not None:  # plain weights are rounded to float16 on their way to the device
+            arithmetic = ops.Repacking(torch.float32 if dtype is torch.float16 else dtype)
         model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()

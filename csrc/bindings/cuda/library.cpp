@@ -26,6 +26,14 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) "
       "out) -> ()");
   m.def(
+      "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "
+      "bits, "
+      "int zero, Tensor(a!) out) -> ()");
+  m.def(
+      "dequantise(Tensor codes, Tensor scales, Tensor? offsets, int bits, int zero, Tensor(a!) "
+      "out) -> "
+      "()");
+  m.def(
       "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, Tensor "
       "biased_ids, "
       "Tensor biased_values, Tensor masked_ids, Tensor? mask, Tensor(c!) scratch, Tensor(d!) "

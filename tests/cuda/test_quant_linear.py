@@ -1,0 +1,158 @@
+"""The CUDA kernels of quantised weights in emulation: the files' blocks repacked, decoded, multiplied."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda.faults import Fault, assert_caught
+from tests.emulation.device import TYPES, Device
+from tests.reference.compare import assert_close
+from tgi_asgi.formats.gguf_types import GgufType
+from tgi_asgi.formats.quants import dequantise
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
+from tgi_asgi.ops.weights import WeightSource
+
+FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
+# Where a block's float16 numbers lie: random bytes would make them infinite.
+_HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
+    """Return random blocks, and the matrix that they are."""
+    kind = GgufType[name]
+    blocks = np.random.default_rng(1).integers(
+        0, 256, (rows * columns // kind.block_size, kind.block_bytes), np.uint8
+    )
+    for place in _HALVES[name]:
+        scales = np.random.default_rng(place).normal(0, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scales[:, None].view(np.uint8)
+    data = blocks.reshape(-1)
+    values = dequantise(data, kind, (rows, columns))
+    return WeightSource(data, name, (rows, columns)), torch.from_numpy(values)
+
+
+def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, object]:
+    return {
+        "codes": device.tensor(matrix.codes),
+        "scales": device.tensor(matrix.scales),
+        "offsets": None if matrix.offsets is None else device.tensor(matrix.offsets),
+        "num_rows": matrix.shape[0],
+        "num_columns": matrix.shape[1],
+        "group": matrix.shape[1] // matrix.scales.shape[1],
+        "bits": matrix.bits,
+        "zero": matrix.zero,
+        "has_wide_scales": matrix.scales.dtype is torch.float32,
+    }
+
+
+def check_product(
+    device: Device,
+    name: str,
+    tokens: int,
+    rows: int,
+    columns: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    is_wide: bool = False,
+    has_bias: bool = False,
+) -> None:
+    source, values = random_source(name, rows, columns)
+    a = device.tensor(torch.randn(tokens, columns).to(dtype))
+    bias = device.tensor(torch.randn(rows)) if has_bias else None
+    out_dtype = torch.float32 if is_wide else dtype
+    out = device.empty((tokens, rows), out_dtype)
+    device.run(
+        "quant_linear", [out], **weight_params(device, repack([source])), a=a, bias=bias, out=out,
+        num_tokens=tokens, is_wide=is_wide, type=TYPES[dtype],
+    )  # fmt: skip
+    expected = a.double() @ values.double().T + (0 if bias is None else bias.double())
+    assert_close(out.float(), expected, length=columns if is_wide else 2, dtype=out_dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_weight_equals_the_reference_exactly(device: Device, name: str) -> None:
+    source, values = random_source(name, 5, 512)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = device.empty((5, 512), dtype)
+        params = weight_params(device, repack([source]))
+        device.run("dequantise", [out], **params, out=out, type=TYPES[dtype])
+        assert torch.equal(out, values.to(dtype)), "not the same weights (0 and -0 are)"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 3, 256), (3, 17, 1280), (8, 9, 512)])
+def test_products_equal_the_reference(
+    device: Device, name: str, tokens: int, rows: int, columns: int
+) -> None:
+    check_product(device, name, tokens, rows, columns)
+
+
+def test_products_come_in_float32_and_float16_and_with_a_bias(device: Device) -> None:
+    check_product(device, "Q8_0", 2, 10, 96, is_wide=True, has_bias=True)
+    check_product(device, "Q4_K", 5, 10, 256, dtype=torch.float16, has_bias=True)
+
+
+def test_a_row_has_the_same_bits_in_any_batch(device: Device) -> None:
+    source, _ = random_source("Q4_1", 8, 320)
+    a = device.tensor(torch.randn(8, 320).bfloat16())
+    results = []
+    for tokens in (1, 3, 8):
+        out = device.empty((tokens, 8), torch.float32)
+        device.run(
+            "quant_linear", [out], **weight_params(device, repack([source])), a=a, bias=None, out=out,
+            num_tokens=tokens, is_wide=True, type=0,
+        )  # fmt: skip
+        results.append(out[0].clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+
+
+def test_sources_are_stacked_by_rows() -> None:
+    first, second = (random_source("Q6_K", rows, 256)[0] for rows in (3, 2))
+    both = repack([first, second])
+    assert both.shape == (5, 256)
+    assert torch.equal(both.codes[:3], repack([first]).codes)
+    assert torch.equal(both.scales[3:], repack([second]).scales)
+
+
+FAULTS = [
+    Fault(
+        "the last row's neighbour is read",
+        "quant_linear.cu",
+        "const int64_t from = min(first_row + row, p.weight.num_rows - 1);",
+        "const int64_t from = first_row + row;",
+        "bounds",
+    ),
+    Fault(
+        "a token past the last is read",
+        "quant_linear.cu",
+        "min(int64_t{token}, p.num_tokens - 1) * columns",
+        "int64_t{token} * columns",
+        "bounds",
+    ),
+    Fault(
+        "rows past the last are written",
+        "quant_linear.cu",
+        " && first_row + row < p.weight.num_rows",
+        "",
+        "bounds|blocks|race",
+    ),
+    Fault(
+        "nibbles are swapped", "quant_linear.cu", "(8 * i + k) * Bits", "(8 * i + (k ^ 1)) * Bits", "result"
+    ),
+    Fault("the offset is taken off", "quant_linear.cu", " + offset * plain", " - offset * plain", "result"),
+    Fault(
+        "the next group's scale",
+        "quant_linear.cu",
+        "const float scale = to_float(scales[place]);",
+        "const float scale = to_float(scales[place + 1]);",
+        "bounds",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(fault: Fault) -> None:
+    assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1280))
