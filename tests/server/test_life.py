@@ -23,6 +23,9 @@ ENDLESS = {
 }
 
 
+SHORT = {"inputs": "hi", "parameters": {"max_new_tokens": 3}}
+
+
 def _server(model: str = "ok", *arguments: str) -> ServerProcess:
     return ServerProcess(MODULE, "--model-id", "fake", *arguments, environ={"FAKE_MODEL": model})
 
@@ -200,3 +203,24 @@ def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
     with _under_hypercorn("tests.server.fake_app:app", "--workers", "2", MODEL_ID="fake") as server:
         server.wait()  # hypercorn's own exit code says nothing of its workers
         assert "start hypercorn with --workers 0" in server.output()
+
+
+def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_loads(tmp_path: Path) -> None:
+    """kill -9 in the middle of a stream: the next one listens at once, and knows nothing of the last."""
+    port = free_port()
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    with ServerProcess(MODULE, "--model-id", "fake", port=port) as first:
+        first.wait_until_healthy()
+        with httpx.stream("POST", first.url + "/v1/chat/completions", json=ENDLESS, timeout=60) as stream:
+            next(stream.iter_lines())
+            first.signal(signal.SIGKILL)
+            assert first.wait() == -signal.SIGKILL
+            environ = {"FAKE_MODEL": f"waits:{fifo}"}
+            with ServerProcess(MODULE, "--model-id", "fake", environ=environ, port=port) as second:
+                assert second.wait_until(503).json()["state"] == "loading"
+                fifo.write_bytes(b"")
+                second.wait_until_healthy()
+                answer = httpx.post(second.url + "/generate", json=SHORT, timeout=60)
+                assert answer.status_code == 200
+                assert _metric(second, "tgi_requests_running") == 0
