@@ -24,6 +24,7 @@ test: $(VENV)/.test-tools
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/formats/test_fuzz.py
 
 install: $(VENV)/.installed
 
