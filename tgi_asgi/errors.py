@@ -3,7 +3,9 @@
 TgiError
 ├── InvalidRequest          the request is wrong: `param` names the field
 │   ├── TemplateError       the chat template is absent, or refused the messages
-│   └── ToolError           tools or response_format cannot be honoured
+│   ├── ToolError           tools or response_format cannot be honoured
+│   ├── UnsupportedSuffix   a completion is to end before given text
+│   └── TooManyPrompts      more prompts in a call than the server takes
 ├── Unauthorized            no key, or a wrong one
 ├── Forbidden               a feature that the operator has not enabled
 ├── NotFound                no such path or model
@@ -70,6 +72,18 @@ class ToolError(InvalidRequest):
     """Raised when tools, tool_choice or response_format cannot be honoured together or at all."""
 
     error_type = "tool_error"
+
+
+class UnsupportedSuffix(InvalidRequest):
+    """Raised for a completion with a `suffix`; TGI has a name of its own for it."""
+
+    error_type = "suffix not supported"
+
+
+class TooManyPrompts(InvalidRequest):
+    """Raised for a completion with more prompts than a call may have; likewise."""
+
+    error_type = "batch size exceeded"
 
 
 class Unauthorized(TgiError):

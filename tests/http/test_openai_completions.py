@@ -262,3 +262,27 @@ async def test_refusals(fields: dict[str, Any], param: str) -> None:
 
 async def test_an_empty_suffix_and_best_of_n_are_fine() -> None:
     assert (await complete(prompt="x", suffix="", best_of=1, stream=True)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "error_type"),
+    [
+        (
+            {"prompt": "a", "suffix": "b"},
+            "Suffix is not supported and can be achieved by preprocessing the prompt.",
+            "suffix not supported",
+        ),
+        (
+            {"prompt": ["a"] * 5},
+            "Number of prompts exceeds the maximum allowed batch size of 4",
+            "batch size exceeded",
+        ),
+    ],
+)
+async def test_compat_has_tgis_names_for_these_two(
+    fields: dict[str, Any], error: str, error_type: str
+) -> None:
+    app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
+    call = await send(app, request("POST", "/v1/completions", fields))
+    assert call.status == 422
+    assert call.json() == {"error": error, "error_type": error_type}

@@ -37,6 +37,8 @@ _RULES: dict[type[TgiError], _Rule] = {
     errors.InvalidRequest: _Rule(422, "Input validation error: ", 400, "invalid_request_error"),
     errors.TemplateError: _Rule(422, "Template error: ", 400, "invalid_request_error"),
     errors.ToolError: _Rule(422, "Tool error: ", 400, "invalid_request_error"),
+    errors.UnsupportedSuffix: _Rule(422, "", 400, "invalid_request_error"),
+    errors.TooManyPrompts: _Rule(422, "", 400, "invalid_request_error"),
     errors.Unauthorized: _Rule(401, "", 401, "authentication_error", "invalid_api_key"),
     errors.Forbidden: _Rule(403, "", 403, "permission_error"),
     errors.NotFound: _Rule(404, "", 404, "invalid_request_error", "unknown_url"),

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tgi_asgi.errors import TooManyPrompts, UnsupportedSuffix
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
@@ -170,13 +171,14 @@ class _Logprobs:
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
     """Check completions' own fields; return best_of."""
     if request.suffix:
-        refuse(
-            "suffix",
+        raise UnsupportedSuffix(
             "Suffix is not supported and can be achieved by preprocessing the prompt.",
-            "unsupported_parameter",
+            param="suffix",
+            code="unsupported_parameter",
         )
     if num_prompts > limits.prompts:
-        refuse("prompt", f"Number of prompts exceeds the maximum allowed batch size of {limits.prompts}")
+        message = f"Number of prompts exceeds the maximum allowed batch size of {limits.prompts}"
+        raise TooManyPrompts(message, param="prompt")
     best_of = n if request.best_of is None else request.best_of
     if best_of < n:
         refuse("best_of", f"`best_of` must be at least `n` ({n}), got {best_of}")
