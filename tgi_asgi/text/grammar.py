@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.grammar_source import GrammarSource
 
-MAX_CACHED = 128  # compiled grammars; one takes from 10 kB to a few MB
+MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
 
 Mask = npt.NDArray[np.int32]  # [ceil(vocab_size / 32)]: bit i % 32 of word i / 32 allows token i
 
@@ -141,7 +141,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
         initial_lexer_fuel=1_000_000,  # 20 ms
         step_lexer_fuel=200_000,  # 15 ms
         step_max_items=50_000,  # 3 ms
-        max_lexer_states=20_000,  # 40 MB
+        max_lexer_states=10_000,  # 20 MB
         max_grammar_size=200_000,
         verbose_errors=False,
     )
