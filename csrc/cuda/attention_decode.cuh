@@ -18,12 +18,13 @@ template <typename Element, typename KvElement, int HeadDim>
 struct Decode {
   static constexpr int kWarps = HeadDim <= 128 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kStages = 3;
-  static constexpr int kTile = 16;                                   // tokens
+  static constexpr int kStages = HeadDim <= 64 ? 3 : 2;  // within 99 KB: sm_86, 89 and 120
+  static constexpr int kTile = 16;                       // tokens
   static constexpr int kTileChunks = kTile * Row<HeadDim>::kStride;  // of 16 bytes: keys, or values
   static constexpr int kSharedChunks =
       kRows * Row<HeadDim>::kStride + kWarps * kStages * 2 * kTileChunks;
   static constexpr int kSharedBytes = kSharedChunks * 16;
+  static_assert(kSharedBytes <= 99 << 10);
   // The merge of the warps lies where the tiles were.
   static_assert(kWarps * kRows * (HeadDim + 2) * 4 <= kWarps * kStages * 2 * kTileChunks * 16);
   using KvCache = Cache<Element, KvElement, HeadDim>;

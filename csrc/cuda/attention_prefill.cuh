@@ -22,6 +22,7 @@ struct Prefill {
   static constexpr int kTileChunks = kKeys * Row<HeadDim>::kStride;
   static constexpr int kSharedBytes =
       (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16;
+  static_assert(kSharedBytes <= 99 << 10);
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
   static __device__ __forceinline__ void bring_tile(const AttentionParams& p, const KvCache& cache,

@@ -10,6 +10,7 @@ import torch
 from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
+    test_quant_linear,
     test_rms_norm,
     test_rope_kv_write,
     test_rows,
@@ -36,6 +37,7 @@ def small() -> Iterator[Case]:
             ),
         )  # fmt: skip
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
+    yield from products(3, 17, 512)
     yield "sample", torch.float32, lambda device: _sample(device, 300)
 
 
@@ -48,6 +50,7 @@ def large() -> Iterator[Case]:
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
+    yield from products(8, 4096, 14336)
     yield "sample", torch.float32, lambda device: _sample(device, 32000)
 
 
@@ -66,6 +69,16 @@ def attention(
     chunks = Shape([max(context, 1) for context in contexts], queries, **kinds)
     yield "attention_decode", dtype, lambda device: test_attention_decode.check(device, ones)
     yield "attention_prefill", dtype, lambda device: test_attention_prefill.check(device, chunks)
+
+
+def products(tokens: int, rows: int, columns: int) -> Iterator[Case]:
+    """Yield a product with weights of each format."""
+    for name in test_quant_linear.FORMATS:
+
+        def check(device: Any, name: str = name) -> None:
+            test_quant_linear.check_product(device, name, tokens, rows, columns)
+
+        yield "quant_linear", BF16, check
 
 
 def _sample(device: Any, vocab: int) -> None:

@@ -95,6 +95,12 @@ class GpuDevice:
             p.key_scale, p.value_scale, p.out,
         )  # fmt: skip
 
+    def _quant_linear(self, p: Any) -> None:
+        _ops.quant_linear(p.a, p.codes, p.scales, p.offsets, p.bias, p.bits, p.zero, p.out)
+
+    def _dequantise(self, p: Any) -> None:
+        _ops.dequantise(p.codes, p.scales, p.offsets, p.bits, p.zero, p.out)
+
     def _sample(self, p: Any) -> None:
         _ops.sample(
             p.logits, p.slots, p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.mask,

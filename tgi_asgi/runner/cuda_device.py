@@ -77,8 +77,9 @@ class CudaDevice:
         return graph.replay
 
     def enter_thread(self) -> None:
-        """Make the runner's stream the thread's."""
+        """Make the runner's stream the thread's, after what others have begun to put on the device."""
         torch.cuda.set_device(self.device)
+        torch.cuda.synchronize(self.device)
         torch.cuda.set_stream(self._stream)
 
     def is_lost(self, error: Exception) -> bool:
