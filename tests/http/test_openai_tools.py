@@ -204,7 +204,7 @@ async def test_tools_reach_a_template_that_knows_none_as_text() -> None:
         await client.post("/v1/chat/completions", json={"messages": HI, "tools": TOOLS})
     prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
     assert prompt.startswith("<|im_start|>system\nYou may call")
-    assert '"name":"weather"' in prompt
+    assert '"name": "weather"' in prompt
     assert engine.requests[0].grammar is not None
 
 

@@ -180,6 +180,7 @@ async def test_items_become_the_messages_of_a_chat() -> None:
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"metadata": {"a": 2**70}}, "metadata"),
         ({"temperature": 3}, "temperature"),
     ],
 )

@@ -171,6 +171,7 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.json_schema({"enum": [f"value {i}" * 9 for i in range(50_000)]}),
         lambda: sources.json_schema({"type": "integer", "multipleOf": 1_000_003}),
         lambda: sources.json_schema({"type": "number", "multipleOf": 1e-9 + 1}),
+        lambda: sources.json_schema({"type": "integer", "multipleOf": 10**400}),
         lambda: sources.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(9_000)}}),
         lambda: sources.json_schema({"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(9)]}),
         lambda: sources.regex("(" * 5_000 + "a" + ")" * 5_000),

@@ -16,6 +16,7 @@ from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_answer import Answer
 from tgi_asgi.http.openai_chat import CheckedChat, check_chat, prepare_chat
 from tgi_asgi.http.openai_logprobs import ChatLogprobs, TokenNames
+from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_reply import TEXT_ONLY, ChoiceReply
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.responses_output import Event, ResponseBuilder
@@ -23,6 +24,7 @@ from tgi_asgi.http.responses_request import RESPONSES_DECODER, ResponsesRequest,
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import TokenEvent
 
+_ECHOED = ("metadata", "text", "tools", "tool_choice")
 # Where a field of chat completions is called otherwise here.
 _PARAMS = {
     "messages": "input",
@@ -69,6 +71,11 @@ async def responses(exchange: Exchange) -> None:
 
 
 def _check(exchange: Exchange, request: ResponsesRequest) -> CheckedChat:
+    for name in _ECHOED:
+        try:
+            orjson.dumps(msgspec.to_builtins(getattr(request, name)))
+        except (TypeError, RecursionError):  # an integer beyond 64 bits, or too many levels
+            refuse(name, f"`{name}` cannot be written back as JSON")
     return check_chat(exchange, to_chat(request))
 
 

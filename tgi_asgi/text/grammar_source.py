@@ -146,6 +146,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
 
 def _is_small_multiple(value: float) -> bool:
+    if isinstance(value, int):
+        return abs(value) <= MAX_MULTIPLE
     digits = f"{value:.12g}".replace(".", "").replace("-", "").lstrip("0")
     return "e" not in digits and int(digits or "0") <= MAX_MULTIPLE
 

@@ -5,15 +5,14 @@ It is the prompt that Hermes models were trained on, with their format; the READ
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import orjson
 
 
 def generic_prompt(tools: Sequence[dict[str, Any]]) -> str:
     """Return what the system message says of the tools."""
-    lines = "\n".join(orjson.dumps(tool).decode() for tool in tools)
+    lines = "\n".join(_dump(tool) for tool in tools)
     return (
         "You may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n"
@@ -53,12 +52,16 @@ def spell_out(
     return result
 
 
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # integers may be of any size, which orjson refuses
+
+
 def _call(call: dict[str, Any]) -> str:
     function = call["function"]
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
-        arguments = orjson.dumps(arguments).decode()
-    name = orjson.dumps(function["name"]).decode()
+        arguments = _dump(arguments)
+    name = _dump(function["name"])
     return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
 

@@ -68,32 +68,33 @@ class _PythonicParser:
     def __init__(self) -> None:
         self._buffer = ""
         self._is_in_call = False
-        self._quote = ""
-        self._is_escaped = False
-        self._depth = 0
+        self._nesting = _Nesting()
 
     def push(self, text: str) -> list[Piece]:
         """Return what the next piece of text tells."""
         pieces: list[Piece] = []
         for character in text:
-            self._take(character, pieces)
-        return pieces
-
-    def _take(self, character: str, pieces: list[Piece]) -> None:
-        if not self._is_in_call:
-            if character == "(":
+            if not self._is_in_call and character == "(":
                 pieces.append(CallStart(self._buffer.strip(" ,[\n")))
-                self._buffer, self._is_in_call = "", True
+                self._buffer, self._is_in_call, self._nesting = "", True, _Nesting()
+            elif self._is_in_call and self._nesting.push(character) < 0:
+                pieces.append(CallArguments(_to_json(self._buffer)))
+                self._buffer, self._is_in_call = "", False
             else:
                 self._buffer += character
-            return
-        if self._ends_call(character):
-            pieces.append(CallArguments(_to_json(self._buffer)))
-            self._buffer, self._is_in_call = "", False
-        else:
-            self._buffer += character
+        return pieces
 
-    def _ends_call(self, character: str) -> bool:
+
+class _Nesting:
+    """Follows brackets and quotes."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quote = ""
+        self._is_escaped = False
+
+    def push(self, character: str) -> int:
+        """Take a character; return how many brackets are open behind it, with one more inside quotes."""
         if self._is_escaped:
             self._is_escaped = False
         elif self._quote:
@@ -106,18 +107,30 @@ class _PythonicParser:
             self._depth += 1
         elif character in ")]}":
             self._depth -= 1
-            if self._depth < 0:
-                self._depth = 0
-                return True
-        return False
+        return self._depth + bool(self._quote)
 
 
 def _to_json(arguments: str) -> str:
-    """Turn `a=1, b=[true, None]` into a JSON object."""
-    call = ast.parse(f"f({arguments})", mode="eval").body
-    assert isinstance(call, ast.Call)
-    values = {str(keyword.arg): _evaluate(keyword.value) for keyword in call.keywords}
-    return json.dumps(values, ensure_ascii=False)
+    """Turn `a=1, b=[true, None]` into a JSON object; what is JSON stays as it is written."""
+    nesting, values, start = _Nesting(), [], 0
+    for index, character in enumerate(f"{arguments},"):
+        if nesting.push(character) == 0 and character == ",":
+            name, equals, value = f"{arguments},"[start:index].partition("=")
+            if equals:
+                values.append(f"{json.dumps(name.strip(), ensure_ascii=False)}: {_json_value(value.strip())}")
+            start = index + 1
+    return "{" + ", ".join(values) + "}"
+
+
+def _json_value(text: str) -> str:
+    try:
+        json.loads(text)
+    except ValueError:
+        try:
+            return json.dumps(_evaluate(ast.parse(text, mode="eval").body), ensure_ascii=False)
+        except (SyntaxError, ValueError):  # neither JSON nor Python: what was written, as a string
+            return json.dumps(text, ensure_ascii=False)
+    return text
 
 
 def _evaluate(node: ast.expr) -> Any:

@@ -1,0 +1,105 @@
+"""Random items, blocks, schemas and tools for `/v1`: never a 500, never a permit lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.http.test_fuzz import ANYTHING, SCALARS, bodies
+from tests.support.asgi import request, send
+from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
+from tgi_asgi.http.messages_request import MessagesRequest
+from tgi_asgi.http.responses_request import ResponsesRequest
+from tgi_asgi.settings import Settings
+
+TEXT = st.text(max_size=5)
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["input_text", "output_text", "text", "refusal", "input_image"])},
+    optional={"text": TEXT | SCALARS, "refusal": TEXT | SCALARS},
+)
+CONTENT = TEXT | st.lists(PARTS | ANYTHING, max_size=3) | SCALARS
+KINDS = ["message", "function_call", "function_call_output", "reasoning", "item_reference"]
+ITEMS = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(KINDS) | SCALARS,
+        "role": st.sampled_from(["user", "assistant", "system", "x"]),
+        "content": CONTENT, "call_id": TEXT | SCALARS, "name": TEXT | SCALARS, "arguments": TEXT | SCALARS,
+        "output": CONTENT,
+    },
+)  # fmt: skip
+BLOCKS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "tool_use", "tool_result", "thinking", "redacted_thinking", "image"])},
+    optional={
+        "text": TEXT | SCALARS, "id": TEXT, "name": TEXT, "input": ANYTHING, "tool_use_id": TEXT,
+        "content": CONTENT, "thinking": TEXT | SCALARS,
+    },
+)  # fmt: skip
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT | st.lists(BLOCKS, max_size=3)}
+)
+TYPES = ["object", "string", "integer", "array", "null", "x"]
+SCHEMAS = st.recursive(
+    st.fixed_dictionaries({}, optional={"type": st.sampled_from(TYPES) | ANYTHING, "enum": ANYTHING}),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(TYPES), "properties": st.dictionaries(TEXT, inner, max_size=3),
+            "items": inner, "anyOf": st.lists(inner, max_size=3), "$ref": st.sampled_from(["#", "#/$defs/a"]),
+            "required": ANYTHING, "pattern": TEXT, "minimum": SCALARS, "multipleOf": SCALARS,
+            "$defs": ANYTHING,
+        },
+    ),
+    max_leaves=8,
+)  # fmt: skip
+FUNCTIONS = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g", "h-1"])},
+    optional={"parameters": SCHEMAS, "strict": st.booleans()},
+)
+TOOLS = st.fixed_dictionaries({"type": st.just("function"), "function": FUNCTIONS})
+CONSTRAINTS = st.one_of(
+    st.fixed_dictionaries({"guided_json": SCHEMAS}),
+    st.fixed_dictionaries({"guided_regex": TEXT}),
+    st.fixed_dictionaries({"guided_grammar": TEXT | st.builds("start: {}".format, TEXT)}),
+    st.fixed_dictionaries({"guided_choice": st.lists(TEXT, max_size=3)}),
+    st.fixed_dictionaries(
+        {"tools": st.lists(TOOLS, min_size=1, max_size=2)},
+        optional={
+            "tool_choice": st.sampled_from(["auto", "required", "f", "none"]),
+            "stream": st.booleans(),
+        },
+    ),
+)
+
+
+async def survive(path: str, body: Any) -> None:
+    engine = ScriptedEngine(say("Hel", "<tool_call>", '\n{"name": "f", "arg', 'uments": {', b"\xf0\x9f"))
+    app = scripted_app(engine, Settings(), info=toy_info(max_input_tokens=4095, max_total_tokens=4096))
+    try:
+        call = await send(app, request("POST", path, body))
+    finally:
+        app.context.executor.shutdown(wait=False)
+    assert call.status < 500, call.content
+    assert call.is_complete
+    assert engine.num_permits == 128
+
+
+@settings(max_examples=100, deadline=None)
+@given(bodies(ResponsesRequest, {"input": st.lists(ITEMS, max_size=4) | TEXT | ANYTHING}))
+def test_random_responses(body: Any) -> None:
+    asyncio.run(survive("/v1/responses", body))
+
+
+@settings(max_examples=100, deadline=None)
+@given(bodies(MessagesRequest, {"messages": st.lists(TURNS, max_size=3), "max_tokens": st.just(9)}))
+def test_random_messages(body: Any) -> None:
+    asyncio.run(survive("/v1/messages", body))
+
+
+@settings(max_examples=100, deadline=None)
+@given(CONSTRAINTS)
+def test_random_constraints(fields: dict[str, Any]) -> None:
+    asyncio.run(survive("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **fields}))
