@@ -7,8 +7,8 @@
 The ids are llama.cpp's (its llama-vocab.cpp has the split that `smollm` names) and those of the GGUF
 conversion of transformers, which keeps GPT-2's split for every name that it does not know: here it gets what
 SmolLM2's own tokenizer.json has, `Digits(individual_digits=True)` before the byte level. A string on which
-the two disagree is printed and left out. Those are strings with a byte that the vocabulary lacks (0x04 is one):
-the tokenizers library drops it and then merges across the gap, llama.cpp drops it last.
+the two disagree is printed and left out. Those are strings with a byte that the vocabulary lacks (0x04 is
+one): the tokenizers library drops it and then merges across the gap, llama.cpp drops it last.
 """
 
 from __future__ import annotations
