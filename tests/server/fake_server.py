@@ -42,6 +42,7 @@ def load(settings: Settings, progress: Progress) -> Served:
         step_s=float(os.environ.get("FAKE_STEP_S", "0.005")),
         num_blocks=int(os.environ.get("FAKE_NUM_BLOCKS", "256")),
         max_batch_size=settings.max_batch_size,
+        keeps_plans=False,
     )
     if behaviour == "dies":
         runner.fault = _lose_device

@@ -131,6 +131,7 @@ class FakeRunner:
     is_poisoned: Callable[[Sequence[int]], bool] | None = None
     violations: list[str] = field(default_factory=list)
     plans: list[StepPlan] = field(default_factory=list)  # as executed
+    keeps_plans: bool = True  # a server that runs for long must not
     is_closed: bool = False
 
     def __post_init__(self) -> None:
@@ -194,7 +195,8 @@ class FakeRunner:
 
     def execute(self, plan: StepPlan, *, is_tainted: bool = False) -> StepResult:
         """Compute a step at once: slots start, blocks are copied, rows write, then read and draw."""
-        self.plans.append(plan)
+        if self.keeps_plans:
+            self.plans.append(plan)
         error = self.fault(plan) if self.fault is not None else None
         if error is not None:
             is_tainted = True
