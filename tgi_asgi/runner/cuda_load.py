@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from tgi_asgi.errors import ModelLoadError
@@ -11,6 +13,8 @@ from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize, choose_size
 from tgi_asgi.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
 _MAX_GROUP = 16  # query heads of a KV head
@@ -60,6 +64,8 @@ def make_runner(
     Raises:
         ModelLoadError: it does not fit; the message says what to change.
     """
+    if settings.quantize is not None:
+        logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
