@@ -14,7 +14,8 @@ from glob import glob
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 # fma where it is written and nowhere else: rows must have the same bits in every tile shape. torch 2.13's
 # headers use one C++20 feature, which GCC grants to C++17 with a warning.
@@ -23,14 +24,23 @@ CXX_FLAGS = [
 ]  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+CUDA_FOLDER = "/usr/local/cuda"
+
+
+def use_whole_toolkit() -> None:
+    """Where the nvcc on the path is only a wrapper, torch takes a folder without headers for the toolkit."""
+    folders = (cpp_extension.CUDA_HOME, CUDA_FOLDER)
+    whole = (f for f in folders if f and os.path.exists(os.path.join(f, "include", "cuda_runtime.h")))
+    cpp_extension.CUDA_HOME = next(whole, cpp_extension.CUDA_HOME)
 
 
 def nvcc_major() -> int | None:
     """Return the major version of the nvcc that torch would call, or None."""
-    if CUDA_HOME is None:
+    if cpp_extension.CUDA_HOME is None:
         return None
+    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
     try:
-        text = subprocess.check_output([os.path.join(CUDA_HOME, "bin", "nvcc"), "--version"], text=True)
+        text = subprocess.check_output([nvcc, "--version"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     found = re.search(r"release (\d+)\.", text)
@@ -59,6 +69,7 @@ def extension() -> CppExtension:
     """Describe the extension: every .cpp of csrc/cpu and csrc/bindings, and .cu where CUDA is built."""
     sources = glob("csrc/cpu/**/*.cpp", recursive=True) + glob("csrc/bindings/*.cpp")
     cuda_sources = glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")
+    use_whole_toolkit()
     has_cuda, reason = cuda_decision(cuda_sources)
     print(f"tgi_asgi._C: {'CPU and CUDA' if has_cuda else 'CPU only'} ({reason})", flush=True)
     common = {"include_dirs": [os.path.abspath("csrc")], "name": "tgi_asgi._C"}
