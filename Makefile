@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test soak install lint format cuda-check bench clean
+.PHONY: serve test soak sanitize install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -25,6 +25,15 @@ test: $(VENV)/.test-tools
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/formats/test_fuzz.py
+
+# The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is loaded early for its exceptions. The
+# team's races are looked for with the thread sanitizer, which does not go together with these.
+sanitize: $(VENV)/.test-tools
+	rm -rf build/sanitized; mkdir -p build/sanitized; git ls-files -z | xargs -0 cp --parents -t build/sanitized
+	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
+	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
+	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 

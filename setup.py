@@ -1,7 +1,8 @@
 """Build tgi_asgi._C from csrc/ with torch's extension builder and ninja; pyproject.toml has all the rest.
 
 Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
-out; TORCH_CUDA_ARCH_LIST chooses their targets.
+out; TORCH_CUDA_ARCH_LIST chooses their targets. TGI_SANITIZE=1 builds with the address and the undefined
+behaviour sanitizer (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 CXX_FLAGS = [
     "-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-c++20-extensions",
 ]  # fmt: skip
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 CUDA_FOLDER = "/usr/local/cuda"
@@ -75,6 +77,9 @@ def extension() -> CppExtension:
     common = {"include_dirs": [os.path.abspath("csrc")], "name": "tgi_asgi._C"}
     if not has_cuda:
         flags = {"cxx": CXX_FLAGS}
+        if os.environ.get("TGI_SANITIZE") == "1":
+            flags = {"cxx": [*CXX_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS]}
+            common["extra_link_args"] = SANITIZE_FLAGS
         return CppExtension(sources=sorted(sources), extra_compile_args=flags, **common)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures_here() or DEFAULT_ARCHITECTURES)
     flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA"], "nvcc": NVCC_FLAGS}
