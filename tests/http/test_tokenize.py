@@ -107,3 +107,12 @@ async def test_tokenizer_info_has_what_lm_eval_reads() -> None:
         info = (await client.get("/tokenizer_info")).json()
     assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<s>", "</s>", None)
     assert info["chat_template"] == CHATML
+
+
+async def test_a_tool_without_a_function_is_the_clients_error() -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}]}
+    async with client_of(scripted_app(ScriptedEngine())) as client:
+        for path in ("/tokenize", "/chat_tokenize"):
+            response = await client.post(path, json=body)
+            assert response.status_code in (400, 422)
+            assert "tools[0].function" in response.text

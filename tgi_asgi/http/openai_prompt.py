@@ -256,7 +256,9 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     if not request.tools:
         return None
     tools = msgspec.to_builtins(request.tools)
-    for tool in tools:
+    for i, tool in enumerate(tools):
+        if tool["function"] is None:
+            refuse(f"tools[{i}].function", f"`tools[{i}].function` is required")
         tool["function"] = {name: value for name, value in tool["function"].items() if value is not None}
     return list(tools)
 
