@@ -70,6 +70,24 @@ def test_linear_scaling_by_its_old_key() -> None:
     assert config.rope_scaling == RopeScaling("linear", 2.0)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({}, None),
+    ],
+)
+def test_gguf_scaling_is_linear_unless_said_otherwise(
+    keys: dict[str, Any], expected: RopeScaling | None
+) -> None:
+    named = {f"llama.{key}": value for key, value in keys.items()}
+    assert ModelConfig.from_gguf({**GGUF, **named}, frozenset()).rope_scaling == expected
+
+
 def test_a_sliding_window_bounds_the_context() -> None:
     mistral = {**JSON, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     assert ModelConfig.from_json(mistral).context_length == 4096
@@ -145,6 +163,7 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
         ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
         ({"llama.attention.value_length": 128}, "value_length is 128"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "linear"}, "lacks `rope.scaling.factor`"),
         ({"llama.context_length": 1 << 50}, "context_length"),
     ],
 )

@@ -239,12 +239,20 @@ def _scaling_from_json(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _scaling_from_gguf(values: Mapping[str, Any]) -> RopeScaling | None:
-    """Read linear scaling; llama3's comes as a tensor of factors instead (`rope_freqs.weight`)."""
-    kind = values.get("rope.scaling.type", "none")
+    """Read linear scaling; llama3's comes as a tensor of factors instead (`rope_freqs.weight`).
+
+    As in llama.cpp a factor without a type is linear, and files of 2023 have it by another name.
+    """
+    kind = values.get("rope.scaling.type", "linear")
     if kind == "none":
         return None
     _check(kind == "linear", f"rope scaling of type {kind!r} is not supported in GGUF files, only linear is")
-    return _checked(RopeScaling("linear", _number(values, "rope.scaling.factor")))
+    key = "rope.scaling.factor"
+    if key not in values and "rope.scale_linear" in values:
+        key = "rope.scale_linear"
+    if "rope.scaling.type" not in values and values.get(key, 0) in (0, 1):
+        return None
+    return _checked(RopeScaling("linear", _number(values, key)))
 
 
 def _checked(scaling: RopeScaling) -> RopeScaling:
