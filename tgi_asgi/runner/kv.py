@@ -14,6 +14,12 @@ from tgi_asgi.settings import Settings
 
 _SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+# Versions 2 and 1: the hierarchy's name, the files of its limit and use, the prefix of its statistics.
+_CONTROLLERS = (
+    ("", ("memory.max", "memory.current", "")),
+    ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +81,36 @@ def choose_size(
 
 
 def free_memory() -> int:
-    """Return the bytes that this process may still take: of the machine, and of its control group."""
+    """Return the bytes that this process may still take: of the machine, and of its control groups."""
     free = _meminfo("MemAvailable")
-    limit, used = _read_number(_CGROUP / "memory.max"), _read_number(_CGROUP / "memory.current")
-    if limit is None:  # version 1
-        group = _CGROUP / "memory"
-        limit, used = (
-            _read_number(group / "memory.limit_in_bytes"),
-            _read_number(group / "memory.usage_in_bytes"),
-        )
-    if limit is not None and used is not None:
-        free = min(free, max(limit - used, 0))
+    for controller, names in _CONTROLLERS:
+        for group in _groups(controller):
+            limit, used = _read_number(group / names[0]), _read_number(group / names[1])
+            if limit is not None and used is not None:
+                free = min(free, max(limit - max(used - _page_cache(group, names[2]), 0), 0))
     return free
+
+
+def _groups(controller: str) -> list[Path]:
+    """Return the directories of this process's control group and those above it, where they can be seen."""
+    root = _CGROUP / controller
+    for line in _read_text(_MEMBERSHIP).splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):  # version 2 has no name
+            group = root / path.lstrip("/")
+            return [group, *(above for above in group.parents if above.is_relative_to(root))]
+    return [root]
+
+
+def _page_cache(group: Path, prefix: str) -> int:
+    """Return the bytes of files that a group is charged for, as of a model just read: given up at need."""
+    cached = 0
+    for line in _read_text(group / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in (f"{prefix}inactive_file", f"{prefix}active_file"):
+            cached += int(value)
+    return cached
 
 
 def _meminfo(key: str) -> int:
@@ -100,6 +124,13 @@ def _meminfo(key: str) -> int:
 def _read_number(path: Path) -> int | None:
     """Read a control group's number; None where there is none ("max", or no such file)."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
+        return int(_read_text(path))
+    except ValueError:
         return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
