@@ -181,6 +181,38 @@ async def test_a_stream_that_ends_while_its_reader_blocks_ends_once(steps: Steps
         assert ("error" in events[-2]) == isinstance(last, TgiError)
 
 
+async def test_a_choice_that_ends_after_another_has_failed_does_not_keep_a_blocked_stream_open() -> None:
+    call = request("POST", "/v1/completions", {"prompt": ["a", "b"], "stream": True})
+    queues: list[asyncio.Queue[Sequence[TokenEvent] | TgiError]] = []
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        queues.append(queue := asyncio.Queue())
+        while True:
+            yield await queue.get()
+
+    # As the engine does: what it has pushed before it hears of the cancellation is still delivered.
+    engine = ScriptedEngine(script)
+    task = asyncio.create_task(send(scripted_app(engine), call))
+    await submitted(engine)
+    async with asyncio.timeout(5):
+        while len(queues) < 2:
+            await asyncio.sleep(0)
+    queues[0].put_nowait(token("x"))
+    await call.got_frame.wait()
+    call.gate.clear()
+    queues[1].put_nowait(token("y"))
+    while not call.num_blocked:
+        await asyncio.sleep(0)
+    queues[0].put_nowait(GenerationFailed("broken"))
+    while not engine.channels[1].is_cancelled:
+        await asyncio.sleep(0)
+    engine.channels[1]._deliver(token("z", FinishReason.EOS))
+    call.gate.set()
+    await task
+    assert call.is_complete
+    assert ["error" in event for event in events_of(call.content)[-3:-1]] == [False, True]
+
+
 async def test_a_reader_that_lags_too_far_is_cut_off_alone(
     steps: Steps, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

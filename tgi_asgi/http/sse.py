@@ -118,7 +118,7 @@ class EventStream:
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
         """Take new events of one channel; never blocks or raises."""
-        if self._is_over:
+        if self._is_over or self._failure is not None:  # what another channel still tells does not count
             return
         for event in events:
             if event.finish is not None:
