@@ -165,6 +165,24 @@ def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
     assert parse(ReplyParser(None, FORMATS[name]), text, 1) == [Content(text)]
 
 
+@names
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"city": "Paris"}',
+        ' {"name": "Ada", "age": 3}',
+        '{"name": "Ada"}',
+        "[1, [true]]",
+        '["f(x)"]',
+        "[",
+        "{",
+    ],
+)
+def test_json_that_is_no_call_is_text(name: str, text: str, size: int) -> None:
+    assert parse(ReplyParser(None, FORMATS[name]), text, size) == [Content(text)]
+
+
 @pytest.mark.parametrize(
     ("text", "is_open", "pieces"),
     [

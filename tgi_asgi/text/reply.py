@@ -105,11 +105,14 @@ class ReplyParser:
             self._give(pieces, 0 if is_end else _num_held(self._held, tools.marker))
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> None:
-        """Read an answer that is either text or calls, as its first character tells."""
+        """Read an answer that is either text (JSON among it) or calls, as its beginning tells."""
         head = self._held.lstrip()
-        if not self._has_content and head.startswith(tools.first):
+        is_call: bool | None = False
+        if not self._has_content:
+            is_call = tools.begins(head) if head.startswith(tools.first) else False if head else None
+        if is_call:
             self._enter_calls(pieces, tools, head)
-        elif head or is_end or self._has_content:
+        elif is_end or is_call is not None:
             self._give(pieces, 0)
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:

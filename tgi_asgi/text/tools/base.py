@@ -96,6 +96,9 @@ class ToolFormat(Protocol):
     def recognises(self, template: str) -> bool:
         """Tell from a chat template's source whether its model was trained on this format."""
 
+    def begins(self, text: str) -> bool | None:
+        """Tell, where `marker` is "", whether an answer that begins so is a call; None: not known yet."""
+
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         """Return grammar rules, of which `calls` is what follows the marker."""
 

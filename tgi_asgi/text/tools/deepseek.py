@@ -27,6 +27,9 @@ class DeepSeekFormat:
     def recognises(self, template: str) -> bool:
         return _BEGIN in template
 
+    def begins(self, text: str) -> bool | None:
+        return False  # the marker tells
+
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         more = r' ("\n" call)*' if is_parallel else ""
         begin, end = f'{mark(_BEGIN)} "function" {mark(_SEPARATOR)}', mark(_END)

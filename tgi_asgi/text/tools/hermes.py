@@ -18,6 +18,9 @@ class HermesFormat:
     def recognises(self, template: str) -> bool:
         return "<tool_call>" in template and "<function=" not in template
 
+    def begins(self, text: str) -> bool | None:
+        return False  # the marker tells
+
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         end = mark("</tool_call>")
         more = rf' ("\n" {mark(self.marker)} "\n" call "\n" {end})*' if is_parallel else ""

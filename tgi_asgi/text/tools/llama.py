@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, json_calls
 
+# What tells a call from other JSON, without blanks: what comes before the name, and after it.
+_OPENING = '{"name":"'
+_ARGUMENTS = (',"parameters":{', ',"arguments":{')
+
 
 class LlamaFormat:
     """`{"name": "f", "parameters": {"a": 1}}`; several calls are separated by `; `."""
@@ -17,6 +21,15 @@ class LlamaFormat:
 
     def recognises(self, template: str) -> bool:
         return "<|python_tag|>" in template or '{"name": function name, "parameters"' in template
+
+    def begins(self, text: str) -> bool | None:
+        squeezed = "".join(text.split())
+        if not squeezed.startswith(_OPENING):
+            return None if _OPENING.startswith(squeezed) else False
+        _, quote, rest = squeezed[len(_OPENING) :].partition('"')
+        if not quote or any(head.startswith(rest) and head != rest for head in _ARGUMENTS):
+            return None
+        return rest.startswith(_ARGUMENTS)
 
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         more = ' ("; " call)*' if is_parallel else ""

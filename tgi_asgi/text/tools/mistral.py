@@ -18,6 +18,9 @@ class MistralFormat:
     def recognises(self, template: str) -> bool:
         return "[TOOL_CALLS]" in template
 
+    def begins(self, text: str) -> bool | None:
+        return False  # the marker tells
+
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         more = ' (", " call)*' if is_parallel else ""
         return f'calls: " "? "[" call{more} "]"\n{json_calls(tools)}'

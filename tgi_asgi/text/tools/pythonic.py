@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.text.grammar_source import SPACED, inline_json, literal
 from tgi_asgi.text.tools.base import CallArguments, CallParser, CallStart, Mark, Piece, ToolSpec, alternatives
 
+_HEAD = re.compile(r"\[\s*[\w-]*")
+_CALL = re.compile(r"\[\s*[\w-]+\(")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -23,6 +26,11 @@ class PythonicFormat:
 
     def recognises(self, template: str) -> bool:
         return "[func_name1(" in template
+
+    def begins(self, text: str) -> bool | None:
+        if _CALL.match(text):
+            return True
+        return None if _HEAD.fullmatch(text) else False
 
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         more = ' (", " call)*' if is_parallel else ""
