@@ -44,6 +44,11 @@ def test_the_example_fits_the_model_and_the_keys() -> None:
     assert "Bearer $API_KEY" in example("http://h:1", has_chat=True, has_key=True)
 
 
+def test_the_example_has_the_key_where_keys_come_from_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(Settings(api_key_file="keys")).summarise(INFO, "http://h:1", has_chat=True)
+    assert "Bearer $API_KEY" in capsys.readouterr().out
+
+
 def test_without_a_terminal_a_stage_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     console = Console(Settings())
     with caplog.at_level(logging.INFO, "tgi_asgi"):

@@ -54,7 +54,8 @@ class Console:
             logger.info("serving", extra=fields)
             return
         print(describe(info, url, seconds), end="\n\n")
-        print("Try it:", example(url, has_chat=has_chat, has_key=bool(self._settings.api_key)), sep="\n")
+        has_key = bool(self._settings.api_key or self._settings.api_key_file)
+        print("Try it:", example(url, has_chat=has_chat, has_key=has_key), sep="\n")
         sys.stdout.flush()
 
     def _draw(self, stage: str, done: int, total: int | None) -> None:
