@@ -150,9 +150,12 @@ async def test_a_request_that_failed_gets_nothing_after_its_error(make_engine: M
     assert recorder.seen == [0, 0, 1, 0, 1, GenerationFailed]
 
 
-async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(make_engine: MakeEngine) -> None:
-    """The runner keeps scores from chunk to chunk, so the prompt begins again."""
-    runner = FakeRunner()
+@pytest.mark.parametrize("max_step_tokens", [4096, 24])
+async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
+    make_engine: MakeEngine, max_step_tokens: int
+) -> None:
+    """The runner keeps scores from chunk to chunk, so the prompt begins again, in steps of the usual size."""
+    runner = FakeRunner(max_step_tokens=max_step_tokens)
     engine = make_engine(runner, max_batch_prefill_tokens=16)
     prompt = list(range(60))
     other = submit(engine, make_request([200] * 5, 20))

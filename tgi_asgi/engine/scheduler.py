@@ -295,17 +295,23 @@ class Scheduler:
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
         """Plan some rows of a step again after `rollback`; None if none of them matters any more.
 
-        With `max_tokens` each computes at most so many tokens; later steps compute the others.
+        With `max_tokens` each computes at most so many tokens; later steps compute the others, as they do
+        where a prompt whose scores begin again is more than a step holds.
         """
         step = self._new_step()
+        room = self._max_step_tokens
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
                 end = row.start + row.num_tokens
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
+                end = min(end, sequence.num_computed + room)
                 is_whole = end == row.start + row.num_tokens
                 count = end - sequence.num_computed
+                if count == 0:
+                    continue
+                room -= count
                 self._add_row(step, sequence, count, samples=row.samples and is_whole)
         if not step.sequences:
             return None
