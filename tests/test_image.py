@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools._distutils import filelist
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -83,6 +84,19 @@ def test_both_devices_have_their_stages_on_one_ubuntu() -> None:
         for stage in ("build", "run"):
             assert "24.04" in stages[f"{stage}-{device}"]
     assert "devel" in stages["build-cuda"]
+
+
+def test_a_source_distribution_has_all_that_is_compiled() -> None:
+    found = filelist.FileList()
+    found.findall(str(ROOT / "csrc"))
+    found.allfiles = [os.path.relpath(name, ROOT) for name in found.allfiles or ()]
+    for line in (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            found.process_template_line(line)
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert set(tracked) <= set(found.files)
 
 
 def test_the_context_has_all_that_the_build_copies_and_nothing_else_of_weight(tmp_path: Path) -> None:
