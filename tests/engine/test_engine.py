@@ -21,7 +21,14 @@ from tests.support.fake_runner import (
 )
 from tgi_asgi.engine import Engine, Histogram
 from tgi_asgi.engine.loop import AGING_S
-from tgi_asgi.errors import IncompleteGeneration, InvalidRequest, Overloaded, TgiError, Unavailable
+from tgi_asgi.errors import (
+    GenerationFailed,
+    IncompleteGeneration,
+    InvalidRequest,
+    Overloaded,
+    TgiError,
+    Unavailable,
+)
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
@@ -470,3 +477,16 @@ def test_histograms_count_by_upper_bound() -> None:
     for value in (0.5, 1.0, 1.5, 9.0):
         histogram.observe(value)
     assert (histogram.counts, histogram.total, histogram.count) == ([2, 1, 1], 12.0, 4)
+
+
+async def test_what_finished_in_the_step_after_which_the_engine_gives_up_is_delivered() -> None:
+    runner = FakeRunner(is_poisoned=lambda tokens: tokens[0] != 1)
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info())
+    engine.start()
+    requests = [make_request([1], 1), *(make_request([index], 5) for index in range(2, 8))]
+    async with asyncio.timeout(5):
+        good, *bad = await asyncio.gather(*(ask(engine, request) for request in requests))
+    await until(lambda: engine.state is EngineState.DEAD)
+    assert good.finish() is FinishReason.LENGTH
+    assert all(isinstance(answer.error, GenerationFailed) for answer in bad)
+    await engine.stop()

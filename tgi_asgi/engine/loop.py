@@ -348,6 +348,7 @@ class ServingLoop:
             return
         for flight in await self.pipeline.drain():
             await self._complete(flight)
+        await self._flush()  # should this be the end: what has finished well is to be told so
         step = self.scheduler.probe() if self._num_lost_rows >= _PROBE_AFTER else None
         if step is None:
             return
