@@ -150,6 +150,20 @@ async def test_each_request_is_counted_once_with_its_end() -> None:
     assert found["tgi_time_to_first_token_seconds_count"] == 4
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+async def test_the_newer_chat_routes_are_counted_as_well(path: str, body: dict[str, Any]) -> None:
+    app = scripted_app(ScriptedEngine(say("a")))
+    await post(app, path, body)
+    found = await scrape(app)
+    assert found["tgi_request_count"] == found["tgi_request_success"] == 1
+
+
 async def test_a_request_without_a_template_is_a_template_failure() -> None:
     app = scripted_app(ScriptedEngine(), chat_template=None)
     await post(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})

@@ -63,6 +63,8 @@ GENERATING_ROUTES = frozenset(
         "/vertex",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
     }
 )  # fmt: skip
 BATCH_BUCKETS = [float(size) for size in range(1, 1025)]
