@@ -170,6 +170,18 @@ async def test_prompt_logprobs_survive_a_fault_in_the_middle_of_the_prompt(
     assert engine.stats.failed_steps >= 1
 
 
+async def test_an_end_that_the_model_cannot_draw_is_not_masked(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer may have more tokens than the model; the runner refuses ids beyond the vocabulary."""
+    monkeypatch.setattr(FakeTokenizer, "eos_ids", FakeTokenizer.eos_ids | {5000})
+    masked: list[int] = []
+    runner = FakeRunner()
+    runner.fault = lambda plan: masked.extend(i for start in plan.starts for i in start.masked_ids)
+    await ask(make_engine(runner), make_request([1], 4, stop={"min_tokens": 2}))
+    assert masked == sorted(fake_info().eos_token_ids)
+
+
 async def test_cancellations_are_heard_while_a_fault_is_looked_for(make_engine: MakeEngine) -> None:
     runner = FakeRunner(is_manual=True)
     engine = make_engine(runner)

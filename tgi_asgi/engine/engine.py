@@ -64,11 +64,13 @@ class Engine:
         self.stats = EngineStats()
         self.stats.blocks_total = runner.num_blocks
         self.admission = Admission(settings.max_concurrent_requests, clock)
+        # A tokenizer may have more tokens than the model can draw; such an end must not be masked, either.
+        eos_ids = frozenset(i for i in tokenizer.eos_ids | info.eos_token_ids if i < info.vocab_size)
         self._loop = ServingLoop(
             runner,
             tokenizer,
             settings,
-            eos_ids=tokenizer.eos_ids | info.eos_token_ids,
+            eos_ids=eos_ids,
             stats=self.stats,
             on_hang=self._on_hang,
             clock=clock,
