@@ -114,6 +114,15 @@ async def test_vertex_tells_true_statuses() -> None:
     assert (await post("/vertex", {"instances": []})).status_code == 422
 
 
+async def test_more_instances_than_ever_run_together_are_refused_for_good() -> None:
+    body = {"instances": [{"inputs": "a"}] * 3}
+    engine = ScriptedEngine(say("!"), num_permits=2)
+    response = await post("/vertex", body, engine, max_concurrent_requests=2)
+    assert response.status_code == 422
+    assert "3 choices" in response.json()["error"]
+    assert engine.num_permits == 2
+
+
 async def test_a_permit_too_few_gives_the_others_back() -> None:
     engine = ScriptedEngine(num_permits=1)
     await post("/vertex", {"instances": [{"inputs": "a"}, {"inputs": "b"}]}, engine)

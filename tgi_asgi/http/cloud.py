@@ -64,6 +64,13 @@ async def vertex(exchange: Exchange) -> None:
     for i, raw in enumerate(raws):
         with _naming(i):
             instances.append(_read_instance(exchange, served, bytes(raw)))
+    num_choices = sum(instance.num_choices for instance in instances)
+    most = exchange.context.settings.max_concurrent_requests
+    if num_choices > most:  # a 429 would have clients try for ever
+        raise InvalidRequest(
+            f"`instances` ask for {num_choices} choices, but at most {most} run at a time",
+            param="instances",
+        )
     generations = []
     with ExitStack() as stack:
         # Permits for all before any work on one: half a call is of no use.
