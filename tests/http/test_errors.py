@@ -64,6 +64,12 @@ def test_statuses(error: BaseException, native: int, openai: int) -> None:
     assert status_of(error, Dialect.OPENAI) == openai
 
 
+def test_what_a_client_did_wrong_is_an_invalid_request_to_anthropics_clients() -> None:
+    for error in (errors.UnsupportedMediaType("x"), errors.MethodNotAllowed("x", allow=("POST",))):
+        assert envelope(error, Dialect.ANTHROPIC)["error"]["type"] == "invalid_request_error"
+    assert envelope(errors.GenerationFailed("x"), Dialect.ANTHROPIC)["error"]["type"] == "api_error"
+
+
 def test_native_messages_have_tgis_prefixes() -> None:
     def text(error: BaseException) -> Any:
         return envelope(error, Dialect.NATIVE)["error"]

@@ -55,7 +55,6 @@ _RULES: dict[type[TgiError], _Rule] = {
     errors.ModelLoadError: _Rule(503, "", 503, "server_error", "model_load_failed"),
 }
 _ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -85,7 +84,8 @@ def envelope(error: BaseException, dialect: Dialect) -> dict[str, Any]:
         kind = error.error_type if isinstance(error, TgiError) else TgiError.error_type
         return {"error": message if is_syntax else rule.native_prefix + message, "error_type": kind}
     if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(rule.openai_status, "api_error")
+        other = "api_error" if rule.openai_status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(rule.openai_status, other)
         return {"type": "error", "error": {"type": kind, "message": message}}
     return {
         "error": {
