@@ -25,6 +25,13 @@ def compiler() -> GrammarCompiler:
     return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
 
 
+def test_a_model_without_an_end_refuses_grammars() -> None:
+    tokenizer = ToyTokenizer()
+    tokenizer.eos_ids = frozenset()
+    with pytest.raises(InvalidRequest, match="no token that ends"):
+        GrammarCompiler(tokenizer, VOCAB_SIZE).compile(sources.any_object())
+
+
 def allowed(matcher: Matcher) -> list[int]:
     mask = np.zeros(NUM_WORDS, np.int32)
     matcher.fill_mask(mask)

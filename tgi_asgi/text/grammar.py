@@ -65,6 +65,8 @@ class GrammarCompiler:
             InvalidRequest: it is not valid, too complex, or holds what cannot be enforced; the message says
                 what.
         """
+        if not self._tokenizer.eos_ids:
+            raise InvalidRequest("grammar is not supported: the model has no token that ends a text")
         text = source.text
         with self._lock:
             known = self._compiled.get(text)
