@@ -209,7 +209,7 @@ class Settings:
     )
     thread_nice: int | None = _setting(
         None,
-        "Nice value of the compute threads (default: 19 on up to four cores, so that HTTP never waits for "
+        "Nice value of the compute threads (default: 5 on up to four cores, so that HTTP rarely waits for "
         "one; else 0). Lower it where other programs take the cores.",
         group="Engine",
         metavar="0..19",

@@ -11,7 +11,7 @@ namespace tgi::cpu {
 
 struct TeamOptions {
   int num_threads = 0;  // 0: default_num_threads()
-  int nice = 0;  // of the team's own threads; 19 where cores are few, so that HTTP is not starved
+  int nice = 0;  // of the team's own threads; raised where cores are few, so that HTTP is not starved
   bool pin = false;  // bind member i to the i-th core that the process may use
   int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
 };

@@ -8,6 +8,10 @@ import torch
 
 from tgi_asgi import _C
 
+# Lets a waking event loop go first. At 19 nothing more is won on an idle machine, and beside one busy program
+# 16 streams got 88 tokens/s instead of 114, with an inter-token p99 of 168 ms instead of 73.
+_NICE_ON_FEW_CORES = 5
+
 
 def num_threads() -> int:
     """Return the number of compute threads, the caller's own included."""
@@ -19,14 +23,14 @@ def configure_threads(
 ) -> int:
     """Start the compute team; return how many threads it has, the launching one included.
 
-    By default as many as the process may use by affinity and cgroup quota; nice 19 where these are four or
-    fewer, so that the event loop is never kept waiting (at equal priority 4-11 ms, at 19 0.15 ms); pinned to
+    By default as many as the process may use by affinity and cgroup quota; nice 5 where these are four or
+    fewer, so that the event loop is not kept waiting (at equal priority 4-11 ms); pinned to
     their cores if they are as many as these (a smaller team would take the cores of another process's).
     torch's own threads would fight the team for the cores: they are switched off for the process.
     """
     count = num_threads or _C.default_num_threads()
     if nice is None:
-        nice = 19 if count <= 4 else 0
+        nice = _NICE_ON_FEW_CORES if count <= 4 else 0
     if pin is None:
         pin = hasattr(os, "sched_getaffinity") and count == len(os.sched_getaffinity(os.getpid()))
     torch.set_num_threads(1)
