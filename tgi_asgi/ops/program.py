@@ -99,7 +99,7 @@ class StepProgram:
     ) -> SampleResult:
         """Compute a step and draw a token after each of rows [n_rows] int32: `run` and `sample` in one.
 
-        Nothing of Python lies between them: 0.2 ms a step.
+        Nothing of Python lies between them.
 
         Raises:
             RuntimeError: as `run` and `sample`; nothing has been computed.
