@@ -27,6 +27,17 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, c10::Scalar
               tensor.strides());
 }
 
+// A layer's part of the KV cache's pool [num_blocks, 2, num_kv_heads, elements of a head's block]:
+// contiguous but for the other layers' parts between its blocks.
+inline void check_kv(const at::Tensor& kv, int64_t block_elements) {
+  TORCH_CHECK(kv.device().is_cpu(), "`kv` must be on the CPU, got ", kv.device());
+  TORCH_CHECK(kv.dim() == 4 && kv.size(1) == 2 && kv.size(3) == block_elements,
+              "`kv` must have shape [-1, 2, -1, ", block_elements, "] (-1: any), got ", kv.sizes());
+  TORCH_CHECK(kv.stride(3) == 1 && kv.stride(2) == kv.size(3) &&
+                  kv.stride(1) == kv.size(2) * kv.size(3) && kv.stride(0) >= 2 * kv.stride(1),
+              "`kv` must be contiguous in each block, got strides ", kv.strides());
+}
+
 // Every element in [0, limit).
 template <typename Integer>
 void check_range(const Integer* values, int64_t count, int64_t limit, const char* name) {

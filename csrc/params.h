@@ -36,21 +36,19 @@ struct RopeParams {
   const float* cos;          // [max_positions, rotary_dim / 2]
   const float* sin;          // the same
   float* q;                  // [num_tokens, num_heads, head_dim]
-  void* key;                 // KvLayout
-  void* value;
+  void* kv;                  // a layer's part of the pool, see cpu/kv_layout.h
   int64_t num_heads;
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t rotary_dim;
-  int64_t num_blocks;
+  int64_t block_stride;  // of kv
   int64_t block_size;
   FloatType kv_type;
 };
 
 struct AttentionParams {
-  const float* q;   // [num_tokens, num_heads, head_dim]
-  const void* key;  // KvLayout
-  const void* value;
+  const float* q;              // [num_tokens, num_heads, head_dim]
+  const void* kv;              // a layer's part of the pool, see cpu/kv_layout.h
   const int32_t* query_start;  // [num_sequences + 1], ascending from 0 to num_tokens
   const int32_t* context_len;  // [num_sequences], the queries' own positions included
   const int32_t* block_table;  // [num_sequences, block_table_stride]
@@ -58,9 +56,9 @@ struct AttentionParams {
   int64_t num_sequences;
   int64_t num_heads;
   int64_t num_kv_heads;
-  int64_t head_dim;  // multiple of 16, at most 256
-  int64_t num_blocks;
-  int64_t block_size;  // 16, 32 or 64
+  int64_t head_dim;      // multiple of 16, at most 256
+  int64_t block_stride;  // of kv
+  int64_t block_size;    // 16, 32 or 64
   int64_t block_table_stride;
   float scale;
   FloatType kv_type;

@@ -15,6 +15,7 @@ using at::kFloat;
 using at::kInt;
 using at::kLong;
 using at::Tensor;
+using tgi::check_kv;
 using tgi::check_positive;
 using tgi::check_range;
 using tgi::check_tensor;
@@ -64,17 +65,16 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::opti
 
 void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots,
                    const Tensor& cos, const Tensor& sin, int64_t block_size, const Tensor& q,
-                   const Tensor& key, const Tensor& value) {
-  const tgi::FloatType type = float_type(key, "key");
+                   const Tensor& kv) {
+  const tgi::FloatType type = float_type(kv, "kv");
   TORCH_CHECK(block_size == 16 || block_size == 32 || block_size == 64,
               "`block_size` must be 16, 32 or 64, got ", block_size);
   check_tensor(q, "q", kFloat, {-1, -1, -1});
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
   TORCH_CHECK(head_dim % 16 == 0 && head_dim >= 16 && head_dim <= 256,
               "`q` must have head_dim a multiple of 16 up to 256, got ", head_dim);
-  check_tensor(key, "key", key.scalar_type(), {-1, -1, block_size * head_dim});
-  check_tensor(value, "value", key.scalar_type(), {key.size(0), key.size(1), key.size(2)});
-  const int64_t num_kv_heads = key.size(0), num_blocks = key.size(1);
+  check_kv(kv, block_size * head_dim);
+  const int64_t num_blocks = kv.size(0), num_kv_heads = kv.size(2);
   check_tensor(qkv, "qkv", kFloat, {num_tokens, (num_heads + 2 * num_kv_heads) * head_dim});
   check_tensor(cos, "cos", kFloat, {-1, -1});
   check_tensor(sin, "sin", kFloat, {cos.size(0), cos.size(1)});
@@ -90,13 +90,12 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
                                   cos.const_data_ptr<float>(),
                                   sin.const_data_ptr<float>(),
                                   q.mutable_data_ptr<float>(),
-                                  key.mutable_data_ptr(),
-                                  value.mutable_data_ptr(),
+                                  kv.mutable_data_ptr(),
                                   num_heads,
                                   num_kv_heads,
                                   head_dim,
                                   2 * cos.size(1),
-                                  num_blocks,
+                                  kv.stride(0),
                                   block_size,
                                   type};
   tgi::cpu::parallel_range(

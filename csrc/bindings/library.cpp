@@ -7,11 +7,10 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? rows, Tensor(a!) out) -> ()");
   m.def(
       "rope_kv_write(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, int "
-      "block_size, "
-      "Tensor(a!) q, Tensor(b!) key, Tensor(c!) value) -> ()");
+      "block_size, Tensor(a!) q, Tensor(b!) kv) -> ()");
   m.def(
-      "attention(Tensor q, Tensor key, Tensor value, Tensor query_start, Tensor context_len, "
-      "Tensor block_table, int block_size, float scale, Tensor(a!) out) -> ()");
+      "attention(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor "
+      "block_table, int block_size, float scale, Tensor(a!) out) -> ()");
   m.def("act_mul(Tensor gate_up, str activation, Tensor(a!) out) -> ()");
   m.def("matmul(Tensor a, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("dequantise(Tensor blocks, str format, Tensor(a!) out) -> ()");

@@ -27,6 +27,7 @@ using at::kFloat;
 using at::kInt;
 using at::kLong;
 using at::Tensor;
+using tgi::check_kv;
 using tgi::check_positive;
 using tgi::check_range;
 using tgi::check_tensor;
@@ -59,6 +60,12 @@ class StepProgram : public torch::CustomClassHolder {
     const int64_t tiles = (tokens + step::kTileTokens - 1) / step::kTileTokens;
     const step::Activation shape = {nullptr, precision_of(precision), columns};
     return std::max<int64_t>(tiles, num_members_) * shape.tile_bytes();
+  }
+
+  // Bytes of a token's query of `num_heads` heads, as a cache like `kv` wants it.
+  int64_t query_bytes(const Tensor& kv, int64_t block_size, int64_t head_dim,
+                      int64_t num_heads) const {
+    return num_heads * kv_of(kv, block_size, head_dim).query_bytes();
   }
 
   void embed(const Tensor& weight, const std::string& format, int64_t columns, int64_t num_ids,
@@ -98,13 +105,13 @@ class StepProgram : public torch::CustomClassHolder {
   void qkv(const Tensor& in, const std::string& precision, at::TensorList parts,
            std::vector<std::string> formats, int64_t columns, const std::optional<Tensor>& bias,
            int64_t num_heads, const Tensor& cosines, const Tensor& sines, at::TensorList norms,
-           double eps, double scale, const Tensor& key, const Tensor& value, int64_t block_size,
-           int64_t head_dim, const Tensor& q) {
+           double eps, double scale, const Tensor& kv, int64_t block_size, int64_t head_dim,
+           const Tensor& q) {
     TORCH_CHECK(parts.size() == formats.size() && (parts.size() == 1 || parts.size() == 3),
                 "`parts` must be one or three matrices with a format each");
     TORCH_CHECK(norms.empty() || norms.size() == 2, "`norms` must be none or two");
     step::QkvParams params = {};
-    params.kv = kv_of(key, value, block_size, head_dim);
+    params.kv = kv_of(kv, block_size, head_dim);
     params.num_parts = static_cast<int32_t>(parts.size());
     const int64_t unit_strips = norms.empty() ? 1 : head_dim / step::kStripRows;
     int64_t num_rows = 0;
@@ -118,7 +125,7 @@ class StepProgram : public torch::CustomClassHolder {
                 "`parts` must have the rows of the heads, ", expected, ", got ", num_rows);
     check_tensor(cosines, "cosines", kFloat, {-1, head_dim / 2});
     check_tensor(sines, "sines", kFloat, {cosines.size(0), head_dim / 2});
-    check_tensor(q, "q", key.scalar_type(), {max_tokens_, num_heads * head_dim});
+    check_tensor(q, "q", kByte, {max_tokens_, num_heads * params.kv.query_bytes()});
     for (const Tensor& norm : norms) check_tensor(norm, "norms", kFloat, {head_dim});
     if (bias) check_tensor(*bias, "bias", kFloat, {expected});
     params.num_heads = num_heads;
@@ -134,34 +141,33 @@ class StepProgram : public torch::CustomClassHolder {
     num_positions_ = std::min<int64_t>(num_positions_, cosines.size(0));
     keep(parts);
     keep(norms);
-    keep({in, cosines, sines, key, value, q});
+    keep({in, cosines, sines, kv, q});
     if (bias) keep({*bias});
   }
 
-  void attention(const Tensor& q, const Tensor& key, const Tensor& value, int64_t block_size,
-                 int64_t head_dim, int64_t max_context, const Tensor& out,
-                 const std::string& precision) {
-    const step::KvLayerView kv = kv_of(key, value, block_size, head_dim);
-    check_tensor(q, "q", key.scalar_type(), {max_tokens_, -1});
-    const int64_t width = q.size(1);
-    TORCH_CHECK(width % head_dim == 0 && width / head_dim % kv.num_heads == 0,
-                "`q` must have a multiple of ", kv.num_heads, " heads of ", head_dim, ", got ",
-                width, " columns");
+  void attention(const Tensor& q, const Tensor& pool, int64_t block_size, int64_t head_dim,
+                 int64_t max_context, const Tensor& out, const std::string& precision) {
+    const step::KvLayerView kv = kv_of(pool, block_size, head_dim);
+    check_tensor(q, "q", kByte, {max_tokens_, -1});
+    const int64_t num_heads = q.size(1) / kv.query_bytes(), width = num_heads * head_dim;
+    TORCH_CHECK(q.size(1) % kv.query_bytes() == 0 && num_heads % kv.num_heads == 0,
+                "`q` must have a multiple of ", kv.num_heads, " heads of ", kv.query_bytes(),
+                " bytes, got ", q.size(1), " bytes");
     if (workspace_ == nullptr) {
       workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context, head_dim);
       max_context_ = max_context;
-      num_heads_ = width / head_dim;
+      num_heads_ = num_heads;
       kv_ = kv;
     }
     TORCH_CHECK(kv.num_heads == kv_.num_heads && head_dim == kv_.head_dim &&
                     kv.num_blocks == kv_.num_blocks && block_size == kv_.block_size &&
-                    num_heads_ == width / head_dim && max_context == max_context_,
+                    num_heads_ == num_heads && max_context == max_context_,
                 "all layers of a program must have one shape of attention");
     forward_.add(step::kernels().attention,
                  step::AttentionParams{q.const_data_ptr(), kv, num_heads_,
                                        activation_of(out, max_tokens_, width, precision),
                                        workspace_->partials()});
-    keep({q, key, value, out});
+    keep({q, pool, out});
   }
 
   void linear_add(const Tensor& in, const std::string& precision, const Tensor& weight,
@@ -229,20 +235,20 @@ class StepProgram : public torch::CustomClassHolder {
   }
 
   // The same and then one draw a row, all in one run of the team. Operands from `row_slots` on are
-  // those of the operator `sample`.
+  // those of the operator `sample`; the mask, if any, was computed before.
   void draw(const Tensor& ids, const Tensor& positions, const Tensor& slots,
             const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
             const Tensor& rows, const Tensor& row_slots, const Tensor& records,
             const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
-            const Tensor& masked_ids, const Tensor& scratch, const Tensor& token_ids,
-            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
-            const Tensor& top_logprobs, const Tensor& num_top) {
+            const Tensor& masked_ids, const std::optional<Tensor>& mask, const Tensor& scratch,
+            const Tensor& token_ids, const Tensor& is_finite, const Tensor& logprobs,
+            const Tensor& top_ids, const Tensor& top_logprobs, const Tensor& num_top) {
     set_header(ids, positions, slots, query_start, context_len, block_table);
     set_rows(rows);
     TORCH_CHECK(header_.num_rows > 0, "`rows` must not be empty");
     const tgi::SampleCall call =
         tgi::check_sample(logits_.narrow(0, 0, header_.num_rows), row_slots, records, counts,
-                          biased_ids, biased_values, masked_ids, std::nullopt, scratch, token_ids,
+                          biased_ids, biased_values, masked_ids, mask, scratch, token_ids,
                           is_finite, logprobs, top_ids, top_logprobs, num_top);
     tgi::cpu::run_on_team(
         [&](int num_members) {
@@ -397,23 +403,25 @@ class StepProgram : public torch::CustomClassHolder {
     return scratch_.back().mutable_data_ptr<float>();
   }
 
-  step::KvLayerView kv_of(const Tensor& key, const Tensor& value, int64_t block_size,
-                          int64_t head_dim) const {
+  step::KvLayerView kv_of(const Tensor& pool, int64_t block_size, int64_t head_dim) const {
     TORCH_CHECK(block_size > 0 && block_size % 16 == 0,
                 "`block_size` must be a multiple of 16, got ", block_size);
     TORCH_CHECK(head_dim > 0 && head_dim % step::kStripRows == 0 && head_dim <= 256,
                 "`head_dim` must be a multiple of 32 up to 256, got ", head_dim);
-    TORCH_CHECK(key.scalar_type() == kFloat || key.scalar_type() == at::kBFloat16,
-                "`key` must be float32 or bfloat16, got ", key.scalar_type());
-    check_tensor(key, "key", key.scalar_type(), {-1, -1, block_size * head_dim});
-    check_tensor(value, "value", key.scalar_type(), {key.size(0), key.size(1), key.size(2)});
-    return {static_cast<uint8_t*>(key.mutable_data_ptr()),
-            static_cast<uint8_t*>(value.mutable_data_ptr()),
-            key.scalar_type() == kFloat ? Precision::kFloat32 : Precision::kBF16,
-            key.size(1),
-            block_size,
-            key.size(0),
-            head_dim};
+    const bool is_int8 = pool.scalar_type() == at::kChar;
+    TORCH_CHECK(is_int8 || pool.scalar_type() == kFloat || pool.scalar_type() == at::kBFloat16,
+                "`kv` must be float32, bfloat16 or int8, got ", pool.scalar_type());
+    const step::KvLayerView view = {static_cast<uint8_t*>(pool.mutable_data_ptr()),
+                                    is_int8                        ? Precision::kInt8
+                                    : pool.scalar_type() == kFloat ? Precision::kFloat32
+                                                                   : Precision::kBF16,
+                                    pool.size(0),
+                                    pool.stride(0) * pool.element_size(),
+                                    block_size,
+                                    pool.size(2),
+                                    head_dim};
+    check_kv(pool, block_size / 16 * view.sub_block_bytes() / pool.element_size());
+    return view;
   }
 
   void keep(at::TensorList tensors) { kept_.insert(kept_.end(), tensors.begin(), tensors.end()); }
@@ -460,6 +468,7 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.class_<StepProgram>("StepProgram")
       .def(torch::init<int64_t, int64_t, int64_t>())
       .def("activation_bytes", &StepProgram::activation_bytes)
+      .def("query_bytes", &StepProgram::query_bytes)
       .def("embed", &StepProgram::embed)
       .def("norm", &StepProgram::norm)
       .def("qkv",
@@ -467,10 +476,10 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
               const std::string& precision, std::vector<Tensor> parts,
               std::vector<std::string> formats, int64_t columns, const std::optional<Tensor>& bias,
               int64_t num_heads, const Tensor& cosines, const Tensor& sines,
-              std::vector<Tensor> norms, double eps, double scale, const Tensor& key,
-              const Tensor& value, int64_t block_size, int64_t head_dim, const Tensor& q) {
+              std::vector<Tensor> norms, double eps, double scale, const Tensor& kv,
+              int64_t block_size, int64_t head_dim, const Tensor& q) {
              self->qkv(in, precision, parts, std::move(formats), columns, bias, num_heads, cosines,
-                       sines, norms, eps, scale, key, value, block_size, head_dim, q);
+                       sines, norms, eps, scale, kv, block_size, head_dim, q);
            })
       .def("attention", &StepProgram::attention)
       .def("linear_add", &StepProgram::linear_add)

@@ -229,9 +229,9 @@ void attend_chunk(const AttentionParams& p, const TileState& state, int64_t inde
       p.block_table + tile.sequence * p.block_table_stride + start / p.block_size;
   const int64_t block_elements = p.block_size * p.head_dim;
   for (int64_t b = 0; b * p.block_size < chunk.num_tokens; ++b) {
-    const int64_t at = (state.head * p.num_blocks + blocks[b]) * block_elements;
-    chunk.key[b] = static_cast<const Element*>(p.key) + at;
-    chunk.value[b] = static_cast<const Element*>(p.value) + at;
+    chunk.key[b] = static_cast<const Element*>(p.kv) + blocks[b] * p.block_stride +
+                   state.head * block_elements;
+    chunk.value[b] = chunk.key[b] + p.num_kv_heads * block_elements;
   }
   const int64_t num_passes = (tile.num_rows + kPassRows - 1) / kPassRows;
   for (int64_t pass = 0, row = 0; pass < num_passes; ++pass) {

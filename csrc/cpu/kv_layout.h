@@ -1,7 +1,9 @@
-// Where a token's key and value lie in the pool: the one description for the write and for
-// attention. A (head, block) is contiguous: block_size * head_dim elements. Keys lie as the score
-// kernel reads them, 16 tokens side by side; bfloat16 packs two elements of the summed dimension
-// into a word. tgi_asgi/ops/kv.py has the same in torch, for tests.
+// Where a token's key and value lie in a layer's part of the pool: the one description for the
+// write and for attention. The pool is [block][layer][keys, values][KV head]: all of a block lies
+// together, so that the memory that consecutive blocks have touched has no holes. A (block, keys or
+// values, head) is block_size * head_dim elements. Keys lie as the score kernel reads them, 16
+// tokens side by side; bfloat16 packs two elements of the summed dimension into a word.
+// tgi_asgi/ops/kv.py has the same in torch, for tests.
 #pragma once
 
 #include <cstdint>

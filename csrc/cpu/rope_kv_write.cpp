@@ -43,9 +43,8 @@ void write_tokens(const ::tgi::RopeParams& p, int64_t begin, int64_t end) {
     }
     const int64_t block = p.slots[token] / p.block_size, offset = p.slots[token] % p.block_size;
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      const int64_t base = (head * p.num_blocks + block) * block_elements;
-      Element* key = static_cast<Element*>(p.key) + base;
-      Element* value = static_cast<Element*>(p.value) + base;
+      Element* key = static_cast<Element*>(p.kv) + block * p.block_stride + head * block_elements;
+      Element* value = key + p.num_kv_heads * block_elements;
       const float* v = row + (p.num_heads + p.num_kv_heads + head) * dim;
       rotate(row + (p.num_heads + head) * dim, rotated, cos, sin, half, dim);
       for (int64_t d = 0; d < dim; ++d) put(key + Layout::key_offset(offset, d, dim), rotated[d]);

@@ -7,6 +7,9 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -71,16 +74,21 @@ class Team {
   explicit Team(const TeamOptions& options)
       : options_(options), cores_(usable_cores()), num_members_(options.num_threads) {
     barrier_.reset(num_members_);
-    for (int member = 1; member < num_members_; ++member) {
-      threads_.emplace_back([this, member] { serve(member); });
+    try {
+      for (int member = 1; member < num_members_; ++member) {
+        threads_.emplace_back([this, member] { serve(member); });
+      }
+    } catch (const std::system_error& error) {
+      const size_t num_started = threads_.size();
+      end();
+      throw std::runtime_error(
+          "cannot start " + std::to_string(num_members_) + " compute threads: " + error.what() +
+          " after " + std::to_string(num_started + 1) +
+          "; set --num-threads, or raise the limit on processes (ulimit -u, pids.max) or memory");
     }
   }
 
-  ~Team() {
-    fn_ = nullptr;
-    publish();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Team() { end(); }
 
   int num_members() const { return num_members_; }
 
@@ -110,6 +118,13 @@ class Team {
   }
 
  private:
+  // Lets the threads that have started return from serve(), and waits for them.
+  void end() {
+    fn_ = nullptr;
+    publish();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void publish() {
     run_number_.fetch_add(1, std::memory_order_release);
     wake();

@@ -11,9 +11,9 @@ namespace tgi::cpu {
 
 struct TeamOptions {
   int num_threads = 0;  // 0: default_num_threads()
-  int nice = 0;  // of the team's own threads; raised where cores are few, so that HTTP is not starved
-  bool pin = false;  // bind member i to the i-th core that the process may use
-  int spin_us = 75;  // how long an idle member spins before it parks (a wake-up costs 16-25 us)
+  int nice = 0;         // of the team's own threads; raised where cores are few: HTTP goes first
+  bool pin = false;     // bind member i to the i-th core that the process may use
+  int spin_us = 75;     // how long an idle member spins before it parks (a wake-up costs 16-25 us)
 };
 
 // Cores by affinity and by cgroup quota, whichever is less: spinning under a quota is throttled.
@@ -35,6 +35,8 @@ int num_threads();
 void join_team();
 
 // Runs fn(context, member, num_members) once on every member and returns when all have returned.
+// The first run starts the team; it throws std::runtime_error where the system refuses a thread, as
+// do join_team() and team_wake().
 // Runs of several callers take turns. fn must not throw and must not call team_run. Memory written
 // before the call is visible to all members; what they wrote is visible after it. Denormals are
 // flushed inside.

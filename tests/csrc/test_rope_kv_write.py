@@ -16,15 +16,14 @@ HEADS, KV_HEADS = 6, 2
 
 def pool(head_dim: int, block_size: int, dtype: torch.dtype) -> KvLayer:
     layer = allocate_kv(1, 5, KV_HEADS, head_dim, block_size, dtype)[0]
-    layer.key.fill_(torch.nan)
-    layer.value.fill_(torch.nan)
+    layer.pool.fill_(torch.nan)
     return layer
 
 
 def run(layer: KvLayer, qkv: Tensor, positions: Tensor, slots: Tensor, rope: RopeTable) -> Tensor:
     q = torch.full((qkv.shape[0], HEADS, layer.head_dim), torch.nan)
     torch.ops.tgi.rope_kv_write(
-        qkv, positions.int(), slots, rope.cos, rope.sin, layer.block_size, q, layer.key, layer.value
+        qkv, positions.int(), slots, rope.cos, rope.sin, layer.block_size, q, layer.pool
     )
     return q
 
@@ -82,4 +81,4 @@ def test_places_out_of_range_are_refused_before_anything_is_written(
     qkv = torch.zeros(1, (HEADS + 2 * KV_HEADS) * 16)
     with pytest.raises(RuntimeError, match=message):
         run(layer, qkv, torch.tensor([position]), torch.tensor([slot]), RopeTable.create([1.0], 4))
-    assert torch.isnan(layer.key).all()
+    assert torch.isnan(layer.pool).all()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +64,44 @@ def test_any_number_of_threads_gives_the_same_bits(team: None, threads: int) -> 
 def test_the_default_is_what_the_process_may_use(team: None) -> None:
     _C.set_num_threads(0)
     assert _C.num_threads() == _C.default_num_threads() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("num_started", [0, 1])
+def test_a_thread_that_cannot_start_is_an_error_and_a_smaller_team_works(num_started: int) -> None:
+    """Address space for so many stacks and no more, which has the effect of a limit on processes."""
+    script = f"""
+import resource
+import torch
+from tgi_asgi import _C
+
+def norm():
+    out = torch.empty(64, 257)
+    torch.ops.tgi.rms_norm(torch.ones(64, 257), torch.ones(257), 1e-5, None, out)
+    return float(out[0, 0])
+
+_C.configure_team(1)
+norm()
+pages = int(open("/proc/self/statm").read().split()[0])
+stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+size = pages * resource.getpagesize() + {num_started} * stack + stack // 2
+resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+for attempt in range(2):
+    try:
+        _C.configure_team(4)
+        norm()
+    except RuntimeError as error:
+        print(error)
+_C.configure_team(1 + {num_started})
+print(norm() == norm())
+"""
+    command = ["sh", "-c", 'ulimit -s 65536; exec "$0" -c "$1"', sys.executable, script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    first, second, works = ran.stdout.splitlines()
+    assert first == second
+    assert first.startswith("cannot start 4 compute threads: Resource temporarily unavailable")
+    assert f"after {num_started + 1};" in first
+    assert works == "True"
 
 
 def test_callers_on_many_threads_take_turns(team: None) -> None:

@@ -41,8 +41,7 @@ class Sequences:
         blocks = [-(-context // self.block_size) for _, context, _ in parts]
         num_blocks = sum(blocks) + 2
         layer = allocate_kv(1, num_blocks, self.kv_heads, self.head_dim, self.block_size, self.dtype)[0]
-        layer.key.fill_(torch.nan)
-        layer.value.fill_(torch.nan)
+        layer.pool.fill_(torch.nan)
         ids = torch.randperm(num_blocks).tolist()
         table = torch.full((len(parts), max(blocks, default=1)), 1 << 30, dtype=torch.int32)
         for row, (sequence, context, _) in enumerate(parts):
@@ -139,8 +138,7 @@ def test_no_sequences_and_sequences_without_queries_are_served() -> None:
 
 def call(**changes: object) -> Tensor:
     layer = allocate_kv(1, 4, 1, 16, 16, torch.float32)[0]
-    layer.key.zero_()
-    layer.value.zero_()
+    layer.pool.zero_()
     operands = {
         "query_start": torch.tensor([0, 2], dtype=torch.int32),
         "context_len": torch.tensor([20], dtype=torch.int32),
@@ -166,3 +164,15 @@ def test_tables_that_do_not_fit_are_refused(change: dict[str, object], message: 
     call()
     with pytest.raises(RuntimeError, match=message):
         call(**change)
+
+
+def test_contexts_beyond_a_window_are_refused_and_within_it_nothing_changes() -> None:
+    layer = allocate_kv(1, 2, 1, 16, 16, torch.float32)[0]
+    layer.pool.normal_()
+    tables = AttentionTables(
+        *(torch.tensor(values, dtype=torch.int32) for values in ([0, 1], [20], [[0, 1]]))
+    )
+    q = torch.randn(1, 1, 16)
+    assert_same_bits(attention(q, layer, tables, 0.25, 20), attention(q, layer, tables, 0.25))
+    with pytest.raises(ValueError, match="contexts of 20 tokens are beyond the window of 19"):
+        attention(q, layer, tables, 0.25, 19)

@@ -37,7 +37,7 @@ def sample_operands() -> tuple[Any, ...]:
 
 
 def pool() -> torch.Tensor:
-    return torch.randn(1, 3, 16 * 16)
+    return torch.randn(3, 2, 2, 1, 16 * 16)[:, 1]  # the second of two layers
 
 
 OPERANDS: dict[str, Any] = {
@@ -45,11 +45,10 @@ OPERANDS: dict[str, Any] = {
     "rms_norm": lambda: (torch.randn(3, 8), torch.randn(8), 1e-5, ints(2), torch.zeros(1, 8)),
     "rope_kv_write": lambda: (
         torch.randn(2, 64), ints(0, 1), ints(4, 40, dtype=torch.int64), torch.randn(2, 8), torch.randn(2, 8),
-        16, torch.zeros(2, 2, 16), pool(), pool(),
+        16, torch.zeros(2, 2, 16), pool(),
     ),
     "attention": lambda: (
-        torch.randn(2, 2, 16), pool(), pool(), ints(0, 2), ints(20), ints(1, 2)[None], 16, 0.25,
-        torch.zeros(2, 32),
+        torch.randn(2, 2, 16), pool(), ints(0, 2), ints(20), ints(1, 2)[None], 16, 0.25, torch.zeros(2, 32),
     ),
     "act_mul": lambda: (torch.randn(2, 16), "silu", torch.zeros(2, 8)),
     "matmul": lambda: (torch.randn(2, 8), torch.randn(5, 8), torch.randn(5), torch.zeros(2, 5)),

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.helpers import random_source, source
 from tests.reference.compare import assert_close
-from tests.reference.layers import linear, rotate
+from tests.reference.layers import linear, rms_norm, rotate
 from tgi_asgi import ops
 from tgi_asgi.ops.kv import kv_read
 
@@ -55,6 +55,41 @@ def test_both_orders_of_rotary_pairs_give_the_reference(
     assert_close(q, rotate(q_ref, cos, sin), length=HIDDEN)
     assert_close(key, rotate(k_ref, cos, sin), length=HIDDEN)
     assert_close(value, v_ref, length=HIDDEN)
+
+
+def test_heads_are_normalised_before_they_are_rotated() -> None:
+    parts = [torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    norms = ops.HeadNorms(torch.rand(DIM) + 0.5, torch.rand(DIM) + 0.5, 1e-3)
+    weight = ops.qkv_weight(
+        *map(source, parts),
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        dtype=torch.float32,
+        norms=norms,
+    )
+    kv = ops.allocate_kv(1, 3, KV_HEADS, DIM, 16, torch.float32)[0]
+    rope = ops.RopeTable.create([10 ** (-i / 8) for i in range(DIM // 2)], 64)
+    a, positions, slots = torch.randn(20, HIDDEN), torch.randint(64, (20,)), torch.randperm(48)[:20]
+
+    q = ops.qkv(a, weight, positions.int(), slots, kv, rope)
+
+    q_ref, k_ref, v_ref = (linear(a, part).view(20, len(part) // DIM, DIM) for part in parts)
+    cos, sin = rope.cos[positions], rope.sin[positions]
+    key, value = kv_read(kv, slots)
+    assert_close(q, rotate(rms_norm(q_ref, norms.query, norms.eps), cos, sin), length=HIDDEN)
+    assert_close(key, rotate(rms_norm(k_ref, norms.key, norms.eps), cos, sin), length=HIDDEN)
+    assert_close(value, v_ref, length=HIDDEN)
+
+
+def test_norms_that_are_not_of_a_heads_size_are_refused() -> None:
+    query, key = random_source(HEADS * DIM, HIDDEN)[1], random_source(KV_HEADS * DIM, HIDDEN)[1]
+    norms = ops.HeadNorms(torch.ones(DIM), torch.ones(DIM - 1), 1e-5)
+    with pytest.raises(ValueError, match="`norms` must have 16 elements"):
+        ops.qkv_weight(
+            query, key, key, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float32,
+            norms=norms,
+        )  # fmt: skip
 
 
 def test_sources_that_do_not_fit_the_heads_are_refused() -> None:

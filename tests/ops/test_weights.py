@@ -46,7 +46,12 @@ def test_the_bytes_of_a_weight_are_counted() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"block_size": 24}, "block_size"), ({"head_dim": 24}, "head_dim"), ({"dtype": torch.float16}, "dtype")],
+    [
+        ({"block_size": 24}, "block_size"),
+        ({"head_dim": 24}, "head_dim"),
+        ({"dtype": torch.float16}, "dtype"),
+        ({"dtype": torch.int8}, "multiple of 32 with int8"),
+    ],
 )
 def test_a_pool_that_the_kernels_do_not_have_is_refused(change: dict[str, Any], message: str) -> None:
     sizes = {"num_layers": 1, "num_blocks": 2, "num_kv_heads": 1, "head_dim": 16, "block_size": 16}
@@ -71,7 +76,18 @@ def test_copied_blocks_hold_what_their_sources_held(dtype: torch.dtype) -> None:
         assert torch.equal(found_value, value[origin])
 
 
-def test_the_bytes_of_a_token_are_those_of_the_pool() -> None:
-    layers = ops.allocate_kv(3, 4, 2, 32, 16, torch.bfloat16)
-    held = sum(layer.key.nbytes + layer.value.nbytes for layer in layers)
-    assert ops.kv_bytes_per_token(3, 2, 32, torch.bfloat16) * 4 * 16 == held
+def test_copied_blocks_of_int8_are_the_same_bytes() -> None:
+    layers = ops.allocate_kv(2, 6, 2, 32, 16, torch.int8)
+    for layer in layers:
+        layer.pool.copy_(torch.randint(-128, 128, layer.pool.shape, dtype=torch.int8))
+    before = [layer.pool.clone() for layer in layers]
+    ops.copy_blocks(layers, [(1, 4), (1, 5), (3, 0)])
+    for layer, held in zip(layers, before, strict=True):
+        assert torch.equal(layer.pool, held[[3, 1, 2, 3, 1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_the_bytes_of_a_token_are_those_of_the_pool(dtype: torch.dtype) -> None:
+    layers = ops.allocate_kv(3, 4, 2, 32, 16, dtype)
+    held = sum(layer.pool.nbytes for layer in layers)
+    assert ops.kv_bytes_per_token(3, 2, 32, dtype) * 4 * 16 == held

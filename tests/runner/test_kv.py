@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,20 @@ def test_float32_arithmetic_has_a_float32_cache() -> None:
     exact, fast = choose(Settings(), dtype=torch.float32), choose(Settings())
     assert exact.dtype is torch.float32
     assert exact.bytes_per_token == 2 * fast.bytes_per_token
+
+
+def test_an_int8_cache_takes_half_the_memory_and_its_scales() -> None:
+    fits = dataclasses.replace(CONFIG, head_dim=32)
+    size = kv.choose_size(fits, Settings(kv_cache_dtype="int8"), torch.bfloat16, 1000, GIB)
+    assert size.dtype is torch.int8
+    assert size.bytes_per_token == 2 * 2 * 2 * (32 + 2)
+
+
+def test_an_int8_cache_is_refused_where_it_cannot_be_had() -> None:
+    with pytest.raises(ModelLoadError, match="contradicts --dtype float32"):
+        choose(Settings(kv_cache_dtype="int8"), dtype=torch.float32)
+    with pytest.raises(ModelLoadError, match=r"multiples of 32.*head size of 16"):
+        choose(Settings(kv_cache_dtype="int8"))
 
 
 def test_no_memory_is_an_error_with_a_cure() -> None:

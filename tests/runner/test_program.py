@@ -81,8 +81,7 @@ class Cache:
     ) -> None:
         kv = ops.allocate_kv(CONFIG.num_layers, NUM_BLOCKS, CONFIG.num_kv_heads, CONFIG.head_dim, 16, dtype)
         for layer in kv:  # what a cache holds before it is written must not matter
-            layer.key.fill_(float("nan"))
-            layer.value.fill_(float("nan"))
+            layer.pool.fill_(127 if dtype is torch.int8 else float("nan"))  # 0x7F7F as a scale: NaN, too
         self.step = make(model, kv)
         self.tables: dict[int, list[int]] = {}
         self.free = list(range(NUM_BLOCKS))
@@ -127,9 +126,11 @@ def recorded(model: Llama, kv: list[ops.KvLayer]) -> Step:
     return RecordedStep(model, kv, max_tokens=MAX_TOKENS, max_rows=32, max_context=CONFIG.context_length)
 
 
-def recorded_cache(format: str, *, is_exact: bool) -> Cache:
-    model = Llama(CONFIG, RandomWeights(format), ops.Packing(is_exact=is_exact), max_positions=1024)
-    return Cache(recorded, model, torch.float32 if is_exact else torch.bfloat16)
+def recorded_cache(
+    format: str, *, is_exact: bool, config: ModelConfig = CONFIG, kv_dtype: torch.dtype | None = None
+) -> Cache:
+    model = Llama(config, RandomWeights(format), ops.Packing(is_exact=is_exact), max_positions=1024)
+    return Cache(recorded, model, kv_dtype or (torch.float32 if is_exact else torch.bfloat16))
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
@@ -142,11 +143,13 @@ def isa(request: pytest.FixtureRequest) -> object:
     _C.force_isa(before)
 
 
+@pytest.mark.parametrize("has_qk_norm", [False, True])
 @pytest.mark.parametrize("format", ["F32", "Q4_1"])
-def test_an_exact_step_computes_what_the_eager_operators_do(format: str, isa: str) -> None:
-    eager_model = Llama(CONFIG, RandomWeights(format), torch.float32, max_positions=1024)
+def test_an_exact_step_computes_what_the_eager_operators_do(format: str, has_qk_norm: bool, isa: str) -> None:
+    config = replace(CONFIG, has_qk_norm=has_qk_norm)
+    eager_model = Llama(config, RandomWeights(format), torch.float32, max_positions=1024)
     eager = Cache(EagerStep, eager_model, torch.float32)
-    exact = recorded_cache(format, is_exact=True)
+    exact = recorded_cache(format, is_exact=True, config=config)
     steps = [[Piece(0, 0, 19)], [Piece(1, 0, 40), Piece(0, 19, 20)], [Piece(0, 20, 21), Piece(1, 40, 41)]]
     for pieces in steps:
         expected, found = eager.run(pieces), exact.run(pieces)
@@ -154,12 +157,14 @@ def test_an_exact_step_computes_what_the_eager_operators_do(format: str, isa: st
         assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
 
 
-def test_a_fast_step_is_close_to_the_exact_one(isa: str) -> None:
-    exact, fast = (recorded_cache("Q8_0", is_exact=is_exact) for is_exact in (True, False))
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_a_fast_step_is_close_to_the_exact_one(kv_dtype: torch.dtype, isa: str) -> None:
+    exact = recorded_cache("Q8_0", is_exact=True)
+    fast = recorded_cache("Q8_0", is_exact=False, kv_dtype=kv_dtype)
     pieces = [Piece(0, 0, 33), Piece(1, 0, 7)]
     expected, found = exact.run(pieces), fast.run(pieces)
     error = (found - expected).double().norm() / expected.double().norm()
-    assert 1e-6 < error < 0.05, f"{error}: eight bits and bfloat16, no more"
+    assert 1e-6 < error < 0.05, f"{error}: eight bits and the cache's type, no more"
 
 
 # Contexts on both sides of a chunk of 256 and of a block of 16; the last piece is alone in its step.
@@ -185,10 +190,24 @@ def by_token(results: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[tuple[in
 
 
 @pytest.mark.parametrize(
-    ("format", "is_exact"), [("Q4_1", False), ("Q8_0", True), ("BF16", False), ("Q6_K", False)]
+    ("format", "is_exact", "has_qk_norm", "kv_dtype"),
+    [
+        ("Q4_1", False, False, torch.bfloat16),
+        ("Q4_1", False, True, torch.bfloat16),
+        ("Q4_1", False, False, torch.int8),
+        ("Q4_1", False, True, torch.int8),
+        ("Q8_0", True, False, torch.float32),
+        ("BF16", False, False, torch.bfloat16),
+        ("Q6_K", False, False, torch.bfloat16),
+    ],
 )
-def test_chunks_batches_and_block_tables_change_no_bit(format: str, is_exact: bool) -> None:
-    whole, chunked, shuffled = (recorded_cache(format, is_exact=is_exact) for _ in range(3))
+def test_chunks_batches_and_block_tables_change_no_bit(
+    format: str, is_exact: bool, has_qk_norm: bool, kv_dtype: torch.dtype
+) -> None:
+    config = replace(CONFIG, has_qk_norm=has_qk_norm)
+    whole, chunked, shuffled = (
+        recorded_cache(format, is_exact=is_exact, config=config, kv_dtype=kv_dtype) for _ in range(3)
+    )
     expected = by_token([(WHOLE, whole.run(WHOLE))])
     found = by_token([(pieces, chunked.run(pieces)) for pieces in CHUNKED])
     shuffled.free = list(map(int, np.random.default_rng(0).permutation(NUM_BLOCKS)))
@@ -200,12 +219,13 @@ def test_chunks_batches_and_block_tables_change_no_bit(format: str, is_exact: bo
         assert_same_bits(alone[place], logits)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("context", [290, 700])
-def test_a_context_split_over_threads_changes_no_bit(context: int) -> None:
+def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: torch.dtype) -> None:
     before, results = _C.num_threads(), []
     for threads in (1, 2, 3, 5):
         _C.set_num_threads(threads)
-        cache = recorded_cache("Q4_1", is_exact=False)
+        cache = recorded_cache("Q4_1", is_exact=False, kv_dtype=kv_dtype)
         cache.run([Piece(0, 0, context - 1)])
         results.append(cache.run([Piece(0, context - 1, context), Piece(1, 0, 2)]))
     _C.set_num_threads(before)

@@ -25,8 +25,13 @@ class AttentionTables:
     block_table: Tensor  # [n_sequences, max_blocks] int32; entries past a context are not read
 
 
-def attention(q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float) -> Tensor:
+def attention(
+    q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float, window: int | None = None
+) -> Tensor:
     """Attend q [n_tokens, num_heads, head_dim] float32 to the cache; scores are multiplied by `scale`.
+
+    With a window, a query sees only so many positions, its own the last. The CPU's kernels have none: they
+    take contexts within it, where there is no difference.
 
     Returns an activation [n_tokens, num_heads * head_dim]. A row's bits depend on its own sequence only:
     not on the batch, on how its prompt was cut, on block ids or on threads. Chunks of 256 positions are
@@ -34,22 +39,29 @@ def attention(q: Tensor, kv: KvLayer, tables: AttentionTables, scale: float) -> 
 
     Raises:
         RuntimeError: lengths do not fit together, or a block id is not in the pool.
+        ValueError: a context goes beyond the window, on a CPU.
     """
     if isinstance(q, Recorded):
-        return q.program.record_attention(q, kv, scale)
+        return q.program.record_attention(q, kv, scale, window)
+    if window is not None and tables.context_len.numel() > 0:
+        check_window(window, int(tables.context_len.max()))
     out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=torch.float32)
     torch.ops.tgi.attention(
-        q, kv.key, kv.value, tables.query_start, tables.context_len, tables.block_table, kv.block_size,
-        scale, out,
+        q, kv.pool, tables.query_start, tables.context_len, tables.block_table, kv.block_size, scale, out
     )  # fmt: skip
     return out
+
+
+def check_window(window: int | None, longest: int) -> None:
+    """Refuse contexts beyond a window that is not computed."""
+    if window is not None and longest > window:
+        raise ValueError(f"contexts of {longest} tokens are beyond the window of {window}")
 
 
 @meta_of("attention")
 def _attention_meta(
     q: Tensor,
-    key: Tensor,
-    value: Tensor,
+    kv: Tensor,
     query_start: Tensor,
     context_len: Tensor,
     block_table: Tensor,

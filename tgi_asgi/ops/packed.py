@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,26 @@ from torch import Tensor
 STRIP_ROWS = 32
 _VOCABULARY_ROWS = 8  # times as many rows as columns: more than any other matrix has
 _HALF = STRIP_ROWS // 2
+_PIECE = 64 << 20  # bytes
 _QUANTISED = frozenset({"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"})
+
+
+class Arena:
+    """Memory for packed weights in large pieces, so that huge pages hold matrices that are smaller than one.
+
+    Matrices lie in the order in which they were packed: a layer after the other, as a step reads them.
+    """
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """Return `size` bytes, uint8, at a multiple of 64; what is never written takes no memory."""
+        if size > self._rest.numel():
+            self._rest = torch.empty(max(size, _PIECE), dtype=torch.uint8)
+            torch.ops.tgi.advise_huge_pages(self._rest)
+        out, self._rest = self._rest[:size], self._rest[-(-size // 64) * 64 :]
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +48,7 @@ class Packing:
 
     is_exact: bool
     quantise: str | None = None  # Q8_0 or Q4_0: what float weights become; a vocabulary stays at eight bits
+    arena: Arena = field(default_factory=Arena, compare=False, repr=False)
 
     def format_of(self, name: str, rows: int, columns: int) -> str:
         """Return the format in which a [rows, columns] weight that the file has as `name` is kept.
@@ -75,14 +95,14 @@ def pack(
     formats = tuple(name for _, name in sources)
     rows = int((order >= 0).sum())
     if len(set(formats)) == 1:
-        part = _pack_part([data for data, _ in sources], formats[0], columns, order)
+        part = _pack_part([data for data, _ in sources], formats[0], columns, order, packing.arena)
         return PackedMatrix((part,), formats[:1], (rows, columns), precision_of(formats, packing))
     parts: list[Tensor] = []
     first = 0
     for data, name in sources:
         count = data.shape[0] // _row_bytes(name, columns)
         wanted = order[(order >= first) & (order < first + count)] - first
-        parts.append(_pack_part([data], name, columns, wanted))
+        parts.append(_pack_part([data], name, columns, wanted, packing.arena))
         first += count
     return PackedMatrix(tuple(parts), formats, (rows, columns), precision_of(formats, packing))
 
@@ -139,10 +159,11 @@ def _row_bytes(name: str, columns: int) -> int:
     return columns // elements * size
 
 
-def _pack_part(sources: Sequence[Tensor], name: str, columns: int, order: npt.NDArray[np.int64]) -> Tensor:
-    panels = len(order) // _HALF
-    out = torch.empty(panels * torch.ops.tgi.packed_panel_bytes(name, columns), dtype=torch.uint8)
-    torch.ops.tgi.advise_huge_pages(out)
+def _pack_part(
+    sources: Sequence[Tensor], name: str, columns: int, order: npt.NDArray[np.int64], arena: Arena
+) -> Tensor:
+    size = len(order) // _HALF * torch.ops.tgi.packed_panel_bytes(name, columns)
+    out = arena.take(size)
     torch.ops.tgi.pack_weight(list(sources), name, columns, torch.from_numpy(order), out)
     return out
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import _C
-from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops.attention import AttentionTables, check_window
 from tgi_asgi.ops.kv import KvLayer
-from tgi_asgi.ops.packed import PackedMatrix
+from tgi_asgi.ops.packed import PackedMatrix, head_order
 from tgi_asgi.ops.recorded import Recorded
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult
@@ -96,10 +96,11 @@ class StepProgram:
         rows: Tensor,
         row_slots: Tensor,
         state: SampleState,
+        mask: Tensor | None = None,
     ) -> SampleResult:
         """Compute a step and draw a token after each of rows [n_rows] int32: `run` and `sample` in one.
 
-        Nothing of Python lies between them.
+        Nothing of Python lies between them. `mask` is that of `sample`.
 
         Raises:
             RuntimeError: as `run` and `sample`; nothing has been computed.
@@ -107,7 +108,7 @@ class StepProgram:
         result = SampleResult.allocate(rows.shape[0], state.max_top(row_slots))
         self._program.draw(
             ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows,
-            row_slots, state.record_bytes, state.counts_tensor, *state.biased, state.masked,
+            row_slots, state.record_bytes, state.counts_tensor, *state.biased, state.masked, mask,
             state.scratch(_C.num_threads()), result.token_ids, result.is_finite, result.logprobs,
             result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
@@ -152,28 +153,30 @@ class StepProgram:
     def record_qkv(self, a: Tensor, weight: QkvWeight, kv: KvLayer, rope: RopeTable) -> Tensor:
         """Record `qkv`, to be computed by the attention that takes its result and knows the scale."""
         matrix = _packed(weight.linear)
-        width = weight.num_heads * weight.head_dim
+        norms, eps = _ordered_norms(weight)
 
         def emit(scale: float) -> Tensor:
-            q = self._buffer("q", (self._max_tokens, width), kv.key.dtype)
+            q = self._buffer("q", (self._max_tokens, weight.num_heads * self._query_bytes(kv)), torch.uint8)
             source = _emit(a, matrix.precision)
             self._program.qkv(
                 source, matrix.precision, list(matrix.parts), list(matrix.formats), matrix.shape[1],
-                weight.linear.bias, weight.num_heads, rope.cos, rope.sin, [], 0.0, scale, kv.key, kv.value,
+                weight.linear.bias, weight.num_heads, rope.cos, rope.sin, norms, eps, scale, kv.pool,
                 kv.block_size, kv.head_dim, q,
             )  # fmt: skip
             return q
 
         return cast(Tensor, Recorded(self, "query", emit))
 
-    def record_attention(self, q: Tensor, kv: KvLayer, scale: float) -> Tensor:
+    def record_attention(self, q: Tensor, kv: KvLayer, scale: float, window: int | None) -> Tensor:
         """Record `attention`."""
+        check_window(window, self._max_context)
 
         def emit(precision: str) -> Tensor:
             query = _emit(q, scale)
-            out = self._activation("attention", self._max_tokens, query.shape[1], precision)
+            width = query.shape[1] // self._query_bytes(kv) * kv.head_dim
+            out = self._activation("attention", self._max_tokens, width, precision)
             self._program.attention(
-                query, kv.key, kv.value, kv.block_size, kv.head_dim, self._max_context, out, precision
+                query, kv.pool, kv.block_size, kv.head_dim, self._max_context, out, precision
             )
             return out
 
@@ -222,6 +225,10 @@ class StepProgram:
         )  # fmt: skip
         return cast(Tensor, Recorded(self, "logits"))
 
+    def _query_bytes(self, kv: KvLayer) -> int:
+        """Return what a head of a query takes: as many bits as the products with this cache want."""
+        return int(self._program.query_bytes(kv.pool, kv.block_size, kv.head_dim, 1))
+
     def _later(self, emit: Callable[[str], Tensor]) -> Tensor:
         return cast(Tensor, Recorded(self, "activation", emit))
 
@@ -243,6 +250,14 @@ def _packed(weight: LinearWeight) -> PackedMatrix:
     if not isinstance(weight.matrix, PackedMatrix):
         raise TypeError("a step is recorded with packed weights: make them with a `Packing`")
     return weight.matrix
+
+
+def _ordered_norms(weight: QkvWeight) -> tuple[list[Tensor], float]:
+    """Return the norms of queries and keys in the order in which the packed rows of a head lie."""
+    if weight.norms is None:
+        return [], 0.0
+    order = torch.from_numpy(head_order(1, 0, weight.head_dim))
+    return [weight.norms.query[order], weight.norms.key[order]], weight.norms.eps
 
 
 def _emit(handle: Tensor, argument: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
+from tgi_asgi.ops.grouped import GROUPED, decode_grouped, float8_blocks, for_cpu, int4_blocks, int8_blocks
 from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.packed import (
     BLOCKS,
@@ -28,7 +29,8 @@ from tgi_asgi.ops.packed import (
     unpack,
 )
 
-NATIVE_FORMATS = frozenset(BLOCKS)  # what a `WeightSource` can hold
+NATIVE_FORMATS = frozenset(BLOCKS)  # of GGUF files: what a `WeightSource` can hold as it is there
+_FORMATS = BLOCKS | GROUPED
 _DECODED = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"})  # what the operator `dequantise` reads
 # How products compute: eagerly in a dtype, or in a step recorded for the CPU or a CUDA device.
 Arithmetic = torch.dtype | Packing | Repacking
@@ -43,7 +45,8 @@ class WeightSource:
 
     Attributes:
         data: its bytes, uint8, contiguous; may be a view of a mapped file, read only while constructing.
-        format: one of `NATIVE_FORMATS`; anything else is decoded to float32 by the caller first.
+        format: one of `NATIVE_FORMATS`, or of those that `integer_source` and `float8_source` make; anything
+            else is decoded to float32 by the caller first.
         shape: (rows, columns) with rows outermost in memory, or (elements,).
 
     Raises:
@@ -55,13 +58,11 @@ class WeightSource:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.format not in NATIVE_FORMATS:
-            raise ValueError(
-                f"`format` must be one of {', '.join(sorted(NATIVE_FORMATS))}, got {self.format}"
-            )
+        if self.format not in _FORMATS:
+            raise ValueError(f"`format` must be one of {', '.join(sorted(_FORMATS))}, got {self.format}")
         if len(self.shape) not in (1, 2):
             raise ValueError(f"`shape` must have one or two sizes, got {self.shape}")
-        elements, size = BLOCKS[self.format]
+        elements, size = _FORMATS[self.format]
         if self.shape[-1] % elements:
             raise ValueError(f"{self.format} needs rows of a multiple of {elements}, got {self.shape}")
         if self.data.dtype != np.uint8 or not self.data.flags.c_contiguous:
@@ -69,6 +70,27 @@ class WeightSource:
         needed = int(np.prod(self.shape, dtype=np.int64)) // elements * size
         if self.data.size != needed:
             raise ValueError(f"{self.format} of shape {self.shape} has {needed} bytes, got {self.data.size}")
+
+
+def integer_source(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8], bits: int
+) -> WeightSource | None:
+    """Wrap a matrix of weights scale * (code - zero) as it is; None if no format holds it.
+
+    Groups must be multiples of 32 columns; zero points of codes of eight bits 128, their scales float16's.
+
+    Args:
+        codes: [rows, columns * bits / 8], of two nibbles the first in the low half.
+        scales, zeros: [rows, num_groups], of equal groups of columns.
+        bits: 4 or 8.
+    """
+    made = (int4_blocks if bits == 4 else int8_blocks)(codes, scales, zeros)
+    return None if made is None else WeightSource(*made, (codes.shape[0], codes.shape[1] * 8 // bits))
+
+
+def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> WeightSource:
+    """Wrap a matrix of E4M3 codes [rows, columns] with scales [rows, columns / run], a run 32, 64 or 128."""
+    return WeightSource(*float8_blocks(codes, scales), codes.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +123,15 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorm of each head's queries and keys before they are rotated (Qwen3)."""
+
+    query: Tensor  # [head_dim] float32, one for all heads
+    key: Tensor  # the same
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class QkvWeight:
     """The query, key and value projections as one product. Opaque above `ops`."""
 
@@ -108,6 +139,7 @@ class QkvWeight:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    norms: HeadNorms | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -158,6 +190,7 @@ def qkv_weight(
     head_dim: int,
     dtype: Arithmetic,
     biases: tuple[WeightSource, WeightSource, WeightSource] | None = None,
+    norms: HeadNorms | None = None,
     is_interleaved: bool = False,
 ) -> QkvWeight:
     """Make the weight of `qkv` from [heads * head_dim, columns] sources.
@@ -166,7 +199,7 @@ def qkv_weight(
     have them; they are put into two halves here, so that one rotation serves all files.
 
     Raises:
-        ValueError: a source has other rows than the heads say.
+        ValueError: a source has other rows than the heads say, or a norm is not of a head's size.
     """
     parts = (query, key, value)
     for name, part, heads in zip(
@@ -174,6 +207,8 @@ def qkv_weight(
     ):
         if part.shape[0] != heads * head_dim:
             raise ValueError(f"`{name}` must have {heads} x {head_dim} rows, got {part.shape[0]}")
+    if norms is not None and not norms.query.shape == norms.key.shape == (head_dim,):
+        raise ValueError(f"`norms` must have {head_dim} elements each")
     if is_interleaved:
         query, key = _halve_pairs(query, head_dim), _halve_pairs(key, head_dim)
         if biases is not None:
@@ -184,7 +219,7 @@ def qkv_weight(
         biases,
         lambda: head_order(num_heads + num_kv_heads, num_kv_heads, head_dim),
     )
-    return QkvWeight(linear, num_heads, num_kv_heads, head_dim)
+    return QkvWeight(linear, num_heads, num_kv_heads, head_dim, norms)
 
 
 def gate_up_weight(
@@ -220,7 +255,7 @@ def _linear(
     if bias is not None and bias.shape[0] != rows:
         raise ValueError(f"the bias must have {rows} elements, got {bias.shape[0]}")
     if isinstance(dtype, Packing):
-        raw = [_stored(source, dtype) for source in sources]
+        raw = [_stored(source, dtype) for source in for_cpu(sources, dtype)]
         wanted = order()
         return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
     if isinstance(dtype, Repacking):
@@ -239,6 +274,8 @@ def _linear(
 
 def _decode(source: WeightSource) -> Tensor:
     """Return a source as float32 of its shape."""
+    if source.format in GROUPED:
+        return torch.from_numpy(decode_grouped(source.data, source.format, source.shape))
     data = _as_tensor(source.data)
     if source.format not in _DECODED:  # by way of the panels, which all formats have
         rows = int(np.prod(source.shape[:-1]))

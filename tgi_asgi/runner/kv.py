@@ -10,6 +10,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.runner.program import can_record
 from tgi_asgi.settings import Settings
 
 _SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
@@ -49,16 +50,18 @@ def choose_size(
     free_bytes: int,
     *,
     share: float = _SHARE,
+    kv_dtype: torch.dtype | None = None,
 ) -> KvSize:
-    """Choose the pool's size for sequences of up to `max_total_tokens`.
+    """Choose the pool's size for sequences of up to `max_total_tokens`, of `kv_dtype` or what the CPU takes.
 
     `max_batch_total_tokens` decides where the operator set it. Otherwise all slots could be filled to the
     end, unless this share of the free memory is less.
 
     Raises:
-        ModelLoadError: there is no room for a block, or the operator's own limits contradict each other.
+        ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
+            the cache cannot have the type that --kv-cache-dtype asks for.
     """
-    kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+    kv_dtype = kv_dtype or _choose_dtype(config, settings, dtype)
     per_token = ops.kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype)
     size = settings.block_size
     blocks_a_sequence = -(-max_total_tokens // size)
@@ -78,6 +81,21 @@ def choose_size(
             f"{settings.max_total_tokens}: lower that, or raise --max-batch-total-tokens or the memory"
         )
     return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
+
+
+def _choose_dtype(config: ModelConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
+    """Return what keys and values are kept in: the arithmetic's type, unless the operator wants int8."""
+    if settings.kv_cache_dtype != "int8":
+        return torch.float32 if dtype is torch.float32 else torch.bfloat16
+    if dtype is torch.float32:
+        raise ModelLoadError("--kv-cache-dtype int8 contradicts --dtype float32, which is exact")
+    if not can_record(config):
+        raise ModelLoadError(
+            "--kv-cache-dtype int8 needs a model whose sizes are multiples of 32, up to a head size of 256; "
+            f"this one has a head size of {config.head_dim}, hidden {config.hidden_size}, "
+            f"intermediate {config.intermediate_size}"
+        )
+    return torch.int8
 
 
 def free_memory() -> int:

@@ -28,8 +28,13 @@ class Step(Protocol):
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return fresh logits [n_rows, vocab] float32 of rows of the last batch."""
 
-    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
-        """Compute a batch and draw after its rows, each for its sampling slot; there is at least one."""
+    def draw(
+        self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState, mask: Tensor | None
+    ) -> ops.SampleResult:
+        """Compute a batch and draw after its rows, each for its sampling slot; there is at least one.
+
+        `mask` is that of `ops.sample`.
+        """
 
 
 class EagerStep:
@@ -47,10 +52,12 @@ class EagerStep:
         """Compute more logits, as `Step.logits` says."""
         return self._model.logits(x, rows)
 
-    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
+    def draw(
+        self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState, mask: Tensor | None
+    ) -> ops.SampleResult:
         """Compute a batch and draw, as `Step.draw` says."""
         _, logits = self.run(batch, rows)
-        return ops.sample(logits, state, slots)
+        return ops.sample(logits, state, slots, mask=mask)
 
 
 class RecordedStep:
@@ -76,9 +83,13 @@ class RecordedStep:
         """Compute more logits, as `Step.logits` says."""
         return self._program.run_head(rows).clone()
 
-    def draw(self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState) -> ops.SampleResult:
+    def draw(
+        self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState, mask: Tensor | None
+    ) -> ops.SampleResult:
         """Compute a batch and draw, as `Step.draw` says."""
-        return self._program.draw(batch.ids, batch.positions, batch.slots, batch.tables, rows, slots, state)
+        return self._program.draw(
+            batch.ids, batch.positions, batch.slots, batch.tables, rows, slots, state, mask
+        )
 
 
 def make_step(

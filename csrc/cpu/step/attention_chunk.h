@@ -11,8 +11,17 @@ namespace tgi::cpu::step {
 namespace {
 
 constexpr int64_t kSubBlocks = kChunkTokens / 16;
-constexpr int64_t kAhead =
-    4;  // sub-blocks, 8 KiB: how far ahead of their use keys and values are fetched
+constexpr int64_t kMostAhead = 8;
+// How far ahead of their use keys and values are fetched, in sub-blocks: 8 KiB of a head of 64.
+// Into the second level of cache: the first has too few misses in flight for the whole bandwidth.
+constexpr int64_t ahead_of(Precision precision) {
+  return precision == Precision::kInt8 ? kMostAhead : 4;
+}
+// How many more sub-blocks of values are fetched while the softmax is taken, so that memory does
+// not wait for it.
+constexpr int64_t softmax_ahead_of(Precision precision) {
+  return precision == Precision::kInt8 ? 8 : 6;
+}
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -33,8 +42,8 @@ struct RowState {
 };
 
 struct Chunk {
-  const uint8_t*
-      keys[kSubBlocks + kAhead];  // sub-blocks of this chunk, and the first that are read after it
+  const uint8_t* keys[kSubBlocks + kMostAhead];  // sub-blocks of this chunk, and the first that are
+                                                 // read after it
   const uint8_t* values[kSubBlocks];
   int64_t begin;  // first token
   int64_t num_tokens;
@@ -72,6 +81,13 @@ struct KvTraits<S, Precision::kFloat32> {
   }
 };
 
+// The first `seen` of sixteen values, `other` for the rest.
+template <class S>
+inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) {
+  if (seen >= 16) return values;
+  return S::select_head(static_cast<int>(seen < 0 ? 0 : seen), values, S::set1(other));
+}
+
 // Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
 template <class S, Precision precision, int Rows, int Blocks>
 inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
@@ -81,7 +97,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   const uint8_t* ahead[Blocks];  // keys two reads ahead; behind the last keys, the first values
   typename S::F sums[Rows][Blocks];
   for (int i = 0; i < Blocks; ++i) {
-    const int64_t next = b + i + kAhead;
+    const int64_t next = b + i + ahead_of(precision);
     ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
@@ -91,7 +107,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     typename Kv::Vector keys[Blocks];
     TGI_UNROLL(2)
     for (int i = 0; i < Blocks; ++i) {
-      S::prefetch(ahead[i] + 64 * k);
+      S::prefetch_l2(ahead[i] + 64 * k);
       keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
     }
     TGI_UNROLL(6)
@@ -106,12 +122,8 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     const int64_t begin = chunk.begin + 16 * (b + i);
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
-      const int64_t seen = tile.visible[r] - begin;
-      if (seen < 16) {
-        sums[r][i] = S::select_head(static_cast<int>(seen < 0 ? 0 : seen), sums[r][i],
-                                    S::set1(kMinusInfinity));
-      }
-      S::store(scores + r * kChunkTokens + 16 * (b + i), sums[r][i]);
+      S::store(scores + r * kChunkTokens + 16 * (b + i),
+               keep_seen<S>(sums[r][i], tile.visible[r] - begin, kMinusInfinity));
     }
   }
 }
@@ -128,11 +140,42 @@ void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, flo
   }
 }
 
+// Fetches the values that follow those which the scores' loop has fetched.
+template <class S, Precision precision>
+class ValueFetch {
+ public:
+  ValueFetch(const Chunk& chunk, int64_t head_dim, int64_t num_steps) : chunk_(chunk) {
+    constexpr int64_t kBytes = precision == Precision::kInt8   ? 17  // of a dim in a sub-block
+                               : precision == Precision::kBF16 ? 32
+                                                               : 64;
+    block_ = ahead_of(precision);
+    const int64_t stop = block_ + softmax_ahead_of(precision);
+    stop_ = stop < chunk.num_blocks ? stop : chunk.num_blocks;
+    lines_ = (kBytes * head_dim + 63) / 64;
+    share_ = stop_ > block_ ? ((stop_ - block_) * lines_ + num_steps - 1) / num_steps : 0;
+  }
+  // One step's share.
+  inline void step() {
+    for (int64_t i = 0; i < share_ && block_ < stop_; ++i) {
+      S::prefetch_l2(chunk_.values[block_] + 64 * line_);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      ++block_;
+    }
+  }
+
+ private:
+  const Chunk& chunk_;
+  int64_t block_, stop_, lines_, share_, line_ = 0;
+};
+
 // Scores to weights: maximum and total of each row; weights in the precision that the values are
-// multiplied in.
+// multiplied in, or float32 before they become integers (which may take the place of the scores).
 template <class S, Precision precision, int Rows>
-void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState& state) {
+void chunk_softmax(const Chunk& chunk, int64_t head_dim, float* scores, uint8_t* weights,
+                   RowState& state) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
+  ValueFetch<S, precision> values(chunk, head_dim, Rows * chunk.num_blocks);
   for (int r = 0; r < Rows; ++r) {
     float* row = scores + r * kChunkTokens;
     auto largest = S::set1(kMinusInfinity);
@@ -142,7 +185,9 @@ void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState
     const auto shift = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
     auto total = S::zero();
     for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-      const auto p = exp2<S, kIsBF16>(S::sub(S::load(row + 16 * b), shift));
+      values.step();
+      const auto p =
+          exp2<S, precision != Precision::kFloat32>(S::sub(S::load(row + 16 * b), shift));
       total = S::add(total, p);
       if constexpr (kIsBF16) {
         S::store_bf16(weights + (r * kChunkTokens + 16 * b) * 2, p);
@@ -152,6 +197,14 @@ void chunk_softmax(const Chunk& chunk, float* scores, uint8_t* weights, RowState
     }
     state.total[r] = S::reduce_add(total);
   }
+}
+
+// What is fetched while the values of sub-block b are read: values further on, and behind the last
+// the keys that are read next; null where the softmax's loop has fetched it.
+inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, int64_t b) {
+  const int64_t next = b + ahead_of(precision), value = next + softmax_ahead_of(precision);
+  if (value < chunk.num_blocks) return chunk.values[value];
+  return next >= chunk.num_blocks && next < chunk.num_ahead ? chunk.keys[next] : nullptr;
 }
 
 // Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
@@ -171,13 +224,12 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
     const int64_t tokens = chunk.num_tokens - 16 * b < 16 ? chunk.num_tokens - 16 * b : 16;
     const uint8_t* values = chunk.values[b] + first_dim * 4;
     const uint8_t* weight = weights + 16 * b * kWeightBytes;
-    const uint8_t* ahead = b + kAhead < chunk.num_blocks  ? chunk.values[b + kAhead] + first_dim * 4
-                           : b + kAhead < chunk.num_ahead ? chunk.keys[b + kAhead] + first_dim * 4
-                                                          : values;
+    const uint8_t* ahead = fetched_beside(chunk, precision, b);
+    ahead = ahead == nullptr ? values : ahead + first_dim * 4;
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
       const int64_t row_bytes = t / kStepTokens * head_dim * 4;
       TGI_UNROLL(4)
-      for (int v = 0; v < Vectors; ++v) S::prefetch(ahead + row_bytes + 64 * v);
+      for (int v = 0; v < Vectors; ++v) S::prefetch_l2(ahead + row_bytes + 64 * v);
       typename Kv::Vector vector[Vectors];
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);
@@ -207,7 +259,7 @@ void attend_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, Row
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
   chunk_scores<S, precision, Rows>(tile, chunk, head_dim, scores);
-  chunk_softmax<S, precision, Rows>(chunk, scores, weights, state);
+  chunk_softmax<S, precision, Rows>(chunk, head_dim, scores, weights, state);
   int64_t dim = 0;
   for (; dim + 64 <= head_dim; dim += 64) {
     chunk_values<S, precision, Rows, 4>(chunk, weights, head_dim, dim, state);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_chunk.h"
+#include "attention_int8.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -12,10 +13,20 @@ template <class S>
 using ChunkFunction = void (*)(const RowTile&, const Chunk&, int64_t, RowState&);
 
 template <class S, Precision precision>
-inline ChunkFunction<S> chunk_function(int64_t rows) {
+inline ChunkFunction<S> float_chunk_function(int64_t rows) {
   constexpr ChunkFunction<S> table[] = {
       attend_chunk<S, precision, 1>, attend_chunk<S, precision, 2>, attend_chunk<S, precision, 3>,
       attend_chunk<S, precision, 4>, attend_chunk<S, precision, 5>, attend_chunk<S, precision, 6>};
+  return table[rows - 1];
+}
+
+template <class S>
+inline ChunkFunction<S> chunk_function(Precision precision, int64_t rows) {
+  if (precision == Precision::kBF16) return float_chunk_function<S, Precision::kBF16>(rows);
+  if (precision == Precision::kFloat32) return float_chunk_function<S, Precision::kFloat32>(rows);
+  constexpr ChunkFunction<S> table[] = {attend_int8_chunk<S, 1>, attend_int8_chunk<S, 2>,
+                                        attend_int8_chunk<S, 3>, attend_int8_chunk<S, 4>,
+                                        attend_int8_chunk<S, 5>, attend_int8_chunk<S, 6>};
   return table[rows - 1];
 }
 
@@ -25,7 +36,7 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step,
   const int64_t start = step.query_start[at.sequence];
   const int64_t length = step.query_start[at.sequence + 1] - start;
   const int64_t before = step.context_len[at.sequence] - length;
-  const int64_t row_bytes = p.kv.head_dim * (p.kv.precision == Precision::kBF16 ? 2 : 4);
+  const int64_t row_bytes = p.kv.query_bytes();
   RowTile tile;
   const int64_t first = at.tile * kAttentionRows, all = length * group;
   tile.count = all - first < kAttentionRows ? all - first : kAttentionRows;
@@ -39,11 +50,11 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step,
   return tile;
 }
 
-inline int64_t sub_block_at(const AttentionParams& p, const StepHeader& step,
-                            const AttentionPoint& at, int64_t token) {
+// The keys of the sub-block that holds a token.
+inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
+                              const AttentionPoint& at, int64_t token) {
   const int32_t* table = step.block_table + at.sequence * step.block_table_stride;
-  const int64_t slot = table[token / p.kv.block_size] * p.kv.block_size + token % p.kv.block_size;
-  return p.kv.sub_block(at.head, slot);
+  return p.kv.sub_block(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
 }
 
 // Looks up the chunk's sub-blocks, and the keys that are read next: of this tile, then of the tile
@@ -55,17 +66,17 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   chunk.num_tokens = longest - chunk.begin < kChunkTokens ? longest - chunk.begin : kChunkTokens;
   chunk.num_blocks = (chunk.num_tokens + 15) / 16;
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    const int64_t offset = sub_block_at(p, step, at, chunk.begin + 16 * b);
-    chunk.keys[b] = p.kv.keys + offset;
-    chunk.values[b] = p.kv.values + offset;
+    chunk.keys[b] = keys_at(p, step, at, chunk.begin + 16 * b);
+    chunk.values[b] = chunk.keys[b] + p.kv.values_after_keys();
   }
   chunk.num_ahead = chunk.num_blocks;
   const bool is_last = chunk.begin + kChunkTokens >= longest;
   if (is_last && next.sequence >= step.num_sequences) return chunk;
   const int64_t begin = is_last ? 0 : chunk.begin + kChunkTokens;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
-  for (int64_t token = begin; token < end && token < begin + 16 * kAhead; token += 16) {
-    chunk.keys[chunk.num_ahead++] = p.kv.keys + sub_block_at(p, step, is_last ? next : at, token);
+  const int64_t ahead = ahead_of(p.kv.precision);
+  for (int64_t token = begin; token < end && token < begin + 16 * ahead; token += 16) {
+    chunk.keys[chunk.num_ahead++] = keys_at(p, step, is_last ? next : at, token);
   }
   return chunk;
 }
@@ -152,9 +163,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
                    const AttentionPoint& next, const RowTile& tile, int64_t begin, int64_t end,
                    int member, int num_members) {
   const int64_t head_dim = p.kv.head_dim, size = kAttentionRows * (head_dim + 2);
-  const auto function = p.kv.precision == Precision::kBF16
-                            ? chunk_function<S, Precision::kBF16>(tile.count)
-                            : chunk_function<S, Precision::kFloat32>(tile.count);
+  const auto function = chunk_function<S>(p.kv.precision, tile.count);
   const Sharers all = sharers(step.attention_split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
   RowState state, merged;
@@ -176,9 +185,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
 template <class S>
 void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                  const AttentionPoint& next, const RowTile& tile) {
-  const auto function = p.kv.precision == Precision::kBF16
-                            ? chunk_function<S, Precision::kBF16>(tile.count)
-                            : chunk_function<S, Precision::kFloat32>(tile.count);
+  const auto function = chunk_function<S>(p.kv.precision, tile.count);
   RowState state, merged;
   if (tile.longest <= kChunkTokens) {
     function(tile, chunk_of(p, step, at, next, tile.longest, 0), p.kv.head_dim, state);

@@ -16,9 +16,20 @@ struct Ahead {
   int64_t lines;
 };
 
-template <class S>
+// Up to this many tokens wait for memory: their weights are fetched into the second level of cache,
+// as the first has too few misses in flight for the whole bandwidth (11 % faster with one token, 22
+// % with four). More tokens wait for arithmetic, which reads from the first.
+constexpr int kMemoryBoundTokens = 4;
+
+template <class S, int Tokens>
 inline void fetch_ahead(Ahead& ahead) {
-  for (int64_t i = 0; i < ahead.lines; ++i, ahead.next += 64) S::prefetch(ahead.next);
+  for (int64_t i = 0; i < ahead.lines; ++i, ahead.next += 64) {
+    if constexpr (Tokens <= kMemoryBoundTokens) {
+      S::prefetch_l2(ahead.next);
+    } else {
+      S::prefetch(ahead.next);
+    }
+  }
 }
 
 // One block's integer sums of Panels x Tokens outputs over quads [First, Last), from the zero
@@ -87,7 +98,7 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64
     typename Fmt::Block block[Panels];
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) block[p] = Fmt::block(w[p], b);
-    fetch_ahead<S>(ahead);
+    fetch_ahead<S, Tokens>(ahead);
     if constexpr (Fmt::kNumHalves == 1) {
       add_block<S, Fmt, Panels, Tokens, 0, 8>(block, x, total);
     } else {
@@ -126,7 +137,7 @@ inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int6
   }
   for (int64_t b = 0; b < num_blocks; ++b, x += tile_block_bytes(precision)) {
     const int64_t offset = b * kSteps * 64;
-    fetch_ahead<S>(ahead);
+    fetch_ahead<S, Tokens>(ahead);
     TGI_UNROLL(4)
     for (int k = 0; k < kSteps; ++k) {
       TGI_UNROLL(6)

@@ -20,6 +20,9 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
 // reference does.
 void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
 
+// The nearest fp16, ties to even.
+uint16_t float_to_half(float x);
+
 // A stored row as float32, times factor.
 void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* out);
 

@@ -8,21 +8,6 @@ namespace tgi::cpu::step {
 
 namespace {
 
-uint16_t to_half(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const float magnitude = std::fabs(x);
-  if (!(magnitude < 65520.0f))
-    return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
-  if (magnitude < 6.103515625e-05f) {
-    return static_cast<uint16_t>(sign |
-                                 static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
-  }
-  const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0xFFFu + ((bits >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
-}
-
 void read_nibbles(const uint8_t* p, uint8_t* codes) {
   for (int i = 0; i < 16; ++i) {
     codes[i] = p[i] & 15;
@@ -64,6 +49,21 @@ void read_q6_k(const uint8_t* p, int64_t s, RowBlock& out) {
 }
 
 }  // namespace
+
+uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const float magnitude = std::fabs(x);
+  if (!(magnitude < 65520.0f))
+    return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
+  if (magnitude < 6.103515625e-05f) {
+    return static_cast<uint16_t>(sign |
+                                 static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
+  }
+  const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0xFFFu + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
 
 int64_t file_row_bytes(Format format, int64_t columns) {
   switch (format) {
@@ -165,14 +165,14 @@ void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) 
     if (format == Format::kQ8_0) {
       const float scale = std::fabs(largest) / 127.0f,
                   inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-      const uint16_t half = to_half(scale);
+      const uint16_t half = float_to_half(scale);
       std::memcpy(out, &half, 2);
       for (int k = 0; k < 32; ++k)
         out[2 + k] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[k] * inverse)));
       out += 34;
     } else {
       const float scale = largest / -8.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-      const uint16_t half = to_half(scale);
+      const uint16_t half = float_to_half(scale);
       std::memcpy(out, &half, 2);
       for (int k = 0; k < 16; ++k) {
         const int low = static_cast<int>(x[k] * inverse + 8.5f),

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "linear_kernels.h"
+#include "pack.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -40,6 +41,41 @@ inline void rotate(typename S::F& first, typename S::F& second, const float* cos
   first = rotated;
 }
 
+// Thirty-two values as codes of at most `most`, and the scale that they stand for. Below 1e-30 all
+// are zero. NaN or infinity give a scale that is not finite.
+template <class S>
+struct Codes {
+  typename S::I first, second;
+  float scale;
+};
+
+template <class S>
+inline Codes<S> quantise_strip(typename S::F first, typename S::F second, float most) {
+  const int32_t bits = S::reduce_imax(S::imax(S::abs_bits(first), S::abs_bits(second)));
+  float largest;
+  std::memcpy(&largest, &bits, 4);
+  const bool is_tiny = largest < 1e-30f;
+  const auto inverse = S::set1(is_tiny ? 0.0f : most / largest);
+  return {S::round(S::mul(first, inverse)), S::round(S::mul(second, inverse)),
+          is_tiny ? 0.0f : largest / most};
+}
+
+template <class S>
+inline void store_int8_query(typename S::F first, typename S::F second, uint8_t* strip) {
+  const auto codes = quantise_strip<S>(first, second, 127.0f * 256.0f);
+  auto* high = reinterpret_cast<int8_t*>(strip);
+  const auto half = S::iset1(128);  // the low byte is signed, too
+  S::store_i8(high, S::ishr(S::iadd(codes.first, half), 8));
+  S::store_i8(high + 16, S::ishr(S::iadd(codes.second, half), 8));
+  S::store_i8(high + 32, codes.first);
+  S::store_i8(high + 48, codes.second);
+  // Unsigned, as NaN gives any integer.
+  const auto sum = static_cast<uint32_t>(S::reduce_iadd(S::iadd(codes.first, codes.second)));
+  const uint32_t start = 0u - 128u * sum;
+  std::memcpy(strip + kInt8QueryScale, &codes.scale, 4);
+  std::memcpy(strip + kInt8QueryStart, &start, 4);
+}
+
 // Strip `strip` of a head's query; float32 keeps the pairs' halves apart as the keys do.
 template <class S>
 inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t strip,
@@ -47,7 +83,10 @@ inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t
   const int64_t offset = (token * p.num_heads + head) * p.head_dim + strip * kStripRows;
   first = S::mul(first, S::set1(p.q_scale));
   second = S::mul(second, S::set1(p.q_scale));
-  if (p.kv.precision == Precision::kBF16) {
+  if (p.kv.precision == Precision::kInt8) {
+    auto* const query = static_cast<uint8_t*>(p.q) + offset / kStripRows * kInt8QueryStrip;
+    store_int8_query<S>(first, second, query);
+  } else if (p.kv.precision == Precision::kBF16) {
     S::istore(static_cast<uint16_t*>(p.q) + offset, S::pair_bf16(first, second));
   } else {
     S::store(static_cast<float*>(p.q) + offset, first);
@@ -55,12 +94,35 @@ inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t
   }
 }
 
+// Writes the codes of a strip of keys or values; returns its scale.
+template <class S>
+inline float store_int8(typename S::F first, typename S::F second, void* out) {
+  const auto codes = quantise_strip<S>(first, second, 127.0f);
+  S::store_i8(static_cast<int8_t*>(out), codes.first);
+  S::store_i8(static_cast<int8_t*>(out) + 16, codes.second);
+  return codes.scale;
+}
+
+inline void store_scale(uint8_t* block, int64_t head_dim, int64_t strip, int64_t slot,
+                        float scale) {
+  const uint16_t half = float_to_half(scale);
+  std::memcpy(block + int8_scales(head_dim, strip) + slot % 16 * 2, &half, 2);
+}
+
 template <class S>
 inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
                       typename S::F first, typename S::F second) {
-  uint8_t* keys = kv.keys + kv.sub_block(head, slot) + slot % 16 * 4;
+  uint8_t* const block = kv.sub_block(head, slot / kv.block_size, slot % kv.block_size);
+  uint8_t* keys = block + slot % 16 * 4;
   alignas(64) int32_t lanes[32];
-  if (kv.precision == Precision::kBF16) {
+  if (kv.precision == Precision::kInt8) {
+    store_scale(block, kv.head_dim, strip, slot, store_int8<S>(first, second, lanes));
+    keys += strip * 8 * 64;
+    for (int64_t i = 0; i < 8; ++i) {
+      const uint32_t quad = static_cast<uint32_t>(lanes[i]) ^ 0x80808080u;  // code + 128
+      std::memcpy(keys + 64 * i, &quad, 4);
+    }
+  } else if (kv.precision == Precision::kBF16) {
     S::istore(lanes, S::pair_bf16(first, second));
     keys += strip * 16 * 64;
     for (int64_t i = 0; i < 16; ++i) std::memcpy(keys + 64 * i, lanes + i, 4);
@@ -72,19 +134,28 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
   }
 }
 
-// Sixteen dims of a value, from dim on.
 template <class S>
-inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t dim,
-                        typename S::F values) {
-  uint8_t* block = kv.values + kv.sub_block(head, slot);
-  const int64_t offset = slot % 16;
-  if (kv.precision == Precision::kBF16) {
-    alignas(64) uint16_t lanes[16];
-    S::store_bf16(lanes, values);
+inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
+                        typename S::F first, typename S::F second) {
+  uint8_t* block =
+      kv.sub_block(head, slot / kv.block_size, slot % kv.block_size) + kv.values_after_keys();
+  const int64_t offset = slot % 16, dim = strip * kStripRows;
+  if (kv.precision == Precision::kInt8) {
+    alignas(64) int8_t lanes[32];
+    store_scale(block, kv.head_dim, strip, slot, store_int8<S>(first, second, lanes));
+    auto* out =
+        reinterpret_cast<int8_t*>(block) + (offset / 4 * kv.head_dim + dim) * 4 + offset % 4;
+    for (int64_t i = 0; i < 32; ++i) out[4 * i] = lanes[i];
+  } else if (kv.precision == Precision::kBF16) {
+    alignas(64) uint16_t lanes[32];
+    S::store_bf16(lanes, first);
+    S::store_bf16(lanes + 16, second);
     uint8_t* out = block + (offset / 2 * kv.head_dim + dim) * 4 + offset % 2 * 2;
-    for (int64_t i = 0; i < 16; ++i) std::memcpy(out + 4 * i, lanes + i, 2);
+    for (int64_t i = 0; i < 32; ++i) std::memcpy(out + 4 * i, lanes + i, 2);
   } else {
-    S::store(reinterpret_cast<float*>(block) + offset * kv.head_dim + dim, values);
+    float* out = reinterpret_cast<float*>(block) + offset * kv.head_dim + dim;
+    S::store(out, first);
+    S::store(out + 16, second);
   }
 }
 
@@ -96,8 +167,7 @@ inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t toke
   if (head >= p.num_heads + num_kv_heads) {
     const int64_t kv_head = head - p.num_heads - num_kv_heads;
     for (int64_t i = 0; i < num_strips; ++i) {
-      store_value<S>(p.kv, kv_head, slot, (strip + i) * kStripRows, rows.first[i]);
-      store_value<S>(p.kv, kv_head, slot, (strip + i) * kStripRows + 16, rows.second[i]);
+      store_value<S>(p.kv, kv_head, slot, strip + i, rows.first[i], rows.second[i]);
     }
     return;
   }

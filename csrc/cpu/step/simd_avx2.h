@@ -156,6 +156,9 @@ struct Avx2 {
   static inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
+  static inline void prefetch_l2(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
 
  private:
   static inline __m256 scale_half(__m256 p, __m256 n, __m256 x) {

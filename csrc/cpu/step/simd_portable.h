@@ -183,6 +183,7 @@ struct Portable {
     });
   }
   static inline void prefetch(const void*) {}
+  static inline void prefetch_l2(const void*) {}
 };
 
 }  // namespace

@@ -39,24 +39,48 @@ struct StepHeader {
 // barrier.
 constexpr int64_t kPrivateTokens = 2;
 
-// One layer's keys and values: pools [KV head][block] of sub-blocks of 16 tokens.
-// BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32: keys
-// [dim][16], values [16][dim]. The dims of keys (and of q) are in the order of the packed rows: of
-// each rotated pair the first, then the second.
+// Where the scales of a strip of 32 dims begin in a sub-block of an int8 cache: behind all codes.
+constexpr int64_t int8_scales(int64_t head_dim, int64_t strip) {
+  return 16 * head_dim + 32 * strip;
+}
+
+// A strip of a query against an int8 cache: 32 high bytes and 32 low bytes of 16-bit codes, the
+// scale, and -128 times the sum of the codes, where sums of products with unsigned keys begin.
+constexpr int64_t kInt8QueryScale = 64;
+constexpr int64_t kInt8QueryStart = 68;
+constexpr int64_t kInt8QueryStrip = 72;
+
+// One layer's keys and values: its part [block][keys, values][KV head] of the pool, in sub-blocks
+// of 16 tokens. BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32:
+// keys [dim][16], values [16][dim]; int8: keys [quad of dims][16 tokens][4] as code + 128, values
+// [quad of tokens][dim][4], then in both fp16 scales [strip of 32 dims][16 tokens]. The dims of
+// keys (and of q) are in the order of the packed rows: of each rotated pair the first, then the
+// second.
 struct KvLayerView {
-  uint8_t* keys;
-  uint8_t* values;
-  Precision precision;  // kBF16 or kFloat32
+  uint8_t* data;
+  Precision precision;
   int64_t num_blocks;
-  int64_t block_size;  // tokens, a multiple of 16
+  int64_t block_stride;  // bytes from a block to the next
+  int64_t block_size;    // tokens, a multiple of 16
   int64_t num_heads;
   int64_t head_dim;
 
-  int64_t sub_block_bytes() const { return head_dim * (precision == Precision::kBF16 ? 32 : 64); }
-  // In both pools, where the sub-block of the token at `slot` begins.
-  int64_t sub_block(int64_t head, int64_t slot) const {
-    return (head * num_blocks * block_size + slot) / 16 * sub_block_bytes();
+  int64_t sub_block_bytes() const {
+    return precision == Precision::kInt8   ? head_dim * 17
+           : precision == Precision::kBF16 ? head_dim * 32
+                                           : head_dim * 64;
   }
+  // Of a head of a token's query.
+  int64_t query_bytes() const {
+    return precision == Precision::kInt8   ? head_dim / kStripRows * kInt8QueryStrip
+           : precision == Precision::kBF16 ? head_dim * 2
+                                           : head_dim * 4;
+  }
+  // Where the keys of the token at `offset` of a block begin, and how much further its values.
+  uint8_t* sub_block(int64_t head, int64_t block, int64_t offset) const {
+    return data + block * block_stride + (head * block_size + offset) / 16 * sub_block_bytes();
+  }
+  int64_t values_after_keys() const { return num_heads * block_size / 16 * sub_block_bytes(); }
 };
 
 struct EmbedParams {
@@ -97,7 +121,7 @@ struct QkvParams {
   const float* k_norm;
   float eps;
   float q_scale;  // softmax scale times log2(e)
-  void* q;        // [num_tokens, num_heads, head_dim], the KV cache's precision
+  void* q;        // [num_tokens, num_heads, kv.query_bytes()]
   KvLayerView kv;
 };
 
