@@ -100,7 +100,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
         request = make_request(index, prompt_len, num_steps + 3)
         chain = HashChain(root_digest(None, None), BLOCK_SIZE)
         scheduler.add([EngineSequence(request, 0, urgency=(0.0, index, 0), chain=chain)])
-    budget.observe(1, 0.0)
+    budget.observe(0, 1, 0.0)
     ahead = scheduler.plan()
     spent_s = 0.0
     for _ in range(num_steps):

@@ -32,6 +32,20 @@ def test_releasing_twice_gives_back_once() -> None:
     assert admission.num_taken == 0
 
 
+def test_a_permit_that_is_split_is_given_back_in_parts() -> None:
+    admission = Admission(4, Clock())
+    permit = admission.acquire(4, "tenant")
+    part = permit.split(1)
+    assert (part.n, part.tenant, permit.n, admission.num_taken) == (1, "tenant", 3, 4)
+    rest = permit.split(3)
+    permit.release()
+    assert admission.num_taken == 4
+    rest.release()
+    part.release()
+    part.release()
+    assert admission.num_taken == 0
+
+
 def test_more_than_there_could_ever_be_is_the_requests_fault() -> None:
     with pytest.raises(InvalidRequest, match="at most 4"):
         Admission(4, Clock()).acquire(5)
@@ -43,24 +57,37 @@ def test_retry_after_follows_the_drain_rate() -> None:
     for _ in range(5):
         permit = admission.acquire(1)
         clock.now += 2.0
-        permit.release()
+        permit.release(has_run=True)
     held = [admission.acquire(1) for _ in range(10)]
     with pytest.raises(Overloaded) as caught:
         admission.acquire(4)
     # Five came back in the 8 s since the first of them: four more take 6.4 s.
     assert caught.value.retry_after_s == 7
     for permit in held:
-        permit.release()
+        permit.release(has_run=True)
     held = [admission.acquire(1) for _ in range(10)]
     with pytest.raises(Overloaded) as caught:
         admission.acquire(1)
     assert caught.value.retry_after_s == 1
 
 
+def test_refusals_after_admission_do_not_make_retry_after_shorter() -> None:
+    clock = Clock()
+    admission = Admission(10, clock)
+    for _ in range(2):
+        permit = admission.acquire(1)
+        clock.now += 4.0
+        permit.release(has_run=True)
+        for _ in range(100):
+            admission.acquire(1).release()
+    # Two in 4 s ended, and two hundred were refused: three more take 6 s.
+    assert admission.retry_after_s(3) == 6
+
+
 def test_nothing_released_for_a_minute_is_a_long_wait() -> None:
     clock = Clock()
     admission = Admission(1, clock)
-    admission.acquire(1).release()
+    admission.acquire(1).release(has_run=True)
     admission.acquire(1)
     clock.now += 61
     with pytest.raises(Overloaded) as caught:

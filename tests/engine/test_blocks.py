@@ -101,3 +101,53 @@ def test_forgotten_contents_are_not_found_and_the_block_stays_with_its_holder() 
     assert pool.find(digest("a")) is None
     assert pool.references(block) == 1
     pool.check()
+
+
+def fill(pool: BlockPool, name: str) -> int:
+    """Cache some contents in a free block."""
+    block = pool.allocate()
+    pool.register(block, digest(name))
+    pool.release([block])
+    return block
+
+
+def test_new_blocks_are_touched_only_as_far_as_that_pays() -> None:
+    pool = BlockPool(100, num_eager=4)
+    for index in range(50):
+        fill(pool, str(index))
+    assert pool.num_touched == 4
+    assert pool.num_free == 100
+    assert pool.find(digest("49")) is not None
+    assert pool.find(digest("45")) is None
+    pool.check()
+
+
+def test_blocks_that_are_needed_at_once_are_there() -> None:
+    pool = BlockPool(10, num_eager=2)
+    held = [pool.allocate() for _ in range(10)]
+    assert sorted(held) == list(range(10))
+    pool.release(held)
+    pool.check()
+    for index in range(30):
+        fill(pool, str(index))
+    assert pool.num_touched == 10
+
+
+def test_the_cache_grows_while_what_it_gave_up_is_wanted_again() -> None:
+    """Six conversations in turn find nothing in a cache for four, until it is one for six."""
+    pool = BlockPool(100, num_eager=4)
+    hits = []
+    for turn in range(40):
+        name = digest(str(turn % 6))
+        block = pool.find(name)
+        hits.append(block is not None)
+        if block is None:
+            pool.miss(name)
+            fill(pool, str(turn % 6))
+        else:
+            pool.take(block)
+            pool.release([block])
+        pool.check()
+    assert all(hits[-20:])
+    assert pool.num_touched <= 8
+    assert not pool.miss(digest("never seen"))

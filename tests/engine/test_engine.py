@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -25,9 +26,7 @@ from tgi_asgi.errors import (
     GenerationFailed,
     IncompleteGeneration,
     InvalidRequest,
-    Overloaded,
     TgiError,
-    Unavailable,
 )
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
@@ -314,89 +313,32 @@ async def test_a_sink_that_raises_loses_its_own_request_only(make_engine: MakeEn
     assert [type(error) for error in broken.errors] == [IncompleteGeneration]
 
 
-async def test_no_room_is_said_at_once_with_a_time_to_wait(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_concurrent_requests=2)
-    channel = submit(engine, make_request(5, max_tokens=50, n=2))
-    with pytest.raises(Overloaded) as caught:
-        engine.acquire(1)
-    assert caught.value.retry_after_s >= 1
-    await collect(channel)
-    engine.acquire(2).release()
+async def test_a_cpu_cache_takes_memory_where_conversations_come_back_for_it(make_engine: MakeEngine) -> None:
+    """Half a gibibyte of four is filled by prompts that are new; prompts that come again get the rest."""
+    engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=4 << 30)
+    pool, draw = engine.scheduler.pool, random.Random(2)
+    for _ in range(30):
+        await ask(engine, make_request([draw.randrange(256) for _ in range(100)], max_tokens=2))
+    assert pool.num_touched == 16
+    prompts = [[draw.randrange(256) for _ in range(100)] for _ in range(6)]
+    for _ in range(8):
+        engine.stats.prefix_hit_tokens = 0
+        for prompt in prompts:
+            await ask(engine, make_request(prompt, max_tokens=2))
+    assert engine.stats.prefix_hit_tokens == 6 * 96
+    assert 36 <= pool.num_touched < 64
 
 
-async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not(
+async def test_choices_with_seeds_of_their_own_are_what_single_requests_would_be(
     make_engine: MakeEngine,
 ) -> None:
-    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.002), queue_timeout_s=0.05)
-    running = submit(engine, make_request(5, max_tokens=60))
-    late = await ask(engine, make_request(6))
-    assert isinstance(late.error, Overloaded)
-    assert late.error.retry_after_s >= 1
-    assert (await collect(running)).finish() is FinishReason.LENGTH
-    assert engine.stats.failed == 1
-
-
-async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_engine: MakeEngine) -> None:
-    engine = make_engine(FakeRunner(max_batch_size=2), max_concurrent_requests=6)
-    greedy = [engine.submit(make_request(5, max_tokens=300), engine.acquire(1, "greedy")) for _ in range(6)]
-    await until(lambda: engine.stats.sampled_tokens > 4)
-    modest = [engine.submit(make_request(6), engine.acquire(1, "modest")) for _ in range(3)]
-    with pytest.raises(Overloaded):
-        engine.acquire(1, "modest")  # half is enough
-    with pytest.raises(Overloaded):
-        engine.acquire(1, "greedy")
-    assert engine.admission.num_taken == 6
-    answers = await asyncio.gather(*map(collect, greedy))
-    assert [type(answer.error) for answer in answers] == [type(None)] * 3 + [Overloaded] * 3
-    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, modest)))
-
-
-async def test_nobody_is_displaced_who_has_begun_or_where_there_is_one_tenant(
-    make_engine: MakeEngine,
-) -> None:
-    engine = make_engine(FakeRunner(), max_concurrent_requests=2)
-    running = [engine.submit(make_request(5, max_tokens=200), engine.acquire(1, "a")) for _ in range(2)]
-    with pytest.raises(Overloaded):
-        engine.acquire(1, "a")
-    await until(lambda: engine.stats.sampled_tokens > 0)
-    with pytest.raises(Overloaded):
-        engine.acquire(1, "b")
-    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, running)))
-
-
-async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    early = engine.acquire(1)
-    running = asyncio.create_task(ask(engine, make_request(5, max_tokens=50)))
-    await until(lambda: engine.stats.sampled_tokens > 3)
-    draining = asyncio.create_task(engine.drain(10))
-    await asyncio.sleep(0)
-    assert engine.state is EngineState.DRAINING
-    with pytest.raises(Unavailable):
-        engine.acquire(1)
-    with pytest.raises(Unavailable):
-        engine.submit(make_request(5), early)
-    await draining
-    assert (await running).finish() is FinishReason.LENGTH
-
-
-async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine: MakeEngine) -> None:
-    engine = make_engine(FakeRunner(is_manual=True))
-    channels = [submit(engine, make_request(5, max_tokens=50)) for _ in range(3)]
-    await engine.drain(0.01)
-    for channel in channels:
-        assert isinstance((await collect(channel)).error, IncompleteGeneration)
-
-
-async def test_stopping_ends_every_request_with_an_error(make_engine: MakeEngine) -> None:
-    runner = FakeRunner()
-    engine = make_engine(runner)
-    channels = [submit(engine, make_request(5, max_tokens=900)) for _ in range(3)]
-    await until(lambda: engine.stats.sampled_tokens > 5)
-    await engine.stop()
-    assert runner.num_in_flight == 0
-    for channel in channels:
-        assert isinstance((await collect(channel)).error, IncompleteGeneration)
+    sampling = SamplingParams(temperature=1.0, seed=7)
+    seeds = (11, 12)
+    answer = await ask(make_engine(), make_request(5, sampling=sampling, n=2, seeds=seeds))
+    for choice, seed in enumerate(seeds):
+        alone = dataclasses.replace(sampling, seed=seed)
+        single = await ask(make_engine(), make_request(5, sampling=alone))
+        assert answer.tokens(choice) == single.tokens()
 
 
 async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:

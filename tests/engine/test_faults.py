@@ -310,7 +310,7 @@ async def test_a_step_that_hangs_while_a_fault_is_looked_for_is_noticed() -> Non
 
 async def test_slow_steps_are_no_hung_steps(make_engine: MakeEngine) -> None:
     """Each takes less than the limit, all of them together far more."""
-    engine = make_engine(FakeRunner(step_s=0.01), step_timeout_s=0.1)
+    engine = make_engine(FakeRunner(step_s=0.02), step_timeout_s=0.4)
     assert (await ask(engine, make_request(9, 40))).finish() is FinishReason.LENGTH
 
 

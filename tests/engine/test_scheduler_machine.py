@@ -29,10 +29,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         max_prefill=st.sampled_from([4, 8, 64]),
         prefix_cache=st.booleans(),
+        num_eager=st.none() | st.integers(1, 8),
     )
-    def start(self, num_blocks: int, max_batch_size: int, max_prefill: int, prefix_cache: bool) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        max_batch_size: int,
+        max_prefill: int,
+        prefix_cache: bool,
+        num_eager: int | None,
+    ) -> None:
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
+            num_eager_blocks=num_eager,
             block_size=BLOCK,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,

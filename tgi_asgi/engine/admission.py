@@ -24,11 +24,17 @@ class AdmissionPermit:
         self.n = n
         self.tenant = tenant
 
-    def release(self) -> None:
-        """Give the room back. Idempotent."""
+    def split(self, n: int) -> AdmissionPermit:
+        """Return a permit of its own for n of the choices; it is released apart from the rest."""
+        assert self._admission is not None and 0 < n <= self.n
+        self.n -= n
+        return AdmissionPermit(self._admission, n, self.tenant)
+
+    def release(self, *, has_run: bool = False) -> None:
+        """Give the room back, after a request that `has_run` or was refused before. Idempotent."""
         admission, self._admission = self._admission, None
         if admission is not None:
-            admission._on_release(self)
+            admission._on_release(self, has_run)
 
 
 class Admission:
@@ -80,7 +86,10 @@ class Admission:
         return AdmissionPermit(self, n, tenant)
 
     def retry_after_s(self, missing: int) -> int:
-        """Estimate the seconds until `missing` more permits are free, from the last minute's releases."""
+        """Estimate the seconds until `missing` more permits are free, from the last minute's releases.
+
+        Those of requests that never ran do not count: refusals are fast whatever the engine does.
+        """
         now = self._clock()
         recent = [(at, n) for at, n in self._releases if at > now - _WINDOW_S]
         released = sum(n for _, n in recent)
@@ -89,9 +98,10 @@ class Admission:
         seconds = missing * (now - recent[0][0]) / released
         return min(max(math.ceil(seconds), 1), _MAX_RETRY_AFTER_S)
 
-    def _on_release(self, permit: AdmissionPermit) -> None:
+    def _on_release(self, permit: AdmissionPermit, has_run: bool) -> None:
         self.num_taken -= permit.n
         self._taken_by[permit.tenant] -= permit.n
         if not self._taken_by[permit.tenant]:
             del self._taken_by[permit.tenant]
-        self._releases.append((self._clock(), permit.n))
+        if has_run:
+            self._releases.append((self._clock(), permit.n))

@@ -16,23 +16,35 @@ class BlockPool:
     of its contents, so that `take` can bring it back until `allocate` hands it out for something else. The
     free list is the LRU order: blocks without a digest first, then registered ones, oldest first.
 
+    On a CPU a block takes memory from when it is first written. So the pool walks through its blocks only as
+    far as that pays: beyond the first `num_eager` a new one is taken where all others are used, or while
+    cached contents that were given up have been asked for again (`miss`).
+
     `num_free + num_used == num_blocks` always.
     """
 
-    __slots__ = ("_by_digest", "_digests", "_free", "_references", "num_blocks", "num_used")
+    __slots__ = (
+        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "num_blocks",
+        "num_touched", "num_used",
+    )  # fmt: skip
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, num_eager: int | None = None) -> None:
         assert num_blocks >= 1
         self.num_blocks = num_blocks
         self.num_used = 0
+        self.num_touched = 0  # blocks that were ever handed out: those from here on are free and not listed
+        self._num_eager = num_blocks if num_eager is None else num_eager
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._by_digest: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict()
+        self._given_up: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # newest last; as many as the pool has blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.num_blocks - self.num_touched
 
     def references(self, block: int) -> int:
         """Return how many holders the block has."""
@@ -43,15 +55,47 @@ class BlockPool:
         return self._digests[block] is not None
 
     def allocate(self) -> int:
-        """Take the free block that is longest unused; it forgets what it held. Needs `num_free > 0`."""
-        block, _ = self._free.popitem(last=False)
-        digest = self._digests[block]
-        if digest is not None:
-            del self._by_digest[digest]
-            self._digests[block] = None
+        """Take a new block, or the one that is longest unused, which forgets what it held.
+
+        Needs `num_free > 0`.
+        """
+        if self._wants_new():
+            block = self.num_touched
+            self.num_touched += 1
+        else:
+            block, _ = self._free.popitem(last=False)
+            digest = self._digests[block]
+            if digest is not None:
+                del self._by_digest[digest]
+                self._digests[block] = None
+                if self._num_eager < self.num_blocks:
+                    self._give_up(digest)
         self._references[block] = 1
         self.num_used += 1
         return block
+
+    def _wants_new(self) -> bool:
+        if self.num_touched == self.num_blocks:
+            return False
+        if not self._free:
+            return True
+        return self.num_touched < self._num_eager and self._digests[next(iter(self._free))] is not None
+
+    def _give_up(self, digest: bytes) -> None:
+        self._given_up[digest] = None
+        if len(self._given_up) > self.num_blocks:
+            self._given_up.popitem(last=False)
+
+    def miss(self, digest: bytes) -> bool:
+        """Learn that contents are wanted that `find` did not find; tell whether they were here once.
+
+        If so a larger cache would have them still: from now on it keeps one block more.
+        """
+        if digest not in self._given_up:
+            return False
+        del self._given_up[digest]
+        self._num_eager = min(max(self._num_eager, self.num_touched) + 1, self.num_blocks)
+        return True
 
     def share(self, block: int) -> None:
         """Add a holder to a used block."""
@@ -78,6 +122,7 @@ class BlockPool:
         if digest not in self._by_digest and self._digests[block] is None:
             self._by_digest[digest] = block
             self._digests[block] = digest
+            self._given_up.pop(digest, None)
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable: what they hold is not to be trusted."""
@@ -107,7 +152,10 @@ class BlockPool:
         """Assert every invariant of the pool; for tests."""
         used = sum(count > 0 for count in self._references)
         assert used == self.num_used
-        assert used + len(self._free) == self.num_blocks
+        assert used + self.num_free == self.num_blocks
         assert all(self._references[block] == 0 for block in self._free)
+        assert not any(self._references[self.num_touched :])
+        assert all(block < self.num_touched for block in self._free)
+        assert not self._given_up.keys() & self._by_digest.keys()
         registered = {block: digest for block, digest in enumerate(self._digests) if digest is not None}
         assert registered == {block: digest for digest, block in self._by_digest.items()}

@@ -1,71 +1,64 @@
-"""How many prompt tokens a step may compute so that running streams keep their pace; learnt while serving."""
+"""How many prompt tokens a step may compute so that running streams keep their pace and prompts theirs."""
 
 from __future__ import annotations
 
+from tgi_asgi.engine.step_time import StepTime
+
 _UNKNOWN_COST_TOKENS = 128  # the first prompt chunk, whose time teaches the cost of a token
-_WEIGHT = 0.25  # of the newest step in the running means
+_PATIENCE_S = 1.0  # once a prompt has waited so long, the second of each pair below holds; before, between
+_SHARE = (0.5, 3.0)  # what prompts get of a step at the least, of its decode time
+_STRETCH = (1.0, 2.0)  # of the target
 
 
 class TokenBudget:
-    """Model a step's time as `decode + tokens * cost` and solve it for the target.
+    """Choose a step's prompt tokens by what steps have taken so far.
 
-    `decode` is a running mean of steps without prompt tokens, `cost` of what each prompt token adds, weighted
-    by tokens: a short prompt, whose step takes as long as a decode step, says little. Errors of the first go
-    into the second, which is measured where it is used, so mixed steps settle on the target.
+    Prompts get what decoding leaves of the target, and no less than half as long as decoding takes: where
+    that alone misses the target the streams are late anyway, and starving prompts would not help them. Both
+    grow with the wait, to twice the target and three quarters of the step within a second: when many arrive
+    at once all of them are answered soon, and those that stream go slower until then.
     """
 
-    __slots__ = (
-        "_block_size", "_decode_s", "_limit", "_max_tokens", "_prefill_s", "_prefill_tokens", "_target_s",
-    )  # fmt: skip
+    __slots__ = ("_block_size", "_limit", "_max_tokens", "_target_s", "_time")
 
     def __init__(self, *, max_tokens: int, block_size: int, target_s: float) -> None:
         self._max_tokens = max_tokens
         self._limit = max_tokens  # less after a step that found no memory
         self._block_size = block_size
         self._target_s = target_s
-        self._decode_s: float | None = None
-        self._prefill_s = 0.0  # decaying sums
-        self._prefill_tokens = 0.0
+        self._time = StepTime()
 
-    @property
-    def _cost_s(self) -> float:
-        return max(self._prefill_s / self._prefill_tokens, 0.0) if self._prefill_tokens else 0.0
-
-    def tokens(self, num_decode_rows: int) -> int:
+    def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
-        At least one block, so that prompts always advance. Where decoding alone misses the target, prompts
-        get half of its time: the streams are late anyway, and starving prompts would not help them.
+        At least one block, so that prompts always advance. `waited_s`: how long the next prompt has waited.
         """
-        return min(self._wanted(num_decode_rows), self._limit)
+        return min(self._wanted(num_decode_rows, waited_s), self._limit)
 
-    def _wanted(self, num_decode_rows: int) -> int:
-        if not self._prefill_tokens:
+    def _wanted(self, num_decode_rows: int, waited_s: float) -> int:
+        token_s = self._time.token_s
+        if token_s is None:
             return min(_UNKNOWN_COST_TOKENS, self._max_tokens)
         if num_decode_rows == 0:
             return self._max_tokens
-        decode_s = self._decode_s or 0.0
-        room_s = max(self._target_s - decode_s, decode_s / 2)
-        tokens = int(room_s / max(self._cost_s, room_s / self._max_tokens))
+        decode_s = self._time.predict_s(num_decode_rows, 0)
+        patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
+        share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
+        room_s = max(self._target_s * stretch - decode_s, decode_s * share)
+        tokens = int(room_s / max(token_s, room_s / self._max_tokens))
         aligned = tokens - tokens % self._block_size
         return min(max(aligned, self._block_size), self._max_tokens)
 
-    def observe(self, num_prefill_tokens: int, duration_s: float) -> None:
+    def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float) -> None:
         """Learn from a step that took `duration_s`."""
+        self._time.observe(num_decode_rows, num_prefill_tokens, duration_s)
         if num_prefill_tokens:
-            keep = 1 - _WEIGHT
-            self._prefill_s = keep * self._prefill_s + duration_s - (self._decode_s or 0.0)
-            self._prefill_tokens = keep * self._prefill_tokens + num_prefill_tokens
             self._limit = min(self._limit + self._block_size, self._max_tokens)
-        elif self._decode_s is None:
-            self._decode_s = duration_s
-        else:
-            self._decode_s += _WEIGHT * (duration_s - self._decode_s)
 
     def shrink(self, num_prefill_tokens: int) -> None:
         """Learn that a step of so many prompt tokens found no memory: take half, and creep up again."""
         self._limit = max(min(self._limit, num_prefill_tokens // 2), self._block_size)
 
-    def predict_s(self, num_prefill_tokens: int) -> float:
+    def predict_s(self, num_decode_rows: int, num_prefill_tokens: int) -> float:
         """Return how long a step is expected to take; 0 while nothing is known."""
-        return (self._decode_s or 0.0) + num_prefill_tokens * self._cost_s
+        return self._time.predict_s(num_decode_rows, num_prefill_tokens)

@@ -26,7 +26,12 @@ def describe(
     return {
         "counters": {name: getattr(stats, name) for name in _COUNTERS},
         "permits": {"capacity": admission.capacity, "taken": admission.num_taken},
-        "blocks": {"total": pool.num_blocks, "used": pool.num_used, "free": pool.num_free},
+        "blocks": {
+            "total": pool.num_blocks,
+            "used": pool.num_used,
+            "free": pool.num_free,
+            "touched": pool.num_touched,
+        },
         "requests": [_request(channel, now_s) for channel in ordered],
     }
 

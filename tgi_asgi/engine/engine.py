@@ -35,10 +35,12 @@ from tgi_asgi.errors import (
     Unavailable,
 )
 from tgi_asgi.runner.plan import Runner
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import EngineState, GenerationRequest, ModelInfo, Permit
 
 log = logging.getLogger(__name__)
+
+_EAGER_BYTES = 512 * MIB  # of KV cache on a CPU: the system commits memory as blocks are first written
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
             tokenizer,
             settings,
             eos_ids=eos_ids,
+            num_eager_blocks=_num_eager_blocks(runner.num_blocks, info),
             stats=self.stats,
             on_hang=self._on_hang,
             clock=clock,
@@ -220,3 +223,13 @@ class Engine:
         self._loop.end_all(GenerationFailed("the engine has failed"))  # what of is the log's to tell
         if self.on_fatal is not None:
             self.on_fatal(error)
+
+
+def _num_eager_blocks(num_blocks: int, info: ModelInfo) -> int:
+    """Return how much of the KV cache is filled before anything cached is given up for new contents.
+
+    On a GPU all of it, as its memory is taken from the start.
+    """
+    if info.device != "cpu" or not info.kv_bytes:
+        return num_blocks
+    return min(num_blocks, max(num_blocks * _EAGER_BYTES // info.kv_bytes, 1))

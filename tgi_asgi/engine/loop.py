@@ -37,6 +37,7 @@ class ServingLoop:
 
     Args:
         eos_ids: of the model.
+        num_eager_blocks: see `Scheduler`.
         on_hang: called once with the seconds that a step has taken beyond bearing.
     """
 
@@ -47,6 +48,7 @@ class ServingLoop:
         settings: Settings,
         *,
         eos_ids: frozenset[int],
+        num_eager_blocks: int,
         stats: EngineStats,
         on_hang: Callable[[float], None],
         clock: Callable[[], float],
@@ -63,6 +65,7 @@ class ServingLoop:
             max_step_tokens=runner.max_step_tokens,
             budget=self._budget,
             stats=stats,
+            num_eager_blocks=num_eager_blocks,
             prefix_cache=settings.prefix_cache,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
@@ -182,16 +185,20 @@ class ServingLoop:
         self.scheduler.add(channel.sequences)
 
     def _fill(self) -> None:
-        """Plan and submit until two steps are in flight or there is nothing to compute."""
+        """Plan and submit until two steps are in flight or there is nothing to compute.
+
+        Messages come first: what was given up or refused since the last step must not run.
+        """
+        self._take_waiting()
         while self.pipeline.has_room:
-            step = self.scheduler.plan()
+            step = self.scheduler.plan(self._clock())
             if step is None:
                 break
             self._submit(step)
         self._show()
 
     def _submit(self, step: Step) -> Flight:
-        predicted_s = self._budget.predict_s(step.num_prefill_tokens)
+        predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
         for sequence in step.sequences[step.num_decode_rows :]:
             stats = sequence.owner.stats
@@ -209,7 +216,7 @@ class ServingLoop:
             await self._recover(flight.step, error)
             return
         step, duration_s = flight.step, flight.done_s - flight.begun_s
-        self._budget.observe(step.num_prefill_tokens, duration_s)
+        self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
         self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         # A decode row had its last token from the step before.
         self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
@@ -381,7 +388,7 @@ class ServingLoop:
         self._open.remove(channel)
         for sequence in channel.sequences:
             self.scheduler.remove(sequence)
-        channel.permit.release()
+        channel.permit.release(has_run=channel.stats.scheduled_s is not None)
         if channel.timer is not None:
             channel.timer.cancel()
         channel.stats.finished_s = self._clock()

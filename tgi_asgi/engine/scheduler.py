@@ -58,6 +58,7 @@ class Scheduler:
     alone (the engine checks), so there is always progress.
 
     Args:
+        num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
@@ -71,12 +72,13 @@ class Scheduler:
         max_step_tokens: int,
         budget: TokenBudget,
         stats: EngineStats,
+        num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
-        self.tables = BlockTables(BlockPool(num_blocks), block_size, prefix_cache=prefix_cache, stats=stats)
-        self.pool = self.tables.pool
+        self.pool = BlockPool(num_blocks, num_eager_blocks)
+        self.tables = BlockTables(self.pool, block_size, prefix_cache=prefix_cache, stats=stats)
         self._block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget
@@ -128,13 +130,20 @@ class Scheduler:
         self._slots.append(sequence.slot)
         self._num_running_of[sequence.tenant] -= 1
 
-    def plan(self) -> Step | None:
-        """Plan the next step, or return None if there is nothing that a step could compute now."""
+    def plan(self, now: float = 0.0) -> Step | None:
+        """Plan the next step, or return None if there is nothing that a step could compute now.
+
+        Args:
+            now: of the clock that urgencies are of; how long prompts have waited sizes their chunks.
+        """
         step = self._new_step()
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = len(step.sequences)
-        budget = self._budget.tokens(step.num_decode_rows)
-        budget = min(budget, self._max_step_tokens - step.num_decode_rows)
+        following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
+        budget = 0
+        if following is not None:
+            budget = self._budget.tokens(step.num_decode_rows, now - following.urgency[0])
+            budget = min(budget, self._max_step_tokens - step.num_decode_rows)
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)

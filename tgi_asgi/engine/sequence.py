@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any
 
@@ -101,10 +102,13 @@ class Sequence:
 
     def slot_start(self) -> SlotStart:
         """Return what the runner needs to draw this sequence's next token."""
+        sampling, choice = self.request.sampling, self.choice
+        if self.request.seeds:
+            sampling, choice = dataclasses.replace(sampling, seed=self.request.seeds[choice]), 0
         return SlotStart(
             slot=self.slot,
-            sampling=self.request.sampling,
-            choice=self.choice,
+            sampling=sampling,
+            choice=choice,
             prompt_ids=self.request.prompt_ids,
             output_ids=self.token_ids[self.prompt_len :],
             min_tokens=self.min_tokens,

@@ -64,11 +64,15 @@ class BlockTables:
         """Return the blocks of the longest cached prefix; at least one token is left to compute."""
         blocks: list[int] = []
         tokens = sequence.token_ids
-        for index in range((len(tokens) - 1) // self.block_size):
+        num_blocks = (len(tokens) - 1) // self.block_size
+        for index in range(num_blocks):
             block = self.pool.find(sequence.chain.digest(index, tokens))
             if block is None:
                 break
             blocks.append(block)
+        for index in range(len(blocks), num_blocks):  # the pool learns what it should have kept
+            if not self.pool.miss(sequence.chain.digest(index, tokens)):
+                break
         return blocks
 
     def _fork(self, sequence: Sequence, leader: Sequence, reserve: int) -> bool:

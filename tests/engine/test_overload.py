@@ -1,0 +1,154 @@
+"""The engine with more work than room, and at its end: refusals, waits, tenants, draining, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.engine.conftest import MakeEngine
+from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.support.fake_runner import (
+    FakeRunner,
+)
+from tgi_asgi.engine.admission import Admission
+from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.errors import (
+    IncompleteGeneration,
+    Overloaded,
+    Unavailable,
+)
+from tgi_asgi.runner.plan import StepResult
+from tgi_asgi.types import EngineState, FinishReason
+
+
+async def test_no_room_is_said_at_once_with_a_time_to_wait(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_concurrent_requests=2)
+    channel = submit(engine, make_request(5, max_tokens=50, n=2))
+    with pytest.raises(Overloaded) as caught:
+        engine.acquire(1)
+    assert caught.value.retry_after_s >= 1
+    await collect(channel)
+    engine.acquire(2).release()
+
+
+async def test_a_request_that_waits_too_long_is_refused_and_one_that_runs_is_not(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.002), queue_timeout_s=0.05)
+    running = submit(engine, make_request(5, max_tokens=60))
+    late = await ask(engine, make_request(6))
+    assert isinstance(late.error, Overloaded)
+    assert late.error.retry_after_s >= 1
+    assert (await collect(running)).finish() is FinishReason.LENGTH
+    assert engine.stats.failed == 1
+
+
+async def test_only_requests_that_ran_teach_how_long_to_wait(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=1, step_s=0.002), queue_timeout_s=0.05)
+    now_s = 0.0
+    engine.admission = Admission(8, lambda: now_s)
+    running = submit(engine, make_request(5, max_tokens=60))
+    late = await ask(engine, make_request(6))
+    assert isinstance(late.error, Overloaded)
+    now_s += 100
+    assert engine.admission.retry_after_s(1) == 1, "nothing is known yet"
+    await collect(running)
+    now_s += 100
+    assert engine.admission.retry_after_s(1) == 60, "something ended once, but not lately"
+
+
+async def test_a_tenant_without_its_share_displaces_the_newest_that_waits(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(max_batch_size=2), max_concurrent_requests=6)
+    greedy = [engine.submit(make_request(5, max_tokens=300), engine.acquire(1, "greedy")) for _ in range(6)]
+    await until(lambda: engine.stats.sampled_tokens > 4)
+    modest = [engine.submit(make_request(6), engine.acquire(1, "modest")) for _ in range(3)]
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "modest")  # half is enough
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "greedy")
+    assert engine.admission.num_taken == 6
+    answers = await asyncio.gather(*map(collect, greedy))
+    assert [type(answer.error) for answer in answers] == [type(None)] * 3 + [Overloaded] * 3
+    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, modest)))
+
+
+async def test_nobody_is_displaced_for_a_call_that_finds_no_room_for_all_of_it(
+    make_engine: MakeEngine,
+) -> None:
+    """Of three prompts the first alone would find room, at another's cost."""
+    engine = make_engine(FakeRunner(max_batch_size=2), max_concurrent_requests=4)
+    greedy = [engine.submit(make_request(5, max_tokens=100), engine.acquire(1, "greedy")) for _ in range(4)]
+    with pytest.raises(Overloaded):
+        engine.acquire(3, "modest")
+    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, greedy)))
+
+
+async def test_what_is_refused_between_two_steps_does_not_run(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its message is there, but the loop has not come to it when a slot gets free."""
+    runner = FakeRunner(max_batch_size=1)
+    engine = make_engine(runner, max_concurrent_requests=4)
+    running = submit(engine, make_request(5, max_tokens=3))
+    waiting = submit(engine, make_request(6, max_tokens=3))
+    deliver = engine._loop._deliver
+
+    async def deliver_and_refuse(step: Step, result: StepResult) -> None:
+        await deliver(step, result)
+        if running.is_ended:
+            waiting.refuse(Overloaded("too late"))
+
+    monkeypatch.setattr(engine._loop, "_deliver", deliver_and_refuse)
+    assert (await collect(running)).error is None
+    assert isinstance((await collect(waiting)).error, Overloaded)
+    assert waiting.stats.scheduled_s is None
+    assert engine.stats.prefill_tokens == 5
+
+
+async def test_nobody_is_displaced_who_has_begun_or_where_there_is_one_tenant(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeRunner(), max_concurrent_requests=2)
+    running = [engine.submit(make_request(5, max_tokens=200), engine.acquire(1, "a")) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "a")
+    await until(lambda: engine.stats.sampled_tokens > 0)
+    with pytest.raises(Overloaded):
+        engine.acquire(1, "b")
+    assert all(answer.error is None for answer in await asyncio.gather(*map(collect, running)))
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    early = engine.acquire(1)
+    running = asyncio.create_task(ask(engine, make_request(5, max_tokens=50)))
+    await until(lambda: engine.stats.sampled_tokens > 3)
+    draining = asyncio.create_task(engine.drain(10))
+    await asyncio.sleep(0)
+    assert engine.state is EngineState.DRAINING
+    with pytest.raises(Unavailable):
+        engine.acquire(1)
+    with pytest.raises(Unavailable):
+        engine.submit(make_request(5), early)
+    await draining
+    assert (await running).finish() is FinishReason.LENGTH
+
+
+async def test_what_has_not_finished_by_the_end_of_draining_is_told(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeRunner(is_manual=True))
+    channels = [submit(engine, make_request(5, max_tokens=50)) for _ in range(3)]
+    await engine.drain(0.01)
+    for channel in channels:
+        assert isinstance((await collect(channel)).error, IncompleteGeneration)
+
+
+async def test_stopping_ends_every_request_with_an_error(make_engine: MakeEngine) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    channels = [submit(engine, make_request(5, max_tokens=900)) for _ in range(3)]
+    await until(lambda: engine.stats.sampled_tokens > 5)
+    await engine.stop()
+    assert runner.num_in_flight == 0
+    for channel in channels:
+        assert isinstance((await collect(channel)).error, IncompleteGeneration)
