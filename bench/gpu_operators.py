@@ -1,31 +1,32 @@
-"""What bench/gpu_stages.py times: the kernels in Llama-3-8B's shapes, and a whole decode step of them."""
+"""What bench/gpu_stages.py times one by one: the kernels in Llama-3-8B's shapes, each beside its peers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import gpu_stages
 from bench.gpu_stages import copies_past_l2, random
-from tgi_asgi import ops
-from tgi_asgi.ops.cuda import CudaBatch, CudaKvLayer, CudaProgram
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCAB = 4096, 32, 8, 128, 14336, 32, 128256
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 BLOCK = 16
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
-PREFILLS, ROWS, DRAWS = (2048, 8192), (64, 4096), (1, 64)
+PREFILLS, ROWS, DRAWS, PRODUCTS = (2048, 8192), (64, 4096), (1, 64), (1, 8, 16)
+# Weights of products: bits of a code, columns that share a scale, whether there are offsets.
+CODES = {"int4": (4, 128, True), "q8_0": (8, 32, False), "q6_k": (8, 16, False), "fp8": (8, 128, False)}
 _kernels: Any = torch.ops.tgi_cuda
 
 Call = Callable[[], object]
-Measurement = tuple[str, str, int, str, list[Call], tuple[str, Call] | None]
+Measurement = tuple[str, str, int, str, list[Call], dict[str, Call]]
 
 
 def measurements() -> Iterator[Measurement]:
-    """Yield operator, shape, bytes (or FLOP), the ceiling they meet, calls on rotating data, and a peer."""
+    """Yield operator, shape, bytes (or FLOP), the ceiling they meet, calls on rotating data, and peers."""
     for batch, context in DECODES:
         yield _decode(batch, context)
     for tokens in PREFILLS:
@@ -36,55 +37,10 @@ def measurements() -> Iterator[Measurement]:
         yield _rope(rows)
     for rows in DRAWS:
         yield _sample(rows)
-
-
-def decode_program(batch: int, context: int) -> tuple[Call, int, int]:
-    """Return a decode step with random weights, the bytes it must read, and how many calls it makes."""
-    program = CudaProgram(
-        max_tokens=batch, max_sequences=batch, max_rows=batch, max_blocks=context // BLOCK,
-        dtype=torch.bfloat16, device=gpu_stages.DEVICE,
-    )  # fmt: skip
-    table = _pool(batch, context)[0]
-    rope = ops.RopeTable.create([10000 ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)], context)
-    norms = random(HIDDEN, dtype=torch.float32)
-    weights = [
-        _linear(rows, columns)
-        for rows, columns in (
-            ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HEADS * HEAD_DIM),
-            (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (VOCAB, HIDDEN),
-        )
-    ]  # fmt: skip
-    x = program.record_embed(weights[4])
-    num_bytes = weights[4].num_bytes
-    for _ in range(LAYERS):
-        layer = cast(ops.KvLayer, CudaKvLayer(_pool(batch, context)[1]))
-        qkv, output, gate_up, down = (_linear(*weight.matrix.shape) for weight in weights[:4])
-        num_bytes += sum(weight.num_bytes for weight in (qkv, output, gate_up, down))
-        num_bytes += 4 * batch * context * KV_HEADS * HEAD_DIM
-        a = program.record_norm(norms, 1e-5)
-        q = program.record_qkv(a, ops.QkvWeight(qkv, HEADS, KV_HEADS, HEAD_DIM), layer, rope)
-        x = program.record_linear_add(program.record_attention(q, layer, HEAD_DIM**-0.5), output, x)
-        a = program.record_gate_up(program.record_norm(norms, 1e-5), ops.GateUpWeight(gate_up), "silu")
-        x = program.record_linear_add(a, down, x)
-    program.record_head(norms, 1e-5, weights[4])
-    full = torch.full((batch,), context, dtype=torch.int32, device=gpu_stages.DEVICE)
-    inputs = CudaBatch(
-        ids=torch.arange(batch, dtype=torch.int32, device=gpu_stages.DEVICE), positions=full - 1,
-        slots=table[:, -1].long() * BLOCK + BLOCK - 1,
-        query_start=torch.arange(batch + 1, dtype=torch.int32, device=gpu_stages.DEVICE), context_len=full,
-        block_table=table, num_decodes=batch, max_query_len=0,
-    )  # fmt: skip
-    rows = torch.arange(batch, dtype=torch.int32, device=gpu_stages.DEVICE)
-
-    def call() -> None:
-        program.forward(inputs)
-        program.head(rows)
-
-    return call, num_bytes, program.num_calls + 2
-
-
-def _linear(rows: int, columns: int) -> ops.LinearWeight:
-    return ops.LinearWeight(random(rows, columns) * columns**-0.5)
+    for tokens in PRODUCTS:
+        yield _product(tokens)
+        for name in CODES:
+            yield _quant_product(tokens, name)
 
 
 def _pool(batch: int, context: int) -> tuple[Tensor, Tensor]:
@@ -111,13 +67,44 @@ def _decode(batch: int, context: int) -> Measurement:
 
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
     k, v = (random(batch, KV_HEADS, context, HEAD_DIM) for _ in range(2))
+    peers = _sdpa(q[:, :, None], k, v, is_causal=False)
+    peers["FlashInfer"] = _flashinfer(q, *sets[0], context)
+    return "attention_decode", f"B{batch} x {context}", num_bytes, "read", calls, peers
 
-    def peer() -> Tensor:
-        attend: Any = torch.nn.functional.scaled_dot_product_attention
-        result: Tensor = attend(q[:, :, None], k, v, enable_gqa=True)
-        return result
 
-    return "attention_decode", f"B{batch} x {context}", num_bytes, "read", calls, ("SDPA", peer)
+def _flashinfer(q: Tensor, table: Tensor, kv: Tensor, context: int) -> Call:
+    """Return FlashInfer's decode on the same pool; made when it is first called, and only if it is there."""
+
+    @functools.cache
+    def wrapper() -> Any:
+        import flashinfer
+
+        made = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.empty(128 << 20, dtype=torch.uint8, device=q.device), "HND", use_tensor_cores=True
+        )
+        starts = torch.arange(len(table) + 1, dtype=torch.int32, device=q.device) * table.shape[1]
+        last = torch.full((len(table),), (context - 1) % BLOCK + 1, dtype=torch.int32, device=q.device)
+        made.plan(
+            starts, table.flatten(), last, HEADS, KV_HEADS, HEAD_DIM, BLOCK, q_data_type=q.dtype,
+            kv_data_type=kv.dtype,
+        )  # fmt: skip
+        return made
+
+    return lambda: wrapper().run(q, kv)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> dict[str, Call]:
+    """Return torch's own attention by each backend."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+
+    def call(backend: SDPBackend) -> Any:
+        with sdpa_kernel(backend):
+            return attend(q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    return {f"SDPA {backend.name}": functools.partial(call, backend) for backend in backends}
 
 
 def _prefill(tokens: int) -> Measurement:
@@ -135,13 +122,9 @@ def _prefill(tokens: int) -> Measurement:
             q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 1.0, 1.0, out
         )  # fmt: skip
 
-    def peer() -> Tensor:
-        attend: Any = torch.nn.functional.scaled_dot_product_attention
-        result: Tensor = attend(turned, k, v, is_causal=True, enable_gqa=True)
-        return result
-
     flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # of the lower triangle, both products
-    return "attention_prefill", f"{tokens} causal", flops, "bf16", [call], ("SDPA", peer)
+    peers = _sdpa(turned, k, v, is_causal=True)
+    return "attention_prefill", f"{tokens} causal", flops, "bf16", [call], peers
 
 
 def _norm(rows: int) -> Measurement:
@@ -154,14 +137,18 @@ def _norm(rows: int) -> Measurement:
         lambda x=x, out=out: _kernels.rms_norm(x, weight, 1e-5, None, out) for x, out in sets
     ]
 
+    peer = _compiled(lambda x: torch.nn.functional.rms_norm(x, (HIDDEN,), weight).bfloat16(), sets[0][0])
+    return "rms_norm", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
+
+
+def _compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Call:
+    """Return a call of what torch.compile (Triton) makes of a function, when it is first called."""
+
     @functools.cache
     def compiled() -> Any:
-        return torch.compile(lambda x: torch.nn.functional.rms_norm(x, (HIDDEN,), weight).bfloat16())
+        return torch.compile(function)
 
-    def peer() -> Any:
-        return compiled()(sets[0][0])
-
-    return "rms_norm", f"{rows} rows", num_bytes, "copy", calls, ("torch.compile", peer)
+    return lambda: compiled()(x)
 
 
 def _act_mul(rows: int) -> Measurement:
@@ -170,7 +157,12 @@ def _act_mul(rows: int) -> Measurement:
         (random(rows, 2 * INTERMEDIATE), random(rows, INTERMEDIATE)) for _ in range(copies_past_l2(num_bytes))
     ]
     calls: list[Call] = [functools.partial(_kernels.act_mul, x, "silu", out) for x, out in sets]
-    return "act_mul", f"{rows} rows", num_bytes, "copy", calls, None
+
+    def gate(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x[:, :INTERMEDIATE]) * x[:, INTERMEDIATE:]
+
+    peer = _compiled(gate, sets[0][0])
+    return "act_mul", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
 
 
 def _rope(rows: int) -> Measurement:
@@ -187,7 +179,7 @@ def _rope(rows: int) -> Measurement:
         _kernels.rope_kv_write(qkv, positions, slots, cos, sin, None, None, 0.0, 1.0, 1.0, q, kv)
 
     calls: list[Call] = [functools.partial(call, one) for one in sets]
-    return "rope_kv_write", f"{rows} rows", num_bytes, "copy", calls, None
+    return "rope_kv_write", f"{rows} rows", num_bytes, "copy", calls, {}
 
 
 def _sample(rows: int) -> Measurement:
@@ -208,4 +200,39 @@ def _sample(rows: int) -> Measurement:
     names = ("token_ids", "is_finite", "logprobs", "top_ids", "top_logprobs", "num_top")
     result = SampleResult(**{name: getattr(host, name).to(device) for name in names})
     calls: list[Call] = [lambda: state.draw(logits, slots, None, result)]
-    return "sample", f"{rows} rows, top-k and top-p", logits.nbytes, "read", calls, None
+    return "sample", f"{rows} rows, top-k and top-p", logits.nbytes, "read", calls, {}
+
+
+def _product(tokens: int) -> Measurement:
+    rows, columns = 2 * INTERMEDIATE, HIDDEN
+    num_bytes = 2 * (rows * columns + tokens * (rows + columns))
+    sets = [random(rows, columns) for _ in range(copies_past_l2(num_bytes))]
+    a, out = random(tokens, columns), random(tokens, rows)
+    calls: list[Call] = [lambda w=w: torch.mm(a, w.t(), out=out) for w in sets]
+    return "linear", f"{tokens} x {rows} x {columns} bf16", num_bytes, "read", calls, {}
+
+
+def _quant_product(tokens: int, name: str) -> Measurement:
+    rows, columns = 2 * INTERMEDIATE, HIDDEN
+    sets = [_codes(name, rows, columns)]
+    sets += [_codes(name, rows, columns) for _ in range(copies_past_l2(sets[0].nbytes) - 1)]
+    a, out, room = random(tokens, columns), random(tokens, rows), random(0)
+    calls: list[Call] = [functools.partial(matrix.multiply, a, None, out, room) for matrix in sets]
+    plain = random(rows, columns)
+    peers: dict[str, Call] = {"torch.mm bf16": lambda: torch.mm(a, plain.t(), out=out)}
+    num_bytes = sets[0].nbytes + 2 * tokens * (rows + columns)
+    return "quant_linear", f"{tokens} x {rows} x {columns} {name}", num_bytes, "read", calls, peers
+
+
+def _codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
+    bits, group, has_offsets = CODES[name]
+    group = min(group, columns)
+    device = gpu_stages.DEVICE
+    codes = torch.randint(0, 120, (rows, columns * bits // 8), dtype=torch.uint8, device=device)
+    scales = torch.rand(rows, columns // group, device=device) * 0.01
+    if name == "fp8":
+        codes = codes.view(torch.float8_e4m3fn)
+    elif name == "q8_0":
+        scales = scales.half()
+    zero = {"q8_0": 128, "q6_k": 32}.get(name, 0)
+    return CudaQuantMatrix(codes, scales, -scales if has_offsets else None, (rows, columns), bits, zero)

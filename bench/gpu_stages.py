@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,19 +25,27 @@ _L2_BYTES = 256 << 20  # more than any cache: inputs together are at least this
 _RUNS = 21
 Report = Callable[[str, Any], None]
 DEVICE = torch.device("cuda")
+STEPS = (  # sequences, context, weights
+    (1, 1024, "bf16"), (64, 1024, "bf16"), (256, 1024, "bf16"), (16, 1024, "bf16"), (16, 8192, "bf16"),
+    (1, 1024, "int4"), (16, 1024, "int4"), (1, 8192, "bf16"),
+)  # fmt: skip
 
 
 def build(report: Report) -> None:
-    """Build the extension for the GPU that is there, and say what the assembler said."""
-    from tests.cuda import nvcc_check
-
+    """Build the extension for the GPU that is there."""
     start = time.monotonic()
     environment = os.environ | {"TGI_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=_ROOT, env=environment, check=True)
     report("build", {"s": round(time.monotonic() - start, 1)})
+
+
+def ptxas(report: Report) -> None:
+    """Say what the assembler made of each kernel."""
+    from tests.cuda import nvcc_check
+
     nvcc = nvcc_check.find_nvcc()
-    assert nvcc is not None, "the extension was built without nvcc"
+    assert nvcc is not None, "there is no nvcc"
     kernels, complaints = nvcc_check.compile_all(nvcc)
     rows = [
         {
@@ -95,28 +104,40 @@ def checks(report: Report) -> None:
 
 
 def operators(report: Report) -> None:
-    """Time each kernel in Llama-3-8B's shapes against its floor, and attention against torch's."""
+    """Time each kernel in Llama-3-8B's shapes against its floor, and against the fastest peer that runs."""
     from bench.gpu_operators import measurements
 
     limits = measure_ceilings()
-    for name, shape, num_bytes, kind, calls, peer in measurements():
+    for name, shape, num_bytes, kind, calls, peers in measurements():
         us, spread = time_us(calls)
         floor = num_bytes / limits[kind] * 1e6
         row = {"op": name, "shape": shape, "us": round(us, 2), "spread": round(spread, 3), "bytes": num_bytes}
         row |= {"floor_us": round(floor, 2), "of_floor": round(floor / us, 3)}
-        if peer is not None:
-            peer_us = time_us([peer[1]])[0]
-            row |= {"peer": peer[0], "peer_us": round(peer_us, 2), "vs_peer": round(peer_us / us, 3)}
-        report("ops", row)
+        report("ops", row | compare(us, peers))
+
+
+def compare(us: float, peers: dict[str, Callable[[], object]]) -> dict[str, Any]:
+    """Time the peers of a kernel; return the fastest, the ratio to it, and why others did not run."""
+    times, failed = {}, {}
+    for name, call in peers.items():
+        try:
+            times[name] = time_us([call])[0]
+        except Exception as error:  # not installed, or not for these shapes
+            failed[name] = str(error)[:200]
+    row: dict[str, Any] = {"peers_failed": failed} if failed else {}
+    if times:
+        best = min(times, key=lambda name: times[name])
+        row |= {"peer": best, "peer_us": round(times[best], 2), "vs_peer": round(times[best] / us, 3)}
+    return row
 
 
 def step(report: Report) -> None:
     """Time decode steps of Llama-3-8B's shape with random weights, as a graph and launch by launch."""
-    from bench.gpu_operators import decode_program
+    from bench.gpu_model import decode_program
 
     read = measure_ceilings()["read"]
-    for batch, context in ((1, 1024), (16, 1024), (64, 1024), (256, 1024), (1, 8192), (16, 8192)):
-        call, num_bytes, num_calls = decode_program(batch, context)
+    for batch, context, weights in STEPS:
+        call, num_bytes, num_calls = decode_program(batch, context, weights=weights)
         call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -128,7 +149,7 @@ def step(report: Report) -> None:
             report(
                 "step",
                 {
-                    "batch": batch, "context": context, "weights": "bf16", "graph": is_graph,
+                    "batch": batch, "context": context, "weights": weights, "graph": is_graph,
                     "us": round(us, 1), "floor_us": round(floor, 1), "of_floor": round(floor / us, 3),
                     "kernels": num_calls,
                 },
@@ -197,13 +218,19 @@ def _event() -> Any:
     return make(enable_timing=True)
 
 
-_STAGES = {stage.__name__: stage for stage in (build, ceilings, checks, operators, step, sanitizer)}
+STAGES = (build, ptxas, ceilings, checks, operators, step, sanitizer)
 
 
 def main(name: str, path: str) -> None:
-    """Run a stage; what it reports is in the file at once."""
+    """Run a stage, of this module or of gpu_runs; what it reports is in the file at once."""
+    stages = {stage.__name__: stage for stage in STAGES}
+    if name not in stages:  # imported only now: they need the extension, which the first stage builds
+        from bench import gpu_runs
+
+        stages = {stage.__name__: stage for stage in gpu_runs.STAGES}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # so that what it started ends, too
     with open(path, "a", buffering=1) as file:
-        _STAGES[name](lambda key, value: print(json.dumps([key, value]), file=file))
+        stages[name](lambda key, value: print(json.dumps([key, value]), file=file))
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim);
 
-// A weight is scale * (code - zero) + offset; codes lie in the order of the columns, the first in
-// the low bits.
+// A weight is scale * (code - zero) + offset, or of codes that are floats (E4M3) scale * code;
+// codes lie in the order of the columns, the first in the low bits.
 struct QuantMatrix {
   const void* codes;    // [num_rows, num_columns] of `bits` bits, 16-byte aligned
   const void* scales;   // [num_rows, num_columns / group] float16, or float32
@@ -129,6 +129,7 @@ struct QuantMatrix {
   int32_t bits;   // 4 or 8
   int32_t zero;
   int32_t has_wide_scales;
+  int32_t has_float_codes;  // 8 bits, wide scales, no zero
 };
 
 struct QuantLinearParams {

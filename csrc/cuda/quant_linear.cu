@@ -1,11 +1,10 @@
 // Products with quantised weights: a few rows of activations at a time straight from the codes, and
 // the weights as plain matrices for products of many rows.
 //
-// A weight is scale * (code - zero) + offset, one scale (and offset) a group of columns. Codes lie
-// in the order of the columns, 4 or 8 bits each, and are read 16 bytes at a time. A warp makes two
-// rows of the output, whose sums are in an order that depends on the shape alone.
-#include <type_traits>
-
+// A weight is scale * (code - zero) + offset, one scale (and offset) a group of columns. Codes are
+// integers of 4 or 8 bits or E4M3 floats, lie in the order of the columns, and are read 16 bytes at
+// a time. A warp makes two rows of the output, whose sums are in an order that depends on the shape
+// alone.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -24,8 +23,8 @@ constexpr uint32_t kMagicBits = 0x4B000000u;
 constexpr float kMagic = 8388608.0f;
 
 template <int Bits>
-struct Codes {
-  static constexpr int kStep = 128 / Bits;  // of columns a lane takes at a time
+struct Integers {
+  static constexpr int kBits = Bits;
 
   // Codes 8 i to 8 i + 7 of 16 bytes, less `shift` (kMagic and the zero point).
   static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float shift,
@@ -40,13 +39,31 @@ struct Codes {
   }
 };
 
+struct Floats {
+  static constexpr int kBits = 8;
+
+  static __device__ __forceinline__ void unpack(const uint4& bytes, int i, float, float (&out)[8]) {
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t word = words[2 * i + k / 2] >> (k % 2 * 16);
+      const float2 pair = Pair<fp8>::unpack(uint16_t(word));
+      out[2 * k] = pair.x;
+      out[2 * k + 1] = pair.y;
+    }
+  }
+};
+
+// Columns that a lane takes at a time.
+template <typename Code>
+constexpr int kStep = 128 / Code::kBits;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(fp16 x) { return Pair<fp16>::unpack(x.bits).x; }
 
-template <typename Element, typename Scale, int Bits, int Tokens>
+template <typename Element, typename Scale, typename Code, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
     quant_linear_kernel(QuantLinearParams p) {
-  using Code = Codes<Bits>;
   const int lane = int(threadIdx.x) % kWarpSize;
   const int64_t first_row = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * kWarpRows;
   if (first_row >= p.weight.num_rows) return;
@@ -62,12 +79,13 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) sums[row][token] = 0;
   }
-  for (int64_t column = lane * Code::kStep; column < columns; column += kWarpSize * Code::kStep) {
+  for (int64_t column = lane * kStep<Code>; column < columns; column += kWarpSize * kStep<Code>) {
     uint4 bytes[kWarpRows];
 #pragma unroll
     for (int row = 0; row < kWarpRows; ++row) {
       const int64_t from = min(first_row + row, p.weight.num_rows - 1);
-      bytes[row] = *reinterpret_cast<const uint4*>(codes + (from * columns + column) * Bits / 8);
+      bytes[row] =
+          *reinterpret_cast<const uint4*>(codes + (from * columns + column) * Code::kBits / 8);
     }
     float products[kWarpRows][Tokens],
         plain[Tokens];  // of this lane's columns; of activations alone
@@ -78,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
       for (int row = 0; row < kWarpRows; ++row) products[row][token] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < Code::kStep / 8; ++i) {
+    for (int i = 0; i < kStep<Code> / 8; ++i) {
       float weights[kWarpRows][8];
 #pragma unroll
       for (int row = 0; row < kWarpRows; ++row) Code::unpack(bytes[row], i, shift, weights[row]);
@@ -126,20 +144,20 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
   }
 }
 
-template <typename Element, typename Scale, int Bits>
+template <typename Element, typename Scale, typename Code>
 __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, Element* out) {
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * Codes<Bits>::kStep;
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kStep<Code>;
   if (first >= m.num_rows * m.num_columns) return;
-  const uint4 bytes =
-      *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(m.codes) + first * Bits / 8);
+  const uint4 bytes = *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(m.codes) +
+                                                      first * Code::kBits / 8);
   const int64_t place = first / m.group;  // groups of a row follow each other, and rows do
   const float scale = to_float(static_cast<const Scale*>(m.scales)[place]);
   const float offset =
       m.offsets == nullptr ? 0.0f : to_float(static_cast<const Scale*>(m.offsets)[place]);
 #pragma unroll
-  for (int i = 0; i < Codes<Bits>::kStep / 8; ++i) {
+  for (int i = 0; i < kStep<Code> / 8; ++i) {
     float values[8];
-    Codes<Bits>::unpack(bytes, i, kMagic + float(m.zero), values);
+    Code::unpack(bytes, i, kMagic + float(m.zero), values);
 #pragma unroll
     for (int k = 0; k < 8; ++k) values[k] = scale * values[k] + offset;
     store8(out + first + 8 * i, values);
@@ -148,18 +166,19 @@ __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, 
 
 bool fits(const QuantMatrix& m) {
   const int64_t step = m.bits == 4 ? 32 : 16;
+  if (m.has_float_codes && (m.bits != 8 || !m.has_wide_scales)) return false;
   return (m.bits == 4 || m.bits == 8) && m.group > 0 && m.group % step == 0 &&
          m.num_columns % m.group == 0;
 }
 
-// Calls body with the element's and the scales' type and the number of bits.
+// Calls body with the element's, the scales' and the codes' type.
 template <typename Body>
 cudaError_t for_types(Type type, const QuantMatrix& m, const Body& body) {
   const auto with_bits = [&](auto element, auto scale) {
-    return m.bits == 4 ? body(element, scale, std::integral_constant<int, 4>())
-                       : body(element, scale, std::integral_constant<int, 8>());
+    return m.bits == 4 ? body(element, scale, Integers<4>()) : body(element, scale, Integers<8>());
   };
   const auto with_scale = [&](auto element) {
+    if (m.has_float_codes) return body(element, float(), Floats());
     return m.has_wide_scales ? with_bits(element, float()) : with_bits(element, fp16());
   };
   return type == Type::kBfloat16 ? with_scale(bf16()) : with_scale(fp16());
@@ -171,13 +190,13 @@ cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
   if (!fits(p.weight) || p.num_tokens > kMaxTokens) return cudaErrorInvalidValue;
   if (p.num_tokens == 0 || p.weight.num_rows == 0) return cudaSuccess;
   const dim3 grid(unsigned(ceil_divide<int64_t>(p.weight.num_rows, kWarps * kWarpRows)));
-  return for_types(p.type, p.weight, [&](auto element, auto scale, auto bits) {
+  return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {
     using Element = decltype(element);
     using Scale = decltype(scale);
-    const auto kernel =
-        p.num_tokens == 1   ? quant_linear_kernel<Element, Scale, decltype(bits)::value, 1>
-        : p.num_tokens <= 4 ? quant_linear_kernel<Element, Scale, decltype(bits)::value, 4>
-                            : quant_linear_kernel<Element, Scale, decltype(bits)::value, 8>;
+    using Code = decltype(code);
+    const auto kernel = p.num_tokens == 1   ? quant_linear_kernel<Element, Scale, Code, 1>
+                        : p.num_tokens <= 4 ? quant_linear_kernel<Element, Scale, Code, 4>
+                                            : quant_linear_kernel<Element, Scale, Code, 8>;
     return launch(kernel, grid, dim3(kThreads), 0, stream, p);
   });
 }
@@ -186,11 +205,11 @@ cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream) {
   if (!fits(p.weight)) return cudaErrorInvalidValue;
   const int64_t size = p.weight.num_rows * p.weight.num_columns;
   if (size == 0) return cudaSuccess;
-  return for_types(p.type, p.weight, [&](auto element, auto scale, auto bits) {
+  return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {
     using Element = decltype(element);
-    constexpr int kBits = decltype(bits)::value;
-    const dim3 grid(unsigned(ceil_divide<int64_t>(size, kThreads * Codes<kBits>::kStep)));
-    return launch(dequantise_kernel<Element, decltype(scale), kBits>, grid, dim3(kThreads), 0,
+    using Code = decltype(code);
+    const dim3 grid(unsigned(ceil_divide<int64_t>(size, kThreads * kStep<Code>)));
+    return launch(dequantise_kernel<Element, decltype(scale), Code>, grid, dim3(kThreads), 0,
                   stream, p.weight, static_cast<Element*>(p.out));
   });
 }

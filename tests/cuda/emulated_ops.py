@@ -160,7 +160,7 @@ def _matrix(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, ze
     return {
         "codes": codes, "scales": scales, "offsets": offsets, "num_rows": codes.shape[0],
         "num_columns": columns, "group": columns // scales.shape[1], "bits": bits, "zero": zero,
-        "has_wide_scales": scales.dtype is torch.float32,
+        "has_wide_scales": scales.dtype is torch.float32, "has_float_codes": codes.dtype is not torch.uint8,
     }  # fmt: skip
 
 

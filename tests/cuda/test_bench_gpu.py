@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
-from bench import gpu, gpu_operators, gpu_stages
+from bench import gpu, gpu_model, gpu_operators, gpu_runs, gpu_stages
 from tests.cuda import emulated_ops
+from tests.cuda.test_runner import EmulatedDevice
 from tests.emulation import library
+from tgi_asgi.models.config import ModelConfig
 
 
 def test_a_dry_run_names_every_stage_and_writes_the_schema(
@@ -24,13 +28,123 @@ def test_a_dry_run_names_every_stage_and_writes_the_schema(
     assert [skipped["what"] for skipped in result["skipped"]] == [stage.name for stage in gpu.STAGES]
     assert set(result) == {
         "schema", "commit", "utc", "device", "ceilings", "build", "checks", "sanitizer", "ops", "step",
-        "skipped", "wall_s", "ok",
+        "runs", "skipped", "wall_s", "ok",
     }  # fmt: skip
 
 
 def test_stages_fit_into_the_time_and_each_has_its_function() -> None:
-    assert sum(stage.deadline_s for stage in gpu.STAGES) <= gpu.TOTAL_S
-    assert all(callable(getattr(gpu_stages, stage.name)) for stage in gpu.STAGES)
+    assert sum(stage.deadline_s for stage in gpu.STAGES) <= gpu.TOTAL_S - gpu.INSTALL_S
+    functions = [*gpu_stages.STAGES, *gpu_runs.STAGES]
+    assert sorted(stage.__name__ for stage in functions) == sorted(stage.name for stage in gpu.STAGES)
+    assert gpu.STAGES[-1].name == "served"
+
+
+def test_a_run_goes_on_whatever_happens_to_its_stages(tmp_path: Path) -> None:
+    """Stages of fake_gpu_stages.py; the one that hangs has a child that would write a file after a while."""
+    late = Path("/tmp/tgi-fake-stage") / str(os.getpid())
+    late.parent.mkdir(exist_ok=True)
+    late.unlink(missing_ok=True)
+    stages = [
+        gpu.Stage("good", 20), gpu.Stage("broken", 20), gpu.Stage("hanging", 2),
+        gpu.Stage("crashing", 20, is_needed=False), gpu.Stage("last", 20),
+    ]  # fmt: skip
+    out = tmp_path / "result.json"
+    result = gpu.run(stages, out, 60, "tests.cuda.fake_gpu_stages")
+    assert json.loads(out.read_text()) == result
+    assert [(s["what"], s["why"].split(":")[0], s["needed"]) for s in result["skipped"]] == [
+        ("broken", "exit status 1", True),
+        ("hanging", "not done after 2 s", True),
+        ("crashing", "exit status -11", False),
+    ]
+    assert result["checks"] == [{"ok": True, "op": "good"}, {"ok": True, "op": "before the hang"}]
+    assert result["runs"] == [{"what": "last"}]
+    assert result["ceilings"] == {"read": 1}
+    assert not result["ok"]
+    assert not late.exists(), "what a stage had started was left alive"
+    good = gpu.run([gpu.Stage("good", 20), gpu.Stage("crashing", 20, is_needed=False)], out, 60,
+                   "tests.cuda.fake_gpu_stages")  # fmt: skip
+    assert good["ok"]
+
+
+def test_a_run_without_time_left_says_so(tmp_path: Path) -> None:
+    result = gpu.run([gpu.Stage("good", 20)], tmp_path / "out", 0.0, "tests.cuda.fake_gpu_stages")
+    assert [skipped["why"] for skipped in result["skipped"]] == ["no time was left"]
+
+
+def test_wheels_that_are_not_there_are_named_and_the_stages_run_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STAGES", ())
+    monkeypatch.setattr(gpu, "_PACKAGES", tmp_path / "packages")
+    assert gpu.main(["--wheels", str(tmp_path), "--out", str(tmp_path)]) == 1
+    [path] = tmp_path.glob("gpu-*.json")
+    [found] = json.loads(path.read_text())["skipped"]
+    assert found["what"] == "wheels"
+    assert found["why"].startswith("exit status 1") and "No matching distribution" in found["why"]
+
+
+def test_what_the_machine_needs_is_named_without_torch() -> None:
+    found = gpu.requirements()
+    assert any(need.startswith("tokenizers") for need in found)
+    assert any(need.startswith("pytest>") for need in found)
+    assert not any(need.startswith(("torch", "openai")) for need in found)
+
+
+def test_a_random_checkpoint_is_served_over_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 2048}
+    gpu_runs.write_checkpoint(
+        tmp_path,
+        gpu_runs.SMOLLM2
+        | shape
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512},
+    )
+    monkeypatch.setattr(gpu_runs, "PROMPT_TOKENS", 20)
+    monkeypatch.setattr(gpu_runs, "OUTPUT_TOKENS", 5)
+    row = gpu_runs.serve(tmp_path, 4, 6)
+    assert (row["requests"], row["failed"], row["output_tokens"]) == (6, 0, 5)
+    assert row["prompt_tokens"] == 20, "a word is a token"
+
+
+TINY = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=300, hidden_size=128, intermediate_size=128, num_layers=2,
+    num_heads=4, num_kv_heads=2, head_dim=64, context_length=512, norm_eps=1e-5, rope_theta=1e4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    monkeypatch.setattr(gpu_stages, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_stages, "_L2_BYTES", 1)
+
+
+async def test_the_engine_s_loop_is_timed(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CONTEXT": 40, "STEPS": 3, "BATCHES": (2, 1)}.items():
+        monkeypatch.setattr(gpu_runs, name, value)
+    runner = gpu_runs.make_runner(TINY, EmulatedDevice(), 2)
+    rows: list[dict[str, object]] = []
+    try:
+        await gpu_runs.drive(runner, 300, lambda key, row: rows.append(row), lambda call: call() and None)
+    finally:
+        runner.close()
+    assert [row["batch"] for row in rows] == [2, 1]
+    assert all(row["us"] > 0 and row["launch_us"] > 0 for row in rows)  # type: ignore[operator]
+
+
+def test_transformers_is_timed_with_a_static_cache(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu_runs, "CONTEXT", 8)
+    monkeypatch.setattr(gpu_runs, "time_us", lambda calls: (calls[0](), (5.0, 0.1))[1])
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    rows: list[dict[str, object]] = []
+    gpu_runs.time_transformers(config, lambda key, row: rows.append(row), (2,))
+    assert [(row["compiled"], row["tokens_per_s"]) for row in rows] == [(False, 400000), (True, 400000)]
 
 
 @pytest.mark.parametrize(
@@ -55,34 +169,49 @@ def test_all_is_well_only_if_every_stage_ran_and_every_check_passed() -> None:
     assert not gpu.is_ok(result | {"checks": [{"ok": True}, {"ok": False}]})
     assert not gpu.is_ok(result | {"checks": []})
     assert not gpu.is_ok(result | {"sanitizer": {"memcheck": 2}})
-    assert not gpu.is_ok(result | {"skipped": [{"what": "step", "why": "no time was left"}]})
+    skipped = {"what": "step", "why": "no time was left"}
+    assert not gpu.is_ok(result | {"skipped": [skipped | {"needed": True}]})
+    assert gpu.is_ok(result | {"skipped": [skipped | {"needed": False}]})
 
 
-def test_what_is_timed_runs_on_the_emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
-    emulated_ops.register()
-    monkeypatch.setattr(gpu_stages, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_stages, "_L2_BYTES", 1)
+def test_what_is_timed_runs_on_the_emulated_kernels(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {
-        "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "LAYERS": 2,
-        "VOCAB": 300, "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "DRAWS": (2,),
+        "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
+        "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "DRAWS": (2,), "PRODUCTS": (3,),
     }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(gpu_operators, name, value)
     names = []
-    for name, _, amount, _, calls, peer in gpu_operators.measurements():
+    for name, _, amount, _, calls, peers in gpu_operators.measurements():
         names.append(name)
         assert amount > 0
         calls[0]()
-        if peer is not None and peer[0] == "SDPA":
-            peer[1]()
+        if "torch.mm bf16" in peers:
+            peers["torch.mm bf16"]()
     assert names == [
-        "attention_decode", "attention_prefill", "rms_norm", "act_mul", "rope_kv_write", "sample"
+        "attention_decode", "attention_prefill", "rms_norm", "act_mul", "rope_kv_write", "sample", "linear",
+        *["quant_linear"] * len(gpu_operators.CODES),
     ]  # fmt: skip
-    call, num_bytes, num_calls = gpu_operators.decode_program(3, 48)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("bf16", 16), ("int4", 4.5)])
+def test_a_step_of_random_weights_runs_on_the_emulated_kernels(
+    emulation: None, weights: str, bits: float
+) -> None:
+    call, num_bytes, num_calls = gpu_model.decode_program(3, 48, TINY, weights)
     call()
-    weights = 256 * 64 + 2 * (512 * 64 + 64 * 256 + 128 * 64 + 64 * 64)
-    assert num_bytes > 2 * weights
+    matrices = 2 * (512 * 128 + 128 * 256 + 256 * 128 + 128 * 128)
+    kv = 2 * 3 * 48 * 2 * 2 * 64 * 2
+    assert num_bytes == 300 * 128 * 2 + matrices * bits / 8 + kv
     assert num_calls == 1 + 1 + 2 * 11 + 2
+
+
+def test_the_fastest_peer_that_runs_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("no module named flashinfer")
+
+    monkeypatch.setattr(gpu_stages, "time_us", lambda calls: (calls[0]() or 0.0, 0.0))
+    row = gpu_stages.compare(10.0, {"slow": lambda: 20.0, "fast": lambda: 5.0, "FlashInfer": absent})
+    assert (row["peer"], row["peer_us"], row["vs_peer"]) == ("fast", 5.0, 0.5)
+    assert row["peers_failed"] == {"FlashInfer": "no module named flashinfer"}
+    assert gpu_stages.compare(10.0, {}) == {}

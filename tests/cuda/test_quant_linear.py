@@ -12,16 +12,22 @@ from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
 from tgi_asgi.formats.gguf_types import GgufType
 from tgi_asgi.formats.quants import dequantise
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
-from tgi_asgi.ops.weights import WeightSource
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, can_repack, repack
+from tgi_asgi.ops.grouped import GROUPED
+from tgi_asgi.ops.weights import NATIVE_FORMATS, WeightSource, float8_source, integer_source
 
-FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"]
+FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", *GROUPED]
 # Where a block's float16 numbers lie: random bytes would make them infinite.
-_HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}
+_HALVES = {
+    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q4_K": (0, 2),
+    "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
 
 
 def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
     """Return random blocks, and the matrix that they are."""
+    if name in GROUPED:
+        return random_grouped(name, rows, columns)
     kind = GgufType[name]
     blocks = np.random.default_rng(1).integers(
         0, 256, (rows * columns // kind.block_size, kind.block_bytes), np.uint8
@@ -32,6 +38,23 @@ def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Ten
     data = blocks.reshape(-1)
     values = dequantise(data, kind, (rows, columns))
     return WeightSource(data, name, (rows, columns)), torch.from_numpy(values)
+
+
+def random_grouped(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
+    run = int(name.partition("_")[2])
+    scales = torch.randn(rows, columns // run) * 0.01
+    by_column = scales.repeat_interleave(run, 1)
+    if name.startswith("F8"):
+        codes = torch.randint(256, (rows, columns), dtype=torch.uint8)
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
+        floats = codes.view(torch.float8_e4m3fn).float()
+        return float8_source(codes.numpy(), scales.numpy()), floats * by_column
+    codes, zeros = torch.randint(16, (rows, columns)), torch.randint(17, scales.shape)
+    packed = (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    scales = scales.half().float()
+    made = integer_source(packed.numpy(), scales.numpy(), zeros.to(torch.uint8).numpy(), 4)
+    assert made is not None and made.format == name
+    return made, (codes - zeros.repeat_interleave(run, 1)) * scales.repeat_interleave(run, 1)
 
 
 def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, object]:
@@ -45,6 +68,7 @@ def weight_params(device: Device, matrix: CudaQuantMatrix) -> dict[str, object]:
         "bits": matrix.bits,
         "zero": matrix.zero,
         "has_wide_scales": matrix.scales.dtype is torch.float32,
+        "has_float_codes": matrix.codes.dtype is not torch.uint8,
     }
 
 
@@ -117,6 +141,28 @@ def test_sources_are_stacked_by_rows() -> None:
     assert torch.equal(both.scales[3:], repack([second]).scales)
 
 
+@pytest.mark.parametrize(
+    "names", [("Q4_K", "Q6_K"), ("Q5_K", "Q8_0"), ("Q4_0", "Q4_1", "Q5_0"), ("INT4_128", "Q8_0")], ids=str
+)
+def test_rows_of_different_formats_become_one_matrix(device: Device, names: tuple[str, ...]) -> None:
+    sources, values = zip(*(random_source(name, 3, 512) for name in names), strict=True)
+    both = repack(sources)
+    assert (both.shape, both.bits) == ((3 * len(names), 512), 8)
+    for dtype in (torch.float16, torch.bfloat16):
+        out = device.empty(both.shape, dtype)
+        device.run("dequantise", [out], **weight_params(device, both), out=out, type=TYPES[dtype])
+        assert torch.equal(out, torch.cat(values).to(dtype)), "not the same weights (0 and -0 are)"
+
+
+def test_every_format_of_the_cpu_stays_in_codes() -> None:
+    floats = {"F32", "F16", "BF16"}
+    assert all(can_repack([name], 512) for name in NATIVE_FORMATS - floats)
+    assert not any(can_repack(["Q8_0", name], 512) for name in floats)
+    assert not can_repack(["Q4_K"], 288), "no whole block"
+    assert can_repack(["INT4_64", "Q6_K"], 512) and can_repack(["F8_64", "F8_64"], 512)
+    assert not can_repack(["F8_64", "Q6_K"], 512) and not can_repack(["F8_64", "F8_32"], 512)
+
+
 FAULTS = [
     Fault(
         "the last row's neighbour is read",
@@ -156,3 +202,8 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     assert_caught(fault, lambda device: check_product(device, "Q4_1", 3, 11, 1280))
+
+
+def test_floats_of_a_word_in_the_wrong_order_are_caught() -> None:
+    fault = Fault("swapped halves", "quant_linear.cu", "(k % 2 * 16)", "((k + 1) % 2 * 16)", "result")
+    assert_caught(fault, lambda device: check_product(device, "F8_64", 3, 11, 1280))

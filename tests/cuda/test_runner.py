@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -15,6 +16,7 @@ from tests.cuda import emulated_ops
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_gguf
 from tests.support.driving import GREEDY, Job, generate
+from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -114,6 +116,33 @@ def runner(model: Llama, device: EmulatedDevice) -> Iterator[CudaRunner]:
     )
     yield runner
     runner.close()
+
+
+def make_runner(
+    model: Llama, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
+) -> CudaRunner:
+    def choose(free_bytes: int) -> KvSize:
+        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+
+    return CudaRunner(
+        model,
+        device,
+        choose,
+        block_size=16,
+        max_batch_size=2,
+        max_step_tokens=64,
+        max_context=max_context,
+        dtype=FP16,
+        kv_dtype=kv_dtype,
+    )
+
+
+def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
+    """Hold each greedy token and its log-probability to the reference's."""
+    expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 :]
+    for row, sampled in zip(expected, job.sampled, strict=False):
+        assert float(row[sampled.token_id]) > float(row.max()) - tolerance, "not the best token"
+        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=tolerance)
 
 
 def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) -> ModelFiles:
@@ -261,6 +290,123 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
         loaded.runner.close()
 
 
+async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
+    model: Llama, reference: transformers.PreTrainedModel, device: EmulatedDevice
+) -> None:
+    runner = make_runner(model, device, kv_dtype=torch.float8_e4m3fn)
+    try:
+        job = Job(PROMPT, 6, SamplingParams(temperature=0.0, logprobs=0))
+        await generate(runner, [job], chunk=7)
+        copied = StepPlan(9, [], [], [(39, 3)])
+        await runner.submit(copied)
+        pools = [layer.pool.view(torch.uint8) for layer in runner._kv]
+        assert all(pool.any() and torch.equal(pool[3], pool[39]) for pool in pools)
+    finally:
+        runner.close()
+    assert_follows(job, reference, tolerance=0.3)
+    expected = logprobs_of(reference, PROMPT)[-1]
+    assert abs(job.sampled[0].logprob - float(expected[job.token_ids[0]])) > 1e-3, "that is not eight bits"
+
+
+@pytest.mark.parametrize(("name", "itemsize"), [("auto", 2), ("fp8_e4m3fn", 1)])
+async def test_the_cache_s_type_is_a_setting(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, name: str, itemsize: int
+) -> None:
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    files = save_with_tokenizer(make_model(**shape), tmp_path)
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    settings = Settings(
+        thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
+        kv_cache_dtype=name,
+    )  # fmt: skip
+    loaded = load(settings, files, lambda stage, done, total: None)
+    try:
+        assert loaded.info.kv_bytes == 2 * 128 * 2 * 64 * itemsize
+        job = Job(PROMPT, 2)
+        await generate(loaded.runner, [job])
+        assert all(sampled.is_finite for sampled in job.sampled)
+    finally:
+        loaded.runner.close()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e5m2"])
+def test_a_cache_that_the_gpu_does_not_have_is_refused(
+    model: Llama, device: EmulatedDevice, name: str
+) -> None:
+    settings = Settings(kv_cache_dtype=name)
+    with pytest.raises(ModelLoadError, match=f"{name} is not kept on a GPU.*CUDA_VISIBLE_DEVICES="):
+        cuda_load.make_runner(model, settings, device, FP16, 256)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "num_bytes"),
+    [
+        ("awq", {}, 256 * 128 * (4 + 64 / 32) / 8),  # codes, and a float32 scale and offset a group of 32
+        ("gptq", {"group": 128, "is_centred": True}, 256 * 128 * (4 + 64 / 128) / 8),
+        ("fp8", {"kind": "block"}, 256 * 128 * (8 + 32 / 32) / 8),
+        ("fp8", {"kind": "tensor"}, 256 * 128 * (8 + 32 / 128) / 8),
+    ],
+)
+async def test_codes_of_a_checkpoint_are_multiplied_as_they_are(
+    tmp_path: Path, device: EmulatedDevice, recipe: str, options: dict[str, Any], num_bytes: float
+) -> None:
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    reference = make_model(**shape, num_hidden_layers=2)
+    with OpenModel(save_quantised(reference, tmp_path, recipe, **options)) as opened:
+        model = Llama(opened.config, opened.weights, ops.Repacking(torch.float32), max_positions=256)
+    assert [layer.qkv.num_bytes for layer in model.layers] == [num_bytes] * 2
+    runner = make_runner(model, device)
+    try:
+        job = Job(PROMPT * 3, 3, SamplingParams(temperature=0.0, logprobs=0))
+        await generate(runner, [job], chunk=50)  # some steps take the codes, others the matrix decoded
+    finally:
+        runner.close()
+    assert_follows(job, reference)
+
+
+async def test_a_sequence_may_grow_beyond_a_sliding_window(tmp_path: Path, device: EmulatedDevice) -> None:
+    reference = make_model(
+        "Mistral", num_attention_heads=2, num_key_value_heads=1, head_dim=64, sliding_window=9
+    )
+    with OpenModel(save(reference, tmp_path, FP16)) as opened:
+        model = Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    assert model.config.sliding_window == 9
+    runner = make_runner(model, device)
+    try:
+        jobs = [Job(PROMPT[:length], 30, SamplingParams(temperature=0.0, logprobs=0)) for length in (18, 3)]
+        await generate(runner, jobs, chunk=11)
+    finally:
+        runner.close()
+    for job in jobs:
+        assert_follows(job, reference)
+
+
+@pytest.mark.parametrize(("is_there", "longest"), [(True, 128), (False, 40)])
+def test_a_sliding_window_bounds_sequences_on_the_cpu_only(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, is_there: bool, longest: int
+) -> None:
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    reference = make_model("Mistral", sliding_window=40, max_position_embeddings=128, **shape)
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device if is_there else None)
+    settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64)
+    loaded = load(settings, save_with_tokenizer(reference, tmp_path), lambda stage, done, total: None)
+    loaded.runner.close()
+    assert loaded.info.max_total_tokens == longest
+
+
+async def test_queries_and_keys_of_qwen3_are_normalised(tmp_path: Path, device: EmulatedDevice) -> None:
+    reference = make_model("Qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    with OpenModel(save(reference, tmp_path, FP16)) as opened:
+        model = Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    runner = make_runner(model, device)
+    try:
+        job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
+        await generate(runner, [job], chunk=11)
+    finally:
+        runner.close()
+    assert_follows(job, reference)
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype", "message"),
     [
@@ -293,27 +439,10 @@ async def test_quantised_weights_are_multiplied_as_the_file_has_them(
     with OpenModel(save_gguf(reference, tmp_path / "tiny.gguf", kind)) as opened:
         model = Llama(opened.config, opened.weights, ops.Repacking(torch.float32), max_positions=256)
     assert model.layers[0].qkv.num_bytes < 2 * 256 * 128 * 9 / 8
-
-    def choose(free_bytes: int) -> KvSize:
-        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
-
-    runner = CudaRunner(
-        model,
-        device,
-        choose,
-        block_size=16,
-        max_batch_size=2,
-        max_step_tokens=64,
-        max_context=256,
-        dtype=FP16,
-    )
+    runner = make_runner(model, device)
     try:
         jobs = [Job(PROMPT * 3, 3, SamplingParams(temperature=0.0, logprobs=0)), Job(PROMPT[:5], 4)]
         await generate(runner, jobs, chunk=50)  # some steps take the codes, others the matrix decoded
     finally:
         runner.close()
-    ids = [*jobs[0].prompt_ids, *jobs[0].token_ids]
-    expected = logprobs_of(reference, ids)[len(PROMPT) * 3 - 1 :]
-    for row, sampled in zip(expected, jobs[0].sampled, strict=False):
-        assert float(row[sampled.token_id]) > float(row.max()) - 0.02, "not the best token"
-        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=0.02)
+    assert_follows(jobs[0], reference)

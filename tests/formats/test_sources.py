@@ -33,7 +33,7 @@ class TestPaths:
     def test_a_gguf_file_is_served_as_it_is(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         path.write_bytes(b"GGUF")
-        assert find(path) == ModelFiles(str(path), None, "gguf", path)
+        assert find(path) == ModelFiles("m", None, "gguf", path)
 
     def test_a_directory_needs_config_and_weights(self, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match=r"has no config\.json"):
@@ -43,7 +43,7 @@ class TestPaths:
         with pytest.raises(ModelLoadError, match=r"has no \.safetensors file; pickled weights are"):
             find(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"")
-        assert find(tmp_path) == ModelFiles(str(tmp_path), None, "directory", tmp_path)
+        assert find(tmp_path) == ModelFiles(tmp_path.name, None, "directory", tmp_path)
 
     def test_a_directory_with_one_gguf_file_is_that_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.gguf").write_bytes(b"GGUF")

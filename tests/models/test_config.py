@@ -88,12 +88,25 @@ def test_gguf_scaling_is_linear_unless_said_otherwise(
     assert ModelConfig.from_gguf({**GGUF, **named}, frozenset()).rope_scaling == expected
 
 
-def test_a_sliding_window_bounds_the_context() -> None:
+def test_a_sliding_window_bounds_what_needs_no_window() -> None:
     mistral = {**JSON, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
-    assert ModelConfig.from_json(mistral).context_length == 4096
-    assert ModelConfig.from_json({**mistral, "sliding_window": None}).context_length == 8192
-    unused = {**mistral, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-    assert ModelConfig.from_json(unused).context_length == 8192
+    config = ModelConfig.from_json(mistral)
+    assert (config.context_length, config.sliding_window, config.plain_length) == (8192, 4096, 4096)
+    for window in (None, 8192, 9000):
+        config = ModelConfig.from_json({**mistral, "sliding_window": window})
+        assert (config.sliding_window, config.plain_length) == (None, 8192)
+    named = {**GGUF, "llama.attention.sliding_window": 4096}
+    assert ModelConfig.from_gguf(named, frozenset()).sliding_window == 4096
+
+
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(("is_used", "expected"), [(True, 4096), (False, 8192), (None, 8192)])
+def test_a_window_of_qwen_bounds_the_context_where_it_is_used(
+    family: str, is_used: bool | None, expected: int
+) -> None:
+    used = {} if is_used is None else {"use_sliding_window": is_used}
+    config = ModelConfig.from_json({**JSON, "architectures": [family], "sliding_window": 4096, **used})
+    assert (config.context_length, config.sliding_window) == (expected, None), "not all layers have it"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +116,8 @@ def test_a_sliding_window_bounds_the_context() -> None:
         ("LlamaForCausalLM", False, (False, False)),
         ("Qwen2ForCausalLM", False, (True, False)),
         ("MistralForCausalLM", True, (False, False)),
+        ("Qwen3ForCausalLM", False, (False, False)),
+        ("Qwen3ForCausalLM", True, (True, True)),
     ],
 )
 def test_which_products_have_biases(
@@ -125,7 +140,6 @@ def test_gguf_biases_and_head_show_by_their_tensors() -> None:
         ({"architectures": ["BertModel"]}, "BertModel.*supported are LlamaForCausalLM"),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_act": "gelu"}, "gelu.*only silu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "GGUF"),
         ({"vocab_size": 1 << 40}, "vocab_size must be an integer in"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": 0}, "num_layers"),
@@ -135,6 +149,7 @@ def test_gguf_biases_and_head_show_by_their_tensors() -> None:
         ({"num_attention_heads": 0}, "num_heads"),
         ({"num_key_value_heads": 2}, "multiple of num_kv_heads"),
         ({"head_dim": 40}, "multiple of 16"),
+        ({"sliding_window": -5}, "sliding_window must be positive"),
         ({"head_dim": 512}, "head_dim"),
         ({"rms_norm_eps": float("nan")}, "norm_eps"),
         ({"rope_theta": 0}, "rope_theta"),
@@ -156,7 +171,7 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gemma"}, "'gemma'.*supported are llama, qwen2"),
+        ({"general.architecture": "gemma"}, "'gemma'.*supported are llama, qwen2, qwen3"),
         ({"general.architecture": 3}, "names no general.architecture"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.attention.head_count_kv": [3, 3]}, "must be one integer"),

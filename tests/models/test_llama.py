@@ -13,6 +13,7 @@ from tests.support.checkpoints import (
     LLAMA3_SCALING,
     make_model,
     our_logits,
+    our_recorded_logits,
     reference_logits,
     save,
     save_gguf,
@@ -46,6 +47,8 @@ def assert_equal(ours: torch.Tensor, reference: torch.Tensor, tolerance: float =
         pytest.param("Llama", {"attention_bias": True, "mlp_bias": True}, id="biases"),
         pytest.param("Mistral", {"sliding_window": 256}, id="mistral"),
         pytest.param("Qwen2", {}, id="qwen2"),
+        pytest.param("Qwen3", {"head_dim": 32}, id="qwen3"),
+        pytest.param("Qwen3", {"head_dim": 16, "attention_bias": True}, id="qwen3-biases"),
     ],
 )
 def test_logits_equal_transformers(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
@@ -98,6 +101,20 @@ def test_gguf_of_qwen2_is_not_permuted(tmp_path: Path) -> None:
     model = make_model("Qwen2")
     files = save_gguf(model, tmp_path / "model.gguf", "F32")
     assert_equal(our_logits(files, IDS), reference_logits(model, IDS))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_gguf_of_qwen3_has_norms_of_heads(tmp_path: Path, kind: str) -> None:
+    model = make_model("Qwen3", head_dim=32)
+    files = save_gguf(model, tmp_path / "model.gguf", kind)
+    assert_equal(our_logits(files, IDS), reference_logits(model, IDS))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_a_recorded_step_of_qwen3_equals_transformers(tmp_path: Path, head_dim: int) -> None:
+    model = make_model("Qwen3", head_dim=head_dim)
+    files = save(model, tmp_path)
+    assert_equal(our_recorded_logits(files, IDS), reference_logits(model, IDS))
 
 
 def test_gguf_without_output_weight_is_tied(tmp_path: Path) -> None:

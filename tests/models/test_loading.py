@@ -26,6 +26,7 @@ Q_NAME = "model.layers.1.self_attn.q_proj.weight"
         ("lm_head.weight", "output.weight"),
         ("model.layers.12.mlp.down_proj.weight", "blk.12.ffn_down.weight"),
         ("model.layers.0.self_attn.k_proj.bias", "blk.0.attn_k.bias"),
+        ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
         ("model.layers.3.post_attention_layernorm.weight", "blk.3.ffn_norm.weight"),
     ],
 )

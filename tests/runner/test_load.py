@@ -83,6 +83,12 @@ def test_the_served_name_replaces_the_model_id(files: ModelFiles) -> None:
     assert load_closed(files, settings(served_model_name="mine")).info.model_id == "mine"
 
 
+def test_quantize_is_not_ignored_without_a_word(files: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:
+    """Heads of 16 fit no block of 32, so nothing is packed."""
+    load_closed(files, settings(quantize="q8_0"))
+    assert "its steps are slow, and --quantize is ignored" in caplog.text
+
+
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:
     with pytest.raises(ModelLoadError, match="bfloat16 or float32"):
         load_closed(files, settings(dtype="float16"))

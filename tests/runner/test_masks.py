@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,10 +22,8 @@ def compiler() -> GrammarCompiler:
 
 
 @pytest.fixture
-def masks() -> Iterator[SlotMasks]:
-    masks = SlotMasks(VOCAB_SIZE)
-    yield masks
-    masks.close()
+def masks() -> SlotMasks:
+    return SlotMasks(VOCAB_SIZE)
 
 
 def start(slot: int, grammar: Grammar | None, **changes: Any) -> SlotStart:
@@ -34,8 +31,9 @@ def start(slot: int, grammar: Grammar | None, **changes: Any) -> SlotStart:
 
 
 def allowed(masks: SlotMasks, *slots: int) -> list[set[int]]:
-    mask = masks.finish(masks.begin(slots))
-    assert mask is not None
+    mask = masks.compute(slots)
+    if mask is None:
+        return [set(range(VOCAB_SIZE)) for _ in slots]
     words = [[word & 0xFFFFFFFF for word in row] for row in mask.tolist()]
     return [{i for i in range(VOCAB_SIZE) if row[i // 32] >> i % 32 & 1} for row in words]
 
@@ -49,9 +47,9 @@ def draw(masks: SlotMasks, slot: int, token_id: int) -> Sampled:
 def test_rows_without_a_grammar_are_free_beside_one_that_has_it(
     masks: SlotMasks, compiler: GrammarCompiler
 ) -> None:
-    assert masks.begin([0, 1]) is None
+    assert masks.compute([0, 1]) is None
     masks.start(start(1, compiler.compile(sources.choice(["xy"]))))
-    assert masks.begin([0, 2]) is None
+    assert masks.compute([0, 2]) is None
     free, bound = allowed(masks, 0, 1)
     assert len(free) == VOCAB_SIZE
     assert bound == {ord("x")}
@@ -81,7 +79,7 @@ def test_a_new_sequence_frees_the_slot_of_the_old_one_s_grammar(
 ) -> None:
     masks.start(start(0, compiler.compile(sources.choice(["x"]))))
     masks.start(start(0, None))
-    assert masks.begin([0]) is None
+    assert masks.compute([0]) is None
 
 
 def test_a_resumed_sequence_goes_on_where_it_was(masks: SlotMasks, compiler: GrammarCompiler) -> None:
@@ -118,3 +116,17 @@ def test_a_matcher_that_fails_says_so_and_leaves_the_row_free(
     masks.start(start(0, compiler.compile(sources.choice(["xy"]))))
     assert draw(masks, 0, ord("q")).failure
     assert len(*allowed(masks, 0)) == VOCAB_SIZE
+
+
+def test_masks_of_many_slots_are_each_slot_s_own(masks: SlotMasks, compiler: GrammarCompiler) -> None:
+    texts = ["abc", "bcd", "cde", "def", "efg", "fgh"]
+    for slot, text in enumerate(texts):
+        masks.start(
+            start(slot, compiler.compile(sources.choice([text])), output_ids=list(text[: slot % 3].encode()))
+        )
+    draw(masks, 5, ord("q"))  # fails
+    masks.start(start(6, None))
+    order = [6, 3, 0, 5, 4, 1, 2]
+    free = set(range(VOCAB_SIZE))
+    expected = {slot: {ord(text[slot % 3])} for slot, text in enumerate(texts)} | {5: free, 6: free}
+    assert allowed(masks, *order) == [expected[slot] for slot in order]

@@ -16,6 +16,7 @@ from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
+from tgi_asgi.runner.program import can_record, make_step
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
@@ -71,10 +72,23 @@ def our_logits(
 ) -> torch.Tensor:
     """Return our logits [n_tokens, vocab], the prompt computed in chunks over scattered blocks."""
     with OpenModel(files) as opened:
-        config = opened.config
-        model = Llama(config, opened.weights, dtype, max_positions=config.context_length)
-    kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+        model = Llama(opened.config, opened.weights, dtype, max_positions=opened.config.context_length)
+    return _computed_logits(model, ids, torch.float32 if dtype is torch.float32 else torch.bfloat16, chunk)
+
+
+def our_recorded_logits(files: ModelFiles, ids: list[int], *, is_exact: bool = True) -> torch.Tensor:
+    """Return our logits [n_tokens, vocab] as the recorded step computes them, in float32 if it is exact."""
+    packing = ops.Packing(is_exact)
+    with OpenModel(files) as opened:
+        assert can_record(opened.config)
+        model = Llama(opened.config, opened.weights, packing, max_positions=opened.config.context_length)
+    return _computed_logits(model, ids, torch.float32 if is_exact else torch.bfloat16, 64)
+
+
+def _computed_logits(model: Llama, ids: list[int], kv_dtype: torch.dtype, chunk: int) -> torch.Tensor:
+    config = model.config
     kv = ops.allocate_kv(config.num_layers, 64, config.num_kv_heads, config.head_dim, 16, kv_dtype)
+    step = make_step(model, kv, max_tokens=512, max_rows=512, max_context=512)
     inputs = StepInputs(
         vocab_size=config.vocab_size,
         num_blocks=64,
@@ -87,8 +101,9 @@ def our_logits(
     parts = []
     for start in range(0, len(ids), chunk):
         row = StepRow(0, ids[start : start + chunk], start, blocks, samples=False)
-        x = model.forward(inputs.fill([row], np.zeros(1, np.int32)), kv)
-        parts.append(model.logits(x, torch.arange(x.shape[0], dtype=torch.int32)))
+        batch = inputs.fill([row], np.zeros(1, np.int32))
+        rows = torch.arange(len(row.token_ids or ()), dtype=torch.int32)
+        parts.append(step.run(batch, rows)[1].clone())
     return torch.cat(parts)
 
 
@@ -100,6 +115,8 @@ _GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -131,6 +148,9 @@ def save_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    if name == "qwen3":  # its heads need not divide the hidden size
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     for key, value in (metadata or {}).items():
         writer.add_key_value(f"{name}.{key}", value, _gguf_type(value))
     for key, parameter in model.named_parameters():

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 class ModelFiles:
     """Where a model lies on this machine's disk."""
 
-    model_id: str  # as the operator named it
+    model_id: str  # as the operator named it; of a path the last part, since clients see it
     revision: str | None  # the Hub's commit, or a wheel's GGUF's SHA-256
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
@@ -49,9 +49,9 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         return ModelFiles(model_id, digest, "gguf", path)
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return _in_directory(model_id, path)
+        return replace(_in_directory(model_id, path), model_id=path.resolve().name)
     if path.exists():
-        return _in_file(model_id, path)
+        return replace(_in_file(model_id, path), model_id=path.stem)
     if _looks_like_path(model_id):
         raise ModelLoadError(f"no such file or directory: {model_id}")
     from tgi_asgi.formats import hub

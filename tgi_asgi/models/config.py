@@ -65,9 +65,11 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # a query sees so many positions, its own included; None: all
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the product after attention
     has_mlp_bias: bool = False
+    has_qk_norm: bool = False  # each head's queries and keys are normalised before they are rotated
     has_tied_embeddings: bool = False  # the head is the embedding
 
     def __post_init__(self) -> None:
@@ -88,7 +90,16 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
         )
+        _check(
+            self.sliding_window is None or 1 <= self.sliding_window < self.context_length,
+            f"sliding_window must be positive, got {self.sliding_window}",
+        )
         _check(self.head_dim % 16 == 0, f"head_dim must be a multiple of 16, got {self.head_dim}")
+
+    @property
+    def plain_length(self) -> int:
+        """Tokens of a sequence of which each sees all before it: attention needs no window for them."""
+        return self.context_length if self.sliding_window is None else self.sliding_window
 
     @property
     def scale(self) -> float:
@@ -104,15 +115,14 @@ class ModelConfig:
             "config.json names no architecture",
         )
         family = registry.find_by_architecture(architectures[0])
-        _check(
-            config.get("quantization_config") is None,
-            "quantised safetensors checkpoints are not supported; take the original, or a GGUF file",
-        )
         activation = config.get("hidden_act", "silu")
         _check(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only silu is")
         hidden_size, num_heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
         has_attention_bias = bool(config.get("attention_bias", False))
         rope = _rope_parameters(config)
+        context = _integer(config, "max_position_embeddings")
+        has_window = bool(config.get("use_sliding_window", family.has_plain_window))
+        window = (_integer(config, "sliding_window", 0) if has_window else 0) or context
         return cls(
             architecture=family.architecture,
             vocab_size=_integer(config, "vocab_size"),
@@ -122,16 +132,15 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_integer(config, "num_key_value_heads", num_heads),
             head_dim=_integer(config, "head_dim", hidden_size // max(num_heads, 1)),
-            context_length=_within_window(
-                _integer(config, "max_position_embeddings"),
-                _integer(config, "sliding_window", 0) if config.get("use_sliding_window", True) else 0,
-            ),
+            context_length=context if family.has_plain_window else min(context, window),
+            sliding_window=window if family.has_plain_window and window < context else None,
             norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=_number(rope, "rope_theta", 10000.0),
             rope_scaling=_scaling_from_json(rope),
             has_qkv_bias=has_attention_bias if family.has_qkv_bias is None else family.has_qkv_bias,
             has_output_bias=has_attention_bias and family.has_qkv_bias is None,
             has_mlp_bias=bool(config.get("mlp_bias", False)),
+            has_qk_norm=family.has_qk_norm,
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -156,6 +165,8 @@ class ModelConfig:
             value = _integer(values, key, head_dim)
             _check(value == head_dim, f"{key} is {value}, but only the head size ({head_dim}) is supported")
         tokens = metadata.get("tokenizer.ggml.tokens")
+        context = _integer(values, "context_length")
+        window = _integer(values, "attention.sliding_window", 0) or context
         return cls(
             architecture=family.architecture,
             vocab_size=_integer(values, "vocab_size", None if tokens is None else len(tokens)),
@@ -165,15 +176,15 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=_integer(values, "attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            context_length=_within_window(
-                _integer(values, "context_length"), _integer(values, "attention.sliding_window", 0)
-            ),
+            context_length=context if family.has_plain_window else min(context, window),
+            sliding_window=window if family.has_plain_window and window < context else None,
             norm_eps=_number(values, "attention.layer_norm_rms_epsilon"),
             rope_theta=_number(values, "rope.freq_base", 10000.0),
             rope_scaling=_scaling_from_gguf(values),
             has_qkv_bias="blk.0.attn_q.bias" in tensor_names,
             has_output_bias="blk.0.attn_output.bias" in tensor_names,
             has_mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
+            has_qk_norm=family.has_qk_norm,
             has_tied_embeddings="output.weight" not in tensor_names,
         )
 
@@ -200,11 +211,6 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
     _check(value is not None, f"the model's configuration lacks `{key}`")
     _check(type(value) in (int, float), f"`{key}` must be a number, got {str(value)[:100]}")
     return float(value)  # type: ignore[arg-type]
-
-
-def _within_window(context: int, window: int) -> int:
-    """Cut the context to the sliding window (0: none): within it, attention is the same without one."""
-    return min(context, window) if window else context
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:

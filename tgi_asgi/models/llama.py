@@ -1,4 +1,4 @@
-"""The Llama family: Llama, Mistral, Qwen2, SmolLM and all who share their layout.
+"""The Llama family: Llama, Mistral, Qwen2, Qwen3, SmolLM and all who share their layout.
 
 Plain Python over the operators: it is run to compute, and may be run once to be recorded. What `ops` returns
 is opaque here; nothing in this file may look inside.
@@ -62,7 +62,7 @@ class Layer:
         def get(name: str, *shape: int) -> ops.WeightSource:
             return weights.get(f"model.layers.{index}.{name}", shape)
 
-        self.eps, self.scale = config.norm_eps, config.scale
+        self.eps, self.scale, self.window = config.norm_eps, config.scale, config.sliding_window
         self.attention_norm = ops.vector(get("input_layernorm.weight", hidden))
         self.qkv = ops.qkv_weight(
             get("self_attn.q_proj.weight", queries, hidden),
@@ -74,6 +74,13 @@ class Layer:
                 get("self_attn.v_proj.bias", keys),
             )
             if config.has_qkv_bias
+            else None,
+            norms=ops.HeadNorms(
+                ops.vector(get("self_attn.q_norm.weight", config.head_dim)),
+                ops.vector(get("self_attn.k_norm.weight", config.head_dim)),
+                config.norm_eps,
+            )
+            if config.has_qk_norm
             else None,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -104,7 +111,7 @@ class Layer:
         """Add attention and MLP to the residual x [n_tokens, hidden] float32, in place."""
         a = ops.norm(x, self.attention_norm, self.eps)
         q = ops.qkv(a, self.qkv, batch.positions, batch.slots, kv, rope)
-        a = ops.attention(q, kv, batch.tables, self.scale)
+        a = ops.attention(q, kv, batch.tables, self.scale, self.window)
         x = ops.linear_add(a, self.output, x)
         a = ops.norm(x, self.mlp_norm, self.eps)
         a = ops.gate_up(a, self.gate_up)

@@ -18,13 +18,16 @@ class Family:
     architecture: str  # `architectures[0]` of config.json
     gguf_name: str  # `general.architecture` of a GGUF file
     has_qkv_bias: bool | None = None  # None: `attention_bias` says, and then the output product has one too
+    has_qk_norm: bool = False  # each head's queries and keys are normalised before they are rotated
+    has_plain_window: bool = True  # `sliding_window` is of all layers, and needs no `use_sliding_window`
     is_rotary_permuted: bool = False  # llama.cpp stores rotary pairs side by side, not half a head apart
 
 
 _FAMILIES = (
     Family("LlamaForCausalLM", "llama", is_rotary_permuted=True),
     Family("MistralForCausalLM", "llama", has_qkv_bias=False, is_rotary_permuted=True),
-    Family("Qwen2ForCausalLM", "qwen2", has_qkv_bias=True),
+    Family("Qwen2ForCausalLM", "qwen2", has_qkv_bias=True, has_plain_window=False),
+    Family("Qwen3ForCausalLM", "qwen3", has_qk_norm=True, has_plain_window=False),
 )
 
 

@@ -84,7 +84,8 @@ def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, i
         return
     table = torch.tensor(pairs, dtype=torch.int64).to(layers[0].pool.device)  # [num_pairs, 2]
     for layer in layers:
-        layer.pool[table[:, 1]] = layer.pool[table[:, 0]]
+        pool = layer.pool.view(torch.uint8)  # torch does not index floats of eight bits
+        pool[table[:, 1]] = pool[table[:, 0]]
 
 
 class _Value(Recorded):
@@ -133,7 +134,7 @@ class CudaProgram:
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the host's tensor, the device's
         self._moved_codes: dict[int, tuple[CudaQuantMatrix, CudaQuantMatrix]] = {}
         self._room = torch.empty(0, dtype=dtype, device=device)  # for a quantised matrix as a plain one
-        self._plan_block_size: int | None = None
+        self._planned: tuple[int, int] | None = None  # block size and window
         self._x = torch.empty(0)
         handle = cast(Tensor, Recorded(cast(Any, self), "input"))
         self.inputs = ProgramInputs(handle, handle, handle, AttentionTables(handle, handle, handle), handle)
@@ -184,17 +185,24 @@ class CudaProgram:
         product = self._product(a, weight.linear, "qkv")
         cos, sin = self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
         q = self._buffer("q", (self._max_tokens, weight.num_heads, weight.head_dim), self._dtype)
+        q_norm = k_norm = None
+        eps = 0.0
+        if weight.norms is not None:
+            q_norm, k_norm = (
+                self._move(norm, torch.float32) for norm in (weight.norms.query, weight.norms.key)
+            )
+            eps = weight.norms.eps
 
         def call(batch: CudaBatch) -> None:
             n = batch.num_tokens
             _kernels.rope_kv_write(
-                product[:n], batch.positions, batch.slots, cos, sin, None, None, 0.0, layer.key_scale,
+                product[:n], batch.positions, batch.slots, cos, sin, q_norm, k_norm, eps, layer.key_scale,
                 layer.value_scale, q[:n], layer.pool,
             )  # fmt: skip
 
         return self._append(call, "query", q)
 
-    def record_attention(self, q: Tensor, kv: KvLayer, scale: float) -> Tensor:
+    def record_attention(self, q: Tensor, kv: KvLayer, scale: float, window: int | None) -> Tensor:
         """Record `attention`: sequences of one token by one kernel, the others by another."""
         layer, query = cast(CudaKvLayer, kv), _buffer_of(q)
         block_size = int(layer.pool.shape[3])
@@ -204,22 +212,25 @@ class CudaProgram:
             self._max_sequences, self._max_blocks, block_size, heads, head_dim
         )
         workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
-        if self._plan_block_size is None:  # the first layer's plan serves all
-            self._plan_block_size = block_size
-            self._calls.append(lambda batch: _plan(batch, block_size, workspace))
+        seen = window or 0  # as the kernels have it, 0 is all
+        if self._planned is None:  # the first layer's plan serves all
+            self._planned = (block_size, seen)
+            self._calls.append(lambda batch: _plan(batch, block_size, seen, workspace))
+        if self._planned != (block_size, seen):
+            raise ValueError("all layers of a program must have one block size and one window")
 
         def call(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
             scales = (scale, layer.key_scale, layer.value_scale)
             if d > 0:
                 _kernels.attention_decode(
-                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], 0, *scales,
+                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *scales,
                     workspace, out[:d],
                 )  # fmt: skip
             if d < batch.num_sequences:
                 _kernels.attention_prefill(
                     query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
-                    batch.block_table[d:], batch.max_query_len, 0, *scales, out[:n],
+                    batch.block_table[d:], batch.max_query_len, seen, *scales, out[:n],
                 )  # fmt: skip
 
         return self._append(call, "activation", out.view(self._max_tokens, heads * head_dim))
@@ -349,10 +360,10 @@ def _buffer_of(handle: Tensor) -> Tensor:
     return value.buffer
 
 
-def _plan(batch: CudaBatch, block_size: int, workspace: Tensor) -> None:
+def _plan(batch: CudaBatch, block_size: int, window: int, workspace: Tensor) -> None:
     if batch.num_decodes > 0:
         d = batch.num_decodes
-        _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, 0, workspace)
+        _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, window, workspace)
 
 
 def _add(x: Tensor, product: Tensor, n: int) -> None:

@@ -6,22 +6,26 @@ is rounded again: every weight equals what `formats.quants` decodes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.grouped import GROUPED, read_float8, read_int4
+from tgi_asgi.ops.packed import BLOCKS
+
 if TYPE_CHECKING:
     from tgi_asgi.ops.weights import WeightSource
 
 _kernels: Any = torch.ops.tgi_cuda
 _Array = npt.NDArray[Any]
+_BLOCKS = BLOCKS | GROUPED
+_FLOATS = frozenset(name for name in GROUPED if name.startswith("F8"))
 MAX_TOKENS = 8  # of one call of the kernel
-_BLOCK = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_K": (256, 144), "Q6_K": (256, 210)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Repacking:
 class CudaQuantMatrix:
     """A matrix whose weights are scale * (code - zero) + offset, one scale and offset a group of columns."""
 
-    codes: Tensor  # [rows, columns * bits / 8] uint8
+    codes: Tensor  # [rows, columns * bits / 8] uint8, or float8_e4m3fn: without zero point and offsets
     scales: Tensor  # [rows, columns / group] float16, or float32 where float16 would round
     offsets: Tensor | None  # the same
     shape: tuple[int, int]  # rows, columns
@@ -80,26 +84,67 @@ class CudaQuantMatrix:
 
 
 def can_repack(formats: Sequence[str], columns: int) -> bool:
-    """Tell whether sources of these formats become one matrix: all the same, and one that is known here."""
-    return len(set(formats)) == 1 and formats[0] in _BLOCK and columns % _BLOCK[formats[0]][0] == 0
+    """Tell whether sources of these formats become one matrix: all must be known here, floats the same."""
+    is_one = len(set(formats)) == 1 or not _FLOATS.intersection(formats)
+    return is_one and all(name in _REPACKERS and columns % _BLOCKS[name][0] == 0 for name in formats)
 
 
 def repack(sources: Sequence[WeightSource]) -> CudaQuantMatrix:
-    """Stack sources of one format by rows."""
-    name, columns = sources[0].format, sources[0].shape[1]
-    parts = [_REPACKERS[name](source.data.reshape(-1, _BLOCK[name][1])) for source in sources]
-    rows = sum(source.shape[0] for source in sources)
+    """Stack sources by rows; where their formats differ (v of Q4_K_M files), as eight bits with offsets."""
+    parts = [_repack_one(source) for source in sources]
+    if len({source.format for source in sources}) > 1:
+        group = min(part.shape[1] // part.scales.shape[1] for part in parts)
+        parts = [_widened(part, group) for part in parts]
+    first = parts[0]
+    return CudaQuantMatrix(
+        torch.cat([part.codes.view(torch.uint8) for part in parts]).view(first.codes.dtype),
+        torch.cat([part.scales for part in parts]),
+        None if first.offsets is None else torch.cat([cast(Tensor, part.offsets) for part in parts]),
+        (sum(part.shape[0] for part in parts), first.shape[1]),
+        first.bits,
+        first.zero,
+    )
 
-    def joined(index: int) -> Tensor:
-        return torch.from_numpy(np.concatenate([part[index] for part in parts]).reshape(rows, -1))
 
-    offsets = None if parts[0][2] is None else joined(2)
-    bits, zero = _KINDS[name]
-    return CudaQuantMatrix(joined(0), joined(1), offsets, (rows, columns), bits, zero)
+def _repack_one(source: WeightSource) -> CudaQuantMatrix:
+    codes, scales, offsets = _REPACKERS[source.format](source.data.reshape(-1, _BLOCKS[source.format][1]))
+    rows, columns = source.shape
+
+    def by_row(plane: _Array) -> Tensor:
+        return torch.from_numpy(plane.reshape(rows, -1))
+
+    bits, zero = _KINDS[source.format]
+    return CudaQuantMatrix(
+        by_row(codes).view(torch.float8_e4m3fn) if source.format in _FLOATS else by_row(codes),
+        by_row(scales),
+        None if offsets is None else by_row(offsets),
+        (rows, columns),
+        bits,
+        zero,
+    )
+
+
+def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
+    """Write a matrix with codes of eight bits, no zero point, float32 scales and offsets of this group.
+
+    Exact: scales have at most 18 bits of mantissa, codes at most eight, and a zero point is a power of two.
+    """
+    rows, columns = matrix.shape
+    codes = matrix.codes
+    if matrix.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(rows, columns)
+    scales = matrix.scales.float()
+    offsets = -matrix.zero * scales if matrix.offsets is None else matrix.offsets.float()
+    repeats = columns // scales.shape[1] // group
+    scales, offsets = (plane.repeat_interleave(repeats, dim=1) for plane in (scales, offsets))
+    return CudaQuantMatrix(codes, scales, offsets, matrix.shape, 8, 0)
 
 
 _Planes = tuple[_Array, _Array, _Array | None]  # codes, scales, offsets, block after block
-_KINDS = {"Q8_0": (8, 128), "Q4_0": (4, 8), "Q4_1": (4, 0), "Q4_K": (4, 0), "Q6_K": (8, 32)}
+_KINDS = {  # bits of a code, and the zero point
+    "Q8_0": (8, 128), "Q4_0": (4, 8), "Q4_1": (4, 0), "Q5_0": (8, 16), "Q5_1": (8, 0), "Q4_K": (4, 0),
+    "Q5_K": (8, 0), "Q6_K": (8, 32), **{name: (4 if "INT4" in name else 8, 0) for name in GROUPED},
+}  # fmt: skip
 
 
 def _q8_0(blocks: _Array) -> _Planes:
@@ -114,16 +159,43 @@ def _q4_1(blocks: _Array) -> _Planes:
     return _nibbles(blocks[:, 4:]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
 
 
+def _q5_0(blocks: _Array) -> _Planes:
+    return _fives(blocks[:, 6:], blocks[:, 2:6]), _halves(blocks[:, :2]), None
+
+
+def _q5_1(blocks: _Array) -> _Planes:
+    return _fives(blocks[:, 8:], blocks[:, 4:8]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
 def _q4_k(blocks: _Array) -> _Planes:
-    """A block of 256: two float16 scales, eight scales and minima of 6 bits, nibbles by 64."""
+    """A block of 256: scales and minima, nibbles by 64."""
+    scales, minima = _k_scales(blocks)
+    return _pairs(_k_nibbles(blocks[:, 16:]).reshape(-1, 256)), scales, -minima
+
+
+def _q5_k(blocks: _Array) -> _Planes:
+    """The same, with the fifth bit of column i of each 32 in byte i, the first 32 columns' lowest."""
+    scales, minima = _k_scales(blocks)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    codes = _k_nibbles(blocks[:, 48:]).reshape(-1, 8, 32) | fifth << 4
+    return codes.reshape(-1, 256), scales, -minima
+
+
+def _k_scales(blocks: _Array) -> tuple[_Array, _Array]:
+    """Two float16 factors, eight scales and minima of 6 bits; return the products, [blocks, 8] float32."""
     scale, least = (_halves(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
     packed = blocks[:, 4:16]
     low, high = packed[:, :8] & 63, packed[:, 8:]
     scales = np.concatenate([low[:, :4], high & 15 | (packed[:, :4] >> 6) << 4], axis=1)
     minima = np.concatenate([low[:, 4:], high >> 4 | (packed[:, 4:8] >> 6) << 4], axis=1)
-    nibbles = blocks[:, 16:].reshape(-1, 4, 32)
-    codes = np.stack([nibbles & 15, nibbles >> 4], axis=2).reshape(-1, 256)
-    return _pairs(codes), scale * scales, -(least * minima)
+    return scale * scales, least * minima
+
+
+def _k_nibbles(data: _Array) -> _Array:
+    """32 bytes have the nibbles of 64 columns: first the low ones, then the high."""
+    nibbles = data.reshape(-1, 4, 32)
+    codes: _Array = np.stack([nibbles & 15, nibbles >> 4], axis=2)
+    return codes
 
 
 def _q6_k(blocks: _Array) -> _Planes:
@@ -136,7 +208,20 @@ def _q6_k(blocks: _Array) -> _Planes:
     return (nibbles | high << 4).reshape(-1, 256), scale * scales, None
 
 
-_REPACKERS = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q4_K": _q4_k, "Q6_K": _q6_k}
+def _int4(blocks: _Array) -> _Planes:
+    codes, scales, zeros = read_int4(blocks)
+    return codes, scales, -zeros.astype(np.float32) * scales  # exact: 11 bits times five
+
+
+def _float8(blocks: _Array) -> _Planes:
+    codes, scales = read_float8(blocks)
+    return np.ascontiguousarray(codes), scales, None
+
+
+_REPACKERS: dict[str, Callable[[_Array], _Planes]] = {
+    "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k,
+    "Q6_K": _q6_k, **{name: _float8 if name in _FLOATS else _int4 for name in GROUPED},
+}  # fmt: skip
 
 
 def _halves(data: _Array) -> _Array:
@@ -148,6 +233,13 @@ def _halves(data: _Array) -> _Array:
 def _nibbles(data: _Array) -> _Array:
     """Put a block's nibbles, of columns i and i + 16 a byte, in the order of columns."""
     return _pairs(np.concatenate([data & 15, data >> 4], axis=1))
+
+
+def _fives(nibbles: _Array, bits: _Array) -> _Array:
+    """Join a block's nibbles, as `_nibbles` has them, and 32 bits, the first column's lowest."""
+    fifth: _Array = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
+    codes: _Array = np.concatenate([nibbles & 15, nibbles >> 4], axis=1) | fifth << 4
+    return codes
 
 
 def _pairs(codes: _Array) -> _Array:

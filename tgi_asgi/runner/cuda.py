@@ -30,6 +30,7 @@ from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape, result_bytes, view_result
 from tgi_asgi.runner.cuda_device import Device, Event
 from tgi_asgi.runner.inputs import PlanError, StepInputs
+from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import DeviceLost, Sampled, StepPlan, StepResult, StepRow
@@ -38,18 +39,8 @@ from tgi_asgi.runner.sampling import unpack
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 2
 # Batches that decode alone are padded to one of these, for each of which there is a graph.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-
-
-@dataclass(slots=True)
-class _Job:
-    """A step that was submitted."""
-
-    plan: StepPlan
-    future: asyncio.Future[StepResult]
-    loop: asyncio.AbstractEventLoop
 
 
 @dataclass(slots=True)
@@ -80,7 +71,8 @@ class CudaRunner:
         result = await runner.submit(StepPlan(0, rows))
 
     The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
-    cache for the bytes that are free once all else is there and a step of the largest size has run.
+    cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
+    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -97,6 +89,7 @@ class CudaRunner:
         max_step_tokens: int,
         max_context: int,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         config = model.config
         self.block_size = block_size
@@ -105,7 +98,7 @@ class CudaRunner:
         self.max_context = max_context
         self._device = device
         self._max_blocks = -(-max_context // block_size)
-        pool_shape = (config.num_kv_heads, config.head_dim, block_size, dtype, device.device)
+        pool_shape = (config.num_kv_heads, config.head_dim, block_size, kv_dtype or dtype, device.device)
         self._kv = [CudaKvLayer(pool) for pool in make_cuda_pools(config.num_layers, 1, *pool_shape)]
         self._program = self._record(model, dtype)
         self._sampling = CudaSampleState(max_batch_size, config.vocab_size, device.device)
@@ -123,12 +116,10 @@ class CudaRunner:
         ]
         self._num_launched = 0
         self._graphs: dict[int, Callable[[], None]] = {}
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._launched: queue.SimpleQueue[tuple[_Job, _Launched | Exception] | None] = queue.SimpleQueue()
+        self._jobs = JobQueue()
+        self._launched: queue.SimpleQueue[tuple[Job, _Launched | Exception] | None] = queue.SimpleQueue()
         self._num_undelivered = 0
         self._delivered = threading.Condition()
-        self._in_flight = 0
-        self._is_closed = False
         self._lost: DeviceLost | None = None
 
         def prepare() -> KvSize:
@@ -163,25 +154,13 @@ class CudaRunner:
         Raises:
             RuntimeError: the runner is closed, or two steps are in flight already.
         """
-        if self._is_closed:
-            raise RuntimeError("the runner is closed")
-        if self._in_flight == MAX_IN_FLIGHT:
-            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[StepResult] = loop.create_future()
-        self._in_flight += 1
-        self._jobs.put(_Job(plan, future, loop))
-        return future
+        return self._jobs.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the threads. Idempotent."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._jobs.put(None)
+        self._jobs.close()
         self._launcher.join()
         self._waiter.join()
-        self._masks.close()
 
     def _record(self, model: Llama, dtype: torch.dtype) -> CudaProgram:
         program = CudaProgram(
@@ -207,7 +186,7 @@ class CudaRunner:
         except BaseException as error:
             self._prepared.set_exception(error)
             return
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.take()) is not None:
             try:
                 outcome: _Launched | Exception = self._launch(job.plan)
             except Exception as error:
@@ -352,7 +331,7 @@ class CudaRunner:
             self._device_results = torch.zeros(count, dtype=torch.uint8, device=self._device.device)
         if staging.results.numel() < count:
             staging.results = self._device.pinned(count)
-        mask = self._masks.finish(self._masks.begin(slots))
+        mask = self._masks.compute(slots)
         if mask is not None:  # a row of it for each row of logits
             spread = torch.full((num_rows, mask.shape[1]), -1, dtype=torch.int32)
             spread[places] = mask
@@ -372,12 +351,9 @@ class CudaRunner:
             with self._delivered:
                 self._num_undelivered -= 1
                 self._delivered.notify_all()
-            try:
-                job.loop.call_soon_threadsafe(self._deliver, job.future, outcome)
-            except RuntimeError:  # the loop is closed: nobody waits for the result
-                logger.debug("the result of step %s has no taker", job.plan.step_id)
+            self._jobs.finish(job, outcome)
 
-    def _finish(self, job: _Job, launched: _Launched) -> StepResult | Exception:
+    def _finish(self, job: Job, launched: _Launched) -> StepResult | Exception:
         try:
             launched.event.synchronize()
             if launched.drawn is not None:
@@ -399,14 +375,3 @@ class CudaRunner:
             self._lost = DeviceLost(str(error))
             return self._lost
         return error
-
-    # The event loop's thread.
-
-    def _deliver(self, future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
-        self._in_flight -= 1
-        if future.done():  # cancelled by its waiter
-            return
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)

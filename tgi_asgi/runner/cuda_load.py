@@ -62,15 +62,20 @@ def make_runner(
     """Move a model to the device, and give what memory is left to the cache.
 
     Raises:
-        ModelLoadError: it does not fit; the message says what to change.
+        ModelLoadError: it does not fit, or --kv-cache-dtype asks for what the GPU does not have; the message
+            says what to change.
     """
+    kv_dtype = _choose_kv_dtype(settings.kv_cache_dtype, dtype)
     if settings.quantize is not None:
         logger.warning("--quantize is for the CPU: on a GPU weights stay as the file has them")
     sizes: list[KvSize] = []
 
     def choose(free_bytes: int) -> KvSize:
-        sizes.append(choose_size(model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE))
-        return sizes[-1]
+        size = choose_size(
+            model.config, settings, dtype, max_total_tokens, free_bytes, share=_SHARE, kv_dtype=kv_dtype
+        )
+        sizes.append(size)
+        return size
 
     try:
         runner = CudaRunner(
@@ -82,6 +87,7 @@ def make_runner(
             max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
             max_context=max_total_tokens,
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(
@@ -89,3 +95,15 @@ def make_runner(
             f"or --max-batch-size, or free memory ({error})"
         ) from error
     return runner, sizes[-1]
+
+
+def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what keys and values are kept in, for --kv-cache-dtype."""
+    if name == "auto":
+        return dtype
+    if name == "fp8_e4m3fn":
+        return torch.float8_e4m3fn
+    raise ModelLoadError(
+        f"--kv-cache-dtype {name} is not kept on a GPU: take auto or fp8_e4m3fn, or hide the GPU by "
+        "CUDA_VISIBLE_DEVICES="
+    )

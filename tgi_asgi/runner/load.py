@@ -5,6 +5,7 @@ Prints nothing: `progress` hears what is being done and how many bytes of it are
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import time
@@ -17,7 +18,6 @@ import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
@@ -68,15 +68,21 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         config = opened.config
         name = settings.dtype
         dtype = _choose_dtype(name) if device is None else cuda_load.choose_dtype(name, config)
-        max_total_tokens = _max_total_tokens(config, settings)
+        longest = config.plain_length if device is None else config.context_length
+        max_total_tokens = min(longest, settings.max_total_tokens or longest)
         weights = _TrackedWeights(opened.weights, progress)
         packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
         arithmetic: ops.Arithmetic = packing if can_record(config) else dtype
+        if device is None and not can_record(config):
+            ignored = "" if packing.quantise is None else ", and --quantize is ignored"
+            logger.warning("the model's sizes are no multiples of 32: its steps are slow%s", ignored)
         if device is not None:  # plain weights are rounded to float16 on their way to the device
             arithmetic = ops.Repacking(torch.float32 if dtype is torch.float16 else dtype)
         model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
+    if device is None and settings.kv_cache_dtype.startswith("fp8"):
+        logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
     runner: CpuRunner | CudaRunner
     if device is None:
         kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
@@ -106,7 +112,15 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
     )
+    _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _return_freed_memory() -> None:
+    """Give the system what loading has freed: glibc would keep it for an allocation that does not come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 def _choose_dtype(name: str) -> torch.dtype:
@@ -122,10 +136,6 @@ def _quantised(method: str | None) -> str | None:
         return method and method.upper()
     logger.warning("--quantize %s is ignored: q8_0 and q4_0 are known", method)
     return None
-
-
-def _max_total_tokens(config: ModelConfig, settings: Settings) -> int:
-    return min(config.context_length, settings.max_total_tokens or config.context_length)
 
 
 def _max_input_tokens(settings: Settings, max_total_tokens: int) -> int:
@@ -150,7 +160,7 @@ class _TrackedWeights:
         """Return a tensor, as `Weights.get` says."""
         self._progress("loading weights", self._done, self.num_bytes)
         source = self._weights.get(name, shape)
-        self._done += source.data.nbytes
+        self._done = min(self._done + source.data.nbytes, self.num_bytes)  # decoded, it may be more
         self._hash.update(f"{name} {source.format} {source.shape}\n".encode())
         self._hash.update(source.data[:_SAMPLE_BYTES].data)
         self._hash.update(source.data[-_SAMPLE_BYTES:].data)

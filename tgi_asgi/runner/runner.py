@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import threading
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.runner.inputs import StepInputs
+from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import StepPlan, StepResult
@@ -27,9 +27,6 @@ from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
 logger = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 2
-_Job = tuple[StepPlan, "asyncio.Future[StepResult]", asyncio.AbstractEventLoop]
 
 
 class CpuRunner:
@@ -73,9 +70,7 @@ class CpuRunner:
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._step.logits, max_rows=max_batch_size)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._in_flight = 0
-        self._is_closed = False
+        self._jobs = JobQueue()
         self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
         self._thread.start()
 
@@ -85,22 +80,12 @@ class CpuRunner:
         Raises:
             RuntimeError: the runner is closed, or two steps are in flight already.
         """
-        if self._is_closed:
-            raise RuntimeError("the runner is closed")
-        if self._in_flight == MAX_IN_FLIGHT:
-            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[StepResult] = loop.create_future()
-        self._in_flight += 1
-        self._jobs.put((plan, future, loop))
-        return future
+        return self._jobs.submit(plan)
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent."""
-        self._is_closed = True
-        self._jobs.put(None)
+        self._jobs.close()
         self._thread.join()
-        self._masks.close()
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
@@ -130,21 +115,22 @@ class CpuRunner:
         return self._compute(plan)
 
     def _compute(self, plan: StepPlan) -> StepResult:
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        slots = [plan.rows[index].slot for index in sampling]
+        # Before the step and not beside it: the team has every core, and a thread that computed masks then
+        # would hold up a member, and with it all the others at the next barrier.
+        mask = self._masks.compute(slots)
         ops.wake_threads()
         batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
-        slots = [plan.rows[index].slot for index in sampling]
         stops = batch.tables.query_start.tolist()
         rows = _int32([stops[index + 1] - 1 for index in sampling])  # each row's last token
-        masks = self._masks.begin(slots)
-        if slots and masks is None and all(row.prompt_logprobs is None for row in plan.rows):
-            drawn = unpack(self._step.draw(batch, rows, _int32(slots), self._sampling))
+        if slots and all(row.prompt_logprobs is None for row in plan.rows):
+            drawn = unpack(self._step.draw(batch, rows, _int32(slots), self._sampling, mask))
         else:
             x, logits = self._step.run(batch, rows)
             if self._score(x, plan, stops, result):
                 logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
-            mask = self._masks.finish(masks)
             drawn = unpack(ops.sample(logits, self._sampling, _int32(slots), mask=mask)) if slots else []
         self._masks.accept(slots, drawn)
         for index, sampled in zip(sampling, drawn, strict=True):
@@ -161,27 +147,13 @@ class CpuRunner:
     def _work(self) -> None:
         """Run jobs until closed: the runner thread's whole life."""
         ops.join_threads()
-        while (job := self._jobs.get()) is not None:
-            plan, future, loop = job
+        while (job := self._jobs.take()) is not None:
             try:
-                outcome: StepResult | Exception = self.run(plan)
+                outcome: StepResult | Exception = self.run(job.plan)
             except Exception as error:
-                logger.exception("step %s failed", plan.step_id)
+                logger.exception("step %s failed", job.plan.step_id)
                 outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
-            try:
-                loop.call_soon_threadsafe(self._deliver, future, outcome)
-            except RuntimeError:  # the loop is closed: nobody waits for the result
-                logger.debug("the result of step %s has no taker", plan.step_id)
-
-    def _deliver(self, future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
-        """Hand a step's result over; runs on the event loop."""
-        self._in_flight -= 1
-        if future.done():  # cancelled by its waiter
-            return
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+            self._jobs.finish(job, outcome)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

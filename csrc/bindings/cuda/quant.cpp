@@ -21,7 +21,10 @@ QuantMatrix make_matrix(const Tensor& codes, const Tensor& scales,
   TORCH_CHECK(zero >= 0 && zero < 256, "`zero` must be in [0, 256), got ", zero);
   TORCH_CHECK(scales.scalar_type() == kFloat || scales.scalar_type() == at::kHalf,
               "`scales` must be float32 or float16, got ", scales.scalar_type());
-  check_tensor(codes, "codes", at::kByte, {-1, -1});
+  const bool is_float = codes.scalar_type() == at::kFloat8_e4m3fn;
+  check_tensor(codes, "codes", is_float ? at::kFloat8_e4m3fn : at::kByte, {-1, -1});
+  TORCH_CHECK(!is_float || (bits == 8 && zero == 0 && scales.scalar_type() == kFloat),
+              "codes that are floats have 8 bits, no zero and float32 scales");
   TORCH_CHECK(reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 16 == 0,
               "`codes` must begin at a multiple of 16 bytes");
   const int64_t rows = codes.size(0), columns = codes.size(1) * 8 / bits;
@@ -37,7 +40,8 @@ QuantMatrix make_matrix(const Tensor& codes, const Tensor& scales,
           columns / scales.size(1),
           static_cast<int32_t>(bits),
           static_cast<int32_t>(zero),
-          scales.scalar_type() == kFloat};
+          scales.scalar_type() == kFloat,
+          is_float};
 }
 
 void quant_linear(const Tensor& a, const Tensor& codes, const Tensor& scales,

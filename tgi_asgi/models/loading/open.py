@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import Weights
@@ -38,8 +39,9 @@ class OpenModel:
             self.config = ModelConfig.from_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
             self.weights = GgufWeights(self._gguf, self.config)
         else:
-            self.config = ModelConfig.from_json(read_json(files.path / "config.json"))
-            self.weights = SafetensorsWeights(files.path)
+            config = read_json(files.path / "config.json")
+            self.config = ModelConfig.from_json(config)
+            self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""

@@ -1,30 +1,38 @@
-"""Weights of a checkpoint directory: their names are canonical already."""
+"""Weights of a checkpoint directory: their names are canonical already, but for quantised matrices."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.models.loading import check_shape
+from tgi_asgi.models.loading.quantised import find_quantised, read_quantised
 from tgi_asgi.ops import WeightSource
 
 _FORMATS = ("F32", "F16", "BF16")
 
 
 class SafetensorsWeights:
-    """A checkpoint's `Weights`, sharded or not."""
+    """A checkpoint's `Weights`, sharded or not, quantised or not."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quantisation: Quantisation | None = None) -> None:
         self._directory = directory
         self._checkpoint = Checkpoint.open(directory)
+        self._quantisation = quantisation
         self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)
 
     def __contains__(self, name: object) -> bool:
         return name in self._checkpoint
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor, as `Weights.get` says."""
+        """Return a tensor, as `Weights.get` says; a quantised matrix in blocks of `ops`."""
+        if self._quantisation is not None and find_quantised(self._checkpoint, name):
+            try:
+                return read_quantised(self._checkpoint, name, shape, self._quantisation)
+            except ModelLoadError as error:
+                raise ModelLoadError(f"{self._directory}: {name!r}: {error}") from None
         if name not in self._checkpoint:
             raise ModelLoadError(f"{self._directory}: there is no tensor {name!r}, which the model needs")
         info = self._checkpoint.tensor(name)

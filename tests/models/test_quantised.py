@@ -1,0 +1,164 @@
+"""Quantised safetensors checkpoints: the logits that `transformers` computes of what their codes mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.checkpoints import make_model, our_logits, our_recorded_logits, reference_logits
+from tests.support.quantised import save_quantised
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+
+IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+TOLERANCE = 5e-4  # worst element of float32 logits, as in test_llama.py, of layers twice as wide
+
+RECIPES = [
+    pytest.param("gptq", {}, "Q5_0", id="gptq"),
+    pytest.param("gptq", {"is_centred": True, "group": 128}, "Q4_0", id="gptq-symmetric"),
+    pytest.param("gptq", {"shift": 0}, "Q5_0", id="gptq-v2"),
+    pytest.param("gptq", {"group": 16}, None, id="gptq-small-groups"),
+    pytest.param("gptq", {"has_order": True}, None, id="gptq-act-order"),
+    pytest.param("gptq", {"bits": 8, "is_centred": True}, "Q8_0", id="gptq-8"),
+    pytest.param("gptq", {"bits": 8}, None, id="gptq-8-asymmetric"),
+    pytest.param("awq", {}, "Q5_0", id="awq"),
+    pytest.param("awq", {"group": 64}, "Q5_0", id="awq-64"),
+    pytest.param("compressed", {}, "Q5_0", id="compressed-asymmetric"),
+    pytest.param("compressed", {"is_centred": True}, "Q4_0", id="compressed-symmetric"),
+    pytest.param("fp8", {"kind": "tensor"}, None, id="fp8-tensor"),
+    pytest.param("fp8", {"kind": "row"}, None, id="fp8-row"),
+    pytest.param("fp8", {"kind": "block"}, None, id="fp8-block"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
+def test_logits_equal_transformers(
+    tmp_path: Path, recipe: str, options: dict[str, Any], format: str | None
+) -> None:
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, recipe, **options)
+    is_rounded = format is None and recipe == "gptq"  # to float16, as AutoGPTQ computes
+    if is_rounded:
+        for name, parameter in model.named_parameters():
+            if ".layers." in name and parameter.dim() == 2:
+                parameter.data = parameter.data.half().float()
+    reference = reference_logits(model, IDS)
+    assert float(reference.std()) > 0.5, "flat logits prove nothing"
+    for ours in (our_logits(files, IDS), our_recorded_logits(files, IDS)):
+        assert torch.isfinite(ours).all()
+        assert float((ours - reference).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
+def test_codes_stay_codes_where_a_format_holds_them(
+    tmp_path: Path, recipe: str, options: dict[str, Any], format: str | None
+) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, recipe, **options)
+    with OpenModel(files) as opened:
+        model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=16)
+    matrix = model.layers[0].gate_up.linear.matrix
+    assert not isinstance(matrix, torch.Tensor)
+    expected = format or ("F16" if recipe == "gptq" else "BF16")
+    assert (matrix.formats, matrix.precision) == (
+        (expected,), {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")
+    )  # fmt: skip
+
+
+def test_eight_bit_activations_stay_close(tmp_path: Path) -> None:
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, "awq")
+    reference = reference_logits(model, IDS)
+    ours = our_recorded_logits(files, IDS, is_exact=False)
+    assert 1e-5 < float((ours - reference).norm() / reference.norm()) < 0.1
+
+
+def test_float8_can_be_quantised_further(tmp_path: Path) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, "fp8", kind="block")
+    with OpenModel(files) as opened:
+        packing = ops.Packing(is_exact=False, quantise="Q8_0")
+        model = Llama(opened.config, opened.weights, packing, max_positions=16)
+    assert model.layers[0].down.matrix.formats == ("Q8_0",)  # type: ignore[union-attr]
+
+
+def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, "compressed", is_centred=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    tensors[name] = tensors[name].float() * 1.0001
+    save_file(tensors, tmp_path / "model.safetensors")
+    with OpenModel(files) as opened:
+        loaded = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=16)
+    assert loaded.layers[0].down.matrix.formats == ("F32",)  # type: ignore[union-attr]
+    assert loaded.layers[1].down.matrix.formats == ("Q4_0",)  # type: ignore[union-attr]
+
+
+STEM = "model.layers.1.mlp.down_proj."
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "name", "change", "words"),
+    [
+        ("gptq", {}, "qzeros", lambda t: t[:-1], "do not fit"),
+        ("gptq", {}, "g_idx", lambda t: t + 100, "g_idx must give one of"),
+        ("gptq", {}, "scales", lambda t: None, r"no tensor '.*scales'"),
+        ("gptq", {}, "qweight", lambda t: t.float(), "is of dtype F32, not I32"),
+        ("gptq", {}, "qweight", lambda t: t[:-4].contiguous(), "g_idx must give"),
+        ("awq", {}, "scales", lambda t: t[:, :-8].contiguous(), "do not fit"),
+        ("awq", {}, "qweight", lambda t: t[:-32].contiguous(), "do not fit|shape"),
+        ("compressed", {}, "weight_packed", lambda t: t[:, :-1].contiguous(), "do not fit 256 columns"),
+        ("fp8", {"kind": "block"}, "weight_scale_inv", lambda t: t[:-1], "do not fit blocks"),
+        ("fp8", {"kind": "row"}, "weight_scale", lambda t: None, "no weight_scale"),
+        ("fp8", {"kind": "row"}, "weight_scale", lambda t: t[:-1], "weight_block_size"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(
+    tmp_path: Path, recipe: str, options: dict[str, Any], name: str, change: Any, words: str
+) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, recipe, **options)
+    tensors = load_file(tmp_path / "model.safetensors")
+    changed = change(tensors.pop(STEM + name))
+    if changed is not None:
+        tensors[STEM + name] = changed
+    save_file(tensors, tmp_path / "model.safetensors")
+    with OpenModel(files) as opened, pytest.raises(ModelLoadError, match=words):
+        Llama(opened.config, opened.weights, torch.float32, max_positions=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "must be an object"),
+        ({}, "an unnamed method"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes are not supported; supported are awq"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ of 3 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "awq", "bits": 8}, "AWQ of 8 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 48]}, "multiple of 32"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(options: Any, words: str) -> None:
+    with pytest.raises(ModelLoadError, match=words):
+        Quantisation.from_json({"quantization_config": options})
+
+
+def test_blocks_of_compressed_float8_come_from_its_groups() -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    options = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    found = Quantisation.from_json({"quantization_config": options})
+    assert found is not None and found.block == (128, 128)

@@ -1,0 +1,164 @@
+"""Tiny checkpoints as AutoAWQ, AutoGPTQ, compressed-tensors and FP8 recipes write them.
+
+Packed word by word, as slowly and obviously as the formats are described; nothing here is shared with the
+readers. The model's own weights become what the codes mean, so that `transformers` is the truth about them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.support.checkpoints import Model, save
+from tgi_asgi.formats.sources import ModelFiles
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column in each nibble of a word, the lowest first
+
+
+@dataclass
+class Codes:
+    """A random matrix of weights scales[row, group] * (codes - zeros[row, group])."""
+
+    codes: Tensor  # [rows, columns] int64
+    scales: Tensor  # [rows, groups] float16
+    zeros: Tensor  # [rows, groups] int64
+    groups: Tensor  # [columns] int64
+
+    def weights(self) -> Tensor:
+        """Return the matrix in float32."""
+        scales = self.scales.float()[:, self.groups]
+        return scales * (self.codes - self.zeros[:, self.groups]).float()
+
+
+def random_codes(
+    rows: int, columns: int, group: int, *, bits: int = 4, is_centred: bool = False, has_order: bool = False
+) -> Codes:
+    """Make a matrix; zero points are half the range if centred, columns' groups shuffled if ordered."""
+    num_groups = columns // group
+    groups = torch.arange(columns) // group
+    if has_order:
+        groups = groups[torch.randperm(columns)]
+    zeros = torch.randint(1, 1 << bits, (rows, num_groups))
+    if is_centred:
+        zeros = torch.full_like(zeros, 1 << bits - 1)
+    scales = (torch.rand(rows, num_groups) * 0.04 + 0.01) * 16 / (1 << bits)
+    return Codes(torch.randint(1 << bits, (rows, columns)), scales.half(), zeros, groups)
+
+
+def pack(values: Tensor, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """Pack [n, m] values along m into int32 words, the first lowest, or in an order of each word's own."""
+    each = 32 // bits
+    order = order or tuple(range(each))
+    out = torch.zeros(values.shape[0], values.shape[1] // each, dtype=torch.int64)
+    for word in range(out.shape[1]):
+        for place, column in enumerate(order):
+            out[:, word] |= values[:, word * each + column] << bits * place
+    return torch.where(out >= 1 << 31, out - (1 << 32), out).to(torch.int32)
+
+
+def gptq_tensors(matrix: Codes, *, bits: int = 4, shift: int = 1) -> dict[str, Tensor]:
+    """Codes packed along the columns, zero points less `shift` along the rows."""
+    return {
+        "qweight": pack(matrix.codes, bits).T.contiguous(),
+        "qzeros": pack(matrix.zeros.T - shift, bits),
+        "scales": matrix.scales.T.contiguous(),
+        "g_idx": matrix.groups.to(torch.int32),
+    }
+
+
+def awq_tensors(matrix: Codes) -> dict[str, Tensor]:
+    """Codes and zero points packed along the rows, in AutoAWQ's order."""
+    return {
+        "qweight": pack(matrix.codes.T, 4, AWQ_ORDER),
+        "qzeros": pack(matrix.zeros.T, 4, AWQ_ORDER),
+        "scales": matrix.scales.T.contiguous(),
+    }
+
+
+def compressed_tensors(matrix: Codes, *, is_centred: bool) -> dict[str, Tensor]:
+    """Codes packed along the columns, zero points along the rows, of which there may be none."""
+    tensors = {
+        "weight_packed": pack(matrix.codes, 4),
+        "weight_scale": matrix.scales,
+        "weight_shape": torch.tensor(matrix.codes.shape),
+    }
+    return tensors if is_centred else tensors | {"weight_zero_point": pack(matrix.zeros.T, 4).T.contiguous()}
+
+
+def float8_tensors(weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Round a matrix to E4M3, with a scale for all, a row, or a block of 32 x 32; and say what it means."""
+    rows, columns = weight.shape
+    if kind == "block":
+        size = (-(-rows // 32), -(-columns // 32))
+        scales = torch.rand(size) * 0.01 + 0.001
+        spread = scales.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+    else:
+        scales = torch.rand(rows, 1) * 0.01 + 0.001 if kind == "row" else torch.tensor([0.004])
+        spread = scales.expand(rows, columns)
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    name = "weight_scale_inv" if kind == "block" else "weight_scale"
+    return {"weight": codes, name: scales}, codes.float() * spread
+
+
+def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -> ModelFiles:
+    """Write a checkpoint whose layers' matrices are quantised; embedding, head and norms are float32.
+
+    Recipes: gptq, awq, compressed, fp8.
+    """
+    files = save(model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if ".layers." not in name or parameter.dim() != 2:
+            continue
+        stem = name.removesuffix("weight")
+        del tensors[name]
+        made, weights = _quantise(parameter.detach(), recipe, options)
+        tensors |= {stem + key: tensor.contiguous() for key, tensor in made.items()}
+        parameter.data.copy_(weights)
+    save_file(tensors, directory / "model.safetensors")
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": _config(recipe, options)}
+    path.write_text(json.dumps(config))
+    return files
+
+
+def _quantise(weight: Tensor, recipe: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    if recipe == "fp8":
+        return float8_tensors(weight, options["kind"])
+    bits, is_centred = options.get("bits", 4), options.get("is_centred", False)
+    matrix = random_codes(
+        *weight.shape,
+        options.get("group", 32),
+        bits=bits,
+        is_centred=is_centred,
+        has_order=options.get("has_order", False),
+    )
+    made = {
+        "gptq": lambda: gptq_tensors(matrix, bits=bits, shift=options.get("shift", 1)),
+        "awq": lambda: awq_tensors(matrix),
+        "compressed": lambda: compressed_tensors(matrix, is_centred=is_centred),
+    }[recipe]()
+    return made, matrix.weights()
+
+
+def _config(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
+    group = options.get("group", 32)
+    if recipe == "gptq":
+        layout = "gptq" if options.get("shift", 1) else "gptq_v2"
+        bits, has_order = options.get("bits", 4), options.get("has_order", False)
+        return {
+            "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": has_order,
+            "checkpoint_format": layout,
+        }  # fmt: skip
+    if recipe == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    if recipe == "compressed":
+        return {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    block = {"weight_block_size": [32, 32]} if options["kind"] == "block" else {}
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", **block}

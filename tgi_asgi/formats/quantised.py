@@ -1,0 +1,268 @@
+"""Quantised safetensors checkpoints: what `quantization_config` says, and the packing of codes undone.
+
+AutoAWQ, AutoGPTQ and compressed-tensors each lay integers out in their own way; here they become rows of
+codes in the order of columns, low half first, with a scale and a zero point for each group of columns. FP8
+codes are bytes already. Used by `models/loading`; knows no torch and no file.
+Sources: AutoAWQ's packing_utils.py, AutoGPTQ's qlinear_cuda.py, compressed-tensors' pack_quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.errors import ModelLoadError
+
+Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+# Where AutoAWQ puts columns 0 to 7 of each eight in a word of eight nibbles, the lowest first.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_FP8_METHODS = ("fp8", "fbgemm_fp8")
+_COMPRESSED_FORMATS = ("pack-quantized", "float-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How a checkpoint's matrices are quantised; which of them are shows by their tensors' names.
+
+    Raises:
+        ModelLoadError: a method, or an option of one, that is not supported.
+    """
+
+    method: str  # awq, gptq, fp8 or compressed-tensors
+    bits: int = 4  # awq and gptq
+    zero_shift: int = 0  # gptq: what zero points are stored less
+    block: tuple[int, int] | None = None  # FP8: rows and columns of a scale; None: a whole row, or all
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Quantisation | None:
+        """Read a `config.json`; None if it says nothing of quantisation."""
+        options = config.get("quantization_config")
+        if options is None:
+            return None
+        _check(isinstance(options, dict), "`quantization_config` must be an object")
+        method = str(options.get("quant_method", "")).lower()
+        if method == "gptq":
+            return cls._gptq(options)
+        if method == "awq":
+            return cls._awq(options)
+        if method in _FP8_METHODS:
+            return cls("fp8", 8, block=_read_block(options.get("weight_block_size")))
+        _check(
+            method == "compressed-tensors",
+            f"checkpoints quantised by {method or 'an unnamed method'} are not supported; supported are awq, "
+            "gptq, fp8 and compressed-tensors: take one of these, the original, or a GGUF file",
+        )
+        layout = options.get("format")
+        _check(
+            layout in _COMPRESSED_FORMATS,
+            f"compressed-tensors of format {layout!r} are not supported; supported are "
+            f"{', '.join(_COMPRESSED_FORMATS)}",
+        )
+        return cls("compressed-tensors", block=_find_block(options.get("config_groups")))
+
+    @classmethod
+    def _gptq(cls, options: Mapping[str, Any]) -> Quantisation:
+        bits, layout = options.get("bits"), options.get("checkpoint_format") or "gptq"
+        _check(bits in (4, 8), f"GPTQ of {bits} bits is not supported, only of 4 and 8")
+        _check(
+            layout in ("gptq", "gptq_v2"), f"GPTQ of checkpoint_format {layout!r} is not supported, only gptq"
+        )
+        return cls("gptq", 8 if bits == 8 else 4, 1 if layout == "gptq" else 0)
+
+    @classmethod
+    def _awq(cls, options: Mapping[str, Any]) -> Quantisation:
+        bits, version = options.get("bits", options.get("w_bit", 4)), str(options.get("version", "gemm"))
+        _check(bits == 4, f"AWQ of {bits} bits is not supported, only of 4")
+        _check(version.lower() == "gemm", f"AWQ of version {version!r} is not supported, only gemm")
+        return cls("awq")
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerMatrix:
+    """A matrix of weights scales[row, group] * (code - zeros[row, group])."""
+
+    codes: Bytes  # [rows, columns * bits / 8], the first of two nibbles in the low half
+    scales: Floats  # [rows, num_groups]
+    zeros: Bytes  # the same
+    bits: int  # 4 or 8
+    groups: npt.NDArray[np.int64] | None = None  # [columns]; None: they follow each other in equal runs
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
+
+    def dequantise(self) -> Floats:
+        """Return the weights [rows, columns], each rounded once."""
+        codes, (_, columns) = self.codes, self.shape
+        if self.bits == 4:
+            codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(self.shape)
+        groups = self.groups
+        if groups is None:
+            groups = np.arange(columns) // (columns // self.scales.shape[1])
+        weights = codes.astype(np.float32)
+        weights -= self.zeros[:, groups]
+        weights *= self.scales[:, groups]
+        return weights
+
+
+def unpack_gptq(
+    qweight: Words, qzeros: Words, scales: Floats, g_idx: Words | None, bits: int, shift: int
+) -> IntegerMatrix:
+    """Undo AutoGPTQ's packing: of codes along the columns, of zero points along the rows.
+
+    Args:
+        qweight: [columns * bits / 32, rows].
+        qzeros: [num_groups, rows * bits / 32], less `shift`.
+        scales: [num_groups, rows].
+        g_idx: [columns], each column's group, or None.
+    """
+    rows, num_groups = qweight.shape[1], scales.shape[0]
+    _check(
+        scales.shape == (num_groups, rows) and qzeros.shape == (num_groups, rows * bits // 32),
+        f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
+    )
+    codes = np.ascontiguousarray(qweight.T).view(np.uint8)  # little-endian words: columns ascend
+    zeros = _by_byte(np.ascontiguousarray(qzeros), bits)[:, :rows] + np.uint8(shift)
+    columns = codes.shape[1] * 8 // bits
+    return IntegerMatrix(
+        codes,
+        np.ascontiguousarray(scales.T),
+        np.ascontiguousarray(zeros.T),
+        bits,
+        _read_groups(g_idx, columns, num_groups),
+    )
+
+
+def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
+    """Undo AutoAWQ's packing (GEMM) of eight rows a word, in an order of its own.
+
+    Args:
+        qweight: [columns, rows / 8].
+        qzeros: [num_groups, rows / 8].
+        scales: [num_groups, rows].
+    """
+    rows, num_groups = qweight.shape[1] * 8, scales.shape[0]
+    _check(
+        scales.shape == (num_groups, rows)
+        and qzeros.shape == (num_groups, rows // 8)
+        and qweight.shape[0] % max(num_groups, 1) == 0,
+        f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
+    )
+    codes = _awq_rows(qweight)  # [columns, rows]
+    pairs = codes[0::2] | codes[1::2] << 4
+    return IntegerMatrix(
+        np.ascontiguousarray(pairs.T),
+        np.ascontiguousarray(scales.T),
+        np.ascontiguousarray(_awq_rows(qzeros).T),
+        4,
+    )
+
+
+def unpack_compressed(
+    packed: Words, scales: Floats, zeros: Words | None, g_idx: Words | None, columns: int
+) -> IntegerMatrix:
+    """Undo compressed-tensors' packing of codes that are stored plus half their range.
+
+    Args:
+        packed: [rows, columns * bits / 32].
+        scales: [rows, num_groups].
+        zeros: [rows * bits / 32, num_groups], or None: half the range.
+        g_idx: [columns], each column's group, or None; of -1 where there is no order.
+    """
+    rows, num_groups = packed.shape[0], scales.shape[1]
+    bits = packed.shape[1] * 32 // columns
+    _check(
+        bits in (4, 8) and packed.shape[1] * 32 == columns * bits and scales.shape[0] == rows,
+        f"weight_packed and weight_scale do not fit {columns} columns: {packed.shape} and {scales.shape}",
+    )
+    codes = np.ascontiguousarray(packed).view(np.uint8)
+    if zeros is None:
+        points = np.full(scales.shape, 1 << bits - 1, np.uint8)
+    else:
+        points = np.ascontiguousarray(_by_byte(np.ascontiguousarray(zeros.T), bits)[:, :rows].T)
+        _check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
+    if g_idx is not None and (g_idx == -1).all():
+        g_idx = None
+    return IntegerMatrix(codes, scales, points, bits, _read_groups(g_idx, columns, num_groups))
+
+
+def float8_scales(scales: Floats, block: tuple[int, int] | None, shape: tuple[int, int], run: int) -> Floats:
+    """Return FP8 scales for runs of so many columns: [rows, columns / run], whatever the file has them for.
+
+    Args:
+        scales: a single one, one a row, or one a block of `block` rows and columns.
+        run: columns; divides those of a block.
+    """
+    rows, columns = shape
+    if scales.size == 1:
+        return np.full((rows, columns // run), scales.reshape(()), np.float32)
+    if scales.shape in ((rows,), (rows, 1)):
+        return np.repeat(scales.reshape(rows, 1), columns // run, axis=1)
+    _check(block is not None, f"scales of shape {scales.shape} need `weight_block_size`")
+    assert block is not None
+    wanted = (-(-rows // block[0]), -(-columns // block[1]))
+    _check(scales.shape == wanted, f"scales of shape {scales.shape} do not fit blocks of {block} in {shape}")
+    by_row = scales[np.arange(rows) // block[0]]
+    return np.ascontiguousarray(by_row[:, np.arange(0, columns, run) // block[1]])
+
+
+def _awq_rows(words: Words) -> Bytes:
+    """Return [n, rows] nibbles as bytes of [n, rows / 8] words."""
+    data = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
+    out = np.empty((*words.shape, 8), np.uint8)
+    for place, row in enumerate(_AWQ_ORDER):
+        out[..., row] = data[..., place // 2] >> 4 * (place % 2) & 15
+    return out.reshape(words.shape[0], -1)
+
+
+def _by_byte(words: Words, bits: int) -> Bytes:
+    """Return [n, m * 32 / bits] codes as bytes of [n, m] words."""
+    data = words.view(np.uint8)
+    return data if bits == 8 else np.stack([data & 15, data >> 4], axis=2).reshape(len(data), -1)
+
+
+def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
+    """Check columns' groups; None where they follow each other in equal runs."""
+    if g_idx is None:
+        _check(columns % max(num_groups, 1) == 0, f"{columns} columns cannot be {num_groups} equal groups")
+        return None
+    _check(
+        g_idx.shape == (columns,) and int(g_idx.min()) >= 0 and int(g_idx.max()) < num_groups,
+        f"g_idx must give one of {num_groups} groups for each of {columns} columns",
+    )
+    if columns % num_groups == 0 and np.array_equal(g_idx, np.arange(columns) // (columns // num_groups)):
+        return None
+    return g_idx.astype(np.int64)
+
+
+def _read_block(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    _check(
+        isinstance(value, list) and len(value) == 2 and all(type(v) is int and v > 0 for v in value),
+        f"`weight_block_size` must be two positive integers, got {str(value)[:100]}",
+    )
+    _check(value[1] % 32 == 0, f"`weight_block_size` must have a multiple of 32 columns, got {value[1]}")
+    return value[0], value[1]
+
+
+def _find_block(groups: Any) -> tuple[int, int] | None:
+    """Return the blocks of compressed-tensors' FP8, which one of its groups of modules gives."""
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure") is not None:
+            return _read_block(weights["block_structure"])
+    return None
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ModelLoadError(message)

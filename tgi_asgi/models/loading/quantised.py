@@ -1,0 +1,122 @@
+"""Quantised matrices of a checkpoint: the several tensors of one, turned into a `WeightSource`.
+
+Which matrices are quantised shows by their tensors: `qweight` beside `scales` (AutoAWQ, AutoGPTQ),
+`weight_packed` beside `weight_scale` (compressed-tensors), or a `weight` of bytes (FP8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import (
+    IntegerMatrix,
+    Quantisation,
+    float8_scales,
+    unpack_awq,
+    unpack_compressed,
+    unpack_gptq,
+)
+from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.models.loading import check_shape
+from tgi_asgi.ops import WeightSource
+
+_NUMPY: dict[str, Any] = {"I32": np.int32, "F32": np.float32, "F16": np.float16}
+_FLOAT8 = "F8_E4M3"
+
+
+def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether this weight is quantised here."""
+    stem = name.removesuffix("weight")
+    if stem == name:
+        return False
+    if name in checkpoint:
+        return checkpoint.tensor(name).dtype == _FLOAT8
+    return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
+
+
+def read_quantised(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantisation: Quantisation
+) -> WeightSource:
+    """Read a weight [rows, columns] that `find_quantised` found.
+
+    Raises:
+        ModelLoadError: a tensor is missing, or they do not fit each other.
+    """
+    if len(shape) != 2:
+        raise ModelLoadError(f"only matrices can be quantised, not one of shape {list(shape)}")
+    if name in checkpoint:
+        return _read_float8(checkpoint, name, (shape[0], shape[1]), quantisation)
+    matrix = _read_integers(checkpoint, name.removesuffix("weight"), shape[1], quantisation)
+    check_shape(name, matrix.shape, shape)
+    return _as_source(matrix)
+
+
+def _read_integers(
+    checkpoint: Checkpoint, stem: str, columns: int, quantisation: Quantisation
+) -> IntegerMatrix:
+    def words(name: str) -> npt.NDArray[np.int32]:
+        return _read(checkpoint, stem + name, "I32")
+
+    def words_or_none(name: str) -> npt.NDArray[np.int32] | None:
+        return words(name) if stem + name in checkpoint else None
+
+    if quantisation.method == "gptq":
+        return unpack_gptq(
+            words("qweight"), words("qzeros"), _read_floats(checkpoint, f"{stem}scales"),
+            words_or_none("g_idx"), quantisation.bits, quantisation.zero_shift,
+        )  # fmt: skip
+    if quantisation.method == "awq":
+        return unpack_awq(words("qweight"), words("qzeros"), _read_floats(checkpoint, f"{stem}scales"))
+    return unpack_compressed(
+        words("weight_packed"), _read_floats(checkpoint, f"{stem}weight_scale"),
+        words_or_none("weight_zero_point"), words_or_none("weight_g_idx"), columns,
+    )  # fmt: skip
+
+
+def _as_source(matrix: IntegerMatrix) -> WeightSource:
+    """Keep codes where a format has them, in groups that lie together; else decode to float16 as AutoGPTQ."""
+    if matrix.groups is None:
+        source = ops.integer_source(matrix.codes, matrix.scales, matrix.zeros, matrix.bits)
+        if source is not None:
+            return source
+    weights = matrix.dequantise().astype(np.float16)
+    return WeightSource(weights.reshape(-1).view(np.uint8), "F16", matrix.shape)
+
+
+def _read_float8(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, int], quantisation: Quantisation
+) -> WeightSource:
+    check_shape(name, checkpoint.tensor(name).shape, shape)
+    codes = checkpoint.raw(name).reshape(shape)
+    scale = next((s for s in (f"{name}_scale", f"{name}_scale_inv") if s in checkpoint), None)
+    if scale is None:
+        raise ModelLoadError("it has no weight_scale and no weight_scale_inv beside it")
+    run = next((run for run in (128, 64, 32) if shape[1] % run == 0), None)
+    if quantisation.block is not None:
+        run = next((run for run in (128, 64, 32) if shape[1] % run == quantisation.block[1] % run == 0), None)
+    if run is None:
+        raise ModelLoadError(f"FP8 needs columns in multiples of 32, not {shape[1]}")
+    scales = float8_scales(_read_floats(checkpoint, scale), quantisation.block, shape, run)
+    return ops.float8_source(codes, scales)
+
+
+def _read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
+    """Return a tensor of any float dtype as float32."""
+    if checkpoint.tensor(name).dtype == "BF16":
+        info = checkpoint.tensor(name)
+        halves = checkpoint.raw(name).view(np.uint16).astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(info.shape)
+    return _read(checkpoint, name, "F32", "F16").astype(np.float32)
+
+
+def _read(checkpoint: Checkpoint, name: str, *dtypes: str) -> npt.NDArray[Any]:
+    info = checkpoint.tensor(name)
+    if info.dtype not in dtypes:
+        raise ModelLoadError(f"{name!r} is of dtype {info.dtype}, not {' or '.join(dtypes)}")
+    values: npt.NDArray[Any] = checkpoint.raw(name).view(_NUMPY[info.dtype]).reshape(info.shape)
+    return values
