@@ -113,6 +113,15 @@ def test_json_is_compact_and_keeps_the_schema_s_order(compiler: GrammarCompiler)
     assert not accepts(compiler, source, '{"a":null,"b":1}')
 
 
+def test_a_schema_with_properties_and_no_type_describes_an_object(compiler: GrammarCompiler) -> None:
+    """As TGI's guides write it."""
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    source = sources.json_schema(schema)
+    assert accepts(compiler, source, '{"a":1}')
+    assert not accepts(compiler, source, "1")
+    assert "type" not in schema
+
+
 def test_the_end_is_allowed_exactly_where_the_text_is_complete(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(sources.regex("ab?c?")).matcher()
     assert allowed(matcher) == [ord("a")]
@@ -142,6 +151,9 @@ def test_a_token_that_is_not_allowed_is_the_matcher_s_error(compiler: GrammarCom
         (lambda: sources.json_schema({"not": {"type": "string"}}), "not"),
         (lambda: sources.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (lambda: sources.json_schema({"$ref": "#/$defs/absent"}), "absent"),
+        (lambda: sources.json_schema({"$ref": "#"}), "no text can match"),
+        (lambda: sources.json_schema({"type": "string", "pattern": "a(?=b)"}), "`pattern`.*look-around"),
+        (lambda: sources.json_schema({"type": "string", "format": "regex"}), "`format` regex"),
         (lambda: sources.regex("(a"), "regex"),
         (lambda: sources.regex("a(?=b)"), "regex"),
         (lambda: sources.choice([]), "choice"),
@@ -203,15 +215,24 @@ def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler,
         lambda: sources.ebnf("start: s\ns: s s | \"a\" | \"a\" s \"a\" | "),
         lambda: sources.ebnf('start: ("a"{1,1000}){1,1000}'),
         lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
+        lambda: sources.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(999)}}),
+        lambda: sources.json_schema({"enum": [f"a value {i}" for i in range(5_000)]}),
+        lambda: sources.json_schema({"type": "array", "minItems": 10**9, "items": {"maxLength": 10**9}}),
+        lambda: sources.json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}),
+        lambda: sources.regex("|".join(f"word{i}[a-z]{{1,9}}" for i in range(3_000))),
+        lambda: sources.regex(r"(\w{1,500} ){1,500}"),
     ],
 )  # fmt: skip
 def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
     compiler: GrammarCompiler, make: Any
 ) -> None:
+    begun = time.thread_time()
     try:
         matcher = compiler.compile(make()).matcher()
     except InvalidRequest:
         return
+    finally:
+        assert time.thread_time() - begun < 1
     mask = np.zeros(NUM_WORDS, np.int32)
     for _ in range(60):
         begun = time.thread_time()

@@ -11,6 +11,7 @@ import pytest
 from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text import grammar_source as sources
 from tgi_asgi.text.answer import ToolUse, answer_grammar
 from tgi_asgi.text.grammar import GrammarCompiler
@@ -24,7 +25,9 @@ from tgi_asgi.text.tools import (
     Piece,
     Reasoning,
     ToolSpec,
+    add_tool_prompt,
     choose_format,
+    shorten_ids,
     spell_out,
 )
 
@@ -43,6 +46,15 @@ TWO_CALLS = {
     '{"name": "g", "arguments": {}}]',
     "llama3_json": '{"name": "f", "parameters": {"a": 1, "s": "}\\"<"}}; {"name": "g", "parameters": {}}',
     "pythonic": '[f(a=1, s="}\\"<"), g()]',
+    "mistral_args": '[TOOL_CALLS]f[ARGS]{"a": 1, "s": "}\\"<"}[TOOL_CALLS]g[ARGS]{}',
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
+    '{"name": "g", "arguments": {}}]',
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n"
+    '<parameter=s>\n}"<\n</parameter>\n</function>\n</tool_call>\n'
+    "<tool_call>\n<function=g>\n</function>\n</tool_call>",
+    "deepseek_v31": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
+    '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1, "s": "}\\"<"}<｜tool▁call▁end｜>'  # noqa: RUF001
+    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",  # noqa: RUF001
     "deepseek": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
     + DEEPSEEK_CALL.format("f", '{"a": 1, "s": "}\\"<"}')
     + "\n"
@@ -103,9 +115,9 @@ def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarComp
     assert grammar is not None
     for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
         assert accepts(compiler, grammar, text), text
-    wrong = (
-        TWO_CALLS[name].replace("g", "h", 1) if name != "deepseek" else TWO_CALLS[name].replace("{}", "[]")
-    )
+    wrong = TWO_CALLS[name].replace("g", "h", 1)
+    if name.startswith(("deepseek", "mistral_args")):  # their markers have that letter, too
+        wrong = TWO_CALLS[name].replace("{}", "[]")
     assert not accepts(compiler, grammar, wrong)
     if FORMATS[name].marker:
         assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
@@ -148,7 +160,7 @@ def test_an_answer_without_tools_and_format_is_not_constrained() -> None:
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_are_read_wherever_the_text_is_cut(name: str, size: int) -> None:
     text = "<think>hm</think>\n\n" + ("Sure.\n" if FORMATS[name].marker else "") + TWO_CALLS[name]
-    reasoning, *rest = parse(ReplyParser(THINK, FORMATS[name]), text, size)
+    reasoning, *rest = parse(ReplyParser(THINK, FORMATS[name], SPECS), text, size)
     assert reasoning == Reasoning("hm")
     if FORMATS[name].marker:
         assert rest.pop(0) == Content("Sure.")
@@ -207,14 +219,13 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
 ) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
-    grammar = answer_grammar(
-        None, ToolUse(FORMATS[name], [ToolSpec("f", schema)], must_call=True, is_parallel=False)
-    )
+    use_specs = [ToolSpec("f", schema)]
+    grammar = answer_grammar(None, ToolUse(FORMATS[name], use_specs, must_call=True, is_parallel=False))
     assert grammar is not None
     answer = wander(compiler, grammar, rng, 4000)
     if answer is None:
         return
-    start, arguments = parse(ReplyParser(None, FORMATS[name]), answer, 7)
+    start, arguments = parse(ReplyParser(None, FORMATS[name], use_specs), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
     check(arguments.text, schema)
@@ -247,6 +258,10 @@ def test_a_call_that_is_cut_keeps_what_there_is() -> None:
     [
         ("<tool_call>{{ tools }}", "hermes"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS] [ARGS]", "mistral_args"),
+        ("<|tool_call|> followed by a JSON list of tools", "granite"),
+        (TWO_CALLS["qwen3_coder"], "qwen3_coder"),
+        (TWO_CALLS["deepseek_v31"], "deepseek_v31"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("[func_name1(params_name1=params_value1)]", "pythonic"),
         (TWO_CALLS["deepseek"], "deepseek"),
@@ -283,3 +298,71 @@ def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> Non
     assert messages[1]["tool_calls"] == [call, call]  # the request's own
     kept, *_ = spell_out([{"role": "system", "content": "Be kind."}, *messages], [tool])
     assert kept["content"].startswith("Be kind.\n\n")
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_values_in_xml_are_text_or_json_as_their_schemas_say(size: int) -> None:
+    properties = {
+        "text": {"type": "string"},
+        "kind": {"type": "string", "enum": ["1", "true"]},
+        "code": {"type": "string", "pattern": "^a+$"},
+        "count": {"type": "integer"},
+        "is_ok": {"type": "boolean"},
+        "many": {"type": "array", "items": {"type": "number"}},
+    }
+    values = {
+        "text": 'say "1"\n</par>\n\tend', "kind": "1", "code": '"aa"', "count": "7", "is_ok": "True",
+        "many": "[1.50, 2]",
+    }  # fmt: skip
+    body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    text = f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"
+    specs = [ToolSpec("f", {"properties": properties, "required": list(properties)})]
+    assert parse(ReplyParser(None, FORMATS["qwen3_coder"], specs), text, size) == [
+        CallStart("f"),
+        CallArguments(
+            '{"text": "say \\"1\\"\\n</par>\\n\\tend", "kind": "1", "code": "aa", "count": 7, "is_ok": true, '
+            '"many": [1.50, 2]}'
+        ),
+    ]
+    cut = text[: text.index("</par>")]
+    assert parse(ReplyParser(None, FORMATS["qwen3_coder"], specs), cut, size) == [
+        CallStart("f"), CallArguments('{"text": "say \\"1\\"'),
+    ]  # fmt: skip
+
+
+def test_text_in_xml_comes_out_as_it_is_written() -> None:
+    specs = [ToolSpec("f", {"properties": {"s": {"type": "string"}}})]
+    parser = ReplyParser(None, FORMATS["qwen3_coder"], specs)
+    parser.push("<tool_call>\n<function=f>\n<parameter=s>\n")
+    assert parser.push("one ") == [CallArguments("one ")]
+    assert parser.push("two\n</") == [CallArguments("two")]
+    assert parser.push("x>") == [CallArguments("\\n</x>")]
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+def test_a_condition_on_all_arguments_together_is_refused_by_name_where_it_cannot_be_held(name: str) -> None:
+    schema = {**PARAMETERS, "dependentRequired": {"a": ["b"]}}
+    with pytest.raises(InvalidRequest, match="dependentRequired"):
+        answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("f", schema)], must_call=True))
+    assert answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("f", schema, is_strict=False)]))
+
+
+def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
+    call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    history = [
+        {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "abcdefgh9"}]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "42"},
+    ]
+    assert shorten_ids(history, "{{ tool_call.id }}") == history
+    made, answered = shorten_ids(history, "{% if tool_call.id|length != 9 %}")
+    first, second = (call["id"] for call in made["tool_calls"])
+    assert len(first) == 9 and first.isalnum() and second == "abcdefgh9"
+    assert answered["tool_call_id"] == first
+    assert history[1]["tool_call_id"] == call["id"]
+
+
+@pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
+def test_a_tool_prompt_stands_behind_the_last_message(content: Any) -> None:
+    *_, last = add_tool_prompt([{"role": "user", "content": content}], "Use the tools.")
+    text = last["content"] if isinstance(content, str) else "".join(part["text"] for part in last["content"])
+    assert text == "hi\n---\nUse the tools."

@@ -37,9 +37,10 @@ def kind_of(body: bytes) -> Kind:
 
 async def dispatch(exchange: Exchange) -> Kind:
     """Look at the body, put it back, and speak the dialect of its kind from here on."""
-    body = await exchange.read_body()
+    body = await exchange.read_body(is_of_any_type=True)
     kind = kind_of(body)
     if kind is not Kind.INPUTS and not exchange.context.settings.tgi_compat:
         exchange.dialect = Dialect.OPENAI
+    exchange.require_json()
     exchange.put_back(body)
     return kind

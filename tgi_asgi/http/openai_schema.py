@@ -156,6 +156,12 @@ class FunctionDefinition(Struct):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    arguments: dict[str, Any] | None = None  # another name for the parameters, of TGI's first clients
+
+    def __post_init__(self) -> None:
+        if self.parameters is None:
+            self.parameters = self.arguments
+        self.arguments = None
 
 
 class Tool(Struct):
@@ -182,6 +188,7 @@ class ChatRequest(CommonRequest, kw_only=True):
 
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    tool_prompt: str | None = None  # TGI's: what to say behind the last message where tools are given
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None  # SGLang's name for the same

@@ -17,6 +17,7 @@ import jinja2.nodes
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.sandbox import make_environment
 from tgi_asgi.text.template_limits import MAX_CHARS
+from tgi_asgi.text.template_time import limited_time
 
 MAX_OUTPUT_CHARS = MAX_CHARS  # twice the default payload limit: no honest prompt comes near it
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
@@ -50,6 +51,7 @@ class ChatTemplate:
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
         self.iterates_parts = self._probe_parts()
         """Whether content may stay a list of parts; else the caller joins the texts."""
+        self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
 
     def mentions(self, name: str) -> bool:
@@ -69,8 +71,9 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt of a conversation of plain dicts, lists and strings, which is not changed.
 
-        Tool-call arguments that are a JSON object in a string are given to the template as the object. With
-        `continue_final_message` the prompt ends right behind the last message's content.
+        Tool-call arguments that are a JSON object in a string are given to the template as the object, but to
+        one that adds them to text (DeepSeek's) as text. With `continue_final_message` the prompt ends right
+        behind the last message's content.
 
         Raises:
             TemplateError: the template refused the messages, failed on them, or wrote too much.
@@ -107,7 +110,8 @@ class ChatTemplate:
         message = dict(message)
         calls = message.get("tool_calls")
         if calls:
-            message["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+            convert = _with_parsed_arguments if self._takes_objects else _with_text_arguments
+            message["tool_calls"] = [convert(call) for call in calls]
         if message.get("content") is None:
             message["content"] = None if calls and self._tolerates_none else ""
         reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
@@ -120,12 +124,19 @@ class ChatTemplate:
         text = self._probe(probe)
         return "PROBE" in text and "'text'" not in text and '"text"' not in text
 
+    def _probe_call(self, arguments: object) -> bool:
+        """Tell whether the template shows a call with such arguments."""
+        return "PROBE" in self._probe_answer(arguments)
+
     def _probe_none(self) -> bool:
-        function = {"name": "f", "arguments": {"PROBE": 1}}
+        text = self._probe_answer({"PROBE": 1} if self._takes_objects else '{"PROBE": 1}')
+        return "PROBE" in text and "None" not in text
+
+    def _probe_answer(self, arguments: object) -> str:
+        function = {"name": "f", "arguments": arguments}
         call = {"id": "call00000", "type": "function", "function": function}
         answer: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
-        text = self._probe([{"role": "user", "content": "hi"}, answer])
-        return "PROBE" in text and "None" not in text
+        return self._probe([{"role": "user", "content": "hi"}, answer])
 
     def _probe(self, messages: list[dict[str, Any]]) -> str:
         variables = {**self._special_tokens, "messages": messages, "tools": None, "documents": None}
@@ -207,11 +218,12 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     pieces: list[str] = []
     size = 0
     try:
-        for piece in template.generate(variables):
-            size += len(piece)
-            if size > MAX_OUTPUT_CHARS:
-                raise TemplateError(f"The chat template wrote more than {MAX_OUTPUT_CHARS} characters")
-            pieces.append(piece)
+        with limited_time():
+            for piece in template.generate(variables):
+                size += len(piece)
+                if size > MAX_OUTPUT_CHARS:
+                    raise TemplateError(f"The chat template wrote more than {MAX_OUTPUT_CHARS} characters")
+                pieces.append(piece)
     except _RENDER_ERRORS as error:
         raise TemplateError(str(error) or type(error).__name__) from error
     return "".join(pieces)
@@ -226,6 +238,16 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {
+        **call,
+        "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+    }
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.schema_dialect import adapt
 
 MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
 MAX_DEPTH = 64  # of a schema; the compiler itself stops at 128
@@ -56,10 +57,16 @@ def json_schema(schema: Mapping[str, Any], *, is_lenient: bool = False) -> Gramm
 
 
 def inline_json(schema: Mapping[str, Any], separators: Mapping[str, Any], *, is_lenient: bool = False) -> str:
-    """Return a schema as an expression inside a rule; raises as `json_schema`."""
+    """Return a schema as an expression inside a rule; raises as `json_schema`.
+
+    One that lists properties but gives no type describes an object, as in TGI's guides; by the letter of
+    JSON Schema it would allow numbers, too.
+    """
     check_schema(schema)
+    if "properties" in schema and "type" not in schema:
+        schema = {"type": "object", **schema}
     options = {**separators, "lenient": True} if is_lenient else separators
-    return "%json " + json.dumps({**schema, "x-guidance": options})
+    return "%json " + json.dumps({**adapt(schema), "x-guidance": options})
 
 
 def any_object() -> GrammarSource:

@@ -5,8 +5,10 @@ Made by `http` for each choice that may have more than content; knows no wire fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tgi_asgi.text.reasoning import ReasoningStyle
-from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat
+from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, ToolSpec
 
 
 class ReplyParser:
@@ -19,6 +21,7 @@ class ReplyParser:
     Args:
         style: how reasoning is marked, or None if the answer has none.
         tools: how calls are written, or None if there are none.
+        specs: the tools that may be called.
         is_reasoning_open: the prompt has opened the reasoning section.
 
     Attributes:
@@ -26,10 +29,16 @@ class ReplyParser:
     """
 
     def __init__(
-        self, style: ReasoningStyle | None, tools: ToolFormat | None, *, is_reasoning_open: bool = False
+        self,
+        style: ReasoningStyle | None,
+        tools: ToolFormat | None,
+        specs: Sequence[ToolSpec] = (),
+        *,
+        is_reasoning_open: bool = False,
     ) -> None:
         self._style = style
         self._tools = tools
+        self._specs = specs
         self._calls: CallParser | None = None
         self._held = ""
         self._num_read = 0  # characters so far
@@ -117,7 +126,7 @@ class ReplyParser:
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:
         self._held = ""
-        self._calls = tools.parser()
+        self._calls = tools.parser(self._specs)
         pieces.extend(self._calls.push(rest))
 
     def _give(self, pieces: list[Piece], num_held: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -14,7 +13,9 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.exceptions import SecurityError
 
+from tgi_asgi.text.template_filters import SAFE_FILTERS
 from tgi_asgi.text.template_limits import LimitedEnvironment
+from tgi_asgi.text.template_time import ticking
 
 MAX_RANGE = 10_000
 
@@ -63,7 +64,7 @@ def make_environment() -> LimitedEnvironment:
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _to_json  # jinja's own escapes <>&' and sorts keys
+    environment.filters.update((name, ticking(function)) for name, function in SAFE_FILTERS.items())
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -72,19 +73,8 @@ def make_environment() -> LimitedEnvironment:
         "namespace": _Namespace,
     }
     environment.globals.update(functions)
+    del environment.globals["lipsum"]  # as many words as it is asked for
     return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _raise_exception(message: str) -> None:

@@ -13,23 +13,29 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
     ToolSpec,
 )
-from tgi_asgi.text.tools.deepseek import DeepSeekFormat
-from tgi_asgi.text.tools.generic import generic_prompt, spell_out
+from tgi_asgi.text.tools.deepseek import DeepSeekFormat, DeepSeekV31Format
+from tgi_asgi.text.tools.generic import add_tool_prompt, generic_prompt, spell_out
+from tgi_asgi.text.tools.granite import GraniteFormat
 from tgi_asgi.text.tools.hermes import HermesFormat
 from tgi_asgi.text.tools.llama import LlamaFormat
-from tgi_asgi.text.tools.mistral import MistralFormat
+from tgi_asgi.text.tools.mistral import MistralArgsFormat, MistralFormat, shorten_ids
 from tgi_asgi.text.tools.pythonic import PythonicFormat
+from tgi_asgi.text.tools.qwen_xml import QwenXmlFormat
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
-    "ToolFormat", "ToolSpec", "choose_format", "generic_prompt", "spell_out",
+    "ToolFormat", "ToolSpec", "add_tool_prompt", "choose_format", "generic_prompt", "shorten_ids",
+    "spell_out",
 ]  # fmt: skip
 
 _GENERIC = HermesFormat()
 FORMATS: dict[str, ToolFormat] = {
     known.name: known
-    for known in (_GENERIC, MistralFormat(), DeepSeekFormat(), PythonicFormat(), LlamaFormat())
-}
+    for known in (
+        _GENERIC, QwenXmlFormat(), MistralFormat(), MistralArgsFormat(), GraniteFormat(), DeepSeekFormat(),
+        DeepSeekV31Format(), PythonicFormat(), LlamaFormat(),
+    )
+}  # fmt: skip
 
 
 def choose_format(template: str, wanted: str | None = None) -> ToolFormat:

@@ -6,10 +6,11 @@ A format is one file with one `ToolFormat`; `__init__.py` lists them all.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.grammar_source import SPACED, inline_json, literal
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -102,13 +103,53 @@ class ToolFormat(Protocol):
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
         """Return grammar rules, of which `calls` is what follows the marker."""
 
-    def parser(self) -> CallParser:
-        """Return a reader of one answer's calls."""
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
+        """Return a reader of one answer's calls; the tools tell the types of what is not written as JSON."""
 
 
 def alternatives(rule: str, expressions: Sequence[str]) -> str:
     """Return a rule of several expressions."""
     return f"{rule}: " + " | ".join(expressions)
+
+
+# What a schema of arguments may say where each is written by itself: nothing that binds them together.
+_OF_EACH = frozenset(
+    {
+        "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id",
+        "$comment", "title", "description", "default", "examples", "strict",
+    }
+)  # fmt: skip
+
+
+def properties_of(tool: ToolSpec) -> Iterator[tuple[str, Any, bool]]:
+    """Yield name, schema and whether it is required of each argument, for formats that write them one by one.
+
+    Raises:
+        InvalidRequest: the tool is strict, and its schema says more than such a format can hold to.
+    """
+    schema = tool.schema
+    beyond = sorted(schema.keys() - _OF_EACH)
+    if tool.is_strict and beyond:
+        raise InvalidRequest(
+            f"`{beyond[0]}` cannot be enforced for the arguments of `{tool.name}` as a whole"
+        )
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    required = [name for name in schema.get("required") or () if isinstance(name, str)]
+    for name, value in properties.items():
+        yield name, value, name in required
+    for name in required:
+        if name not in properties:
+            yield name, {}, True
+
+
+def value_rule(schema: Any, tool: ToolSpec) -> str:
+    """Return one argument's value as a grammar's expression: JSON, booleans also as Python writes them."""
+    if isinstance(schema, Mapping) and schema.get("type") == "boolean" and "const" not in schema:
+        return '("true" | "false" | "True" | "False")'
+    whole = tool.schema
+    shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+    described = schema if isinstance(schema, Mapping) else {}
+    return inline_json({**described, **shared}, SPACED, is_lenient=not tool.is_strict)
 
 
 def json_calls(tools: Sequence[ToolSpec], key: str = "arguments") -> str:

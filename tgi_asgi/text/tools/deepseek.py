@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1: calls between tokens of their own, arguments as a fenced block of JSON."""
+"""DeepSeek V3, R1 and V3.1: calls between tokens of their own; before V3.1 with a fenced block of JSON."""
 
 # ruff: noqa: RUF001, RUF002  # the bars are DeepSeek's own
 
@@ -13,7 +13,9 @@ from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec,
 _BEGIN, _END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 _CALLS_END = "<｜tool▁calls▁end｜>"
 _SEPARATOR = "<｜tool▁sep｜>"
-_HEAD = re.compile(f"{_SEPARATOR}([^\\n]+)\\n```json\\n(?=\\{{)")
+_FENCE = "```json"
+_FENCED_HEAD = re.compile(f"{_SEPARATOR}([^\\n]+)\\n{_FENCE}\\n(?=\\{{)")
+_HEAD = re.compile(f"{_BEGIN}([\\w-]+){_SEPARATOR}\\s*(?=\\{{)")
 
 
 class DeepSeekFormat:
@@ -25,18 +27,41 @@ class DeepSeekFormat:
     first = ""
 
     def recognises(self, template: str) -> bool:
-        return _BEGIN in template
+        return _BEGIN in template and _FENCE in template
 
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
     def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
-        more = r' ("\n" call)*' if is_parallel else ""
         begin, end = f'{mark(_BEGIN)} "function" {mark(_SEPARATOR)}', mark(_END)
         calls = [
-            rf'{begin} {literal(tool.name)} "\n```json\n" {tool.arguments()} "\n```" {end}' for tool in tools
+            rf'{begin} {literal(tool.name)} "\n{_FENCE}\n" {tool.arguments()} "\n```" {end}' for tool in tools
         ]
-        return f"calls: call{more} {mark(_CALLS_END)}\n{alternatives('call', calls)}"
+        return _calls(calls, r'"\n"', mark, is_parallel=is_parallel)
 
-    def parser(self) -> CallParser:
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
+        return JsonCallParser(_FENCED_HEAD)
+
+
+class DeepSeekV31Format(DeepSeekFormat):
+    """`<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...`."""
+
+    name = "deepseek_v31"
+
+    def recognises(self, template: str) -> bool:
+        return _BEGIN in template and _FENCE not in template
+
+    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+        calls = [
+            f"{mark(_BEGIN)} {literal(tool.name)} {mark(_SEPARATOR)} {tool.arguments()} {mark(_END)}"
+            for tool in tools
+        ]
+        return _calls(calls, "", mark, is_parallel=is_parallel)
+
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return JsonCallParser(_HEAD)
+
+
+def _calls(calls: Sequence[str], between: str, mark: Mark, *, is_parallel: bool) -> str:
+    more = f" ({between} call)*" if is_parallel else ""
+    return f"calls: call{more} {mark(_CALLS_END)}\n{alternatives('call', calls)}"

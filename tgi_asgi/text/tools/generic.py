@@ -52,6 +52,14 @@ def spell_out(
     return result
 
 
+def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """Return messages with TGI's `tool_prompt` behind the last one's text, as TGI put it there."""
+    *before, last = messages
+    content, text = last.get("content") or "", f"\n---\n{prompt}"
+    added = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
+    return [*before, {**last, "content": added}]
+
+
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # integers may be of any size, which orjson refuses
 

@@ -26,5 +26,5 @@ class HermesFormat:
         more = rf' ("\n" {mark(self.marker)} "\n" call "\n" {end})*' if is_parallel else ""
         return rf'calls: "\n" call "\n" {end}{more}' + "\n" + json_calls(tools)
 
-    def parser(self) -> CallParser:
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return JsonCallParser()

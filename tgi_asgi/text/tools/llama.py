@@ -35,5 +35,5 @@ class LlamaFormat:
         more = ' ("; " call)*' if is_parallel else ""
         return f"calls: call{more}\n{json_calls(tools, 'parameters')}"
 
-    def parser(self) -> CallParser:
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return JsonCallParser()

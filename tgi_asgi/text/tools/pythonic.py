@@ -5,11 +5,21 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tgi_asgi.text.grammar_source import SPACED, inline_json, literal
-from tgi_asgi.text.tools.base import CallArguments, CallParser, CallStart, Mark, Piece, ToolSpec, alternatives
+from tgi_asgi.text.grammar_source import literal
+from tgi_asgi.text.tools.base import (
+    CallArguments,
+    CallParser,
+    CallStart,
+    Mark,
+    Piece,
+    ToolSpec,
+    alternatives,
+    properties_of,
+    value_rule,
+)
 
 _HEAD = re.compile(r"\[\s*[\w-]*")
 _CALL = re.compile(r"\[\s*[\w-]+\(")
@@ -42,32 +52,21 @@ class PythonicFormat:
             rules.extend(_keywords(name, tool))
         return "\n".join(rules)
 
-    def parser(self) -> CallParser:
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         return _PythonicParser()
 
 
 def _keywords(call: str, tool: ToolSpec) -> list[str]:
     """Return rules for `a=1, b=2`, properties in order: before the first one (`_first_i`) and after one."""
-    schema = tool.schema
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    properties: Mapping[str, Any] = schema.get("properties", {})
-    required = set(schema.get("required", ()))
     rules = []
-    for index, (name, value) in enumerate(properties.items()):
-        rest = f"{call}_more_{index + 1}"
-        keyword = f"{literal(name + '=')} {_value(value, shared, is_lenient=not tool.is_strict)} {rest}"
+    end = 0
+    for index, (name, schema, is_required) in enumerate(properties_of(tool)):
+        end = index + 1
+        keyword = f"{literal(name + '=')} {value_rule(schema, tool)} {call}_more_{end}"
         for place, comma in (("first", ""), ("more", '", " ')):
-            skipped = "" if name in required else f" | {call}_{place}_{index + 1}"
+            skipped = "" if is_required else f" | {call}_{place}_{end}"
             rules.append(f"{call}_{place}_{index}: {comma}{keyword}{skipped}")
-    end = len(properties)
     return [*rules, f'{call}_first_{end}: ""', f'{call}_more_{end}: ""']
-
-
-def _value(schema: Any, shared: Mapping[str, Any], *, is_lenient: bool) -> str:
-    if isinstance(schema, dict) and schema.get("type") == "boolean":
-        return '("True" | "False")'
-    described = schema if isinstance(schema, dict) else {}
-    return inline_json({**described, **shared}, SPACED, is_lenient=is_lenient)
 
 
 class _PythonicParser:

@@ -1,0 +1,95 @@
+"""How long a chat template may compute: in loops without output, macros that call each other, filters.
+
+    with limited_time():
+        template.render(...)  # SecurityError once its thread has computed for too long
+
+Every turn of a loop, call, operator and filter passes `tick`, which now and then looks at the clock. What one
+operator makes is `template_limits.py`'s to bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import jinja2.nodes
+from jinja2 import pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
+from jinja2.visitor import NodeTransformer
+
+MAX_CPU_S = 10.0  # 16 MiB of the shortest messages take half of it
+TICK = "_tick"
+_STRIDE = 64  # ticks between two looks at the clock, which costs 0.3 us
+_ITEMS_A_TICK_SHIFT = 12  # of a value that is given to a filter
+
+
+class _Clock(threading.local):
+    left = _STRIDE
+    ends_s = math.inf
+
+
+_clock = _Clock()
+
+
+@contextmanager
+def limited_time() -> Iterator[None]:
+    """Let this thread tick for `MAX_CPU_S` of its own processor time."""
+    _clock.ends_s = time.thread_time() + MAX_CPU_S
+    try:
+        yield
+    finally:
+        _clock.ends_s = math.inf
+
+
+def tick(count: int = 1) -> None:
+    """Look at the clock if it is time to.
+
+    Raises:
+        SecurityError: the template has computed for too long.
+    """
+    _clock.left -= count
+    if _clock.left < 0:
+        _clock.left = _STRIDE
+        if time.thread_time() > _clock.ends_s:
+            raise SecurityError(f"a chat template computed for more than {MAX_CPU_S:g} s")
+
+
+@pass_context  # else jinja would call it once, while compiling
+def tick_filter(context: Context, value: Any) -> bool:
+    """Tick as a filter, whose name no template can take; true, for conditions."""
+    tick()
+    return True
+
+
+def ticking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a filter tick, by the length of what it is given."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sizes = [len(value) for value in args if isinstance(value, (str, list, tuple, dict))]
+        tick(1 + (max(sizes, default=0) >> _ITEMS_A_TICK_SHIFT))
+        return function(*args, **kwargs)
+
+    return call
+
+
+class TickingLoops(NodeTransformer):
+    """Let each turn of a loop tick, and each item that its condition leaves out."""
+
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, jinja2.nodes.ExprStmt(_tick_node(node), lineno=node.lineno))
+        if node.test is not None:
+            node.test = jinja2.nodes.And(_tick_node(node), node.test, lineno=node.lineno)
+        return node
+
+
+def _tick_node(at: jinja2.nodes.Node) -> jinja2.nodes.Expr:
+    nothing = jinja2.nodes.Const(None, lineno=at.lineno)
+    return cast(jinja2.nodes.Expr, jinja2.nodes.Filter(nothing, TICK, [], [], None, None, lineno=at.lineno))
