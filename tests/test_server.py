@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import sys
+from typing import Any
 
 import pytest
 
-from tgi_asgi.connections import Turnstile
+from tgi_asgi.connections import ConnectionLimit, Turnstile, _Connection
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.server import STALLED_READER_MS, listen, make_config
 from tgi_asgi.settings import Settings
@@ -71,3 +74,23 @@ async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -
     assert max(counts) <= 4
     assert passed == [number for number in range(30) if number != 7]
     await turnstile.enter()  # nobody is left before it
+
+
+class _GivenUp:
+    """A writer whose connection the kernel has closed, as the reader had stalled."""
+
+    def write_eof(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def wait_closed(self) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+async def test_a_connection_that_the_kernel_gave_up_ends_without_a_traceback() -> None:
+    unused: Any = None
+    writer: Any = _GivenUp()
+    connection = _Connection(
+        ConnectionLimit(0), Turnstile(1), unused, unused, unused, unused, unused, unused, writer
+    )
+    await connection._close()

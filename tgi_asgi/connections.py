@@ -12,8 +12,8 @@ from collections import Counter, deque
 from typing import Any
 
 import hypercorn.asyncio.run
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.events import Event, Updated
+from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.events import Closed, Event, RawData, Updated
 
 # No route is known yet, so neither is the dialect.
 _BODY = b'{"error":"Too many connections from this address","error_type":"overloaded"}'
@@ -23,14 +23,14 @@ _REFUSAL = (
 )
 
 
-_BEGINNERS = 8  # connections that begin in one turn of the event loop
+_A_TURN = 8  # reads that are parsed in one turn of the event loop
 
 
 class Turnstile:
     """Let a few pass in each turn of the event loop, in order.
 
-    A thousand clients that come at once would otherwise be accepted, read and parsed in a few turns of half a
-    second each, and every stream would stand still meanwhile.
+    A thousand requests that come at once, on connections new or old, would otherwise be parsed and begun in a
+    few turns of half a second each, and every stream would stand still meanwhile.
     """
 
     def __init__(self, most: int) -> None:
@@ -84,7 +84,7 @@ class ConnectionLimit:
 
 def install(limit: ConnectionLimit) -> None:
     """Let hypercorn make connections of this kind from now on, in this process."""
-    turnstile = Turnstile(_BEGINNERS)
+    turnstile = Turnstile(_A_TURN)
 
     class Connection(_Connection):
         def __init__(self, *args: Any) -> None:
@@ -112,7 +112,6 @@ class _Connection(TCPServer):
             await self._refuse()
             return
         try:
-            await self._turnstile.enter()
             await super().run()
         finally:
             self._limit.leave(address)
@@ -122,9 +121,19 @@ class _Connection(TCPServer):
             await super().protocol_send(event)
 
     async def _read_data(self) -> None:
-        await super()._read_data()
+        """Do as hypercorn does, but parse in turn; behind the client's end close at once."""
+        with contextlib.suppress(OSError):
+            while data := await self.reader.read(MAX_RECV):
+                await self._turnstile.enter()
+                await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
         self._has_gone = True
         await self.idle_task.stop()
+
+    async def _close(self) -> None:
+        # hypercorn lets the kernel's giving up a reader that has stalled (ETIMEDOUT) become a traceback.
+        with contextlib.suppress(OSError):
+            await super()._close()
 
     async def _refuse(self) -> None:
         with contextlib.suppress(OSError, TimeoutError):

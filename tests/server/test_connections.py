@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import time
 
 import httpx
 
 from tests.support.server_process import ServerProcess
+from tgi_asgi.server import MAX_FILES
 
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -67,3 +69,16 @@ def test_a_head_that_is_too_large_is_refused() -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"a" * (80 << 10))
             assert client.recv(4096).startswith(b"HTTP/1.1 431")
+
+
+def test_a_server_takes_more_file_descriptors_than_shells_give() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = min(256, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))  # which the server inherits
+    try:
+        server = _serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with server:
+        server.wait_until_healthy()
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)[0] == min(hard, MAX_FILES)

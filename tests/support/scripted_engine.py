@@ -138,7 +138,11 @@ class ScriptedPermit:
         self.n = n
         self.tenant = tenant
 
-    def release(self) -> None:
+    def split(self, n: int) -> ScriptedPermit:
+        self.n -= n
+        return ScriptedPermit(self._engine, n, self.tenant)
+
+    def release(self, *, has_run: bool = False) -> None:
         self._engine.num_permits += self.n
         self.n = 0
 

@@ -1,24 +1,31 @@
-"""Serve an app on a real socket of this process, under hypercorn or uvicorn."""
+"""Serve an app on a real socket of this process, under hypercorn (as it is, or as we run it) or uvicorn."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, cast
 
 import hypercorn.asyncio
 import hypercorn.config
+import hypercorn.protocol.h11
+import pytest
 
-from tgi_asgi.app import App
+from tgi_asgi import body_chunks
+from tgi_asgi.http.asgi import Receive, Scope, Send
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @asynccontextmanager
-async def serving(
-    app: App, server: str = "hypercorn", *, send_buffer: int | None = None
-) -> AsyncIterator[str]:
-    """Yield the app's base URL; `send_buffer` bounds what the kernel keeps for a reader that lags."""
+async def serving(app: App, server: str = "ours", *, send_buffer: int | None = None) -> AsyncIterator[str]:
+    """Yield the app's base URL.
+
+    `server` is "hypercorn", "ours" (hypercorn with the short way for chunks, as `server.py` runs it) or
+    "uvicorn"; `send_buffer` bounds what the kernel keeps for a reader that lags.
+    """
     listener = socket.socket()
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -27,15 +34,21 @@ async def serving(
     listener.setblocking(False)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     # The scripted model is there already; a lifespan would load it.
-    run = _hypercorn if server == "hypercorn" else _uvicorn
+    run = _uvicorn if server == "uvicorn" else _hypercorn
     stop = asyncio.Event()
-    task = asyncio.create_task(run(app, listener, stop))
-    try:
-        yield url
-    finally:
-        stop.set()
-        await asyncio.wait_for(task, 20)
-        listener.close()
+    with pytest.MonkeyPatch.context() as patch:
+        if server == "ours":
+            patch.setattr(
+                hypercorn.protocol.h11, "HTTPStream", hypercorn.protocol.h11.HTTPStream
+            )  # to restore
+            body_chunks.install()
+        task = asyncio.create_task(run(app, listener, stop))
+        try:
+            yield url
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, 20)
+            listener.close()
 
 
 async def _hypercorn(app: App, listener: socket.socket, stop: asyncio.Event) -> None:

@@ -1,0 +1,21 @@
+"""What every answer to a random request must be, whatever else it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.asgi import Call, request, send
+from tests.support.scripted_engine import ScriptedEngine
+from tgi_asgi.app import App
+
+
+async def survive(app: App, engine: ScriptedEngine, path: str, body: Any) -> Call:
+    """Post a body: no fault of the server's, an answer to its end, and all room given back."""
+    try:
+        call = await send(app, request("POST", path, body))
+    finally:
+        app.context.executor.shutdown(wait=False)
+    assert call.status < 500, call.content
+    assert call.is_complete
+    assert engine.num_permits == 128
+    return call

@@ -1,0 +1,234 @@
+"""The short way for chunks: on the wire nothing differs from hypercorn's own, whatever the client does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import pytest
+
+from tests.support.serving import App, serving
+from tgi_asgi import body_chunks
+from tgi_asgi.body_chunks import _Stream
+
+REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+LAST_REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+BODIES = [b"data: a\n\n", b"", b"x" * 17, b"y" * 200_000, bytes(range(256)), b"data: [DONE]\n\n"]
+
+
+@pytest.fixture
+def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Count the chunks that go the short way."""
+    results: list[bool] = []
+    write_now = _Stream._write_now
+
+    def counted(stream: _Stream, body: bytes) -> bool:
+        results.append(write_now(stream, body))
+        return results[-1]
+
+    monkeypatch.setattr(_Stream, "_write_now", counted)
+    return lambda: sum(results)
+
+
+def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> App:
+    """Answer every request with these pieces, the last of which ends the body."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+        for body in bodies[:-1]:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": bodies[-1], "more_body": False})
+
+    return app
+
+
+async def exchanged(app: App, server: str, *requests: bytes) -> bytes:
+    """Send the requests on one connection and return all that came back; the date is left out."""
+    async with serving(app, server) as url:
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        for request in requests:
+            writer.write(request)
+        async with asyncio.timeout(10):
+            answer = await reader.read(-1)
+        writer.close()
+    return re.sub(rb"date: [^\r]*\r\n", b"", answer)
+
+
+@pytest.mark.parametrize(
+    ("requests", "status", "headers", "is_short"),
+    [
+        pytest.param([LAST_REQUEST], 200, [], True, id="chunked"),
+        pytest.param([REQUEST, REQUEST, LAST_REQUEST], 200, [], True, id="pipelined"),
+        pytest.param(
+            [b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 3\r\n\r\nabc"],
+            200,
+            [(b"Transfer-Encoding", b"chunked")],
+            True,
+            id="said to be chunked",
+        ),
+        pytest.param(
+            [LAST_REQUEST],
+            200,
+            [(b"Content-Length", b"%d" % sum(map(len, BODIES)))],
+            False,
+            id="with a length",
+        ),
+        pytest.param([LAST_REQUEST.replace(b"GET", b"HEAD")], 200, [], False, id="HEAD"),
+        pytest.param([b"GET / HTTP/1.0\r\nhost: x\r\n\r\n"], 200, [], False, id="HTTP/1.0"),
+        pytest.param([LAST_REQUEST], 204, [], False, id="no content"),
+        pytest.param([LAST_REQUEST], 404, [], False, id="an error"),
+    ],
+)
+async def test_the_bytes_are_those_of_hypercorn(
+    requests: list[bytes],
+    status: int,
+    headers: list[tuple[bytes, bytes]],
+    is_short: bool,
+    num_written: Callable[[], int],
+) -> None:
+    app = stream(BODIES, status=status, headers=headers)
+    expected = await exchanged(app, "hypercorn", *requests)
+    assert num_written() == 0
+    assert expected.startswith(b"HTTP/1.1 %d " % status)
+    assert await exchanged(app, "ours", *requests) == expected
+    assert (num_written() > 0) == is_short
+
+
+async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response() -> None:
+    """As under hypercorn, it is an error; the next response on the connection has begun by then."""
+    errors: list[str] = []
+    second_began = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/second":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"second", "more_body": True})
+            second_began.set()
+            await asyncio.sleep(0.01)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        await stream([b"first", b"end"])(scope, receive, send)
+        await second_began.wait()
+        try:
+            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+        except Exception as error:
+            errors.append(type(error).__name__)
+
+    requests = [REQUEST, LAST_REQUEST.replace(b"GET / ", b"GET /second ")]
+    expected = await exchanged(app, "hypercorn", *requests)
+    assert expected.endswith(b"6\r\nsecond\r\n0\r\n\r\n")
+    second_began.clear()
+    assert await exchanged(app, "ours", *requests) == expected
+    assert errors == ["UnexpectedMessageError"] * 2
+
+
+def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[None]]) -> App:
+    """Send numbered chunks of a kilobyte until the client has gone."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": b"%1000d" % len(sent), "more_body": True})
+            sent.append(len(sent))
+            await wait()
+        assert (await gone)["type"] == "http.disconnect"
+        ended.set()
+
+    return app
+
+
+async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
+    num_written: Callable[[], int],
+) -> None:
+    ended = asyncio.Event()
+    late: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await endless(ended, [], lambda: asyncio.sleep(0.001))(scope, receive, send)
+        before = num_written()
+        for _ in range(3):
+            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+        late.append(num_written() - before)
+
+    async with serving(app) as url:
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(REQUEST)
+        async with asyncio.timeout(10):
+            assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
+            connection = writer.get_extra_info("socket")  # a reset, not an end of what it sends
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            await ended.wait()
+    assert num_written() > 0
+    assert late == [0]
+
+
+async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(num_written: Callable[[], int]) -> None:
+    """What waits in the process stays below the high water mark; then everything arrives, in order."""
+    ended = asyncio.Event()
+    sent: list[int] = []
+    async with serving(endless(ended, sent, lambda: asyncio.sleep(0)), send_buffer=8192) as url:
+        parts = urlsplit(url)
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(raw, (parts.hostname, parts.port))
+        raw.send(REQUEST)
+        async with asyncio.timeout(10):
+            seen = -1
+            while seen != len(sent) or not sent:  # until no more is sent in a tenth of a second
+                seen = len(sent)
+                await asyncio.sleep(0.1)
+        assert len(sent) < 200
+        reader, writer = await asyncio.open_connection(sock=raw)
+        await reader.readuntil(b"\r\n\r\n")
+        for i in range(3 * len(sent)):
+            async with asyncio.timeout(10):
+                assert await reader.readexactly(1007) == b"3e8\r\n%1000d\r\n" % i
+        assert num_written() > 0
+        writer.transport.abort()
+        async with asyncio.timeout(10):
+            await ended.wait()
+
+
+def test_http_2_keeps_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = hypercorn.protocol.h2.HTTPStream
+    monkeypatch.setattr(hypercorn.protocol.h11, "HTTPStream", own)  # undone at the end
+    body_chunks.install()
+    assert hypercorn.protocol.h11.HTTPStream is _Stream
+    assert hypercorn.protocol.h2.HTTPStream is own
+
+
+def test_an_unknown_hypercorn_keeps_its_own_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = hypercorn.protocol.h11.HTTPStream
+    monkeypatch.setattr(body_chunks, "version", lambda name: "0.19.0")
+    with caplog.at_level(logging.WARNING):
+        body_chunks.install()
+    assert hypercorn.protocol.h11.HTTPStream is own
+    assert "0.19.0" in caplog.text
+
+
+async def test_a_connection_of_another_kind_keeps_its_own_way(
+    num_written: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body_chunks, "TCPServer", type("Other", (), {}))
+    expected = await exchanged(stream(BODIES), "hypercorn", LAST_REQUEST)
+    assert await exchanged(stream(BODIES), "ours", LAST_REQUEST) == expected
+    assert num_written() == 0
