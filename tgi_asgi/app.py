@@ -181,6 +181,7 @@ class App:
         except Exception as error:
             logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, exchange.path)
             if exchange.status is not None:
+                exchange.error = error
                 raise  # the response has begun: the server closes the connection
             await exchange.fail(error)
 

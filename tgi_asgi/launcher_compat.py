@@ -75,7 +75,6 @@ OPTIONS: tuple[CompatOption, ...] = (
     _refused("rope_scaling", "positions are scaled as the model's own configuration says"),
     _refused("rope_factor", "positions are scaled as the model's own configuration says", "1", "1.0"),
     _switch("trust_remote_code", "code of a model's repository is never run"),
-    *_ignored("the KV cache has the arithmetic's type", "kv_cache_dtype"),
     CompatOption("speculate", "nothing is speculated", neutral=frozenset({"0"})),
     *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),

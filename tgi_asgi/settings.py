@@ -63,11 +63,28 @@ class Settings:
         "TGI's other methods are ignored.",
         group="Model",
     )
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "What keys and values are kept in: auto is the arithmetic's type; int8 (CPU only, not with --dtype "
+        "float32) and fp8_e4m3fn (GPU only, ignored on a CPU) take half the memory of bfloat16.",
+        group="Model",
+        choices=("auto", "int8", "fp8_e4m3fn", "fp8_e5m2"),
+    )
     tool_format: str | None = _setting(
         None,
         "How tool calls are written (default: as the chat template shows).",
         group="Model",
-        choices=("hermes", "mistral", "deepseek", "pythonic", "llama3_json"),
+        choices=(
+            "hermes",
+            "qwen3_coder",
+            "mistral",
+            "mistral_args",
+            "granite",
+            "deepseek",
+            "deepseek_v31",
+            "pythonic",
+            "llama3_json",
+        ),
     )
     served_model_name: str | None = _setting(None, "Name to report instead of the model id.", group="Model")
 
@@ -172,7 +189,9 @@ class Settings:
         4096, "Most prompt tokens that one step computes; longer prompts run in chunks.", group="Engine"
     )
     max_batch_total_tokens: int | None = _setting(
-        None, "Size of the KV cache, in tokens (default: from the memory that is free).", group="Engine"
+        None,
+        "Size of the KV cache, in tokens (default: from free memory; on a CPU taken as it is used).",
+        group="Engine",
     )
     queue_timeout_s: float = _setting(
         0.0,
@@ -191,7 +210,8 @@ class Settings:
     )
     target_inter_token_ms: float = _setting(
         50.0,
-        "Prompt chunks shrink so that running streams get a token at least this often.",
+        "Prompt chunks shrink so that running streams get a token at least this often; half as often while a "
+        "prompt has waited for a second.",
         group="Engine",
         metavar="MS",
     )

@@ -79,7 +79,8 @@ class StopConditions:
 class GenerationRequest:
     """One validated request: every integer in it is already within the model's bounds.
 
-    `n` choices share the prompt; choice i draws from the stream (seed, i), so it does not depend on n.
+    `n` choices share the prompt; choice i draws from the stream (seed, i), so it does not depend on n. With
+    `seeds` it draws as the only choice of a request with `seeds[i]` would.
     """
 
     request_id: str
@@ -93,6 +94,7 @@ class GenerationRequest:
     grammar: Grammar | None = None  # what the output must match
     prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
+    seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
 
 
 class TokenEvent:
@@ -205,7 +207,10 @@ class Permit(Protocol):
     def tenant(self) -> str | None:
         """Whom the room is counted for."""
 
-    def release(self) -> None: ...
+    def split(self, n: int) -> Permit:
+        """Return a permit of its own for n of the choices: room is taken for several requests at once."""
+
+    def release(self, *, has_run: bool = False) -> None: ...
 
 
 class Engine(Protocol):

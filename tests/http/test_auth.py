@@ -46,6 +46,7 @@ async def test_anything_else_is_a_401_with_a_challenge(authorization: str | byte
 async def test_the_refusal_speaks_the_routes_dialect() -> None:
     assert isinstance((await call("POST", "/generate")).json()["error"], str)
     assert (await call("POST", "/v1/chat/completions")).json()["error"]["code"] == "invalid_api_key"
+    assert (await call("POST", "/chat/completions")).json()["error"]["code"] == "invalid_api_key"  # no /v1
     compat = Settings(api_key=("k",), tgi_compat=True)
     assert isinstance((await call("POST", "/v1/chat/completions", settings=compat)).json()["error"], str)
 

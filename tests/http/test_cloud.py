@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app
+from tests.support.scripted_engine import CHATML, ScriptedEngine, fail_with, say, scripted_app, toy_info
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.settings import Settings
 
@@ -40,6 +41,27 @@ async def test_invocations_with_a_prompt_answer_as_completions_do() -> None:
     response = await post("/invocations", {"prompt": "hi"})
     assert response.json()["object"] == "text_completion"
     assert response.json()["choices"][0]["text"] == "!"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_compat", "status"),
+    [
+        ("/invocations", b'{"inputs": "hi"}', False, 415),
+        ("/invocations", b'{"prompt": "hi"}', False, 200),
+        ("/invocations", b'{"messages": [{"role": "user", "content": "hi"}]}', False, 200),
+        ("/invocations", b'{"prompt": "hi"}', True, 415),
+        ("/tokenize", b'{"inputs": "hi"}', False, 415),
+        ("/tokenize", b'{"prompt": "hi"}', False, 200),
+    ],
+)
+async def test_only_requests_of_tgi_must_be_declared_to_be_json(
+    path: str, body: bytes, is_compat: bool, status: int
+) -> None:
+    """What route of OpenAI's would answer takes any content type, as there."""
+    app = scripted_app(ScriptedEngine(say("!")), Settings(tgi_compat=is_compat))
+    async with client_of(app) as client:
+        response = await client.post(path, content=body, headers={"content-type": "text/plain"})
+    assert response.status_code == status
 
 
 async def test_inputs_win_over_messages_and_null_counts_as_absent() -> None:
@@ -84,6 +106,36 @@ async def test_vertex_answers_texts_in_the_order_of_the_instances() -> None:
     assert engine.requests[2].sampling.top_k == 3
     assert engine.requests[0].sampling.is_greedy
     assert engine.num_permits == 128
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fields", "prediction"),
+    [
+        (["<think>", "hm", "</think>", "4"], {}, "4"),
+        (["<think>", "hm"], {}, ""),
+        (["4"], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "4"),
+        ([CALL], {"tools": [{"type": "function", "function": {"name": "f"}}]}, None),
+    ],
+)
+async def test_a_chat_s_prediction_is_what_chat_would_show(
+    tokens: list[str], fields: dict[str, Any], prediction: str | None
+) -> None:
+    """The content, without reasoning; a string cannot hold calls but as JSON."""
+    info = toy_info(max_input_tokens=4095, max_total_tokens=4096)
+    app = scripted_app(
+        ScriptedEngine(say(*tokens)), info=info, chat_template=CHATML + "{# <think> </think> #}"
+    )
+    async with client_of(app) as client:
+        response = await client.post("/vertex", json={"instances": [{"messages": MESSAGES, **fields}]})
+    [found] = response.json()["predictions"]
+    if prediction is not None:
+        assert found == prediction
+        return
+    [call] = json.loads(found)
+    assert (call["type"], call["function"]) == ("function", {"name": "f", "arguments": '{"a": 1}'})
 
 
 @pytest.mark.parametrize(

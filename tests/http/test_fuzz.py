@@ -9,7 +9,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.asgi import events_of, request, send
+from tests.support.asgi import events_of
+from tests.support.fuzzing import survive
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tgi_asgi.http.openai_schema import ChatRequest, CompletionRequest
 from tgi_asgi.settings import Settings
@@ -55,16 +56,10 @@ COMPLETIONS = bodies(
 APPS = st.sampled_from([Settings(), Settings(tgi_compat=True), Settings(strict_model_names=True)])
 
 
-async def survive(app_settings: Settings, path: str, body: Any) -> None:
+async def post(app_settings: Settings, path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "lo", b"\xf0\x9f"))
     app = scripted_app(engine, app_settings)
-    try:
-        call = await send(app, request("POST", path, body))
-    finally:
-        app.context.executor.shutdown(wait=False)
-    assert call.status < 500, call.content
-    assert call.is_complete
-    assert engine.num_permits == 128
+    call = await survive(app, engine, path, body)
     if call.headers["content-type"].startswith("text/event-stream"):
         assert events_of(call.content)[-1] == "[DONE]"
     else:
@@ -74,13 +69,13 @@ async def survive(app_settings: Settings, path: str, body: Any) -> None:
 @settings(max_examples=150, deadline=None)
 @given(APPS, CHATS)
 def test_random_chats(app_settings: Settings, body: Any) -> None:
-    asyncio.run(survive(app_settings, "/v1/chat/completions", body))
+    asyncio.run(post(app_settings, "/v1/chat/completions", body))
 
 
 @settings(max_examples=150, deadline=None)
 @given(APPS, COMPLETIONS)
 def test_random_completions(app_settings: Settings, body: Any) -> None:
-    asyncio.run(survive(app_settings, "/v1/completions", body))
+    asyncio.run(post(app_settings, "/v1/completions", body))
 
 
 @settings(max_examples=100, deadline=None)
@@ -89,4 +84,4 @@ def test_random_completions(app_settings: Settings, body: Any) -> None:
     st.binary(max_size=60) | ANYTHING,
 )
 def test_random_bodies(path: str, body: Any) -> None:
-    asyncio.run(survive(Settings(), path, body))
+    asyncio.run(post(Settings(), path, body))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.http.test_fuzz import ANYTHING, SCALARS, bodies
-from tests.support.asgi import request, send
+from tests.support.fuzzing import survive
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
 from tgi_asgi.http.messages_request import MessagesRequest
 from tgi_asgi.http.responses_request import ResponsesRequest
@@ -75,31 +75,25 @@ CONSTRAINTS = st.one_of(
 )
 
 
-async def survive(path: str, body: Any) -> None:
+async def post(path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "<tool_call>", '\n{"name": "f", "arg', 'uments": {', b"\xf0\x9f"))
     app = scripted_app(engine, Settings(), info=toy_info(max_input_tokens=4095, max_total_tokens=4096))
-    try:
-        call = await send(app, request("POST", path, body))
-    finally:
-        app.context.executor.shutdown(wait=False)
-    assert call.status < 500, call.content
-    assert call.is_complete
-    assert engine.num_permits == 128
+    await survive(app, engine, path, body)
 
 
 @settings(max_examples=100, deadline=None)
 @given(bodies(ResponsesRequest, {"input": st.lists(ITEMS, max_size=4) | TEXT | ANYTHING}))
 def test_random_responses(body: Any) -> None:
-    asyncio.run(survive("/v1/responses", body))
+    asyncio.run(post("/v1/responses", body))
 
 
 @settings(max_examples=100, deadline=None)
 @given(bodies(MessagesRequest, {"messages": st.lists(TURNS, max_size=3), "max_tokens": st.just(9)}))
 def test_random_messages(body: Any) -> None:
-    asyncio.run(survive("/v1/messages", body))
+    asyncio.run(post("/v1/messages", body))
 
 
 @settings(max_examples=100, deadline=None)
 @given(CONSTRAINTS)
 def test_random_constraints(fields: dict[str, Any]) -> None:
-    asyncio.run(survive("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **fields}))
+    asyncio.run(post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **fields}))

@@ -159,13 +159,18 @@ async def test_anthropic_s_header_carries_the_key() -> None:
     ("fields", "word"),
     [
         ({"max_tokens": None}, "max_tokens"),
-        ({"max_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"stop_sequences": [""]}, "`stop_sequences[0]`"),
+        ({"tools": [{"name": "a b"}]}, "`tools[0].name`"),
+        ({"system": "x", "messages": [{"role": "user", "content": []}]}, "`messages[0].content`"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"temperature": 3}, "temperature"),
+        ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),
+        ({"output_format": {"type": "json_schema", "schema": {"not": {}}}}, "`output_config.format`"),
     ],
 )
 async def test_a_refusal_is_in_anthropic_s_envelope(fields: dict[str, Any], word: str) -> None:
@@ -173,3 +178,20 @@ async def test_a_refusal_is_in_anthropic_s_envelope(fields: dict[str, Any], word
     assert status == 400
     assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
     assert word in body["error"]["message"]
+
+
+async def test_a_thread_is_refused_so_that_the_sdk_sends_the_whole_history() -> None:
+    status, body = await post({"thread": {"type": "create"}})
+    assert status == 400
+    assert body["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+@pytest.mark.parametrize("field", ["output_config", "output_format"])
+async def test_an_answer_s_format_becomes_its_grammar(field: str) -> None:
+    form = {"type": "json_schema", "schema": CITY}
+    engine = ScriptedEngine(say('{"city":"Paris"}'))
+    async with client_of(app_of(engine)) as client:
+        fields = {field: form if field == "output_format" else {"format": form}}
+        answer = await client.post("/v1/messages", json={"messages": HI, "max_tokens": 50, **fields})
+    assert answer.status_code == 200
+    assert engine.requests[0].grammar is not None

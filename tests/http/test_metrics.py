@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
 from tgi_asgi.app import App
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.metrics import DURATION_BUCKETS, Metrics
 from tgi_asgi.http.prometheus import Counter, Histogram, Registry
+from tgi_asgi.http.tgi_render import StreamRenderer
 
 # TGI 3.3.7, as a scrape shows it: name, kind, labels.
 TGI = """
@@ -148,6 +151,25 @@ async def test_each_request_is_counted_once_with_its_end() -> None:
     assert found["tgi_request_generated_tokens_sum"] == 3 + 3 + 3 + 9
     assert found["tgi_request_input_length_count"] == 6  # whatever was submitted
     assert found["tgi_time_to_first_token_seconds_count"] == 4
+
+
+async def test_what_breaks_after_the_response_has_begun_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = scripted_app(ScriptedEngine(say("a", "b")))
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamRenderer, "_ending", lambda self, finish: 1 / 0)  # the last token's event
+        await send(app, request("POST", "/generate_stream", {"inputs": "hi"}))
+
+    async def reply(self: Exchange, *args: Any, **options: Any) -> None:
+        self.status = 200
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Exchange, "reply", reply)
+        with pytest.raises(ZeroDivisionError):
+            await send(app, request("POST", "/generate", {"inputs": "hi"}))
+    found = await scrape(app)
+    assert (found["tgi_request_count"], found["tgi_request_success"]) == (2, 0)
+    assert found['tgi_request_failure{err="generation"}'] == 2
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,24 @@ async def test_echo_puts_the_continued_text_before_the_answer() -> None:
         assert call.json()["choices"][0]["message"]["content"] == content
 
 
+async def test_echo_has_all_parts_of_the_continued_message_as_the_prompt_has_them() -> None:
+    parts = [{"type": "text", "text": "The"}, {"type": "refusal", "refusal": "answer"}]
+    messages = [*HI, {"role": "assistant", "content": parts}]
+    iterating = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    for text, app in (
+        ("The\nanswer", {}),
+        ("Theanswer", {"settings": Settings(tgi_compat=True)}),
+        ("Theanswer", {"chat_template": iterating}),
+    ):
+        engine = ScriptedEngine(say("!"))
+        call = await chat(engine, messages=messages, echo=True, app=app)
+        assert call.json()["choices"][0]["message"]["content"] == text + "!"
+        assert engine.tokenizer.decode(engine.requests[0].prompt_ids, skip_special_tokens=True).endswith(text)
+
+
 async def test_template_variables() -> None:
     template = "{{ reasoning_effort }} {{ enable_thinking }} {{ x }} {{ documents[0].text }}"
     text = await prompt_of(

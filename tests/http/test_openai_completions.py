@@ -41,6 +41,15 @@ async def test_a_whole_answer() -> None:
     }  # fmt: skip
 
 
+async def test_the_headers_sum_the_prompts_up() -> None:
+    """TGI's, which leave `x-compute-time` out here."""
+    call = await complete(ScriptedEngine(say("a", "b")), prompt=["xyz", "x"])
+    found = call.headers
+    assert (found["x-compute-characters"], found["x-prompt-tokens"]) == ("4", "4")
+    assert found["x-generated-tokens"] == "6"
+    assert "x-total-time" in found and "x-compute-time" not in found
+
+
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
@@ -220,6 +229,13 @@ async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:
         assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
         assert choice["logprobs"]["tokens"] == ["h", "i"]
         assert body["usage"]["completion_tokens"] == 0
+
+
+async def test_the_token_that_max_tokens_0_hides_gives_no_reason_to_stop() -> None:
+    for is_stream in (False, True):
+        fields = {"prompt": "hi", "max_tokens": 0, "stop_token_ids": [ord("c")], "stream": is_stream}
+        call = await complete(ScriptedEngine(say("c")), **fields)
+        assert b'"finish_reason":"length","stop_reason":null' in call.content
 
 
 async def graded(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:

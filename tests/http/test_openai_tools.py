@@ -208,6 +208,29 @@ async def test_tools_reach_a_template_that_knows_none_as_text() -> None:
     assert engine.requests[0].grammar is not None
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_said"), [({}, True), ({"tool_choice": "none"}, False), ({"tools": []}, False)]
+)
+async def test_tgi_s_tool_prompt_stands_behind_the_last_message(
+    fields: dict[str, Any], is_said: bool
+) -> None:
+    engine = ScriptedEngine(say("ok"))
+    async with client_of(app_of(engine)) as client:
+        body = {"messages": HI, "tools": TOOLS, "tool_prompt": "Mind the tools.", **fields}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert ("<|im_start|>user\nhi\n---\nMind the tools.<|im_end|>" in prompt) is is_said
+
+
+async def test_parameters_may_go_by_the_name_of_tgi_s_first_clients() -> None:
+    engine = ScriptedEngine(say("ok"))
+    tool = {"type": "function", "function": {"name": "weather", "arguments": CITY}}
+    async with client_of(app_of(engine)) as client:
+        await client.post("/v1/chat/completions", json={"messages": HI, "tools": [tool]})
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert '"parameters": {"type": "object"' in prompt
+
+
 async def test_switched_off_grammars_refuse_tools_too() -> None:
     app = app_of(ScriptedEngine(), Settings(disable_grammar_support=True))
     async with client_of(app) as client:

@@ -46,6 +46,14 @@ async def test_what_is_no_json_is_a_400(path: str, body: bytes) -> None:
     await refused(path, body)
 
 
+async def test_what_tgi_ignored_is_ignored_in_its_compatible_mode() -> None:
+    app = scripted_app(ScriptedEngine(), Settings(tgi_compat=True))
+    for path, body in ((CHAT, {"messages": HI}), ("/v1/completions", {"prompt": "hi"})):
+        options = {"stream_options": {"include_usage": True}}
+        call = await send(app, request("POST", path, {**body, **options}))
+        assert call.status == 200
+
+
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"x"', b"null"])
 async def test_what_is_no_object_is_a_400(body: bytes) -> None:
     assert "object" in (await refused(CHAT, body))["message"]

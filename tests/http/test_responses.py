@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import openai
@@ -182,12 +183,21 @@ async def test_items_become_the_messages_of_a_chat() -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"metadata": {"a": 2**70}}, "metadata"),
         ({"temperature": 3}, "temperature"),
+        ({"input": [{"role": "alien", "content": "x"}], "instructions": "x"}, "input[0].role"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ],
 )
 async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -> None:
+    """By its name here, in the text as well; a decoder's message names it only as `param`."""
     status, body = await post(say("a"), **fields)
     assert status == 400
     assert body["error"]["param"] == param
+    quoted = re.findall(r"`([\w.\[\]]+)`", body["error"]["message"])
+    assert param in quoted
+    assert not {"messages", "max_completion_tokens", "response_format", "reasoning_effort"} & {
+        re.split(r"\W", path)[0] for path in quoted
+    }
 
 
 async def test_a_refusal_is_the_sdk_s_exception() -> None:

@@ -1,4 +1,4 @@
-"""The app on real sockets, under both servers: framing, disconnects, readers that do not read."""
+"""The app on real sockets, under each server: framing, disconnects, readers that do not read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tgi_asgi.http import sse
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import TokenEvent
 
-pytestmark = pytest.mark.parametrize("server", ["hypercorn", "uvicorn"])
+pytestmark = pytest.mark.parametrize("server", ["ours", "hypercorn", "uvicorn"])
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"

@@ -177,6 +177,20 @@ async def test_best_of_returns_the_likeliest_and_lists_the_others(
     ]  # fmt: skip
 
 
+async def test_each_of_best_of_s_sequences_has_a_seed_of_its_own() -> None:
+    engine = ScriptedEngine(two_choices(-2.0, -1.0))
+    body = parameters(best_of=2, do_sample=True, details=True)
+    async with client_of(scripted_app(engine)) as client:
+        details = (await client.post("/generate", json=body)).json()["details"]
+    [loser] = details["best_of_sequences"]
+    assert engine.requests[0].seeds == (loser["seed"], details["seed"])
+    assert loser["seed"] != details["seed"]
+    engine.script = say("a")
+    async with client_of(scripted_app(engine)) as client:
+        await client.post("/generate", json=parameters(do_sample=True))
+    assert engine.requests[1].seeds == ()
+
+
 async def test_best_of_without_details_drops_the_others() -> None:
     response = await post("/generate", parameters(best_of=2, do_sample=True), two_choices(-1.0, -2.0))
     assert response.json() == {"generated_text": "a"}

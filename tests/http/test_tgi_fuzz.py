@@ -10,7 +10,8 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.asgi import events_of, request, send
+from tests.support.asgi import events_of
+from tests.support.fuzzing import survive
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tgi_asgi.http.tgi_schema import GenerateParameters
 from tgi_asgi.settings import Settings
@@ -56,17 +57,11 @@ PROMPTS = st.fixed_dictionaries({"prompt": st.text(max_size=5) | ANYTHING})
 ANY_KIND = GENERATES | CHATS | PROMPTS | ANYTHING
 
 
-async def survive(path: str, body: Any) -> None:
+async def post(path: str, body: Any) -> None:
     engine = ScriptedEngine(say("Hel", "lo", b"\xf0\x9f"))
     app = scripted_app(engine, Settings(enable_prefill_logprobs=True))
     data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode(errors="replace")
-    try:
-        call = await send(app, request("POST", path, data))
-    finally:
-        app.context.executor.shutdown(wait=False)
-    assert call.status < 500, call.content
-    assert call.is_complete
-    assert engine.num_permits == 128
+    call = await survive(app, engine, path, data)
     if call.headers["content-type"].startswith("text/event-stream"):
         events_of(call.content)
     elif call.status >= 400:
@@ -78,19 +73,19 @@ async def survive(path: str, body: Any) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["/", "/generate", "/generate_stream"]), GENERATES)
 def test_random_generate_requests(path: str, body: Any) -> None:
-    asyncio.run(survive(path, body))
+    asyncio.run(post(path, body))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["/invocations", "/tokenize", "/chat_tokenize", "/detokenize"]), ANY_KIND)
 def test_random_requests_to_routes_of_several_kinds(path: str, body: Any) -> None:
-    asyncio.run(survive(path, body))
+    asyncio.run(post(path, body))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.fixed_dictionaries({"instances": st.lists(ANY_KIND, max_size=3) | ANYTHING}))
 def test_random_vertex_calls(body: Any) -> None:
-    asyncio.run(survive("/vertex", body))
+    asyncio.run(post("/vertex", body))
 
 
 @settings(max_examples=100, deadline=None)
@@ -99,4 +94,4 @@ def test_random_vertex_calls(body: Any) -> None:
     st.binary(max_size=60),
 )
 def test_random_bytes(path: str, body: bytes) -> None:
-    asyncio.run(survive(path, body))
+    asyncio.run(post(path, body))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
 from tests.support.server_process import ServerProcess
 
@@ -23,6 +24,13 @@ def demo() -> Iterator[ServerProcess]:
     with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1") as server:
         server.wait_until_healthy()
         yield server
+
+
+@pytest.fixture
+def client(demo: ServerProcess) -> Iterator[OpenAI]:
+    """Return OpenAI's client of that server, closed after the test: a socket left open fails a later one."""
+    with OpenAI(base_url=demo.url + "/v1", api_key="-", max_retries=0) as client:
+        yield client
 
 
 def require_program(name: str) -> str:

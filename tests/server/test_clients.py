@@ -67,11 +67,6 @@ def test_curl_generate_and_its_stream_and_the_root(demo: ServerProcess) -> None:
     assert root["generated_text"] == body["inputs"] + text  # `/` returns the full text
 
 
-@pytest.fixture
-def client(demo: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=demo.url + "/v1", api_key="-")
-
-
 def test_openai_python(client: OpenAI) -> None:
     completion = client.chat.completions.create(
         model="tgi", messages=MESSAGES, stream=False, max_tokens=30, temperature=0
@@ -89,18 +84,18 @@ def test_openai_python(client: OpenAI) -> None:
 
 
 def test_openai_python_trailing_slash_models_and_usage(demo: ServerProcess) -> None:
-    client = OpenAI(base_url=demo.url + "/v1/", api_key="hf_something")
-    (model,) = client.models.list().data
-    assert client.models.retrieve(model.id).id == model.id
-    chunks = list(
-        client.chat.completions.create(
-            model=model.id,
-            messages=MESSAGES,
-            max_tokens=5,
-            stream=True,
-            stream_options={"include_usage": True},
+    with OpenAI(base_url=demo.url + "/v1/", api_key="hf_something") as client:
+        (model,) = client.models.list().data
+        assert client.models.retrieve(model.id).id == model.id
+        chunks = list(
+            client.chat.completions.create(
+                model=model.id,
+                messages=MESSAGES,
+                max_tokens=5,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
         )
-    )
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 5

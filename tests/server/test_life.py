@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.server_process import ServerProcess, free_port
+from tests.support.server_process import ROOT, START_TIMEOUT_S, ServerProcess, free_port
 
 MODULE = "tests.server.fake_server"
 ENDLESS = {
@@ -205,6 +209,26 @@ def test_under_hypercorn_s_command_a_second_worker_is_refused() -> None:
         assert "start hypercorn with --workers 0" in server.output()
 
 
+def test_the_port_answers_within_a_second_of_work_and_before_torch_is_imported(tmp_path: Path) -> None:
+    """The command and the model are the real ones. It is processor time: the machine may be busy."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with ServerProcess("tests.server.gated_server", environ={"GATE": str(gate)}) as server:
+        answer = server.wait_until(503)
+        assert answer.json()["state"] == "loading"
+        assert _processor_s(server) < 1.0
+        gate.write_bytes(b"")
+        server.wait_until_healthy()
+        assert httpx.post(server.url + "/generate", json=SHORT, timeout=60).status_code == 200
+
+
+def _processor_s(server: ServerProcess) -> float:
+    """Return the processor time that a server has taken, all its threads together."""
+    text = Path(f"/proc/{server.process.pid}/stat").read_text()
+    user, system = text.rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_loads(tmp_path: Path) -> None:
     """kill -9 in the middle of a stream: the next one listens at once, and knows nothing of the last."""
     port = free_port()
@@ -224,3 +248,34 @@ def test_a_server_that_was_killed_comes_back_on_its_port_and_answers_while_it_lo
                 answer = httpx.post(second.url + "/generate", json=SHORT, timeout=60)
                 assert answer.status_code == 200
                 assert _metric(second, "tgi_requests_running") == 0
+
+
+def test_it_serves_from_a_read_only_file_system_without_privileges() -> None:
+    """As the container runs: no home, no place to write, no capability. Its mounts need root, or a skip."""
+    port = free_port()
+    script = 'mount --make-rprivate / && mount -o remount,ro,bind / && cd "$0" && exec "$@"'
+    isolate = ["unshare", "--mount", "sh", "-c", script, str(ROOT)]
+    if subprocess.run([*isolate, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounts cannot be changed here")
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    server = [sys.executable, "-m", MODULE, "--model-id", "fake", "--port", str(port)]
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    with subprocess.Popen([*isolate, *drop, *server], env=environ) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            give_up_s = time.monotonic() + START_TIMEOUT_S
+            while not _is_healthy(url):
+                assert process.poll() is None
+                assert time.monotonic() < give_up_s
+                time.sleep(0.05)
+            assert httpx.post(url + "/generate", json=SHORT, timeout=60).status_code == 200
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+def _is_healthy(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url + "/health", timeout=5).status_code == 200
+    return False

@@ -6,8 +6,11 @@ import asyncio
 import json
 import random
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import anthropic
 import jsonschema
 import openai
 import pytest
@@ -15,6 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from tests.server.conftest import run_node
+from tests.server.test_tgi_clients import require_client
 from tests.support.schemas import check as check_json
 from tests.support.schemas import random_schema
 from tests.support.server_process import ServerProcess
@@ -95,12 +99,11 @@ async def test_answers_match_regexes_and_choices(url: str) -> None:
                 assert re.fullmatch(pattern, text) and reason == "stop", (pattern, text)
 
 
-def test_json_mode_and_the_sdk_s_parse(url: str) -> None:
+def test_json_mode_and_the_sdk_s_parse(client: OpenAI) -> None:
     class Customer(BaseModel):
         name: str
         age: int
 
-    client = OpenAI(base_url=url, api_key="-")
     parsed = client.chat.completions.parse(
         model="tgi", messages=ASK, response_format=Customer, max_tokens=300, temperature=0
     )
@@ -113,8 +116,7 @@ def test_json_mode_and_the_sdk_s_parse(url: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_calls_that_must_be_made_are_made_with_valid_arguments(url: str, choice: Any) -> None:
-    client = OpenAI(base_url=url, api_key="-")
+def test_calls_that_must_be_made_are_made_with_valid_arguments(client: OpenAI, choice: Any) -> None:
     options: dict[str, Any] = {
         "model": "tgi", "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": 200,
         "temperature": 0, "parallel_tool_calls": False,
@@ -136,8 +138,7 @@ def test_calls_that_must_be_made_are_made_with_valid_arguments(url: str, choice:
     assert arguments[0] == arguments[1]
 
 
-def test_a_loop_over_tools_comes_to_its_end(url: str) -> None:
-    client = OpenAI(base_url=url, api_key="-")
+def test_a_loop_over_tools_comes_to_its_end(client: OpenAI) -> None:
     messages = list(ASK)
     for turn in range(2):
         message = (
@@ -174,8 +175,7 @@ async def test_an_unconstrained_stream_is_the_same_beside_constrained_ones(url: 
     assert together[0] == alone
 
 
-def test_hostile_grammars_are_refused_and_the_server_lives(url: str) -> None:
-    client = OpenAI(base_url=url, api_key="-", max_retries=0)
+def test_hostile_grammars_are_refused_and_the_server_lives(client: OpenAI) -> None:
     for body in (
         {"guided_regex": "(" * 3000 + "a" + ")" * 3000},
         {"guided_grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))},
@@ -190,18 +190,97 @@ def test_hostile_grammars_are_refused_and_the_server_lives(url: str) -> None:
 def test_the_sdk_for_node(url: str) -> None:
     found = run_node("tools.mjs", url)
     assert found["called"]
-    for arguments in (*found["called"], *found["streamed"], found["parsed"], found["response"][0][1]):
+    assert found["typedCalls"]
+    by_zod = (found["typed"], found["written"], *found["typedCalls"])
+    for arguments in (
+        *found["called"],
+        *found["streamed"],
+        found["parsed"],
+        found["response"][0][1],
+        *by_zod,
+    ):
         assert set(arguments) == {"city", "days"} and 1 <= arguments["days"] <= 9
     assert found["reason"] == "tool_calls"
     assert (found["first"], found["last"]) == ("response.created", "response.completed")
     assert found["response"][0][0] == "function_call"
 
 
-def test_responses_through_the_sdk(url: str) -> None:
-    client = OpenAI(base_url=url, api_key="-")
+def test_responses_through_the_sdk(client: OpenAI) -> None:
     form: Any = {"format": {"type": "json_schema", "name": "weather", "schema": WEATHER, "strict": True}}
     with client.responses.stream(model="tgi", input="Paris?", text=form, max_output_tokens=150) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         response = stream.get_final_response()
     assert text == response.output_text
     jsonschema.validate(json.loads(text), WEATHER)
+
+
+def test_responses_parsed_into_a_model(client: OpenAI) -> None:
+    class Forecast(BaseModel):
+        city: str
+        days: int
+
+    options: Any = {"model": "tgi", "input": "Paris?", "max_output_tokens": 150, "temperature": 0}
+    assert isinstance(client.responses.parse(text_format=Forecast, **options).output_parsed, Forecast)
+    tools: Any = [{"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}]
+    with client.responses.stream(
+        tools=tools, tool_choice="required", parallel_tool_calls=False, **options
+    ) as s:
+        numbers = [event.sequence_number for event in s]
+        (call,) = s.get_final_response().output
+    assert numbers == list(range(len(numbers)))
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), WEATHER)
+
+
+def test_anthropic_s_sdk_calls_tools(url: str) -> None:
+    called: list[dict[str, Any]] = []
+
+    @anthropic.beta_tool
+    def weather(city: str, days: int) -> str:
+        """Tell the weather of a city."""
+        called.append({"city": city, "days": days})
+        return "20 C"
+
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="-", max_retries=0) as client:
+        options: Any = {"model": "tgi", "max_tokens": 150, "messages": ASK, "extra_body": {"temperature": 0}}
+        runner = client.beta.messages.tool_runner(
+            tools=[weather],
+            tool_choice={"type": "any", "disable_parallel_tool_use": True},
+            max_iterations=2,
+            **options,
+        )
+        last = runner.until_done()  # it asks for a thread first, is refused, and sends the whole history
+        assert last.stop_reason == "tool_use" and called
+        assert all(isinstance(call["days"], int) for call in called)
+        tools: Any = [{"name": "weather", "input_schema": WEATHER}]
+        with client.messages.stream(
+            tools=tools, tool_choice={"type": "tool", "name": "weather"}, **options
+        ) as stream:
+            parts = "".join(event.delta.partial_json for event in stream if event.type == "content_block_delta")
+            (block,) = stream.get_final_message().content
+        assert block.type == "tool_use" and block.input == json.loads(parts)
+        jsonschema.validate(block.input, WEATHER)
+
+        class Forecast(BaseModel):
+            city: str
+            days: int
+
+        assert isinstance(client.messages.parse(output_format=Forecast, **options).parsed_output, Forecast)
+
+
+def test_langchain_binds_tools_and_types(url: str) -> None:
+    run = subprocess.run(
+        [require_client("python"), Path(__file__).parent / "tgi_clients" / "langchain_tools.py", url],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for call in (*found["called"], *found["streamed"]):
+        assert call["name"] == "weather" and isinstance(call["args"]["city"], str)
+        assert call["id"].startswith("call_")
+    assert found["called"] and found["streamed"] and found["loop"] == ["human", "ai", "tool", "ai"]
+    for value in found["typed"]:
+        assert isinstance(value["city"], str) and isinstance(value["days"], int)

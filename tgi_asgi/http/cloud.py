@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+import orjson
 from starlette.routing import Route
 
 from tgi_asgi.errors import InvalidRequest
@@ -18,6 +19,7 @@ from tgi_asgi.http.collect import collect
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.errors import Dialect
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.openai_reply import ChoiceReply, ReplyPlan
 from tgi_asgi.http.openai_schema import CHAT_DECODER
 from tgi_asgi.http.parse import decode_json
 from tgi_asgi.http.permits import Permits
@@ -72,17 +74,11 @@ async def vertex(exchange: Exchange) -> None:
             param="instances",
         )
     generations = []
-    with ExitStack() as stack:
-        # Permits for all before any work on one: half a call is of no use.
-        permits = [
-            stack.enter_context(Permits(exchange, served.engine, each.num_choices)) for each in instances
-        ]
+    with Permits(exchange, served.engine, num_choices) as permits:
         for i, instance in enumerate(instances):
             with _naming(i):
                 generations.append(await instance.prepare(exchange, served))
-        channels = [
-            permit.submit(generation) for generation, permit in zip(generations, permits, strict=True)
-        ]
+        channels = [permits.submit(generation) for generation in generations]
     parts = await collect(exchange, channels)
     texts = [instance.text_of(choices) for instance, choices in zip(instances, parts, strict=True)]
     await exchange.reply(200, msgspec.json.encode(VertexResponse(texts)), JSON)
@@ -114,19 +110,28 @@ class _TextInstance:
         return self.plan.text_prefix + text_of(choices[pick_best(choices)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _ChatInstance:
     chat: openai_chat.CheckedChat
+    reply_plan: ReplyPlan | None = None  # of an answer that has more than text, once it is prepared
 
     @property
     def num_choices(self) -> int:
         return self.chat.n
 
     async def prepare(self, exchange: Exchange, served: Served) -> GenerationRequest:
-        return (await openai_chat.prepare_chat(exchange, self.chat)).generation
+        prepared = await openai_chat.prepare_chat(exchange, self.chat)
+        self.reply_plan = prepared.reply_plan
+        return prepared.generation
 
     def text_of(self, choices: Sequence[Events]) -> str:
-        return text_of(choices[0])
+        """Return the content; a prediction is a string, so calls are the JSON text of what chat answers."""
+        if self.reply_plan is None:
+            return text_of(choices[0])
+        reply = ChoiceReply(self.reply_plan)
+        message = reply.message(reply.push(choices[0]))
+        calls = message.get("tool_calls")
+        return orjson.dumps(calls).decode() if calls else message["content"] or ""
 
 
 def _read_instance(exchange: Exchange, served: Served, raw: bytes) -> _Instance:

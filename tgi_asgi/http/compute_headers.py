@@ -26,11 +26,19 @@ def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> l
 
 
 def sync_headers(
-    exchange: Exchange, info: ModelInfo, *, characters: int, generated_tokens: int | None = None
+    exchange: Exchange,
+    info: ModelInfo,
+    *,
+    characters: int,
+    generated_tokens: int | None = None,
+    is_sum: bool = False,
 ) -> list[Header]:
     """Return what a whole answer's headers say; times are whole milliseconds, rounded down.
 
-    `generated_tokens` defaults to those of all the request's choices.
+    Args:
+        characters: of the prompt's text.
+        generated_tokens: by default those of all the request's choices.
+        is_sum: over several prompts; TGI has no `x-compute-time` then.
     """
     course = Course.of(exchange)
     tokens = course.generated_tokens if generated_tokens is None else generated_tokens
@@ -43,7 +51,7 @@ def sync_headers(
     )
     return [
         *stream_headers(exchange, info, characters=characters),
-        (b"x-compute-time", b"%.9f" % course.total_s),
+        *(() if is_sum else ((b"x-compute-time", b"%.9f" % course.total_s),)),
         *((name, b"%d" % int(seconds * 1000)) for name, seconds in milliseconds),
         (b"x-prompt-tokens", b"%d" % course.prompt_tokens),
         (b"x-generated-tokens", b"%d" % tokens),

@@ -86,7 +86,10 @@ def envelope(error: BaseException, dialect: Dialect) -> dict[str, Any]:
     if dialect is Dialect.ANTHROPIC:
         other = "api_error" if rule.openai_status >= 500 else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(rule.openai_status, other)
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        described: dict[str, Any] = {"type": kind, "message": message}
+        if isinstance(error, errors.InvalidRequest) and error.code == "thread_unsupported_request":
+            described["details"] = {"error_code": error.code, "unsupported": [error.param]}
+        return {"type": "error", "error": described}
     return {
         "error": {
             "message": message,

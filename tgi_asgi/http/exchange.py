@@ -106,8 +106,11 @@ class Exchange:
         """Return a request header by its lower-case name."""
         return header(self.scope, name)
 
-    async def read_body(self) -> bytes:
+    async def read_body(self, *, is_of_any_type: bool = False) -> bytes:
         """Read the body under the server's limit.
+
+        Args:
+            is_of_any_type: the caller itself calls `require_json`, once it knows the dialect.
 
         Raises:
             PayloadTooLarge, RequestTimeout, ClientDisconnected: see `asgi.read_body`.
@@ -119,10 +122,19 @@ class Exchange:
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
-        if self.dialect is Dialect.NATIVE:
-            _require_json(self.header(b"content-type"))
+        if not is_of_any_type:
+            self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
         return await read_body(self.receive, self.scope, self.context.settings.payload_limit)
+
+    def require_json(self) -> None:
+        """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
+
+        Raises:
+            UnsupportedMediaType: it is declared to be something else, or nothing.
+        """
+        if self.dialect is Dialect.NATIVE and not _is_json(self.header(b"content-type")):
+            raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
 
     def put_back(self, body: bytes) -> None:
         """Let the handler that is called next read this body again."""
@@ -187,11 +199,9 @@ class Exchange:
         return ClientDisconnected()
 
 
-def _require_json(content_type: bytes | None) -> None:
+def _is_json(content_type: bytes | None) -> bool:
     media_type = (content_type or b"").split(b";", 1)[0].strip().lower()
-    is_json = media_type == JSON or (media_type.startswith(b"application/") and media_type.endswith(b"+json"))
-    if not is_json:
-        raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+    return media_type == JSON or (media_type.startswith(b"application/") and media_type.endswith(b"+json"))
 
 
 async def while_connected(exchange: Exchange, work: asyncio.Future[T]) -> T:

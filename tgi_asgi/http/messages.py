@@ -13,17 +13,22 @@ from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.errors import Dialect, envelope
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.field_names import renaming
 from tgi_asgi.http.messages_request import COUNT_DECODER, MESSAGES_DECODER, CountRequest, to_chat
 from tgi_asgi.http.openai_answer import Answer
-from tgi_asgi.http.openai_chat import CheckedChat, check_chat, prepare_chat
+from tgi_asgi.http.openai_chat import CheckedChat, check_chat, submit_chat
 from tgi_asgi.http.openai_prompt import chat_prompt
 from tgi_asgi.http.openai_reply import TEXT_ONLY, ChoiceReply
-from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
 Event = dict[str, Any]
+_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+}
 
 
 async def messages(exchange: Exchange) -> None:
@@ -31,10 +36,9 @@ async def messages(exchange: Exchange) -> None:
     _speak(exchange)
     served = exchange.context.ready()
     request = await exchange.read_json(MESSAGES_DECODER)
-    chat = await exchange.work(_check, exchange, request)
-    with Permits(exchange, served.engine, 1) as permits:
-        prepared = await prepare_chat(exchange, chat)
-        channel = permits.submit(prepared.generation)
+    with renaming(_NAMES):
+        chat = await exchange.work(_check, exchange, request)
+        prepared, channel = await submit_chat(exchange, chat)
     reply = ChoiceReply(prepared.reply_plan or TEXT_ONLY)
     prompts = [prepared.generation.prompt_ids]
     answer = Answer.of(exchange, chat.request, served.info, "msg", prompts)
@@ -55,9 +59,10 @@ async def count_tokens(exchange: Exchange) -> None:
     _speak(exchange)
     served = exchange.context.ready()
     request = await exchange.read_json(COUNT_DECODER)
-    chat = await exchange.work(_check, exchange, request)
     context = exchange.context
-    prompt = await context.in_thread(chat_prompt, chat.request, served, context.settings)
+    with renaming(_NAMES):
+        chat = await exchange.work(_check, exchange, request)
+        prompt = await context.in_thread(chat_prompt, chat.request, served, context.settings)
     await exchange.reply_json({"input_tokens": len(prompt.ids)})
 
 

@@ -12,8 +12,10 @@ from tgi_asgi.http.openai_schema import (
     CalledFunction,
     ChatRequest,
     FunctionDefinition,
+    JsonSchemaFormat,
     Message,
     Positive,
+    ResponseFormat,
     Tool,
     ToolCall,
     range_of,
@@ -58,6 +60,9 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_k: Annotated[int, range_of(minimum=0, maximum=2**63 - 1)] | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    thread: dict[str, Any] | None = None  # a conversation that the server would keep
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None  # the older name of `output_config.format`
 
 
 MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
@@ -84,6 +89,13 @@ def to_chat(request: CountRequest) -> ChatRequest:
     if request.thinking is not None:
         chat.chat_template_kwargs = {"enable_thinking": request.thinking.get("type") != "disabled"}
     if isinstance(request, MessagesRequest):
+        if request.thread is not None:  # with this code the SDK sends the whole history instead
+            refuse(
+                "thread",
+                "`thread` is not supported: this server keeps no state",
+                "thread_unsupported_request",
+            )
+        chat.response_format = _format(request)
         chat.max_completion_tokens = request.max_tokens
         chat.temperature = request.temperature
         chat.top_p = request.top_p
@@ -91,6 +103,20 @@ def to_chat(request: CountRequest) -> ChatRequest:
         chat.stop = request.stop_sequences
         chat.stream = request.stream
     return chat
+
+
+def _format(request: MessagesRequest) -> ResponseFormat | None:
+    """Return what the answer's text must match."""
+    name = "output_config.format"
+    given = (request.output_config or {}).get("format")
+    if given is None:
+        given, name = request.output_format, "output_format"
+    if given is None:
+        return None
+    schema = given.get("schema") if isinstance(given, dict) and given.get("type") == "json_schema" else None
+    if not isinstance(schema, dict):
+        refuse(name, f"`{name}` must have type `json_schema` and a `schema`")
+    return ResponseFormat("json_schema", JsonSchemaFormat(schema))
 
 
 def _turn(turn: Turn, path: str) -> list[Message]:
@@ -128,8 +154,11 @@ def _turn(turn: Turn, path: str) -> list[Message]:
     message.content = "\n".join(texts) if texts else None
     message.reasoning_content = "\n".join(thoughts) if thoughts else None
     message.tool_calls = calls or None
-    is_empty = turn.role == "user" and not texts
-    return results if is_empty and results else [*results, message]
+    if turn.role == "user" and not texts:
+        if not results:
+            refuse(f"{path}.content", f"`{path}.content` must have at least one block")
+        return results
+    return [*results, message]
 
 
 def _text(content: Any, path: str) -> str:

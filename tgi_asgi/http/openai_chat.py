@@ -29,7 +29,7 @@ from tgi_asgi.http.openai_stream import ChunkRenderer
 from tgi_asgi.http.openai_tools import ToolPlan, tool_plan
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
-from tgi_asgi.types import GenerationRequest, SamplingParams
+from tgi_asgi.types import Channel, GenerationRequest, SamplingParams
 
 
 async def chat_completions(exchange: Exchange) -> None:
@@ -107,6 +107,18 @@ class PreparedChat:
     prompt: Prompt
     generation: GenerationRequest
     reply_plan: ReplyPlan | None
+
+
+async def submit_chat(exchange: Exchange, chat: CheckedChat) -> tuple[PreparedChat, Channel]:
+    """Take room for a chat of one choice, prepare it and hand it to the engine.
+
+    Raises:
+        InvalidRequest, TemplateError: as `prepare_chat`.
+        Overloaded, Unavailable: there is no room.
+    """
+    with Permits(exchange, exchange.context.ready().engine, 1) as permits:
+        prepared = await prepare_chat(exchange, chat)
+        return prepared, permits.submit(prepared.generation)
 
 
 async def prepare_chat(exchange: Exchange, chat: CheckedChat) -> PreparedChat:

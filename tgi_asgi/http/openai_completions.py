@@ -45,7 +45,7 @@ async def completions(exchange: Exchange) -> None:
     info = served.info
     request = await exchange.read_json(COMPLETION_DECODER)
     checked = await exchange.work(_check, exchange, request)
-    with Permits(exchange, served.engine, checked.best_of, checked.num_prompts) as permits:
+    with Permits(exchange, served.engine, checked.num_prompts * checked.best_of) as permits:
         prompts = await context.in_thread(completion_prompts, request, served)
         wanted = checked.constraint
         grammar = None
@@ -76,7 +76,8 @@ async def completions(exchange: Exchange) -> None:
     num_generated = sum(len(events) for choices in parts for events in choices)
     chosen = [events for choices in parts for events in checked.chosen(choices)]
     body = text_completion(answer, chosen, logprobs.trackers, num_generated)
-    await exchange.reply_json(body, headers=sync_headers(exchange, info, characters=characters))
+    headers = sync_headers(exchange, info, characters=characters, is_sum=True)
+    await exchange.reply_json(body, headers=headers)
 
 
 @dataclass(frozen=True, slots=True)

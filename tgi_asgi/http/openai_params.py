@@ -40,6 +40,7 @@ class Limits:
     top_logprobs: int
     prompts: int
     choices: int  # prompts times n
+    is_compat: bool  # what TGI ignored is ignored
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -50,6 +51,7 @@ class Limits:
             top_logprobs=_or(settings.max_top_n_tokens, top_logprobs),
             prompts=_or(settings.max_client_batch_size, prompts),
             choices=min(128, settings.max_concurrent_requests),
+            is_compat=settings.tgi_compat,
         )
 
 
@@ -67,7 +69,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo) -> Non
     _check_ranges(request)
     if request.n is not None and request.n > limits.best_of:
         refuse("n", f"`n` must be at most {limits.best_of}, got {request.n}")
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options is not None and not request.stream and not limits.is_compat:
         refuse("stream_options", "`stream_options` is only allowed with `stream: true`")
     stops = stop_strings(request)
     if len(stops) > limits.stops:

@@ -78,6 +78,7 @@ class AnswerPlan:
             is_named=self.tools is not None and self.tools.is_named,
             shows_reasoning=request.include_reasoning is not False,
             is_compat=self.settings.tgi_compat,
+            specs=self.tools.specs if self.tools is not None else (),
             special_ids=frozenset() if shows_all else self.served.tokenizer.special_ids,
             kept=kept,
         )

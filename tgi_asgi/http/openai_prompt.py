@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,7 +12,10 @@ from tgi_asgi.http.context import Served
 from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_schema import ChatRequest, CompletionRequest, ContentPart, Message
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.tools import spell_out
+from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
+
+if TYPE_CHECKING:
+    from tgi_asgi.text.chat import ChatTemplate
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -54,8 +57,12 @@ def chat_prompt(request: ChatRequest, served: Served, settings: Settings) -> Pro
     ids = served.tokenizer.encode(
         text.source, add_special_tokens=bool(request.add_special_tokens), is_marked=text.is_marked
     )
-    is_echoed = request.echo and _is_continued(request)
-    echo = _text(request.messages[-1].content) if is_echoed else ""
+    echo = ""
+    if request.echo and _is_continued(request):
+        assert served.chat_template is not None, "the messages were rendered"
+        separator = _separator(served.chat_template, settings)
+        content = _content(request.messages[-1], f"messages[{len(request.messages) - 1}]", separator or "")
+        echo = content if isinstance(content, str) else ""
     return Prompt(ids, echo, num_characters=len(text.shown), tail=text.shown[-_TAIL_CHARS:])
 
 
@@ -92,12 +99,12 @@ def chat_text(request: ChatRequest, served: Served, settings: Settings) -> ChatT
 
 
 def _render(request: ChatRequest, served: Served, settings: Settings) -> ChatText:
-    template, is_compat = served.chat_template, settings.tgi_compat
+    template = served.chat_template
     if template is None:
         raise TemplateError(_NO_TEMPLATE)
     if not request.messages:
         refuse("messages", "`messages` must have at least one message")
-    separator = None if template.iterates_parts and not is_compat else "" if is_compat else "\n"
+    separator = _separator(template, settings)
     has_developer = template.mentions("developer")
     messages = [
         _message(message, f"messages[{i}]", separator, has_developer)
@@ -106,7 +113,10 @@ def _render(request: ChatRequest, served: Served, settings: Settings) -> ChatTex
     tools = _tools(request)
     if not (template.mentions("tools") or template.mentions("tool_calls")):
         messages = spell_out(messages, None if request.tool_choice == "none" else tools)
+    messages = shorten_ids(messages, template.source)
     is_continued = _is_continued(request)
+    if tools and request.tool_prompt and request.tool_choice != "none" and not is_continued:
+        messages = add_tool_prompt(messages, request.tool_prompt)
     # What a client gives to the template, under the names that templates have for it.
     given = {"tools": tools, "documents": request.documents, **_variables(request)}
     guard = served.tokenizer.guard
@@ -174,6 +184,13 @@ def _checked_ids(item: list[Any], path: str, vocab_size: int) -> list[int]:
     return item
 
 
+def _separator(template: ChatTemplate, settings: Settings) -> str | None:
+    """Return what stands between the parts of a content; None: the template is given the list."""
+    if settings.tgi_compat:
+        return ""
+    return None if template.iterates_parts else "\n"
+
+
 def _message(message: Message, path: str, separator: str | None, has_developer: bool) -> dict[str, Any]:
     """Return a message as templates take it: plain dicts, no absent keys."""
     role = message.role
@@ -226,12 +243,6 @@ def _part(part: ContentPart, path: str, role: str) -> str:
         f"`{path}.type` must be `text`: the model reads nothing else, got {part.type[:40]!r}",
         "invalid_value",
     )
-
-
-def _text(content: str | list[ContentPart] | None) -> str:
-    if isinstance(content, list):
-        return content[-1].text or "" if content else ""
-    return content or ""
 
 
 def _is_continued(request: ChatRequest) -> bool:

@@ -14,7 +14,7 @@ import orjson
 from tgi_asgi.http.openai_answer import finish_of
 from tgi_asgi.text.reasoning import ReasoningStyle
 from tgi_asgi.text.reply import ReplyParser
-from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning, ToolFormat
+from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec
 from tgi_asgi.types import FinishReason, TokenEvent
 
 
@@ -28,6 +28,7 @@ class ReplyPlan:
     is_named: bool
     shows_reasoning: bool
     is_compat: bool
+    specs: Sequence[ToolSpec] = ()  # the tools that may be called
     special_ids: frozenset[int] = frozenset()  # their text is shown by the engine, and dropped unless kept
     kept: frozenset[int] = frozenset()  # the markers among them
 
@@ -58,7 +59,9 @@ class ChoiceReply:
 
     def __init__(self, plan: ReplyPlan) -> None:
         self._plan = plan
-        self._parser = ReplyParser(plan.style, plan.tools, is_reasoning_open=plan.is_reasoning_open)
+        self._parser = ReplyParser(
+            plan.style, plan.tools, plan.specs, is_reasoning_open=plan.is_reasoning_open
+        )
         self._calls: list[dict[str, Any]] = []
         self._num_read = 0
         self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with where their text starts and ends

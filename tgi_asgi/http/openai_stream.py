@@ -134,8 +134,10 @@ class ChunkRenderer:
                 extras = self._take_token_ids(index)
                 frames.append(self._chunk(index, body, self._take_logprobs(index), b"null", extras))
         if last.finish is not None:
-            reason = "length" if self._answer.hides_tokens else self._finish_reason(index, last)
-            extras = b',"stop_reason":' + orjson.dumps(last.stop) + self._take_token_ids(index)
+            hides = self._answer.hides_tokens
+            reason = "length" if hides else self._finish_reason(index, last)
+            stop = orjson.dumps(None if hides else last.stop)
+            extras = b',"stop_reason":' + stop + self._take_token_ids(index)
             frames.append(
                 self._chunk(
                     index, self._shape.text(""), self._take_logprobs(index), orjson.dumps(reason), extras

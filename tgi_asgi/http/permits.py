@@ -5,39 +5,33 @@ from __future__ import annotations
 from types import TracebackType
 
 from tgi_asgi.http.exchange import Exchange
-from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit
+from tgi_asgi.types import Channel, Engine, GenerationRequest
 
 
 class Permits:
-    """Takes room for all of a request's prompts at once, and gives back what the engine did not take.
+    """Takes room for all choices of a call at once, and gives back what the engine did not take.
 
-        with Permits(exchange, engine, n, num_prompts) as permits:
+        with Permits(exchange, engine, sum(request.n for request in requests)) as permits:
             channels = [permits.submit(request) for request in requests]
+
+    At once, because to find room others may have to go, and they should not for a call that is refused.
 
     Raises:
         Overloaded, Unavailable: there is no room; nothing is held then.
     """
 
-    def __init__(self, exchange: Exchange, engine: Engine, n: int, num_prompts: int = 1) -> None:
+    def __init__(self, exchange: Exchange, engine: Engine, num_choices: int) -> None:
         self._engine = engine
-        self._permits: list[Permit] = []
-        try:
-            for _ in range(num_prompts):
-                self._permits.append(engine.acquire(n, exchange.tenant))
-        except BaseException:
-            self.release()
-            raise
+        self._permit = engine.acquire(num_choices, exchange.tenant)
 
     def submit(self, request: GenerationRequest) -> Channel:
-        """Hand a request to the engine, with one of the permits."""
-        channel = self._engine.submit(request, self._permits[-1])
-        self._permits.pop()
-        return channel
-
-    def release(self) -> None:
-        """Give back the permits that were not used."""
-        while self._permits:
-            self._permits.pop().release()
+        """Hand a request to the engine, with its part of the room."""
+        part = self._permit.split(request.n)
+        try:
+            return self._engine.submit(request, part)
+        except BaseException:
+            part.release()
+            raise
 
     def __enter__(self) -> Permits:
         return self
@@ -45,4 +39,4 @@ class Permits:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        self._permit.release()

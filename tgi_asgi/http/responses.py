@@ -9,27 +9,28 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.errors import TgiError
 from tgi_asgi.http.collect import collect
 from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.http.field_names import renaming
 from tgi_asgi.http.openai_answer import Answer
-from tgi_asgi.http.openai_chat import CheckedChat, check_chat, prepare_chat
+from tgi_asgi.http.openai_chat import CheckedChat, check_chat, submit_chat
 from tgi_asgi.http.openai_logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_reply import TEXT_ONLY, ChoiceReply
-from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.responses_output import Event, ResponseBuilder
 from tgi_asgi.http.responses_request import RESPONSES_DECODER, ResponsesRequest, to_chat
 from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import TokenEvent
 
 _ECHOED = ("metadata", "text", "tools", "tool_choice")
-# Where a field of chat completions is called otherwise here.
-_PARAMS = {
+_NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
 }
 
 
@@ -38,14 +39,9 @@ async def responses(exchange: Exchange) -> None:
     served = exchange.context.ready()
     request = await exchange.read_json(RESPONSES_DECODER)
     info = served.info
-    try:
+    with renaming(_NAMES):
         chat = await exchange.work(_check, exchange, request)
-        with Permits(exchange, served.engine, 1) as permits:
-            prepared = await prepare_chat(exchange, chat)
-            channel = permits.submit(prepared.generation)
-    except InvalidRequest as error:
-        error.param = _PARAMS.get(error.param or "", error.param)
-        raise
+        prepared, channel = await submit_chat(exchange, chat)
     reply = ChoiceReply(prepared.reply_plan or TEXT_ONLY)
     answer = Answer.of(
         exchange,
@@ -58,7 +54,7 @@ async def responses(exchange: Exchange) -> None:
     tracker = None
     if chat.sampling.logprobs is not None:
         tracker = ChatLogprobs(TokenNames(served.tokenizer), include_stop=False)
-    renderer = _Renderer(ResponseBuilder(_base(request, chat, answer)), answer, reply, tracker)
+    renderer = _Renderer(ResponseBuilder(_base(request, answer)), answer, reply, tracker)
     characters = prepared.prompt.num_characters
     if request.stream:
         headers = stream_headers(exchange, info, characters=characters)
@@ -137,7 +133,7 @@ class _Renderer:
         }
 
 
-def _base(request: ResponsesRequest, chat: CheckedChat, answer: Answer) -> dict[str, Any]:
+def _base(request: ResponsesRequest, answer: Answer) -> dict[str, Any]:
     """Return the response object's fields that do not change."""
     text = msgspec.to_builtins(request.text) if request.text is not None else {}
     reasoning = request.reasoning
@@ -163,7 +159,7 @@ def _base(request: ResponsesRequest, chat: CheckedChat, answer: Answer) -> dict[
         "store": False,
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": {"format": {"type": "text"}, **{key: value for key, value in text.items() if value}},
-        "tool_choice": request.tool_choice or ("auto" if chat.tools is not None else "none"),
+        "tool_choice": request.tool_choice or "auto",
         "tools": msgspec.to_builtins(request.tools or []),
         "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,

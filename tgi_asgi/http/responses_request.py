@@ -28,6 +28,7 @@ from tgi_asgi.http.openai_schema import (
 
 _STATEFUL = ("previous_response_id", "conversation", "prompt", "background")
 _LOGPROBS = "message.output_text.logprobs"
+_ROLES = ("assistant", "developer", "system", "user")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
 
@@ -141,6 +142,8 @@ def _messages(request: ResponsesRequest) -> list[Message]:
             messages.append(Message("tool", output, tool_call_id=_string(item, "call_id", path)))
         elif kind == "message":
             role = _string(item, "role", path)
+            if role not in _ROLES:
+                refuse(f"{path}.role", f"`{path}.role` must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
             message = Message(role, _content(item.get("content"), f"{path}.content"))
             if role == "assistant":
                 message.reasoning_content, reasoning = reasoning, None

@@ -48,9 +48,11 @@ class _Endpoint:
 
 
 def dialect_of(path: str, settings: Settings) -> Dialect:
-    """Return whose envelope the errors of a known path have, before its body has been seen."""
+    """Return whose envelope the errors of a path have, before its body has been seen."""
     if path.startswith("/v1/messages"):
         return Dialect.ANTHROPIC
+    if path.startswith(_FORGOT_V1):
+        return Dialect.OPENAI
     is_openai = path == "/v1" or path.startswith("/v1/")
     return Dialect.OPENAI if is_openai and not settings.tgi_compat else Dialect.NATIVE
 
@@ -63,6 +65,5 @@ async def not_found(scope: Scope, _receive: object, _send: object) -> None:
         exchange.dialect = Dialect.OPENAI
         raise NotFound(f"Unknown URL: {exchange.method} {path}")
     if path.startswith(_FORGOT_V1):
-        exchange.dialect = Dialect.OPENAI
         raise NotFound(f"Unknown URL: {exchange.method} {path}. Add /v1 to the base URL: /v1{path}")
     raise NotFound(f"No route {exchange.method} {path}")

@@ -131,8 +131,9 @@ class EventStream:
                 if frames or self._num_open == 0:
                     self._write(frames)
                 return
-        except Exception:
+        except Exception as error:
             logger.exception("request %s: cannot render events", self._exchange.request_id)
+            self._exchange.error = error
             self._abandon()
             return
         self._waiting.setdefault(part, []).extend(events)
@@ -206,8 +207,9 @@ class EventStream:
                 frames += self._renderer.close()
             if frames or self._num_open == 0:
                 self._write(frames)
-        except Exception:
+        except Exception as error:
             logger.exception("request %s: cannot render events", self._exchange.request_id)
+            self._exchange.error = error
             self._abandon()
 
     def _finish(self) -> None:

@@ -117,7 +117,7 @@ def render_whole(
             generated_text=plan.text_prefix + text_of(loser),
             finish_reason=_finish(loser),
             generated_tokens=len(loser),
-            seed=plan.shown_seed,
+            seed=plan.shown_seed(index),
             prefill=prefill,
             tokens=_tokens(tokenizer, loser),
             top_tokens=_all_top_tokens(plan, tokenizer, loser),
@@ -128,7 +128,7 @@ def render_whole(
     details = Details(
         finish_reason=_finish(winner),
         generated_tokens=len(winner),
-        seed=plan.shown_seed,
+        seed=plan.shown_seed(best),
         prefill=prefill,
         tokens=_tokens(tokenizer, winner),
         top_tokens=_all_top_tokens(plan, tokenizer, winner),
@@ -193,7 +193,7 @@ class StreamRenderer:
         details = StreamDetails(
             finish_reason=FINISH_NAMES[finish],
             generated_tokens=self._num_tokens,
-            seed=self._plan.shown_seed,
+            seed=self._plan.shown_seed(),
             input_length=self._input_length,
         )
         return text, _encode(details)

@@ -77,12 +77,11 @@ class NativePlan:
     needs_logprobs: bool
     top_n: int
     text_prefix: str  # `inputs`, where the full text is wanted
-    seed: int  # [0, 2**64): the client's, or drawn
+    seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or drawn
 
-    @property
-    def shown_seed(self) -> int | None:
-        """The seed that answers report: none where nothing was drawn."""
-        return self.seed if self.is_sampled else None
+    def shown_seed(self, choice: int = 0) -> int | None:
+        """Return the seed that answers report for a choice: none where nothing was drawn."""
+        return self.seeds[choice] if self.is_sampled else None
 
 
 def plan_request(
@@ -130,7 +129,10 @@ def plan_request(
         needs_logprobs=is_stream or details or best_of > 1,
         top_n=parameters.top_n_tokens or 0,
         text_prefix=request.inputs if (full_text_default if full_text is None else full_text) else "",
-        seed=random.randrange(DRAWN_SEEDS) if parameters.seed is None else parameters.seed,
+        seeds=tuple(
+            random.randrange(DRAWN_SEEDS) if parameters.seed is None else parameters.seed
+            for _ in range(max(best_of, 1))
+        ),
     )
 
 
@@ -207,6 +209,7 @@ def to_generation(
         n=plan.num_choices,
         prompt_logprobs=0 if plan.shows_prefill else None,
         is_prefix_cached=not plan.shows_prefill,
+        seeds=tuple(seed & _ENGINE_SEED_MASK for seed in plan.seeds) if plan.num_choices > 1 else (),
     )
 
 
@@ -219,7 +222,7 @@ def _sampling(plan: NativePlan, limits: NativeLimits, logprobs: int | None) -> S
         typical_p=_or(p.typical_p, 1.0),
         repetition_penalty=_factor(p.repetition_penalty),
         frequency_penalty=_or(p.frequency_penalty, 0.0),
-        seed=plan.seed & _ENGINE_SEED_MASK,
+        seed=plan.seeds[0] & _ENGINE_SEED_MASK,
         logprobs=logprobs,
         logprobs_mode=LogprobsMode.PROCESSED,
     )

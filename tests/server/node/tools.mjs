@@ -1,5 +1,7 @@
 // OpenAI's Node SDK on structured outputs, tools and responses, against the server at BASE_URL.
 import OpenAI from "openai";
+import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "-", maxRetries: 0 });
 const messages = [{ role: "user", content: "What is the weather in Paris?" }];
@@ -45,6 +47,29 @@ const parsed = await client.chat.completions.parse({
   response_format: { type: "json_schema", json_schema: { name: "weather", strict: true, schema: parameters } },
 });
 
+// The same by zod: schemas are made from types, and answers become values of them.
+const Weather = z.object({ city: z.string().min(1).max(20), days: z.number().int().min(1).max(9) });
+const typed = await client.chat.completions.parse({ ...common, response_format: zodResponseFormat(Weather, "weather") });
+const typedCalls = [];
+const typedRunner = client.chat.completions.runTools(
+  {
+    ...common,
+    stream: true,
+    parallel_tool_calls: false,
+    tool_choice: "required",
+    tools: [zodFunction({ name: "weather", parameters: Weather, function: (args) => (typedCalls.push(args), "20 C") })],
+  },
+  { maxChatCompletions: 2 },
+);
+await typedRunner.done();
+const written = await client.responses.parse({
+  model: "tgi",
+  input: "What is the weather in Paris?",
+  temperature: 0,
+  max_output_tokens: 120,
+  text: { format: zodTextFormat(Weather, "weather") },
+});
+
 const types = [];
 const responses = client.responses.stream({
   model: "tgi",
@@ -64,6 +89,9 @@ console.log(
     streamed: streamed.choices[0].message.tool_calls.map((call) => JSON.parse(call.function.arguments)),
     reason: streamed.choices[0].finish_reason,
     parsed: JSON.parse(parsed.choices[0].message.content),
+    typed: typed.choices[0].message.parsed,
+    typedCalls,
+    written: written.output_parsed,
     first: types[0],
     last: types.at(-1),
     response: response.output.map((item) => [item.type, JSON.parse(item.arguments)]),
