@@ -34,6 +34,7 @@ class Answer:
         due_s, end_s: when it was to be sent, when its last byte came.
         token_s: when each chunk with text came; a chunk is one token, or a few where a server joins them.
         num_prompt_tokens, num_tokens: as the server counted them.
+        num_cached_tokens: of the prompt, where the server says.
     """
 
     due_s: float
@@ -42,6 +43,7 @@ class Answer:
     num_prompt_tokens: int
     num_tokens: int
     text: str
+    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -88,7 +90,8 @@ class Answer:
         if usage is None or not token_s:
             raise ValueError("the stream has no usage or no text")
         counts = (usage["prompt_tokens"], usage["completion_tokens"])
-        return cls(exchange.due_s, exchange.pieces[-1][0], tuple(token_s), *counts, "".join(text))
+        num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return cls(exchange.due_s, exchange.pieces[-1][0], tuple(token_s), *counts, "".join(text), num_cached)
 
 
 class _Times:

@@ -76,7 +76,7 @@ class Engine:
                 ids = sequence.prompt[first : first + chunk]
                 is_last = first + len(ids) == len(sequence.prompt)
                 row = StepRow(sequence.slot, ids, first, sequence.blocks, samples=is_last)
-                await self._submit([row], starts)
+                await self.submit([row], starts)
                 starts = []
             sequence.num_computed = len(sequence.prompt)
         return time.perf_counter() - start_s
@@ -96,9 +96,10 @@ class Engine:
         rows = [StepRow(s.slot, None, s.num_computed, s.blocks, samples=True) for s in sequences]
         for sequence in sequences:
             sequence.num_computed += 1
-        return self._submit(rows, [])
+        return self.submit(rows, [])
 
-    def _submit(self, rows: list[StepRow], starts: list[SlotStart]) -> asyncio.Future[StepResult]:
+    def submit(self, rows: list[StepRow], starts: list[SlotStart]) -> asyncio.Future[StepResult]:
+        """Hand a step to the runner."""
         self._step_id += 1
         return self._runner.submit(StepPlan(self._step_id, rows, starts))
 

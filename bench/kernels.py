@@ -52,16 +52,14 @@ class Shape:
 class Bench:
     """A model recorded for steps of any of these shapes."""
 
-    def __init__(self, config: ModelConfig, model: Llama, shapes: list[Shape]) -> None:
-        self.config, self.model = config, model
+    def __init__(self, config: ModelConfig, model: Llama, shapes: list[Shape], kv_dtype: torch.dtype) -> None:
+        self.config, self.model, self.kv_dtype = config, model, kv_dtype
         blocks = max(shape.sequences * -(-shape.context // BLOCK) for shape in shapes)
-        kv_dtype = torch.bfloat16
         self._kv = ops.allocate_kv(
             config.num_layers, blocks, config.num_kv_heads, config.head_dim, BLOCK, kv_dtype
         )
         for layer in self._kv:
-            layer.key.normal_()
-            layer.value.normal_()
+            layer.pool.fill_(12)  # and 2.4e-4 as the scale of int8
         self._program = ops.StepProgram(
             max_tokens=max(shape.num_tokens for shape in shapes),
             max_sequences=max(shape.sequences for shape in shapes),
@@ -90,7 +88,7 @@ class Bench:
         config, layers = self.config, self.model.layers
         if name == "attention":
             per_token = ops.kv_bytes_per_token(
-                config.num_layers, config.num_kv_heads, config.head_dim, torch.bfloat16
+                config.num_layers, config.num_kv_heads, config.head_dim, self.kv_dtype
             )
             return shape.sequences * shape.context * per_token
         weights: dict[str, list[Any]] = {
@@ -108,7 +106,8 @@ class Bench:
         hidden, queries = config.hidden_size, config.num_heads * config.head_dim
         if name == "attention":
             seen = sum(range(shape.context - shape.tokens + 1, shape.context + 1))
-            return 4 * config.num_layers * queries * seen * shape.sequences
+            halves = 2 if self.kv_dtype is torch.int8 else 1  # a high and a low byte of queries and weights
+            return 4 * config.num_layers * queries * seen * shape.sequences * halves
         outputs = {
             "qkv": hidden * (queries + 2 * config.num_kv_heads * config.head_dim),
             "linear_add o": queries * hidden,
@@ -144,7 +143,7 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
     rows = []
     for name, seconds in bench.seconds(shape, repeats):
         size, work = bench.bytes_read(name, shape), bench.operations(name, shape)
-        peak = peaks["bfloat16" if name == "attention" else "int8"]
+        peak = peaks["bfloat16" if name == "attention" and bench.kv_dtype is torch.bfloat16 else "int8"]
         floor = max(size / bandwidth / 1e9, work / peak / 1e12)
         rows.append(
             {
@@ -168,6 +167,7 @@ def main() -> None:
     parser.add_argument("--decode", type=numbers(int), default=[1, 16, 64], help="sequences of a decode step")
     parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
     parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
+    parser.add_argument("--kv-cache-dtype", choices=("bfloat16", "int8"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=40, help="of a decode step; a tenth of it for prefill")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON object here too")
@@ -179,7 +179,7 @@ def main() -> None:
     with OpenModel(files) as opened:
         positions = max(shape.context for shape in shapes)
         model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=positions)
-        bench = Bench(opened.config, model, shapes)
+        bench = Bench(opened.config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
     peaks = {
         name: max(torch.ops.tgi.arithmetic_peak(name) for _ in range(5)) / 1e12
         for name in ("int8", "bfloat16", "float32")
@@ -193,6 +193,7 @@ def main() -> None:
         "machine": machine(),
         "isa": _C.isa(),
         "threads": threads,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "peak_top_per_s": peaks,
         "operators": rows,
     }

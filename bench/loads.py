@@ -41,12 +41,12 @@ class Prompts:
     def __init__(self, tokens: int, *, shared_tokens: int = 0) -> None:
         self.tokens = tokens
         self._random = random.SystemRandom()
-        self._shared = self._words(shared_tokens)
+        self._shared = self.words(shared_tokens)
         self._num_words = tokens
 
     def messages(self) -> list[dict[str, str]]:
         """Return the next prompt. The system turn is part of it: templates put a fixed one otherwise."""
-        own = self._words(max(self._num_words - len(self._shared), 1))
+        own = self.words(max(self._num_words - len(self._shared), 1))
         words = self._shared + own
         return [
             {"role": "system", "content": " ".join(words[:4])},
@@ -65,7 +65,8 @@ class Prompts:
         if self._num_words < len(self._shared) + 5:
             raise ValueError(f"{self.tokens} tokens are too few for this template and the shared prefix")
 
-    def _words(self, count: int) -> list[str]:
+    def words(self, count: int) -> list[str]:
+        """Return so many words, about one token each."""
         return self._random.choices(WORDS, k=count)
 
 

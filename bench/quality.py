@@ -101,9 +101,9 @@ def oracle_logits(checkpoint: Path, texts: Texts) -> list[Tensor]:
         return [model(torch.tensor([ids])).logits[0] for _, ids in texts]
 
 
-def our_logits(files: ModelFiles, dtype: str, texts: Texts) -> Iterator[Tensor]:
+def our_logits(files: ModelFiles, dtype: str, kv_cache_dtype: str, texts: Texts) -> Iterator[Tensor]:
     """Compute every text with this project's kernels."""
-    teacher = Teacher(files, dtype, max(len(ids) for _, ids in texts))
+    teacher = Teacher(files, dtype, max(len(ids) for _, ids in texts), kv_cache_dtype=kv_cache_dtype)
     for _, ids in texts:
         yield teacher.logits(ids)
 
@@ -155,8 +155,9 @@ def main() -> None:
         texts = make_texts(files, options.drawn_tokens)
         oracle = oracle_logits(checkpoint, texts)
         contenders: dict[str, Callable[[], Iterator[Tensor]]] = {
-            f"ours, --dtype {dtype}": lambda dtype=dtype: our_logits(files, dtype, texts)  # type: ignore[misc]
-            for dtype in ("float32", "auto")
+            "ours, --dtype float32": lambda: our_logits(files, "float32", "auto", texts),
+            "ours, --dtype auto": lambda: our_logits(files, "auto", "auto", texts),
+            "ours, --kv-cache-dtype int8": lambda: our_logits(files, "auto", "int8", texts),
         }
         if options.llama_python:
             contenders["llama.cpp, same file"] = lambda: llama_logits(files.path, options, texts)

@@ -31,9 +31,12 @@ class Teacher:
 
     Args:
         dtype: "float32" for the exact arithmetic, "auto" for the fast one; as --dtype.
+        kv_cache_dtype: "auto" or "int8"; as --kv-cache-dtype.
     """
 
-    def __init__(self, files: ModelFiles, dtype: str, max_tokens: int) -> None:
+    def __init__(
+        self, files: ModelFiles, dtype: str, max_tokens: int, *, kv_cache_dtype: str = "auto"
+    ) -> None:
         is_exact = dtype == "float32"
         floats = torch.float32 if is_exact else torch.bfloat16
         ops.configure_threads()
@@ -43,7 +46,8 @@ class Teacher:
             model = Llama(config, opened.weights, arithmetic, max_positions=max_tokens)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         sizes = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim)
-        kv = ops.allocate_kv(*sizes, BLOCK_SIZE, floats)
+        kv_dtype = torch.int8 if kv_cache_dtype == "int8" else floats
+        kv = ops.allocate_kv(*sizes, BLOCK_SIZE, kv_dtype)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=num_blocks,

@@ -3,6 +3,7 @@
     python -m bench.wire                                   # the costs inside the process
     python -m bench.wire --streams 1000 --rate 20          # and over sockets, under hypercorn
     python -m bench.wire --streams 1000 --server uvicorn --stalled 1
+    python -m bench.wire --streams 100 --server hypercorn-alone   # without our short way for chunks
     python -m bench.wire --streams 100 --server bare       # the floor: the system's calls alone
     python -m bench.wire --streams 100 --profile           # where the server's time goes
 
@@ -35,6 +36,7 @@ import uvloop
 from hypercorn.asyncio import serve
 
 from bench.report import command_line, emit, machine, percentile
+from tgi_asgi import body_chunks
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.http.context import Served
@@ -64,6 +66,7 @@ TEMPLATE = (
 )
 INFO = ModelInfo("bench", None, "M", "f", "cpu", 50_000, 1 << 20, 1 << 20, frozenset({0}))
 STOP = ["\n\nUser:", "<END>"]
+SERVERS = ("hypercorn", "hypercorn-alone", "uvicorn", "bare")
 WARM_UP_STEPS = 20
 START_TIMEOUT_S = 60.0
 
@@ -115,6 +118,9 @@ class Engine:
         self._words = words
 
     def acquire(self, n: int, tenant: str | None = None) -> Engine:
+        return self
+
+    def split(self, n: int) -> Engine:
         return self
 
     def release(self) -> None: ...
@@ -298,7 +304,9 @@ async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio
         if scope["type"] == "http":
             await app(scope, receive, send)
 
-    if name == "hypercorn":
+    if name != "uvicorn":
+        if name == "hypercorn":
+            body_chunks.install()
         await serve(cast(Any, without_lifespan), make_config(listener), shutdown_trigger=stop.wait)
         return
     import uvicorn
@@ -385,7 +393,7 @@ def main() -> None:
     parser.add_argument("--stalled", type=int, default=0, help="further streams whose reader never reads")
     parser.add_argument("--rate", type=float, default=20.0, help="tokens a second of each stream")
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--server", choices=("hypercorn", "uvicorn", "bare"), default="hypercorn")
+    parser.add_argument("--server", choices=SERVERS, default="hypercorn")
     parser.add_argument("--profile", action="store_true", help="say which functions the time goes to")
     parser.add_argument("--out", type=Path, help="file to keep the JSON object in")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -1,0 +1,106 @@
+"""What a conversation's next turn costs: prompt tokens computed and time to the first token, turn by turn.
+
+    python -m bench.prefix --turns 20 --system-tokens 4096 [--model-id model.gguf]
+
+A turn adds the last answer and a new question. At best it computes the question alone; what it computes
+beside it is its excess, at most a block where the cache keeps its promise. (An answer's text may be other
+tokens when it is read again than when it was drawn; the prefix ends there, and the excess shows it.) Then the
+last turn's prompt is sent again under cache salts of its own: that is its time without a cache. Prints one
+JSON object and a table. Unknown flags go to the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from bench.client import Answer, Client
+from bench.loads import Prompts
+from bench.report import command_line, emit, machine, median, table
+from bench.servers import Server
+
+Messages = list[dict[str, str]]
+
+
+class Conversation:
+    """Turns of a chat, each sent with all that was said before."""
+
+    def __init__(self, client: Client, system: str, max_tokens: int) -> None:
+        self._client = client
+        self._body = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
+        self.messages: Messages = [{"role": "system", "content": system}]
+        self._num_known = 0  # tokens of the last prompt and answer
+
+    async def turn(self, question: str) -> dict[str, Any]:
+        """Ask; return what it cost."""
+        self.messages.append({"role": "user", "content": question})
+        answer = await self.ask()
+        self.messages.append({"role": "assistant", "content": answer.text})
+        num_new = answer.num_prompt_tokens - self._num_known
+        num_computed = answer.num_prompt_tokens - answer.num_cached_tokens
+        self._num_known = answer.num_prompt_tokens + answer.num_tokens
+        return {
+            "prompt_tokens": answer.num_prompt_tokens,
+            "new_tokens": num_new,
+            "computed_tokens": num_computed,
+            "excess_tokens": num_computed - num_new,
+            "ttft_ms": round(answer.ttft_s * 1e3, 1),
+        }
+
+    async def ask(self, **fields: Any) -> Answer:
+        """Send the messages as they are."""
+        return Answer.read(await self._client.chat({**self._body, "messages": self.messages, **fields}))
+
+
+async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Hold the conversation, then ask its last question without a cache."""
+    client = Client(url)
+    words = Prompts(options.question_tokens)
+
+    def text(num_words: int) -> str:
+        return " ".join(words.words(num_words))
+
+    try:
+        warm_up = Conversation(client, text(10), 4)
+        await warm_up.turn(text(10))
+        talk = Conversation(client, text(options.system_tokens), options.max_tokens)
+        turns = [await talk.turn(text(options.question_tokens)) for _ in range(options.turns)]
+        talk.messages.pop()
+        cold = [await talk.ask(cache_salt=f"cold {run}", max_tokens=1) for run in range(options.runs)]
+    finally:
+        client.close()
+    if any(answer.num_cached_tokens for answer in cold):
+        raise SystemExit("a salt of its own did not keep a prompt from the cache")
+    cold_ms = median((answer.ttft_s * 1e3 for answer in cold), 1)
+    return {
+        "turns": turns,
+        "excess_tokens_max": max(turn["excess_tokens"] for turn in turns[1:]),
+        "last_turn": {"ttft_ms": turns[-1]["ttft_ms"], "cold_ttft_ms": cold_ms},
+        "speedup": round(cold_ms / turns[-1]["ttft_ms"], 1),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--system-tokens", type=int, default=4096, help="about so many, one a word")
+    parser.add_argument("--question-tokens", type=int, default=64, help="of each turn")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--runs", type=int, default=3, help="of the last prompt without a cache")
+    parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    options, arguments = parser.parse_known_args()
+    record: dict[str, Any] = {"bench": "prefix", "command": command_line(), "machine": machine()}
+    with Server.ours(arguments) as server:
+        record |= asyncio.run(measure(server.url, options))
+    emit(record, options.out)
+    head = list(record["turns"][0])
+    print(table(["turn", *head], ([at, *turn.values()] for at, turn in enumerate(record["turns"], 1))))
+    last = record["last_turn"]
+    print(f"turn {options.turns}: {last['ttft_ms']} ms, cold {last['cold_ttft_ms']} ms")
+
+
+if __name__ == "__main__":
+    main()
