@@ -7,6 +7,7 @@ import json
 import random
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ TOOLS: list[Any] = [
 @pytest.fixture
 def url(demo: ServerProcess) -> str:
     return demo.url + "/v1"
+
+
+@pytest.fixture
+def claude(demo: ServerProcess) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=demo.url, api_key="-", max_retries=0) as claude:
+        yield claude
 
 
 async def answer(
@@ -232,7 +239,7 @@ def test_responses_parsed_into_a_model(client: OpenAI) -> None:
     jsonschema.validate(json.loads(call.arguments), WEATHER)
 
 
-def test_anthropic_s_sdk_calls_tools(url: str) -> None:
+def test_anthropic_s_sdk_calls_tools(claude: anthropic.Anthropic) -> None:
     called: list[dict[str, Any]] = []
 
     @anthropic.beta_tool
@@ -241,31 +248,30 @@ def test_anthropic_s_sdk_calls_tools(url: str) -> None:
         called.append({"city": city, "days": days})
         return "20 C"
 
-    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="-", max_retries=0) as client:
-        options: Any = {"model": "tgi", "max_tokens": 150, "messages": ASK, "extra_body": {"temperature": 0}}
-        runner = client.beta.messages.tool_runner(
-            tools=[weather],
-            tool_choice={"type": "any", "disable_parallel_tool_use": True},
-            max_iterations=2,
-            **options,
-        )
-        last = runner.until_done()  # it asks for a thread first, is refused, and sends the whole history
-        assert last.stop_reason == "tool_use" and called
-        assert all(isinstance(call["days"], int) for call in called)
-        tools: Any = [{"name": "weather", "input_schema": WEATHER}]
-        with client.messages.stream(
-            tools=tools, tool_choice={"type": "tool", "name": "weather"}, **options
-        ) as stream:
-            parts = "".join(event.delta.partial_json for event in stream if event.type == "content_block_delta")
-            (block,) = stream.get_final_message().content
-        assert block.type == "tool_use" and block.input == json.loads(parts)
-        jsonschema.validate(block.input, WEATHER)
+    options: Any = {"model": "tgi", "max_tokens": 150, "messages": ASK, "extra_body": {"temperature": 0}}
+    runner = claude.beta.messages.tool_runner(
+        tools=[weather],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        max_iterations=2,
+        **options,
+    )
+    last = runner.until_done()  # it asks for a thread first, is refused, and sends the whole history
+    assert last.stop_reason == "tool_use" and called
+    assert all(isinstance(call["days"], int) for call in called)
+    tools: Any = [{"name": "weather", "input_schema": WEATHER}]
+    with claude.messages.stream(
+        tools=tools, tool_choice={"type": "tool", "name": "weather"}, **options
+    ) as stream:
+        parts = "".join(event.delta.partial_json for event in stream if event.type == "content_block_delta")
+        (block,) = stream.get_final_message().content
+    assert block.type == "tool_use" and block.input == json.loads(parts)
+    jsonschema.validate(block.input, WEATHER)
 
-        class Forecast(BaseModel):
-            city: str
-            days: int
+    class Forecast(BaseModel):
+        city: str
+        days: int
 
-        assert isinstance(client.messages.parse(output_format=Forecast, **options).parsed_output, Forecast)
+    assert isinstance(claude.messages.parse(output_format=Forecast, **options).parsed_output, Forecast)
 
 
 def test_langchain_binds_tools_and_types(url: str) -> None:
