@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,13 @@ from tests.support.server_process import ServerProcess
 _NODE = Path(__file__).parent / "node"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _collected() -> Iterator[None]:
+    """Find sockets that a module's tests left open while it is known which module that was."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def demo() -> Iterator[ServerProcess]:
     """Return a server of the demonstration model, started as `make serve` starts it."""
@@ -28,7 +36,7 @@ def demo() -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(demo: ServerProcess) -> Iterator[OpenAI]:
-    """Return OpenAI's client of that server, closed after the test: a socket left open fails a later one."""
+    """Return OpenAI's client of that server, closed after the test."""
     with OpenAI(base_url=demo.url + "/v1", api_key="-", max_retries=0) as client:
         yield client
 
