@@ -6,6 +6,7 @@
 
 #include "simd_math.h"
 #include "step.h"
+#include "stream.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -13,7 +14,6 @@ namespace {
 constexpr int64_t kSubBlocks = kChunkTokens / 16;
 constexpr int64_t kMostAhead = 8;
 // How far ahead of their use keys and values are fetched, in sub-blocks: 8 KiB of a head of 64.
-// Into the second level of cache: the first has too few misses in flight for the whole bandwidth.
 constexpr int64_t ahead_of(Precision precision) {
   return precision == Precision::kInt8 ? kMostAhead : 4;
 }
@@ -107,7 +107,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     typename Kv::Vector keys[Blocks];
     TGI_UNROLL(2)
     for (int i = 0; i < Blocks; ++i) {
-      S::prefetch_l2(ahead[i] + 64 * k);
+      fetch_stream<S>(ahead[i] + 64 * k);
       keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
     }
     TGI_UNROLL(6)
@@ -157,7 +157,7 @@ class ValueFetch {
   // One step's share.
   inline void step() {
     for (int64_t i = 0; i < share_ && block_ < stop_; ++i) {
-      S::prefetch_l2(chunk_.values[block_] + 64 * line_);
+      fetch_stream<S>(chunk_.values[block_] + 64 * line_);
       if (++line_ < lines_) continue;
       line_ = 0;
       ++block_;
@@ -229,7 +229,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
       const int64_t row_bytes = t / kStepTokens * head_dim * 4;
       TGI_UNROLL(4)
-      for (int v = 0; v < Vectors; ++v) S::prefetch_l2(ahead + row_bytes + 64 * v);
+      for (int v = 0; v < Vectors; ++v) fetch_stream<S>(ahead + row_bytes + 64 * v);
       typename Kv::Vector vector[Vectors];
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);

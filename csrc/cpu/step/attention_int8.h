@@ -31,7 +31,7 @@ inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[B
     typename S::I codes[Blocks];
     TGI_UNROLL(2)
     for (int i = 0; i < Blocks; ++i) {
-      S::prefetch_l2(ahead[i] + 64 * (8 * strip + j));
+      fetch_stream<S>(ahead[i] + 64 * (8 * strip + j));
       codes[i] = S::iload(keys[i] + 64 * (8 * strip + j));
     }
     TGI_UNROLL(6)
@@ -70,8 +70,8 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, int64_t h
     ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
     // Scales are read before codes: those of values in `chunk_weights`.
     for (int64_t strip = 0; 32 * strip < head_dim; strip += 2) {
-      S::prefetch_l2(ahead[i] + int8_scales(head_dim, strip));
-      S::prefetch_l2(chunk.values[b + i] + int8_scales(head_dim, strip));
+      fetch_stream<S>(ahead[i] + int8_scales(head_dim, strip));
+      fetch_stream<S>(chunk.values[b + i] + int8_scales(head_dim, strip));
     }
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
@@ -146,7 +146,7 @@ inline void int8_values(const Chunk& chunk, int64_t head_dim, int64_t strip, con
       typename S::I codes[2];
       TGI_UNROLL(2)
       for (int v = 0; v < 2; ++v) {
-        S::prefetch_l2(ahead + t * head_dim + 64 * v);
+        fetch_stream<S>(ahead + t * head_dim + 64 * v);
         codes[v] = S::iload(values + t * head_dim + 64 * v);
       }
       TGI_UNROLL(6)

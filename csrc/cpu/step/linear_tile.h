@@ -6,6 +6,7 @@
 #pragma once
 
 #include "linear_formats.h"
+#include "stream.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -16,16 +17,15 @@ struct Ahead {
   int64_t lines;
 };
 
-// Up to this many tokens wait for memory: their weights are fetched into the second level of cache,
-// as the first has too few misses in flight for the whole bandwidth (11 % faster with one token, 22
-// % with four). More tokens wait for arithmetic, which reads from the first.
+// Up to this many tokens wait for memory. More wait for arithmetic, which reads from the first
+// level of cache.
 constexpr int kMemoryBoundTokens = 4;
 
 template <class S, int Tokens>
 inline void fetch_ahead(Ahead& ahead) {
   for (int64_t i = 0; i < ahead.lines; ++i, ahead.next += 64) {
     if constexpr (Tokens <= kMemoryBoundTokens) {
-      S::prefetch_l2(ahead.next);
+      fetch_stream<S>(ahead.next);
     } else {
       S::prefetch(ahead.next);
     }
@@ -167,14 +167,15 @@ inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int6
 using TileFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x,
                               int64_t num_blocks, float* out, Ahead ahead);
 
-// One token: panel after panel, each fetched 5 KiB ahead of its use (+16 to 22 % over no prefetch);
-// two streams at once are slower.
+// One token, where streams are fetched into the second level of cache: panel after panel, each
+// fetched 5 KiB ahead of its use, as two streams at once are slower. (In the first level they are 4
+// to 8 % faster than this.)
 constexpr int64_t kStreamDistance = 5120;
 
 template <class S, class Fmt, int Tokens>
 void int8_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, int64_t num_blocks,
                 float* out, Ahead ahead) {
-  if constexpr (Tokens == 1) {
+  if (Tokens == 1 && !kStreamsIntoL1) {
     const int64_t lines = (Fmt::kBytes + 63) / 64;
     int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, {panel0 + kStreamDistance, lines});
     int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, {panel1 + kStreamDistance, lines});

@@ -182,6 +182,9 @@ struct Kernels {
 // The set of the instruction set in use, see isa.h.
 const Kernels& kernels();
 
+// Whether what is read from memory is best fetched into the first level of cache, see stream.h.
+extern const bool kStreamsIntoL1;
+
 // Rows of queries that are attended together, and tokens of context whose softmax is taken at once.
 // Chunks begin at multiples of kChunkTokens whatever the batch, which is why a split does not
 // change a bit.
