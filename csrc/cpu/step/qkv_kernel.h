@@ -147,11 +147,15 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
         reinterpret_cast<int8_t*>(block) + (offset / 4 * kv.head_dim + dim) * 4 + offset % 4;
     for (int64_t i = 0; i < 32; ++i) out[4 * i] = lanes[i];
   } else if (kv.precision == Precision::kBF16) {
-    alignas(64) uint16_t lanes[32];
-    S::store_bf16(lanes, first);
-    S::store_bf16(lanes + 16, second);
-    uint8_t* out = block + (offset / 2 * kv.head_dim + dim) * 4 + offset % 2 * 2;
-    for (int64_t i = 0; i < 32; ++i) std::memcpy(out + 4 * i, lanes + i, 2);
+    // The other half of each lane is the other token of the pair, which this member writes, too.
+    const int32_t half = offset % 2 == 0 ? 0xFFFF : static_cast<int32_t>(0xFFFF0000u);
+    const auto mine = S::iset1(half), others = S::iset1(~half);
+    uint8_t* const out = block + (offset / 2 * kv.head_dim + dim) * 4;
+    const typename S::I pairs[2] = {S::pair_bf16(first, first), S::pair_bf16(second, second)};
+    for (int64_t i = 0; i < 2; ++i) {
+      const auto kept = S::iand(S::iload(out + 64 * i), others);
+      S::istore(out + 64 * i, S::ior(kept, S::iand(pairs[i], mine)));
+    }
   } else {
     float* out = reinterpret_cast<float*>(block) + offset * kv.head_dim + dim;
     S::store(out, first);
@@ -186,6 +190,18 @@ inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t toke
   }
 }
 
+// Where a member's share of the units begins. Sequences that decode write keys a few bytes a line,
+// so that a unit of keys or values takes half as long again; tokens of a prompt write to the same
+// lines.
+inline int64_t qkv_share(const StepHeader& step, int64_t query_units, int64_t num_units, int member,
+                         int num_members) {
+  const int64_t query_cost = 2, cost = step.num_tokens == step.num_sequences ? 3 : 2;
+  const int64_t queries = query_cost * query_units;
+  const int64_t before = (queries + cost * (num_units - query_units)) * member / num_members;
+  if (before <= queries) return (before + query_cost / 2) / query_cost;
+  return query_units + (before - queries + cost / 2) / cost;
+}
+
 // A unit is a strip, or a whole head where heads are normalised.
 template <class S>
 void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members) {
@@ -194,7 +210,9 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   int64_t num_units = 0;
   for (int32_t i = 0; i < p.num_parts; ++i)
     num_units += p.parts[i].weight.num_strips() / unit_strips;
-  const Range all = split(num_units, member, num_members);
+  const int64_t query_units = p.num_heads * head_strips / unit_strips;
+  const Range all = {qkv_share(step, query_units, num_units, member, num_members),
+                     qkv_share(step, query_units, num_units, member + 1, num_members)};
   int64_t before = 0;
   for (int32_t i = 0; i < p.num_parts; ++i) {
     const LinearParams& part = p.parts[i];
