@@ -117,6 +117,22 @@ cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim);
 
+// out = a W^T (+ bias), or that is added to out. For few tokens: more are computed in tiles of 64,
+// each of which streams W. A token's result does not depend on the others.
+struct LinearParams {
+  const void* a;       // [num_tokens, num_columns] of type
+  const void* weight;  // [num_rows, num_columns] of type
+  const float* bias;   // [num_rows], or null
+  void* out;           // [num_tokens, num_rows] of type, or float32
+  int64_t num_tokens;
+  int64_t num_rows;
+  int64_t num_columns;  // multiple of 8
+  int32_t is_wide;      // out is float32
+  int32_t is_added;     // to what out holds, which is float32
+  Type type;
+};
+cudaError_t linear(const LinearParams& p, cudaStream_t stream);
+
 // A weight is scale * (code - zero) + offset, or of codes that are floats (E4M3) scale * code;
 // codes lie in the order of the columns, the first in the low bits.
 struct QuantMatrix {

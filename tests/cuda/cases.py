@@ -10,6 +10,7 @@ import torch
 from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
+    test_linear,
     test_quant_linear,
     test_rms_norm,
     test_rope_kv_write,
@@ -37,6 +38,13 @@ def small() -> Iterator[Case]:
             ),
         )  # fmt: skip
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
+        for tokens in (1, 9, 70):
+            yield (
+                "linear", dtype,
+                lambda device, dtype=dtype, tokens=tokens: test_linear.check(
+                    device, tokens, 35, 296, dtype=dtype
+                ),
+            )  # fmt: skip
     yield from products(3, 17, 512)
     yield "sample", torch.float32, lambda device: _sample(device, 300)
 
@@ -50,6 +58,13 @@ def large() -> Iterator[Case]:
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
+        for tokens in (1, 8, 16, 32, 64, 200):
+            yield (
+                "linear", dtype,
+                lambda device, dtype=dtype, tokens=tokens: test_linear.check(
+                    device, tokens, 4096, 4096, dtype=dtype
+                ),
+            )  # fmt: skip
     yield from products(8, 1024, 4096)
     yield "sample", torch.float32, lambda device: _sample(device, 32000)
 

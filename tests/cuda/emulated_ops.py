@@ -155,6 +155,15 @@ def _token_logprobs(
     )  # fmt: skip
 
 
+def _linear(
+    device: Device, a: Tensor, weight: Tensor, bias: Tensor | None, is_added: bool, out: Tensor
+) -> None:
+    device.launch(
+        "linear", a=a, weight=weight, bias=bias, out=out, num_tokens=a.shape[0], num_rows=weight.shape[0],
+        num_columns=a.shape[1], is_wide=out.dtype is torch.float32, is_added=is_added, type=TYPES[a.dtype],
+    )  # fmt: skip
+
+
 def _matrix(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, zero: int) -> dict[str, Any]:
     columns = codes.shape[1] * 8 // bits
     return {
@@ -190,6 +199,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_decode": _attention_decode,
     "attention_prefill": _attention_prefill,
     "attention_workspace_bytes": _attention_workspace_bytes,
+    "linear": _linear,
     "quant_linear": _quant_linear,
     "dequantise": _dequantise,
     "sample": _sample,

@@ -95,6 +95,9 @@ class GpuDevice:
             p.key_scale, p.value_scale, p.out,
         )  # fmt: skip
 
+    def _linear(self, p: Any) -> None:
+        _ops.linear(p.a, p.weight, p.bias, bool(p.is_added), p.out)
+
     def _quant_linear(self, p: Any) -> None:
         _ops.quant_linear(p.a, p.codes, p.scales, p.offsets, p.bias, p.bits, p.zero, p.out)
 

@@ -45,6 +45,7 @@ _REGISTERS = {
     "merge_kernel": 64,
     "prefill_kernel": 248,
     "prefill_kernel 256": 255,
+    "linear_kernel": 128,
     "quant_linear_kernel": 168,
     "dequantise_kernel": 64,
     "sample_kernel": 64,
@@ -62,6 +63,7 @@ _INSTRUCTIONS = {
         "mma.sync.aligned.m16n8k16",
         "ldmatrix.sync.aligned.m8n8.x4.trans",
     ),
+    "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4"),
     "rms_norm": ("ld.global.v4", "st.global.v4"),
     "act_mul": ("ld.global.v4", "st.global.v4"),
 }

@@ -21,6 +21,7 @@ _STRUCTS = {
     "attention_plan": "AttentionParams",
     "attention_decode": "AttentionParams",
     "attention_prefill": "AttentionParams",
+    "linear": "LinearParams",
     "quant_linear": "QuantLinearParams",
     "dequantise": "DequantiseParams",
     "sample": "SampleParams",

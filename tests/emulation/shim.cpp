@@ -23,6 +23,7 @@ emu_attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
   return tgi::cuda::attention_workspace_bytes(num_sequences, block_table_stride, block_size,
                                               num_heads, head_dim);
 }
+OPERATOR(linear, LinearParams)
 OPERATOR(quant_linear, QuantLinearParams)
 OPERATOR(dequantise, DequantiseParams)
 OPERATOR(sample, SampleParams)

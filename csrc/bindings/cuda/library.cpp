@@ -25,6 +25,7 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "block_table, "
       "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) "
       "out) -> ()");
+  m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "
       "bits, "
