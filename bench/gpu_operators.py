@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4096, 32, 8, 128, 14336, 128256
 BLOCK = 16
 DECODES = ((1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 1024))  # sequences, context
-PREFILLS, ROWS, DRAWS, PRODUCTS = (2048, 8192), (64, 4096), (1, 64), (1, 8, 16)
+PREFILLS, ROWS, DRAWS = (2048, 8192), (64, 4096), (1, 64)
+PRODUCTS, QUANT_PRODUCTS = (1, 8, 16, 32, 64), (1, 8, 16)  # tokens: where cuBLAS takes over is to be seen
 # Weights of products: bits of a code, columns that share a scale, whether there are offsets.
 CODES = {"int4": (4, 128, True), "q8_0": (8, 32, False), "q6_k": (8, 16, False), "fp8": (8, 128, False)}
 _kernels: Any = torch.ops.tgi_cuda
@@ -38,7 +40,9 @@ def measurements() -> Iterator[Measurement]:
     for rows in DRAWS:
         yield _sample(rows)
     for tokens in PRODUCTS:
-        yield _product(tokens)
+        for rows, columns in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+            yield _product(tokens, rows, columns)
+    for tokens in QUANT_PRODUCTS:
         for name in CODES:
             yield _quant_product(tokens, name)
 
@@ -203,21 +207,27 @@ def _sample(rows: int) -> Measurement:
     return "sample", f"{rows} rows, top-k and top-p", logits.nbytes, "read", calls, {}
 
 
-def _product(tokens: int) -> Measurement:
-    rows, columns = 2 * INTERMEDIATE, HIDDEN
+def _product(tokens: int, rows: int, columns: int) -> Measurement:
     num_bytes = 2 * (rows * columns + tokens * (rows + columns))
     sets = [random(rows, columns) for _ in range(copies_past_l2(num_bytes))]
     a, out = random(tokens, columns), random(tokens, rows)
-    calls: list[Call] = [lambda w=w: torch.mm(a, w.t(), out=out) for w in sets]
-    return "linear", f"{tokens} x {rows} x {columns} bf16", num_bytes, "read", calls, {}
+    calls: list[Call] = [functools.partial(_kernels.linear, a, w, None, False, out) for w in sets]
+    peers: dict[str, Call] = {"torch.mm": _in_turn([lambda w=w: torch.mm(a, w.t(), out=out) for w in sets])}
+    return "linear", f"{tokens} x {rows} x {columns} bf16", num_bytes, "read", calls, peers
+
+
+def _in_turn(calls: list[Call]) -> Call:
+    """Return a call that makes these in turn, so that a peer finds nothing in the cache either."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def _quant_product(tokens: int, name: str) -> Measurement:
     rows, columns = 2 * INTERMEDIATE, HIDDEN
     sets = [_codes(name, rows, columns)]
     sets += [_codes(name, rows, columns) for _ in range(copies_past_l2(sets[0].nbytes) - 1)]
-    a, out, room = random(tokens, columns), random(tokens, rows), random(0)
-    calls: list[Call] = [functools.partial(matrix.multiply, a, None, out, room) for matrix in sets]
+    a, out = random(tokens, columns), random(tokens, rows)
+    calls: list[Call] = [functools.partial(matrix.multiply, a, None, out) for matrix in sets]
     plain = random(rows, columns)
     peers: dict[str, Call] = {"torch.mm bf16": lambda: torch.mm(a, plain.t(), out=out)}
     num_bytes = sets[0].nbytes + 2 * tokens * (rows + columns)

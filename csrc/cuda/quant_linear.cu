@@ -4,7 +4,8 @@
 // A weight is scale * (code - zero) + offset, one scale (and offset) a group of columns. Codes are
 // integers of 4 or 8 bits or E4M3 floats, lie in the order of the columns, and are read 16 bytes at
 // a time. A warp makes two rows of the output, whose sums are in an order that depends on the shape
-// alone.
+// alone: a token has the same bits in any batch. Roundings do not depend on the compiler either:
+// fused operations are written out, for it might fuse others in another tile of tokens.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -15,7 +16,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kWarpRows = 2;  // of the weight: they share the loads of activations
-constexpr int kMaxTokens = 8;
 
 // An integer below 2^23 as a float: it becomes the mantissa of 2^23. Converting takes four times as
 // long.
@@ -65,7 +65,11 @@ template <typename Element, typename Scale, typename Code, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
     quant_linear_kernel(QuantLinearParams p) {
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int64_t first_row = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * kWarpRows;
+  // Blocks that share rows follow each other, so that all but the first find the codes in L2.
+  const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
+  const int64_t first_token = blockIdx.x % token_tiles * Tokens;
+  const int64_t first_row =
+      (blockIdx.x / token_tiles * kWarps + threadIdx.x / kWarpSize) * kWarpRows;
   if (first_row >= p.weight.num_rows) return;
   const int64_t columns = p.weight.num_columns, groups = columns / p.weight.group;
   const float shift = kMagic + float(p.weight.zero);
@@ -103,13 +107,13 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
 #pragma unroll
       for (int token = 0; token < Tokens; ++token) {
         float values[8];
-        load8(a + min(int64_t{token}, p.num_tokens - 1) * columns + column + 8 * i, values);
+        load8(a + min(first_token + token, p.num_tokens - 1) * columns + column + 8 * i, values);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           plain[token] += values[k];
 #pragma unroll
           for (int row = 0; row < kWarpRows; ++row)
-            products[row][token] += weights[row][k] * values[k];
+            products[row][token] = fmaf(weights[row][k], values[k], products[row][token]);
         }
       }
     }
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
       const float offset = offsets == nullptr ? 0.0f : to_float(offsets[place]);
 #pragma unroll
       for (int token = 0; token < Tokens; ++token) {
-        sums[row][token] += scale * products[row][token] + offset * plain[token];
+        sums[row][token] += fmaf(scale, products[row][token], offset * plain[token]);
       }
     }
   }
@@ -130,10 +134,11 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
 #pragma unroll
     for (int token = 0; token < Tokens; ++token) {
       const float sum = warp_reduce(sums[row][token], Add());
-      const bool is_mine = lane == 0 && token < p.num_tokens && first_row + row < p.weight.num_rows;
+      const bool is_mine =
+          lane == 0 && first_token + token < p.num_tokens && first_row + row < p.weight.num_rows;
       if (!is_mine) continue;
       const float bias = p.bias == nullptr ? 0.0f : p.bias[first_row + row];
-      const int64_t place = token * p.weight.num_rows + first_row + row;
+      const int64_t place = (first_token + token) * p.weight.num_rows + first_row + row;
       if (p.is_wide) {
         static_cast<float*>(p.out)[place] = sum + bias;
       } else {
@@ -187,9 +192,9 @@ cudaError_t for_types(Type type, const QuantMatrix& m, const Body& body) {
 }  // namespace
 
 cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
-  if (!fits(p.weight) || p.num_tokens > kMaxTokens) return cudaErrorInvalidValue;
+  if (!fits(p.weight)) return cudaErrorInvalidValue;
   if (p.num_tokens == 0 || p.weight.num_rows == 0) return cudaSuccess;
-  const dim3 grid(unsigned(ceil_divide<int64_t>(p.weight.num_rows, kWarps * kWarpRows)));
+  const int64_t row_tiles = ceil_divide<int64_t>(p.weight.num_rows, kWarps * kWarpRows);
   return for_types(p.type, p.weight, [&](auto element, auto scale, auto code) {
     using Element = decltype(element);
     using Scale = decltype(scale);
@@ -197,6 +202,8 @@ cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
     const auto kernel = p.num_tokens == 1   ? quant_linear_kernel<Element, Scale, Code, 1>
                         : p.num_tokens <= 4 ? quant_linear_kernel<Element, Scale, Code, 4>
                                             : quant_linear_kernel<Element, Scale, Code, 8>;
+    const int64_t token_tiles = p.num_tokens <= 4 ? 1 : ceil_divide<int64_t>(p.num_tokens, 8);
+    const dim3 grid(unsigned(row_tiles * token_tiles));
     return launch(kernel, grid, dim3(kThreads), 0, stream, p);
   });
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.program import ProgramInputs
@@ -112,6 +113,7 @@ class CudaProgram:
         max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
         max_blocks: columns of the block tables.
         dtype: of activations and weights, bfloat16 or float16; the residual and logits are float32.
+        is_batch_invariant: a token's results are the same bits whatever else is in the step.
     """
 
     def __init__(
@@ -123,17 +125,19 @@ class CudaProgram:
         max_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
+        is_batch_invariant: bool = False,
     ) -> None:
         self._max_tokens, self._max_sequences, self._max_rows = max_tokens, max_sequences, max_rows
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
+        self._is_batch_invariant = is_batch_invariant
         self._calls: list[_Call] = []
         self._head: Callable[[Tensor], None] | None = None
         self._logits = torch.empty(0)
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the host's tensor, the device's
         self._moved_codes: dict[int, tuple[CudaQuantMatrix, CudaQuantMatrix]] = {}
-        self._room = torch.empty(0, dtype=dtype, device=device)  # for a quantised matrix as a plain one
+        self._room = Room(dtype, device)
         self._planned: tuple[int, int] | None = None  # block size and window
         self._x = torch.empty(0)
         handle = cast(Tensor, Recorded(cast(Any, self), "input"))
@@ -236,9 +240,15 @@ class CudaProgram:
         return self._append(call, "activation", out.view(self._max_tokens, heads * head_dim))
 
     def record_linear_add(self, a: Tensor, weight: LinearWeight, x: Tensor) -> Tensor:
-        """Record `linear_add`: the product, then the sum in float32."""
-        product = self._product(a, weight, "linear_add")
-        self._calls.append(lambda batch: _add(self._x, product, batch.num_tokens))
+        """Record `linear_add`: the sum in float32."""
+        source, linear = _buffer_of(a), self._linear(weight)
+        product = self._buffer("linear_add", (self._max_tokens, weight.rows), self._dtype)
+
+        def call(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            linear.add(source[:n], self._x[:n], product[:n])
+
+        self._calls.append(call)
         return x
 
     def record_gate_up(self, a: Tensor, weight: GateUpWeight, activation: str) -> Tensor:
@@ -255,18 +265,14 @@ class CudaProgram:
     def record_head(self, norm_weight: Tensor, eps: float, weight: LinearWeight) -> Tensor:
         """Record `head`."""
         scale = self._move(norm_weight, torch.float32)
-        product = self._wide_product(weight)
-        bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
+        linear = self._linear(weight)
         normed = self._buffer("head", (self._max_rows, weight.columns), self._dtype)
         self._logits = self._buffer("logits", (self._max_rows, weight.rows), torch.float32)
 
         def call(rows: Tensor) -> None:
             n = rows.shape[0]
-            logits = self._logits[:n]
             _kernels.rms_norm(self._x, scale, eps, rows, normed[:n])
-            product(normed[:n], logits)
-            if bias is not None:
-                logits += bias
+            linear.multiply(normed[:n], self._logits[:n])
 
         self._head = call
         return cast(Tensor, _Value(self, "logits", self._logits))
@@ -274,38 +280,23 @@ class CudaProgram:
     def _product(self, a: Tensor, weight: LinearWeight, name: str) -> Tensor:
         """Record `a @ W.T (+ bias)`; return the buffer it comes to."""
         source, out = _buffer_of(a), self._buffer(name, (self._max_tokens, weight.rows), self._dtype)
-        if isinstance(weight.matrix, CudaQuantMatrix):
-            codes = self._move_codes(weight.matrix)
-            wide_bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
-
-            def multiply(batch: CudaBatch) -> None:
-                n = batch.num_tokens
-                codes.multiply(source[:n], wide_bias, out[:n], self._room)
-
-            self._calls.append(multiply)
-            return out
-        matrix = self._move(weight.matrix)
-        bias = None if weight.bias is None else self._move(weight.bias, self._dtype)
+        linear = self._linear(weight)
 
         def call(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            if bias is None:
-                torch.mm(source[:n], matrix.t(), out=out[:n])
-            else:
-                torch.addmm(bias, source[:n], matrix.t(), out=out[:n])
+            linear.multiply(source[:n], out[:n])
 
         self._calls.append(call)
         return out
 
-    def _wide_product(self, weight: LinearWeight) -> Callable[[Tensor, Tensor], object]:
-        """Return what writes a @ W.T to a float32 output, of all the bits that torch gives."""
+    def _linear(self, weight: LinearWeight) -> CudaLinear:
+        """Return the product with this weight, which is moved to the device."""
+        bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
         if isinstance(weight.matrix, CudaQuantMatrix):
-            codes = self._move_codes(weight.matrix)
-            return lambda a, out: codes.multiply(a, None, out, self._room)
-        matrix = self._move(weight.matrix)
-        if _has_wide_products(self._device, self._dtype):
-            return lambda a, out: torch.mm(a, matrix.t(), out_dtype=torch.float32, out=out)
-        return lambda a, out: out.copy_(torch.mm(a, matrix.t()))
+            return QuantLinear(
+                self._move_codes(weight.matrix), bias, self._room, is_batch_invariant=self._is_batch_invariant
+            )
+        return PlainLinear(self._move(weight.matrix), bias, is_batch_invariant=self._is_batch_invariant)
 
     def _dense(self, weight: LinearWeight) -> Tensor:
         """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
@@ -316,14 +307,10 @@ class CudaProgram:
         return table
 
     def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
-        """Return the matrix on the device, once; there will be room for it as a plain one."""
+        """Return the matrix on the device; the same matrix is moved once."""
         kept = self._moved_codes.get(id(matrix))
         if kept is None:
             self._moved_codes[id(matrix)] = kept = (matrix, matrix.to(self._device))
-            if self._room.numel() < matrix.shape[0] * matrix.shape[1]:
-                self._room = torch.empty(
-                    matrix.shape[0] * matrix.shape[1], dtype=self._dtype, device=self._device
-                )
         return kept[1]
 
     def _append(self, call: _Call, kind: str, buffer: Tensor) -> Tensor:
@@ -364,17 +351,3 @@ def _plan(batch: CudaBatch, block_size: int, window: int, workspace: Tensor) -> 
     if batch.num_decodes > 0:
         d = batch.num_decodes
         _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, window, workspace)
-
-
-def _add(x: Tensor, product: Tensor, n: int) -> None:
-    x[:n] += product[:n]
-
-
-def _has_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether torch multiplies 16-bit matrices into float32 here: logits then keep all their bits."""
-    ones = torch.ones(16, 16, dtype=dtype, device=device)
-    try:
-        torch.mm(ones, ones, out_dtype=torch.float32, out=torch.empty(16, 16, device=device))
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True

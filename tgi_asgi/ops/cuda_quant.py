@@ -25,7 +25,6 @@ _kernels: Any = torch.ops.tgi_cuda
 _Array = npt.NDArray[Any]
 _BLOCKS = BLOCKS | GROUPED
 _FLOATS = frozenset(name for name in GROUPED if name.startswith("F8"))
-MAX_TOKENS = 8  # of one call of the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +57,13 @@ class CudaQuantMatrix:
             self.codes.to(device), self.scales.to(device), offsets, self.shape, self.bits, self.zero
         )
 
-    def multiply(self, a: Tensor, bias: Tensor | None, out: Tensor, room: Tensor) -> None:
-        """Write a @ W.T (+ bias) to out [n_tokens, rows], of a's dtype or float32.
+    def multiply(self, a: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Write a @ W.T (+ bias) to out [n_tokens, rows], of a's dtype or float32, from the codes.
 
-        Few rows of a [n_tokens, columns] are multiplied by the codes, a few at a time; for more, the matrix
-        is written to `room` [at least rows * columns] first, once. `bias` is float32.
+        They are read again for every eight tokens of a [n_tokens, columns]. `bias` is float32. A token's
+        result does not depend on the others.
         """
-        if a.shape[0] <= 4 * MAX_TOKENS:
-            for first in range(0, a.shape[0], MAX_TOKENS):
-                last = first + MAX_TOKENS
-                _kernels.quant_linear(
-                    a[first:last], self.codes, self.scales, self.offsets, bias, self.bits, self.zero,
-                    out[first:last],
-                )  # fmt: skip
-            return
-        plain = room[: self.shape[0] * self.shape[1]].view(self.shape)
-        self.decode(plain)
-        out.copy_(torch.mm(a, plain.t()))
-        if bias is not None:
-            out += bias
+        _kernels.quant_linear(a, self.codes, self.scales, self.offsets, bias, self.bits, self.zero, out)
 
     def decode(self, out: Tensor) -> None:
         """Write the matrix to out [rows, columns], bfloat16 or float16."""
