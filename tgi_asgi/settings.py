@@ -70,6 +70,14 @@ class Settings:
         group="Model",
         choices=("auto", "int8", "fp8_e4m3fn", "fp8_e5m2"),
     )
+    batch_invariant: bool = _setting(
+        False,
+        "On a GPU, give a token's logits the same bits whatever runs beside it and however its prompt is "
+        "cut; prompts then take longer, those of quantised models by far. Excepted: requests that were "
+        "preempted or in a step that failed, and cached prefixes that were generated. On a CPU it is always "
+        "so.",
+        group="Model",
+    )
     tool_format: str | None = _setting(
         None,
         "How tool calls are written (default: as the chat template shows).",

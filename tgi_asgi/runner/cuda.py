@@ -72,7 +72,8 @@ class CudaRunner:
 
     The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
     cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
-    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn.
+    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn. With `is_batch_invariant` a token's logits are the
+    same bits whatever else is in the step, and however a prompt is cut.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -90,6 +91,7 @@ class CudaRunner:
         max_context: int,
         dtype: torch.dtype = torch.bfloat16,
         kv_dtype: torch.dtype | None = None,
+        is_batch_invariant: bool = False,
     ) -> None:
         config = model.config
         self.block_size = block_size
@@ -97,6 +99,8 @@ class CudaRunner:
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         self._device = device
+        self._is_batch_invariant = is_batch_invariant
+        self._prompt_lens = [0] * max_batch_size  # by slot
         self._max_blocks = -(-max_context // block_size)
         pool_shape = (config.num_kv_heads, config.head_dim, block_size, kv_dtype or dtype, device.device)
         self._kv = [CudaKvLayer(pool) for pool in make_cuda_pools(config.num_layers, 1, *pool_shape)]
@@ -166,6 +170,7 @@ class CudaRunner:
         program = CudaProgram(
             max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size, max_rows=self.max_batch_size,
             max_blocks=self._max_blocks, dtype=dtype, device=self._device.device,
+            is_batch_invariant=self._is_batch_invariant,
         )  # fmt: skip
         inputs = program.inputs
         batch = Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables)
@@ -255,6 +260,7 @@ class CudaRunner:
                 masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
             )
             self._scorer.forget(start.slot)
+            self._prompt_lens[start.slot] = len(start.prompt_ids)
 
     def _start_masks(self, plan: StepPlan) -> None:
         """Give slots their grammars. These move on by what earlier steps drew, which is waited for."""
@@ -276,7 +282,7 @@ class CudaRunner:
         A batch that decodes alone has the shape of its bucket, and a row of logits a sequence; of others only
         rows that sample have logits.
         """
-        num_decodes = next((index for index, row in enumerate(rows) if row.num_tokens != 1), len(rows))
+        num_decodes = next((i for i, row in enumerate(rows) if not self._is_decode(row)), len(rows))
         if any(row.token_ids is None for row in rows[num_decodes:]):
             raise PlanError("a row that decodes comes after a chunk of a prompt")
         batch = self._inputs.fill(rows, self._no_ids)
@@ -296,6 +302,15 @@ class CudaRunner:
         count = shape.num_bytes
         self._device_inputs[:count].copy_(staging.inputs[:count], non_blocking=True)
         return StepBuffers.view(self._device_inputs, shape), places
+
+    def _is_decode(self, row: StepRow) -> bool:
+        """Tell whether decode attention may compute the row.
+
+        Its order of additions is not that of prefill attention: to be batch invariant it must not get tokens
+        of a prompt, one of which may or may not be left for a step of its own.
+        """
+        is_prompt = row.start < self._prompt_lens[row.slot]
+        return row.num_tokens == 1 and not (self._is_batch_invariant and is_prompt)
 
     def _forward(self, buffers: StepBuffers) -> None:
         """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""

@@ -88,6 +88,7 @@ def make_runner(
             max_context=max_total_tokens,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            is_batch_invariant=settings.batch_invariant,
         )
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(

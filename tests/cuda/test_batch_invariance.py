@@ -1,0 +1,59 @@
+"""--batch-invariant on emulated kernels: a sequence's logits are the same bits alone and among others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import emulated_ops
+from tests.cuda.test_runner import FP16, PROMPT, EmulatedDevice
+from tests.emulation import library
+from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.driving import Job, generate
+from tgi_asgi import ops
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import SamplingParams
+
+SAMPLING = SamplingParams(temperature=0.0, logprobs=5)
+
+
+def make_runner(directory: Path, kind: str) -> CudaRunner:
+    reference = make_model(
+        hidden_size=128, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
+        num_hidden_layers=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    if kind == "F16":
+        files, arithmetic = save(reference, directory, FP16), torch.float32
+    else:
+        files, arithmetic = save_gguf(reference, directory / "tiny.gguf", kind), ops.Repacking(torch.float32)
+    with OpenModel(files) as opened:
+        model = Llama(opened.config, opened.weights, arithmetic, max_positions=256)
+    settings = Settings(batch_invariant=True, max_batch_size=4, max_batch_prefill_tokens=60)
+    runner, _ = cuda_load.make_runner(model, settings, EmulatedDevice(), FP16, 256)
+    return runner
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_1"])
+async def test_logits_have_the_same_bits_alone_among_others_and_in_chunks(tmp_path: Path, kind: str) -> None:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    runner = make_runner(tmp_path, kind)
+    try:
+        alone, cut, among = (Job(PROMPT, 5, SAMPLING) for _ in range(3))
+        await generate(runner, [alone])
+        await generate(runner, [cut], chunk=len(PROMPT) - 1)  # the last token in a step of its own
+        others = [Job(PROMPT[3:] * 2, 6, SAMPLING), Job([7, 8], 9, SAMPLING), Job([4], 3, SAMPLING)]
+        await generate(runner, [others[0], among, *others[1:]], chunk=52)
+    finally:
+        runner.close()
+    assert all(sampled.top is not None and len(sampled.top) == 5 for sampled in alone.sampled)
+    assert cut.sampled == alone.sampled
+    assert among.sampled == alone.sampled
