@@ -91,8 +91,8 @@ def block_table(batch: int, context: int) -> Tensor:
 
 def decode_program(
     batch: int, context: int, config: ModelConfig = SHAPE, weights: str = "bf16"
-) -> tuple[Callable[[], None], int, int]:
-    """Return a decode step, the bytes that it must read, and how many calls it makes."""
+) -> tuple[Callable[[], Tensor], int, int]:
+    """Return a decode step, which returns logits, the bytes it must read, and how many calls it makes."""
     device = gpu_stages.DEVICE
     model = RandomLlama(config, context, weights)
     program = CudaProgram(
@@ -113,9 +113,10 @@ def decode_program(
         block_table=table, num_decodes=batch, max_query_len=0,
     )  # fmt: skip
 
-    def call() -> None:
+    def call() -> Tensor:
         program.forward(inputs)
         program.head(rows)
+        return program.logits[:batch]
 
     kv_bytes = sum(cast(CudaKvLayer, layer).pool.nbytes for layer in kv)
     return call, model.num_bytes + kv_bytes, program.num_calls + 2

@@ -132,29 +132,39 @@ def compare(us: float, peers: dict[str, Callable[[], object]]) -> dict[str, Any]
 
 
 def step(report: Report) -> None:
-    """Time decode steps of Llama-3-8B's shape with random weights, as a graph and launch by launch."""
+    """Time decode steps of Llama-3-8B's shape with random weights, as a graph and launch by launch.
+
+    Both also with kernels that begin while the one before still runs, whose logits must be the same bits.
+    """
     from bench.gpu_model import decode_program
 
     read = measure_ceilings()["read"]
     for batch, context, weights in STEPS:
         call, num_bytes, num_calls = decode_program(batch, context, weights=weights)
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        floor = num_bytes / read * 1e6
+        results: dict[bool, Tensor] = {}  # by whether it was a graph: cuBLAS may take another kernel in one
+        for is_dependent in (False, True):
+            torch.ops.tgi_cuda.set_dependent_launches(is_dependent)
             call()
-        for is_graph, run in ((True, graph.replay), (False, call)):
-            us = time_us([run])[0]
-            floor = num_bytes / read * 1e6
-            report(
-                "step",
-                {
-                    "batch": batch, "context": context, "weights": weights, "graph": is_graph,
-                    "us": round(us, 1), "floor_us": round(floor, 1), "of_floor": round(floor / us, 3),
-                    "kernels": num_calls,
-                },
-            )  # fmt: skip
-        del graph, call
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = call()
+            for is_graph, run in ((True, graph.replay), (False, call)):
+                us = time_us([run])[0]
+                is_same = torch.equal(results.setdefault(is_graph, logits.clone()), logits)
+                assert is_same, "dependent launches change the logits"
+                report(
+                    "step",
+                    {
+                        "batch": batch, "context": context, "weights": weights, "graph": is_graph,
+                        "dependent": is_dependent, "us": round(us, 1), "floor_us": round(floor, 1),
+                        "of_floor": round(floor / us, 3), "kernels": num_calls,
+                    },
+                )  # fmt: skip
+            del graph
+        torch.ops.tgi_cuda.set_dependent_launches(False)
+        del call, logits, results
         torch.cuda.empty_cache()
 
 

@@ -16,6 +16,8 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) act_mul_kernel(ActMulParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const int64_t vectors = p.intermediate / 8;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= p.num_tokens * vectors) return;
@@ -38,7 +40,7 @@ cudaError_t act_mul(const ActMulParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   const auto blocks = unsigned(ceil_divide<int64_t>(p.num_tokens * (p.intermediate / 8), kThreads));
   const auto kernel = p.type == Type::kBfloat16 ? act_mul_kernel<bf16> : act_mul_kernel<fp16>;
-  return launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, p);
+  return launch_dependent(kernel, dim3(blocks), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace tgi::cuda

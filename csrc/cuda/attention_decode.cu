@@ -11,6 +11,8 @@ constexpr int64_t kMaxGroup = 16;  // query heads of a KV head: the rows of mma
 
 // One warp: the running count of chunks before each sequence.
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const Workspace workspace(p);
   const int lane = int(threadIdx.x);
   int32_t total = 0;
@@ -39,7 +41,7 @@ int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_str
 
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream) {
   if (p.num_sequences == 0) return cudaSuccess;
-  return launch(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, p);
+  return launch_dependent(plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream, p);
 }
 
 cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream) {

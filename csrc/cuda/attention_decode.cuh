@@ -130,6 +130,8 @@ struct Merged {
 template <typename Element, typename KvElement, int HeadDim>
 __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads, 2)
     decode_kernel(AttentionParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   using Kernel = Decode<Element, KvElement, HeadDim>;
   DYNAMIC_SHARED(uint4, queries);  // [16 rows], then the warps' tiles
   uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
@@ -178,6 +180,8 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
 // One block a (sequence, head): merges its chunks and divides.
 template <typename Element, int HeadDim>
 __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const Workspace workspace(p);
   const int64_t sequence = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
   const int64_t first = workspace.chunk_start[sequence], stop = workspace.chunk_start[sequence + 1];
@@ -204,11 +208,13 @@ cudaError_t launch_decode(const AttentionParams& p, cudaStream_t stream) {
     const int64_t items =
         p.num_sequences * max_chunks(p.block_table_stride * p.block_size) * p.num_kv_heads;
     const auto blocks = unsigned(min(items, int64_t{2} * num_multiprocessors()));
-    const cudaError_t error = launch(decode_kernel<Element, KvElement, kHeadDim>, dim3(blocks),
-                                     dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, p);
+    const cudaError_t error =
+        launch_dependent(decode_kernel<Element, KvElement, kHeadDim>, dim3(blocks),
+                         dim3(Kernel::kThreads), Kernel::kSharedBytes, stream, p);
     if (error != cudaSuccess) return error;
-    return launch(merge_kernel<Element, kHeadDim>, dim3(unsigned(p.num_sequences * p.num_heads)),
-                  dim3(kMergeThreads), 0, stream, p);
+    return launch_dependent(merge_kernel<Element, kHeadDim>,
+                            dim3(unsigned(p.num_sequences * p.num_heads)), dim3(kMergeThreads), 0,
+                            stream, p);
   });
 }
 

@@ -9,6 +9,8 @@ constexpr int kThreads = 256;
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) embed_kernel(EmbedParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const int64_t vectors = p.hidden / 8;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= p.num_tokens * vectors) return;
@@ -26,7 +28,7 @@ cudaError_t embed(const EmbedParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   const auto blocks = unsigned(ceil_divide<int64_t>(p.num_tokens * (p.hidden / 8), kThreads));
   const auto kernel = p.type == Type::kBfloat16 ? embed_kernel<bf16> : embed_kernel<fp16>;
-  return launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, p);
+  return launch_dependent(kernel, dim3(blocks), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace tgi::cuda

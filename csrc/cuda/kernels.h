@@ -18,6 +18,9 @@
 
 namespace tgi::cuda {
 
+// Lets kernels of a step begin while the one before still runs, where the device can; off at first.
+void set_dependent_launches(bool is_on);
+
 enum class Type : int32_t { kBfloat16 = 0, kFloat16 = 1, kFloat8 = 2 };
 
 struct EmbedParams {

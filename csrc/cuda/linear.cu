@@ -84,32 +84,46 @@ __device__ __forceinline__ void walk(const LinearParams& p, int64_t first_row, i
   const auto* values = static_cast<const Element*>(p.a) + token * p.num_columns + first_column;
   const auto num_steps =
       int((ceil_divide<int64_t>(p.num_columns, kStep) - part + kParts - 1) / kParts);
-  const auto bring = [&](int i) {
-    uint4* step = queue + i % T::kStages * T::kCopies * kThreads + threadIdx.x;
-    const int64_t offset = int64_t{i} * kParts * kStep;
-    const bool is_inside = first_column + offset < p.num_columns;
+  const auto step_at = [&](int i) {
+    return queue + i % T::kStages * T::kCopies * kThreads + threadIdx.x;
+  };
+  const auto offset_of = [](int i) { return int64_t{i} * kParts * kStep; };
+  const auto is_inside = [&](int i) { return first_column + offset_of(i) < p.num_columns; };
+  const auto bring_weights = [&](int i) {
 #pragma unroll
     for (int k = 0; k < 2 * T::kRowTiles; ++k) {
-      async_copy16(&step[k * kThreads], weights + k * 8 * p.num_columns + offset,
-                   is_inside && row + k * 8 < p.num_rows);
-    }
-#pragma unroll
-    for (int k = 0; k < T::kTokenTiles; ++k) {
-      async_copy16(&step[(2 * T::kRowTiles + k) * kThreads],
-                   values + k * 8 * p.num_columns + offset,
-                   is_inside && token + k * 8 < p.num_tokens);
+      async_copy16(&step_at(i)[k * kThreads], weights + k * 8 * p.num_columns + offset_of(i),
+                   is_inside(i) && row + k * 8 < p.num_rows);
     }
   };
+  const auto bring_values = [&](int i) {
+#pragma unroll
+    for (int k = 0; k < T::kTokenTiles; ++k) {
+      async_copy16(&step_at(i)[(2 * T::kRowTiles + k) * kThreads],
+                   values + k * 8 * p.num_columns + offset_of(i),
+                   is_inside(i) && token + k * 8 < p.num_tokens);
+    }
+  };
+  // Weights are never written: the first are on their way before the kernel before has ended.
 #pragma unroll
   for (int i = 0; i < T::kStages - 1; ++i) {
-    if (i < num_steps) bring(i);
+    if (i < num_steps) bring_weights(i);
+  }
+  wait_for_kernel_before();
+  start_kernel_after();
+#pragma unroll
+  for (int i = 0; i < T::kStages - 1; ++i) {
+    if (i < num_steps) bring_values(i);
     async_commit();
   }
   for (int i = 0; i < num_steps; ++i) {
     async_wait<T::kStages - 2>();
-    if (i + T::kStages - 1 < num_steps) bring(i + T::kStages - 1);
+    if (i + T::kStages - 1 < num_steps) {  // to where this lane has read the step before
+      bring_weights(i + T::kStages - 1);
+      bring_values(i + T::kStages - 1);
+    }
     async_commit();
-    multiply<Element>(queue + i % T::kStages * T::kCopies * kThreads + threadIdx.x, sums);
+    multiply<Element>(step_at(i), sums);
   }
   async_wait<0>();
 }
@@ -170,8 +184,8 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream) {
   using T = Tile<Tokens>;
   const int64_t blocks =
       ceil_divide<int64_t>(p.num_rows, T::kRows) * ceil_divide<int64_t>(p.num_tokens, Tokens);
-  return launch(linear_kernel<Element, Tokens>, dim3(unsigned(blocks)), dim3(kThreads),
-                T::kQueueBytes, stream, p);
+  return launch_dependent(linear_kernel<Element, Tokens>, dim3(unsigned(blocks)), dim3(kThreads),
+                          T::kQueueBytes, stream, p);
 }
 
 template <typename Element>

@@ -64,6 +64,8 @@ __device__ __forceinline__ float to_float(fp16 x) { return Pair<fp16>::unpack(x.
 template <typename Element, typename Scale, typename Code, int Tokens>
 __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
     quant_linear_kernel(QuantLinearParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const int lane = int(threadIdx.x) % kWarpSize;
   // Blocks that share rows follow each other, so that all but the first find the codes in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
@@ -204,7 +206,7 @@ cudaError_t quant_linear(const QuantLinearParams& p, cudaStream_t stream) {
                                             : quant_linear_kernel<Element, Scale, Code, 8>;
     const int64_t token_tiles = p.num_tokens <= 4 ? 1 : ceil_divide<int64_t>(p.num_tokens, 8);
     const dim3 grid(unsigned(row_tiles * token_tiles));
-    return launch(kernel, grid, dim3(kThreads), 0, stream, p);
+    return launch_dependent(kernel, grid, dim3(kThreads), 0, stream, p);
   });
 }
 

@@ -12,6 +12,8 @@ constexpr int kVectors = 2;  // of eight elements, a thread
 
 template <typename Element>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_kernel(RmsNormParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   SHARED_ARRAY(float, scratch, kMaxThreads / kWarpSize);
   const int64_t row = blockIdx.x;
   const int64_t from =
@@ -50,7 +52,7 @@ cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   const auto threads =
       unsigned(ceil_divide<int64_t>(p.hidden, 8 * kVectors * kWarpSize) * kWarpSize);
   const auto kernel = p.type == Type::kBfloat16 ? rms_norm_kernel<bf16> : rms_norm_kernel<fp16>;
-  return launch(kernel, dim3(unsigned(p.num_rows)), dim3(threads), 0, stream, p);
+  return launch_dependent(kernel, dim3(unsigned(p.num_rows)), dim3(threads), 0, stream, p);
 }
 
 }  // namespace tgi::cuda

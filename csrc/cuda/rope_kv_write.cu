@@ -57,6 +57,8 @@ __device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, i
 
 template <typename Element, typename KvElement>
 __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
+  wait_for_kernel_before();
+  start_kernel_after();
   const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim),
             half = int(p.rotary_dim / 2);
   const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
@@ -112,8 +114,8 @@ cudaError_t launch_rope(const RopeParams& p, cudaStream_t stream) {
   const int64_t units = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
   const auto kernel =
       p.kv_type == Type::kFloat8 ? rope_kernel<Element, fp8> : rope_kernel<Element, Element>;
-  return launch(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))), dim3(kThreads), 0,
-                stream, p);
+  return launch_dependent(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))),
+                          dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ def register() -> None:
 
 
 _KEPT: list[Any] = []  # a library that is collected takes its operators along
-_KEYS = {"attention_workspace_bytes": "CompositeExplicitAutograd"}
+_KEYS = dict.fromkeys(("attention_workspace_bytes", "set_dependent_launches"), "CompositeExplicitAutograd")
 
 
 def _schemas() -> list[str]:
@@ -198,6 +198,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_plan": _attention_plan,
     "attention_decode": _attention_decode,
     "attention_prefill": _attention_prefill,
+    "set_dependent_launches": lambda device, is_on: None,
     "attention_workspace_bytes": _attention_workspace_bytes,
     "linear": _linear,
     "quant_linear": _quant_linear,

@@ -31,6 +31,10 @@ class GpuDevice:
         """Copy a tensor."""
         return values.clone()
 
+    def constant(self, values: Tensor) -> Tensor:
+        """Copy a tensor."""
+        return values.clone()
+
     def forbid(self, part: Tensor, is_forbidden: bool = True) -> None:
         """Do nothing: a GPU does not watch single elements."""
 

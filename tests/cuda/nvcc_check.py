@@ -63,7 +63,7 @@ _INSTRUCTIONS = {
         "mma.sync.aligned.m16n8k16",
         "ldmatrix.sync.aligned.m8n8.x4.trans",
     ),
-    "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4"),
+    "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
     "rms_norm": ("ld.global.v4", "st.global.v4"),
     "act_mul": ("ld.global.v4", "st.global.v4"),
 }

@@ -24,7 +24,7 @@ def check(
     has_bias: bool = False,
 ) -> None:
     a = device.tensor(torch.randn(tokens, columns).to(dtype))
-    weight = device.tensor(torch.randn(rows, columns).to(dtype))
+    weight = device.constant(torch.randn(rows, columns).to(dtype))
     bias = device.tensor(torch.randn(rows)) if has_bias else None
     expected = a.double() @ weight.double().T
     out = device.empty((tokens, rows), torch.float32 if is_wide or is_added else dtype)
@@ -74,7 +74,7 @@ def test_products_come_in_float32_with_a_bias_and_added_to_a_residual(device: De
 
 def test_a_token_has_the_same_bits_in_any_batch(device: Device) -> None:
     a = torch.randn(130, 808).bfloat16()
-    weight = device.tensor(torch.randn(35, 808).bfloat16())
+    weight = device.constant(torch.randn(35, 808).bfloat16())
 
     def compute(first: int, last: int) -> torch.Tensor:
         some, out = device.tensor(a[first:last]), device.empty((last - first, 35), torch.float32)
@@ -104,21 +104,21 @@ FAULTS = [
     Fault(
         "a row past the last is read",
         "linear.cu",
-        "is_inside && row + k * 8 < p.num_rows",
-        "is_inside",
+        "is_inside(i) && row + k * 8 < p.num_rows",
+        "is_inside(i)",
         "bounds",
     ),
     Fault(
         "a token past the last is read",
         "linear.cu",
-        "is_inside && token + k * 8 < p.num_tokens",
-        "is_inside",
+        "is_inside(i) && token + k * 8 < p.num_tokens",
+        "is_inside(i)",
         "bounds",
     ),
     Fault(
         "the end of the columns is not minded",
         "linear.cu",
-        "first_column + offset < p.num_columns",
+        "first_column + offset_of(i) < p.num_columns",
         "true",
         "bounds|result",
     ),
@@ -132,8 +132,8 @@ FAULTS = [
     Fault(
         "the last steps commit no group",
         "linear.cu",
-        "bring(i + T::kStages - 1);\n    async_commit();",
-        "bring(i + T::kStages - 1), async_commit();",
+        "      bring_values(i + T::kStages - 1);\n    }\n    async_commit();",
+        "      bring_values(i + T::kStages - 1);\n    async_commit();\n    }",
         "async",
     ),
     Fault(
@@ -163,6 +163,20 @@ FAULTS = [
         "values.z, values.w",
         "values.w, values.z",
         "result",
+    ),
+    Fault(
+        "activations are read before the wait",
+        "linear.cu",
+        "if (i < num_steps) bring_weights(i);",
+        "if (i < num_steps) bring_weights(i), bring_values(i);",
+        "dependent",
+    ),
+    Fault(
+        "threads do not wait for the kernel before",
+        "linear.cu",
+        "  wait_for_kernel_before();\n",
+        "",
+        "dependent",
     ),
     Fault("the residual is forgotten", "linear.cu", "*out + sum", "sum", "result"),
 ]

@@ -63,6 +63,13 @@ FAULTS = [
         "result",
         "rms_norm.cu",
     ),
+    Fault(
+        "threads do not wait for the kernel before",
+        "rms_norm.cu",
+        "  wait_for_kernel_before();\n",
+        "",
+        "dependent",
+    ),
     Fault("the rows' own order is ignored", "rms_norm.cu", "p.rows == nullptr ?", "true ?", "result"),
 ]
 

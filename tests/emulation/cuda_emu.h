@@ -60,6 +60,11 @@ dim3 grid_size() __attribute__((const));
 // refuse.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 
+// Of the next launch: it may only read constant memory before each thread's wait, and all must
+// wait.
+void make_next_dependent();
+void wait_for_kernel_before();
+
 // This launch's memory for a shared array; `key` tells arrays apart.
 void* shared_array(const void* key, size_t bytes);
 void* dynamic_shared();

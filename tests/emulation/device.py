@@ -56,6 +56,7 @@ class Device:
         self.library.emu_allocate.restype = ctypes.c_void_p
         self.library.emu_allocate.argtypes = [ctypes.c_size_t]
         self.library.emu_forbid.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool]
+        self.library.emu_make_constant.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.library.emu_seed.argtypes = [ctypes.c_uint64]
         self.library.emu_reports.restype = ctypes.c_char_p
         self.library.emu_allow_host.argtypes = [ctypes.c_bool]
@@ -90,6 +91,12 @@ class Device:
         """Copy a tensor to the device."""
         out = self.empty(values.shape, values.dtype)
         out.copy_(values)
+        return out
+
+    def constant(self, values: Tensor) -> Tensor:
+        """Copy a tensor that kernels may read while the kernel before still runs, as they may weights."""
+        out = self.tensor(values)
+        self.library.emu_make_constant(out.data_ptr(), out.nbytes)
         return out
 
     def forbid(self, part: Tensor, is_forbidden: bool = True) -> None:

@@ -70,6 +70,8 @@ void finish_thread() {
   Thread& thread = *machine.current;
   Warp& warp = machine.warps[thread.warp];
   thread.state = State::kFinished;
+  if (!thread.has_waited)
+    report("dependent", nullptr, "thread %d ended without a wait", thread.index);
   warp.living &= ~(1u << thread.lane);
   Block& block = machine.block;
   --block.num_living;
@@ -124,6 +126,7 @@ void run_block(dim3 index) {
     thread.index = uint16_t(i);
     thread.warp = uint8_t(i / kWarpSize);
     thread.lane = uint8_t(i % kWarpSize);
+    thread.has_waited = !machine.is_dependent;
     if (thread.lane == 0) {
       const int lanes = std::min(kWarpSize, machine.num_threads - i);
       machine.warps[thread.warp] = {lanes == 32 ? 0xffffffffu : (1u << lanes) - 1, 0, 0, nullptr,
@@ -173,6 +176,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
     report("launch", reinterpret_cast<const void*>(body),
            "%llu threads, %llu blocks, %zu bytes of shared memory", (unsigned long long)num_threads,
            (unsigned long long)num_blocks, shared_bytes);
+    machine.is_dependent = false;
     return cudaErrorInvalidValue;
   }
   machine.grid_size = grid;
@@ -188,8 +192,12 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
   for (uint64_t i = num_blocks; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
   for (uint64_t i = 0; i < num_blocks && !machine.is_aborted; ++i)
     run_block(unflatten(order[i], grid));
+  machine.is_dependent = false;
   return cudaSuccess;
 }
+
+void make_next_dependent() { machine.is_dependent = true; }
+void wait_for_kernel_before() { machine.current->has_waited = true; }
 
 dim3 thread_index() { return unflatten(machine.current->index, machine.block_size); }
 dim3 block_index() { return machine.block.index; }

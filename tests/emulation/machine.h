@@ -18,6 +18,7 @@ struct Thread {
   uint16_t index;
   uint8_t warp, lane;
   State state;
+  bool has_waited;   // for the kernel before
   const void* site;  // where it waits
   void* argument;    // to the collective that it waits in
 };
@@ -51,12 +52,13 @@ struct Machine {
   int num_threads = 0;
   uint32_t first_run = 1;  // of this launch
   bool is_aborted = false;
+  bool is_dependent = false;  // this launch, or the next
 };
 
 extern Machine machine;
 
-// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, mask, deadlock, barrier,
-// ub, launch.
+// A fault, by its kind: bounds, wild, align, uninit, async, race, blocks, dependent, mask,
+// deadlock, barrier, ub, launch.
 void report(const char* kind, const void* site, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
 

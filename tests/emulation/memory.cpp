@@ -26,7 +26,7 @@ struct Cell {  // of two bytes; the masks have a bit a byte
   uint16_t write_epoch, write_warp_epoch, write_thread;
   uint16_t read_epoch, read_warp_epoch;
   uint8_t read_warp, read_lane;
-  uint8_t allocated, forbidden, written, is_atomic, is_pending;
+  uint8_t allocated, forbidden, written, is_atomic, is_pending, is_constant;
 };
 
 struct Copy {
@@ -188,6 +188,11 @@ void check_cell(Cell& cell, uint8_t mask, size_t offset, bool is_write, bool is_
            is_write ? "a write" : "a read", offset);
     return;
   }
+  if (offset >= kSharedBytes && !machine.current->has_waited && (is_write || !cell.is_constant)) {
+    report("dependent", site, "%s before the wait for the kernel before, at device + %zu",
+           is_write ? "a write" : "a read", offset);
+    return;
+  }
   if (cell.is_pending) {
     report("async", site, "memory that a copy is still to fill, at shared + %zu", offset);
     return;
@@ -343,6 +348,13 @@ EXPORT void emu_forbid(void* begin, size_t bytes, bool is_forbidden) {
     uint8_t& forbidden = cells[i / 2].forbidden;
     forbidden = uint8_t(is_forbidden ? forbidden | bit : forbidden & ~bit);
   }
+}
+
+// No kernel writes this memory.
+EXPORT void emu_make_constant(void* begin, size_t bytes) {
+  using namespace emu;
+  const size_t offset = static_cast<uint8_t*>(begin) - arena;
+  for (size_t i = offset; i < offset + bytes; ++i) cells[i / 2].is_constant = 1;
 }
 
 // Kernels may work on the host's memory, of which nothing is known: for tests of what is built on

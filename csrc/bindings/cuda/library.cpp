@@ -5,6 +5,7 @@
 #include "cuda/kernels.h"
 
 TORCH_LIBRARY(tgi_cuda, m) {
+  m.def("set_dependent_launches(bool is_on) -> ()", &tgi::cuda::set_dependent_launches);
   m.def("embed(Tensor ids, Tensor table, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? rows, Tensor(a!) out) -> ()");
   m.def("act_mul(Tensor gate_up, str activation, Tensor(a!) out) -> ()");
