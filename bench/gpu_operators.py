@@ -203,7 +203,7 @@ def _sample(rows: int) -> Measurement:
     host = SampleResult.allocate(rows, 0)
     names = ("token_ids", "is_finite", "logprobs", "top_ids", "top_logprobs", "num_top")
     result = SampleResult(**{name: getattr(host, name).to(device) for name in names})
-    calls: list[Call] = [lambda: state.draw(logits, slots, None, result)]
+    calls: list[Call] = [lambda: state.draw(logits, slots, None, None, result)]
     return "sample", f"{rows} rows, top-k and top-p", logits.nbytes, "read", calls, {}
 
 

@@ -171,8 +171,10 @@ cudaError_t dequantise(const DequantiseParams& p, cudaStream_t stream);
 
 // A row of slots outside of [0, num_slots) is padding: it draws 0 and changes nothing.
 struct SampleParams {
-  ::tgi::SampleParams base;
-  float* scratch;  // [num_rows, vocab]
+  ::tgi::SampleParams base;  // its mask is [num_masks, ceil(vocab / 32)], or null
+  const int32_t* mask_rows;  // [num_rows]: each row's own in the mask; if that is none, it has none
+  float* scratch;            // [num_rows, vocab]
+  int64_t num_masks;
   int64_t num_rows;
   int64_t num_slots;
 };

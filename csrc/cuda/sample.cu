@@ -23,17 +23,24 @@ __device__ __forceinline__ float penalise(const SampleSlot& slot, float x, int32
                         : x - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
 }
 
+// The row's words of the mask, or null.
+__device__ __forceinline__ const int32_t* mask_of(const SampleParams& all, int64_t row) {
+  if (all.base.mask == nullptr) return nullptr;
+  const int64_t index = all.mask_rows[row];
+  const bool is_there = index >= 0 && index < all.num_masks;
+  return is_there ? all.base.mask + index * ((all.base.vocab + 31) / 32) : nullptr;
+}
+
 // The row's logits after penalties, bias and masks: in `room` where anything applies, else where
 // they are.
-__device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int64_t row,
-                                               int64_t slot_index, const SampleSlot& slot,
+__device__ __forceinline__ const float* modify(const ::tgi::SampleParams& p, int64_t slot_index,
+                                               const SampleSlot& slot, const int32_t* mask,
                                                const float* logits, float* room) {
   const int n = int(p.vocab);
   const bool is_penalised = has_penalties(slot);
   const bool is_held = slot.num_masked > 0 && slot.position < slot.masked_until;
-  if (!is_penalised && slot.num_biased == 0 && !is_held && p.mask == nullptr) return logits;
+  if (!is_penalised && slot.num_biased == 0 && !is_held && mask == nullptr) return logits;
   const int32_t* counts = p.counts + slot_index * p.vocab;
-  const int32_t* mask = p.mask == nullptr ? nullptr : p.mask + row * ((p.vocab + 31) / 32);
   for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
     float x = logits[i];
     if (is_penalised) x = penalise(slot, x, counts[i]);
@@ -164,7 +171,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
   const float* logits = p.logits + row * p.vocab;  // [vocab]
   const RowStats raw = row_stats(logits, n, room);
   if (!raw.is_finite) return;
-  const float* values = modify(p, row, slot_index, slot, logits, all.scratch + row * p.vocab);
+  const float* values =
+      modify(p, slot_index, slot, mask_of(all, row), logits, all.scratch + row * p.vocab);
   const RowStats stats = values == logits ? raw : row_stats(values, n, room);
   if (!stats.is_finite || stats.max == -INFINITY) return;
 

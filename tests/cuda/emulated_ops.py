@@ -134,12 +134,14 @@ def _attention_workspace_bytes(device: Device, *sizes: int) -> int:
 
 def _sample(
     device: Device, logits: Tensor, slots: Tensor, records: Tensor, counts: Tensor, biased_ids: Tensor,
-    biased_values: Tensor, masked_ids: Tensor, mask: Tensor | None, scratch: Tensor, token_ids: Tensor,
-    is_finite: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, num_top: Tensor,
+    biased_values: Tensor, masked_ids: Tensor, mask: Tensor | None, mask_rows: Tensor | None, scratch: Tensor,
+    token_ids: Tensor, is_finite: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor,
+    num_top: Tensor,
 ) -> None:  # fmt: skip
     device.launch(
         "sample", logits=logits, slots=slots, records=records, counts=counts, biased_ids=biased_ids,
-        biased_values=biased_values, masked_ids=masked_ids, mask=mask, token_ids=token_ids,
+        biased_values=biased_values, masked_ids=masked_ids, mask=mask, mask_rows=mask_rows,
+        num_masks=0 if mask is None else mask.shape[0], token_ids=token_ids,
         is_finite=is_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs, num_top=num_top,
         vocab=logits.shape[1], biased_stride=biased_ids.shape[1], masked_stride=masked_ids.shape[1],
         max_top=top_ids.shape[1], scratch=scratch, num_rows=logits.shape[0], num_slots=records.shape[0],

@@ -111,7 +111,8 @@ class GpuDevice:
     def _sample(self, p: Any) -> None:
         _ops.sample(
             p.logits, p.slots, p.records, p.counts, p.biased_ids, p.biased_values, p.masked_ids, p.mask,
-            p.scratch, p.token_ids, p.is_finite, p.logprobs, p.top_ids, p.top_logprobs, p.num_top,
+            p.mask_rows, p.scratch, p.token_ids, p.is_finite, p.logprobs, p.top_ids, p.top_logprobs,
+            p.num_top,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import transformers
 
 from bench import gpu, gpu_model, gpu_operators, gpu_runs, gpu_stages
 from tests.cuda import emulated_ops
-from tests.cuda.test_runner import EmulatedDevice
+from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
 from tgi_asgi.models.config import ModelConfig
 

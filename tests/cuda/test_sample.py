@@ -39,6 +39,7 @@ def run(
     max_top: int = 0,
     banned: Sequence[int] = (),
     mask: Tensor | None = None,
+    mask_rows: Sequence[int] = (),
     padding: bool = False,
 ) -> Drawn:
     rows, vocab = logits.shape
@@ -64,6 +65,8 @@ def run(
         "sample", outputs, logits=device.tensor(logits), slots=device.tensor(slots), records=records,
         counts=counts, biased_ids=biased_ids, biased_values=biased_values,
         masked_ids=device.tensor(state.masked), mask=None if mask is None else device.tensor(mask),
+        mask_rows=None if mask is None else device.tensor(torch.tensor(mask_rows, dtype=torch.int32)),
+        num_masks=0 if mask is None else mask.shape[0],
         token_ids=ids, is_finite=are_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs,
         num_top=num_top, vocab=vocab, biased_stride=biased_ids.shape[1], masked_stride=state.masked.shape[1],
         max_top=max_top, scratch=device.empty((rows, vocab), torch.float32), num_rows=rows,
@@ -84,16 +87,18 @@ def check(
     params: Sequence[SamplingParams],
     banned: Sequence[int] = (),
     mask: Tensor | None = None,
+    mask_rows: Sequence[int] = (),
 ) -> None:
     """Hold the set drawn from, its log-probabilities and the draw to the reference."""
     vocab = logits.shape[1]
     wanted = [replace(one, logprobs=vocab, logprobs_mode=LogprobsMode.PROCESSED) for one in params]
-    drawn = run(device, logits, wanted, max_top=vocab, banned=banned, mask=mask)
+    drawn = run(device, logits, wanted, max_top=vocab, banned=banned, mask=mask, mask_rows=mask_rows)
     position = len(PROMPT) + len(OUTPUT)
     for row, sampling in enumerate(params):
         x = penalised(logits[row], sampling, PROMPT, OUTPUT, banned)
-        if mask is not None:
-            bits = torch.tensor([mask[row, i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
+        if mask is not None and 0 <= mask_rows[row] < len(mask):
+            words = mask[mask_rows[row]]
+            bits = torch.tensor([words[i // 32] >> (i % 32) & 1 for i in range(vocab)], dtype=torch.bool)
             x = x.masked_fill(~bits, -math.inf)
         slot = (
             int((drawn.state.records["position"] == position + 1).nonzero()[0][0])
@@ -148,8 +153,9 @@ def test_large_and_negative_logits_do_not_overflow(device: Device) -> None:
 
 def test_rows_differ_in_everything_and_masked_ids_are_never_drawn(device: Device) -> None:
     logits = torch.randn(len(WAYS), 130)
-    mask = torch.randint(-(2**31), 2**31, (len(WAYS), 5), dtype=torch.int64).int()
-    check(device, logits, WAYS, banned=(0, 7, 129), mask=mask)
+    mask = torch.randint(-(2**31), 2**31, (5, 5), dtype=torch.int64).int()
+    mask_rows = [3, -1, 4, 0, -1, 1, 2, 5, -1, -1, -1, 0, -1, -1]  # there is no row 5
+    check(device, logits, WAYS, banned=(0, 7, 129), mask=mask, mask_rows=mask_rows)
 
 
 def test_the_state_moves_on_by_the_token_drawn(device: Device) -> None:
@@ -251,9 +257,16 @@ FAULTS = [
     Fault(
         "the mask of another row",
         "sample.cu",
-        "p.mask + row * ((p.vocab + 31) / 32)",
-        "p.mask + row * (p.vocab / 32)",
+        "all.base.mask + index * ((all.base.vocab + 31) / 32)",
+        "all.base.mask + index * (all.base.vocab / 32)",
         "result",
+    ),
+    Fault(
+        "a row without a mask takes one",
+        "sample.cu",
+        "const bool is_there = index >= 0 && index < all.num_masks;",
+        "const bool is_there = index < all.num_masks;",
+        "bounds",
     ),
     Fault("the draw forgets the choice", "sample.cu", "uint32_t(slot.choice)", "0u", "result"),
     Fault(
@@ -278,7 +291,9 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         for _ in range(2):
             check(device, logits[:1], [SamplingParams(temperature=4.0)])
         mask = torch.tensor([[-1, -1, -1, -1, -1], [-1, 0, 0, 0, 0]], dtype=torch.int32)
-        check(device, logits, [SamplingParams(logit_bias=((3, 5.0), (9, -2.5)), top_k=9)] * 2, mask=mask)
+        biased = SamplingParams(logit_bias=((3, 5.0), (9, -2.5)), top_k=9)
+        check(device, logits, [biased] * 2, mask=mask, mask_rows=(0, 1))
+        check(device, logits, [biased] * 2, mask=mask, mask_rows=(-1, 1))
         check(device, torch.zeros(1, 130), [SamplingParams()])
 
     assert_caught(replace(fault, kernel="sample.cu"), everything)

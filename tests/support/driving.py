@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tgi_asgi.runner.plan import PromptLogprobs, Runner, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import SamplingParams
@@ -20,6 +21,7 @@ class Job:
     num_tokens: int
     sampling: SamplingParams = GREEDY
     wants_prompt_logprobs: int | None = None
+    start: dict[str, Any] = field(default_factory=dict)  # more of `SlotStart`: a grammar, `min_tokens`
     sampled: list[Sampled] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs = field(default_factory=list)
 
@@ -67,7 +69,7 @@ async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> 
     for slot, job in enumerate(jobs):
         count = -(-(len(job.prompt_ids) + job.num_tokens) // runner.block_size)
         running.append(_Running(job, slot, [next(blocks) for _ in range(count)]))
-        starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids))
+        starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids, **job.start))
     waiting: list[tuple[asyncio.Future[StepResult], list[_Running]]] = []
     step_id = 0
     while any(not sequence.is_done for sequence in running):

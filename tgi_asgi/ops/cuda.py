@@ -83,7 +83,8 @@ def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, i
     """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
     if not pairs:
         return
-    table = torch.tensor(pairs, dtype=torch.int64).to(layers[0].pool.device)  # [num_pairs, 2]
+    host = torch.tensor(pairs, dtype=torch.int64)  # [num_pairs, 2]
+    table = host.to(layers[0].pool.device, non_blocking=True)  # CUDA has its copy when the call returns
     for layer in layers:
         pool = layer.pool.view(torch.uint8)  # torch does not index floats of eight bits
         pool[table[:, 1]] = pool[table[:, 0]]

@@ -17,6 +17,7 @@ from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
 
 _kernels: Any = torch.ops.tgi_cuda
+MAX_IDS = 2048  # biased or masked ids of a slot: graphs hold the lists' addresses, so these never grow
 
 
 class CudaSampleState:
@@ -24,7 +25,9 @@ class CudaSampleState:
 
         state = CudaSampleState(num_slots=128, vocab_size=49152, device=torch.device("cuda"))
         state.start(3, SamplingParams(temperature=0.7, seed=1), choice=0, prompt_ids=[1, 2, 3])
-        state.draw(logits, slots, None, result)
+        state.draw(logits, slots, None, None, result)
+
+    All of it stays where it is, so that a draw can be part of a CUDA graph.
 
     Attributes:
         last_ids: [num_slots] int32 on the device, the token that each slot drew last.
@@ -34,7 +37,9 @@ class CudaSampleState:
         self._host = SampleState(num_slots, vocab_size)
         self._records = torch.zeros(num_slots, SLOT.itemsize, dtype=torch.uint8, device=device)
         self._counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
-        self._lists: list[Tensor] = [part.to(device) for part in (*self._host.biased, self._host.masked)]
+        self._biased_ids, self._biased_values, self._masked_ids = (
+            torch.zeros(num_slots, MAX_IDS, dtype=part.dtype, device=device) for part in self._host_lists()
+        )
         self._scratch = torch.empty(num_slots, vocab_size, device=device)
         host_address = self._host.records.__array_interface__["data"][0]
         offset = self._host.last_ids.__array_interface__["data"][0] - host_address
@@ -44,30 +49,48 @@ class CudaSampleState:
         """Give the slot to a sequence, as `SampleState.start` does.
 
         Raises:
-            ValueError: the slot or a token id is out of range.
+            ValueError: the slot or a token id is out of range, or more than `MAX_IDS` are biased or masked.
         """
+        num_biased, num_masked = len(sampling.logit_bias), len(history.get("masked_ids", ()))
+        if max(num_biased, num_masked) > MAX_IDS:
+            raise ValueError(f"at most {MAX_IDS} tokens may be biased, and as many masked")
         self._host.start(slot, sampling, **history)
-        self._records[slot] = self._host.record_bytes[slot].to(self._records.device)
+        _put(self._records[slot], self._host.record_bytes[slot])
         if has_penalties(sampling):
-            self._counts[slot] = self._host.counts_tensor[slot].to(self._counts.device)
-        for index, part in enumerate((*self._host.biased, self._host.masked)):
-            if part.shape != self._lists[index].shape:  # a longer list than any before
-                self._lists[index] = part.to(self._lists[index].device)
-            else:
-                self._lists[index][slot] = part[slot].to(self._lists[index].device)
+            _put(self._counts[slot], self._host.counts_tensor[slot])
+        there = (self._biased_ids, self._biased_values, self._masked_ids)
+        counts = (num_biased, num_biased, num_masked)
+        for target, source, count in zip(there, self._host_lists(), counts, strict=True):
+            if count > 0:
+                _put(target[slot, :count], source[slot, :count])
 
     def max_top(self, slots: Sequence[int]) -> int:
         """Return the largest number of top log-probabilities that one of these slots wants."""
         return int(self._host.records["num_top"][list(slots)].max(initial=0))
 
-    def draw(self, logits: Tensor, slots: Tensor, mask: Tensor | None, result: SampleResult) -> None:
+    def draw(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        mask: Tensor | None,
+        mask_rows: Tensor | None,
+        result: SampleResult,
+    ) -> None:
         """Draw a token for each row of logits into `result`, all on the device; as the operator `sample`.
 
-        A row whose slot is -1 is padding.
+        A row whose slot is -1 is padding. `mask` [n_masks, n_words] has a row for some of the logits only:
+        which, `mask_rows` [n_rows] int32 says; -1: none.
         """
-        biased_ids, biased_values, masked_ids = self._lists
         _kernels.sample(
-            logits, slots, self._records, self._counts, biased_ids, biased_values, masked_ids, mask,
-            self._scratch, result.token_ids, result.is_finite, result.logprobs, result.top_ids,
-            result.top_logprobs, result.num_top,
+            logits, slots, self._records, self._counts, self._biased_ids, self._biased_values,
+            self._masked_ids, mask, mask_rows, self._scratch, result.token_ids, result.is_finite,
+            result.logprobs, result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
+
+    def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (*self._host.biased, self._host.masked)
+
+
+def _put(target: Tensor, source: Tensor) -> None:
+    """Copy from pageable memory, of which CUDA keeps a copy: the host may write it again at once."""
+    target.copy_(source, non_blocking=True)

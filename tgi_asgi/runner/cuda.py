@@ -1,4 +1,4 @@
-"""Runs steps on a CUDA device: plan -> one buffer up -> graph or launches -> draw -> one buffer down.
+"""Runs steps on a CUDA device: plan -> one buffer up -> graphs or launches -> one buffer down.
 
 A thread launches steps in the order submitted and never waits for the device, but for grammars and prompt
 log-probabilities; another waits for each step's end and hands its tokens over. Tokens drawn stay on the
@@ -25,22 +25,22 @@ from tgi_asgi import ops
 from tgi_asgi.models.batch import Batch
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.ops.cuda import CudaKvLayer, CudaProgram, copy_cuda_blocks, make_cuda_pools
-from tgi_asgi.ops.cuda_sample_state import CudaSampleState
 from tgi_asgi.ops.sample import SampleResult
-from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape, result_bytes, view_result
+from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
+from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import DeviceLost, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
 logger = logging.getLogger(__name__)
 
-# Batches that decode alone are padded to one of these, for each of which there is a graph.
+# Batches that decode alone are padded to one of these, for each of which there are graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+MAX_TOP = 20  # as OpenAI has it
 
 
 @dataclass(slots=True)
@@ -55,12 +55,20 @@ class _Launched:
     slots: list[int]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Staging:
     """Pinned memory of one step in flight."""
 
     inputs: Tensor
-    results: Tensor
+    sampling: SampleStaging
+
+
+@dataclass(frozen=True, slots=True)
+class _Graphs:
+    """What a bucket's steps replay; the masks of grammars go up between the two."""
+
+    forward: Callable[[], None]
+    draw: Callable[[], None]
 
 
 class CudaRunner:
@@ -73,7 +81,8 @@ class CudaRunner:
     The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
     cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
     is of `kv_dtype`: `dtype` (None), or float8_e4m3fn. With `is_batch_invariant` a token's logits are the
-    same bits whatever else is in the step, and however a prompt is cut.
+    same bits whatever else is in the step, and however a prompt is cut. A sequence can ask for `max_top`
+    log-probabilities beside that of its token.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -92,6 +101,7 @@ class CudaRunner:
         dtype: torch.dtype = torch.bfloat16,
         kv_dtype: torch.dtype | None = None,
         is_batch_invariant: bool = False,
+        max_top: int = MAX_TOP,
     ) -> None:
         config = model.config
         self.block_size = block_size
@@ -105,21 +115,18 @@ class CudaRunner:
         pool_shape = (config.num_kv_heads, config.head_dim, block_size, kv_dtype or dtype, device.device)
         self._kv = [CudaKvLayer(pool) for pool in make_cuda_pools(config.num_layers, 1, *pool_shape)]
         self._program = self._record(model, dtype)
-        self._sampling = CudaSampleState(max_batch_size, config.vocab_size, device.device)
-        self._masks = SlotMasks(config.vocab_size)
-        self._constrained: set[int] = set()  # slots with a grammar
+        self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
         self._scorer = PromptScorer(self._host_logits, max_rows=max_batch_size)
         self._no_ids = np.zeros(max_batch_size, np.int32)
         largest = self._shape(
             max_step_tokens, max_batch_size, max_batch_size, max_batch_size, max_step_tokens
         )
         self._device_inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
-        self._device_results = torch.zeros(0, dtype=torch.uint8, device=device.device)
         self._staging = [
-            _Staging(device.pinned(largest.num_bytes), device.pinned(0)) for _ in range(MAX_IN_FLIGHT)
+            _Staging(device.pinned(largest.num_bytes), self._sampler.staging()) for _ in range(MAX_IN_FLIGHT)
         ]
         self._num_launched = 0
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[int, _Graphs] = {}
         self._jobs = JobQueue()
         self._launched: queue.SimpleQueue[tuple[Job, _Launched | Exception] | None] = queue.SimpleQueue()
         self._num_undelivered = 0
@@ -208,19 +215,20 @@ class CudaRunner:
             self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens
         )
         buffers = StepBuffers.view(self._device_inputs, shape)
-        buffers.slots.fill_(-1)
+        buffers.clear()
         self._forward(buffers)
         self._device.record().synchronize()
-        self._device_inputs.zero_()
 
     def _capture_all(self) -> None:
         """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
         sizes = {size for size in BUCKETS if size < self.max_batch_size} | {self.max_batch_size}
         for size in sorted(sizes, reverse=True):
             buffers = StepBuffers.view(self._device_inputs, self._shape(size, size, size, size, 0))
-            self._device_inputs.zero_()
-            buffers.slots.fill_(-1)  # the call before the capture writes nothing to the cache
-            self._graphs[size] = self._device.capture(functools.partial(self._forward, buffers))
+            buffers.clear()  # what is called before the capture must leave no trace
+            self._graphs[size] = _Graphs(
+                self._device.capture(functools.partial(self._forward, buffers)),
+                self._device.capture(functools.partial(self._draw, buffers)),
+            )
 
     def _launch(self, plan: StepPlan) -> _Launched:
         """Launch a step. One that raises has drawn nothing: its rows can be run again."""
@@ -228,51 +236,44 @@ class CudaRunner:
             raise self._lost
         self._inputs.check(plan)
         copy_cuda_blocks(self._kv, plan.copies)
-        self._start(plan)
+        had_grammars = self._sampler.has_grammars
+        for start in plan.starts:
+            self._sampler.start(start)
+            self._scorer.forget(start.slot)
+            self._prompt_lens[start.slot] = len(start.prompt_ids)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         if not plan.rows:
-            self._start_masks(plan)
+            self._start_grammars(plan, had_grammars)
             return _Launched(result, self._device.record(), None, [], [], [])
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
         self._num_launched += 1
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         slots = [plan.rows[index].slot for index in sampling]
         buffers, places = self._upload(plan.rows, sampling, staging)
-        if buffers.shape.num_decodes == buffers.shape.num_sequences:
-            self._graphs[buffers.shape.num_sequences]()
-        else:
-            self._forward(buffers)
+        graphs = self._graphs_of(buffers)
+        graphs.forward()
         self._score(plan, buffers, result)
-        self._start_masks(plan)
-        drawn = self._draw(buffers, slots, places, staging) if slots else None
+        self._start_grammars(plan, had_grammars)
+        drawn = None
+        if slots:
+            self._sampler.upload_masks(slots, staging.sampling)
+            graphs.draw()
+            drawn = self._sampler.fetch(slots, buffers.shape.num_rows, staging.sampling)
         return _Launched(result, self._device.record(), drawn, sampling, places, slots)
 
-    def _start(self, plan: StepPlan) -> None:
-        """Give slots to new sequences."""
-        for start in plan.starts:
-            self._sampling.start(
-                start.slot,
-                start.sampling,
-                choice=start.choice,
-                prompt_ids=start.prompt_ids,
-                output_ids=start.output_ids,
-                min_tokens=start.min_tokens,
-                masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
-            )
-            self._scorer.forget(start.slot)
-            self._prompt_lens[start.slot] = len(start.prompt_ids)
+    def _graphs_of(self, buffers: StepBuffers) -> _Graphs:
+        """Return the graphs of a batch that decodes alone; for others the calls themselves."""
+        if buffers.shape.num_decodes == buffers.shape.num_sequences:
+            return self._graphs[buffers.shape.num_sequences]
+        return _Graphs(functools.partial(self._forward, buffers), functools.partial(self._draw, buffers))
 
-    def _start_masks(self, plan: StepPlan) -> None:
+    def _start_grammars(self, plan: StepPlan, had_grammars: bool) -> None:
         """Give slots their grammars. These move on by what earlier steps drew, which is waited for."""
-        if self._constrained or any(start.grammar is not None for start in plan.starts):
+        if had_grammars or self._sampler.has_grammars:
             with self._delivered:
                 self._delivered.wait_for(lambda: self._num_undelivered == 0)
         for start in plan.starts:
-            self._masks.start(start)
-            if start.grammar is None:
-                self._constrained.discard(start.slot)
-            else:
-                self._constrained.add(start.slot)
+            self._sampler.start_grammar(start)
 
     def _upload(
         self, rows: list[StepRow], sampling: list[int], staging: _Staging
@@ -298,7 +299,8 @@ class CudaRunner:
             shape = self._shape(stops[-1], len(rows), len(sampling), num_decodes, longest)
             row_slots = [rows[index].slot for index in sampling]
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
-        StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots)
+        mask_rows = self._sampler.mask_rows(row_slots)
+        StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots, mask_rows)
         count = shape.num_bytes
         self._device_inputs[:count].copy_(staging.inputs[:count], non_blocking=True)
         return StepBuffers.view(self._device_inputs, shape), places
@@ -316,7 +318,7 @@ class CudaRunner:
         """Compute a step up to its logits: fixed buffers and no waiting, so that it can be captured."""
         decodes = buffers.shape.num_decodes
         if decodes > 0:
-            last = self._sampling.last_ids.index_select(0, buffers.from_slot.clamp(min=0))
+            last = self._sampler.state.last_ids.index_select(0, buffers.from_slot.clamp(min=0))
             buffers.ids[:decodes] = torch.where(buffers.from_slot >= 0, last, buffers.ids[:decodes])
         self._program.forward(buffers.batch())
         if buffers.shape.num_rows > 0:
@@ -336,25 +338,8 @@ class CudaRunner:
         self._program.head(rows.to(self._device.device))
         return self._program.logits[: rows.shape[0]].cpu().clone()
 
-    def _draw(
-        self, buffers: StepBuffers, slots: list[int], places: list[int], staging: _Staging
-    ) -> SampleResult:
-        """Draw on the device, and begin to copy what was drawn to the host."""
-        num_rows, max_top = buffers.shape.num_rows, self._sampling.max_top(slots)
-        count = result_bytes(num_rows, max_top)
-        if self._device_results.numel() < count:
-            self._device_results = torch.zeros(count, dtype=torch.uint8, device=self._device.device)
-        if staging.results.numel() < count:
-            staging.results = self._device.pinned(count)
-        mask = self._masks.compute(slots)
-        if mask is not None:  # a row of it for each row of logits
-            spread = torch.full((num_rows, mask.shape[1]), -1, dtype=torch.int32)
-            spread[places] = mask
-            mask = spread.to(self._device.device)
-        drawn = view_result(self._device_results, num_rows, max_top)
-        self._sampling.draw(self._program.logits[:num_rows], buffers.row_slots, mask, drawn)
-        staging.results[:count].copy_(self._device_results[:count], non_blocking=True)
-        return view_result(staging.results, num_rows, max_top)
+    def _draw(self, buffers: StepBuffers) -> None:
+        self._sampler.draw(self._program.logits, buffers)
 
     # The waiter's thread.
 
@@ -374,7 +359,7 @@ class CudaRunner:
             if launched.drawn is not None:
                 rows: list[Sampled] = unpack(launched.drawn)
                 drawn = [rows[place] for place in launched.places]
-                self._masks.accept(launched.slots, drawn)
+                self._sampler.accept(launched.slots, drawn)
                 for index, sampled in zip(launched.sampling, drawn, strict=True):
                     launched.result.sampled[index] = sampled
         except Exception as error:

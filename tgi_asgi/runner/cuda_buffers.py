@@ -39,6 +39,7 @@ class StepShape:
             ("from_slot", (self.num_decodes,), torch.int32),
             ("rows", (r,), torch.int32),
             ("row_slots", (r,), torch.int32),
+            ("mask_rows", (r,), torch.int32),
             ("block_table", (s, self.max_blocks), torch.int32),
         ]
 
@@ -60,6 +61,7 @@ class StepBuffers:
     from_slot: Tensor  # [n_decodes] int32: the slot whose last token is the sequence's; -1: `ids` has it
     rows: Tensor  # [n_rows] int32: tokens whose logits are wanted
     row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
+    mask_rows: Tensor  # [n_rows] int32: rows of the grammars' masks; -1: none
     block_table: Tensor  # [n_sequences, max_blocks] int32
 
     @classmethod
@@ -68,7 +70,12 @@ class StepBuffers:
         return cls(shape, **_views(memory, shape.sections()))
 
     def fill(
-        self, batch: Batch, from_slot: Sequence[int], rows: Sequence[int], row_slots: Sequence[int]
+        self,
+        batch: Batch,
+        from_slot: Sequence[int],
+        rows: Sequence[int],
+        row_slots: Sequence[int],
+        mask_rows: Sequence[int],
     ) -> None:
         """Write a batch of at most this shape; the rest becomes padding."""
         n, s, r = batch.ids.shape[0], batch.tables.context_len.shape[0], len(rows)
@@ -82,6 +89,14 @@ class StepBuffers:
         self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
         self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0
         self.row_slots[:r], self.row_slots[r:] = torch.tensor(row_slots, dtype=torch.int32), -1
+        self.mask_rows[:r], self.mask_rows[r:] = torch.tensor(mask_rows, dtype=torch.int32), -1
+
+    def clear(self) -> None:
+        """Make all of it padding, which writes to no cache and draws for no slot."""
+        for field in fields(self)[1:]:
+            getattr(self, field.name).zero_()
+        for tensor in (self.slots, self.from_slot, self.row_slots, self.mask_rows):
+            tensor.fill_(-1)
 
     def batch(self) -> CudaBatch:
         """Return what a program computes."""
@@ -97,17 +112,15 @@ def result_bytes(num_rows: int, max_top: int) -> int:
 
 
 def view_result(memory: Tensor, num_rows: int, max_top: int) -> SampleResult:
-    """Lay a draw's results out in memory [result_bytes] uint8."""
+    """Lay a draw's results out in memory [result_bytes] uint8: the top ones last, to copy all but these."""
     return SampleResult(**_views(memory, _result_sections(num_rows, max_top)))
 
 
 def _result_sections(num_rows: int, max_top: int) -> list[_Section]:
     shapes = {"top_ids": (num_rows, max_top), "top_logprobs": (num_rows, max_top)}
     dtypes = {"is_finite": torch.bool, "logprobs": torch.float32, "top_logprobs": torch.float32}
-    return [
-        (field.name, shapes.get(field.name, (num_rows,)), dtypes.get(field.name, torch.int32))
-        for field in fields(SampleResult)
-    ]
+    names = sorted((field.name for field in fields(SampleResult)), key=lambda name: name in shapes)
+    return [(name, shapes.get(name, (num_rows,)), dtypes.get(name, torch.int32)) for name in names]
 
 
 def _num_bytes(sections: Sequence[_Section]) -> int:

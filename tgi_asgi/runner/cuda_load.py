@@ -9,7 +9,7 @@ import torch
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.llama import Llama
-from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize, choose_size
 from tgi_asgi.settings import Settings
@@ -89,6 +89,7 @@ def make_runner(
             dtype=dtype,
             kv_dtype=kv_dtype,
             is_batch_invariant=settings.batch_invariant,
+            max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
         )
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(

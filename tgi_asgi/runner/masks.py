@@ -23,10 +23,13 @@ class SlotMasks:
         masks.accept(slots, drawn)            # after it
 
     For the runner's thread. A step that raises between `compute` and `accept` changes nothing.
+
+    Attributes:
+        num_words: of 32 tokens each, in a row of a mask.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self._num_words = -(-vocab_size // 32)
+        self.num_words = -(-vocab_size // 32)
         self._slots: dict[int, _Slot] = {}
 
     def start(self, start: SlotStart) -> None:
@@ -34,25 +37,23 @@ class SlotMasks:
         if start.grammar is None:
             self._slots.pop(start.slot, None)
         else:
-            self._slots[start.slot] = _Slot(start, self._num_words * 32)
+            self._slots[start.slot] = _Slot(start, self.num_words * 32)
 
     def compute(self, slots: Sequence[int]) -> Tensor | None:
         """Compute masks [n_slots, n_words] for slots that will draw; None if none has a grammar."""
-        if not self._slots:
+        if not self._bound(slots):
             return None
-        # A sequence that has ended may draw anything: nobody takes it.
-        bound = [
-            (row, constrained)
-            for row, slot in enumerate(slots)
-            if (constrained := self._slots.get(slot)) is not None and not constrained.matcher.is_ended
-        ]
-        if not bound:
-            return None
-        masks = np.full((len(slots), self._num_words), _ALL, np.int32)
+        masks = np.empty((len(slots), self.num_words), np.int32)
+        self.fill(slots, masks)
+        return torch.from_numpy(masks)
+
+    def fill(self, slots: Sequence[int], masks: Mask) -> None:
+        """Write the masks of slots that will draw to masks [n_slots, n_words]: all ones without a grammar."""
+        masks[...] = _ALL
+        bound = self._bound(slots)
         Matcher.fill_masks([one.matcher for _, one in bound], [row for row, _ in bound], masks)
         for row, one in bound:
             one.correct(masks[row])
-        return torch.from_numpy(masks)
 
     def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
         """Move matchers on by the tokens drawn, and mark those that end or fail their sequences."""
@@ -62,6 +63,16 @@ class SlotMasks:
             constrained = self._slots.get(slot)
             if constrained is not None:
                 constrained.accept(sampled)
+
+    def _bound(self, slots: Sequence[int]) -> list[tuple[int, _Slot]]:
+        """Return those that have a grammar, with their rows; one that has ended may draw anything."""
+        if not self._slots:
+            return []
+        return [
+            (row, constrained)
+            for row, slot in enumerate(slots)
+            if (constrained := self._slots.get(slot)) is not None and not constrained.matcher.is_ended
+        ]
 
 
 class _Slot:

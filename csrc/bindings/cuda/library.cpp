@@ -36,12 +36,11 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "out) -> "
       "()");
   m.def(
-      "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, Tensor "
-      "biased_ids, "
-      "Tensor biased_values, Tensor masked_ids, Tensor? mask, Tensor(c!) scratch, Tensor(d!) "
-      "token_ids, "
-      "Tensor(e!) is_finite, Tensor(f!) logprobs, Tensor(g!) top_ids, Tensor(h!) top_logprobs, "
-      "Tensor(i!) num_top) -> ()");
+      "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, "
+      "Tensor biased_ids, Tensor biased_values, Tensor masked_ids, Tensor? mask, "
+      "Tensor? mask_rows, Tensor(c!) scratch, Tensor(d!) token_ids, Tensor(e!) is_finite, "
+      "Tensor(f!) logprobs, Tensor(g!) top_ids, Tensor(h!) top_logprobs, Tensor(i!) num_top) -> "
+      "()");
   m.def(
       "token_logprobs(Tensor logits, Tensor token_ids, Tensor(a!) logprobs, Tensor(b!) top_ids, "
       "Tensor(c!) top_logprobs) -> ()");

@@ -13,9 +13,10 @@ using tgi::cuda::run;
 
 void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
             const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
-            const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& token_ids,
-            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
-            const Tensor& top_logprobs, const Tensor& num_top) {
+            const std::optional<Tensor>& mask, const std::optional<Tensor>& mask_rows,
+            const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
+            const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
+            const Tensor& num_top) {
   check_tensor(logits, "logits", kFloat, {-1, -1});
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
@@ -25,7 +26,12 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
   check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
   check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
   check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
-  if (mask) check_tensor(*mask, "mask", kInt, {num_rows, (vocab + 31) / 32});
+  TORCH_CHECK(mask.has_value() == mask_rows.has_value(),
+              "`mask` and `mask_rows` must be given together");
+  if (mask) {
+    check_tensor(*mask, "mask", kInt, {-1, (vocab + 31) / 32});
+    check_tensor(*mask_rows, "mask_rows", kInt, {num_rows});
+  }
   check_tensor(scratch, "scratch", kFloat, {-1, vocab});
   TORCH_CHECK(scratch.size(0) >= num_rows, "`scratch` must have ", num_rows, " rows, got ",
               scratch.size(0));
@@ -42,7 +48,7 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
                                   biased_ids.const_data_ptr<int32_t>(),
                                   biased_values.const_data_ptr<float>(),
                                   masked_ids.const_data_ptr<int32_t>(),
-                                  mask ? mask->const_data_ptr<int32_t>() : nullptr,
+                                  tgi::cuda::data_or_null<int32_t>(mask),
                                   token_ids.mutable_data_ptr<int32_t>(),
                                   is_finite.mutable_data_ptr<bool>(),
                                   logprobs.mutable_data_ptr<float>(),
@@ -53,7 +59,11 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
                                   biased_ids.size(1),
                                   masked_ids.size(1),
                                   top_ids.size(1)};
-  const tgi::cuda::SampleParams params = {base, scratch.mutable_data_ptr<float>(), num_rows,
+  const tgi::cuda::SampleParams params = {base,
+                                          tgi::cuda::data_or_null<int32_t>(mask_rows),
+                                          scratch.mutable_data_ptr<float>(),
+                                          mask ? mask->size(0) : 0,
+                                          num_rows,
                                           num_slots};
   run(tgi::cuda::sample, params, logits);
 }

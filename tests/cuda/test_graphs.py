@@ -1,0 +1,155 @@
+"""The CUDA runner's graphs: replayed for other slots, parameters and masks they do what calls would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.cuda import emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice, Graph
+from tests.emulation import library
+from tests.runner.test_grammar import EOS, Letters
+from tests.support.checkpoints import make_model, save
+from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.ops.cuda_sample_state import MAX_IDS
+from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
+from tgi_asgi.text import grammar_source as sources
+from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.types import LogprobsMode, SamplingParams
+
+FP16 = torch.float16
+VOCAB = 160
+
+
+class EagerDevice(EmulatedDevice):
+    """One without graphs: calls are called again."""
+
+    def capture(self, call: Callable[[], None]) -> Callable[[], None]:
+        return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    made = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    with OpenModel(save(made, tmp_path_factory.mktemp("model"), FP16)) as opened:
+        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+
+
+@pytest.fixture(scope="module")
+def grammar() -> Grammar:
+    return GrammarCompiler(Letters(VOCAB), VOCAB).compile(sources.regex("[a-z]{3}-[0-9]{3,9}"))
+
+
+@pytest.fixture
+def make_runner(model: Llama) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    runners: list[CudaRunner] = []
+
+    def make(device: EmulatedDevice) -> CudaRunner:
+        size = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+        runner = CudaRunner(
+            model, device, lambda free_bytes: size, block_size=16, max_batch_size=8, max_step_tokens=64,
+            max_context=256, dtype=FP16,
+        )  # fmt: skip
+        runners.append(runner)
+        return runner
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+def jobs(grammar: Grammar) -> list[Job]:
+    """Make sequences that differ in all that a draw depends on, and in their lengths."""
+    many = tuple((token, 1.0 + token % 7) for token in range(3, 140))  # more than a list's first room
+    ways = [
+        SamplingParams(seed=1, temperature=0.8),
+        SamplingParams(seed=2, top_k=9, top_p=0.9, logprobs=3, logprobs_mode=LogprobsMode.PROCESSED),
+        GREEDY,
+        SamplingParams(seed=3, repetition_penalty=1.4, frequency_penalty=0.5, logprobs=0),
+        SamplingParams(seed=4, logit_bias=many, temperature=2.0),
+        SamplingParams(seed=5, logprobs=MAX_TOP),
+        SamplingParams(seed=6, min_p=0.02, typical_p=0.9),
+        SamplingParams(seed=7),
+    ]
+    made = [Job([7, 8, 9 + i], 4 + 2 * i, way) for i, way in enumerate(ways)]
+    for job in made[5:7]:
+        job.start = {"grammar": grammar, "masked_ids": (EOS,), "min_tokens": 6}
+    made[7].start = {"masked_ids": tuple(range(0, VOCAB, 2)), "min_tokens": 12}
+    return made
+
+
+async def drawn_by(runner: CudaRunner, grammar: Grammar) -> list[list[Sampled]]:
+    """Run all, twice, in other slots the second time; then each alone."""
+    first, second, alone = jobs(grammar), jobs(grammar), jobs(grammar)
+    await generate(runner, first)
+    await generate(runner, second[::-1])
+    for job in alone:
+        await generate(runner, [job])
+    return [job.sampled for job in (*first, *second, *alone)]
+
+
+async def test_graphs_draw_what_calls_draw_whatever_has_changed_since_they_were_made(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], grammar: Grammar
+) -> None:
+    device = EmulatedDevice()
+    found = await drawn_by(make_runner(device), grammar)
+    assert device.replayed > 100
+    assert found == await drawn_by(make_runner(EagerDevice()), grammar)
+    by_job = list(zip(found[:8], found[8:16], found[16:], strict=True))
+    assert all(together == other == alone for together, other, alone in by_job), "a neighbour was felt"
+    ids = [[sampled.token_id for sampled in row] for row in found]
+    text = "".join(Letters(VOCAB).token_bytes(token).decode() for token in ids[5])
+    assert text[:3].isalpha() and text[3] == "-" and text[4:7].isdigit(), text
+    assert [len(sampled.top or ()) for sampled in found[5]] == [MAX_TOP] * len(found[5])
+    assert all(token % 2 for token in ids[7][:12])
+    assert len({tuple(row[:4]) for row in ids[:8]}) == 8
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(logprobs=MAX_TOP + 1),
+        SamplingParams(logit_bias=tuple((1, 0.0) for _ in range(MAX_IDS + 1))),
+    ],
+    ids=("logprobs", "biases"),
+)
+async def test_more_than_there_is_room_for_is_refused_alone(
+    make_runner: Callable[[EmulatedDevice], CudaRunner], sampling: SamplingParams
+) -> None:
+    runner = make_runner(EmulatedDevice())
+    row = StepRow(0, [5], 0, [0], samples=True)
+    with pytest.raises(ValueError, match="at most"):
+        await runner.submit(StepPlan(0, [row], [SlotStart(0, sampling, 0, [5])]))
+    job = Job([7, 8, 9], 3)
+    await generate(runner, [job])
+    assert len(job.sampled) == 3
+
+
+def test_a_graph_keeps_numbers_and_addresses_and_refuses_to_wait() -> None:
+    buffer, room, factor = torch.ones(2), [torch.zeros(2)], [2.0]
+
+    def call() -> None:
+        torch.add(buffer * factor[0], 1, out=room[0])
+
+    with Graph() as graph:
+        call()
+    first, factor[0] = room[0], 5.0
+    room[0] = torch.zeros(2)
+    buffer.fill_(10)
+    graph.replay()
+    assert first.tolist() == [21, 21], "the new contents, by the old factor"
+    assert room[0].tolist() == [0, 0]
+    with pytest.raises(AssertionError, match="cannot be captured"), Graph():
+        buffer.sum().item()
+    with pytest.raises(AssertionError, match="cannot be captured"), Graph():
+        torch.tensor([1.0, 2.0])

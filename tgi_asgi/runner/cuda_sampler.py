@@ -1,0 +1,127 @@
+"""Draws a step's tokens on the device: grammars' masks up, one kernel, what was drawn down.
+
+What the kernel reads and writes stays where it is, whatever the step, so that the draw of a batch that
+decodes alone is a graph. Masks go up between the graphs of the forward pass and the draw, only the rows that
+have one; results come down after it, into pinned memory of the step's own, which no graph could know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState
+from tgi_asgi.ops.sample import SampleResult
+from tgi_asgi.runner.cuda_buffers import StepBuffers, result_bytes, view_result
+from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.masks import SlotMasks
+from tgi_asgi.runner.plan import Sampled, SlotStart
+
+
+@dataclass(frozen=True, slots=True)
+class SampleStaging:
+    """Pinned memory of one step in flight."""
+
+    masks: Tensor  # [num_slots, n_words] int32
+    results: Tensor  # [n_bytes] uint8
+
+
+class CudaSampler:
+    """The sampling state, grammars and buffers of all slots.
+
+        sampler.start(start)                             # for each slot start of a step
+        rows = sampler.mask_rows(row_slots)              # goes up with the step's inputs
+        sampler.start_grammar(start)                     # once the steps before are done
+        sampler.upload_masks(slots, staging)
+        sampler.draw(logits, buffers)                    # or the graph of it
+        drawn = sampler.fetch(slots, num_rows, staging)  # there once the device has come so far
+        sampler.accept(slots, drawn)                     # by the thread that waited for it
+
+    Args:
+        max_top: log-probabilities that a slot can ask for beside that of its token.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, max_top: int, device: Device) -> None:
+        self.state = CudaSampleState(num_slots, vocab_size, device.device)
+        self._grammars = SlotMasks(vocab_size)
+        self._constrained: set[int] = set()  # slots with a grammar
+        self._max_top = max_top
+        self._device = device
+        self._masks = torch.zeros(
+            num_slots, self._grammars.num_words, dtype=torch.int32, device=device.device
+        )
+        self._results = torch.zeros(result_bytes(num_slots, max_top), dtype=torch.uint8, device=device.device)
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether a slot has a grammar."""
+        return bool(self._constrained)
+
+    def staging(self) -> SampleStaging:
+        """Make the pinned memory that a step in flight needs."""
+        masks = self._device.pinned(self._masks.nbytes).view(torch.int32).view(self._masks.shape)
+        return SampleStaging(masks, self._device.pinned(self._results.nbytes))
+
+    def start(self, start: SlotStart) -> None:
+        """Give a slot to a new sequence.
+
+        Raises:
+            ValueError: it asks for more than there is room for.
+        """
+        if (start.sampling.logprobs or 0) > self._max_top:
+            raise ValueError(
+                f"at most {self._max_top} top log-probabilities are kept, not {start.sampling.logprobs}"
+            )
+        self.state.start(
+            start.slot,
+            start.sampling,
+            choice=start.choice,
+            prompt_ids=start.prompt_ids,
+            output_ids=start.output_ids,
+            min_tokens=start.min_tokens,
+            masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
+        )
+        if start.grammar is None:
+            self._constrained.discard(start.slot)
+        else:
+            self._constrained.add(start.slot)
+
+    def start_grammar(self, start: SlotStart) -> None:
+        """Give the slot its grammar, or none. No step before may still have tokens to be accepted."""
+        self._grammars.start(start)
+
+    def mask_rows(self, row_slots: Sequence[int]) -> list[int]:
+        """Return which row of the masks each row of logits will have; -1: none."""
+        rows = {slot: row for row, slot in enumerate(self._bound(row_slots))}
+        return [rows.get(slot, -1) for slot in row_slots]
+
+    def upload_masks(self, slots: Sequence[int], staging: SampleStaging) -> None:
+        """Compute the masks of those slots that have a grammar, and begin to copy them to the device."""
+        bound = self._bound(slots)
+        if bound:
+            masks = staging.masks[: len(bound)]
+            self._grammars.fill(bound, masks.numpy())
+            self._masks[: len(bound)].copy_(masks, non_blocking=True)
+
+    def draw(self, logits: Tensor, buffers: StepBuffers) -> None:
+        """Draw a token for each row of logits: fixed buffers and no waiting, so that it can be captured."""
+        num_rows = buffers.shape.num_rows
+        drawn = view_result(self._results, num_rows, self._max_top)
+        self.state.draw(logits[:num_rows], buffers.row_slots, self._masks, buffers.mask_rows, drawn)
+
+    def fetch(self, slots: Sequence[int], num_rows: int, staging: SampleStaging) -> SampleResult:
+        """Begin to copy the last draw of so many rows to the host; without the top ones if none is wanted."""
+        max_top = self._max_top if self.state.max_top(slots) > 0 else 0
+        count = result_bytes(num_rows, max_top)
+        staging.results[:count].copy_(self._results[:count], non_blocking=True)
+        return view_result(staging.results, num_rows, max_top)
+
+    def accept(self, slots: Iterable[int], drawn: Iterable[Sampled]) -> None:
+        """Move grammars on by the tokens drawn, and mark those that end or fail their sequences."""
+        self._grammars.accept(slots, drawn)
+
+    def _bound(self, slots: Sequence[int]) -> list[int]:
+        return [slot for slot in slots if slot in self._constrained]
