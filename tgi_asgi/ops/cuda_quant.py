@@ -6,8 +6,8 @@ is rounded again: every weight equals what `formats.quants` decodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,13 +25,18 @@ _kernels: Any = torch.ops.tgi_cuda
 _Array = npt.NDArray[Any]
 _BLOCKS = BLOCKS | GROUPED
 _FLOATS = frozenset(name for name in GROUPED if name.startswith("F8"))
+PIECE_BYTES = 8 << 20  # of a matrix on its way to the device
 
 
 @dataclass(frozen=True, slots=True)
 class Repacking:
-    """How products compute on a CUDA device: from the file's own codes where it has them, else in `dtype`."""
+    """How products compute on a CUDA device: from the file's own codes where it has them, else in `dtype`.
+
+    Matrices are made on `device`, in pieces: little of one is ever the host's.
+    """
 
     dtype: torch.dtype
+    device: torch.device = field(default=torch.device("cpu"), repr=False)  # no bit of the output hangs on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,13 @@ def can_repack(formats: Sequence[str], columns: int) -> bool:
     return is_one and all(name in _REPACKERS and columns % _BLOCKS[name][0] == 0 for name in formats)
 
 
-def repack(sources: Sequence[WeightSource]) -> CudaQuantMatrix:
-    """Stack sources by rows; where their formats differ (v of Q4_K_M files), as eight bits with offsets."""
-    parts = [_repack_one(source) for source in sources]
+def repack(sources: Sequence[WeightSource], device: torch.device | None = None) -> CudaQuantMatrix:
+    """Stack sources by rows; where their formats differ (v of Q4_K_M files), as eight bits with offsets.
+
+    They are stacked on the device; on the way there a piece takes several times its bytes of the host.
+    """
+    target = device or torch.device("cpu")
+    parts = [_repack_one(piece).to(target) for source in sources for piece in _pieces(source)]
     if len({source.format for source in sources}) > 1:
         group = min(part.shape[1] // part.scales.shape[1] for part in parts)
         parts = [_widened(part, group) for part in parts]
@@ -91,6 +100,16 @@ def repack(sources: Sequence[WeightSource]) -> CudaQuantMatrix:
         first.bits,
         first.zero,
     )
+
+
+def _pieces(source: WeightSource) -> Iterator[WeightSource]:
+    """Cut a matrix into rows of about `PIECE_BYTES`."""
+    rows, columns = source.shape
+    data = source.data.reshape(rows, -1)
+    step = max(PIECE_BYTES // data.shape[1], 1)
+    for first in range(0, rows, step):
+        piece = data[first : first + step]
+        yield type(source)(piece.reshape(-1), source.format, (len(piece), columns))
 
 
 def _repack_one(source: WeightSource) -> CudaQuantMatrix:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
+from tgi_asgi.ops.cuda_quant import PIECE_BYTES, CudaQuantMatrix, Repacking, can_repack, repack
 from tgi_asgi.ops.grouped import GROUPED, decode_grouped, float8_blocks, for_cpu, int4_blocks, int8_blocks
 from tgi_asgi.ops.meta import meta_of, require
 from tgi_asgi.ops.packed import (
@@ -32,6 +32,7 @@ from tgi_asgi.ops.packed import (
 NATIVE_FORMATS = frozenset(BLOCKS)  # of GGUF files: what a `WeightSource` can hold as it is there
 _FORMATS = BLOCKS | GROUPED
 _DECODED = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"})  # what the operator `dequantise` reads
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # How products compute: eagerly in a dtype, or in a step recorded for the CPU or a CUDA device.
 Arithmetic = torch.dtype | Packing | Repacking
 
@@ -174,7 +175,7 @@ def linear_weight(
 ) -> LinearWeight:
     """Make the weight of `linear_add`, `head` and `embed` from a [rows, columns] source.
 
-    `dtype` is that of the arithmetic, float32 or bfloat16, a `Packing` or a `Repacking`.
+    `dtype` is that of the arithmetic, float32 or bfloat16, a `Packing` or a `Repacking`, whose device has it.
     """
     biases = None if bias is None else [bias]
     return _linear([source], dtype, biases, lambda: plain_order(source.shape[0]))
@@ -260,16 +261,29 @@ def _linear(
         return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
     if isinstance(dtype, Repacking):
         if can_repack([source.format for source in sources], columns):
-            return LinearWeight(repack(sources), bias)
-        dtype = dtype.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
+            return LinearWeight(repack(sources, dtype.device), bias)
+        matrix = torch.empty(rows, columns, dtype=dtype.dtype, device=dtype.device)
+    elif dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.empty(rows, columns, dtype=dtype)
+    else:
         raise ValueError(f"`dtype` must be float32 or bfloat16, got {dtype}")
-    matrix = torch.empty(rows, columns, dtype=dtype)
-    first = 0
-    for source in sources:
-        matrix[first : first + source.shape[0]] = _decode(source)
-        first += source.shape[0]
+    parts = torch.split(matrix, [source.shape[0] for source in sources])
+    for part, source in zip(parts, sources, strict=True):
+        _write(part, source)
     return LinearWeight(matrix, bias)
+
+
+def _write(matrix: Tensor, source: WeightSource) -> None:
+    """Write a source's weights to a matrix of any dtype and device, rounded once.
+
+    They cross to a device as the file has them, and are rounded there: rounding here would take as much
+    memory again.
+    """
+    plain = _PLAIN.get(source.format)
+    weights = _decode(source) if plain is None else _as_tensor(source.data).view(plain).view(source.shape)
+    num_rows = max(PIECE_BYTES // (weights.shape[1] * weights.itemsize), 1)
+    for target, piece in zip(torch.split(matrix, num_rows), torch.split(weights, num_rows), strict=True):
+        target.copy_(piece.to(matrix.device))
 
 
 def _decode(source: WeightSource) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -59,7 +61,7 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
 def make_runner(
     model: Llama, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int
 ) -> tuple[CudaRunner, KvSize]:
-    """Move a model to the device, and give what memory is left to the cache.
+    """Record a model whose weights are on the device, and give what memory is left to the cache.
 
     Raises:
         ModelLoadError: it does not fit, or --kv-cache-dtype asks for what the GPU does not have; the message
@@ -77,7 +79,7 @@ def make_runner(
         sizes.append(size)
         return size
 
-    try:
+    with must_fit():
         runner = CudaRunner(
             model,
             device,
@@ -91,12 +93,23 @@ def make_runner(
             is_batch_invariant=settings.batch_invariant,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
         )
+    return runner, sizes[-1]
+
+
+@contextlib.contextmanager
+def must_fit() -> Iterator[None]:
+    """Say what to change where the GPU's memory does not suffice.
+
+    Raises:
+        ModelLoadError: it did not.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ModelLoadError(
             "the model does not fit the GPU's memory: take a smaller one, lower --max-batch-prefill-tokens "
             f"or --max-batch-size, or free memory ({error})"
         ) from error
-    return runner, sizes[-1]
 
 
 def _choose_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -76,9 +76,10 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         if device is None and not can_record(config):
             ignored = "" if packing.quantise is None else ", and --quantize is ignored"
             logger.warning("the model's sizes are no multiples of 32: its steps are slow%s", ignored)
-        if device is not None:  # plain weights are rounded to float16 on their way to the device
-            arithmetic = ops.Repacking(torch.float32 if dtype is torch.float16 else dtype)
-        model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
+        if device is not None:
+            arithmetic = ops.Repacking(dtype, device.device)
+        with cuda_load.must_fit():
+            model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
     if device is None and settings.kv_cache_dtype.startswith("fp8"):

@@ -1,0 +1,173 @@
+"""What becomes of a model on its way to a GPU: little of it is the host's, and all is reported."""
+
+from __future__ import annotations
+
+import tracemalloc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cuda import emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.test_quant_linear import random_source
+from tests.cuda.test_runner import save_with_tokenizer
+from tests.emulation import library
+from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.quantised import save_quantised
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.ops import cuda_quant, weights
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
+from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
+
+META = torch.device("meta")  # takes no memory at all: what is left to be seen is the host's
+BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+PIECE = 1 << 14
+SHAPE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 1024, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+class HostTensors(TorchDispatchMode):
+    """Counts the bytes of the host's tensors that operators make and that live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if all(value.alias_info is None for value in func._schema.returns):  # neither views nor in place
+            for made in pytree.tree_leaves(out):
+                if isinstance(made, Tensor) and made.device.type == "cpu":
+                    self._count(made.nbytes)
+                    weakref.finalize(made, self._count, -made.nbytes)
+        return out
+
+    def _count(self, num_bytes: int) -> None:
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cuda_quant, weights):
+        monkeypatch.setattr(module, "PIECE_BYTES", PIECE)
+
+
+def open_as(kind: str, directory: Path) -> ModelFiles:
+    model = make_model(**SHAPE)
+    if kind == "awq":
+        return save_quantised(model, directory, "awq")
+    return save(model, directory, FP16) if kind == "F16" else save_gguf(model, directory / "tiny.gguf", kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("F16", 1),  # as it is mapped
+        ("F32", 1.5),  # GGUF: queries and keys in another order, one at a time
+        ("Q8_0", 2.5),  # a piece's planes, and queries or keys in another order
+        ("awq", 8),  # one matrix, unpacked from words into blocks
+    ],
+)
+def test_a_model_s_matrices_are_never_the_host_s(
+    tmp_path: Path, small_pieces: None, kind: str, peak: float
+) -> None:
+    """In units of the largest matrix of a layer as the file has it; the whole model has nine and more."""
+    largest = 512 * 256 * {"F16": 2, "F32": 4, "Q8_0": 34 / 32, "awq": 5 / 8}[kind]
+    with OpenModel(open_as(kind, tmp_path)) as opened:
+        tracemalloc.start()
+        with HostTensors() as tensors:
+            model = Llama(opened.config, opened.weights, ops.Repacking(FP16, META), max_positions=16)
+        _, arrays = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    for layer in model.layers:
+        for weight in (layer.qkv.linear, layer.output, layer.gate_up.linear, layer.down):
+            matrix = weight.matrix
+            assert (matrix.codes if isinstance(matrix, CudaQuantMatrix) else matrix).device == META
+    assert tensors.peak + arrays < peak * largest
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, F32])
+@pytest.mark.parametrize("stored", [BF16, FP16, F32])
+def test_a_plain_matrix_is_rounded_once_on_its_way(
+    small_pieces: None, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    values = [(torch.randn(rows, 160) * 3).to(stored) for rows in (200, 7)]
+    names = {BF16: "BF16", FP16: "F16", F32: "F32"}
+    sources = [
+        ops.WeightSource(value.view(torch.uint8).reshape(-1).numpy(), names[stored], tuple(value.shape))
+        for value in values
+    ]
+    assert sources[0].data.nbytes > 2 * PIECE
+    for source, value in zip(sources, values, strict=True):
+        made = ops.linear_weight(source, dtype=ops.Repacking(dtype))
+        assert torch.equal(made.matrix, value.to(dtype))  # type: ignore[arg-type]
+    both = ops.gate_up_weight(sources[0], sources[0], dtype=ops.Repacking(dtype)).linear.matrix
+    assert torch.equal(both, torch.cat([values[0], values[0]]).to(dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q4_1", "INT4_64", "F8_32"])
+def test_codes_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    sources = [random_source(name, rows, 512)[0] for rows in (70, 3)]
+    whole = repack(sources)
+    monkeypatch.setattr(cuda_quant, "PIECE_BYTES", 3000)
+    pieces = repack(sources)
+    assert torch.equal(whole.codes.view(torch.uint8), pieces.codes.view(torch.uint8))
+    assert torch.equal(whole.scales, pieces.scales)
+    assert whole.shape == pieces.shape == (73, 512)
+    assert (whole.offsets is None and pieces.offsets is None) or torch.equal(whole.offsets, pieces.offsets)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    device = EmulatedDevice()
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    return device
+
+
+SMALL = Settings(
+    thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128
+)
+
+
+def test_progress_comes_to_all_bytes_as_they_are_on_the_device(
+    tmp_path: Path, device: EmulatedDevice
+) -> None:
+    calls: list[tuple[str, int, int | None]] = []
+    files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
+    load(SMALL, files, lambda *call: calls.append(call)).runner.close()
+    done = [call[1] for call in calls if call[0] == "loading weights"]
+    file = tmp_path / "model.safetensors"
+    assert done == sorted(done)
+    assert len(set(done)) > 2 * 9, "each tensor shows"
+    assert 0.9 * file.stat().st_size < done[-1] == calls[-1][2] <= file.stat().st_size
+
+
+def test_a_model_that_does_not_fit_is_refused_while_it_is_loaded(
+    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(matrix: Tensor, source: ops.WeightSource) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
+    monkeypatch.setattr(weights, "_write", full)
+    with pytest.raises(ModelLoadError, match="does not fit the GPU's memory"):
+        load(SMALL, files, lambda stage, done, total: None)
