@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.emulation.device import TYPES, Device
+from tests.reference.compare import assert_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,5 @@ _TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 def assert_attended(case: PagedCase) -> None:
     """Hold a case's output to the reference, as a whole and at its worst element."""
-    expected, actual = case.expected(), case.out.double()
-    if expected.numel() == 0:
-        return
     limit = _TOLERANCE[case.shape.dtype]
-    error = (actual - expected).abs()
-    whole, worst = float(error.norm() / expected.norm()), float(error.max() / expected.abs().max())
-    assert whole < limit, f"relative error {whole:.2g} is not below {limit}"
-    assert worst < 4 * limit, f"worst error {worst:.2g} is not below {4 * limit}"
+    assert_within(case.out, case.expected(), whole=limit, worst=4 * limit)

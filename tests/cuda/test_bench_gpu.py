@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from bench import gpu, gpu_model, gpu_operators, gpu_runs, gpu_stages
-from tests.cuda import emulated_ops
+from tests.cuda import cases, emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
+from tests.reference.compare import assert_close
 from tgi_asgi.models.config import ModelConfig
 
 
@@ -172,6 +177,41 @@ def test_all_is_well_only_if_every_stage_ran_and_every_check_passed() -> None:
     skipped = {"what": "step", "why": "no time was left"}
     assert not gpu.is_ok(result | {"skipped": [skipped | {"needed": True}]})
     assert gpu.is_ok(result | {"skipped": [skipped | {"needed": False}]})
+
+
+def test_checks_say_how_near_each_operator_came_to_its_limit(
+    emulation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "large", lambda: iter(()))
+    rows: list[dict[str, Any]] = []
+    gpu_stages.checks(lambda name, row: rows.append(row))
+    assert len({(row["op"], row["dtype"]) for row in rows}) == len(rows)
+    assert {row["op"] for row in rows} == {operator for operator, _, _ in cases.small()}
+    assert sum(row["cases"] for row in rows) == len(list(cases.small()))
+    for row in rows:
+        assert row["ok"] and row["why"] is None
+        assert 0 <= row["worst_rel"] <= row["tol"]
+        assert (row["tol"] == 0) == (row["op"] == "embed")
+        assert row["worst_rel"] > 0 or row["op"] == "embed", "a rounded result never equals float64"
+
+
+def test_a_check_that_fails_shows_by_how_much(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(values: Tensor) -> Callable[[object], None]:
+        return lambda device: assert_close(values, torch.ones(4, dtype=torch.float64), length=1)
+
+    bad, lost = torch.tensor([1.0, 1, 1, 1.5]), torch.full((4,), math.nan)
+    made = [("good", torch.ones(4)), ("bad", torch.ones(4)), ("bad", bad), ("lost", lost)]
+    monkeypatch.setattr(cases, "small", lambda: [(name, torch.float32, check(x)) for name, x in made])
+    monkeypatch.setattr(cases, "large", lambda: iter(()))
+    rows: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match="2 cases failed"):
+        gpu_stages.checks(lambda name, row: rows.update({row["op"]: row}))
+    tol = float(f"{2 * torch.finfo(torch.float32).eps:.3g}")
+    assert rows["good"]["ok"] and rows["good"]["worst_rel"] == 0
+    assert (rows["bad"]["cases"], rows["bad"]["ok"], rows["bad"]["tol"]) == (2, False, tol)
+    assert rows["bad"]["worst_rel"] == pytest.approx(0.25, rel=0.01)
+    assert rows["bad"]["why"].startswith("relative error")
+    assert rows["lost"]["worst_rel"] is None and not rows["lost"]["ok"]
 
 
 def test_what_is_timed_runs_on_the_emulated_kernels(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import TYPES, Device
-from tests.reference.compare import assert_close
+from tests.reference.compare import assert_close, assert_equal
 from tests.reference.layers import rms_norm, rotate
 
 HEADS, KV_HEADS, BLOCKS, EPS = 5, 2, 4, 1e-6
@@ -61,11 +60,7 @@ def check(
     assert_close(
         stored[:, 0], rotate(key, cos[place], sin[place])[rows] / scales[0], length=2, dtype=kv_dtype
     )
-    _assert_rounded(stored[:, 1], (value[rows] / scales[1]).float().to(kv_dtype))
-
-
-def _assert_rounded(actual: Tensor, expected: Tensor) -> None:
-    assert torch.equal(actual, expected.float())
+    assert_equal(stored[:, 1], (value[rows] / scales[1]).float().to(kv_dtype).float())
 
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["same", "fp8"])

@@ -7,7 +7,7 @@ import torch
 
 from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import TYPES, Device
-from tests.reference.compare import assert_close
+from tests.reference.compare import assert_close, assert_equal
 from tests.reference.layers import activate
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -21,7 +21,7 @@ def check_embed(device: Device, tokens: int, hidden: int, dtype: torch.dtype) ->
         "embed", [out], ids=ids, table=table, out=out, num_tokens=tokens, num_rows=9, hidden=hidden,
         type=TYPES[dtype],
     )  # fmt: skip
-    assert torch.equal(out, table[ids.long()].float())
+    assert_equal(out, table[ids.long()].float())
 
 
 def check_act_mul(

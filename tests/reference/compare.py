@@ -1,11 +1,52 @@
-"""One rule for how far a kernel may be from its float64 reference."""
+"""One rule for how far a kernel may be from its float64 reference, and how far it was."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """A relative error that was held to a limit."""
+
+    error: float
+    limit: float  # 0: equal to the bit
+
+    @property
+    def share(self) -> float:
+        """The error's share of its limit: infinite where there is none, or the error is no number."""
+        if self.error == 0:
+            return 0.0
+        share = self.error / self.limit if self.limit > 0 else math.inf
+        return math.inf if math.isnan(share) else share
+
+
+_measured: ContextVar[list[Distance] | None] = ContextVar("measured", default=None)
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[list[Distance]]:
+    """Collect all that is compared inside, in the list given."""
+    found: list[Distance] = []
+    token = _measured.set(found)
+    try:
+        yield found
+    finally:
+        _measured.reset(token)
+
+
+def note(error: float, limit: float) -> None:
+    """Say how far a result is from its reference, before it is held to the limit."""
+    found = _measured.get()
+    if found is not None:
+        found.append(Distance(error, limit))
 
 
 def assert_close(
@@ -16,16 +57,34 @@ def assert_close(
     Rounding errors add up like a random walk: the whole tensor may be off by 2 sqrt(length) units of dtype,
     the worst element by 8 sqrt(length) units of the largest. NaN never passes.
     """
+    unit = torch.finfo(dtype).eps * math.sqrt(length)
+    assert_within(actual, expected, whole=2 * unit, worst=8 * unit)
+
+
+def assert_within(actual: Tensor, expected: Tensor, *, whole: float, worst: float) -> None:
+    """Hold the relative error of the whole tensor, and the worst element's against the largest, to limits."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     if expected.numel() == 0:
         return
     assert torch.isfinite(expected).all(), "the reference is not finite"
     error = (actual.double() - expected).abs()
-    unit = torch.finfo(dtype).eps * math.sqrt(length)
-    whole, worst = float(error.norm() / expected.norm().clamp_min(1e-30)), float(error.max())
-    assert whole <= 2 * unit, f"relative error {whole:.3g} is over {2 * unit:.3g}"
-    limit = 8 * unit * float(expected.abs().max())
-    assert worst <= limit, f"worst error {worst:.3g} is over {limit:.3g}"
+    for what, reached, limit in (
+        ("relative", error.norm() / expected.norm().clamp_min(1e-30), whole),
+        ("worst", error.max() / expected.abs().max().clamp_min(1e-30), worst),
+    ):
+        note(float(reached), limit)
+        assert reached <= limit, f"{what} error {float(reached):.3g} is over {limit:.3g}"
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """Hold a tensor to equal values; NaN never passes."""
+    assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
+    is_equal = torch.equal(actual, expected)
+    if not is_equal:
+        error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+        note(float(error), 0.0)
+    assert is_equal, "the values are not equal"
+    note(0.0, 0.0)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
