@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.cuda import emulated_ops
 from tests.cuda.faults import Fault, assert_caught
+from tests.emulation import library
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
 from tgi_asgi.formats.gguf_types import GgufType
+from tgi_asgi.formats.quantised import IntegerMatrix
 from tgi_asgi.formats.quants import dequantise
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, can_repack, repack
+from tgi_asgi.ops.cuda_linear import QuantLinear, Room
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
 from tgi_asgi.ops.grouped import GROUPED
-from tgi_asgi.ops.weights import NATIVE_FORMATS, WeightSource, float8_source, integer_source
+from tgi_asgi.ops.weights import (
+    NATIVE_FORMATS,
+    WeightSource,
+    float8_source,
+    integer_source,
+    linear_weight,
+)
 
 FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", *GROUPED]
 # Where a block's float16 numbers lie: random bytes would make them infinite.
@@ -157,11 +169,68 @@ def test_rows_of_different_formats_become_one_matrix(device: Device, names: tupl
 
 def test_every_format_of_the_cpu_stays_in_codes() -> None:
     floats = {"F32", "F16", "BF16"}
-    assert all(can_repack([name], 512) for name in NATIVE_FORMATS - floats)
-    assert not any(can_repack(["Q8_0", name], 512) for name in floats)
-    assert not can_repack(["Q4_K"], 288), "no whole block"
-    assert can_repack(["INT4_64", "Q6_K"], 512) and can_repack(["F8_64", "F8_64"], 512)
-    assert not can_repack(["F8_64", "Q6_K"], 512) and not can_repack(["F8_64", "F8_32"], 512)
+    assert all(can_repack([empty_source(name)]) for name in NATIVE_FORMATS - floats)
+    assert not any(can_repack([empty_source("Q8_0"), empty_source(name)]) for name in floats)
+    for names, can in {
+        ("INT4_64", "Q6_K"): True, ("F8_64", "F8_64"): True, ("F8_64", "Q6_K"): False,
+        ("F8_64", "F8_32"): False,
+    }.items():  # fmt: skip
+        assert can_repack([empty_source(name) for name in names]) is can
+
+
+def empty_source(name: str, order: Sequence[int] | None = None) -> WeightSource:
+    wanted = None if order is None else np.array(order, np.int64)
+    return WeightSource(np.zeros(0, np.uint8), name, (0, 512), wanted)
+
+
+def test_columns_of_one_matrix_must_lie_in_one_order() -> None:
+    up, down = list(range(512)), list(range(512))[::-1]
+    assert can_repack([empty_source("INT4_64", down), empty_source("INT4_128", down)])
+    assert not can_repack([empty_source("INT4_64", up), empty_source("INT4_64", down)])
+    assert not can_repack([empty_source("INT4_64"), empty_source("INT4_64", down)])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: int) -> None:
+    """GPTQ's act-order: few tokens take the codes, many the matrix decoded."""
+    reason = library.missing_tool()
+    if reason is not None:
+        pytest.skip(f"no emulation of CUDA here: {reason}")
+    emulated_ops.register()
+    rows, columns, num_groups = 24, 256, 4
+    groups = (torch.arange(columns) * num_groups // columns)[torch.randperm(columns)]
+    codes = torch.randint(1 << bits, (rows, columns), dtype=torch.uint8)
+    scales, zeros = (torch.rand(rows, num_groups) * 0.1).half().float(), torch.full((rows, num_groups), 8)
+    if bits == 8:
+        zeros += 120
+    values = scales.double()[:, groups] * (codes.double() - zeros.double()[:, groups])
+    packed = codes[:, 0::2] | codes[:, 1::2] << 4 if bits == 4 else codes
+    matrix = IntegerMatrix(
+        packed.numpy(), scales.numpy(), zeros.to(torch.uint8).numpy(), bits, groups.numpy()
+    )
+    made = matrix.by_group()
+    assert made is not None
+    source = integer_source(made[0].codes, made[0].scales, made[0].zeros, bits, made[1])
+    assert source is not None
+    weight = linear_weight(source, dtype=Repacking(torch.float32)).matrix
+    assert isinstance(weight, CudaQuantMatrix)
+    assert weight.nbytes < rows * columns * (bits + 2) / 8 + 8 * columns
+    assert torch.equal(weight.plain(torch.float16).double(), values.half().double())
+    a, out = torch.randn(tokens, columns).half(), torch.empty(tokens, rows)
+    linear = QuantLinear(weight, None, Room(torch.float16, a.device), is_batch_invariant=False)
+    linear.multiply(a, out)
+    length, dtype = (columns, torch.float32) if tokens < 50 else (2, torch.float16)
+    assert_close(out, a.double() @ values.T, length=length, dtype=dtype)
+    eager = linear_weight(source, dtype=torch.float32).matrix
+    assert torch.equal(eager, values.half().float()), "without codes the columns are in order"  # type: ignore[arg-type]
+
+
+def test_groups_of_different_sizes_are_not_put_side_by_side() -> None:
+    ones = np.ones((1, 2), np.float32)
+    groups = np.array([0, 1, 1, 1])
+    matrix = IntegerMatrix(np.zeros((1, 2), np.uint8), ones, ones.astype(np.uint8), 4, groups)
+    assert matrix.by_group() is None
 
 
 FAULTS = [

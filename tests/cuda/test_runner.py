@@ -302,6 +302,7 @@ def test_a_cache_that_the_gpu_does_not_have_is_refused(
     [
         ("awq", {}, 256 * 128 * (4 + 64 / 32) / 8),  # codes, and a float32 scale and offset a group of 32
         ("gptq", {"group": 128, "is_centred": True}, 256 * 128 * (4 + 64 / 128) / 8),
+        ("gptq", {"has_order": True, "is_centred": True}, 256 * 128 * (4 + 64 / 32) / 8 + 128 * 8),
         ("fp8", {"kind": "block"}, 256 * 128 * (8 + 32 / 32) / 8),
         ("fp8", {"kind": "tensor"}, 256 * 128 * (8 + 32 / 128) / 8),
     ],

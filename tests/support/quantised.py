@@ -37,13 +37,19 @@ class Codes:
 
 
 def random_codes(
-    rows: int, columns: int, group: int, *, bits: int = 4, is_centred: bool = False, has_order: bool = False
+    rows: int,
+    columns: int,
+    group: int,
+    *,
+    bits: int = 4,
+    is_centred: bool = False,
+    order_seed: int | None = None,
 ) -> Codes:
-    """Make a matrix; zero points are half the range if centred, columns' groups shuffled if ordered."""
+    """Make a matrix; zero points are half the range if centred, columns' groups shuffled with an order."""
     num_groups = columns // group
     groups = torch.arange(columns) // group
-    if has_order:
-        groups = groups[torch.randperm(columns)]
+    if order_seed is not None:
+        groups = groups[torch.randperm(columns, generator=torch.Generator().manual_seed(order_seed))]
     zeros = torch.randint(1, 1 << bits, (rows, num_groups))
     if is_centred:
         zeros = torch.full_like(zeros, 1 << bits - 1)
@@ -118,7 +124,7 @@ def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -
             continue
         stem = name.removesuffix("weight")
         del tensors[name]
-        made, weights = _quantise(parameter.detach(), recipe, options)
+        made, weights = _quantise(parameter.detach(), recipe, options, _order_seed(name))
         tensors |= {stem + key: tensor.contiguous() for key, tensor in made.items()}
         parameter.data.copy_(weights)
     save_file(tensors, directory / "model.safetensors")
@@ -128,7 +134,16 @@ def save_quantised(model: Model, directory: Path, recipe: str, **options: Any) -
     return files
 
 
-def _quantise(weight: Tensor, recipe: str, options: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+def _order_seed(name: str) -> int:
+    """Number what a matrix multiplies: AutoGPTQ orders columns by their inputs, so of one input all alike."""
+    layer, kind = name.split(".")[2], name.split(".")[-2]
+    inputs = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+    return 4 * int(layer) + next(i for i, kinds in enumerate(inputs) if kind in kinds)
+
+
+def _quantise(
+    weight: Tensor, recipe: str, options: dict[str, Any], order_seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
     if recipe == "fp8":
         return float8_tensors(weight, options["kind"])
     bits, is_centred = options.get("bits", 4), options.get("is_centred", False)
@@ -137,7 +152,7 @@ def _quantise(weight: Tensor, recipe: str, options: dict[str, Any]) -> tuple[dic
         options.get("group", 32),
         bits=bits,
         is_centred=is_centred,
-        has_order=options.get("has_order", False),
+        order_seed=order_seed if options.get("has_order") else None,
     )
     made = {
         "gptq": lambda: gptq_tensors(matrix, bits=bits, shift=options.get("shift", 1)),

@@ -99,11 +99,26 @@ class IntegerMatrix:
         """Rows and columns."""
         return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
 
+    def by_group(self) -> tuple[IntegerMatrix, npt.NDArray[np.int64]] | None:
+        """Put the columns of each group side by side; also return which column each of these is.
+
+        That is AutoGPTQ's act-order undone: a product takes its input's columns in this order. None if the
+        groups are not of one size.
+        """
+        assert self.groups is not None
+        _, columns = self.shape
+        counts = np.bincount(self.groups, minlength=self.scales.shape[1])
+        if (counts * len(counts) != columns).any():
+            return None
+        order = np.argsort(self.groups, kind="stable")
+        codes: Bytes = self._bytes()[:, order]
+        if self.bits == 4:
+            codes = codes[:, 0::2] | codes[:, 1::2] << np.uint8(4)
+        return IntegerMatrix(codes, self.scales, self.zeros, self.bits), order
+
     def dequantise(self) -> Floats:
         """Return the weights [rows, columns], each rounded once."""
-        codes, (_, columns) = self.codes, self.shape
-        if self.bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(self.shape)
+        codes, (_, columns) = self._bytes(), self.shape
         groups = self.groups
         if groups is None:
             groups = np.arange(columns) // (columns // self.scales.shape[1])
@@ -111,6 +126,13 @@ class IntegerMatrix:
         weights -= self.zeros[:, groups]
         weights *= self.scales[:, groups]
         return weights
+
+    def _bytes(self) -> Bytes:
+        """Return the codes [rows, columns], a byte each."""
+        codes = self.codes
+        if self.bits == 8:
+            return codes
+        return np.stack([codes & 15, codes >> 4], axis=2).reshape(self.shape)
 
 
 def unpack_gptq(

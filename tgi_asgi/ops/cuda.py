@@ -303,9 +303,7 @@ class CudaProgram:
         """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
         if not isinstance(weight.matrix, CudaQuantMatrix):
             return self._move(weight.matrix)
-        table = torch.empty(weight.matrix.shape, dtype=self._dtype, device=self._device)
-        self._move_codes(weight.matrix).decode(table)
-        return table
+        return self._move_codes(weight.matrix).plain(self._dtype)
 
     def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
         """Return the matrix on the device; the same matrix is moved once."""

@@ -118,7 +118,7 @@ class QuantLinear:
             return
         plain = self._room.view(self._matrix.shape)
         self._matrix.decode(plain)
-        out.copy_(torch.mm(a, plain.t()))
+        out.copy_(torch.mm(self._matrix.gather(a), plain.t()))
         if self._bias is not None:
             out += self._bias
 

@@ -49,18 +49,29 @@ class CudaQuantMatrix:
     shape: tuple[int, int]  # rows, columns
     bits: int  # 4 or 8
     zero: int
+    order: Tensor | None = None  # [columns] int64: which column of the matrix each of the codes' is
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+        parts = (self.codes, self.scales, self.offsets, self.order)
+        return sum(0 if part is None else part.nbytes for part in parts)
 
     def to(self, device: torch.device) -> CudaQuantMatrix:
         """Copy to a device."""
-        offsets = None if self.offsets is None else self.offsets.to(device)
         return CudaQuantMatrix(
-            self.codes.to(device), self.scales.to(device), offsets, self.shape, self.bits, self.zero
+            self.codes.to(device),
+            self.scales.to(device),
+            None if self.offsets is None else self.offsets.to(device),
+            self.shape,
+            self.bits,
+            self.zero,
+            None if self.order is None else self.order.to(device),
         )
+
+    def gather(self, a: Tensor) -> Tensor:
+        """Return the columns of a [n_tokens, columns] in the order of the codes'."""
+        return a if self.order is None else a.index_select(1, self.order)
 
     def multiply(self, a: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Write a @ W.T (+ bias) to out [n_tokens, rows], of a's dtype or float32, from the codes.
@@ -68,17 +79,27 @@ class CudaQuantMatrix:
         They are read again for every eight tokens of a [n_tokens, columns]. `bias` is float32. A token's
         result does not depend on the others.
         """
-        _kernels.quant_linear(a, self.codes, self.scales, self.offsets, bias, self.bits, self.zero, out)
+        _kernels.quant_linear(
+            self.gather(a), self.codes, self.scales, self.offsets, bias, self.bits, self.zero, out
+        )
 
     def decode(self, out: Tensor) -> None:
-        """Write the matrix to out [rows, columns], bfloat16 or float16."""
+        """Write the matrix to out [rows, columns], bfloat16 or float16, its columns as the codes lie."""
         _kernels.dequantise(self.codes, self.scales, self.offsets, self.bits, self.zero, out)
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix itself [rows, columns], bfloat16 or float16."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        self.decode(out)
+        return out if self.order is None else torch.empty_like(out).index_copy_(1, self.order, out)
 
-def can_repack(formats: Sequence[str], columns: int) -> bool:
-    """Tell whether sources of these formats become one matrix: all must be known here, floats the same."""
-    is_one = len(set(formats)) == 1 or not _FLOATS.intersection(formats)
-    return is_one and all(name in _REPACKERS and columns % _BLOCKS[name][0] == 0 for name in formats)
+
+def can_repack(sources: Sequence[WeightSource]) -> bool:
+    """Tell whether sources become one matrix: of formats known here, floats of one, columns in one order."""
+    formats = {source.format for source in sources}
+    is_one = len(formats) == 1 or not _FLOATS.intersection(formats)
+    orders = {None if source.order is None else source.order.tobytes() for source in sources}
+    return is_one and len(orders) == 1 and all(name in _REPACKERS for name in formats)
 
 
 def repack(sources: Sequence[WeightSource], device: torch.device | None = None) -> CudaQuantMatrix:
@@ -99,6 +120,7 @@ def repack(sources: Sequence[WeightSource], device: torch.device | None = None) 
         (sum(part.shape[0] for part in parts), first.shape[1]),
         first.bits,
         first.zero,
+        None if sources[0].order is None else torch.from_numpy(sources[0].order).to(target),
     )
 
 

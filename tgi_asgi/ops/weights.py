@@ -7,7 +7,7 @@ kernels know what comes out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ class WeightSource:
         format: one of `NATIVE_FORMATS`, or of those that `integer_source` and `float8_source` make; anything
             else is decoded to float32 by the caller first.
         shape: (rows, columns) with rows outermost in memory, or (elements,).
+        order: [columns], which column of the matrix each of the data's is (GPTQ's act-order); None: the same.
 
     Raises:
         ValueError: the format is not native, or the bytes are not as many as format and shape say.
@@ -57,6 +58,7 @@ class WeightSource:
     data: npt.NDArray[np.uint8]
     format: str
     shape: tuple[int, ...]
+    order: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.format not in _FORMATS:
@@ -74,7 +76,11 @@ class WeightSource:
 
 
 def integer_source(
-    codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], zeros: npt.NDArray[np.uint8], bits: int
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.uint8],
+    bits: int,
+    order: npt.NDArray[np.int64] | None = None,
 ) -> WeightSource | None:
     """Wrap a matrix of weights scale * (code - zero) as it is; None if no format holds it.
 
@@ -84,9 +90,10 @@ def integer_source(
         codes: [rows, columns * bits / 8], of two nibbles the first in the low half.
         scales, zeros: [rows, num_groups], of equal groups of columns.
         bits: 4 or 8.
+        order: as `WeightSource` has it.
     """
     made = (int4_blocks if bits == 4 else int8_blocks)(codes, scales, zeros)
-    return None if made is None else WeightSource(*made, (codes.shape[0], codes.shape[1] * 8 // bits))
+    return None if made is None else WeightSource(*made, (codes.shape[0], codes.shape[1] * 8 // bits), order)
 
 
 def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> WeightSource:
@@ -255,13 +262,14 @@ def _linear(
     bias = None if biases is None else torch.cat([vector(part) for part in biases])
     if bias is not None and bias.shape[0] != rows:
         raise ValueError(f"the bias must have {rows} elements, got {bias.shape[0]}")
+    if isinstance(dtype, Repacking) and can_repack(sources):
+        return LinearWeight(repack(sources, dtype.device), bias)
+    sources = [_in_order(source) for source in sources]
     if isinstance(dtype, Packing):
         raw = [_stored(source, dtype) for source in for_cpu(sources, dtype)]
         wanted = order()
         return LinearWeight(pack(raw, columns, wanted, dtype), ordered_bias(bias, wanted))
     if isinstance(dtype, Repacking):
-        if can_repack([source.format for source in sources], columns):
-            return LinearWeight(repack(sources, dtype.device), bias)
         matrix = torch.empty(rows, columns, dtype=dtype.dtype, device=dtype.device)
     elif dtype in (torch.float32, torch.bfloat16):
         matrix = torch.empty(rows, columns, dtype=dtype)
@@ -286,8 +294,17 @@ def _write(matrix: Tensor, source: WeightSource) -> None:
         target.copy_(piece.to(matrix.device))
 
 
+def _in_order(source: WeightSource) -> WeightSource:
+    """Put a source's columns in their own order: no block holds groups that lie apart, so in float16."""
+    if source.order is None:
+        return source
+    weights = torch.empty(source.shape, dtype=torch.float16)
+    weights[:, torch.from_numpy(source.order)] = _decode(source).half()
+    return WeightSource(weights.numpy().reshape(-1).view(np.uint8), "F16", source.shape)
+
+
 def _decode(source: WeightSource) -> Tensor:
-    """Return a source as float32 of its shape."""
+    """Return a source as float32 of its shape, its columns as they lie."""
     if source.format in GROUPED:
         return torch.from_numpy(decode_grouped(source.data, source.format, source.shape))
     data = _as_tensor(source.data)
@@ -313,7 +330,7 @@ def _stored(source: WeightSource, packing: Packing) -> tuple[Tensor, str]:
 
 
 def _as_float32(source: WeightSource) -> WeightSource:
-    return WeightSource(_decode(source).numpy().reshape(-1).view(np.uint8), "F32", source.shape)
+    return WeightSource(_decode(_in_order(source)).numpy().reshape(-1).view(np.uint8), "F32", source.shape)
 
 
 def _as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
@@ -340,7 +357,7 @@ def _halve_pairs(source: WeightSource, head_dim: int) -> WeightSource:
     """Reorder rows 0 1 2 3 ... of each head to 0 2 4 ... 1 3 5 ...: whole rows move, so any format does."""
     heads = source.shape[0] // head_dim
     rows = source.data.reshape(heads, head_dim // 2, 2, -1)
-    return WeightSource(np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1), source.format, source.shape)
+    return replace(source, data=np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1))
 
 
 @meta_of("dequantise")

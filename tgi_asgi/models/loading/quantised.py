@@ -79,9 +79,13 @@ def _read_integers(
 
 
 def _as_source(matrix: IntegerMatrix) -> WeightSource:
-    """Keep codes where a format has them, in groups that lie together; else decode to float16 as AutoGPTQ."""
-    if matrix.groups is None:
-        source = ops.integer_source(matrix.codes, matrix.scales, matrix.zeros, matrix.bits)
+    """Keep codes where a format has them, groups put side by side; else decode to float16 as AutoGPTQ."""
+    grouped = (matrix, None) if matrix.groups is None else matrix.by_group()
+    if grouped is not None:
+        side_by_side, order = grouped
+        source = ops.integer_source(
+            side_by_side.codes, side_by_side.scales, side_by_side.zeros, matrix.bits, order
+        )
         if source is not None:
             return source
     weights = matrix.dequantise().astype(np.float16)
