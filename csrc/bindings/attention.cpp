@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "checks.h"
+#include "bindings/checks.h"
 #include "cpu/team.h"
 #include "params.h"
 

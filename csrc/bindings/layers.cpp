@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "checks.h"
+#include "bindings/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/team.h"
 #include "params.h"

@@ -8,7 +8,7 @@
 #include <exception>
 #include <vector>
 
-#include "checks.h"
+#include "bindings/checks.h"
 #include "cpu/platform.h"
 #include "cpu/team.h"
 

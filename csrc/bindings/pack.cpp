@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings/checks.h"
 #include "bindings/packed.h"
-#include "checks.h"
 #include "cpu/team.h"
 
 namespace {

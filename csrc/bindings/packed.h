@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "checks.h"
+#include "bindings/checks.h"
 #include "cpu/step/packed.h"
 
 namespace tgi {

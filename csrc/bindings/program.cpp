@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
+#include "bindings/checks.h"
 #include "bindings/packed.h"
 #include "bindings/sample.h"
-#include "checks.h"
 #include "cpu/team.h"
 
 namespace {

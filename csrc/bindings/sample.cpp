@@ -1,11 +1,11 @@
-// CPU adapters of sampling and log-probabilities.
+// CPU adapters of sampling and log-probabilities, and what the CUDA adapters share with them.
 #include "bindings/sample.h"
 
 #include <torch/library.h>
 
 #include <vector>
 
-#include "checks.h"
+#include "bindings/checks.h"
 #include "cpu/sample.h"
 #include "cpu/team.h"
 #include "params.h"
@@ -46,49 +46,82 @@ void check_record(const tgi::SampleParams& p, int64_t slot) {
 
 namespace tgi {
 
+SampleParams sample_params(CheckTensor* check, const Tensor& logits, const Tensor& slots,
+                           const Tensor& records, const Tensor& counts, const Tensor& biased_ids,
+                           const Tensor& biased_values, const Tensor& masked_ids,
+                           const std::optional<Tensor>& mask, const Tensor& token_ids,
+                           const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
+                           const Tensor& top_logprobs, const Tensor& num_top) {
+  check(logits, "logits", kFloat, {-1, -1});
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  check_positive(vocab, "vocab");
+  check(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(SampleSlot))});
+  const int64_t num_slots = records.size(0);
+  check(slots, "slots", kInt, {num_rows});
+  check(counts, "counts", kInt, {num_slots, vocab});
+  check(biased_ids, "biased_ids", kInt, {num_slots, -1});
+  check(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
+  check(masked_ids, "masked_ids", kInt, {num_slots, -1});
+  if (mask) check(*mask, "mask", kInt, {-1, (vocab + 31) / 32});
+  check(token_ids, "token_ids", kInt, {num_rows});
+  check(is_finite, "is_finite", kBool, {num_rows});
+  check(logprobs, "logprobs", kFloat, {num_rows});
+  check(top_ids, "top_ids", kInt, {num_rows, -1});
+  check(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
+  check(num_top, "num_top", kInt, {num_rows});
+  return {logits.const_data_ptr<float>(),
+          slots.const_data_ptr<int32_t>(),
+          static_cast<SampleSlot*>(records.mutable_data_ptr()),
+          counts.mutable_data_ptr<int32_t>(),
+          biased_ids.const_data_ptr<int32_t>(),
+          biased_values.const_data_ptr<float>(),
+          masked_ids.const_data_ptr<int32_t>(),
+          mask ? mask->const_data_ptr<int32_t>() : nullptr,
+          token_ids.mutable_data_ptr<int32_t>(),
+          is_finite.mutable_data_ptr<bool>(),
+          logprobs.mutable_data_ptr<float>(),
+          top_ids.mutable_data_ptr<int32_t>(),
+          top_logprobs.mutable_data_ptr<float>(),
+          num_top.mutable_data_ptr<int32_t>(),
+          vocab,
+          biased_ids.size(1),
+          masked_ids.size(1),
+          top_ids.size(1)};
+}
+
+TokenLogprobsParams token_logprobs_params(CheckTensor* check, const Tensor& logits,
+                                          const Tensor& token_ids, const Tensor& logprobs,
+                                          const Tensor& top_ids, const Tensor& top_logprobs) {
+  check(logits, "logits", kFloat, {-1, -1});
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  check(token_ids, "token_ids", kInt, {num_rows});
+  check(logprobs, "logprobs", kFloat, {num_rows});
+  check(top_ids, "top_ids", kInt, {num_rows, -1});
+  check(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
+  TORCH_CHECK(top_ids.size(1) <= vocab, "`top_ids` must have at most ", vocab, " columns, got ",
+              top_ids.size(1));
+  return {logits.const_data_ptr<float>(),
+          token_ids.const_data_ptr<int32_t>(),
+          logprobs.mutable_data_ptr<float>(),
+          top_ids.mutable_data_ptr<int32_t>(),
+          top_logprobs.mutable_data_ptr<float>(),
+          vocab,
+          top_ids.size(1)};
+}
+
 SampleCall check_sample(const Tensor& logits, const Tensor& slots, const Tensor& records,
                         const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
                         const Tensor& masked_ids, const std::optional<Tensor>& mask,
                         const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
                         const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
                         const Tensor& num_top) {
-  check_tensor(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  tgi::check_positive(vocab, "vocab");
-  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
-  const int64_t num_slots = records.size(0);
-  check_tensor(slots, "slots", kInt, {num_rows});
-  check_tensor(counts, "counts", kInt, {num_slots, vocab});
-  check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
-  check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
-  check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
-  if (mask) check_tensor(*mask, "mask", kInt, {num_rows, (vocab + 31) / 32});
-  check_tensor(scratch, "scratch", kFloat, {-1, tgi::cpu::kSampleScratchRows, vocab});
-  check_tensor(token_ids, "token_ids", kInt, {num_rows});
-  check_tensor(is_finite, "is_finite", kBool, {num_rows});
-  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
-  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
-  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  check_tensor(num_top, "num_top", kInt, {num_rows});
-  check_slots(slots, num_slots);
-  const tgi::SampleParams params = {logits.const_data_ptr<float>(),
-                                    slots.const_data_ptr<int32_t>(),
-                                    static_cast<tgi::SampleSlot*>(records.mutable_data_ptr()),
-                                    counts.mutable_data_ptr<int32_t>(),
-                                    biased_ids.const_data_ptr<int32_t>(),
-                                    biased_values.const_data_ptr<float>(),
-                                    masked_ids.const_data_ptr<int32_t>(),
-                                    mask ? mask->const_data_ptr<int32_t>() : nullptr,
-                                    token_ids.mutable_data_ptr<int32_t>(),
-                                    is_finite.mutable_data_ptr<bool>(),
-                                    logprobs.mutable_data_ptr<float>(),
-                                    top_ids.mutable_data_ptr<int32_t>(),
-                                    top_logprobs.mutable_data_ptr<float>(),
-                                    num_top.mutable_data_ptr<int32_t>(),
-                                    vocab,
-                                    biased_ids.size(1),
-                                    masked_ids.size(1),
-                                    top_ids.size(1)};
+  const SampleParams params = sample_params(check_tensor, logits, slots, records, counts,
+                                            biased_ids, biased_values, masked_ids, mask, token_ids,
+                                            is_finite, logprobs, top_ids, top_logprobs, num_top);
+  const int64_t num_rows = logits.size(0);
+  if (mask) check_tensor(*mask, "mask", kInt, {num_rows, -1});
+  check_tensor(scratch, "scratch", kFloat, {-1, cpu::kSampleScratchRows, params.vocab});
+  check_slots(slots, records.size(0));
   for (int64_t row = 0; row < num_rows; ++row) check_record(params, params.slots[row]);
   return {params, num_rows, scratch.mutable_data_ptr<float>(), scratch.size(0)};
 }
@@ -128,22 +161,10 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
 
 void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
                     const Tensor& top_ids, const Tensor& top_logprobs) {
-  check_tensor(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  check_tensor(token_ids, "token_ids", kInt, {num_rows});
-  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
-  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
-  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  TORCH_CHECK(top_ids.size(1) <= vocab, "`top_ids` must have at most ", vocab, " columns, got ",
-              top_ids.size(1));
-  check_range(token_ids.const_data_ptr<int32_t>(), num_rows, vocab, "token_ids");
-  const tgi::TokenLogprobsParams params = {logits.const_data_ptr<float>(),
-                                           token_ids.const_data_ptr<int32_t>(),
-                                           logprobs.mutable_data_ptr<float>(),
-                                           top_ids.mutable_data_ptr<int32_t>(),
-                                           top_logprobs.mutable_data_ptr<float>(),
-                                           vocab,
-                                           top_ids.size(1)};
+  const tgi::TokenLogprobsParams params =
+      tgi::token_logprobs_params(check_tensor, logits, token_ids, logprobs, top_ids, top_logprobs);
+  const int64_t num_rows = logits.size(0);
+  check_range(params.token_ids, num_rows, params.vocab, "token_ids");
   tgi::cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
     tgi::cpu::token_logprobs(params, begin, end);
   });

@@ -1,15 +1,35 @@
-// A checked call of the sampling kernel: by the operator `sample`, and as the end of a recorded
-// step.
+// Operands of the sampling kernels, checked: those that every device has, and a call on the CPU, by
+// the operator `sample` or as the end of a recorded step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "params.h"
 
 namespace tgi {
+
+using CheckTensor = void(const at::Tensor&, const char*, c10::ScalarType,
+                         std::initializer_list<int64_t>);
+
+// Operands as the schema of `sample` names them, each held to its dtype and shape by `check`; the
+// mask may have any number of rows.
+SampleParams sample_params(CheckTensor* check, const at::Tensor& logits, const at::Tensor& slots,
+                           const at::Tensor& records, const at::Tensor& counts,
+                           const at::Tensor& biased_ids, const at::Tensor& biased_values,
+                           const at::Tensor& masked_ids, const std::optional<at::Tensor>& mask,
+                           const at::Tensor& token_ids, const at::Tensor& is_finite,
+                           const at::Tensor& logprobs, const at::Tensor& top_ids,
+                           const at::Tensor& top_logprobs, const at::Tensor& num_top);
+
+// The same of `token_logprobs`.
+TokenLogprobsParams token_logprobs_params(CheckTensor* check, const at::Tensor& logits,
+                                          const at::Tensor& token_ids, const at::Tensor& logprobs,
+                                          const at::Tensor& top_ids,
+                                          const at::Tensor& top_logprobs);
 
 // The operands of one call. They belong to the tensors that were checked.
 struct SampleCall {

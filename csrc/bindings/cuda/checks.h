@@ -1,5 +1,5 @@
-// Checks of operands of the CUDA operators, and the stream they run on; see csrc/checks.h for the
-// CPU's. What lies on the device is not looked at: kernels clamp ids and lengths.
+// Checks of operands of the CUDA operators, beside those of bindings/checks.h, and the stream they
+// run on. What lies on the device is not looked at: kernels clamp ids and lengths.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,27 +9,17 @@
 
 #include <initializer_list>
 
+#include "bindings/checks.h"
 #include "cuda/kernels.h"
 
 namespace tgi::cuda {
 
-// A contiguous CUDA tensor of this dtype and shape, 16-byte aligned; a size of -1 may be anything.
+// A contiguous tensor on a CUDA device, 16-byte aligned, as check_layout says.
 inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
   TORCH_CHECK(tensor.device().is_cuda(), "`", name, "` must be on a CUDA device, got ",
               tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ",
-              tensor.scalar_type());
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t axis = 0;
-  for (const int64_t size : shape) {
-    fits = fits && (size < 0 || tensor.size(axis) == size);
-    ++axis;
-  }
-  TORCH_CHECK(fits, "`", name, "` must have shape ", at::IntArrayRef(shape), " (-1: any), got ",
-              tensor.sizes());
-  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ",
-              tensor.strides());
+  check_layout(tensor, name, dtype, shape);
   // Vectors of 16 bytes are of floating-point data; lists of ids are read one by one, and may be
   // slices.
   TORCH_CHECK(

@@ -1,4 +1,6 @@
 // CUDA adapters of sampling and log-probabilities.
+#include "bindings/sample.h"
+
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"
@@ -17,73 +19,30 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
             const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
             const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
             const Tensor& num_top) {
-  check_tensor(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
-  const int64_t num_slots = records.size(0);
-  check_tensor(slots, "slots", kInt, {num_rows});
-  check_tensor(counts, "counts", kInt, {num_slots, vocab});
-  check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
-  check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
-  check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
+  const tgi::SampleParams base = tgi::sample_params(
+      check_tensor, logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
+      token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
+  const int64_t num_rows = logits.size(0);
   TORCH_CHECK(mask.has_value() == mask_rows.has_value(),
               "`mask` and `mask_rows` must be given together");
-  if (mask) {
-    check_tensor(*mask, "mask", kInt, {-1, (vocab + 31) / 32});
-    check_tensor(*mask_rows, "mask_rows", kInt, {num_rows});
-  }
-  check_tensor(scratch, "scratch", kFloat, {-1, vocab});
+  if (mask_rows) check_tensor(*mask_rows, "mask_rows", kInt, {num_rows});
+  check_tensor(scratch, "scratch", kFloat, {-1, base.vocab});
   TORCH_CHECK(scratch.size(0) >= num_rows, "`scratch` must have ", num_rows, " rows, got ",
               scratch.size(0));
-  check_tensor(token_ids, "token_ids", kInt, {num_rows});
-  check_tensor(is_finite, "is_finite", at::kBool, {num_rows});
-  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
-  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
-  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  check_tensor(num_top, "num_top", kInt, {num_rows});
-  const tgi::SampleParams base = {logits.const_data_ptr<float>(),
-                                  slots.const_data_ptr<int32_t>(),
-                                  static_cast<tgi::SampleSlot*>(records.mutable_data_ptr()),
-                                  counts.mutable_data_ptr<int32_t>(),
-                                  biased_ids.const_data_ptr<int32_t>(),
-                                  biased_values.const_data_ptr<float>(),
-                                  masked_ids.const_data_ptr<int32_t>(),
-                                  tgi::cuda::data_or_null<int32_t>(mask),
-                                  token_ids.mutable_data_ptr<int32_t>(),
-                                  is_finite.mutable_data_ptr<bool>(),
-                                  logprobs.mutable_data_ptr<float>(),
-                                  top_ids.mutable_data_ptr<int32_t>(),
-                                  top_logprobs.mutable_data_ptr<float>(),
-                                  num_top.mutable_data_ptr<int32_t>(),
-                                  vocab,
-                                  biased_ids.size(1),
-                                  masked_ids.size(1),
-                                  top_ids.size(1)};
   const tgi::cuda::SampleParams params = {base,
                                           tgi::cuda::data_or_null<int32_t>(mask_rows),
                                           scratch.mutable_data_ptr<float>(),
                                           mask ? mask->size(0) : 0,
                                           num_rows,
-                                          num_slots};
+                                          records.size(0)};
   run(tgi::cuda::sample, params, logits);
 }
 
 void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
                     const Tensor& top_ids, const Tensor& top_logprobs) {
-  check_tensor(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  check_tensor(token_ids, "token_ids", kInt, {num_rows});
-  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
-  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
-  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  const tgi::TokenLogprobsParams base = {logits.const_data_ptr<float>(),
-                                         token_ids.const_data_ptr<int32_t>(),
-                                         logprobs.mutable_data_ptr<float>(),
-                                         top_ids.mutable_data_ptr<int32_t>(),
-                                         top_logprobs.mutable_data_ptr<float>(),
-                                         vocab,
-                                         top_ids.size(1)};
-  run(tgi::cuda::token_logprobs, tgi::cuda::TokenLogprobsParams{base, num_rows}, logits);
+  const tgi::TokenLogprobsParams base =
+      tgi::token_logprobs_params(check_tensor, logits, token_ids, logprobs, top_ids, top_logprobs);
+  run(tgi::cuda::token_logprobs, tgi::cuda::TokenLogprobsParams{base, logits.size(0)}, logits);
 }
 
 }  // namespace

@@ -9,10 +9,9 @@
 
 namespace tgi {
 
-// A contiguous CPU tensor of this dtype and shape; a size of -1 may be anything.
-inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
+// A contiguous tensor of this dtype and shape, wherever it lies; a size of -1 may be anything.
+inline void check_layout(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
-  TORCH_CHECK(tensor.device().is_cpu(), "`", name, "` must be on the CPU, got ", tensor.device());
   TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ",
               tensor.scalar_type());
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
@@ -25,6 +24,13 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, c10::Scalar
               tensor.sizes());
   TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ",
               tensor.strides());
+}
+
+// The same on the CPU.
+inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  TORCH_CHECK(tensor.device().is_cpu(), "`", name, "` must be on the CPU, got ", tensor.device());
+  check_layout(tensor, name, dtype, shape);
 }
 
 // A layer's part of the KV cache's pool [num_blocks, 2, num_kv_heads, elements of a head's block]:
