@@ -106,8 +106,9 @@ class Bench:
         hidden, queries = config.hidden_size, config.num_heads * config.head_dim
         if name == "attention":
             seen = sum(range(shape.context - shape.tokens + 1, shape.context + 1))
+            all_seen = (config.num_layers - 1) * seen + shape.context  # of the last layer the last token
             halves = 2 if self.kv_dtype is torch.int8 else 1  # a high and a low byte of queries and weights
-            return 4 * config.num_layers * queries * seen * shape.sequences * halves
+            return 4 * queries * all_seen * shape.sequences * halves
         outputs = {
             "qkv": hidden * (queries + 2 * config.num_kv_heads * config.head_dim),
             "linear_add o": queries * hidden,
@@ -116,7 +117,10 @@ class Bench:
         }
         if name == "logits":
             return 2 * config.vocab_size * hidden * shape.sequences
-        return 2 * config.num_layers * outputs.get(name, 0) * shape.num_tokens
+        tokens = config.num_layers * shape.num_tokens
+        if name != "qkv":  # what follows the last keys and values is computed of the last tokens only
+            tokens -= shape.num_tokens - shape.sequences
+        return 2 * outputs.get(name, 0) * tokens
 
 
 def _batch(config: ModelConfig, shape: Shape) -> tuple[Batch, torch.Tensor]:

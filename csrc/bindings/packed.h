@@ -25,6 +25,14 @@ inline step::Format format_of(c10::string_view name) {
               std::string(name));
 }
 
+inline step::Precision precision_of(c10::string_view name) {
+  if (name == "int8") return step::Precision::kInt8;
+  if (name == "bfloat16") return step::Precision::kBF16;
+  TORCH_CHECK(name == "float32", "`precision` must be int8, bfloat16 or float32, got ",
+              std::string(name));
+  return step::Precision::kFloat32;
+}
+
 inline void check_columns(step::Format format, int64_t columns) {
   const int64_t unit = step::panel_layout(format).header_bytes != 0 ? 256 : step::kBlockColumns;
   TORCH_CHECK(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit,

@@ -31,16 +31,10 @@ using tgi::check_kv;
 using tgi::check_positive;
 using tgi::check_range;
 using tgi::check_tensor;
+using tgi::precision_of;
 namespace step = tgi::step;
 using step::Precision;
 using step::Sync;
-
-Precision precision_of(const std::string& name) {
-  if (name == "int8") return Precision::kInt8;
-  if (name == "bfloat16") return Precision::kBF16;
-  TORCH_CHECK(name == "float32", "`precision` must be int8, bfloat16 or float32, got ", name);
-  return Precision::kFloat32;
-}
 
 class StepProgram : public torch::CustomClassHolder {
  public:
@@ -75,6 +69,7 @@ class StepProgram : public torch::CustomClassHolder {
                 table.num_rows, "], got ", num_ids);
     check_tensor(x, "x", kFloat, {max_tokens_, columns});
     num_ids_ = num_ids;
+    x_ = x;
     forward_.add(step::kernels().embed,
                  step::EmbedParams{table, static_cast<float>(factor), x.mutable_data_ptr<float>()});
     keep({weight, x});
@@ -138,6 +133,8 @@ class StepProgram : public torch::CustomClassHolder {
     params.q_scale = static_cast<float>(scale * 1.4426950408889634);
     params.q = q.mutable_data_ptr();
     forward_.add(step::kernels().qkv, params);
+    last_qkv_ = forward_.size();
+    q_ = q;
     num_positions_ = std::min<int64_t>(num_positions_, cosines.size(0));
     keep(parts);
     keep(norms);
@@ -227,15 +224,13 @@ class StepProgram : public torch::CustomClassHolder {
     set_header(ids, positions, slots, query_start, context_len, block_table);
     set_rows(rows);
     if (header_.num_tokens == 0) return;
-    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members); },
-                          [&](int member, int num_members) {
-                            forward_.run(header_, member, num_members);
-                            if (header_.num_rows > 0) head_.run(header_, member, num_members);
-                          });
+    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
+                          [&](int member, int num_members) { run_step(member, num_members); });
   }
 
-  // The same and then one draw a row, all in one run of the team. Operands from `row_slots` on are
-  // those of the operator `sample`; the mask, if any, was computed before.
+  // The same and then one draw a row, all in one run of the team; of tokens that are not drawn
+  // after only keys and values are computed. Operands from `row_slots` on are those of the operator
+  // `sample`; the mask, if any, was computed before.
   void draw(const Tensor& ids, const Tensor& positions, const Tensor& slots,
             const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
             const Tensor& rows, const Tensor& row_slots, const Tensor& records,
@@ -252,17 +247,16 @@ class StepProgram : public torch::CustomClassHolder {
                           is_finite, logprobs, top_ids, top_logprobs, num_top);
     tgi::cpu::run_on_team(
         [&](int num_members) {
-          prepare(num_members);
+          prepare(num_members, true);
           call.check_members(num_members);
         },
         [&](int member, int num_members) {
-          forward_.run(header_, member, num_members);
-          head_.run(header_, member, num_members);
+          run_step(member, num_members);
           call.run(member, num_members);
         });
   }
 
-  // As `run`, and returns the seconds that each operator took, barrier included.
+  // As `draw` without drawing; returns the seconds that each operator took, barrier included.
   Tensor profile(const Tensor& ids, const Tensor& positions, const Tensor& slots,
                  const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
                  const Tensor& rows) {
@@ -270,25 +264,26 @@ class StepProgram : public torch::CustomClassHolder {
     set_rows(rows);
     Tensor times = at::empty({num_operators() + 1}, at::kDouble);
     auto* const begin = times.mutable_data_ptr<double>();
-    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members); },
+    tgi::cpu::run_on_team([&](int num_members) { prepare(num_members, true); },
                           [&](int member, int num_members) {
                             if (member == 0)
                               *begin = std::chrono::duration<double>(
                                            std::chrono::steady_clock::now().time_since_epoch())
                                            .count();
-                            forward_.run(header_, member, num_members, begin + 1);
-                            head_.run(header_, member, num_members, begin + 1 + forward_.size());
+                            run_step(member, num_members, begin + 1);
                           });
     return times.diff();
   }
 
-  // Runs the head again on other rows of the last batch.
+  // Runs the head again on other rows of the last batch, which `run` must have computed.
   void run_head(const Tensor& rows) {
+    TORCH_CHECK(!has_last_rows_, "`draw` has kept only what it drew after");
     set_rows(rows);
     if (header_.num_rows == 0) return;
-    tgi::cpu::run_on_team(
-        [&](int num_members) { check_members(num_members); },
-        [&](int member, int num_members) { head_.run(header_, member, num_members); });
+    tgi::cpu::run_on_team([&](int num_members) { check_members(num_members); },
+                          [&](int member, int num_members) {
+                            head_.run(header_, 0, head_.size(), member, num_members);
+                          });
   }
 
   int64_t num_operators() const { return forward_.size() + head_.size(); }
@@ -356,10 +351,28 @@ class StepProgram : public torch::CustomClassHolder {
   }
 
   // Before a forward pass, once the team is known.
-  void prepare(int num_members) {
+  void prepare(int num_members, bool for_rows) {
     check_members(num_members);
     step::split_attention(header_, num_heads_, kv_.num_heads, num_members, split_.data());
     header_.attention_split = split_.data();
+    has_last_rows_ = for_rows && last_rows_.prepare(header_, kv_.block_size, num_heads_,
+                                                    kv_.num_heads, num_members);
+  }
+
+  void run_step(int member, int num_members, double* ends = nullptr) {
+    const step::StepHeader& last = has_last_rows_ ? last_rows_.header() : header_;
+    forward_.run(header_, 0, last_qkv_, member, num_members, ends);
+    if (has_last_rows_) {
+      if (member == 0) {
+        last_rows_.gather(x_.mutable_data_ptr(), x_.stride(0) * x_.element_size());
+        last_rows_.gather(q_.mutable_data_ptr(), q_.stride(0));
+      }
+      tgi::cpu::team_barrier();
+    }
+    forward_.run(last, last_qkv_, forward_.size(), member, num_members, ends);
+    if (last.num_rows == 0) return;
+    head_.run(last, 0, head_.size(), member, num_members,
+              ends == nullptr ? nullptr : ends + forward_.size());
   }
 
   step::Activation activation_of(const Tensor& buffer, int64_t tokens, int64_t columns,
@@ -434,37 +447,18 @@ class StepProgram : public torch::CustomClassHolder {
   step::Segment forward_, head_;
   step::StepHeader header_ = {};
   std::vector<step::AttentionPoint> split_;
+  step::LastRows last_rows_;
+  bool has_last_rows_ = false;
+  int64_t last_qkv_ = 0;  // operators up to the last that writes keys and values
   std::unique_ptr<step::AttentionWorkspace> workspace_;
   std::set<const void*> norms_;  // buffers that members may hold copies of, see kPrivateTokens
-  Tensor logits_;
+  Tensor x_, q_, logits_;
   std::vector<Tensor> scratch_, kept_;
 };
-
-// Operations a second of the whole team at the instruction behind products of this precision: two a
-// multiply-add.
-double arithmetic_peak(c10::string_view precision_name) {
-  constexpr int64_t kTimes = 4000000, kRegisters = 12, kLanes = 16;
-  const Precision precision = precision_of(std::string(precision_name));
-  const int64_t terms = precision == Precision::kInt8 ? 4 : precision == Precision::kBF16 ? 2 : 1;
-  int members = 1;
-  float sink = 0;
-  const auto start = std::chrono::steady_clock::now();
-  tgi::cpu::run_on_team([&](int member, int num_members) {
-    const float sum = step::kernels().spin(precision, kTimes);
-    if (member == 0) {
-      members = num_members;
-      sink = sum;
-    }
-  });
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  TORCH_CHECK(sink == sink, "the sum of the peak's loop is a number");
-  return 2.0 * static_cast<double>(kTimes * kRegisters * kLanes * terms * members) / taken.count();
-}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tgi, m) {
-  m.def("arithmetic_peak(str precision) -> float", arithmetic_peak);
   m.class_<StepProgram>("StepProgram")
       .def(torch::init<int64_t, int64_t, int64_t>())
       .def("activation_bytes", &StepProgram::activation_bytes)

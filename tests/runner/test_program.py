@@ -17,6 +17,7 @@ from tgi_asgi.models.batch import Batch
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.runner.program import EagerStep, RecordedStep, Step, can_record, make_step
+from tgi_asgi.types import SamplingParams
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -88,6 +89,18 @@ class Cache:
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Compute the pieces as one batch; return the logits of all their tokens."""
+        batch = self.batch(pieces)
+        x, _ = self.step.run(batch, _int([]))
+        rows = torch.arange(len(batch.ids), dtype=torch.int32)
+        return torch.cat([self.step.logits(x, part) for part in rows.split(32)])
+
+    def draw(self, pieces: Sequence[Piece], rows: Sequence[int]) -> ops.SampleResult:
+        """Compute the pieces as one batch and draw, greedily, after rows of it."""
+        state = _greedy(len(rows))
+        return self.step.draw(self.batch(pieces), _int(rows), _int(range(len(rows))), state, None)
+
+    def batch(self, pieces: Sequence[Piece]) -> Batch:
+        """Make a batch of the pieces; new blocks are taken as they need them."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -104,10 +117,7 @@ class Cache:
         tables = ops.AttentionTables(
             _int(starts), _int([piece.stop for piece in pieces]), self._block_table(pieces)
         )
-        batch = Batch(_int(ids), _int(positions), torch.tensor(slots), tables)
-        x, _ = self.step.run(batch, _int([]))
-        rows = torch.arange(len(ids), dtype=torch.int32)
-        return torch.cat([self.step.logits(x, part) for part in rows.split(32)])
+        return Batch(_int(ids), _int(positions), torch.tensor(slots), tables)
 
     def _block_table(self, pieces: Sequence[Piece]) -> Tensor:
         widest = max(len(self.tables[piece.sequence]) for piece in pieces)
@@ -120,6 +130,15 @@ class Cache:
 
 def _int(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def _greedy(num_slots: int) -> ops.SampleState:
+    """Return slots whose draws have the log-probabilities of all tokens."""
+    state = ops.SampleState(num_slots, CONFIG.vocab_size)
+    for slot in range(num_slots):
+        sampling = SamplingParams(temperature=0.0, logprobs=CONFIG.vocab_size)
+        state.start(slot, sampling, choice=0, prompt_ids=[0])
+    return state
 
 
 def recorded(model: Llama, kv: list[ops.KvLayer]) -> Step:
@@ -231,6 +250,42 @@ def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: tor
     _C.set_num_threads(before)
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([0, 1, 2], id="the first"),  # where they are already
+        pytest.param([0, 1, 44, 351], id="last tokens"),  # of each piece: 352 tokens in all
+        pytest.param([351], id="one"),
+        pytest.param([1, 44, 20, 351], id="not ascending"),
+        pytest.param([10, 20, 350], id="inside pieces"),
+    ],
+)
+def test_a_draw_computes_of_its_rows_what_a_whole_step_does(rows: list[int], threads: int) -> None:
+    before = _C.num_threads()
+    _C.set_num_threads(threads)
+    drawn, whole = (recorded_cache("Q4_1", is_exact=False) for _ in range(2))
+    prompts = [Piece(0, 0, 300), Piece(1, 0, 3), Piece(2, 0, 7)]
+    later = [Piece(0, 300, 301), Piece(1, 3, 4), Piece(2, 7, 50), Piece(3, 0, 307)]
+    for pieces, wanted in ((prompts, [299, 309]), (later, rows)):
+        found = drawn.draw(pieces, wanted)
+        logits = whole.run(pieces)[wanted].contiguous()
+        slots = _int(range(len(wanted)))
+        expected = ops.sample(logits, _greedy(len(wanted)), slots)
+        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+            assert_same_bits(getattr(found, name), getattr(expected, name))
+    _C.set_num_threads(before)
+
+
+def test_after_a_draw_there_are_no_logits_of_other_rows() -> None:
+    cache = recorded_cache("Q4_1", is_exact=False)
+    cache.draw([Piece(0, 0, 20)], [19])
+    with pytest.raises(RuntimeError, match="`draw` has kept only what it drew after"):
+        cache.step.logits(torch.empty(0), _int([3]))
+    cache.draw([Piece(0, 20, 21)], [0])  # all of its tokens
+    assert cache.step.logits(torch.empty(0), _int([0])).shape == (1, CONFIG.vocab_size)
 
 
 def test_steps_alternate_sizes_without_a_trace() -> None:

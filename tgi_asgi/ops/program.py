@@ -100,7 +100,8 @@ class StepProgram:
     ) -> SampleResult:
         """Compute a step and draw a token after each of rows [n_rows] int32: `run` and `sample` in one.
 
-        Nothing of Python lies between them. `mask` is that of `sample`.
+        Nothing of Python lies between them. `mask` is that of `sample`. Of the last layer only what rows need
+        is computed, beside keys and values, so neither `residual` nor `run_head` is there afterwards.
 
         Raises:
             RuntimeError: as `run` and `sample`; nothing has been computed.
@@ -117,14 +118,14 @@ class StepProgram:
     def profile(
         self, ids: Tensor, positions: Tensor, slots: Tensor, tables: AttentionTables, rows: Tensor
     ) -> Tensor:
-        """Compute a step as `run`; return the seconds [num_operators] float64 that each operator took."""
+        """Compute a step as `draw` does; return each operator's seconds [num_operators] float64."""
         times: Tensor = self._program.profile(
             ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows
         )
         return times
 
     def run_head(self, rows: Tensor) -> Tensor:
-        """Compute the logits of other rows of the last step; as `run`."""
+        """Compute the logits of other rows of the last step, which `run` computed; as it."""
         self._program.run_head(rows)
         return self._logits[: rows.shape[0]]
 

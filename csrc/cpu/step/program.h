@@ -27,10 +27,11 @@ class Segment {
 
   int64_t size() const { return static_cast<int64_t>(operators_.size()); }
 
-  // One member's share of the whole segment; all members of the team run it at once.
-  // Where `ends` is given, member 0 writes there the time in seconds at which each operator was
-  // done.
-  void run(const StepHeader& step, int member, int num_members, double* ends = nullptr) const;
+  // One member's share of operators [begin, end); all members of the team run it at once. Where
+  // `ends` is given, member 0 writes there the time in seconds at which each operator was done, as
+  // many numbers as the segment has operators.
+  void run(const StepHeader& step, int64_t begin, int64_t end, int member, int num_members,
+           double* ends = nullptr) const;
 
  private:
   struct Operator {
@@ -47,6 +48,29 @@ class Segment {
 
   std::vector<Operator> operators_;
   std::vector<std::shared_ptr<void>> params_;
+};
+
+// What is left of a step once the last layer's keys and values are written: of all tokens only
+// those whose logits are wanted, each a sequence of one token.
+class LastRows {
+ public:
+  // Makes the header of the rest of `step`. Returns false where that is the step itself: its rows
+  // are all tokens, or do not ascend.
+  bool prepare(const StepHeader& step, int64_t block_size, int64_t num_heads, int64_t num_kv_heads,
+               int num_members);
+
+  const StepHeader& header() const { return header_; }
+
+  // Moves what the tokens have in a buffer, `bytes` of each, to where the header has them.
+  void gather(void* buffer, int64_t bytes) const;
+
+ private:
+  StepHeader header_ = {};
+  const int32_t* tokens_ = nullptr;  // the step's rows
+  std::vector<int32_t> counts_;      // 0, 1, 2 ...
+  std::vector<int32_t> context_len_;
+  std::vector<int32_t> block_table_;
+  std::vector<AttentionPoint> split_;
 };
 
 // Room for the partial results of row tiles that several members share: one tile a member.
