@@ -20,7 +20,9 @@ from tgi_asgi.runner.plan import StepPlan, StepRow
 Integers = npt.NDArray[Any]
 
 
-_FEW_ROWS = 8  # up to which plain Python beats numpy
+# Up to which plain Python beats numpy: a step leaves nothing in the caches, and numpy's calls run a lot of
+# code once (16 rows: 0.11 ms, by numpy 0.23; 64: 0.26 and 0.38).
+_FEW_ROWS = 64
 
 
 class PlanError(ValueError):
@@ -82,8 +84,6 @@ class StepInputs:
     def fill(self, rows: Sequence[StepRow], last_ids: Integers) -> Batch:
         """Write the rows' arrays; a row without token ids takes its slot's `last_ids`.
 
-        All rows at once: row by row 64 decode rows take four times as long, 0.3 ms.
-
         Raises:
             PlanError: an id, a position or a block is out of bounds.
         """
@@ -105,7 +105,7 @@ class StepInputs:
         return self._batch(len(rows), num_tokens)
 
     def _fill_decodes(self, rows: Sequence[StepRow], last_ids: Integers) -> Batch:
-        """Write a few rows of one token each, one by one: a tenth of the time that numpy's calls take."""
+        """Write a few rows of one token each, one by one."""
         size = self._block_size
         for index, row in enumerate(rows):
             start, table = row.start, row.block_table
