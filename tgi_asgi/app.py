@@ -25,7 +25,7 @@ from tgi_asgi.http.context import Served, ServerContext
 from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.lag import LoopLag
-from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found
+from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found, path_of
 from tgi_asgi.http.tracing import Tracing
 from tgi_asgi.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
@@ -151,9 +151,9 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if len(path) > 1 and path[-1] == "/":
-            scope = {**scope, "path": path.rstrip("/") or "/"}
+        path = path_of(scope["path"])
+        if path != scope["path"]:
+            scope = {**scope, "path": path}
         exchange = Exchange(self.context, scope, receive, send, dialect_of(path, self.context.settings))
         scope[EXCHANGE] = exchange
         try:

@@ -113,6 +113,9 @@ class _Connection(TCPServer):
             return
         try:
             await super().run()
+        except asyncio.CancelledError:
+            # The server ends. asyncio's callback of Python 3.11 logs a cancelled connection as an error.
+            self.writer.transport.abort()
         finally:
             self._limit.leave(address)
 

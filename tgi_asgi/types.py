@@ -103,8 +103,8 @@ class TokenEvent:
     Attributes:
         index: the choice, [0, n).
         token_id: the id sampled.
-        data: the token's own bytes in the text (b"" for a special token that is skipped); they may end
-            inside a UTF-8 character.
+        data: the token's own bytes in the text (b"" for a special token that is skipped, and for one that
+            ends the choice unseen); they may end inside a UTF-8 character.
         text: what may be shown now: whole characters, less what is held back as the possible head of a
             stop string. Concatenated over a choice's events it is the choice's text.
         logprob: natural logarithm in the request's mode, or None if none was asked for.

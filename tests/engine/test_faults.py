@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 
@@ -12,9 +13,10 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, collect, make_request, submit, until
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
 from tgi_asgi.engine import Engine
-from tgi_asgi.errors import GenerationFailed, TgiError, Unavailable
+from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.grammar import Grammar
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
 SEEDED = SamplingParams(seed=3)
@@ -343,6 +345,19 @@ async def test_a_bug_in_the_engine_is_not_silent() -> None:
     engine.scheduler.apply = None  # type: ignore[method-assign, assignment]
     assert isinstance((await collect(channel)).error, GenerationFailed)
     await must_be_dead(engine, deaths, "the engine failed")
+
+
+async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(num_blocks=200)
+    runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler says it of a row without a token
+    engine = make_engine(runner)
+    grammar = cast(Grammar, object())
+    banned = make_request([POISON], 5, sampling=SamplingParams(logit_bias=((7, -100.0),)), grammar=grammar)
+    for _ in range(10):
+        answer = await ask(engine, banned)
+        assert isinstance(answer.error, InvalidRequest) and "logit_bias" in str(answer.error)
+    assert isinstance((await ask(engine, make_request([POISON], 5, grammar=grammar))).error, GenerationFailed)
+    assert engine.state is EngineState.READY and engine.stats.blocks_used == 0
 
 
 async def test_a_grammar_that_cannot_go_on_fails_its_request_alone(

@@ -73,7 +73,7 @@ def test_a_stop_id_ends_and_names_itself(include: bool, text: str) -> None:
     events = events_of(b"say xyz", stop_token_ids=frozenset({ord("x")}), include_stop=include)
     assert (events[-1].finish, events[-1].stop) == (FinishReason.STOP, ord("x"))
     assert text_of(events) == text
-    assert events[-1].data == b"x"
+    assert events[-1].data == (b"x" if include else b"")
 
 
 def test_eos_wins_over_the_same_id_as_a_stop_id() -> None:
@@ -123,6 +123,21 @@ def test_the_last_token_of_a_grammar_ends_the_choice_with_its_text() -> None:
     output = ChoiceOutput(0, stop, FakeTokenizer(), frozenset({EOS_ID}))
     event = output.push(Sampled(ord("}"), is_last=True))
     assert (event.text, event.finish) == ("}", FinishReason.EOS)  # it wins over the length
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@pytest.mark.parametrize("token_id", [EOS_ID, ord("x")])
+def test_what_ends_a_choice_unseen_has_no_bytes_in_the_text(token_id: int, include_stop: bool) -> None:
+    stop = StopConditions(
+        max_tokens=9,
+        stop_token_ids=frozenset({ord("x")}),
+        include_stop=include_stop,
+        skip_special_tokens=False,
+    )
+    tokenizer = FakeTokenizer()
+    event = ChoiceOutput(0, stop, tokenizer, frozenset({EOS_ID})).push(Sampled(token_id))
+    shown = tokenizer.token_bytes(token_id) if include_stop else b""
+    assert (event.data, event.text.encode()) == (shown, shown)
 
 
 def test_a_stop_string_wins_over_the_end_of_a_grammar() -> None:

@@ -50,7 +50,7 @@ def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
         (errors.Unauthorized("x"), 401, 401),
         (errors.NotFound("x"), 404, 404),
         (errors.PayloadTooLarge("x"), 413, 413),
-        (errors.RequestTimeout("x"), 408, 408),
+        (errors.RequestTimeout("x"), 408, 400),
         (errors.UnsupportedMediaType("x"), 415, 415),
         (errors.Overloaded(), 429, 429),
         (errors.Unavailable("x"), 503, 503),

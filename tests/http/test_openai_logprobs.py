@@ -6,6 +6,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,12 +98,42 @@ def test_of_two_tokens_that_read_alike_the_larger_value_is_kept() -> None:
         def token_bytes(self, token_id: int) -> bytes:
             return b"a" if token_id in (1, 2) else super().token_bytes(token_id)
 
-    tracker = CompletionLogprobs(TokenNames(Alike()), 2, 0, include_stop=False)  # type: ignore[arg-type]
+    tracker = CompletionLogprobs(TokenNames(Alike()), 2, "")  # type: ignore[arg-type]
     tracker.push(TokenEvent(0, 1, b"a", "a", -2.0, [(2, -0.5), (1, -2.0)], finish=FinishReason.LENGTH))
     taken = tracker.take()
     assert taken is not None
     assert taken["top_logprobs"] == [{"a": -0.5}]
     assert taken["token_logprobs"] == [-2.0]
+
+
+def test_the_token_that_ends_a_grammar_has_its_entry() -> None:
+    tokenizer = ToyTokenizer()
+    output = ChoiceOutput(0, StopConditions(max_tokens=9), tokenizer, tokenizer.eos_ids)
+    tracker = ChatLogprobs(TokenNames(tokenizer))  # type: ignore[arg-type]
+    tracker.push(output.push(Sampled(ord("Y"), -0.5, is_last=True)))
+    taken = tracker.take()
+    assert taken is not None and [entry["token"] for entry in taken["content"]] == ["Y"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "offsets"),
+    [
+        ("<s>hi</s>!", ["<s>", "h", "i", "</s>", "!"], [0, 3, 4, 5, 9]),  # as the prompt has them
+        ("hi", ["<s>", "h", "i"], [0, 0, 1]),  # the tokenizer's own
+        ("one two", [" ", "two"], [3, 4]),  # of a prompt that was cut
+        ("a\ufffd", ["a", LLAMA[:1]], [0, 1]),
+    ],
+)
+def test_tokens_of_an_echo_begin_where_its_text_has_them(
+    prompt: str, tokens: list[str | bytes], offsets: list[int]
+) -> None:
+    tokenizer = ToyTokenizer()
+    ids = [tokenizer.id_of(token if isinstance(token, bytes) else token.encode()) for token in tokens]
+    tracker = CompletionLogprobs(TokenNames(tokenizer), 0, prompt)  # type: ignore[arg-type]
+    tracker.push_prompt(ids, [(-1.0, ())] * len(ids), tokenizer.special_ids)
+    tracker.push(TokenEvent(0, ord("z"), b"z", "z", -1.0, finish=FinishReason.LENGTH))
+    taken = tracker.take()
+    assert taken is not None and taken["text_offset"] == [*offsets, len(prompt)]
 
 
 PIECES = st.lists(
@@ -122,7 +153,7 @@ def test_released_entries_cover_the_text_whatever_the_tokens(
     tokenizer = ToyTokenizer()
     conditions = StopConditions(max_tokens=len(pieces) + 1, stop=stop, include_stop=include_stop)
     output = ChoiceOutput(0, conditions, tokenizer, tokenizer.eos_ids)
-    tracker = ChatLogprobs(TokenNames(tokenizer), include_stop=include_stop)  # type: ignore[arg-type]
+    tracker = ChatLogprobs(TokenNames(tokenizer))  # type: ignore[arg-type]
     text, released = "", []
     for piece in [*pieces, b"</s>"]:
         event = output.push(Sampled(tokenizer.id_of(piece), -0.5))

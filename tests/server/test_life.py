@@ -119,6 +119,17 @@ def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event_and_done() ->
         assert server.wait() == 0
 
 
+def test_connections_that_the_end_cuts_off_are_no_errors() -> None:
+    with _server("ok", "--graceful-termination-timeout", "0") as server:
+        server.wait_until_healthy()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            httpx.get(server.url + "/health")  # it has come so far
+            server.signal()
+            assert server.wait() == 0
+        assert "Traceback" not in server.output() and "ERROR" not in server.output()
+
+
 def test_a_second_signal_ends_the_process_at_once() -> None:
     with _server() as server:
         server.wait_until_healthy()

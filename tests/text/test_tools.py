@@ -178,6 +178,20 @@ def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
 
 
 @names
+def test_the_beginning_of_a_call_that_must_follow_is_no_text(name: str) -> None:
+    """The answer was cut off inside the marker, or before it can be told from JSON."""
+    form = FORMATS[name]
+    text = form.marker or form.first
+    for size in range(1, len(text)):
+        assert parse(ReplyParser(None, form, must_call=True), text[:size], 1) == []
+    for size in (1, 1000):
+        pieces = parse(
+            ReplyParser(THINK, form, SPECS, must_call=True), "<think>a</think>\n" + TWO_CALLS[name], size
+        )
+        assert pieces[:2] == [Reasoning("a"), CallStart("f")]
+
+
+@names
 @pytest.mark.parametrize("size", [1, 100])
 @pytest.mark.parametrize(
     "text",

@@ -18,7 +18,7 @@ from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler, Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
-from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, TgiError
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
 from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Permit
@@ -239,6 +239,10 @@ class ServingLoop:
                 self._keep_prompt_logprobs(channel, step, row, result)
             sampled = result.sampled[row]
             if sampled is None:
+                continue
+            if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
+                self.scheduler.remove(sequence)
+                self._end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
                 continue
             if not sampled.is_finite:
                 self._num_lost_rows += 1

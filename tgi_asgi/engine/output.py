@@ -61,6 +61,8 @@ class ChoiceOutput:
             event.stop = token_id
         if event.finish is None or stop.include_stop:
             event.text = self._text(data)
+        else:
+            event.data = b""
         if event.finish is None:
             if matcher is not None and matcher.matched is not None:
                 event.finish = FinishReason.STOP

@@ -44,7 +44,7 @@ _RULES: dict[type[TgiError], _Rule] = {
     errors.NotFound: _Rule(404, "", 404, "invalid_request_error", "unknown_url"),
     errors.MethodNotAllowed: _Rule(405, "", 405, "invalid_request_error", "method_not_allowed"),
     errors.PayloadTooLarge: _Rule(413, "", 413, "invalid_request_error", "request_too_large"),
-    errors.RequestTimeout: _Rule(408, "", 408, "invalid_request_error", "request_timeout"),
+    errors.RequestTimeout: _Rule(408, "", 400, "invalid_request_error", "request_timeout"),
     errors.UnsupportedMediaType: _Rule(415, "", 415, "invalid_request_error"),
     errors.Overloaded: _Rule(429, "", 429, "rate_limit_error", "rate_limit_exceeded"),
     errors.Unavailable: _Rule(503, "", 503, "server_error", "overloaded"),

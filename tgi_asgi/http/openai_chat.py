@@ -16,7 +16,6 @@ from tgi_asgi.http.openai_logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.http.openai_params import (
     Limits,
     check_common,
-    includes_stop,
     refuse,
     sampling_of,
 )
@@ -53,11 +52,7 @@ async def chat_completions(exchange: Exchange) -> None:
             num_reasoning=lambda: sum(reply.num_reasoning_tokens for reply in replies),
         )
         names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-        trackers = (
-            [ChatLogprobs(names, include_stop=includes_stop(request)) for _ in range(n)]
-            if logprobs is not None
-            else []
-        )
+        trackers = [ChatLogprobs(names) for _ in range(n)] if logprobs is not None else []
         channel = permits.submit(generation)
     characters = prompt.num_characters
     if request.stream:

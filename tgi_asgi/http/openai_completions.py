@@ -20,7 +20,6 @@ from tgi_asgi.http.openai_params import (
     Limits,
     check_common,
     drawn_seed,
-    includes_stop,
     refuse,
     sampling_of,
 )
@@ -152,9 +151,7 @@ class _Logprobs:
             return
         names = TokenNames(served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
         self.trackers = [
-            CompletionLogprobs(
-                names, request.logprobs, len(prompt.text or ""), include_stop=includes_stop(request)
-            )
+            CompletionLogprobs(names, request.logprobs, prompt.text or "")
             for prompt in prompts
             for _ in range(answer.n)
         ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.text.detokenize import Utf8Assembler
-from tgi_asgi.types import FinishReason, TokenEvent
+from tgi_asgi.types import TokenEvent
 
 if TYPE_CHECKING:  # it imports a library that nobody needs before the model has loaded
     from tgi_asgi.text.tokenizer import Tokenizer
@@ -43,13 +43,11 @@ class TokenNames:
 class Released:
     """Holds one choice's tokens back until their text has been shown.
 
-    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too;
-    `include_stop` whether the token that ends the choice gives text.
+    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too.
     """
 
-    def __init__(self, *, keeps_hidden: bool, include_stop: bool) -> None:
+    def __init__(self, *, keeps_hidden: bool) -> None:
         self._keeps_hidden = keeps_hidden
-        self._include_stop = include_stop
         self._assembler = Utf8Assembler()
         self._num_decoded = 0  # characters of all tokens so far
         self._num_shown = 0
@@ -57,10 +55,9 @@ class Released:
 
     def push(self, event: TokenEvent) -> list[tuple[int, TokenEvent]]:
         """Take one event; return (first character, event) of every token that is shown now."""
-        data = b"" if self._ends_unseen(event) else event.data
-        if data or self._keeps_hidden:
+        if event.data or self._keeps_hidden:
             self._held.append((self._num_decoded, event))
-        self._num_decoded += len(self._assembler.push(data))
+        self._num_decoded += len(self._assembler.push(event.data))
         self._num_shown += len(event.text)
         held = self._held
         if event.finish is not None and not isinstance(event.stop, str):
@@ -72,18 +69,13 @@ class Released:
             shown.append(held.popleft())
         return shown
 
-    def _ends_unseen(self, event: TokenEvent) -> bool:
-        """Return whether the token itself ended the choice, and so gives no text."""
-        is_end = event.finish is FinishReason.EOS or isinstance(event.stop, int)
-        return is_end and not self._include_stop
-
 
 class ChatLogprobs:
     """One choice's entries in the shape of chat completions."""
 
-    def __init__(self, names: TokenNames, *, include_stop: bool) -> None:
+    def __init__(self, names: TokenNames) -> None:
         self._names = names
-        self._released = Released(keeps_hidden=False, include_stop=include_stop)
+        self._released = Released(keeps_hidden=False)
         self._waiting: list[dict[str, Any]] = []
 
     def push(self, event: TokenEvent) -> None:
@@ -112,14 +104,14 @@ class CompletionLogprobs:
 
     Args:
         k: how many alternatives each entry shows; 0: none.
-        offset: characters of the text before the choice's own.
+        prompt: the text before the choice's own.
     """
 
-    def __init__(self, names: TokenNames, k: int, offset: int, *, include_stop: bool) -> None:
+    def __init__(self, names: TokenNames, k: int, prompt: str) -> None:
         self._names = names
         self._k = k
-        self._offset = offset
-        self._released = Released(keeps_hidden=True, include_stop=include_stop)
+        self._prompt = prompt
+        self._released = Released(keeps_hidden=True)
         self._lists = _Lists(k)
 
     def push_prompt(
@@ -127,18 +119,33 @@ class CompletionLogprobs:
         special_ids: frozenset[int],
     ) -> None:  # fmt: skip
         """Take the prompt's tokens, which an echoed answer starts with."""
-        assembler = Utf8Assembler()
-        offset = 0
-        for token_id, (logprob, best) in zip(ids, logprobs, strict=True):
-            data = self._names.bytes_of(token_id)
-            self._add(token_id, data, logprob, best, offset)
-            offset += len(assembler.push(b"" if token_id in special_ids else data))
+        data = [self._names.bytes_of(token_id) for token_id in ids]
+        offsets = self._offsets(data, [token_id in special_ids for token_id in ids])
+        for token_id, own, offset, (logprob, best) in zip(ids, data, offsets, logprobs, strict=True):
+            self._add(token_id, own, logprob, best, offset)
 
     def push(self, event: TokenEvent) -> None:
         """Take one event of the choice."""
         for start, shown in self._released.push(event):
             data = shown.data or self._names.bytes_of(shown.token_id)
-            self._add(shown.token_id, data, shown.logprob, shown.top, self._offset + start)
+            self._add(shown.token_id, data, shown.logprob, shown.top, len(self._prompt) + start)
+
+    def _offsets(self, data: Sequence[bytes], are_special: Sequence[bool]) -> list[int]:
+        """Return where in the prompt's text each token begins.
+
+        Found from the end: of a prompt that was cut only the last tokens are there. The tokenizer may have
+        added special ones that are not in the text (BOS).
+        """
+        assembler = Utf8Assembler()
+        texts = [assembler.push(own) for own in data]
+        texts[-1] += assembler.flush()
+        offset = len(self._prompt)
+        offsets = []
+        for text, is_special in zip(reversed(texts), reversed(are_special), strict=True):
+            if not is_special or self._prompt.endswith(text, 0, offset):
+                offset = max(offset - len(text), 0)
+            offsets.append(offset)
+        return offsets[::-1]
 
     def take(self) -> dict[str, Any] | None:
         """Return what may leave now, or None."""

@@ -81,6 +81,7 @@ class AnswerPlan:
             specs=self.tools.specs if self.tools is not None else (),
             special_ids=frozenset() if shows_all else self.served.tokenizer.special_ids,
             kept=kept,
+            must_call=self.tools is not None and self.tools.must_call,
         )
 
     def _style(self) -> ReasoningStyle | None:

@@ -31,6 +31,7 @@ class ReplyPlan:
     specs: Sequence[ToolSpec] = ()  # the tools that may be called
     special_ids: frozenset[int] = frozenset()  # their text is shown by the engine, and dropped unless kept
     kept: frozenset[int] = frozenset()  # the markers among them
+    must_call: bool = False
 
     def replies(self, n: int) -> list[ChoiceReply]:
         """Return a reader for each of n choices."""
@@ -60,7 +61,11 @@ class ChoiceReply:
     def __init__(self, plan: ReplyPlan) -> None:
         self._plan = plan
         self._parser = ReplyParser(
-            plan.style, plan.tools, plan.specs, is_reasoning_open=plan.is_reasoning_open
+            plan.style,
+            plan.tools,
+            plan.specs,
+            is_reasoning_open=plan.is_reasoning_open,
+            must_call=plan.must_call,
         )
         self._calls: list[dict[str, Any]] = []
         self._num_read = 0

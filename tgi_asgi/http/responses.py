@@ -53,7 +53,7 @@ async def responses(exchange: Exchange) -> None:
     )
     tracker = None
     if chat.sampling.logprobs is not None:
-        tracker = ChatLogprobs(TokenNames(served.tokenizer), include_stop=False)
+        tracker = ChatLogprobs(TokenNames(served.tokenizer))
     renderer = _Renderer(ResponseBuilder(_base(request, answer)), answer, reply, tracker)
     characters = prepared.prompt.num_characters
     if request.stream:

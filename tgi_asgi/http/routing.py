@@ -47,6 +47,17 @@ class _Endpoint:
         await handler(exchange)
 
 
+def path_of(target: str) -> str:
+    """Return the path that a request's target names: without slashes at its end, nor scheme and host.
+
+    Clients of proxies send these (RFC 9112, section 3.2.2).
+    """
+    if not target.startswith("/"):
+        _, scheme_ends, rest = target.partition("://")
+        target = "/" + rest.partition("/")[2] if scheme_ends else target
+    return target.rstrip("/") or "/"
+
+
 def dialect_of(path: str, settings: Settings) -> Dialect:
     """Return whose envelope the errors of a path have, before its body has been seen."""
     if path.startswith("/v1/messages"):

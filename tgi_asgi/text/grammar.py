@@ -84,11 +84,16 @@ class GrammarCompiler:
                 self._executor = _make_executor()
         backend = _make_matcher(self._backend, text)
         # The first mask builds most of the lexer, which copies share: here, and not while a batch waits.
-        first = Matcher(backend, self._executor)
-        first.fill_mask(np.empty(-(-self._vocab_size // 32), np.int32))
-        if first.error is not None:
-            raise InvalidRequest(f"grammar is not valid: {first.error}")
+        # Some are too complex behind their first token only.
+        mask = np.zeros(-(-self._vocab_size // 32), np.int32)
         grammar = Grammar(backend, self._executor)
+        for matcher in (Matcher(backend, self._executor), grammar.matcher()):
+            token_id = _first_allowed(mask)
+            if token_id is not None and token_id not in self._tokenizer.eos_ids:
+                matcher.accept(token_id)
+            matcher.fill_mask(mask)
+            if matcher.error is not None:
+                raise InvalidRequest(f"grammar is not valid: {matcher.error}")
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -160,6 +165,14 @@ class Matcher:
         pairs = [(matcher._backend, row) for matcher, row in zip(matchers, rows, strict=True)]
         executor = matchers[0]._executor
         executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
+
+
+def _first_allowed(mask: Mask) -> int | None:
+    words = np.flatnonzero(mask)
+    if not words.size:
+        return None
+    word = int(mask[words[0]])
+    return 32 * int(words[0]) + ((word & -word).bit_length() - 1) % 32
 
 
 def _make_matcher(backend: Any, text: str) -> Any:

@@ -23,6 +23,7 @@ class ReplyParser:
         tools: how calls are written, or None if there are none.
         specs: the tools that may be called.
         is_reasoning_open: the prompt has opened the reasoning section.
+        must_call: the grammar lets nothing but calls follow the reasoning.
 
     Attributes:
         is_reasoning: the text is inside the reasoning section.
@@ -35,8 +36,10 @@ class ReplyParser:
         specs: Sequence[ToolSpec] = (),
         *,
         is_reasoning_open: bool = False,
+        must_call: bool = False,
     ) -> None:
         self._style = style
+        self._must_call = must_call
         self._tools = tools
         self._specs = specs
         self._calls: CallParser | None = None
@@ -111,7 +114,8 @@ class ReplyParser:
                 pieces.append(Content(before, self._num_read - len(self._held)))
             self._enter_calls(pieces, tools, self._held[at + len(tools.marker) :])
         else:
-            self._give(pieces, 0 if is_end else _num_held(self._held, tools.marker))
+            is_marker = is_end and self._must_call  # cut off: no text for anyone
+            self._give(pieces, 0 if is_end and not is_marker else _num_held(self._held, tools.marker))
 
     def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> None:
         """Read an answer that is either text (JSON among it) or calls, as its beginning tells."""
@@ -121,7 +125,7 @@ class ReplyParser:
             is_call = tools.begins(head) if head.startswith(tools.first) else False if head else None
         if is_call:
             self._enter_calls(pieces, tools, head)
-        elif is_end or is_call is not None:
+        elif is_call is not None or (is_end and not self._must_call):
             self._give(pieces, 0)
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:
