@@ -13,6 +13,7 @@ import pytest
 from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text import grammar as grammar_module
 from tgi_asgi.text import grammar_source as sources
 from tgi_asgi.text.grammar import GrammarCompiler, Matcher
 from tgi_asgi.text.grammar_source import GrammarSource
@@ -133,6 +134,42 @@ def test_the_end_is_allowed_exactly_where_the_text_is_complete(compiler: Grammar
     assert matcher.is_ended
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+@pytest.mark.parametrize("count", [1, 6])  # by the thread itself, by several
+def test_text_that_must_follow_is_the_same_looked_up_or_computed(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, count: int, is_slow: bool
+) -> None:
+    monkeypatch.setattr(grammar_module, "_SLOW_S", -1.0 if is_slow else 60.0)
+    grammar = compiler.compile(sources.regex("(abc){9}(x|y)[0-9]{2}z{5}"))
+    matchers = [grammar.matcher() for _ in range(count)]
+    masks = np.zeros((count, -(-VOCAB_SIZE // 32)), np.int32)
+    text, num_looked_up = b"", 0
+    for byte in b"abc" * 9 + b"y07zzzzz":
+        num_looked_up += bool(matchers[0]._forced)
+        Matcher.fill_masks(matchers, range(count), masks)
+        for matcher, mask in zip(matchers, masks, strict=True):
+            assert mask.view(np.uint32)[byte // 32] >> byte % 32 & 1
+            single = compiler.compile(sources.regex("(abc){9}(x|y)[0-9]{2}z{5}")).matcher(list(text))
+            assert (
+                allowed(single)
+                == np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+            )
+            matcher.accept(byte)
+        text += bytes([byte])
+    assert all(matcher.is_ended for matcher in matchers)
+    assert (num_looked_up > 20) == is_slow
+
+
+def test_a_token_that_was_not_foreseen_ends_the_foresight(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "_SLOW_S", -1.0)
+    matcher = compiler.compile(sources.regex("abc")).matcher()
+    assert allowed(matcher) == [ord("a")]
+    matcher.accept(ord("x"))
+    assert matcher.error is not None
+
+
 def test_a_matcher_goes_on_where_the_tokens_it_is_given_end(compiler: GrammarCompiler) -> None:
     grammar = compiler.compile(sources.regex("abc"))
     assert allowed(grammar.matcher(list(b"ab"))) == [ord("c")]
@@ -195,6 +232,8 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.json_schema({"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(9)]}),
         lambda: sources.regex("(" * 5_000 + "a" + ")" * 5_000),
         lambda: sources.regex("a" * 1_000_000),
+        lambda: sources.regex("((a{100}){100}){100}"),  # too complex behind the first token only
+        lambda: sources.regex("a{300000}"),
         lambda: sources.ebnf("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))),
         lambda: sources.ebnf("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
         lambda: sources.choice(["x" * 20] * 50_000),

@@ -1,7 +1,8 @@
 """Compiled grammars: which tokens may come next, computed by llguidance.
 
 `http` compiles in a worker thread, a runner asks for masks from its own; both release the GIL meanwhile.
-A mask costs 10 to 80 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time.
+A mask costs 10 to 80 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time. It
+looks at all the text that must follow (15 us for 100 characters): behind a slow one that is looked up once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,6 +25,9 @@ MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
 
 _MAX_MASK_THREADS = 32
 _FEWEST_SHARED = 4  # masks that several threads compute: handing over costs as much as one does (15 us)
+_SLOW_S = (
+    0.001  # a mask that takes longer may be slow for the text that must follow, and all of it is looked at
+)
 
 Mask = npt.NDArray[np.int32]  # [ceil(vocab_size / 32)]: bit i % 32 of word i / 32 allows token i
 
@@ -118,11 +123,12 @@ class Grammar:
 class Matcher:
     """How far one choice has come in its grammar. For one thread at a time."""
 
-    __slots__ = ("_backend", "_executor")
+    __slots__ = ("_backend", "_executor", "_forced")
 
     def __init__(self, backend: Any, executor: Any, token_ids: Sequence[int] = ()) -> None:
         self._backend = backend
         self._executor = executor
+        self._forced: deque[int] = deque()  # what must come next, where it was looked up
         if token_ids:
             backend.consume_tokens(list(token_ids))
 
@@ -138,15 +144,36 @@ class Matcher:
 
     def fill_mask(self, mask: Mask) -> None:
         """Write which tokens may come next: EOS only where the text may end. See `error` afterwards."""
+        if self._fill_forced(mask):
+            return
+        begun_s = time.perf_counter()
         try:
             self._backend.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         except ValueError:  # the matcher holds the reason
             if self.error is None:
                 raise
+        if time.perf_counter() - begun_s > _SLOW_S:
+            self._look_ahead(mask)
 
     def accept(self, token_id: int) -> None:
         """Move on by a token. See `error` afterwards."""
+        if self._forced and self._forced.popleft() != token_id:
+            self._forced.clear()
         self._backend.consume_token(token_id)
+
+    def _fill_forced(self, mask: Mask) -> bool:
+        """Write the mask of a token that is known to come next; tell whether one is."""
+        if not self._forced:
+            return False
+        mask[:] = 0
+        mask.view(np.uint32)[self._forced[0] // 32] = 1 << self._forced[0] % 32
+        return True
+
+    def _look_ahead(self, mask: Mask) -> None:
+        """Where one token may come, find out what must follow it: the next masks need no computing."""
+        words = mask[np.flatnonzero(mask)].view(np.uint32)
+        if words.size == 1 and int(words[0]).bit_count() == 1:
+            self._forced.extend(self.forced_ids())
 
     def forced_ids(self) -> list[int]:
         """Return the tokens that must come next, where there is one text and one way to write it; or none."""
@@ -158,13 +185,21 @@ class Matcher:
 
         See each one's `error` afterwards.
         """
-        if len(matchers) < _FEWEST_SHARED:
-            for matcher, row in zip(matchers, rows, strict=True):
+        todo = [
+            (matcher, row)
+            for matcher, row in zip(matchers, rows, strict=True)
+            if not matcher._fill_forced(masks[row])
+        ]
+        if len(todo) < _FEWEST_SHARED:
+            for matcher, row in todo:
                 matcher.fill_mask(masks[row])
             return
-        pairs = [(matcher._backend, row) for matcher, row in zip(matchers, rows, strict=True)]
-        executor = matchers[0]._executor
-        executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
+        begun_s = time.perf_counter()
+        pairs = [(matcher._backend, row) for matcher, row in todo]
+        matchers[0]._executor.unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
+        if time.perf_counter() - begun_s > _SLOW_S * max(1, len(todo) / 8):
+            for matcher, row in todo:
+                matcher._look_ahead(masks[row])
 
 
 def _first_allowed(mask: Mask) -> int | None:
@@ -180,7 +215,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
 
     limits = LLParserLimits(
         max_items_in_row=10_000,  # an object of 2,000 optional properties
-        initial_lexer_fuel=1_000_000,  # 20 ms
+        initial_lexer_fuel=300_000,  # 10 ms; 0.4 s and 50 MB, for a while, if counted repetitions are nested
         step_lexer_fuel=200_000,  # 15 ms
         step_max_items=50_000,  # 3 ms
         max_lexer_states=10_000,  # 20 MB
