@@ -83,6 +83,24 @@ def test_views_outlive_the_file_and_cannot_be_written(tmp_path: Path) -> None:
         view[0] = 0
 
 
+def _resident_kib(path: Path) -> int:
+    """Return how much of a file's mapping is in memory."""
+    maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return sum(int(part.split("Rss:")[1].split()[0]) for part in maps)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_a_closed_file_takes_no_memory_though_a_view_of_it_lives(tmp_path: Path) -> None:
+    values = np.arange(1 << 18, dtype=np.float32)
+    data = gguf_bytes({}, [Tensor("a", (1 << 18,), F32, values.tobytes())])
+    with open_bytes(tmp_path, data) as file:
+        view = file.raw("a")
+        assert view.view(np.float32).tolist() == values.tolist()
+        assert _resident_kib(tmp_path / "model.gguf") > 1000
+    assert _resident_kib(tmp_path / "model.gguf") == 0
+    assert view.view(np.float32).tolist() == values.tolist()
+
+
 def test_block_sizes_are_those_of_ggml() -> None:
     for kind in GgufType:
         assert (kind.block_size, kind.block_bytes) == GGML_QUANT_SIZES[GGMLQuantizationType(kind)], kind

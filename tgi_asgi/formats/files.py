@@ -41,6 +41,13 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
     return np.frombuffer(mapping, np.uint8)
 
 
+def release_pages(data: npt.NDArray[np.uint8]) -> None:
+    """Give back the memory of what `map_file` returned; views of it that still live read the file anew."""
+    mapping = data.base.obj if isinstance(data.base, memoryview) else data.base
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a model's directory.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import map_file, refuse_overlaps
+from tgi_asgi.formats.files import map_file, refuse_overlaps, release_pages
 from tgi_asgi.formats.gguf_header import GgufStrings, Header, read_header
 from tgi_asgi.formats.gguf_types import GgufType
 
@@ -86,7 +86,11 @@ class GgufFile:
         return self._data[info.offset : info.offset + info.nbytes]
 
     def close(self) -> None:
-        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent."""
+        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
+
+        A view may wait for the collector, which nothing hurries: the pages are given back now.
+        """
+        release_pages(self._data)
         self._data = self._data[:0].copy()
 
     def __enter__(self) -> GgufFile:

@@ -19,7 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import map_file, parse_json_object, read_json, refuse_overlaps
+from tgi_asgi.formats.files import (
+    map_file,
+    parse_json_object,
+    read_json,
+    refuse_overlaps,
+    release_pages,
+)
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
 _MAX_JSON_ITEMS = 2_000_000  # parsed, a small item takes thirty times its text; a tensor has about 10 of them
@@ -89,7 +95,11 @@ class SafetensorsFile:
         return self._data[info.offset : info.offset + info.nbytes]
 
     def close(self) -> None:
-        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent."""
+        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
+
+        A view may wait for the collector, which nothing hurries: the pages are given back now.
+        """
+        release_pages(self._data)
         self._data = self._data[:0].copy()
 
 
