@@ -13,9 +13,7 @@ from tests.emulation.device import Device
 
 @pytest.fixture(scope="session")
 def built_device() -> Device:
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     return Device(library.build())
 
 

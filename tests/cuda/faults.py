@@ -31,9 +31,7 @@ class Fault:
 
 def assert_caught(fault: Fault, check: Callable[[Device], None]) -> None:
     """Build the kernels with the fault and see `check`, which passes without it, fail in the way expected."""
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     variant = library.Variant(fault.file, fault.old, fault.new, fault.kernel or fault.file)
     device = Device(library.build(variant))
     with pytest.raises(AssertionError) as caught:

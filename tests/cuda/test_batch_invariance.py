@@ -41,9 +41,7 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_1"])
 async def test_logits_have_the_same_bits_alone_among_others_and_in_chunks(tmp_path: Path, kind: str) -> None:
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     emulated_ops.register()
     runner = make_runner(tmp_path, kind)
     try:

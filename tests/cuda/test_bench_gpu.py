@@ -118,9 +118,7 @@ TINY = ModelConfig(
 
 @pytest.fixture
 def emulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     emulated_ops.register()
     monkeypatch.setattr(gpu_stages, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(gpu_stages, "_L2_BYTES", 1)

@@ -194,9 +194,7 @@ def test_columns_of_one_matrix_must_lie_in_one_order() -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: int) -> None:
     """GPTQ's act-order: few tokens take the codes, many the matrix decoded."""
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     emulated_ops.register()
     rows, columns, num_groups = 24, 256, 4
     groups = (torch.arange(columns) * num_groups // columns)[torch.randperm(columns)]

@@ -50,9 +50,7 @@ def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def device() -> EmulatedDevice:
-    reason = library.missing_tool()
-    if reason is not None:
-        pytest.skip(f"no emulation of CUDA here: {reason}")
+    library.require()
     emulated_ops.register()
     return EmulatedDevice()
 
