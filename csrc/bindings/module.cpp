@@ -1,5 +1,5 @@
-// The pybind11 module tgi_asgi._C: the thread team and the instruction set. Operators are in the
-// TORCH_LIBRARY of library.cpp; importing this module registers them.
+// The pybind11 module tgi_asgi._C: the thread team, the instruction set, and steps. Operators are
+// in the TORCH_LIBRARY of library.cpp; importing this module registers them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/module_steps.h"
 #include "cpu/isa.h"
 #include "cpu/team.h"
 
@@ -72,8 +73,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   using release = py::call_guard<py::gil_scoped_release>;
   check_wish();
   module.doc() =
-      "Compute threads and instruction set of the CPU kernels; importing it registers "
-      "torch.ops.tgi.";
+      "Compute threads, instruction set and recorded steps of the CPU kernels; importing it "
+      "registers torch.ops.tgi.";
   module.def("num_threads", &tgi::cpu::num_threads, release(),
              "Return the number of compute threads, the caller's own included.");
   module.def(
@@ -97,4 +98,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("supported_isas", &supported_isas, "Return what force_isa takes on this machine.");
   module.def("force_isa", &force_isa, py::arg("name"),
              "Use this instruction set from now on (for tests).");
+  tgi::bind_steps(module);
 }

@@ -19,18 +19,6 @@ using at::Tensor;
 using tgi::check_range;
 using tgi::check_tensor;
 
-// Slots in range and all different: two rows of one slot would race for its record.
-void check_slots(const Tensor& slots, int64_t num_slots) {
-  const int32_t* values = slots.const_data_ptr<int32_t>();
-  check_range(values, slots.size(0), num_slots, "slots");
-  std::vector<bool> is_taken(static_cast<size_t>(num_slots));
-  for (int64_t i = 0; i < slots.size(0); ++i) {
-    TORCH_CHECK(!is_taken[static_cast<size_t>(values[i])], "`slots` must differ, got ", values[i],
-                " twice");
-    is_taken[static_cast<size_t>(values[i])] = true;
-  }
-}
-
 // The record's own counts stay within its lists, and the ids in the lists within the vocabulary.
 void check_record(const tgi::SampleParams& p, int64_t slot) {
   const tgi::SampleSlot& record = p.records[slot];
@@ -109,6 +97,39 @@ TokenLogprobsParams token_logprobs_params(CheckTensor* check, const Tensor& logi
           top_ids.size(1)};
 }
 
+SampleCall check_sample_state(int64_t vocab, const Tensor& records, const Tensor& counts,
+                              const Tensor& biased_ids, const Tensor& biased_values,
+                              const Tensor& masked_ids, const Tensor& scratch) {
+  const int64_t num_slots = records.size(0);
+  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(SampleSlot))});
+  check_tensor(counts, "counts", kInt, {num_slots, vocab});
+  check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
+  check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
+  check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
+  check_tensor(scratch, "scratch", kFloat, {-1, cpu::kSampleScratchRows, vocab});
+  SampleParams params = {};
+  params.records = static_cast<SampleSlot*>(records.mutable_data_ptr());
+  params.counts = counts.mutable_data_ptr<int32_t>();
+  params.biased_ids = biased_ids.const_data_ptr<int32_t>();
+  params.biased_values = biased_values.const_data_ptr<float>();
+  params.masked_ids = masked_ids.const_data_ptr<int32_t>();
+  params.vocab = vocab;
+  params.biased_stride = biased_ids.size(1);
+  params.masked_stride = masked_ids.size(1);
+  return {params, 0, scratch.mutable_data_ptr<float>(), scratch.size(0)};
+}
+
+void check_sample_slots(const SampleParams& params, int64_t num_rows, int64_t num_slots) {
+  check_range(params.slots, num_rows, num_slots, "slots");
+  std::vector<bool> is_taken(static_cast<size_t>(num_slots));
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int32_t slot = params.slots[row];
+    TORCH_CHECK(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
+    is_taken[static_cast<size_t>(slot)] = true;
+    check_record(params, slot);
+  }
+}
+
 SampleCall check_sample(const Tensor& logits, const Tensor& slots, const Tensor& records,
                         const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
                         const Tensor& masked_ids, const std::optional<Tensor>& mask,
@@ -121,8 +142,7 @@ SampleCall check_sample(const Tensor& logits, const Tensor& slots, const Tensor&
   const int64_t num_rows = logits.size(0);
   if (mask) check_tensor(*mask, "mask", kInt, {num_rows, -1});
   check_tensor(scratch, "scratch", kFloat, {-1, cpu::kSampleScratchRows, params.vocab});
-  check_slots(slots, records.size(0));
-  for (int64_t row = 0; row < num_rows; ++row) check_record(params, params.slots[row]);
+  check_sample_slots(params, num_rows, records.size(0));
   return {params, num_rows, scratch.mutable_data_ptr<float>(), scratch.size(0)};
 }
 

@@ -43,6 +43,16 @@ struct SampleCall {
   void run(int member, int num_members) const;
 };
 
+// What draws read and move on, as `SampleState` has it, checked: a call without rows, logits and
+// results. They belong to the tensors.
+SampleCall check_sample_state(int64_t vocab, const at::Tensor& records, const at::Tensor& counts,
+                              const at::Tensor& biased_ids, const at::Tensor& biased_values,
+                              const at::Tensor& masked_ids, const at::Tensor& scratch);
+
+// Throws unless the slots of a call's rows are all different, in [0, num_slots), and their records
+// stay within their lists.
+void check_sample_slots(const SampleParams& params, int64_t num_rows, int64_t num_slots);
+
 // Operands as the schema of `sample` names them.
 SampleCall check_sample(const at::Tensor& logits, const at::Tensor& slots,
                         const at::Tensor& records, const at::Tensor& counts,

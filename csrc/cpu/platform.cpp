@@ -1,10 +1,14 @@
 #include "platform.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -12,10 +16,10 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -166,6 +170,39 @@ void name_thread(const char*) {}
 void advise_huge_pages(void*, int64_t) {}
 
 #endif
+
+Signal::Signal() {
+#if defined(__linux__)
+  read_fd_ = write_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+#else
+  int ends[2];
+  if (pipe(ends) == 0) {
+    read_fd_ = ends[0];
+    write_fd_ = ends[1];
+    for (const int end : ends) {
+      fcntl(end, F_SETFD, FD_CLOEXEC);
+      fcntl(end, F_SETFL, O_NONBLOCK);
+    }
+  }
+#endif
+  if (read_fd_ < 0) throw std::runtime_error("no file descriptor for a signal: see ulimit -n");
+}
+
+Signal::~Signal() {
+  close(read_fd_);
+  if (write_fd_ != read_fd_) close(write_fd_);
+}
+
+// Neither call can fail in a way that matters: what is full is readable, what is empty is clear.
+void Signal::raise() {
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = write(write_fd_, &one, sizeof one);
+}
+
+void Signal::clear() {
+  char bytes[4096];
+  [[maybe_unused]] const ssize_t taken = read(read_fd_, bytes, sizeof bytes);
+}
 
 FlushDenormals::FlushDenormals() {
 #if defined(__x86_64__)

@@ -43,6 +43,23 @@ inline void spin_pause() {
 #endif
 }
 
+// A descriptor that an event loop can watch and any thread can make readable: an eventfd on Linux,
+// a pipe elsewhere. Throws std::runtime_error where the system grants none.
+class Signal {
+ public:
+  Signal();
+  ~Signal();
+  Signal(const Signal&) = delete;
+  Signal& operator=(const Signal&) = delete;
+
+  int fd() const { return read_fd_; }
+  void raise();  // readable from now on
+  void clear();  // until it is raised again
+
+ private:
+  int read_fd_ = -1, write_fd_ = -1;
+};
+
 // Flushes denormals to zero in the calling thread while it lives: torch's own switch does not reach
 // the team, and a denormal costs over 100 cycles.
 class FlushDenormals {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -186,12 +187,14 @@ def test_values_out_of_range_are_refused(call: object) -> None:
 
 
 def test_the_stub_names_what_the_extension_has() -> None:
-    stub = Path(_C.__file__).with_name("_C.pyi").read_text()
-    functions = {node.name: node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)}
-    assert set(functions) == {name for name in vars(_C) if not name.startswith("_")}
+    stub = ast.parse(Path(_C.__file__).with_name("_C.pyi").read_text()).body
+    functions = {node.name: node for node in stub if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in stub if isinstance(node, ast.ClassDef)}
+    assert {*functions, *classes} == {name for name in vars(_C) if not name.startswith("_")}
+    methods = {node.name for node in classes["StepQueue"].body if isinstance(node, ast.FunctionDef)}
+    assert methods - {"__init__"} == {name for name in vars(_C.StepQueue) if not name.startswith("_")}
     for name, node in functions.items():
         assert ast.get_docstring(node).split()[0] in getattr(_C, name).__doc__, f"{name} is told otherwise"
         signature = getattr(_C, name).__doc__.splitlines()[0]
-        assert [argument.arg for argument in node.args.args] == [
-            part.split(":")[0].strip() for part in signature.split("(")[1].split(")")[0].split(",") if part
-        ]
+        parameters = re.findall(r"(\w+): ", signature.split("(", 1)[1])
+        assert [argument.arg for argument in node.args.args] == parameters

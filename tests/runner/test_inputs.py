@@ -28,7 +28,7 @@ def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
     assert batch.slots.tolist() == [7 * 16 + 1, 9 * 16 + 15, 1 * 16, 1 * 16 + 1]
     assert batch.tables.query_start.tolist() == [0, 1, 4]
     assert batch.tables.context_len.tolist() == [18, 18]
-    assert [row[:2] for row in batch.tables.block_table.tolist()] == [[4, 7], [9, 1]]
+    assert batch.tables.block_table.tolist() == [[4, 7], [9, 1]]
 
 
 def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
@@ -50,23 +50,46 @@ def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
         pytest.param(StepRow(0, [1], 16, [1], samples=True), id="table-too-short"),
         pytest.param(StepRow(0, [1], 0, [10], samples=True), id="block-too-large"),
         pytest.param(StepRow(0, None, 16, [1, -1], samples=True), id="block-negative"),
+        pytest.param(StepRow(0, None, 16, [1, 1 << 70], samples=True), id="block-huge"),
+        pytest.param(StepRow(4, [1], 0, [1], samples=True), id="slot-too-large"),
+        pytest.param(StepRow(-1, [1], 0, [1], samples=True), id="slot-negative"),
+        pytest.param(StepRow(0, [1] * 41, 0, [1, 2, 3], samples=True), id="too-many-tokens"),
     ],
 )
 def test_rows_out_of_bounds_are_refused(inputs: StepInputs, row: StepRow) -> None:
-    with pytest.raises((PlanError, OverflowError)):
+    with pytest.raises(PlanError):
         inputs.fill([row], NO_IDS)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(StepRow("0", [1], 0, [1], samples=True), id="slot"),  # type: ignore[arg-type]
+        pytest.param(StepRow(0, [1.0], 0, [1], samples=True), id="token"),  # type: ignore[list-item]
+        pytest.param(StepRow(0, 1, 0, [1], samples=True), id="tokens"),  # type: ignore[arg-type]
+        pytest.param(StepRow(0, [1], 0, None, samples=True), id="blocks"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_integer_is_a_type_error(inputs: StepInputs, row: StepRow) -> None:
+    with pytest.raises(TypeError):
+        inputs.fill([row], NO_IDS)
+
+
+def test_two_rows_cannot_have_one_slot(inputs: StepInputs) -> None:
+    with pytest.raises(PlanError, match="one slot"):
+        inputs.fill([StepRow(1, [1], 0, [1], samples=True), StepRow(1, [1], 0, [2], samples=True)], NO_IDS)
+
+
+def test_any_sequence_serves_as_ids_and_blocks(inputs: StepInputs) -> None:
+    batch = inputs.fill([StepRow(0, range(5, 8), 15, range(3, 9), samples=True)], NO_IDS)
+    assert batch.ids.tolist() == [5, 6, 7]
+    assert batch.tables.block_table.tolist() == [[3, 4]]
 
 
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(
-            StepPlan(0, [StepRow(1, [1], 0, [1], True), StepRow(1, [1], 0, [2], True)]), id="slot-twice"
-        ),
-        pytest.param(StepPlan(0, [StepRow(4, [1], 0, [1], True)]), id="slot-too-large"),
-        pytest.param(StepPlan(0, [StepRow(-1, [1], 0, [1], True)]), id="slot-negative"),
         pytest.param(StepPlan(0, [], starts=[SlotStart(4, SamplingParams(), 0, [1])]), id="start-too-large"),
-        pytest.param(StepPlan(0, [StepRow(0, [1] * 41, 0, [1, 2, 3], True)]), id="too-many-tokens"),
         pytest.param(StepPlan(0, [], copies=[(0, 10)]), id="copy-too-large"),
         pytest.param(StepPlan(0, [], copies=[(-1, 1)]), id="copy-negative"),
         pytest.param(StepPlan(0, [], copies=[(0, 1), (2, 1)]), id="copied-to-twice"),

@@ -23,6 +23,7 @@ from tgi_asgi.types import SamplingParams
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 NAN_TOKEN = 7
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32 dims, which can be recorded
 SEEDED = SamplingParams(temperature=1.0, seed=11)
 
 
@@ -33,14 +34,22 @@ def threads() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
-    return make_model()
+    return make_model(**HEADS)
+
+
+@pytest.fixture(scope="module", params=["eager", "recorded"])
+def arithmetic(request: pytest.FixtureRequest) -> ops.Arithmetic:
+    """Both ways to compute: by calls from Python, or by a recorded program, whose plain steps need none."""
+    return torch.float32 if request.param == "eager" else ops.Packing(is_exact=True)
 
 
 @pytest.fixture(scope="module")
-def model(reference: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(
+    reference: torch.nn.Module, arithmetic: ops.Arithmetic, tmp_path_factory: pytest.TempPathFactory
+) -> Llama:
     files = save(reference, tmp_path_factory.mktemp("model"))
     with OpenModel(files) as opened:
-        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+        return Llama(opened.config, opened.weights, arithmetic, max_positions=256)
 
 
 @pytest.fixture
@@ -181,12 +190,12 @@ async def test_prompt_logprobs_equal_the_reference(
 
 
 async def test_rows_that_are_not_finite_are_flagged_alone(
-    make_runner: Callable[..., CpuRunner], model: Llama, tmp_path: Path
+    make_runner: Callable[..., CpuRunner], arithmetic: ops.Arithmetic, tmp_path: Path
 ) -> None:
-    poisoned = make_model()
+    poisoned = make_model(**HEADS)
     poisoned.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
     with OpenModel(save(poisoned, tmp_path)) as opened:
-        runner = make_runner(Llama(opened.config, opened.weights, torch.float32, max_positions=256))
+        runner = make_runner(Llama(opened.config, opened.weights, arithmetic, max_positions=256))
     healthy, ill = Job(PROMPT, 4, SEEDED), Job([*PROMPT, NAN_TOKEN], 1)
     await generate(runner, [ill, healthy])
     assert not ill.sampled[0].is_finite

@@ -11,10 +11,7 @@ from tgi_asgi.ops import AttentionTables
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens of one step, sequence after sequence.
-
-    The runner's buffers, not copies: valid until the next step is prepared.
-    """
+    """The tokens of one step, sequence after sequence."""
 
     ids: Tensor  # [n_tokens] int32
     positions: Tensor  # [n_tokens] int32

@@ -22,6 +22,7 @@ from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
+from tgi_asgi.ops.steps import PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi.ops.team import configure_threads, join_threads, num_threads, wake_threads
 from tgi_asgi.ops.weights import (
     NATIVE_FORMATS,
@@ -48,13 +49,16 @@ __all__ = [
     "KvLayer",
     "LinearWeight",
     "Packing",
+    "PlanError",
     "ProgramInputs",
     "QkvWeight",
     "Repacking",
     "RopeTable",
+    "RowLimits",
     "SampleResult",
     "SampleState",
     "StepProgram",
+    "StepQueue",
     "TokenLogprobs",
     "WeightSource",
     "allocate_kv",
@@ -62,6 +66,7 @@ __all__ = [
     "configure_threads",
     "copy_blocks",
     "embed",
+    "flatten_rows",
     "float8_source",
     "gate_up",
     "gate_up_weight",

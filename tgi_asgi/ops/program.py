@@ -49,10 +49,13 @@ class StepProgram:
     Args:
         max_tokens, max_sequences, max_rows: of a step, and of logits at a time.
         max_context: tokens of a sequence.
+
+    Attributes:
+        native: the program that is recorded into; `_C.StepQueue` runs it without Python.
     """
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None:
-        self._program = torch.classes.tgi.StepProgram(max_tokens, max_sequences, max_rows)
+        self.native = _C.StepProgram(max_tokens, max_sequences, max_rows)
         self._max_tokens, self._max_rows, self._max_context = max_tokens, max_rows, max_context
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._x = torch.empty(0)
@@ -69,7 +72,7 @@ class StepProgram:
     @property
     def num_operators(self) -> int:
         """How many kernel calls were recorded."""
-        return int(self._program.num_operators())
+        return int(self.native.num_operators())
 
     def run(
         self, ids: Tensor, positions: Tensor, slots: Tensor, tables: AttentionTables, rows: Tensor
@@ -82,7 +85,7 @@ class StepProgram:
         Raises:
             RuntimeError: a size, id, slot or block is out of range; nothing has been computed.
         """
-        self._program.run(
+        self.native.run(
             ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows
         )
         return self._logits[: rows.shape[0]]
@@ -107,9 +110,9 @@ class StepProgram:
             RuntimeError: as `run` and `sample`; nothing has been computed.
         """
         result = SampleResult.allocate(rows.shape[0], state.max_top(row_slots))
-        self._program.draw(
+        self.native.draw(
             ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows,
-            row_slots, state.record_bytes, state.counts_tensor, *state.biased, state.masked, mask,
+            row_slots, *state.tensors, mask,
             state.scratch(_C.num_threads()), result.token_ids, result.is_finite, result.logprobs,
             result.top_ids, result.top_logprobs, result.num_top,
         )  # fmt: skip
@@ -119,14 +122,14 @@ class StepProgram:
         self, ids: Tensor, positions: Tensor, slots: Tensor, tables: AttentionTables, rows: Tensor
     ) -> Tensor:
         """Compute a step as `draw` does; return each operator's seconds [num_operators] float64."""
-        times: Tensor = self._program.profile(
+        times: Tensor = self.native.profile(
             ids, positions, slots, tables.query_start, tables.context_len, tables.block_table, rows
         )
         return times
 
     def run_head(self, rows: Tensor) -> Tensor:
         """Compute the logits of other rows of the last step, which `run` computed; as it."""
-        self._program.run_head(rows)
+        self.native.run_head(rows)
         return self._logits[: rows.shape[0]]
 
     # What the operators call when they are given a handle. An activation is computed when a product takes it:
@@ -136,9 +139,7 @@ class StepProgram:
         """Record `embed`."""
         matrix = _packed(weight)
         self._x = self._buffer("x", (self._max_tokens, matrix.shape[1]), torch.float32)
-        self._program.embed(
-            matrix.parts[0], matrix.formats[0], matrix.shape[1], matrix.shape[0], 1.0, self._x
-        )
+        self.native.embed(matrix.parts[0], matrix.formats[0], matrix.shape[1], matrix.shape[0], 1.0, self._x)
         return cast(Tensor, Recorded(self, "residual"))
 
     def record_norm(self, weight: Tensor, eps: float) -> Tensor:
@@ -146,7 +147,7 @@ class StepProgram:
 
         def emit(precision: str) -> Tensor:
             out = self._activation("norm", self._max_tokens, weight.numel(), precision)
-            self._program.norm(self._x, weight, eps, False, out, precision)
+            self.native.norm(self._x, weight, eps, False, out, precision)
             return out
 
         return self._later(emit)
@@ -159,7 +160,7 @@ class StepProgram:
         def emit(scale: float) -> Tensor:
             q = self._buffer("q", (self._max_tokens, weight.num_heads * self._query_bytes(kv)), torch.uint8)
             source = _emit(a, matrix.precision)
-            self._program.qkv(
+            self.native.qkv(
                 source, matrix.precision, list(matrix.parts), list(matrix.formats), matrix.shape[1],
                 weight.linear.bias, weight.num_heads, rope.cos, rope.sin, norms, eps, scale, kv.pool,
                 kv.block_size, kv.head_dim, q,
@@ -176,7 +177,7 @@ class StepProgram:
             query = _emit(q, scale)
             width = query.shape[1] // self._query_bytes(kv) * kv.head_dim
             out = self._activation("attention", self._max_tokens, width, precision)
-            self._program.attention(
+            self.native.attention(
                 query, kv.pool, kv.block_size, kv.head_dim, self._max_context, out, precision
             )
             return out
@@ -187,7 +188,7 @@ class StepProgram:
         """Record `linear_add`."""
         matrix = _packed(weight)
         source = _emit(a, matrix.precision)
-        self._program.linear_add(
+        self.native.linear_add(
             source,
             matrix.precision,
             matrix.parts[0],
@@ -205,7 +206,7 @@ class StepProgram:
         def emit(precision: str) -> Tensor:
             source = _emit(a, matrix.precision)
             out = self._activation("gate_up", self._max_tokens, weight.intermediate_size, precision)
-            self._program.gate_up(
+            self.native.gate_up(
                 source, matrix.precision, matrix.parts[0], matrix.formats[0], matrix.shape[1],
                 weight.linear.bias, activation, out, precision,
             )  # fmt: skip
@@ -219,8 +220,8 @@ class StepProgram:
         vocab_size, columns = matrix.shape
         source = self._activation("head", self._max_rows, columns, matrix.precision)
         self._logits = self._buffer("logits", (self._max_rows, vocab_size), torch.float32)
-        self._program.norm(self._x, norm_weight, eps, True, source, matrix.precision)
-        self._program.logits(
+        self.native.norm(self._x, norm_weight, eps, True, source, matrix.precision)
+        self.native.logits(
             source, matrix.precision, matrix.parts[0], matrix.formats[0], columns, weight.bias, 0.0,
             self._logits,
         )  # fmt: skip
@@ -228,13 +229,13 @@ class StepProgram:
 
     def _query_bytes(self, kv: KvLayer) -> int:
         """Return what a head of a query takes: as many bits as the products with this cache want."""
-        return int(self._program.query_bytes(kv.pool, kv.block_size, kv.head_dim, 1))
+        return int(self.native.query_bytes(kv.pool, kv.block_size, kv.head_dim, 1))
 
     def _later(self, emit: Callable[[str], Tensor]) -> Tensor:
         return cast(Tensor, Recorded(self, "activation", emit))
 
     def _activation(self, name: str, tokens: int, columns: int, precision: str) -> Tensor:
-        size = self._program.activation_bytes(tokens, columns, precision)
+        size = self.native.activation_bytes(tokens, columns, precision)
         return self._buffer(f"{name} {columns} {precision}", (size,), torch.uint8)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -61,7 +61,7 @@ def sample(logits: Tensor, state: SampleState, slots: Tensor, *, mask: Tensor | 
     """
     result = SampleResult.allocate(logits.shape[0], state.max_top(slots))
     torch.ops.tgi.sample(
-        logits, slots, state.record_bytes, state.counts_tensor, *state.biased, state.masked, mask,
+        logits, slots, *state.tensors, mask,
         state.scratch(_C.num_threads()), result.token_ids, result.is_finite, result.logprobs,
         result.top_ids, result.top_logprobs, result.num_top,
     )  # fmt: skip

@@ -136,6 +136,11 @@ class SampleState:
         """Ids [num_slots, capacity] int32 that cannot be drawn yet."""
         return self._masked.ids
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Records, counts, biased ids, their values, masked ids: the kernel's, until the next start."""
+        return self.record_bytes, self.counts_tensor, *self.biased, self.masked
+
     def _count(
         self, slot: int, sampling: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
     ) -> None:

@@ -172,6 +172,7 @@ class CudaRunner:
         self._jobs.close()
         self._launcher.join()
         self._waiter.join()
+        self._jobs.end()
 
     def _record(self, model: Llama, dtype: torch.dtype) -> CudaProgram:
         program = CudaProgram(

@@ -84,7 +84,8 @@ class StepBuffers:
         self.positions[:n], self.positions[n:] = batch.positions, 0
         self.query_start[: s + 1], self.query_start[s + 1 :] = batch.tables.query_start, n
         self.context_len[:s], self.context_len[s:] = batch.tables.context_len, 0
-        self.block_table[:s], self.block_table[s:] = batch.tables.block_table, 0
+        self.block_table.zero_()
+        self.block_table[:s, : batch.tables.block_table.shape[1]] = batch.tables.block_table
         self.from_slot.fill_(-1)
         self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
         self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0

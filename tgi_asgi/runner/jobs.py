@@ -3,76 +3,128 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import queue
 from dataclasses import dataclass
 
-from tgi_asgi.runner.plan import StepPlan, StepResult
+from tgi_asgi import ops
+from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
     """A step that was submitted, and who waits for it."""
 
+    number: int
     plan: StepPlan
     future: asyncio.Future[StepResult]
-    loop: asyncio.AbstractEventLoop
+    outcome: StepResult | Exception | None = None
 
 
 class JobQueue:
     """First in, first out, with at most two steps not yet delivered.
 
-    `submit` and `close` are the event loop's; `take` and `finish` may be any thread's.
+        queue = JobQueue()
+        future = queue.submit(plan)              # on the event loop
+        while (job := queue.take()) is not None: # on a thread
+            queue.finish(job, compute(job.plan))
+
+    With a recorded program, steps of plain rows are computed inside `take`, one after the other: neither they
+    nor the word that they are done need Python, or wait for its lock.
+
+    `submit`, `close` and `end` are for the event loop; `take` and `finish` for any other thread.
+
+    Args:
+        program, limits: what computes plain rows, and the bounds of their integers.
     """
 
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._in_flight = 0
+    def __init__(self, program: ops.StepProgram | None = None, limits: ops.RowLimits | None = None) -> None:
+        self.steps = ops.StepQueue(None if program is None else program.native, limits)
+        self._numbers = itertools.count()
+        self._jobs: dict[int, Job] = {}  # not yet delivered
+        self._loop: asyncio.AbstractEventLoop | None = None  # which watches
         self._is_closed = False
 
-    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+    def submit(self, plan: StepPlan, *, is_plain: bool = False) -> asyncio.Future[StepResult]:
         """Queue a step; the future fails if the step raises, and only it.
+
+        Args:
+            is_plain: rows, and nothing else: no slot starts, no row has a grammar or scores its prompt.
 
         Raises:
             RuntimeError: the queue is closed, or two steps are in flight already.
         """
         if self._is_closed:
             raise RuntimeError("the runner is closed")
-        if self._in_flight == MAX_IN_FLIGHT:
+        if len(self._jobs) == MAX_IN_FLIGHT:
             raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[StepResult] = loop.create_future()
-        self._in_flight += 1
-        self._jobs.put(Job(plan, future, loop))
-        return future
-
-    def close(self) -> None:
-        """Take no more; after what is queued `take` returns None, once. Idempotent."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._jobs.put(None)
+        if loop is not self._loop:
+            self._watch(loop)
+        job = Job(next(self._numbers), plan, loop.create_future())
+        if is_plain:
+            try:
+                self.steps.push_rows(job.number, plan.rows)
+            except ValueError as error:
+                job.future.set_exception(error)
+                return job.future
+        else:
+            self.steps.push(job.number)
+        self._jobs[job.number] = job
+        return job.future
 
     def take(self) -> Job | None:
-        """Wait for the next job; None means that there will be none."""
-        return self._jobs.get()
+        """Wait for the next job that is for Python; None means that there will be none."""
+        number = self.steps.take()
+        return None if number is None else self._jobs[number]
 
     def finish(self, job: Job, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""
-        try:
-            job.loop.call_soon_threadsafe(self._deliver, job.future, outcome)
-        except RuntimeError:  # the loop is closed: nobody waits for the result
-            logger.debug("the result of step %s has no taker", job.plan.step_id)
+        job.outcome = outcome
+        self.steps.finish(job.number)
 
-    def _deliver(self, future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
-        """End a step; runs on the event loop."""
-        self._in_flight -= 1
-        if future.done():  # cancelled by its waiter
-            return
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    def close(self) -> None:
+        """Take no more; after what is queued `take` returns None. Idempotent."""
+        self._is_closed = True
+        self.steps.close()
+
+    def end(self) -> None:
+        """Deliver what has finished, and watch no more: once no thread is left that computes. Idempotent."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._deliver()
+        self._watch(None)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Have this loop deliver, and no other."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self.steps.fileno())
+        self._loop = loop
+        if loop is not None:
+            loop.add_reader(self.steps.fileno(), self._deliver)
+
+    def _deliver(self) -> None:
+        """End the steps that are done; runs on the event loop."""
+        for number, drawn in self.steps.done():
+            job = self._jobs.pop(number)
+            if drawn is None:
+                assert job.outcome is not None
+                _end(job.future, job.outcome)
+            elif isinstance(drawn, Exception):
+                logger.error("step %s failed: %s", job.plan.step_id, drawn)
+                _end(job.future, drawn)
+            else:
+                sampled = [None if row is None else Sampled(*row) for row in drawn]
+                _end(job.future, StepResult(job.plan.step_id, sampled))
+
+
+def _end(future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
+    if future.done():  # cancelled by its waiter
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

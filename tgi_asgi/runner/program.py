@@ -61,33 +61,32 @@ class EagerStep:
 
 
 class RecordedStep:
-    """Calls the model once, with handles for tensors, and replays what it did; see `ops.StepProgram`."""
+    """Calls the model once, with handles for tensors, and replays what it did: `program`."""
 
     def __init__(
         self, model: Llama, kv: Sequence[ops.KvLayer], *, max_tokens: int, max_rows: int, max_context: int
     ) -> None:
-        self._program = ops.StepProgram(
+        self.program = ops.StepProgram(
             max_tokens=max_tokens, max_sequences=max_rows, max_rows=max_rows, max_context=max_context
         )
-        inputs = self._program.inputs
+        inputs = self.program.inputs
         x = model.forward(Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables), kv)
         model.logits(x, inputs.rows)
-        self._max_rows = max_rows
 
     def run(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Compute a batch, as `Step.run` says."""
-        logits = self._program.run(batch.ids, batch.positions, batch.slots, batch.tables, rows)
-        return self._program.residual, logits
+        logits = self.program.run(batch.ids, batch.positions, batch.slots, batch.tables, rows)
+        return self.program.residual, logits
 
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """Compute more logits, as `Step.logits` says."""
-        return self._program.run_head(rows).clone()
+        return self.program.run_head(rows).clone()
 
     def draw(
         self, batch: Batch, rows: Tensor, slots: Tensor, state: ops.SampleState, mask: Tensor | None
     ) -> ops.SampleResult:
         """Compute a batch and draw, as `Step.draw` says."""
-        return self._program.draw(
+        return self.program.draw(
             batch.ids, batch.positions, batch.slots, batch.tables, rows, slots, state, mask
         )
 

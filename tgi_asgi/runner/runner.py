@@ -22,7 +22,7 @@ from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import StepPlan, StepResult
-from tgi_asgi.runner.program import make_step
+from tgi_asgi.runner.program import RecordedStep, make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
@@ -70,7 +70,10 @@ class CpuRunner:
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._step.logits, max_rows=max_batch_size)
-        self._jobs = JobQueue()
+        self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
+        program = self._step.program if isinstance(self._step, RecordedStep) else None
+        self._is_recorded = program is not None
+        self._jobs = JobQueue(program, self._inputs.limits if program else None)
         self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
         self._thread.start()
 
@@ -80,12 +83,26 @@ class CpuRunner:
         Raises:
             RuntimeError: the runner is closed, or two steps are in flight already.
         """
-        return self._jobs.submit(plan)
+        future = self._jobs.submit(plan, is_plain=self._is_plain(plan))
+        for start in plan.starts:
+            if start.grammar is None:
+                self._constrained.discard(start.slot)
+            else:
+                self._constrained.add(start.slot)
+        return future
 
     def close(self) -> None:
-        """Finish the steps in flight and end the thread. Idempotent."""
+        """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
         self._jobs.close()
         self._thread.join()
+        self._jobs.end()
+
+    def _is_plain(self, plan: StepPlan) -> bool:
+        """Tell whether a step needs nothing of Python: most steps of streams that decode."""
+        if not self._is_recorded or plan.starts or plan.copies or not plan.rows:
+            return False
+        constrained = self._constrained
+        return not any(row.prompt_logprobs is not None or row.slot in constrained for row in plan.rows)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
@@ -110,6 +127,8 @@ class CpuRunner:
             )
             self._masks.start(start)
             self._scorer.forget(start.slot)
+        if plan.starts:
+            self._jobs.steps.set_sampling(*self._sampling.tensors, self._sampling.scratch(ops.num_threads()))
         if not plan.rows:
             return StepResult(plan.step_id, [])
         return self._compute(plan)

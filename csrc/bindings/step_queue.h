@@ -1,0 +1,95 @@
+// Steps on their way from the event loop to the thread that computes them, and back. Those that
+// need nothing of Python run here, one after the other, without the GIL; the loop learns of each by
+// a file descriptor that it watches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/program.h"
+#include "bindings/rows.h"
+#include "bindings/sample.h"
+#include "cpu/platform.h"
+
+namespace tgi {
+
+// `push`, `push_rows`, `done` and `close` are for the event loop, `take`, `finish` and
+// `set_sampling` for one thread that computes. Numbers are the caller's, and leave in the order in
+// which they came.
+class StepQueue {
+ public:
+  // Without a program there can be no rows. Throws std::runtime_error where there is no descriptor.
+  StepQueue(std::shared_ptr<StepProgram> program, std::optional<RowLimits> limits);
+
+  // Readable while something is done that `done` has not returned.
+  int fileno() const { return signal_.fd(); }
+  // Queues a step that `take` returns.
+  void push(int64_t number);
+  // Queues a step that `take` computes: no slot of it starts, and no row has a grammar. Throws
+  // PlanError.
+  void push_rows(int64_t number, pybind11::handle rows);
+  // Takes nothing more; `take` returns none behind what is queued.
+  void close();
+  // What is done since the last call: (number, outcome), where the outcome is None of a step that
+  // `take` returned, an exception, or for each row None or what was drawn: (token id,
+  // log-probability or None, the most probable or None, whether the logits were finite).
+  pybind11::list done();
+
+  // Computes steps that were pushed as rows, until one comes that was not: returns its number.
+  // Waits for more. None: the queue is closed and empty. Without the GIL.
+  std::optional<int64_t> take();
+  // Says that the step which `take` returned is done.
+  void finish(int64_t number);
+  // What the next steps draw with. The tensors of `SampleState`.
+  void set_sampling(const at::Tensor& records, const at::Tensor& counts,
+                    const at::Tensor& biased_ids, const at::Tensor& biased_values,
+                    const at::Tensor& masked_ids, const at::Tensor& scratch);
+
+ private:
+  // A step with its results, a row each.
+  struct Step {
+    FlatRows rows;
+    std::vector<int32_t> token_ids;
+    std::unique_ptr<bool[]> is_finite;
+    std::vector<float> logprobs;
+    std::vector<int32_t> top_ids;  // [num_draws, max_top]
+    std::vector<float> top_logprobs;
+    std::vector<int32_t> num_top;
+    int64_t max_top = 0;
+    std::string error;  // why it failed
+    bool has_failed = false;
+    bool is_out_of_memory = false;
+  };
+  struct Item {
+    int64_t number;
+    std::unique_ptr<Step> step;  // null: it is for Python
+  };
+
+  void enqueue(Item item);
+  void end(Item item);
+  void compute(Step& step);
+  void draw(Step& step);
+  static pybind11::object outcome_of(const Item& item);
+
+  const std::shared_ptr<StepProgram> program_;
+  const std::optional<RowLimits> limits_;
+  SampleCall sampling_ = {};
+  int64_t num_slots_ = 0;
+  std::vector<at::Tensor> kept_;  // what `sampling_` points into
+  cpu::Signal signal_;
+  std::mutex lock_;  // of what follows
+  std::condition_variable has_more_;
+  std::deque<Item> queued_, done_;
+  bool is_closed_ = false;
+};
+
+}  // namespace tgi

@@ -1,0 +1,191 @@
+"""The queue between the event loop and the runner's thread: order, ends, and steps that need no Python."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.support.checkpoints import make_model, save
+from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi import ops
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.inputs import PlanError
+from tgi_asgi.runner.jobs import JobQueue
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.types import SamplingParams
+
+PROMPT = list(range(20, 45))
+SEEDED = SamplingParams(temperature=1.0, seed=3, logprobs=2, presence_penalty=0.4)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    ops.configure_threads(2, nice=0, pin=False)
+    yield
+    ops.configure_threads(2, nice=0, pin=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    model = make_model(num_attention_heads=2, num_key_value_heads=1)
+    with OpenModel(save(model, tmp_path_factory.mktemp("model"))) as opened:
+        return Llama(opened.config, opened.weights, ops.Packing(is_exact=True), max_positions=256)
+
+
+@pytest.fixture
+def make_runner(model: Llama) -> Iterator[Callable[[], CpuRunner]]:
+    runners: list[CpuRunner] = []
+
+    def make() -> CpuRunner:
+        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
+        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
+        return runners[-1]
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+@pytest.fixture
+def runner(make_runner: Callable[[], CpuRunner]) -> CpuRunner:
+    return make_runner()
+
+
+def starting(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:
+    row = StepRow(slot, PROMPT, 0, [2 * slot, 2 * slot + 1], samples=True)
+    return StepPlan(0, [row], [SlotStart(slot, sampling, 0, PROMPT)])
+
+
+def going_on(index: int, slot: int = 0) -> StepPlan:
+    row = StepRow(slot, None, len(PROMPT) + index, [2 * slot, 2 * slot + 1], samples=True)
+    return StepPlan(1 + index, [row])
+
+
+def forbid_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plan: StepPlan) -> StepResult:
+        raise AssertionError("this step went through Python")
+
+    monkeypatch.setattr(runner, "run", fail)
+
+
+async def test_steps_that_decode_need_no_python(runner: CpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    await runner.submit(starting())
+    forbid_python(runner, monkeypatch)
+    results = [await runner.submit(going_on(index)) for index in range(3)]
+    assert [result.step_id for result in results] == [1, 2, 3]
+    with pytest.raises(AssertionError, match="Python"):
+        await runner.submit(starting(1))
+
+
+async def test_the_second_chunk_of_a_prompt_needs_none(
+    runner: CpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await runner.submit(starting(sampling=SEEDED))
+    start = SlotStart(1, SEEDED, 0, PROMPT)
+    await runner.submit(StepPlan(0, [StepRow(1, PROMPT[:9], 0, [4, 5], samples=False)], [start]))
+    forbid_python(runner, monkeypatch)
+    middle = await runner.submit(StepPlan(1, [StepRow(1, PROMPT[9:16], 9, [4, 5], samples=False)]))
+    assert middle.sampled == [None]
+    last = await runner.submit(StepPlan(2, [StepRow(1, PROMPT[16:], 16, [4, 5], samples=True)]))
+    assert last.sampled == whole.sampled
+
+
+async def test_a_step_draws_the_same_either_way(make_runner: Callable[[], CpuRunner]) -> None:
+    by_queue = [Job(PROMPT[: 3 + n], 12, SEEDED if n % 2 else GREEDY) for n in range(5)]
+    by_python = [Job(job.prompt_ids, job.num_tokens, job.sampling) for job in by_queue]
+    await generate(make_runner(), by_queue)
+    slow = make_runner()
+    slow._is_recorded = False
+    await generate(slow, by_python)
+    assert [job.sampled for job in by_queue] == [job.sampled for job in by_python]
+    assert by_queue[1].sampled[5].top is not None
+
+
+async def test_rows_out_of_bounds_fail_their_step_only(runner: CpuRunner) -> None:
+    await runner.submit(starting())
+    bad = StepPlan(1, [StepRow(0, None, len(PROMPT), [0, 64], samples=True)])
+    first, failing = runner.submit(going_on(0)), runner.submit(bad)
+    with pytest.raises(PlanError, match="block"):
+        await failing
+    assert (await first).sampled[0] is not None
+    assert (await runner.submit(going_on(1))).step_id == 2
+
+
+async def test_a_step_that_cannot_be_computed_fails_alone(
+    runner: CpuRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    await runner.submit(starting())
+    ops.configure_threads(3, nice=0, pin=False)  # more than the step was recorded for
+    with pytest.raises(RuntimeError, match="recorded for 2 threads, not 3"):
+        await runner.submit(going_on(0))
+    assert "step 1 failed" in caplog.text
+    ops.configure_threads(2, nice=0, pin=False)
+    assert (await runner.submit(going_on(0))).sampled[0] is not None
+
+
+async def test_a_slot_that_never_started_fails(runner: CpuRunner) -> None:
+    with pytest.raises(RuntimeError, match="no slot was ever started"):
+        await runner.submit(going_on(0))
+
+
+def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
+    async def draw(plan: StepPlan) -> int:
+        sampled = (await runner.submit(plan)).sampled[0]
+        assert sampled is not None
+        return sampled.token_id
+
+    first = [asyncio.run(draw(plan)) for plan in (starting(), going_on(0))]
+    assert [asyncio.run(draw(plan)) for plan in (starting(1), going_on(0, 1))] == first
+
+
+async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) -> None:
+    """Those that pass through Python among those that do not."""
+    await runner.submit(starting())
+    done: list[int] = []
+    plans = [going_on(0), starting(1), going_on(1), going_on(0, 1), starting(2)]
+    for number, plan in enumerate(plans):
+        plan.step_id = number
+        future = runner.submit(plan)
+        future.add_done_callback(lambda future: done.append(future.result().step_id))
+        if number:
+            await previous  # noqa: F821  (two are in flight)
+        previous = future
+    await previous
+    await asyncio.sleep(0)
+    assert done == [0, 1, 2, 3, 4]
+
+
+async def test_a_queue_without_a_program_gives_all_to_its_taker() -> None:
+    queue = JobQueue()
+    taken: list[int] = []
+
+    def work() -> None:
+        while (job := queue.take()) is not None:
+            taken.append(job.plan.step_id)
+            queue.finish(job, StepResult(job.plan.step_id, []) if job.plan.step_id else ValueError("no"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    failing, good = queue.submit(StepPlan(0, [])), queue.submit(StepPlan(5, []))
+    with pytest.raises(ValueError, match="no"):
+        await failing
+    assert await good == StepResult(5, [])
+    queue.close()
+    thread.join(10)
+    queue.end()
+    queue.end()
+    assert taken == [0, 5]
+
+
+def test_rows_are_refused_without_a_program() -> None:
+    with pytest.raises(RuntimeError, match="computes nothing"):
+        ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [1], samples=True)])
+    with pytest.raises(RuntimeError, match="program and limits"):
+        ops.StepQueue(ops.StepProgram(max_tokens=1, max_sequences=1, max_rows=1, max_context=16).native)
