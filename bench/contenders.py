@@ -119,12 +119,12 @@ class LlamaCpp:
         """Run llama-bench (one sequence) and llama-batched-bench (many)."""
         shape, tokens, repeats = self.shape, str(self.shape.tokens), str(self.shape.repeats)
         figures = {}
-        for row in self._bench("-p", _joined(shape.prefill), "-n", tokens, "-r", repeats):
-            name = f"prefill {row['n_prompt']}" if row["n_prompt"] else "decode x1"
+        for row in self._bench("-p", _joined(shape.prefill), "-n", "0", "-r", repeats):
+            figures[f"prefill {row['n_prompt']}"] = percentile(row["samples_ts"], 0.5)
+        alone = {"decode x1": shape.context} if 1 in shape.decode else {}
+        for name, depth in (alone | {f"decode at {depth}": depth for depth in shape.depth}).items():
+            (row,) = self._bench("-p", "0", "-n", tokens, "-d", str(depth), "-r", repeats)
             figures[name] = percentile(row["samples_ts"], 0.5)
-        for depth in shape.depth:
-            (row,) = self._bench("-p", "0", "-n", tokens, "-d", str(depth), "-r", "1")
-            figures[f"decode at {depth}"] = row["avg_ts"]
         for row in self._batched([count for count in shape.decode if count > 1]):
             figures[f"decode x{row['pl']}"] = row["speed_tg"]
         return figures

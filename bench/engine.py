@@ -125,14 +125,17 @@ class Bench:
         return {"what": f"prefill {tokens}", "tokens_per_s": round(rate, 1), "read_gb_per_s": gb_per_s}
 
     async def decode(self, count: int, context: int, steps: int, name: str) -> dict[str, Any]:
-        """Measure `count` sequences side by side, `steps` tokens each after `context` tokens."""
+        """Measure `count` sequences side by side: `steps` tokens each after `context` tokens, every time."""
         gb_per_s = read_bandwidth()
-        sequences = self._engine.sequences(count, context, (steps * self._repeats) + 4)
+        sequences = self._engine.sequences(count, context, steps)
         await self._engine.prefill(sequences, min(CHUNK, self._max_chunk))
-        await self._engine.decode(sequences, 4)
-        times = [await self._engine.decode(sequences, steps) / steps for _ in range(self._repeats)]
-        step_s = median(times, 7)
-        mean_context = context + 4 + steps * self._repeats / 2
+        times = []
+        for _ in range(self._repeats + 1):
+            for sequence in sequences:
+                sequence.num_computed = context
+            times.append(await self._engine.decode(sequences, steps) / steps)
+        step_s = median(times[1:], 7)
+        mean_context = context + steps / 2
         step_bytes = self._weight_bytes + count * mean_context * self._kv_bytes
         return {
             "what": name,
