@@ -314,8 +314,8 @@ async def test_a_sink_that_raises_loses_its_own_request_only(make_engine: MakeEn
 
 
 async def test_a_cpu_cache_takes_memory_where_conversations_come_back_for_it(make_engine: MakeEngine) -> None:
-    """Half a gibibyte of four is filled by prompts that are new; prompts that come again get the rest."""
-    engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=4 << 30)
+    """256 MiB of 2 GiB are filled by prompts that are new; prompts that come again get the rest."""
+    engine = make_engine(FakeRunner(num_blocks=128), kv_bytes=2 << 30)
     pool, draw = engine.scheduler.pool, random.Random(2)
     for _ in range(30):
         await ask(engine, make_request([draw.randrange(256) for _ in range(100)], max_tokens=2))

@@ -40,7 +40,7 @@ from tgi_asgi.types import EngineState, GenerationRequest, ModelInfo, Permit
 
 log = logging.getLogger(__name__)
 
-_EAGER_BYTES = 512 * MIB  # of KV cache on a CPU: the system commits memory as blocks are first written
+_EAGER_BYTES = 256 * MIB  # of KV cache on a CPU: the system commits memory as blocks are first written
 
 
 class Engine:

@@ -12,7 +12,7 @@ from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.head import head
-from tgi_asgi.ops.kv import KvLayer, allocate_kv, copy_blocks, kv_bytes_per_token
+from tgi_asgi.ops.kv import KvLayer, allocate_kv, copy_blocks, kv_bytes_per_token, supply_kv
 from tgi_asgi.ops.linear_add import linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm
@@ -81,6 +81,7 @@ __all__ = [
     "qkv",
     "qkv_weight",
     "sample",
+    "supply_kv",
     "token_logprobs",
     "vector",
     "wake_threads",

@@ -25,6 +25,7 @@ from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.program import RecordedStep, make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.runner.supply import KvSupply
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class CpuRunner:
             kv_size.block_size,
             kv_size.dtype,
         )
+        self._supply = KvSupply(self._kv)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -93,6 +95,7 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
+        self._supply.close()
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
