@@ -184,6 +184,37 @@ async def test_a_queue_without_a_program_gives_all_to_its_taker() -> None:
     assert taken == [0, 5]
 
 
+async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
+    queue = JobQueue()
+    taken = threading.Event()
+
+    class Slow:
+        """Goes on only once the thread has taken what was pushed."""
+
+        def push(self, number: int) -> None:
+            steps.push(number)
+            assert taken.wait(10)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(steps, name)
+
+    def work() -> None:
+        job = queue.take()
+        taken.set()
+        assert job is not None
+        queue.finish(job, StepResult(job.plan.step_id, []))
+
+    steps = queue.steps
+    queue.steps = Slow()  # type: ignore[assignment]
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert await queue.submit(StepPlan(3, [])) == StepResult(3, [])
+    finally:
+        queue.end()
+        thread.join(10)
+
+
 def test_rows_are_refused_without_a_program() -> None:
     with pytest.raises(RuntimeError, match="computes nothing"):
         ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [1], samples=True)])

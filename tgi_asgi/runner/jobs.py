@@ -66,15 +66,15 @@ class JobQueue:
         if loop is not self._loop:
             self._watch(loop)
         job = Job(next(self._numbers), plan, loop.create_future())
-        if is_plain:
-            try:
-                self.steps.push_rows(job.number, plan.rows)
-            except ValueError as error:
-                job.future.set_exception(error)
-                return job.future
-        else:
+        self._jobs[job.number] = job  # first: the thread that takes the number looks for it
+        if not is_plain:
             self.steps.push(job.number)
-        self._jobs[job.number] = job
+            return job.future
+        try:
+            self.steps.push_rows(job.number, plan.rows)
+        except Exception as error:
+            del self._jobs[job.number]
+            job.future.set_exception(error)
         return job.future
 
     def take(self) -> Job | None:
