@@ -56,6 +56,22 @@ def test_prompts_advance_even_where_decoding_alone_misses_the_target() -> None:
     assert 90 <= budget.tokens(64) <= 100  # half of the decode time at 1 ms a token
 
 
+def test_steps_of_one_size_are_learnt_from_together() -> None:
+    """The first at once; then a machine that has become slower is noticed within eight, by their mean."""
+    budget = make_budget()
+    budget.observe(4, 0, 0.01)
+    first_s = budget.predict_s(4, 0)
+    assert first_s == pytest.approx(0.01, rel=0.1)
+    for duration_s in (0.02, 0.04, 0.02, 0.04, 0.02, 0.04, 0.03):
+        budget.observe(4, 0, duration_s)
+        assert budget.predict_s(4, 0) == first_s
+    budget.observe(4, 0, 0.03)
+    later_s = budget.predict_s(4, 0)
+    assert 1.1 * first_s < later_s <= 0.03
+    budget.observe(5, 0, 0.05)  # of another size: at once
+    assert budget.predict_s(4, 0) > later_s
+
+
 def test_at_least_one_block_is_given() -> None:
     budget = make_budget()
     budget.observe(0, 16, 16.0)

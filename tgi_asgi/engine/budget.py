@@ -8,6 +8,7 @@ _UNKNOWN_COST_TOKENS = 128  # the first prompt chunk, whose time teaches the cos
 _PATIENCE_S = 1.0  # once a prompt has waited so long, the second of each pair below holds; before, between
 _SHARE = (0.5, 3.0)  # what prompts get of a step at the least, of its decode time
 _STRETCH = (1.0, 2.0)  # of the target
+_ALIKE = 8  # steps of one size are learnt from together: each says the same, and learning takes 17 us
 
 
 class TokenBudget:
@@ -19,7 +20,16 @@ class TokenBudget:
     at once all of them are answered soon, and those that stream go slower until then.
     """
 
-    __slots__ = ("_block_size", "_limit", "_max_tokens", "_target_s", "_time")
+    __slots__ = (
+        "_alike_s",
+        "_block_size",
+        "_limit",
+        "_max_tokens",
+        "_num_due",
+        "_size",
+        "_target_s",
+        "_time",
+    )
 
     def __init__(self, *, max_tokens: int, block_size: int, target_s: float) -> None:
         self._max_tokens = max_tokens
@@ -27,6 +37,9 @@ class TokenBudget:
         self._block_size = block_size
         self._target_s = target_s
         self._time = StepTime()
+        self._size = (0, 0)  # of the last step: decode rows, prompt tokens
+        self._alike_s: list[float] = []  # what steps of that size took that have not been learnt from
+        self._num_due = 1
 
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
@@ -50,8 +63,16 @@ class TokenBudget:
         return min(max(aligned, self._block_size), self._max_tokens)
 
     def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float) -> None:
-        """Learn from a step that took `duration_s`."""
-        self._time.observe(num_decode_rows, num_prefill_tokens, duration_s)
+        """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then."""
+        size = (num_decode_rows, num_prefill_tokens)
+        if size != self._size:
+            self._size, self._num_due = size, 1
+            self._alike_s.clear()
+        self._alike_s.append(duration_s)
+        if len(self._alike_s) >= self._num_due:
+            self._time.observe(*size, sum(self._alike_s) / len(self._alike_s))
+            self._alike_s.clear()
+            self._num_due = _ALIKE
         if num_prefill_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)
 

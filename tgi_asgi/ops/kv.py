@@ -84,10 +84,10 @@ def supply_kv(layers: Sequence[KvLayer], num_bytes: int, wants_more: Callable[[]
     Little by little, as long as `wants_more`. Elsewhere than on Linux from 5.14 on it does nothing.
     """
     memory = torch.empty(0, dtype=torch.uint8).set_(layers[0].pool.untyped_storage())
-    for part in memory[:num_bytes].split(_SUPPLIED_BYTES):
+    for first in range(0, min(num_bytes, memory.numel()), _SUPPLIED_BYTES):
         if not wants_more():
             return
-        torch.ops.tgi.supply_pages(part)
+        torch.ops.tgi.supply_pages(memory[first : min(first + _SUPPLIED_BYTES, num_bytes)])
 
 
 def copy_blocks(layers: Iterable[KvLayer], pairs: Sequence[tuple[int, int]]) -> None:
