@@ -120,3 +120,16 @@ class StepQueue:
         scratch: Tensor,
     ) -> None:
         """Say what the next steps draw with: the tensors of `ops.SampleState`."""
+
+class PageSupply:
+    """A thread of the lowest priority that has the system supply memory before it is written.
+
+    Its contents stay, whoever writes meanwhile. Elsewhere than on Linux from 5.14 on it does nothing.
+    """
+
+    def __init__(self, memory: Tensor, num_bytes: int) -> None: ...
+    def wait(self) -> None:
+        """Wait until the first `num_bytes` are there."""
+
+    def close(self) -> None:
+        """End it, in 5 ms at most. Idempotent."""

@@ -15,7 +15,6 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
   m.def("matmul(Tensor a, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("dequantise(Tensor blocks, str format, Tensor(a!) out) -> ()");
   m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
-  m.def("supply_pages(Tensor(a!) memory) -> ()");
   m.def(
       "sample(Tensor logits, Tensor slots, Tensor(a!) records, Tensor(b!) counts, Tensor "
       "biased_ids, "

@@ -60,15 +60,9 @@ void advise_huge_pages(const Tensor& memory) {
   tgi::cpu::advise_huge_pages(memory.mutable_data_ptr(), static_cast<int64_t>(memory.nbytes()));
 }
 
-void supply_pages(const Tensor& memory) {
-  TORCH_CHECK(memory.is_contiguous(), "`memory` must be contiguous");
-  tgi::cpu::supply_pages(memory.mutable_data_ptr(), static_cast<int64_t>(memory.nbytes()));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tgi, CPU, m) {
   m.impl("matmul", matmul);
   m.impl("advise_huge_pages", advise_huge_pages);
-  m.impl("supply_pages", supply_pages);
 }

@@ -1,4 +1,5 @@
-// The part of tgi_asgi._C that is about steps: rows as arrays, the recorded program, the queue.
+// The part of tgi_asgi._C that is about steps: rows as arrays, the recorded program, the queue, and
+// the cache's memory.
 #include "bindings/module_steps.h"
 
 #include <ATen/ops/from_blob.h>
@@ -6,6 +7,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <exception>
 #include <memory>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/step_queue.h"
+#include "cpu/page_supply.h"
 
 namespace tgi {
 
@@ -77,6 +80,29 @@ void bind_program(py::module_& module) {
       .def("num_operators", &StepProgram::num_operators);
 }
 
+// Keeps the memory alive.
+struct TensorSupply {
+  at::Tensor memory;
+  cpu::PageSupply supply;
+
+  TensorSupply(const at::Tensor& tensor, int64_t num_bytes)
+      : memory(tensor), supply(bytes_of(tensor), std::min<int64_t>(num_bytes, tensor.nbytes())) {}
+  static void* bytes_of(const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.is_contiguous(), "`memory` must be contiguous");
+    return tensor.mutable_data_ptr();
+  }
+};
+
+void bind_supply(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<TensorSupply>(module, "PageSupply",
+                           "A thread that has the system supply memory before it is written.")
+      .def(py::init<const at::Tensor&, int64_t>(), py::arg("memory"), py::arg("num_bytes"))
+      .def(
+          "wait", [](TensorSupply& self) { self.supply.wait(); }, release())
+      .def("close", [](TensorSupply& self) { self.supply.close(); }, release());
+}
+
 void bind_queue(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<StepQueue>(module, "StepQueue", "See csrc/bindings/step_queue.h.")
@@ -109,6 +135,7 @@ void bind_steps(py::module_& module) {
              py::arg("last_ids"), "Return the arrays of a plan's rows.");
   bind_program(module);
   bind_queue(module);
+  bind_supply(module);
 }
 
 }  // namespace tgi

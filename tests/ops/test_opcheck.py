@@ -54,7 +54,6 @@ OPERANDS: dict[str, Any] = {
     "matmul": lambda: (torch.randn(2, 8), torch.randn(5, 8), torch.randn(5), torch.zeros(2, 5)),
     "dequantise": lambda: (torch.zeros(68, dtype=torch.uint8), "Q8_0", torch.zeros(2, 32)),
     "advise_huge_pages": lambda: (torch.zeros(16),),
-    "supply_pages": lambda: (torch.zeros(16),),
     "sample": sample_operands,
     "token_logprobs": lambda: (
         torch.randn(2, 9), ints(0, 8), torch.zeros(2), torch.zeros(2, 4, dtype=torch.int32),
@@ -77,7 +76,7 @@ def test_every_operator_of_the_schemas_is_checked() -> None:
 @pytest.mark.parametrize("name", OPERANDS)
 def test_operands_of_another_dtype_are_refused(name: str) -> None:
     operands = list(OPERANDS[name]())
-    if name in ("advise_huge_pages", "supply_pages"):
+    if name == "advise_huge_pages":
         return
     operands[0] = operands[0].double()
     with pytest.raises(RuntimeError, match="must be"):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tgi_asgi._C import PageSupply
 from tgi_asgi.ops.meta import meta_of, require
 
 BLOCK_SIZES = (16, 32, 64)
 _TILE = 16  # tokens whose keys lie side by side, one a vector lane
 _STRIP = 32  # dims of a token that share a scale, with int8
-_SUPPLIED_BYTES = 2 << 20  # at a time: 0.1 ms, or 5 where a virtual machine's host has to supply them, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,10 @@ def allocate_kv(
     return [KvLayer(pool[:, layer], block_size, head_dim) for layer in range(num_layers)]
 
 
-def supply_kv(layers: Sequence[KvLayer], num_bytes: int, wants_more: Callable[[], bool]) -> None:
-    """Have the system supply the pool's first `num_bytes` before blocks are written; contents stay.
-
-    Little by little, as long as `wants_more`. Elsewhere than on Linux from 5.14 on it does nothing.
-    """
+def supply_kv(layers: Sequence[KvLayer], num_bytes: int) -> PageSupply:
+    """Begin to have the system supply the pool's first `num_bytes`, in a thread: see `PageSupply`."""
     memory = torch.empty(0, dtype=torch.uint8).set_(layers[0].pool.untyped_storage())
-    for first in range(0, min(num_bytes, memory.numel()), _SUPPLIED_BYTES):
-        if not wants_more():
-            return
-        torch.ops.tgi.supply_pages(memory[first : min(first + _SUPPLIED_BYTES, num_bytes)])
+    return PageSupply(memory, num_bytes)
 
 
 def copy_blocks(layers: Iterable[KvLayer], pairs: Sequence[tuple[int, int]]) -> None:
@@ -164,9 +158,4 @@ def _pack(layer: KvLayer, key: Tensor, value: Tensor) -> None:
 
 @meta_of("advise_huge_pages")
 def _advise_huge_pages_meta(memory: Tensor) -> None:
-    require(memory.is_contiguous())
-
-
-@meta_of("supply_pages")
-def _supply_pages_meta(memory: Tensor) -> None:
     require(memory.is_contiguous())

@@ -25,9 +25,10 @@ from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.program import RecordedStep, make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
-from tgi_asgi.runner.supply import KvSupply
 
 logger = logging.getLogger(__name__)
+
+SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
 
 
 class CpuRunner:
@@ -57,7 +58,7 @@ class CpuRunner:
             kv_size.block_size,
             kv_size.dtype,
         )
-        self._supply = KvSupply(self._kv)
+        self._supply = ops.supply_kv(self._kv, SUPPLIED_BYTES)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from tgi_asgi import ops
-from tgi_asgi.runner.supply import SUPPLIED_BYTES, KvSupply
 
 MIB = 1 << 20
 
@@ -33,30 +33,35 @@ def make_kv(num_bytes: int) -> list[ops.KvLayer]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a hint to Linux")
 def test_the_first_of_the_pool_is_supplied_and_no_more() -> None:
-    kv = make_kv(SUPPLIED_BYTES + 128 * MIB)
+    kv = make_kv(96 * MIB)
     before = resident_bytes(kv[0].pool)
-    supply = KvSupply(kv)
-    supply.join(60)
-    supply.close()
+    ops.supply_kv(kv, 33 * MIB).wait()
     assert before < 4 * MIB
-    assert abs(resident_bytes(kv[0].pool) - SUPPLIED_BYTES) < 4 * MIB
+    assert abs(resident_bytes(kv[0].pool) - 33 * MIB) < 4 * MIB
 
 
-def test_contents_stay() -> None:
+def test_contents_stay_and_a_small_pool_is_supplied_whole() -> None:
     kv = make_kv(16 * MIB)
     for layer in kv:
         layer.pool.copy_(torch.arange(layer.pool.numel()).reshape(layer.pool.shape) % 251)
     expected = [layer.pool.clone() for layer in kv]
-    ops.supply_kv(kv, 64 * MIB, lambda: True)
+    ops.supply_kv(kv, 64 * MIB).wait()
     assert all(torch.equal(layer.pool, before) for layer, before in zip(kv, expected, strict=True))
 
 
 def test_a_supply_that_is_closed_ends_soon() -> None:
-    calls: list[int] = []
+    kv = make_kv(4096 * MIB)
+    supply = ops.supply_kv(kv, 4096 * MIB)
+    supply.close()
+    supply.close()
+    assert resident_bytes(kv[0].pool) < 1024 * MIB
+    ops.supply_kv(kv, 4096 * MIB)  # nobody closes it: its end does
 
-    def wants_more() -> bool:
-        calls.append(1)
-        return len(calls) < 3
 
-    ops.supply_kv(make_kv(64 * MIB), 64 * MIB, wants_more)
-    assert len(calls) == 3
+def test_a_process_can_end_while_memory_is_supplied() -> None:
+    code = (
+        "from tgi_asgi import ops; import torch;"
+        "kv = ops.allocate_kv(2, 16384, 4, 64, 16, torch.bfloat16); supply = ops.supply_kv(kv, 1 << 40)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
