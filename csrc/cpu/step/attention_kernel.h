@@ -81,21 +81,39 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   return chunk;
 }
 
+// Writes `Count` rows of a tile's results, from `first` on, into the next product's input.
+template <class S, int Count>
+inline void write_some_rows(const AttentionParams& p, const StepHeader& step,
+                            const AttentionPoint& at, int64_t first, const RowState& state) {
+  const int64_t group = p.num_heads / p.kv.num_heads, head_dim = p.kv.head_dim;
+  typename S::F factors[Count];
+  BlockSlot to[Count];
+  for (int64_t i = 0; i < Count; ++i) {
+    const int64_t row = at.tile * kAttentionRows + first + i;
+    const int64_t token = step.query_start[at.sequence] + row / group;
+    const int64_t column = (at.head * group + row % group) * head_dim;
+    to[i] = {p.out.block(token, column / kBlockColumns), token % kTileTokens};
+    factors[i] = S::set1(1.0f / state.total[first + i]);
+  }
+  for (int64_t d = 0; d < head_dim; d += kBlockColumns) {
+    typename S::F a[Count], b[Count];
+    TGI_UNROLL(6)
+    for (int64_t i = 0; i < Count; ++i) {
+      const float* sums = state.sums[first + i] + d;
+      a[i] = S::mul(S::load(sums), factors[i]);
+      b[i] = S::mul(S::load(sums + 16), factors[i]);
+    }
+    write_blocks<S, Count>(p.out.precision, a, b, to);
+    for (BlockSlot& slot : to) slot.block += tile_block_bytes(p.out.precision);
+  }
+}
+
 template <class S>
 void write_rows(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                 int64_t count, const RowState& state) {
-  const int64_t group = p.num_heads / p.kv.num_heads, head_dim = p.kv.head_dim;
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t row = at.tile * kAttentionRows + r;
-    const int64_t token = step.query_start[at.sequence] + row / group;
-    const int64_t column = (at.head * group + row % group) * head_dim;
-    const auto factor = S::set1(1.0f / state.total[r]);
-    for (int64_t d = 0; d < head_dim; d += 32) {
-      write_block<S>(p.out.precision, S::mul(S::load(state.sums[r] + d), factor),
-                     S::mul(S::load(state.sums[r] + d + 16), factor),
-                     p.out.block(token, (column + d) / kBlockColumns), token % kTileTokens);
-    }
-  }
+  static_assert(kBlocksAtOnce == kAttentionRows);
+  if (count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, step, at, 0, state);
+  for (int64_t r = 0; r < count; ++r) write_some_rows<S, 1>(p, step, at, r, state);
 }
 
 inline AttentionPoint tile_after(const AttentionParams& p, const StepHeader& step,

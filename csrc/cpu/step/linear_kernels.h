@@ -157,25 +157,41 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
                 });
 }
 
+// Activation times up of `Count` tokens of a tile, from `slot` on. out: their outputs.
+template <class S, int Count>
+inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out, uint8_t* block,
+                           int64_t slot) {
+  typename S::F values[2][Count];
+  BlockSlot to[Count];
+  TGI_UNROLL(6)
+  for (int t = 0; t < Count; ++t) {
+    to[t] = {block, slot + t};
+    TGI_UNROLL(2)
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = (2 * unit + i) * kStripRows;
+      const float* strip = out + i * kTileOutputs + 32 * t;
+      const auto gate = biased<S>(p.linear.bias, row, strip);
+      const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
+      const auto active = p.activation == MlpActivation::kSilu ? silu<S>(gate) : gelu_tanh<S>(gate);
+      values[i][t] = S::mul(active, up);
+    }
+  }
+  write_blocks<S, Count>(p.out.precision, values[0], values[1], to);
+}
+
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
+  static_assert(kBlocksAtOnce == kTileTokens);
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 2, member,
                 [&](int64_t unit, int64_t token, int64_t count, const float* out) {
                   uint8_t* block = p.out.block(token, unit);
+                  if (count == kTileTokens) {
+                    return finish_gate_up<S, kBlocksAtOnce>(p, unit, out, block, 0);
+                  }
                   for (int64_t t = 0; t < count; ++t) {
-                    typename S::F value[2];
-                    for (int64_t i = 0; i < 2; ++i) {
-                      const int64_t row = (2 * unit + i) * kStripRows;
-                      const float* strip = out + i * kTileOutputs + 32 * t;
-                      const auto gate = biased<S>(p.linear.bias, row, strip);
-                      const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
-                      const auto active =
-                          p.activation == MlpActivation::kSilu ? silu<S>(gate) : gelu_tanh<S>(gate);
-                      value[i] = S::mul(active, up);
-                    }
-                    write_block<S>(p.out.precision, value[0], value[1], block, t);
+                    finish_gate_up<S, 1>(p, unit, out + 32 * t, block, t);
                   }
                 });
 }

@@ -241,6 +241,22 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   }
 }
 
+// `Count` blocks of a normalised row, from column k on.
+template <class S, int Count>
+inline void write_norm(const NormParams& p, const float* x, typename S::F factor, int64_t k,
+                       int64_t row, const Activation& out) {
+  typename S::F a[Count], b[Count];
+  BlockSlot to[Count];
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    const int64_t at = k + i * kBlockColumns;
+    a[i] = S::mul(S::mul(S::load(x + at), factor), S::load(p.weight + at));
+    b[i] = S::mul(S::mul(S::load(x + at + 16), factor), S::load(p.weight + at + 16));
+    to[i] = {out.block(row, at / kBlockColumns), row % kTileTokens};
+  }
+  write_blocks<S, Count>(out.precision, a, b, to);
+}
+
 // RMS norm of a row into its slot of the next product's input.
 template <class S>
 inline void norm_row(const NormParams& p, const float* x, int64_t row, const Activation& out) {
@@ -253,11 +269,12 @@ inline void norm_row(const NormParams& p, const float* x, int64_t row, const Act
   }
   const float mean = S::reduce_add(S::add(even, odd)) / static_cast<float>(width);
   const auto factor = S::set1(1.0f / std::sqrt(mean + p.eps));
-  for (int64_t k = 0; k < width; k += 32) {
-    const auto a = S::mul(S::mul(S::load(x + k), factor), S::load(p.weight + k));
-    const auto b = S::mul(S::mul(S::load(x + k + 16), factor), S::load(p.weight + k + 16));
-    write_block<S>(out.precision, a, b, out.block(row, k / kBlockColumns), row % kTileTokens);
+  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
+  int64_t k = 0;
+  for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
+    write_norm<S, kBlocksAtOnce>(p, x, factor, k, row, out);
   }
+  for (; k < width; k += kBlockColumns) write_norm<S, 1>(p, x, factor, k, row, out);
 }
 
 // Rows are shared out in whole tiles: two members never write to one cache line.

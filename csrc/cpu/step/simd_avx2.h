@@ -135,6 +135,11 @@ struct Avx2 {
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
   }
+  static inline F as_float(I bits) {
+    return {_mm256_castsi256_ps(bits.a), _mm256_castsi256_ps(bits.b)};
+  }
+  static inline I reduce_iadd_each(const I (&x)[6]) { return reduce_each(x, reduce_iadd); }
+  static inline I reduce_imax_each(const I (&x)[6]) { return reduce_each(x, reduce_imax); }
 
   static inline I dot(I acc, I u, I s) {
     return {dot_half(acc.a, u.a, s.a), dot_half(acc.b, u.b, s.b)};
@@ -161,6 +166,12 @@ struct Avx2 {
   }
 
  private:
+  template <class Reduce>
+  static inline I reduce_each(const I (&x)[6], Reduce reduce) {
+    return {_mm256_setr_epi32(reduce(x[0]), reduce(x[1]), reduce(x[2]), reduce(x[3]), reduce(x[4]),
+                              reduce(x[5]), 0, 0),
+            _mm256_setzero_si256()};
+  }
   static inline __m256 scale_half(__m256 p, __m256 n, __m256 x) {
     const __m256i exponent =
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);

@@ -81,6 +81,11 @@ struct Avx512 {
   }
   static inline I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static inline int32_t reduce_imax(I a) { return _mm512_reduce_max_epi32(a); }
+  static inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
+  // Lane i: the sum, or the largest, of a[i]'s lanes, for i below six. The other lanes may be
+  // anything.
+  static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, iadd); }
+  static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, imax); }
 
   // Per lane: acc + the sum over four bytes of unsigned u times signed s. Exact.
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
@@ -127,6 +132,28 @@ struct Avx512 {
   // Into the second level of cache only.
   static inline void prefetch_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
+
+ private:
+  // Each fold does two vectors with the instructions of one.
+  template <class Op>
+  static inline I reduce_each(const I (&a)[6], Op op) {
+    const I low = fold_halves(a[0], a[1], op), middle = fold_halves(a[2], a[3], op);
+    const I high = fold_halves(a[4], a[5], op);
+    const I four = fold_quarters(low, middle, op);  // quarter i: of a[i]
+    const I two = fold_quarters(high, high, op);    // of a[4], a[5], a[4], a[5]
+    const I pairs = op(_mm512_unpacklo_epi64(four, two), _mm512_unpackhi_epi64(four, two));
+    const I all = op(pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_CDAB));
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_epi32(order, all);
+  }
+  template <class Op>
+  static inline I fold_halves(I a, I b, Op op) {
+    return op(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+  }
+  template <class Op>
+  static inline I fold_quarters(I a, I b, Op op) {
+    return op(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xDD));
   }
 };
 

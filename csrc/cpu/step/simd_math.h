@@ -52,48 +52,89 @@ inline typename S::F gelu_tanh(typename S::F x) {
   return S::div(x, S::add(S::set1(1.0f), e));
 }
 
-// Writes 32 values of one token (a: the first sixteen) into its slot of a tile's block.
-// Int8: scale max|x| / 127. Below 1e-30 all are zero. NaN or infinity give a scale that is not
-// finite, so they reach the logits and are seen there.
-template <class S>
-inline void write_int8_block(typename S::F a, typename S::F b, uint8_t* block, int64_t slot) {
-  const int32_t bits = S::reduce_imax(S::imax(S::abs_bits(a), S::abs_bits(b)));
-  float largest;
-  std::memcpy(&largest, &bits, 4);
-  const bool is_tiny = largest < 1e-30f;
-  const float scale = is_tiny ? 0.0f : largest * (1.0f / 127.0f);
-  const float inverse = is_tiny ? 0.0f : 127.0f / largest;
-  const auto low = S::round(S::mul(a, S::set1(inverse)));
-  const auto high = S::round(S::mul(b, S::set1(inverse)));
-  auto* values = reinterpret_cast<int8_t*>(block + 32 * slot);
-  S::store_i8(values, low);
-  S::store_i8(values + 16, high);
-  // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not meet. Unsigned, as NaN
-  // gives any integer.
-  const auto both = static_cast<uint32_t>(S::reduce_iadd(S::iadd(low, S::ishl(high, 16))));
-  const int32_t first = static_cast<int16_t>(both);
-  const int32_t second = static_cast<int16_t>((both - static_cast<uint32_t>(first)) >> 16);
-  const int32_t sum = first + second;
-  const float scaled_sum = scale * static_cast<float>(sum);
-  const int32_t zero = -128 * sum, zero_first = -128 * first;
-  std::memcpy(block + kTileScale + 4 * slot, &scale, 4);
-  std::memcpy(block + kTileSum + 4 * slot, &scaled_sum, 4);
-  std::memcpy(block + kTileZero + 4 * slot, &zero, 4);
-  std::memcpy(block + kTileZeroFirst + 4 * slot, &zero_first, 4);
+// Where a block of 32 values of one token goes: a tile's block, and the token's slot in it.
+struct BlockSlot {
+  uint8_t* block;
+  int64_t slot;
+};
+
+// Blocks that are quantised together: their reductions share instructions, their divisions one.
+constexpr int kBlocksAtOnce = 6;
+
+// Of `Count` blocks (one or six) the sum, or the largest, of each one's lanes, in lane i.
+template <class S, int Count>
+inline typename S::I sums_of(const typename S::I (&a)[Count]) {
+  if constexpr (Count == kBlocksAtOnce) return S::reduce_iadd_each(a);
+  return S::iset1(S::reduce_iadd(a[0]));
 }
 
-template <class S>
-inline void write_block(Precision precision, typename S::F a, typename S::F b, uint8_t* block,
-                        int64_t slot) {
-  if (precision == Precision::kInt8) {
-    write_int8_block<S>(a, b, block, slot);
-  } else if (precision == Precision::kBF16) {
-    S::store_bf16(block + 64 * slot, a);
-    S::store_bf16(block + 64 * slot + 32, b);
-  } else {
-    auto* values = reinterpret_cast<float*>(block + 128 * slot);
-    S::store(values, a);
-    S::store(values + 16, b);
+template <class S, int Count>
+inline typename S::I largest_of(const typename S::I (&a)[Count]) {
+  if constexpr (Count == kBlocksAtOnce) return S::reduce_imax_each(a);
+  return S::iset1(S::reduce_imax(a[0]));
+}
+
+// Scale max|x| / 127. Below 1e-30 all are zero. NaN or infinity give a scale that is not finite, so
+// they reach the logits and are seen there.
+template <class S, int Count>
+inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S::F (&b)[Count],
+                              const BlockSlot (&to)[Count]) {
+  constexpr int32_t kTiny = 0x0DA24260;  // the bits of 1e-30
+  typename S::I magnitudes[Count], sums[Count];
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) magnitudes[i] = S::imax(S::abs_bits(a[i]), S::abs_bits(b[i]));
+  const auto bits = largest_of<S, Count>(magnitudes);
+  const auto is_kept = S::isar(S::isub(S::iset1(kTiny - 1), bits), 31);
+  const auto kept = [&](typename S::F x) { return S::as_float(S::iand(S::abs_bits(x), is_kept)); };
+  const auto largest = S::as_float(bits);
+  const auto scale = kept(S::mul(largest, S::set1(1.0f / 127.0f)));
+  alignas(64) float inverses[16], scales[16], scaled_sums[16];
+  S::store(inverses, kept(S::div(S::set1(127.0f), largest)));
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    const auto inverse = S::set1(inverses[i]);
+    const auto low = S::round(S::mul(a[i], inverse)), high = S::round(S::mul(b[i], inverse));
+    auto* values = reinterpret_cast<int8_t*>(to[i].block + 32 * to[i].slot);
+    S::store_i8(values, low);
+    S::store_i8(values + 16, high);
+    // Both sums in one reduction: |sum of sixteen| <= 2,032, so they do not meet.
+    sums[i] = S::iadd(low, S::ishl(high, 16));
+  }
+  const auto both = sums_of<S, Count>(sums);
+  const auto first = S::isar(S::ishl(both, 16), 16);
+  const auto sum = S::iadd(first, S::isub(S::isar(both, 16), S::isar(first, 31)));
+  alignas(64) int32_t zeros[16], first_zeros[16];
+  S::store(scales, scale);
+  S::store(scaled_sums, S::mul(scale, S::to_float(sum)));
+  S::istore(zeros, S::isub(S::izero(), S::ishl(sum, 7)));
+  S::istore(first_zeros, S::isub(S::izero(), S::ishl(first, 7)));
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    uint8_t* const out = to[i].block + 4 * to[i].slot;
+    std::memcpy(out + kTileScale, scales + i, 4);
+    std::memcpy(out + kTileSum, scaled_sums + i, 4);
+    std::memcpy(out + kTileZero, zeros + i, 4);
+    std::memcpy(out + kTileZeroFirst, first_zeros + i, 4);
+  }
+}
+
+// Writes one or six blocks of the next product's input; a: the first sixteen values of each.
+template <class S, int Count>
+inline void write_blocks(Precision precision, const typename S::F (&a)[Count],
+                         const typename S::F (&b)[Count], const BlockSlot (&to)[Count]) {
+  static_assert(Count == 1 || Count == kBlocksAtOnce);
+  if (precision == Precision::kInt8) return write_int8_blocks<S, Count>(a, b, to);
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    if (precision == Precision::kBF16) {
+      uint8_t* const values = to[i].block + 64 * to[i].slot;
+      S::store_bf16(values, a[i]);
+      S::store_bf16(values + 32, b[i]);
+    } else {
+      auto* const values = reinterpret_cast<float*>(to[i].block + 128 * to[i].slot);
+      S::store(values, a[i]);
+      S::store(values + 16, b[i]);
+    }
   }
 }
 

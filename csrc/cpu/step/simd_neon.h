@@ -180,6 +180,11 @@ struct Neon {
   static inline int32_t reduce_imax(const I& a) {
     return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.v[0], a.v[1]), vmaxq_s32(a.v[2], a.v[3])));
   }
+  static inline F as_float(const I& bits) {
+    return each<F>([&](int i) { return vreinterpretq_f32_s32(bits.v[i]); });
+  }
+  static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, reduce_iadd); }
+  static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, reduce_imax); }
 
   static inline I dot(const I& acc, const I& u, const I& s) {
     return each<I>([&](int i) {
@@ -226,6 +231,12 @@ struct Neon {
   static inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
  private:
+  template <class Reduce>
+  static inline I reduce_each(const I (&a)[6], Reduce reduce) {
+    int32_t lanes[16] = {};
+    for (int i = 0; i < 6; ++i) lanes[i] = reduce(a[i]);
+    return iload(lanes);
+  }
   // To nearest, ties to even, in the low half of each lane; denormals become zero, NaN stays NaN.
   static inline I to_bf16(const F& a) {
     return each<I>([&](int i) {

@@ -155,6 +155,9 @@ struct Portable {
     for (int i = 1; i < 16; ++i) best = a.v[i] > best ? a.v[i] : best;
     return best;
   }
+  static inline F as_float(const I& bits) { return {(F::Lanes)bits.v}; }
+  static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, reduce_iadd); }
+  static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, reduce_imax); }
   static inline I dot(const I& acc, const I& u, const I& s) {
     I::Lanes sum = acc.v;
     for (int byte = 0; byte < 32; byte += 8) {
@@ -184,6 +187,14 @@ struct Portable {
   }
   static inline void prefetch(const void*) {}
   static inline void prefetch_l2(const void*) {}
+
+ private:
+  template <class Reduce>
+  static inline I reduce_each(const I (&a)[6], Reduce reduce) {
+    I all = izero();
+    for (int i = 0; i < 6; ++i) all.v[i] = reduce(a[i]);
+    return all;
+  }
 };
 
 }  // namespace
