@@ -29,9 +29,11 @@ constexpr float kMinusInfinity = -__builtin_inff();
 // grouped heads.
 struct RowTile {
   const uint8_t* query[kAttentionRows];
-  int64_t visible[kAttentionRows];  // tokens of context that a row may see
+  int64_t visible[kAttentionRows];  // tokens of context that a row may see, ascending
+  BlockSlot out[kAttentionRows];    // where the first 32 columns of its result go
   int64_t count;
   int64_t longest;  // the largest of `visible`
+  bool is_cold;     // the tile before had other keys and values
 };
 
 // What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.
@@ -49,6 +51,7 @@ struct Chunk {
   int64_t num_tokens;
   int64_t num_blocks;
   int64_t num_ahead;  // sub-blocks known in all
+  bool is_cold;       // not read just before: keys and values are fetched ahead
 };
 
 // How keys and values are multiplied: a vector of sixteen lanes by one broadcast value.
@@ -94,30 +97,44 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
                          float* scores) {
   using Kv = KvTraits<S, precision>;
   const int64_t steps = Kv::key_steps(head_dim);
-  const uint8_t* ahead[Blocks];  // keys two reads ahead; behind the last keys, the first values
+  const bool is_cold = chunk.is_cold;
+  const uint8_t* ahead[Blocks] = {};  // later keys; behind the last keys, the first values
   typename S::F sums[Rows][Blocks];
+  TGI_UNROLL(4)
   for (int i = 0; i < Blocks; ++i) {
     const int64_t next = b + i + ahead_of(precision);
-    ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
+    if (next < chunk.num_blocks) {
+      ahead[i] = chunk.keys[next];
+    } else if (is_cold) {
+      ahead[i] = chunk.values[next % chunk.num_blocks];
+    }
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
   }
-  TGI_UNROLL(2)
   for (int64_t k = 0; k < steps; ++k) {
     typename Kv::Vector keys[Blocks];
-    TGI_UNROLL(2)
+    TGI_UNROLL(4)
     for (int i = 0; i < Blocks; ++i) {
-      fetch_stream<S>(ahead[i] + 64 * k);
+      if (is_cold) fetch_stream<S>(ahead[i] + 64 * k);
       keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
     }
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       const auto value = Kv::broadcast(tile.query[r] + 4 * k);
-      TGI_UNROLL(2)
+      TGI_UNROLL(4)
       for (int i = 0; i < Blocks; ++i) sums[r][i] = Kv::multiply(sums[r][i], keys[i], value);
     }
   }
-  TGI_UNROLL(2)
+  float* const out = scores + 16 * b;
+  if (tile.visible[0] >= chunk.begin + 16 * (b + Blocks)) {
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) {
+      TGI_UNROLL(4)
+      for (int i = 0; i < Blocks; ++i) S::store(out + r * kChunkTokens + 16 * i, sums[r][i]);
+    }
+    return;
+  }
+  TGI_UNROLL(4)
   for (int i = 0; i < Blocks; ++i) {
     const int64_t begin = chunk.begin + 16 * (b + i);
     TGI_UNROLL(6)
@@ -128,10 +145,16 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   }
 }
 
-// scores: [Rows][256]. Two sub-blocks at a time, to have enough sums in flight.
+// scores: [Rows][256]. Several sub-blocks at a time, to have enough sums in flight: products are
+// six cycles late, two begin in each.
 template <class S, Precision precision, int Rows>
 void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
   int64_t b = 0;
+  if constexpr (S::kNumRegisters >= 32) {
+    for (; b + 4 <= chunk.num_blocks; b += 4) {
+      block_scores<S, precision, Rows, 4>(tile, chunk, head_dim, b, scores);
+    }
+  }
   for (; b + 2 <= chunk.num_blocks; b += 2) {
     block_scores<S, precision, Rows, 2>(tile, chunk, head_dim, b, scores);
   }
@@ -152,7 +175,9 @@ class ValueFetch {
     const int64_t stop = block_ + softmax_ahead_of(precision);
     stop_ = stop < chunk.num_blocks ? stop : chunk.num_blocks;
     lines_ = (kBytes * head_dim + 63) / 64;
-    share_ = stop_ > block_ ? ((stop_ - block_) * lines_ + num_steps - 1) / num_steps : 0;
+    share_ = stop_ > block_ && chunk.is_cold
+                 ? ((stop_ - block_) * lines_ + num_steps - 1) / num_steps
+                 : 0;
   }
   // One step's share.
   inline void step() {
@@ -175,28 +200,41 @@ template <class S, Precision precision, int Rows>
 void chunk_softmax(const Chunk& chunk, int64_t head_dim, float* scores, uint8_t* weights,
                    RowState& state) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
-  ValueFetch<S, precision> values(chunk, head_dim, Rows * chunk.num_blocks);
+  ValueFetch<S, precision> values(chunk, head_dim, chunk.num_blocks);
+  typename S::F largest[Rows];
+  TGI_UNROLL(6)
+  for (int r = 0; r < Rows; ++r) largest[r] = S::set1(kMinusInfinity);
+  for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) {
+      largest[r] = S::max(S::load(scores + r * kChunkTokens + 16 * b), largest[r]);
+    }
+  }
+  typename S::F shift[Rows], total[Rows];
+  TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
-    float* row = scores + r * kChunkTokens;
-    auto largest = S::set1(kMinusInfinity);
-    for (int64_t b = 0; b < chunk.num_blocks; ++b) largest = S::max(S::load(row + 16 * b), largest);
-    const float maximum = S::reduce_max(largest);
+    const float maximum = S::reduce_max(largest[r]);
     state.maximum[r] = maximum;
-    const auto shift = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
-    auto total = S::zero();
-    for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-      values.step();
+    shift[r] = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
+    total[r] = S::zero();
+  }
+  for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+    values.step();
+    TGI_UNROLL(6)
+    for (int r = 0; r < Rows; ++r) {
+      const int64_t at = r * kChunkTokens + 16 * b;
       const auto p =
-          exp2<S, precision != Precision::kFloat32>(S::sub(S::load(row + 16 * b), shift));
-      total = S::add(total, p);
+          exp2<S, precision != Precision::kFloat32>(S::sub(S::load(scores + at), shift[r]));
+      total[r] = S::add(total[r], p);
       if constexpr (kIsBF16) {
-        S::store_bf16(weights + (r * kChunkTokens + 16 * b) * 2, p);
+        S::store_bf16(weights + at * 2, p);
       } else {
-        S::store(reinterpret_cast<float*>(weights) + r * kChunkTokens + 16 * b, p);
+        S::store(reinterpret_cast<float*>(weights) + at, p);
       }
     }
-    state.total[r] = S::reduce_add(total);
   }
+  TGI_UNROLL(6)
+  for (int r = 0; r < Rows; ++r) state.total[r] = S::reduce_add(total[r]);
 }
 
 // What is fetched while the values of sub-block b are read: values further on, and behind the last
@@ -215,6 +253,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
   constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
   constexpr int64_t kWeightBytes = Kv::kIsBF16 ? 2 : 4;
   typename S::F sums[Rows][Vectors];
+  const bool is_cold = chunk.is_cold;
   TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(4)
@@ -229,7 +268,9 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
       const int64_t row_bytes = t / kStepTokens * head_dim * 4;
       TGI_UNROLL(4)
-      for (int v = 0; v < Vectors; ++v) fetch_stream<S>(ahead + row_bytes + 64 * v);
+      for (int v = 0; v < Vectors; ++v) {
+        if (is_cold) fetch_stream<S>(ahead + row_bytes + 64 * v);
+      }
       typename Kv::Vector vector[Vectors];
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) vector[v] = Kv::load(values + row_bytes + 64 * v);

@@ -30,8 +30,8 @@ inline ChunkFunction<S> chunk_function(Precision precision, int64_t rows) {
   return table[rows - 1];
 }
 
-inline RowTile row_tile(const AttentionParams& p, const StepHeader& step,
-                        const AttentionPoint& at) {
+inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
+                        bool is_cold) {
   const int64_t group = p.num_heads / p.kv.num_heads;
   const int64_t start = step.query_start[at.sequence];
   const int64_t length = step.query_start[at.sequence + 1] - start;
@@ -40,13 +40,21 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step,
   RowTile tile;
   const int64_t first = at.tile * kAttentionRows, all = length * group;
   tile.count = all - first < kAttentionRows ? all - first : kAttentionRows;
+  int64_t token = first / group, offset = first % group;
   for (int64_t r = 0; r < tile.count; ++r) {
-    const int64_t token = (first + r) / group, head = at.head * group + (first + r) % group;
+    const int64_t head = at.head * group + offset;
     tile.query[r] =
         static_cast<const uint8_t*>(p.q) + ((start + token) * p.num_heads + head) * row_bytes;
     tile.visible[r] = before + token + 1;
+    tile.out[r] = {p.out.block(start + token, head * p.kv.head_dim / kBlockColumns),
+                   (start + token) % kTileTokens};
+    if (++offset == group) {
+      offset = 0;
+      ++token;
+    }
   }
   tile.longest = tile.visible[tile.count - 1];
+  tile.is_cold = is_cold;
   return tile;
 }
 
@@ -57,21 +65,32 @@ inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
   return p.kv.sub_block(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
 }
 
-// Looks up the chunk's sub-blocks, and the keys that are read next: of this tile, then of the tile
-// `next`.
+// Looks up the chunk's sub-blocks and, where they are fetched ahead, the keys that are read next:
+// of this tile, then of the tile `next`.
 inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                      const AttentionPoint& next, int64_t longest, int64_t index) {
+                      const AttentionPoint& next, const RowTile& tile, int64_t index) {
+  const int64_t longest = tile.longest;
   Chunk chunk;
+  chunk.is_cold = tile.is_cold;
   chunk.begin = index * kChunkTokens;
   chunk.num_tokens = longest - chunk.begin < kChunkTokens ? longest - chunk.begin : kChunkTokens;
   chunk.num_blocks = (chunk.num_tokens + 15) / 16;
+  const int32_t* table =
+      step.block_table + at.sequence * step.block_table_stride + chunk.begin / p.kv.block_size;
+  int64_t offset = chunk.begin % p.kv.block_size;
+  const int64_t values_after_keys = p.kv.values_after_keys();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    chunk.keys[b] = keys_at(p, step, at, chunk.begin + 16 * b);
-    chunk.values[b] = chunk.keys[b] + p.kv.values_after_keys();
+    chunk.keys[b] = p.kv.sub_block(at.head, *table, offset);
+    chunk.values[b] = chunk.keys[b] + values_after_keys;
+    offset += 16;
+    if (offset == p.kv.block_size) {
+      offset = 0;
+      ++table;
+    }
   }
   chunk.num_ahead = chunk.num_blocks;
   const bool is_last = chunk.begin + kChunkTokens >= longest;
-  if (is_last && next.sequence >= step.num_sequences) return chunk;
+  if (!chunk.is_cold || (is_last && next.sequence >= step.num_sequences)) return chunk;
   const int64_t begin = is_last ? 0 : chunk.begin + kChunkTokens;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
   const int64_t ahead = ahead_of(p.kv.precision);
@@ -83,19 +102,15 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
 
 // Writes `Count` rows of a tile's results, from `first` on, into the next product's input.
 template <class S, int Count>
-inline void write_some_rows(const AttentionParams& p, const StepHeader& step,
-                            const AttentionPoint& at, int64_t first, const RowState& state) {
-  const int64_t group = p.num_heads / p.kv.num_heads, head_dim = p.kv.head_dim;
+inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64_t first,
+                            const RowState& state) {
   typename S::F factors[Count];
   BlockSlot to[Count];
   for (int64_t i = 0; i < Count; ++i) {
-    const int64_t row = at.tile * kAttentionRows + first + i;
-    const int64_t token = step.query_start[at.sequence] + row / group;
-    const int64_t column = (at.head * group + row % group) * head_dim;
-    to[i] = {p.out.block(token, column / kBlockColumns), token % kTileTokens};
+    to[i] = tile.out[first + i];
     factors[i] = S::set1(1.0f / state.total[first + i]);
   }
-  for (int64_t d = 0; d < head_dim; d += kBlockColumns) {
+  for (int64_t d = 0; d < p.kv.head_dim; d += kBlockColumns) {
     typename S::F a[Count], b[Count];
     TGI_UNROLL(6)
     for (int64_t i = 0; i < Count; ++i) {
@@ -109,11 +124,10 @@ inline void write_some_rows(const AttentionParams& p, const StepHeader& step,
 }
 
 template <class S>
-void write_rows(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                int64_t count, const RowState& state) {
+void write_rows(const AttentionParams& p, const RowTile& tile, const RowState& state) {
   static_assert(kBlocksAtOnce == kAttentionRows);
-  if (count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, step, at, 0, state);
-  for (int64_t r = 0; r < count; ++r) write_some_rows<S, 1>(p, step, at, r, state);
+  if (tile.count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, tile, 0, state);
+  for (int64_t r = 0; r < tile.count; ++r) write_some_rows<S, 1>(p, tile, r, state);
 }
 
 inline AttentionPoint tile_after(const AttentionParams& p, const StepHeader& step,
@@ -187,7 +201,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
   RowState state, merged;
   clear(state);
   for (int64_t c = begin; c < end; ++c) {
-    function(tile, chunk_of(p, step, at, next, tile.longest, c), head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile, c), head_dim, state);
     store_partial(partial.data + c * size, state, head_dim);
   }
   if (partial.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 != all.count) return;
@@ -197,7 +211,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
     load_partial(partial.data + c * size, state, head_dim);
     merge<S>(merged, state, tile.count, head_dim);
   }
-  write_rows<S>(p, step, at, tile.count, merged);
+  write_rows<S>(p, tile, merged);
 }
 
 template <class S>
@@ -206,23 +220,24 @@ void attend_tile(const AttentionParams& p, const StepHeader& step, const Attenti
   const auto function = chunk_function<S>(p.kv.precision, tile.count);
   RowState state, merged;
   if (tile.longest <= kChunkTokens) {
-    function(tile, chunk_of(p, step, at, next, tile.longest, 0), p.kv.head_dim, state);
-    return write_rows<S>(p, step, at, tile.count, state);
+    function(tile, chunk_of(p, step, at, next, tile, 0), p.kv.head_dim, state);
+    return write_rows<S>(p, tile, state);
   }
   clear(merged);
   for (int64_t c = 0; c * kChunkTokens < tile.longest; ++c) {
-    function(tile, chunk_of(p, step, at, next, tile.longest, c), p.kv.head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile, c), p.kv.head_dim, state);
     merge<S>(merged, state, tile.count, p.kv.head_dim);
   }
-  write_rows<S>(p, step, at, tile.count, merged);
+  write_rows<S>(p, tile, merged);
 }
 
 template <class S>
 void attention(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
   AttentionPoint at = step.attention_split[member];
   const AttentionPoint stop = step.attention_split[member + 1];
+  bool is_cold = true;
   while (!same_point(at, stop)) {
-    const RowTile tile = row_tile(p, step, at);
+    const RowTile tile = row_tile(p, step, at, is_cold);
     const AttentionPoint next = tile_after(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;
     const int64_t end = same_tile(at, stop) ? stop.chunk : num_chunks;
@@ -232,6 +247,7 @@ void attention(const AttentionParams& p, const StepHeader& step, int member, int
       attend_shared<S>(p, step, at, next, tile, at.chunk, end, member, num_members);
     }
     if (same_tile(at, stop)) return;
+    is_cold = next.tile == 0;
     at = next;
   }
 }

@@ -13,6 +13,7 @@ namespace tgi::cpu::step {
 namespace {
 
 struct Avx2 {
+  static constexpr int kNumRegisters = 8;  // of sixteen lanes
   struct F {
     __m256 a, b;  // lanes 0-7, 8-15
   };

@@ -15,8 +15,9 @@ namespace tgi::cpu::step {
 namespace {
 
 struct Avx512 {
-  using F = __m512;   // 16 float
-  using I = __m512i;  // 16 int32, or 64 bytes
+  static constexpr int kNumRegisters = 32;  // of sixteen lanes
+  using F = __m512;                         // 16 float
+  using I = __m512i;                        // 16 int32, or 64 bytes
 
   static inline F zero() { return _mm512_setzero_ps(); }
   static inline F set1(float x) { return _mm512_set1_ps(x); }

@@ -16,6 +16,7 @@ namespace tgi::cpu::step {
 namespace {
 
 struct Neon {
+  static constexpr int kNumRegisters = 8;  // of sixteen lanes
   struct F {
     float32x4_t v[4];
   };

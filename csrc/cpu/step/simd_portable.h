@@ -13,6 +13,7 @@ namespace tgi::cpu::step {
 namespace {
 
 struct Portable {
+  static constexpr int kNumRegisters = 4;  // of sixteen lanes
   // Vectors of the compiler's own: arithmetic on them becomes whatever the target has.
   struct F {
     typedef float Lanes __attribute__((vector_size(64)));
