@@ -86,12 +86,12 @@ void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
 }
 
 // A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
-// count, out) gets count tokens from `token` on; out: [strip of the unit][6][32], in L1. Units
-// outside, so that weights are read from memory once; tokens in groups that leave the activations
-// in L2.
-template <class S, class Epilogue>
+// count, out) gets count tokens from `token` on; out: [strip of the unit][6][32], in L1;
+// prologue(unit, token, count) comes before their product. Units outside, so that weights are read
+// from memory once; tokens in groups that leave the activations in L2.
+template <class S, class Prologue, class Epilogue>
 void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
-                int member, const Epilogue& epilogue) {
+                int member, const Prologue& prologue, const Epilogue& epilogue) {
   const bool is_float = p.in.precision == Precision::kFloat32;
   const bool is_widened = is_float && p.weight.format != Format::kF32;
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
@@ -122,6 +122,7 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
       for (int64_t tile = first; tile < last; ++tile) {
         const bool is_tail = rest != 0 && tile == num_tiles - 1;
         const int64_t fetched = (tile - first) * lines;  // of a block's lines, by earlier tiles
+        prologue(unit, tile * kTileTokens, is_tail ? rest : kTileTokens);
         for (int64_t strip = 0; strip < unit_strips; ++strip) {
           const uint8_t* panel = weights + 2 * strip * panel_size;
           const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
@@ -135,6 +136,13 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
   }
 }
 
+template <class S, class Epilogue>
+void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+                int member, const Epilogue& epilogue) {
+  const auto nothing = [](int64_t, int64_t, int64_t) {};
+  run_linear<S>(p, num_tokens, units, unit_strips, member, nothing, epilogue);
+}
+
 template <class S>
 inline typename S::F biased(const float* bias, int64_t row, const float* out) {
   return bias == nullptr ? S::load(out) : S::add(S::load(out), S::load(bias + row));
@@ -144,7 +152,15 @@ template <class S>
 void linear_add(const LinearAddParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.linear.weight.num_rows;
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
-  run_linear<S>(p.linear, step.num_tokens, units, 1, member,
+  // The residual was written by all members: fetched while the product is computed.
+  const auto fetch = [&](int64_t unit, int64_t token, int64_t count) {
+    for (int64_t t = 0; t < count; ++t) {
+      const float* x = p.x + (token + t) * width + unit * kStripRows;
+      S::prefetch_write(x);
+      S::prefetch_write(x + 16);
+    }
+  };
+  run_linear<S>(p.linear, step.num_tokens, units, 1, member, fetch,
                 [&](int64_t unit, int64_t token, int64_t count, const float* out) {
                   for (int64_t t = 0; t < count; ++t) {
                     float* x = p.x + (token + t) * width + unit * kStripRows;

@@ -162,6 +162,7 @@ struct Avx2 {
   static inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
+  static inline void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
   static inline void prefetch_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }

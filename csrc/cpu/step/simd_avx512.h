@@ -130,6 +130,8 @@ struct Avx512 {
   static inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
+  // To be written to: taken out of the other cores' caches.
+  static inline void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
   // Into the second level of cache only.
   static inline void prefetch_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);

@@ -229,6 +229,7 @@ struct Neon {
     return ior(to_bf16(a), ishl(to_bf16(b), 16));
   }
   static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+  static inline void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
   static inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
  private:

@@ -187,6 +187,7 @@ struct Portable {
     });
   }
   static inline void prefetch(const void*) {}
+  static inline void prefetch_write(const void*) {}
   static inline void prefetch_l2(const void*) {}
 
  private:

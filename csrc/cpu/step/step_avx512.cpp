@@ -16,7 +16,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c,avx2,bmi2,tune=znver3")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2,tune=znver3")
 #define TGI_HAS_BF16
 #include "simd_avx512.h"
 // After the simd type.
