@@ -12,7 +12,8 @@
 #include "step.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,tune=znver3")
+// No tune=, see step_avx512.cpp.
+#pragma GCC target("avx2,fma,f16c,bmi2")
 #include "simd_avx2.h"
 // After the simd type.
 #include "step_kernels.h"

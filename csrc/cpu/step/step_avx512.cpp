@@ -15,8 +15,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
+// No tune=: GCC does not inline functions of the headers above into those of another tuning.
 #pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2,tune=znver3")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2")
 #define TGI_HAS_BF16
 #include "simd_avx512.h"
 // After the simd type.

@@ -15,7 +15,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw,fma,f16c,avx2,bmi2,tune=znver3")
+// No tune=, see step_avx512.cpp.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw,fma,f16c,avx2,bmi2")
 #include "simd_avx512.h"
 // After the simd type.
 #include "step_kernels.h"

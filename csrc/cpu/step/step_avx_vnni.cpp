@@ -12,7 +12,8 @@
 #include "step.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,avxvnni,fma,f16c,bmi2,tune=znver3")
+// No tune=, see step_avx512.cpp.
+#pragma GCC target("avx2,avxvnni,fma,f16c,bmi2")
 #define TGI_HAS_AVX_VNNI
 #include "simd_avx2.h"
 // After the simd type.
