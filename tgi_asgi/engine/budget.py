@@ -6,8 +6,8 @@ from tgi_asgi.engine.step_time import StepTime
 
 _UNKNOWN_COST_TOKENS = 128  # the first prompt chunk, whose time teaches the cost of a token
 _PATIENCE_S = 1.0  # once a prompt has waited so long, the second of each pair below holds; before, between
-_SHARE = (0.5, 3.0)  # what prompts get of a step at the least, of its decode time
-_STRETCH = (1.0, 2.0)  # of the target
+_SHARE = (0.5, 2.5)  # what prompts get of a step at the least, of its decode time
+_STRETCH = (1.0, 1.3)  # of the target
 _ALIKE = 8  # steps of one size are learnt from together: each says the same, and learning takes 17 us
 
 
@@ -16,8 +16,8 @@ class TokenBudget:
 
     Prompts get what decoding leaves of the target, and no less than half as long as decoding takes: where
     that alone misses the target the streams are late anyway, and starving prompts would not help them. Both
-    grow with the wait, to twice the target and three quarters of the step within a second: when many arrive
-    at once all of them are answered soon, and those that stream go slower until then.
+    grow with the wait, to 1.3 times the target and 2.5 times the decode time within a second: when many
+    arrive at once all of them are answered soon, and those that stream go slower until then.
     """
 
     __slots__ = (
