@@ -55,12 +55,6 @@ void translate(std::exception_ptr pointer) {
 
 void bind_program(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  using Draw = void (StepProgram::*)(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&);
   py::class_<StepProgram, std::shared_ptr<StepProgram>>(module, "StepProgram",
                                                         "See tgi_asgi.ops.StepProgram.")
       .def(py::init<int64_t, int64_t, int64_t>())
@@ -74,7 +68,7 @@ void bind_program(py::module_& module) {
       .def("gate_up", &StepProgram::gate_up)
       .def("logits", &StepProgram::logits)
       .def("run", &StepProgram::run, release())
-      .def("draw", static_cast<Draw>(&StepProgram::draw), release())
+      .def("draw", &StepProgram::draw, release())
       .def("profile", &StepProgram::profile, release())
       .def("run_head", &StepProgram::run_head, release())
       .def("num_operators", &StepProgram::num_operators);
@@ -126,6 +120,11 @@ void bind_steps(py::module_& module) {
   py::class_<RowLimits>(module, "RowLimits", "Bounds of a plan's integers.")
       .def(py::init([](int64_t vocab_size, int64_t num_blocks, int64_t block_size,
                        int64_t max_context, int64_t max_rows, int64_t max_tokens) {
+             for (const int64_t limit :
+                  {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
+               TORCH_CHECK(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX,
+                           "], got ", limit);
+             }
              return RowLimits{vocab_size,  num_blocks, block_size,
                               max_context, max_rows,   max_tokens};
            }),

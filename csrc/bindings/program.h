@@ -73,7 +73,7 @@ class StepProgram {
             const Tensor& top_ids, const Tensor& top_logprobs, const Tensor& num_top);
   // The same of a header and a call that others have made; the call's logits are filled in here.
   // Without rows there is no draw, and the step ends with the last keys and values.
-  void draw(const step::StepHeader& header, SampleCall call);
+  void draw_header(const step::StepHeader& header, SampleCall call);
   // As `draw` without drawing; returns the seconds that each operator took, barrier included.
   Tensor profile(const Tensor& ids, const Tensor& positions, const Tensor& slots,
                  const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,

@@ -51,7 +51,7 @@ void StepProgram::draw(const Tensor& ids, const Tensor& positions, const Tensor&
                             is_finite, logprobs, top_ids, top_logprobs, num_top));
 }
 
-void StepProgram::draw(const step::StepHeader& header, SampleCall call) {
+void StepProgram::draw_header(const step::StepHeader& header, SampleCall call) {
   begin(header);
   TORCH_CHECK(call.num_rows == header.num_rows && call.params.vocab == logits_.size(1),
               "the draw must have the rows and the vocabulary of the step");

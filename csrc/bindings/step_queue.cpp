@@ -123,7 +123,7 @@ void StepQueue::draw(Step& step) {
     TORCH_CHECK(slot < num_slots_, "slot ", slot, " of ", num_slots_);
     return records[slot].last_id;
   });
-  program_->draw(step.rows.header(), call);
+  program_->draw_header(step.rows.header(), call);
 }
 
 py::list StepQueue::done() {

@@ -99,3 +99,9 @@ def test_any_sequence_serves_as_ids_and_blocks(inputs: StepInputs) -> None:
 def test_plans_that_contradict_themselves_are_refused(inputs: StepInputs, plan: StepPlan) -> None:
     with pytest.raises(PlanError):
         inputs.check(plan)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1 << 31])
+def test_limits_are_positive_and_fit_the_arrays(limit: int) -> None:
+    with pytest.raises(RuntimeError, match="limits must be in"):
+        StepInputs(vocab_size=100, num_blocks=10, block_size=16, max_context=64, max_rows=4, max_tokens=limit)
