@@ -124,7 +124,7 @@ class StepQueue:
 class PageSupply:
     """A thread of the lowest priority that has the system supply memory before it is written.
 
-    Its contents stay, whoever writes meanwhile. Elsewhere than on Linux from 5.14 on it does nothing.
+    Its contents stay, whoever writes meanwhile.
     """
 
     def __init__(self, memory: Tensor, num_bytes: int) -> None: ...

@@ -22,9 +22,9 @@
 
 namespace tgi {
 
-// `push`, `push_rows`, `done` and `close` are for the event loop, `take`, `finish` and
-// `set_sampling` for one thread that computes. Numbers are the caller's, and leave in the order in
-// which they came.
+// `push`, `push_rows`, `done` and `close` are for the event loop, `take` and `set_sampling` for one
+// thread that computes, `finish` for any. Numbers are the caller's, and leave in the order in which
+// they are finished.
 class StepQueue {
  public:
   // Without a program there can be no rows. Throws std::runtime_error where there is no descriptor.

@@ -1,19 +1,29 @@
 #include "page_supply.h"
 
-#include <algorithm>
+#include <unistd.h>
 
 #include "platform.h"
 
 namespace tgi::cpu {
 
+namespace {
+
+// Writes to a byte what it holds: zero if the page is fresh, else whatever is found. Not an `or` of
+// zero, which a compiler may turn into a read, for which the system supplies no page.
+void touch(char* byte) {
+  char expected = 0;
+  __atomic_compare_exchange_n(byte, &expected, char{0}, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+}
+
+}  // namespace
+
 PageSupply::PageSupply(void* data, int64_t bytes) {
   thread_ = std::thread([this, data, bytes] {
-    constexpr int64_t kPart = int64_t{2} << 20;
     name_thread("tgi-supply");
     nice_thread(19);
-    for (int64_t begin = 0; begin < bytes && !is_closed_.load(std::memory_order_relaxed);
-         begin += kPart) {
-      supply_pages(static_cast<char*>(data) + begin, std::min(kPart, bytes - begin));
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    for (int64_t at = 0; at < bytes && !is_closed_.load(std::memory_order_relaxed); at += page) {
+      touch(static_cast<char*>(data) + at);
     }
   });
 }

@@ -7,10 +7,13 @@
 
 namespace tgi::cpu {
 
-// A thread of the lowest priority that has the system supply the pages of [data, data + bytes), two
-// MiB at a time; their contents stay. First writes would do it in the middle of a step: 0.1 ms for
-// two MiB, and 5 in a virtual machine whose host has not supplied them yet. A thread of Python's
-// would come back for the interpreter's lock, which ends the process if that is at its end.
+// A thread of the lowest priority that touches the pages of [data, data + bytes), so that the
+// system supplies them; their contents stay, whoever writes there meanwhile. First writes would do
+// it in the middle of a step: 0.1 ms for two MiB, and 5 in a virtual machine whose host has not
+// supplied them yet. It is no thread of Python's, which would come back for the interpreter's lock:
+// that ends the process if the interpreter is at its end. And it makes no system call: in
+// MADV_POPULATE_WRITE it would hold the lock that every mmap of the process waits for, for as long
+// as busy cores keep a thread of this priority waiting (0.4 s were seen).
 class PageSupply {
  public:
   PageSupply(void* data, int64_t bytes);

@@ -138,21 +138,12 @@ void name_thread(const char* name) {
   pthread_setname_np(pthread_self(), kept);
 }
 
-// madvise of the pages of `size` that lie whole in [data, data + bytes).
-static void advise_pages(void* data, int64_t bytes, uintptr_t size, int advice) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + size - 1) & ~(size - 1);
-  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(size - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
-}
-
 void advise_huge_pages(void* data, int64_t bytes) {
-  advise_pages(data, bytes, uintptr_t{2} << 20, MADV_HUGEPAGE);
-}
-
-void supply_pages(void* data, int64_t bytes) {
-  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which old headers lack
-  advise_pages(data, bytes, static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), kPopulateWrite);
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 #else
@@ -177,7 +168,6 @@ bool pin_thread(int) { return false; }
 bool nice_thread(int) { return false; }
 void name_thread(const char*) {}
 void advise_huge_pages(void*, int64_t) {}
-void supply_pages(void*, int64_t) {}
 
 #endif
 

@@ -34,10 +34,6 @@ void name_thread(const char* name);
 // Asks for huge pages in [data, data + bytes): 3-9 % in decode. A hint; failure is ignored.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// Has the system supply the whole pages in [data, data + bytes), whose contents stay; others may
-// write there meanwhile. A hint, for Linux from 5.14 on.
-void supply_pages(void* data, int64_t bytes);
-
 // Tells the core that this is a spin loop.
 inline void spin_pause() {
 #if defined(__x86_64__) || defined(__i386__)

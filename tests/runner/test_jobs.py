@@ -145,6 +145,66 @@ def test_a_runner_serves_one_loop_after_another(runner: CpuRunner) -> None:
     assert [asyncio.run(draw(plan)) for plan in (starting(1), going_on(0, 1))] == first
 
 
+@pytest.mark.parametrize("num_left", [1, 2])
+def test_a_loop_that_ends_with_steps_in_flight_leaves_nothing_to_the_next(num_left: int) -> None:
+    queue = JobQueue()
+    may_work = threading.Event()
+    finished = threading.Semaphore(0)
+
+    def work() -> None:
+        may_work.wait(10)
+        while (job := queue.take()) is not None:
+            queue.finish(job, StepResult(job.plan.step_id, []))
+            finished.release()
+
+    async def leave() -> None:
+        for index in range(num_left):
+            queue.submit(StepPlan(index, [])).add_done_callback(print)
+
+    async def draw() -> StepResult:
+        future = queue.submit(StepPlan(9, []))
+        assert finished.acquire(timeout=10)  # before the loop looks: what is new comes with what is old
+        return await asyncio.wait_for(future, 10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    asyncio.run(leave())
+    may_work.set()
+    for _ in range(num_left):
+        assert finished.acquire(timeout=10)
+    try:
+        assert asyncio.run(draw()) == StepResult(9, [])
+    finally:
+        queue.close()
+        thread.join(10)
+        queue.end()
+
+
+async def test_close_delivers_the_steps_in_flight(runner: CpuRunner) -> None:
+    await runner.submit(starting())
+    futures = [runner.submit(going_on(index)) for index in range(2)]
+    runner.close()
+    assert [future.result().step_id for future in futures] == [1, 2]
+    runner.close()
+
+
+async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> None:
+    """Its context's keys and values are poisoned, another's are not."""
+    await asyncio.gather(*(runner.submit(starting(slot)) for slot in range(2)))
+    rows = [
+        StepRow(0, None, len(PROMPT), [0, 1], samples=True),
+        StepRow(1, None, len(PROMPT), [2, 3], samples=True),
+    ]
+    expected = await runner.submit(StepPlan(1, rows[1:]))
+    await runner.submit(starting(1))
+    runner._kv[0].pool[:2] = float("nan")
+    result = await runner.submit(StepPlan(2, rows))
+    [ill, healthy] = result.sampled
+    assert ill is not None and healthy is not None
+    assert not ill.is_finite
+    assert healthy == expected.sampled[0]
+
+
 async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) -> None:
     """Those that pass through Python among those that do not."""
     await runner.submit(starting())

@@ -47,7 +47,7 @@ class Engine:
     """Serve requests with one runner, on the event loop that calls `start`.
 
     Args:
-        runner: computes the steps; the caller closes it after `stop`.
+        runner: computes the steps; `stop` closes it.
         on_fatal: called once if the engine dies (a hung step, a lost device, a bug); every request has had
             its error by then, and the process should end. May be set later, as an attribute.
     """
@@ -161,7 +161,7 @@ class Engine:
             await self._loop.is_idle.wait()
 
     async def stop(self) -> None:
-        """End every request with an error now, and wait for the steps in flight."""
+        """End every request with an error now, wait for the steps in flight, and close the runner."""
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
         if self._task is not None:
@@ -173,6 +173,7 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._step_timeout_s):
                     await self._loop.pipeline.drain()
+                self._runner.close()  # which has nothing left to compute: else it would wait for that
         self._loop.pipeline.close()
 
     def _check_state(self) -> None:

@@ -50,7 +50,7 @@ class JobQueue:
         self._is_closed = False
 
     def submit(self, plan: StepPlan, *, is_plain: bool = False) -> asyncio.Future[StepResult]:
-        """Queue a step; the future fails if the step raises, and only it.
+        """Queue a step; the future fails if the step raises, and only it: at once if its rows are refused.
 
         Args:
             is_plain: rows, and nothing else: no slot starts, no row has a grammar or scores its prompt.
@@ -60,18 +60,18 @@ class JobQueue:
         """
         if self._is_closed:
             raise RuntimeError("the runner is closed")
-        if len(self._jobs) == MAX_IN_FLIGHT:
-            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._watch(loop)
+        if len(self._jobs) >= MAX_IN_FLIGHT:
+            raise RuntimeError(f"{MAX_IN_FLIGHT} steps are in flight already")
         job = Job(next(self._numbers), plan, loop.create_future())
         self._jobs[job.number] = job  # first: the thread that takes the number looks for it
-        if not is_plain:
-            self.steps.push(job.number)
-            return job.future
         try:
-            self.steps.push_rows(job.number, plan.rows)
+            if is_plain:
+                self.steps.push_rows(job.number, plan.rows)
+            else:
+                self.steps.push(job.number)
         except Exception as error:
             del self._jobs[job.number]
             job.future.set_exception(error)
@@ -94,37 +94,43 @@ class JobQueue:
 
     def end(self) -> None:
         """Deliver what has finished, and watch no more: once no thread is left that computes. Idempotent."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._deliver()
+        self._deliver()
         self._watch(None)
 
     def _watch(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Have this loop deliver, and no other."""
+        """Have this loop deliver, and no other; what another one waited for is over with it."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self.steps.fileno())
-        self._loop = loop
+        self._loop = None
         if loop is not None:
             loop.add_reader(self.steps.fileno(), self._deliver)
+            self._loop = loop
+            self._deliver()
 
     def _deliver(self) -> None:
         """End the steps that are done; runs on the event loop."""
         for number, drawn in self.steps.done():
             job = self._jobs.pop(number)
+            outcome: StepResult | Exception
             if drawn is None:
                 assert job.outcome is not None
-                _end(job.future, job.outcome)
+                outcome = job.outcome
             elif isinstance(drawn, Exception):
                 logger.error("step %s failed: %s", job.plan.step_id, drawn)
-                _end(job.future, drawn)
+                outcome = drawn
             else:
                 sampled = [None if row is None else Sampled(*row) for row in drawn]
-                _end(job.future, StepResult(job.plan.step_id, sampled))
+                outcome = StepResult(job.plan.step_id, sampled)
+            _end(job, outcome)
 
 
-def _end(future: asyncio.Future[StepResult], outcome: StepResult | Exception) -> None:
-    if future.done():  # cancelled by its waiter
+def _end(job: Job, outcome: StepResult | Exception) -> None:
+    future = job.future
+    if future.get_loop().is_closed():
+        logger.debug("the result of step %s has no taker", job.plan.step_id)
+    elif future.done():  # cancelled by its waiter
         return
-    if isinstance(outcome, Exception):
+    elif isinstance(outcome, Exception):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
