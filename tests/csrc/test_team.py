@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
@@ -36,8 +37,12 @@ def norm() -> torch.Tensor:
 
 def team_threads() -> list[int]:
     """Return the kernel's ids of the threads that the team owns."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(task.name) for task in tasks if (task / "comm").read_text().strip() == "tgi-team"]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            if (task / "comm").read_text().strip() == "tgi-team":
+                found.append(int(task.name))
+    return found
 
 
 def state_of(thread: int) -> str:
