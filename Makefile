@@ -32,7 +32,8 @@ sanitize: $(VENV)/.test-tools
 	rm -rf build/sanitized; mkdir -p build/sanitized; git ls-files -z | xargs -0 cp --parents -t build/sanitized
 	cd build/sanitized && TGI_SANITIZE=1 TGI_CUDA=0 $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd build/sanitized && LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc tests/runner/test_inputs.py tests/runner/test_jobs.py \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
+	  tests/runner/test_inputs.py tests/runner/test_jobs.py \
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
 install: $(VENV)/.installed

@@ -74,7 +74,8 @@ _Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
 class StepQueue:
     """Steps on their way from the event loop to the thread that computes them, and back.
 
-    `push`, `push_rows`, `done` and `close` are for the event loop, the others for one thread that computes.
+    `push`, `push_rows`, `done` and `close` are for the event loop, `take` and `set_sampling` for one thread
+    that computes, `finish` for any.
     """
 
     def __init__(self, program: StepProgram | None = None, limits: RowLimits | None = None) -> None: ...
@@ -132,4 +133,4 @@ class PageSupply:
         """Wait until the first `num_bytes` are there."""
 
     def close(self) -> None:
-        """End it, in 5 ms at most. Idempotent."""
+        """End it where it is. Idempotent; beside busy cores it may take 0.1 s."""

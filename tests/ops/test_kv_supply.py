@@ -31,7 +31,7 @@ def make_kv(num_bytes: int) -> list[ops.KvLayer]:
     return ops.allocate_kv(2, num_bytes // block_bytes, 4, 64, 16, torch.bfloat16)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a hint to Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked as Linux has it")
 def test_the_first_of_the_pool_is_supplied_and_no_more() -> None:
     kv = make_kv(96 * MIB)
     before = resident_bytes(kv[0].pool)

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 from tests.support.checkpoints import make_model, save
 from tests.support.driving import GREEDY, Job, generate
@@ -16,7 +15,6 @@ from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.jobs import JobQueue
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.types import SamplingParams
@@ -37,25 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
     model = make_model(num_attention_heads=2, num_key_value_heads=1)
     with OpenModel(save(model, tmp_path_factory.mktemp("model"))) as opened:
         return Llama(opened.config, opened.weights, ops.Packing(is_exact=True), max_positions=256)
-
-
-@pytest.fixture
-def make_runner(model: Llama) -> Iterator[Callable[[], CpuRunner]]:
-    runners: list[CpuRunner] = []
-
-    def make() -> CpuRunner:
-        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
-        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
-        return runners[-1]
-
-    yield make
-    for runner in runners:
-        runner.close()
-
-
-@pytest.fixture
-def runner(make_runner: Callable[[], CpuRunner]) -> CpuRunner:
-    return make_runner()
 
 
 def starting(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from tgi_asgi import ops
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import PlanError
-from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.types import SamplingParams
@@ -50,25 +49,6 @@ def model(
     files = save(reference, tmp_path_factory.mktemp("model"))
     with OpenModel(files) as opened:
         return Llama(opened.config, opened.weights, arithmetic, max_positions=256)
-
-
-@pytest.fixture
-def make_runner(model: Llama) -> Iterator[Callable[..., CpuRunner]]:
-    runners = []
-
-    def make(model: Llama = model) -> CpuRunner:
-        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
-        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
-        return runners[-1]
-
-    yield make
-    for runner in runners:
-        runner.close()
-
-
-@pytest.fixture
-def runner(make_runner: Callable[..., CpuRunner]) -> CpuRunner:
-    return make_runner()
 
 
 def start(slot: int, sampling: SamplingParams = GREEDY, **changes: object) -> SlotStart:

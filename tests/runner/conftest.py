@@ -1,0 +1,32 @@
+"""Runners for the tests of a module that has a fixture `model`, closed after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tgi_asgi.models.llama import Llama
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.runner import CpuRunner
+
+
+@pytest.fixture
+def make_runner(model: Llama) -> Iterator[Callable[..., CpuRunner]]:
+    """Return what makes a small runner, of the module's model or of another."""
+    runners: list[CpuRunner] = []
+
+    def make(model: Llama = model) -> CpuRunner:
+        size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
+        runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
+        return runners[-1]
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+@pytest.fixture
+def runner(make_runner: Callable[..., CpuRunner]) -> CpuRunner:
+    return make_runner()
