@@ -21,8 +21,8 @@ from bench.report import command_line, emit, machine, median, numbers, table
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepRow
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import SamplingParams
 
 CONTEXT = 64  # prompt tokens

@@ -78,7 +78,7 @@ def run_once(arguments: list[str]) -> dict[str, float]:
         for line in log:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if record["target"] == "tgi_asgi.console":
+                if record["target"] == "tgi_asgi.serve.console":
                     seconds = datetime.datetime.fromisoformat(record["timestamp"]).timestamp() - start_s
                     events.setdefault(record["message"].split(":")[0], seconds)
     return events

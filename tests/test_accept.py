@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tgi_asgi.accept import Acceptor, new_event_loop
+from tgi_asgi.serve.accept import Acceptor, new_event_loop
 
 NUM_CLIENTS = 40
 
@@ -76,7 +76,7 @@ def test_connections_wait_while_there_is_no_descriptor_for_them(
         writer.close()
 
     async def serve() -> None:
-        monkeypatch.setattr("tgi_asgi.accept._PAUSE_S", 0.01)
+        monkeypatch.setattr("tgi_asgi.serve.accept._PAUSE_S", 0.01)
         full = Full(fileno=listener.detach())
         with connect(full, 1)[0] as client:
             server = await asyncio.start_server(greet, sock=full)

@@ -16,8 +16,8 @@ import hypercorn.protocol.h11
 import pytest
 
 from tests.support.serving import App, serving
-from tgi_asgi import body_chunks
-from tgi_asgi.body_chunks import _Stream
+from tgi_asgi.serve import body_chunks
+from tgi_asgi.serve.body_chunks import _Stream
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST_REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"

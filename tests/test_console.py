@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tgi_asgi.console import Console, describe, example
+from tgi_asgi.serve.console import Console, describe, example
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.types import ModelInfo
 

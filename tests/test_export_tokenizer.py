@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from bench.export_tokenizer import export
 from tests.support.demo import demo_files
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 
 TEXTS = ["Hello world", " a  b\n\n\tc", "é🦙 漢字", "<|im_start|>user", "it's 12345.67!", ""]

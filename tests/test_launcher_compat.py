@@ -8,7 +8,7 @@ import pytest
 
 from tgi_asgi.cli import make_command
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.launcher_compat import (
+from tgi_asgi.serve.launcher_compat import (
     OPTIONS,
     Treatment,
     apply_paths,

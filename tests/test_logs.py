@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tgi_asgi import logs
+from tgi_asgi.observe import logs
 from tgi_asgi.settings import Settings
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tgi_asgi.connections import ConnectionLimit, Turnstile, _Connection
+from tgi_asgi.serve.connections import ConnectionLimit, Turnstile, _Connection
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.server import STALLED_READER_MS, listen, make_config
+from tgi_asgi.serve.server import STALLED_READER_MS, listen, make_config
 from tgi_asgi.settings import Settings
 
 LOCAL = Settings(hostname="127.0.0.1", port=0)

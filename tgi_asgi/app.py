@@ -15,19 +15,19 @@ from typing import NoReturn, Protocol, cast
 
 from starlette.routing import Router
 
-from tgi_asgi import logs
+from tgi_asgi.observe import logs
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
 from tgi_asgi.http import cloud, debug, docs, health, info, openai, tgi, tokenize
-from tgi_asgi.http.access_log import log_access
+from tgi_asgi.observe.access_log import log_access
 from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.http.auth import ApiKeys
 from tgi_asgi.http.context import Served, ServerContext
 from tgi_asgi.http.cors import Cors
 from tgi_asgi.http.exchange import Exchange
-from tgi_asgi.http.lag import LoopLag
+from tgi_asgi.observe.lag import LoopLag
 from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found, path_of
-from tgi_asgi.http.tracing import Tracing
-from tgi_asgi.process import claim_parent, end_process
+from tgi_asgi.observe.tracing import Tracing
+from tgi_asgi.serve.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, Progress
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import click
 
-from tgi_asgi import __version__, logs
+from tgi_asgi import __version__
+from tgi_asgi.observe import logs
 from tgi_asgi.errors import InvalidRequest, TgiError
-from tgi_asgi.launcher_compat import (
+from tgi_asgi.serve.launcher_compat import (
     OPTIONS,
     CompatOption,
     Treatment,
@@ -26,7 +27,7 @@ from tgi_asgi.launcher_compat import (
     environment_changes,
     is_sagemaker,
 )
-from tgi_asgi.process import end_process
+from tgi_asgi.serve.process import end_process
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _run(print_env: bool, **options: Any) -> None:
         click.echo(f"No --model-id given: serving the demonstration model, {DEMO_MODEL}.")
         settings = dataclasses.replace(settings, model_id=DEMO_MODEL)
 
-    from tgi_asgi import server  # hypercorn and Starlette: `--help` needs neither
+    from tgi_asgi.serve import server  # hypercorn and Starlette: `--help` needs neither
 
     try:
         code = server.run(settings)

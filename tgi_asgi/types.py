@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tgi_asgi.errors import TgiError
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.grammar import Grammar
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 
 # Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is

@@ -19,8 +19,8 @@ from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import Sampled, SlotStart, StepPlan, StepRow
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
 FP16 = torch.float16

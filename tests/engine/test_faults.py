@@ -16,7 +16,7 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.grammar import Grammar
+from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
 
 SEEDED = SamplingParams(seed=3)

@@ -22,7 +22,7 @@ from tgi_asgi.errors import GenerationFailed, ModelLoadError
 from tgi_asgi.http.context import Served
 from tgi_asgi.settings import Settings
 
-LOGGER = "tgi_asgi.http.access_log"
+LOGGER = "tgi_asgi.observe.access_log"
 
 
 async def test_an_answer_is_logged_with_its_sizes_and_times(

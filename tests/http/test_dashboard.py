@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from tgi_asgi.http.metrics import Metrics
+from tgi_asgi.observe.metrics import Metrics
 
 BOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana.json").read_text(encoding="utf-8"))
 

@@ -14,8 +14,8 @@ from tgi_asgi.app import App
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed
 from tgi_asgi.http.exchange import Exchange
-from tgi_asgi.http.metrics import DURATION_BUCKETS, Metrics
-from tgi_asgi.http.prometheus import Counter, Histogram, Registry
+from tgi_asgi.observe.metrics import DURATION_BUCKETS, Metrics
+from tgi_asgi.observe.prometheus import Counter, Histogram, Registry
 from tgi_asgi.http.tgi_render import StreamRenderer
 
 # TGI 3.3.7, as a scrape shows it: name, kind, labels.

@@ -13,7 +13,7 @@ from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app
 from tgi_asgi.app import create_app
 from tgi_asgi.errors import GenerationFailed, ModelLoadError
-from tgi_asgi.http.tracing import Tracing
+from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.settings import Settings
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -18,8 +18,8 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.types import FinishReason, GenerationRequest, ModelInfo, SamplingParams, StopConditions
 
 EOS = 1

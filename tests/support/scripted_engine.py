@@ -24,7 +24,7 @@ from tgi_asgi.errors import IncompleteGeneration, Overloaded, TgiError, Unavaila
 from tgi_asgi.http.context import Served
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.types import (
     EngineState,
     FinishReason,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tgi_asgi.text.guard import PromptGuard
+from tgi_asgi.text.chat.guard import PromptGuard
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 VOCAB_SIZE = 1024

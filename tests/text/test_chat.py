@@ -10,7 +10,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
-from tgi_asgi.text.chat import ChatTemplate, load_chat_template
+from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 

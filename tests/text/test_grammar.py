@@ -13,10 +13,10 @@ import pytest
 from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import EOS, IM_END, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text import grammar as grammar_module
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar import GrammarCompiler, Matcher
-from tgi_asgi.text.grammar_source import GrammarSource
+from tgi_asgi.text.constrain import grammar as grammar_module
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import GrammarCompiler, Matcher
+from tgi_asgi.text.constrain.source import GrammarSource
 
 NUM_WORDS = -(-VOCAB_SIZE // 32)
 
@@ -285,7 +285,7 @@ def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
 def test_equal_grammars_are_compiled_once_and_the_least_used_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tgi_asgi.text.grammar.MAX_CACHED", 2)
+    monkeypatch.setattr("tgi_asgi.text.constrain.grammar.MAX_CACHED", 2)
     compiler = GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
     first = compiler.compile(sources.choice(["a"]))
     compiler.compile(sources.choice(["b"]))

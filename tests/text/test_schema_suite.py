@@ -11,8 +11,8 @@ from bench.schemas import Writer, judge
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar import GrammarCompiler
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
 FIRST = {family: [schema for name, schema in suite() if name == family] for family in FAMILIES}
 REFUSED = {"condition", "collection", "mapping"}  # families with keywords that cannot be enforced

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from tgi_asgi.errors import TemplateError
-from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.chat.template import ChatTemplate
 
 HI = [{"role": "user", "content": "hi"}]
 LAUGHS = "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
@@ -99,7 +99,7 @@ def test_what_templates_do_works_as_ever(source: str, text: str) -> None:
     ],
 )
 def test_computing_for_ever_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tgi_asgi.text.template_time.MAX_CPU_S", 0.1)
+    monkeypatch.setattr("tgi_asgi.text.chat.time_limit.MAX_CPU_S", 0.1)
     template = ChatTemplate("{% if tools %}" + source + "{% endif %}", {})
     began_s = time.thread_time()
     with pytest.raises(TemplateError, match="computed for more than"):

@@ -12,11 +12,11 @@ from tests.support.schemas import check, random_schema
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.answer import ToolUse, answer_grammar
-from tgi_asgi.text.grammar import GrammarCompiler
-from tgi_asgi.text.reasoning import STYLES, style_of
-from tgi_asgi.text.reply import ReplyParser
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.tools.reasoning import STYLES, style_of
+from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.text.tools import (
     FORMATS,
     CallArguments,

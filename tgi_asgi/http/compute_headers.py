@@ -6,7 +6,7 @@ Sync answers carry all of them, streams only those known before the first token.
 from __future__ import annotations
 
 from tgi_asgi.http.asgi import Header
-from tgi_asgi.http.course import Course
+from tgi_asgi.observe.course import Course
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo

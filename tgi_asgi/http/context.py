@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tgi_asgi.errors import Unavailable
-from tgi_asgi.http.metrics import Metrics
+from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, EngineState, ModelInfo
 
 if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
     from tgi_asgi.engine.stats import EngineStats
-    from tgi_asgi.text.chat import ChatTemplate
-    from tgi_asgi.text.grammar import GrammarCompiler
+    from tgi_asgi.text.chat.template import ChatTemplate
+    from tgi_asgi.text.constrain.grammar import GrammarCompiler
     from tgi_asgi.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class ServerContext:
     def grammar_compiler(self) -> GrammarCompiler:
         """Return the compiler for the model's vocabulary, made for the first grammar."""
         if self._grammar_compiler is None:
-            from tgi_asgi.text.grammar import GrammarCompiler
+            from tgi_asgi.text.constrain.grammar import GrammarCompiler
 
             served = self.ready()
             self._grammar_compiler = GrammarCompiler(served.tokenizer, served.info.vocab_size)

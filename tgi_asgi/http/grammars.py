@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.context import ServerContext
-from tgi_asgi.text.grammar_source import GrammarSource
+from tgi_asgi.text.constrain.source import GrammarSource
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.grammar import Grammar
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 
 async def compile_grammar(context: ServerContext, source: GrammarSource) -> Grammar:

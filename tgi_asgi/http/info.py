@@ -11,7 +11,7 @@ import tgi_asgi
 from tgi_asgi.http.asgi import JSON
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_params import Limits
-from tgi_asgi.http.prometheus import CONTENT_TYPE
+from tgi_asgi.observe.prometheus import CONTENT_TYPE
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.tgi_schema import Info
 from tgi_asgi.http.tgi_validation import NativeLimits

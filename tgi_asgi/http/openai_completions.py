@@ -32,7 +32,7 @@ from tgi_asgi.http.sse import EventStream
 from tgi_asgi.types import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.grammar import Grammar
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 

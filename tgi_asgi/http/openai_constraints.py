@@ -15,8 +15,8 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.grammars import naming
 from tgi_asgi.http.openai_params import refuse
 from tgi_asgi.http.openai_schema import CommonRequest, ResponseFormat
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar_source import GrammarSource
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.source import GrammarSource
 
 _FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 _GUIDED = {  # vLLM's old names, and SGLang's

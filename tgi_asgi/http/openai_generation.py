@@ -11,7 +11,7 @@ from tgi_asgi.http.openai_schema import CommonRequest
 from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.grammar import Grammar
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 
 def generation_of(

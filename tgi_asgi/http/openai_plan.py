@@ -11,9 +11,9 @@ from tgi_asgi.http.openai_reply import ReplyPlan
 from tgi_asgi.http.openai_schema import ChatRequest
 from tgi_asgi.http.openai_tools import ToolPlan
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.answer import ToolUse, answer_grammar
-from tgi_asgi.text.grammar_source import GrammarSource, literal
-from tgi_asgi.text.reasoning import ReasoningStyle, style_of
+from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.tools.reasoning import ReasoningStyle, style_of
 from tgi_asgi.text.tools import ToolFormat, choose_format
 
 if TYPE_CHECKING:

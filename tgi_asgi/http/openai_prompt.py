@@ -15,7 +15,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.chat import ChatTemplate
+    from tgi_asgi.text.chat.template import ChatTemplate
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import orjson
 
 from tgi_asgi.http.openai_answer import finish_of
-from tgi_asgi.text.reasoning import ReasoningStyle
-from tgi_asgi.text.reply import ReplyParser
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
+from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec
 from tgi_asgi.types import FinishReason, TokenEvent
 

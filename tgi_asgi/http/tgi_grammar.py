@@ -8,8 +8,8 @@ import msgspec
 
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http.tgi_schema import Grammar
-from tgi_asgi.text import grammar_source as sources
-from tgi_asgi.text.grammar_source import GrammarSource
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.source import GrammarSource
 
 PARAM = "parameters.grammar"
 

@@ -27,7 +27,7 @@ from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.program import can_record
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.chat import ChatTemplate
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ModelInfo, Progress
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.runner.plan import Sampled, SlotStart
-from tgi_asgi.text.grammar import Mask, Matcher
+from tgi_asgi.text.constrain.grammar import Mask, Matcher
 
 _ALL = -1  # every bit of a word set
 

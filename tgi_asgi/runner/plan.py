@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from tgi_asgi.types import SamplingParams
 
 if TYPE_CHECKING:
-    from tgi_asgi.text.grammar import Grammar
+    from tgi_asgi.text.constrain.grammar import Grammar
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.text import gguf_vocab
-from tgi_asgi.text.guard import PromptGuard
+from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.token_bytes import token_byte_table
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -12,7 +12,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
-from tgi_asgi.text.chat import ChatTemplate, load_chat_template
+from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.grammar_source import SPACED, inline_json, literal
+from tgi_asgi.text.constrain.source import SPACED, inline_json, literal
 
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tgi_asgi.text.grammar_source import literal
+from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, alternatives
 
 _BEGIN, _END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.text.grammar_source import literal
+from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.base import (
     CallArguments,
     CallParser,

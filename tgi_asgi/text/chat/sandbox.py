@@ -13,9 +13,9 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.exceptions import SecurityError
 
-from tgi_asgi.text.template_filters import SAFE_FILTERS
-from tgi_asgi.text.template_limits import LimitedEnvironment
-from tgi_asgi.text.template_time import ticking
+from tgi_asgi.text.chat.template_filters import SAFE_FILTERS
+from tgi_asgi.text.chat.template_limits import LimitedEnvironment
+from tgi_asgi.text.chat.time_limit import ticking
 
 MAX_RANGE = 10_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from tgi_asgi.errors import TemplateError
-from tgi_asgi.http.course import Course
+from tgi_asgi.observe.course import Course
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.types import EngineState
 

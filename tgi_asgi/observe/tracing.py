@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.http.access_log import CLIENT_CLOSED
-from tgi_asgi.http.course import Course
+from tgi_asgi.observe.access_log import CLIENT_CLOSED
+from tgi_asgi.observe.course import Course
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from jinja2 import Environment, pass_environment, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.nodes import EvalContext
 
-from tgi_asgi.text.template_limits import check_format, check_size, check_text, check_width, text_of
+from tgi_asgi.text.chat.template_limits import check_format, check_size, check_text, check_width, text_of
 
 
 def _center(value: Any, width: int = 80) -> str:

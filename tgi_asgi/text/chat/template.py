@@ -15,9 +15,9 @@ import jinja2
 import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
-from tgi_asgi.text.sandbox import make_environment
-from tgi_asgi.text.template_limits import MAX_CHARS
-from tgi_asgi.text.template_time import limited_time
+from tgi_asgi.text.chat.sandbox import make_environment
+from tgi_asgi.text.chat.template_limits import MAX_CHARS
+from tgi_asgi.text.chat.time_limit import limited_time
 
 MAX_OUTPUT_CHARS = MAX_CHARS  # twice the default payload limit: no honest prompt comes near it
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content

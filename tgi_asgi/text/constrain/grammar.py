@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.grammar_source import GrammarSource
+from tgi_asgi.text.constrain.source import GrammarSource
 
 MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tgi_asgi.text.grammar_source import GrammarSource, literal
-from tgi_asgi.text.reasoning import ReasoningStyle
+from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
 from tgi_asgi.text.tools.base import Mark, ToolFormat, ToolSpec
 
 _ANY = r"/(.|\n)*/"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.schema_dialect import adapt
+from tgi_asgi.text.constrain.schema import adapt
 
 MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
 MAX_DEPTH = 64  # of a schema; the compiler itself stops at 128

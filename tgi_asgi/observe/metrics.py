@@ -24,8 +24,8 @@ from tgi_asgi.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from tgi_asgi.http.course import Course
-from tgi_asgi.http.prometheus import Counter, Gauge, Histogram, Registry, Summary
+from tgi_asgi.observe.course import Course
+from tgi_asgi.observe.prometheus import Counter, Gauge, Histogram, Registry, Summary
 from tgi_asgi.http.tgi_validation import MAX_TESTED_NEW_TOKENS
 from tgi_asgi.types import ModelInfo
 

@@ -2,7 +2,7 @@
 
 The sandbox keeps templates away from Python; this keeps them from taking the machine's memory. What a
 template writes in all is `chat.py`'s to limit, how long a range is `sandbox.py`'s, how long all of it takes
-`template_time.py`'s; `template_filters.py` has the filters.
+`time_limit.py`'s; `template_filters.py` has the filters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from tgi_asgi.text.template_time import TICK, TickingLoops, tick, tick_filter, ticking
+from tgi_asgi.text.chat.time_limit import TICK, TickingLoops, tick, tick_filter, ticking
 
 MAX_CHARS = 1 << 25  # of one text, or elements of one list
 _MAX_ITEMS = 1 << 20  # of lists and dicts within each other, as text

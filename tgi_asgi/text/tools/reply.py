@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.reasoning import ReasoningStyle
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
 from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, ToolSpec
 
 

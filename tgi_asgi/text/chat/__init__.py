@@ -1,0 +1,1 @@
+"""Chat templates, and what keeps them in bounds: messages to prompt text."""
