@@ -1,7 +1,8 @@
-"""The exceptions of the whole project; `http/errors.py` alone maps them to statuses and envelopes.
+"""The exceptions of the whole project; `api/errors.py` alone maps them to statuses and envelopes.
 
 TgiError
 ├── InvalidRequest          the request is wrong: `param` names the field
+│   ├── ContextExceeded     prompt and answer do not fit into the context
 │   ├── TemplateError       the chat template is absent, or refused the messages
 │   ├── ToolError           tools or response_format cannot be honoured
 │   ├── UnsupportedSuffix   a completion is to end before given text
@@ -22,6 +23,11 @@ TgiError
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+# A field by its place in a request, in the names that all APIs share: ("tools", 2, "name").
+Field = tuple[str | int, ...]
+
 
 class TgiError(Exception):
     """Base of every error that this project raises on purpose.
@@ -35,6 +41,9 @@ class TgiError(Exception):
         super().__init__(message)
         self.message = message
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class InvalidRequest(TgiError):
     """Raised when a request cannot be served as written; nothing was scheduled.
@@ -44,6 +53,8 @@ class InvalidRequest(TgiError):
         param: dotted path of the field at fault (`messages[2].content[0].type`), or None.
         code: OpenAI's machine name for the case (`context_length_exceeded`), or None.
         is_syntax: the body is not JSON at all (400 on the native routes, where the rest is 422).
+        field: in the place of `param`, by code that serves several APIs: `spell` then puts what the client's
+            API calls it where the message has `{field}`.
     """
 
     error_type = "validation"
@@ -55,11 +66,31 @@ class InvalidRequest(TgiError):
         param: str | None = None,
         code: str | None = None,
         is_syntax: bool = False,
+        field: Field | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
         self.is_syntax = is_syntax
+        self.field = field
+
+    def spell(self, name_of: Callable[[Field], str]) -> None:
+        """Name the field as the client's API does."""
+        if self.field is not None:
+            self.param, self.field = name_of(self.field), None
+            self.message = self.message.replace("{field}", self.param)
+
+
+class ContextExceeded(InvalidRequest):
+    """Raised when a prompt, or what is asked for behind it, does not fit into the model's context.
+
+    `num_tokens` are given, `most` allowed.
+    """
+
+    def __init__(self, message: str, num_tokens: int, most: int) -> None:
+        super().__init__(message, code="context_length_exceeded", field=("prompt",))
+        self.num_tokens = num_tokens
+        self.most = most
 
 
 class TemplateError(InvalidRequest):

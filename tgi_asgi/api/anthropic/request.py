@@ -1,0 +1,244 @@
+"""What `/v1/messages` (Anthropic's API) reads, and the call that it amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Struct
+
+from tgi_asgi.api.anthropic.render import MessageRenderer
+from tgi_asgi.api.call import Call, Constraint, Conversation, Job, ToolChoice
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.limits import Limits, Room
+from tgi_asgi.api.openai.constraints import constraint
+from tgi_asgi.api.openai.params import check_stops
+from tgi_asgi.api.openai.schema import Positive
+from tgi_asgi.api.parse import check_ranges, decode_json, kind_of, range_of, refuse, string_of
+from tgi_asgi.api.sampling import sampling
+from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
+
+_CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
+_RESULT_PARTS = ("text", "image", "tool_reference", "document", "search_result")
+_IMAGE_OMITTED = "[image omitted]"
+
+
+class Turn(Struct):
+    """One turn of the conversation: text, or a list of blocks."""
+
+    role: str
+    content: str | list[dict[str, Any]]
+
+
+class ClientTool(Struct):
+    """A function that the model may call; those of other types are hosted elsewhere, and skipped."""
+
+    name: str
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    type: str | None = None
+    strict: bool | None = None
+
+
+class CountRequest(Struct, kw_only=True):
+    """The body of `POST /v1/messages/count_tokens`: what makes the prompt."""
+
+    messages: list[Turn]
+    model: str | None = None
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[ClientTool] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    """The body of `POST /v1/messages`."""
+
+    max_tokens: Positive
+    temperature: Annotated[float, range_of(minimum=0, maximum=1)] | None = None
+    top_p: Annotated[float, range_of(minimum=0, maximum=1)] | None = None
+    top_k: Annotated[int, range_of(minimum=0, maximum=2**63 - 1)] | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    thread: dict[str, Any] | None = None  # a conversation that the server would keep
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None  # the older name of `output_config.format`
+
+
+MESSAGES_DECODER = msgspec.json.Decoder(MessagesRequest)
+COUNT_DECODER = msgspec.json.Decoder(CountRequest)
+
+
+def parse_messages(body: bytes, exchange: Exchange) -> Call:
+    """Read a request for a message.
+
+    Raises:
+        InvalidRequest: a block or a field is refused; `param` names it.
+    """
+    request = decode_json(body, MESSAGES_DECODER)
+    context = exchange.context
+    check_ranges(request)
+    stops = tuple(request.stop_sequences or ())
+    check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
+    if request.thread is not None:  # with this code the SDK sends the whole history instead
+        refuse(
+            "thread",
+            "`thread` is not supported: this server keeps no conversations",
+            "thread_unsupported_request",
+        )
+    tools = _tools(request)
+    job = Job(
+        prompt=_conversation(request, tools),
+        sampling=sampling(
+            context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
+        ),
+        max_tokens=request.max_tokens,
+        room=Room.CLIPPED,  # agents ask for what they would take from the largest models
+        stop=stops,
+        constraint=_constraint(request),
+        tools=_choice(request.tool_choice, tools),
+    )
+    return Call(jobs=[job], render=MessageRenderer, model=request.model, stream=bool(request.stream))
+
+
+def read_conversation(request: CountRequest) -> Conversation:
+    """Return what makes a request's prompt.
+
+    Raises:
+        InvalidRequest: a block or a field is refused; `param` names it.
+    """
+    return _conversation(request, _tools(request))
+
+
+def _conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
+    messages: list[dict[str, Any]] = []
+    if request.system:
+        messages.append({"role": "system", "content": _text(request.system, "system")})
+    for i, turn in enumerate(request.messages):
+        messages += _turn(turn, f"messages[{i}]")
+    thinking = request.thinking
+    is_off = (request.tool_choice or {}).get("type") == "none"
+    return Conversation(
+        messages,
+        tools=None if is_off else [tool.for_template() for tool in tools] or None,
+        variables={} if thinking is None else {"enable_thinking": thinking.get("type") != "disabled"},
+        is_continued=bool(messages) and _is_continued(messages[-1]),
+    )
+
+
+def _is_continued(last: Mapping[str, Any]) -> bool:
+    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
+
+
+def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
+    """Return a turn as messages: the results of tools are messages of their own, before the text."""
+    role = turn.role
+    if role not in ("user", "assistant", "system"):
+        refuse(f"{path}.role", f"`{path}.role` must be user or assistant, got {role[:40]!r}")
+    if isinstance(turn.content, str):
+        return [{"role": role, "content": turn.content}]
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for j, block in enumerate(turn.content):
+        where = f"{path}.content[{j}]"
+        match role, block.get("type"):
+            case _, "text":
+                texts.append(string_of(block, "text", where))
+            case "user", "tool_result":
+                text = _result(block.get("content") or "", f"{where}.content")
+                call_id = string_of(block, "tool_use_id", where)
+                results.append({"role": "tool", "content": text, "tool_call_id": call_id})
+            case "assistant", "thinking":
+                thoughts.append(string_of(block, "thinking", where))
+            case "assistant", "redacted_thinking" | "server_tool_use" | "web_search_tool_result":
+                pass
+            case "assistant", "tool_use":
+                arguments = block.get("input")
+                if not isinstance(arguments, dict):
+                    refuse(f"{where}.input", f"`{where}.input` must be an object")
+                function = {"name": string_of(block, "name", where), "arguments": arguments}
+                calls.append({"id": string_of(block, "id", where), "type": "function", "function": function})
+            case _, kind:
+                what = str(kind)[:40]
+                refuse(f"{where}.type", f"`{where}.type` {what!r} is not supported", "invalid_value")
+    message: dict[str, Any] = {"role": role, "content": "\n".join(texts) if texts else None}
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    if role != "assistant" and not texts:
+        if not results:
+            refuse(f"{path}.content", f"`{path}.content` must have at least one block")
+        return results
+    return [*results, message]
+
+
+def _text(content: Any, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        refuse(path, f"`{path}` must be a string or a list of text blocks")
+    for j, block in enumerate(content):
+        kind_of(block, f"{path}[{j}]", ("text",))
+    return "\n".join(string_of(block, "text", f"{path}[{j}]") for j, block in enumerate(content))
+
+
+def _result(content: Any, path: str) -> str:
+    """Return what a tool has answered; of what is no text, what it is."""
+    if not isinstance(content, list):
+        return _text(content, path)
+    texts = []
+    for j, block in enumerate(content):
+        where = f"{path}[{j}]"
+        match kind_of(block, where, _RESULT_PARTS):
+            case "text":
+                texts.append(string_of(block, "text", where))
+            case "image":
+                texts.append(_IMAGE_OMITTED)
+            case "tool_reference":
+                texts.append(f"[tool: {string_of(block, 'tool_name', where)}]")
+            case kind:
+                texts.append(f"[{kind} omitted]")
+    return "\n".join(texts)
+
+
+def _tools(request: CountRequest) -> list[Tool]:
+    tools = []
+    skipped = []
+    for i, tool in enumerate(request.tools or ()):
+        if tool.type in (None, "custom"):
+            tools.append(Tool(i, tool.name, tool.description, tool.input_schema, tool.strict))
+        else:
+            skipped.append(tool.type)
+    check_tools(tools)
+    note_skipped(skipped)
+    return tools
+
+
+def _choice(given: dict[str, Any] | None, tools: list[Tool]) -> ToolChoice | None:
+    """Return what the model may call; nothing where only tools that were skipped were offered."""
+    given = given or {"type": "auto"}
+    mode = _CHOICES.get(given.get("type") or "")
+    if mode is None:
+        refuse("tool_choice.type", "`tool_choice.type` must be auto, any, tool or none")
+    names = [string_of(given, "name", "tool_choice")] if mode == "named" else None
+    if not tools:
+        return None
+    return choose(tools, mode, names, is_parallel=not given.get("disable_parallel_tool_use"))
+
+
+def _constraint(request: MessagesRequest) -> Constraint | None:
+    """Return what the answer's text must match."""
+    name = "output_config.format"
+    given = (request.output_config or {}).get("format")
+    if given is None:
+        given, name = request.output_format, "output_format"
+    if given is None:
+        return None
+    schema = given.get("schema") if isinstance(given, dict) and given.get("type") == "json_schema" else None
+    if not isinstance(schema, dict):
+        refuse(name, f"`{name}` must have type `json_schema` and a `schema`")
+    return constraint(name, "json", schema)

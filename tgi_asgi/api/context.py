@@ -1,0 +1,181 @@
+"""What routes see of the server: settings, the model once it has loaded, threads for text and grammars."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from tgi_asgi.api.openai.response_store import ResponseStore
+from tgi_asgi.errors import Overloaded, Unavailable
+from tgi_asgi.observe.metrics import Metrics
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import Engine, EngineState, ModelInfo
+
+if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
+    from tgi_asgi.engine.stats import EngineStats
+    from tgi_asgi.text.chat.template import ChatTemplate
+    from tgi_asgi.text.constrain.grammar import GrammarCompiler
+    from tgi_asgi.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters
+_GRAMMAR_WORKERS = 2  # a schema may take a second: templates and tokens must not wait for it
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """How far loading has come. Written by the loading thread, read by `/health`."""
+
+    stage: str = "starting"
+    done: int = 0
+    total: int | None = None  # in the stage's own unit (bytes, tensors); None: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model that has loaded, and all that it takes to serve it."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    info: ModelInfo
+    stats: EngineStats | None = None  # the engine's counters, for `/metrics`
+
+
+class ServerContext:
+    """One server's state, shared by all routes; changed on the event loop only.
+
+    Attributes:
+        served: the model, or None while it loads.
+        failure: why loading failed, or why the engine died, if it did.
+        metrics: what `/metrics` shows.
+        responses: the answers of `/v1/responses` that are kept.
+        bodies: the bytes of request bodies that wait to become prompts.
+        is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.served: Served | None = None
+        self.failure: BaseException | None = None
+        self.progress = LoadProgress()
+        self.metrics = Metrics(settings.block_size)
+        self.bodies = ByteBudget(settings.max_body_memory)
+        self.responses = ResponseStore(settings.response_store)
+        self.is_leaving = False
+        self._warned: set[str] = set()
+        self._unknown_models: set[str] = set()
+        self._grammar_compiler: GrammarCompiler | None = None
+        self._special_ids: dict[str, int] | None = None
+        self._text = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
+        self._grammars = ThreadPoolExecutor(_GRAMMAR_WORKERS, thread_name_prefix="tgi-grammar")
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self.served.info if self.served else None
+
+    @property
+    def state(self) -> EngineState:
+        """Whether requests can be served: LOADING, READY, DRAINING or DEAD."""
+        if self.failure is not None:
+            return EngineState.DEAD
+        return self.served.engine.state if self.served else EngineState.LOADING
+
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        """Take a loader's progress; called in its thread."""
+        self.progress = LoadProgress(stage, done, total)
+
+    def ready(self) -> Served:
+        """Return the loaded model.
+
+        Raises:
+            Unavailable: it is loading still, or failed, or the server is shutting down.
+        """
+        state = self.state
+        if state is EngineState.READY and self.served is not None:
+            return self.served
+        if state is EngineState.LOADING:
+            raise Unavailable(f"The model is loading ({self.describe_progress()})", retry_after_s=2)
+        if state is EngineState.DRAINING:
+            raise Unavailable("The server is shutting down", retry_after_s=5)
+        raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
+
+    def special_ids(self) -> dict[str, int]:
+        """Return the model's special tokens by their text."""
+        if self._special_ids is None:
+            tokenizer = self.ready().tokenizer
+            self._special_ids = {tokenizer.token_text(i): i for i in sorted(tokenizer.special_ids)}
+        return self._special_ids
+
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Return the compiler for the model's vocabulary, made for the first grammar."""
+        if self._grammar_compiler is None:
+            from tgi_asgi.text.constrain.grammar import GrammarCompiler
+
+            served = self.ready()
+            self._grammar_compiler = GrammarCompiler(served.tokenizer, served.info.vocab_size)
+        return self._grammar_compiler
+
+    def describe_progress(self) -> str:
+        """Say in a few words how far loading is: `reading weights, 41%`."""
+        progress = self.progress
+        if progress.total:
+            return f"{progress.stage}, {100 * progress.done // progress.total}%"
+        return progress.stage
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Log a warning unless this server has logged one on that topic; topics are few and ours."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            logger.warning(message)
+
+    def note_unknown_model(self, name: str) -> None:
+        """Log, once a name, that clients ask for a model that is not the served one."""
+        if name not in self._unknown_models and len(self._unknown_models) < _MAX_NAMES_LOGGED:
+            self._unknown_models.add(name)
+            logger.info("model %r was asked for; answering as the served one", name)
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run text work (templates, tokenisation, large JSON) off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._text, lambda: function(*args, **kwargs))
+
+    async def in_grammar_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what schemas and grammars take, which may be a second each, off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._grammars, lambda: function(*args, **kwargs))
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for pool in (self._text, self._grammars):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class ByteBudget:
+    """Bytes that may be held at a time, over all requests."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Hold so many more.
+
+        Raises:
+            Overloaded: they are too many now.
+        """
+        if self.held and self.held + size > self._most:  # one alone is bounded by the limit of a body
+            raise Overloaded("The server holds as many request bodies as it may")
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        """Let go of what was taken."""
+        self.held -= size

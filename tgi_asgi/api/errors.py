@@ -1,0 +1,146 @@
+"""The only place that knows what status and envelope an error has, in each API's dialect.
+
+The border of `app.py` asks for errors before the response has started, stream renderers after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from tgi_asgi import errors
+from tgi_asgi.api.asgi import Header
+from tgi_asgi.errors import Field, InvalidRequest, TgiError
+
+Envelope = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What an error is to clients: TGI's status and prefix, OpenAI's status, type and code."""
+
+    native_status: int
+    native_prefix: str
+    status: int
+    type: str
+    code: str | None = None
+
+
+_REFUSED = "invalid_request_error"
+RULES: dict[type[TgiError], Rule] = {
+    errors.InvalidRequest: Rule(422, "Input validation error: ", 400, _REFUSED),
+    errors.ContextExceeded: Rule(422, "Input validation error: ", 400, _REFUSED),
+    errors.TemplateError: Rule(422, "Template error: ", 400, _REFUSED),
+    errors.ToolError: Rule(422, "Tool error: ", 400, _REFUSED),
+    errors.UnsupportedSuffix: Rule(422, "", 400, _REFUSED),
+    errors.TooManyPrompts: Rule(422, "", 400, _REFUSED),
+    errors.Unauthorized: Rule(401, "", 401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: Rule(403, "", 403, "permission_error"),
+    errors.NotFound: Rule(404, "", 404, _REFUSED, "unknown_url"),
+    errors.MethodNotAllowed: Rule(405, "", 405, _REFUSED, "method_not_allowed"),
+    errors.PayloadTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),
+    errors.RequestTimeout: Rule(408, "", 400, _REFUSED, "request_timeout"),
+    errors.UnsupportedMediaType: Rule(415, "", 415, _REFUSED),
+    errors.Overloaded: Rule(429, "", 429, "rate_limit_error", "rate_limit_exceeded"),
+    errors.Unavailable: Rule(503, "", 503, "server_error", "overloaded"),
+    errors.GenerationFailed: Rule(
+        424, "Request failed during generation: ", 500, "server_error", "generation_failed"
+    ),
+    errors.IncompleteGeneration: Rule(500, "", 500, "server_error", "incomplete_generation"),
+    errors.ModelLoadError: Rule(503, "", 503, "server_error", "model_load_failed"),
+}
+_INTERNAL = Rule(500, "", 500, "server_error", "internal_error")
+_INTERNAL_MESSAGE = "Internal server error"
+
+
+def rule_of(error: BaseException) -> Rule:
+    """Return what an error is to clients; anything that is not ours is a 500."""
+    return next((RULES[kind] for kind in type(error).__mro__ if kind in RULES), _INTERNAL)
+
+
+def message_of(error: BaseException) -> str:
+    """Return what a client is told; foreign exceptions tell it nothing."""
+    return error.message if isinstance(error, TgiError) else _INTERNAL_MESSAGE
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Whose manners the answers to a request have.
+
+    Attributes:
+        status, envelope: of an error.
+        names: what the API calls a field that `Call` has another name for, by the latter.
+        nests_tools: a tool's fields lie under its `function`.
+    """
+
+    name: str
+    envelope: Callable[[BaseException], Envelope]
+    status: Callable[[BaseException], int] = lambda error: rule_of(error).status
+    names: Mapping[str, str] = field(default_factory=dict)
+    nests_tools: bool = False
+    is_json_only: bool = False  # a body must be declared to be JSON
+
+    def spell(self, path: Field) -> str:
+        """Return a field as the API's clients write it: `tools[2].function.name`."""
+        first, *rest = path
+        if first == "tools" and self.nests_tools and len(rest) > 1:
+            rest.insert(1, "function")
+        tail = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+        return self.names.get(str(first), str(first)) + tail
+
+    def tell(self, error: BaseException) -> None:
+        """Give a refusal the names that the client knows."""
+        if isinstance(error, InvalidRequest):
+            error.spell(self.spell)
+
+
+def error_event(error: BaseException, dialect: Dialect) -> bytes:
+    """Return an error as one event of a stream that has already begun."""
+    return b"data: " + orjson.dumps(dialect.envelope(error)) + b"\n\n"
+
+
+def headers_of(error: BaseException) -> list[Header]:
+    """Return the headers that an error adds to its response."""
+    match error:
+        case errors.Overloaded() | errors.Unavailable():
+            # SDKs give up at once on more than 120 seconds, and hammer without any.
+            return [(b"retry-after", b"%d" % min(max(error.retry_after_s, 1), 120))]
+        case errors.Unauthorized():
+            return [(b"www-authenticate", b"Bearer")]
+        case errors.MethodNotAllowed():
+            return [(b"allow", ", ".join(error.allow).encode("ascii"))]
+        case errors.PayloadTooLarge() | errors.RequestTimeout():
+            return [(b"connection", b"close")]
+    return []
+
+
+def _native_status(error: BaseException) -> int:
+    is_syntax = isinstance(error, InvalidRequest) and error.is_syntax
+    return 400 if is_syntax else rule_of(error).native_status
+
+
+def _native_envelope(error: BaseException) -> Envelope:
+    is_syntax = isinstance(error, InvalidRequest) and error.is_syntax
+    prefix = "" if is_syntax else rule_of(error).native_prefix
+    kind = error.error_type if isinstance(error, TgiError) else TgiError.error_type
+    return {"error": prefix + message_of(error), "error_type": kind}
+
+
+def _openai_envelope(error: BaseException) -> Envelope:
+    rule = rule_of(error)
+    return {
+        "error": {
+            "message": message_of(error),
+            "type": rule.type,
+            "param": getattr(error, "param", None),
+            "code": getattr(error, "code", None) or rule.code,
+        }
+    }
+
+
+_NATIVE_NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens"}
+NATIVE = Dialect("native", _native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
+OPENAI = Dialect("openai", _openai_envelope, nests_tools=True)

@@ -1,0 +1,237 @@
+"""One HTTP request and its answer: what every handler gets.
+
+Made by `app.py` for each request; guards, handlers and the access log share it. It exists so that no layer
+has to wrap `send`: a wrapper would cost every streamed token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import msgspec
+import orjson
+
+from tgi_asgi.errors import UnsupportedMediaType
+from tgi_asgi.api.asgi import (
+    JSON,
+    ClientDisconnected,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    drain,
+    header,
+    read_body,
+    request_id_of,
+    send_bytes,
+)
+from tgi_asgi.api.context import ServerContext
+from tgi_asgi.api.errors import Dialect, headers_of
+from tgi_asgi.api.parse import decode_json
+from tgi_asgi.types import Channel
+
+if TYPE_CHECKING:
+    from tgi_asgi.api.routes import Route
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
+
+
+class Exchange:
+    """A request, and the response as far as it has come.
+
+    Attributes:
+        dialect: whose envelope an error gets; a handler may change it once it has seen the body.
+        route: the row of the table that matched, or None.
+        tenant: whom the request is counted for, where there are API keys.
+        response_headers: added to whatever is answered (request id, CORS).
+        status: of the response once it has started, else None.
+        channels: the engine's channels of this request, for the access log and metrics.
+        error: what went wrong, if anything did.
+        is_disconnected: the client left before the response had ended.
+        is_large: handling the body at once would keep the event loop for too long.
+    """
+
+    __slots__ = (
+        "_body",
+        "_num_held",
+        "channels",
+        "context",
+        "dialect",
+        "error",
+        "is_body_read",
+        "is_disconnected",
+        "is_large",
+        "receive",
+        "request_id",
+        "response_headers",
+        "route",
+        "scope",
+        "send",
+        "started_s",
+        "status",
+        "tenant",
+    )
+
+    def __init__(
+        self, context: ServerContext, scope: Scope, receive: Receive, send: Send, dialect: Dialect
+    ) -> None:
+        self.context = context
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.dialect = dialect
+        self.tenant: str | None = None
+        self.request_id = request_id_of(scope)
+        self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
+        self.started_s = time.monotonic()
+        self.status: int | None = None
+        self.route: Route | None = None
+        self.channels: list[Channel] = []
+        self.error: BaseException | None = None
+        self._body: bytes | None = None
+        self._num_held = 0  # bytes of the body that are counted as held
+        self.is_body_read = False
+        self.is_disconnected = False
+        self.is_large = False
+
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        return str(self.scope["path"])
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return a request header by its lower-case name."""
+        return header(self.scope, name)
+
+    async def read_body(self, *, is_of_any_type: bool = False) -> bytes:
+        """Read the body under the server's limit.
+
+        Args:
+            is_of_any_type: the caller itself calls `require_json`, once it knows the dialect.
+
+        Raises:
+            PayloadTooLarge, RequestTimeout, Overloaded, ClientDisconnected: see `asgi.read_body`.
+            UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
+        """
+        if self._body is not None:
+            body, self._body = self._body, None
+            return body
+        encoding = self.header(b"content-encoding")
+        if encoding not in (None, b"", b"identity"):
+            raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
+        if not is_of_any_type:
+            self.require_json()
+        self.is_body_read = True  # from here on read_body drains what it refuses
+        body = await read_body(self.receive, self.scope, self.context.settings.payload_limit, self._hold)
+        self.is_large = len(body) > _LARGE_BODY
+        return body
+
+    def _hold(self, size: int) -> None:
+        self.context.bodies.take(size)
+        self._num_held += size
+
+    def let_go(self) -> None:
+        """Count the body as gone: what it asked for has become a prompt, or was refused. Idempotent."""
+        self.context.bodies.give_back(self._num_held)
+        self._num_held = 0
+
+    def require_json(self) -> None:
+        """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
+
+        Raises:
+            UnsupportedMediaType: it is declared to be something else, or nothing.
+        """
+        if self.dialect.is_json_only and not _is_json(self.header(b"content-type")):
+            raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+
+    def put_back(self, body: bytes) -> None:
+        """Let the handler that is called next read this body again."""
+        self._body = body
+
+    async def read_json(self, decoder: msgspec.json.Decoder[T]) -> T:
+        """Read and decode the body; large ones are decoded in a thread.
+
+        Raises:
+            InvalidRequest: it is no JSON, or not of the decoder's type.
+        """
+        body = await self.read_body()
+        return await self.work(decode_json, body, decoder)
+
+    async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a pure function of the request at once, or in a thread if the body was large."""
+        if self.is_large:
+            return await self.context.in_thread(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    async def respond(
+        self, status: int, body: bytes, content_type: bytes = JSON, headers: Iterable[Header] = ()
+    ) -> None:
+        """Send the whole response; a HEAD request gets the headers alone."""
+        self.status = status
+        all_headers = [*headers, *self.response_headers]
+        if self.method == "HEAD":
+            start = [
+                (b"content-type", content_type), (b"content-length", b"%d" % len(body)), *all_headers
+            ]  # fmt: skip
+            await self.send({"type": "http.response.start", "status": status, "headers": start})
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        await send_bytes(self.send, status, body, content_type, all_headers)
+
+    async def respond_json(self, payload: object, status: int = 200, headers: Iterable[Header] = ()) -> None:
+        """Send a whole JSON response."""
+        await self.respond(status, orjson.dumps(payload), JSON, headers)
+
+    async def fail(self, error: BaseException) -> None:
+        """Answer with an error in the route's dialect; the response must not have started."""
+        self.error = error
+        if not self.is_body_read:
+            # An unread body hides disconnects from us and our answer from the client.
+            self.is_body_read = True
+            await drain(self.receive)
+        dialect = self.dialect
+        dialect.tell(error)
+        await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))
+
+    async def wait_for_disconnect(self) -> None:
+        """Return when the client has gone; the body must have been read."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    def disconnect(self) -> ClientDisconnected:
+        """Note that the client has gone, give the request's channels up, and return what to raise."""
+        self.is_disconnected = True
+        for channel in self.channels:
+            channel.cancel()
+        return ClientDisconnected()
+
+
+def _is_json(content_type: bytes | None) -> bool:
+    media_type = (content_type or b"").split(b";", 1)[0].strip().lower()
+    return media_type == JSON or (media_type.startswith(b"application/") and media_type.endswith(b"+json"))
+
+
+async def while_connected(exchange: Exchange, work: asyncio.Future[T]) -> T:
+    """Wait for `work`, or give it and the request's channels up when the client goes away.
+
+    Raises:
+        ClientDisconnected: the client went away first.
+    """
+    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise exchange.disconnect()
+    finally:
+        watch.cancel()
+        work.cancel()

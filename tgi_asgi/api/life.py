@@ -1,0 +1,299 @@
+"""The one life of a request that generates: read, check, take a permit, make the prompt, generate, deliver.
+
+    route = Route("POST", "/v1/chat/completions", generating(parse_chat), ...)
+
+A dialect brings `parse`, a function from a body to a `Call`, whose renderer makes the answer's bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from types import TracebackType
+
+from tgi_asgi.api.answer import AnswerForm
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
+from tgi_asgi.api.context import Served
+from tgi_asgi.api.errors import Dialect
+from tgi_asgi.api.exchange import Exchange, while_connected
+from tgi_asgi.api.prompt import make_prompt
+from tgi_asgi.api.sse import EventStream
+from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
+from tgi_asgi.observe.course import stream_headers, sync_headers
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain.grammar import Grammar
+from tgi_asgi.types import Channel, Engine, GenerationRequest, StopConditions, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+Parse = Callable[[bytes, Exchange], Call]
+Handler = Callable[[Exchange], Awaitable[None]]
+
+LARGE_ANSWER = 500  # entries of tokens and alternatives; rendering one takes some 5 us
+_MAX_HEADER_CHARS = 1000
+
+
+def generating(parse: Parse) -> Handler:
+    """Return the handler of a route whose bodies `parse` reads.
+
+    `parse` is a pure function; it runs in a thread where the body is large.
+    """
+
+    async def handle(exchange: Exchange) -> None:
+        await generate(exchange, parse)
+
+    return handle
+
+
+async def generate(exchange: Exchange, parse: Parse) -> None:
+    """Answer a request that generates.
+
+    Raises:
+        TgiError: it is refused, or failed before its answer began.
+        ClientDisconnected: its client went away.
+    """
+    context = exchange.context
+    served = context.ready()
+    call = await exchange.work(parse, await exchange.read_body(), exchange)
+    model = served_name(exchange, call.model)
+    exchange.let_go()
+    with Permits(exchange, served.engine, call.num_choices) as permits:
+        jobs = [await prepare(exchange, served, job) for job in call.jobs]
+        generation = Generation(served, model, jobs, exchange.channels)
+        renderer = call.render(generation)
+        channels = [permits.submit(job.request) for job in jobs]
+    characters = sum(job.prompt.num_characters for job in jobs)
+    cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
+    if call.stream:
+        headers = stream_headers(exchange, served.info, characters=characters)
+        stream = EventStream(exchange, renderer, headers, call.stream_type, call.keep_alive)
+        shows_prompt = any(job.request.prompt_logprobs is not None for job in jobs)
+        await stream.run(channels, slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
+        return
+    parts = await collect(exchange, channels)
+    size = sum(len(events) for choices in parts for events in choices) * cost
+    size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
+    run = context.in_thread if size > LARGE_ANSWER else exchange.work
+    body = await run(renderer.whole, parts)
+    headers = sync_headers(
+        exchange,
+        served.info,
+        characters=characters,
+        generated_tokens=generation.num_shown,
+        is_sum=call.is_sum,
+    )
+    await exchange.respond(200, body, headers=headers)
+
+
+def served_name(exchange: Exchange, requested: str | None) -> str:
+    """Return the model name to answer with: the one asked for, or the served model's own.
+
+    Raises:
+        NotFound: names are strict and this one is not served.
+    """
+    context = exchange.context
+    own = context.ready().info.model_id
+    if requested in (None, "", "tgi", own):
+        return own
+    if context.settings.strict_model_names:
+        raise model_not_found(requested)
+    context.note_unknown_model(requested)
+    exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
+    return requested
+
+
+def model_not_found(name: str) -> NotFound:
+    """Return the error for a model that is not served."""
+    return NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+
+
+async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
+    """Make a job's prompt and grammar, in threads, and put it together for the engine.
+
+    Raises:
+        InvalidRequest: a message or a grammar is refused, or the prompt does not fit.
+        TemplateError: there is no template, or it refused the messages.
+    """
+    context = exchange.context
+    with _placed(job.where, exchange.dialect):
+        if job.check is not None:
+            job.check()
+        prompt = await context.in_thread(make_prompt, job, served, context.settings)
+        budget = job.room.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
+        if job.min_tokens > budget:
+            message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
+            raise InvalidRequest(message, field=("min_tokens",))
+        form = AnswerForm(job, served, context.settings, context.special_ids(), prompt.tail)
+        grammar = await _grammar(exchange, form) if form.is_constrained else None
+        reading = form.reading()
+    shows_markers = reading is not None and bool(reading.kept)
+    request = GenerationRequest(
+        request_id=exchange.request_id,
+        prompt_ids=prompt.ids,
+        sampling=job.sampling,
+        stop=StopConditions(
+            max_tokens=budget,
+            min_tokens=job.min_tokens,
+            ignore_eos=job.ignore_eos,
+            stop_token_ids=job.stop_token_ids,
+            stop=job.stop,
+            include_stop=job.include_stop,
+            skip_special_tokens=job.skip_special_tokens and not shows_markers,
+        ),
+        n=job.n,
+        priority=_clamped(job.priority, context.settings.max_priority),
+        cache_salt=_cache_salt(exchange, job.cache_salt),
+        grammar=grammar,
+        prompt_logprobs=job.prompt_logprobs,
+        is_prefix_cached=job.prompt_logprobs is None,
+        seeds=job.seeds,
+    )
+    return Prepared(job, prompt, request, reading)
+
+
+async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
+    """Compile what constrains an answer; tell the client of keywords that are not enforced."""
+    context = exchange.context
+    compiler = context.grammar_compiler()
+    constraint = form.job.constraint
+    is_shared = constraint is not None and isinstance(form.job.prompt, Text)
+    if constraint is not None and constraint.grammar is not None and is_shared:
+        return constraint.grammar
+
+    def compiled() -> tuple[Grammar, Sequence[str]]:
+        source = form.grammar_source()
+        assert source is not None
+        return compiler.compile(source), source.ignored
+
+    try:
+        grammar, ignored = await context.in_grammar_thread(compiled)
+    except InvalidRequest as error:
+        if error.param is not None or error.field is not None:
+            raise
+        if constraint is None or form.job.tools is not None:
+            raise InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",)) from None
+        raise InvalidRequest(constraint.prefix + error.message, param=constraint.param) from None
+    if constraint is not None:
+        constraint.grammar = grammar
+    if ignored:
+        names = ",".join(ignored)[:_MAX_HEADER_CHARS]
+        logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.encode("unicode_escape").decode())
+        exchange.response_headers.append((b"x-tgi-ignored-keywords", names.encode("ascii", "backslashreplace")))
+    return grammar
+
+
+def _clamped(priority: int, most: int) -> int:
+    return min(max(priority, -most), most)
+
+
+def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
+    """Return what keeps one client's cached prefixes from telling another what it has sent."""
+    tenant = exchange.tenant
+    if tenant is None or exchange.context.settings.share_prefix_cache:
+        return salt
+    return f"{tenant}\0{salt or ''}"
+
+
+@contextlib.contextmanager
+def _placed(where: str, dialect: Dialect) -> Iterator[None]:
+    """Say in a refusal which of the call's parts it means."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if where:
+            dialect.tell(error)
+            error.param = ".".join(filter(None, (where, error.param)))
+            error.message = f"{where}: {error.message}"
+        raise
+
+
+async def collect(exchange: Exchange, channels: Sequence[Channel]) -> list[Choices]:
+    """Wait for every choice of every channel: `result[part][choice]` is that choice's events in order.
+
+    Raises:
+        TgiError: one channel failed; the others are given up.
+        ClientDisconnected: the client went away; all are given up.
+    """
+    exchange.channels.extend(channels)
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    gathered = _Gathered(sum(channel.request.n for channel in channels), done)
+    result: list[Choices] = []
+    try:
+        for channel in channels:
+            sink = _Choices(gathered, channel.request.n)
+            result.append(sink.events)
+            channel.attach(sink)
+        await while_connected(exchange, done)
+    finally:
+        if gathered.num_open:
+            for channel in channels:
+                channel.cancel()
+    return result
+
+
+class _Gathered:
+    """How many choices are still open, over all channels."""
+
+    __slots__ = ("done", "num_open")
+
+    def __init__(self, num_open: int, done: asyncio.Future[None]) -> None:
+        self.num_open = num_open
+        self.done = done
+
+
+class _Choices:
+    """The sink of one channel: sorts events by choice."""
+
+    __slots__ = ("_gathered", "events")
+
+    def __init__(self, gathered: _Gathered, n: int) -> None:
+        self._gathered = gathered
+        self.events: list[list[TokenEvent]] = [[] for _ in range(n)]
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            self.events[event.index].append(event)
+            if event.finish is not None:
+                self._gathered.num_open -= 1
+        if not self._gathered.num_open and not self._gathered.done.done():
+            self._gathered.done.set_result(None)
+
+    def on_error(self, error: TgiError) -> None:
+        if not self._gathered.done.done():
+            self._gathered.done.set_exception(error)
+
+
+class Permits:
+    """Takes room for all choices of a call at once, and gives back what the engine did not take.
+
+        with Permits(exchange, engine, sum(request.n for request in requests)) as permits:
+            channels = [permits.submit(request) for request in requests]
+
+    At once, because to find room others may have to go, and they should not for a call that is refused.
+
+    Raises:
+        Overloaded, Unavailable: there is no room; nothing is held then.
+    """
+
+    def __init__(self, exchange: Exchange, engine: Engine, num_choices: int) -> None:
+        self._engine = engine
+        self._permit = engine.acquire(num_choices, exchange.tenant)
+
+    def submit(self, request: GenerationRequest) -> Channel:
+        """Hand a request to the engine, with its part of the room."""
+        part = self._permit.split(request.n)
+        try:
+            return self._engine.submit(request, part)
+        except BaseException:
+            part.release()
+            raise
+
+    def __enter__(self) -> Permits:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._permit.release()

@@ -1,0 +1,117 @@
+"""How much one request may ask for: TGI's limits and OpenAI's, the operator's, and the room in the context."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from tgi_asgi.errors import ContextExceeded, InvalidRequest
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import ModelInfo
+
+MAX_STOP_CHARS = 1024  # of one stop string: matching holds that much text back at worst
+MAX_IDS = 1024  # entries of logit_bias and of stop_token_ids: each costs time in every step
+MAX_CHOICES = 128  # of a request, over all its prompts
+# TGI tests the room for at most this many new tokens, and then generates until the context is full.
+TGI_TESTED_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of one API's requests: by default TGI's or OpenAI's, else as the operator says."""
+
+    best_of: int
+    stops: int
+    top_logprobs: int
+    prompts: int
+    choices: int  # prompts times n
+
+    @classmethod
+    def of(cls, settings: Settings, *, is_tgi: bool = False) -> Limits:
+        """Return the limits of `/v1`, or of the native routes and the compatible mode."""
+        best_of, stops, top_logprobs, prompts = (2, 4, 5, 4) if is_tgi else (MAX_CHOICES, 16, 20, 128)
+        return cls(
+            best_of=best_of if settings.max_best_of is None else settings.max_best_of,
+            stops=stops if settings.max_stop_sequences is None else settings.max_stop_sequences,
+            top_logprobs=top_logprobs if settings.max_top_n_tokens is None else settings.max_top_n_tokens,
+            prompts=prompts if settings.max_client_batch_size is None else settings.max_client_batch_size,
+            choices=min(MAX_CHOICES, settings.max_concurrent_requests),
+        )
+
+
+class Room(enum.Enum):
+    """What happens where a prompt and the tokens asked for do not fit into the context together."""
+
+    REFUSED = "refused"
+    CLIPPED = "clipped"  # the answer ends with the context
+    TGI = "tgi"  # clipped, if the first 1,024 tokens fit
+
+    def budget(self, info: ModelInfo, num_prompt: int, max_tokens: int | None, default: int | None) -> int:
+        """Return how many tokens a prompt's answer may have.
+
+        Args:
+            max_tokens: what was asked for.
+            default: where nothing was; None fills the context.
+
+        Raises:
+            ContextExceeded: the prompt does not fit, or what was asked for does not fit behind it.
+            InvalidRequest: the same in TGI's words.
+        """
+        if self is Room.TGI:
+            return _tgi_budget(info, num_prompt, max_tokens)
+        context = info.max_total_tokens
+        room = context - num_prompt
+        resulted = f"your {{field}} resulted in {num_prompt} tokens"
+        if room < 1:
+            raise _too_long(f"{context} tokens", resulted, num_prompt, info)
+        if num_prompt > info.max_input_tokens:
+            most = f"{context} tokens, of which a prompt may take {info.max_input_tokens}"
+            raise _too_long(most, resulted, num_prompt, info)
+        if max_tokens is None:
+            return room if default is None else min(room, default)
+        if max_tokens > room and self is Room.REFUSED:
+            parts = f"{num_prompt} in the {{field}}, {max_tokens} in the completion"
+            asked = f"you requested {num_prompt + max_tokens} tokens ({parts})"
+            raise _too_long(f"{context} tokens", asked, num_prompt, info, "{field} or completion")
+        return min(max_tokens, room)
+
+
+def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -> None:
+    """Refuse a text that is too long whatever its tokens are, before time is spent on them.
+
+    Raises:
+        ContextExceeded: it is.
+    """
+    least = -(-num_characters // max(longest_token, 1))
+    if least > info.max_input_tokens:
+        given = f"your {{field}} has at least {least} tokens"
+        raise _too_long(f"{info.max_total_tokens} tokens", given, least, info)
+
+
+def _tgi_budget(info: ModelInfo, num_prompt: int, max_tokens: int | None) -> int:
+    room = max(info.max_total_tokens - num_prompt, 0)
+    tested = min(room if max_tokens is None else max_tokens, TGI_TESTED_TOKENS)
+    if num_prompt + tested > info.max_total_tokens:
+        raise InvalidRequest(
+            f"`inputs` tokens + `max_new_tokens` must be <= {info.max_total_tokens}. "
+            f"Given: {num_prompt} `inputs` tokens and {tested} `max_new_tokens`",
+            field=("max_tokens",),
+        )
+    if num_prompt > info.max_input_tokens:
+        raise InvalidRequest(
+            f"`inputs` must have less than {info.max_input_tokens} tokens. Given: {num_prompt}",
+            field=("prompt",),
+        )
+    return room if max_tokens is None else min(max_tokens, room)
+
+
+def _too_long(
+    limit: str, given: str, num_tokens: int, info: ModelInfo, what: str = "{field}"
+) -> ContextExceeded:
+    # LiteLLM looks for the first phrase, LangChain for the code, which exception texts otherwise lack.
+    return ContextExceeded(
+        f"This model's maximum context length is {limit}. However, {given}. "
+        f"Please reduce the length of the {what}. (context_length_exceeded)",
+        num_tokens,
+        info.max_input_tokens,
+    )

@@ -1,0 +1,182 @@
+"""`POST /v1/completions`: one or many prompts, texts or ids, with echo and best_of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Renderer, Text
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.errors import OPENAI
+from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.openai.identity import Identity
+from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
+from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
+from tgi_asgi.api.openai.stream import ChunkRenderer
+from tgi_asgi.api.openai.whole import likeliest, text_completion
+from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.sampling import drawn_seed
+from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
+
+_DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
+
+
+def parse_completion(body: bytes, exchange: Exchange) -> Call:
+    """Read a completion request.
+
+    Raises:
+        InvalidRequest: a field is refused; `param` names it.
+    """
+    request = decode_json(body, COMPLETION_DECODER)
+    settings, info = exchange.context.settings, exchange.context.ready().info
+    is_compat = settings.tgi_compat
+    limits = Limits.of(settings, is_tgi=is_compat)
+    check_common(request, limits, info, is_compat=is_compat)
+    n = request.n or 1
+    num_prompts = _count_prompts(request)
+    best_of = _check_own(request, limits, num_prompts, n)
+    # Whoever wants the best of several needs their log-probabilities.
+    logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
+    shared = job_of(request, info, settings, logprobs)
+    sampling = shared.pop("sampling")
+    hides_tokens = request.max_tokens == 0  # scoring asks for no token: then one is sampled and not shown
+    jobs = []
+    for prompt in _prompts(request, info.vocab_size):
+        if request.seed is None:  # or equal prompts of one call would all get the same answer
+            sampling = dataclasses.replace(sampling, seed=drawn_seed())
+        jobs.append(
+            Job(
+                prompt=prompt,
+                sampling=sampling,
+                n=best_of,
+                max_tokens=1 if hides_tokens else request.max_tokens,
+                default_max_tokens=None if is_compat else _DEFAULT_TOKENS,
+                prompt_logprobs=request.logprobs if request.echo else None,
+                **shared,
+            )
+        )
+
+    def render(generation: Generation) -> Renderer:
+        identity = Identity.of(
+            generation,
+            request,
+            "cmpl",
+            settings,
+            echoes=[job.prompt.echo for job in generation.jobs] if request.echo else (),
+            hides_tokens=hides_tokens,
+        )
+        return _CompletionRenderer(identity, request, best_of)
+
+    return Call(jobs=jobs, render=render, model=request.model, stream=bool(request.stream), is_sum=True)
+
+
+class _CompletionRenderer(ChunkRenderer):
+    """Adds to the chunks what echoed prompts bring along, and chooses the best answers of whole ones."""
+
+    def __init__(self, identity: Identity, request: CompletionRequest, best_of: int) -> None:
+        self._best_of = best_of
+        self._has_prompt = bool(request.echo)
+        self._logprobs: list[CompletionLogprobs] = []
+        if request.logprobs is not None:
+            tokenizer = identity.generation.served.tokenizer
+            names = TokenNames(tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+            self._logprobs = [
+                CompletionLogprobs(names, request.logprobs, job.prompt.text or "")
+                for job in identity.generation.jobs
+                for _ in range(identity.n)
+            ]
+        super().__init__(identity, is_chat=False, trackers=self._logprobs, on_begin=self._begin_part)
+
+    def whole(self, parts: Sequence[Choices]) -> bytes:
+        """Return the body of an answer that is not streamed."""
+        n = self._identity.n
+        for part in range(len(parts)):
+            self._begin_part(part)
+        num_generated = sum(len(events) for choices in parts for events in choices)
+        shown = [events for choices in parts for events in (likeliest(choices, n) if self._best_of > n else choices)]
+        return orjson.dumps(text_completion(self._identity, shown, self._logprobs, num_generated))
+
+    def _begin_part(self, part: int) -> None:
+        """Give the choices of one prompt the entries of its tokens."""
+        if not (self._has_prompt and self._logprobs):
+            return
+        identity = self._identity
+        logprobs = identity.generation.channels[part].stats.prompt_logprobs
+        assert logprobs is not None, "the engine fills these before the first token"
+        special_ids = identity.generation.served.tokenizer.special_ids
+        for index in range(part * identity.n, (part + 1) * identity.n):
+            self._logprobs[index].push_prompt(identity.prompt_ids(part), logprobs, special_ids)
+
+
+def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
+    """Check completions' own fields; return best_of."""
+    if request.suffix:
+        raise UnsupportedSuffix(
+            "Suffix is not supported and can be achieved by preprocessing the prompt.",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    if num_prompts > limits.prompts:
+        message = f"Number of prompts exceeds the maximum allowed batch size of {limits.prompts}"
+        raise TooManyPrompts(message, param="prompt")
+    best_of = n if request.best_of is None else request.best_of
+    if best_of < n:
+        refuse("best_of", f"`best_of` must be at least `n` ({n}), got {best_of}")
+    if best_of > limits.best_of:
+        refuse("best_of", f"`best_of` must be at most {limits.best_of}, got {best_of}")
+    if best_of > n and request.stream:
+        refuse("best_of", "`best_of` above `n` is not possible with `stream: true`")
+    if num_prompts * best_of > limits.choices:
+        refuse("n", f"Prompts times choices must be at most {limits.choices}, got {num_prompts * best_of}")
+    if request.logprobs is not None and request.logprobs > limits.top_logprobs:
+        refuse("logprobs", f"`logprobs` must be at most {limits.top_logprobs}, got {request.logprobs}")
+    return best_of
+
+
+def _count_prompts(request: CompletionRequest) -> int:
+    """Return how many prompts a completion request has, without looking at each."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return 1
+    if not prompt:
+        refuse("prompt", "`prompt` must not be empty")
+    return 1 if isinstance(prompt[0], int) else len(prompt)
+
+
+def _prompts(request: CompletionRequest, vocab_size: int) -> list[Text]:
+    prompt = request.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [_prompt(prompt, ("prompt",), request, vocab_size)]
+    for i, item in enumerate(prompt):
+        if type(item) is not type(prompt[0]):
+            refuse(f"prompt[{i}]", f"`prompt[{i}]` must be of the same type as `prompt[0]`")
+    return [_prompt(item, ("prompt", i), request, vocab_size) for i, item in enumerate(prompt)]
+
+
+def _prompt(item: Any, field: Field, request: CompletionRequest, vocab_size: int) -> Text:
+    path = OPENAI.spell(field)
+    if not isinstance(item, str | list):
+        refuse(path, f"`{path}` must be a string or a list of token ids")
+    if isinstance(item, list):
+        check_ids(item, path, vocab_size)
+    return Text(
+        item,
+        # Null means the default, and completions add the tokenizer's BOS by default.
+        adds_special_tokens=request.add_special_tokens is not False,
+        needs_text=bool(request.echo) or request.logprobs is not None,
+        echoes=bool(request.echo),
+        shows_special_tokens=request.skip_special_tokens is False,
+        field=field,
+    )
+
+
+def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
+    """Refuse what is no token of the model."""
+    for i, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            where = f"{path}[{i}]"
+            refuse(where, f"`{where}` must be a token id in 0..{vocab_size - 1}, got {str(token_id)[:40]}")

@@ -1,0 +1,217 @@
+"""OpenAI's wire types: what `/v1` reads, as msgspec structs.
+
+Optional fields take null for "the default", and unknown fields are ignored: only what some behaviour hangs on
+is listed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tgi_asgi.api.parse import range_of
+
+
+Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
+Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
+Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
+Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
+Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
+Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
+
+
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_LISTS = {"type": "array", "items": _IDS, "minItems": 1}
+Prompt = Annotated[
+    str | list[Any],
+    Meta(
+        description="A text, a list of texts, token ids, or a list of lists of token ids",
+        extra_json_schema={"anyOf": [{"type": "string"}, _TEXTS, _IDS, _LISTS]},
+    ),
+]
+
+
+class StreamOptions(Struct):
+    """What a stream tells beside the text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaFormat(Struct):
+    """OpenAI's named schema of a structured answer."""
+
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """OpenAI's response_format, and TGI's, which puts its content under `value`."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    value: dict[str, Any] | str | None = None
+
+
+class CommonRequest(Struct, kw_only=True):
+    """The fields that chat and text completions share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Natural | None = None
+    temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
+    top_p: Fraction | None = None
+    n: Positive | None = None
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+
+    top_k: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
+    min_p: Fraction | None = None
+    typical_p: Share | None = None
+    repetition_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
+    min_tokens: Natural | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # SGLang's name for the same
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, range_of(minimum=-1, maximum=2**63 - 1)] | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+    # Known, and refused while nobody would honour them: ignoring these would be a lie.
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    use_beam_search: bool | None = None
+
+
+class ContentPart(Struct):
+    """One part of a message's content; only text can be read."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(Struct, omit_defaults=True):
+    """A function and its arguments: JSON in a string, by some clients an object."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(Struct):
+    """One call in an assistant's message of the history."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: str = "function"
+
+
+class Message(Struct):
+    """One turn of the conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+
+
+class FunctionDefinition(Struct):
+    """A function that a model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    arguments: dict[str, Any] | None = None  # another name for the parameters, of TGI's first clients
+
+    def __post_init__(self) -> None:
+        if self.parameters is None:
+            self.parameters = self.arguments
+        self.arguments = None
+
+
+class CustomDefinition(Struct):
+    """A tool that takes one string."""
+
+    name: str
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class ToolEntry(Struct):
+    """One entry of `tools`; those of other types are hosted elsewhere, and skipped."""
+
+    type: str
+    function: FunctionDefinition | None = None
+    custom: CustomDefinition | None = None
+
+
+class ChatRequest(CommonRequest, kw_only=True):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: Natural | None = None
+    logprobs: bool | None = None
+    top_logprobs: Natural | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+    tools: list[ToolEntry] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    tool_prompt: str | None = None  # TGI's: what to say behind the last message where tools are given
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None  # SGLang's name for the same
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+
+
+class CompletionRequest(CommonRequest, kw_only=True):
+    """The body of `POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: Natural | None = None
+    echo: bool | None = None
+    best_of: Positive | None = None
+    suffix: str | None = None
+
+
+CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
+COMPLETION_DECODER = msgspec.json.Decoder(CompletionRequest)

@@ -1,0 +1,90 @@
+"""`tools` and `tool_choice` as chat completions and responses write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tgi_asgi.api.call import ToolChoice
+from tgi_asgi.api.openai.schema import ToolEntry
+from tgi_asgi.api.parse import refuse
+from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
+
+_MODES = ("none", "auto", "required")
+
+
+def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
+    """Return the tools of a chat that the model is told of.
+
+    Raises:
+        InvalidRequest: one is of the wrong shape, or two have one name.
+    """
+    tools, skipped = [], []
+    for index, entry in enumerate(entries or ()):
+        if entry.type == "function":
+            function = entry.function
+            if function is None:
+                refuse(f"tools[{index}].function", f"`tools[{index}].function` is required")
+            tools.append(
+                Tool(index, function.name, function.description, function.parameters, function.strict)
+            )
+        elif entry.type == "custom" and entry.custom is not None:
+            custom = entry.custom
+            tools.append(Tool.custom(index, custom.name, custom.description, grammar_of(custom.format)))
+        else:
+            skipped.append(entry.type)
+    check_tools(tools)
+    note_skipped(skipped)
+    return tools
+
+
+def grammar_of(form: dict[str, Any] | None) -> str | None:
+    """Return the grammar that a custom tool's `format` names; it is flat in responses."""
+    if not form or form.get("type") != "grammar":
+        return None
+    definition = form.get("definition") or (form.get("grammar") or {}).get("definition")
+    return definition if isinstance(definition, str) else None
+
+
+def read_choice(
+    tools: Sequence[Tool], choice: str | dict[str, Any] | None, *, is_parallel: bool
+) -> ToolChoice | None:
+    """Return what `tool_choice` lets the model call.
+
+    Raises:
+        InvalidRequest: its shape is wrong, or it names a tool that is not there.
+    """
+    mode, names = _choice(choice)
+    return choose(tools, mode, names, is_parallel=is_parallel)
+
+
+def _choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]:
+    """Return the mode (none, auto, required, named) and the functions it is limited to, if it is."""
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str):  # TGI takes any other string for a function's name
+        return (choice, None) if choice in _MODES else ("named", [choice])
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)  # flat in the Responses API
+        mode = allowed.get("mode") if isinstance(allowed, dict) else None
+        tools = allowed.get("tools") if isinstance(allowed, dict) else None
+        if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
+            refuse(
+                "tool_choice.allowed_tools",
+                "`tool_choice.allowed_tools` must have `mode` (auto or required) and a list `tools`",
+            )
+        return mode, [
+            _named(tool, f"tool_choice.allowed_tools.tools[{index}]") for index, tool in enumerate(tools)
+        ]
+    return "named", [_named(choice, "tool_choice")]
+
+
+def _named(value: Any, path: str) -> str:
+    """Return the name in `{"type": "function", "function": {"name": ...}}`, or in its flat form."""
+    kind = value.get("type", "function") if isinstance(value, dict) else None
+    if kind in ("function", "custom"):
+        inner = value.get(kind, value)
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if isinstance(name, str):
+            return name
+    refuse(path, f'`{path}` must be `{{"type": "function", "function": {{"name": ...}}}}`')

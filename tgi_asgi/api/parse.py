@@ -1,0 +1,120 @@
+"""Decode a JSON body into a msgspec struct, and say which field was wrong by its dotted path.
+
+Types are strict and decoded at the edge; ranges stand beside them as JSON Schema keywords (`range_of`), which
+`check_ranges` enforces in one order and one wording and the OpenAPI document shows.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from tgi_asgi.errors import InvalidRequest
+
+T = TypeVar("T")
+
+MAX_ECHOED_CHARS = 256  # of what a client names and gets back: it stands in every chunk of a stream
+
+_AT = re.compile(r"^(.*) - at `(?:key in )?\$\.?(.*)`$", re.DOTALL)
+_MISSING = re.compile(r"^Object missing required field `(.*)`$")
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Decode `body` strictly: types are not coerced, unknown fields are ignored.
+
+    Raises:
+        InvalidRequest: with `is_syntax` when the body is not JSON; else `param` names the field at fault.
+    """
+    try:
+        # msgspec skips unknown fields without looking at their bytes.
+        body.decode("utf-8")
+        return decoder.decode(body)
+    except UnicodeDecodeError:
+        raise InvalidRequest("The request body is not valid UTF-8", is_syntax=True) from None
+    except RecursionError:
+        raise InvalidRequest("The request body is nested too deeply", is_syntax=True) from None
+    except msgspec.ValidationError as error:
+        raise invalid_field(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The request body is not valid JSON: {error}", is_syntax=True) from None
+
+
+def invalid_field(message: str) -> InvalidRequest:
+    """Turn msgspec's words (`Expected ... - at `$.a[0].b``) into ours, with the field's path in `param`."""
+    path = ""
+    if match := _AT.match(message):
+        message, path = match.groups()
+    if match := _MISSING.match(message):
+        path = f"{path}.{match[1]}" if path else match[1]
+        return InvalidRequest(f"`{path}` is required", param=path)
+    message = message[:1].lower() + message[1:]
+    if path:
+        return InvalidRequest(f"`{path}`: {message}", param=path)
+    return InvalidRequest(f"The request body: {message}")
+
+
+def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
+    """Refuse the request for one field."""
+    raise InvalidRequest(message, param=param, code=code)
+
+
+def range_of(**keywords: float) -> Meta:
+    """Bound a number, for `check_ranges` and for the OpenAPI document."""
+    return Meta(extra_json_schema=dict(keywords))
+
+
+def check_ranges(request: Struct) -> None:
+    """Refuse the first number of a request that is out of its range, and names that are too long to echo."""
+    for name, low, high, is_open in _ranges(type(request)):
+        value = getattr(request, name)
+        if value is None or (low < value <= high if is_open else low <= value <= high):
+            continue
+        if low == float("-inf") or high >= 2**63 - 1:
+            rule = f"above {low:g}" if is_open else f"at least {low:g}"
+            rule = f"at most {high:g}" if value > high else rule
+        else:
+            rule = f"in {'(' if is_open else '['}{low:g}, {high:g}]"
+        refuse(name, f"`{name}` must be {rule}, got {value}")
+    for name in ("model", "request_id"):
+        value = getattr(request, name, None)
+        if value is not None and len(value) > MAX_ECHOED_CHARS:
+            refuse(name, f"`{name}` must have at most {MAX_ECHOED_CHARS} characters, got {len(value)}")
+
+
+@cache
+def _ranges(kind: type[Struct]) -> list[tuple[str, float, float, bool]]:
+    """Return (field, least, greatest, least is excluded) as the struct's annotations have them."""
+    found = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        for part in (hint, *typing.get_args(hint)):
+            for meta in getattr(part, "__metadata__", ()):
+                keywords = meta.extra_json_schema if isinstance(meta, Meta) else None
+                if not keywords or "anyOf" in keywords:
+                    continue
+                is_open = "exclusiveMinimum" in keywords
+                low = keywords["exclusiveMinimum" if is_open else "minimum"]
+                found.append((name, low, keywords.get("maximum", float("inf")), is_open))
+    return found
+
+
+def string_of(item: Mapping[str, Any], name: str, path: str) -> str:
+    """Return a string that an object must have."""
+    value = item.get(name)
+    if not isinstance(value, str):
+        refuse(f"{path}.{name}", f"`{path}.{name}` must be a string")
+    return value
+
+
+def kind_of(item: object, path: str, kinds: Sequence[str]) -> str:
+    """Return the `type` of a part of a message, one of those that can be read."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    if kind not in kinds:
+        one = f"`{kinds[0]}`: the model reads nothing else" if len(kinds) == 1 else f"one of {', '.join(kinds)}"
+        refuse(f"{path}.type", f"`{path}.type` must be {one}, got {str(kind)[:40]!r}", "invalid_value")
+    return str(kind)

@@ -1,0 +1,193 @@
+"""From a job's messages or text to token ids. Slow for long inputs: all of this runs in a worker thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tgi_asgi.api.call import Conversation, Job, Text
+from tgi_asgi.api.limits import check_characters
+from tgi_asgi.errors import InvalidRequest, TemplateError
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
+from tgi_asgi.types import ModelInfo
+
+if TYPE_CHECKING:
+    from tgi_asgi.api.context import Served
+    from tgi_asgi.text.chat.template import ChatTemplate
+
+_TAIL_CHARS = 64
+_SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
+_NO_TEMPLATE = (
+    "The model has no chat template: use /v1/completions, or start the server with --tokenizer-config-path "
+    "and a tokenizer_config.json that has a chat_template"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for the engine.
+
+    Attributes:
+        ids: its tokens.
+        echo: the text that comes before the answer's, where the request asks for that.
+        text: the prompt as text, for text offsets; None where no one needs it.
+        num_characters: of the prompt as text, where it came as text.
+        tail: the end of a chat's prompt, which may open a reasoning section.
+    """
+
+    ids: list[int]
+    echo: str = ""
+    text: str | None = None
+    num_characters: int = 0
+    tail: str = ""
+
+
+def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
+    """Render and tokenise a job's prompt, and cut it as the job says.
+
+    Raises:
+        InvalidRequest, TemplateError: as `chat_text`, or it is too long whatever its tokens are.
+    """
+    keep = _num_kept(job, served.info)
+    if isinstance(job.prompt, Text):
+        prompt = _text_prompt(job.prompt, served, keep)
+    else:
+        prompt = chat_prompt(job.prompt, served, settings, keep)
+    if keep is not None:
+        del prompt.ids[:-keep]
+    if not prompt.ids:
+        field = job.prompt.field if isinstance(job.prompt, Text) else ("prompt",)
+        raise InvalidRequest("`{field}` must not be empty", field=field)
+    return prompt
+
+
+def chat_prompt(
+    chat: Conversation, served: Served, settings: Settings, keep: int | None = None
+) -> Prompt:
+    """Render and tokenise a conversation; of a long one that is to be cut only the end is looked at."""
+    text = chat_text(chat, served, settings)
+    source = _bounded(text.source, len(text.shown), served, keep)
+    ids = served.tokenizer.encode(
+        source, add_special_tokens=chat.adds_special_tokens, is_marked=text.is_marked
+    )
+    echo = ""
+    if chat.echoes and chat.is_continued:
+        assert served.chat_template is not None, "the messages were rendered"
+        content = _content(chat.messages[-1], _separator(served.chat_template, settings) or "")
+        echo = content if isinstance(content, str) else ""
+    return Prompt(ids, echo, num_characters=len(text.shown), tail=text.shown[-_TAIL_CHARS:])
+
+
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    """A rendered conversation.
+
+    Attributes:
+        shown: as it reads.
+        source: what to encode: the same, unless `is_marked`.
+        is_marked: the messages hold special tokens as text; those that are to act as such are marked.
+    """
+
+    shown: str
+    source: str
+    is_marked: bool = False
+
+
+def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatText:
+    """Render a conversation.
+
+    Raises:
+        InvalidRequest: there are no messages, or they are nested too deeply.
+        TemplateError: there is no template, or it refused the messages.
+    """
+    try:
+        return _render(chat, served, settings)
+    except TemplateError as error:
+        if error.param is None:
+            error.field = ("prompt",)
+        raise
+    except RecursionError:  # what the decoder just accepts may be too deep to be copied
+        raise InvalidRequest("The request body is nested too deeply") from None
+
+
+def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
+    template = served.chat_template
+    if template is None:
+        raise TemplateError(_NO_TEMPLATE)
+    if not chat.messages:
+        raise InvalidRequest("`{field}` must have at least one message", field=("prompt",))
+    separator = _separator(template, settings)
+    has_developer = template.mentions("developer")
+    messages = []
+    for message in chat.messages:
+        role = message["role"]
+        shown_role = "system" if role == "developer" and not has_developer else role
+        messages.append({**message, "role": shown_role, "content": _content(message, separator)})
+    if not (template.mentions("tools") or template.mentions("tool_calls")):
+        messages = spell_out(messages, chat.tools)
+    messages = shorten_ids(messages, template.source)
+    if chat.tools and chat.tool_prompt and not chat.is_continued:
+        messages = add_tool_prompt(messages, chat.tool_prompt)
+    # What a client gives to the template, under the names that templates have for it.
+    given = {"tools": chat.tools, **chat.variables}
+    guard = served.tokenizer.guard
+    is_marked = not settings.chat_special_tokens and guard.is_needed(messages, given)
+    if is_marked:
+        messages, given = guard.protect(messages), guard.protect(given)
+    text = template.render(
+        messages,
+        add_generation_prompt=chat.adds_turn and not chat.is_continued,
+        continue_final_message=chat.is_continued,
+        **given,
+    )
+    return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def _separator(template: ChatTemplate, settings: Settings) -> str | None:
+    """Return what stands between the parts of a content; None: the template is given the list."""
+    if settings.tgi_compat:
+        return ""
+    return None if template.iterates_parts else "\n"
+
+
+def _content(message: dict[str, Any], separator: str | None) -> Any:
+    content = message["content"]
+    if not isinstance(content, list):
+        return content
+    if len(content) == 1:  # the same tokens as for the plain string
+        return content[0]
+    if separator is None:
+        return [{"type": "text", "text": text} for text in content]
+    return separator.join(content)
+
+
+def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
+    given = prompt.content
+    if isinstance(given, str):
+        source = _bounded(given, len(given), served, keep)
+        ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
+        text = given
+    else:
+        ids, text = list(given), ""
+        if prompt.needs_text:
+            text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
+    return Prompt(ids, text if prompt.echoes else "", text if prompt.needs_text else None, len(text))
+
+
+def _num_kept(job: Job, info: ModelInfo) -> int | None:
+    if job.keep_tokens == -1:
+        return max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
+    return job.keep_tokens
+
+
+def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -> str:
+    """Return as much of a text's end as can matter; refuse one that is too long whatever its tokens are.
+
+    16 MiB of text would hold a worker thread for 20 s.
+    """
+    longest = served.tokenizer.longest_token
+    if keep is None:
+        check_characters(num_characters, longest, served.info)
+        return text
+    return text[-(keep + _SLACK_TOKENS) * longest :]

@@ -1,0 +1,285 @@
+"""Streamed answers: events of the engine in, frames out, a client that leaves or stalls noticed.
+
+The engine calls a stream's sink once a step. Where the server has a way to write a frame without waiting
+(`DIRECT_WRITE`; `serve/` gives hypercorn one) the sink renders and writes at once: 100 streams a step then cost
+one wake-up of the loop, not a hundred. Everything else is sent by the request's own task, as ASGI's middleware
+and servers expect: the first frame and the last, what a reader that lags has waiting (unrendered, then merged
+into one send), and frames that take long to render, which a thread makes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from tgi_asgi.api.asgi import Header, Message
+from tgi_asgi.api.call import Renderer
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.errors import TgiError
+from tgi_asgi.types import Channel, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+# The key of ASGI's `extensions` under which a server offers a function that takes a chunk of the body that has
+# more behind it, and writes it if it need not wait; it returns whether it has.
+DIRECT_WRITE = "tgi_asgi.direct_write"
+KEEP_ALIVE_S = 15.0
+STALL_LIMIT_S = 60.0  # a send that blocks for longer: the reader has stopped reading
+MAX_WAITING_EVENTS = 4096  # about 1 MB of events a stream
+_STREAM_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+
+class EventStream:
+    """One streamed response over one or more channels.
+
+        await EventStream(exchange, renderer, headers).run([engine.submit(request, permit)])
+
+    The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before is
+    an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a reader
+    that has stalled, a bug) by closing the connection.
+    """
+
+    __slots__ = (
+        "_channels", "_deadline", "_end", "_exchange", "_failure", "_headers", "_is_busy", "_is_over",
+        "_is_started", "_keep_alive", "_last_send_s", "_loop", "_num_open", "_num_waiting", "_ready",
+        "_renderer", "_slow_beyond", "_slow_parts", "_waiting", "_woken", "_write",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        renderer: Renderer,
+        headers: Iterable[Header] = (),
+        content_type: bytes = b"text/event-stream; charset=utf-8",
+        keep_alive: bytes = b":\n\n",
+    ) -> None:
+        self._exchange = exchange
+        self._renderer = renderer
+        self._headers = [(b"content-type", content_type), *_STREAM_HEADERS, *headers]
+        self._keep_alive = keep_alive
+        extensions = exchange.scope.get("extensions") or {}
+        self._write: Callable[[bytes], bool] | None = extensions.get(DIRECT_WRITE)
+        self._loop = asyncio.get_running_loop()
+        self._channels: Sequence[Channel] = ()
+        self._num_open = 0  # choices that have not finished
+        self._waiting: dict[int, list[TokenEvent]] = {}  # by part: what is not rendered yet
+        self._num_waiting = 0
+        self._ready = b""  # frames that are rendered and not sent
+        self._slow_beyond = MAX_WAITING_EVENTS
+        self._slow_parts: set[int] = set()
+        self._failure: TgiError | None = None  # of the request, after which no event counts
+        self._end: BaseException | None = None  # what ends the stream at once, without closing frames
+        self._is_started = False
+        self._is_busy = False  # the request's task renders or sends
+        self._is_over = False  # nothing may be sent any more
+        self._woken: asyncio.Future[None] = self._loop.create_future()
+        self._deadline: asyncio.Timeout | None = None  # of a send that is under way
+        self._last_send_s = self._loop.time()
+
+    async def run(
+        self, channels: Sequence[Channel], *, slow_beyond: int = MAX_WAITING_EVENTS, begins_slowly: bool = False
+    ) -> None:
+        """Stream until every choice has finished, and watch for the client's leaving meanwhile.
+
+        Args:
+            slow_beyond: more events at once are rendered in a thread.
+            begins_slowly: so are the first of each channel.
+
+        Raises:
+            TgiError: the engine refused or failed before the first frame; nothing was sent.
+            ClientDisconnected: the client went away.
+        """
+        exchange = self._exchange
+        exchange.channels.extend(channels)
+        self._channels = channels
+        self._slow_beyond = slow_beyond
+        self._slow_parts = set(range(len(channels) if begins_slowly else 0))
+        self._num_open = sum(channel.request.n for channel in channels)
+        watch = asyncio.ensure_future(exchange.wait_for_disconnect())
+        watch.add_done_callback(self._on_disconnect)
+        try:
+            for part, channel in enumerate(channels):
+                channel.attach(_Part(self, part))
+            while await self._send_more():
+                pass
+        except _CutOff as cut:
+            logger.warning("request %s: stream cut off: %s", exchange.request_id, cut)
+            exchange.is_disconnected = True
+        finally:
+            self._is_over = True
+            if self._num_open:
+                self._cancel()
+            watch.cancel()
+
+    def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
+        """Take new events of one channel; never blocks or raises."""
+        if self._is_over or self._failure is not None:  # what another channel still tells does not count
+            return
+        for event in events:
+            if event.finish is not None:
+                self._num_open -= 1
+        if self._may_write(part, len(events)):
+            self._write_now(part, events)
+            return
+        self._waiting.setdefault(part, []).extend(events)
+        self._num_waiting += len(events)
+        if self._num_waiting > MAX_WAITING_EVENTS:
+            self._stop(_CutOff(f"the reader is {self._num_waiting} tokens behind"))
+        elif not self._is_busy:
+            self._wake()
+
+    def on_error(self, error: TgiError) -> None:
+        """Take the failure of one channel: it is the failure of the whole request."""
+        if self._is_over or self._failure is not None:
+            return
+        self._exchange.error = self._failure = error
+        self._cancel()
+        self._num_open = 0
+        self._wake()
+
+    def _may_write(self, part: int, num_events: int) -> bool:
+        """Tell whether events may be rendered and written here: they are few, and nothing comes before them."""
+        return (
+            self._write is not None
+            and self._is_started
+            and self._num_open > 0
+            and not (self._is_busy or self._waiting or self._ready)
+            and num_events <= self._slow_beyond
+            and part not in self._slow_parts
+        )
+
+    def _write_now(self, part: int, events: Sequence[TokenEvent]) -> None:
+        assert self._write is not None
+        try:
+            frames = self._renderer.render(part, events)
+            if frames and self._write(frames):
+                self._last_send_s = self._loop.time()
+                return
+        except Exception as error:
+            self._stop(error)
+            return
+        if frames:
+            self._ready = frames
+            self._wake()
+
+    async def _send_more(self) -> bool:
+        """Wait for something to send, and send it; return whether more follows."""
+        await self._wait()
+        if self._failure is not None and not self._is_started:
+            raise self._failure
+        self._is_busy = True
+        is_last = self._num_open == 0
+        frames = await self._take_frames(is_last)
+        if frames or is_last:
+            await self._send(frames, is_last)
+        self._is_busy = False
+        return not is_last
+
+    async def _wait(self) -> None:
+        """Return once there is something to send: frames, an end, or a comment after a silence.
+
+        Raises:
+            BaseException: what ends the stream without closing frames.
+        """
+        while self._end is None and not (self._waiting or self._ready or self._num_open == 0):
+            try:
+                async with asyncio.timeout_at(self._silent_until()):
+                    await self._woken
+            except TimeoutError:
+                if self._loop.time() >= (self._silent_until() or 0.0):
+                    self._ready = self._keep_alive
+            finally:
+                self._woken = self._loop.create_future()
+        if self._end is not None:
+            raise self._end
+
+    def _silent_until(self) -> float | None:
+        """Return when a silence is to be filled; None: never."""
+        first_s = self._exchange.context.settings.first_event_timeout_s
+        silence_s = KEEP_ALIVE_S if self._is_started else first_s
+        return self._last_send_s + silence_s if silence_s and self._keep_alive else None
+
+    async def _take_frames(self, is_last: bool) -> bytes:
+        """Render what waits, in a thread if that takes long; meanwhile what is new waits."""
+        waiting, self._waiting = self._waiting, {}
+        num_events, self._num_waiting = self._num_waiting, 0
+        ready, self._ready = self._ready, b""
+        failure = self._failure
+        is_slow = num_events > self._slow_beyond or not self._slow_parts.isdisjoint(waiting)
+        self._slow_parts -= waiting.keys()
+
+        def render() -> bytes:
+            frames = [ready, *(self._renderer.render(part, events) for part, events in waiting.items())]
+            if failure is not None:
+                frames.append(self._renderer.fail(failure))
+            elif is_last:
+                frames.append(self._renderer.close())
+            return b"".join(frames)
+
+        return await self._exchange.context.in_thread(render) if is_slow else render()
+
+    async def _send(self, frames: bytes, is_last: bool) -> None:
+        exchange = self._exchange
+        message: Message = {"type": "http.response.body", "body": frames, "more_body": not is_last}
+        try:
+            async with asyncio.timeout(STALL_LIMIT_S) as self._deadline:
+                if not self._is_started:
+                    self._is_started = True
+                    exchange.status = 200
+                    headers = [*self._headers, *exchange.response_headers]
+                    await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
+                await exchange.send(message)
+        except Exception as error:  # a server may raise for a client that has gone
+            if self._end is not None:
+                raise self._end from None
+            is_stalled = self._deadline is not None and self._deadline.expired()
+            stalled = f"the reader has not read for {STALL_LIMIT_S:.0f} s"
+            raise _CutOff(stalled if is_stalled else f"sending failed: {error!r}") from None
+        finally:
+            self._deadline = None
+        self._last_send_s = self._loop.time()
+
+    def _stop(self, reason: BaseException) -> None:
+        """End the stream now, wherever the request's task is."""
+        self._is_over = True
+        self._end = reason
+        self._cancel()
+        if self._deadline is not None:
+            self._deadline.reschedule(self._loop.time())
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
+
+    def _cancel(self) -> None:
+        for channel in self._channels:
+            channel.cancel()
+
+    def _on_disconnect(self, watch: asyncio.Future[None]) -> None:
+        if watch.cancelled() or self._is_over:
+            return
+        if self._num_open == 0 and self._is_busy and not self._waiting:
+            return  # everything is on its way: a server reports the end of the response like this, too
+        self._stop(self._exchange.disconnect())
+
+
+class _CutOff(Exception):
+    """Why a stream ends without its closing frames: the connection closes, as a failure must look."""
+
+
+class _Part:
+    """The sink of one channel."""
+
+    __slots__ = ("_part", "_stream")
+
+    def __init__(self, stream: EventStream, part: int) -> None:
+        self._stream = stream
+        self._part = part
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        self._stream.on_events(self._part, events)
+
+    def on_error(self, error: TgiError) -> None:
+        self._stream.on_error(error)

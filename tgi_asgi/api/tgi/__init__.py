@@ -1,0 +1,1 @@
+"""TGI's own API: generating, tokenising, and what clouds call."""

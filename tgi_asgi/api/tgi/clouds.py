@@ -1,0 +1,123 @@
+"""What clouds call: SageMaker's `/invocations`, Vertex AI's `/vertex` and the paths that it names itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import msgspec
+import orjson
+
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared
+from tgi_asgi.api.errors import NATIVE, OPENAI
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import Parse, generate
+from tgi_asgi.api.openai.chat import chat_job, parse_chat
+from tgi_asgi.api.openai.choice import ChatChoice
+from tgi_asgi.api.openai.completions import parse_completion
+from tgi_asgi.api.openai.schema import CHAT_DECODER
+from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.tgi.by_key import Kind, dispatch, kind_of
+from tgi_asgi.api.tgi.generate import parse_root
+from tgi_asgi.api.tgi.render import pick_best, text_of
+from tgi_asgi.api.tgi.schema import GENERATE, VERTEX, VertexResponse
+from tgi_asgi.api.tgi.validation import Shown, read_request
+from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.types import TokenEvent
+
+_PARSERS: dict[Kind, Parse] = {
+    Kind.INPUTS: parse_root,
+    Kind.MESSAGES: parse_chat,
+    Kind.PROMPT: parse_completion,
+}
+
+
+async def invocations(exchange: Exchange) -> None:
+    """Answer as `POST /`, chat or completions would, by the body's key."""
+    exchange.context.ready()
+    await generate(exchange, _PARSERS[await dispatch(exchange)])
+
+
+def parse_vertex(body: bytes, exchange: Exchange) -> Call:
+    """Read several requests at once; one that is refused fails the call.
+
+    Raises:
+        InvalidRequest: there are none or too many, or one is refused; `param` names it.
+    """
+    raws = decode_json(body, VERTEX).instances
+    most = exchange.context.settings.max_concurrent_requests
+    if not raws:
+        refuse("instances", "`instances` must not be empty")
+    if len(raws) > most:  # counted before they are read: 16 MiB hold a million; a 429 would be tried for ever
+        refuse("instances", f"`instances` has {len(raws)} requests, but at most {most} run at a time")
+    read = []
+    for i, raw in enumerate(raws):
+        with _placed(f"instances[{i}]"):
+            read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
+    num_choices = sum(job.n for job, _ in read)
+    if num_choices > most:
+        refuse("instances", f"`instances` ask for {num_choices} choices, but at most {most} run at a time")
+    shown = [each for _, each in read]
+    return Call(
+        jobs=[job for job, _ in read],
+        render=lambda generation: _Renderer(generation, shown),
+        is_sum=True,
+    )
+
+
+def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Shown | None]:
+    """Return what an instance asks for, and what its text must show if it is no chat."""
+    shown = None
+    match kind_of(raw):
+        case Kind.INPUTS:
+            job, shown = read_request(decode_json(raw, GENERATE), exchange.context, is_stream=False)
+        case Kind.MESSAGES:
+            job = chat_job(decode_json(raw, CHAT_DECODER), exchange)
+        case Kind.PROMPT:
+            refuse("inputs", "`inputs` or `messages` is required")
+    job.where = where
+    return job, shown
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as error:
+        OPENAI.tell(error)
+        error.message = f"{where}: {error.message}"
+        error.param = f"{where}.{error.param}" if error.param else where
+        raise
+
+
+class _Renderer:
+    """Makes the texts of all instances, in order; there are no streams."""
+
+    def __init__(self, generation: Generation, shown: Sequence[Shown | None]) -> None:
+        self._generation = generation
+        self._shown = shown
+
+    def whole(self, parts: Sequence[Choices]) -> bytes:
+        """Return the predictions."""
+        jobs = zip(self._generation.jobs, self._shown, parts, strict=True)
+        return msgspec.json.encode(VertexResponse([_text(*each) for each in jobs]))
+
+    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+        raise AssertionError("Vertex's predictions are never streamed")
+
+    def close(self) -> bytes:
+        return b""
+
+    def fail(self, error: TgiError) -> bytes:
+        return orjson.dumps(NATIVE.envelope(error))
+
+
+def _text(prepared: Prepared, shown: Shown | None, choices: Choices) -> str:
+    """Return a prediction: text, or of a chat's calls the JSON that chat answers."""
+    if shown is not None:
+        return shown.text_prefix + text_of(choices[pick_best(choices)])
+    if prepared.reading is None:
+        return text_of(choices[0])
+    message = ChatChoice(prepared.reading).message(choices[0])
+    calls = message.get("tool_calls")
+    return orjson.dumps(calls).decode() if calls else message["content"] or ""
