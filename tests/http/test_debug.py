@@ -10,9 +10,9 @@ from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi.app import create_app
 from tgi_asgi.engine.engine import Engine
+from tgi_asgi.engine.stats import Histogram
 from tgi_asgi.http.context import Served
 from tgi_asgi.observe.lag import INTERVAL_S, LoopLag
-from tgi_asgi.observe.prometheus import Histogram
 from tgi_asgi.settings import Settings
 
 

@@ -33,12 +33,15 @@ from tgi_asgi.types import GenerationRequest
 
 def routes(settings: Settings) -> list[Route]:
     """Return the clouds' routes, Vertex's own among them."""
-    found = [route("/invocations", post=invocations), route("/vertex", post=vertex)]
+    found = [
+        route("/invocations", post=invocations, generates=True),
+        route("/vertex", post=vertex, generates=True),
+    ]
     # Requests have lost their trailing slash by the time they are routed.
     if settings.aip_predict_route:
-        found.append(route(settings.aip_predict_route.rstrip("/"), post=vertex))
+        found.append(route(settings.aip_predict_route.rstrip("/"), post=vertex, generates=True))
     if settings.aip_health_route:
-        found.append(route(settings.aip_health_route.rstrip("/"), get=health.health))
+        found.append(route(settings.aip_health_route.rstrip("/"), get=health.health, is_quiet=True))
     return found
 
 
@@ -56,8 +59,7 @@ async def invocations(exchange: Exchange) -> None:
 
 async def vertex(exchange: Exchange) -> None:
     """Answer with the text of each instance, in order; one that fails fails the call with its own status."""
-    # Vertex may have named a path of its own for this.
-    exchange.route, exchange.dialect = "/vertex", Dialect.NATIVE
+    exchange.dialect = Dialect.NATIVE  # Vertex may have named a path of its own for this
     served = exchange.context.ready()
     raws = (await exchange.read_json(VERTEX)).instances
     if not raws:

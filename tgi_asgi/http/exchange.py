@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
 import orjson
@@ -32,6 +32,9 @@ from tgi_asgi.http.context import ServerContext
 from tgi_asgi.http.errors import Dialect, envelope, headers_of, status_of
 from tgi_asgi.http.parse import decode_json
 from tgi_asgi.types import Channel
+
+if TYPE_CHECKING:
+    from tgi_asgi.http.routing import RouteInfo
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,7 +89,7 @@ class Exchange:
         self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
         self.started_s = time.monotonic()
         self.status: int | None = None
-        self.route = ""  # the pattern that matched, for metrics labels
+        self.route: RouteInfo | None = None  # that matched, for metrics and the log
         self.channels: list[Channel] = []
         self.error: BaseException | None = None
         self._body: bytes | None = None

@@ -11,7 +11,7 @@ from tgi_asgi.types import EngineState
 
 def routes() -> list[Route]:
     """Return `/health` and `/ping`; `GET /` is the same handler, beside the native `POST /`."""
-    return [route(path, get=health) for path in ("/health", "/ping")]
+    return [route(path, get=health, is_quiet=True) for path in ("/health", "/ping")]
 
 
 async def health(exchange: Exchange) -> None:

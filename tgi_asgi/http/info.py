@@ -11,10 +11,10 @@ import tgi_asgi
 from tgi_asgi.http.asgi import JSON
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_params import Limits
-from tgi_asgi.observe.prometheus import CONTENT_TYPE
 from tgi_asgi.http.routing import route
 from tgi_asgi.http.tgi_schema import Info
 from tgi_asgi.http.tgi_validation import NativeLimits
+from tgi_asgi.observe.prometheus import CONTENT_TYPE
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
@@ -24,7 +24,7 @@ def routes() -> list[Route]:
     return [
         route("/info", get=info),
         route("/tokenizer_info", get=tokenizer_info),
-        route("/metrics", get=metrics),
+        route("/metrics", get=metrics, is_quiet=True),
     ]
 
 

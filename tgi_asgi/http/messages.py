@@ -10,7 +10,6 @@ import orjson
 
 from tgi_asgi.errors import TgiError
 from tgi_asgi.http.collect import collect
-from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.errors import Dialect, envelope
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.field_names import renaming
@@ -20,6 +19,7 @@ from tgi_asgi.http.openai_chat import CheckedChat, check_chat, submit_chat
 from tgi_asgi.http.openai_prompt import chat_prompt
 from tgi_asgi.http.openai_reply import TEXT_ONLY, ChoiceReply
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 

@@ -19,10 +19,10 @@ from tgi_asgi.types import ModelInfo
 def routes() -> list[Route]:
     """Return the routes under `/v1`."""
     return [
-        route("/v1/chat/completions", post=chat_completions),
-        route("/v1/completions", post=completions),
-        route("/v1/responses", post=responses),
-        route("/v1/messages", post=messages),
+        route("/v1/chat/completions", post=chat_completions, generates=True),
+        route("/v1/completions", post=completions, generates=True),
+        route("/v1/responses", post=responses, generates=True),
+        route("/v1/messages", post=messages, generates=True),
         route("/v1/messages/count_tokens", post=count_tokens),
         route("/v1/models", get=list_models),
         route("/v1/models/{model:path}", get=retrieve_model),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tgi_asgi.errors import Forbidden
 from tgi_asgi.http.collect import collect
-from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.grammars import compile_grammar, naming
 from tgi_asgi.http.openai_answer import Answer, served_name
@@ -28,6 +27,7 @@ from tgi_asgi.http.openai_stream import ChunkRenderer
 from tgi_asgi.http.openai_tools import ToolPlan, tool_plan
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.types import Channel, GenerationRequest, SamplingParams
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import TooManyPrompts, UnsupportedSuffix
 from tgi_asgi.http.collect import collect
-from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.grammars import compile_grammar, naming
@@ -29,6 +28,7 @@ from tgi_asgi.http.openai_schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.http.openai_stream import ChunkRenderer
 from tgi_asgi.http.permits import Permits
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.types import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import orjson
 
 from tgi_asgi.errors import TgiError
 from tgi_asgi.http.collect import collect
-from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.field_names import renaming
 from tgi_asgi.http.openai_answer import Answer
@@ -22,6 +21,7 @@ from tgi_asgi.http.openai_reply import TEXT_ONLY, ChoiceReply
 from tgi_asgi.http.responses_output import Event, ResponseBuilder
 from tgi_asgi.http.responses_request import RESPONSES_DECODER, ResponsesRequest, to_chat
 from tgi_asgi.http.sse import EventStream
+from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.types import TokenEvent
 
 _ECHOED = ("metadata", "text", "tools", "tool_choice")

@@ -6,6 +6,7 @@ Each feature module has a `routes()` that returns what `route()` makes; `app.py`
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.routing import Route
 
@@ -21,22 +22,39 @@ EXCHANGE = "tgi_asgi.exchange"  # the scope's key under which handlers find thei
 _FORGOT_V1 = ("/chat/completions", "/completions", "/models", "/responses")
 
 
-def route(path: str, *, get: Handler | None = None, post: Handler | None = None) -> Route:
+@dataclass(frozen=True, slots=True)
+class RouteInfo:
+    """What metrics and the log know of a route."""
+
+    path: str  # the pattern
+    generates: bool = False  # a POST makes text
+    is_quiet: bool = False  # a GET is a probe or a scrape: not worth a line while all is well
+
+
+def route(
+    path: str,
+    *,
+    get: Handler | None = None,
+    post: Handler | None = None,
+    generates: bool = False,
+    is_quiet: bool = False,
+) -> Route:
     """Return the route of one path; HEAD is answered by `get`, other methods by a 405."""
     handlers = {"GET": get, "HEAD": get, "POST": post}
-    return Route(path, _Endpoint(path, {method: h for method, h in handlers.items() if h is not None}))
+    info = RouteInfo(path, generates, is_quiet)
+    return Route(path, _Endpoint(info, {method: h for method, h in handlers.items() if h is not None}))
 
 
 class _Endpoint:
     """The ASGI app of one path; its errors are answered by `app.py`."""
 
-    def __init__(self, path: str, handlers: dict[str, Handler]) -> None:
-        self._path = path
+    def __init__(self, info: RouteInfo, handlers: dict[str, Handler]) -> None:
+        self._info = info
         self._handlers = handlers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope[EXCHANGE]
-        exchange.route = self._path
+        exchange.route = self._info
         handler = self._handlers.get(scope["method"])
         if handler is None:
             allow = tuple(self._handlers)

@@ -15,7 +15,6 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.http import health
 from tgi_asgi.http.asgi import JSON, Header
 from tgi_asgi.http.collect import collect
-from tgi_asgi.http.compute_headers import stream_headers, sync_headers
 from tgi_asgi.http.context import Served
 from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.grammars import compile_grammar
@@ -38,15 +37,16 @@ from tgi_asgi.http.tgi_validation import (
     plan_request,
     to_generation,
 )
+from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.types import GenerationRequest
 
 
 def routes() -> list[Route]:
     """Return TGI's generating routes; `GET /` is its health check."""
     return [
-        route("/", get=health.health, post=generate_compat),
-        route("/generate", post=generate),
-        route("/generate_stream", post=generate_stream),
+        route("/", get=health.health, post=generate_compat, generates=True, is_quiet=True),
+        route("/generate", post=generate, generates=True),
+        route("/generate_stream", post=generate_stream, generates=True),
     ]
 
 
