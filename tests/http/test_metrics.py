@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -148,7 +149,22 @@ async def test_each_request_is_counted_once_with_its_end() -> None:
     assert found["tgi_request_duration_count"] == 4
     assert found["tgi_request_generated_tokens_sum"] == 3 + 3 + 3 + 9
     assert found["tgi_request_input_length_count"] == 6  # whatever was submitted
-    assert found["tgi_time_to_first_token_seconds_count"] == 4
+    assert found["tgi_request_queue_duration_count"] == 6
+    assert found["tgi_time_to_first_token_seconds_count"] == 5  # one failed before it, and one after
+
+
+async def test_waiting_counts_for_those_who_give_up_as_well() -> None:
+    app = scripted_app(ScriptedEngine(say("a", finish=None)))
+    call = request("POST", "/generate_stream", {"inputs": "hi", "parameters": {"max_new_tokens": 500}})
+    answering = asyncio.create_task(send(app, call))
+    async with asyncio.timeout(5):
+        await call.got_frame.wait()
+        call.gone.set()
+        await answering
+    found = await scrape(app)
+    assert found['tgi_request_failure{err="dropped"}'] == 1
+    assert found["tgi_request_queue_duration_count"] == found["tgi_time_to_first_token_seconds_count"] == 1
+    assert found["tgi_request_duration_count"] == 0
 
 
 async def test_what_breaks_after_the_response_has_begun_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,11 @@ class Metrics:
         if exchange.channels:
             self.input_length.observe(course.prompt_tokens)
             self.max_new_tokens.observe(min(course.max_new_tokens, _MOST_NEW_TOKENS))
+        # Whatever came after: those that fail or are given up are the ones that waited longest.
+        if course.has_run:
+            self.queue_duration.observe(course.queue_s)
+        if course.first_token_s is not None:
+            self.time_to_first_token.observe(course.first_token_s)
         if exchange.error is not None:
             # What is no error of ours is the engine's or the server's.
             kind = exchange.error if isinstance(exchange.error, TgiError) else GenerationFailed
@@ -151,12 +156,9 @@ class Metrics:
         self.success.add()
         self.duration.observe(course.total_s)
         self.validation_duration.observe(course.validation_s)
-        self.queue_duration.observe(course.queue_s)
         self.inference_duration.observe(course.inference_s)
         self.mean_time_per_token.observe(course.inference_s / max(course.generated_tokens, 1))
         self.generated_tokens.observe(course.generated_tokens)
-        if course.first_token_s is not None:
-            self.time_to_first_token.observe(course.first_token_s)
 
     def render(self, stats: EngineStats | None = None) -> bytes:
         """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
