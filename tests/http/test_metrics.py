@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.asgi import request, send
 from tests.support.client import client_of
@@ -19,6 +21,7 @@ from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.tgi_render import StreamRenderer
 from tgi_asgi.observe.metrics import FAILURES, Metrics
 from tgi_asgi.observe.prometheus import Registry
+from tgi_asgi.settings import Settings
 
 # TGI 3.3.7, as a scrape shows it: name, kind, labels. What measures parts of its steps that ours do not have,
 # and its draft tokens, is not here.
@@ -219,6 +222,97 @@ async def test_requests_while_loading_are_counted_apart() -> None:
     found = await scrape(app)
     assert found['tgi_request_failure{err="unavailable"}'] == 1
     assert found["tgi_queue_size"] == 0
+
+
+VLLM = """
+num_requests_running gauge
+num_requests_waiting gauge
+kv_cache_usage_perc gauge
+prefix_cache_queries counter
+prefix_cache_hits counter
+num_preemptions counter
+prompt_tokens counter
+generation_tokens counter
+request_success counter finished_reason=stop,length,abort
+time_to_first_token_seconds histogram
+inter_token_latency_seconds histogram
+e2e_request_latency_seconds histogram
+request_queue_time_seconds histogram
+request_inference_time_seconds histogram
+request_prompt_tokens histogram
+request_generation_tokens histogram
+request_max_num_generation_tokens histogram
+"""
+
+
+def families(text: bytes) -> dict[str, Metric]:
+    """Parse an exposition as Prometheus' own library does: counters lose their `_total`."""
+    found = list(text_string_to_metric_families(text.decode()))
+    assert len({family.name for family in found}) == len(found)
+    return {family.name: family for family in found}
+
+
+@pytest.mark.parametrize("line", VLLM.strip().splitlines())
+def test_vllms_dashboards_find_their_series(line: str) -> None:
+    metrics = Metrics()
+    metrics.model_loaded(toy_info())
+    name, kind, *labels = line.split()
+    family = families(metrics.render())[f"vllm:{name}"]
+    assert family.type == kind
+    suffix = {"gauge": "", "counter": "_total", "histogram": "_bucket"}[kind]
+    shown = [sample.labels for sample in family.samples if sample.name == f"vllm:{name}{suffix}"]
+    assert shown
+    assert all((of["model_name"], of["engine"]) == ("toy/model", "0") for of in shown)
+    for label in labels:
+        key, _, values = label.partition("=")
+        assert [of[key] for of in shown] == values.split(",")
+    if kind == "histogram":
+        assert shown[-1]["le"] == "+Inf"
+        counted = {sample.name for sample in family.samples}
+        assert {f"vllm:{name}_sum", f"vllm:{name}_count"} <= counted
+
+
+def test_a_models_name_cannot_break_out_of_its_label() -> None:
+    name = 'a\\b"} 1\nforged{x="\n\\n'
+    metrics = Metrics()
+    metrics.model_loaded(toy_info(model_id=name))
+    found = families(metrics.render())
+    assert "forged" not in found
+    assert found["vllm:num_requests_running"].samples[0].labels["model_name"] == name
+
+
+async def test_choices_are_counted_by_their_ends_under_vllms_name() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    app = scripted_app(engine)
+    app.context.metrics.model_loaded(toy_info())
+    await post(app, "/v1/completions", {"prompt": ["x", "y"], "n": 2})
+    await post(app, "/v1/completions", {"prompt": "x", "max_tokens": 1})
+    engine.script = fail_with(GenerationFailed("x"), say("a", "b"))
+    await post(app, "/v1/completions", {"prompt": "x", "n": 3})
+    found = families(app.context.metrics.render())
+    ends = {of.labels["finished_reason"]: of.value for of in found["vllm:request_success"].samples}
+    assert ends == {"stop": 4, "length": 1, "abort": 3}
+    counts = {of.name: of.value for of in found["vllm:e2e_request_latency_seconds"].samples}
+    assert counts["vllm:e2e_request_latency_seconds_count"] == 2
+
+
+async def test_usage_is_counted_by_key() -> None:
+    engine = ScriptedEngine(say("a", "b"))
+    app = scripted_app(engine, Settings(api_key=("one", "two")))
+    async with client_of(app) as client:
+        for key, prompt in (("one", "four"), ("two", "hi"), ("two", ""), ("three", "x")):
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": 2}}
+            await client.post("/generate", json=body, headers={"authorization": f"Bearer {key}"})
+    found = families(app.context.metrics.render())
+    used = {
+        name: {sample.labels["key"]: sample.value for sample in found[f"tgi_key_{name}"].samples}
+        for name in ("requests", "prompt_tokens", "generated_tokens")
+    }
+    assert used == {
+        "requests": {"key 1": 1, "key 2": 2},
+        "prompt_tokens": {"key 1": 4, "key 2": 2},
+        "generated_tokens": {"key 1": 2, "key 2": 2},
+    }
 
 
 def test_the_engines_numbers_are_read_as_they_are() -> None:

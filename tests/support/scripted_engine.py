@@ -105,7 +105,9 @@ class ScriptedChannel:
                 if self.stats.first_token_s is None and batch:
                     self.stats.first_token_s = time.monotonic()
                 self.stats.generated_tokens += len(batch)
-                num_open -= sum(event.finish is not None for event in batch)
+                finishes = [event.finish for event in batch if event.finish is not None]
+                self.stats.finishes += finishes
+                num_open -= len(finishes)
                 if not num_open:
                     self._end()
                 self._deliver(batch)

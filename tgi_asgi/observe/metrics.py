@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
 from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.observe.course import Course
-from tgi_asgi.observe.prometheus import Registry, Value
+from tgi_asgi.observe.prometheus import Counter, Registry, Value
 from tgi_asgi.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -22,11 +22,30 @@ DROPPED = "dropped"  # the client went away
 # What errors are called (`TgiError.failure`); "unavailable" (loading, draining or dead) is not TGI's.
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
 _MOST_NEW_TOKENS = 1024  # TGI counts as many as it validates with
-# Second names of the engine's series.
+# Second names: TGI's own, and, once the model's name is known, vLLM's.
 _SAME = {
     "tgi_batch_forward_duration": "tgi_batch_inference_duration",
     "tgi_queue_size": "tgi_requests_waiting",
     "tgi_batch_current_size": "tgi_requests_running",
+}
+_VLLM = {
+    "num_requests_running": "tgi_requests_running",
+    "num_requests_waiting": "tgi_requests_waiting",
+    "kv_cache_usage_perc": "tgi_kv_cache_usage_ratio",
+    "prefix_cache_queries_total": "tgi_prefix_cache_query_tokens_total",
+    "prefix_cache_hits_total": "tgi_prefix_cache_hit_tokens_total",
+    "num_preemptions_total": "tgi_preemptions_total",
+    "prompt_tokens_total": "tgi_prompt_tokens_total",
+    "generation_tokens_total": "tgi_generation_tokens_total",
+    "request_success_total": "tgi_choices_total",
+    "time_to_first_token_seconds": "tgi_time_to_first_token_seconds",
+    "inter_token_latency_seconds": "tgi_inter_token_latency_seconds",
+    "e2e_request_latency_seconds": "tgi_request_duration",
+    "request_queue_time_seconds": "tgi_request_queue_duration",
+    "request_inference_time_seconds": "tgi_request_inference_duration",
+    "request_prompt_tokens": "tgi_request_input_length",
+    "request_generation_tokens": "tgi_request_generated_tokens",
+    "request_max_num_generation_tokens": "tgi_request_max_new_tokens",
 }
 
 
@@ -44,6 +63,9 @@ class Metrics:
     def __init__(self, block_size: int = 16) -> None:
         self._registry = Registry()
         self._engine = EngineStats()  # the real one's as soon as there is one
+        self._usage: dict[
+            str, tuple[Counter, Counter, Counter]
+        ] = {}  # by API key: requests, tokens in and out
         self._add_requests()
         self._add_lengths(1, 1)
         self._add_engine(block_size)
@@ -58,6 +80,8 @@ class Metrics:
         self.success = counter("tgi_request_success", "Requests answered whole.")
         name, help = "tgi_request_failure", "Requests that failed."
         self.failure = {failure: counter(name, help, err=failure) for failure in FAILURES}
+        name, help = "tgi_choices_total", "Choices of requests by why they ended; abort: they did not."
+        self.choices = {why: counter(name, help, finished_reason=why) for why in ("stop", "length", "abort")}
         self.duration = duration("tgi_request_duration", "From arrival to the answer's end.")
         self.validation_duration = duration("tgi_request_validation_duration", "Validation and tokenisation.")
         self.queue_duration = duration("tgi_request_queue_duration", "Waiting for the first step.")
@@ -125,8 +149,10 @@ class Metrics:
         return self._registry.histogram(name, help, DURATION_BUCKETS)
 
     def model_loaded(self, info: ModelInfo) -> None:
-        """Size the length histograms, whose buckets TGI derives from the model's limits."""
+        """Take over the model's limits, of which TGI makes the lengths' buckets, and its name."""
         self._add_lengths(info.max_input_tokens, info.max_total_tokens)
+        for name, of in _VLLM.items():
+            self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
     def request_ended(self, exchange: Exchange) -> None:
         """Record a request, whatever became of it; an observer of `app.py`."""
@@ -135,6 +161,11 @@ class Metrics:
             return
         self.count.add()
         course = Course.of(exchange)
+        if exchange.tenant is not None:
+            self._used(exchange.tenant, course)
+        for finish in course.finishes:
+            self.choices["length" if finish == "length" else "stop"].add()
+        self.choices["abort"].add(course.num_choices - len(course.finishes))
         if exchange.channels:
             self.input_length.observe(course.prompt_tokens)
             self.max_new_tokens.observe(min(course.max_new_tokens, _MOST_NEW_TOKENS))
@@ -151,6 +182,19 @@ class Metrics:
             self.failure[DROPPED].add()
         else:
             self._request_succeeded(course)
+
+    def _used(self, key: str, course: Course) -> None:
+        """Count what a request of an API key used; the keys' names are the operator's, so they are few."""
+        if key not in self._usage:
+            add = self._registry.counter
+            self._usage[key] = (
+                add("tgi_key_requests_total", "Requests by API key.", key=key),
+                add("tgi_key_prompt_tokens_total", "Prompt tokens of requests that ran.", key=key),
+                add("tgi_key_generated_tokens_total", "Generated tokens.", key=key),
+            )
+        used = (1, course.prompt_tokens if course.has_run else 0, course.generated_tokens)
+        for counter, amount in zip(self._usage[key], used, strict=True):
+            counter.add(amount)
 
     def _request_succeeded(self, course: Course) -> None:
         self.success.add()
