@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import TemplateError
 from tgi_asgi.observe.course import Course
+from tgi_asgi.observe.logs import quoted
 from tgi_asgi.types import EngineState
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def log_access(exchange: Exchange) -> None:
             level,
             "%s %s %d%s",
             exchange.method,
-            _one_line(exchange.path),
+            quoted(exchange.path),
             status,
             " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else "",
             extra=_fields(exchange, status),
@@ -73,12 +74,7 @@ def _reason(error: BaseException) -> str:
     """Say what went wrong. A template may quote the messages, and those are not for the log."""
     if isinstance(error, TemplateError):
         return "the chat template refused the messages"
-    return _one_line(str(error))[:500]
-
-
-def _one_line(text: str) -> str:
-    """Escape what a client wrote: no line of it may look like one of ours."""
-    return text.encode("unicode_escape").decode("ascii")
+    return str(error)[:500]
 
 
 def _milliseconds(seconds: float) -> float:
