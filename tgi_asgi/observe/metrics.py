@@ -63,9 +63,7 @@ class Metrics:
     def __init__(self, block_size: int = 16) -> None:
         self._registry = Registry()
         self._engine = EngineStats()  # the real one's as soon as there is one
-        self._usage: dict[
-            str, tuple[Counter, Counter, Counter]
-        ] = {}  # by API key: requests, tokens in and out
+        self._usage: dict[str, tuple[Counter, ...]] = {}  # by API key: requests, tokens in, tokens out
         self._add_requests()
         self._add_lengths(1, 1)
         self._add_engine(block_size)
