@@ -34,23 +34,23 @@ from typing import Any, cast
 
 import uvloop
 from hypercorn.asyncio import serve
-
-from bench.report import command_line, emit, machine, percentile
-from tgi_asgi.serve import body_chunks
-from tgi_asgi.app import App, create_app
-from tgi_asgi.engine.output import ChoiceOutput
-from tgi_asgi.http.context import Served
-from tgi_asgi.http.errors import Dialect
-from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.http.openai_chat import check_chat
 from tgi_asgi.http.openai_prompt import chat_prompt
-from tgi_asgi.http.openai_schema import CHAT_DECODER
-from tgi_asgi.http.parse import decode_json
+
+from bench.report import command_line, emit, machine, percentile
+from tgi_asgi.api.context import Served
+from tgi_asgi.api.errors import Dialect
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.openai.schema import CHAT_DECODER
+from tgi_asgi.api.parse import decode_json
+from tgi_asgi.app import App, create_app
+from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.serve import body_chunks
 from tgi_asgi.serve.server import make_config
 from tgi_asgi.settings import Settings
-from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.chat.guard import PromptGuard
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.types import (
     EngineState,
     GenerationRequest,

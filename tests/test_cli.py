@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tgi_asgi import __version__
-from tgi_asgi.serve import server
 from tgi_asgi import cli as cli_module
 from tgi_asgi.cli import make_command
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve import server
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED = {
     "http": {"engine", "observe", *_BELOW_ENGINE},
-    "observe": {"http"},
+    "observe": {"engine"},
     "engine": _BELOW_ENGINE,
     "runner": {"models", "ops", "text", "formats"},
     "models": {"ops", "text", "formats"},

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from tgi_asgi.serve import server
-from tgi_asgi.engine import engine, loop
 from tgi_asgi.http import asgi, openai_params, sse, tgi_schema, tgi_validation
+
+from tgi_asgi.engine import engine, loop
+from tgi_asgi.serve import server
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, template_limits, time_limit
 

@@ -50,6 +50,42 @@ def test_text_lines_put_fields_behind_the_message(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.endswith("Z WARNING slow seconds=2\n")
 
 
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("req-7", "req-7"),
+        ("clé:1\\", "clé:1\\"),
+        ("a status=200", '"a status=200"'),
+        ("status=200", '"status=200"'),
+        ('"', r'"\""'),
+        ("a\nb", r'"a\nb"'),
+        ("a\u2028b\x1b[1m\u00a0é", r'"a\u2028b\u001b[1m\u00a0\u00e9"'),
+        ("clé 1", '"clé 1"'),
+        ("", '""'),
+        (None, "None"),
+    ],
+)
+def test_no_value_looks_like_another_field(
+    capsys: pytest.CaptureFixture[str], value: str | None, written: str
+) -> None:
+    logs.configure(Settings())
+    logging.getLogger("tgi_asgi").warning("x", extra={"id": value, "status": 429})
+    assert capsys.readouterr().err.endswith(f"Z WARNING x id={written} status=429\n")
+
+
+def test_no_text_looks_like_another_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings())
+    forged = "\n2026-01-31T12:00:00.000Z INFO GET / 200\u2028\x85"
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("tgi_asgi").exception("é %s failed", forged)
+    first, *traceback = capsys.readouterr().err.splitlines()
+    assert first.endswith(r"é \n2026-01-31T12:00:00.000Z INFO GET / 200\u2028\x85 failed")
+    assert len(traceback) > 3
+    assert all(line.startswith("  ") for line in traceback if line)
+
+
 def test_levels_hold_for_us_and_libraries_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(Settings(log_level="error"))
     logging.getLogger("tgi_asgi").warning("hidden")

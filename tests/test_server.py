@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tgi_asgi.serve.connections import ConnectionLimit, Turnstile, _Connection
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve.connections import ConnectionLimit, Turnstile, _Connection
 from tgi_asgi.serve.server import STALLED_READER_MS, listen, make_config
 from tgi_asgi.settings import Settings
 

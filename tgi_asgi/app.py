@@ -13,19 +13,18 @@ import logging
 from collections.abc import Callable
 from typing import NoReturn, Protocol, cast
 
-from starlette.routing import Router
-
-from tgi_asgi.observe import logs
+from tgi_asgi.api import table
+from tgi_asgi.api.asgi import ClientDisconnected, Receive, Scope, Send
+from tgi_asgi.api.auth import ApiKeys
+from tgi_asgi.api.context import Served, ServerContext
+from tgi_asgi.api.cors import Cors
+from tgi_asgi.api.errors import NATIVE
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.routes import RouteTable, path_of
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
-from tgi_asgi.http import cloud, debug, docs, health, info, openai, tgi, tokenize
+from tgi_asgi.observe import logs
 from tgi_asgi.observe.access_log import log_access
-from tgi_asgi.http.asgi import ClientDisconnected, Header, Receive, Scope, Send
-from tgi_asgi.http.auth import ApiKeys
-from tgi_asgi.http.context import Served, ServerContext
-from tgi_asgi.http.cors import Cors
-from tgi_asgi.http.exchange import Exchange
 from tgi_asgi.observe.lag import LoopLag
-from tgi_asgi.http.routing import EXCHANGE, dialect_of, not_found, path_of
 from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.serve.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 1.0
 
 Loader = Callable[[Settings, Progress], Served]  # runs in a thread; its engine has not been started
-Reply = tuple[int, bytes, list[Header]]  # status, JSON body, headers
-Guard = Callable[[Exchange], Reply | None]  # before the body is read: raise, answer, or let pass
 Observer = Callable[[Exchange], None]  # after the response, whatever became of it
 
 
@@ -59,7 +56,6 @@ class App:
         on_ready: called once the engine runs.
         on_fatal: called with the reason when loading has failed, or the engine has died and its streams have
             had `FLUSH_S` to send their last events; the process should end, and answers 503 until then.
-        guards: run in order before each request is routed.
         observers: run in order after each request.
     """
 
@@ -67,10 +63,10 @@ class App:
         self.context = context
         self.on_ready: Callable[[Served], None] | None = None
         self.on_fatal: Callable[[BaseException], None] | None = None
-        self.guards: list[Guard] = [
-            Cors.from_settings(context.settings).guard,
-            ApiKeys.from_settings(context.settings).check,
-        ]
+        self._cors = Cors.from_settings(context.settings)
+        self._keys = ApiKeys(context.settings)
+        self._routes = RouteTable(table.routes(context.settings), self._keys.check)
+        context.routes = self._routes.rows
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._tracing = Tracing.from_settings(context.settings)
         if self._tracing is not None:
@@ -78,20 +74,6 @@ class App:
         self._loader = loader
         self._lag = LoopLag(context.metrics.loop_lag)
         self._loading: asyncio.Task[None] | None = None
-        self._router = Router(
-            [
-                *openai.routes(),
-                *tgi.routes(),
-                *health.routes(),
-                *info.routes(),
-                *tokenize.routes(),
-                *cloud.routes(context.settings),
-                *docs.routes(),
-                *debug.routes(context.settings),
-            ],
-            redirect_slashes=False,
-            default=not_found,
-        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -116,7 +98,11 @@ class App:
             await cast(OwnedEngine, self.context.served.engine).stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
-        self.context.executor.shutdown(wait=False, cancel_futures=True)
+        self.context.close()
+
+    def reload(self) -> None:
+        """Read again what may change while the server runs: the API keys of the key file."""
+        self._keys.reload()
 
     async def _load(self) -> None:
         context = self.context
@@ -154,32 +140,31 @@ class App:
         path = path_of(scope["path"])
         if path != scope["path"]:
             scope = {**scope, "path": path}
-        exchange = Exchange(self.context, scope, receive, send, dialect_of(path, self.context.settings))
-        scope[EXCHANGE] = exchange
+        exchange = Exchange(self.context, scope, receive, send, NATIVE)
         try:
             await self._answer(exchange)
         except ClientDisconnected:
             exchange.is_disconnected = True
         finally:
+            exchange.let_go()
             for observer in self.observers:
                 observer(exchange)
 
     async def _answer(self, exchange: Exchange) -> None:
         """Route a request; the one border where exceptions become responses."""
         try:
-            for guard in self.guards:
-                reply = guard(exchange)
-                if reply is not None:
-                    status, body, headers = reply
-                    await exchange.reply(status, body, headers=headers)
-                    return
-            await self._router(exchange.scope, exchange.receive, exchange.send)
+            preflight = self._cors.preflight(exchange)
+            if preflight is not None:
+                await exchange.respond(200, b"", headers=preflight)
+                return
+            await self._routes.handle(exchange)
         except TgiError as error:
             await exchange.fail(error)
         except ClientDisconnected:
             raise
         except Exception as error:
-            logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, exchange.path)
+            path = logs.quoted(exchange.path)
+            logger.exception("request %s: %s %s failed", exchange.request_id, exchange.method, path)
             if exchange.status is not None:
                 exchange.error = error
                 raise  # the response has begun: the server closes the connection

@@ -33,9 +33,12 @@ class TgiError(Exception):
     """Base of every error that this project raises on purpose.
 
     `error_type` is the machine name that TGI's envelope carries; `str(error)` is the sentence for people.
+    `failure` is the label under which metrics count it: what a client is told to mend is "validation" there,
+    as in TGI, whatever its status.
     """
 
     error_type = "internal"
+    failure = "validation"
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -97,6 +100,7 @@ class TemplateError(InvalidRequest):
     """Raised when the model has no chat template, or the template raises on these messages."""
 
     error_type = "template_error"
+    failure = "template"
 
 
 class ToolError(InvalidRequest):
@@ -172,6 +176,7 @@ class Overloaded(TgiError):
     """Raised when all permits are taken; the client may try again after `retry_after_s` seconds."""
 
     error_type = "overloaded"
+    failure = "overloaded"
 
     def __init__(self, message: str = "Model is overloaded", *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -182,6 +187,7 @@ class Unavailable(TgiError):
     """Raised while the model loads, the server drains, or the engine is dead."""
 
     error_type = "unavailable"
+    failure = "unavailable"
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -192,15 +198,18 @@ class GenerationFailed(TgiError):
     """Raised when the engine failed while it worked on this request."""
 
     error_type = "generation"
+    failure = "generation"
 
 
 class IncompleteGeneration(TgiError):
     """Raised when generation ended without a finish reason (shutdown in the middle of a request)."""
 
     error_type = "incomplete_generation"
+    failure = "incomplete"
 
 
 class ModelLoadError(TgiError):
     """Raised at start-up when the model cannot be found, read or run; the message says what to change."""
 
     error_type = "model_load"
+    failure = "generation"

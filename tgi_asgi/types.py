@@ -1,6 +1,6 @@
 """What passes between HTTP and the engine: a request in, token events out, through a channel.
 
-Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by `http/`, `TokenEvent` by
+Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by `api/`, `TokenEvent` by
 `engine/`; both are read by tests that replace the other side with a script.
 """
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int | None], None]
 
 
 class FinishReason(enum.Enum):
-    """Why a choice ended. The wire's spelling differs by API and belongs to `http/`."""
+    """Why a choice ended. The wire's spelling differs by API and belongs to `api/`."""
 
     LENGTH = "length"  # max_tokens, or the end of the context
     EOS = "eos"  # the model's own end-of-sequence token, or the end of the request's grammar
@@ -233,6 +233,12 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
         """Queue a request; the permit is the engine's from here on."""
 
+    def abort(self, request_id: str) -> int:
+        """End the requests of that id with an error; return how many there were."""
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes; return how many blocks of the cache that were."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -252,4 +258,3 @@ class ModelInfo:
     num_threads: int = 0
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)
-    aliases: tuple[str, ...] = field(default=())

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.http import test_fuzz as openai
-from tests.http import test_tgi_fuzz as native
+from tests.api import test_fuzz as openai
+from tests.api import test_tgi_fuzz as native
 from tests.server.test_tgi_clients import require_client, serve
 
 pytestmark = pytest.mark.soak

@@ -18,10 +18,10 @@ from contextlib import aclosing
 from typing import Any
 
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
+from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.errors import IncompleteGeneration, Overloaded, TgiError, Unavailable
-from tgi_asgi.http.context import Served
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -105,7 +105,9 @@ class ScriptedChannel:
                 if self.stats.first_token_s is None and batch:
                     self.stats.first_token_s = time.monotonic()
                 self.stats.generated_tokens += len(batch)
-                num_open -= sum(event.finish is not None for event in batch)
+                finishes = [event.finish for event in batch if event.finish is not None]
+                self.stats.finishes += finishes
+                num_open -= len(finishes)
                 if not num_open:
                     self._end()
                 self._deliver(batch)

@@ -13,8 +13,8 @@ import hypercorn.config
 import hypercorn.protocol.h11
 import pytest
 
+from tgi_asgi.api.asgi import Receive, Scope, Send
 from tgi_asgi.serve import body_chunks
-from tgi_asgi.http.asgi import Receive, Scope, Send
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 

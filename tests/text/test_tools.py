@@ -15,8 +15,6 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
-from tgi_asgi.text.tools.reasoning import STYLES, style_of
-from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.text.tools import (
     FORMATS,
     CallArguments,
@@ -30,6 +28,8 @@ from tgi_asgi.text.tools import (
     shorten_ids,
     spell_out,
 )
+from tgi_asgi.text.tools.reasoning import STYLES, style_of
+from tgi_asgi.text.tools.reply import ReplyParser
 
 THINK = STYLES[0]
 PARAMETERS = {

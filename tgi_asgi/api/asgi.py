@@ -122,4 +122,3 @@ async def send_bytes(
     ]
     await send({"type": "http.response.start", "status": status, "headers": start_headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-

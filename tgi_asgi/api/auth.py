@@ -1,92 +1,132 @@
-"""API keys: who may call what.
-
-`app.py` asks before any handler runs. Which routes stay open is a matter of the wire, so it is written here.
-"""
+"""API keys: who may call what, and how often. The route table asks before any handler runs."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tgi_asgi.errors import ModelLoadError, Unauthorized
-from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.routes import Access
+from tgi_asgi.errors import ModelLoadError, NotFound, Overloaded, Unauthorized
 from tgi_asgi.settings import Settings
 
-# Orchestrators and Prometheus send no key. CORS preflights carry none either: `cors.py` answers them first.
-OPEN_ROUTES = frozenset({("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics"), ("GET", "/")})
+logger = logging.getLogger(__name__)
 
 
 class ApiKeys:
-    """The keys that clients may send as `Authorization: Bearer <key>`; none: everything is open."""
+    """The keys that clients may send as `Authorization: Bearer <key>`; none: everything is open.
 
-    def __init__(self, keys: Iterable[str], open_paths: Iterable[str] = ()) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
-        self._open = OPEN_ROUTES | {("GET", path) for path in open_paths}
+    Raises:
+        ModelLoadError: the key file cannot be read, or has no key: better no server than an open one.
+    """
 
-    @classmethod
-    def from_settings(cls, settings: Settings) -> ApiKeys:
-        """Take the keys of the flags and of the key file.
-
-        Raises:
-            ModelLoadError: the key file cannot be read, or has no key: better no server than an open one.
-        """
-        keys = list(settings.api_key)
-        if settings.api_key_file is not None:
-            keys += read_key_file(settings.api_key_file)
-        open_paths = (settings.aip_health_route,) if settings.aip_health_route else ()
-        return cls(keys, open_paths)
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._names = self._read()  # by the key's digest: digests have one length
+        self._admin = _digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}  # by name: requests left, and when that was
 
     def check(self, exchange: Exchange) -> None:
         """Let a request pass, or not; note whose key it has.
 
         Raises:
             Unauthorized: the route needs a key, and the request has none or another.
+            NotFound: it is for operators, and there is no key for them.
+            Overloaded: the key has had its requests for now.
         """
-        if not self._digests:
-            return
-        method = "GET" if exchange.method == "HEAD" else exchange.method
-        path = exchange.path.rstrip("/") or "/"
-        if (method, path) in self._open:
-            return
-        given = exchange.header(b"authorization")
-        own = exchange.header(b"x-api-key")  # Anthropic's clients
-        if given is None and own is not None:
-            given = b"Bearer " + own
-        if given is None:
-            raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
-        scheme, _, key = given.strip().partition(b" ")
-        number = self._number_of(key.strip()) if scheme.lower() == b"bearer" else 0
-        if not number:
-            raise Unauthorized("The API key is wrong")
-        exchange.tenant = f"key {number}"
+        route = exchange.route
+        access = route.access if route is not None else Access.KEY
+        if access is Access.ADMIN:
+            self._check_admin(exchange)
+        elif access is Access.KEY and self._names:
+            exchange.tenant = self._name_of(_key_of(exchange))
+            if route is not None and route.generates:
+                self._count(exchange.tenant)
 
-    def _number_of(self, key: bytes) -> int:
-        """Return which of the keys this is, from 1; 0: none of them."""
-        # Digests have one length, and every one is compared: time tells neither the key nor its place.
+    def reload(self) -> None:
+        """Read the key file again; one that is broken or empty leaves the keys as they are."""
+        try:
+            self._names = self._read()
+        except ModelLoadError as error:
+            logger.error("the API keys stay as they are: %s", error)
+            return
+        logger.info("%d API keys are known now", len(self._names))
+
+    def _check_admin(self, exchange: Exchange) -> None:
+        if self._admin is None:
+            raise NotFound(f"No route {exchange.method} {exchange.path}")
+        if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
+            raise Unauthorized("The admin API key is wrong")
+
+    def _name_of(self, key: bytes) -> str:
         digest = _digest(key)
-        found = 0
-        for number, known in enumerate(self._digests, 1):
-            found = max(found, number * hmac.compare_digest(digest, known))
+        found = None
+        for known, name in self._names.items():  # every one is compared: time tells neither key nor place
+            found = name if hmac.compare_digest(digest, known) else found
+        if found is None:
+            raise Unauthorized("The API key is wrong")
         return found
 
+    def _count(self, name: str) -> None:
+        """Take one of the requests that a key has; they come back evenly over a minute."""
+        most = self._settings.requests_per_minute
+        if not most:
+            return
+        now = self._clock()
+        left, then = self._buckets.get(name, (float(most), now))
+        left = min(left + (now - then) * most / 60, float(most))
+        if left < 1:
+            wait_s = -int(-(1 - left) * 60 / most // 1)
+            raise Overloaded(f"This API key may send {most} requests a minute", retry_after_s=max(wait_s, 1))
+        self._buckets[name] = left - 1, now
 
-def read_key_file(path: str) -> list[str]:
-    """Return the keys of a file: one a line, empty lines and lines that begin with # skipped.
+    def _read(self) -> dict[bytes, str]:
+        keys = [(f"key {number}", key) for number, key in enumerate(self._settings.api_key, 1)]
+        if self._settings.api_key_file is not None:
+            keys += read_key_file(self._settings.api_key_file, len(keys) + 1)
+        return {_digest(key.encode()): name for name, key in keys}
+
+
+def read_key_file(path: str, first: int = 1) -> list[tuple[str, str]]:
+    """Return (name, key) of each line: `key`, or `name key`; empty lines and those with # are skipped.
+
+    Args:
+        first: the number by which the first key is called, if it has no name.
 
     Raises:
-        ModelLoadError: the file cannot be read, or has no key.
+        ModelLoadError: the file cannot be read, or has no key, or a line has more than two words.
     """
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"--api-key-file {path}: cannot be read: {error}") from None
-    keys = [line.strip() for line in text.splitlines()]
-    keys = [key for key in keys if key and not key.startswith("#")]
+    lines = [line.split() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    keys: list[tuple[str, str]] = []
+    for words in filter(None, lines):
+        if len(words) > 2:
+            raise ModelLoadError(f"--api-key-file {path}: a line is a key, or a name and a key")
+        keys.append((words[0] if len(words) == 2 else f"key {first + len(keys)}", words[-1]))
     if not keys:
         raise ModelLoadError(f"--api-key-file {path}: has no key in it")
     return keys
+
+
+def _key_of(exchange: Exchange) -> bytes:
+    given = exchange.header(b"authorization")
+    own = exchange.header(b"x-api-key")  # Anthropic's clients
+    if given is None and own is not None:
+        return own.strip()
+    if given is None:
+        raise Unauthorized("No API key was given; send it as `Authorization: Bearer <key>`")
+    scheme, _, key = given.strip().partition(b" ")
+    if scheme.lower() != b"bearer":
+        raise Unauthorized("The API key is wrong")
+    return key.strip()
 
 
 def _digest(key: bytes) -> bytes:

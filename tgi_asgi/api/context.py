@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -15,7 +15,8 @@ from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, EngineState, ModelInfo
 
-if TYPE_CHECKING:  # both import libraries that nobody needs before the model has loaded
+if TYPE_CHECKING:  # the last three import libraries that nobody needs before the model has loaded
+    from tgi_asgi.api.routes import Route
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat.template import ChatTemplate
     from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -24,7 +25,9 @@ if TYPE_CHECKING:  # both import libraries that nobody needs before the model ha
 logger = logging.getLogger(__name__)
 
 _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters
-_GRAMMAR_WORKERS = 2  # a schema may take a second: templates and tokens must not wait for it
+# A schema may take a second, a book's tokens too: templates and prompts must not wait for them.
+_GRAMMAR_WORKERS = 2
+_COUNTING_WORKERS = 1
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +62,7 @@ class ServerContext:
         metrics: what `/metrics` shows.
         responses: the answers of `/v1/responses` that are kept.
         bodies: the bytes of request bodies that wait to become prompts.
+        routes: all of the server's, for its documents.
         is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
     """
 
@@ -71,12 +75,14 @@ class ServerContext:
         self.bodies = ByteBudget(settings.max_body_memory)
         self.responses = ResponseStore(settings.response_store)
         self.is_leaving = False
+        self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
         self._grammar_compiler: GrammarCompiler | None = None
         self._special_ids: dict[str, int] | None = None
         self._text = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
         self._grammars = ThreadPoolExecutor(_GRAMMAR_WORKERS, thread_name_prefix="tgi-grammar")
+        self._counting = ThreadPoolExecutor(_COUNTING_WORKERS, thread_name_prefix="tgi-count")
 
     @property
     def info(self) -> ModelInfo | None:
@@ -153,9 +159,14 @@ class ServerContext:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._grammars, lambda: function(*args, **kwargs))
 
+    async def in_counting_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Tokenise what is only counted or shown, of any length, off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._counting, lambda: function(*args, **kwargs))
+
     def close(self) -> None:
         """Let the threads end."""
-        for pool in (self._text, self._grammars):
+        for pool in (self._text, self._grammars, self._counting):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

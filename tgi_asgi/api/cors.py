@@ -1,6 +1,6 @@
 """Cross-origin requests: preflights, and the headers that let a browser read an answer.
 
-Off unless the operator names origins. `app.py` asks before keys are checked: a preflight carries none.
+Off unless the operator names origins. `app.py` asks before it routes: a preflight carries no key.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tgi_asgi.http.asgi import Header
-from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.api.asgi import Header
+from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.settings import Settings
 
-_METHODS = b"GET, POST, OPTIONS"
+_METHODS = b"GET, POST, DELETE, OPTIONS"
 # Browsers ask with a list of header names; `*` would leave out Authorization, so what is asked is allowed.
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2048}")
 _DEFAULT_HEADERS = b"authorization, content-type, x-request-id"
@@ -20,7 +20,7 @@ _EXPOSED = b", ".join(
     (
         b"x-request-id", b"retry-after", b"x-compute-type", b"x-compute-time", b"x-compute-characters",
         b"x-total-time", b"x-validation-time", b"x-queue-time", b"x-inference-time", b"x-time-per-token",
-        b"x-prompt-tokens", b"x-generated-tokens",
+        b"x-prompt-tokens", b"x-generated-tokens", b"x-tgi-model", b"x-tgi-ignored-keywords",
     )
 )  # fmt: skip
 _MAX_AGE_S = b"86400"
@@ -40,11 +40,13 @@ class Cors:
             return cls(["*"])
         return cls(settings.cors_allow_origin)
 
-    def guard(self, exchange: Exchange) -> tuple[int, bytes, list[Header]] | None:
-        """Answer a preflight; let anything else pass, with the headers that its answer needs."""
+    def preflight(self, exchange: Exchange) -> list[Header] | None:
+        """Return the headers that answer a preflight, or None for any other request.
+
+        What any answer to the request needs is added to its headers.
+        """
         exchange.response_headers += self._response_headers(exchange)
-        headers = self._preflight_headers(exchange)
-        return None if headers is None else (200, b"", headers)
+        return self._preflight_headers(exchange)
 
     def _response_headers(self, exchange: Exchange) -> list[Header]:
         """Return what every answer to this request carries."""

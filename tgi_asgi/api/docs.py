@@ -1,136 +1,68 @@
-"""The OpenAPI document, made from the very structs that requests are decoded with, so it cannot drift.
+"""The API's description: `/api-doc/openapi.json` for programs, `/docs` for people.
 
-A test holds the operations listed here against the app's routes.
+It is made from the route table and from the very structs that requests are decoded with, so it cannot drift.
 """
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import msgspec
 
 import tgi_asgi
-from tgi_asgi.http import messages_request, openai_schema, responses_request, tgi_schema
-from tgi_asgi.http.tgi_validation import NativeLimits
+from tgi_asgi.api.errors import NATIVE, OPENAI, Dialect
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.routes import Access, Route
+from tgi_asgi.api.tgi import schema as tgi_schema
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
 Schema = dict[str, Any]
 
-
-class Errors(enum.Enum):
-    """Whose envelope a route's errors come in."""
-
-    NATIVE = "native"
-    OPENAI = "openai"
-    ANTHROPIC = "anthropic"
-    BY_KEY = "by key"  # that of the kind of request that the body is
+_PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>tgi-asgi</title>
+<style>body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+td{padding:.1em 1.5em .1em 0}</style><h1>tgi-asgi</h1>
+<p>Every field is in the <a href=api-doc/openapi.json>OpenAPI document</a>.</p><table>"""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method of one path, as the document describes it.
-
-    Attributes:
-        requests: the types that the body may have.
-        response: of a 200, where it is a struct; else any JSON object (or none, for `is_empty`).
-        is_list: the response is an array of `response`.
-        streams: it answers with server-sent events, where the request asks for them.
-        event: the JSON of one of those, where it is a struct.
-        errors: whose envelope errors come in.
-        media_type: of a response that is not JSON.
-    """
-
-    method: str
-    path: str
-    summary: str
-    tag: str
-    requests: tuple[type, ...] = ()
-    response: type | None = None
-    is_list: bool = False
-    streams: bool = False
-    event: type | None = None
-    errors: Errors = Errors.NATIVE
-    is_open: bool = False  # needs no key
-    media_type: str = "application/json"
+async def openapi_json(exchange: Exchange) -> None:
+    """Answer with the OpenAPI document."""
+    context = exchange.context
+    settings = context.settings
+    needs_key = bool(settings.api_key or settings.api_key_file is not None)
+    await exchange.respond_json(document(context.routes, settings, context.info, needs_key=needs_key))
 
 
-_GENERATE = tgi_schema.GenerateRequest
-_CHAT = openai_schema.ChatRequest
-_COMPLETION = openai_schema.CompletionRequest
-
-OPERATIONS: tuple[Operation, ...] = (
-    Operation(
-        "post", "/", "Generate; the body says whether to stream", "TGI", (tgi_schema.CompatGenerateRequest,),
-        tgi_schema.GenerateResponse, is_list=True, streams=True, event=tgi_schema.StreamResponse,
-    ),
-    Operation("post", "/generate", "Generate", "TGI", (_GENERATE,), tgi_schema.GenerateResponse),
-    Operation(
-        "post", "/generate_stream", "Generate, an event a token", "TGI", (_GENERATE,),
-        streams=True, event=tgi_schema.StreamResponse, media_type="",
-    ),
-    Operation("post", "/v1/chat/completions", "Chat", "OpenAI", (_CHAT,), streams=True, errors=Errors.OPENAI),
-    Operation(
-        "post", "/v1/completions", "Text", "OpenAI", (_COMPLETION,), streams=True, errors=Errors.OPENAI,
-    ),
-    Operation(
-        "post", "/v1/messages", "Anthropic's messages", "Anthropic", (messages_request.MessagesRequest,),
-        streams=True, errors=Errors.ANTHROPIC,
-    ),
-    Operation(
-        "post", "/v1/messages/count_tokens", "Length of a prompt", "Anthropic",
-        (messages_request.CountRequest,), errors=Errors.ANTHROPIC,
-    ),
-    Operation(
-        "post", "/v1/responses", "Responses, stateless", "OpenAI", (responses_request.ResponsesRequest,),
-        streams=True, errors=Errors.OPENAI,
-    ),
-    Operation("get", "/v1/models", "List the served model", "OpenAI", errors=Errors.OPENAI),
-    Operation("get", "/v1/models/{model}", "Describe a served model", "OpenAI", errors=Errors.OPENAI),
-    Operation(
-        "post", "/tokenize", "Tokens of a text or chat", "Tokens",
-        (tgi_schema.TokenizeRequest, tgi_schema.PromptTokenizeRequest, _CHAT), errors=Errors.BY_KEY,
-    ),
-    Operation(
-        "post", "/detokenize", "Text of tokens", "Tokens", (tgi_schema.DetokenizeRequest,),
-        tgi_schema.DetokenizeResponse, errors=Errors.OPENAI,
-    ),
-    Operation(
-        "post", "/chat_tokenize", "A chat's templated text and tokens", "Tokens", (_CHAT,),
-        tgi_schema.ChatTokenizeResponse,
-    ),
-    Operation("get", "/tokenizer_info", "Special tokens and chat template", "Tokens"),
-    Operation(
-        "post", "/invocations", "SageMaker: POST /, chat or completions", "Clouds",
-        (tgi_schema.CompatGenerateRequest, _CHAT, _COMPLETION), streams=True, errors=Errors.BY_KEY,
-    ),
-    Operation(
-        "post", "/vertex", "Vertex AI: several requests at once", "Clouds", (tgi_schema.VertexRequest,),
-        tgi_schema.VertexResponse,
-    ),
-    Operation("get", "/info", "The model and the limits", "Server", response=tgi_schema.Info),
-    Operation("get", "/health", "Whether requests can be served", "Server", is_open=True, media_type=""),
-    Operation("get", "/ping", "The same, for SageMaker", "Server", is_open=True, media_type=""),
-    Operation("get", "/", "The same, for TGI's clients", "Server", is_open=True, media_type=""),
-    Operation("get", "/metrics", "Prometheus metrics", "Server", is_open=True, media_type="text/plain"),
-    Operation("get", "/docs", "This document, to read", "Server", media_type="text/html"),
-    Operation("get", "/api-doc/openapi.json", "This document", "Server"),
-)  # fmt: skip
+async def page(exchange: Exchange) -> None:
+    """Answer with a table of the routes: without scripts, for a browser has no key to fetch more with."""
+    rows = [
+        f"<tr><td>{row.tag}<td>{row.method}<td><code>{escape(row.path)}</code><td>{escape(row.summary)}"
+        for row in exchange.context.routes
+        if row.summary
+    ]
+    await exchange.respond(200, (_PAGE + "\n".join(rows)).encode(), b"text/html; charset=utf-8")
 
 
-def document(settings: Settings, info: ModelInfo | None, *, needs_key: bool) -> Schema:
+def document(
+    routes: Sequence[Route], settings: Settings, info: ModelInfo | None, *, needs_key: bool
+) -> Schema:
     """Return the OpenAPI 3.1 document; with `info`, the limits in it are those that hold."""
+    documented = [
+        row for row in routes if row.summary and (row.access is not Access.ADMIN or settings.admin_api_key)
+    ]
     types: list[Any] = [tgi_schema.ErrorResponse, tgi_schema.SimpleToken, tgi_schema.TokenCount]
-    for operation in OPERATIONS:
-        types += [*operation.requests, *filter(None, (operation.response, operation.event))]
+    for row in documented:
+        types += [*row.requests, *filter(None, (row.response, row.event))]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     if info is not None:
-        _put_limits(components, NativeLimits.of(settings, info))
+        _put_limits(components, Limits.of(settings, is_tgi=True), info)
     paths: dict[str, Schema] = {}
-    for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, needs_key)
+    for row in documented:
+        path = row.path.replace(":path}", "}")
+        paths.setdefault(path, {})[row.method.lower()] = _operation(row, path, needs_key)
     result: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -142,45 +74,44 @@ def document(settings: Settings, info: ModelInfo | None, *, needs_key: bool) -> 
         "paths": paths,
         "components": {"schemas": components},
     }
-    if needs_key:
+    if needs_key or settings.admin_api_key:
         result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return result
 
 
-def _operation(operation: Operation, needs_key: bool) -> Schema:
+def _operation(row: Route, path: str, needs_key: bool) -> Schema:
     result: Schema = {
-        "operationId": f"{operation.method}{operation.path}".replace("/", "_").strip("_"),
-        "summary": operation.summary,
-        "tags": [operation.tag],
-        "responses": _responses(operation),
+        "operationId": f"{row.method.lower()}{path}".replace("/", "_").strip("_"),
+        "summary": row.summary,
+        "tags": [row.tag],
+        "responses": _responses(row),
     }
-    if operation.requests:
+    if row.requests:
         result["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": _any_of(operation.requests)}},
+            "content": {"application/json": {"schema": _any_of(row.requests)}},
         }
-    if "{model}" in operation.path:
+    names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+    if names:
         result["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
         ]
-    if needs_key and not operation.is_open:
+    if row.access is Access.ADMIN or (needs_key and row.access is Access.KEY):
         result["security"] = [{"key": []}]
     return result
 
 
-def _responses(operation: Operation) -> Schema:
+def _responses(row: Route) -> Schema:
     content: Schema = {}
-    if operation.media_type == "application/json":
-        schema: Schema = {} if operation.response is None else _reference(operation.response)
-        content[operation.media_type] = {
-            "schema": {"type": "array", "items": schema} if operation.is_list else schema
-        }
-    elif operation.media_type:
-        content[operation.media_type] = {"schema": {"type": "string"}}
-    if operation.streams:
+    if row.media_type == "application/json":
+        schema: Schema = {} if row.response is None else _reference(row.response)
+        content[row.media_type] = {"schema": {"type": "array", "items": schema} if row.is_list else schema}
+    elif row.media_type:
+        content[row.media_type] = {"schema": {"type": "string"}}
+    if row.streams:
         data: Schema = {"type": "string"}
-        if operation.event is not None:
-            schema = _reference(operation.event)
+        if row.event is not None:
+            schema = _reference(row.event)
             data |= {"contentMediaType": "application/json", "contentSchema": schema}
         event = {"type": "object", "required": ["data"], "properties": {"data": data}}
         content["text/event-stream"] = {"schema": event}
@@ -189,26 +120,29 @@ def _responses(operation: Operation) -> Schema:
         answered["content"] = content
     error = {
         "description": "Refused or failed",
-        "content": {"application/json": {"schema": _error(operation.errors)}},
+        "content": {"application/json": {"schema": _error(row)}},
     }
     return {"200": answered, "4XX": error, "5XX": error}
 
 
-def _error(errors: Errors) -> Schema:
-    if errors is Errors.BY_KEY:
-        return {"anyOf": [_error(Errors.NATIVE), _error(Errors.OPENAI)]}
-    if errors is Errors.NATIVE:
+def _error(row: Route) -> Schema:
+    if row.is_by_key:
+        return {"anyOf": [_envelope(NATIVE), _envelope(OPENAI)]}
+    return _envelope(row.dialect)
+
+
+def _envelope(dialect: Dialect) -> Schema:
+    """Return the schema of a dialect's errors, by the example of one."""
+    if dialect is NATIVE:
         return _reference(tgi_schema.ErrorResponse)
-    text = {"type": "string"}
-    if errors is Errors.ANTHROPIC:
-        told = {"type": text, "message": text}
-        error = {"type": "object", "required": list(told), "properties": told}
-        properties = {"type": {"const": "error"}, "error": error}
+    return _like(dialect.envelope(ValueError()))
+
+
+def _like(value: object) -> Schema:
+    if isinstance(value, dict):
+        properties = {name: _like(each) for name, each in value.items()}
         return {"type": "object", "required": list(properties), "properties": properties}
-    optional = {"type": ["string", "null"]}
-    fields = {"message": text, "type": text, "param": optional, "code": optional}
-    inner = {"type": "object", "required": list(fields), "properties": fields}
-    return {"type": "object", "required": ["error"], "properties": {"error": inner}}
+    return {"type": ["string", "null"]} if value is None else {"type": "string"}
 
 
 def _any_of(types: tuple[type, ...]) -> Schema:
@@ -222,10 +156,10 @@ def _reference(kind: type) -> Schema:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-def _put_limits(components: Schema, limits: NativeLimits) -> None:
+def _put_limits(components: Schema, limits: Limits, info: ModelInfo) -> None:
     """Replace TGI's default bounds by this server's."""
     fields = components["GenerateParameters"]["properties"]
-    fields["best_of"]["maximum"] = limits.max_best_of
-    fields["stop"]["maxItems"] = limits.max_stop_sequences
-    fields["top_n_tokens"]["maximum"] = limits.max_top_n_tokens
-    fields["truncate"]["maximum"] = limits.max_input_tokens
+    fields["best_of"]["maximum"] = limits.best_of
+    fields["stop"]["maxItems"] = limits.stops
+    fields["top_n_tokens"]["maximum"] = limits.top_logprobs
+    fields["truncate"]["maximum"] = info.max_input_tokens

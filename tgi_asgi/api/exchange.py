@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import msgspec
 import orjson
 
-from tgi_asgi.errors import UnsupportedMediaType
 from tgi_asgi.api.asgi import (
     JSON,
     ClientDisconnected,
@@ -31,6 +30,7 @@ from tgi_asgi.api.asgi import (
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
 from tgi_asgi.api.parse import decode_json
+from tgi_asgi.errors import UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
 from tgi_asgi.observe.course import stream_headers, sync_headers
-from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Channel, Engine, GenerationRequest, StopConditions, TokenEvent
 
@@ -179,8 +178,14 @@ async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
         constraint.grammar = grammar
     if ignored:
         names = ",".join(ignored)[:_MAX_HEADER_CHARS]
-        logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.encode("unicode_escape").decode())
-        exchange.response_headers.append((b"x-tgi-ignored-keywords", names.encode("ascii", "backslashreplace")))
+        logger.info(
+            "request %s: schema keywords ignored: %s",
+            exchange.request_id,
+            names.encode("unicode_escape").decode(),
+        )
+        exchange.response_headers.append(
+            (b"x-tgi-ignored-keywords", names.encode("ascii", "backslashreplace"))
+        )
     return grammar
 
 

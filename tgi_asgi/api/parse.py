@@ -115,6 +115,8 @@ def kind_of(item: object, path: str, kinds: Sequence[str]) -> str:
     """Return the `type` of a part of a message, one of those that can be read."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind not in kinds:
-        one = f"`{kinds[0]}`: the model reads nothing else" if len(kinds) == 1 else f"one of {', '.join(kinds)}"
+        one = (
+            f"`{kinds[0]}`: the model reads nothing else" if len(kinds) == 1 else f"one of {', '.join(kinds)}"
+        )
         refuse(f"{path}.type", f"`{path}.type` must be {one}, got {str(kind)[:40]!r}", "invalid_value")
     return str(kind)

@@ -63,11 +63,21 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
 
 
 def chat_prompt(
-    chat: Conversation, served: Served, settings: Settings, keep: int | None = None
+    chat: Conversation,
+    served: Served,
+    settings: Settings,
+    keep: int | None = None,
+    *,
+    is_bounded: bool = True,
 ) -> Prompt:
-    """Render and tokenise a conversation; of a long one that is to be cut only the end is looked at."""
+    """Render and tokenise a conversation; raises as `chat_text`.
+
+    Args:
+        keep: how many tokens of the end matter; of a long text no more is looked at.
+        is_bounded: it must fit into the context.
+    """
     text = chat_text(chat, served, settings)
-    source = _bounded(text.source, len(text.shown), served, keep)
+    source = _bounded(text.source, len(text.shown), served, keep) if is_bounded else text.source
     ids = served.tokenizer.encode(
         source, add_special_tokens=chat.adds_special_tokens, is_marked=text.is_marked
     )

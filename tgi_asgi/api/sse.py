@@ -78,7 +78,11 @@ class EventStream:
         self._last_send_s = self._loop.time()
 
     async def run(
-        self, channels: Sequence[Channel], *, slow_beyond: int = MAX_WAITING_EVENTS, begins_slowly: bool = False
+        self,
+        channels: Sequence[Channel],
+        *,
+        slow_beyond: int = MAX_WAITING_EVENTS,
+        begins_slowly: bool = False,
     ) -> None:
         """Stream until every choice has finished, and watch for the client's leaving meanwhile.
 

@@ -61,7 +61,7 @@ class Tool:
     def for_template(self) -> dict[str, Any]:
         """Return it as chat templates take it."""
         told = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        function = {key: value for key, value in told.items() if value is not None}
+        function: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
         if self.is_strict is not None:
             function["strict"] = self.is_strict
         return {"type": "function", "function": function}

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from tgi_asgi.errors import TemplateError
 from tgi_asgi.observe.course import Course
-from tgi_asgi.http.exchange import Exchange
+from tgi_asgi.observe.logs import quoted
 from tgi_asgi.types import EngineState
+
+if TYPE_CHECKING:
+    from tgi_asgi.api.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an answer
-# Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that
-# loads its model has not failed.
-_QUIET = frozenset({("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics")})
 
 
 def log_access(exchange: Exchange) -> None:
     """Log a request that has ended; its numbers are fields of the record, for JSON logs."""
     status = exchange.status or CLIENT_CLOSED
+    # Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that
+    # loads its model has not failed.
     is_well = status < 400 or exchange.context.state is EngineState.LOADING
-    is_quiet = (exchange.method, exchange.route) in _QUIET and is_well
+    is_quiet = (
+        is_well and exchange.method != "POST" and exchange.route is not None and exchange.route.is_quiet
+    )
     level = logging.DEBUG if is_quiet else logging.INFO
     if logger.isEnabledFor(level):
         logger.log(
             level,
             "%s %s %d%s",
             exchange.method,
-            _one_line(exchange.path),
+            quoted(exchange.path),
             status,
             " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else "",
             extra=_fields(exchange, status),
@@ -69,12 +74,7 @@ def _reason(error: BaseException) -> str:
     """Say what went wrong. A template may quote the messages, and those are not for the log."""
     if isinstance(error, TemplateError):
         return "the chat template refused the messages"
-    return _one_line(str(error))[:500]
-
-
-def _one_line(text: str) -> str:
-    """Escape what a client wrote: no line of it may look like one of ours."""
-    return text.encode("unicode_escape").decode("ascii")
+    return str(error)[:500]
 
 
 def _milliseconds(seconds: float) -> float:

@@ -1,4 +1,7 @@
-"""What became of one request, in numbers: read off its exchange for headers, metrics and the access log."""
+"""What became of one request, in numbers, read off its exchange: for metrics, log, traces and TGI's headers.
+
+Whole answers carry all of TGI's headers, streams only those that are known before the first token.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tgi_asgi.types import ModelInfo
+
 if TYPE_CHECKING:
-    from tgi_asgi.http.exchange import Exchange
+    from tgi_asgi.api.asgi import Header
+    from tgi_asgi.api.exchange import Exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +26,14 @@ class Course:
     inference_s: float = 0.0  # from there to its last token
     prefill_s: float = 0.0  # the part of it before the first token
     decode_s: float = 0.0  # and the part after
+    has_run: bool = False  # there was such a step
     first_token_s: float | None = None  # since the request's start; None: there was none
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     max_new_tokens: int = 0
-    finishes: tuple[str, ...] = ()  # why its choices ended
+    num_choices: int = 0
+    finishes: tuple[str, ...] = ()  # why its choices ended, those that have
     parts: tuple[tuple[str, float, float], ...] = ()  # (name, begin, end) by `time.monotonic()`, in order
 
     @classmethod
@@ -37,7 +45,8 @@ class Course:
             return cls(total_s=now_s - exchange.started_s)
         stats = [channel.stats for channel in channels]
         submitted_s = min(s.arrival_s for s in stats)
-        scheduled_s = min((s.scheduled_s for s in stats if s.scheduled_s is not None), default=now_s)
+        begun_s = min((s.scheduled_s for s in stats if s.scheduled_s is not None), default=None)
+        scheduled_s = now_s if begun_s is None else begun_s
         finished_s = max(now_s if s.finished_s is None else s.finished_s for s in stats)
         first_s = min((s.first_token_s for s in stats if s.first_token_s is not None), default=None)
         until_first_s = finished_s if first_s is None else first_s
@@ -51,11 +60,56 @@ class Course:
             inference_s=max(finished_s - scheduled_s, 0.0),
             prefill_s=max(until_first_s - scheduled_s, 0.0),
             decode_s=max(finished_s - until_first_s, 0.0),
+            has_run=begun_s is not None,
             first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
             prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),
             cached_tokens=sum(s.cached_tokens for s in stats),
             generated_tokens=sum(s.generated_tokens for s in stats),
             max_new_tokens=max(channel.request.stop.max_tokens for channel in channels),
+            num_choices=sum(channel.request.n for channel in channels),
             finishes=tuple(finish.value for s in stats for finish in s.finishes),
             parts=tuple((name, begin_s, max(end_s, begin_s)) for name, begin_s, end_s in parts),
         )
+
+
+def stream_headers(exchange: Exchange, info: ModelInfo, *, characters: int) -> list[Header]:
+    """Return what a stream's headers say; `characters` are those of the prompt's text."""
+    # The operator's COMPUTE_TYPE, else TGI's `{shards}-{device}`.
+    compute_type = exchange.context.settings.compute_type or f"1-{info.device.partition(':')[0]}"
+    return [
+        (b"x-compute-type", compute_type.encode("latin-1", "replace")),
+        (b"x-compute-characters", b"%d" % characters),
+    ]
+
+
+def sync_headers(
+    exchange: Exchange,
+    info: ModelInfo,
+    *,
+    characters: int,
+    generated_tokens: int | None = None,
+    is_sum: bool = False,
+) -> list[Header]:
+    """Return what a whole answer's headers say; times are whole milliseconds, rounded down.
+
+    Args:
+        characters: of the prompt's text.
+        generated_tokens: by default those of all the request's choices.
+        is_sum: over several prompts; TGI has no `x-compute-time` then.
+    """
+    course = Course.of(exchange)
+    tokens = course.generated_tokens if generated_tokens is None else generated_tokens
+    milliseconds = (
+        (b"x-total-time", course.total_s),
+        (b"x-validation-time", course.validation_s),
+        (b"x-queue-time", course.queue_s),
+        (b"x-inference-time", course.inference_s),
+        (b"x-time-per-token", course.inference_s / max(tokens, 1)),
+    )
+    return [
+        *stream_headers(exchange, info, characters=characters),
+        *(() if is_sum else ((b"x-compute-time", b"%.9f" % course.total_s),)),
+        *((name, b"%d" % int(seconds * 1000)) for name, seconds in milliseconds),
+        (b"x-prompt-tokens", b"%d" % course.prompt_tokens),
+        (b"x-generated-tokens", b"%d" % tokens),
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tgi_asgi.observe.prometheus import Histogram
+from tgi_asgi.engine.stats import Histogram
 
 INTERVAL_S = 0.1
 

@@ -1,7 +1,8 @@
 """Where log lines go: one line a record on stderr, as text or as JSON (`--json-output`).
 
 A record's extra fields (`logger.info("...", extra={"status": 200})`) are fields of the JSON object, and
-follow the message as `status=200` in text.
+follow the message as `status=200` in text. Clients write some of what is logged: no text of theirs looks like
+a field, or a line, of ours.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 import time
 
 from tgi_asgi.settings import Settings
@@ -24,7 +26,12 @@ def configure(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)  # libraries, the server's among them
-    logging.getLogger("tgi_asgi").setLevel(_LEVELS[settings.log_level])
+    set_level(settings.log_level)
+
+
+def set_level(level: str) -> None:
+    """Log our records from a level on: debug, info, warn or error."""
+    logging.getLogger("tgi_asgi").setLevel(_LEVELS[level])
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
@@ -36,13 +43,23 @@ def _timestamp(record: logging.LogRecord) -> str:
     return f"{seconds}.{int(record.msecs):03d}Z"
 
 
+def quoted(text: str) -> str:
+    """Return a text as it is if it is one plain word, else as a JSON string: one line, its end in sight."""
+    if text and text.isprintable() and not any(character in text for character in ' ="'):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
 class _TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO message name=value`, then the traceback."""
+    """`2026-01-31T12:00:00.000Z INFO message name=value`, then the traceback, indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={value}" for name, value in _extra(record).items())
-        line = f"{_timestamp(record)} {record.levelname} {record.getMessage()}{fields}"
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        fields = "".join(f" {name}={quoted(str(value))}" for name, value in _extra(record).items())
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in record.getMessage())
+        line = f"{_timestamp(record)} {record.levelname} {message}{fields}"
+        if record.exc_info is None:
+            return line
+        return f"{line}\n{textwrap.indent(self.formatException(record.exc_info), '  ')}"
 
 
 class _JsonFormatter(logging.Formatter):

@@ -1,89 +1,57 @@
 """What is measured: TGI's metrics by name, label and bucket, and what vLLM's dashboards show besides.
 
-Requests are counted once, at the HTTP edge, after each response; the engine keeps its own plain counters,
-which are read when `/metrics` is asked.
+Requests are counted once, after each response; the engine keeps its own plain counters, which are read when
+`/metrics` is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from tgi_asgi.errors import (
-    Forbidden,
-    GenerationFailed,
-    IncompleteGeneration,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    Overloaded,
-    PayloadTooLarge,
-    RequestTimeout,
-    TemplateError,
-    TgiError,
-    Unavailable,
-    UnsupportedMediaType,
-)
+from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
+from tgi_asgi.errors import GenerationFailed, TgiError
 from tgi_asgi.observe.course import Course
-from tgi_asgi.observe.prometheus import Counter, Gauge, Histogram, Registry, Summary
-from tgi_asgi.http.tgi_validation import MAX_TESTED_NEW_TOKENS
+from tgi_asgi.observe.prometheus import Counter, Registry, Value
 from tgi_asgi.types import ModelInfo
 
-_FAILURES: tuple[tuple[type[TgiError], str], ...] = (
-    (TemplateError, "template"),
-    (InvalidRequest, "validation"),
-    (Overloaded, "overloaded"),
-    (GenerationFailed, "generation"),
-    (IncompleteGeneration, "incomplete"),
-    # What a client can be told to mend is TGI's "validation", whatever its status.
-    (PayloadTooLarge, "validation"),
-    (RequestTimeout, "validation"),
-    (UnsupportedMediaType, "validation"),
-    (NotFound, "validation"),
-    (Forbidden, "validation"),
-    (MethodNotAllowed, "validation"),
-)
 if TYPE_CHECKING:
-    from tgi_asgi.engine.stats import EngineStats
-    from tgi_asgi.http.exchange import Exchange
-
-_Made = TypeVar("_Made", Counter, Histogram)
+    from tgi_asgi.api.exchange import Exchange
 
 DROPPED = "dropped"  # the client went away
-UNAVAILABLE = "unavailable"  # loading, draining or dead; TGI has no such state
-FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, UNAVAILABLE)
-METHODS = ("prefill", "decode")
-CONCAT_REASONS = ("backpressure", "wait_exceeded", "chunking")
-GENERATING_ROUTES = frozenset(
-    {
-        "/",
-        "/generate",
-        "/generate_stream",
-        "/invocations",
-        "/vertex",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-    }
-)  # fmt: skip
-BATCH_BUCKETS = [float(size) for size in range(1, 1025)]
+# What errors are called (`TgiError.failure`); "unavailable" (loading, draining or dead) is not TGI's.
+FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
+_MOST_NEW_TOKENS = 1024  # TGI counts as many as it validates with
+# Second names: TGI's own, and, once the model's name is known, vLLM's.
+_SAME = {
+    "tgi_batch_forward_duration": "tgi_batch_inference_duration",
+    "tgi_queue_size": "tgi_requests_waiting",
+    "tgi_batch_current_size": "tgi_requests_running",
+}
+_VLLM = {
+    "num_requests_running": "tgi_requests_running",
+    "num_requests_waiting": "tgi_requests_waiting",
+    "kv_cache_usage_perc": "tgi_kv_cache_usage_ratio",
+    "prefix_cache_queries_total": "tgi_prefix_cache_query_tokens_total",
+    "prefix_cache_hits_total": "tgi_prefix_cache_hit_tokens_total",
+    "num_preemptions_total": "tgi_preemptions_total",
+    "prompt_tokens_total": "tgi_prompt_tokens_total",
+    "generation_tokens_total": "tgi_generation_tokens_total",
+    "request_success_total": "tgi_choices_total",
+    "time_to_first_token_seconds": "tgi_time_to_first_token_seconds",
+    "inter_token_latency_seconds": "tgi_inter_token_latency_seconds",
+    "e2e_request_latency_seconds": "tgi_request_duration",
+    "request_queue_time_seconds": "tgi_request_queue_duration",
+    "request_inference_time_seconds": "tgi_request_inference_duration",
+    "request_prompt_tokens": "tgi_request_input_length",
+    "request_generation_tokens": "tgi_request_generated_tokens",
+    "request_max_num_generation_tokens": "tgi_request_max_new_tokens",
+}
 
 
-def _duration_buckets() -> list[float]:
-    bounds, bound = [], 0.0001
-    for _ in range(35):
-        bound *= 1.5
-        bounds.append(bound)
-    return bounds
-
-
-DURATION_BUCKETS = _duration_buckets()  # seconds: 0.0001 * 1.5**k, 0.15 ms to 145.6 s
-
-
-def length_buckets(most: int) -> list[float]:
+def _length_buckets(most: int) -> tuple[float, ...]:
     """Return TGI's 100 bounds for lengths up to `most` tokens."""
-    return [most * i / 100 for i in range(1, 101)]
+    return tuple(most * i / 100 for i in range(1, 101))
 
 
 class Metrics:
@@ -93,20 +61,25 @@ class Metrics:
     """
 
     def __init__(self, block_size: int = 16) -> None:
-        self._block_size = block_size
         self._registry = Registry()
-        self._make_request_metrics()
-        self._make_batch_metrics()
-        self._make_engine_metrics()
-        self._make_length_metrics(1, 1)
+        self._engine = EngineStats()  # the real one's as soon as there is one
+        self._usage: dict[str, tuple[Counter, ...]] = {}  # by API key: requests, tokens in, tokens out
+        self._add_requests()
+        self._add_lengths(1, 1)
+        self._add_engine(block_size)
+        for method in ("prefill", "decode"):
+            self._add_steps(method)
+        for name, of in _SAME.items():
+            self._registry.alias(name, of)
 
-    def _make_request_metrics(self) -> None:
-        add, counter, duration = self._registry.add, self._counter, self._duration
+    def _add_requests(self) -> None:
+        counter, duration = self._registry.counter, self._duration
         self.count = counter("tgi_request_count", "Requests that reached a generating route.")
         self.success = counter("tgi_request_success", "Requests answered whole.")
-        self.failure = self._registry.add_labelled(
-            "tgi_request_failure", "Requests that failed.", Counter, "err", FAILURES
-        )
+        name, help = "tgi_request_failure", "Requests that failed."
+        self.failure = {failure: counter(name, help, err=failure) for failure in FAILURES}
+        name, help = "tgi_choices_total", "Choices of requests by why they ended; abort: they did not."
+        self.choices = {why: counter(name, help, finished_reason=why) for why in ("stop", "length", "abort")}
         self.duration = duration("tgi_request_duration", "From arrival to the answer's end.")
         self.validation_duration = duration("tgi_request_validation_duration", "Validation and tokenisation.")
         self.queue_duration = duration("tgi_request_queue_duration", "Waiting for the first step.")
@@ -116,148 +89,120 @@ class Metrics:
         self.mean_time_per_token = duration(
             "tgi_request_mean_time_per_token_duration", "Inference time over generated tokens."
         )
-        self.skipped_tokens = add("tgi_request_skipped_tokens", "Speculated tokens accepted.", Summary())
-
-    def _make_batch_metrics(self) -> None:
-        add, by_method = self._registry.add, self._by_method
-        self.batch_count = by_method("tgi_batch_inference_count", "Steps started.", Counter)
-        self.batch_success = by_method("tgi_batch_inference_success", "Steps done.", Counter)
-        self.batch_failure = by_method("tgi_batch_inference_failure", "Steps that raised.", Counter)
-        self._registry.add_labelled(
-            "tgi_batch_concat", "Requests that joined a running batch.", Counter, "reason", CONCAT_REASONS
-        )
-        self.batch_inference = by_method(
-            "tgi_batch_inference_duration", "A step from plan to result.", _durations
-        )
-        self.batch_forward = by_method("tgi_batch_forward_duration", "A step's computation.", _durations)
-        # These three are parts of TGI's step that ours does not have apart: they stay at zero.
-        by_method("tgi_batch_decode_duration", "Detokenisation.", _durations)
-        by_method("tgi_batch_filter_duration", "Dropping finished sequences.", _durations)
-        add("tgi_batch_concat_duration", "Joining batches.", _durations(), 'method="decode"')
-        self.batch_next_size = add(
-            "tgi_batch_next_size", "Sequences of a prefill step.", Histogram(BATCH_BUCKETS)
-        )
-
-    def _make_engine_metrics(self) -> None:
-        gauge, counter, duration = self._gauge, self._counter, self._duration
-        self._queue_size = gauge("tgi_queue_size", "Sequences that wait for their first step.")
-        self._current_size = gauge("tgi_batch_current_size", "Sequences in the running batch.")
-        self._current_max_tokens = gauge(
-            "tgi_batch_current_max_tokens", "Tokens that the running batch may come to hold."
-        )
-        self._running = gauge("tgi_requests_running", "Sequences that generate.")
-        self._waiting = gauge("tgi_requests_waiting", "Sequences that wait for room.")
-        self._kv_usage = gauge("tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.")
-        self._preemptions = counter("tgi_preemptions_total", "Sequences preempted for want of room.")
         self.time_to_first_token = duration(
             "tgi_time_to_first_token_seconds", "From arrival to the first token."
         )
-        self.inter_token_latency = duration(
-            "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
-        )
-        self.prompt_tokens = counter("tgi_prompt_tokens_total", "Prompt tokens, computed or cached.")
-        self.generation_tokens = counter("tgi_generation_tokens_total", "Generated tokens.")
         self.loop_lag = duration(
             "tgi_event_loop_lag_seconds", "How late a timer runs: what blocks the loop delays every client."
         )
-        self.prefix_query_tokens = counter(
-            "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
-        )
-        self.prefix_hit_tokens = counter(
-            "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
-        )
 
-    def _make_length_metrics(self, max_input: int, max_total: int) -> None:
-        add = self._registry.add
-        self.input_length = add(
-            "tgi_request_input_length", "Prompt tokens.", Histogram(length_buckets(max_input))
-        )
-        self.generated_tokens = add(
-            "tgi_request_generated_tokens", "Generated tokens.", Histogram(length_buckets(max_total))
-        )
-        self.max_new_tokens = add(
-            "tgi_request_max_new_tokens", "Tokens asked for.", Histogram(length_buckets(max_total))
-        )
+    def _add_lengths(self, max_input: int, max_total: int) -> None:
+        add, inputs, totals = self._registry.histogram, _length_buckets(max_input), _length_buckets(max_total)
+        self.input_length = add("tgi_request_input_length", "Prompt tokens.", inputs)
+        self.generated_tokens = add("tgi_request_generated_tokens", "Generated tokens.", totals)
+        self.max_new_tokens = add("tgi_request_max_new_tokens", "Tokens asked for.", totals)
+
+    def _add_engine(self, block_size: int) -> None:
+        add = self._add
+        add("gauge", "tgi_requests_running", "Sequences that generate.", lambda s: s.running)
+        add("gauge", "tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
+        name, help = "tgi_batch_current_max_tokens", "Tokens that the running batch may come to hold."
+        add("gauge", name, help, lambda s: s.blocks_used * block_size)
+        name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
+        add("gauge", name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
+        name, help = "tgi_preemptions_total", "Sequences preempted for want of room."
+        add("counter", name, help, lambda s: s.preemptions)
+        name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
+        add("counter", name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
+        add("counter", "tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
+        name, help = "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
+        add("counter", name, help, lambda s: s.prefix_query_tokens)
+        name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
+        add("counter", name, help, lambda s: s.prefix_hit_tokens)
+        name, help = "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
+        add("histogram", name, help, lambda s: s.inter_token_s)
+        add("histogram", "tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
+
+    def _add_steps(self, method: str) -> None:
+        # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
+        def failed(stats: EngineStats) -> int:
+            return stats.failed_steps if method == "decode" else 0
+
+        def done(stats: EngineStats) -> int:
+            return stats.step_s[method].count
+
+        name, add = "tgi_batch_inference", self._add
+        add("counter", f"{name}_count", "Steps started.", lambda s: done(s) + failed(s), method=method)
+        add("counter", f"{name}_success", "Steps done.", done, method=method)
+        add("counter", f"{name}_failure", "Steps that raised.", failed, method=method)
+        help = "A step from plan to result."
+        add("histogram", f"{name}_duration", help, lambda s: s.step_s[method], method=method)
+
+    def _add(
+        self, kind: str, name: str, help: str, read: Callable[[EngineStats], Value], **labels: str
+    ) -> None:
+        self._registry.add(kind, name, help, lambda: read(self._engine), **labels)
+
+    def _duration(self, name: str, help: str) -> Histogram:
+        return self._registry.histogram(name, help, DURATION_BUCKETS)
 
     def model_loaded(self, info: ModelInfo) -> None:
-        """Size the length histograms, whose buckets TGI derives from the model's limits."""
-        self._make_length_metrics(info.max_input_tokens, info.max_total_tokens)
+        """Take over the model's limits, of which TGI makes the lengths' buckets, and its name."""
+        self._add_lengths(info.max_input_tokens, info.max_total_tokens)
+        for name, of in _VLLM.items():
+            self._registry.alias(f"vllm:{name}", of, model_name=info.model_id, engine="0")
 
     def request_ended(self, exchange: Exchange) -> None:
         """Record a request, whatever became of it; an observer of `app.py`."""
-        if exchange.method != "POST" or exchange.route not in GENERATING_ROUTES:
+        route = exchange.route
+        if exchange.method != "POST" or route is None or not route.generates:
             return
         self.count.add()
         course = Course.of(exchange)
+        if exchange.tenant is not None:
+            self._used(exchange.tenant, course)
+        for finish in course.finishes:
+            self.choices["length" if finish == "length" else "stop"].add()
+        self.choices["abort"].add(course.num_choices - len(course.finishes))
         if exchange.channels:
             self.input_length.observe(course.prompt_tokens)
-            self.max_new_tokens.observe(min(course.max_new_tokens, MAX_TESTED_NEW_TOKENS))
+            self.max_new_tokens.observe(min(course.max_new_tokens, _MOST_NEW_TOKENS))
+        # Whatever came after: those that fail or are given up are the ones that waited longest.
+        if course.has_run:
+            self.queue_duration.observe(course.queue_s)
+        if course.first_token_s is not None:
+            self.time_to_first_token.observe(course.first_token_s)
         if exchange.error is not None:
-            self.failure[_failure(exchange.error)].add()
+            # What is no error of ours is the engine's or the server's.
+            kind = exchange.error if isinstance(exchange.error, TgiError) else GenerationFailed
+            self.failure[kind.failure].add()
         elif exchange.is_disconnected:
             self.failure[DROPPED].add()
         else:
             self._request_succeeded(course)
 
+    def _used(self, key: str, course: Course) -> None:
+        """Count what a request of an API key used; the keys' names are the operator's, so they are few."""
+        if key not in self._usage:
+            add = self._registry.counter
+            self._usage[key] = (
+                add("tgi_key_requests_total", "Requests by API key.", key=key),
+                add("tgi_key_prompt_tokens_total", "Prompt tokens of requests that ran.", key=key),
+                add("tgi_key_generated_tokens_total", "Generated tokens.", key=key),
+            )
+        used = (1, course.prompt_tokens if course.has_run else 0, course.generated_tokens)
+        for counter, amount in zip(self._usage[key], used, strict=True):
+            counter.add(amount)
+
     def _request_succeeded(self, course: Course) -> None:
         self.success.add()
         self.duration.observe(course.total_s)
         self.validation_duration.observe(course.validation_s)
-        self.queue_duration.observe(course.queue_s)
         self.inference_duration.observe(course.inference_s)
         self.mean_time_per_token.observe(course.inference_s / max(course.generated_tokens, 1))
         self.generated_tokens.observe(course.generated_tokens)
-        if course.first_token_s is not None:
-            self.time_to_first_token.observe(course.first_token_s)
 
     def render(self, stats: EngineStats | None = None) -> bytes:
         """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
-        if stats is not None:
-            self._read_engine(stats)
+        self._engine = stats or self._engine
         return self._registry.render()
-
-    def _read_engine(self, stats: EngineStats) -> None:
-        for method, durations in stats.step_s.items():
-            self.batch_success[method].value = durations.count
-            self.batch_inference[method].copy_from(durations)
-            self.batch_forward[method].copy_from(durations)
-        self.inter_token_latency.copy_from(stats.inter_token_s)
-        self.batch_next_size.copy_from(stats.prefill_size)
-        # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
-        self.batch_failure["decode"].value = stats.failed_steps
-        for method in METHODS:
-            self.batch_count[method].value = (
-                self.batch_success[method].value + self.batch_failure[method].value
-            )
-        self._queue_size.value = self._waiting.value = stats.waiting
-        self._current_size.value = self._running.value = stats.running
-        self._current_max_tokens.value = stats.blocks_used * self._block_size
-        self._kv_usage.value = stats.blocks_used / max(stats.blocks_total, 1)
-        self._preemptions.value = stats.preemptions
-        self.generation_tokens.value = stats.sampled_tokens
-        self.prompt_tokens.value = stats.prefill_tokens + stats.prefix_hit_tokens
-        self.prefix_query_tokens.value = stats.prefix_query_tokens
-        self.prefix_hit_tokens.value = stats.prefix_hit_tokens
-
-    def _counter(self, name: str, help: str) -> Counter:
-        return self._registry.add(name, help, Counter())
-
-    def _gauge(self, name: str, help: str) -> Gauge:
-        return self._registry.add(name, help, Gauge())
-
-    def _duration(self, name: str, help: str) -> Histogram:
-        return self._registry.add(name, help, _durations())
-
-    def _by_method(self, name: str, help: str, make: Callable[[], _Made]) -> dict[str, _Made]:
-        return self._registry.add_labelled(name, help, make, "method", METHODS)
-
-
-def _failure(error: BaseException) -> str:
-    """Return TGI's label for an error; what is no error of ours is the engine's or the server's."""
-    if isinstance(error, Unavailable):
-        return UNAVAILABLE
-    return next((label for kind, label in _FAILURES if isinstance(error, kind)), "generation")
-
-
-def _durations() -> Histogram:
-    return Histogram(DURATION_BUCKETS)

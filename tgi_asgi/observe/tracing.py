@@ -16,7 +16,7 @@ from tgi_asgi.observe.course import Course
 from tgi_asgi.settings import Settings
 
 if TYPE_CHECKING:
-    from tgi_asgi.http.exchange import Exchange
+    from tgi_asgi.api.exchange import Exchange
 
 _NS = 1_000_000_000
 _SERVER_ERROR = 500
@@ -80,7 +80,7 @@ class Tracing:
         }
         status = exchange.status or CLIENT_CLOSED
         span = self._tracer.start_span(
-            f"{exchange.method} {exchange.route or 'unknown route'}",
+            f"{exchange.method} {exchange.route.path if exchange.route else 'unknown route'}",
             context=self._propagator.extract(parent),
             kind=self._trace.SpanKind.SERVER,
             start_time=epoch_ns(exchange.started_s),
@@ -99,10 +99,11 @@ def _attributes(exchange: Exchange, course: Course, status: int) -> dict[str, An
     """Return a span's attributes, by the names of OpenTelemetry's conventions where they have one."""
     attributes: dict[str, Any] = {
         "http.request.method": exchange.method,
-        "http.route": exchange.route,
         "http.response.status_code": status,
         "tgi.request_id": exchange.request_id,
     }
+    if exchange.route is not None:
+        attributes["http.route"] = exchange.route.path
     info = exchange.context.info
     if exchange.channels and info is not None:
         attributes |= {

@@ -43,6 +43,7 @@ class Tokenizer:
         bos_id, eos_id: of those two, or None.
         eos_ids: every token that ends an answer.
         guard: keeps special tokens in messages from acting as such; `is_marked` texts are its.
+        longest_token: characters that a token stands for at most.
         adds_bos: `encode(..., add_special_tokens=True)` starts with the BOS token.
     """
 
@@ -66,6 +67,7 @@ class Tokenizer:
         self._acting: dict[int, int] = {}  # the marked backend's id of a special token -> the token's own
         self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
+        self.longest_token = max(map(len, self._bytes), default=1)  # bytes, and so no fewer than characters
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}

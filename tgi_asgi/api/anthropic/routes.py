@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from tgi_asgi.api.anthropic.request import COUNT_DECODER, parse_messages, read_conversation
+from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import Permits, generate
 from tgi_asgi.api.parse import check_ranges, decode_json
-from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.prompt import chat_prompt
+from tgi_asgi.settings import Settings
 
 
 async def messages(exchange: Exchange) -> None:
@@ -23,15 +24,14 @@ async def count_tokens(exchange: Exchange) -> None:
     served = context.ready()
     body = await exchange.read_body()
     with Permits(exchange, served.engine, 1):
-        chat = await exchange.work(_read_count, body)
-        prompt = await context.in_thread(chat_prompt, chat, served, context.settings)
-    await exchange.respond_json({"input_tokens": len(prompt.ids)})
+        count = await context.in_counting_thread(_count, body, served, context.settings)
+    await exchange.respond_json({"input_tokens": count})
 
 
-def _read_count(body: bytes) -> Conversation:
+def _count(body: bytes, served: Served, settings: Settings) -> int:
     request = decode_json(body, COUNT_DECODER)
     check_ranges(request)
-    return read_conversation(request)
+    return len(chat_prompt(read_conversation(request), served, settings, is_bounded=False).ids)
 
 
 def _echo_id(exchange: Exchange) -> None:

@@ -119,9 +119,9 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     if request.audio is not None:
         refuse("audio", "`audio` is not supported", "unsupported_parameter")
     choice = request.tool_choice
-    if is_compat and isinstance(choice, str) and choice not in ("auto", "none", "required") and tools:
-        if all(tool.name != choice for tool in tools):
-            raise ToolError(f"Tool with name {choice} not found", param="tool_choice")
+    is_name = isinstance(choice, str) and choice not in ("auto", "none", "required")
+    if is_compat and is_name and tools and all(tool.name != choice for tool in tools):
+        raise ToolError(f"Tool with name {choice} not found", param="tool_choice")
     if is_compat and not tools:
         return [], None
     is_parallel = request.parallel_tool_calls is not False and not is_compat
@@ -148,7 +148,7 @@ def _message(message: Message, path: str) -> dict[str, Any]:
     role = message.role
     if role not in ROLES:
         refuse(f"{path}.role", f"`{path}.role` must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
-    content = message.content
+    content: str | list[Any] | None = message.content
     if content is None and role != "assistant":
         refuse(f"{path}.content", f"`{path}.content` is required with role `{role}`")
     if isinstance(content, list):

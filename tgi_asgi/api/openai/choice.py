@@ -1,4 +1,4 @@
-"""A chat's choice that has more than text: reasoning and tool calls, in OpenAI's shapes, streamed and whole."""
+"""A chat's choice that has more than text: reasoning and tool calls in OpenAI's shapes, streamed and whole."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class ChatChoice:
                 call["function"] = {"description": None, **call["function"]}
             return {"role": "assistant", "tool_calls": self._calls}
         has_text = bool(content) or not (self._calls or self.reader.is_reasoning)
-        message = {"role": "assistant", "content": content if has_text else None, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": content if has_text else None}
+        message["refusal"] = None
         if self._calls:
             message["tool_calls"] = self._calls
         if reasoning:
@@ -79,4 +80,3 @@ class ChatChoice:
         call = {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
         self._calls.append(call)
         return call
-

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Renderer, Text
-from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.errors import OPENAI
+from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.identity import Identity
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
@@ -97,7 +97,11 @@ class _CompletionRenderer(ChunkRenderer):
         for part in range(len(parts)):
             self._begin_part(part)
         num_generated = sum(len(events) for choices in parts for events in choices)
-        shown = [events for choices in parts for events in (likeliest(choices, n) if self._best_of > n else choices)]
+        shown = [
+            events
+            for choices in parts
+            for events in (likeliest(choices, n) if self._best_of > n else choices)
+        ]
         return orjson.dumps(text_completion(self._identity, shown, self._logprobs, num_generated))
 
     def _begin_part(self, part: int) -> None:

@@ -1,53 +1,32 @@
-"""OpenAI's routes under `/v1`, and those of them that need no engine: models."""
+"""`GET /v1/models`: what is served."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from starlette.routing import Route
-
-from tgi_asgi.http.exchange import Exchange
-from tgi_asgi.http.messages import count_tokens, messages
-from tgi_asgi.http.openai_answer import model_not_found
-from tgi_asgi.http.openai_chat import chat_completions
-from tgi_asgi.http.openai_completions import completions
-from tgi_asgi.http.responses import responses
-from tgi_asgi.http.routing import route
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import model_not_found
 from tgi_asgi.types import ModelInfo
 
 
-def routes() -> list[Route]:
-    """Return the routes under `/v1`."""
-    return [
-        route("/v1/chat/completions", post=chat_completions),
-        route("/v1/completions", post=completions),
-        route("/v1/responses", post=responses),
-        route("/v1/messages", post=messages),
-        route("/v1/messages/count_tokens", post=count_tokens),
-        route("/v1/models", get=list_models),
-        route("/v1/models/{model:path}", get=retrieve_model),
-    ]
-
-
 async def list_models(exchange: Exchange) -> None:
-    """Answer with the served model and its aliases, the primary name first."""
+    """Answer with the served model."""
     info = exchange.context.ready().info
-    names = (info.model_id, *info.aliases)
-    await exchange.reply_json({"object": "list", "data": [_model_object(name, info) for name in names]})
+    await exchange.respond_json({"object": "list", "data": [_model_object(info)]})
 
 
 async def retrieve_model(exchange: Exchange) -> None:
     """Answer with one model by its name, which may hold slashes."""
     info = exchange.context.ready().info
     name = exchange.scope["path_params"]["model"]
-    if name not in (info.model_id, *info.aliases):
+    if name != info.model_id:
         raise model_not_found(name)
-    await exchange.reply_json(_model_object(name, info))
+    await exchange.respond_json(_model_object(info))
 
 
-def _model_object(name: str, info: ModelInfo) -> dict[str, Any]:
+def _model_object(info: ModelInfo) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": info.model_id,
         "object": "model",
         "created": info.created,
         "owned_by": "tgi-asgi",

@@ -62,7 +62,9 @@ def check_stops(stops: tuple[str, ...], most: int, param: str, *, is_list: bool 
             refuse(where, f"`{where}` must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
 
 
-def job_of(request: CommonRequest, info: ModelInfo, settings: Settings, logprobs: int | None) -> dict[str, Any]:
+def job_of(
+    request: CommonRequest, info: ModelInfo, settings: Settings, logprobs: int | None
+) -> dict[str, Any]:
     """Return the parameters of a checked request that all its jobs share, by their names in `Job`.
 
     Raises:

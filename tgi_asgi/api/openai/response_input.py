@@ -118,7 +118,9 @@ def read_items(items: Sequence[Item], find: Callable[[str], Item | None]) -> lis
                     reasoning = None
                 else:
                     messages.append({"role": role, "content": content})
-            case str() if kind == "additional_tools" or kind.endswith(("_call", "_output", "_list_tools", "compaction")):
+            case str() if kind == "additional_tools" or kind.endswith(
+                ("_call", "_output", "_list_tools", "compaction")
+            ):
                 skipped.append(kind)
             case _:
                 refuse(f"{path}.type", f"`{path}.type` {str(kind)[:40]!r} is not supported", "invalid_value")

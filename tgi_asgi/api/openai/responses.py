@@ -33,7 +33,9 @@ from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound, TgiError
 from tgi_asgi.types import TokenEvent
 
-RESPONSES = Dialect("responses", OPENAI.envelope, names={"prompt": "input", "max_tokens": "max_output_tokens"})
+RESPONSES = Dialect(
+    "responses", OPENAI.envelope, names={"prompt": "input", "max_tokens": "max_output_tokens"}
+)
 _UNSUPPORTED = ("conversation", "prompt", "background")
 _ECHOED = ("metadata", "text", "tools", "tool_choice")
 _LOGPROBS = "message.output_text.logprobs"
@@ -114,7 +116,9 @@ async def delete(exchange: Exchange) -> None:
 def _stored(exchange: Exchange, response_id: str) -> StoredResponse:
     stored = exchange.context.responses.find(response_id, exchange.tenant)
     if stored is None:
-        raise NotFound(f"Response with id '{response_id[:80]}' not found.", param="id", code="response_not_found")
+        raise NotFound(
+            f"Response with id '{response_id[:80]}' not found.", param="id", code="response_not_found"
+        )
     return stored
 
 

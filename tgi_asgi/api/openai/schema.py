@@ -13,7 +13,6 @@ from msgspec import Meta, Struct
 
 from tgi_asgi.api.parse import range_of
 
-
 Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
 Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
 Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]

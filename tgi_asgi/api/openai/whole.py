@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,16 @@ def text_completion(
         body["choices"].append(choice)
     body["usage"] = identity.usage(num_generated)
     return body
+
+
+def likeliest(choices: Choices, n: int) -> list[Sequence[TokenEvent]]:
+    """Return the n choices of the highest mean log-probability, best first."""
+    return sorted(choices, key=_mean_logprob, reverse=True)[:n]
+
+
+def _mean_logprob(events: Sequence[TokenEvent]) -> float:
+    values = [event.logprob for event in events if event.logprob is not None]
+    return math.fsum(values) / len(values) if values else -math.inf
 
 
 def _text(events: Sequence[TokenEvent]) -> str:

@@ -51,7 +51,7 @@ async def _answer(exchange: Exchange, work: Callable[[bytes, Served, Settings], 
     served = context.ready()
     body = await exchange.read_body()
     with Permits(exchange, served.engine, 1):
-        answer = await context.in_thread(work, body, served, context.settings)
+        answer = await context.in_counting_thread(work, body, served, context.settings)
     await exchange.respond(200, answer)
 
 
@@ -68,7 +68,7 @@ def _prompt_count(body: bytes, served: Served, settings: Settings) -> bytes:
 
 
 def _chat_count(body: bytes, served: Served, settings: Settings) -> bytes:
-    return _count(chat_prompt(_chat(body), served, settings).ids, served)
+    return _count(chat_prompt(_chat(body), served, settings, is_bounded=False).ids, served)
 
 
 def _chat_tokens(body: bytes, served: Served, settings: Settings) -> bytes:

@@ -230,4 +230,3 @@ def _require(holds: bool, message: str, field: str) -> None:
 def _refuse(message: str, field: str) -> NoReturn:
     path = field if field == "inputs" else f"parameters.{field}"
     raise InvalidRequest(message, param=path)
-

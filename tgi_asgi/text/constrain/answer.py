@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools.reasoning import ReasoningStyle
 from tgi_asgi.text.tools.base import Mark, ToolFormat, ToolSpec
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 _ANY = r"/(.|\n)*/"
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.tools.reasoning import ReasoningStyle
 from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, ToolSpec
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 
 class ReplyParser:

@@ -15,8 +15,8 @@ from tests.support.scripted_engine import (
     say,
     scripted_app,
 )
+from tgi_asgi.api import sse
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, Overloaded, TgiError
-from tgi_asgi.http import sse
 from tgi_asgi.types import FinishReason, TokenEvent
 
 STREAM = {"messages": [{"role": "user", "content": "hi"}], "stream": True}

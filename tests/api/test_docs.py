@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from starlette.routing import Route
+from tgi_asgi.http import cloud, docs, health, info, openai, tgi, tokenize
+from tgi_asgi.http.openapi import OPERATIONS
+from tgi_asgi.http.routing import EXCHANGE
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tgi_asgi.errors import MethodNotAllowed
-from tgi_asgi.http import cloud, docs, health, info, openai, tgi, tokenize
-from tgi_asgi.http.openapi import OPERATIONS
-from tgi_asgi.http.routing import EXCHANGE
 from tgi_asgi.settings import Settings
 
 

@@ -7,10 +7,10 @@ import threading
 from typing import Any
 
 import pytest
+from tgi_asgi.http import asgi, openai_chat
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
-from tgi_asgi.http import asgi, openai_chat
 from tgi_asgi.settings import Settings
 
 CHAT = "/v1/chat/completions"

@@ -7,11 +7,11 @@ import logging
 
 import pytest
 
-from tests.http.test_sockets import CHAT, HI, Connection, endless
+from tests.api.test_sockets import CHAT, HI, Connection, endless
 from tests.support.asgi import events_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
-from tgi_asgi.http import sse
+from tgi_asgi.api import sse
 
 NUM_STALLED = 25
 MAX_WAITING = 100

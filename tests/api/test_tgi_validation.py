@@ -6,14 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
+from tgi_asgi.http.tgi_grammar import native_grammar
+from tgi_asgi.http.tgi_validation import NativeLimits, check_parameters, plan_request, to_generation
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
+from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.tgi.schema import GENERATE, Grammar
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.http.parse import decode_json
-from tgi_asgi.http.tgi_grammar import native_grammar
-from tgi_asgi.http.tgi_schema import GENERATE, Grammar
-from tgi_asgi.http.tgi_validation import NativeLimits, check_parameters, plan_request, to_generation
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, LogprobsMode
 

@@ -8,11 +8,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.http.test_fuzz import ANYTHING, SCALARS, bodies
+from tests.api.test_fuzz import ANYTHING, SCALARS, bodies
 from tests.support.fuzzing import survive
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
-from tgi_asgi.http.messages_request import MessagesRequest
-from tgi_asgi.http.responses_request import ResponsesRequest
+from tgi_asgi.api.anthropic.request import MessagesRequest
+from tgi_asgi.api.openai.response_input import ResponsesRequest
 from tgi_asgi.settings import Settings
 
 TEXT = st.text(max_size=5)

@@ -8,11 +8,11 @@ from tests.support.client import client_of
 from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
+from tgi_asgi.api.context import Served
 from tgi_asgi.app import create_app
 from tgi_asgi.engine.engine import Engine
-from tgi_asgi.http.context import Served
+from tgi_asgi.engine.stats import Histogram
 from tgi_asgi.observe.lag import INTERVAL_S, LoopLag
-from tgi_asgi.observe.prometheus import Histogram
 from tgi_asgi.settings import Settings
 
 

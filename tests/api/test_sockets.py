@@ -16,8 +16,8 @@ import pytest
 from tests.support.asgi import events_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
+from tgi_asgi.api import sse
 from tgi_asgi.errors import TgiError
-from tgi_asgi.http import sse
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import TokenEvent
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.asgi import events_of
 from tests.support.fuzzing import survive
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
-from tgi_asgi.http.tgi_schema import GenerateParameters
+from tgi_asgi.api.tgi.schema import GenerateParameters
 from tgi_asgi.settings import Settings
 
 SCALARS = st.one_of(

@@ -15,9 +15,9 @@ import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
+from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.http.context import Served
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState
 

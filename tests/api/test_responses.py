@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.http.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
+from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
 from tgi_asgi.errors import GenerationFailed

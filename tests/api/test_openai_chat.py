@@ -11,8 +11,8 @@ from tests.support.asgi import Call, request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
 from tests.support.toy_tokenizer import EOS
+from tgi_asgi.api.openai.schema import ChatRequest
 from tgi_asgi.errors import GenerationFailed, Overloaded
-from tgi_asgi.http.openai_schema import ChatRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, LogprobsMode
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tgi_asgi import errors
-from tgi_asgi.http.errors import _RULES, Dialect, envelope, error_event, headers_of, status_of
+from tgi_asgi.api.errors import _RULES, Dialect, envelope, error_event, headers_of, status_of
 
 
 def every_class() -> list[type[errors.TgiError]]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.support.asgi import events_of, request, send
 from tests.support.scripted_engine import LOGPROB, ScriptedChannel, ScriptedEngine, say, scripted_app
 from tests.support.toy_tokenizer import ToyTokenizer
+from tgi_asgi.api.openai.logprobs import ChatLogprobs, CompletionLogprobs, TokenNames
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.errors import TgiError
-from tgi_asgi.http.openai_logprobs import ChatLogprobs, CompletionLogprobs, TokenNames
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.types import FinishReason, StopConditions, TokenEvent
 

@@ -10,7 +10,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.http.test_openai_tools import CALLS, CITY, THINKING, app_of
+from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
 from tests.support.serving import serving

@@ -1,0 +1,118 @@
+"""What machines and people ask a server about itself: whether it is well, what it serves, how it does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import msgspec
+
+import tgi_asgi
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.tgi.schema import Info
+from tgi_asgi.observe.prometheus import CONTENT_TYPE
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import EngineState, ModelInfo
+
+_TEXT = b"text/plain; charset=utf-8"
+
+
+async def health(exchange: Exchange) -> None:
+    """Answer 200 with an empty body while requests can be served, else 503 with the reason in JSON."""
+    context = exchange.context
+    await _report(exchange, context.state is EngineState.READY)
+
+
+async def live(exchange: Exchange) -> None:
+    """Answer 200 unless only a restart would help: a model that loads, or a drain, is no reason for one."""
+    await _report(exchange, exchange.context.state is not EngineState.DEAD)
+
+
+async def ready(exchange: Exchange) -> None:
+    """Answer as `/health`, but 503 from SIGTERM on, while requests are still taken."""
+    context = exchange.context
+    await _report(exchange, context.state is EngineState.READY and not context.is_leaving)
+
+
+async def _report(exchange: Exchange, is_well: bool) -> None:
+    if is_well:
+        await exchange.respond(200, b"", _TEXT)
+        return
+    context = exchange.context
+    progress = msgspec.to_builtins(context.progress) if context.state is EngineState.LOADING else None
+    state = EngineState.DRAINING if context.is_leaving else context.state
+    payload = {
+        "error": "unhealthy", "error_type": "healthcheck", "state": state.value, "progress": progress
+    }  # fmt: skip
+    await exchange.respond_json(payload, 503, [(b"retry-after", b"2")])
+
+
+async def info(exchange: Exchange) -> None:
+    """Answer with the model and the limits."""
+    served = exchange.context.ready()
+    payload = describe(exchange.context.settings, served.info)
+    await exchange.respond(200, msgspec.json.encode(payload))
+
+
+async def tokenizer_info(exchange: Exchange) -> None:
+    """Answer with the special tokens and the chat template, as lm-eval's remote tokenizer wants them."""
+    served = exchange.context.ready()
+    tokenizer, template = served.tokenizer, served.chat_template
+    special = {
+        f"{name}_token": tokenizer.special_tokens.get(f"{name}_token")
+        for name in ("bos", "eos", "pad", "unk")
+    }
+    await exchange.respond_json(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **special,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "add_bos_token": tokenizer.adds_bos,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": served.info.max_total_tokens,
+            "chat_template": template.source if template else None,
+        }
+    )
+
+
+async def metrics(exchange: Exchange) -> None:
+    """Answer with the metrics; while the model loads as well."""
+    context = exchange.context
+    stats = context.served.stats if context.served else None
+    await exchange.respond(200, context.metrics.render(stats), CONTENT_TYPE)
+
+
+async def engine(exchange: Exchange) -> None:
+    """Answer with permits, blocks and sequences, also while the engine drains or is dead; without texts."""
+    context = exchange.context
+    served = context.served or context.ready()
+    payload = served.engine.describe() | {"state": context.state.value, "tasks": len(asyncio.all_tasks())}
+    await exchange.respond_json(payload)
+
+
+def describe(settings: Settings, model: ModelInfo) -> Info:
+    """Return `/info`'s payload."""
+    limits = Limits.of(settings, is_tgi=True)
+    return Info(
+        model_id=model.model_id,
+        model_sha=model.revision,
+        model_pipeline_tag="text-generation",
+        model_dtype=model.dtype,
+        model_device_type=model.device.partition(":")[0],
+        max_concurrent_requests=settings.max_concurrent_requests,
+        max_best_of=limits.best_of,
+        max_stop_sequences=limits.stops,
+        max_input_tokens=model.max_input_tokens,
+        max_total_tokens=model.max_total_tokens,
+        validation_workers=settings.validation_workers,
+        max_client_batch_size=Limits.of(settings, is_tgi=settings.tgi_compat).prompts,
+        max_batch_total_tokens=model.kv_tokens,
+        max_batch_size=settings.max_batch_size,
+        # Dashboards and clients ask for this name; `version` is ours.
+        router="text-generation-router",
+        version=tgi_asgi.__version__,
+        sha=None,
+        docker_label=os.environ.get("DOCKER_LABEL"),
+    )
