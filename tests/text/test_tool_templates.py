@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tgi_asgi.text.chat.template import ChatTemplate
-from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.text.tools import CallArguments, CallStart, ToolSpec, choose_format, shorten_ids
+from tgi_asgi.text.tools.reply import ReplyParser
 
 # ruff: noqa: E501, RUF001  # a line break would be part of the prompt; the bars are DeepSeek's own
 TEMPLATES = {
