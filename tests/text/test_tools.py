@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -358,7 +359,50 @@ def test_a_condition_on_all_arguments_together_is_refused_by_name_where_it_canno
     schema = {**PARAMETERS, "dependentRequired": {"a": ["b"]}}
     with pytest.raises(InvalidRequest, match="dependentRequired"):
         answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("f", schema)], must_call=True))
-    assert answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("f", schema, is_strict=False)]))
+    grammar = answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("f", schema, is_strict=False)]))
+    assert grammar is not None
+    assert grammar.ignored == ("dependentRequired",)
+
+
+@names
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"enum": ["x" * 200_000]}}},
+        {"properties": {"a": {"type": "strin"}}, "required": True},
+        {"properties": {"a": {"$ref": "#/$defs/absent"}}},
+    ],
+)
+def test_one_tool_whose_schema_cannot_be_had_is_free_and_named_unless_it_is_strict(
+    compiler: GrammarCompiler, name: str, parameters: dict[str, Any]
+) -> None:
+    specs = [*SPECS, ToolSpec("big", parameters, is_strict=False)]
+    grammar = answer_grammar(
+        sources.json_schema({"type": "array", "uniqueItems": True}, is_strict=False),
+        ToolUse(FORMATS[name], specs),
+    )
+    assert grammar is not None
+    assert grammar.ignored == ("tools.big", "uniqueItems")
+    assert accepts(compiler, grammar, TWO_CALLS[name])
+    short = re.sub(r', "?s"?[:=] ?"}\\"<"|<parameter=s>\n}"<\n</parameter>\n', "", TWO_CALLS[name])
+    assert accepts(compiler, grammar, re.sub(r"\bf\b", "big", short))
+    with pytest.raises(InvalidRequest):
+        wanted = answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("big", parameters)]))
+        assert wanted is not None
+        compiler.compile(wanted)
+
+
+@names
+def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompiler, name: str) -> None:
+    schema = {"properties": {"a": {"type": "integer"}, "b": {"type": "boolean", "enum": [True]}}}
+    grammar = answer_grammar(
+        None, ToolUse(FORMATS[name], [ToolSpec("f", schema), ToolSpec("g", None)], must_call=True)
+    )
+    assert grammar is not None
+    for value, is_allowed in (("true", True), ("false", False)):
+        text = TWO_CALLS[name].replace('"s": "}\\"<"', f'"b": {value}').replace('s="}\\"<"', f"b={value}")
+        text = text.replace('<parameter=s>\n}"<', f"<parameter=b>\n{value}")
+        assert accepts(compiler, grammar, text) == is_allowed
 
 
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:

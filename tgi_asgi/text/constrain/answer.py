@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools.base import Mark, ToolFormat, ToolSpec
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import Mark, ToolFormat
 from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 _ANY = r"/(.|\n)*/"
@@ -43,11 +44,12 @@ def answer_grammar(
         mark: how markers are written: some tokenizers have tokens of their own for them.
 
     Raises:
-        InvalidRequest: a schema is too large.
+        InvalidRequest: a strict schema is too large, or cannot be enforced.
     """
     if content is None and tools is None:
         return None
-    body, rules = _body(content, tools, mark)
+    arguments = [ToolArguments(spec) for spec in tools.specs] if tools is not None else []
+    body, rules = _body(content, tools, arguments, mark)
     if reasoning is not None:
         opening = "" if is_reasoning_open else mark(reasoning.start)
         optional = "" if is_reasoning_open else "?"
@@ -62,16 +64,19 @@ def answer_grammar(
         rules.append(f"body: {body}")
         body = f"reasoning{optional} body"
     named = (("answer", content.lark), *content.parts) if content is not None else ()
-    return GrammarSource("\n".join([f"start: {body}", *rules]), named)
+    ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
+    return GrammarSource("\n".join([f"start: {body}", *rules]), named, tuple(sorted(ignored)))
 
 
-def _body(content: GrammarSource | None, tools: ToolUse | None, mark: Mark) -> tuple[str, list[str]]:
+def _body(
+    content: GrammarSource | None, tools: ToolUse | None, arguments: Sequence[ToolArguments], mark: Mark
+) -> tuple[str, list[str]]:
     """Return what follows the reasoning, and the rules that it needs."""
     if tools is None:
         return "@answer", []
     kind = tools.format
     marker = mark(kind.marker) if kind.marker else ""
-    rules = [kind.rules(tools.specs, mark, is_parallel=tools.is_parallel)]
+    rules = [kind.rules(arguments, mark, is_parallel=tools.is_parallel)]
     if tools.must_call:
         return f"{marker} calls", rules
     if content is not None:

@@ -8,7 +8,6 @@ looks at all the text that must follow (15 us for 100 characters): behind a slow
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections import OrderedDict, deque
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.reason import reason_of
 from tgi_asgi.text.constrain.source import GrammarSource
 
 MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
@@ -135,7 +135,7 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """What went wrong: the grammar is too complex here, or was given a token that it does not allow."""
-        return _reason(self._backend.get_error()) if self._backend.is_error() else None
+        return reason_of(self._backend.get_error()) if self._backend.is_error() else None
 
     @property
     def is_ended(self) -> bool:
@@ -224,7 +224,7 @@ def _make_matcher(backend: Any, text: str) -> Any:
     )
     matcher = LLMatcher(backend, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise InvalidRequest(f"grammar is not valid: {_reason(matcher.get_error())}")
+        raise InvalidRequest(f"grammar is not valid: {reason_of(matcher.get_error())}")
     return matcher
 
 
@@ -259,30 +259,3 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
-
-
-_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
-_WORDS = (
-    (re.compile(r"^Unimplemented keys: "), "keywords that cannot be enforced: "),
-    (
-        re.compile(r"^oneOf constraints are not supported.*"),
-        "`oneOf` of schemas that one value may match together",
-    ),
-    (re.compile(r"^NoExtension(Bias)?$"), "no text can match it"),
-    (re.compile(r"^min/maxProperties"), "`minProperties` and `maxProperties` are"),
-    (re.compile(r"^Unknown format: (.*)"), r"`format` \1 cannot be enforced"),
-)
-
-
-def _reason(message: str) -> str:
-    """Return what the compiler's message says, on one line, keywords in the words of JSON Schema."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if not lines:
-        return "unknown error"
-    reason = _PLACE.sub("", lines[0])
-    if reason.endswith("regex parse error:"):  # the pattern follows, then the place, then the reason
-        cause = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
-        reason = f"the regex (`pattern`) {''.join(lines[1:2])} is not supported: {cause}"
-    for pattern, words in _WORDS:
-        reason = pattern.sub(words, reason)
-    return reason[:300]

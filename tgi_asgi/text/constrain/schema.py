@@ -1,113 +1,173 @@
-"""What llguidance reads otherwise than JSON Schema 2020-12 means it, put right before a schema is compiled.
+"""A JSON schema as llguidance can hold an answer to it, and the keywords of it that nothing can be held to.
 
-Every change keeps to the schema: what the changed one allows, the original does, too.
+    schema, ignored = enforceable(schema, is_strict=False)
+
+What llguidance reads otherwise than JSON Schema 2020-12 means it is put right: what the result allows, the
+keywords that are left in it do, too. As deep as the schema: check its depth before.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from decimal import Decimal
-from itertools import combinations
-from typing import Any, TypeGuard
+from typing import Any
 
-# All others are annotations of somebody's tools (OpenAPI's `password`, Kubernetes' `int-or-string`), which no
-# answer can violate. Those that the standard has and the compiler lacks are refused by it.
-_FORMATS = frozenset(
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.exact import count, is_exact, is_number, is_small_multiple, nudge_bounds
+from tgi_asgi.text.constrain.exclusive import are_disjoint
+from tgi_asgi.text.constrain.reason import problem_of, warnings_of
+
+# No leap seconds: whether one is valid depends on the time zone.
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+_DATE = (
+    r"(?:\d{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
+    r"|02-(?:0[1-9]|1\d|2[0-8]))"
+    r"|(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+_PATTERNS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}[Tt]{_TIME}"}  # its own know no leap years
+_CONTROLS = re.compile(r"[\x00-\x1f]|\\(?:x[01]|u00[01]|c)")  # of a literal that is one the compiler drops it
+_FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+_UNENFORCEABLE = frozenset(
     {
-        "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4",
-        "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer",
-        "relative-json-pointer", "regex",
+        "not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "dependencies",
+        "dependentRequired", "dependentSchemas", "propertyNames", "unevaluatedItems", "unevaluatedProperties",
+        "$dynamicRef", "$recursiveRef",
     }
 )  # fmt: skip
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_VALUES = ("const", "enum", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _DATA = ("const", "enum", "default", "examples")  # what looks like a schema in these is none
 _OF_OTHERS = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "propertyNames"}
 )
 _BRANCHES = frozenset({"anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "dependentSchemas"})
-_MAX_BRANCHES = 50  # of a `oneOf`: each is compared with each
-_NUDGE = Decimal("0.000001")
+_IN_WARNINGS = {"oneOf": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties")}
 
 
-def adapt(schema: Any) -> Any:
-    """Return a schema that the compiler understands; it may share parts with the given one.
+def enforceable(schema: Mapping[str, Any], *, is_strict: bool) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return a schema that the compiler understands, and the names of the keywords that it leaves out.
 
     Objects that list their properties and say nothing of others get no others: the schema would allow any,
-    and a model that begins to invent some finds no end. As deep as the schema: check its depth before.
+    and a model that begins to invent some finds no end. The result may share parts with the given schema.
+
+    Args:
+        is_strict: refuse a schema of which a keyword would be left out.
+
+    Raises:
+        InvalidRequest: it is strict and not all of it can be enforced, or no answer can match it.
     """
-    return _adapt(schema, closes=not _combines(schema))
+    adapter = _Adapter(schema, is_strict=is_strict)
+    result: dict[str, Any] = adapter.adapt(schema)
+    if is_strict:
+        if adapter.left_out:
+            raise InvalidRequest(f"cannot be enforced: {', '.join(adapter.left_out.values())[:300]}")
+        return result, frozenset()
+    ignored = set(adapter.left_out)
+    for warning in warnings_of(result):  # of what only the compiler can see
+        for start, names in _IN_WARNINGS.items():
+            ignored.update(names if warning.startswith(start) else ())
+    return result, frozenset(ignored & adapter.keywords)
 
 
-def _adapt(schema: Any, *, closes: bool) -> Any:
-    if isinstance(schema, list):
-        return [_adapt(item, closes=closes) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    result: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _BY_NAME and isinstance(value, Mapping):
-            result[key] = {name: _adapt(item, closes=closes) for name, item in value.items()}
-        else:
-            result[key] = value if key in _DATA else _adapt(value, closes=closes)
-    if isinstance(result.get("format"), str) and result["format"] not in _FORMATS:
-        del result["format"]
-    if result.get("uniqueItems") is False:
-        del result["uniqueItems"]
-    _nudge(result, "Minimum", 1)
-    _nudge(result, "Maximum", -1)
-    if closes and _is_listed(result):
-        result["additionalProperties"] = False
-    branches = result.get("oneOf")
-    if "anyOf" not in result and isinstance(branches, list) and _are_disjoint(branches):
-        result["anyOf"] = result.pop("oneOf")
-    return result
+class _Adapter:
+    """Adapts the schemas of one document.
 
-
-def _are_disjoint(branches: list[Any]) -> bool:
-    """Tell whether no value matches two of the branches, so that `oneOf` is `anyOf`.
-
-    The compiler sees that of strings and types by itself, but not of numbers and of properties.
+    Attributes:
+        left_out: what was left out, by keyword, each in words for the client.
+        keywords: all that were met.
     """
-    return len(branches) <= _MAX_BRANCHES and all(
-        _excludes(first, second) or _excludes(second, first) for first, second in combinations(branches, 2)
-    )
+
+    def __init__(self, document: Mapping[str, Any], *, is_strict: bool) -> None:
+        self.left_out: dict[str, str] = {}
+        self.keywords: set[str] = set()
+        self._closes = not _combines(document)
+        self._is_strict = is_strict
+
+    def adapt(self, schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [self.adapt(item) for item in schema]
+        if not isinstance(schema, Mapping):
+            return schema
+        self.keywords |= schema.keys()
+        result: dict[str, Any] = {}
+        for key, value in schema.items():
+            if key in _BY_NAME and isinstance(value, Mapping):
+                result[key] = {name: self.adapt(item) for name, item in value.items()}
+            else:
+                result[key] = value if key in _DATA else self.adapt(value)
+        self._leave_out(result)
+        _put_right(result)
+        if self._closes and _is_listed(result):
+            result["additionalProperties"] = False
+        self._bound_below(result)
+        return result
+
+    def _leave_out(self, schema: dict[str, Any]) -> None:
+        """Take from one schema what cannot be enforced."""
+        if schema.get("uniqueItems") is False:
+            del schema["uniqueItems"]
+        for name in sorted(_UNENFORCEABLE & schema.keys()):
+            self._drop(schema, name)
+        for name in _VALUES:
+            if name in schema and not is_exact(schema[name]):
+                self._drop(schema, name, "of what cannot be written exactly")
+        if is_number(step := schema.get("multipleOf")) and not is_small_multiple(step):
+            self._drop(schema, "multipleOf", f"{step}: at most 4 significant digits are")
+        form = schema.get("format")
+        if isinstance(form, str) and form not in _FORMATS and form not in _PATTERNS:
+            self._drop(schema, "format", form)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#") and not self._is_strict:
+            self._drop(schema, "$ref", reference)  # it may name an `$id`, which the compiler knows
+        pattern, names = schema.get("pattern"), schema.get("patternProperties")
+        if isinstance(pattern, str):
+            problem = problem_of({"type": "string", "pattern": pattern}) or (
+                _CONTROLS.search(pattern) and "control characters cannot be written"
+            )
+            if problem:
+                self._drop(schema, "pattern", f"{pattern}: {problem}")
+        if isinstance(names, Mapping):
+            problem = problem_of({"patternProperties": dict.fromkeys(names, True)})
+            if problem:
+                self._drop(schema, "patternProperties", problem)
+            if problem and "additionalProperties" in schema:  # these are all but the ones left out
+                self._drop(schema, "additionalProperties")
+
+    def _bound_below(self, schema: dict[str, Any]) -> None:
+        """Ask an open object for one property more than it requires at most: two may have the same name."""
+        least, required = schema.get("minProperties"), schema.get("required")
+        most = 1 + (len(set(map(str, required))) if isinstance(required, list) else 0)
+        is_closed = schema.get("additionalProperties") is False and "patternProperties" not in schema
+        if isinstance(least, int) and least > most and not is_closed:
+            self._drop(schema, "minProperties", f"{least} of an object whose properties are not all listed")
+            schema["minProperties"] = most
+
+    def _drop(self, schema: dict[str, Any], name: str, why: str = "") -> None:
+        del schema[name]
+        self.left_out.setdefault(name, f"`{name}` {why}".rstrip()[:200])
 
 
-def _excludes(first: Any, second: Any) -> bool:
-    """Tell whether an object that matches the first schema cannot match the second one."""
-    if not (_is_object(first) and _is_object(second)):
-        return False
-    known = second.get("properties", {})
-    is_closed = second.get("additionalProperties") is False and "patternProperties" not in second
-    for name in first.get("required", ()):
-        if name not in known and is_closed:
-            return True
-        own, other = _values(first["properties"].get(name)), _values(known.get(name))
-        if own is not None and other is not None and not own & other and name in second.get("required", ()):
-            return True
-    return False
-
-
-def _is_object(schema: Any) -> bool:
-    return (
-        isinstance(schema, Mapping)
-        and schema.get("type") == "object"
-        and isinstance(schema.get("properties"), Mapping)
-        and isinstance(required := schema.get("required", []), list)
-        and all(isinstance(name, str) for name in required)
-    )
-
-
-def _values(schema: Any) -> set[str] | None:
-    """Return the constants that a schema allows, as texts that are equal where JSON's values are; or None."""
-    if not isinstance(schema, Mapping):
-        return None
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(values, list) or any(isinstance(value, Mapping | list) for value in values):
-        return None
-    return {
-        str(float(value)) if _is_number(value) and abs(value) < 2**53 else repr(value) for value in values
-    }
+def _put_right(schema: dict[str, Any]) -> None:
+    """Say what one schema says in the way in which the compiler understands it."""
+    schema.pop("$schema", None)  # keywords that an old draft lacks are meant, too
+    schema.pop("$recursiveAnchor", None)
+    if "$dynamicAnchor" in schema:  # where no `$dynamicRef` is
+        schema.setdefault("$anchor", schema.pop("$dynamicAnchor"))
+    if not isinstance(schema.get("items"), list):
+        schema.pop("additionalItems", None)  # it would hide `prefixItems`
+    for name in _COUNTS:
+        if name in schema:
+            schema[name] = count(schema[name])
+    pattern = _PATTERNS.get(form) if isinstance(form := schema.get("format"), str) else None
+    if pattern is not None:
+        del schema["format"]
+        own, others = {"pattern": f"^(?:{pattern})$"}, schema.get("allOf", [])
+        schema |= {"allOf": [*others, own]} if "pattern" in schema else own
+    nudge_bounds(schema)
+    branches = schema.get("oneOf")
+    if "anyOf" not in schema and isinstance(branches, list) and are_disjoint(branches):
+        schema["anyOf"] = schema.pop("oneOf")
 
 
 def _is_listed(schema: Mapping[str, Any]) -> bool:
@@ -133,22 +193,3 @@ def _combines(schema: Any) -> bool:
         or ("properties" in schema and _BRANCHES & schema.keys())
         or any(_combines(value) for key, value in schema.items() if key not in _DATA)
     )
-
-
-def _nudge(schema: dict[str, Any], bound: str, direction: int) -> None:
-    """Move a whole exclusive bound a little away from zero where the other one is less than 1 beyond it.
-
-    llguidance 1.9 allows the bound itself then: 7 where a number has to be above 7 and at most 7.5.
-    """
-    limit = schema.get(f"exclusive{bound}")
-    facing = ("maximum", "exclusiveMaximum") if direction > 0 else ("minimum", "exclusiveMinimum")
-    others = [value for name in facing if _is_number(value := schema.get(name))]
-    if not _is_number(limit) or limit % 1 != 0 or direction * limit < 0:
-        return
-    if any(abs(other - limit) < 1 for other in others):
-        nudged = float(Decimal(int(limit)) + direction * _NUDGE)
-        schema[f"exclusive{bound}"] = nudged
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.schema import adapt
+from tgi_asgi.text.constrain.schema import enforceable
 
 MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
 MAX_DEPTH = 64  # of a schema; the compiler itself stops at 128
 MAX_REFERENCES = 512  # the compiler recurses along chains of them: 5,000 overflow its stack
 MAX_PROPERTIES = 1_000  # in a schema; compiling is quadratic in those of an object: 9,000 take 7 s
 MAX_CONJUNCTS = 8  # regexes that must match together: time and memory are exponential in them
-MAX_MULTIPLE = 10_000  # `multipleOf` becomes an automaton with that many states
 
 COMPACT: Mapping[str, Any] = {"whitespace_flexible": False}
 SPACED: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Without \u0000: a property's name that is written so would pass for one that the schema does not list.
+_ESCAPES: Mapping[str, Any] = {"json_allowed_escapes": 'nrbtf\\"'}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,12 @@ class GrammarSource:
     Attributes:
         lark: rules in llguidance's dialect, beginning with `start`.
         parts: further grammars, which the rules name as `@<name>`.
+        ignored: keywords of schemas that it does not enforce, sorted.
     """
 
     lark: str
     parts: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -44,29 +47,35 @@ class GrammarSource:
         return json.dumps({"grammars": [{"lark_grammar": self.lark}, *named]})
 
 
-def json_schema(schema: Mapping[str, Any], *, is_lenient: bool = False) -> GrammarSource:
+def json_schema(schema: Mapping[str, Any] | bool, *, is_strict: bool = True) -> GrammarSource:
     """Constrain to JSON of a schema, without whitespace between tokens, properties in the schema's order.
 
     Args:
-        is_lenient: leave out keywords that cannot be enforced, instead of refusing them when compiled.
+        is_strict: refuse keywords that cannot be enforced, instead of naming them as ignored.
 
     Raises:
-        InvalidRequest: the schema is too large or too deep.
+        InvalidRequest: the schema is too large or too deep, cannot be matched, or not be enforced.
     """
-    return GrammarSource("start: " + inline_json(schema, COMPACT, is_lenient=is_lenient))
+    text, ignored = inline_json(schema, COMPACT, is_strict=is_strict)
+    return GrammarSource("start: " + text, ignored=tuple(sorted(ignored)))
 
 
-def inline_json(schema: Mapping[str, Any], separators: Mapping[str, Any], *, is_lenient: bool = False) -> str:
-    """Return a schema as an expression inside a rule; raises as `json_schema`.
+def inline_json(
+    schema: Mapping[str, Any] | bool, separators: Mapping[str, Any], *, is_strict: bool = True
+) -> tuple[str, frozenset[str]]:
+    """Return a schema as an expression inside a rule, and the keywords it ignores; raises as `json_schema`.
 
     One that lists properties but gives no type describes an object, as in TGI's guides; by the letter of
     JSON Schema it would allow numbers, too.
     """
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
     check_schema(schema)
     if "properties" in schema and "type" not in schema:
         schema = {"type": "object", **schema}
-    options = {**separators, "lenient": True} if is_lenient else separators
-    return "%json " + json.dumps({**adapt(schema), "x-guidance": options})
+    adapted, ignored = enforceable(schema, is_strict=is_strict)
+    options = {**separators, **_ESCAPES, "lenient": not is_strict}
+    return "%json " + json.dumps({**adapted, "x-guidance": options}), ignored
 
 
 def any_object() -> GrammarSource:
@@ -141,8 +150,6 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         has_conjunction |= key == "allOf"
         if key in ("properties", "patternProperties") and isinstance(value, Mapping):
             num_properties += len(value)
-        if key == "multipleOf" and isinstance(value, int | float) and not _is_small_multiple(value):
-            raise InvalidRequest(f"`multipleOf` has at most 4 significant digits, got {value}")
     if has_conjunction and num_patterns > MAX_CONJUNCTS:
         raise InvalidRequest(f"a JSON schema with `allOf` has at most {MAX_CONJUNCTS} `pattern`s")
     if num_properties > MAX_PROPERTIES:
@@ -150,13 +157,6 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     if num_references > MAX_REFERENCES:
         raise InvalidRequest(f"a JSON schema has at most {MAX_REFERENCES} `$ref`s, got {num_references}")
     _check_size(json.dumps(schema))
-
-
-def _is_small_multiple(value: float) -> bool:
-    if isinstance(value, int):
-        return abs(value) <= MAX_MULTIPLE
-    digits = f"{value:.12g}".replace(".", "").replace("-", "").lstrip("0")
-    return "e" not in digits and int(digits or "0") <= MAX_MULTIPLE
 
 
 def _walk(schema: object) -> Iterator[tuple[int, str | None, object]]:

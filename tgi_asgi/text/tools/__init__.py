@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import (
     CallArguments,
     CallParser,
@@ -11,7 +12,6 @@ from tgi_asgi.text.tools.base import (
     Piece,
     Reasoning,
     ToolFormat,
-    ToolSpec,
 )
 from tgi_asgi.text.tools.deepseek import DeepSeekFormat, DeepSeekV31Format
 from tgi_asgi.text.tools.generic import add_tool_prompt, generic_prompt, spell_out

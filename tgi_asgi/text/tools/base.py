@@ -6,35 +6,12 @@ A format is one file with one `ToolFormat`; `__init__.py` lists them all.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.source import SPACED, inline_json, literal
-
-_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-@dataclass(frozen=True, slots=True)
-class ToolSpec:
-    """A function that may be called.
-
-    `is_strict`: a keyword of its parameters that cannot be enforced refuses the request.
-    """
-
-    name: str
-    parameters: Mapping[str, Any] | None
-    is_strict: bool = True
-
-    @property
-    def schema(self) -> Mapping[str, Any]:
-        """The schema of its arguments, which are always an object."""
-        return {"type": "object", **self.parameters} if self.parameters else _NO_ARGUMENTS
-
-    def arguments(self) -> str:
-        """Return the arguments as an expression of a grammar, spaced as models have learned to write JSON."""
-        return inline_json(self.schema, SPACED, is_lenient=not self.is_strict)
+from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +77,7 @@ class ToolFormat(Protocol):
     def begins(self, text: str) -> bool | None:
         """Tell, where `marker` is "", whether an answer that begins so is a call; None: not known yet."""
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         """Return grammar rules, of which `calls` is what follows the marker."""
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
@@ -112,51 +89,11 @@ def alternatives(rule: str, expressions: Sequence[str]) -> str:
     return f"{rule}: " + " | ".join(expressions)
 
 
-# What a schema of arguments may say where each is written by itself: nothing that binds them together.
-_OF_EACH = frozenset(
-    {
-        "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id",
-        "$comment", "title", "description", "default", "examples", "strict",
-    }
-)  # fmt: skip
-
-
-def properties_of(tool: ToolSpec) -> Iterator[tuple[str, Any, bool]]:
-    """Yield name, schema and whether it is required of each argument, for formats that write them one by one.
-
-    Raises:
-        InvalidRequest: the tool is strict, and its schema says more than such a format can hold to.
-    """
-    schema = tool.schema
-    beyond = sorted(schema.keys() - _OF_EACH)
-    if tool.is_strict and beyond:
-        raise InvalidRequest(
-            f"`{beyond[0]}` cannot be enforced for the arguments of `{tool.name}` as a whole"
-        )
-    properties: Mapping[str, Any] = schema.get("properties") or {}
-    required = [name for name in schema.get("required") or () if isinstance(name, str)]
-    for name, value in properties.items():
-        yield name, value, name in required
-    for name in required:
-        if name not in properties:
-            yield name, {}, True
-
-
-def value_rule(schema: Any, tool: ToolSpec) -> str:
-    """Return one argument's value as a grammar's expression: JSON, booleans also as Python writes them."""
-    if isinstance(schema, Mapping) and schema.get("type") == "boolean" and "const" not in schema:
-        return '("true" | "false" | "True" | "False")'
-    whole = tool.schema
-    shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
-    described = schema if isinstance(schema, Mapping) else {}
-    return inline_json({**described, **shared}, SPACED, is_lenient=not tool.is_strict)
-
-
-def json_calls(tools: Sequence[ToolSpec], key: str = "arguments") -> str:
+def json_calls(tools: Sequence[ToolArguments], key: str = "arguments") -> str:
     """Return the rule `call`: `{"name": "f", "arguments": {...}}` of one of the tools."""
     heads = [literal(f'{{"name": "{tool.name}", "{key}": ') for tool in tools]
     return alternatives(
-        "call", [f'{head} {tool.arguments()} "}}"' for head, tool in zip(heads, tools, strict=True)]
+        "call", [f'{head} {tool.whole()} "}}"' for head, tool in zip(heads, tools, strict=True)]
     )
 
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 
 from tgi_asgi.text.constrain.source import literal
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, alternatives
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, alternatives
 
 _BEGIN, _END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 _CALLS_END = "<｜tool▁calls▁end｜>"
@@ -32,10 +33,10 @@ class DeepSeekFormat:
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         begin, end = f'{mark(_BEGIN)} "function" {mark(_SEPARATOR)}', mark(_END)
         calls = [
-            rf'{begin} {literal(tool.name)} "\n{_FENCE}\n" {tool.arguments()} "\n```" {end}' for tool in tools
+            rf'{begin} {literal(tool.name)} "\n{_FENCE}\n" {tool.whole()} "\n```" {end}' for tool in tools
         ]
         return _calls(calls, r'"\n"', mark, is_parallel=is_parallel)
 
@@ -51,9 +52,9 @@ class DeepSeekV31Format(DeepSeekFormat):
     def recognises(self, template: str) -> bool:
         return _BEGIN in template and _FENCE not in template
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         calls = [
-            f"{mark(_BEGIN)} {literal(tool.name)} {mark(_SEPARATOR)} {tool.arguments()} {mark(_END)}"
+            f"{mark(_BEGIN)} {literal(tool.name)} {mark(_SEPARATOR)} {tool.whole()} {mark(_END)}"
             for tool in tools
         ]
         return _calls(calls, "", mark, is_parallel=is_parallel)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, json_calls
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, json_calls
 
 
 class HermesFormat:
@@ -21,7 +22,7 @@ class HermesFormat:
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         end = mark("</tool_call>")
         more = rf' ("\n" {mark(self.marker)} "\n" call "\n" {end})*' if is_parallel else ""
         return rf'calls: "\n" call "\n" {end}{more}' + "\n" + json_calls(tools)

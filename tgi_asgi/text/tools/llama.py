@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, ToolSpec, json_calls
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, json_calls
 
 # What tells a call from other JSON, without blanks: what comes before the name, and after it.
 _OPENING = '{"name":"'
@@ -31,7 +32,7 @@ class LlamaFormat:
             return None
         return rest.startswith(_ARGUMENTS)
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         more = ' ("; " call)*' if is_parallel else ""
         return f"calls: call{more}\n{json_calls(tools, 'parameters')}"
 

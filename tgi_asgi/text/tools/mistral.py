@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import (
     CallParser,
     JsonCallParser,
     Mark,
-    ToolSpec,
     alternatives,
     json_calls,
 )
@@ -36,7 +36,7 @@ class MistralFormat:
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         more = ' (", " call)*' if is_parallel else ""
         return f'calls: " "? "[" call{more} "]"\n{json_calls(tools)}'
 
@@ -58,9 +58,9 @@ class MistralArgsFormat:
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         more = f" ({mark(self.marker)} call)*" if is_parallel else ""
-        calls = [f"{literal(tool.name)} {mark(_ARGS)} {tool.arguments()}" for tool in tools]
+        calls = [f"{literal(tool.name)} {mark(_ARGS)} {tool.whole()}" for tool in tools]
         return f"calls: call{more}\n{alternatives('call', calls)}"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:

@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import (
     CallArguments,
     CallParser,
     CallStart,
     Mark,
     Piece,
-    ToolSpec,
     alternatives,
-    properties_of,
-    value_rule,
 )
 
 _HEAD = re.compile(r"\[\s*[\w-]*")
@@ -42,7 +40,7 @@ class PythonicFormat:
             return True
         return None if _HEAD.fullmatch(text) else False
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         more = ' (", " call)*' if is_parallel else ""
         rules = [f'calls: "[" call{more} "]"']
         names = [f"call_{index}" for index in range(len(tools))]
@@ -56,13 +54,13 @@ class PythonicFormat:
         return _PythonicParser()
 
 
-def _keywords(call: str, tool: ToolSpec) -> list[str]:
+def _keywords(call: str, tool: ToolArguments) -> list[str]:
     """Return rules for `a=1, b=2`, properties in order: before the first one (`_first_i`) and after one."""
     rules = []
     end = 0
-    for index, (name, schema, is_required) in enumerate(properties_of(tool)):
+    for index, (name, schema, is_required) in enumerate(tool.each()):
         end = index + 1
-        keyword = f"{literal(name + '=')} {value_rule(schema, tool)} {call}_more_{end}"
+        keyword = f"{literal(name + '=')} {tool.value(schema)} {call}_more_{end}"
         for place, comma in (("first", ""), ("more", '", " ')):
             skipped = "" if is_required else f" | {call}_{place}_{end}"
             rules.append(f"{call}_{place}_{index}: {comma}{keyword}{skipped}")

@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import CONDITIONS, ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import (
     CallArguments,
     CallParser,
     CallStart,
     Mark,
     Piece,
-    ToolSpec,
     alternatives,
-    properties_of,
-    value_rule,
 )
 
 _ANY = r"/(.|\n)*/"
@@ -41,7 +39,7 @@ class QwenXmlFormat:
     def begins(self, text: str) -> bool | None:
         return False  # the marker tells
 
-    def rules(self, tools: Sequence[ToolSpec], mark: Mark, *, is_parallel: bool) -> str:
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         end = mark("</tool_call>")
         more = rf' ("\n" {mark(self.marker)} "\n" call {end})*' if is_parallel else ""
         names = [f"call_{index}" for index in range(len(tools))]
@@ -49,7 +47,7 @@ class QwenXmlFormat:
         is_needed = False
         for name, tool in zip(names, tools, strict=True):
             parts = []
-            for key, schema, is_required in properties_of(tool):
+            for key, schema, is_required in tool.each():
                 head = literal(f"<parameter={key}>\n")
                 if _is_text(schema):
                     value, is_needed = "text_value", True
@@ -68,12 +66,7 @@ class QwenXmlFormat:
 
 def _is_text(schema: Any) -> bool:
     """Tell whether any text is a value: strings without a further condition are written as they are."""
-    return isinstance(schema, Mapping) and schema.get("type") == "string" and not _CONDITIONS & schema.keys()
-
-
-_CONDITIONS = frozenset(
-    {"enum", "const", "pattern", "minLength", "maxLength", "format", "$ref", "anyOf", "oneOf", "allOf"}
-)
+    return isinstance(schema, Mapping) and schema.get("type") == "string" and not CONDITIONS & schema.keys()
 
 
 def _choices(schema: Any) -> list[str] | None:
@@ -86,18 +79,16 @@ def _choices(schema: Any) -> list[str] | None:
     return None
 
 
-def _value(schema: Any, tool: ToolSpec) -> str:
+def _value(schema: Any, tool: ToolArguments) -> str:
     choices = _choices(schema)
-    return " | ".join(map(literal, choices)) if choices else value_rule(schema, tool)
+    return " | ".join(map(literal, choices)) if choices else tool.value(schema)
 
 
 class _XmlParser:
     """Reads calls; text values come out as they are written, others once they are complete."""
 
     def __init__(self, tools: Sequence[ToolSpec]) -> None:
-        self._schemas = {
-            tool.name: {name: schema for name, schema, _ in properties_of(tool)} for tool in tools
-        }
+        self._schemas = {tool.name: tool.properties for tool in tools}
         self._buffer = ""
         self._function: str | None = None
         self._parameter: str | None = None

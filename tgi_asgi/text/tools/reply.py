@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, ToolSpec
+from tgi_asgi.text.tools.arguments import ToolSpec
+from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat
 from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 

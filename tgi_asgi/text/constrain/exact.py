@@ -1,0 +1,67 @@
+"""Numbers and texts of a schema: which of them the compiler takes as they are, and how it has to be told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, TypeGuard
+
+_NUDGE = Decimal("0.000001")
+_MAX_MULTIPLE = 10_000
+_MAX_DIGITS = 15  # of a fraction: the compiler rounds further ones
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")  # only as \u0000, which `inline_json` does not allow
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value is one of JSON's numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_exact(value: object) -> bool:
+    """Tell whether the compiler can write a JSON value without a change; it computes in doubles."""
+    if isinstance(value, str):
+        return _UNWRITABLE.search(value) is None
+    if isinstance(value, Mapping):
+        return all(map(is_exact, value)) and all(map(is_exact, value.values()))
+    if isinstance(value, list):
+        return all(map(is_exact, value))
+    if not is_number(value):
+        return True
+    return abs(value) <= 2**53 and (
+        value % 1 == 0 or len(Decimal(repr(value)).as_tuple().digits) <= _MAX_DIGITS
+    )
+
+
+def is_small_multiple(value: float) -> bool:
+    """Tell whether the automaton of `multipleOf`, which counts in steps of the last digit, stays small."""
+    if isinstance(value, int):
+        return abs(value) <= _MAX_MULTIPLE
+    digits = f"{value:.12g}".replace(".", "").replace("-", "").lstrip("0")
+    return "e" not in digits and int(digits or "0") <= _MAX_MULTIPLE
+
+
+def count(value: Any) -> Any:
+    """Return a number of characters, items or properties as an integer, which 2.0 is, too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def nudge_bounds(schema: dict[str, Any]) -> None:
+    """Put right the exclusive bounds of one schema that the compiler would include."""
+    _nudge(schema, "Minimum", 1)
+    _nudge(schema, "Maximum", -1)
+
+
+def _nudge(schema: dict[str, Any], bound: str, direction: int) -> None:
+    """Move a whole exclusive bound a little away from zero where the other one is less than 1 beyond it.
+
+    llguidance 1.9 allows the bound itself then: 7 where a number has to be above 7 and at most 7.5.
+    """
+    limit = schema.get(f"exclusive{bound}")
+    facing = ("maximum", "exclusiveMaximum") if direction > 0 else ("minimum", "exclusiveMinimum")
+    others = [value for name in facing if is_number(value := schema.get(name))]
+    if not is_number(limit) or limit % 1 != 0 or direction * limit < 0:
+        return
+    if any(abs(other - limit) < 1 for other in others):
+        nudged = float(Decimal(int(limit)) + direction * _NUDGE)
+        schema[f"exclusive{bound}"] = nudged

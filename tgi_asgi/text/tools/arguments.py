@@ -1,0 +1,124 @@
+"""What the arguments of a tool may be: its schema, and expressions of it for the formats' grammars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.source import SPACED, check_schema, inline_json
+
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A function that may be called.
+
+    `is_strict`: a keyword of its parameters that cannot be enforced refuses the request; else it is ignored.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] | None
+    is_strict: bool = True
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The schema of its arguments, which are always an object."""
+        return {"type": "object", **self.parameters} if self.parameters else _NO_ARGUMENTS
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """The schemas of its arguments, by name."""
+        properties = self.schema.get("properties")
+        return properties if isinstance(properties, Mapping) else {}
+
+
+# What may say more of a text or a truth value than its type.
+CONDITIONS = frozenset(
+    {
+        "enum", "const", "pattern", "minLength", "maxLength", "format", "$ref", "$dynamicRef", "anyOf",
+        "oneOf", "allOf", "not", "if",
+    }
+)  # fmt: skip
+# What a schema of arguments may say where each is written by itself: nothing that binds them together.
+_OF_EACH = frozenset(
+    {
+        "type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id",
+        "$comment", "title", "description", "default", "examples", "strict",
+    }
+)  # fmt: skip
+
+
+class ToolArguments:
+    """One tool's arguments as expressions of a grammar, spaced as models have learned to write JSON.
+
+    A schema that is too large, or no schema at all, refuses a strict tool. The arguments of another one are
+    free then, and `ignored` names it: an agent's twenty other tools are still worth a call.
+
+    Attributes:
+        name: the tool's.
+        ignored: keywords that its expressions do not enforce; `tools.<name>` where they enforce none.
+    """
+
+    def __init__(self, spec: ToolSpec) -> None:
+        self.name = spec.name
+        self.ignored: set[str] = set()
+        self._spec = spec
+
+    def whole(self) -> str:
+        """Return all arguments as one JSON object."""
+        return self._expression(self._spec.schema, otherwise={"type": "object"})
+
+    def each(self) -> Iterator[tuple[str, Any, bool]]:
+        """Yield name, schema and whether it is required of each, for formats that write them one by one.
+
+        Raises:
+            InvalidRequest: the tool is strict, and its schema says more than such a format can hold to.
+        """
+        schema, properties = self._spec.schema, self._spec.properties
+        beyond = sorted(schema.keys() - _OF_EACH)
+        if self._spec.is_strict and beyond:
+            raise InvalidRequest(
+                f"`{beyond[0]}` cannot be enforced for the arguments of `{self.name}` as a whole"
+            )
+        self.ignored.update(beyond)
+        is_free = False
+        try:
+            check_schema(schema)
+        except InvalidRequest:
+            if self._spec.is_strict:
+                raise
+            is_free = True
+            self.ignored.add(self._free)
+        listed = schema.get("required")
+        required = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        for name, value in properties.items():
+            yield name, {} if is_free else value, name in required and not is_free
+        for name in required:
+            if name not in properties and not is_free:
+                yield name, {}, True
+
+    def value(self, schema: Any) -> str:
+        """Return one argument's value: JSON, booleans also as Python writes them."""
+        if isinstance(schema, Mapping) and schema.get("type") == "boolean" and not CONDITIONS & schema.keys():
+            return '("true" | "false" | "True" | "False")'
+        whole = self._spec.schema
+        shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+        described = schema if isinstance(schema, Mapping) else {}
+        return self._expression({**described, **shared}, otherwise={})
+
+    def _expression(self, schema: Mapping[str, Any], *, otherwise: Mapping[str, Any]) -> str:
+        try:
+            expression, ignored = inline_json(schema, SPACED, is_strict=self._spec.is_strict)
+        except InvalidRequest:
+            if self._spec.is_strict:
+                raise
+            expression, ignored = inline_json(otherwise, SPACED)[0], frozenset({self._free})
+        self.ignored |= ignored
+        return expression
+
+    @property
+    def _free(self) -> str:
+        return f"tools.{self.name}"
