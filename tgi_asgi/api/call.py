@@ -33,6 +33,7 @@ class Conversation:
         messages: plain dicts with `role`, `content` (a text, a list of texts, or None) and what else there
             is; calls are `{"id", "type": "function", "function": {"name", "arguments"}}`.
         tools: `{"type": "function", "function": {...}}` each.
+        offers_tools: they may be called; templates are told of those that may not, too.
         variables: further ones of the template.
         is_continued: the last message is left open, for the model to go on with it.
         adds_turn: the prompt ends by opening the assistant's turn.
@@ -42,6 +43,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    offers_tools: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False
     adds_turn: bool = True

@@ -94,7 +94,7 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     """
     context = exchange.context
     own = context.ready().info.model_id
-    if requested in (None, "", "tgi", own):
+    if requested is None or requested in ("tgi", own):
         return own
     if context.settings.strict_model_names:
         raise model_not_found(requested)

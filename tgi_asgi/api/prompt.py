@@ -135,9 +135,9 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         shown_role = "system" if role == "developer" and not has_developer else role
         messages.append({**message, "role": shown_role, "content": _content(message, separator)})
     if not (template.mentions("tools") or template.mentions("tool_calls")):
-        messages = spell_out(messages, chat.tools)
+        messages = spell_out(messages, chat.tools if chat.offers_tools else None)
     messages = shorten_ids(messages, template.source)
-    if chat.tools and chat.tool_prompt and not chat.is_continued:
+    if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     # What a client gives to the template, under the names that templates have for it.
     given = {"tools": chat.tools, **chat.variables}

@@ -21,6 +21,7 @@ from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _RESULT_PARTS = ("text", "image", "tool_reference", "document", "search_result")
+_BILLING = "x-anthropic-billing-header:"
 _IMAGE_OMITTED = "[image omitted]"
 
 
@@ -114,17 +115,24 @@ def read_conversation(request: CountRequest) -> Conversation:
 def _conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
     messages: list[dict[str, Any]] = []
     if request.system:
-        messages.append({"role": "system", "content": _text(request.system, "system")})
+        messages.append({"role": "system", "content": _text(_lasting(request.system), "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]")
     thinking = request.thinking
-    is_off = (request.tool_choice or {}).get("type") == "none"
     return Conversation(
         messages,
-        tools=None if is_off else [tool.for_template() for tool in tools] or None,
+        tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=(request.tool_choice or {}).get("type") != "none",
         variables={} if thinking is None else {"enable_thinking": thinking.get("type") != "disabled"},
         is_continued=bool(messages) and _is_continued(messages[-1]),
     )
+
+
+def _lasting(system: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Leave out the block in which Claude Code counts: it differs by conversation, so none shared a prefix."""
+    if isinstance(system, str):
+        return system
+    return [block for block in system if not str(block.get("text")).startswith(_BILLING)]
 
 
 def _is_continued(last: Mapping[str, Any]) -> bool:

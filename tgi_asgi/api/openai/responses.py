@@ -69,7 +69,8 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
     job = Job(
         prompt=Conversation(
             messages,
-            tools=None if request.tool_choice == "none" else [tool.for_template() for tool in tools] or None,
+            tools=[tool.for_template() for tool in tools] or None,
+            offers_tools=request.tool_choice != "none",
             variables=_variables(request),
         ),
         sampling=sampling(
@@ -143,7 +144,7 @@ def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse |
     if stored is None:
         refuse(
             "previous_response_id",
-            f"Previous response with id '{name[:80]}' not found.",
+            f"`previous_response_id`: Previous response with id '{name[:80]}' not found.",
             "previous_response_not_found",
         )
     return stored
