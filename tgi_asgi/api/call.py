@@ -15,9 +15,9 @@ from tgi_asgi.errors import Field, TgiError
 from tgi_asgi.types import Channel, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
+    from tgi_asgi.api.answer import Reading
     from tgi_asgi.api.context import Served
     from tgi_asgi.api.prompt import Prompt
-    from tgi_asgi.api.reader import Reading
     from tgi_asgi.text.constrain.grammar import Grammar
     from tgi_asgi.text.constrain.source import GrammarSource
     from tgi_asgi.text.tools import ToolSpec

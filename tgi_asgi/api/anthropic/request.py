@@ -129,7 +129,7 @@ def _conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
 
 
 def _lasting(system: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Leave out the block in which Claude Code counts: it differs by conversation, so none shared a prefix."""
+    """Leave out the block in which Claude Code counts: no two conversations would share a prefix."""
     if isinstance(system, str):
         return system
     return [block for block in system if not str(block.get("text")).startswith(_BILLING)]

@@ -10,12 +10,12 @@ from tgi_asgi.api.call import Call, Conversation, Generation, Job, Renderer, Too
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
-from tgi_asgi.api.openai.identity import Identity
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
 from tgi_asgi.api.openai.stream import ChunkRenderer
 from tgi_asgi.api.openai.tools import read_choice, read_tools
+from tgi_asgi.api.openai.whole import Identity
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.call import Call, Choices, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -28,7 +29,6 @@ from tgi_asgi.api.openai.response_output import Event, ResponseBuilder
 from tgi_asgi.api.openai.response_store import Item, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, decode_json, refuse
-from tgi_asgi.api.reader import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound, TgiError
 from tgi_asgi.types import TokenEvent
