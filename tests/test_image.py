@@ -137,7 +137,7 @@ def test_the_health_check_asks_where_the_server_listens(
     assert healthcheck.health_url(arguments, environ) == url
 
 
-@pytest.mark.soak
+@pytest.mark.install
 def test_the_build_s_steps_make_a_working_server_in_a_clean_folder(tmp_path: Path) -> None:
     """Compile everything: two minutes. Torch and the rest are taken from this environment, not fetched."""
     source, prefix = tmp_path / "src", tmp_path / "opt"
