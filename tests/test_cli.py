@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tgi_asgi import __version__
-from tgi_asgi.serve import server
 from tgi_asgi import cli as cli_module
 from tgi_asgi.cli import make_command
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve import server
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
 
@@ -52,6 +52,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> _Run:
         (["--port", "8080"], {"port": 8080}),
         (["-p", "8080", "-g", "5"], {"port": 8080, "graceful_termination_timeout": 5}),
         (["--host", "127.0.0.1"], {"hostname": "127.0.0.1"}),
+        (["--uds", "/run/socket"], {"uds": "/run/socket"}),
+        (["--ssl-certfile", "c", "--ssl-keyfile", "k"], {"ssl_certfile": "c", "ssl_keyfile": "k"}),
+        (
+            ["--drain-delay", "5", "--first-event-timeout", "0"],
+            {"drain_delay_s": 5.0, "first_event_timeout_s": 0},
+        ),
         (["--max-batch-size", "4"], {"max_batch_size": 4}),
         (["--max_batch_size=4"], {"max_batch_size": 4}),
         (["--api-key", "a", "--api-key", "b"], {"api_key": ("a", "b")}),
@@ -121,6 +127,7 @@ def test_env_prints_versions_and_settings_without_keys(run: _Run) -> None:
         (["--port", "70000"], {}, "--port must be in 0..65535"),
         (["--prot", "1"], {}, "--port"),
         (["--dtype", "int3"], {}, "'int3' is not one of"),
+        (["--api-key", ""], {}, "--api-key must not be empty"),
         ([], {"PORT": "x"}, "PORT='x' is not a valid int"),
         (["--max-input-tokens", "9", "--max-total-tokens", "9"], {}, "--max-input-tokens must be below"),
     ],

@@ -31,7 +31,7 @@ def test_pip_installs_a_server_that_runs_from_any_folder(tmp_path: Path) -> None
         shutil.copy2(ROOT / name, source / name)
     venv.create(prefix, with_pip=True)
     elsewhere.mkdir()
-    # As README has it: the CPU build, by its local version. Newer versions of pip have a name for each environment.
+    # The CPU build, by its local version, in both environments: pip of late has a variable for each.
     constraint = tmp_path / "constraint.txt"
     constraint.write_text(f"{TORCH}+cpu\n", encoding="utf-8")
     names = ("PYTHONPATH", "VIRTUAL_ENV", "TGI_CUDA")

@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from tgi_asgi import __version__
-from tgi_asgi.observe import logs
 from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.observe import logs
 from tgi_asgi.serve.launcher_compat import (
     OPTIONS,
     CompatOption,

@@ -7,8 +7,8 @@ derives both from this file, so a setting is written down once. Knows nothing of
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,10 @@ _FALSE = frozenset({"0", "false", "no", "off"})
 
 
 def _setting(default: Any, help: str, *, group: str, metavar: str | None = None, **extra: Any) -> Any:
-    """Declare a field with what the CLI needs: help text, group, aliases (`flags`, `env`), `choices`."""
+    """Declare a field with what the CLI needs: help text, group, aliases (`flags`, `env`), `choices`.
+
+    A value that is a `secret` is not shown.
+    """
     metadata = {"help": help, "group": group, "metavar": metavar, **extra}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -97,13 +100,40 @@ class Settings:
     served_model_name: str | None = _setting(None, "Name to report instead of the model id.", group="Model")
 
     # Server
-    hostname: str = _setting("0.0.0.0", "IP address to listen on.", group="Server", flags=("--host",))
+    hostname: str = _setting(
+        "0.0.0.0",
+        "IP address to listen on, or a name of this machine. A variable HOSTNAME that is just the machine's "
+        "name, as in containers, counts as unset.",
+        group="Server",
+        flags=("--host",),
+    )
     port: int = _setting(3000, "Port to listen on.", group="Server", flags=("-p",))
+    uds: str | None = _setting(
+        None,
+        "Listen on a Unix socket there instead; the umask decides who may connect.",
+        group="Server",
+        metavar="PATH",
+    )
+    ssl_certfile: str | None = _setting(
+        None, "Serve HTTPS with the certificate chain of this PEM file.", group="Server", metavar="PATH"
+    )
+    ssl_keyfile: str | None = _setting(
+        None,
+        "Private key of the certificate, without a password (default: it is in --ssl-certfile).",
+        group="Server",
+        metavar="PATH",
+    )
     api_key: tuple[str, ...] = _setting(
-        (), "Key that clients must send as a Bearer token; may be given several times.", group="Server"
+        (),
+        "Key that clients must send as a Bearer token; may be given several times.",
+        group="Server",
+        secret=True,
     )
     api_key_file: str | None = _setting(
         None, "File of further keys, one a line; empty lines and lines with # are skipped.", group="Server"
+    )
+    admin_api_key: str | None = _setting(
+        None, "Serve the admin routes, to clients that send this key.", group="Server", secret=True
     )
     cors_allow_origin: tuple[str, ...] = _setting(
         (), "Origin that browsers may call from (* for any); may be given several times.", group="Server"
@@ -117,6 +147,27 @@ class Settings:
         group="Server",
         metavar="SECONDS",
         flags=("-g",),
+    )
+    drain_delay_s: float = _setting(
+        0.0,
+        "Seconds that requests are accepted for after SIGTERM, while /readyz answers 503: as long as a load "
+        "balancer takes to notice.",
+        group="Server",
+        metavar="SECONDS",
+        flags=("--drain-delay",),
+        env=("DRAIN_DELAY",),
+    )
+    first_event_timeout_s: float = _setting(
+        10.0,
+        "Begin a stream with a comment if it has no token by then, so that proxies and clients wait on (0: "
+        "never).",
+        group="Server",
+        metavar="SECONDS",
+        flags=("--first-event-timeout",),
+        env=("FIRST_EVENT_TIMEOUT",),
+    )
+    response_store: int = _setting(
+        1000, "Newest answers of /v1/responses kept for previous_response_id (0: none).", group="Server"
     )
     chat_special_tokens: bool = _setting(
         False,
@@ -162,6 +213,23 @@ class Settings:
     )
     max_connections_per_client: int = _setting(
         0, "Connections that one address may have open; further ones get 429 (0: any number).", group="Limits"
+    )
+    requests_per_minute: int = _setting(
+        0,
+        "Requests a minute that one API key may make; further ones get 429 (0: any number).",
+        group="Limits",
+    )
+    max_body_memory: int = _setting(
+        256 * MIB,
+        "Request bodies held in memory at one time, in bytes; beyond that clients get 429.",
+        group="Limits",
+        metavar="BYTES",
+    )
+    max_priority: int = _setting(
+        10, "Largest priority of a request; others are cut to it, above and below 0.", group="Limits"
+    )
+    clip_max_tokens: bool = _setting(
+        False, "Cut max_tokens to what the context has room for instead of answering 400.", group="Limits"
     )
     max_input_tokens: int | None = _setting(
         None,
@@ -232,6 +300,11 @@ class Settings:
     )
     block_size: int = _setting(16, "Tokens in a block of the KV cache.", group="Engine")
     prefix_cache: bool = _setting(True, "Reuse the KV blocks of prompts seen before.", group="Engine")
+    share_prefix_cache: bool = _setting(
+        False,
+        "Reuse blocks across API keys, too: how fast an answer is then tells what others have asked.",
+        group="Engine",
+    )
     num_threads: int | None = _setting(
         None, "Compute threads (default: the cores that this process may use).", group="Engine"
     )
@@ -254,13 +327,14 @@ class Settings:
             _check(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
         for name in (
             "max_input_tokens", "max_total_tokens", "max_best_of", "max_batch_total_tokens",
-            "max_client_batch_size", "num_threads", "payload_limit",
+            "max_client_batch_size", "num_threads", "payload_limit", "max_body_memory",
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "must be at least 1", value)
         for name in (
             "max_stop_sequences", "max_top_n_tokens", "graceful_termination_timeout", "queue_timeout_s",
-            "waiting_served_ratio", "max_waiting_tokens", "max_connections_per_client",
+            "waiting_served_ratio", "max_waiting_tokens", "max_connections_per_client", "drain_delay_s",
+            "first_event_timeout_s", "response_store", "requests_per_minute", "max_priority",
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 0, name, "must not be negative", value)
@@ -274,6 +348,11 @@ class Settings:
         for name in ("aip_predict_route", "aip_health_route"):
             value = getattr(self, name)
             _check(value is None or (len(value) > 1 and value[0] == "/"), name, "must be a path", value)
+        _check(bool(self.hostname.strip()), "hostname", "must not be empty", repr(self.hostname))
+        has_pair = self.ssl_keyfile is None or self.ssl_certfile is not None
+        _check(has_pair, "ssl_keyfile", "needs --ssl-certfile", self.ssl_keyfile)
+        _check_keys("api_key", self.api_key)
+        _check_keys("admin_api_key", () if self.admin_api_key is None else (self.admin_api_key,))
         if self.max_input_tokens is not None and self.max_total_tokens is not None:
             _check(
                 self.max_input_tokens < self.max_total_tokens,
@@ -288,19 +367,12 @@ class Settings:
                 is_allowed = value is None or value in choices
                 _check(is_allowed, spec.name, f"must be one of {', '.join(choices)}", value)
 
-    @property
-    def bind_address(self) -> str:
-        """The address to listen on; a HOSTNAME that is no IP (Docker sets the container id) means all."""
-        try:
-            return str(ipaddress.ip_address(self.hostname))
-        except ValueError:
-            return "127.0.0.1" if self.hostname == "localhost" else "0.0.0.0"
-
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:
         """Read every setting from its upper-snake variable; an empty value counts as unset.
 
-        Values `given` by name win, and their variables are not even read.
+        Values `given` by name win, and their variables are not even read. Keys lose blanks and newlines at
+        their ends, which files and shells add.
 
         Raises:
             InvalidRequest: a variable does not parse; the message names it.
@@ -311,25 +383,36 @@ class Settings:
                 continue
             for variable in (spec.name.upper(), *spec.metadata.get("env", ())):
                 text = environ.get(variable, "")
+                if variable == "HOSTNAME" and text == socket.gethostname():
+                    continue  # Docker and shells set it for everybody
                 if text:
                     values[spec.name] = _parse(spec, variable, text)
                     break
+        if "api_key" in values:
+            values["api_key"] = tuple(key.strip() for key in values["api_key"])
+        if values.get("admin_api_key") is not None:
+            values["admin_api_key"] = values["admin_api_key"].strip()
         return cls(**values)
 
     def __repr__(self) -> str:
         changed = {
-            spec.name: getattr(self, spec.name)
+            spec.name: "***" if spec.metadata.get("secret") else getattr(self, spec.name)
             for spec in dataclasses.fields(self)
             if getattr(self, spec.name) != spec.default
         }
-        if "api_key" in changed:
-            changed["api_key"] = "***"
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 
 def _check(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
         raise InvalidRequest(f"--{name.replace('_', '-')} {rule}, got {value}", param=name)
+
+
+def _check_keys(name: str, keys: tuple[str, ...]) -> None:
+    """Refuse keys that no client can send, or every client; a message must not show them."""
+    for key in keys:
+        _check(bool(key), name, "must not be empty", "an empty one")
+        _check(key.split() == [key], name, "must not have blanks or newlines", "one that has")
 
 
 def _parse(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:

@@ -18,12 +18,12 @@ from tests.support.fake_runner import FakeRunner
 from tests.support.scripted_engine import CHATML, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi import cli
-from tgi_asgi.serve import server
 from tgi_asgi.app import Progress
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.http.context import Served
 from tgi_asgi.runner.plan import DeviceLost, StepPlan
+from tgi_asgi.serve import server
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 
