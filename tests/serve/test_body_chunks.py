@@ -15,7 +15,7 @@ import pytest
 from tests.serve.conftest import Place
 from tests.support.serving import LOCAL, App, connect, serving
 from tgi_asgi.serve import body_chunks
-from tgi_asgi.serve.body_chunks import DIRECT_SEND, Stream
+from tgi_asgi.serve.body_chunks import DIRECT_WRITE, Stream
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST_REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -26,14 +26,21 @@ BODIES = [b"data: a\n\n", b"", b"x" * 17, b"y" * 200_000, bytes(range(256)), b"d
 def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the chunks that go the short way."""
     results: list[bool] = []
-    write_now = Stream._write_now
+    write_now = Stream.write_now
 
     def counted(stream: Stream, body: bytes) -> bool:
         results.append(write_now(stream, body))
         return results[-1]
 
-    monkeypatch.setattr(Stream, "_write_now", counted)
+    monkeypatch.setattr(Stream, "write_now", counted)
     return lambda: sum(results)
+
+
+async def send_chunk(scope: Any, send: Any, body: bytes) -> None:
+    """Take the short way where there is one and it is open."""
+    write_now = (scope.get("extensions") or {}).get(DIRECT_WRITE)
+    if write_now is None or not write_now(body):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> App:
@@ -44,7 +51,7 @@ def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tupl
             pass
         await send({"type": "http.response.start", "status": status, "headers": list(headers)})
         for body in bodies[:-1]:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send_chunk(scope, send, body)
         await send({"type": "http.response.body", "body": bodies[-1], "more_body": False})
 
     return app
@@ -111,7 +118,7 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/second":
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b"second", "more_body": True})
+            await send_chunk(scope, send, b"second")
             second_began.set()
             await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -119,7 +126,7 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
         await stream([b"first", b"end"])(scope, receive, send)
         await second_began.wait()
         try:
-            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+            await send_chunk(scope, send, b"late")
         except Exception as error:
             errors.append(type(error).__name__)
 
@@ -140,7 +147,7 @@ def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[
         gone = asyncio.ensure_future(receive())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while not gone.done():
-            await send({"type": "http.response.body", "body": b"%1000d" % len(sent), "more_body": True})
+            await send_chunk(scope, send, b"%1000d" % len(sent))
             sent.append(len(sent))
             await wait()
         assert (await gone)["type"] == "http.disconnect"
@@ -159,7 +166,7 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
         await endless(ended, [], lambda: asyncio.sleep(0.001))(scope, receive, send)
         before = num_written()
         for _ in range(3):
-            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+            await send_chunk(scope, send, b"late")
         late.append(num_written() - before)
 
     async with serving(app, "ours", place.settings) as url:
@@ -236,16 +243,31 @@ async def test_a_connection_of_another_kind_keeps_its_own_way(
         ("uvicorn", b"GET / HTTP/1.1", False),
     ],
 )
-async def test_the_app_is_told_which_send_it_may_advance_by_hand(
+async def test_the_app_is_told_where_there_is_a_short_way(
     server: str, request_line: bytes, is_there: bool
 ) -> None:
     told: list[bool] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        extension = scope["extensions"].get(DIRECT_SEND) if "extensions" in scope else None
-        told.append(extension is not None and extension["send"] == send)
+        told.append(DIRECT_WRITE in (scope.get("extensions") or {}))
         await stream([b"end"])(scope, receive, send)
 
     request = request_line + b"\r\nhost: x\r\nconnection: close\r\n\r\n"
     await exchanged(app, server, Place(LOCAL), request)
     assert told == [is_there]
+
+
+async def test_the_short_way_is_shut_before_a_response_begins_and_after_its_end() -> None:
+    written: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write_now = scope["extensions"][DIRECT_WRITE]
+        written.append(write_now(b"early"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        written.append(write_now(b"chunk"))
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+        written.append(write_now(b"late"))
+
+    answer = await exchanged(app, "ours", Place(LOCAL), LAST_REQUEST)
+    assert written == [False, True, False]
+    assert answer.endswith(b"\r\n\r\n5\r\nchunk\r\n3\r\nend\r\n0\r\n\r\n")
