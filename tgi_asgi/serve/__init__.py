@@ -1,1 +1,1 @@
-"""Our own way of running the app: hypercorn on a socket bound first, signals, the terminal, TGI's launcher flags."""
+"""Our own way of running the app: the socket, hypercorn, signals, the terminal, TGI's launcher flags."""
