@@ -19,8 +19,7 @@ from hypercorn.protocol.events import Request
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
-# The key of ASGI's `extensions` with `write_now`; it needs no task, as ASGI's `send` does in some middleware.
-DIRECT_WRITE = "tgi_asgi.direct_write"
+from tgi_asgi.api.sse import DIRECT_WRITE
 
 
 class Stream(HTTPStream):

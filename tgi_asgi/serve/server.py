@@ -39,13 +39,6 @@ class _Drainable(Protocol):
         """Refuse new requests and wait for those that run; end the rest with an error."""
 
 
-class _Reloadable(Protocol):
-    """What the app has beside what a server needs."""
-
-    def reload(self) -> None:
-        """Read again what may have changed on disk."""
-
-
 def run(settings: Settings, loader: Loader = load_model) -> int:
     """Serve until a signal or a fatal error; return the exit code (0 after a drain).
 
@@ -116,7 +109,7 @@ class Server:
 
     def _on_hangup(self) -> None:
         logger.info("SIGHUP: reloading")
-        cast(_Reloadable, self._app).reload()
+        self._app.reload()
 
     def _on_signal(self, number: int) -> None:
         served = self._app.context.served
