@@ -34,8 +34,6 @@ from typing import Any, cast
 
 import uvloop
 from hypercorn.asyncio import serve
-from tgi_asgi.http.openai_chat import check_chat
-from tgi_asgi.http.openai_prompt import chat_prompt
 
 from bench.report import command_line, emit, machine, percentile
 from tgi_asgi.api.context import Served
@@ -77,6 +75,7 @@ class Words:
     eos_ids = special_ids = frozenset({0})
     guard = PromptGuard(["<|im_start|>", "<|im_end|>"])
     text = b" word"
+    longest_token = 1 << 20
 
     def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
         return [1] * 100

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tgi_asgi.http import asgi, openai_params, sse, tgi_schema, tgi_validation
 
+from tgi_asgi.api import asgi, limits, sse
 from tgi_asgi.engine import engine, loop
 from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, template_limits, time_limit
 
 TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
-OPENAI, COMPAT = (openai_params.Limits.of(Settings(tgi_compat=is_compat)) for is_compat in (False, True))
+OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (False, True))
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,11 @@ OPENAI, COMPAT = (openai_params.Limits.of(Settings(tgi_compat=is_compat)) for is
         ("`n`, `best_of`", [OPENAI.best_of, COMPAT.best_of]),
         ("prompts of a call", [OPENAI.prompts, COMPAT.prompts]),
         ("prompts times choices", [OPENAI.choices]),
-        ("stop strings", [OPENAI.stops, tgi_schema.DEFAULT_MAX_STOP_SEQUENCES]),
-        ("length of a stop string", [tgi_validation.MAX_STOP_CHARS]),
-        ("`stop_token_ids`", [openai_params.MAX_IDS]),
-        ("`logit_bias` entries", [openai_params.MAX_IDS]),
-        ("top log-probabilities", [OPENAI.top_logprobs, tgi_schema.DEFAULT_MAX_TOP_N_TOKENS]),
+        ("stop strings", [OPENAI.stops, COMPAT.stops]),
+        ("length of a stop string", [limits.MAX_STOP_CHARS]),
+        ("`stop_token_ids`", [limits.MAX_IDS]),
+        ("`logit_bias` entries", [limits.MAX_IDS]),
+        ("top log-probabilities", [OPENAI.top_logprobs, COMPAT.top_logprobs]),
         (
             "what a chat template makes",
             [template_limits.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],

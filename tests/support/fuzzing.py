@@ -14,7 +14,7 @@ async def survive(app: App, engine: ScriptedEngine, path: str, body: Any) -> Cal
     try:
         call = await send(app, request("POST", path, body))
     finally:
-        app.context.executor.shutdown(wait=False)
+        app.context.close()
     assert call.status < 500, call.content
     assert call.is_complete
     assert engine.num_permits == 128

@@ -22,6 +22,7 @@ class ToyTokenizer:
         self.adds_bos = adds_bos
         self.chat_template: str | None = None
         self.guard = PromptGuard(_SPECIAL.values())
+        self.longest_token = max(map(len, _SPECIAL.values()))
         self._longer: dict[bytes, int] = {}
 
     def id_of(self, data: bytes) -> int:

@@ -1,6 +1,6 @@
-"""What a client asks for, in no API's words: a dialect parses a body into a `Call`, `life.py` carries it out.
+"""What a client asks for, in no API's words: a dialect makes a `Call` of a body, `life.py` carries it out.
 
-Field names in errors are these (`errors.Field`): "prompt", "max_tokens", "min_tokens", "tools", "tool_choice";
+Fields in errors (`errors.Field`) are called "prompt", "max_tokens", "min_tokens", "tools", "tool_choice";
 each dialect spells them as its clients do.
 """
 
@@ -30,8 +30,8 @@ class Conversation:
     """A chat, as chat templates take it.
 
     Attributes:
-        messages: plain dicts with `role`, `content` (a text, a list of texts, or None) and what else there is;
-            calls are `{"id", "type": "function", "function": {"name", "arguments"}}`.
+        messages: plain dicts with `role`, `content` (a text, a list of texts, or None) and what else there
+            is; calls are `{"id", "type": "function", "function": {"name", "arguments"}}`.
         tools: `{"type": "function", "function": {...}}` each.
         variables: further ones of the template.
         is_continued: the last message is left open, for the model to go on with it.
@@ -192,7 +192,7 @@ class Generation:
 
 
 class Renderer(Protocol):
-    """Makes the bytes of one call's answer: either `whole`, or the others. May run in a thread, once at a time."""
+    """Makes the bytes of one call's answer: `whole`, or the others; in a thread where that takes long."""
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body that answers the jobs' choices."""

@@ -177,15 +177,13 @@ async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
     if constraint is not None:
         constraint.grammar = grammar
     if ignored:
-        names = ",".join(ignored)[:_MAX_HEADER_CHARS]
+        names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
         logger.info(
             "request %s: schema keywords ignored: %s",
             exchange.request_id,
-            names.encode("unicode_escape").decode(),
+            names.decode(),
         )
-        exchange.response_headers.append(
-            (b"x-tgi-ignored-keywords", names.encode("ascii", "backslashreplace"))
-        )
+        exchange.response_headers.append((b"x-tgi-ignored-keywords", names))
     return grammar
 
 

@@ -1,4 +1,4 @@
-"""How much one request may ask for: TGI's limits and OpenAI's, the operator's, and the room in the context."""
+"""How much one request may ask for: TGI's limits, OpenAI's, the operator's, and the room in the context."""
 
 from __future__ import annotations
 

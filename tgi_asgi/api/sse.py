@@ -1,10 +1,10 @@
 """Streamed answers: events of the engine in, frames out, a client that leaves or stalls noticed.
 
 The engine calls a stream's sink once a step. Where the server has a way to write a frame without waiting
-(`DIRECT_WRITE`; `serve/` gives hypercorn one) the sink renders and writes at once: 100 streams a step then cost
-one wake-up of the loop, not a hundred. Everything else is sent by the request's own task, as ASGI's middleware
-and servers expect: the first frame and the last, what a reader that lags has waiting (unrendered, then merged
-into one send), and frames that take long to render, which a thread makes.
+(`DIRECT_WRITE`; `serve/` gives hypercorn one) the sink renders and writes at once: 100 streams a step then
+cost one wake-up of the loop, not a hundred. Everything else is sent by the request's own task, as ASGI's
+middleware and servers expect: the first frame and the last, what a reader that lags has waiting (unrendered,
+then merged into one send), and frames that take long to render, which a thread makes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tgi_asgi.types import Channel, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-# The key of ASGI's `extensions` under which a server offers a function that takes a chunk of the body that has
-# more behind it, and writes it if it need not wait; it returns whether it has.
+# The key of ASGI's `extensions` under which a server offers a function that takes a chunk of the body, not
+# the last one, and writes it if it need not wait; it returns whether it has.
 DIRECT_WRITE = "tgi_asgi.direct_write"
 KEEP_ALIVE_S = 15.0
 STALL_LIMIT_S = 60.0  # a send that blocks for longer: the reader has stopped reading
@@ -35,9 +35,9 @@ class EventStream:
 
         await EventStream(exchange, renderer, headers).run([engine.submit(request, permit)])
 
-    The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before is
-    an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a reader
-    that has stalled, a bug) by closing the connection.
+    The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before
+    is an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a
+    reader that has stalled, a bug) by closing the connection.
     """
 
     __slots__ = (
@@ -143,7 +143,7 @@ class EventStream:
         self._wake()
 
     def _may_write(self, part: int, num_events: int) -> bool:
-        """Tell whether events may be rendered and written here: they are few, and nothing comes before them."""
+        """Tell whether events may be rendered and written here: they are few, and none come before them."""
         return (
             self._write is not None
             and self._is_started

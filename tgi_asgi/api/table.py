@@ -97,7 +97,8 @@ def _openai() -> list[Route]:
             (response_input.ResponsesRequest,), dialect=responses.RESPONSES, streams=True,
         ),
         Route(
-            "GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept", "OpenAI", OPENAI,
+            "GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept", "OpenAI",
+            OPENAI,
         ),
         Route("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response", "OpenAI", OPENAI),
         Route("GET", "/v1/models", models.list_models, "List the served model", "OpenAI", OPENAI),

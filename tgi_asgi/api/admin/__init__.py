@@ -1,1 +1,1 @@
-"""What operators and machines ask of a server: health, metrics, what is served, and what may be done to it."""
+"""What operators and machines ask of a server: health, metrics, what it serves, what may be done to it."""

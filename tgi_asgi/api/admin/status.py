@@ -15,6 +15,7 @@ from tgi_asgi.observe.prometheus import CONTENT_TYPE
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import EngineState, ModelInfo
 
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TEXT = b"text/plain; charset=utf-8"
 
 

@@ -1,4 +1,4 @@
-"""A chat's choice that has more than text: reasoning and tool calls in OpenAI's shapes, streamed and whole."""
+"""A chat's choice that has more than text: reasoning and tool calls, as deltas or as a whole message."""
 
 from __future__ import annotations
 

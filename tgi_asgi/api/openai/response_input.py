@@ -1,7 +1,7 @@
 """What `/v1/responses` reads: its items to messages, its tools to functions.
 
-What would change what the answer is (hosted conversations, prompts, background work) is refused by name; tools
-and items that only offer or carry more than can be used are skipped.
+What would change what the answer is (hosted conversations, prompts, background work) is refused by name;
+tools and items that only offer or carry more than can be used are skipped.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Item = dict[str, Any]
 
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
+_HOSTED = ("_call", "_output", "_list_tools", "compaction")  # ends of the names of what others have done
 _IMAGE_OMITTED = "[image omitted]"
 
 

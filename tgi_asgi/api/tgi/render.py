@@ -157,7 +157,7 @@ class NativeRenderer:
         return error_event(error, NATIVE)
 
     def _prefill(self) -> list[PrefillToken]:
-        """Return the prompt's tokens with their log-probabilities; none unless the engine was asked for them."""
+        """Return the prompt's tokens with their log-probabilities; none unless they were asked for."""
         [channel] = self._generation.channels
         logprobs = channel.stats.prompt_logprobs
         if logprobs is None:

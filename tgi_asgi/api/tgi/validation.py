@@ -213,7 +213,7 @@ def native_grammar(grammar: Grammar) -> GrammarSource:
     if not isinstance(value, dict):
         _refuse_grammar("grammar is not supported")
     try:
-        return sources.json_schema(value)
+        return sources.json_schema(value, is_strict=False)
     except InvalidRequest as error:
         _refuse_grammar(f"grammar is not valid: {error}")
 

@@ -60,6 +60,22 @@ def json_schema(schema: Mapping[str, Any] | bool, *, is_strict: bool = True) -> 
     return GrammarSource("start: " + text, ignored=tuple(sorted(ignored)))
 
 
+def json_schema_of(value: object, *, is_strict: bool = False) -> GrammarSource:
+    """Constrain to JSON of a schema as clients send it: an object, or text that holds one.
+
+    Raises:
+        InvalidRequest: it is neither, or as `json_schema`.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the JSON schema is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("a JSON schema must be an object, or text that holds one")
+    return json_schema(value, is_strict=is_strict)
+
+
 def inline_json(
     schema: Mapping[str, Any] | bool, separators: Mapping[str, Any], *, is_strict: bool = True
 ) -> tuple[str, frozenset[str]]:
