@@ -44,8 +44,8 @@ from tgi_asgi.api.parse import decode_json
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.runner.plan import Sampled
-from tgi_asgi.serve import body_chunks
-from tgi_asgi.serve.server import make_config
+from tgi_asgi.serve.connections import ConnectionLimit
+from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -305,8 +305,9 @@ async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio
 
     if name != "uvicorn":
         if name == "hypercorn":
-            body_chunks.install()
-        await serve(cast(Any, without_lifespan), make_config(listener), shutdown_trigger=stop.wait)
+            install(ConnectionLimit(0))
+        config = make_config(listener, Settings())
+        await serve(cast(Any, without_lifespan), config, shutdown_trigger=stop.wait)
         return
     import uvicorn
 

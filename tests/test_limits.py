@@ -8,7 +8,7 @@ import pytest
 
 from tgi_asgi.api import asgi, limits, sse
 from tgi_asgi.engine import engine, loop
-from tgi_asgi.serve import server
+from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, template_limits, time_limit
 
@@ -20,8 +20,8 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
     ("row", "values"),
     [
         ("request line and headers", [64 << 10]),
-        ("open connections", [server.MAX_FILES]),
-        ("silence on a connection", [server.KEEP_ALIVE_S]),
+        ("open connections", [process.MAX_FILES]),
+        ("silence on a connection", [hypercorn.KEEP_ALIVE_S]),
         ("time for a request's body", [asgi.BODY_TIMEOUT_S]),
         ("a reader that lags", [sse.MAX_WAITING_EVENTS, sse.STALL_LIMIT_S]),
         ("size", [Settings().payload_limit // MIB]),
