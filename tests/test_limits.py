@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tgi_asgi.serve import server
 from tgi_asgi.engine import engine, loop
 from tgi_asgi.http import asgi, openai_params, sse, tgi_schema, tgi_validation
+from tgi_asgi.serve import server
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.chat import sandbox, template_limits, time_limit
+from tgi_asgi.text.chat import sandbox, time_limit
 
 TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
 OPENAI, COMPAT = (openai_params.Limits.of(Settings(tgi_compat=is_compat)) for is_compat in (False, True))
@@ -35,7 +35,7 @@ OPENAI, COMPAT = (openai_params.Limits.of(Settings(tgi_compat=is_compat)) for is
         ("top log-probabilities", [OPENAI.top_logprobs, tgi_schema.DEFAULT_MAX_TOP_N_TOKENS]),
         (
             "what a chat template makes",
-            [template_limits.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],
+            [sandbox.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],
         ),
         ("choices that run and wait", [Settings().max_concurrent_requests]),
         ("sequences of a step", [Settings().max_batch_size]),

@@ -15,11 +15,9 @@ import jinja2
 import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
-from tgi_asgi.text.chat.sandbox import make_environment
-from tgi_asgi.text.chat.template_limits import MAX_CHARS
+from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
 from tgi_asgi.text.chat.time_limit import limited_time
 
-MAX_OUTPUT_CHARS = MAX_CHARS  # twice the default payload limit: no honest prompt comes near it
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a template can raise: jinja's own errors, and those of Python operations on values of the wrong type.
@@ -221,8 +219,8 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
         with limited_time():
             for piece in template.generate(variables):
                 size += len(piece)
-                if size > MAX_OUTPUT_CHARS:
-                    raise TemplateError(f"The chat template wrote more than {MAX_OUTPUT_CHARS} characters")
+                if size > MAX_CHARS:
+                    raise TemplateError(f"The chat template wrote more than {MAX_CHARS} characters")
                 pieces.append(piece)
     except _RENDER_ERRORS as error:
         raise TemplateError(str(error) or type(error).__name__) from error
