@@ -16,6 +16,7 @@ import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
 from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
+from tgi_asgi.text.chat.system import is_scattered, joined_system, takes_scattered
 from tgi_asgi.text.chat.time_limit import limited_time
 
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
@@ -51,6 +52,8 @@ class ChatTemplate:
         """Whether content may stay a list of parts; else the caller joins the texts."""
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
+        self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
+        """Whether system messages may stand anywhere; else `render` joins them to one at the front."""
 
     def mentions(self, name: str) -> bool:
         """Return whether the template reads a variable, attribute or key of that name."""
@@ -71,11 +74,14 @@ class ChatTemplate:
 
         Tool-call arguments that are a JSON object in a string are given to the template as the object, but to
         one that adds them to text (DeepSeek's) as text. With `continue_final_message` the prompt ends right
-        behind the last message's content.
+        behind the last message's content. Several system messages, or one among the others, become one at the
+        front where the template would refuse or drop them.
 
         Raises:
             TemplateError: the template refused the messages, failed on them, or wrote too much.
         """
+        if is_scattered(messages) and not self.takes_scattered_system:
+            messages = joined_system(messages)
         chat = [self._prepare(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
