@@ -24,7 +24,6 @@ test: $(VENV)/.test-tools
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/formats/test_fuzz.py
 
 # The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is loaded early for its exceptions. The
 # team's races are looked for with the thread sanitizer, which does not go together with these.

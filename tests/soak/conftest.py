@@ -1,6 +1,6 @@
 """Servers for the soak tests: the real command and engine, with a runner that only pretends to compute.
 
-Each soak is one test at two sizes: a small one that runs with all others, and the full one of `make soak`.
+Each test of this folder runs at both sizes of `scale`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 Serve = Callable[..., ServerProcess]
+
+
+@pytest.fixture(autouse=True)
+def _at_both_sizes(scale: Scale) -> None:
+    """Parametrise every test, so that none can be written that only `make soak` runs."""
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from tests.soak.client import Streaming, ask, inside, metric, percentile, until_idle
 from tests.soak.conftest import Serve
 from tests.support.fake_runner import expected_tokens
+from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 
@@ -25,12 +26,8 @@ def num_files(server: ServerProcess) -> int:
     return len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "seconds"), [(50, 0.5), pytest.param(500, 60.0, marks=pytest.mark.soak)]
-)
-async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
-    serve: Serve, num_clients: int, seconds: float
-) -> None:
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve, scale: Scale) -> None:
+    num_clients, seconds = scale((50, 0.5), (500, 60.0))
     server = serve("--max-concurrent-requests", "1000", FAKE_STEP_S="0.002")
     await ask(server.port, {"prompt": "warm up", "max_tokens": 2})
     before, files_before = await until_idle(server), num_files(server)
@@ -65,13 +62,10 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     assert answer.texts[0] == expected("and then?", 20)
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "num_running", "num_tokens"),
-    [(100, 8, 20), pytest.param(1000, 64, 100, marks=pytest.mark.soak)],
-)
 async def test_under_overload_each_gets_all_its_tokens_or_a_429_at_once(
-    serve: Serve, num_clients: int, num_running: int, num_tokens: int, capsys: pytest.CaptureFixture[str]
+    serve: Serve, scale: Scale, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    num_clients, num_running, num_tokens = scale((100, 8, 20), (1000, 64, 100))
     limits = ("--max-batch-size", str(num_running), "--max-concurrent-requests", str(2 * num_running))
     server = serve(*limits, FAKE_STEP_S="0.02", FAKE_NUM_BLOCKS="4096")
     prompts = [f"client {index:4}" for index in range(num_clients)]
