@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tests.http import test_fuzz as openai
 from tests.http import test_tgi_fuzz as native
 from tests.server.test_tgi_clients import require_client, serve
+from tests.soak.conftest import Tell
+from tests.soak.lag import lag_told
 from tests.support.examples import for_all
 from tests.support.scale import Scale
 from tgi_asgi.settings import Settings
@@ -58,13 +60,13 @@ def test_bytes(scale: Scale) -> None:
         asyncio.run(native.post(path, body))
 
 
-def test_what_the_openapi_document_allows(scale: Scale) -> None:
+def test_what_the_openapi_document_allows(scale: Scale, tell: Tell) -> None:
     effort = scale(["--phases", "fuzzing", "--max-examples", "8"], ["--max-examples", "500"])
     command = [
         "run", *effort, "--no-color", "--request-timeout", "20", "--workers", "2",
         "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
     ]  # fmt: skip
-    with serve() as server:
+    with serve() as server, lag_told(server.url, tell):
         run = subprocess.run(
             [require_client("st"), *command, server.url + "/api-doc/openapi.json"],
             capture_output=True,
