@@ -76,5 +76,5 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) install --no-build-isolation --editable '.[lint]'
+	$(PIP) install --no-build-isolation --editable '.[lint,test]'  # mypy reads the tests as well
 	touch $@
