@@ -22,7 +22,10 @@ def lag_told(url: str, tell: Callable[[str], None]) -> Iterator[None]:
         return
     counts = {bound: count - before[bound] for bound, count in after.items()}
     p50, p99, most = (_below_ms(counts, share) for share in (0.5, 0.99, 1.0))
-    tell(f"loop lag below {p50:.2f} ms at p50, {p99:.2f} ms at p99, {most:.2f} ms at most")
+    num_ticks = counts[float("inf")]
+    tell(
+        f"loop lag p50 <= {p50:.2f} ms, p99 <= {p99:.2f} ms, max <= {most:.2f} ms, {num_ticks} times measured"
+    )
 
 
 def _counts(url: str) -> dict[float, int]:
