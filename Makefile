@@ -28,7 +28,6 @@ test-install: $(VENV)/.test-tools
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/formats/test_fuzz.py
 
 # The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is loaded early for its exceptions. The
 # team's races are looked for with the thread sanitizer, which does not go together with these.
@@ -81,5 +80,5 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) install --no-build-isolation --editable '.[lint]'
+	$(PIP) install --no-build-isolation --editable '.[lint,test]'  # mypy reads the tests as well
 	touch $@
