@@ -1,7 +1,7 @@
 """The `tgi-asgi` command with the model of `player.py` and a context of 64k tokens, of a byte each.
 
-With RECORD each request is written there as JSON, with the status of its answer. To see what another version of a
-client sends, start `RECORD=/tmp/seen python -m tests.agents.agent_server --port 8080` and point the client at it.
+In the folder RECORD each request is written down as JSON, with the status of its answer. To see what another
+version of a client sends, run `RECORD=/tmp/seen python -m tests.agents.agent_server --port 8080` for it.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ if __name__ == "__main__":
         async def _recorded(app: App, scope: Any, receive: Any, send: Any) -> None:
             await recorder(app, scope, receive, send)
 
-        App.__call__ = _recorded  # type: ignore[method-assign]
-    server.run = partial(server.run, loader=load)  # type: ignore[assignment]
+        App.__call__ = _recorded  # type: ignore[method-assign,assignment]
+    server.run = partial(server.run, loader=load)
     cli.main()

@@ -1,4 +1,4 @@
-"""The agents' command lines as npm installs them, each run in a home of its own that knows no other server."""
+"""The agents' command lines as npm installs them, each in a home of its own that knows no other server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def codex(url: str, home: Path, project: Path, prompt: str, *options: str) -> Ru
     """Run Codex CLI in a project until it has answered."""
     last = home / "last.txt"
     provider = f'{{name="local", base_url="{url}/v1", env_key="LOCAL_KEY", wire_api="responses"}}'
-    settings = ['model_provider="local"', f"model_providers.local={provider}", "check_for_update_on_startup=false"]
+    settings = [
+        'model_provider="local"',
+        f"model_providers.local={provider}",
+        "check_for_update_on_startup=false",
+    ]
     command = [_BIN / "codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
     command += ["-m", "toy/model", "-C", project, "-o", last]
     for setting in [*settings, "analytics.enabled=false"]:
@@ -61,7 +65,7 @@ def codex(url: str, home: Path, project: Path, prompt: str, *options: str) -> Ru
 
 
 def codex_catalog(home: Path) -> Path:
-    """Write a model catalog that lets "toy/model" patch files as OpenAI's own models do, with a custom tool."""
+    """Write a model catalog that lets "toy/model" patch files with a custom tool, as OpenAI's own do."""
     run = _run([_BIN / "codex", "debug", "models", "--bundled"], home, _codex_home(home))
     known = json.loads(run.stdout)["models"]
     model = next(model for model in known if not model["use_responses_lite"])

@@ -1,4 +1,4 @@
-"""A model that does what the user's message lists: it calls those tools, one an answer, then shows the last result.
+"""A model that does what the user's message lists: calls these tools, one an answer, and shows the last result.
 
     play_of([call("Read", file_path="/tmp/a.txt"), call("Bash", command="ls")])      # the user's message
 
@@ -49,9 +49,7 @@ def answer(prompt: str) -> str:
     if len(results) >= len(steps):
         return f"<think>\nThat was the last step.\n</think>\n\nThe last result is: {results[-1]}"
     step = json.dumps(steps[len(results)])
-    return (
-        f"<think>\nStep {len(results) + 1}.\n</think>\n\nNext.\n<tool_call>\n{step}\n</tool_call>"
-    )
+    return f"<think>\nStep {len(results) + 1}.\n</think>\n\nNext.\n<tool_call>\n{step}\n</tool_call>"
 
 
 async def play(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:

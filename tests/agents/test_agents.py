@@ -1,4 +1,4 @@
-"""Codex CLI and Claude Code, as npm ships them, edit a file with our server behind them (`make test-agents`)."""
+"""Codex CLI and Claude Code, as npm ships them, edit a file with our server's help: `make test-agents`."""
 
 from __future__ import annotations
 
