@@ -1,4 +1,4 @@
-"""A model that does what the user's message lists: calls these tools, one an answer, and shows the last result.
+"""A model that does what the user's message lists: it calls tools, one an answer, and shows the last result.
 
     play_of([call("Read", file_path="/tmp/a.txt"), call("Bash", command="ls")])      # the user's message
 

@@ -115,6 +115,12 @@ async def test_a_request_is_answered(replay: Replay) -> None:
     assert not [missed for missed in replay.misses if missed in prompt]
 
 
+@pytest.mark.parametrize("replay", [codex.REPLAYS[1], claude.REPLAYS[1]], ids=lambda replay: replay.client)
+async def test_a_system_message_that_comes_late_is_read(replay: Replay) -> None:
+    prompt, _ = await post(replay)
+    assert prompt.count("The mode has changed.") == 1
+
+
 @pytest.mark.parametrize("replay", claude.REPLAYS, ids=lambda replay: replay.what)
 async def test_a_request_is_counted(replay: Replay) -> None:
     info = toy_info(max_input_tokens=CONTEXT - 1, max_total_tokens=CONTEXT)

@@ -1,6 +1,6 @@
-"""What clients send, in our own words: their fields, items, blocks and tools, with texts and schemas cut short.
+"""What clients send, in our own words: their fields, items, blocks and tools, with short texts and schemas.
 
-Each request is as the real client sent it, in the version named; `agent_server.py` says how to record another.
+Each request is as the real client sent it, in the version named; `agent_server.py` tells how to see more.
 """
 
 from __future__ import annotations

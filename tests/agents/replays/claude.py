@@ -123,7 +123,6 @@ REPLAYS = [
         ),
         sees=[
             "The folder is /tmp.",
-            "The mode has changed.",
             "Fetch",
             "No such tool",
             "[image omitted]",

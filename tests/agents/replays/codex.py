@@ -130,7 +130,7 @@ REPLAYS = [
                 said("developer", "The mode has changed."),
             ]
         ),
-        sees=["The mode has changed.", "a.txt", "[image omitted]"],
+        sees=["You are an agent.", "Edit the file.", "a.txt", "[image omitted]"],
         misses=[PIXEL],
     ),
     Replay(
