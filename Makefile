@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install soak sanitize install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents soak sanitize install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -25,6 +25,10 @@ test: $(VENV)/.test-tools
 # What users do without make, in clean environments: `pip install .`, and the container's steps.
 test-install: $(VENV)/.test-tools
 	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
+
+# Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
+test-agents: $(VENV)/.test-tools
+	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
