@@ -134,6 +134,7 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         role = message["role"]
         shown_role = "system" if role == "developer" and not has_developer else role
         messages.append({**message, "role": shown_role, "content": _content(message, separator)})
+    messages = template.arranged(messages)
     if not (template.mentions("tools") or template.mentions("tool_calls")):
         messages = spell_out(messages, chat.tools if chat.offers_tools else None)
     messages = shorten_ids(messages, template.source)

@@ -59,6 +59,11 @@ class ChatTemplate:
         """Return whether the template reads a variable, attribute or key of that name."""
         return name in self._words
 
+    def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages in an order that the template takes: several system messages may become one."""
+        is_refused = is_scattered(messages) and not self.takes_scattered_system
+        return joined_system(messages) if is_refused else messages
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -80,8 +85,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refused the messages, failed on them, or wrote too much.
         """
-        if is_scattered(messages) and not self.takes_scattered_system:
-            messages = joined_system(messages)
+        messages = self.arranged(messages)
         chat = [self._prepare(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
