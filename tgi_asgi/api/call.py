@@ -135,6 +135,7 @@ class Call:
     """One request of a client.
 
     Attributes:
+        jobs: where there are none, the renderer's `whole` answers at once.
         model: the name that the client gave.
         render: makes what turns the answer's tokens into the dialect's bytes.
         stream_type, keep_alive: of a streamed answer: its media type, and what fills a silence.

@@ -115,7 +115,8 @@ def _responses(row: Route) -> Schema:
             schema = _reference(row.event)
             data |= {"contentMediaType": "application/json", "contentSchema": schema}
         event = {"type": "object", "required": ["data"], "properties": {"data": data}}
-        content["text/event-stream"] = {"schema": event}
+        is_sse = row.stream_type == "text/event-stream"
+        content[row.stream_type] = {"schema": event if is_sse else {"type": "string"}}
     answered: Schema = {"description": "Answered"}
     if content:
         answered["content"] = content

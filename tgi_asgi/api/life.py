@@ -58,6 +58,9 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     call = await exchange.work(parse, await exchange.read_body(), exchange)
     model = served_name(exchange, call.model)
     exchange.let_go()
+    if not call.jobs:
+        await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
+        return
     with Permits(exchange, served.engine, call.num_choices) as permits:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
