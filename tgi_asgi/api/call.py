@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.api.limits import Room
 from tgi_asgi.errors import Field, TgiError
+from tgi_asgi.text.constrain.source import GrammarSource, source_of
 from tgi_asgi.types import Channel, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
     from tgi_asgi.api.prompt import Prompt
     from tgi_asgi.text.constrain.grammar import Grammar
-    from tgi_asgi.text.constrain.source import GrammarSource
     from tgi_asgi.text.tools import ToolSpec
 
 Choices = Sequence[Sequence[TokenEvent]]  # of one prompt: each choice's events
@@ -81,6 +82,11 @@ class Constraint:
     make: Callable[[], GrammarSource]
     prefix: str = ""
     grammar: Grammar | None = None
+
+    @classmethod
+    def of(cls, param: str, kind: str, value: Any, *, is_strict: bool = False) -> Constraint:
+        """Return a constraint of one of the kinds that `source_of` knows, for the field that asked for it."""
+        return cls(param, partial(source_of, kind, value, is_strict=is_strict), f"`{param}`: ")
 
 
 @dataclass(frozen=True, slots=True)

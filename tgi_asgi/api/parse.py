@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -67,6 +67,14 @@ def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
 def range_of(**keywords: float) -> Meta:
     """Bound a number, for `check_ranges` and for the OpenAPI document."""
     return Meta(extra_json_schema=dict(keywords))
+
+
+Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
+Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
+Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
+Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
+Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
+Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
 
 
 def check_ranges(request: Struct, where: str = "") -> None:

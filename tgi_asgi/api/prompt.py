@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,18 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         **given,
     )
     return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a conversation ends with a text of the assistant's, for the model to go on with it."""
+    last = messages[-1] if messages else {"role": ""}
+    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
+
+
+def thinking_variables(thinks: bool, level: object = None) -> dict[str, Any]:
+    """Return what tells a template whether to think, and how much, by the names that models have for it."""
+    effort = {"reasoning_effort": level} if isinstance(level, str) else {}
+    return {"enable_thinking": thinks, "thinking": thinks, **effort}
 
 
 def _separator(template: ChatTemplate, settings: Settings) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import orjson
 
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.reader import TEXT_ONLY, ChoiceReader
 from tgi_asgi.errors import TgiError
 from tgi_asgi.observe.course import Course
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Reasoning

@@ -8,15 +8,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.call import Call, Conversation, Job, Text, ToolChoice
+from tgi_asgi.api.call import Call, Constraint, Conversation, Job, Text, ToolChoice
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.limits import Limits, Room
+from tgi_asgi.api.limits import Limits, Room, check_stops
 from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
-from tgi_asgi.api.openai.constraints import constraint
-from tgi_asgi.api.openai.params import check_stops
-from tgi_asgi.api.openai.schema import Fraction, Penalty, Share, ToolCall, ToolEntry
+from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
 from tgi_asgi.api.openai.tools import read_tools
-from tgi_asgi.api.parse import check_ranges, decode_json, range_of, refuse
+from tgi_asgi.api.parse import Fraction, Penalty, Share, check_ranges, decode_json, range_of, refuse
+from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import factor, sampling
 from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
@@ -96,12 +95,11 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     messages = _messages(request.messages or [])
     if not messages:
         return _call(request, exchange, None, is_chat=True)
-    last = messages[-1]
     chat = Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
         variables=_variables(request),
-        is_continued=last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last,
+        is_continued=leaves_open(messages),
     )
     return _call(request, exchange, chat, choose(tools, "auto"), is_chat=True)
 
@@ -156,7 +154,7 @@ def _call(
         max_tokens=options.num_predict if (options.num_predict or 0) > 0 else None,
         room=Room.CLIPPED,
         stop=stops,
-        constraint=None if given in (None, "") else constraint("format", kind, given),
+        constraint=None if given in (None, "") else Constraint.of("format", kind, given),
         tools=tools,
         shows_reasoning=request.think is not False,
     )
@@ -173,10 +171,7 @@ def _call(
 def _variables(request: _Request) -> dict[str, Any]:
     """Return what tells a template whether to think, under the names that models have for it."""
     think = request.think
-    if think is None:
-        return {}
-    level = {"reasoning_effort": think} if isinstance(think, str) else {}
-    return {"enable_thinking": think is not False, "thinking": think is not False, **level}
+    return thinking_variables(think is not False, think) if think is not None else {}
 
 
 def _messages(given: list[OllamaMessage]) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import EFFORTS, effort_variables
-from tgi_asgi.api.openai.constraints import constraint
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import (
@@ -164,10 +163,10 @@ def _constraint(request: ResponsesRequest) -> Constraint | None:
     if given.type not in ("json_object", "json_schema"):
         refuse("text.format.type", "`text.format.type` must be text, json_object or json_schema")
     if given.type == "json_object":
-        return constraint("text.format", "json_object", True)
+        return Constraint.of("text.format", "json_object", True)
     if given.schema is None:
         refuse("text.format.schema", "`text.format.schema` is required with type `json_schema`")
-    return constraint("text.format", "json", given.schema, is_strict=given.strict is True)
+    return Constraint.of("text.format", "json", given.schema, is_strict=given.strict is True)
 
 
 class _Renderer:
