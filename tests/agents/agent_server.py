@@ -48,15 +48,9 @@ class Recorder:
             body.extend(message.get("body", b""))
             return message
 
-        async def tell(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
         number = next(self._numbers)
-        try:
-            await _call_app(app, scope, hear, tell)
-        finally:
+
+        def write() -> None:
             query = scope["query_string"].decode()
             record = {
                 "request": f"{scope['method']} {scope['path']}" + (f"?{query}" if query else ""),
@@ -65,6 +59,15 @@ class Recorder:
                 "body": json.loads(body) if body else None,
             }
             (self._folder / f"{number:04}.json").write_text(json.dumps(record, indent=1))
+
+        async def tell(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                write()  # before the client knows that it has its answer
+            await send(message)
+
+        await _call_app(app, scope, hear, tell)
 
 
 if __name__ == "__main__":
