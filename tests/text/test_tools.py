@@ -257,7 +257,7 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
     ],
 )
 def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
-    assert parse(ReplyParser(None, FORMATS["pythonic"]), f"[f({written})]", 3) == [
+    assert parse(ReplyParser(None, FORMATS["pythonic"], SPECS), f"[f({written})]", 3) == [
         CallStart("f"), CallArguments(arguments),
     ]  # fmt: skip
 
@@ -265,7 +265,10 @@ def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
 def test_a_call_that_is_cut_keeps_what_there_is() -> None:
     text = TWO_CALLS["hermes"]
     cut = text[: text.index("1") + 1]
-    assert parse(ReplyParser(None, FORMATS["hermes"]), cut, 4) == [CallStart("f"), CallArguments('{"a": 1')]
+    assert parse(ReplyParser(None, FORMATS["hermes"], SPECS), cut, 4) == [
+        CallStart("f"),
+        CallArguments('{"a": 1'),
+    ]
 
 
 @pytest.mark.parametrize(
