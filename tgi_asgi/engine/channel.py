@@ -127,7 +127,7 @@ class RequestChannel:
             if self._error is not None:
                 error, self._error = self._error, None
                 self._sink.on_error(error)
-        except Exception:
+        except (Exception, asyncio.CancelledError):  # the engine's own task waits for nothing here
             log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
             self.cancel()
 
