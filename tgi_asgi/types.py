@@ -177,15 +177,10 @@ class Channel(Protocol):
     stats: RequestStats
 
     def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting. At most once, and no iteration then."""
+        """Call `sink` from now on, first with whatever is waiting. At most once."""
 
     def cancel(self) -> None:
         """Give the request up: blocks and permit come back within two steps. Idempotent."""
-
-    def __aiter__(self) -> Channel: ...
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        """Wait for the next batch of events; raises the `TgiError` that ended the request."""
 
 
 class EngineState(enum.Enum):

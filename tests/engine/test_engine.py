@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.engine.helpers import Answer, ask, collect, make_request, submit, until
 from tests.support.fake_runner import (
     EOS_ID,
     FakeRunner,
@@ -69,17 +69,15 @@ async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine
     ]
     order: list[str] = []
 
-    async def take(request: object, channel: object) -> list[int]:
-        tokens: list[int] = []
-        async for events in channel:  # type: ignore[attr-defined]
-            order.append(request.request_id)  # type: ignore[attr-defined]
-            tokens += [event.token_id for event in events]
-        return tokens
+    class Ordered(Answer):
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            order.append(self.channel.request.request_id)
+            super().on_events(events)
 
-    async with asyncio.timeout(10):
-        results = await asyncio.gather(*(take(r, submit(engine, r)) for r in requests))
-    for request, tokens in zip(requests, results, strict=True):
-        assert tokens == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
+    answers = [Ordered(submit(engine, request)) for request in requests]
+    for request, answer in zip(requests, answers, strict=True):
+        await answer.wait()
+        assert answer.tokens() == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
     # Everybody had ten tokens before anybody had thirty.
     first_done = min(len(order) - 1 - order[::-1].index(request.request_id) for request in requests)
     assert all(order[:first_done].count(request.request_id) >= 10 for request in requests)
@@ -297,10 +295,13 @@ async def test_a_storm_of_cancellations_leaves_nothing_and_harms_nobody(make_eng
     await asyncio.gather(*map(collect, victims))
 
 
-async def test_a_sink_that_raises_loses_its_own_request_only(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("error", [ValueError("broken"), asyncio.CancelledError()])
+async def test_a_sink_that_raises_loses_its_own_request_only(
+    make_engine: MakeEngine, error: BaseException
+) -> None:
     class Broken(Recorder):
         def on_events(self, events: Sequence[TokenEvent]) -> None:
-            raise ValueError("broken")
+            raise error
 
     engine = make_engine()
     bad = submit(engine, make_request(5, max_tokens=50))

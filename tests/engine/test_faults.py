@@ -373,23 +373,6 @@ async def test_stopping_is_no_death(make_engine: MakeEngine) -> None:
     assert deaths.errors == [] and engine.state is EngineState.DRAINING
 
 
-@pytest.mark.parametrize("error", [RuntimeError(), asyncio.CancelledError()])
-async def test_a_sink_that_raises_loses_its_own_request_alone(
-    make_engine: MakeEngine, error: BaseException
-) -> None:
-    class Raising:
-        def on_events(self, events: Sequence[TokenEvent]) -> None:
-            raise error
-
-        def on_error(self, error: TgiError) -> None: ...
-
-    engine = make_engine()
-    broken = submit(engine, make_request([1], 50))
-    broken.attach(Raising())
-    assert (await ask(engine, make_request([2], 50))).finish() is FinishReason.LENGTH
-    assert broken.is_cancelled and engine.state is EngineState.READY
-
-
 async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_engine: MakeEngine) -> None:
     runner = FakeRunner(num_blocks=200)
     runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler says it of a row without a token

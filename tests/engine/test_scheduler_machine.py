@@ -186,11 +186,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             writable.update(sequence.table[sequence.num_computed // BLOCK :])
             if sequence.copy_source is not None:
                 holders[sequence.copy_source] += 1
-        assert all(pool.references(block) == holders[block] for block in range(self.num_blocks))
+        assert pool._references == [holders[block] for block in range(self.num_blocks)]
         tables = Counter(block for sequence in self.scheduler.running for block in sequence.table)
         for block in writable:
             assert tables[block] == 1, f"block {block} will be written and is shared"
-            assert not pool.is_registered(block), f"block {block} will be written and is in the cache"
+            assert pool._digests[block] is None, f"block {block} will be written and is in the cache"
 
     @invariant()
     def sequences_are_accounted_for(self) -> None:

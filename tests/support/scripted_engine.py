@@ -58,7 +58,6 @@ class ScriptedChannel:
         self._script = engine.script
         self._sink: Sink | None = None
         self._waiting: list[Sequence[TokenEvent] | TgiError] = []
-        self._arrived = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._play())
 
     def attach(self, sink: Sink) -> None:
@@ -72,20 +71,6 @@ class ScriptedChannel:
         self.is_cancelled = True
         self._task.cancel()
         self._end()
-
-    def __aiter__(self) -> ScriptedChannel:
-        return self
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        while not self._waiting:
-            if self.ended.is_set():
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        batch = self._waiting.pop(0)
-        if isinstance(batch, TgiError):
-            raise batch
-        return batch
 
     async def _play(self) -> None:
         self.stats.scheduled_s = time.monotonic()
@@ -117,7 +102,6 @@ class ScriptedChannel:
     def _deliver(self, batch: Sequence[TokenEvent] | TgiError) -> None:
         if self._sink is None:
             self._waiting.append(batch)
-            self._arrived.set()
         elif isinstance(batch, TgiError):
             self._sink.on_error(batch)
         else:
@@ -126,7 +110,6 @@ class ScriptedChannel:
     def _end(self) -> None:
         self.stats.finished_s = time.monotonic()
         self.ended.set()
-        self._arrived.set()
         self.permit.release()
 
 

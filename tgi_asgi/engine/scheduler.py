@@ -79,7 +79,7 @@ class Scheduler:
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
         self.tables = BlockTables(self.pool, block_size, prefix_cache=prefix_cache, stats=stats)
-        self._block_size = block_size
+        self.block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget
         self._stats = stats
@@ -164,7 +164,7 @@ class Scheduler:
         About 1 us a row. Victims come off the end of `_running`, so none has a row in this step yet.
         """
         prefilling: list[Sequence] = []
-        running, size = self._running, self._block_size
+        running, size = self._running, self.block_size
         rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
         index = 0
         while index < len(running):
@@ -211,7 +211,7 @@ class Scheduler:
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
         if count > budget:
-            aligned = budget - (start + budget) % self._block_size
+            aligned = budget - (start + budget) % self.block_size
             if aligned <= 0 and step.num_prefill_tokens:
                 return 0
             count = aligned if aligned > 0 else budget
@@ -226,7 +226,7 @@ class Scheduler:
             plan.starts.append(sequence.slot_start())
             sequence.starts_slot = False
         if sequence.copy_source is not None:
-            plan.copies.append((sequence.copy_source, sequence.table[start // self._block_size]))
+            plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted))
