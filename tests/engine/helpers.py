@@ -65,7 +65,8 @@ def add_request(
             Sequence(
                 request,
                 choice,
-                urgency=(float(arrival + 30 * request.priority), arrival, choice),
+                arrival_s=float(arrival),
+                number=arrival,
                 chain=chain,
                 eos_ids=frozenset({EOS_ID}),
                 leader=sequences[0] if choice else None,

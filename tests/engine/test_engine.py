@@ -21,7 +21,7 @@ from tests.support.fake_runner import (
     script,
 )
 from tgi_asgi.engine import Engine, Histogram
-from tgi_asgi.engine.loop import AGING_S
+from tgi_asgi.engine.sequence import AGING_S
 from tgi_asgi.errors import (
     GenerationFailed,
     IncompleteGeneration,

@@ -26,7 +26,6 @@ from tgi_asgi.types import Permit
 
 log = logging.getLogger(__name__)
 
-AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 _LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
 _SLICE_S = 0.001  # delivery holds the loop no longer
 _MAX_DELAY_S = 0.05  # what a token waits at most, where the event loop is slower than the steps
@@ -166,13 +165,13 @@ class ServingLoop:
 
     def _add(self, channel: RequestChannel) -> None:
         request = channel.request
-        urgency = channel.stats.arrival_s + request.priority * AGING_S
         chain = HashChain(root_digest(request.adapter, request.cache_salt), self._block_size)
         for choice in range(request.n):
             sequence = Sequence(
                 request,
                 choice,
-                urgency=(urgency, self._num_arrived, choice),
+                arrival_s=channel.stats.arrival_s,
+                number=self._num_arrived,
                 chain=chain,
                 eos_ids=self._eos_ids,
                 leader=channel.sequences[0] if choice else None,
@@ -206,7 +205,6 @@ class ServingLoop:
                 stats.scheduled_s = flight.begun_s
                 if sequence.owner.timer is not None:
                     sequence.owner.timer.cancel()
-                stats.cached_tokens = sequence.num_cached or 0
         return flight
 
     async def complete(self, flight: Flight) -> None:
@@ -255,6 +253,7 @@ class ServingLoop:
             stats.generated_tokens += 1
             if stats.first_token_s is None:
                 stats.first_token_s = now
+                stats.cached_tokens = sequence.num_cached or 0
             try:
                 event = channel.outputs[sequence.choice].push(sampled)
             except Exception as error:

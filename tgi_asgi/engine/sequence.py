@@ -10,11 +10,13 @@ from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
 
+AGING_S = 30.0  # seconds of waiting that make up for one level of priority
+
 
 class SequenceState(enum.Enum):
     """Where a sequence is; only a RUNNING one holds a slot and blocks."""
 
-    HELD = "held"  # a further choice, until the first one has computed the prompt
+    HELD = "held"  # a further choice, until the first one computes the prompt
     WAITING = "waiting"  # in the queue, new or preempted
     RUNNING = "running"
     FINISHED = "finished"
@@ -25,15 +27,16 @@ class Sequence:
 
     `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
     step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
-    written or being written by a step in flight; `num_pending` the tokens that steps in flight will draw.
+    written or being written by a step in flight, `num_taken` those among them that are others' work: cached
+    ones, or a leader's; `num_pending` the tokens that steps in flight will draw.
     `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
     """
 
     __slots__ = (
-        "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader", "max_tokens",
-        "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered", "owner", "prompt_len",
-        "request", "slot", "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
-        "wants_prompt_logprobs",
+        "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
+        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
+        "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "table",
+        "tenant", "token_ids", "urgency", "wants_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -41,7 +44,8 @@ class Sequence:
         request: GenerationRequest,
         choice: int,
         *,
-        urgency: tuple[float, int, int],
+        arrival_s: float,
+        number: int,  # of the request: one more than that of the one that arrived before
         chain: HashChain,
         eos_ids: frozenset[int] = frozenset(),
         leader: Sequence | None = None,  # the request's first choice
@@ -51,7 +55,8 @@ class Sequence:
         stop = request.stop
         self.request = request
         self.choice = choice
-        self.urgency = urgency
+        self.arrival_s = arrival_s
+        self.urgency = (arrival_s + request.priority * AGING_S, number, choice)
         self.chain = chain  # of a further choice: its own from when it first runs
         self.leader = leader
         self.tenant = tenant
@@ -66,12 +71,13 @@ class Sequence:
         self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
         self.epoch = 0
         self.slot = 0
-        self.num_cached: int | None = None  # prompt tokens found in the cache when it first ran
+        self.num_cached: int | None = None  # prompt tokens taken from the cache, as of its first result
         self._reset()
 
     def _reset(self) -> None:
         """Hold nothing: the table is a new list, for steps in flight may still read the old one."""
         self.table: list[int] = []
+        self.num_taken = 0
         self.num_computed = 0
         self.num_pending = 0
         self.num_registered = 0
