@@ -228,6 +228,12 @@ class Engine(Protocol):
     def submit(self, request: GenerationRequest, permit: Permit) -> Channel:
         """Queue a request; the permit is the engine's from here on."""
 
+    def abort(self, request_id: str) -> int:
+        """End the requests of this id, running or waiting, with an error; return how many there were."""
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all prompts that are cached; return how many blocks that were."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:

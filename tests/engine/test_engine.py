@@ -433,3 +433,34 @@ async def test_what_finished_in_the_step_after_which_the_engine_gives_up_is_deli
     assert good.finish() is FinishReason.LENGTH
     assert all(isinstance(answer.error, GenerationFailed) for answer in bad)
     await engine.stop()
+
+
+async def test_requests_are_aborted_by_their_id_running_or_waiting(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(max_batch_size=1, is_manual=True)
+    engine = make_engine(runner)
+    named, other = make_request(5, 50), make_request(6, 5)
+    running, waiting, kept = submit(engine, named), submit(engine, named), submit(engine, other)
+    await until(lambda: runner.num_in_flight > 0)
+    assert engine.abort("nobody") == 0
+    assert engine.abort(named.request_id) == 2
+    assert engine.abort(named.request_id) == 0, "they have ended, or will"
+    runner.is_manual = False
+    runner.run_next()
+    for channel in (running, waiting):
+        error = (await collect(channel)).error
+        assert isinstance(error, IncompleteGeneration) and "aborted" in str(error)
+    assert (await collect(kept)).finish() is FinishReason.LENGTH
+    assert (engine.stats.failed, engine.stats.cancelled) == (2, 0)
+
+
+async def test_a_reset_cache_is_cold_and_those_that_use_it_do_not_notice(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    await ask(engine, make_request(40, 2))
+    running = submit(engine, make_request(40, 60, sampling=SEEDED))
+    await until(lambda: running.stats.generated_tokens > 5)
+    assert engine.reset_prefix_cache() == 2
+    assert engine.reset_prefix_cache() == 0
+    again = await ask(engine, make_request(40, 2))
+    assert running.stats.cached_tokens == 32 and again.stats.cached_tokens == 0
+    tokens = (await collect(running)).tokens()
+    assert tokens == expected_tokens(make_request(40).prompt_ids, 60, sampling=SEEDED)

@@ -72,6 +72,11 @@ class ScriptedChannel:
         self._task.cancel()
         self._end()
 
+    def abort(self) -> None:
+        self._task.cancel()
+        self._end()
+        self._deliver(IncompleteGeneration("the request was aborted"))
+
     async def _play(self) -> None:
         self.stats.scheduled_s = time.monotonic()
         self.stats.cached_tokens = self.engine.num_cached
@@ -165,6 +170,20 @@ class ScriptedEngine:
         channel = ScriptedChannel(self, request, permit)
         self.channels.append(channel)
         return channel
+
+    def abort(self, request_id: str) -> int:
+        named = [
+            channel
+            for channel in self.channels
+            if channel.request.request_id == request_id and not channel.ended.is_set()
+        ]
+        for channel in named:
+            channel.abort()
+        return len(named)
+
+    def reset_prefix_cache(self) -> int:
+        num_blocks, self.num_cached = self.num_cached // 16, 0
+        return num_blocks
 
 
 def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) -> Script:

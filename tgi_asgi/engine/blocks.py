@@ -124,6 +124,13 @@ class BlockPool:
                 del self._by_digest[digest]
                 self._digests[block] = None
 
+    def reset(self) -> int:
+        """Make all blocks unfindable, used and free; return how many could be found."""
+        num_known = len(self._by_digest)
+        self.forget(list(self._by_digest.values()))
+        self._given_up.clear()
+        return num_known
+
     def release(self, blocks: list[int]) -> None:
         """Drop one reference of each block of a table.
 

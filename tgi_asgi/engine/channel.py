@@ -39,7 +39,7 @@ class RequestChannel:
         self.outputs: list[ChoiceOutput] = []
         self.num_open = request.n
         self.is_cancelled = False
-        self.refusal: TgiError | None = None  # why it will not run after all
+        self.refusal: TgiError | None = None  # why it will not run (on) after all
         self.timer: asyncio.TimerHandle | None = None  # of its wait for the first step
         self._on_cancel = on_cancel
         self._events: list[TokenEvent] = []
@@ -70,12 +70,18 @@ class RequestChannel:
             self.is_cancelled = True
             self._on_cancel(self)
 
-    def refuse(self, error: TgiError) -> None:
-        """Take a request that has not run yet back out of the queue; its room is free at once."""
-        if not self.is_cancelled and not self._is_ended and self.refusal is None:
-            self.refusal = error
+    def refuse(self, error: TgiError) -> bool:
+        """End the request with an error, its taker's wish or not; tell whether it had not ended yet.
+
+        The room of one that has not run is free at once.
+        """
+        if self.is_cancelled or self._is_ended or self.refusal is not None:
+            return False
+        self.refusal = error
+        if self.stats.scheduled_s is None:
             self.permit.release()
-            self._on_cancel(self)
+        self._on_cancel(self)
+        return True
 
     def push(self, event: TokenEvent) -> None:
         """Add an event; it is seen at the next `flush`."""

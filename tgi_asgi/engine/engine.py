@@ -149,6 +149,16 @@ class Engine:
                 Overloaded(f"No room within {self._queue_timeout_s:g} s", retry_after_s=retry_after_s)
             )
 
+    def abort(self, request_id: str) -> int:
+        """End the requests of this id, running or waiting, with an error; return how many there were."""
+        error = IncompleteGeneration("the request was aborted")
+        named = [channel for channel in self._loop.channels if channel.request.request_id == request_id]
+        return sum(channel.refuse(error) for channel in named)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all that is cached; blocks in use stay with who uses them. Return how many were known."""
+        return self.scheduler.pool.reset()
+
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what runs finish; what has not by then gets `IncompleteGeneration`."""
         if self._state is EngineState.READY:
