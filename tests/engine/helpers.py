@@ -17,6 +17,7 @@ from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import TgiError
+from tgi_asgi.text.constrain.free import Part, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -75,6 +76,16 @@ def add_request(
         )
     scheduler.add(sequences)
     return sequences
+
+
+class WatchedGrammar:
+    """A grammar whose answers are free text up to the first of some tokens."""
+
+    def __init__(self, wakes: Tokens[int], masked_ids: Tokens[int] = ()) -> None:
+        self._part = Part(tuple(masked_ids), frozenset(wakes), {}, 0)
+
+    def watch(self) -> Watch:
+        return Watch([self._part])
 
 
 class Answer:

@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.engine.helpers import add_request, make_request, make_scheduler
+from tests.engine.helpers import WatchedGrammar, add_request, make_request, make_scheduler
 from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
@@ -68,6 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 1),
         is_private=SELDOM,
         wants_prompt_logprobs=SELDOM,
+        is_watched=SELDOM,
     )
     def submit(
         self,
@@ -81,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         is_private: bool,
         wants_prompt_logprobs: bool,
+        is_watched: bool,
     ) -> None:
         prompt = [family * 50 + position for position in range(prompt_len)]
         if turn is not None and self.answers:
@@ -97,6 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 is_prefix_cached=not is_private,
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
+                grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
             )
             self.open += add_request(self.scheduler, request, self.num_arrived, tenant)
             self.num_arrived += 1

@@ -184,6 +184,8 @@ class Scheduler:
             start = sequence.num_computed
             if start == len(sequence.table) * size:
                 self.tables.grow(sequence)
+            if sequence.starts_slot:
+                self._start_slot(step.plan, sequence)
             rows.append(
                 StepRow(sequence.slot, None if pending else token_ids[start:], start, sequence.table, True)
             )
@@ -251,8 +253,7 @@ class Scheduler:
         start = sequence.num_computed
         plan = step.plan
         if sequence.starts_slot:
-            plan.starts.append(sequence.slot_start())
-            sequence.starts_slot = False
+            self._start_slot(plan, sequence)
         if sequence.copy_source is not None:
             plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
@@ -264,6 +265,10 @@ class Scheduler:
         sequence.num_computed = start + count
         sequence.num_pending += samples
         self.tables.register(sequence, start + count)
+
+    def _start_slot(self, plan: StepPlan, sequence: Sequence) -> None:
+        plan.starts.append(sequence.slot_start())
+        sequence.starts_slot = False
 
     def _end_prefills(self, step: Step) -> None:
         """Let sequences that sample decode from the next step on, and what waits for their prompt start."""
@@ -325,7 +330,16 @@ class Scheduler:
                 sequence.num_pending -= 1
                 if sampled.is_finite:
                     sequence.token_ids.append(sampled.token_id)
+                    if sequence.watch is not None and sequence.follow(sequence.watch):
+                        self._restart_slot(sequence)
         return live
+
+    def _restart_slot(self, sequence: Sequence) -> None:
+        """Have the next row start the slot again behind the token known last; one in flight is void."""
+        sequence.epoch += 1
+        sequence.num_computed = len(sequence.token_ids) - 1
+        sequence.num_pending = 0
+        sequence.starts_slot = True
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or came after one that did; of several the newest first."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from tgi_asgi.text.constrain.free import Watch
 
 AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 
@@ -36,7 +39,7 @@ class Sequence:
         "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
         "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
         "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "table",
-        "tenant", "token_ids", "urgency", "wants_prompt_logprobs",
+        "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +68,8 @@ class Sequence:
         self.max_tokens = stop.max_tokens
         self.min_tokens = stop.min_tokens
         self.wants_prompt_logprobs = request.prompt_logprobs is not None and leader is None
+        # While it writes free text it needs no grammar; `min_tokens` needs its list of masked ids.
+        self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
         self.token_ids = list(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
         self.followers: list[Sequence] = []
@@ -106,20 +111,32 @@ class Sequence:
         """Whether its table holds the prompt, as of a step before the one that is planned."""
         return self.state is SequenceState.RUNNING and not self.is_prefilling
 
+    def follow(self, watch: Watch) -> bool:
+        """Watch the token known last; tell whether the slot must start again, as others may follow it."""
+        if not watch.push(self.token_ids[-1]):
+            return False
+        if watch.is_over:
+            self.watch = None
+        return True
+
     def slot_start(self) -> SlotStart:
         """Return what the runner needs to draw this sequence's next token."""
         sampling, choice = self.request.sampling, self.choice
         if self.request.seeds:
             sampling, choice = dataclasses.replace(sampling, seed=self.request.seeds[choice]), 0
+        watch = self.watch
+        masked_ids: tuple[int, ...] = watch.part.masked_ids if watch is not None else ()
+        if self.min_tokens:
+            masked_ids = tuple(sorted(self.stop_ids))
         return SlotStart(
             slot=self.slot,
             sampling=sampling,
             choice=choice,
             prompt_ids=self.request.prompt_ids,
             output_ids=self.token_ids[self.prompt_len :],
-            min_tokens=self.min_tokens,
-            masked_ids=tuple(sorted(self.stop_ids)) if self.min_tokens else (),
-            grammar=self.request.grammar,
+            min_tokens=self.min_tokens if watch is None else self.max_tokens,
+            masked_ids=masked_ids,
+            grammar=self.request.grammar if watch is None else None,
         )
 
     def __repr__(self) -> str:

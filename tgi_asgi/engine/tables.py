@@ -100,15 +100,18 @@ class BlockTables:
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Make what the first `num_tokens` tokens fill findable: the steps planned so far write it."""
         num_full = num_tokens // self.block_size
+        if num_full <= sequence.num_registered:
+            return
         if self._prefix_cache:
             for index in range(sequence.num_registered, num_full):
                 digest = sequence.chain.digest(index, sequence.token_ids)
                 self.pool.register(sequence.table[index], digest)
-        sequence.num_registered = max(sequence.num_registered, num_full)
+        sequence.num_registered = num_full
 
     def settle(self, sequence: Sequence, num_computed: int) -> None:
         """Learn that the first `num_computed` tokens are in the cache for good."""
-        self._release_copy(sequence)
+        if sequence.copy_source is not None:
+            self._release_copy(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_taken
             if self._may_look_up(sequence):

@@ -1,7 +1,7 @@
 """What a whole answer may consist of, as one grammar: reasoning, then content or tool calls.
 
 Calls are constrained from their marker on, or from the first character where an answer must be one; text
-before a marker is free.
+before a marker is free (`free.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools.reasoning import ReasoningStyle
 from tgi_asgi.text.tools.base import Mark, ToolFormat, ToolSpec
+from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 _ANY = r"/(.|\n)*/"
 
@@ -48,6 +48,9 @@ def answer_grammar(
     if content is None and tools is None:
         return None
     body, rules = _body(content, tools, mark)
+    is_free = content is None and tools is not None and not tools.must_call and tools.format.marker != ""
+    free = (mark(tools.format.marker),) if tools is not None and is_free else ()
+    start = ""
     if reasoning is not None:
         opening = "" if is_reasoning_open else mark(reasoning.start)
         optional = "" if is_reasoning_open else "?"
@@ -61,8 +64,10 @@ def answer_grammar(
             ]
         rules.append(f"body: {body}")
         body = f"reasoning{optional} body"
+        start = opening
+        free = (mark(reasoning.end), *free) if free or not start else ()
     named = (("answer", content.lark), *content.parts) if content is not None else ()
-    return GrammarSource("\n".join([f"start: {body}", *rules]), named)
+    return GrammarSource("\n".join([f"start: {body}", *rules]), named, free, start)
 
 
 def _body(content: GrammarSource | None, tools: ToolUse | None, mark: Mark) -> tuple[str, list[str]]:

@@ -32,10 +32,14 @@ class GrammarSource:
     Attributes:
         lark: rules in llguidance's dialect, beginning with `start`.
         parts: further grammars, which the rules name as `@<name>`.
+        free: marks up to each of which, in turn, an answer is any text.
+        opening: a mark without which, at the very beginning, the first of these parts is left out.
     """
 
     lark: str
     parts: tuple[tuple[str, str], ...] = ()
+    free: tuple[str, ...] = ()
+    opening: str = ""
 
     @property
     def text(self) -> str:
