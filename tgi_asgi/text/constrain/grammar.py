@@ -12,17 +12,16 @@ import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain.free import FreeText, Mark, Part, Watch
+from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.source import GrammarSource
 
-MAX_MASKED = 1024  # tokens that free text must not hold: more are left to masks
 MAX_CACHED = 64  # compiled grammars; one takes from 10 kB to 20 MB
 
 _MAX_MASK_THREADS = 32
@@ -70,7 +69,7 @@ class GrammarCompiler:
         self._executor: Any = None
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
-        self._marks: dict[str, Mark] = {}
+        self._free_texts = FreeTexts(tokenizer, vocab_size)
 
     def compile(self, source: GrammarSource) -> Grammar:
         """Compile a grammar: milliseconds, up to a second for the largest.
@@ -94,7 +93,7 @@ class GrammarCompiler:
         # The first mask builds most of the lexer, which copies share: here, and not while a batch waits.
         # Some are too complex behind their first token only.
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
-        grammar = Grammar(backend, self._executor, self._free_text(source, backend))
+        grammar = Grammar(backend, self._executor)
         for matcher in (Matcher(backend, self._executor), grammar.matcher()):
             token_id = _first_allowed(mask)
             if token_id is not None and token_id not in self._tokenizer.eos_ids:
@@ -102,72 +101,12 @@ class GrammarCompiler:
             matcher.fill_mask(mask)
             if matcher.error is not None:
                 raise InvalidRequest(f"grammar is not valid: {matcher.error}")
+        grammar = Grammar(backend, self._executor, self._free_texts.find(source, grammar.matcher))
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
         return grammar
-
-    def _free_text(self, source: GrammarSource, prototype: Any) -> FreeText | None:
-        """Return where answers are free; None if they are not, or what they must not hold is too much."""
-        if not source.free:
-            return None
-        marks = [self._mark(expression) for expression in source.free]
-        opening = self._mark(source.opening) if source.opening else None
-        plain = next((i for i, data in self._texts() if _is_plain(i, data, (*marks, opening))), None)
-        if plain is None:
-            return None
-        parts: list[Part] = []
-        path: list[int] = []  # the marks before the part
-        if opening is not None:
-            own = {} if opening.own_id is None else {opening.own_id: 1}
-            wakes = opening.wakes.difference(own) | marks[1].wakes
-            parts.append(Part(self._forbidden(prototype, []), wakes, own, 2))
-            path += own
-        for at, mark in enumerate(marks, start=len(parts)):
-            is_last = mark is marks[-1]
-            own = {} if mark.own_id is None or is_last else {mark.own_id: at + 1}
-            # What is behind an optional part is where an answer without it is, too.
-            before = [] if opening is not None and is_last else path
-            parts.append(
-                Part(self._forbidden(prototype, [*before, plain]), mark.wakes.difference(own), own, at)
-            )
-            path += own
-        return FreeText(parts) if all(len(part.masked_ids) <= MAX_MASKED for part in parts) else None
-
-    def _texts(self) -> Iterator[tuple[int, bytes]]:
-        """Return the tokens that are no special ones."""
-        tokenizer = self._tokenizer
-        for token_id in range(min(tokenizer.vocab_size, self._vocab_size)):
-            if token_id not in tokenizer.special_ids:
-                yield token_id, tokenizer.token_bytes(token_id)
-
-    def _mark(self, expression: str) -> Mark:
-        if expression not in self._marks:
-            self._marks[expression] = Mark.of(expression, self._texts())
-        return self._marks[expression]
-
-    def _forbidden(self, prototype: Any, token_ids: Sequence[int]) -> tuple[int, ...]:
-        """Return the tokens that cannot follow, but for those that depend on how a character began."""
-        mask = np.zeros(-(-self._vocab_size // 32), np.int32)
-        Matcher(prototype.deep_copy(), self._executor, token_ids).fill_mask(mask)
-        flags = np.unpackbits(mask.view(np.uint8), count=self._vocab_size, bitorder="little")
-        return tuple(i for i in np.flatnonzero(flags == 0).tolist() if self._is_whole(i))
-
-    def _is_whole(self, token_id: int) -> bool:
-        """Tell whether a token is whole characters, or special."""
-        if token_id >= self._tokenizer.vocab_size or token_id in self._tokenizer.special_ids:
-            return True
-        try:
-            self._tokenizer.token_bytes(token_id).decode()
-        except UnicodeDecodeError:
-            return False
-        return True
-
-
-def _is_plain(token_id: int, data: bytes, marks: Iterable[Mark | None]) -> bool:
-    is_wake = any(mark is not None and token_id in mark.wakes for mark in marks)
-    return data.isalpha() and data.isascii() and not is_wake
 
 
 class Grammar:
