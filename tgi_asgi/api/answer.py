@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tgi_asgi.api.call import Conversation, Job
+from tgi_asgi.api.call import Choices, Conversation, Job
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec, choose_format
+from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, style_of
-from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.types import TokenEvent
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class ChoiceReader:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._parser = ReplyParser(
+        self._parser = AnswerParser(
             reading.style,
             reading.tools,
             reading.specs,
@@ -191,6 +192,16 @@ class ChoiceReader:
         if not reading.shows_reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return pieces
+
+
+def likeliest(choices: Choices, n: int = 1) -> list[int]:
+    """Return which n choices have the highest mean log-probability, best first, the first one on ties."""
+
+    def mean(index: int) -> float:
+        values = [event.logprob for event in choices[index] if event.logprob is not None]
+        return math.fsum(values) / len(values) if values else -math.inf
+
+    return sorted(range(len(choices)), key=mean, reverse=True)[:n]
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:
