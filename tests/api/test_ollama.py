@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import ollama
 import pytest
@@ -390,7 +390,7 @@ async def test_leaving_a_stream_frees_the_request() -> None:
     async with sdk(engine) as client:
         stream = await client.chat("m", HI, stream=True)
         await anext(stream)
-        await stream.aclose()
+        await cast(AsyncGenerator[object, None], stream).aclose()
         await asyncio.wait_for(engine.channels[0].ended.wait(), 5)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
@@ -407,7 +407,7 @@ TURNS = st.fixed_dictionaries(
         ), max_size=2),
     },
 )  # fmt: skip
-OPTIONS = st.fixed_dictionaries({"options": bodies(OllamaOptions, {})}) | st.just({})
+OPTIONS: st.SearchStrategy[Any] = st.fixed_dictionaries({"options": bodies(OllamaOptions, {})}) | st.just({})
 CHATS = bodies(OllamaChat, {"messages": st.lists(TURNS, max_size=3) | ANYTHING})
 PROMPTS = bodies(OllamaGenerate, {"prompt": TEXT | ANYTHING})
 

@@ -187,7 +187,7 @@ def test_hostile_grammars_are_refused_and_the_server_lives(client: OpenAI) -> No
         {"guided_regex": "(" * 3000 + "a" + ")" * 3000},
         {"guided_grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))},
         {"guided_choice": ["x" * 20] * 50_000},
-        {"guided_json": {"type": "integer", "multipleOf": 1_000_003}},
+        {"guided_json": {"type": "integer", "minimum": 5, "maximum": 4}},
     ):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="tgi", messages=ASK, max_tokens=5, extra_body=body)
@@ -262,8 +262,10 @@ def test_anthropic_s_sdk_calls_tools(claude: anthropic.Anthropic) -> None:
     with claude.messages.stream(
         tools=tools, tool_choice={"type": "tool", "name": "weather"}, **options
     ) as stream:
-        parts = "".join(event.delta.partial_json for event in stream if event.type == "content_block_delta")
+        deltas = [event.delta for event in stream if event.type == "content_block_delta"]
         (block,) = stream.get_final_message().content
+    assert all(delta.type == "input_json_delta" for delta in deltas)
+    parts = "".join(delta.partial_json for delta in deltas if delta.type == "input_json_delta")
     assert block.type == "tool_use" and block.input == json.loads(parts)
     jsonschema.validate(block.input, WEATHER)
 

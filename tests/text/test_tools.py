@@ -300,7 +300,7 @@ def test_a_template_shows_its_reasoning_style() -> None:
 
 def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": None, "tool_calls": [call, call]},
         {"role": "tool", "tool_call_id": "c1", "content": "42"},
@@ -410,7 +410,7 @@ def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompile
 
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
     call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    history = [
+    history: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "abcdefgh9"}]},
         {"role": "tool", "tool_call_id": call["id"], "content": "42"},
     ]
