@@ -61,13 +61,15 @@ class _SettingOption(click.Option):
             flag = f"--{name}/--no-{name}"
         else:
             flag = f"--{name}"
-            choices = spec.metadata.get("choices")
+            choices = spec.metadata["choices"]
             extra["type"] = click.Choice(choices) if choices else _TYPES[_base_type(kind)]
-            extra["metavar"] = None if choices else spec.metadata["metavar"] or _METAVARS[_base_type(kind)]
+            extra["metavar"] = (
+                None if choices else spec.metadata["kind"].metavar or _METAVARS[_base_type(kind)]
+            )
             extra["multiple"] = kind.startswith("tuple")
         self.group = spec.metadata["group"]
         self._is_on = spec.default is True
-        super().__init__([flag, *spec.metadata.get("flags", ()), spec.name], help=_help(spec), **extra)
+        super().__init__([flag, *spec.metadata["flags"], spec.name], help=_help(spec), **extra)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show the one form of a switch that changes its default."""
@@ -120,7 +122,7 @@ def _help(spec: dataclasses.Field[Any]) -> str:
     notes = []
     if spec.default not in (None, (), False, True):
         notes.append(f"default: {spec.default}")
-    notes += [f"env also: {variable}" for variable in spec.metadata.get("env", ())]
+    notes += [f"env also: {variable}" for variable in spec.metadata["env"]]
     text: str = spec.metadata["help"]
     return f"{text}  [{'; '.join(notes)}]" if notes else text
 
