@@ -28,15 +28,11 @@ from tgi_asgi.serve.launcher_compat import (
     is_sagemaker,
 )
 from tgi_asgi.serve.process import end_process
-from tgi_asgi.settings import DEMO_MODEL, Settings
+from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 
 logger = logging.getLogger(__name__)
 
-_FORMS: dict[str, dict[str, Any]] = {
-    "int": {"type": int, "metavar": "N"},
-    "float": {"type": float, "metavar": "X"},
-    "str": {"type": str, "metavar": "TEXT"},
-}
+_TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
 _LAUNCHER = "Of TGI's launcher"
 _PATHS = {
     "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
@@ -76,32 +72,27 @@ class _Option(click.Option):
 
 
 def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
-    flag, given = _flag(spec.name), spec.metadata
+    flag, given = flag_of(spec.name), spec.metadata
     names = (*given["flags"], spec.name)
     notes = [] if spec.default in (None, (), False, True) else [f"default: {spec.default}"]
     notes += [f"env also: {variable}" for variable in given["env"]]
     help = f"{given['help']}  [{'; '.join(notes)}]" if notes else given["help"]
     if spec.type == "bool":
         switch = f"{flag}/--no-{flag[2:]}"
-        return _Option(given["group"], switch, *names, help=help, is_on=spec.default)
+        return _Option(given["group"], switch, *names, help=help, is_on=spec.default is True)
     kind = str(spec.type)  # "int | None", "tuple[str, ...]"
-    form = dict(_FORMS[kind.removeprefix("tuple[").split(",")[0].split(" ")[0]])
+    base, metavar = _TYPES[kind.removeprefix("tuple[").split(",")[0].split(" ")[0]]
+    form: dict[str, Any] = {"type": base, "metavar": given["kind"].metavar or metavar}
     if given["choices"]:
         form = {"type": click.Choice(given["choices"])}
-    elif given["kind"].metavar:
-        form["metavar"] = given["kind"].metavar
     return _Option(given["group"], flag, *names, help=help, multiple=kind.startswith("tuple"), **form)
 
 
 def _launcher_option(option: CompatOption) -> _Option:
     """Return an option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
     fate = "Refused" if option.treatment is Treatment.REFUSED else "Ignored"
-    form = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
-    return _Option(_LAUNCHER, option.flag, option.name, help=f"{fate}: {option.reason}.", **form)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    form: dict[str, Any] = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
+    return _Option(_LAUNCHER, flag_of(option.name), help=f"{fate}: {option.reason}.", **form)
 
 
 def _run(print_env: bool, **options: Any) -> None:
@@ -149,9 +140,9 @@ def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
     options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
     options += [_launcher_option(option) for option in OPTIONS if option.is_flag]
-    options += [_Option(_LAUNCHER, _flag(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
+    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
     options.append(
-        _Option("Other", "--env", "-e", "print_env", is_flag=True, help="Print versions and settings first.")
+        click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )
     command = _GroupedCommand(
         "tgi-asgi",

@@ -44,6 +44,11 @@ _NICE = _Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
 
 
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: `--max-batch-size` of `max_batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _setting(
     group: str,
     help: str,
@@ -71,7 +76,7 @@ def _setting(
         "group": group,
         "help": help,
         "kind": kind,
-        "flags": tuple(filter(None, (flag, alias and f"--{alias.replace('_', '-')}"))),
+        "flags": tuple(filter(None, (flag, alias and flag_of(alias)))),
         "env": (alias.upper(),) if alias else (),
         "choices": words,
         "secret": secret,
@@ -270,7 +275,7 @@ class Settings:
 
 def _check(holds: object, name: str, rule: str, value: object) -> None:
     if not holds:
-        raise InvalidRequest(f"--{name.replace('_', '-')} must {rule}, got {value}", param=name)
+        raise InvalidRequest(f"{flag_of(name)} must {rule}, got {value}", param=name)
 
 
 def _check_keys(name: str, keys: tuple[str, ...]) -> None:
