@@ -52,8 +52,7 @@ class Tracing:
             raise ModelLoadError(
                 f"--otlp-endpoint needs OpenTelemetry: pip install 'tgi-asgi[otel]' ({error.name} is missing)"
             ) from None
-        resource = Resource.create({"service.name": settings.otlp_service_name})
-        provider = TracerProvider(resource=resource)
+        provider = TracerProvider(resource=Resource.create({"service.name": settings.otlp_service_name}))
         is_plain = not settings.otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=is_plain)
         provider.add_span_processor(BatchSpanProcessor(exporter))
