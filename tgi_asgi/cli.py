@@ -18,15 +18,8 @@ import click
 from tgi_asgi import __version__
 from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.observe import logs
-from tgi_asgi.serve.launcher_compat import (
-    OPTIONS,
-    CompatOption,
-    Treatment,
-    apply_paths,
-    check_options,
-    environment_changes,
-    is_sagemaker,
-)
+from tgi_asgi.serve import launcher_compat
+from tgi_asgi.serve.launcher_compat import CompatOption, Treatment
 from tgi_asgi.serve.process import end_process
 from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 
@@ -98,12 +91,10 @@ def _launcher_option(option: CompatOption) -> _Option:
 def _run(print_env: bool, **options: Any) -> None:
     names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    apply_paths(given, os.environ)
+    launcher_compat.apply_paths(given, os.environ)
     try:
-        settings = Settings.from_environ(
-            os.environ, **{name: value for name, value in given.items() if name in names}
-        )
-        warnings = check_options(given, os.environ)
+        settings = Settings.from_environ(os.environ, **{name: given[name] for name in names & given.keys()})
+        warnings = launcher_compat.check_options(given, os.environ)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from None
     logs.configure(settings)
@@ -139,7 +130,7 @@ def describe_environment(settings: Settings) -> str:
 def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
     options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
-    options += [_launcher_option(option) for option in OPTIONS if option.is_flag]
+    options += [_launcher_option(option) for option in launcher_compat.OPTIONS if option.is_flag]
     options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
@@ -166,7 +157,7 @@ def main() -> None:
     """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
     arguments = sys.argv[1:]
     try:
-        os.environ.update(environment_changes(os.environ, arguments))
+        os.environ.update(launcher_compat.environment_changes(os.environ, arguments))
     except InvalidRequest as error:
         end_process(error.message, 2)
-    make_command().main([] if is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")
+    make_command().main([] if launcher_compat.is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")

@@ -72,21 +72,13 @@ def _setting(
     words = choices.split() if choices else ()
     if words:
         kind = _Kind(None, f"be one of {', '.join(words)}", words.__contains__)
-    metadata = {
-        "group": group,
-        "help": help,
-        "kind": kind,
-        "flags": tuple(filter(None, (flag, alias and flag_of(alias)))),
-        "env": (alias.upper(),) if alias else (),
-        "choices": words,
-        "secret": secret,
-    }
+    metadata = {"group": group, "help": help, "kind": kind, "choices": words, "secret": secret}
+    metadata["flags"] = tuple(filter(None, (flag, alias and flag_of(alias))))
+    metadata["env"] = (alias.upper(),) if alias else ()
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_model, _server, _limit, _engine = (
-    partial(_setting, group) for group in ("Model", "Server", "Limits", "Engine")
-)
+_model, _server, _limit, _engine = (partial(_setting, of) for of in ("Model", "Server", "Limits", "Engine"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +206,7 @@ class Settings:
     )
     block_size: int = _engine("Tokens in a block of the KV cache.", 16, _BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of prompts seen before.", True)
-    share_prefix_cache: bool = _engine(
-        "Reuse blocks across API keys, too: how fast an answer is then tells what others asked.", False
-    )
+    share_prefix_cache: bool = _engine("Reuse across API keys; speed then tells of others' prompts.", False)
     num_threads: int | None = _engine("Compute threads (default: one a usable core).", None, _COUNT)
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, for HTTP; else 0).", None, _NICE
