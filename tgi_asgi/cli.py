@@ -39,8 +39,7 @@ class _GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
-            if record is not None:
+            if record := option.get_help_record(ctx):
                 groups.setdefault(getattr(option, "group", "Other"), []).append(record)
         for name, records in groups.items():
             with formatter.section(name):

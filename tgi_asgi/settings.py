@@ -23,14 +23,21 @@ _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", 
 
 
 class _Kind(NamedTuple):
-    """What a value is: its word in `--help` (None: its type's), and what holds for it if it is set."""
+    """What a value is: its word in `--help` (None: its type's), what it must be if it is set, its choices."""
 
     metavar: str | None = None
     rule: str = ""
     holds: Callable[[Any], object] = lambda value: True
+    choices: tuple[str, ...] = ()
+
+
+def _one_of(words: str) -> _Kind:
+    choices = tuple(words.split())
+    return _Kind(None, f"be one of {', '.join(choices)}", choices.__contains__, choices)
 
 
 _PLAIN, _FILE, _URL = _Kind(), _Kind("PATH"), _Kind("URL")
+_KEY = _Kind("KEY")  # or several; never shown
 _HOST = _Kind(None, "not be empty", str.strip)
 _PORT = _Kind(None, "be in 0..65535", lambda value: 0 <= value <= 65535)
 _ROUTE = _Kind("PATH", "be a path", lambda value: len(value) > 1 and value[0] == "/")
@@ -50,15 +57,7 @@ def flag_of(name: str) -> str:
 
 
 def _setting(
-    group: str,
-    help: str,
-    default: Any = None,
-    kind: _Kind = _PLAIN,
-    *,
-    flag: str | None = None,
-    alias: str | None = None,
-    choices: str | None = None,
-    secret: bool = False,
+    group: str, help: str, default: Any = None, kind: _Kind = _PLAIN, *, flag: str = "", alias: str = ""
 ) -> Any:
     """Declare a field: what it is for, its default and kind.
 
@@ -66,13 +65,8 @@ def _setting(
         group: the heading that `--help` lists it under.
         flag: a second flag.
         alias: a second name, for the flag and the variable.
-        choices: the words that are allowed.
-        secret: the value is a key, or several, and is never shown.
     """
-    words = choices.split() if choices else ()
-    if words:
-        kind = _Kind(None, f"be one of {', '.join(words)}", words.__contains__)
-    metadata = {"group": group, "help": help, "kind": kind, "choices": words, "secret": secret}
+    metadata = {"group": group, "help": help, "kind": kind, "choices": kind.choices}
     metadata["flags"] = tuple(filter(None, (flag, alias and flag_of(alias))))
     metadata["env"] = (alias.upper(),) if alias else ()
     return dataclasses.field(default=default, metadata=metadata)
@@ -102,7 +96,7 @@ class Settings:
     dtype: str = _model(
         "Arithmetic: auto takes what is fastest for the model and machine; float32 is exact.",
         "auto",
-        choices="auto float32 bfloat16 float16",
+        _one_of("auto float32 bfloat16 float16"),
     )
     quantize: str | None = _model(
         "Quantise float weights: q8_0 (faster, all but equal) or q4_0 (smaller, worse); others are ignored."
@@ -111,7 +105,7 @@ class Settings:
         "Type of keys and values: auto is the arithmetic's; int8 (CPU only, not with --dtype float32) and "
         "fp8_e4m3fn (GPU only, ignored on a CPU) take half the memory of bfloat16.",
         "auto",
-        choices="auto int8 fp8_e4m3fn fp8_e5m2",
+        _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
     batch_invariant: bool = _model(
         "On a GPU, give a token the same logits whatever runs beside it and however its prompt is cut, as a "
@@ -121,7 +115,8 @@ class Settings:
     )
     tool_format: str | None = _model(
         "How tool calls are written (default: as the chat template shows).",
-        choices="hermes qwen3_coder mistral mistral_args granite deepseek deepseek_v31 pythonic llama3_json",
+        None,
+        _one_of("hermes qwen3_coder mistral mistral_args granite deepseek deepseek_v31 pythonic llama3_json"),
     )
     served_model_name: str | None = _model("Name to report instead of the model id.")
 
@@ -135,9 +130,9 @@ class Settings:
     uds: str | None = _server("Listen on a Unix socket instead; the umask says who may connect.", None, _FILE)
     ssl_certfile: str | None = _server("Serve HTTPS with this PEM file's certificate chain.", None, _FILE)
     ssl_keyfile: str | None = _server("Private key, unencrypted (default: in --ssl-certfile).", None, _FILE)
-    api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), secret=True)
+    api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), _KEY)
     api_key_file: str | None = _server("File of further keys, one a line; # for comments.", None, _FILE)
-    admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", secret=True)
+    admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
     graceful_termination_timeout: int = _server(
@@ -160,7 +155,7 @@ class Settings:
     json_output: bool = _server("Write logs as JSON lines.", False)
     otlp_endpoint: str | None = _server("Where OpenTelemetry spans go, by gRPC (`otel` extra).", None, _URL)
     otlp_service_name: str = _server("Service name of the spans.", "text-generation-inference.router")
-    log_level: str = _server("Least level that is logged.", "info", choices="debug info warn error")
+    log_level: str = _server("Least level that is logged.", "info", _one_of("debug info warn error"))
     compute_type: str | None = _server("Value of the x-compute-type header (default: 1-<device>).")
     aip_predict_route: str | None = _server("Vertex AI: a further path of what /vertex serves.", None, _ROUTE)
     aip_health_route: str | None = _server("Vertex AI: a further path of what /health serves.", None, _ROUTE)
@@ -206,7 +201,7 @@ class Settings:
     )
     block_size: int = _engine("Tokens in a block of the KV cache.", 16, _BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of prompts seen before.", True)
-    share_prefix_cache: bool = _engine("Reuse across API keys; speed then tells of others' prompts.", False)
+    share_prefix_cache: bool = _engine("Share blocks across API keys: speed tells what others ask.", False)
     num_threads: int | None = _engine("Compute threads (default: one a usable core).", None, _COUNT)
     thread_nice: int | None = _engine(
         "Nice value of compute threads (default: 5 on up to four cores, for HTTP; else 0).", None, _NICE
@@ -219,7 +214,7 @@ class Settings:
             if value is None:
                 continue
             _check(kind.holds(value), spec.name, kind.rule, repr(value))
-            if spec.metadata["secret"]:
+            if kind is _KEY:
                 _check_keys(spec.name, (value,) if isinstance(value, str) else value)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
@@ -243,9 +238,8 @@ class Settings:
                 continue
             for variable in (spec.name.upper(), *spec.metadata["env"]):
                 text = environ.get(variable, "")
-                if variable == "HOSTNAME" and text == socket.gethostname():
-                    continue  # Docker and shells set it for everybody
-                if text:
+                # Docker and shells set HOSTNAME for everybody.
+                if text and (variable != "HOSTNAME" or text != socket.gethostname()):
                     values[spec.name] = _parse(spec, variable, text)
                     break
         if "api_key" in values:
@@ -256,7 +250,7 @@ class Settings:
 
     def __repr__(self) -> str:
         changed = (
-            f"{spec.name}={'***' if spec.metadata['secret'] else repr(getattr(self, spec.name))}"
+            f"{spec.name}={'***' if spec.metadata['kind'] is _KEY else repr(getattr(self, spec.name))}"
             for spec in dataclasses.fields(self)
             if getattr(self, spec.name) != spec.default
         )

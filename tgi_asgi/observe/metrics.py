@@ -216,7 +216,6 @@ class LoopLag:
         """End. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _tick(self, loop: asyncio.AbstractEventLoop, due_s: float) -> None:
         self._histogram.observe(max(loop.time() - due_s, 0.0))

@@ -89,8 +89,7 @@ class Tracing:
             span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
         context = self._trace.set_span_in_context(span)
         for name, begin_s, end_s in course.parts:
-            part = self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s))
-            part.end(epoch_ns(end_s))
+            self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s)).end(epoch_ns(end_s))
         span.end(now_ns)
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import Settings
 
@@ -159,19 +161,12 @@ class Acceptor:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop (uvloop's, if it is there) whose servers on given sockets are `Acceptor`s."""
-    base: Any = asyncio.SelectorEventLoop
-    with contextlib.suppress(ImportError):
-        import uvloop
+    """Return uvloop's loop, but that its servers on given sockets are `Acceptor`s."""
 
-        base = uvloop.Loop
-
-    class Loop(base):  # type: ignore[misc]
-        async def create_server(
-            self, protocol_factory: ProtocolFactory, *args: Any, sock: Any = None, **options: Any
-        ) -> Any:
+    class Loop(uvloop.Loop):
+        async def create_server(self, *args: Any, sock: Any = None, **options: Any) -> Any:
             if sock is None:
-                return await super().create_server(protocol_factory, *args, **options)
-            return Acceptor(self, protocol_factory, sock, options.get("ssl"))
+                return await super().create_server(*args, **options)
+            return Acceptor(self, args[0], sock, options.get("ssl"))
 
     return Loop()
