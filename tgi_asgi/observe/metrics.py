@@ -97,25 +97,23 @@ class Metrics:
         self.max_new_tokens = add("tgi_request_max_new_tokens", "Tokens asked for.", totals)
 
     def _add_engine(self, block_size: int) -> None:
-        add = self._add
-        add("gauge", "tgi_requests_running", "Sequences that generate.", lambda s: s.running)
-        add("gauge", "tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
+        gauge, counter, histogram = (partial(self._add, kind) for kind in ("gauge", "counter", "histogram"))
+        gauge("tgi_requests_running", "Sequences that generate.", lambda s: s.running)
+        gauge("tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
         name, help = "tgi_batch_current_max_tokens", "Tokens that the running batch may come to hold."
-        add("gauge", name, help, lambda s: s.blocks_used * block_size)
+        gauge(name, help, lambda s: s.blocks_used * block_size)
         name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
-        add("gauge", name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
-        name, help = "tgi_preemptions_total", "Sequences preempted for want of room."
-        add("counter", name, help, lambda s: s.preemptions)
+        gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
+        counter("tgi_preemptions_total", "Sequences preempted for want of room.", lambda s: s.preemptions)
         name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
-        add("counter", name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
-        add("counter", "tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
+        counter(name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
+        counter("tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
         name, help = "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
-        add("counter", name, help, lambda s: s.prefix_query_tokens)
+        counter(name, help, lambda s: s.prefix_query_tokens)
         name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
-        add("counter", name, help, lambda s: s.prefix_hit_tokens)
-        name, help = "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
-        add("histogram", name, help, lambda s: s.inter_token_s)
-        add("histogram", "tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
+        counter(name, help, lambda s: s.prefix_hit_tokens)
+        histogram("tgi_inter_token_latency_seconds", "From token to token.", lambda s: s.inter_token_s)
+        histogram("tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
 
     def _add_steps(self, method: str) -> None:
         # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
 _NS = 1_000_000_000
-_SERVER_ERROR = 500
 
 
 class Tracing:
@@ -85,7 +84,7 @@ class Tracing:
             start_time=epoch_ns(exchange.started_s),
             attributes=_attributes(exchange, course, status),
         )
-        if status >= _SERVER_ERROR or (exchange.error is not None and exchange.status == 200):
+        if status >= 500 or (exchange.error is not None and exchange.status == 200):
             span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
         context = self._trace.set_span_in_context(span)
         for name, begin_s, end_s in course.parts:
