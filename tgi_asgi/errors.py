@@ -150,5 +150,9 @@ class IncompleteGeneration(TgiError, error_type="incomplete_generation", failure
     """Raised when generation ended without a finish reason (shutdown in the middle of a request)."""
 
 
+class RequestAborted(IncompleteGeneration):
+    """Raised when an operator has ended the request; clients should not send it again."""
+
+
 class ModelLoadError(TgiError, error_type="model_load", failure="generation"):
     """Raised at start-up when the model cannot be found, read or run; the message says what to change."""

@@ -130,7 +130,9 @@ class Settings:
     ssl_certfile: str | None = _server("Serve HTTPS with this PEM file's certificate chain.", None, _FILE)
     ssl_keyfile: str | None = _server("Private key, unencrypted (default: in --ssl-certfile).", None, _FILE)
     api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), _KEY)
-    api_key_file: str | None = _server("File of further keys, one a line; # for comments.", None, _FILE)
+    api_key_file: str | None = _server(
+        "File of keys: `KEY` or `NAME KEY` a line; # for comments.", None, _FILE
+    )
     admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)

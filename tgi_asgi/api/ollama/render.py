@@ -86,11 +86,12 @@ class LineRenderer:
 
     def _end(self, finish: FinishReason | None) -> Line:
         course = Course.of(self._exchange)
+        spent = {name: end_s - begin_s for name, begin_s, end_s in course.parts}
         durations = {
             "total": course.total_s,
             "load": course.validation_s + course.queue_s,  # until the model could run
-            "prompt_eval": course.prefill_s,
-            "eval": course.decode_s,
+            "prompt_eval": spent.get("prefill", 0.0),
+            "eval": spent.get("decode", 0.0),
         }
         return {
             "done": True,
