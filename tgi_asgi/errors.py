@@ -9,7 +9,8 @@ TgiError
 │   └── TooManyPrompts      more prompts in a call than the server takes
 ├── Unauthorized            no key, or a wrong one
 ├── Forbidden               a feature that the operator has not enabled
-├── NotFound                no such path or model
+├── NotFound                no such path
+│   └── UnknownModel        a model that is not served
 ├── MethodNotAllowed        the path exists, the method does not
 ├── PayloadTooLarge         the body is over the limit
 ├── RequestTimeout          the body did not arrive in time
@@ -134,7 +135,7 @@ class Forbidden(TgiError):
 
 
 class NotFound(TgiError):
-    """Raised for an unknown path or, with `code="model_not_found"`, an unknown model."""
+    """Raised for an unknown path, or the id of nothing that there is."""
 
     error_type = "not_found"
 
@@ -142,6 +143,14 @@ class NotFound(TgiError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class UnknownModel(NotFound):
+    """Raised for a model that is not served; `name` is what was asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+        self.name = name
 
 
 class MethodNotAllowed(TgiError):

@@ -20,8 +20,9 @@ from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange, while_connected
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
-from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
+from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
+from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Channel, Engine, GenerationRequest, StopConditions, TokenEvent
 
@@ -42,6 +43,23 @@ def generating(parse: Parse) -> Handler:
 
     async def handle(exchange: Exchange) -> None:
         await generate(exchange, parse)
+
+    return handle
+
+
+def counting(work: Callable[[bytes, Served, Settings], bytes]) -> Handler:
+    """Return the handler of a route that tokenises, and generates nothing: `work` makes its answer of a body.
+
+    It runs in a thread, under a permit: whoever tokenises takes part in admission.
+    """
+
+    async def handle(exchange: Exchange) -> None:
+        context = exchange.context
+        served = context.ready()
+        body = await exchange.read_body()
+        with Permits(exchange, served.engine, 1):
+            answer = await context.in_counting_thread(work, body, served, context.settings)
+        await exchange.respond(200, answer)
 
     return handle
 
@@ -93,22 +111,17 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     """Return the model name to answer with: the one asked for, or the served model's own.
 
     Raises:
-        NotFound: names are strict and this one is not served.
+        UnknownModel: names are strict and this one is not served.
     """
     context = exchange.context
     own = context.ready().info.model_id
     if requested is None or requested in ("tgi", own):
         return own
     if context.settings.strict_model_names:
-        raise model_not_found(requested)
+        raise UnknownModel(requested)
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
     return requested
-
-
-def model_not_found(name: str) -> NotFound:
-    """Return the error for a model that is not served."""
-    return NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
 
 
 async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
@@ -119,7 +132,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         TemplateError: there is no template, or it refused the messages.
     """
     context = exchange.context
-    with _placed(job.where, exchange.dialect):
+    with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
         prompt = await context.in_thread(make_prompt, job, served, context.settings)
@@ -203,7 +216,7 @@ def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _placed(where: str, dialect: Dialect) -> Iterator[None]:
+def placed(where: str, dialect: Dialect) -> Iterator[None]:
     """Say in a refusal which of the call's parts it means."""
     try:
         yield

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
+import orjson
 
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Permits
+from tgi_asgi.api.life import counting
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.completions import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
@@ -21,9 +22,7 @@ from tgi_asgi.api.tgi.schema import (
     PROMPT_TOKENIZE,
     TOKENIZE,
     ChatTokenizeResponse,
-    DetokenizeResponse,
     SimpleToken,
-    TokenCount,
 )
 from tgi_asgi.settings import Settings
 
@@ -32,33 +31,29 @@ async def tokenize(exchange: Exchange) -> None:
     """Answer with TGI's array for `inputs`, with ids and their count for `prompt` or `messages`."""
     exchange.context.ready()
     work = {Kind.INPUTS: _text_tokens, Kind.PROMPT: _prompt_count, Kind.MESSAGES: _chat_count}
-    await _answer(exchange, work[await dispatch(exchange)])
+    await counting(work[await dispatch(exchange)])(exchange)
 
 
-async def detokenize(exchange: Exchange) -> None:
-    """Answer with the text of token ids, special tokens included."""
-    await _answer(exchange, _texts)
+def detokenize(body: bytes, served: Served, settings: Settings) -> bytes:
+    """Return the text of token ids, special tokens included."""
+    ids = decode_json(body, DETOKENIZE).tokens
+    check_ids(ids, "tokens", served.info.vocab_size)
+    return orjson.dumps({"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)})
 
 
-async def chat_tokenize(exchange: Exchange) -> None:
-    """Answer with a chat's templated text and its tokens; none are added to it."""
-    await _answer(exchange, _chat_tokens)
-
-
-async def _answer(exchange: Exchange, work: Callable[[bytes, Served, Settings], bytes]) -> None:
-    """Do the work in a thread, under a permit: whoever tokenises takes part in admission."""
-    context = exchange.context
-    served = context.ready()
-    body = await exchange.read_body()
-    with Permits(exchange, served.engine, 1):
-        answer = await context.in_counting_thread(work, body, served, context.settings)
-    await exchange.respond(200, answer)
+def chat_tokenize(body: bytes, served: Served, settings: Settings) -> bytes:
+    """Return a chat's templated text and its tokens; none are added to it."""
+    text = chat_text(_chat(body), served, settings)
+    tokens = served.tokenizer.encode_with_offsets(
+        text.source, add_special_tokens=False, is_marked=text.is_marked
+    )
+    return msgspec.json.encode(ChatTokenizeResponse(_shown(text.shown, tokens), text.shown))
 
 
 def _text_tokens(body: bytes, served: Served, settings: Settings) -> bytes:
     text = decode_json(body, TOKENIZE).inputs
     tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
-    return msgspec.json.encode(simple_tokens(text, tokens))
+    return msgspec.json.encode(_shown(text, tokens))
 
 
 def _prompt_count(body: bytes, served: Served, settings: Settings) -> bytes:
@@ -71,33 +66,18 @@ def _chat_count(body: bytes, served: Served, settings: Settings) -> bytes:
     return _count(chat_prompt(_chat(body), served, settings, is_bounded=False).ids, served)
 
 
-def _chat_tokens(body: bytes, served: Served, settings: Settings) -> bytes:
-    text = chat_text(_chat(body), served, settings)
-    tokens = served.tokenizer.encode_with_offsets(
-        text.source, add_special_tokens=False, is_marked=text.is_marked
-    )
-    return msgspec.json.encode(ChatTokenizeResponse(simple_tokens(text.shown, tokens), text.shown))
+def _chat(body: bytes) -> Conversation:
+    return read_conversation(decode_json(body, CHAT_DECODER))
 
 
-def _texts(body: bytes, served: Served, settings: Settings) -> bytes:
-    ids = decode_json(body, DETOKENIZE).tokens
-    check_ids(ids, "tokens", served.info.vocab_size)
-    return msgspec.json.encode(DetokenizeResponse(served.tokenizer.decode(ids, skip_special_tokens=False)))
+def _count(ids: list[int], served: Served) -> bytes:
+    return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
 
 
-def simple_tokens(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
+def _shown(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:
     """Return a text's tokens (id, and its bytes' offsets) as TGI shows them; an added token has no text."""
     data = text.encode()
     return [
         SimpleToken(id=token_id, text=data[start:stop].decode("utf-8", "replace"), start=start, stop=stop)
         for token_id, start, stop in tokens
     ]
-
-
-def _chat(body: bytes) -> Conversation:
-    return read_conversation(decode_json(body, CHAT_DECODER))
-
-
-def _count(ids: list[int], served: Served) -> bytes:
-    answer = TokenCount(tokens=ids, count=len(ids), max_model_len=served.info.max_total_tokens)
-    return msgspec.json.encode(answer)
