@@ -13,12 +13,12 @@ import msgspec
 
 import tgi_asgi
 from tgi_asgi.api.asgi import JSON
+from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
 Schema = dict[str, Any]
@@ -31,10 +31,7 @@ td{padding:.1em 1.5em .1em 0}</style><h1>tgi-asgi</h1>
 
 async def openapi_json(exchange: Exchange) -> None:
     """Answer with the OpenAPI document."""
-    context = exchange.context
-    settings = context.settings
-    needs_key = bool(settings.api_key or settings.api_key_file is not None)
-    await exchange.respond_json(document(context.routes, settings, context.info, needs_key=needs_key))
+    await exchange.respond_json(_document(exchange.context))
 
 
 async def page(exchange: Exchange) -> None:
@@ -47,16 +44,16 @@ async def page(exchange: Exchange) -> None:
     await exchange.respond(200, (_PAGE + "\n".join(rows)).encode(), b"text/html; charset=utf-8")
 
 
-def document(
-    routes: Sequence[Route], settings: Settings, info: ModelInfo | None, *, needs_key: bool
-) -> Schema:
-    """Return the OpenAPI 3.1 document; with `info`, the limits in it are those that hold."""
-    documented = [row for row in routes if row.summary]
+def _document(context: ServerContext) -> Schema:
+    """Return the OpenAPI 3.1 document; once the model has loaded, the limits in it are those that hold."""
+    settings = context.settings
+    needs_key = bool(settings.api_key or settings.api_key_file is not None)
+    documented = [row for row in context.routes if row.summary]
     kinds = [kind for row in documented for kind in (*row.requests, row.response, row.event)]
     found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     schemas = dict(zip(kinds, found, strict=True))
-    if info is not None:
-        _put_limits(components, Limits.of(settings, is_tgi=True), info)
+    if context.info is not None:
+        _put_limits(components, Limits.of(settings, is_tgi=True), context.info)
     paths: dict[str, Schema] = {}
     for row in documented:
         path = row.path.replace(":path}", "}")

@@ -10,7 +10,7 @@ import orjson
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Parse, generate, placed
+from tgi_asgi.api.life import generate, placed
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
@@ -23,17 +23,12 @@ from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
 
-_PARSERS: dict[Kind, Parse] = {
-    Kind.INPUTS: parse_root,
-    Kind.MESSAGES: parse_chat,
-    Kind.PROMPT: parse_completion,
-}
-
 
 async def invocations(exchange: Exchange) -> None:
     """Answer as `POST /`, chat or completions would, by the body's key."""
     exchange.context.ready()
-    await generate(exchange, _PARSERS[await dispatch(exchange)])
+    parsers = {Kind.INPUTS: parse_root, Kind.MESSAGES: parse_chat, Kind.PROMPT: parse_completion}
+    await generate(exchange, parsers[await dispatch(exchange)])
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:
