@@ -79,7 +79,7 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
     if row.response is not None:
         content[row.media_type] = {"schema": schemas[row.response]}
     if row.event is not None:
-        content[row.stream_type] = {"schema": schemas[row.event]}
+        content[row.stream_type] = {"schema": _stream(row, schemas[row.event])}
     # By the example of one; of several kinds of request, each has its own.
     dialects = (NATIVE, OPENAI) if len(row.requests) > 1 else (row.dialect,)
     envelope = _any_of([_like(dialect.envelope(InvalidRequest(""))) for dialect in dialects])
@@ -101,6 +101,15 @@ def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: 
     if row.access is Access.ADMIN or (needs_key and row.access is Access.KEY):
         result["security"] = [{"key": []}]
     return result
+
+
+def _stream(row: Route, event: Schema) -> Schema:
+    """Return the schema of a stream, which is that of its lines, or of an event of the server's."""
+    if row.stream_type != "text/event-stream":
+        return event
+    if row.event is not str:
+        event = {"type": "string", "contentMediaType": JSON.decode(), "contentSchema": event}
+    return {"type": "object", "required": ["data"], "properties": {"data": event}}
 
 
 def _like(value: object) -> Schema:

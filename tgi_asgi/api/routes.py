@@ -43,7 +43,7 @@ class Route:
         requests: the types that the body may have; of several its main field tells which, and whether errors
             have TGI's envelope or OpenAI's.
         response: the type of a 200, of JSON or else of `media_type`; None: it has no body.
-        event: the type of a stream's events, if the request can ask for a stream; of `stream_type`.
+        event: the type of what a stream's events or lines hold, if the request can ask for a stream.
     """
 
     method: str
