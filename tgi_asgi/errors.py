@@ -103,7 +103,15 @@ class Forbidden(TgiError, error_type="forbidden"):
 
 
 class NotFound(TgiError, error_type="not_found"):
-    """Raised for an unknown path or, with `code="model_not_found"`, an unknown model."""
+    """Raised for an unknown path, or the id of nothing that there is."""
+
+
+class UnknownModel(NotFound):
+    """Raised for a model that is not served; `name` is what was asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+        self.name = name
 
 
 class MethodNotAllowed(TgiError, error_type="method_not_allowed"):

@@ -324,7 +324,7 @@ async def test_errors_become_the_packages_exceptions() -> None:
     assert (await refused(ScriptedEngine(num_permits=0))).status_code == 429
     assert (await refused(ScriptedEngine(), api_key=("right",))).status_code == 401
     unknown = await refused(ScriptedEngine(), strict_model_names=True)
-    assert unknown.status_code == 404 and "'other'" in unknown.error
+    assert (unknown.error, unknown.status_code) == ("model 'other' not found", 404)
     async with sdk() as client:
         with pytest.raises(ollama.ResponseError, match="model 'other' not found") as caught:
             await client.show("other")
@@ -332,6 +332,13 @@ async def test_errors_become_the_packages_exceptions() -> None:
         with pytest.raises(ollama.ResponseError, match="/api/pull") as caught:
             await client.pull("other")
         assert caught.value.status_code == 404
+
+
+async def test_an_unknown_path_is_refused_in_ollamas_envelope() -> None:
+    for chosen, status in ((Settings(), 404), (Settings(api_key=("right",)), 401)):
+        async with client_of(app_of(ScriptedEngine(), settings=chosen)) as client:
+            answer = await client.post("/api/embed")
+        assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 
 @pytest.mark.parametrize("error", [GenerationFailed("broken"), Overloaded()])

@@ -85,11 +85,8 @@ class Exchange:
         """Return a request header by its lower-case name."""
         return asgi.header(self.scope, name)
 
-    async def read_body(self, *, is_of_any_type: bool = False) -> bytes:
+    async def read_body(self) -> bytes:
         """Read the body under the server's limit.
-
-        Args:
-            is_of_any_type: the caller itself calls `require_json`, once it knows the dialect.
 
         Raises:
             PayloadTooLarge, RequestTimeout, Overloaded, ClientDisconnected: see `asgi.read_body`.
@@ -98,7 +95,7 @@ class Exchange:
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
-        if not is_of_any_type:
+        if self.route is None or len(self.route.requests) < 2:  # else its kind decides
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit

@@ -19,7 +19,7 @@ from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange, while_connected
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
-from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
+from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
@@ -45,11 +45,23 @@ def generating(parse: Parse) -> Handler:
     return handle
 
 
-async def generate(exchange: Exchange, parse: Parse, body: bytes | None = None) -> None:
-    """Answer a request that generates.
+def counting(work: Callable[[bytes, Exchange], bytes]) -> Handler:
+    """Return the handler of a route that tokenises, and generates nothing: `work` makes its answer of a body.
 
-    Args:
-        body: where it has been read.
+    It runs in a thread, under a permit: whoever tokenises takes part in admission.
+    """
+
+    async def handle(exchange: Exchange) -> None:
+        body = await exchange.read_body()
+        with admitted(exchange, 1):
+            answer = await exchange.context.in_counting_thread(work, body, exchange)
+        await exchange.respond(200, answer)
+
+    return handle
+
+
+async def generate(exchange: Exchange, parse: Parse) -> None:
+    """Answer a request that generates.
 
     Raises:
         TgiError: it is refused, or failed before its answer began.
@@ -57,7 +69,7 @@ async def generate(exchange: Exchange, parse: Parse, body: bytes | None = None) 
     """
     context = exchange.context
     served = context.ready()
-    call = await exchange.work(parse, await exchange.read_body() if body is None else body, exchange)
+    call = await exchange.work(parse, await exchange.read_body(), exchange)
     model = served_name(exchange, call.model)
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
@@ -95,22 +107,17 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     """Return the model name to answer with: the one asked for, or the served model's own.
 
     Raises:
-        NotFound: names are strict and this one is not served.
+        UnknownModel: names are strict and this one is not served.
     """
     context = exchange.context
     own = context.ready().info.model_id
     if requested is None or requested in ("tgi", own):
         return own
     if context.settings.strict_model_names:
-        raise model_not_found(requested)
+        raise UnknownModel(requested)
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
     return requested
-
-
-def model_not_found(name: str) -> NotFound:
-    """Return the error for a model that is not served."""
-    return NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
 
 
 async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
@@ -121,7 +128,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         TemplateError: there is no template, or it refused the messages.
     """
     context = exchange.context
-    with _placed(job.where, exchange.dialect):
+    with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
         prompt = await context.in_thread(make_prompt, job, served, context.settings)
@@ -205,7 +212,7 @@ def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _placed(where: str, dialect: Dialect) -> Iterator[None]:
+def placed(where: str, dialect: Dialect) -> Iterator[None]:
     """Say in a refusal which of the call's parts it means."""
     try:
         yield
