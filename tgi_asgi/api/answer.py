@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,7 +33,6 @@ class AnswerForm:
     job: Job
     served: Served
     settings: Settings
-    special_ids: Mapping[str, int]  # by text
     prompt_tail: str
 
     @property
@@ -69,7 +68,7 @@ class AnswerForm:
         tools = self._format() if job.tools is not None else None
         if style is None and tools is None:
             return None
-        special = self.special_ids
+        special = self.served.special_ids
         return Reading(
             style,
             tools,
@@ -99,7 +98,7 @@ class AnswerForm:
             yield from tools.markers
 
     def _mark(self, marker: str) -> str:
-        token_id = self.special_ids.get(marker)
+        token_id = self.served.special_ids.get(marker)
         return literal(marker) if token_id is None else f"<[{token_id}]>"
 
 

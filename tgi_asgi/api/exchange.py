@@ -133,7 +133,7 @@ class Exchange:
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a pure function of the request at once, or in a thread if the body was large."""
         if self.is_large:
-            return await self.context.in_thread(function, *args, **kwargs)
+            return await self.context.text.run(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     async def respond(

@@ -54,7 +54,7 @@ def counting(work: Callable[[bytes, Exchange], bytes]) -> Handler:
     async def handle(exchange: Exchange) -> None:
         body = await exchange.read_body()
         with admitted(exchange, 1):
-            answer = await exchange.context.in_counting_thread(work, body, exchange)
+            answer = await exchange.context.counting.run(work, body, exchange)
         await exchange.respond(200, answer)
 
     return handle
@@ -91,7 +91,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     parts = await collect(exchange, channels)
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
-    run = context.in_thread if size > LARGE_ANSWER else exchange.work
+    run = context.text.run if size > LARGE_ANSWER else exchange.work
     answer = await run(renderer.whole, parts)
     headers = sync_headers(
         exchange,
@@ -131,12 +131,12 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
     with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
-        prompt = await context.in_thread(make_prompt, job, served, context.settings)
+        prompt = await context.text.run(make_prompt, job, served, context.settings)
         budget = job.room.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
         if job.min_tokens > budget:
             message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
-        form = AnswerForm(job, served, context.settings, context.special_ids(), prompt.tail)
+        form = AnswerForm(job, served, context.settings, prompt.tail)
         grammar = await _grammar(exchange, form) if form.is_constrained else None
         reading = form.reading()
     shows_markers = reading is not None and bool(reading.kept)
@@ -167,7 +167,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
 async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
     """Compile what constrains an answer; tell the client of keywords that are not enforced."""
     context = exchange.context
-    compiler = context.grammar_compiler()
+    compiler = context.ready().grammars
     constraint = form.job.constraint
     is_shared = constraint is not None and isinstance(form.job.prompt, Text)
     if constraint is not None and constraint.grammar is not None and is_shared:
@@ -179,7 +179,7 @@ async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
         return compiler.compile(source), source.ignored
 
     try:
-        grammar, ignored = await context.in_grammar_thread(compiled)
+        grammar, ignored = await context.grammars.run(compiled)
     except InvalidRequest as error:
         if error.param is not None or error.field is not None:
             raise

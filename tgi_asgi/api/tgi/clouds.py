@@ -7,6 +7,7 @@ from functools import partial
 
 import orjson
 
+from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
@@ -17,7 +18,7 @@ from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.tgi.by_key import Kind, kind_of, speak
-from tgi_asgi.api.tgi.render import Shown, pick_best, text_of
+from tgi_asgi.api.tgi.render import Shown, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
 from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
 from tgi_asgi.errors import TgiError
@@ -89,7 +90,7 @@ class _Renderer(Renderer):
 def _text(prepared: Prepared, shown: Shown | None, choices: Choices) -> str:
     """Return a prediction: text, or of a chat's calls the JSON that chat answers."""
     if shown is not None:
-        return shown.text_prefix + text_of(choices[pick_best(choices)])
+        return shown.text_prefix + text_of(choices[likeliest(choices)[0]])
     if prepared.reading is None:
         return text_of(choices[0])
     message = ChatChoice(prepared.reading).message(choices[0])

@@ -5,7 +5,6 @@ Stream frames are put together from prebuilt bytes: one is made a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import msgspec
 import orjson
 from msgspec import UNSET, UnsetType
 
+from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import NATIVE, error_event
 from tgi_asgi.api.tgi.schema import (
@@ -80,16 +80,6 @@ def text_of(events: Events) -> str:
     return "".join([event.text for event in events])
 
 
-def _mean_logprob(events: Events) -> float:
-    known = [event.logprob for event in events if event.logprob is not None]
-    return sum(known) / len(known) if known else -math.inf
-
-
-def pick_best(choices: Choices) -> int:
-    """Return the index of the choice with the highest mean log-probability, the first on ties."""
-    return max(range(len(choices)), key=lambda index: _mean_logprob(choices[index]))
-
-
 class NativeRenderer(Renderer):
     """Turns one request's events into a whole answer or into frames; holds a stream's text for its last one.
 
@@ -112,7 +102,7 @@ class NativeRenderer(Renderer):
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body; the likeliest of several sequences counts."""
         [choices] = parts
-        best = pick_best(choices)
+        [best] = likeliest(choices)
         self._generation.num_shown = len(choices[best])
         texts = [self._shown.text_prefix + text_of(events) for events in choices]
         details: Details | UnsetType = UNSET
