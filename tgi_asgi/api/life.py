@@ -137,8 +137,9 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
             message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
         form = AnswerForm(job, served, context.settings, prompt.tail)
-        grammar = await _grammar(exchange, form) if form.is_constrained else None
+        grammar = await _grammar(exchange, job, form) if form.is_constrained else None
         reading = form.reading()
+    most = context.settings.max_priority
     shows_markers = reading is not None and bool(reading.kept)
     request = GenerationRequest(
         request_id=exchange.request_id,
@@ -154,7 +155,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
             skip_special_tokens=job.skip_special_tokens and not shows_markers,
         ),
         n=job.n,
-        priority=_clamped(job.priority, context.settings.max_priority),
+        priority=min(max(job.priority, -most), most),
         cache_salt=_cache_salt(exchange, job.cache_salt),
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
@@ -164,18 +165,15 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
     return Prepared(job, prompt, request, reading)
 
 
-async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
+async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
     """Compile what constrains an answer; tell the client of keywords that are not enforced."""
-    context = exchange.context
+    context, constraint = exchange.context, job.constraint
     compiler = context.ready().grammars
-    constraint = form.job.constraint
-    is_shared = constraint is not None and isinstance(form.job.prompt, Text)
-    if constraint is not None and constraint.grammar is not None and is_shared:
+    if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
 
     def compiled() -> tuple[Grammar, Sequence[str]]:
         source = form.grammar_source()
-        assert source is not None
         return compiler.compile(source), source.ignored
 
     try:
@@ -183,24 +181,16 @@ async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
     except InvalidRequest as error:
         if error.param is not None or error.field is not None:
             raise
-        if constraint is None or form.job.tools is not None:
+        if constraint is None or job.tools is not None:
             raise InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",)) from None
         raise InvalidRequest(constraint.prefix + error.message, param=constraint.param) from None
     if constraint is not None:
         constraint.grammar = grammar
     if ignored:
         names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
-        logger.info(
-            "request %s: schema keywords ignored: %s",
-            exchange.request_id,
-            names.decode(),
-        )
+        logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
         exchange.response_headers.append((b"x-tgi-ignored-keywords", names))
     return grammar
-
-
-def _clamped(priority: int, most: int) -> int:
-    return min(max(priority, -most), most)
 
 
 def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
