@@ -21,7 +21,7 @@ COPY docker/packages.sh docker/
 RUN docker/packages.sh build
 # The dependencies are a layer of their own: a change of the sources leaves it alone.
 COPY docker/environment.sh docker/
-COPY Makefile pyproject.toml ./
+COPY Makefile requirements.txt ./
 RUN docker/environment.sh "$DEVICE" /opt/tgi-asgi
 COPY . .
 RUN docker/install.sh "$DEVICE" /opt/tgi-asgi

@@ -12,9 +12,9 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-SOURCES = setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
+SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test soak sanitize install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents soak sanitize install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -22,9 +22,16 @@ serve: $(VENV)/.installed
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# What users do without make, in clean environments: `pip install .`, and the container's steps.
+test-install: $(VENV)/.test-tools
+	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
+
+# Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
+test-agents: $(VENV)/.test-tools
+	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
+
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
-	FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/formats/test_fuzz.py
 
 # The kernels under ASan and UBSan, built in a copy of the tree; libstdc++ is loaded early for its exceptions. The
 # team's races are looked for with the thread sanitizer, which does not go together with these.
@@ -77,5 +84,5 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) install --no-build-isolation --editable '.[lint]'
+	$(PIP) install --no-build-isolation --editable '.[lint,test]'  # mypy reads the tests as well
 	touch $@

@@ -1,5 +1,7 @@
 """Build tgi_asgi._C from csrc/ with torch's extension builder and ninja; pyproject.toml has all the rest.
 
+What is installed wants the torch that it was compiled against: another's C++ interface would not fit.
+
 Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
 out; TORCH_CUDA_ARCH_LIST chooses their targets. TGI_SANITIZE=1 builds with the address and the undefined
 behaviour sanitizer (`make sanitize`).
@@ -12,6 +14,7 @@ import re
 import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 import torch
 from setuptools import setup
@@ -103,4 +106,9 @@ class Build(BuildExtension):
         self.build_temp = os.path.abspath(os.path.join("build", version))
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+def dependencies() -> list[str]:
+    """Return what the package needs at run time."""
+    return [Path("requirements.txt").read_text(encoding="utf-8"), f"torch=={torch.__version__.split('+')[0]}"]
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, install_requires=dependencies())

@@ -63,12 +63,10 @@ STAGES = (  # by what they are worth, but for what the later ones need, and the 
 
 def requirements() -> list[str]:
     """Return what the stages import but for torch: the project's dependencies, and a few of its tests'."""
+    needs = re.findall(r"^[^#\s;]+", (_ROOT / "requirements.txt").read_text(), re.MULTILINE)
     with open(_ROOT / "pyproject.toml", "rb") as file:
-        project = tomllib.load(file)["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    tests_only = ("pytest", "transformers", "httpx")
-    names = {re.split(r"[><=; ]", need, maxsplit=1)[0] for need in project["dependencies"]} - {"torch"}
-    found = [need.split(";")[0] for need in wanted if re.split(r"[><=; ]", need)[0] in {*names, *tests_only}]
+        for_tests = tomllib.load(file)["project"]["optional-dependencies"]["test"]
+    found = [*needs, *(need for need in for_tests if re.match("(pytest|transformers|httpx)>", need))]
     return [*found, "setuptools<82"]  # as torch 2.11 wants it
 
 

@@ -137,9 +137,7 @@ def _norm(rows: int) -> Measurement:
         (random(rows, HIDDEN, dtype=torch.float32), random(rows, HIDDEN))
         for _ in range(copies_past_l2(num_bytes))
     ]
-    calls: list[Call] = [
-        lambda x=x, out=out: _kernels.rms_norm(x, weight, 1e-5, None, out) for x, out in sets
-    ]
+    calls: list[Call] = [functools.partial(_kernels.rms_norm, x, weight, 1e-5, None, out) for x, out in sets]
 
     peer = _compiled(lambda x: torch.nn.functional.rms_norm(x, (HIDDEN,), weight).bfloat16(), sets[0][0])
     return "rms_norm", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
@@ -212,7 +210,9 @@ def _product(tokens: int, rows: int, columns: int) -> Measurement:
     sets = [random(rows, columns) for _ in range(copies_past_l2(num_bytes))]
     a, out = random(tokens, columns), random(tokens, rows)
     calls: list[Call] = [functools.partial(_kernels.linear, a, w, None, False, out) for w in sets]
-    peers: dict[str, Call] = {"torch.mm": _in_turn([lambda w=w: torch.mm(a, w.t(), out=out) for w in sets])}
+    peers: dict[str, Call] = {
+        "torch.mm": _in_turn([functools.partial(torch.mm, a, w.t(), out=out) for w in sets])
+    }
     return "linear", f"{tokens} x {rows} x {columns} bf16", num_bytes, "read", calls, peers
 
 

@@ -37,15 +37,15 @@ from hypercorn.asyncio import serve
 
 from bench.report import command_line, emit, machine, percentile
 from tgi_asgi.api.context import Served
-from tgi_asgi.api.errors import Dialect
+from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.openai.schema import CHAT_DECODER
-from tgi_asgi.api.parse import decode_json
+from tgi_asgi.api.openai.chat import parse_chat
+from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.runner.plan import Sampled
-from tgi_asgi.serve import body_chunks
-from tgi_asgi.serve.server import make_config
+from tgi_asgi.serve.connections import ConnectionLimit
+from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -193,13 +193,12 @@ def request_us() -> dict[str, float]:
     """Return the costs of reading, checking and rendering a chat request."""
     app, _, _ = make_app()
     body = chat_body()
-    exchange = Exchange(app.context, scope_of("/"), cast(Any, None), cast(Any, None), Dialect.OPENAI)
-    request = decode_json(body, CHAT_DECODER)
+    exchange = Exchange(app.context, scope_of("/"), cast(Any, None), cast(Any, None), OPENAI)
+    [job] = parse_chat(body, exchange).jobs
     served = app.context.ready()
     parts: dict[str, Callable[[], object]] = {
-        "decode_us": lambda: decode_json(body, CHAT_DECODER),
-        "check_us": lambda: check_chat(exchange, request),
-        "render_us": lambda: chat_prompt(request, served, app.context.settings),
+        "parse_us": lambda: parse_chat(body, exchange),
+        "render_us": lambda: make_prompt(job, served, app.context.settings),
     }
     costs = {name: round(best_us(part), 1) for name, part in parts.items()}
     return {"request_us": round(sum(costs.values()), 1), **costs}
@@ -305,8 +304,9 @@ async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio
 
     if name != "uvicorn":
         if name == "hypercorn":
-            body_chunks.install()
-        await serve(cast(Any, without_lifespan), make_config(listener), shutdown_trigger=stop.wait)
+            install(ConnectionLimit(0))
+        config = make_config(listener, Settings())
+        await serve(cast(Any, without_lifespan), config, shutdown_trigger=stop.wait)
         return
     import uvicorn
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Make the Python environment of the image: torch as the Makefile pins it, and what pyproject.toml asks for.
+# Make the Python environment of the image: torch as the Makefile pins it, and requirements.txt.
 #   docker/environment.sh cpu|cuda PREFIX       (in the folder of both; TORCH_INDEX has PyTorch's CPU builds)
 set -euo pipefail
 device=$1 prefix=$2
@@ -12,11 +12,4 @@ if [[ $device == cpu ]]; then
 else
     pip install "$torch"
 fi
-"$prefix/bin/python" - <<'PYTHON' >"$prefix/requirements.txt"
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)
-print(*project["build-system"]["requires"], *project["project"]["dependencies"], sep="\n")
-PYTHON
-pip install -r "$prefix/requirements.txt"
+pip install 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13' -r requirements.txt

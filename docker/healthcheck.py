@@ -5,28 +5,41 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
+import ssl
 import sys
-import urllib.request
+import urllib.parse
 from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+
+TIMEOUT_S = 4
 
 
 def health_url(arguments: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return where a server with this command line and environment answers for its health."""
+    """Return where a server with this command line and environment answers for its health; or `unix:PATH`."""
+    line = "\0".join(arguments)
+    path = _last(r"--uds[=\0]([^\0]+)", line) or environ.get("UDS")
+    if path:
+        return f"unix:{path}"
     port = environ.get("AIP_HTTP_PORT") or environ.get("PORT") or "3000"
     if arguments and arguments[-1] == "serve":  # SageMaker
         port = "8080"
-    host = environ.get("HOSTNAME", "")  # Docker's is the container's id: then the server listens everywhere
-    line = "\0".join(arguments)
     port = _last(r"(?:--port[=\0]|-p\0?)(\d+)", line) or port
-    host = _last(r"--host(?:name)?[=\0]([^\0]+)", line) or host
+    host = environ.get("HOSTNAME", "")
+    if host == socket.gethostname():  # Docker's: the server listens everywhere
+        host = ""
+    host = _last(r"--host(?:name)?[=\0]([^\0]+)", line) or host or "0.0.0.0"
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return f"http://127.0.0.1:{port}/health"
-    if address.is_unspecified:
-        return f"http://{'[::1]' if address.version == 6 else '127.0.0.1'}:{port}/health"
-    return f"http://{f'[{address}]' if address.version == 6 else address}:{port}/health"
+        pass
+    else:
+        if address.is_unspecified:
+            host = "::1" if address.version == 6 else "127.0.0.1"
+        host = f"[{host}]" if address.version == 6 else host
+    is_tls = _last(r"--ssl-certfile[=\0]([^\0]+)", line) or environ.get("SSL_CERTFILE")
+    return f"{'https' if is_tls else 'http'}://{host}:{port}/health"
 
 
 def _last(pattern: str, line: str) -> str | None:
@@ -34,13 +47,28 @@ def _last(pattern: str, line: str) -> str | None:
     return found[-1] if found else None
 
 
+def connect(url: str) -> HTTPConnection:
+    """Return a connection to the server; its certificate may be for any name."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "unix":
+        connection = HTTPConnection("localhost", timeout=TIMEOUT_S)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(TIMEOUT_S)
+        connection.sock.connect(parts.path)
+        return connection
+    if parts.scheme == "https":
+        return HTTPSConnection(parts.netloc, timeout=TIMEOUT_S, context=ssl._create_unverified_context())
+    return HTTPConnection(parts.netloc, timeout=TIMEOUT_S)
+
+
 def main() -> int:
     """Check the server that the container's first process is."""
     arguments = Path("/proc/1/cmdline").read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0")
     try:
-        with urllib.request.urlopen(health_url(arguments, os.environ), timeout=4) as answer:
-            return 0 if answer.status == 200 else 1
-    except OSError as error:
+        connection = connect(health_url(arguments, os.environ))
+        connection.request("GET", "/health")
+        return 0 if connection.getresponse().status == 200 else 1
+    except (OSError, HTTPException) as error:
         print(error, file=sys.stderr)
         return 1
 

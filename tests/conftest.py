@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.settings import DEMO_MODEL, Settings
@@ -21,3 +22,9 @@ def demo_gguf() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"the demonstration model cannot be fetched: {error}")
+
+
+@pytest.fixture(params=["small", pytest.param("full", marks=pytest.mark.soak)])
+def scale(request: pytest.FixtureRequest) -> Scale:
+    """Run a long test at both sizes; the full one only in `make soak`."""
+    return Scale(is_full=request.param == "full")

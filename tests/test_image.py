@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import venv
@@ -125,10 +126,20 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
         (["tgi-asgi", "serve"], {"PORT": "80"}, "http://127.0.0.1:8080/health"),
         (["tgi-asgi", "--port", "81"], {"PORT": "80"}, "http://127.0.0.1:81/health"),
         (["docker-init", "--", "tgi-asgi", "--port=82"], {"PORT": "80"}, "http://127.0.0.1:82/health"),
-        (["tgi-asgi", "-p", "83"], {"PORT": "80", "HOSTNAME": "0a1b2c3d"}, "http://127.0.0.1:83/health"),
+        (
+            ["tgi-asgi", "-p", "83"],
+            {"PORT": "80", "HOSTNAME": socket.gethostname()},
+            "http://127.0.0.1:83/health",
+        ),
         (["tgi-asgi"], {"PORT": "80", "AIP_HTTP_PORT": "84"}, "http://127.0.0.1:84/health"),
         (["tgi-asgi", "--hostname", "::"], {"PORT": "80"}, "http://[::1]:80/health"),
         (["tgi-asgi", "--host", "10.0.0.2"], {"PORT": "80"}, "http://10.0.0.2:80/health"),
+        (["tgi-asgi", "--host", "eth1.here"], {"PORT": "80"}, "http://eth1.here:80/health"),
+        (["tgi-asgi"], {"PORT": "80", "HOSTNAME": "eth1.here"}, "http://eth1.here:80/health"),
+        (["tgi-asgi"], {"PORT": "80", "SSL_CERTFILE": "c"}, "https://127.0.0.1:80/health"),
+        (["tgi-asgi", "--ssl-certfile=c"], {"PORT": "80"}, "https://127.0.0.1:80/health"),
+        (["tgi-asgi", "--uds", "/run/s"], {"PORT": "80"}, "unix:/run/s"),
+        (["tgi-asgi"], {"PORT": "80", "UDS": "/run/s"}, "unix:/run/s"),
     ],
 )
 def test_the_health_check_asks_where_the_server_listens(
@@ -137,7 +148,7 @@ def test_the_health_check_asks_where_the_server_listens(
     assert healthcheck.health_url(arguments, environ) == url
 
 
-@pytest.mark.soak
+@pytest.mark.install
 def test_the_build_s_steps_make_a_working_server_in_a_clean_folder(tmp_path: Path) -> None:
     """Compile everything: two minutes. Torch and the rest are taken from this environment, not fetched."""
     source, prefix = tmp_path / "src", tmp_path / "opt"

@@ -8,9 +8,9 @@ import pytest
 
 from tgi_asgi.api import asgi, limits, sse
 from tgi_asgi.engine import engine, loop
-from tgi_asgi.serve import server
+from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.text.chat import sandbox, template_limits, time_limit
+from tgi_asgi.text.chat import sandbox, time_limit
 
 TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
 OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (False, True))
@@ -20,8 +20,8 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
     ("row", "values"),
     [
         ("request line and headers", [64 << 10]),
-        ("open connections", [server.MAX_FILES]),
-        ("silence on a connection", [server.KEEP_ALIVE_S]),
+        ("open connections", [process.MAX_FILES]),
+        ("silence on a connection", [hypercorn.KEEP_ALIVE_S]),
         ("time for a request's body", [asgi.BODY_TIMEOUT_S]),
         ("a reader that lags", [sse.MAX_WAITING_EVENTS, sse.STALL_LIMIT_S]),
         ("size", [Settings().payload_limit // MIB]),
@@ -35,7 +35,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("top log-probabilities", [OPENAI.top_logprobs, COMPAT.top_logprobs]),
         (
             "what a chat template makes",
-            [template_limits.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],
+            [sandbox.MAX_CHARS, sandbox.MAX_RANGE, int(time_limit.MAX_CPU_S)],
         ),
         ("choices that run and wait", [Settings().max_concurrent_requests]),
         ("sequences of a step", [Settings().max_batch_size]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 
 import pytest
 
@@ -18,6 +19,8 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "tool_format": "mistral", "kv_cache_dtype": "int8",
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
+        if spec.name == "ssl_keyfile":
+            continue  # needs the other file
         kind = next(name for name in examples if str(spec.type).startswith(name))
         text = special.get(spec.name, examples[kind])
         value = getattr(Settings.from_environ({spec.name.upper(): text}), spec.name)
@@ -65,6 +68,10 @@ def test_a_variable_that_does_not_parse_is_named(variable: str, text: str) -> No
         ({"block_size": 17}, "--block-size must be 16, 32 or 64"),
         ({"dtype": "int4"}, "--dtype must be one of auto, float32"),
         ({"max_input_tokens": 10, "max_total_tokens": 10}, "--max-input-tokens must be below"),
+        ({"drain_delay_s": -1.0}, "--drain-delay-s must not be negative"),
+        ({"max_body_memory": 0}, "--max-body-memory must be at least 1"),
+        ({"hostname": " "}, "--hostname must not be empty"),
+        ({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile"),
         ({"target_inter_token_ms": 0.0}, "--target-inter-token-ms must be positive"),
     ],
 )
@@ -73,16 +80,31 @@ def test_values_out_of_range_name_the_flag(values: dict[str, object], message: s
         Settings(**values)  # type: ignore[arg-type]
 
 
+def test_a_variable_that_only_names_the_machine_does_not_say_where_to_listen() -> None:
+    """Docker and shells set it for every process."""
+    assert Settings.from_environ({"HOSTNAME": socket.gethostname()}) == Settings()
+    assert Settings.from_environ({"HOSTNAME": "other"}).hostname == "other"
+    assert Settings.from_environ({}, hostname=socket.gethostname()).hostname == socket.gethostname()
+
+
+def test_keys_lose_what_files_and_shells_add_to_their_ends() -> None:
+    settings = Settings.from_environ({"ADMIN_API_KEY": " root\n"}, api_key=("one\n", " two"))
+    assert (settings.api_key, settings.admin_api_key) == (("one", "two"), "root")
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
 @pytest.mark.parametrize(
-    ("hostname", "address"),
-    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("localhost", "127.0.0.1"), ("3f2a9c", "0.0.0.0")],
+    ("key", "message"), [("", "be empty"), (" \n", "be empty"), ("top\nsecret", "have blanks or newlines")]
 )
-def test_a_hostname_that_is_no_address_means_all(hostname: str, address: str) -> None:
-    assert Settings(hostname=hostname).bind_address == address
+def test_a_key_that_nobody_or_everybody_could_send_is_refused(name: str, key: str, message: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(InvalidRequest, match=f"^{flag} must not {message}") as caught:
+        Settings.from_environ({}, **{name: (key,) if name == "api_key" else key})
+    assert "secret" not in caught.value.message
 
 
 def test_the_repr_shows_what_was_changed_and_no_key() -> None:
-    text = repr(Settings(port=8080, api_key=("very-secret",)))
+    text = repr(Settings(port=8080, api_key=("very-secret",), admin_api_key="secret-too"))
     assert "port=8080" in text
     assert "secret" not in text
     assert "max_batch_size" not in text

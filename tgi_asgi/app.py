@@ -20,11 +20,12 @@ from tgi_asgi.api.context import Served, ServerContext
 from tgi_asgi.api.cors import Cors
 from tgi_asgi.api.errors import NATIVE
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.api.routes import RouteTable, path_of
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.observe.access_log import log_access
-from tgi_asgi.observe.lag import LoopLag
+from tgi_asgi.observe.metrics import LoopLag
 from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.serve.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
@@ -67,6 +68,7 @@ class App:
         self._keys = ApiKeys(context.settings)
         self._routes = RouteTable(table.routes(context.settings), self._keys.check)
         context.routes = self._routes.rows
+        context.responses = ResponseStore(context.settings.response_store)
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
         self._tracing = Tracing.from_settings(context.settings)
         if self._tracing is not None:

@@ -12,7 +12,7 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.app import create_app
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.stats import Histogram
-from tgi_asgi.observe.lag import INTERVAL_S, LoopLag
+from tgi_asgi.observe.metrics import LAG_INTERVAL_S, LoopLag
 from tgi_asgi.settings import Settings
 
 
@@ -64,7 +64,7 @@ async def test_the_loops_lag_is_measured_until_it_is_stopped() -> None:
     lag.start()
     async with asyncio.timeout(5):
         while not sum(histogram.counts):
-            await asyncio.sleep(INTERVAL_S / 10)
+            await asyncio.sleep(LAG_INTERVAL_S / 10)
     lag.stop()
     lag.stop()
     assert histogram.counts[-1] == 0

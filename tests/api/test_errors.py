@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tgi_asgi import errors
-from tgi_asgi.api.errors import _RULES, Dialect, envelope, error_event, headers_of, status_of
+from tgi_asgi.api.anthropic.render import ANTHROPIC
+from tgi_asgi.api.errors import NATIVE, OPENAI, RULES, error_event, headers_of
 
 
 def every_class() -> list[type[errors.TgiError]]:
@@ -21,23 +22,25 @@ def every_class() -> list[type[errors.TgiError]]:
 
 
 def make(kind: type[errors.TgiError]) -> errors.TgiError:
+    if kind is errors.ContextExceeded:
+        return errors.ContextExceeded("why", 10, 5)
     return kind("why", allow=("GET",)) if kind is errors.MethodNotAllowed else kind("why")
 
 
 @pytest.mark.parametrize("kind", every_class())
 def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
-    assert kind in _RULES
+    assert kind in RULES
     error = make(kind)
-    openai = envelope(error, Dialect.OPENAI)
+    openai = OPENAI.envelope(error)
     assert list(openai["error"]) == ["message", "type", "param", "code"]
     assert openai["error"]["message"] == "why"
     assert openai["error"]["code"] is None or isinstance(openai["error"]["code"], str)
-    native = envelope(error, Dialect.NATIVE)
+    native = NATIVE.envelope(error)
     assert list(native) == ["error", "error_type"]
     assert native["error"].endswith("why")
     assert native["error_type"] == kind.error_type
-    for dialect in Dialect:
-        assert 400 <= status_of(error, dialect) < 600
+    for dialect in (NATIVE, OPENAI, ANTHROPIC):
+        assert 400 <= dialect.status(error) < 600
 
 
 @pytest.mark.parametrize(
@@ -60,19 +63,19 @@ def test_each_class_is_mapped(kind: type[errors.TgiError]) -> None:
     ],
 )
 def test_statuses(error: BaseException, native: int, openai: int) -> None:
-    assert status_of(error, Dialect.NATIVE) == native
-    assert status_of(error, Dialect.OPENAI) == openai
+    assert NATIVE.status(error) == native
+    assert OPENAI.status(error) == openai
 
 
 def test_what_a_client_did_wrong_is_an_invalid_request_to_anthropics_clients() -> None:
     for error in (errors.UnsupportedMediaType("x"), errors.MethodNotAllowed("x", allow=("POST",))):
-        assert envelope(error, Dialect.ANTHROPIC)["error"]["type"] == "invalid_request_error"
-    assert envelope(errors.GenerationFailed("x"), Dialect.ANTHROPIC)["error"]["type"] == "api_error"
+        assert ANTHROPIC.envelope(error)["error"]["type"] == "invalid_request_error"
+    assert ANTHROPIC.envelope(errors.GenerationFailed("x"))["error"]["type"] == "api_error"
 
 
 def test_native_messages_have_tgis_prefixes() -> None:
     def text(error: BaseException) -> Any:
-        return envelope(error, Dialect.NATIVE)["error"]
+        return NATIVE.envelope(error)["error"]
 
     assert text(errors.InvalidRequest("x")) == "Input validation error: x"
     assert text(errors.InvalidRequest("x", is_syntax=True)) == "x"
@@ -83,8 +86,8 @@ def test_native_messages_have_tgis_prefixes() -> None:
 
 
 def test_foreign_exceptions_tell_nothing() -> None:
-    for dialect in Dialect:
-        assert "secret" not in json.dumps(envelope(ValueError("secret"), dialect))
+    for dialect in (NATIVE, OPENAI, ANTHROPIC):
+        assert "secret" not in json.dumps(dialect.envelope(ValueError("secret")))
 
 
 @pytest.mark.parametrize(("given", "sent"), [(0, b"1"), (7, b"7"), (900, b"120")])
@@ -94,7 +97,7 @@ def test_retry_after_is_what_clients_obey(given: int, sent: bytes) -> None:
 
 
 def test_an_error_event_is_one_whole_event() -> None:
-    event = error_event(errors.GenerationFailed("a\nb"), Dialect.OPENAI)
+    event = error_event(errors.GenerationFailed("a\nb"), OPENAI)
     assert event.startswith(b'data: {"error":{')
     assert event.endswith(b"}\n\n")
     assert event.count(b"\n") == 2

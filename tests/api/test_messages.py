@@ -164,13 +164,12 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"tools": [{"name": "a b"}]}, "`tools[0].name`"),
         ({"system": "x", "messages": [{"role": "user", "content": []}]}, "`messages[0].content`"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"temperature": 3}, "temperature"),
         ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),
-        ({"output_format": {"type": "json_schema", "schema": {"not": {}}}}, "`output_config.format`"),
+        ({"output_format": {"type": "json_schema", "schema": {"type": "some"}}}, "`output_format`"),
     ],
 )
 async def test_a_refusal_is_in_anthropic_s_envelope(fields: dict[str, Any], word: str) -> None:

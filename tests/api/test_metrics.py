@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from tgi_asgi.http.tgi_render import StreamRenderer
 
 from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, fail_with, say, scripted_app, toy_info
 from tgi_asgi import errors
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.tgi.render import NativeRenderer
 from tgi_asgi.app import App
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats
 from tgi_asgi.errors import GenerationFailed, TgiError
@@ -173,15 +173,16 @@ async def test_waiting_counts_for_those_who_give_up_as_well() -> None:
 async def test_what_breaks_after_the_response_has_begun_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     app = scripted_app(ScriptedEngine(say("a", "b")))
     with monkeypatch.context() as patch:
-        patch.setattr(StreamRenderer, "_ending", lambda self, finish: 1 / 0)  # the last token's event
-        await send(app, request("POST", "/generate_stream", {"inputs": "hi"}))
+        patch.setattr(NativeRenderer, "_ending", lambda self, finish: 1 / 0)  # the last token's event
+        with pytest.raises(ZeroDivisionError):  # so the server cuts the connection
+            await send(app, request("POST", "/generate_stream", {"inputs": "hi"}))
 
-    async def reply(self: Exchange, *args: Any, **options: Any) -> None:
+    async def respond(self: Exchange, *args: Any, **options: Any) -> None:
         self.status = 200
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Exchange, "reply", reply)
+        patch.setattr(Exchange, "respond", respond)
         with pytest.raises(ZeroDivisionError):
             await send(app, request("POST", "/generate", {"inputs": "hi"}))
     found = await scrape(app)

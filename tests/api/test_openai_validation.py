@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 NOT = {"properties": {"a": {"not": {}}}}
-UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT}}
+UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT, "strict": True}}
 
 
 async def refused(path: str, body: Any, settings: Settings | None = None) -> dict[str, Any]:
@@ -143,10 +143,10 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [3]}},
          "tool_choice.allowed_tools.tools[0]"),
         ({"tools": [UNENFORCEABLE], "tool_choice": "required"}, "tools"),
-        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].custom"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "é"}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * 129}}]}, "tools[0].function.name"),
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -156,7 +156,8 @@ async def test_what_is_no_object_is_a_400(body: bytes) -> None:
         ({"audio": {}}, "audio"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
-        ({"response_format": {"type": "json", "value": {"not": {}}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": NOT, "strict": True}}},
+         "response_format"),
         ({"response_format": {"type": "json", "value": "{"}}, "response_format"),
         ({"response_format": {"type": "regex", "value": "(a"}}, "response_format"),
         ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),

@@ -19,6 +19,7 @@ TOOLS: list[Any] = [
     {"type": "function", "name": "weather", "parameters": CITY, "strict": True},
     {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}, "strict": False},
 ]
+NOT: dict[str, Any] = {"properties": {"a": {"not": {}}}}
 ALL = ["<think>", "hm", "</think>", "\n", *CALLS]
 
 
@@ -169,17 +170,21 @@ async def test_items_become_the_messages_of_a_chat() -> None:
     [
         ({"input": None}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
+        ({"input": [{"type": "thing"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"name": "web_search"}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "absent"}}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": NOT, "strict": True}}},
+            "text.format",
+        ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"metadata": {"a": 2**70}}, "metadata"),
         ({"temperature": 3}, "temperature"),

@@ -113,7 +113,8 @@ async def test_an_error_before_the_first_token_is_an_ordinary_response() -> None
 async def test_an_error_after_the_first_token_is_an_event_and_done(steps: Steps) -> None:
     call = chat()
     _, task = await start(steps, call)
-    await steps.deliver(token("a"), IncompleteGeneration("cut off"))
+    await steps.deliver(token("a"))
+    await steps.deliver(IncompleteGeneration("cut off"))
     await task
     assert call.status == 200
     error, done = events_of(call.content)[-2:]
@@ -148,7 +149,8 @@ async def test_a_blocked_reader_gets_what_waited_in_one_merged_send(steps: Steps
     _, task = await start(steps, call)
     await steps.deliver(token("a"))
     call.gate.clear()
-    await steps.deliver(token("b"), token("c"), token("d"))
+    await steps.deliver(token("b"))
+    await steps.deliver(token("c"), token("d"))
     assert call.num_blocked == 1
     num_sent = len(call.sent)
     call.gate.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class World:
         packing = ops.Packing(is_exact=False)  # weights of float32 are multiplied in float32
         self.program = ops.StepProgram(max_tokens=length, max_sequences=4, max_rows=1, max_context=length)
         inputs = self.program.inputs
-        heads = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": head_dim}
+        heads: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": head_dim}
         qkv = ops.qkv_weight(*map(_source, self.parts), **heads, dtype=packing)
         identity = ops.linear_weight(_source(torch.eye(width)), dtype=packing)
         table = ops.linear_weight(_source(self.embedding), dtype=packing)
@@ -91,7 +92,8 @@ def _room(dtype: torch.dtype, values: Tensor) -> Tensor:
         return torch.full_like(values, 1e-5)
     if dtype is torch.bfloat16:
         return values.abs() / 256 + 1e-5
-    largest = values.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(*values.shape[:-1], -1, 32)
+    blocks: Tensor = values.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True).expand(*values.shape[:-1], -1, 32)
     return largest.flatten(-2) / 127 * 0.51 + values.abs() / 2048 + 1e-5  # half a code; the scale has 11 bits
 
 

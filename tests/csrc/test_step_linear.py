@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.blocks import FORMATS, QUANTISED, meaning, random_weight
 from tgi_asgi import _C, ops
+from tgi_asgi.ops.packed import PackedMatrix
 from tgi_asgi.ops.recorded import Recorded
 
 HIDDEN = 256
@@ -39,7 +40,7 @@ class Product:
         self.norm_weight = torch.rand(HIDDEN) + 0.5
         bias_source = None if bias is None else _source(bias)
         weight = ops.linear_weight(source, dtype=packing, bias=bias_source)
-        assert not isinstance(weight.matrix, Tensor)
+        assert isinstance(weight.matrix, PackedMatrix)
         self.precision = weight.matrix.precision
         embedding = ops.linear_weight(_source(table), dtype=packing)
         self.program = ops.StepProgram(max_tokens=64, max_sequences=1, max_rows=64, max_context=64)

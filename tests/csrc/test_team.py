@@ -112,7 +112,8 @@ print(norm() == norm())
 
 def test_callers_on_many_threads_take_turns(team: None) -> None:
     _C.set_num_threads(2)
-    expected, results = norm(), []
+    expected = norm()
+    results: list[torch.Tensor] = []
     workers = [threading.Thread(target=lambda: results.extend(norm() for _ in range(5))) for _ in range(4)]
     for worker in workers:
         worker.start()
@@ -199,7 +200,9 @@ def test_the_stub_names_what_the_extension_has() -> None:
     methods = {node.name for node in classes["StepQueue"].body if isinstance(node, ast.FunctionDef)}
     assert methods - {"__init__"} == {name for name in vars(_C.StepQueue) if not name.startswith("_")}
     for name, node in functions.items():
-        assert ast.get_docstring(node).split()[0] in getattr(_C, name).__doc__, f"{name} is told otherwise"
-        signature = getattr(_C, name).__doc__.splitlines()[0]
+        words, compiled = ast.get_docstring(node), getattr(_C, name).__doc__
+        assert words is not None
+        assert words.split()[0] in compiled, f"{name} is told otherwise"
+        signature = compiled.splitlines()[0]
         parameters = re.findall(r"(\w+): ", signature.split("(", 1)[1])
         assert [argument.arg for argument in node.args.args] == parameters

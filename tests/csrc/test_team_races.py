@@ -15,7 +15,7 @@ def test_the_team_has_no_data_race(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
     program = tmp_path / "team_stress"
     sources = ["tests/csrc/team_stress.cpp", "csrc/cpu/team.cpp", "csrc/cpu/platform.cpp"]
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", program]
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Icsrc", "-o", str(program)]
     built = subprocess.run(
         [compiler, *sources, *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )

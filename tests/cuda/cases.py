@@ -28,45 +28,31 @@ Case = tuple[str, torch.dtype, Callable[[Any], None]]  # operator, dtype, check
 def small() -> Iterator[Case]:
     """Yield a few small cases an operator: for sanitizers, and for the emulation's own test of this list."""
     for dtype in (BF16, FP16):
-        yield "rms_norm", dtype, lambda device, dtype=dtype: test_rms_norm.check(device, 3, 576, dtype)
-        yield "embed", dtype, lambda device, dtype=dtype: test_rows.check_embed(device, 17, 64, dtype)
-        yield "act_mul", dtype, lambda device, dtype=dtype: test_rows.check_act_mul(device, 5, 264, dtype)
-        yield (
-            "rope_kv_write", dtype,
-            lambda device, dtype=dtype: test_rope_kv_write.check(
-                device, 7, 80, 64, dtype=dtype, kv_dtype=dtype
-            ),
-        )  # fmt: skip
+        yield "rms_norm", dtype, _of(test_rms_norm.check, 3, 576, dtype)
+        yield "embed", dtype, _of(test_rows.check_embed, 17, 64, dtype)
+        yield "act_mul", dtype, _of(test_rows.check_act_mul, 5, 264, dtype)
+        rope = _of(test_rope_kv_write.check, 7, 80, 64, dtype=dtype, kv_dtype=dtype)
+        yield "rope_kv_write", dtype, rope
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
         for tokens in (1, 9, 70):
-            yield (
-                "linear", dtype,
-                lambda device, dtype=dtype, tokens=tokens: test_linear.check(
-                    device, tokens, 35, 296, dtype=dtype
-                ),
-            )  # fmt: skip
+            yield "linear", dtype, _of(test_linear.check, tokens, 35, 296, dtype=dtype)
     yield from products(3, 17, 512)
-    yield "sample", torch.float32, lambda device: _sample(device, 300)
+    yield "sample", torch.float32, _of(_sample, 300)
 
 
 def large() -> Iterator[Case]:
     """Yield cases of real sizes, and all head sizes: seconds on a GPU."""
     for dtype in (BF16, FP16):
-        yield "rms_norm", dtype, lambda device, dtype=dtype: test_rms_norm.check(device, 300, 4096, dtype)
-        yield "embed", dtype, lambda device, dtype=dtype: test_rows.check_embed(device, 300, 4096, dtype)
-        yield "act_mul", dtype, lambda device, dtype=dtype: test_rows.check_act_mul(device, 300, 14336, dtype)
+        yield "rms_norm", dtype, _of(test_rms_norm.check, 300, 4096, dtype)
+        yield "embed", dtype, _of(test_rows.check_embed, 300, 4096, dtype)
+        yield "act_mul", dtype, _of(test_rows.check_act_mul, 300, 14336, dtype)
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)
         for tokens in (1, 8, 16, 32, 64, 200):
-            yield (
-                "linear", dtype,
-                lambda device, dtype=dtype, tokens=tokens: test_linear.check(
-                    device, tokens, 4096, 4096, dtype=dtype
-                ),
-            )  # fmt: skip
+            yield "linear", dtype, _of(test_linear.check, tokens, 4096, 4096, dtype=dtype)
     yield from products(8, 1024, 4096)
-    yield "sample", torch.float32, lambda device: _sample(device, 32000)
+    yield "sample", torch.float32, _of(_sample, 32000)
 
 
 def attention(
@@ -82,18 +68,23 @@ def attention(
     ones = Shape(contexts, [1] * len(contexts), **kinds)
     queries = [min(context, 200) if context > prefix else context for context in contexts]
     chunks = Shape([max(context, 1) for context in contexts], queries, **kinds)
-    yield "attention_decode", dtype, lambda device: test_attention_decode.check(device, ones)
-    yield "attention_prefill", dtype, lambda device: test_attention_prefill.check(device, chunks)
+    yield "attention_decode", dtype, _of(test_attention_decode.check, ones)
+    yield "attention_prefill", dtype, _of(test_attention_prefill.check, chunks)
 
 
 def products(tokens: int, rows: int, columns: int) -> Iterator[Case]:
     """Yield a product with weights of each format."""
     for name in test_quant_linear.FORMATS:
+        yield "quant_linear", BF16, _of(test_quant_linear.check_product, name, tokens, rows, columns)
 
-        def check(device: Any, name: str = name) -> None:
-            test_quant_linear.check_product(device, name, tokens, rows, columns)
 
-        yield "quant_linear", BF16, check
+def _of(check: Callable[..., object], *arguments: Any, **options: Any) -> Callable[[Any], None]:
+    """Return a check of everything but the device."""
+
+    def run(device: Any) -> None:
+        check(device, *arguments, **options)
+
+    return run
 
 
 def _sample(device: Any, vocab: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class PagedCase:
         pool_shape = (num_blocks, 2, shape.num_kv_heads, size, shape.head_dim)
         self.kv = device.empty(pool_shape, kv_dtype)
         self.kv_scales = (0.5, 2.0) if kv_dtype is torch.float8_e4m3fn else (1.0, 1.0)
-        self.keys, self.values = [], []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         first = 0
         for index, (context, count) in enumerate(zip(shape.contexts, self.counts, strict=True)):
             blocks = order[first : first + count]
@@ -80,7 +82,7 @@ class PagedCase:
         self.keys.append(wide[0] * self.kv_scales[0])
         self.values.append(wide[1] * self.kv_scales[1])
 
-    def params(self, **changes: object) -> dict[str, object]:
+    def params(self, **changes: object) -> dict[str, Any]:
         shape = self.shape
         return {
             "q": self.q, "kv": self.kv, "query_start": self.query_start, "context_len": self.context_len,

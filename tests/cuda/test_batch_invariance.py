@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.cuda import emulated_ops
-from tests.cuda.test_runner import FP16, PROMPT, EmulatedDevice
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.test_runner import FP16, PROMPT
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_gguf
 from tests.support.driving import Job, generate
@@ -28,6 +29,7 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
         hidden_size=128, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=2, tie_word_embeddings=True,
     )  # fmt: skip
+    arithmetic: ops.Arithmetic
     if kind == "F16":
         files, arithmetic = save(reference, directory, FP16), torch.float32
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -90,7 +92,7 @@ def test_a_token_has_the_same_bits_in_any_batch(device: Device) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"num_columns": 12}, {"is_added": True}], ids=str)
-def test_what_the_kernel_does_not_compute_is_refused(device: Device, changes: dict[str, object]) -> None:
+def test_what_the_kernel_does_not_compute_is_refused(device: Device, changes: dict[str, Any]) -> None:
     a, weight, out = (device.empty((4, 16), torch.bfloat16) for _ in range(3))
     params = {
         "a": a, "weight": weight, "bias": None, "out": out, "num_tokens": 4, "num_rows": 4, "num_columns": 16,

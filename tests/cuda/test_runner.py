@@ -115,7 +115,8 @@ def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) ->
 
 def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return reference(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logits: torch.Tensor = reference(torch.tensor([ids])).logits[0]
+    return logits.double().log_softmax(-1)
 
 
 async def test_sequences_in_one_batch_follow_the_reference(
@@ -262,7 +263,9 @@ async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
         runner.close()
     assert_follows(job, reference, tolerance=0.3)
     expected = logprobs_of(reference, PROMPT)[-1]
-    assert abs(job.sampled[0].logprob - float(expected[job.token_ids[0]])) > 1e-3, "that is not eight bits"
+    logprob = job.sampled[0].logprob
+    assert logprob is not None
+    assert abs(logprob - float(expected[job.token_ids[0]])) > 1e-3, "that is not eight bits"
 
 
 @pytest.mark.parametrize(("name", "itemsize"), [("auto", 2), ("fp8_e4m3fn", 1)])

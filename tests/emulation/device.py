@@ -6,7 +6,7 @@ import ctypes
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ class Device:
 def fill(struct: ctypes.Structure, params: dict[str, Any]) -> ctypes.Structure:
     """Set every field of a struct; a field without a value, or a value without a field, is an error."""
     params = dict(params)
-    for name, kind in struct._fields_:
+    for name, kind in cast("list[tuple[str, Any]]", struct._fields_):
         if issubclass(kind, ctypes.Structure):
             setattr(struct, name, fill(kind(), {key: params.pop(key) for key, *_ in kind._fields_}))
             continue

@@ -53,7 +53,7 @@ def build(variant: Variant | None = None) -> Path:
         changed = variant.apply(files)
         jobs = [(changed if name == variant.kernel else files, name) for _, name in jobs]
     with ThreadPoolExecutor(2) as executor:
-        objects = list(executor.map(lambda job: _compile(*job, _KERNEL_FLAGS), jobs))
+        objects = list(executor.map(lambda job: _compile(job[0], job[1], _KERNEL_FLAGS), jobs))
         runtime = {
             path.name: path.read_text() for path in sorted(_HERE.iterdir()) if path.suffix in (".cpp", ".h")
         }

@@ -1,12 +1,8 @@
-"""Files that were right and are no more: read or refused, never a crash, never more memory than the file has.
-
-The number of examples is `FUZZ_EXAMPLES` (default 300), so that a soak can ask for more.
-"""
+"""Files that were right and are no more: read or refused, no crash, no more memory than the file has."""
 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -14,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support.examples import for_all
 from tests.support.gguf_bytes import Tensor, gguf_bytes
+from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quants import dequantise
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.text.tokenizer import Tokenizer
 
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
+EXAMPLES = (300, 20_000)
 # What reading may take beside the file's own size: Python objects for a few hundred bytes of header.
 MEMORY_BYTES = 1 << 20
 
@@ -111,23 +108,16 @@ def read_or_refuse(read: Callable[[Path], None], path: Path, data: bytes) -> Non
     assert peak < 32 * len(data) + MEMORY_BYTES
 
 
-FUZZ = settings(
-    max_examples=NUM_EXAMPLES,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+def test_a_mutated_gguf_file_is_read_or_refused(scale: Scale, tmp_path: Path) -> None:
+    @for_all(scale(*EXAMPLES), mutated(GGUF))
+    def check(data: bytes) -> None:
+        read_or_refuse(read_gguf, tmp_path / "model.gguf", data)
 
 
-@FUZZ
-@given(data=mutated(GGUF))
-def test_a_mutated_gguf_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
-    read_or_refuse(read_gguf, tmp_path / "model.gguf", data)
-
-
-@FUZZ
-@given(data=mutated(SAFETENSORS))
-def test_a_mutated_safetensors_file_is_read_or_refused(tmp_path: Path, data: bytes) -> None:
-    read_or_refuse(read_safetensors, tmp_path / "model.safetensors", data)
+def test_a_mutated_safetensors_file_is_read_or_refused(scale: Scale, tmp_path: Path) -> None:
+    @for_all(scale(*EXAMPLES), mutated(SAFETENSORS))
+    def check(data: bytes) -> None:
+        read_or_refuse(read_safetensors, tmp_path / "model.safetensors", data)
 
 
 @pytest.mark.parametrize(("read", "data"), [(read_gguf, GGUF), (read_safetensors, SAFETENSORS)])

@@ -36,7 +36,7 @@ def two(first: list[int], second: list[int], data: bytes = bytes(16)) -> bytes:
 
 
 def test_what_the_reference_writes_is_read(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "f32": np.arange(6, dtype=np.float32).reshape(2, 3),
         "f16": np.arange(4, dtype=np.float16),
         "scalar": np.array(7, dtype=np.int64),

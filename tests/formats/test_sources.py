@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats import sources
 from tgi_asgi.formats.sources import ModelFiles, resolve
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Progress
 
 
 def quietly(stage: str, done: int, total: int | None) -> None:
@@ -88,7 +88,7 @@ def test_other_names_are_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 
     asked = []
 
-    def fetch(repo_id: str, revision: str | None, progress: sources.Progress) -> tuple[Path, str]:
+    def fetch(repo_id: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
         asked.append((repo_id, revision))
         return tmp_path, "abc123"
 

@@ -16,6 +16,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.ops.packed import PackedMatrix
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -65,7 +66,7 @@ def test_codes_stay_codes_where_a_format_holds_them(
     with OpenModel(files) as opened:
         model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=16)
     matrix = model.layers[0].gate_up.linear.matrix
-    assert not isinstance(matrix, torch.Tensor)
+    assert isinstance(matrix, PackedMatrix)
     expected = format or ("F16" if recipe == "gptq" else "BF16")
     assert (matrix.formats, matrix.precision) == (
         (expected,), {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")

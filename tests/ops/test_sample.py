@@ -18,7 +18,7 @@ from tgi_asgi.types import LogprobsMode, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.3},
     {"temperature": 7.0},
@@ -48,7 +48,7 @@ def started(params: SamplingParams, vocab: int, num_slots: int = 1, **start: Any
     """Return a state whose slots all start with these parameters, each a choice of its own."""
     state = ops.SampleState(num_slots, vocab)
     for slot in range(num_slots):
-        state.start(slot, params, **{"choice": slot, "prompt_ids": [1, 2, 2]} | start)
+        state.start(slot, params, **{"choice": slot, "prompt_ids": [1, 2, 2], **start})
     return state
 
 
@@ -112,7 +112,10 @@ def test_draws_follow_the_exact_probabilities(filters: dict[str, Any]) -> None:
 
 def test_a_large_vocabulary_is_cut_as_the_reference_cuts_it(isa: str) -> None:
     vocab = 50_001
-    for scale, filters in [(0.01, {"top_p": 0.9}), (3.0, {"top_p": 0.97}), (0.01, {"top_k": 30_000})]:
+    cases: list[tuple[float, dict[str, Any]]] = [
+        (0.01, {"top_p": 0.9}), (3.0, {"top_p": 0.97}), (0.01, {"top_k": 30_000}),
+    ]  # fmt: skip
+    for scale, filters in cases:
         logits = torch.randn(1, vocab) * scale
         result = ops.sample(logits, started(processed(vocab, **filters), vocab), slots(0))
         expected = probabilities(logits[0].double(), SamplingParams(**filters))
@@ -132,7 +135,8 @@ def test_greedy_takes_the_largest_and_of_equals_the_lowest_id(isa: str, vocab: i
 
 def test_top_k_and_top_p_keep_whole_ties() -> None:
     logits = torch.tensor([[2.0, 1.0, 2.0, 1.0, 0.0]])
-    for filters in ({"top_k": 3}, {"top_p": 0.8}):
+    kinds: list[dict[str, Any]] = [{"top_k": 3}, {"top_p": 0.8}]
+    for filters in kinds:
         result = ops.sample(logits, started(processed(5, **filters), 5), slots(0))
         assert result.top_ids[0, : int(result.num_top)].tolist() == [0, 2, 1, 3]
 
@@ -341,4 +345,4 @@ def test_slots_out_of_range_or_named_twice_are_refused(indices: tuple[int, ...],
 def test_starting_with_values_out_of_range_is_refused(start: dict[str, Any]) -> None:
     state = ops.SampleState(2, 10)
     with pytest.raises(ValueError, match="must be in"):
-        state.start(**{"slot": 0, "sampling": GREEDY, "choice": 0, "prompt_ids": [1]} | start)
+        state.start(**{"slot": 0, "sampling": GREEDY, "choice": 0, "prompt_ids": [1], **start})

@@ -189,14 +189,15 @@ async def test_steps_leave_in_the_order_in_which_they_came(runner: CpuRunner) ->
     await runner.submit(starting())
     done: list[int] = []
     plans = [going_on(0), starting(1), going_on(1), going_on(0, 1), starting(2)]
+    previous: asyncio.Future[StepResult] | None = None
     for number, plan in enumerate(plans):
         plan.step_id = number
         future = runner.submit(plan)
         future.add_done_callback(lambda future: done.append(future.result().step_id))
-        if number:
-            await previous  # noqa: F821  (two are in flight)
+        if previous is not None:
+            await previous  # two are in flight
         previous = future
-    await previous
+    await future
     await asyncio.sleep(0)
     assert done == [0, 1, 2, 3, 4]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tgi_asgi import _C, ops
 from tgi_asgi.models.batch import Batch
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.llama import Llama
+from tgi_asgi.ops.packed import PackedMatrix
 from tgi_asgi.runner.program import EagerStep, RecordedStep, Step, can_record, make_step
 from tgi_asgi.types import SamplingParams
 
@@ -199,7 +201,7 @@ CHUNKED = [
 
 def by_token(results: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[tuple[int, int], Tensor]:
     """Logits by (sequence, position)."""
-    found = {}
+    found: dict[tuple[int, int], Tensor] = {}
     for pieces, logits in results:
         places = [
             (piece.sequence, position) for piece in pieces for position in range(piece.start, piece.stop)
@@ -305,7 +307,7 @@ def test_steps_alternate_sizes_without_a_trace() -> None:
     ],
 )
 def test_what_is_out_of_range_is_refused_before_anything_is_computed(
-    change: dict[str, Tensor], message: str
+    change: dict[str, Any], message: str
 ) -> None:
     cache = recorded_cache("Q4_1", is_exact=False)
     tables = ops.AttentionTables(_int([0, 1]), _int([1]), _int([0]).reshape(1, 1))
@@ -337,7 +339,7 @@ def test_float_weights_are_quantised_as_they_are_loaded(quantise: str, limit: fl
     weights = RandomWeights("BF16")
     model = Llama(CONFIG, weights, ops.Packing(is_exact=True, quantise=quantise), max_positions=1024)
     down = model.layers[0].down.matrix
-    assert not isinstance(down, Tensor)
+    assert isinstance(down, PackedMatrix)
     assert down.formats == (quantise,)
     pieces = [Piece(0, 0, 9)]
     expected = recorded_cache("BF16", is_exact=True).run(pieces)

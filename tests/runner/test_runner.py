@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.support.checkpoints import make_model, reference_logits, save
 from tests.support.driving import GREEDY, Job, generate
@@ -32,7 +33,7 @@ def threads() -> None:
 
 
 @pytest.fixture(scope="module")
-def reference() -> torch.nn.Module:
+def reference() -> PreTrainedModel:
     return make_model(**HEADS)
 
 
@@ -44,7 +45,7 @@ def arithmetic(request: pytest.FixtureRequest) -> ops.Arithmetic:
 
 @pytest.fixture(scope="module")
 def model(
-    reference: torch.nn.Module, arithmetic: ops.Arithmetic, tmp_path_factory: pytest.TempPathFactory
+    reference: PreTrainedModel, arithmetic: ops.Arithmetic, tmp_path_factory: pytest.TempPathFactory
 ) -> Llama:
     files = save(reference, tmp_path_factory.mktemp("model"))
     with OpenModel(files) as opened:

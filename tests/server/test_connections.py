@@ -11,7 +11,7 @@ import time
 import httpx
 
 from tests.support.server_process import ServerProcess
-from tgi_asgi.serve.server import MAX_FILES
+from tgi_asgi.serve.process import MAX_FILES
 
 REQUEST = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 

@@ -130,6 +130,35 @@ def test_connections_that_the_end_cuts_off_are_no_errors() -> None:
         assert "Traceback" not in server.output() and "ERROR" not in server.output()
 
 
+def test_a_server_that_leaves_is_not_ready_and_still_answers() -> None:
+    with _server("ok", "--drain-delay", "3600") as server:
+        server.wait_until_healthy()
+        assert httpx.get(server.url + "/readyz").status_code == 200
+        server.signal()
+        while httpx.get(server.url + "/readyz").status_code != 503:
+            assert server.process.poll() is None
+        assert httpx.post(server.url + "/generate", json=SHORT, timeout=60).status_code == 200
+        server.signal()
+        assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_keys_are_read_again_on_a_hangup(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("old")
+    with _server("ok", "--api-key-file", str(file)) as server:
+        server.wait_until_healthy()
+        assert _status_with(server, "old") == 200
+        file.write_text("new")
+        server.signal(signal.SIGHUP)
+        while _status_with(server, "new") != 200:
+            assert server.process.poll() is None
+        assert _status_with(server, "old") == 401
+
+
+def _status_with(server: ServerProcess, key: str) -> int:
+    return httpx.get(server.url + "/info", headers={"authorization": f"Bearer {key}"}).status_code
+
+
 def test_a_second_signal_ends_the_process_at_once() -> None:
     with _server() as server:
         server.wait_until_healthy()

@@ -1,6 +1,7 @@
 """Servers for the soak tests: the real command and engine, with a runner that only pretends to compute.
 
-Each soak is one test at two sizes: a small one that runs with all others, and the full one of `make soak`.
+Each test of this folder runs at both sizes of `scale`. What one measured of its servers stands at the end of
+pytest's output.
 """
 
 from __future__ import annotations
@@ -10,13 +11,36 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.soak.lag import lag_told
+from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 Serve = Callable[..., ServerProcess]
+Tell = Callable[[str], None]
+TOLD = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(autouse=True)
+def _at_both_sizes(scale: Scale) -> None:
+    """Parametrise every test, so that none can be written that only `make soak` runs."""
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
+def tell(request: pytest.FixtureRequest) -> Tell:
+    """Take what a test wants to be read of it, passed or not: figures that no assertion can judge."""
+    told, name = request.config.stash.setdefault(TOLD, []), request.node.name
+    return lambda text: told.append(f"{name}: {text}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if told := config.stash.get(TOLD, []):
+        terminalreporter.section("measured")
+        for line in told:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def serve(tell: Tell) -> Iterator[Serve]:
     """Start servers: `serve("--max-batch-size", "8", FAKE_STEP_S="0.001")`; `is_real`: of the demo model."""
     with ExitStack() as stack:
 
@@ -25,6 +49,7 @@ def serve() -> Iterator[Serve]:
             local = ("--hostname", "127.0.0.1", "--debug-endpoints")
             server = stack.enter_context(ServerProcess(*command, *local, *arguments, environ=environ))
             server.wait_until_healthy()
+            stack.enter_context(lag_told(server.url, tell))
             return server
 
         yield start

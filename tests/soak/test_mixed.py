@@ -11,10 +11,10 @@ import pytest
 
 from tests.soak.client import Streaming, ask, inside, metric, until_idle
 from tests.soak.conftest import Serve
+from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 NUM_WORKERS = 12
-MODELS = ["fake", pytest.param("demo", marks=pytest.mark.soak)]
 
 
 def _resident_bytes(server: ServerProcess) -> int:
@@ -23,11 +23,11 @@ def _resident_bytes(server: ServerProcess) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _prompts(draw: random.Random) -> list[tuple[str, int]]:
+def _prompts(draw: random.Random, count: int) -> list[tuple[str, int]]:
     """Make prompts of which several begin alike, with how many tokens to ask for."""
     prefixes = ["", "You are a careful assistant. " * 4, "Once upon a time, " * 10]
     made = [(draw.choice(prefixes) + f"Tell me about {draw.randrange(10**6)}", draw.randrange(1, 60))
-            for _ in range(16)]  # fmt: skip
+            for _ in range(count)]  # fmt: skip
     return [*made, (prefixes[2] * 2 + "x", 100)]
 
 
@@ -71,17 +71,17 @@ class Mixed:
             self.num_compared += 1
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("seconds", "most"), [(60.0, 12), pytest.param(600.0, -1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("model", ["fake", "demo"])
 async def test_everything_at_once_gives_what_each_request_gives_alone(
-    serve: Serve, model: str, seconds: float, most: int
+    serve: Serve, model: str, scale: Scale
 ) -> None:
+    seconds, most = scale((60.0, 4), (600.0, -1))
     limits = ("--max-batch-size", "8", "--max-concurrent-requests", "64")
     if model == "fake":
         server = serve(*limits, FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="40")
     else:
-        server = serve(*limits, "--max-batch-total-tokens", "640", is_real=True)
-    mixed = Mixed(server, _prompts(random.Random(7)), seed=8)
+        server = serve(*limits, "--max-batch-total-tokens", scale("448", "640"), is_real=True)
+    mixed = Mixed(server, _prompts(random.Random(7), scale(4, 16)), seed=8)
     await mixed.ask_alone()
     until_s = time.monotonic() + seconds
     workers = asyncio.gather(*(mixed.work(until_s, most) for _ in range(NUM_WORKERS)))
@@ -101,9 +101,8 @@ async def test_everything_at_once_gives_what_each_request_gives_alone(
         assert abs(late - early) <= 0.02 * early, f"{early} bytes became {late}"
 
 
-@pytest.mark.parametrize("most", [8, pytest.param(300, marks=pytest.mark.soak)])
 async def test_whatever_fails_every_request_ends_once_and_health_tells_the_truth(
-    serve: Serve, most: int
+    serve: Serve, scale: Scale
 ) -> None:
     server = serve("--max-batch-size", "8", FAKE_MODEL="faulty:3", FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="64")
     draw = random.Random(4)
@@ -111,7 +110,7 @@ async def test_whatever_fails_every_request_ends_once_and_health_tells_the_truth
 
     async def work() -> None:
         nonlocal num_failed, num_whole
-        for _ in range(most):
+        for _ in range(scale(8, 300)):
             num_tokens = draw.randrange(1, 60)
             body = {"prompt": f"{draw.random()}" * draw.randrange(1, 9), "max_tokens": num_tokens, "n": 2}
             client = await (await Streaming.start(server.port, body)).finish()
@@ -134,9 +133,14 @@ async def test_whatever_fails_every_request_ends_once_and_health_tells_the_truth
     server.wait_until_healthy()
 
 
-async def test_a_step_that_hangs_ends_the_streams_the_health_and_the_process(serve: Serve) -> None:
+async def test_a_step_that_hangs_ends_the_streams_the_health_and_the_process(
+    serve: Serve, scale: Scale
+) -> None:
     server = serve("--step-timeout-s", "0.5", FAKE_MODEL="hangs", FAKE_STEP_S="0.001")
-    clients = [await Streaming.start(server.port, {"prompt": f"{i}", "max_tokens": 500}) for i in range(4)]
+    clients = [
+        await Streaming.start(server.port, {"prompt": f"{i}", "max_tokens": 500})
+        for i in range(scale(4, 100))
+    ]
     watching = asyncio.create_task(_wait_for_503(server))
     for client in await asyncio.gather(*(client.finish() for client in clients)):
         assert client.status in (200, 500)
@@ -150,12 +154,12 @@ async def _wait_for_503(server: ServerProcess) -> None:
     await asyncio.to_thread(server.wait_until, 503)
 
 
-async def test_turns_of_a_conversation_read_nothing_twice(serve: Serve) -> None:
-    """Twenty turns: what each computes of its prompt is the new text, and less than a block beside it."""
+async def test_turns_of_a_conversation_read_nothing_twice(serve: Serve, scale: Scale) -> None:
+    """What each turn computes of its prompt is the new text, and less than a block beside it."""
     server = serve("--max-batch-size", "8", FAKE_STEP_S="0.001", FAKE_NUM_BLOCKS="1024")
     conversation = "You are a helpful assistant. " * 10
     computed = await metric(server, "tgi_prompt_tokens_total") - await _cached(server)
-    for turn in range(20):
+    for turn in range(scale(5, 60)):
         new = f" Question {turn}: what of it? "
         known = len(conversation)
         answer = await ask(server.port, {"prompt": conversation + new, "max_tokens": 30})

@@ -6,16 +6,18 @@ import asyncio
 import subprocess
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.api import test_fuzz as openai
 from tests.api import test_tgi_fuzz as native
 from tests.server.test_tgi_clients import require_client, serve
+from tests.soak.conftest import Tell
+from tests.soak.lag import lag_told
+from tests.support.examples import for_all
+from tests.support.scale import Scale
+from tgi_asgi.settings import Settings
 
-pytestmark = pytest.mark.soak
-LONG = settings(max_examples=4_000, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = (25, 4_000)
 NATIVE_ROUTES = (
     "/",
     "/generate",
@@ -25,47 +27,46 @@ NATIVE_ROUTES = (
     "/chat_tokenize",
     "/detokenize",
 )
+ALL_ROUTES = (*NATIVE_ROUTES, "/vertex", "/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
-@LONG
-@given(openai.APPS, openai.CHATS)
-def test_chats(app_settings: Any, body: Any) -> None:
-    asyncio.run(openai.survive(app_settings, "/v1/chat/completions", body))
+def test_chats(scale: Scale) -> None:
+    @for_all(scale(*EXAMPLES), openai.APPS, openai.CHATS)
+    def check(app_settings: Settings, body: Any) -> None:
+        asyncio.run(openai.post(app_settings, "/v1/chat/completions", body))
 
 
-@LONG
-@given(openai.APPS, openai.COMPLETIONS)
-def test_completions(app_settings: Any, body: Any) -> None:
-    asyncio.run(openai.survive(app_settings, "/v1/completions", body))
+def test_completions(scale: Scale) -> None:
+    @for_all(scale(*EXAMPLES), openai.APPS, openai.COMPLETIONS)
+    def check(app_settings: Settings, body: Any) -> None:
+        asyncio.run(openai.post(app_settings, "/v1/completions", body))
 
 
-@LONG
-@given(st.sampled_from(NATIVE_ROUTES), native.ANY_KIND)
-def test_native_routes(path: str, body: Any) -> None:
-    asyncio.run(native.survive(path, body))
+def test_native_routes(scale: Scale) -> None:
+    @for_all(scale(*EXAMPLES), st.sampled_from(NATIVE_ROUTES), native.ANY_KIND)
+    def check(path: str, body: Any) -> None:
+        asyncio.run(native.post(path, body))
 
 
-@LONG
-@given(st.fixed_dictionaries({"instances": st.lists(native.ANY_KIND, max_size=3)}))
-def test_vertex(body: Any) -> None:
-    asyncio.run(native.survive("/vertex", body))
+def test_vertex(scale: Scale) -> None:
+    @for_all(scale(*EXAMPLES), st.lists(native.ANY_KIND, max_size=3))
+    def check(instances: list[Any]) -> None:
+        asyncio.run(native.post("/vertex", {"instances": instances}))
 
 
-@LONG
-@given(
-    st.sampled_from((*NATIVE_ROUTES, "/vertex", "/v1/chat/completions", "/v1/completions", "/v1/responses")),
-    st.binary(max_size=200),
-)
-def test_bytes(path: str, body: bytes) -> None:
-    asyncio.run(native.survive(path, body))
+def test_bytes(scale: Scale) -> None:
+    @for_all(scale(*EXAMPLES), st.sampled_from(ALL_ROUTES), st.binary(max_size=200))
+    def check(path: str, body: bytes) -> None:
+        asyncio.run(native.post(path, body))
 
 
-def test_what_the_openapi_document_allows() -> None:
+def test_what_the_openapi_document_allows(scale: Scale, tell: Tell) -> None:
+    effort = scale(["--phases", "fuzzing", "--max-examples", "8"], ["--max-examples", "500"])
     command = [
-        "run", "--max-examples", "500", "--no-color", "--request-timeout", "20", "--workers", "2",
+        "run", *effort, "--no-color", "--request-timeout", "20", "--workers", "2",
         "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
     ]  # fmt: skip
-    with serve() as server:
+    with serve() as server, lag_told(server.url, tell):
         run = subprocess.run(
             [require_client("st"), *command, server.url + "/api-doc/openapi.json"],
             capture_output=True,

@@ -7,12 +7,10 @@ import os
 import random
 import time
 
-import httpx
-import pytest
-
-from tests.soak.client import Streaming, ask, inside, metric, percentile, until_idle
-from tests.soak.conftest import Serve
+from tests.soak.client import Streaming, ask, inside, percentile, until_idle
+from tests.soak.conftest import Serve, Tell
 from tests.support.fake_runner import expected_tokens
+from tests.support.scale import Scale
 from tests.support.server_process import ServerProcess
 
 
@@ -25,12 +23,8 @@ def num_files(server: ServerProcess) -> int:
     return len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "seconds"), [(50, 0.5), pytest.param(500, 60.0, marks=pytest.mark.soak)]
-)
-async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
-    serve: Serve, num_clients: int, seconds: float
-) -> None:
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(serve: Serve, scale: Scale) -> None:
+    num_clients, seconds = scale((50, 0.5), (500, 60.0))
     server = serve("--max-concurrent-requests", "1000", FAKE_STEP_S="0.002")
     await ask(server.port, {"prompt": "warm up", "max_tokens": 2})
     before, files_before = await until_idle(server), num_files(server)
@@ -65,13 +59,10 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(
     assert answer.texts[0] == expected("and then?", 20)
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "num_running", "num_tokens"),
-    [(100, 8, 20), pytest.param(1000, 64, 100, marks=pytest.mark.soak)],
-)
 async def test_under_overload_each_gets_all_its_tokens_or_a_429_at_once(
-    serve: Serve, num_clients: int, num_running: int, num_tokens: int, capsys: pytest.CaptureFixture[str]
+    serve: Serve, scale: Scale, tell: Tell
 ) -> None:
+    num_clients, num_running, num_tokens = scale((100, 8, 20), (1000, 64, 100))
     limits = ("--max-batch-size", str(num_running), "--max-concurrent-requests", str(2 * num_running))
     server = serve(*limits, FAKE_STEP_S="0.02", FAKE_NUM_BLOCKS="4096")
     prompts = [f"client {index:4}" for index in range(num_clients)]
@@ -98,22 +89,7 @@ async def test_under_overload_each_gets_all_its_tokens_or_a_429_at_once(
     assert len(refused) > 0
     assert (await until_idle(server))["counters"]["finished"] == len(admitted)
     firsts = [client.first_s for _, client in admitted if client.first_s is not None]
-    with capsys.disabled():
-        print(
-            f"\noverload: {num_clients} clients, {len(admitted)} admitted, {len(refused)} refused; "
-            f"429 p99 {percentile(refused_s, 0.99):.3f} s, first token p99 {percentile(firsts, 0.99):.3f} s, "
-            f"loop lag p99 below {await lag_below(server, 0.99):.4f} s"
-        )
-
-
-async def lag_below(server: ServerProcess, share: float) -> float:
-    """Return the bound that this share of the loop's measured delays stays under."""
-    total = await metric(server, "tgi_event_loop_lag_seconds_count")
-    async with httpx.AsyncClient() as client:
-        lines = (await client.get(f"{server.url}/metrics")).text.splitlines()
-    for line in lines:
-        if line.startswith('tgi_event_loop_lag_seconds_bucket{le="') and '"+Inf"' not in line:
-            bound, count = line.split('"')[1], float(line.split()[-1])
-            if count >= share * total:
-                return float(bound)
-    return float("inf")
+    tell(
+        f"{num_clients} clients, {len(admitted)} admitted, {len(refused)} refused; "
+        f"429 p99 {percentile(refused_s, 0.99):.3f} s, first token p99 {percentile(firsts, 0.99):.3f} s"
+    )

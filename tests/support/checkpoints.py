@@ -40,7 +40,7 @@ LLAMA3_SCALING = {
 Model = transformers.PreTrainedModel
 
 
-def make_model(kind: str = "Llama", **changes: Any) -> Model:
+def make_model(kind: str = "Llama", /, **changes: Any) -> Model:
     """Make a random model whose logits are far from flat, biases and norms included."""
     config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **changes})
     config._attn_implementation = "eager"
@@ -64,7 +64,8 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options
 def reference_logits(model: Model, ids: list[int]) -> torch.Tensor:
     """Return transformers' logits [n_tokens, vocab] in float32."""
     with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0]
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
 
 
 def our_logits(

@@ -147,8 +147,10 @@ def _quantise(
     if recipe == "fp8":
         return float8_tensors(weight, options["kind"])
     bits, is_centred = options.get("bits", 4), options.get("is_centred", False)
+    rows, columns = weight.shape
     matrix = random_codes(
-        *weight.shape,
+        rows,
+        columns,
         options.get("group", 32),
         bits=bits,
         is_centred=is_centred,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,10 +40,18 @@ def free_port() -> int:
 class ServerProcess:
     """One run of `python -m <module> <arguments> --port <a free one>`.
 
-    Settings in this process's environment do not reach it; `environ` does.
+    Settings in this process's environment do not reach it; `environ` does. `client` makes what reaches it
+    where that is not by HTTP on its port.
     """
 
-    def __init__(self, *command: str, environ: dict[str, str] | None = None, port: int | None = None) -> None:
+    def __init__(
+        self,
+        *command: str,
+        environ: dict[str, str] | None = None,
+        port: int | None = None,
+        client: Callable[[], httpx.Client] = httpx.Client,
+    ) -> None:
+        self.client = client
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         base = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("PIP_")}
@@ -77,8 +86,8 @@ class ServerProcess:
         """Wait until `/health` answers with this status; fails if the process ends first."""
         give_up_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < give_up_s:
-            with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(self.url + "/health", timeout=5)
+            with contextlib.suppress(httpx.TransportError), self.client() as client:
+                answer = client.get(self.url + "/health", timeout=5)
                 if answer.status_code == status:
                     return answer
             assert self.process.poll() is None, f"the server ended:\n{self.output()}"

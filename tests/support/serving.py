@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import hypercorn.asyncio
-import hypercorn.config
+import hypercorn.asyncio.run
 import hypercorn.protocol.h11
 import pytest
+from hypercorn.config import Config
 
 from tgi_asgi.api.asgi import Receive, Scope, Send
-from tgi_asgi.serve import body_chunks
+from tgi_asgi.serve.connections import ConnectionLimit
+from tgi_asgi.serve.hypercorn import install, make_config
+from tgi_asgi.serve.listening import listen, url_of
+from tgi_asgi.settings import Settings
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+LOCAL = Settings(hostname="127.0.0.1", port=0)
+
+
+@contextlib.contextmanager
+def own_hypercorn() -> Iterator[pytest.MonkeyPatch]:
+    """Put hypercorn's own classes back at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hypercorn.asyncio.run, "TCPServer", hypercorn.asyncio.run.TCPServer)
+        patch.setattr(hypercorn.protocol, "H11Protocol", hypercorn.protocol.H11Protocol)
+        patch.setattr(hypercorn.protocol.h11, "HTTPStream", hypercorn.protocol.h11.HTTPStream)
+        yield patch
 
 
 @asynccontextmanager
-async def serving(app: App, server: str = "ours", *, send_buffer: int | None = None) -> AsyncIterator[str]:
+async def serving(
+    app: App, server: str = "ours", settings: Settings = LOCAL, *, send_buffer: int | None = None
+) -> AsyncIterator[str]:
     """Yield the app's base URL.
 
-    `server` is "hypercorn", "ours" (hypercorn with the short way for chunks, as `server.py` runs it) or
-    "uvicorn"; `send_buffer` bounds what the kernel keeps for a reader that lags.
+    `server` is "hypercorn", "ours" (hypercorn with our classes, as `server.py` runs it) or "uvicorn";
+    `settings` say where it listens; `send_buffer` bounds what the kernel keeps for a reader that lags.
     """
-    listener = socket.socket()
+    listener = listen(settings)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(256)
     listener.setblocking(False)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    # The scripted model is there already; a lifespan would load it.
-    run = _uvicorn if server == "uvicorn" else _hypercorn
+    url = url_of(listener, is_tls=settings.ssl_certfile is not None)
     stop = asyncio.Event()
-    with pytest.MonkeyPatch.context() as patch:
+    with own_hypercorn():
         if server == "ours":
-            patch.setattr(
-                hypercorn.protocol.h11, "HTTPStream", hypercorn.protocol.h11.HTTPStream
-            )  # to restore
-            body_chunks.install()
-        task = asyncio.create_task(run(app, listener, stop))
+            install(ConnectionLimit(0))
+        running = (
+            _uvicorn(app, listener, stop)
+            if server == "uvicorn"
+            else _hypercorn(app, make_config(listener, settings), stop)
+        )
+        task = asyncio.create_task(running)
         try:
             yield url
         finally:
@@ -51,14 +70,27 @@ async def serving(app: App, server: str = "ours", *, send_buffer: int | None = N
             listener.close()
 
 
-async def _hypercorn(app: App, listener: socket.socket, stop: asyncio.Event) -> None:
-    config = hypercorn.config.Config()
-    config.bind = [f"fd://{listener.detach()}"]  # hypercorn closes it
-    config.graceful_timeout = 0.5
-    config.loglevel = "CRITICAL"
+async def connect(url: str, tls: ssl.SSLContext | None = None, *, is_slow: bool = False) -> Streams:
+    """Open a connection to what `serving` yielded; a slow one takes in little that it is not asked for."""
+    is_unix = url.startswith("unix:")
+    parts = urlsplit(url)
+    raw = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
+    if is_slow:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.setblocking(False)
+    address = url.removeprefix("unix:") if is_unix else (parts.hostname, parts.port)
+    await asyncio.get_running_loop().sock_connect(raw, address)
+    name = parts.hostname if tls is not None else None
+    return await asyncio.open_connection(
+        sock=raw, ssl=tls, server_hostname=name, limit=1024 if is_slow else 1 << 16
+    )
+
+
+async def _hypercorn(app: App, config: Config, stop: asyncio.Event) -> None:
+    config.errorlog = None
 
     async def without_lifespan(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["type"] != "lifespan"
+        assert scope["type"] != "lifespan"  # the scripted model is there already; a lifespan would load it
         await app(scope, receive, send)
 
     await hypercorn.asyncio.serve(cast(Any, without_lifespan), config, shutdown_trigger=stop.wait)

@@ -171,6 +171,47 @@ def test_mentions_variables_attributes_and_keys() -> None:
     assert ChatTemplate(CHATML, SPECIAL, tool_use_source=QWEN).mentions("tools")
 
 
+FIRST_ONLY = """{%- for message in messages %}
+{%- if message.role == 'system' and not loop.first %}{{ raise_exception('must be at the beginning') }}
+{%- endif %}{{ message.role }}: {{ message.content }}
+{% endfor %}"""
+DROPS = """{{ messages[0].content if messages[0].role == 'system' }}
+{%- for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"""
+REMINDER = {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[SYSTEM, REMINDER, USER], [SYSTEM, USER, ASSISTANT, REMINDER, USER], [SYSTEM, USER, REMINDER]],
+)
+@pytest.mark.parametrize("source", [FIRST_ONLY, DROPS, MISTRAL])
+def test_system_messages_are_joined_where_the_template_wants_one(
+    source: str, messages: list[dict[str, Any]]
+) -> None:
+    template = ChatTemplate(source, SPECIAL)
+    assert not template.takes_scattered_system
+    others = [message for message in messages if message["role"] != "system"]
+    joined = {"role": "system", "content": "Be  brief.\n\n\na\nb"}
+    before = json.dumps(messages)
+    assert template.render(messages) == template.render([joined, *others])
+    assert "a\nb" in template.render(messages)
+    assert json.dumps(messages) == before
+
+
+def test_a_system_message_that_is_not_the_first_comes_first_where_it_must() -> None:
+    late = {"role": "developer", "content": "Be kind."}
+    template = ChatTemplate(FIRST_ONLY.replace("== 'system'", "in ['system', 'developer']"), SPECIAL)
+    assert template.render([USER, late]).startswith("developer: Be kind.")
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, QWEN])
+def test_system_messages_stay_where_the_template_shows_them(source: str) -> None:
+    template = ChatTemplate(source, SPECIAL)
+    assert template.takes_scattered_system
+    text = template.render([USER, SYSTEM, ASSISTANT, {"role": "system", "content": "And kind."}])
+    assert text.index("Be  brief.") < text.index("Hello.") < text.index("And kind.")
+
+
 def test_a_tool_use_template_serves_requests_with_tools_only() -> None:
     template = ChatTemplate("plain", SPECIAL, tool_use_source="{{ tools | length }} tools")
     assert template.render([USER]) == "plain"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import json
 import random
 import re
+import time
 import uuid
 from decimal import Decimal
 from typing import Any, Literal
@@ -190,6 +192,23 @@ def test_what_cannot_be_enforced_is_left_out_and_named(
             compiler.compile(sources.json_schema(schema))
     else:
         assert accepts(compiler, sources.json_schema(schema), valid)
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"patternProperties": {f"^[a-z]{{1,40}}_{i}$": {} for i in range(900)}},
+        {"properties": {f"p{i}": {"pattern": f"(.*a.{{{i}00}})"} for i in range(100)}},
+        {"oneOf": [{"properties": {f"p{i}": {"const": i}}, "required": [f"p{i}"]} for i in range(900)]},
+        {"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12},
+    ],
+)
+def test_a_hostile_schema_is_judged_within_a_second(schema: dict[str, Any], is_strict: bool) -> None:
+    begun = time.thread_time()
+    with contextlib.suppress(InvalidRequest):
+        sources.json_schema(schema, is_strict=is_strict)
+    assert time.thread_time() - begun < 1
 
 
 @pytest.mark.parametrize("text", ['{"\\u0066oo":"x"}', '{"f\\u006fo":"x"}'])

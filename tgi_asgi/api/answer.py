@@ -1,19 +1,25 @@
-"""What the answer to a job may be, for one model: what constrains it, and how it is read."""
+"""What the answer to a job may be, for one model, and how it is read while it is generated.
+
+`AnswerForm` says what constrains it; `ChoiceReader` takes it apart into content, reasoning and tool calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.api.call import Conversation, Job
-from tgi_asgi.api.reader import Reading
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools import ToolFormat, choose_format
+from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec, choose_format
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, style_of
+from tgi_asgi.text.tools.reply import ReplyParser
+from tgi_asgi.types import TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
@@ -94,3 +100,105 @@ class AnswerForm:
     def _mark(self, marker: str) -> str:
         token_id = self.special_ids.get(marker)
         return literal(marker) if token_id is None else f"<[{token_id}]>"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the choices of one answer are to be read."""
+
+    style: ReasoningStyle | None = None
+    tools: ToolFormat | None = None
+    is_reasoning_open: bool = False
+    shows_reasoning: bool = True
+    specs: Sequence[ToolSpec] = ()  # the tools that may be called
+    special_ids: frozenset[int] = frozenset()  # their text is shown by the engine, and dropped unless kept
+    kept: frozenset[int] = frozenset()  # the markers among them
+    must_call: bool = False
+
+
+TEXT_ONLY = Reading()
+
+
+class LogprobsTracker(Protocol):
+    """One choice's log-probabilities, in either endpoint's shape."""
+
+    def push(self, event: TokenEvent) -> None: ...
+
+    def take(self) -> dict[str, Any] | None: ...
+
+
+class ChoiceReader:
+    """One choice: its events in, pieces out.
+
+    Attributes:
+        num_reasoning_tokens: so far.
+        is_reasoning: the text is inside the reasoning section.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self._parser = ReplyParser(
+            reading.style,
+            reading.tools,
+            reading.specs,
+            is_reasoning_open=reading.is_reasoning_open,
+            must_call=reading.must_call,
+        )
+        self._num_read = 0
+        self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with where their text starts and ends
+        self.num_reasoning_tokens = 0
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._parser.is_reasoning
+
+    def push(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> list[Piece]:
+        """Take new events; return what they tell, neighbours of a kind as one piece.
+
+        `tracker` gets the events that are not of reasoning or calls: those have no log-probabilities.
+        """
+        pieces: list[Piece] = []
+        for event in events:
+            begun = self._num_read
+            new = self._push(event)
+            if tracker is not None:
+                self._unshown.append((begun, self._num_read, event))
+                self._show(new, tracker)
+            pieces += new
+        return _merged(pieces)
+
+    def _show(self, pieces: Sequence[Piece], tracker: LogprobsTracker) -> None:
+        """Give the tracker the tokens that content is made of; forget those before it."""
+        for piece in pieces:
+            if isinstance(piece, Content):
+                stop = piece.start + len(piece.text)
+                while self._unshown and self._unshown[0][0] < stop:
+                    _, end, event = self._unshown.popleft()
+                    if end > piece.start or (not event.text and end == piece.start):
+                        tracker.push(event)
+
+    def _push(self, event: TokenEvent) -> list[Piece]:
+        text = event.text
+        reading = self._reading
+        if event.token_id in reading.special_ids and event.token_id not in reading.kept:
+            text = text.removesuffix(event.data.decode("utf-8", "replace"))
+        was_reasoning = self._parser.is_reasoning
+        self._num_read += len(text)
+        pieces = self._parser.push(text) if text else []
+        self.num_reasoning_tokens += was_reasoning or self._parser.is_reasoning
+        if event.finish is not None:
+            pieces += self._parser.finish()
+        if not reading.shows_reasoning:
+            pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
+        return pieces
+
+
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    result: list[Piece] = []
+    for piece in pieces:
+        last = result[-1] if result else None
+        if isinstance(piece, CallStart) or isinstance(last, CallStart) or type(last) is not type(piece):
+            result.append(piece)
+        else:
+            result[-1] = dataclasses.replace(last, text=last.text + piece.text)
+    return result

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.api.limits import Room
 from tgi_asgi.errors import Field, TgiError
+from tgi_asgi.text.constrain.source import GrammarSource, source_of
 from tgi_asgi.types import Channel, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:
+    from tgi_asgi.api.answer import Reading
     from tgi_asgi.api.context import Served
     from tgi_asgi.api.prompt import Prompt
-    from tgi_asgi.api.reader import Reading
     from tgi_asgi.text.constrain.grammar import Grammar
-    from tgi_asgi.text.constrain.source import GrammarSource
     from tgi_asgi.text.tools import ToolSpec
 
 Choices = Sequence[Sequence[TokenEvent]]  # of one prompt: each choice's events
@@ -33,6 +34,7 @@ class Conversation:
         messages: plain dicts with `role`, `content` (a text, a list of texts, or None) and what else there
             is; calls are `{"id", "type": "function", "function": {"name", "arguments"}}`.
         tools: `{"type": "function", "function": {...}}` each.
+        offers_tools: they may be called; templates are told of those that may not, too.
         variables: further ones of the template.
         is_continued: the last message is left open, for the model to go on with it.
         adds_turn: the prompt ends by opening the assistant's turn.
@@ -42,6 +44,7 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    offers_tools: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False
     adds_turn: bool = True
@@ -79,6 +82,11 @@ class Constraint:
     make: Callable[[], GrammarSource]
     prefix: str = ""
     grammar: Grammar | None = None
+
+    @classmethod
+    def of(cls, param: str, kind: str, value: Any, *, is_strict: bool = False) -> Constraint:
+        """Return a constraint of one of the kinds that `source_of` knows, for the field that asked for it."""
+        return cls(param, partial(source_of, kind, value, is_strict=is_strict), f"`{param}`: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +141,7 @@ class Call:
     """One request of a client.
 
     Attributes:
+        jobs: where there are none, the renderer's `whole` answers at once.
         model: the name that the client gave.
         render: makes what turns the answer's tokens into the dialect's bytes.
         stream_type, keep_alive: of a streamed answer: its media type, and what fills a silence.

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from tgi_asgi.api.openai.response_store import ResponseStore
 from tgi_asgi.errors import Overloaded, Unavailable
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Engine, EngineState, ModelInfo
 
 if TYPE_CHECKING:  # the last three import libraries that nobody needs before the model has loaded
+    from tgi_asgi.api.openai.response_store import ResponseStore
     from tgi_asgi.api.routes import Route
     from tgi_asgi.engine.stats import EngineStats
     from tgi_asgi.text.chat.template import ChatTemplate
@@ -66,14 +66,16 @@ class ServerContext:
         is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
     """
 
+    responses: ResponseStore  # `app.py` puts it here
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.served: Served | None = None
         self.failure: BaseException | None = None
+        self.is_leaving = False  # on a signal; the drain may begin later
         self.progress = LoadProgress()
         self.metrics = Metrics(settings.block_size)
         self.bodies = ByteBudget(settings.max_body_memory)
-        self.responses = ResponseStore(settings.response_store)
         self.is_leaving = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()

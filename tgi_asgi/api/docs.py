@@ -17,6 +17,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tgi import schema as tgi_schema
+from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
@@ -114,7 +115,8 @@ def _responses(row: Route) -> Schema:
             schema = _reference(row.event)
             data |= {"contentMediaType": "application/json", "contentSchema": schema}
         event = {"type": "object", "required": ["data"], "properties": {"data": data}}
-        content["text/event-stream"] = {"schema": event}
+        is_sse = row.stream_type == "text/event-stream"
+        content[row.stream_type] = {"schema": event if is_sse else {"type": "string"}}
     answered: Schema = {"description": "Answered"}
     if content:
         answered["content"] = content
@@ -135,7 +137,7 @@ def _envelope(dialect: Dialect) -> Schema:
     """Return the schema of a dialect's errors, by the example of one."""
     if dialect is NATIVE:
         return _reference(tgi_schema.ErrorResponse)
-    return _like(dialect.envelope(ValueError()))
+    return _like(dialect.envelope(InvalidRequest("")))
 
 
 def _like(value: object) -> Schema:

@@ -58,6 +58,9 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     call = await exchange.work(parse, await exchange.read_body(), exchange)
     model = served_name(exchange, call.model)
     exchange.let_go()
+    if not call.jobs:
+        await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
+        return
     with Permits(exchange, served.engine, call.num_choices) as permits:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
@@ -94,7 +97,7 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     """
     context = exchange.context
     own = context.ready().info.model_id
-    if requested in (None, "", "tgi", own):
+    if requested is None or requested in ("tgi", own):
         return own
     if context.settings.strict_model_names:
         raise model_not_found(requested)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from tgi_asgi.api.parse import refuse
 from tgi_asgi.errors import ContextExceeded, InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
@@ -74,6 +75,16 @@ class Room(enum.Enum):
             asked = f"you requested {num_prompt + max_tokens} tokens ({parts})"
             raise _too_long(f"{context} tokens", asked, num_prompt, info, "{field} or completion")
         return min(max_tokens, room)
+
+
+def check_stops(stops: tuple[str, ...], most: int, param: str, *, is_list: bool = True) -> None:
+    """Check the number of stop strings and their lengths."""
+    if len(stops) > most:
+        refuse(param, f"`{param}` takes at most {most} strings, got {len(stops)}")
+    for i, stop in enumerate(stops):
+        where = f"{param}[{i}]" if is_list else param
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            refuse(where, f"`{where}` must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
 
 
 def check_characters(num_characters: int, longest_token: int, info: ModelInfo) -> None:

@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -69,8 +69,19 @@ def range_of(**keywords: float) -> Meta:
     return Meta(extra_json_schema=dict(keywords))
 
 
-def check_ranges(request: Struct) -> None:
-    """Refuse the first number of a request that is out of its range, and names that are too long to echo."""
+Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
+Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
+Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
+Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
+Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
+Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
+
+
+def check_ranges(request: Struct, where: str = "") -> None:
+    """Refuse the first number of a request that is out of its range, and names that are too long to echo.
+
+    `where` is put before the fields' names.
+    """
     for name, low, high, is_open in _ranges(type(request)):
         value = getattr(request, name)
         if value is None or (low < value <= high if is_open else low <= value <= high):
@@ -80,7 +91,7 @@ def check_ranges(request: Struct) -> None:
             rule = f"at most {high:g}" if value > high else rule
         else:
             rule = f"in {'(' if is_open else '['}{low:g}, {high:g}]"
-        refuse(name, f"`{name}` must be {rule}, got {value}")
+        refuse(where + name, f"`{where}{name}` must be {rule}, got {value}")
     for name in ("model", "request_id"):
         value = getattr(request, name, None)
         if value is not None and len(value) > MAX_ECHOED_CHARS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,10 +135,11 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         role = message["role"]
         shown_role = "system" if role == "developer" and not has_developer else role
         messages.append({**message, "role": shown_role, "content": _content(message, separator)})
+    messages = template.arranged(messages)
     if not (template.mentions("tools") or template.mentions("tool_calls")):
-        messages = spell_out(messages, chat.tools)
+        messages = spell_out(messages, chat.tools if chat.offers_tools else None)
     messages = shorten_ids(messages, template.source)
-    if chat.tools and chat.tool_prompt and not chat.is_continued:
+    if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     # What a client gives to the template, under the names that templates have for it.
     given = {"tools": chat.tools, **chat.variables}
@@ -152,6 +154,18 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         **given,
     )
     return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a conversation ends with a text of the assistant's, for the model to go on with it."""
+    last = messages[-1] if messages else {"role": ""}
+    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
+
+
+def thinking_variables(thinks: bool, level: object = None) -> dict[str, Any]:
+    """Return what tells a template whether to think, and how much, by the names that models have for it."""
+    effort = {"reasoning_effort": level} if isinstance(level, str) else {}
+    return {"enable_thinking": thinks, "thinking": thinks, **effort}
 
 
 def _separator(template: ChatTemplate, settings: Settings) -> str | None:

@@ -43,7 +43,8 @@ class Route:
         requests: the types that the body may have.
         response: of a 200, where it is a struct; else any JSON object.
         is_list: the response is an array of `response`.
-        streams: it answers with server-sent events, where the request asks for them.
+        streams: it answers with a stream, where the request asks for that.
+        stream_type: the stream's media type.
         event: the JSON of one of those, where it is a struct.
         media_type: of a response that is not JSON; "": there is no body.
         is_by_key: the body's main field tells whose envelope errors have, TGI's or OpenAI's.
@@ -62,6 +63,7 @@ class Route:
     response: type | None = None
     is_list: bool = False
     streams: bool = False
+    stream_type: str = "text/event-stream"
     event: type | None = None
     media_type: str = "application/json"
     is_by_key: bool = False

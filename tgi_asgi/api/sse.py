@@ -107,9 +107,8 @@ class EventStream:
                 channel.attach(_Part(self, part))
             while await self._send_more():
                 pass
-        except _CutOff as cut:
-            logger.warning("request %s: stream cut off: %s", exchange.request_id, cut)
-            exchange.is_disconnected = True
+        except _CutOff:
+            pass
         finally:
             self._is_over = True
             if self._num_open:
@@ -129,7 +128,7 @@ class EventStream:
         self._waiting.setdefault(part, []).extend(events)
         self._num_waiting += len(events)
         if self._num_waiting > MAX_WAITING_EVENTS:
-            self._stop(_CutOff(f"the reader is {self._num_waiting} tokens behind"))
+            self._stop(self._cut_off(f"the reader is {self._num_waiting} tokens behind"))
         elif not self._is_busy:
             self._wake()
 
@@ -239,10 +238,15 @@ class EventStream:
                 raise self._end from None
             is_stalled = self._deadline is not None and self._deadline.expired()
             stalled = f"the reader has not read for {STALL_LIMIT_S:.0f} s"
-            raise _CutOff(stalled if is_stalled else f"sending failed: {error!r}") from None
+            raise self._cut_off(stalled if is_stalled else f"sending failed: {error!r}") from None
         finally:
             self._deadline = None
         self._last_send_s = self._loop.time()
+
+    def _cut_off(self, why: str) -> _CutOff:
+        logger.warning("request %s: stream cut off: %s", self._exchange.request_id, why)
+        self._exchange.is_disconnected = True
+        return _CutOff()
 
     def _stop(self, reason: BaseException) -> None:
         """End the stream now, wherever the request's task is."""
@@ -270,7 +274,7 @@ class EventStream:
 
 
 class _CutOff(Exception):
-    """Why a stream ends without its closing frames: the connection closes, as a failure must look."""
+    """Ends a stream without its closing frames: the connection closes, as a failure must look."""
 
 
 class _Part:

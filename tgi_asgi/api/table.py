@@ -12,6 +12,7 @@ from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.anthropic.render import ANTHROPIC
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating
+from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import chat, completions, models, response_input, responses
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Access, Handler, Route
@@ -23,7 +24,7 @@ CHAT = Dialect("chat", OPENAI.envelope, names={"prompt": "messages"}, nests_tool
 
 def routes(settings: Settings) -> list[Route]:
     """Return the routes that a server with these settings has."""
-    rows = [*_tgi(), *_openai(), *_anthropic(), *_server(), *_admin()]
+    rows = [*_tgi(), *_openai(), *_anthropic(), *ollama.rows(), *_server(), *_admin()]
     # Requests have lost their trailing slash by the time they are routed.
     for path, twin in ((settings.aip_predict_route, "/vertex"), (settings.aip_health_route, "/health")):
         if path:

@@ -6,6 +6,7 @@ Requests are counted once, after each response; the engine keeps its own plain c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from tgi_asgi.types import ModelInfo
 if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
+LAG_INTERVAL_S = 0.1
 DROPPED = "dropped"  # the client went away
 # What errors are called (`TgiError.failure`); "unavailable" (loading, draining or dead) is not TGI's.
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
@@ -206,3 +208,27 @@ class Metrics:
         """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
         self._engine = stats or self._engine
         return self._registry.render()
+
+
+class LoopLag:
+    """Measure, ten times a second, how much later than due a timer runs. `stop` ends it."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin, on the running loop."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + LAG_INTERVAL_S
+        self._timer = loop.call_at(due_s, self._tick, loop, due_s)
+
+    def stop(self) -> None:
+        """End. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, due_s: float) -> None:
+        self._histogram.observe(max(loop.time() - due_s, 0.0))
+        self.start()

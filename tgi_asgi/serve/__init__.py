@@ -1,1 +1,1 @@
-"""Our own way of running the app: hypercorn on our own socket, signals, the terminal, TGI's launcher."""
+"""Our own way of running the app: the socket, hypercorn, signals, the terminal, TGI's launcher flags."""

@@ -1,7 +1,6 @@
-"""What hypercorn's connections lack: an end once the client has closed, turns, and a limit on one client.
+"""What hypercorn's connections lack: an end once the client has closed, turns, a limit on one client.
 
-Used by `server.py` only. hypercorn offers no hook for these, so its class for a connection is replaced in
-the module that makes them.
+Used by `hypercorn.py` only, which puts these classes in the place of hypercorn's: there is no hook for them.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import contextlib
 from collections import Counter, deque
 from typing import Any
 
-import hypercorn.asyncio.run
+import h11
 from hypercorn.asyncio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h11 import H11Protocol
 
 # No route is known yet, so neither is the dialect.
 _BODY = b'{"error":"Too many connections from this address","error_type":"overloaded"}'
@@ -22,8 +22,8 @@ _REFUSAL = (
     b"content-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
 )
 
-
-_A_TURN = 8  # reads that are parsed in one turn of the event loop
+# How long the last bytes of a connection wait for a reader that has stalled; over TCP the kernel gives it up.
+CLOSE_S = 120.0
 
 
 class Turnstile:
@@ -66,34 +66,23 @@ class ConnectionLimit:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._open: Counter[str] = Counter()
+        self._open: Counter[str | None] = Counter()
 
-    def enter(self, address: str) -> bool:
-        """Count a connection in, unless the address has as many as it may."""
-        if self._most and self._open[address] >= self._most:
+    def enter(self, address: str | None) -> bool:
+        """Count a connection in, unless its address has as many as it may; without one it may always."""
+        if self._most and address is not None and self._open[address] >= self._most:
             return False
         self._open[address] += 1
         return True
 
-    def leave(self, address: str) -> None:
+    def leave(self, address: str | None) -> None:
         """Count one out."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
 
 
-def install(limit: ConnectionLimit) -> None:
-    """Let hypercorn make connections of this kind from now on, in this process."""
-    turnstile = Turnstile(_A_TURN)
-
-    class Connection(_Connection):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(limit, turnstile, *args)
-
-    hypercorn.asyncio.run.TCPServer = Connection  # type: ignore[attr-defined,assignment]
-
-
-class _Connection(TCPServer):
+class Connection(TCPServer):
     """One connection.
 
     hypercorn keeps the socket and three tasks of a connection that the client has closed until its keep-alive
@@ -107,7 +96,8 @@ class _Connection(TCPServer):
         self._has_gone = False
 
     async def run(self) -> None:
-        address = str((self.writer.get_extra_info("peername") or ("",))[0])
+        peer = self.writer.get_extra_info("peername")
+        address = peer[0] if isinstance(peer, tuple) else None  # a Unix socket's clients have none
         if not self._limit.enter(address):
             await self._refuse()
             return
@@ -134,9 +124,11 @@ class _Connection(TCPServer):
         await self.idle_task.stop()
 
     async def _close(self) -> None:
+        abort = self.loop.call_later(CLOSE_S, self.writer.transport.abort)
         # hypercorn lets the kernel's giving up a reader that has stalled (ETIMEDOUT) become a traceback.
         with contextlib.suppress(OSError):
             await super()._close()
+        abort.cancel()
 
     async def _refuse(self) -> None:
         with contextlib.suppress(OSError, TimeoutError):
@@ -145,3 +137,17 @@ class _Connection(TCPServer):
                 self.writer.write(_REFUSAL)
                 await self.writer.drain()
         self.writer.close()
+
+
+class Http1(H11Protocol):
+    """HTTP/1 on one connection, and nothing else: hypercorn's HTTP/2 kills those that are answered early."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Change to no other protocol: a wish to upgrade is one that a server may ignore."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        if request.http_version.startswith(b"1."):
+            await super()._create_stream(request)
+        else:  # the preface of HTTP/2 by prior knowledge looks like this
+            await self._send_error_response(505)
+            await self.send(Closed())

@@ -104,5 +104,7 @@ def example(url: str, *, has_chat: bool, has_key: bool) -> str:
             '{"model": "tgi", "messages": [{"role": "user", "content": "What is deep learning?"}], '
             '"max_tokens": 60, "stream": true}'
         )
+    if url.startswith("unix:"):
+        url = f"--unix-socket {url.removeprefix('unix:')} http://localhost"
     key = ' -H "Authorization: Bearer $API_KEY"' if has_key else ""
     return f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -156,11 +156,6 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
         changes["PORT"] = SAGEMAKER_PORT
     if environ.get("AIP_HTTP_PORT"):
         changes["PORT"] = environ["AIP_HTTP_PORT"]
-    if environ.get("WEIGHTS_CACHE_OVERRIDE"):
-        # A directory with the weights: served under the model's own name.
-        changes["MODEL_ID"], name = environ["WEIGHTS_CACHE_OVERRIDE"], environ.get("MODEL_ID")
-        if name and not environ.get("SERVED_MODEL_NAME"):
-            changes["SERVED_MODEL_NAME"] = name
     if environ.get("MAX_INPUT_TOKENS") and environ.get("MAX_INPUT_LENGTH"):
         raise InvalidRequest(
             "MAX_INPUT_TOKENS and MAX_INPUT_LENGTH are the same setting: give one", param="max_input_tokens"
@@ -171,10 +166,11 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
 
 
 def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> None:
-    """Honour the two flags of the launcher that say where files lie, which are no settings here.
+    """Honour the two options of the launcher that say where files lie, which are no settings here.
 
     `--huggingface-hub-cache` goes to the environment, where the Hub's library looks. The folder of
-    `--weights-cache-override` becomes the model, served under the name that `--model-id` gives.
+    `--weights-cache-override`, or of its variable, becomes the model, served under the name that `--model-id`
+    gives.
     """
     cache = options.pop("huggingface_hub_cache", None)
     if cache:
@@ -183,7 +179,7 @@ def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> N
     if weights:
         name = options.get("model_id") or environ.get("MODEL_ID")
         options["model_id"] = weights
-        if name and name != weights and not environ.get("SERVED_MODEL_NAME"):
+        if name and not environ.get("SERVED_MODEL_NAME"):
             options.setdefault("served_model_name", name)
 
 

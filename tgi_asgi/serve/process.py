@@ -1,4 +1,4 @@
-"""What the operating system must know of a server process: one engine a parent, and how it ends.
+"""What the operating system must know of a server process: one engine a parent, its files, and how it ends.
 
 Used by `app.py` (under somebody else's server) and `server.py` (under ours); knows nothing of the rest.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 from typing import NoReturn
 
 from tgi_asgi.errors import ModelLoadError
+
+MAX_FILES = 65536
 
 _claim: socket.socket | None = None  # held until the process ends; the kernel then frees the name
 
@@ -54,3 +57,14 @@ def end_process(reason: str | None, code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # a closed pipe must not change the exit code
             stream.flush()
     os._exit(code)
+
+
+def raise_file_limit() -> None:
+    """Take as many file descriptors as the system grants, up to `MAX_FILES`: each connection is one.
+
+    Shells and container runtimes give 1,024 by default, for programs that use `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

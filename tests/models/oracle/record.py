@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import tokenizers
@@ -135,7 +136,7 @@ def main(path: Path, out: Path) -> None:
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokenizer = build_tokenizer(gguf.GGUFReader(path))
-    cases = {}
+    cases: dict[str, dict[str, Any]] = {}
     for name, text in PROMPTS.items():
         cases[name] = {"text": text, **continue_greedily(model, tokenizer.encode(text).ids)}
         print(

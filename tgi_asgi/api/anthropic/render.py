@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.errors import Dialect, message_of, rule_of
-from tgi_asgi.api.reader import TEXT_ONLY, ChoiceReader
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent

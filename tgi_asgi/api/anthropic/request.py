@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -11,16 +10,24 @@ from msgspec import Struct
 from tgi_asgi.api.anthropic.render import MessageRenderer
 from tgi_asgi.api.call import Call, Constraint, Conversation, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.limits import Limits, Room
-from tgi_asgi.api.openai.constraints import constraint
-from tgi_asgi.api.openai.params import check_stops
-from tgi_asgi.api.openai.schema import Positive
-from tgi_asgi.api.parse import check_ranges, decode_json, kind_of, range_of, refuse, string_of
+from tgi_asgi.api.limits import Limits, Room, check_stops
+from tgi_asgi.api.parse import (
+    Fraction,
+    Positive,
+    check_ranges,
+    decode_json,
+    kind_of,
+    range_of,
+    refuse,
+    string_of,
+)
+from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
 _RESULT_PARTS = ("text", "image", "tool_reference", "document", "search_result")
+_BILLING = "x-anthropic-billing-header:"
 _IMAGE_OMITTED = "[image omitted]"
 
 
@@ -56,8 +63,8 @@ class MessagesRequest(CountRequest, kw_only=True):
     """The body of `POST /v1/messages`."""
 
     max_tokens: Positive
-    temperature: Annotated[float, range_of(minimum=0, maximum=1)] | None = None
-    top_p: Annotated[float, range_of(minimum=0, maximum=1)] | None = None
+    temperature: Fraction | None = None
+    top_p: Fraction | None = None
     top_k: Annotated[int, range_of(minimum=0, maximum=2**63 - 1)] | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
@@ -114,21 +121,24 @@ def read_conversation(request: CountRequest) -> Conversation:
 def _conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
     messages: list[dict[str, Any]] = []
     if request.system:
-        messages.append({"role": "system", "content": _text(request.system, "system")})
+        messages.append({"role": "system", "content": _text(_lasting(request.system), "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]")
     thinking = request.thinking
-    is_off = (request.tool_choice or {}).get("type") == "none"
     return Conversation(
         messages,
-        tools=None if is_off else [tool.for_template() for tool in tools] or None,
-        variables={} if thinking is None else {"enable_thinking": thinking.get("type") != "disabled"},
-        is_continued=bool(messages) and _is_continued(messages[-1]),
+        tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=(request.tool_choice or {}).get("type") != "none",
+        variables={} if thinking is None else thinking_variables(thinking.get("type") != "disabled"),
+        is_continued=leaves_open(messages),
     )
 
 
-def _is_continued(last: Mapping[str, Any]) -> bool:
-    return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
+def _lasting(system: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Leave out the block in which Claude Code counts: no two conversations would share a prefix."""
+    if isinstance(system, str):
+        return system
+    return [block for block in system if not str(block.get("text")).startswith(_BILLING)]
 
 
 def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
@@ -241,4 +251,4 @@ def _constraint(request: MessagesRequest) -> Constraint | None:
     schema = given.get("schema") if isinstance(given, dict) and given.get("type") == "json_schema" else None
     if not isinstance(schema, dict):
         refuse(name, f"`{name}` must have type `json_schema` and a `schema`")
-    return constraint(name, "json", schema)
+    return Constraint.of(name, "json", schema)

@@ -10,12 +10,12 @@ from tgi_asgi.api.call import Call, Conversation, Generation, Job, Renderer, Too
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
-from tgi_asgi.api.openai.identity import Identity
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
 from tgi_asgi.api.openai.stream import ChunkRenderer
 from tgi_asgi.api.openai.tools import read_choice, read_tools
+from tgi_asgi.api.openai.whole import Identity
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
@@ -92,16 +92,18 @@ def read_conversation(request: ChatRequest, tools: list[Tool] | None = None) -> 
         InvalidRequest: a message, a tool or a template option is refused.
     """
     tools = read_tools(request.tools) if tools is None else tools
-    is_none = request.tool_choice == "none"
+    if not request.messages:
+        refuse("messages", "`messages` must have at least one message")
     return Conversation(
         [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)],
-        tools=None if is_none else [tool.for_template() for tool in tools] or None,
+        tools=[tool.for_template() for tool in tools] or None,
+        offers_tools=request.tool_choice != "none",
         variables=_variables(request),
-        is_continued=bool(request.messages) and _is_continued(request),
+        is_continued=_is_continued(request),
         adds_turn=request.add_generation_prompt is not False,
         adds_special_tokens=bool(request.add_special_tokens),
         echoes=bool(request.echo),
-        tool_prompt=None if is_none else request.tool_prompt,
+        tool_prompt=request.tool_prompt,
     )
 
 

@@ -8,10 +8,17 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.openai.identity import finish_of
-from tgi_asgi.api.reader import TEXT_ONLY, ChoiceReader, LogprobsTracker, Reading
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader, LogprobsTracker, Reading
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
+
+_FINISH = {FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: "stop"}
+
+
+def finish_of(event: TokenEvent) -> str:
+    """Return OpenAI's word for the end of a choice."""
+    assert event.finish is not None
+    return _FINISH[event.finish]
 
 
 class ChatChoice:

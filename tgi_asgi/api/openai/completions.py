@@ -12,12 +12,11 @@ from tgi_asgi.api.call import Call, Choices, Generation, Job, Renderer, Text
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.openai.identity import Identity
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
 from tgi_asgi.api.openai.stream import ChunkRenderer
-from tgi_asgi.api.openai.whole import likeliest, text_completion
+from tgi_asgi.api.openai.whole import Identity, likeliest, text_completion
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.sampling import drawn_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from tgi_asgi.api.call import Constraint
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat
 from tgi_asgi.api.parse import refuse
-from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.text.constrain import source as sources
-from tgi_asgi.text.constrain.source import GrammarSource
+from tgi_asgi.text.constrain.source import KINDS
 
 _FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 _GUIDED = {  # vLLM's old names, and SGLang's
@@ -45,24 +42,15 @@ def constraint_of(request: CommonRequest) -> Constraint | None:
         refuse(second, f"`{first}` and `{second}` exclude each other")
     [(param, (kind, value))] = wanted.items()
     is_strict = form is not None and form.json_schema is not None and form.json_schema.strict is True
-    return constraint(param, kind, value, is_strict=is_strict)
-
-
-def constraint(param: str, kind: str, value: Any, *, is_strict: bool = False) -> Constraint:
-    """Return a constraint of a kind that `structured_outputs` knows, for the field that asked for it."""
-
-    def make() -> GrammarSource:
-        return sources.json_schema_of(value, is_strict=is_strict) if kind == "json" else _MAKERS[kind](value)
-
-    return Constraint(param, make, f"`{param}`: ")
+    return Constraint.of(param, kind, value, is_strict=is_strict)
 
 
 def _structured(given: dict[str, Any]) -> tuple[str, Any]:
-    kinds = [kind for kind in _MAKERS if given.get(kind) not in (None, False)]
+    kinds = [kind for kind in KINDS if given.get(kind) not in (None, False)]
     if len(kinds) != 1:
         refuse(
             "structured_outputs",
-            f"`structured_outputs` must have exactly one of {', '.join(_MAKERS)}; got {len(kinds)}",
+            f"`structured_outputs` must have exactly one of {', '.join(KINDS)}; got {len(kinds)}",
         )
     return kinds[0], given[kinds[0]]
 
@@ -92,27 +80,3 @@ def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:
             refuse("response_format.value", "`response_format.value` is required with type `json`")
         return "json_object", True
     return "json", value
-
-
-def _text(make: Callable[[str], GrammarSource]) -> Callable[[Any], GrammarSource]:
-    def checked(value: Any) -> GrammarSource:
-        if not isinstance(value, str):
-            raise InvalidRequest("a regex or a grammar must be a string")
-        return make(value)
-
-    return checked
-
-
-def _choice(value: Any) -> GrammarSource:
-    if not isinstance(value, list):
-        raise InvalidRequest("a choice takes a list of strings")
-    return sources.choice(value)
-
-
-_MAKERS: dict[str, Callable[[Any], GrammarSource]] = {
-    "json": sources.json_schema_of,
-    "regex": _text(sources.regex),
-    "choice": _choice,
-    "grammar": _text(sources.ebnf),
-    "json_object": lambda value: sources.any_object(),
-}

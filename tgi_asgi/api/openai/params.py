@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tgi_asgi.api.limits import MAX_IDS, MAX_STOP_CHARS, Limits, Room
+from tgi_asgi.api.limits import MAX_IDS, Limits, Room, check_stops
 from tgi_asgi.api.openai.constraints import constraint_of
 from tgi_asgi.api.openai.schema import CommonRequest
 from tgi_asgi.api.parse import check_ranges, refuse
@@ -50,16 +50,6 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     for name in _UNSUPPORTED:
         if getattr(request, name) not in (None, False, []):
             refuse(name, f"`{name}` is not supported", "unsupported_parameter")
-
-
-def check_stops(stops: tuple[str, ...], most: int, param: str, *, is_list: bool = True) -> None:
-    """Check the number of stop strings and their lengths."""
-    if len(stops) > most:
-        refuse(param, f"`{param}` takes at most {most} strings, got {len(stops)}")
-    for i, stop in enumerate(stops):
-        where = f"{param}[{i}]" if is_list else param
-        if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            refuse(where, f"`{where}` must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
 
 
 def job_of(

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.openai.schema import Positive
 from tgi_asgi.api.openai.tools import grammar_of
-from tgi_asgi.api.parse import kind_of, range_of, refuse, string_of
+from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, string_of
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, note_skipped
 
 Item = dict[str, Any]
@@ -55,7 +54,7 @@ class ResponsesRequest(Struct, kw_only=True):
     instructions: str | None = None
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, range_of(minimum=0, maximum=2)] | None = None
-    top_p: Annotated[float, range_of(minimum=0, maximum=1)] | None = None
+    top_p: Fraction | None = None
     top_logprobs: Annotated[int, range_of(minimum=0, maximum=20)] | None = None
     include: list[str] | None = None
     stream: bool | None = None

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import orjson
 
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.call import Call, Choices, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import EFFORTS, effort_variables
-from tgi_asgi.api.openai.constraints import constraint
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import (
@@ -28,7 +28,6 @@ from tgi_asgi.api.openai.response_output import Event, ResponseBuilder
 from tgi_asgi.api.openai.response_store import Item, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, decode_json, refuse
-from tgi_asgi.api.reader import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound, TgiError
 from tgi_asgi.types import TokenEvent
@@ -69,7 +68,8 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
     job = Job(
         prompt=Conversation(
             messages,
-            tools=None if request.tool_choice == "none" else [tool.for_template() for tool in tools] or None,
+            tools=[tool.for_template() for tool in tools] or None,
+            offers_tools=request.tool_choice != "none",
             variables=_variables(request),
         ),
         sampling=sampling(
@@ -143,7 +143,7 @@ def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse |
     if stored is None:
         refuse(
             "previous_response_id",
-            f"Previous response with id '{name[:80]}' not found.",
+            f"`previous_response_id`: Previous response with id '{name[:80]}' not found.",
             "previous_response_not_found",
         )
     return stored
@@ -163,10 +163,10 @@ def _constraint(request: ResponsesRequest) -> Constraint | None:
     if given.type not in ("json_object", "json_schema"):
         refuse("text.format.type", "`text.format.type` must be text, json_object or json_schema")
     if given.type == "json_object":
-        return constraint("text.format", "json_object", True)
+        return Constraint.of("text.format", "json_object", True)
     if given.schema is None:
         refuse("text.format.schema", "`text.format.schema` is required with type `json_schema`")
-    return constraint("text.format", "json", given.schema, is_strict=given.strict is True)
+    return Constraint.of("text.format", "json", given.schema, is_strict=given.strict is True)
 
 
 class _Renderer:

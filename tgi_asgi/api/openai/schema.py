@@ -11,15 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from tgi_asgi.api.parse import range_of
-
-Int = Annotated[int, range_of(minimum=-(2**63), maximum=2**64 - 1)]
-Natural = Annotated[int, range_of(minimum=0, maximum=2**63 - 1)]
-Positive = Annotated[int, range_of(minimum=1, maximum=2**63 - 1)]
-Penalty = Annotated[float, range_of(minimum=-2, maximum=2)]
-Fraction = Annotated[float, range_of(minimum=0, maximum=1)]
-Share = Annotated[float, range_of(exclusiveMinimum=0, maximum=1)]
-
+from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Share, range_of
 
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
+from tgi_asgi.api.answer import LogprobsTracker
 from tgi_asgi.api.call import Choices
 from tgi_asgi.api.errors import NATIVE, OPENAI, error_event
-from tgi_asgi.api.openai.choice import ChatChoice
-from tgi_asgi.api.openai.identity import Identity, finish_of
-from tgi_asgi.api.openai.whole import chat_completion
-from tgi_asgi.api.reader import LogprobsTracker
+from tgi_asgi.api.openai.choice import ChatChoice, finish_of
+from tgi_asgi.api.openai.whole import Identity, chat_completion
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import FinishReason, TokenEvent
 

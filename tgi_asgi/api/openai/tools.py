@@ -28,8 +28,10 @@ def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
             tools.append(
                 Tool(index, function.name, function.description, function.parameters, function.strict)
             )
-        elif entry.type == "custom" and entry.custom is not None:
+        elif entry.type == "custom":
             custom = entry.custom
+            if custom is None:
+                refuse(f"tools[{index}].custom", f"`tools[{index}].custom` is required")
             tools.append(Tool.custom(index, custom.name, custom.description, grammar_of(custom.format)))
         else:
             skipped.append(entry.type)

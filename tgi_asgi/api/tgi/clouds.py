@@ -49,7 +49,7 @@ def parse_vertex(body: bytes, exchange: Exchange) -> Call:
     if not raws:
         refuse("instances", "`instances` must not be empty")
     if len(raws) > most:  # counted before they are read: 16 MiB hold a million; a 429 would be tried for ever
-        refuse("instances", f"`instances` has {len(raws)} requests, but at most {most} run at a time")
+        refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {most} run at a time")
     read = []
     for i, raw in enumerate(raws):
         with _placed(f"instances[{i}]"):

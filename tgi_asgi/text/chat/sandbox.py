@@ -1,10 +1,15 @@
-"""The jinja2 sandbox of chat templates: the extensions, filters and globals of transformers, with limits."""
+"""The jinja2 sandbox of chat templates: the extensions, filters and globals of transformers, with limits.
+
+Templates are the model's or the operator's own files: they cannot reach Python, loop for ever, or take the
+machine with one expression; but how much a loop of theirs may pile up is left to whoever chose the model.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -12,12 +17,36 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tgi_asgi.text.chat.template_filters import SAFE_FILTERS
-from tgi_asgi.text.chat.template_limits import LimitedEnvironment
-from tgi_asgi.text.chat.time_limit import ticking
+from tgi_asgi.text.chat.time_limit import TICK, TickingLoops, tick, tick_filter
 
+MAX_CHARS = 1 << 25  # that a text is repeated to, and of all that is written: twice the default payload limit
 MAX_RANGE = 10_000
+_MAX_POWER = 1_000  # of base and exponent
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Transformers' environment, in which loops and calls pass the clock and nothing is repeated for ever."""
+
+    intercepted_binops: ClassVar[frozenset[str]] = frozenset({"*", "**"})  # type: ignore[misc]
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(value) if isinstance(value, str | list | tuple) else value for value in (left, right)]
+        if operator == "**" and any(abs(value) > _MAX_POWER for value in sizes):
+            raise SecurityError(f"a chat template's power is of numbers up to {_MAX_POWER}")
+        if operator == "*" and abs(sizes[0] * sizes[1]) > MAX_CHARS and sizes != [left, right]:
+            raise SecurityError(f"a chat template repeats a text to at most {MAX_CHARS} characters")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as jinja
+        tick()
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree: jinja2.nodes.Template = TickingLoops().visit(super()._parse(source, name, filename))
+        return tree
 
 
 class _Generation(jinja2.ext.Extension):
@@ -59,12 +88,12 @@ def _check_name(name: object) -> None:
         raise SecurityError(f"a namespace attribute cannot start with an underscore: {name!r}")
 
 
-def make_environment() -> LimitedEnvironment:
+def make_environment() -> Sandbox:
     """Return a fresh environment; it keeps the text of `{% generation %}` blocks and ignores the tags."""
-    environment = LimitedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters.update((name, ticking(function)) for name, function in SAFE_FILTERS.items())
+    environment.filters |= {"tojson": to_json, TICK: tick_filter}
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -75,6 +104,19 @@ def make_environment() -> LimitedEnvironment:
     environment.globals.update(functions)
     del environment.globals["lipsum"]  # as many words as it is asked for
     return environment
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write a value as transformers' filter does; jinja's own escapes <>&' and sorts keys."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

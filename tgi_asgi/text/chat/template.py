@@ -15,11 +15,10 @@ import jinja2
 import jinja2.nodes
 
 from tgi_asgi.errors import ModelLoadError, TemplateError
-from tgi_asgi.text.chat.sandbox import make_environment
-from tgi_asgi.text.chat.template_limits import MAX_CHARS
+from tgi_asgi.text.chat.sandbox import MAX_CHARS, make_environment
+from tgi_asgi.text.chat.system import is_scattered, joined_system, takes_scattered
 from tgi_asgi.text.chat.time_limit import limited_time
 
-MAX_OUTPUT_CHARS = MAX_CHARS  # twice the default payload limit: no honest prompt comes near it
 _SENTINEL = "CONTINUE_FINAL_MESSAGE_TAG "  # the space tells whether the template trims content
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a template can raise: jinja's own errors, and those of Python operations on values of the wrong type.
@@ -53,10 +52,17 @@ class ChatTemplate:
         """Whether content may stay a list of parts; else the caller joins the texts."""
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
+        self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
+        """Whether system messages may stand anywhere; else `render` joins them to one at the front."""
 
     def mentions(self, name: str) -> bool:
         """Return whether the template reads a variable, attribute or key of that name."""
         return name in self._words
+
+    def arranged(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages in an order that the template takes: several system messages may become one."""
+        is_refused = is_scattered(messages) and not self.takes_scattered_system
+        return joined_system(messages) if is_refused else messages
 
     def render(
         self,
@@ -73,11 +79,13 @@ class ChatTemplate:
 
         Tool-call arguments that are a JSON object in a string are given to the template as the object, but to
         one that adds them to text (DeepSeek's) as text. With `continue_final_message` the prompt ends right
-        behind the last message's content.
+        behind the last message's content. Several system messages, or one among the others, become one at the
+        front where the template would refuse or drop them.
 
         Raises:
             TemplateError: the template refused the messages, failed on them, or wrote too much.
         """
+        messages = self.arranged(messages)
         chat = [self._prepare(message) for message in messages]
         if continue_final_message:
             if add_generation_prompt:
@@ -221,8 +229,8 @@ def _render(template: jinja2.Template, variables: dict[str, Any]) -> str:
         with limited_time():
             for piece in template.generate(variables):
                 size += len(piece)
-                if size > MAX_OUTPUT_CHARS:
-                    raise TemplateError(f"The chat template wrote more than {MAX_OUTPUT_CHARS} characters")
+                if size > MAX_CHARS:
+                    raise TemplateError(f"The chat template wrote more than {MAX_CHARS} characters")
                 pieces.append(piece)
     except _RENDER_ERRORS as error:
         raise TemplateError(str(error) or type(error).__name__) from error

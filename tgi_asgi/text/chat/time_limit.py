@@ -1,19 +1,17 @@
-"""How long a chat template may compute: in loops without output, macros that call each other, filters.
+"""How long a chat template may compute: in loops without output, in macros that call each other.
 
     with limited_time():
         template.render(...)  # SecurityError once its thread has computed for too long
 
-Every turn of a loop, call, operator and filter passes `tick`, which now and then looks at the clock. What one
-operator makes is `template_limits.py`'s to bound.
+Every turn of a loop and every call passes `tick`, which now and then looks at the clock.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,7 +24,6 @@ from jinja2.visitor import NodeTransformer
 MAX_CPU_S = 10.0  # 16 MiB of the shortest messages take half of it
 TICK = "_tick"
 _STRIDE = 64  # ticks between two looks at the clock, which costs 0.3 us
-_ITEMS_A_TICK_SHIFT = 12  # of a value that is given to a filter
 
 
 class _Clock(threading.local):
@@ -47,13 +44,13 @@ def limited_time() -> Iterator[None]:
         _clock.ends_s = math.inf
 
 
-def tick(count: int = 1) -> None:
+def tick() -> None:
     """Look at the clock if it is time to.
 
     Raises:
         SecurityError: the template has computed for too long.
     """
-    _clock.left -= count
+    _clock.left -= 1
     if _clock.left < 0:
         _clock.left = _STRIDE
         if time.thread_time() > _clock.ends_s:
@@ -65,18 +62,6 @@ def tick_filter(context: Context, value: Any) -> bool:
     """Tick as a filter, whose name no template can take; true, for conditions."""
     tick()
     return True
-
-
-def ticking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a filter tick, by the length of what it is given."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        sizes = [len(value) for value in args if isinstance(value, (str, list, tuple, dict))]
-        tick(1 + (max(sizes, default=0) >> _ITEMS_A_TICK_SHIFT))
-        return function(*args, **kwargs)
-
-    return call
 
 
 class TickingLoops(NodeTransformer):

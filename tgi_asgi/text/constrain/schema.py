@@ -34,6 +34,7 @@ _UNENFORCEABLE = frozenset(
         "$dynamicRef", "$recursiveRef",
     }
 )  # fmt: skip
+_MAX_PATTERNS = 16  # of an object: the compiler compares each with each, hundreds take minutes
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _VALUES = ("const", "enum", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -128,7 +129,11 @@ class _Adapter:
             if problem:
                 self._drop(schema, "pattern", f"{pattern}: {problem}")
         if isinstance(names, Mapping):
-            problem = problem_of({"patternProperties": dict.fromkeys(names, True)})
+            problem = (
+                problem_of({"patternProperties": dict.fromkeys(names, True)})
+                if len(names) <= _MAX_PATTERNS
+                else f"of more than {_MAX_PATTERNS} patterns"
+            )
             if problem:
                 self._drop(schema, "patternProperties", problem)
             if problem and "additionalProperties" in schema:  # these are all but the ones left out

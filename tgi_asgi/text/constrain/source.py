@@ -60,12 +60,31 @@ def json_schema(schema: Mapping[str, Any] | bool, *, is_strict: bool = True) -> 
     return GrammarSource("start: " + text, ignored=tuple(sorted(ignored)))
 
 
-def json_schema_of(value: object, *, is_strict: bool = False) -> GrammarSource:
-    """Constrain to JSON of a schema as clients send it: an object, or text that holds one.
+KINDS = ("json", "regex", "choice", "grammar", "json_object")  # of constraints, as clients call them
+
+
+def source_of(kind: str, value: Any, *, is_strict: bool = False) -> GrammarSource:
+    """Return what a value constrains to that a client sent for one of `KINDS`.
 
     Raises:
-        InvalidRequest: it is neither, or as `json_schema`.
+        InvalidRequest: the value is of the wrong shape, or as the functions below.
     """
+    match kind, value:
+        case "json", _:
+            return _schema_of(value, is_strict=is_strict)
+        case "json_object", _:
+            return any_object()
+        case "choice", list():
+            return choice(value)
+        case "choice", _:
+            raise InvalidRequest("a choice takes a list of strings")
+        case _, str():
+            return regex(value) if kind == "regex" else ebnf(value)
+    raise InvalidRequest("a regex or a grammar must be a string")
+
+
+def _schema_of(value: object, *, is_strict: bool) -> GrammarSource:
+    """Read a schema as clients send it: an object, or text that holds one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import os
 import re
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-import hypercorn.protocol.h2
-import hypercorn.protocol.h11
 import pytest
 
-from tests.support.serving import App, serving
+from tests.serve.conftest import Place
+from tests.support.serving import LOCAL, App, connect, serving
 from tgi_asgi.serve import body_chunks
-from tgi_asgi.serve.body_chunks import _Stream
+from tgi_asgi.serve.body_chunks import DIRECT_WRITE, Stream
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST_REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
@@ -28,14 +26,21 @@ BODIES = [b"data: a\n\n", b"", b"x" * 17, b"y" * 200_000, bytes(range(256)), b"d
 def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the chunks that go the short way."""
     results: list[bool] = []
-    write_now = _Stream._write_now
+    write_now = Stream.write_now
 
-    def counted(stream: _Stream, body: bytes) -> bool:
+    def counted(stream: Stream, body: bytes) -> bool:
         results.append(write_now(stream, body))
         return results[-1]
 
-    monkeypatch.setattr(_Stream, "_write_now", counted)
+    monkeypatch.setattr(Stream, "write_now", counted)
     return lambda: sum(results)
+
+
+async def send_chunk(scope: Any, send: Any, body: bytes) -> None:
+    """Take the short way where there is one and it is open."""
+    write_now = (scope.get("extensions") or {}).get(DIRECT_WRITE)
+    if write_now is None or not write_now(body):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> App:
@@ -46,17 +51,16 @@ def stream(bodies: Sequence[bytes], *, status: int = 200, headers: Sequence[tupl
             pass
         await send({"type": "http.response.start", "status": status, "headers": list(headers)})
         for body in bodies[:-1]:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send_chunk(scope, send, body)
         await send({"type": "http.response.body", "body": bodies[-1], "more_body": False})
 
     return app
 
 
-async def exchanged(app: App, server: str, *requests: bytes) -> bytes:
+async def exchanged(app: App, server: str, place: Place, *requests: bytes) -> bytes:
     """Send the requests on one connection and return all that came back; the date is left out."""
-    async with serving(app, server) as url:
-        parts = urlsplit(url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    async with serving(app, server, place.settings) as url:
+        reader, writer = await connect(url, place.tls)
         for request in requests:
             writer.write(request)
         async with asyncio.timeout(10):
@@ -96,16 +100,17 @@ async def test_the_bytes_are_those_of_hypercorn(
     headers: list[tuple[bytes, bytes]],
     is_short: bool,
     num_written: Callable[[], int],
+    place: Place,
 ) -> None:
     app = stream(BODIES, status=status, headers=headers)
-    expected = await exchanged(app, "hypercorn", *requests)
+    expected = await exchanged(app, "hypercorn", place, *requests)
     assert num_written() == 0
     assert expected.startswith(b"HTTP/1.1 %d " % status)
-    assert await exchanged(app, "ours", *requests) == expected
+    assert await exchanged(app, "ours", place, *requests) == expected
     assert (num_written() > 0) == is_short
 
 
-async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response() -> None:
+async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(place: Place) -> None:
     """As under hypercorn, it is an error; the next response on the connection has begun by then."""
     errors: list[str] = []
     second_began = asyncio.Event()
@@ -113,7 +118,7 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/second":
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b"second", "more_body": True})
+            await send_chunk(scope, send, b"second")
             second_began.set()
             await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -121,15 +126,15 @@ async def test_what_an_app_sends_after_the_end_does_not_reach_the_next_response(
         await stream([b"first", b"end"])(scope, receive, send)
         await second_began.wait()
         try:
-            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+            await send_chunk(scope, send, b"late")
         except Exception as error:
             errors.append(type(error).__name__)
 
     requests = [REQUEST, LAST_REQUEST.replace(b"GET / ", b"GET /second ")]
-    expected = await exchanged(app, "hypercorn", *requests)
+    expected = await exchanged(app, "hypercorn", place, *requests)
     assert expected.endswith(b"6\r\nsecond\r\n0\r\n\r\n")
     second_began.clear()
-    assert await exchanged(app, "ours", *requests) == expected
+    assert await exchanged(app, "ours", place, *requests) == expected
     assert errors == ["UnexpectedMessageError"] * 2
 
 
@@ -142,7 +147,7 @@ def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[
         gone = asyncio.ensure_future(receive())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         while not gone.done():
-            await send({"type": "http.response.body", "body": b"%1000d" % len(sent), "more_body": True})
+            await send_chunk(scope, send, b"%1000d" % len(sent))
             sent.append(len(sent))
             await wait()
         assert (await gone)["type"] == "http.disconnect"
@@ -152,7 +157,7 @@ def endless(ended: asyncio.Event, sent: list[int], wait: Callable[[], Awaitable[
 
 
 async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
-    num_written: Callable[[], int],
+    num_written: Callable[[], int], place: Place
 ) -> None:
     ended = asyncio.Event()
     late: list[int] = []
@@ -161,12 +166,11 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
         await endless(ended, [], lambda: asyncio.sleep(0.001))(scope, receive, send)
         before = num_written()
         for _ in range(3):
-            await send({"type": "http.response.body", "body": b"late", "more_body": True})
+            await send_chunk(scope, send, b"late")
         late.append(num_written() - before)
 
-    async with serving(app) as url:
-        parts = urlsplit(url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    async with serving(app, "ours", place.settings) as url:
+        reader, writer = await connect(url, place.tls)
         writer.write(REQUEST)
         async with asyncio.timeout(10):
             assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
@@ -178,24 +182,38 @@ async def test_a_client_that_leaves_is_noticed_and_nothing_more_is_written(
     assert late == [0]
 
 
-async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(num_written: Callable[[], int]) -> None:
+async def test_a_client_that_sends_no_more_has_left(place: Place) -> None:
+    """Though it may read on: a closed connection looks the same."""
+    ended = asyncio.Event()
+    async with serving(endless(ended, [], lambda: asyncio.sleep(0.001)), "ours", place.settings) as url:
+        reader, writer = await connect(url, place.tls)
+        writer.write(REQUEST)
+        async with asyncio.timeout(10):
+            assert (await reader.read(1 << 16)).startswith(b"HTTP/1.1 200")
+            with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as half:
+                half.shutdown(socket.SHUT_WR)
+            await ended.wait()
+            while await reader.read(1 << 16):
+                pass  # it ends
+        writer.close()
+
+
+async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(
+    num_written: Callable[[], int], place: Place
+) -> None:
     """What waits in the process stays below the high water mark; then everything arrives, in order."""
     ended = asyncio.Event()
     sent: list[int] = []
-    async with serving(endless(ended, sent, lambda: asyncio.sleep(0)), send_buffer=8192) as url:
-        parts = urlsplit(url)
-        raw = socket.socket()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(raw, (parts.hostname, parts.port))
-        raw.send(REQUEST)
+    app = endless(ended, sent, lambda: asyncio.sleep(0))
+    async with serving(app, "ours", place.settings, send_buffer=8192) as url:
+        reader, writer = await connect(url, place.tls, is_slow=True)
+        writer.write(REQUEST)
         async with asyncio.timeout(10):
             seen = -1
             while seen != len(sent) or not sent:  # until no more is sent in a tenth of a second
                 seen = len(sent)
                 await asyncio.sleep(0.1)
-        assert len(sent) < 200
-        reader, writer = await asyncio.open_connection(sock=raw)
+        assert len(sent) < 1500
         await reader.readuntil(b"\r\n\r\n")
         for i in range(3 * len(sent)):
             async with asyncio.timeout(10):
@@ -206,29 +224,50 @@ async def test_a_reader_that_stalls_stops_the_app_and_loses_nothing(num_written:
             await ended.wait()
 
 
-def test_http_2_keeps_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = hypercorn.protocol.h2.HTTPStream
-    monkeypatch.setattr(hypercorn.protocol.h11, "HTTPStream", own)  # undone at the end
-    body_chunks.install()
-    assert hypercorn.protocol.h11.HTTPStream is _Stream
-    assert hypercorn.protocol.h2.HTTPStream is own
-
-
-def test_an_unknown_hypercorn_keeps_its_own_way(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    own = hypercorn.protocol.h11.HTTPStream
-    monkeypatch.setattr(body_chunks, "version", lambda name: "0.19.0")
-    with caplog.at_level(logging.WARNING):
-        body_chunks.install()
-    assert hypercorn.protocol.h11.HTTPStream is own
-    assert "0.19.0" in caplog.text
-
-
 async def test_a_connection_of_another_kind_keeps_its_own_way(
-    num_written: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    num_written: Callable[[], int], monkeypatch: pytest.MonkeyPatch, place: Place
 ) -> None:
     monkeypatch.setattr(body_chunks, "TCPServer", type("Other", (), {}))
-    expected = await exchanged(stream(BODIES), "hypercorn", LAST_REQUEST)
-    assert await exchanged(stream(BODIES), "ours", LAST_REQUEST) == expected
+    expected = await exchanged(stream(BODIES), "hypercorn", place, LAST_REQUEST)
+    assert await exchanged(stream(BODIES), "ours", place, LAST_REQUEST) == expected
     assert num_written() == 0
+
+
+@pytest.mark.parametrize(
+    ("server", "request_line", "is_there"),
+    [
+        ("ours", b"GET / HTTP/1.1", True),
+        ("ours", b"HEAD / HTTP/1.1", False),
+        ("ours", b"GET / HTTP/1.0", False),
+        ("hypercorn", b"GET / HTTP/1.1", False),
+        ("uvicorn", b"GET / HTTP/1.1", False),
+    ],
+)
+async def test_the_app_is_told_where_there_is_a_short_way(
+    server: str, request_line: bytes, is_there: bool
+) -> None:
+    told: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        told.append(DIRECT_WRITE in (scope.get("extensions") or {}))
+        await stream([b"end"])(scope, receive, send)
+
+    request = request_line + b"\r\nhost: x\r\nconnection: close\r\n\r\n"
+    await exchanged(app, server, Place(LOCAL), request)
+    assert told == [is_there]
+
+
+async def test_the_short_way_is_shut_before_a_response_begins_and_after_its_end() -> None:
+    written: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        write_now = scope["extensions"][DIRECT_WRITE]
+        written.append(write_now(b"early"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        written.append(write_now(b"chunk"))
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+        written.append(write_now(b"late"))
+
+    answer = await exchanged(app, "ours", Place(LOCAL), LAST_REQUEST)
+    assert written == [False, True, False]
+    assert answer.endswith(b"\r\n\r\n5\r\nchunk\r\n3\r\nend\r\n0\r\n\r\n")

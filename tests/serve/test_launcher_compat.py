@@ -52,7 +52,7 @@ def test_flags_say_where_files_lie() -> None:
 
 def test_a_model_named_by_flag_does_not_undo_the_override_of_its_weights() -> None:
     options = {"model_id": "org/model"}
-    apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "/weights"})
+    apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "other/model"})
     assert options == {"model_id": "/weights", "served_model_name": "org/model"}
     options = {"served_model_name": "mine"}
     apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "org/model"})
@@ -127,10 +127,9 @@ def test_hugging_face_variables_of_old_are_translated() -> None:
 
 
 def test_ready_weights_are_served_under_the_models_name() -> None:
-    assert environment_changes({"MODEL_ID": "org/model", "WEIGHTS_CACHE_OVERRIDE": "/weights"}) == {
-        "MODEL_ID": "/weights",
-        "SERVED_MODEL_NAME": "org/model",
-    }
+    options: dict[str, str] = {}
+    apply_paths(options, {"WEIGHTS_CACHE_OVERRIDE": "/weights", "MODEL_ID": "org/model"})
+    assert options == {"model_id": "/weights", "served_model_name": "org/model"}
 
 
 def test_one_limit_under_two_names_is_refused() -> None:

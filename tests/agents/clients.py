@@ -1,0 +1,114 @@
+"""The agents' command lines as npm installs them, each in a home of its own that knows no other server."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.server.conftest import require_program
+
+_PACKAGE = Path(__file__).parent / "package.json"  # the versions
+_FOLDER = Path(__file__).parent.parent.parent / "build" / "agents"
+_BIN = _FOLDER / "node_modules" / ".bin"
+_NOWHERE = "http://127.0.0.1:9"  # for everything but the server: nobody listens there
+_INSTALL_TIMEOUT_S = 900
+_RUN_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a client: its exit code, its last message, and all that it printed."""
+
+    exit_code: int
+    answer: str
+    output: str
+
+
+def install() -> None:
+    """Install the clients in `build/agents`, unless they are there in the versions of package.json."""
+    npm = require_program("npm")
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    with (_FOLDER / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stamp = _FOLDER / ".installed"
+        if stamp.is_file() and stamp.read_bytes() == _PACKAGE.read_bytes():
+            return
+        stamp.unlink(missing_ok=True)
+        shutil.copy(_PACKAGE, _FOLDER)
+        command = [npm, "install", "--prefix", str(_FOLDER), "--no-audit", "--no-fund", "--no-package-lock"]
+        subprocess.run(command, check=True, timeout=_INSTALL_TIMEOUT_S)
+        shutil.copy(_PACKAGE, stamp)
+
+
+def codex(url: str, home: Path, project: Path, prompt: str, *options: str) -> Run:
+    """Run Codex CLI in a project until it has answered."""
+    last = home / "last.txt"
+    provider = f'{{name="local", base_url="{url}/v1", env_key="LOCAL_KEY", wire_api="responses"}}'
+    settings = [
+        'model_provider="local"',
+        f"model_providers.local={provider}",
+        "check_for_update_on_startup=false",
+    ]
+    command = [_BIN / "codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+    command += ["-m", "toy/model", "-C", project, "-o", last]
+    for setting in [*settings, "analytics.enabled=false"]:
+        command += ["-c", setting]
+    run = _run([*command, *options, "--", prompt], project, _codex_home(home) | {"LOCAL_KEY": "key"})
+    answer = last.read_text() if last.exists() else ""
+    return Run(run.returncode, answer, run.stdout)
+
+
+def codex_catalog(home: Path) -> Path:
+    """Write a model catalog that lets "toy/model" patch files with a custom tool, as OpenAI's own do."""
+    run = _run([_BIN / "codex", "debug", "models", "--bundled"], home, _codex_home(home))
+    known = json.loads(run.stdout)["models"]
+    model = next(model for model in known if not model["use_responses_lite"])
+    assert model["apply_patch_tool_type"] == "freeform"
+    path = home / "catalog.json"
+    path.write_text(json.dumps({"models": [{**model, "slug": "toy/model", "context_window": 65_536}]}))
+    return path
+
+
+def claude(url: str, home: Path, project: Path, prompt: str, *options: str) -> Run:
+    """Run Claude Code in a project until it has answered."""
+    command = [_BIN / "claude", "-p", "--model", "toy/model", "--dangerously-skip-permissions"]
+    environ = {
+        "HOME": str(home),
+        "CLAUDE_CONFIG_DIR": str(home / "claude"),
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_API_KEY": "key",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        "IS_SANDBOX": "1",  # else it refuses to skip permissions as root
+    }
+    run = _run([*command, "--output-format", "json", *options, "--", prompt], project, environ)
+    answer = json.loads(run.stdout).get("result", "") if run.stdout.startswith("{") else ""
+    return Run(run.returncode, answer, run.stdout)
+
+
+def _codex_home(home: Path) -> dict[str, str]:
+    (home / "codex").mkdir(exist_ok=True)
+    return {"HOME": str(home), "CODEX_HOME": str(home / "codex")}
+
+
+def _run(command: list[Any], folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command without a terminal and without the settings of this process."""
+    base = {"PATH": os.environ["PATH"], "TERM": "dumb", "NO_PROXY": "127.0.0.1"}
+    base |= {"HTTP_PROXY": _NOWHERE, "HTTPS_PROXY": _NOWHERE}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=base | environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=None,  # pytest shows it where a test fails
+        text=True,
+        timeout=_RUN_TIMEOUT_S,
+        check=False,
+    )

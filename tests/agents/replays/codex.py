@@ -1,0 +1,212 @@
+"""What Codex CLI sends to `/v1/responses`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.agents.replays.base import PIXEL, TEXT, Replay, obj, spelt
+
+CODEX = "codex 0.169.0"
+PATCH = "*** Begin Patch\n*** Add File: a.txt\n+a\n*** End Patch\n"
+
+
+def said(role: str, *texts: str, kind: str = "input_text") -> dict[str, Any]:
+    """Return a message as Codex sends it."""
+    content = [{"type": kind, "text": text} for text in texts]
+    return {"type": "message", "id": f"msg_{role}", "role": role, "content": content}
+
+
+def function(name: str, **properties: Any) -> dict[str, Any]:
+    """Return a function as Codex offers it."""
+    return {
+        "type": "function",
+        "name": name,
+        "description": f"Do {name}.",
+        "strict": False,
+        "parameters": obj(**properties),
+    }
+
+
+SHELL = function(
+    "exec_command",
+    cmd=TEXT,
+    prefix={"type": "array", "items": TEXT},
+    how={"type": "string", "enum": ["a", "b"]},
+)
+AGENTS = {
+    "type": "namespace",
+    "name": "agents",
+    "description": "Others.",
+    "tools": [function("spawn", message=TEXT)],
+}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin Patch" LF'}
+APPLY_PATCH = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Edit files with a patch.",
+    "format": GRAMMAR,
+}
+FREE_TEXT = {"type": "custom", "name": "exec", "description": "Run JavaScript."}
+HOSTED = [
+    {
+        "type": "tool_search",
+        "execution": "client",
+        "description": "Find tools.",
+        "parameters": obj(query=TEXT),
+    },
+    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
+]
+FIRST = [
+    said("developer", "You are an agent.", "Be brief."),
+    said("developer", "These skills are known."),
+    said("user", "The folder is /tmp."),
+    said("user", "Edit the file."),
+]
+SHELL_CALL = {
+    "type": "function_call",
+    "id": "fc_1",
+    "status": "completed",
+    "call_id": "call_1",
+    "name": "exec_command",
+    "arguments": '{"cmd": "ls"}',
+}
+
+
+def codex(items: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """Return a body of `POST /v1/responses`."""
+    return {
+        "model": "toy/model",
+        "stream": True,
+        "input": items,
+        "tools": [SHELL, AGENTS, *HOSTED],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"},
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "0199",
+        "client_metadata": {"session_id": "0199"},
+        **changes,
+    }
+
+
+IMAGE = {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}", "detail": "high"}
+REPLAYS = [
+    Replay(
+        CODEX,
+        "first",
+        "/v1/responses",
+        codex(FIRST),
+        f"<think>\nhm\n</think>\n\nNow.\n{spelt('exec_command', cmd='ls')}",
+        [("thoughts", "hm"), ("text", "Now."), ("call", "exec_command", '{"cmd": "ls"}')],
+        sees=["You are an agent.", "Be brief.", "These skills are known.", "exec_command", "Edit the file."],
+        misses=["web_search", "tool_search"],
+    ),
+    Replay(
+        CODEX,
+        "results",
+        "/v1/responses",
+        codex(
+            [
+                *FIRST,
+                {
+                    "type": "reasoning",
+                    "id": "rs_1",
+                    "summary": [],
+                    "content": [{"type": "reasoning_text", "text": "hm"}],
+                    "encrypted_content": None,
+                },
+                {**said("assistant", "Now.", kind="output_text"), "status": "completed"},
+                SHELL_CALL,
+                {
+                    **SHELL_CALL,
+                    "call_id": "call_2",
+                    "name": "spawn",
+                    "namespace": "agents",
+                    "arguments": "{}",
+                },
+                {"type": "function_call_output", "id": "fco_1", "call_id": "call_1", "output": "a.txt"},
+                {"type": "function_call_output", "id": "fco_2", "call_id": "call_2", "output": [IMAGE]},
+                said("developer", "The mode has changed."),
+            ]
+        ),
+        sees=["You are an agent.", "Edit the file.", "a.txt", "[image omitted]"],
+        misses=[PIXEL],
+    ),
+    Replay(
+        CODEX,
+        "a custom tool",
+        "/v1/responses",
+        codex(
+            FIRST,
+            tools=[SHELL, APPLY_PATCH, *HOSTED],
+            reasoning={"effort": "medium"},
+            text={"verbosity": "low"},
+        ),
+        spelt("apply_patch", input=PATCH),
+        [("custom", "apply_patch", PATCH)],
+        sees=["apply_patch", "Edit files with a patch.", '"input"'],
+    ),
+    Replay(
+        CODEX,
+        "a custom tool's result, and a schema for the answer",
+        "/v1/responses",
+        codex(
+            [
+                *FIRST,
+                {
+                    "type": "custom_tool_call",
+                    "id": "ctc_1",
+                    "status": "completed",
+                    "call_id": "call_1",
+                    "name": "apply_patch",
+                    "input": PATCH,
+                },
+                {
+                    "type": "custom_tool_call_output",
+                    "id": "ctco_1",
+                    "call_id": "call_1",
+                    "output": "Updated a.txt",
+                },
+            ],
+            tools=[SHELL, APPLY_PATCH, *HOSTED],
+            service_tier="priority",
+            reasoning={"effort": "high"},
+            text={
+                "verbosity": "low",
+                "format": {
+                    "type": "json_schema",
+                    "strict": True,
+                    "schema": obj(ok={"type": "boolean"}),
+                    "name": "codex_output_schema",
+                },
+            },
+        ),
+        '{"ok": true}',
+        [("text", '{"ok": true}')],
+        sees=["apply_patch", "+a\\n", "Updated a.txt"],
+    ),
+    Replay(
+        CODEX,
+        "tools as an item, for OpenAI's own model names",
+        "/v1/responses",
+        {
+            name: value
+            for name, value in codex(
+                [
+                    {
+                        "type": "additional_tools",
+                        "id": "at_1",
+                        "role": "developer",
+                        "tools": [{"type": "namespace", "name": "functions", "tools": [FREE_TEXT, SHELL]}],
+                    },
+                    *FIRST,
+                ],
+                parallel_tool_calls=False,
+                reasoning={"effort": "low", "context": "all_turns"},
+            ).items()
+            if name != "tools"
+        },
+        sees=["You are an agent.", "Edit the file."],
+    ),
+]

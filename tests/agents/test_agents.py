@@ -1,0 +1,129 @@
+"""Codex CLI and Claude Code, as npm ships them, edit a file with our server's help: `make test-agents`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.agents.clients import Run, claude, codex, codex_catalog, install
+from tests.agents.player import call, play_of
+from tests.support.server_process import ServerProcess
+
+# 1 x 1 pixel
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+PATCH = "*** Begin Patch\n*** Update File: fruit.txt\n@@\n-apples\n+pears\n*** End Patch\n"
+
+
+@dataclass
+class Place:
+    """A server and the folders of a client: a home, and a project with a text and an image."""
+
+    url: str
+    home: Path
+    project: Path
+    record: Path
+
+    @property
+    def fruit(self) -> Path:
+        return self.project / "fruit.txt"
+
+    def seen(self) -> list[dict[str, Any]]:
+        """Return every request that the server has had, with the status of its answer."""
+        return [json.loads(path.read_text()) for path in sorted(self.record.iterdir())]
+
+    def check(self, run: Run, result: str) -> None:
+        """Check that all went well: the file, the exit code, the answers, the last result read and shown."""
+        assert run.exit_code == 0, run.output
+        answers = [(seen["request"], seen["status"]) for seen in self.seen()]
+        assert answers and all(status == 200 for _, status in answers), answers
+        assert self.fruit.read_text() == "pears\n"
+        assert "The last result is: " in run.answer and result in run.answer
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    folders = [tmp_path / name for name in ("home", "project", "record")]
+    for folder in folders:
+        folder.mkdir()
+    home, project, record = folders
+    (project / "fruit.txt").write_text("apples\n")
+    (project / "dot.png").write_bytes(PNG)
+    command = ("tests.agents.agent_server", "--hostname", "127.0.0.1")
+    with ServerProcess(*command, environ={"RECORD": str(record)}) as server:
+        server.wait_until_healthy()
+        yield Place(server.url, home, project, record)
+
+
+def test_the_server_plays_and_records(place: Place) -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
+    messages = [{"role": "user", "content": play_of([call("look", at="fruit")])}]
+    body = {"messages": messages, "tools": [tool]}
+    answer = httpx.post(place.url + "/v1/chat/completions", json=body).json()
+    (choice,) = answer["choices"]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": "fruit"}'}
+    assert httpx.get(place.url + "/v1/nothing?a=b").status_code == 404
+    chat, nothing = place.seen()
+    assert (chat["request"], chat["status"], chat["body"]) == ("POST /v1/chat/completions", 200, body)
+    assert (nothing["request"], nothing["status"]) == ("GET /v1/nothing?a=b", 404)
+
+
+@pytest.mark.agents
+def test_codex_edits_with_its_shell_and_looks_at_an_image(place: Place) -> None:
+    install()
+    steps = [
+        call("exec_command", cmd="sed -i s/apples/pears/ fruit.txt"),
+        call("view_image", path="dot.png"),
+        call("exec_command", cmd="cat fruit.txt"),
+    ]
+    run = codex(place.url, place.home, place.project, play_of(steps))
+    place.check(run, "pears")
+    assert [seen["request"] for seen in place.seen()] == ["POST /v1/responses"] * 4
+
+
+@pytest.mark.agents
+def test_codex_edits_with_a_custom_tool(place: Place) -> None:
+    install()
+    catalog = codex_catalog(place.home)
+    steps = [call("apply_patch", input=PATCH), call("exec_command", cmd="cat fruit.txt")]
+    option = f"model_catalog_json={json.dumps(str(catalog))}"
+    run = codex(place.url, place.home, place.project, play_of(steps), "-c", option)
+    place.check(run, "pears")
+    first = place.seen()[0]["body"]
+    assert "custom" in [tool["type"] for tool in first["tools"]]
+
+
+@pytest.mark.agents
+def test_claude_edits_and_uses_what_only_its_own_models_know(place: Place) -> None:
+    install()
+    fruit = str(place.fruit)
+    steps = [
+        call("Read", file_path=fruit),
+        call("Read", file_path=str(place.project / "dot.png")),
+        call("ToolSearch", query="select:WebSearch", max_results=1),
+        call("WebSearch", query="pears"),  # a request of its own, with a hosted tool
+        call("Edit", file_path=fruit, old_string="apples", new_string="pears"),
+        call("Bash", command="cat fruit.txt"),
+    ]
+    run = claude(place.url, place.home, place.project, play_of(steps))
+    place.check(run, "pears")
+    kinds = [tool.get("type") for seen in place.seen() for tool in seen["body"]["tools"]]
+    assert any(str(kind).startswith("web_search") for kind in kinds)
+
+
+@pytest.mark.agents
+def test_claude_counts_its_tokens(place: Place) -> None:
+    install()
+    run = claude(place.url, place.home, place.project, "/context")
+    assert run.exit_code == 0, run.output
+    seen = place.seen()
+    assert {one["request"].partition("?")[0] for one in seen} == {"POST /v1/messages/count_tokens"}
+    assert {one["status"] for one in seen} == {200}

@@ -1,0 +1,95 @@
+"""What our connections have beside hypercorn's: turns, and an end whatever the reader does."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import Any
+
+import pytest
+
+from tests.serve.conftest import Place
+from tests.support.serving import connect, serving
+from tgi_asgi.serve import connections
+from tgi_asgi.serve.connections import Connection, ConnectionLimit, Turnstile
+
+
+async def test_connections_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
+    turnstile, passed = Turnstile(4), []
+
+    async def begin(number: int) -> None:
+        await turnstile.enter()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(begin(number)) for number in range(30)]
+    tasks[7].cancel()
+    counts = []
+    async with asyncio.timeout(5):
+        while len(passed) < 29:
+            before = len(passed)
+            await asyncio.sleep(0)
+            counts.append(len(passed) - before)
+    assert max(counts) <= 4
+    assert passed == [number for number in range(30) if number != 7]
+    await turnstile.enter()  # nobody is left before it
+
+
+class _GivenUp:
+    """A writer whose connection the kernel has closed, as the reader had stalled."""
+
+    transport = asyncio.Transport()
+
+    def write_eof(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def wait_closed(self) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+async def test_a_connection_that_the_kernel_gave_up_ends_without_a_traceback() -> None:
+    unused: Any = None
+    writer: Any = _GivenUp()
+    loop = asyncio.get_running_loop()
+    connection = Connection(
+        ConnectionLimit(0), Turnstile(1), unused, loop, unused, unused, unused, unused, writer
+    )
+    await connection._close()
+
+
+async def test_a_connection_whose_reader_stalls_does_not_wait_for_ever_to_be_closed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, give_up = asyncio.Event(), asyncio.Event()
+    close = Connection._close
+
+    async def closing(connection: Connection) -> None:
+        await close(connection)
+        closed.set()
+
+    monkeypatch.setattr(connections, "CLOSE_S", 0.01)
+    monkeypatch.setattr(Connection, "_close", closing)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = {"type": "http.response.body", "body": bytes(8 << 20), "more_body": True}
+        sending = asyncio.create_task(send(body))
+        await give_up.wait()
+        sending.cancel()
+
+    async with serving(app, "ours", place.settings, send_buffer=8192) as url, asyncio.timeout(10):
+        reader, writer = await connect(url, place.tls, is_slow=True)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        give_up.set()
+        await closed.wait()
+        writer.transport.abort()
+
+
+async def test_clients_of_a_unix_socket_have_no_address_and_so_no_limit() -> None:
+    limit = ConnectionLimit(1)
+    assert limit.enter("10.0.0.1")
+    assert not limit.enter("10.0.0.1")
+    assert limit.enter(None)
+    assert limit.enter(None)

@@ -1,0 +1,127 @@
+"""hypercorn as we run it: limits for long streams, our classes where its version is known, HTTP/1 only."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hypercorn.asyncio.run
+import hypercorn.protocol.h2
+import hypercorn.protocol.h11
+import pytest
+
+from tests.serve.conftest import Place
+from tests.support.serving import LOCAL, connect, own_hypercorn, serving
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.serve import hypercorn as module
+from tgi_asgi.serve.body_chunks import Stream
+from tgi_asgi.serve.connections import ConnectionLimit
+from tgi_asgi.serve.hypercorn import install, make_config
+from tgi_asgi.serve.listening import listen
+from tgi_asgi.settings import Settings
+
+
+def _classes() -> list[object]:
+    return [
+        hypercorn.asyncio.run.TCPServer, hypercorn.protocol.H11Protocol, hypercorn.protocol.h11.HTTPStream
+    ]  # fmt: skip
+
+
+def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
+    listener = listen(LOCAL)
+    address = listener.getsockname()
+    config = make_config(listener, LOCAL)
+    (bound,) = config.create_sockets().insecure_sockets
+    with bound:
+        assert bound.getsockname() == address
+    assert config.backlog >= 1024
+    assert config.keep_alive_timeout > 60
+    assert config.keep_alive_max_requests > 1_000_000
+    assert config.read_timeout is None
+    assert "h2" not in config.alpn_protocols
+
+
+def test_a_certificate_that_cannot_be_used_is_one_clear_line(tls: Place, tmp_path: Path) -> None:
+    chain, key = tls.settings.ssl_certfile, tls.settings.ssl_keyfile
+    for certfile, keyfile in ((chain, chain), (key, key), (str(tmp_path / "none.pem"), key), (chain, None)):
+        with pytest.raises(ModelLoadError, match=r"--ssl-certfile, --ssl-keyfile: cannot use .*pem"):
+            make_config(listen(LOCAL), Settings(ssl_certfile=certfile, ssl_keyfile=keyfile))
+
+
+def test_the_key_may_be_in_the_certificate_s_file(tls: Place, tmp_path: Path) -> None:
+    both = tmp_path / "both.pem"
+    paths = (tls.settings.ssl_certfile, tls.settings.ssl_keyfile)
+    both.write_text("".join(Path(path or "").read_text() for path in paths))
+    config = make_config(listen(LOCAL), Settings(ssl_certfile=str(both)))
+    assert config.create_ssl_context() is not None
+    config.create_sockets().secure_sockets[0].close()
+
+
+def test_our_classes_take_the_place_of_hypercorn_s_for_http_1() -> None:
+    own, own_2 = _classes(), hypercorn.protocol.h2.HTTPStream
+    with own_hypercorn():
+        install(ConnectionLimit(0))
+        assert not any(ours is theirs for ours, theirs in zip(_classes(), own, strict=True))
+        assert hypercorn.protocol.h11.HTTPStream is Stream
+        assert hypercorn.protocol.h2.HTTPStream is own_2
+    assert _classes() == own
+
+
+def test_an_unknown_hypercorn_keeps_its_own_classes(caplog: pytest.LogCaptureFixture) -> None:
+    own = _classes()
+    with own_hypercorn() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(module, "version", lambda name: "0.19.0")
+        install(ConnectionLimit(0))
+        assert _classes() == own
+    (record,) = caplog.records
+    assert "hypercorn 0.19.0" in record.message
+
+
+async def version_of(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the version of HTTP that the request came by."""
+    body = scope["http_version"].encode()
+    length = (b"content-length", b"%d" % len(body))
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    "preface", [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/2.0\r\nhost: x\r\n\r\n"]
+)
+async def test_http_2_by_prior_knowledge_is_refused(preface: bytes) -> None:
+    async with serving(version_of) as url, asyncio.timeout(10):
+        reader, writer = await connect(url)
+        writer.write(preface + b"\0\0\0\4\0\0\0\0\0")  # its first frame
+        assert (await reader.read()).startswith(b"HTTP/1.1 505 ")
+        writer.close()
+
+
+async def test_a_wish_to_upgrade_to_http_2_is_ignored() -> None:
+    async with serving(version_of) as url, asyncio.timeout(10):
+        reader, writer = await connect(url)
+        request = (
+            b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+            b"http2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n\r\n"
+        )
+        for _ in range(2):
+            writer.write(request)
+            answer = await reader.readuntil(b"\r\n\r\n1.1")
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_a_client_of_http_2_is_refused_or_speaks_http_1(tls: Place) -> None:
+    async with serving(version_of) as url, httpx.AsyncClient(http1=False, http2=True) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.get(url)
+    context = tls.tls or ssl.create_default_context()
+    async with (
+        serving(version_of, "ours", tls.settings) as url,
+        httpx.AsyncClient(http1=True, http2=True, verify=context) as client,
+    ):
+        answer = await client.get(url)
+        assert (answer.http_version, answer.text) == ("HTTP/1.1", "1.1")

@@ -1,0 +1,97 @@
+"""The command at each place that it can listen at: over TCP, over TLS and on a Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+
+import httpx
+import pytest
+
+from tests.serve.conftest import Place
+from tests.support.server_process import ROOT, ServerProcess
+
+CHAT = {"model": "tgi", "messages": [{"role": "user", "content": "go"}], "stream": True}
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture
+def server(place: Place) -> Iterator[ServerProcess]:
+    """Return a running server there."""
+    settings, flags = place.settings, []
+    for name in ("uds", "ssl_certfile", "ssl_keyfile"):
+        value = getattr(settings, name)
+        flags += [f"--{name.replace('_', '-')}", value] if value else []
+    client = partial(_client, place)
+    with ServerProcess("tests.server.fake_server", "--model-id", "fake", *flags, client=client) as server:
+        if place.tls is not None:
+            server.url = server.url.replace("http", "https")
+        server.wait_until_healthy()
+        yield server
+
+
+def _client(place: Place) -> httpx.Client:
+    """Return a client for what listens there."""
+    if place.settings.uds is None:
+        return httpx.Client(verify=place.tls or True)
+    with socket.socket(socket.AF_UNIX) as probe:  # httpcore leaks one that cannot be connected
+        try:
+            probe.connect(place.settings.uds)
+        except OSError as error:
+            raise httpx.ConnectError("nobody listens yet") from error
+    return httpx.Client(transport=httpx.HTTPTransport(uds=place.settings.uds))
+
+
+def _metric(client: httpx.Client, server: ServerProcess, name: str) -> float:
+    lines = client.get(server.url + "/metrics").text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(name + " ")))
+
+
+def test_the_line_that_it_prints_works(server: ServerProcess, place: Place) -> None:
+    (line,) = (line for line in server.output().splitlines() if line.startswith("curl "))
+    environ = {**os.environ, "CURL_CA_BUNDLE": place.authority}
+    run = subprocess.run(line, shell=True, env=environ, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: ServerProcess) -> None:
+    with server.client() as client:
+        with client.stream("POST", server.url + PATH, json={**CHAT, "max_tokens": 4000}) as stream:
+            lines = stream.iter_lines()
+            for _ in range(6):  # two tokens: the figures are those of the last step
+                next(lines)
+            assert _metric(client, server, "tgi_kv_cache_usage_ratio") > 0
+        while _metric(client, server, "tgi_kv_cache_usage_ratio") > 0:
+            pass  # the engine's own limits bound this: 4,000 tokens
+        assert _metric(client, server, "tgi_requests_running") == 0
+
+
+def test_a_signal_lets_a_stream_finish_there(server: ServerProcess) -> None:
+    with (
+        server.client() as client,
+        client.stream("POST", server.url + PATH, json={**CHAT, "max_tokens": 100}) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        server.signal()
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert server.wait() == 0
+    assert "Traceback" not in server.output()
+
+
+def test_the_container_s_health_check_reaches_it(server: ServerProcess, place: Place) -> None:
+    spec = importlib.util.spec_from_file_location("healthcheck", ROOT / "docker" / "healthcheck.py")
+    assert spec is not None
+    assert spec.loader is not None
+    healthcheck = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(healthcheck)
+    url = f"unix:{place.settings.uds}" if place.settings.uds else server.url
+    with contextlib.closing(healthcheck.connect(url)) as connection:
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200

@@ -1,0 +1,98 @@
+"""What signals do to a server: it leaves in time, drains and reloads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tgi_asgi.serve import server as module
+from tgi_asgi.serve.server import Server
+from tgi_asgi.settings import Settings
+
+
+class _App:
+    """As much of an app with a model as signals need; its drain does not end."""
+
+    def __init__(self) -> None:
+        self.context = SimpleNamespace(served=SimpleNamespace(engine=self), is_leaving=False)
+        self.calls: asyncio.Queue[str] = asyncio.Queue()
+
+    async def drain(self, timeout_s: float) -> None:
+        self.calls.put_nowait(f"drain within {timeout_s} s")
+        await asyncio.Event().wait()
+
+    def reload(self) -> None:
+        self.calls.put_nowait("reload")
+
+
+@pytest.fixture
+async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[_App]:
+    """Return the app of a server that gets this process's signals; it must not end the process."""
+    app = _App()
+    monkeypatch.setattr(module, "create_app", lambda settings, loader: app)
+    monkeypatch.setattr(module, "end_process", lambda *how: app.calls.put_nowait(f"end {how}"))
+    yield app
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+async def _signal(app: _App, number: signal.Signals) -> None:
+    """Send a signal; return once the loop has taken it."""
+    os.kill(os.getpid(), number)
+    async with asyncio.timeout(10):
+        while app.calls.empty() and not app.context.is_leaving:
+            await asyncio.sleep(0)
+
+
+def _serve(**settings: Any) -> None:
+    Server(
+        Settings(**settings), "http://127.0.0.1:1", loader=lambda *given: pytest.fail("no model")
+    ).handle_signals()
+
+
+async def test_a_hangup_reloads_the_app_again_and_again(app: _App) -> None:
+    _serve()
+    for _ in range(2):
+        await _signal(app, signal.SIGHUP)
+        assert app.calls.get_nowait() == "reload"
+    assert not app.context.is_leaving
+
+
+async def test_without_a_delay_the_drain_begins_at_once(app: _App) -> None:
+    _serve(graceful_termination_timeout=7)
+    await _signal(app, signal.SIGTERM)
+    assert app.context.is_leaving
+    async with asyncio.timeout(10):
+        assert await app.calls.get() == "drain within 7 s"
+
+
+async def test_with_a_delay_the_app_leaves_first_and_drains_later(app: _App) -> None:
+    _serve(drain_delay_s=0.2)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await _signal(app, signal.SIGTERM)
+    assert app.context.is_leaving
+    async with asyncio.timeout(10):
+        assert await app.calls.get() == "drain within 90 s"
+    assert loop.time() - began_s >= 0.1
+
+
+async def test_a_person_at_the_terminal_does_not_wait_for_balancers(app: _App) -> None:
+    _serve(drain_delay_s=3600)
+    await _signal(app, signal.SIGINT)
+    async with asyncio.timeout(10):
+        assert await app.calls.get() == "drain within 90 s"
+
+
+async def test_a_second_signal_ends_the_delay_and_the_process(app: _App) -> None:
+    _serve(drain_delay_s=3600)
+    await _signal(app, signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(10):
+        assert await app.calls.get() == "end ('stopped by a second signal', 143)"

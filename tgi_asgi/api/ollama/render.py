@@ -1,0 +1,115 @@
+"""Ollama's lines from token events, a JSON object each, or the whole in one; and its errors."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
+from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.errors import Dialect, message_of
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.errors import TgiError
+from tgi_asgi.observe.course import Course
+from tgi_asgi.text.tools import CallArguments, CallStart, Content, Reasoning
+from tgi_asgi.types import FinishReason, TokenEvent
+
+NDJSON = b"application/x-ndjson"
+Line = dict[str, Any]
+
+
+def _envelope(error: BaseException) -> Line:
+    return {"error": message_of(error)}
+
+
+GENERATE = Dialect("ollama", _envelope, names={"max_tokens": "options.num_predict"}, nests_tools=True)
+CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages"}, nests_tools=True)
+
+
+class LineRenderer:
+    """Turns the token events of one choice into lines; without a job, says that the model is loaded."""
+
+    def __init__(self, exchange: Exchange, generation: Generation, *, is_chat: bool) -> None:
+        self._exchange = exchange
+        self._model = generation.model
+        self._is_chat = is_chat
+        reading = generation.jobs[0].reading if generation.jobs else None
+        self._reader = ChoiceReader(reading or TEXT_ONLY)
+        self._calls: list[tuple[str, list[str]]] = []  # the functions, and their arguments' text
+
+    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return a line of what new tokens say, if anything, and the last one behind their end."""
+        said, finish = self._take(events), events[-1].finish
+        lines = _dump({**self._line(said), "done": False}) if said else b""
+        return lines + _dump(self._line({}) | self._end(finish)) if finish is not None else lines
+
+    def whole(self, parts: Sequence[Choices]) -> bytes:
+        """Return the one object."""
+        if not parts:
+            return _dump({**self._line({}), "done": True, "done_reason": "load"})
+        events = parts[0][0]
+        return _dump(self._line(self._take(events)) | self._end(events[-1].finish))
+
+    def close(self) -> bytes:
+        """Return nothing: the last line says that it is the last."""
+        return b""
+
+    def fail(self, error: TgiError) -> bytes:
+        """Return the error as a line."""
+        return _dump(_envelope(error))
+
+    def _take(self, events: Sequence[TokenEvent]) -> Line:
+        """Take new tokens; return what they say. Calls are whole: they come with the end."""
+        said: Line = {}
+        for piece in self._reader.push(events):
+            match piece:
+                case CallStart():
+                    self._calls.append((piece.name, []))
+                case CallArguments():
+                    self._calls[-1][1].append(piece.text)
+                case Content() | Reasoning():
+                    name = "thinking" if isinstance(piece, Reasoning) else "content"
+                    said[name] = said.get(name, "") + piece.text
+        if events[-1].finish is not None and (calls := list(filter(None, map(_call, self._calls)))):
+            said["tool_calls"] = calls
+        return said
+
+    def _line(self, said: Line) -> Line:
+        line: Line = {"model": self._model, "created_at": datetime.now(UTC)}
+        if self._is_chat:
+            return {**line, "message": {"role": "assistant", "content": "", **said}}
+        return {**line, "response": said.pop("content", ""), **said}
+
+    def _end(self, finish: FinishReason | None) -> Line:
+        course = Course.of(self._exchange)
+        durations = {
+            "total": course.total_s,
+            "load": course.validation_s + course.queue_s,  # until the model could run
+            "prompt_eval": course.prefill_s,
+            "eval": course.decode_s,
+        }
+        return {
+            "done": True,
+            "done_reason": "length" if finish is FinishReason.LENGTH else "stop",
+            "prompt_eval_count": course.prompt_tokens,
+            "eval_count": course.generated_tokens,
+            **{f"{name}_duration": int(seconds * 1e9) for name, seconds in durations.items()},
+        }
+
+
+def _call(call: tuple[str, Sequence[str]]) -> Line | None:
+    """Return a call as clients get it; None where `max_tokens` has cut it: half a call is none."""
+    name, texts = call
+    try:
+        function = {"name": name, "arguments": orjson.loads("".join(texts))}
+    except orjson.JSONDecodeError:
+        return None
+    return {"id": f"call_{secrets.token_hex(12)}", "function": function}
+
+
+def _dump(line: Line) -> bytes:
+    return orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)

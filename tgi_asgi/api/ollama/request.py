@@ -1,0 +1,196 @@
+"""What `/api/chat` and `/api/generate` read, and the calls that they amount to."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from tgi_asgi.api.call import Call, Constraint, Conversation, Job, Text, ToolChoice
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.limits import Limits, Room, check_stops
+from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
+from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
+from tgi_asgi.api.openai.tools import read_tools
+from tgi_asgi.api.parse import Fraction, Penalty, Share, check_ranges, decode_json, range_of, refuse
+from tgi_asgi.api.prompt import leaves_open, thinking_variables
+from tgi_asgi.api.sampling import factor, sampling
+from tgi_asgi.api.tools import choose
+from tgi_asgi.errors import Forbidden
+
+_UNSUPPORTED = ("suffix", "context", "images", "logprobs")
+_AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
+
+
+class OllamaOptions(Struct):
+    """How to sample, with Ollama's defaults; the options of loading (`num_ctx`, ...) are the operator's."""
+
+    temperature: Annotated[float, range_of(minimum=0)] | None = 0.8
+    top_k: int | None = 40
+    top_p: Fraction | None = 0.9
+    min_p: Fraction | None = None
+    typical_p: Share | None = None
+    repeat_penalty: Annotated[float, range_of(exclusiveMinimum=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: int | None = None  # negative: another one each time
+    num_predict: int | None = None  # not positive: until the context is full
+    stop: list[str] | None = None
+
+
+class OllamaMessage(Struct):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    images: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _Request(Struct, kw_only=True):
+    model: str | None = None
+    stream: bool | None = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    options: OllamaOptions | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    logprobs: bool | None = None
+
+
+class OllamaChat(_Request, kw_only=True):
+    """The body of `POST /api/chat`; without messages it asks for the model to be loaded."""
+
+    messages: list[OllamaMessage] | None = None
+    tools: list[ToolEntry] | None = None
+
+
+class OllamaGenerate(_Request, kw_only=True):
+    """The body of `POST /api/generate`; without a prompt it asks for the model to be loaded."""
+
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+    template: str | None = None
+    suffix: str | None = None
+    context: list[Any] | None = None
+    images: list[Any] | None = None
+
+
+_CHAT = msgspec.json.Decoder(OllamaChat)
+_GENERATE = msgspec.json.Decoder(OllamaGenerate)
+
+
+def parse_chat(body: bytes, exchange: Exchange) -> Call:
+    """Read a chat.
+
+    Raises:
+        InvalidRequest: a field is refused; `param` names it.
+    """
+    request = decode_json(body, _CHAT)
+    tools = read_tools(request.tools)
+    messages = _messages(request.messages or [])
+    if not messages:
+        return _call(request, exchange, None, is_chat=True)
+    chat = Conversation(
+        messages,
+        tools=[tool.for_template() for tool in tools] or None,
+        variables=_variables(request),
+        is_continued=leaves_open(messages),
+    )
+    return _call(request, exchange, chat, choose(tools, "auto"), is_chat=True)
+
+
+def parse_generate(body: bytes, exchange: Exchange) -> Call:
+    """Read a request for the answer to one prompt.
+
+    Raises:
+        InvalidRequest, Forbidden: a field is refused; `param` names it.
+    """
+    request = decode_json(body, _GENERATE)
+    if request.template:
+        raise Forbidden("`template` is not accepted from requests")
+    if request.raw or exchange.context.ready().chat_template is None:
+        if request.system:
+            refuse("system", "`system` needs a chat template: `raw` uses none, or the model has none")
+        return _call(request, exchange, Text(request.prompt) if request.prompt else None)
+    given = (("system", request.system), ("user", request.prompt))
+    messages = [{"role": role, "content": text} for role, text in given if text]
+    chat = Conversation(messages, variables=_variables(request))
+    return _call(request, exchange, chat if request.prompt else None)
+
+
+def _call(
+    request: _Request,
+    exchange: Exchange,
+    prompt: Conversation | Text | None,
+    tools: ToolChoice | None = None,
+    *,
+    is_chat: bool = False,
+) -> Call:
+    """Return what a request asks for, which is nothing where there is no prompt."""
+    options = request.options or OllamaOptions()
+    check_ranges(request)
+    check_ranges(options, "options.")
+    stops = tuple(options.stop or ())
+    check_stops(stops, Limits.of(exchange.context.settings).stops, "options.stop")
+    for name in _UNSUPPORTED:
+        if getattr(request, name, None):
+            refuse(name, f"`{name}` is not supported", "unsupported_parameter")
+    given = request.format
+    kind = "json" if isinstance(given, dict) else "json_object"
+    job = prompt and Job(
+        prompt=prompt,
+        sampling=sampling(
+            exchange.context.ready().info,
+            temperature=factor(options.temperature),
+            repetition_penalty=options.repeat_penalty,
+            seed=options.seed if (options.seed or 0) >= 0 else None,
+            **{name: getattr(options, name) for name in _AS_GIVEN},
+        ),
+        max_tokens=options.num_predict if (options.num_predict or 0) > 0 else None,
+        room=Room.CLIPPED,
+        stop=stops,
+        constraint=None if given in (None, "") else Constraint.of("format", kind, given),
+        tools=tools,
+        shows_reasoning=request.think is not False,
+    )
+    return Call(
+        jobs=[job] if job else [],
+        render=partial(LineRenderer, exchange, is_chat=is_chat),
+        model=request.model,
+        stream=request.stream is not False,
+        stream_type=NDJSON,
+        keep_alive=b"",  # clients read each line as JSON
+    )
+
+
+def _variables(request: _Request) -> dict[str, Any]:
+    """Return what tells a template whether to think, under the names that models have for it."""
+    think = request.think
+    return thinking_variables(think is not False, think) if think is not None else {}
+
+
+def _messages(given: list[OllamaMessage]) -> list[dict[str, Any]]:
+    """Return messages as templates take them, some of which want ids of calls, which few clients give."""
+    ids: dict[str | None, str] = {}  # by function
+    messages: list[dict[str, Any]] = []
+    for i, message in enumerate(given):
+        if message.images:
+            refuse(f"messages[{i}].images", f"`messages[{i}].images`: the model reads nothing but text")
+        result: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        if message.thinking:
+            result["reasoning_content"] = message.thinking
+        for call in message.tool_calls or ():
+            name = call.function.name
+            call.id = ids[name] = call.id or name
+        if message.tool_calls:
+            result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+        if message.role == "tool":
+            result["name"] = name = message.tool_name or ""
+            result["tool_call_id"] = message.tool_call_id or ids.get(name, name)
+        messages.append(result)
+    return messages

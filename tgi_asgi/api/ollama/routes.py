@@ -1,0 +1,100 @@
+"""Ollama's routes: those that generate, and what it tells of its models."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+import tgi_asgi
+from tgi_asgi.api.context import Served
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import generating
+from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
+from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
+from tgi_asgi.api.parse import check_ranges
+from tgi_asgi.api.routes import Route
+from tgi_asgi.errors import NotFound
+from tgi_asgi.text.tools.reasoning import style_of
+
+
+class OllamaShow(Struct):
+    """The body of `POST /api/show`."""
+
+    model: str
+
+
+_SHOW = msgspec.json.Decoder(OllamaShow)
+
+
+def rows() -> list[Route]:
+    """Return the routes."""
+    row = partial(Route, tag="Ollama", dialect=GENERATE)
+    stream = partial(row, "POST", generates=True, streams=True, stream_type=NDJSON.decode())
+    return [
+        stream("/api/chat", generating(parse_chat), "Chat", dialect=CHAT, requests=(OllamaChat,)),
+        stream("/api/generate", generating(parse_generate), "Generate", requests=(OllamaGenerate,)),
+        row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
+        row("GET", "/api/tags", list_models, "List the served model"),
+        row("GET", "/api/ps", list_models, "The same: it is always loaded"),
+        row("GET", "/api/version", version, "The server's version"),
+    ]
+
+
+async def list_models(exchange: Exchange) -> None:
+    """Answer with the served model."""
+    served = exchange.context.ready()
+    info = served.info
+    entry = {
+        "name": info.model_id,
+        "model": info.model_id,
+        "size": 0,  # clients need a number; so Ollama says that it does not know
+        "digest": hashlib.sha256(info.fingerprint.encode()).hexdigest(),
+        "context_length": info.max_total_tokens,
+    }
+    await exchange.respond_json({"models": [{**entry, **_known(served)}]})
+
+
+async def version(exchange: Exchange) -> None:
+    """Answer with this server's version."""
+    await exchange.respond_json({"version": tgi_asgi.__version__})
+
+
+async def show(exchange: Exchange) -> None:
+    """Answer with what is known of the served model."""
+    served = exchange.context.ready()
+    request = await exchange.read_json(_SHOW)
+    check_ranges(request)
+    info, template = served.info, served.chat_template
+    if request.model.removesuffix(":latest") != info.model_id:
+        raise NotFound(f"model '{request.model}' not found", param="model", code="model_not_found")
+    architecture = info.architecture
+    described = {
+        "template": template.source if template is not None else "",
+        "model_info": {
+            "general.architecture": architecture,
+            f"{architecture}.context_length": info.max_total_tokens,
+            f"{architecture}.vocab_size": info.vocab_size,
+        },
+    }
+    await exchange.respond_json({**described, **_known(served)})
+
+
+def _known(served: Served) -> dict[str, Any]:
+    """Return what `/api/tags` and `/api/show` say alike; "" is not known."""
+    info, template = served.info, served.chat_template
+    can = {
+        "completion": True,
+        "tools": template is not None and template.mentions("tools"),
+        "thinking": template is not None and style_of(template.source) is not None,
+    }
+    unknown = dict.fromkeys(("parent_model", "format", "parameter_size", "quantization_level"), "")
+    return {
+        "modified_at": datetime.fromtimestamp(info.created, UTC),
+        "details": {**unknown, "family": info.architecture, "families": [info.architecture]},
+        "capabilities": [name for name, is_there in can.items() if is_there],
+    }

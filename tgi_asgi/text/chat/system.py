@@ -1,0 +1,42 @@
+"""Instructions among the other messages, for templates that take them once and at the front.
+
+Agents send several: a system prompt, a developer's, and reminders between the turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_PROBE = re.compile(r"PROBE-\d")
+_ROLES = ("system", "developer")
+
+
+def joined_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the texts of all instructions in the first message, in the role of their first."""
+    instructions = [message for message in messages if message["role"] in _ROLES]
+    if not instructions:
+        return list(messages)
+    others = [message for message in messages if message["role"] not in _ROLES]
+    texts = [text for message in instructions if (text := _text(message.get("content")))]
+    return [{**instructions[0], "content": "\n\n".join(texts)}, *others]
+
+
+def is_scattered(messages: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether there are several instructions, or one that does not come first."""
+    return any(message["role"] in _ROLES for message in messages[1:])
+
+
+def takes_scattered(render: Callable[[list[dict[str, Any]]], str], *, has_developer: bool) -> bool:
+    """Tell whether a template shows instructions wherever they stand: it may refuse them, or drop them."""
+    second = "developer" if has_developer else "system"
+    first, late = {"role": "system", "content": "PROBE-1"}, {"role": second, "content": "PROBE-2"}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    user = {"role": "user", "content": "PROBE-3"}
+    chats = ([first, late, user], [first, *turns, late, user], [first, *turns, user, late])
+    return all({"PROBE-1", "PROBE-2", "PROBE-3"} <= set(_PROBE.findall(render(chat))) for chat in chats)
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
