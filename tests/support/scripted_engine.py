@@ -58,7 +58,6 @@ class ScriptedChannel:
         self._script = engine.script
         self._sink: Sink | None = None
         self._waiting: list[Sequence[TokenEvent] | TgiError] = []
-        self._arrived = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._play())
 
     def attach(self, sink: Sink) -> None:
@@ -73,19 +72,10 @@ class ScriptedChannel:
         self._task.cancel()
         self._end()
 
-    def __aiter__(self) -> ScriptedChannel:
-        return self
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        while not self._waiting:
-            if self.ended.is_set():
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        batch = self._waiting.pop(0)
-        if isinstance(batch, TgiError):
-            raise batch
-        return batch
+    def abort(self) -> None:
+        self._task.cancel()
+        self._end()
+        self._deliver(IncompleteGeneration("the request was aborted"))
 
     async def _play(self) -> None:
         self.stats.scheduled_s = time.monotonic()
@@ -119,7 +109,6 @@ class ScriptedChannel:
     def _deliver(self, batch: Sequence[TokenEvent] | TgiError) -> None:
         if self._sink is None:
             self._waiting.append(batch)
-            self._arrived.set()
         elif isinstance(batch, TgiError):
             self._sink.on_error(batch)
         else:
@@ -128,7 +117,6 @@ class ScriptedChannel:
     def _end(self) -> None:
         self.stats.finished_s = time.monotonic()
         self.ended.set()
-        self._arrived.set()
         self.permit.release()
 
 
@@ -184,6 +172,20 @@ class ScriptedEngine:
         channel = ScriptedChannel(self, request, permit)
         self.channels.append(channel)
         return channel
+
+    def abort(self, request_id: str) -> int:
+        named = [
+            channel
+            for channel in self.channels
+            if channel.request.request_id == request_id and not channel.ended.is_set()
+        ]
+        for channel in named:
+            channel.abort()
+        return len(named)
+
+    def reset_prefix_cache(self) -> int:
+        num_blocks, self.num_cached = self.num_cached // 16, 0
+        return num_blocks
 
 
 def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) -> Script:
