@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tgi_asgi.errors import Overloaded, Unavailable
@@ -153,23 +156,38 @@ class ServerContext:
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run text work (templates, tokenisation, large JSON) off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._text, lambda: function(*args, **kwargs))
+        return await _run(self._text, partial(function, *args, **kwargs))
 
     async def in_grammar_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what schemas and grammars take, which may be a second each, off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._grammars, lambda: function(*args, **kwargs))
+        return await _run(self._grammars, partial(function, *args, **kwargs))
 
     async def in_counting_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Tokenise what is only counted or shown, of any length, off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._counting, lambda: function(*args, **kwargs))
+        return await _run(self._counting, partial(function, *args, **kwargs))
+
+    def free(self, objects: list[object]) -> None:
+        """Let go of objects in a thread: half a million small ones take 40 ms."""
+        with suppress(RuntimeError):  # the threads have ended already, and the process is about to
+            self._text.submit(objects.clear)
 
     def close(self) -> None:
         """Let the threads end."""
         for pool in (self._text, self._grammars, self._counting):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, _cleared, work)
+
+
+def _cleared(work: Callable[[], T]) -> T:
+    """Do some work; where it fails, free what it held here, not where its traceback ends up: in the loop."""
+    try:
+        return work()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 class ByteBudget:

@@ -54,7 +54,8 @@ class Exchange:
         channels: the engine's channels of this request, for the access log and metrics.
         error: what went wrong, if anything did.
         is_disconnected: the client left before the response had ended.
-        is_large: handling the body at once would keep the event loop for too long.
+        is_large: handling the body or the answer at once would keep the event loop for too long.
+        remains: what holds objects that are many, where it is large: to free them would keep the loop, too.
     """
 
     __slots__ = (
@@ -68,6 +69,7 @@ class Exchange:
         "is_disconnected",
         "is_large",
         "receive",
+        "remains",
         "request_id",
         "response_headers",
         "route",
@@ -99,6 +101,7 @@ class Exchange:
         self.is_body_read = False
         self.is_disconnected = False
         self.is_large = False
+        self.remains: list[object] = []
 
     @property
     def method(self) -> str:
@@ -131,9 +134,9 @@ class Exchange:
         if not is_of_any_type:
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
-        body = await read_body(self.receive, self.scope, self.context.settings.payload_limit, self._hold)
-        self.is_large = len(body) > _LARGE_BODY
-        return body
+        parts = await read_body(self.receive, self.scope, self.context.settings.payload_limit, self._hold)
+        self.is_large |= sum(map(len, parts)) > _LARGE_BODY
+        return await self.work(b"".join, parts)
 
     def _hold(self, size: int) -> None:
         self.context.bodies.take(size)
@@ -143,6 +146,14 @@ class Exchange:
         """Count the body as gone: what it asked for has become a prompt, or was refused. Idempotent."""
         self.context.bodies.give_back(self._num_held)
         self._num_held = 0
+
+    def close(self) -> None:
+        """Let go of all that the request held; what is large is freed in a thread."""
+        self.let_go()
+        if self.is_large:
+            self.context.free([*self.remains, *self.channels])
+            self.channels = []
+        self.remains.clear()
 
     def require_json(self) -> None:
         """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
@@ -193,7 +204,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
-        self.error = error
+        self.error = error.with_traceback(None)  # its frames hold this exchange
         if not self.is_body_read:
             # An unread body hides disconnects from us and our answer from the client.
             self.is_body_read = True

@@ -53,18 +53,19 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         TgiError: it is refused, or failed before its answer began.
         ClientDisconnected: its client went away.
     """
-    context = exchange.context
-    served = context.ready()
+    served = exchange.context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
+    exchange.remains.append(call)
     model = served_name(exchange, call.model)
-    exchange.let_go()
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
         return
     with Permits(exchange, served.engine, call.num_choices) as permits:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
+        exchange.let_go()
         generation = Generation(served, model, jobs, exchange.channels)
-        renderer = call.render(generation)
+        renderer = await exchange.work(call.render, generation)
+        exchange.remains += [jobs, renderer]
         channels = [permits.submit(job.request) for job in jobs]
     characters = sum(job.prompt.num_characters for job in jobs)
     cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
@@ -75,10 +76,11 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         await stream.run(channels, slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
         return
     parts = await collect(exchange, channels)
+    exchange.remains.append(parts)
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
-    run = context.in_thread if size > LARGE_ANSWER else exchange.work
-    body = await run(renderer.whole, parts)
+    exchange.is_large |= size > LARGE_ANSWER
+    body = await exchange.work(renderer.whole, parts)
     headers = sync_headers(
         exchange,
         served.info,

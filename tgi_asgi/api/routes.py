@@ -96,7 +96,7 @@ class RouteTable:
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
         """Refuse a path that no route has; a wrong key is not told whether it exists."""
-        exchange: Exchange = scope[_EXCHANGE]
+        exchange: Exchange = scope.pop(_EXCHANGE)
         path = exchange.path
         is_openai = path == "/v1" or path.startswith("/v1/")
         is_compat = exchange.context.settings.tgi_compat
@@ -118,7 +118,7 @@ class _Endpoint:
         self._check = check
 
     async def __call__(self, scope: Scope, _receive: Receive, _send: Send) -> None:
-        exchange: Exchange = scope[_EXCHANGE]
+        exchange: Exchange = scope.pop(_EXCHANGE)  # which has the scope: a cycle would keep both
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
         dialect = any_row.dialect
