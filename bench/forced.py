@@ -80,7 +80,8 @@ def count(compiler: GrammarCompiler, tokenizer: Any, name: str, *, is_compact: b
     schema, answer = CASES[name]
     text = json.dumps(answer, separators=(",", ":") if is_compact else None).encode()
     style = COMPACT if is_compact else SPACED
-    matcher = compiler.compile(GrammarSource("start: " + inline_json(schema, style))).matcher()
+    expression, _ = inline_json(schema, style)
+    matcher = compiler.compile(GrammarSource(f"start: {expression}")).matcher()
     tokens = forced = saved = at = 0
     while at < len(text):
         ids = matcher.forced_ids()

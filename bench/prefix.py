@@ -1,11 +1,12 @@
-"""What a conversation's next turn costs: prompt tokens computed and time to the first token, turn by turn.
+"""What prompts cost that share a beginning, turn by turn and at once: tokens computed, time to first tokens.
 
     python -m bench.prefix --turns 20 --system-tokens 4096 [--model-id model.gguf]
 
 A turn adds the last answer and a new question. At best it computes the question alone; what it computes
 beside it is its excess, at most a block where the cache keeps its promise. (An answer's text may be other
 tokens when it is read again than when it was drawn; the prefix ends there, and the excess shows it.) Then the
-last turn's prompt is sent again under cache salts of its own: that is its time without a cache. Prints one
+last turn's prompt is sent again under cache salts of its own: that is its time without a cache. At last a
+burst: prompts with a new common beginning, all at once, whose beginning is at best computed once. Prints one
 JSON object and a table. Unknown flags go to the server.
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.client import Answer, Client
 from bench.loads import Prompts
-from bench.report import command_line, emit, machine, median, table
+from bench.report import command_line, emit, machine, median, spread, table
 from bench.servers import Server
 
 Messages = list[dict[str, str]]
@@ -54,6 +56,34 @@ class Conversation:
         return Answer.read(await self._client.chat({**self._body, "messages": self.messages, **fields}))
 
 
+async def burst(client: Client, text: Callable[[int], str], options: argparse.Namespace) -> dict[str, Any]:
+    """Send prompts with a common beginning, and one more behind them, which says what is its own.
+
+    A prompt before them keeps the engine busy until all of them are there.
+    """
+    system = text(options.burst_shared)
+    ahead = asyncio.create_task(Conversation(client, text(10), 2).turn(text(2 * options.burst_shared)))
+    await asyncio.sleep(0.3)
+
+    async def ask() -> Answer:
+        talk = Conversation(client, system, options.max_tokens)
+        talk.messages.append({"role": "user", "content": text(options.burst_own)})
+        return await talk.ask()
+
+    answers = await asyncio.gather(*(ask() for _ in range(options.burst)))
+    last = await ask()
+    await ahead
+    num_own = last.num_prompt_tokens - last.num_cached_tokens
+    computed = sum(answer.num_prompt_tokens - answer.num_cached_tokens for answer in answers)
+    return {
+        "prompts": options.burst,
+        "prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
+        "computed_tokens": computed,
+        "least_tokens": last.num_prompt_tokens + (options.burst - 1) * num_own,
+        "ttft_ms": spread([answer.ttft_s for answer in answers], 1e3, 1),
+    }
+
+
 async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """Hold the conversation, then ask its last question without a cache."""
     client = Client(url)
@@ -69,6 +99,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         turns = [await talk.turn(text(options.question_tokens)) for _ in range(options.turns)]
         talk.messages.pop()
         cold = [await talk.ask(cache_salt=f"cold {run}", max_tokens=1) for run in range(options.runs)]
+        at_once = await burst(client, text, options)
     finally:
         client.close()
     if any(answer.num_cached_tokens for answer in cold):
@@ -79,6 +110,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         "excess_tokens_max": max(turn["excess_tokens"] for turn in turns[1:]),
         "last_turn": {"ttft_ms": turns[-1]["ttft_ms"], "cold_ttft_ms": cold_ms},
         "speedup": round(cold_ms / turns[-1]["ttft_ms"], 1),
+        "burst": at_once,
     }
 
 
@@ -90,6 +122,9 @@ def main() -> None:
     parser.add_argument("--question-tokens", type=int, default=64, help="of each turn")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--runs", type=int, default=3, help="of the last prompt without a cache")
+    parser.add_argument("--burst", type=int, default=32, help="prompts at once")
+    parser.add_argument("--burst-shared", type=int, default=1000, help="tokens that they share, about")
+    parser.add_argument("--burst-own", type=int, default=16, help="and that they do not")
     parser.add_argument("--out", type=Path, help="keep the JSON object in this file too")
     options, arguments = parser.parse_known_args()
     record: dict[str, Any] = {"bench": "prefix", "command": command_line(), "machine": machine()}

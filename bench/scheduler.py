@@ -99,7 +99,7 @@ def scheduler_us(num_sequences: int, num_steps: int, prompt_len: int) -> float:
     for index in range(num_sequences):
         request = make_request(index, prompt_len, num_steps + 3)
         chain = HashChain(root_digest(None, None), BLOCK_SIZE)
-        scheduler.add([EngineSequence(request, 0, urgency=(0.0, index, 0), chain=chain)])
+        scheduler.add([EngineSequence(request, 0, arrival_s=0.0, number=index, chain=chain)])
     budget.observe(0, 1, 0.0)
     ahead = scheduler.plan()
     spent_s = 0.0

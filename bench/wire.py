@@ -305,8 +305,8 @@ async def run_server(name: str, app: App, listener: socket.socket, stop: asyncio
     if name != "uvicorn":
         if name == "hypercorn":
             install(ConnectionLimit(0))
-        config = make_config(listener, Settings())
-        await serve(cast(Any, without_lifespan), config, shutdown_trigger=stop.wait)
+        own = make_config(listener, Settings())
+        await serve(cast(Any, without_lifespan), own, shutdown_trigger=stop.wait)
         return
     import uvicorn
 
@@ -335,7 +335,8 @@ async def read_streams(args: argparse.Namespace) -> dict[str, Any]:
     try:
         async with asyncio.timeout(START_TIMEOUT_S + 4 * args.seconds):
             reading = asyncio.ensure_future(asyncio.to_thread(server.stdout.readline))
-            await asyncio.wait([reading, refusal], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [reading, refusal]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if refusal.done():
                 raise SystemExit(refusal.result().decode())
             line = reading.result()

@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -77,7 +78,8 @@ def test_every_setting_is_an_option_with_help() -> None:
     for spec in dataclasses.fields(Settings):
         option = options[spec.name]
         assert f"--{spec.name.replace('_', '-')}" in option.opts
-        assert spec.metadata["help"] in option.help  # type: ignore[attr-defined]
+        assert isinstance(option, click.Option) and option.help is not None
+        assert spec.metadata["help"] in option.help
 
 
 def test_variables_are_read_and_flags_win(run: _Run) -> None:

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 # What each room may import; `settings`, `errors`, `types` and a room's own modules always.
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED = {
-    "http": {"engine", "observe", *_BELOW_ENGINE},
-    "observe": {"engine"},
+    "api": {"observe", "text"},
+    "serve": {"app", "api", "observe"},
+    "observe": {"engine"},  # its counters
     "engine": _BELOW_ENGINE,
     "runner": {"models", "ops", "text", "formats"},
     "models": {"ops", "text", "formats"},
@@ -28,6 +29,13 @@ ALLOWED = {
     "types": set(),
 }
 COMMON = {"settings", "errors", "types"}
+# Rooms and files of it that know one dialect each; what they share lies beside them.
+DIALECTS = {"openai", "anthropic", "tgi", "ollama"}
+MAY_KNOW = {  # TGI's clouds and tokenizer take OpenAI's chats; Ollama's tools are written as OpenAI's
+    "tgi": {"openai"},
+    "ollama": {"openai"},
+}
+MOST_MODULES_OF_A_CHAT = 25
 TORCH_ROOMS = {"runner", "models", "ops"}
 PURE = ("engine/scheduler.py", "engine/blocks.py", "engine/prefix.py", "engine/sequence.py")
 
@@ -70,6 +78,38 @@ def test_imports_point_one_way(path: Path) -> None:
         if parts[0] != "tgi_asgi" or len(parts) == 1 or parts[1] == "__version__":
             continue
         assert parts[1] in ALLOWED[room] | COMMON | {room}, f"{room} must not import {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "api").glob("*/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_a_dialect_knows_no_other(path: Path) -> None:
+    own = path.parent.name
+    for name in _imports(path):
+        if name.startswith("tgi_asgi.api.") and own in DIALECTS:
+            found = name.split(".")[2]
+            assert found not in DIALECTS - {own} - MAY_KNOW.get(own, set()), f"{own} must not import {name}"
+
+
+def test_what_serves_all_dialects_knows_none() -> None:
+    for path in (PACKAGE / "api").glob("*.py"):
+        known = {name.split(".")[2] for name in _imports(path) if name.startswith("tgi_asgi.api.")}
+        assert path.name in ("table.py", "docs.py") or not known & DIALECTS, path
+
+
+def test_a_chat_stands_on_few_modules() -> None:
+    """What the route of chats imports of the API, and what that imports, packages included."""
+    found: set[Path] = set()
+    waiting = ["tgi_asgi.api.openai.chat", "tgi_asgi.api.life"]
+    while waiting:
+        parts = waiting.pop().split(".")[1:]
+        for size in range(1, len(parts) + 1):
+            path = PACKAGE.joinpath(*parts[:size])
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            if path.exists() and path not in found and path.is_relative_to(PACKAGE / "api"):
+                found.add(path)
+                waiting += _imports(path)
+    assert len(found) <= MOST_MODULES_OF_A_CHAT, sorted(map(str, found))
 
 
 @pytest.mark.parametrize("name", PURE)

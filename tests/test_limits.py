@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tgi_asgi.api import asgi, limits, sse
-from tgi_asgi.engine import engine, loop
+from tgi_asgi.engine import engine, loop, sequence
 from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
@@ -50,5 +50,5 @@ def test_the_page_has_each_limit_as_it_is(row: str, values: list[float]) -> None
 
 def test_the_page_has_the_figures_of_its_sentences_as_they_are() -> None:
     assert f"at most {loop._MAX_DELAY_S * 1000:.0f} ms" in TEXT
-    assert f"{loop.AGING_S:.0f} s of waiting" in TEXT
+    assert f"{sequence.AGING_S:.0f} s of waiting" in TEXT
     assert f"{engine._EAGER_BYTES // MIB} MiB are filled" in " ".join(TEXT.split())

@@ -177,15 +177,10 @@ class Channel(Protocol):
     stats: RequestStats
 
     def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting. At most once, and no iteration then."""
+        """Call `sink` from now on, first with whatever is waiting. At most once."""
 
     def cancel(self) -> None:
         """Give the request up: blocks and permit come back within two steps. Idempotent."""
-
-    def __aiter__(self) -> Channel: ...
-
-    async def __anext__(self) -> Sequence[TokenEvent]:
-        """Wait for the next batch of events; raises the `TgiError` that ended the request."""
 
 
 class EngineState(enum.Enum):
@@ -234,10 +229,10 @@ class Engine(Protocol):
         """Queue a request; the permit is the engine's from here on."""
 
     def abort(self, request_id: str) -> int:
-        """End the requests of that id with an error; return how many there were."""
+        """End the requests of this id, running or waiting, with an error; return how many there were."""
 
     def reset_prefix_cache(self) -> int:
-        """Forget all cached prefixes; return how many blocks of the cache that were."""
+        """Forget all prompts that are cached; return how many blocks that were."""
 
 
 @dataclass(frozen=True, slots=True)

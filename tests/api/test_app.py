@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
+from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.errors import ModelLoadError
@@ -28,8 +29,8 @@ HI = {"messages": [{"role": "user", "content": "hi"}]}
 @asynccontextmanager
 async def lifespan(app: App) -> AsyncIterator[None]:
     """Run an app's lifespan as a server does."""
-    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    outgoing: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    incoming: asyncio.Queue[Message] = asyncio.Queue()
+    outgoing: asyncio.Queue[Message] = asyncio.Queue()
     task = asyncio.create_task(app({"type": "lifespan"}, incoming.get, outgoing.put))
     await incoming.put({"type": "lifespan.startup"})
     assert (await outgoing.get())["type"] == "lifespan.startup.complete"

@@ -11,14 +11,17 @@ import pytest
 from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app
 from tgi_asgi.api import asgi
+from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.openai import chat
+from tgi_asgi.api.openai.params import check_common
+from tgi_asgi.app import App
 from tgi_asgi.settings import Settings
 
 CHAT = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def small_app():
+def small_app() -> App:
     return scripted_app(ScriptedEngine(), Settings(payload_limit=1000))
 
 
@@ -99,7 +102,7 @@ async def test_errors_and_streams_carry_the_request_id() -> None:
 
 async def test_a_bug_is_a_plain_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
     engine = ScriptedEngine()
-    engine.submit = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    engine.submit = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
     call = await send(scripted_app(engine), request("POST", CHAT, HI))
     assert call.status == 500
     assert call.json()["error"] == {
@@ -123,7 +126,7 @@ async def test_other_protocols_are_closed() -> None:
     async def collect(message: object) -> None:
         sent.append(message)
 
-    await small_app()({"type": "websocket"}, asyncio.Event().wait, collect)
+    await small_app()({"type": "websocket"}, asyncio.Queue[Message]().get, collect)
     assert sent == [{"type": "websocket.close", "code": 1000}]
 
 
@@ -131,7 +134,6 @@ async def test_a_large_body_is_handled_in_a_thread_and_a_small_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads = []
-    check_common = chat.check_common
 
     def record(*args: Any, **options: Any) -> None:
         threads.append(threading.current_thread() is threading.main_thread())

@@ -59,7 +59,7 @@ async def test_requests_and_their_blocks_are_shown_but_nothing_of_what_they_say(
 
 
 async def test_the_loops_lag_is_measured_until_it_is_stopped() -> None:
-    histogram = Histogram([0.01, 100.0])
+    histogram = Histogram((0.01, 100.0))
     lag = LoopLag(histogram)
     lag.start()
     async with asyncio.timeout(5):

@@ -9,6 +9,7 @@ from typing import Any
 
 import anthropic
 import pytest
+from anthropic.types import ThinkingBlock, ToolUseBlock
 
 from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of
 from tests.support.client import client_of
@@ -71,8 +72,8 @@ async def test_the_sdk_s_stream_adds_up_to_the_whole_message() -> None:
         assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
         assert message.stop_reason == "tool_use"
         thinking, _, weather, now = message.content
-        assert thinking.type == "thinking" and thinking.thinking == "hm"
-        assert weather.type == now.type == "tool_use"
+        assert isinstance(thinking, ThinkingBlock) and thinking.thinking == "hm"
+        assert isinstance(weather, ToolUseBlock) and isinstance(now, ToolUseBlock)
         assert (weather.name, weather.input) == ("weather", {"city": "Paris"})
         assert (now.name, now.input) == ("now", {})
         assert message.usage.output_tokens == len(ALL) + 1

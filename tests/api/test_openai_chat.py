@@ -211,7 +211,7 @@ async def test_developer_is_system_unless_the_template_knows_it() -> None:
 
 async def test_tool_history_reaches_the_template_with_arguments_as_objects() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         *HI,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "42"},

@@ -218,8 +218,7 @@ async def test_scoring_as_lm_eval_does_it() -> None:
 async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:
     for is_stream in (False, True):
         engine = ScriptedEngine(say("c"))
-        fields = {"prompt": "hi", "max_tokens": 0, "logprobs": 1, "echo": True, "stream": is_stream}
-        call = await complete(engine, **fields)
+        call = await complete(engine, prompt="hi", max_tokens=0, logprobs=1, echo=True, stream=is_stream)
         assert call.status == 200
         if is_stream:
             assert b'"c"' not in call.content
@@ -233,8 +232,8 @@ async def test_max_tokens_0_scores_the_prompt_and_shows_no_token() -> None:
 
 async def test_the_token_that_max_tokens_0_hides_gives_no_reason_to_stop() -> None:
     for is_stream in (False, True):
-        fields = {"prompt": "hi", "max_tokens": 0, "stop_token_ids": [ord("c")], "stream": is_stream}
-        call = await complete(ScriptedEngine(say("c")), **fields)
+        engine = ScriptedEngine(say("c"))
+        call = await complete(engine, prompt="hi", max_tokens=0, stop_token_ids=[ord("c")], stream=is_stream)
         assert b'"finish_reason":"length","stop_reason":null' in call.content
 
 

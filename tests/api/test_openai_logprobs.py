@@ -154,7 +154,8 @@ def test_released_entries_cover_the_text_whatever_the_tokens(
     conditions = StopConditions(max_tokens=len(pieces) + 1, stop=stop, include_stop=include_stop)
     output = ChoiceOutput(0, conditions, tokenizer, tokenizer.eos_ids)
     tracker = ChatLogprobs(TokenNames(tokenizer))  # type: ignore[arg-type]
-    text, released = "", []
+    text = ""
+    released: list[dict[str, Any]] = []
     for piece in [*pieces, b"</s>"]:
         event = output.push(Sampled(tokenizer.id_of(piece), -0.5))
         text += event.text

@@ -57,6 +57,7 @@ async def test_a_chat_stream_opens_with_the_role_and_ends_with_a_finish_chunk() 
 
 
 async def test_no_chunk_without_choices_is_sent_unasked() -> None:
+    fields: dict[str, Any]
     for fields in ({}, {"stream_options": {}}, {"stream_options": {"include_usage": False}}):
         assert all(event["choices"] for event in await stream(say("a"), **fields))
 

@@ -15,7 +15,7 @@ from tgi_asgi.settings import Settings
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
-NOT = {"properties": {"a": {"not": {}}}}
+NOT: dict[str, Any] = {"properties": {"a": {"not": {}}}}
 UNENFORCEABLE = {"type": "function", "function": {"name": "g", "parameters": NOT, "strict": True}}
 
 

@@ -188,7 +188,8 @@ async def test_a_choice_that_ends_after_another_has_failed_does_not_keep_a_block
     queues: list[asyncio.Queue[Sequence[TokenEvent] | TgiError]] = []
 
     async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
-        queues.append(queue := asyncio.Queue())
+        queue: asyncio.Queue[Sequence[TokenEvent] | TgiError] = asyncio.Queue()
+        queues.append(queue)
         while True:
             yield await queue.get()
 

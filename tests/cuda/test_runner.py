@@ -173,6 +173,21 @@ async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:
     assert answers[0] == answers[1]
 
 
+async def test_a_row_may_read_what_another_of_its_step_writes(runner: CudaRunner) -> None:
+    """Prompts that share a block, planned together: one computes it, the other has it in its table."""
+    starts = [SlotStart(slot, GREEDY, 0, PROMPT) for slot in (0, 1)]
+    writer = StepRow(0, PROMPT, 0, [5, 9], samples=True)
+    reader = StepRow(1, PROMPT[16:], 16, [5, 11], samples=True)
+    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
+    for step in range(1, 4):
+        at = len(PROMPT) + step - 1
+        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
+        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
+    job = Job(PROMPT, 4, GREEDY)
+    await generate(runner, [job])
+    assert [first for first, _ in drawn] == [second for _, second in drawn] == job.sampled
+
+
 async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
     bad = StepRow(0, [160], 0, [0], samples=True)
     with pytest.raises(PlanError):

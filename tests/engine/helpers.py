@@ -17,6 +17,7 @@ from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import TgiError
+from tgi_asgi.text.constrain.free import Part, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -58,14 +59,15 @@ def add_request(
     scheduler: Scheduler, request: GenerationRequest, arrival: int = 0, tenant: str | None = None
 ) -> list[Sequence]:
     """Queue a request's sequences as the engine does, and return them."""
-    chain = HashChain(root_digest(request.adapter, request.cache_salt), scheduler._block_size)
+    chain = HashChain(root_digest(request.adapter, request.cache_salt), scheduler.block_size)
     sequences: list[Sequence] = []
     for choice in range(request.n):
         sequences.append(
             Sequence(
                 request,
                 choice,
-                urgency=(float(arrival + 30 * request.priority), arrival, choice),
+                arrival_s=float(arrival),
+                number=arrival,
                 chain=chain,
                 eos_ids=frozenset({EOS_ID}),
                 leader=sequences[0] if choice else None,
@@ -76,15 +78,43 @@ def add_request(
     return sequences
 
 
+class WatchedGrammar:
+    """A grammar whose answers are free text up to the first of some tokens."""
+
+    def __init__(self, wakes: Tokens[int], masked_ids: Tokens[int] = ()) -> None:
+        self._part = Part(tuple(masked_ids), frozenset(wakes), {}, 0)
+
+    def watch(self) -> Watch:
+        return Watch([self._part])
+
+
 class Answer:
-    """What one request gave: the events by choice, as text and tokens, or the error that ended it."""
+    """A sink that keeps what one request gives: the events by choice, as text and tokens, or its error."""
 
     def __init__(self, channel: RequestChannel) -> None:
         self.channel = channel
         self.stats = channel.stats
         self.events: list[TokenEvent] = []
-        self.batches: list[list[TokenEvent]] = []
+        self.batches: list[Tokens[TokenEvent]] = []
         self.error: TgiError | None = None
+        self._has_ended = asyncio.Event()
+        channel.attach(self)
+
+    def on_events(self, events: Tokens[TokenEvent]) -> None:
+        self.batches.append(events)
+        self.events += events
+        if sum(event.finish is not None for event in self.events) == self.channel.request.n:
+            self._has_ended.set()
+
+    def on_error(self, error: TgiError) -> None:
+        self.error = error
+        self._has_ended.set()
+
+    async def wait(self) -> Answer:
+        """Wait for the request's end, for at most ten seconds."""
+        async with asyncio.timeout(10):
+            await self._has_ended.wait()
+        return self
 
     def of(self, choice: int = 0) -> list[TokenEvent]:
         return [event for event in self.events if event.index == choice]
@@ -105,16 +135,8 @@ def submit(engine: Engine, request: GenerationRequest) -> RequestChannel:
 
 
 async def collect(channel: RequestChannel) -> Answer:
-    """Take a request's events to its end, for at most ten seconds."""
-    answer = Answer(channel)
-    async with asyncio.timeout(10):
-        try:
-            async for events in channel:
-                answer.batches.append(events)
-                answer.events += events
-        except TgiError as error:
-            answer.error = error
-    return answer
+    """Take a request's events to its end."""
+    return await Answer(channel).wait()
 
 
 async def ask(engine: Engine, request: GenerationRequest) -> Answer:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.engine.helpers import Answer, WatchedGrammar, ask, collect, make_request, submit, until
 from tests.support.fake_runner import (
     EOS_ID,
     FakeRunner,
@@ -21,7 +21,7 @@ from tests.support.fake_runner import (
     script,
 )
 from tgi_asgi.engine import Engine, Histogram
-from tgi_asgi.engine.loop import AGING_S
+from tgi_asgi.engine.sequence import AGING_S
 from tgi_asgi.errors import (
     GenerationFailed,
     IncompleteGeneration,
@@ -69,17 +69,15 @@ async def test_64_streams_are_interleaved_and_equal_to_running_alone(make_engine
     ]
     order: list[str] = []
 
-    async def take(request: object, channel: object) -> list[int]:
-        tokens: list[int] = []
-        async for events in channel:  # type: ignore[attr-defined]
-            order.append(request.request_id)  # type: ignore[attr-defined]
-            tokens += [event.token_id for event in events]
-        return tokens
+    class Ordered(Answer):
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            order.append(self.channel.request.request_id)
+            super().on_events(events)
 
-    async with asyncio.timeout(10):
-        results = await asyncio.gather(*(take(r, submit(engine, r)) for r in requests))
-    for request, tokens in zip(requests, results, strict=True):
-        assert tokens == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
+    answers = [Ordered(submit(engine, request)) for request in requests]
+    for request, answer in zip(requests, answers, strict=True):
+        await answer.wait()
+        assert answer.tokens() == expected_tokens(request.prompt_ids, 30, sampling=SEEDED)
     # Everybody had ten tokens before anybody had thirty.
     first_done = min(len(order) - 1 - order[::-1].index(request.request_id) for request in requests)
     assert all(order[:first_done].count(request.request_id) >= 10 for request in requests)
@@ -297,10 +295,13 @@ async def test_a_storm_of_cancellations_leaves_nothing_and_harms_nobody(make_eng
     await asyncio.gather(*map(collect, victims))
 
 
-async def test_a_sink_that_raises_loses_its_own_request_only(make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("error", [ValueError("broken"), asyncio.CancelledError()])
+async def test_a_sink_that_raises_loses_its_own_request_only(
+    make_engine: MakeEngine, error: BaseException
+) -> None:
     class Broken(Recorder):
         def on_events(self, events: Sequence[TokenEvent]) -> None:
-            raise ValueError("broken")
+            raise error
 
     engine = make_engine()
     bad = submit(engine, make_request(5, max_tokens=50))
@@ -432,3 +433,58 @@ async def test_what_finished_in_the_step_after_which_the_engine_gives_up_is_deli
     assert good.finish() is FinishReason.LENGTH
     assert all(isinstance(answer.error, GenerationFailed) for answer in bad)
     await engine.stop()
+
+
+async def test_requests_are_aborted_by_their_id_running_or_waiting(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(max_batch_size=1, is_manual=True)
+    engine = make_engine(runner)
+    named, other = make_request(5, 50), make_request(6, 5)
+    running, waiting, kept = submit(engine, named), submit(engine, named), submit(engine, other)
+    await until(lambda: runner.num_in_flight > 0)
+    assert engine.abort("nobody") == 0
+    assert engine.abort(named.request_id) == 2
+    assert engine.abort(named.request_id) == 0, "they have ended, or will"
+    runner.is_manual = False
+    runner.run_next()
+    for channel in (running, waiting):
+        error = (await collect(channel)).error
+        assert isinstance(error, IncompleteGeneration) and "aborted" in str(error)
+    assert (await collect(kept)).finish() is FinishReason.LENGTH
+    assert (engine.stats.failed, engine.stats.cancelled) == (2, 0)
+
+
+async def test_a_reset_cache_is_cold_and_those_that_use_it_do_not_notice(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    await ask(engine, make_request(40, 2))
+    running = submit(engine, make_request(40, 60, sampling=SEEDED))
+    await until(lambda: running.stats.generated_tokens > 5)
+    assert engine.reset_prefix_cache() == 2
+    assert engine.reset_prefix_cache() == 0
+    again = await ask(engine, make_request(40, 2))
+    assert running.stats.cached_tokens == 32 and again.stats.cached_tokens == 0
+    tokens = (await collect(running)).tokens()
+    assert tokens == expected_tokens(make_request(40).prompt_ids, 60, sampling=SEEDED)
+
+
+@pytest.mark.parametrize("prompt_len", [5, 12, 13])  # the slot starts again inside a block, or with one
+async def test_free_text_needs_no_grammar_until_its_mark(make_engine: MakeEngine, prompt_len: int) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    prompt = make_request(prompt_len).prompt_ids
+    expected = expected_tokens(prompt, 20, sampling=SEEDED)
+    wake = next(index for index in range(3, 20) if expected[index] not in expected[:index])
+    grammar = WatchedGrammar([expected[wake]], masked_ids=[7])
+    answer = await ask(engine, make_request(prompt, 20, sampling=SEEDED, grammar=grammar))
+    assert answer.tokens() == expected
+    before, behind = [start for plan in runner.plans for start in plan.starts]
+    assert (before.grammar, before.masked_ids, before.min_tokens) == (None, (7,), 20)
+    assert (behind.grammar, behind.masked_ids) == (grammar, ())
+    assert behind.output_ids == expected[: wake + 1]
+
+
+async def test_a_request_for_a_least_length_is_masked_from_its_beginning(make_engine: MakeEngine) -> None:
+    runner = FakeRunner()
+    grammar = WatchedGrammar([97])
+    await ask(make_engine(runner), make_request(5, stop={"min_tokens": 2}, grammar=grammar))
+    (start,) = [start for plan in runner.plans for start in plan.starts]
+    assert (start.grammar, start.masked_ids) == (grammar, (EOS_ID,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.helpers import ask, collect, make_request, submit, until
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
 from tgi_asgi.engine import Engine
-from tgi_asgi.errors import GenerationFailed, InvalidRequest, TgiError, Unavailable
+from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.grammar import Grammar
@@ -347,11 +346,37 @@ async def test_a_bug_in_the_engine_is_not_silent() -> None:
     await must_be_dead(engine, deaths, "the engine failed")
 
 
+@pytest.mark.parametrize("num_steps", [0, 3])
+async def test_an_engine_whose_task_is_cancelled_is_dead(num_steps: int) -> None:
+    """As by a timeout of somebody whose code ran in it: `stop` alone may end it."""
+    runner, deaths = FakeRunner(is_manual=True), Deaths()
+    engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), on_fatal=deaths)
+    engine.start()
+    channel = submit(engine, make_request(9, 50))
+    for _ in range(num_steps):
+        await until(lambda: runner.num_in_flight > 0)
+        runner.run_next()
+    (task,) = (task for task in asyncio.all_tasks() if task.get_name() == "engine")
+    task.cancel()
+    assert isinstance((await collect(channel)).error, GenerationFailed)
+    runner.is_manual = False
+    await must_be_dead(engine, deaths, "cancelled")
+
+
+async def test_stopping_is_no_death(make_engine: MakeEngine) -> None:
+    engine, deaths = make_engine(), Deaths()
+    engine.on_fatal = deaths
+    channel = submit(engine, make_request(9, 50))
+    await engine.stop()
+    assert isinstance((await collect(channel)).error, IncompleteGeneration)
+    assert deaths.errors == [] and engine.state is EngineState.DRAINING
+
+
 async def test_a_ban_on_all_that_a_grammar_allows_is_the_client_s_mistake(make_engine: MakeEngine) -> None:
     runner = FakeRunner(num_blocks=200)
     runner.is_poisoned = lambda tokens: tokens[0] == POISON  # as the sampler says it of a row without a token
     engine = make_engine(runner)
-    grammar = cast(Grammar, object())
+    grammar = Grammar(None, None)
     banned = make_request([POISON], 5, sampling=SamplingParams(logit_bias=((7, -100.0),)), grammar=grammar)
     for _ in range(10):
         answer = await ask(engine, banned)

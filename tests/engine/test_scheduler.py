@@ -201,6 +201,51 @@ def test_a_priority_decides_who_is_preempted() -> None:
     assert (low.state, high.state) == (SequenceState.WAITING, SequenceState.RUNNING)
 
 
+def test_who_holds_most_blocks_is_preempted_whatever_others_wait_for() -> None:
+    scheduler, runner = make_scheduler(num_blocks=10), FakeRunner()
+    greedy = [
+        add_request(scheduler, make_request(range(at, at + 30), max_tokens=50), at, "greedy")[0]
+        for at in (0, 50, 100)
+    ]
+    run(scheduler, runner, must_plan(scheduler))
+    late = make_request(range(150, 160), max_tokens=50, priority=9)
+    modest = add_request(scheduler, late, 150, "modest")[0]
+    while scheduler._stats.preemptions == 0:
+        run(scheduler, runner, must_plan(scheduler))
+    assert modest.state is SequenceState.RUNNING, "the least urgent of all holds least"
+    assert [sequence.state for sequence in greedy] == [SequenceState.RUNNING] * 2 + [SequenceState.WAITING]
+    run_all(scheduler, runner)
+    assert finished([*greedy, modest])
+    assert runner.violations == []
+
+
+def test_the_most_urgent_is_never_preempted_whatever_it_holds() -> None:
+    scheduler, runner = make_scheduler(num_blocks=6), FakeRunner()
+    large = add_request(scheduler, make_request(range(50), max_tokens=40), 0, "large")[0]
+    small = add_request(scheduler, make_request(range(100, 110), max_tokens=40), 1, "small")[0]
+    while scheduler._stats.preemptions == 0:
+        run(scheduler, runner, must_plan(scheduler))
+    assert (large.state, small.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    run_all(scheduler, runner)
+    assert finished([large, small])
+
+
+def test_a_priority_does_not_count_as_waiting() -> None:
+    """How long a prompt has waited sizes its chunks."""
+    waited: list[float] = []
+
+    class Budget:
+        def tokens(self, num_decode_rows: int, waited_s: float) -> int:
+            waited.append(waited_s)
+            return 512
+
+    scheduler = make_scheduler()
+    scheduler._budget = Budget()  # type: ignore[assignment]
+    add_request(scheduler, make_request(5, priority=-10), arrival=100)
+    scheduler.plan(now=101.0)
+    assert waited == [1.0]
+
+
 def test_a_preempted_sequence_forgets_what_a_step_in_flight_draws_for_it() -> None:
     scheduler, runner = make_scheduler(num_blocks=4), FakeRunner()
     add_request(scheduler, make_request(range(31), max_tokens=20), arrival=0)
@@ -242,10 +287,106 @@ def test_a_second_prompt_takes_the_cached_prefix() -> None:
     add_request(scheduler, make_request(range(70)))
     run_all(scheduler, runner)
     again = add_request(scheduler, make_request([*range(50), 240]), arrival=1)[0]
-    (row,) = must_plan(scheduler).plan.rows
+    step = must_plan(scheduler)
+    (row,) = step.plan.rows
+    run(scheduler, runner, step)
     assert (row.start, row.num_tokens, again.num_cached) == (48, 3, 48)
     assert scheduler._stats.prefix_hit_tokens == 48
     assert scheduler._stats.prefix_query_tokens == 70 + 51
+
+
+def test_prompts_of_one_step_compute_what_they_share_once() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    first, *others = [add_request(scheduler, make_request([*range(64), own]), own)[0] for own in (65, 66, 67)]
+    step = must_plan(scheduler)
+    assert step.sequences == [first, *others]
+    assert [(row.start, row.num_tokens) for row in step.plan.rows] == [(0, 65), (64, 1), (64, 1)]
+    run(scheduler, runner, step)
+    assert [sequence.num_cached for sequence in (first, *others)] == [0, 64, 64]
+    assert (scheduler._stats.prefix_query_tokens, scheduler._stats.prefix_hit_tokens) == (3 * 65, 2 * 64)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
+def test_what_a_step_in_flight_computes_is_found() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    add_request(scheduler, make_request(range(64)), 0)
+    first = must_plan(scheduler)
+    add_request(scheduler, make_request([*range(64), 70]), 1)
+    second = must_plan(scheduler)
+    assert second.plan.rows[1].start == 64
+    run(scheduler, runner, first)
+    run(scheduler, runner, second)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
+def test_what_an_ended_sequence_was_to_fill_is_found_too() -> None:
+    """Its rows run nevertheless, before those of whoever found it."""
+    scheduler, runner = make_scheduler(), FakeRunner()
+    gone = add_request(scheduler, make_request(range(64)), 0)[0]
+    first = must_plan(scheduler)
+    scheduler.remove(gone)
+    add_request(scheduler, make_request([*range(64), 70]), 1)
+    second = must_plan(scheduler)
+    assert second.plan.rows[0].start == 64
+    run(scheduler, runner, first)
+    run(scheduler, runner, second)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
+def test_what_is_left_of_a_budget_below_a_block_starts_nobody() -> None:
+    """Else it would look into the cache for what the prompt before it is about to compute."""
+    scheduler, runner = make_scheduler(max_prefill_tokens=40), FakeRunner()
+    for own in range(4):
+        add_request(scheduler, make_request([*range(100), 200 + own]), own)
+    steps = run_all(scheduler, runner)
+    assert [[row.num_tokens for row in step.plan.rows] for step in steps[:3]] == [[32], [32], [37]]
+    # The last one's three, and those of the others behind 96 shared tokens.
+    assert [row.num_tokens for row in steps[3].plan.rows] == [1, 5, 5, 5]
+
+
+def test_hits_on_what_a_failed_step_was_to_compute_are_dropped() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    first = add_request(scheduler, make_request([*range(64), 70]), 0)[0]
+    failed = must_plan(scheduler)
+    second = add_request(scheduler, make_request([*range(64), 80]), 1)[0]
+    following = must_plan(scheduler)
+    for step in (failed, following):
+        runner.execute(step.plan, is_tainted=True)
+    scheduler.rollback(following)
+    scheduler.rollback(failed)
+    assert (first.state, second.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    assert scheduler.retry(failed, range(1), max_tokens=16) is not None
+    again = must_plan(scheduler)  # behind the retry of a quarter, which nobody waited for
+    assert [(row.start, row.num_tokens) for row in again.plan.rows] == [(16, 49), (64, 1)]
+    assert scheduler._stats.prefix_query_tokens == 0, "no result yet"
+
+
+@pytest.mark.parametrize("wants_prompt_logprobs", [False, True])
+def test_a_choice_waits_for_a_prompt_that_is_tried_again_in_parts(wants_prompt_logprobs: bool) -> None:
+    scheduler, runner = make_scheduler(max_prefill_tokens=32), FakeRunner()
+    request = make_request(range(60), n=2, prompt_logprobs=0 if wants_prompt_logprobs else None)
+    leader, follower = add_request(scheduler, request)
+    run(scheduler, runner, must_plan(scheduler))
+    failed, following = must_plan(scheduler), must_plan(scheduler)
+    assert following.sequences == [leader, follower], "the scene is not as meant"
+    for step in (failed, following):
+        runner.execute(step.plan, is_tainted=True)
+    scheduler.rollback(following)
+    scheduler.rollback(failed)
+    assert follower.state is SequenceState.HELD
+    part = scheduler.retry(failed, range(1), max_tokens=16)
+    assert part is not None
+    run(scheduler, runner, part)
+    while follower.state is SequenceState.HELD:
+        step = must_plan(scheduler)
+        assert step.sequences == [leader]
+        run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    assert finished([leader, follower])
+    assert runner.violations == []
 
 
 def test_the_next_turn_computes_only_what_is_new() -> None:

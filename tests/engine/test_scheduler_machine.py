@@ -1,5 +1,7 @@
 """The scheduler and the block pool under random requests, cancellations, preemptions, forks and failed steps.
 
+Prompts of a family share what they have in common, also those of one step, or with one in flight.
+
 Steps run on the fake runner's simulated cache, which fails as soon as a row would read anything but its own
 sequence's tokens. A step runs at any moment between its planning and its completion, in order, up to two of
 them in flight: all that the engine may do.
@@ -13,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.engine.helpers import add_request, make_request, make_scheduler
+from tests.engine.helpers import WatchedGrammar, add_request, make_request, make_scheduler
 from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
@@ -21,14 +23,15 @@ from tgi_asgi.runner.plan import StepResult
 from tgi_asgi.types import SamplingParams
 
 BLOCK = 4
+SELDOM = st.sampled_from((False, False, False, True))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(6, 20),
+        num_blocks=st.integers(6, 30),
         max_batch_size=st.integers(1, 5),
-        max_prefill=st.sampled_from([4, 8, 64]),
-        prefix_cache=st.booleans(),
+        max_prefill=st.sampled_from([4, 16, 64]),
+        is_forgetful=SELDOM,
         num_eager=st.none() | st.integers(1, 8),
     )
     def start(
@@ -36,7 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks: int,
         max_batch_size: int,
         max_prefill: int,
-        prefix_cache: bool,
+        is_forgetful: bool,
         num_eager: int | None,
     ) -> None:
         self.scheduler = make_scheduler(
@@ -45,7 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=BLOCK,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,
-            prefix_cache=prefix_cache,
+            prefix_cache=not is_forgetful,
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=BLOCK, max_batch_size=max_batch_size)
         self.num_blocks = num_blocks
@@ -60,9 +63,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_len=st.integers(1, 20),
         max_tokens=st.integers(1, 16),
         n=st.integers(1, 3),
+        num_alike=st.integers(1, 3),
+        tenant=st.sampled_from("ab"),
         priority=st.integers(0, 1),
-        is_prefix_cached=st.booleans(),
-        wants_prompt_logprobs=st.booleans(),
+        is_private=SELDOM,
+        wants_prompt_logprobs=SELDOM,
+        is_watched=SELDOM,
     )
     def submit(
         self,
@@ -71,26 +77,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_len: int,
         max_tokens: int,
         n: int,
+        num_alike: int,
+        tenant: str,
         priority: int,
-        is_prefix_cached: bool,
+        is_private: bool,
         wants_prompt_logprobs: bool,
+        is_watched: bool,
     ) -> None:
         prompt = [family * 50 + position for position in range(prompt_len)]
         if turn is not None and self.answers:
             prompt = self.answers[-1 - turn % len(self.answers)] + prompt[:3]
-        if -(-(len(prompt) + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
-            return
-        request = make_request(
-            prompt,
-            max_tokens,
-            sampling=SamplingParams(seed=self.num_arrived),
-            n=n,
-            priority=priority,
-            is_prefix_cached=is_prefix_cached,
-            prompt_logprobs=0 if wants_prompt_logprobs else None,
-        )
-        self.open += add_request(self.scheduler, request, self.num_arrived)
-        self.num_arrived += 1
+        for own in range(num_alike):
+            tokens = [*prompt, 200 + own] if num_alike > 1 else prompt
+            if -(-(len(tokens) + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
+                return
+            request = make_request(
+                tokens,
+                max_tokens,
+                sampling=SamplingParams(seed=self.num_arrived),
+                n=n,
+                priority=priority,
+                is_prefix_cached=not is_private,
+                prompt_logprobs=0 if wants_prompt_logprobs else None,
+                grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
+            )
+            self.open += add_request(self.scheduler, request, self.num_arrived, tenant)
+            self.num_arrived += 1
 
     @precondition(lambda self: len(self.flights) < 2)
     @rule(runs_early=st.booleans())
@@ -111,21 +123,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._apply(step, results[0])
 
     @precondition(lambda self: self.flights and not self.flights[0][1])
-    @rule(is_split=st.booleans())
-    def fail(self, is_split: bool) -> None:
-        """The oldest step fails: what came after it is void, and its rows run again."""
+    @rule(
+        is_split=st.booleans(),
+        is_backwards=st.booleans(),
+        max_tokens=st.none() | st.integers(1, 8),
+        num_more=st.integers(0, 2),
+    )
+    def fail(self, is_split: bool, is_backwards: bool, max_tokens: int | None, num_more: int) -> None:
+        """The oldest step fails: what came after it is void, and its rows run again, or parts of them."""
         (failed, _), *following = self.flights
         self.flights.clear()
         self._break(failed)
         for step, _ in reversed(following):
             self.runner.execute(step.plan, is_tainted=True)
             self.scheduler.rollback(step)
-        self.scheduler.rollback(failed)
-        middle = len(failed.sequences) // 2 if is_split else 0
-        for rows in (range(middle), range(middle, len(failed.sequences))):
-            again = self.scheduler.retry(failed, rows)
-            if again is not None:
-                self._apply(again, self.runner.execute(again.plan))
+        pending = [failed]
+        while pending:
+            step = pending.pop()
+            self.scheduler.rollback(step)
+            middle = len(step.sequences) // 2 if is_split else 0
+            halves = [range(middle), range(middle, len(step.sequences))]
+            for rows in reversed(halves) if is_backwards else halves:
+                again = self.scheduler.retry(step, rows, max_tokens)
+                if again is None:
+                    continue
+                if num_more:
+                    num_more -= 1
+                    self._break(again)
+                    pending.append(again)
+                else:
+                    self._apply(again, self.runner.execute(again.plan))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -186,11 +213,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             writable.update(sequence.table[sequence.num_computed // BLOCK :])
             if sequence.copy_source is not None:
                 holders[sequence.copy_source] += 1
-        assert all(pool.references(block) == holders[block] for block in range(self.num_blocks))
+        assert pool._references == [holders[block] for block in range(self.num_blocks)]
         tables = Counter(block for sequence in self.scheduler.running for block in sequence.table)
         for block in writable:
             assert tables[block] == 1, f"block {block} will be written and is shared"
-            assert not pool.is_registered(block), f"block {block} will be written and is in the cache"
+            assert pool._digests[block] is None, f"block {block} will be written and is in the cache"
 
     @invariant()
     def sequences_are_accounted_for(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +18,22 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.types import FinishReason, GenerationRequest, ModelInfo, SamplingParams, StopConditions
 
 EOS = 1
+MARK = 96  # "~"
+# Any text, or text, the mark and digits: what `auto` makes of tools, as short as can be.
+AUTO = GrammarSource(
+    'start: TEXT | opening CALLS\nTEXT: /(.|\\n)*/\nopening[lazy]: /(.|\\n)*/ "~"\nCALLS: /[0-9]{6,9};/',
+    free=(literal("~"),),
+)
+AUTO_MASKED = dataclasses.replace(AUTO, free=())
 PATTERN = "[a-z]{30,50}-[0-9]{3}"
 
 
@@ -111,3 +122,66 @@ async def test_min_tokens_keeps_an_answer_going_where_the_grammar_lets_it(
     open_ended = GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]+"))
     (answer,) = await alone(engine, [request(2, open_ended, min_tokens=70)])
     assert len(answer.text()) >= 70
+
+
+def auto_requests(grammar: Grammar) -> list[GenerationRequest]:
+    """Some with filters, whose cut moves with what may be drawn; the mark is likelier than it would be."""
+    return [
+        dataclasses.replace(
+            request(seed, grammar, n=1 + seed % 2),
+            sampling=SamplingParams(seed=seed, top_p=0.7 if seed % 2 else 1.0, logit_bias=((MARK, 1.0),)),
+        )
+        for seed in range(8)
+    ]
+
+
+async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: Llama) -> None:
+    size = model.config.vocab_size
+    free = GrammarCompiler(Letters(size), size).compile(AUTO)
+    masked = GrammarCompiler(Letters(size), size).compile(AUTO_MASKED)
+    assert free.watch() is not None and masked.watch() is None
+    expected = await alone(engine, auto_requests(masked))
+    found = await alone(engine, auto_requests(free))
+    assert engine.stats.preemptions == 0
+    together = await asyncio.gather(*(collect(submit(engine, each)) for each in auto_requests(free)))
+    assert engine.stats.preemptions > 0
+    texts = [answer.text(choice) for answer in expected for choice in range(answer.channel.request.n)]
+    calls = [text for text in texts if re.fullmatch(r"[^~]*~[0-9]{6,9};", text)]
+    assert 2 < len(calls) < len(texts), "the scene is not as meant"
+    for answers in (found, together):
+        for answer, other in zip(answers, expected, strict=True):
+            for choice in range(answer.channel.request.n):
+                assert answer.tokens(choice) == other.tokens(choice)
+                assert answer.finish(choice) == other.finish(choice)
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+async def test_a_row_of_free_text_takes_no_step_to_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_free: bool
+) -> None:
+    files = save(make_model(num_attention_heads=2, num_key_value_heads=1), tmp_path)
+    with OpenModel(files) as opened:
+        recorded = Llama(opened.config, opened.weights, ops.Packing(is_exact=True), max_positions=256)
+    size = recorded.config.vocab_size
+    grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
+    kv = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    runner = CpuRunner(recorded, kv, max_batch_size=8, max_step_tokens=128, max_context=192)
+    plans: list[StepPlan] = []
+    run = runner.run
+
+    def noting(plan: StepPlan) -> StepResult:
+        plans.append(plan)
+        return run(plan)
+
+    monkeypatch.setattr(runner, "run", noting)
+    info = ModelInfo("tiny", None, "Llama", "float32", "cpu", size, 191, 192, frozenset({EOS}))
+    engine = Engine(runner, Letters(size), Settings(), info)
+    engine.start()
+    never = SamplingParams(seed=1, logit_bias=((MARK, -100.0), (EOS, -100.0)))
+    auto = dataclasses.replace(request(1, grammar), sampling=never)
+    answers = await asyncio.gather(
+        *(collect(submit(engine, each)) for each in (auto, request(2, None), request(3, None)))
+    )
+    await engine.stop()
+    assert all(len(answer.tokens()) > 20 for answer in answers[:1])
+    assert any(not plan.starts for plan in plans) is not is_free

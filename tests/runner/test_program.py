@@ -198,6 +198,18 @@ CHUNKED = [
     [Piece(2, 255, 256), Piece(0, 299, 300)],
 ]
 
+# Pieces that read what others of the same step write, before or behind them.
+TOGETHER = [
+    Piece(0, 256, 257),
+    Piece(2, 0, 96),
+    Piece(0, 0, 256),
+    Piece(1, 16, 17),
+    Piece(0, 257, 300),
+    Piece(1, 0, 16),
+    Piece(2, 96, 256),
+    Piece(3, 0, 1),
+]
+
 
 def by_token(results: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[tuple[int, int], Tensor]:
     """Logits by (sequence, position)."""
@@ -226,18 +238,20 @@ def test_chunks_batches_and_block_tables_change_no_bit(
     format: str, is_exact: bool, has_qk_norm: bool, kv_dtype: torch.dtype
 ) -> None:
     config = replace(CONFIG, has_qk_norm=has_qk_norm)
-    whole, chunked, shuffled = (
-        recorded_cache(format, is_exact=is_exact, config=config, kv_dtype=kv_dtype) for _ in range(3)
+    whole, chunked, together, shuffled = (
+        recorded_cache(format, is_exact=is_exact, config=config, kv_dtype=kv_dtype) for _ in range(4)
     )
     expected = by_token([(WHOLE, whole.run(WHOLE))])
     found = by_token([(pieces, chunked.run(pieces)) for pieces in CHUNKED])
+    at_once = by_token([(TOGETHER, together.run(TOGETHER))])
     shuffled.free = list(map(int, np.random.default_rng(0).permutation(NUM_BLOCKS)))
     alone = by_token([([piece], shuffled.run([piece])) for piece in reversed(WHOLE)])
-    assert found.keys() == alone.keys() == expected.keys()
+    assert found.keys() == alone.keys() == at_once.keys() == expected.keys()
     for place, logits in expected.items():
         assert torch.isfinite(logits).all()
         assert_same_bits(found[place], logits)
         assert_same_bits(alone[place], logits)
+        assert_same_bits(at_once[place], logits)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])

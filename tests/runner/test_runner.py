@@ -101,6 +101,23 @@ async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
     assert result.sampled[0].token_id == job.token_ids[1]
 
 
+async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner) -> None:
+    """Prompts that share a block, planned together: one computes it, the other has it in its table."""
+    starts = [SlotStart(slot, SEEDED, 0, PROMPT) for slot in (0, 1)]
+    writer = StepRow(0, PROMPT, 0, [5, 9], samples=True)
+    reader = StepRow(1, PROMPT[16:], 16, [5, 11], samples=True)
+    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
+    for step in range(1, 4):
+        at = len(PROMPT) + step - 1
+        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
+        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
+    job = Job(PROMPT, 4, SEEDED)
+    await generate(runner, [job])
+    for row in (0, 1):
+        sampled = [step[row] for step in drawn]
+        assert [each and each.token_id for each in sampled] == job.token_ids
+
+
 async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner) -> None:
     sampling = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.5)
     job = Job(PROMPT, 10, sampling)

@@ -14,8 +14,9 @@ import pytest
 
 from tests.serve.conftest import Place
 from tests.support.serving import LOCAL, App, connect, serving
+from tgi_asgi.api.sse import DIRECT_WRITE
 from tgi_asgi.serve import body_chunks
-from tgi_asgi.serve.body_chunks import DIRECT_WRITE, Stream
+from tgi_asgi.serve.body_chunks import Stream
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST_REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"

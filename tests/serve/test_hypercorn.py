@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hypercorn.asyncio.run
 import hypercorn.protocol.h2
-import hypercorn.protocol.h11
 import pytest
 
 from tests.serve.conftest import Place
-from tests.support.serving import LOCAL, connect, own_hypercorn, serving
+from tests.support.serving import LOCAL, REPLACED, connect, own_hypercorn, serving
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.serve import hypercorn as module
 from tgi_asgi.serve.body_chunks import Stream
@@ -26,9 +24,7 @@ from tgi_asgi.settings import Settings
 
 
 def _classes() -> list[object]:
-    return [
-        hypercorn.asyncio.run.TCPServer, hypercorn.protocol.H11Protocol, hypercorn.protocol.h11.HTTPStream
-    ]  # fmt: skip
+    return [getattr(holder, name) for holder, name in REPLACED]
 
 
 def test_hypercorn_takes_over_the_socket_and_none_of_its_short_limits() -> None:
@@ -62,12 +58,13 @@ def test_the_key_may_be_in_the_certificate_s_file(tls: Place, tmp_path: Path) ->
 
 
 def test_our_classes_take_the_place_of_hypercorn_s_for_http_1() -> None:
-    own, own_2 = _classes(), hypercorn.protocol.h2.HTTPStream
+    own, http_2 = _classes(), vars(hypercorn.protocol.h2)
+    own_2 = http_2["HTTPStream"]
     with own_hypercorn():
         install(ConnectionLimit(0))
         assert not any(ours is theirs for ours, theirs in zip(_classes(), own, strict=True))
-        assert hypercorn.protocol.h11.HTTPStream is Stream
-        assert hypercorn.protocol.h2.HTTPStream is own_2
+        assert _classes()[-1] is Stream
+        assert http_2["HTTPStream"] is own_2
     assert _classes() == own
 
 

@@ -10,6 +10,7 @@ from tgi_asgi.cli import make_command
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.serve.launcher_compat import (
     OPTIONS,
+    CompatOption,
     Treatment,
     apply_paths,
     check_options,
@@ -83,7 +84,7 @@ def test_a_flag_wins_over_the_environment() -> None:
 @pytest.mark.parametrize(
     "option", [o for o in OPTIONS if o.treatment is Treatment.REFUSED], ids=lambda o: o.name
 )
-def test_what_would_silently_be_missing_is_refused(option) -> None:
+def test_what_would_silently_be_missing_is_refused(option: CompatOption) -> None:
     value = {"num_shard": "2", "sharded": "true"}.get(option.name, "x")
     with pytest.raises(InvalidRequest, match=option.variable):
         check_options({}, {option.variable: value})

@@ -19,13 +19,13 @@ from tests.support.scripted_engine import CHATML, toy_info
 from tests.support.toy_tokenizer import ToyTokenizer
 from tgi_asgi import cli
 from tgi_asgi.api.context import Served
-from tgi_asgi.app import Progress
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.runner.plan import DeviceLost, StepPlan
 from tgi_asgi.serve import server
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
+from tgi_asgi.types import Progress
 
 
 def load(settings: Settings, progress: Progress) -> Served:
@@ -90,5 +90,5 @@ def _lose_device(plan: StepPlan) -> BaseException:
 
 
 if __name__ == "__main__":
-    server.run = partial(server.run, loader=load)  # type: ignore[assignment]
+    server.run = partial(server.run, loader=load)
     cli.main()

@@ -20,7 +20,7 @@ PARENT = "b7ad6b7169203331"
 FAILED = {"prompt": "x" * 5000, "max_tokens": 5}
 
 
-class Collector(service.TraceServiceServicer):  # type: ignore[misc]
+class Collector(service.TraceServiceServicer):
     """Keeps what it is sent."""
 
     def __init__(self) -> None:

@@ -262,8 +262,10 @@ def test_anthropic_s_sdk_calls_tools(claude: anthropic.Anthropic) -> None:
     with claude.messages.stream(
         tools=tools, tool_choice={"type": "tool", "name": "weather"}, **options
     ) as stream:
-        parts = "".join(event.delta.partial_json for event in stream if event.type == "content_block_delta")
+        deltas = [event.delta for event in stream if event.type == "content_block_delta"]
         (block,) = stream.get_final_message().content
+    assert all(delta.type == "input_json_delta" for delta in deltas)
+    parts = "".join(delta.partial_json for delta in deltas if delta.type == "input_json_delta")
     assert block.type == "tool_use" and block.input == json.loads(parts)
     jsonschema.validate(block.input, WEATHER)
 

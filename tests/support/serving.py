@@ -8,6 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from types import ModuleType
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -26,15 +27,19 @@ from tgi_asgi.settings import Settings
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LOCAL = Settings(hostname="127.0.0.1", port=0)
+REPLACED: tuple[tuple[ModuleType, str], ...] = (  # where hypercorn looks for the classes that are ours
+    (hypercorn.asyncio.run, "TCPServer"),
+    (hypercorn.protocol, "H11Protocol"),
+    (hypercorn.protocol.h11, "HTTPStream"),
+)
 
 
 @contextlib.contextmanager
 def own_hypercorn() -> Iterator[pytest.MonkeyPatch]:
     """Put hypercorn's own classes back at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hypercorn.asyncio.run, "TCPServer", hypercorn.asyncio.run.TCPServer)
-        patch.setattr(hypercorn.protocol, "H11Protocol", hypercorn.protocol.H11Protocol)
-        patch.setattr(hypercorn.protocol.h11, "HTTPStream", hypercorn.protocol.h11.HTTPStream)
+        for module, name in REPLACED:
+            patch.setattr(module, name, getattr(module, name))
         yield patch
 
 

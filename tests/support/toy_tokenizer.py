@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tgi_asgi.text.chat.guard import PromptGuard
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
@@ -67,6 +69,6 @@ class ToyTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         kept = (i for i in ids if not (skip_special_tokens and i in _SPECIAL))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")

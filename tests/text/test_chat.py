@@ -140,7 +140,9 @@ def test_renders_what_transformers_renders(
     name: str, messages: list[dict[str, Any]], options: dict[str, Any]
 ) -> None:
     options = {"add_generation_prompt": True, **options}
-    expected, _ = render_jinja_template([messages], chat_template=TEMPLATES[name], **SPECIAL, **options)
+    # Annotated as a string, but a pair: the texts, and where each assistant's part lies.
+    rendered: Any = render_jinja_template([messages], chat_template=TEMPLATES[name], **{**SPECIAL, **options})
+    expected, _ = rendered
     assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages, **options) == expected[0]
 
 
@@ -278,7 +280,7 @@ def _write_config(path: Path, template: object) -> Path:
 def test_sources_in_their_order(tmp_path: Path) -> None:
     def render(**extra: Any) -> str | None:
         template = load_chat_template({}, directory=tmp_path, metadata=metadata, **extra)
-        return template and template.render([USER])
+        return None if template is None else template.render([USER])
 
     metadata: dict[str, Any] = {}
     assert render() is None

@@ -257,7 +257,7 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
     ],
 )
 def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
-    assert parse(ReplyParser(None, FORMATS["pythonic"]), f"[f({written})]", 3) == [
+    assert parse(ReplyParser(None, FORMATS["pythonic"], SPECS), f"[f({written})]", 3) == [
         CallStart("f"), CallArguments(arguments),
     ]  # fmt: skip
 
@@ -265,7 +265,10 @@ def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
 def test_a_call_that_is_cut_keeps_what_there_is() -> None:
     text = TWO_CALLS["hermes"]
     cut = text[: text.index("1") + 1]
-    assert parse(ReplyParser(None, FORMATS["hermes"]), cut, 4) == [CallStart("f"), CallArguments('{"a": 1')]
+    assert parse(ReplyParser(None, FORMATS["hermes"], SPECS), cut, 4) == [
+        CallStart("f"),
+        CallArguments('{"a": 1'),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +300,7 @@ def test_a_template_shows_its_reasoning_style() -> None:
 
 def test_a_history_of_calls_is_spelled_out_for_templates_that_know_none() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": None, "tool_calls": [call, call]},
         {"role": "tool", "tool_call_id": "c1", "content": "42"},
@@ -407,7 +410,7 @@ def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompile
 
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
     call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    history = [
+    history: list[dict[str, Any]] = [
         {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "abcdefgh9"}]},
         {"role": "tool", "tool_call_id": call["id"], "content": "42"},
     ]

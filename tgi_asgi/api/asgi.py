@@ -1,4 +1,4 @@
-"""The few ASGI operations that routes need: read a body under limits, send a response in one go.
+"""The few ASGI operations that routes need: headers, and a body under limits.
 
 Called by `exchange.py`; knows nothing of dialects, engines or models.
 """
@@ -6,9 +6,10 @@ Called by `exchange.py`; knows nothing of dialects, engines or models.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from tgi_asgi.errors import Overloaded, PayloadTooLarge, RequestTimeout
@@ -17,7 +18,7 @@ from tgi_asgi.settings import MIB
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Coroutine[Any, Any, None]]  # a coroutine function: streams advance it by hand
+Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
@@ -45,10 +46,27 @@ def request_id_of(scope: Scope) -> str:
     return given.decode("ascii") if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-async def read_body(receive: Receive, scope: Scope, limit: int, hold: Callable[[int], None]) -> list[bytes]:
+async def parts_of(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield what is left of a request's body.
+
+    Raises:
+        ClientDisconnected: the client went away before its end.
+    """
+    has_more = True
+    while has_more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        has_more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+async def read_body(
+    receive: Receive, declared: bytes | None, limit: int, hold: Callable[[int], None]
+) -> list[bytes]:
     """Read the request's whole body, in parts: to join large ones takes milliseconds.
 
-    A body that is too large is refused by its `Content-Length` or as soon as it has grown past the limit; a
+    One that is too large is refused by its `Content-Length` or as soon as it has grown past the limit; a
     bounded remainder is read and thrown away, because clients that still write do not see an answer.
 
     Args:
@@ -59,66 +77,38 @@ async def read_body(receive: Receive, scope: Scope, limit: int, hold: Callable[[
         RequestTimeout: it did not arrive within a minute.
         ClientDisconnected: the client went away first.
     """
-    declared = header(scope, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > limit:
-        await drain(receive)
-        raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {limit}")
-    parts: list[bytes] = []
+    kept: list[bytes] = []
     size = 0
+    parts = parts_of(receive)
     try:
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            raise PayloadTooLarge(f"The request body has {int(declared)} bytes; the limit is {limit}")
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnected
-                part = message.get("body", b"")
+            async for part in parts:
                 size += len(part)
                 if size > limit:
-                    break
+                    raise PayloadTooLarge(f"The request body is longer than the limit of {limit} bytes")
                 hold(len(part))
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return parts
-    except Overloaded:
-        parts.clear()
-        if message.get("more_body", False):
-            await drain(receive)
+                kept.append(part)
+    except (Overloaded, PayloadTooLarge):
+        kept.clear()
+        await drain(parts)
         raise
     except TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {BODY_TIMEOUT_S:.0f} seconds") from None
-    if message.get("more_body", False):
-        await drain(receive)
-    raise PayloadTooLarge(f"The request body is longer than the limit of {limit} bytes")
+    return kept
 
 
-async def drain(receive: Receive) -> None:
+async def drain(parts: AsyncIterator[bytes]) -> None:
     """Throw away what is left of a request's body, up to 32 MiB or 5 seconds.
 
     Raises:
         ClientDisconnected: the client went away first.
     """
     size = 0
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_TIMEOUT_S):
-            while size < _DRAIN_BYTES:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnected
-                size += len(message.get("body", b""))
-                if not message.get("more_body", False):
+            async for part in parts:
+                size += len(part)
+                if size >= _DRAIN_BYTES:
                     return
-    except TimeoutError:
-        return
-
-
-async def send_bytes(
-    send: Send, status: int, body: bytes, content_type: bytes, headers: Iterable[Header] = ()
-) -> None:
-    """Send a whole response: one start, one body."""
-    start_headers = [
-        (b"content-type", content_type),
-        (b"content-length", str(len(body)).encode("ascii")),
-        *headers,
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": start_headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

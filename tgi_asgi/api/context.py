@@ -75,7 +75,6 @@ class ServerContext:
         self.settings = settings
         self.served: Served | None = None
         self.failure: BaseException | None = None
-        self.is_leaving = False  # on a signal; the drain may begin later
         self.progress = LoadProgress()
         self.metrics = Metrics(settings.block_size)
         self.bodies = ByteBudget(settings.max_body_memory)

@@ -1,6 +1,6 @@
 """One HTTP request and its answer: what every handler gets.
 
-Made by `app.py` for each request; guards, handlers and the access log share it. It exists so that no layer
+Made by `app.py` for each request; checks, handlers and the access log share it. It exists so that no layer
 has to wrap `send`: a wrapper would cost every streamed token.
 """
 
@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import msgspec
 import orjson
 
-from tgi_asgi.api.asgi import (
-    JSON,
-    ClientDisconnected,
-    Header,
-    Receive,
-    Scope,
-    Send,
-    drain,
-    header,
-    read_body,
-    request_id_of,
-    send_bytes,
-)
+from tgi_asgi.api import asgi
+from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, Send
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
 from tgi_asgi.api.parse import decode_json
@@ -59,26 +48,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_body",
-        "_num_held",
-        "channels",
-        "context",
-        "dialect",
-        "error",
-        "is_body_read",
-        "is_disconnected",
-        "is_large",
-        "receive",
-        "remains",
-        "request_id",
-        "response_headers",
-        "route",
-        "scope",
-        "send",
-        "started_s",
-        "status",
-        "tenant",
-    )
+        "_num_held", "channels", "context", "dialect", "error", "is_body_read", "is_disconnected",
+        "is_large", "receive", "remains", "request_id", "response_headers", "route", "scope", "send",
+        "started_s", "status", "tenant",
+    )  # fmt: skip
 
     def __init__(
         self, context: ServerContext, scope: Scope, receive: Receive, send: Send, dialect: Dialect
@@ -89,14 +62,13 @@ class Exchange:
         self.send = send
         self.dialect = dialect
         self.tenant: str | None = None
-        self.request_id = request_id_of(scope)
+        self.request_id = asgi.request_id_of(scope)
         self.response_headers: list[Header] = [(b"x-request-id", self.request_id.encode("ascii"))]
         self.started_s = time.monotonic()
         self.status: int | None = None
         self.route: Route | None = None
         self.channels: list[Channel] = []
         self.error: BaseException | None = None
-        self._body: bytes | None = None
         self._num_held = 0  # bytes of the body that are counted as held
         self.is_body_read = False
         self.is_disconnected = False
@@ -113,7 +85,7 @@ class Exchange:
 
     def header(self, name: bytes) -> bytes | None:
         """Return a request header by its lower-case name."""
-        return header(self.scope, name)
+        return asgi.header(self.scope, name)
 
     async def read_body(self, *, is_of_any_type: bool = False) -> bytes:
         """Read the body under the server's limit.
@@ -125,16 +97,14 @@ class Exchange:
             PayloadTooLarge, RequestTimeout, Overloaded, ClientDisconnected: see `asgi.read_body`.
             UnsupportedMediaType: it is compressed, or (native routes) not of a JSON type.
         """
-        if self._body is not None:
-            body, self._body = self._body, None
-            return body
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
         if not is_of_any_type:
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
-        parts = await read_body(self.receive, self.scope, self.context.settings.payload_limit, self._hold)
+        declared, most = self.header(b"content-length"), self.context.settings.payload_limit
+        parts = await asgi.read_body(self.receive, declared, most, self._hold)
         self.is_large |= sum(map(len, parts)) > _LARGE_BODY
         return await self.work(b"".join, parts)
 
@@ -164,10 +134,6 @@ class Exchange:
         if self.dialect.is_json_only and not _is_json(self.header(b"content-type")):
             raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
 
-    def put_back(self, body: bytes) -> None:
-        """Let the handler that is called next read this body again."""
-        self._body = body
-
     async def read_json(self, decoder: msgspec.json.Decoder[T]) -> T:
         """Read and decode the body; large ones are decoded in a thread.
 
@@ -188,15 +154,11 @@ class Exchange:
     ) -> None:
         """Send the whole response; a HEAD request gets the headers alone."""
         self.status = status
-        all_headers = [*headers, *self.response_headers]
-        if self.method == "HEAD":
-            start = [
-                (b"content-type", content_type), (b"content-length", b"%d" % len(body)), *all_headers
-            ]  # fmt: skip
-            await self.send({"type": "http.response.start", "status": status, "headers": start})
-            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        await send_bytes(self.send, status, body, content_type, all_headers)
+        size = (b"content-length", b"%d" % len(body))
+        all_headers = [(b"content-type", content_type), size, *headers, *self.response_headers]
+        await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
+        shown = b"" if self.method == "HEAD" else body
+        await self.send({"type": "http.response.body", "body": shown, "more_body": False})
 
     async def respond_json(self, payload: object, status: int = 200, headers: Iterable[Header] = ()) -> None:
         """Send a whole JSON response."""
@@ -208,7 +170,7 @@ class Exchange:
         if not self.is_body_read:
             # An unread body hides disconnects from us and our answer from the client.
             self.is_body_read = True
-            await drain(self.receive)
+            await asgi.drain(asgi.parts_of(self.receive))
         dialect = self.dialect
         dialect.tell(error)
         await self.respond_json(dialect.envelope(error), dialect.status(error), headers_of(error))

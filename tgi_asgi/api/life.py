@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from types import TracebackType
 
 from tgi_asgi.api.answer import AnswerForm
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
@@ -23,7 +22,7 @@ from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
-from tgi_asgi.types import Channel, Engine, GenerationRequest, StopConditions, TokenEvent
+from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +45,30 @@ def generating(parse: Parse) -> Handler:
     return handle
 
 
-async def generate(exchange: Exchange, parse: Parse) -> None:
+async def generate(exchange: Exchange, parse: Parse, body: bytes | None = None) -> None:
     """Answer a request that generates.
+
+    Args:
+        body: where it has been read.
 
     Raises:
         TgiError: it is refused, or failed before its answer began.
         ClientDisconnected: its client went away.
     """
     served = exchange.context.ready()
-    call = await exchange.work(parse, await exchange.read_body(), exchange)
+    call = await exchange.work(parse, await exchange.read_body() if body is None else body, exchange)
     exchange.remains.append(call)
     model = served_name(exchange, call.model)
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
         return
-    with Permits(exchange, served.engine, call.num_choices) as permits:
+    with admitted(exchange, call.num_choices) as permit:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
-        exchange.let_go()
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.remains += [jobs, renderer]
-        channels = [permits.submit(job.request) for job in jobs]
+        channels = [_submit(served.engine, job.request, permit) for job in jobs]
+    exchange.let_go()
     characters = sum(job.prompt.num_characters for job in jobs)
     cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
     if call.stream:
@@ -80,7 +82,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
     exchange.is_large |= size > LARGE_ANSWER
-    body = await exchange.work(renderer.whole, parts)
+    answer = await exchange.work(renderer.whole, parts)
     headers = sync_headers(
         exchange,
         served.info,
@@ -88,7 +90,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         generated_tokens=generation.num_shown,
         is_sum=call.is_sum,
     )
-    await exchange.respond(200, body, headers=headers)
+    await exchange.respond(200, answer, headers=headers)
 
 
 def served_name(exchange: Exchange, requested: str | None) -> str:
@@ -273,35 +275,27 @@ class _Choices:
             self._gathered.done.set_exception(error)
 
 
-class Permits:
-    """Takes room for all choices of a call at once, and gives back what the engine did not take.
-
-        with Permits(exchange, engine, sum(request.n for request in requests)) as permits:
-            channels = [permits.submit(request) for request in requests]
+@contextlib.contextmanager
+def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
+    """Take room for all choices of a call at once, and give back in the end what the engine did not take.
 
     At once, because to find room others may have to go, and they should not for a call that is refused.
 
     Raises:
         Overloaded, Unavailable: there is no room; nothing is held then.
     """
+    permit = exchange.context.ready().engine.acquire(num_choices, exchange.tenant)
+    try:
+        yield permit
+    finally:
+        permit.release()
 
-    def __init__(self, exchange: Exchange, engine: Engine, num_choices: int) -> None:
-        self._engine = engine
-        self._permit = engine.acquire(num_choices, exchange.tenant)
 
-    def submit(self, request: GenerationRequest) -> Channel:
-        """Hand a request to the engine, with its part of the room."""
-        part = self._permit.split(request.n)
-        try:
-            return self._engine.submit(request, part)
-        except BaseException:
-            part.release()
-            raise
-
-    def __enter__(self) -> Permits:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._permit.release()
+def _submit(engine: Engine, request: GenerationRequest, permit: Permit) -> Channel:
+    """Hand a request to the engine, with its part of the room."""
+    part = permit.split(request.n)
+    try:
+        return engine.submit(request, part)
+    except BaseException:
+        part.release()
+        raise

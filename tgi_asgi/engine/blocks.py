@@ -46,14 +46,6 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free) + self.num_blocks - self.num_touched
 
-    def references(self, block: int) -> int:
-        """Return how many holders the block has."""
-        return self._references[block]
-
-    def is_registered(self, block: int) -> bool:
-        """Tell whether the block can be found by its contents, and so must not be written."""
-        return self._digests[block] is not None
-
     def allocate(self) -> int:
         """Take a new block, or the one that is longest unused, which forgets what it held.
 
@@ -131,6 +123,13 @@ class BlockPool:
             if digest is not None:
                 del self._by_digest[digest]
                 self._digests[block] = None
+
+    def reset(self) -> int:
+        """Make all blocks unfindable, used and free; return how many could be found."""
+        num_known = len(self._by_digest)
+        self.forget(list(self._by_digest.values()))
+        self._given_up.clear()
+        return num_known
 
     def release(self, blocks: list[int]) -> None:
         """Drop one reference of each block of a table.

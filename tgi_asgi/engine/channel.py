@@ -1,4 +1,4 @@
-"""A request's mailbox: the engine pushes events, HTTP attaches a sink or somebody iterates."""
+"""A request's mailbox: the engine pushes events, and whoever wants them attaches a sink."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ log = logging.getLogger(__name__)
 class RequestChannel:
     """What the engine knows of a request, and where its events wait until they are taken.
 
-    `attach`, `cancel` and iteration are for the taker; everything else is the engine's. Iterating is for one
-    taker at a time.
+    `attach` and `cancel` are for the taker; everything else is the engine's.
     """
 
     __slots__ = (
-        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "_waiter", "is_cancelled",
-        "num_open", "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
+        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "is_cancelled", "num_open",
+        "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -40,7 +39,7 @@ class RequestChannel:
         self.outputs: list[ChoiceOutput] = []
         self.num_open = request.n
         self.is_cancelled = False
-        self.refusal: TgiError | None = None  # why it will not run after all
+        self.refusal: TgiError | None = None  # why it will not run (on) after all
         self.timer: asyncio.TimerHandle | None = None  # of its wait for the first step
         self._on_cancel = on_cancel
         self._events: list[TokenEvent] = []
@@ -48,7 +47,6 @@ class RequestChannel:
         self._is_ended = False
         self._has_begun = False
         self._sink: Sink | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_ended(self) -> bool:
@@ -72,30 +70,18 @@ class RequestChannel:
             self.is_cancelled = True
             self._on_cancel(self)
 
-    def refuse(self, error: TgiError) -> None:
-        """Take a request that has not run yet back out of the queue; its room is free at once."""
-        if not self.is_cancelled and not self._is_ended and self.refusal is None:
-            self.refusal = error
+    def refuse(self, error: TgiError) -> bool:
+        """End the request with an error, its taker's wish or not; tell whether it had not ended yet.
+
+        The room of one that has not run is free at once.
+        """
+        if self.is_cancelled or self._is_ended or self.refusal is not None:
+            return False
+        self.refusal = error
+        if self.stats.scheduled_s is None:
             self.permit.release()
-            self._on_cancel(self)
-
-    def __aiter__(self) -> RequestChannel:
-        return self
-
-    async def __anext__(self) -> list[TokenEvent]:
-        """Wait for the next batch of events; raises the error that ended the request."""
-        while True:
-            if self._events:
-                return self._take()
-            if self._error is not None:
-                raise self._error
-            if self._is_ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        self._on_cancel(self)
+        return True
 
     def push(self, event: TokenEvent) -> None:
         """Add an event; it is seen at the next `flush`."""
@@ -114,23 +100,18 @@ class RequestChannel:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what is new: one call of the sink, or a wake-up."""
+        """Hand on what is new: one call of the sink."""
         self._has_begun |= bool(self._events)
         if self._sink is None:
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
             return
         # What a sink does wrong is its own request's problem: nobody else's tokens may be lost for it.
         try:
             if self._events:
-                self._sink.on_events(self._take())
+                events, self._events = self._events, []
+                self._sink.on_events(events)
             if self._error is not None:
                 error, self._error = self._error, None
                 self._sink.on_error(error)
-        except Exception:
+        except (Exception, asyncio.CancelledError):  # the engine's own task waits for nothing here
             log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
             self.cancel()
-
-    def _take(self) -> list[TokenEvent]:
-        events, self._events = self._events, []
-        return events

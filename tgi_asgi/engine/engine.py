@@ -2,8 +2,7 @@
 
     engine = Engine(runner, tokenizer, settings, info, on_fatal=end_the_process)
     engine.start()
-    channel = engine.submit(request, engine.acquire(request.n))
-    async for events in channel: ...
+    engine.submit(request, engine.acquire(request.n)).attach(sink)
     await engine.drain(timeout_s=90)
     await engine.stop()
 
@@ -86,6 +85,7 @@ class Engine:
         self._clock = clock
         self._state = EngineState.LOADING
         self._task: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     @property
     def state(self) -> EngineState:
@@ -104,7 +104,8 @@ class Engine:
         """Begin to serve."""
         assert self._task is None, "an engine starts once"
         self._state = EngineState.READY
-        self._task = asyncio.create_task(self._run(), name="engine")
+        self._task = asyncio.create_task(self._loop.run(), name="engine")
+        self._task.add_done_callback(self._on_end)
 
     def acquire(self, n: int, tenant: str | None = None) -> AdmissionPermit:
         """Take room for n choices; raises `Overloaded` or `Unavailable`.
@@ -148,6 +149,16 @@ class Engine:
                 Overloaded(f"No room within {self._queue_timeout_s:g} s", retry_after_s=retry_after_s)
             )
 
+    def abort(self, request_id: str) -> int:
+        """End the requests of this id, running or waiting, with an error; return how many there were."""
+        error = IncompleteGeneration("the request was aborted")
+        named = [channel for channel in self._loop.channels if channel.request.request_id == request_id]
+        return sum(channel.refuse(error) for channel in named)
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all that is cached; blocks in use stay with who uses them. Return how many were known."""
+        return self.scheduler.pool.reset()
+
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what runs finish; what has not by then gets `IncompleteGeneration`."""
         if self._state is EngineState.READY:
@@ -162,12 +173,12 @@ class Engine:
 
     async def stop(self) -> None:
         """End every request with an error now, wait for the steps in flight, and close the runner."""
+        self._is_stopping = True
         if self._state is not EngineState.DEAD:
             self._state = EngineState.DRAINING
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
         self._loop.end_all(IncompleteGeneration("the server is shutting down"))
         if self._state is not EngineState.DEAD:
             with contextlib.suppress(TimeoutError):
@@ -202,12 +213,12 @@ class Engine:
                 code="context_length_exceeded",
             )
 
-    async def _run(self) -> None:
-        try:
-            await self._loop.run()
-        except Exception as error:
-            log.exception("the engine failed")
-            self._die(GenerationFailed(f"the engine failed: {error}"))
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Be dead when the loop has ended, whatever ended it: only `stop` may."""
+        error = None if task.cancelled() else task.exception()
+        if not self._is_stopping:
+            log.error("the engine's task has ended", exc_info=error)
+            self._die(GenerationFailed(f"the engine failed: {error or 'its task was cancelled'}"))
 
     def _on_hang(self, taken_s: float) -> None:
         self._die(GenerationFailed(f"a step has not ended after {taken_s:.0f} s"))

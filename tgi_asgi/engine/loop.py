@@ -15,21 +15,20 @@ from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.output import ChoiceOutput, TokenTable
 from tgi_asgi.engine.pipeline import Flight, Pipeline
 from tgi_asgi.engine.prefix import HashChain, root_digest
+from tgi_asgi.engine.recovery import Recovery
 from tgi_asgi.engine.scheduler import Scheduler, Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
-from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
+from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Permit
 
 log = logging.getLogger(__name__)
 
-AGING_S = 30.0  # seconds of waiting that make up for one level of priority
 _LIMIT_FACTOR = 10  # a step hangs when it takes that many times what it should, and `step_timeout_s`
 _SLICE_S = 0.001  # delivery holds the loop no longer
 _MAX_DELAY_S = 0.05  # what a token waits at most, where the event loop is slower than the steps
-_PROBE_AFTER = 4  # rows that failed with no good one between them: is the fault in the requests?
 
 
 class ServingLoop:
@@ -71,6 +70,7 @@ class ServingLoop:
             max_waiting_steps=settings.max_waiting_tokens,
         )
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
+        self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
         self.inbox: asyncio.Queue[RequestChannel | TgiError | None] = asyncio.Queue()
         self.is_idle = asyncio.Event()  # no request is open
         self.is_idle.set()
@@ -83,7 +83,6 @@ class ServingLoop:
         self._open: set[RequestChannel] = set()
         self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
         self._num_arrived = 0
-        self._num_lost_rows = 0
         self._yield_at = 0.0
         self._flush_by: float | None = None  # when the tokens that wait in `_touched` must leave
         self._last_done_s = 0.0
@@ -123,12 +122,12 @@ class ServingLoop:
         """
         while True:
             self._take(await self._next_message())
-            self._take_waiting()
+            self.take_waiting()
             while (flight := self.pipeline.pop_done()) is not None:
-                await self._complete(flight)
-                await self._test_itself()
+                await self.complete(flight)
+                await self._recovery.test_itself()
                 self._fill()
-                await self._flush()
+                await self.flush()
             self._fill()
 
     def end_all(self, error: TgiError) -> None:
@@ -148,7 +147,7 @@ class ServingLoop:
     def _wake(self) -> None:
         self.inbox.put_nowait(None)
 
-    def _take_waiting(self) -> None:
+    def take_waiting(self) -> None:
         while not self.inbox.empty():
             self._take(self.inbox.get_nowait())
 
@@ -166,13 +165,13 @@ class ServingLoop:
 
     def _add(self, channel: RequestChannel) -> None:
         request = channel.request
-        urgency = channel.stats.arrival_s + request.priority * AGING_S
         chain = HashChain(root_digest(request.adapter, request.cache_salt), self._block_size)
         for choice in range(request.n):
             sequence = Sequence(
                 request,
                 choice,
-                urgency=(urgency, self._num_arrived, choice),
+                arrival_s=channel.stats.arrival_s,
+                number=self._num_arrived,
                 chain=chain,
                 eos_ids=self._eos_ids,
                 leader=channel.sequences[0] if choice else None,
@@ -189,15 +188,15 @@ class ServingLoop:
 
         Messages come first: what was given up or refused since the last step must not run.
         """
-        self._take_waiting()
+        self.take_waiting()
         while self.pipeline.has_room:
             step = self.scheduler.plan(self._clock())
             if step is None:
                 break
-            self._submit(step)
+            self.submit(step)
         self._show()
 
-    def _submit(self, step: Step) -> Flight:
+    def submit(self, step: Step) -> Flight:
         predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
         for sequence in step.sequences[step.num_decode_rows :]:
@@ -206,14 +205,13 @@ class ServingLoop:
                 stats.scheduled_s = flight.begun_s
                 if sequence.owner.timer is not None:
                     sequence.owner.timer.cancel()
-                stats.cached_tokens = sequence.num_cached or 0
         return flight
 
-    async def _complete(self, flight: Flight) -> None:
+    async def complete(self, flight: Flight) -> None:
         """Take over a finished step."""
         error = flight.error
         if error is not None:
-            await self._recover(flight.step, error)
+            await self._recovery.recover(flight.step, error)
             return
         step, duration_s = flight.step, flight.done_s - flight.begun_s
         self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
@@ -245,26 +243,27 @@ class ServingLoop:
                 self._end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
                 continue
             if not sampled.is_finite:
-                self._num_lost_rows += 1
-                self._lose(sequence, "the model's logits were not finite")
+                self._recovery.num_lost_rows += 1
+                self.lose(sequence, "the model's logits were not finite")
                 continue
             if sampled.failure is not None:
-                self._lose(sequence, f"the grammar cannot go on: {sampled.failure}")
+                self.lose(sequence, f"the grammar cannot go on: {sampled.failure}")
                 continue
             stats = channel.stats
             stats.generated_tokens += 1
             if stats.first_token_s is None:
                 stats.first_token_s = now
+                stats.cached_tokens = sequence.num_cached or 0
             try:
                 event = channel.outputs[sequence.choice].push(sampled)
             except Exception as error:
                 log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-                self._lose(sequence, f"token {sampled.token_id} has no text", error)
+                self.lose(sequence, f"token {sampled.token_id} has no text", error)
                 continue
             channel.push(event)
             self._touched[channel] = None
             self._stats.sampled_tokens += 1
-            self._num_lost_rows = 0
+            self._recovery.num_lost_rows = 0
             if event.finish is not None:
                 self.scheduler.remove(sequence)
                 if channel.is_ended:
@@ -280,7 +279,7 @@ class ServingLoop:
         known.extend(result.prompt_logprobs[row])
         channel.stats.prompt_logprobs = known
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
         """Hand on what is new, one call a request, and let the loop do other things in between.
 
         First tokens and ends go first. While the next step is done already the event loop is what is slow:
@@ -305,76 +304,7 @@ class ServingLoop:
         await asyncio.sleep(0)
         self._yield_at = self._clock() + _SLICE_S
 
-    # Faults and ends
-
-    async def _recover(self, failed: Step, error: BaseException) -> None:
-        """Run the rows of a failed step again by halves, until those that make it fail are alone."""
-        following = await self.pipeline.drain()
-        for flight in reversed(following):
-            self.scheduler.rollback(flight.step)
-        pending = [(failed, error)]
-        while pending:
-            step, error = pending.pop()
-            num_rows = len(step.sequences)
-            log.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
-            self._stats.failed_steps += 1
-            if isinstance(error, DeviceLost):
-                raise error
-            self.scheduler.rollback(step)
-            max_tokens = None
-            halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
-            if isinstance(error, MemoryError):
-                self._budget.shrink(step.num_prefill_tokens)
-            if num_rows == 1:
-                num_tokens = step.plan.rows[0].num_tokens
-                if not isinstance(error, MemoryError) or num_tokens <= self._block_size:
-                    for _, sequence in step.live():
-                        self._num_lost_rows += 1
-                        self._lose(sequence, "the model failed on this request", error)
-                    await self._test_itself()
-                    continue
-                max_tokens = max(num_tokens // 2, self._block_size)
-                halves = [range(1)]
-            for rows in halves:
-                self._take_waiting()
-                again = self.scheduler.retry(step, rows, max_tokens)
-                if again is not None:
-                    self._submit(again)
-                    (flight,) = await self.pipeline.drain()
-                    if flight.error is not None:
-                        pending.append((again, flight.error))
-                        continue
-                    await self._complete(flight)
-                    await self._flush()
-
-    async def _test_itself(self) -> None:
-        """Once several rows have failed in a row, run a step of our own: only if that fails, too, give up.
-
-        A client whose every prompt fails is its own problem; an engine that cannot compute is everybody's.
-
-        Raises:
-            Exception: our step failed.
-        """
-        if self._num_lost_rows < _PROBE_AFTER:
-            return
-        for flight in await self.pipeline.drain():
-            await self._complete(flight)
-        await self._flush()  # should this be the end: what has finished well is to be told so
-        step = self.scheduler.probe() if self._num_lost_rows >= _PROBE_AFTER else None
-        if step is None:
-            return
-        self._submit(step)
-        (flight,) = await self.pipeline.drain()
-        self.scheduler.end_probe(step)
-        if flight.error is not None:
-            raise flight.error
-        [sampled] = flight.future.result().sampled
-        if sampled is None or not sampled.is_finite:
-            raise ArithmeticError("the model's logits are not finite, whatever the prompt")
-        log.warning("%d requests failed, but the engine works", self._num_lost_rows)
-        self._num_lost_rows = 0
-
-    def _lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+    def lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
         """Fail the request of a row; what it wrote is not to be found in the cache.
 
         The log has the cause; the client has the id by which it is found there.

@@ -3,14 +3,19 @@
 Called by the engine, which keeps up to two steps in flight: `plan` is called before the result of the step
 before is known, `apply` is called with the results in order.
 
-Why blocks may be given back while a step in flight still writes to them. (1) Steps run in the order planned.
-(2) A row writes only blocks that are in no other table and not registered. (3) A block is registered when a
-result is applied, and rows in flight write later positions, so registered contents are final. (4) A row reads
-only positions that it, or an earlier step, wrote for the same tokens. Therefore a late write lands before its
-block's next owner writes (1), in a block that nobody else can find (2, 3), and whatever it leaves there is
-overwritten before it is read (4). After a failed step (1) would break, so those rows only are run again whose
-sequence still holds its blocks, and the source of a copy is held until the copy has been applied. (A prompt
-whose scores begin again after such a step breaks (2), but writes what is there already.)
+Why blocks that a step in flight has yet to write can be shared, and given back. (1) Steps run in the order
+planned; within one, each layer writes the keys and values of all rows before any row reads them. (2) A row
+writes only to blocks that its sequence alone has in its table, or that were shared after it was planned.
+(3) A block of known tokens is registered when the row that fills it is planned, one that fills by decoding
+when that row's result is applied; its sequence's later rows write behind it. (4) A row reads only positions
+that it, or a row planned before it, writes for the same tokens. So a hit on a planned block reads what it
+should (1, 3), and a late write for a sequence that has ended lands before its block's next owner writes (1),
+and is overwritten before it is read (4), or is what a hit wanted.
+
+After a failed step (1) does not hold. `rollback` forgets what the step was to fill and takes their blocks
+from those that were to read it: no row is run again before what it reads is there. Only rows are run again
+whose sequence still holds its blocks, and the source of a copy is held until the copy has been applied. A
+prompt whose scores begin again writes all of its blocks anew: they count as lost, too.
 """
 
 from __future__ import annotations
@@ -54,8 +59,8 @@ class Scheduler:
 
     The running sequences are kept in order of urgency; decode rows go first, then chunks of running prompts,
     then new ones as long as tokens, slots and blocks last. When a sequence needs a block and none is free the
-    least urgent one is preempted. The most urgent is never preempted, and every request fits the pool
-    alone (the engine checks), so there is always progress.
+    tenant that holds most blocks loses its least urgent one. The most urgent of all is never preempted, and
+    every request fits the pool alone (the engine checks), so there is always progress.
 
     Args:
         num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
@@ -79,7 +84,7 @@ class Scheduler:
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
         self.tables = BlockTables(self.pool, block_size, prefix_cache=prefix_cache, stats=stats)
-        self._block_size = block_size
+        self.block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget
         self._stats = stats
@@ -123,6 +128,7 @@ class Scheduler:
         else:
             self._num_waiting -= 1
         sequence.leave(SequenceState.FINISHED)
+        self._release_followers(sequence)
         self._waiting.compact(self._num_waiting)
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
@@ -134,7 +140,7 @@ class Scheduler:
         """Plan the next step, or return None if there is nothing that a step could compute now.
 
         Args:
-            now: of the clock that urgencies are of; how long prompts have waited sizes their chunks.
+            now: of the clock that arrivals are of; how long prompts have waited sizes their chunks.
         """
         step = self._new_step()
         prefilling = self._plan_decodes(step)
@@ -142,7 +148,7 @@ class Scheduler:
         following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
         budget = 0
         if following is not None:
-            budget = self._budget.tokens(step.num_decode_rows, now - following.urgency[0])
+            budget = self._budget.tokens(step.num_decode_rows, now - following.arrival_s)
             budget = min(budget, self._max_step_tokens - step.num_decode_rows)
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
@@ -161,15 +167,14 @@ class Scheduler:
     def _plan_decodes(self, step: Step) -> list[Sequence]:
         """Add a row for every sequence that decodes; return those that do not yet.
 
-        About 1 us a row. Victims come off the end of `_running`, so none has a row in this step yet.
+        About 1 us a row.
         """
+        if self.pool.num_free < len(self._running):
+            self._make_room()
         prefilling: list[Sequence] = []
-        running, size = self._running, self._block_size
+        running, size = self._running, self.block_size
         rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
-        index = 0
-        while index < len(running):
-            sequence = running[index]
-            index += 1
+        for sequence in running:
             if sequence.is_prefilling:
                 prefilling.append(sequence)
                 continue
@@ -177,8 +182,10 @@ class Scheduler:
             if len(token_ids) + pending >= sequence.prompt_len + sequence.max_tokens:
                 continue
             start = sequence.num_computed
-            if start == len(sequence.table) * size and not self._grow(sequence):
-                continue
+            if start == len(sequence.table) * size:
+                self.tables.grow(sequence)
+            if sequence.starts_slot:
+                self._start_slot(step.plan, sequence)
             rows.append(
                 StepRow(sequence.slot, None if pending else token_ids[start:], start, sequence.table, True)
             )
@@ -188,19 +195,42 @@ class Scheduler:
             sequence.num_pending = pending + 1
         return prefilling
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Add a block to a running sequence, preempting from the end; False if that came to itself."""
-        while self.pool.num_free == 0:
-            victim = self._running.pop()
-            self._stop_running(victim)
-            victim.leave(SequenceState.WAITING)
-            self._waiting.push(victim)
-            self._num_waiting += 1
+    def _make_room(self) -> None:
+        """Preempt until there is a block for each sequence that needs its next one."""
+        growing = [
+            sequence
+            for sequence in self._running
+            if not sequence.is_prefilling
+            and sequence.num_computed == len(sequence.table) * self.block_size
+            and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
+        ]
+        while len(growing) > self.pool.num_free:
+            victim = self._victim()
+            self._suspend(victim)
             self._stats.preemptions += 1
-            if victim is sequence:
-                return False
-        self.tables.grow(sequence)
-        return True
+            if victim in growing:
+                growing.remove(victim)
+
+    def _victim(self) -> Sequence:
+        """Return the least urgent sequence of the tenant that holds most blocks; not the first of all."""
+        num_held = Counter[str | None]()
+        for sequence in self._running:
+            num_held[sequence.tenant] += len(sequence.table)
+        others = self._running[1:] or self._running
+        return max(others, key=lambda sequence: (num_held[sequence.tenant], sequence.urgency))
+
+    def _suspend(self, sequence: Sequence) -> None:
+        """Take all from a running sequence and let it wait: a further choice for its prompt, if need be."""
+        self._running.remove(sequence)
+        self._stop_running(sequence)
+        self._num_waiting += 1
+        leader = sequence.leader
+        if leader is not None and leader.state is SequenceState.RUNNING and leader.is_prefilling:
+            sequence.leave(SequenceState.HELD)
+            leader.followers.append(sequence)
+        else:
+            sequence.leave(SequenceState.WAITING)
+            self._waiting.push(sequence)
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
         """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
@@ -211,7 +241,7 @@ class Scheduler:
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
         if count > budget:
-            aligned = budget - (start + budget) % self._block_size
+            aligned = budget - (start + budget) % self.block_size
             if aligned <= 0 and step.num_prefill_tokens:
                 return 0
             count = aligned if aligned > 0 else budget
@@ -223,10 +253,9 @@ class Scheduler:
         start = sequence.num_computed
         plan = step.plan
         if sequence.starts_slot:
-            plan.starts.append(sequence.slot_start())
-            sequence.starts_slot = False
+            self._start_slot(plan, sequence)
         if sequence.copy_source is not None:
-            plan.copies.append((sequence.copy_source, sequence.table[start // self._block_size]))
+            plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted))
@@ -235,6 +264,11 @@ class Scheduler:
         step.num_prefill_tokens += count
         sequence.num_computed = start + count
         sequence.num_pending += samples
+        self.tables.register(sequence, start + count)
+
+    def _start_slot(self, plan: StepPlan, sequence: Sequence) -> None:
+        plan.starts.append(sequence.slot_start())
+        sequence.starts_slot = False
 
     def _end_prefills(self, step: Step) -> None:
         """Let sequences that sample decode from the next step on, and what waits for their prompt start."""
@@ -242,11 +276,14 @@ class Scheduler:
             if step.plan.rows[index].samples:
                 sequence = step.sequences[index]
                 sequence.is_prefilling = False
-                for follower in sequence.followers:
-                    if follower.state is SequenceState.HELD:
-                        follower.state = SequenceState.WAITING
-                        self._waiting.push(follower)
-                sequence.followers = []
+                self._release_followers(sequence)
+
+    def _release_followers(self, leader: Sequence) -> None:
+        for follower in leader.followers:
+            if follower.state is SequenceState.HELD:
+                follower.state = SequenceState.WAITING
+                self._waiting.push(follower)
+        leader.followers = []
 
     def _may_admit(self, step: Step) -> bool:
         """Tell whether enough wait, or long enough, to make those that decode wait for a prompt."""
@@ -258,8 +295,12 @@ class Scheduler:
         return True
 
     def _admit(self, step: Step, budget: int) -> None:
-        """Start waiting sequences, strictly in turn, while tokens, slots and blocks last."""
-        while budget > 0 and self._slots:
+        """Start waiting sequences, strictly in turn, while tokens, slots and blocks last.
+
+        What is left of the tokens starts nobody if it is less than a block: a sequence that started without
+        computing would have looked into the cache too early.
+        """
+        while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(self._num_running_of)
             # Each that runs needs its next block soon: without a reserve one of them would be preempted.
             if sequence is None or not self.tables.start(sequence, reserve=len(self._running)):
@@ -289,17 +330,38 @@ class Scheduler:
                 sequence.num_pending -= 1
                 if sampled.is_finite:
                     sequence.token_ids.append(sampled.token_id)
+                    if sequence.watch is not None and sequence.follow(sequence.watch):
+                        self._restart_slot(sequence)
         return live
+
+    def _restart_slot(self, sequence: Sequence) -> None:
+        """Have the next row start the slot again behind the token known last; one in flight is void."""
+        sequence.epoch += 1
+        sequence.num_computed = len(sequence.token_ids) - 1
+        sequence.num_pending = 0
+        sequence.starts_slot = True
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or came after one that did; of several the newest first."""
-        for index, sequence in reversed(step.live()):
-            row = step.plan.rows[index]
-            # The runner keeps a prompt's scores from chunk to chunk: they begin again at the beginning.
-            sequence.num_computed = 0 if sequence.wants_prompt_logprobs else row.start
-            sequence.num_pending -= row.samples
-            sequence.is_prefilling = True
-            sequence.starts_slot = True
+        live = dict(step.live())
+        lost: dict[int, int] = {}  # blocks, and from which position on
+        for index, row in enumerate(step.plan.rows):
+            begin = row.start
+            sequence = live.get(index)
+            if sequence is not None:
+                # The runner keeps a prompt's scores from chunk to chunk: they begin again at the beginning.
+                begin = 0 if sequence.wants_prompt_logprobs else row.start
+                sequence.num_computed = begin
+                sequence.num_registered = min(sequence.num_registered, begin // self.block_size)
+                sequence.num_pending -= row.samples
+                sequence.is_prefilling = True
+                sequence.starts_slot = True
+            for at in range(begin // self.block_size, self.tables.blocks_for(row.start + row.num_tokens)):
+                lost[row.block_table[at]] = max(begin, at * self.block_size)
+        self.pool.forget(lost)
+        for sequence in self.running:
+            if self.tables.reads(sequence, lost):
+                self._suspend(sequence)
 
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:
         """Plan some rows of a step again after `rollback`; None if none of them matters any more.

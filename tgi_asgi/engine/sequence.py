@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.engine.prefix import HashChain
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
 
+if TYPE_CHECKING:
+    from tgi_asgi.text.constrain.free import Watch
+
+AGING_S = 30.0  # seconds of waiting that make up for one level of priority
+
 
 class SequenceState(enum.Enum):
     """Where a sequence is; only a RUNNING one holds a slot and blocks."""
 
-    HELD = "held"  # a further choice, until the first one has computed the prompt
+    HELD = "held"  # a further choice, until the first one computes the prompt
     WAITING = "waiting"  # in the queue, new or preempted
     RUNNING = "running"
     FINISHED = "finished"
@@ -25,15 +30,16 @@ class Sequence:
 
     `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
     step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
-    written or being written by a step in flight; `num_pending` the tokens that steps in flight will draw.
+    written or being written by a step in flight, `num_taken` those among them that are others' work: cached
+    ones, or a leader's; `num_pending` the tokens that steps in flight will draw.
     `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
     """
 
     __slots__ = (
-        "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader", "max_tokens",
-        "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered", "owner", "prompt_len",
-        "request", "slot", "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
-        "wants_prompt_logprobs",
+        "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
+        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
+        "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "table",
+        "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -41,7 +47,8 @@ class Sequence:
         request: GenerationRequest,
         choice: int,
         *,
-        urgency: tuple[float, int, int],
+        arrival_s: float,
+        number: int,  # of the request: one more than that of the one that arrived before
         chain: HashChain,
         eos_ids: frozenset[int] = frozenset(),
         leader: Sequence | None = None,  # the request's first choice
@@ -51,7 +58,8 @@ class Sequence:
         stop = request.stop
         self.request = request
         self.choice = choice
-        self.urgency = urgency
+        self.arrival_s = arrival_s
+        self.urgency = (arrival_s + request.priority * AGING_S, number, choice)
         self.chain = chain  # of a further choice: its own from when it first runs
         self.leader = leader
         self.tenant = tenant
@@ -60,18 +68,21 @@ class Sequence:
         self.max_tokens = stop.max_tokens
         self.min_tokens = stop.min_tokens
         self.wants_prompt_logprobs = request.prompt_logprobs is not None and leader is None
+        # While it writes free text it needs no grammar; `min_tokens` needs its list of masked ids.
+        self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
         self.token_ids = list(request.prompt_ids)
         self.prompt_len = len(self.token_ids)
         self.followers: list[Sequence] = []
         self.state = SequenceState.WAITING if leader is None else SequenceState.HELD
         self.epoch = 0
         self.slot = 0
-        self.num_cached: int | None = None  # prompt tokens found in the cache when it first ran
+        self.num_cached: int | None = None  # prompt tokens taken from the cache, as of its first result
         self._reset()
 
     def _reset(self) -> None:
         """Hold nothing: the table is a new list, for steps in flight may still read the old one."""
         self.table: list[int] = []
+        self.num_taken = 0
         self.num_computed = 0
         self.num_pending = 0
         self.num_registered = 0
@@ -100,20 +111,32 @@ class Sequence:
         """Whether its table holds the prompt, as of a step before the one that is planned."""
         return self.state is SequenceState.RUNNING and not self.is_prefilling
 
+    def follow(self, watch: Watch) -> bool:
+        """Watch the token known last; tell whether the slot must start again, as others may follow it."""
+        if not watch.push(self.token_ids[-1]):
+            return False
+        if watch.is_over:
+            self.watch = None
+        return True
+
     def slot_start(self) -> SlotStart:
         """Return what the runner needs to draw this sequence's next token."""
         sampling, choice = self.request.sampling, self.choice
         if self.request.seeds:
             sampling, choice = dataclasses.replace(sampling, seed=self.request.seeds[choice]), 0
+        watch = self.watch
+        masked_ids: tuple[int, ...] = watch.part.masked_ids if watch is not None else ()
+        if self.min_tokens:
+            masked_ids = tuple(sorted(self.stop_ids))
         return SlotStart(
             slot=self.slot,
             sampling=sampling,
             choice=choice,
             prompt_ids=self.request.prompt_ids,
             output_ids=self.token_ids[self.prompt_len :],
-            min_tokens=self.min_tokens,
-            masked_ids=tuple(sorted(self.stop_ids)) if self.min_tokens else (),
-            grammar=self.request.grammar,
+            min_tokens=self.min_tokens if watch is None else self.max_tokens,
+            masked_ids=masked_ids,
+            grammar=self.request.grammar if watch is None else None,
         )
 
     def __repr__(self) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-# TGI's buckets: 35 durations, and one a size.
+# Upper bounds of histograms, here and in metrics, as TGI has them.
 DURATION_BUCKETS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # seconds: 0.15 ms to 145.6 s
-_SIZE_BOUNDS = tuple(float(size) for size in range(1, 1025))
+BATCH_BUCKETS = tuple(float(size) for size in range(1, 1025))
 
 
 class Histogram:
@@ -64,7 +64,7 @@ class EngineStats:
         self.preemptions = 0
         self.step_s = {"prefill": Histogram(DURATION_BUCKETS), "decode": Histogram(DURATION_BUCKETS)}
         self.inter_token_s = Histogram(DURATION_BUCKETS)
-        self.prefill_size = Histogram(_SIZE_BOUNDS)
+        self.prefill_size = Histogram(BATCH_BUCKETS)
         self.batch_size = 0
         self.running = 0
         self.waiting = 0

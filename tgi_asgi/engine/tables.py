@@ -5,6 +5,8 @@ Called by the scheduler, which decides who gets them; knows neither torch nor as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
@@ -41,10 +43,7 @@ class BlockTables:
     def _take(self, sequence: Sequence, reserve: int) -> bool:
         """Take the longest cached prefix, and new blocks for the rest."""
         pool = self.pool
-        may_look_up = (
-            self._prefix_cache and sequence.request.is_prefix_cached and not sequence.wants_prompt_logprobs
-        )
-        cached = self._find_prefix(sequence) if may_look_up else []
+        cached = self._find_prefix(sequence) if self._may_look_up(sequence) else []
         num_new = self.blocks_for(len(sequence.token_ids)) - len(cached)
         if pool.num_free - num_new - sum(map(pool.is_free, cached)) < reserve:
             return False
@@ -52,13 +51,11 @@ class BlockTables:
             pool.take(block)
         sequence.table = cached + [pool.allocate() for _ in range(num_new)]
         sequence.num_registered = len(cached)
-        sequence.num_computed = len(cached) * self.block_size
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
-        if may_look_up and sequence.num_output == 0:
-            self._stats.prefix_query_tokens += sequence.prompt_len
-            self._stats.prefix_hit_tokens += sequence.num_computed
+        sequence.num_computed = sequence.num_taken = len(cached) * self.block_size
         return True
+
+    def _may_look_up(self, sequence: Sequence) -> bool:
+        return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.wants_prompt_logprobs
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Return the blocks of the longest cached prefix; at least one token is left to compute."""
@@ -91,25 +88,44 @@ class BlockTables:
         if num_partial:
             sequence.copy_source = leader.table[num_shared]
             self.pool.share(sequence.copy_source)
-        sequence.num_computed = start
+        sequence.num_computed = sequence.num_taken = start
         sequence.num_registered = num_shared
+        sequence.num_cached = 0
         return True
 
     def grow(self, sequence: Sequence) -> None:
         """Add a block; needs a free one."""
         sequence.table.append(self.pool.allocate())
 
+    def register(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make what the first `num_tokens` tokens fill findable: the steps planned so far write it."""
+        num_full = num_tokens // self.block_size
+        if num_full <= sequence.num_registered:
+            return
+        if self._prefix_cache:
+            for index in range(sequence.num_registered, num_full):
+                digest = sequence.chain.digest(index, sequence.token_ids)
+                self.pool.register(sequence.table[index], digest)
+        sequence.num_registered = num_full
+
     def settle(self, sequence: Sequence, num_computed: int) -> None:
-        """Learn that the first `num_computed` tokens are in the cache for good: register what they fill."""
+        """Learn that the first `num_computed` tokens are in the cache for good."""
         if sequence.copy_source is not None:
             self._release_copy(sequence)
-        num_full = num_computed // self.block_size
-        if num_full > sequence.num_registered:
-            if self._prefix_cache:
-                for index in range(sequence.num_registered, num_full):
-                    digest = sequence.chain.digest(index, sequence.token_ids)
-                    self.pool.register(sequence.table[index], digest)
-            sequence.num_registered = num_full
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_taken
+            if self._may_look_up(sequence):
+                self._stats.prefix_query_tokens += sequence.prompt_len
+                self._stats.prefix_hit_tokens += sequence.num_taken
+        self.register(sequence, num_computed)
+
+    def reads(self, sequence: Sequence, lost: Mapping[int, int]) -> bool:
+        """Tell whether a sequence was to read of others what is lost: blocks, and from which position on."""
+        shared = sequence.table[: sequence.num_taken // self.block_size]
+        if not lost.keys().isdisjoint(shared):
+            return True
+        source = sequence.copy_source
+        return source is not None and lost.get(source, sequence.num_taken) < sequence.num_taken
 
     def give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Release all blocks of a sequence; with `forget` none of them can be found any more."""

@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from huggingface_hub import InferenceClient
+from huggingface_hub import ChatCompletionInputStreamOptions, InferenceClient
 from text_generation import AsyncClient, Client
 from text_generation.errors import GenerationError, OverloadedError, ValidationError
 from text_generation.types import Grammar, GrammarType, Message
@@ -86,9 +86,8 @@ def hub() -> dict[str, Any]:
     )
     events = list(client.text_generation("Hi", max_new_tokens=8, details=True, stream=True))
     answer = client.chat_completion(MESSAGES, max_tokens=8, logprobs=True, top_logprobs=1)
-    chunks = list(
-        client.chat_completion(MESSAGES, max_tokens=8, stream=True, stream_options={"include_usage": True})
-    )
+    usage = ChatCompletionInputStreamOptions(include_usage=True)
+    chunks = list(client.chat_completion(MESSAGES, max_tokens=8, stream=True, stream_options=usage))
     return {
         "text": client.text_generation("Hi", max_new_tokens=8),
         "details_text": details.generated_text,

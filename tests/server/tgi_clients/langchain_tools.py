@@ -17,10 +17,12 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
 
-@tool
 def weather(city: str) -> str:
     """Tell the weather of a city."""
     return f"20 C in {city}"
+
+
+weather_tool = tool(weather)
 
 
 class Forecast(BaseModel):
@@ -39,7 +41,7 @@ chat = ChatOpenAI(
     temperature=0,
     stream_usage=True,
 )
-bound = chat.bind_tools([weather], tool_choice="any", parallel_tool_calls=False)
+bound = chat.bind_tools([weather_tool], tool_choice="any", parallel_tool_calls=False)
 messages: list[Any] = [HumanMessage("What is the weather in Paris?")]
 answer = bound.invoke(messages)
 streamed: Any = None
@@ -47,8 +49,8 @@ for chunk in bound.stream(messages):
     streamed = chunk if streamed is None else streamed + chunk
 messages.append(answer)
 for call in answer.tool_calls:
-    messages.append(ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"]))
-messages.append(chat.bind_tools([weather], parallel_tool_calls=False).invoke(messages))
+    messages.append(ToolMessage(weather_tool.invoke(call["args"]), tool_call_id=call["id"]))
+messages.append(chat.bind_tools([weather_tool], parallel_tool_calls=False).invoke(messages))
 typed = [
     chat.with_structured_output(Forecast, method=method).invoke("Paris, please.").model_dump()
     for method in ("json_schema", "function_calling")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tgi_asgi.api.anthropic.request import COUNT_DECODER, parse_messages, read_conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Permits, generate
+from tgi_asgi.api.life import admitted, generate
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.settings import Settings
@@ -23,7 +23,7 @@ async def count_tokens(exchange: Exchange) -> None:
     context = exchange.context
     served = context.ready()
     body = await exchange.read_body()
-    with Permits(exchange, served.engine, 1):
+    with admitted(exchange, 1):
         count = await context.in_counting_thread(_count, body, served, context.settings)
     await exchange.respond_json({"input_tokens": count})
 

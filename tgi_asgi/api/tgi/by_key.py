@@ -44,12 +44,11 @@ def kind_of(body: bytes) -> Kind:
     raise InvalidRequest("One of `inputs`, `messages` and `prompt` is required", param="inputs")
 
 
-async def dispatch(exchange: Exchange) -> Kind:
-    """Look at the body, put it back, and speak the dialect of its kind from here on."""
+async def read_kind(exchange: Exchange) -> tuple[Kind, bytes]:
+    """Read the body, and speak the dialect of its kind from here on."""
     body = await exchange.read_body(is_of_any_type=True)
     kind = await exchange.work(kind_of, body)
     if kind is not Kind.INPUTS and not exchange.context.settings.tgi_compat:
         exchange.dialect = OPENAI
     exchange.require_json()
-    exchange.put_back(body)
-    return kind
+    return kind, body

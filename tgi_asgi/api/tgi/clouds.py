@@ -17,7 +17,7 @@ from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse
-from tgi_asgi.api.tgi.by_key import Kind, dispatch, kind_of
+from tgi_asgi.api.tgi.by_key import Kind, kind_of, read_kind
 from tgi_asgi.api.tgi.generate import parse_root
 from tgi_asgi.api.tgi.render import pick_best, text_of
 from tgi_asgi.api.tgi.schema import GENERATE, VERTEX, VertexResponse
@@ -35,7 +35,8 @@ _PARSERS: dict[Kind, Parse] = {
 async def invocations(exchange: Exchange) -> None:
     """Answer as `POST /`, chat or completions would, by the body's key."""
     exchange.context.ready()
-    await generate(exchange, _PARSERS[await dispatch(exchange)])
+    kind, body = await read_kind(exchange)
+    await generate(exchange, _PARSERS[kind], body)
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:

@@ -9,13 +9,13 @@ import msgspec
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Permits
+from tgi_asgi.api.life import admitted
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.completions import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text
-from tgi_asgi.api.tgi.by_key import Kind, dispatch
+from tgi_asgi.api.tgi.by_key import Kind, read_kind
 from tgi_asgi.api.tgi.schema import (
     DETOKENIZE,
     PROMPT_TOKENIZE,
@@ -32,7 +32,8 @@ async def tokenize(exchange: Exchange) -> None:
     """Answer with TGI's array for `inputs`, with ids and their count for `prompt` or `messages`."""
     exchange.context.ready()
     work = {Kind.INPUTS: _text_tokens, Kind.PROMPT: _prompt_count, Kind.MESSAGES: _chat_count}
-    await _answer(exchange, work[await dispatch(exchange)])
+    kind, body = await read_kind(exchange)
+    await _answer(exchange, work[kind], body)
 
 
 async def detokenize(exchange: Exchange) -> None:
@@ -45,12 +46,14 @@ async def chat_tokenize(exchange: Exchange) -> None:
     await _answer(exchange, _chat_tokens)
 
 
-async def _answer(exchange: Exchange, work: Callable[[bytes, Served, Settings], bytes]) -> None:
+async def _answer(
+    exchange: Exchange, work: Callable[[bytes, Served, Settings], bytes], body: bytes | None = None
+) -> None:
     """Do the work in a thread, under a permit: whoever tokenises takes part in admission."""
     context = exchange.context
     served = context.ready()
-    body = await exchange.read_body()
-    with Permits(exchange, served.engine, 1):
+    body = await exchange.read_body() if body is None else body
+    with admitted(exchange, 1):
         answer = await context.in_counting_thread(work, body, served, context.settings)
     await exchange.respond(200, answer)
 

@@ -1,7 +1,7 @@
 """What a whole answer may consist of, as one grammar: reasoning, then content or tool calls.
 
 Calls are constrained from their marker on, or from the first character where an answer must be one; text
-before a marker is free.
+before a marker is free (`free.py`).
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ def answer_grammar(
         return None
     arguments = [ToolArguments(spec) for spec in tools.specs] if tools is not None else []
     body, rules = _body(content, tools, arguments, mark)
+    is_free = content is None and tools is not None and not tools.must_call and tools.format.marker != ""
+    free = (mark(tools.format.marker),) if tools is not None and is_free else ()
+    start = ""
     if reasoning is not None:
         opening = "" if is_reasoning_open else mark(reasoning.start)
         optional = "" if is_reasoning_open else "?"
@@ -63,9 +66,12 @@ def answer_grammar(
             ]
         rules.append(f"body: {body}")
         body = f"reasoning{optional} body"
+        start = opening
+        free = (mark(reasoning.end), *free) if free or not start else ()
     named = (("answer", content.lark), *content.parts) if content is not None else ()
     ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
-    return GrammarSource("\n".join([f"start: {body}", *rules]), named, tuple(sorted(ignored)))
+    lark = "\n".join([f"start: {body}", *rules])
+    return GrammarSource(lark, named, tuple(sorted(ignored)), free, start)
 
 
 def _body(

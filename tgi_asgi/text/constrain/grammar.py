@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.free import FreeText, FreeTexts, Watch
 from tgi_asgi.text.constrain.reason import reason_of
 from tgi_asgi.text.constrain.source import GrammarSource
 
@@ -68,6 +69,7 @@ class GrammarCompiler:
         self._executor: Any = None
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._free_texts = FreeTexts(tokenizer, vocab_size)
 
     def compile(self, source: GrammarSource) -> Grammar:
         """Compile a grammar: milliseconds, up to a second for the largest.
@@ -99,6 +101,7 @@ class GrammarCompiler:
             matcher.fill_mask(mask)
             if matcher.error is not None:
                 raise InvalidRequest(f"grammar is not valid: {matcher.error}")
+        grammar = Grammar(backend, self._executor, self._free_texts.find(source, grammar.matcher))
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -109,14 +112,21 @@ class GrammarCompiler:
 class Grammar:
     """A compiled grammar, shared by all requests that use it."""
 
-    __slots__ = ("_executor", "_prototype")
+    __slots__ = ("_executor", "_free", "_prototype")
 
-    def __init__(self, prototype: Any, executor: Any) -> None:
+    def __init__(self, prototype: Any, executor: Any, free: FreeText | None = None) -> None:
         self._prototype = prototype
         self._executor = executor
+        self._free = free
+
+    def watch(self) -> Watch | None:
+        """Return what says from where on a choice needs a matcher; None if that is from its beginning."""
+        return None if self._free is None else self._free.watch()
 
     def matcher(self, token_ids: Sequence[int] = ()) -> Matcher:
-        """Return the state of one choice, after the tokens that it has already."""
+        """Return the state of one choice, after the tokens that it has already; free text is not read."""
+        if self._free is not None:
+            token_ids = self._free.constrained(token_ids)
         return Matcher(self._prototype.deep_copy(), self._executor, token_ids)
 
 

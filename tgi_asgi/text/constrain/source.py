@@ -34,11 +34,15 @@ class GrammarSource:
         lark: rules in llguidance's dialect, beginning with `start`.
         parts: further grammars, which the rules name as `@<name>`.
         ignored: keywords of schemas that it does not enforce, sorted.
+        free: marks up to each of which, in turn, an answer is any text.
+        opening: a mark without which, at the very beginning, the first of these parts is left out.
     """
 
     lark: str
     parts: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    opening: str = ""
 
     @property
     def text(self) -> str:

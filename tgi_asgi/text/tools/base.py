@@ -5,7 +5,6 @@ A format is one file with one `ToolFormat`; `__init__.py` lists them all.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -50,10 +49,22 @@ Mark = Callable[[str], str]  # a marker as an expression of a grammar: a special
 
 
 class CallParser(Protocol):
-    """Reads calls as they are written, from behind the marker on."""
+    """Reads calls as they are written, from behind the marker on.
+
+    Models leave out ends, add blanks and fences, write several calls in one place, call what there is not,
+    and go on with text: what is no call of a known tool is handed back.
+
+    Attributes:
+        rest: what follows the calls, once that is known; all that was read if the first is none.
+    """
+
+    rest: str | None
 
     def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
+        """Return what the next piece of text tells; not to be called once there is a `rest`."""
+
+    def finish(self) -> str:
+        """Return what was begun and is no call, at the end of the answer."""
 
 
 class ToolFormat(Protocol):
@@ -62,12 +73,14 @@ class ToolFormat(Protocol):
     Attributes:
         name: what operators call it.
         marker: the text that opens the first call, or "" where a call begins the whole answer.
+        openers: further texts that do, which some models write in its place; the parser reads them, too.
         markers: every text of the format that some tokenizers have a token of its own for.
         first: where `marker` is "": the character that tells a call from text, which must not begin with it.
     """
 
     name: str
     marker: str
+    openers: tuple[str, ...]
     markers: tuple[str, ...]
     first: str
 
@@ -97,67 +110,7 @@ def json_calls(tools: Sequence[ToolArguments], key: str = "arguments") -> str:
     )
 
 
-JSON_HEAD = re.compile(r'"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-
-
-class JsonCallParser:
-    """Reads calls whose arguments are JSON objects.
-
-    Args:
-        head: matches from anywhere before a call's name to where its arguments begin; group 1 is the name.
-    """
-
-    def __init__(self, head: re.Pattern[str] = JSON_HEAD) -> None:
-        self._head = head
-        self._buffer = ""
-        self._object: _ObjectScanner | None = None
-
-    def push(self, text: str) -> list[Piece]:
-        """Return what the next piece of text tells."""
-        pieces: list[Piece] = []
-        self._buffer += text
-        while self._buffer:
-            if self._object is None:
-                found = self._head.search(self._buffer)
-                if found is None:
-                    break
-                pieces.append(CallStart(found[1]))
-                self._buffer = self._buffer[found.end() :]
-                self._object = _ObjectScanner()
-            size = self._object.scan(self._buffer)
-            pieces.append(CallArguments(self._buffer[:size]))
-            self._buffer = self._buffer[size:]
-            if self._object.is_done:
-                self._object = None
-        return pieces
-
-
-class _ObjectScanner:
-    """Finds the end of a JSON object in a stream of text."""
-
-    __slots__ = ("_depth", "_is_escaped", "_is_in_string", "is_done")
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._is_in_string = False
-        self._is_escaped = False
-        self.is_done = False
-
-    def scan(self, text: str) -> int:
-        """Return how many characters of `text` belong to the object."""
-        for index, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._is_in_string:
-                self._is_escaped = character == "\\"
-                self._is_in_string = character != '"'
-            elif character == '"':
-                self._is_in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self.is_done = True
-                    return index + 1
-        return len(text)
+def num_held(text: str, marker: str) -> int:
+    """Return how many characters at the end of a text may begin a marker."""
+    sizes = range(min(len(marker) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(marker[:size])), 0)

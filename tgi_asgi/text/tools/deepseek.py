@@ -9,14 +9,17 @@ from collections.abc import Sequence
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, alternatives
+from tgi_asgi.text.tools.base import CallParser, Mark, alternatives
+from tgi_asgi.text.tools.json_calls import JsonCallParser
 
 _BEGIN, _END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 _CALLS_END = "<｜tool▁calls▁end｜>"
 _SEPARATOR = "<｜tool▁sep｜>"
 _FENCE = "```json"
-_FENCED_HEAD = re.compile(f"{_SEPARATOR}([^\\n]+)\\n{_FENCE}\\n(?=\\{{)")
-_HEAD = re.compile(f"{_BEGIN}([\\w-]+){_SEPARATOR}\\s*(?=\\{{)")
+# With and without the kind and the fence, which both versions now forget and now write.
+_HEAD = re.compile(
+    f'(?:function{_SEPARATOR})?([\\w.-]+)\\s*(?:{_SEPARATOR})?\\s*(?:```(?:json)?\\s*)?(\\{{\\s*["}}])'
+)
 
 
 class DeepSeekFormat:
@@ -24,6 +27,7 @@ class DeepSeekFormat:
 
     name = "deepseek"
     marker = "<｜tool▁calls▁begin｜>"
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = (marker, _CALLS_END, _BEGIN, _END, _SEPARATOR)
     first = ""
 
@@ -41,7 +45,7 @@ class DeepSeekFormat:
         return _calls(calls, r'"\n"', mark, is_parallel=is_parallel)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser(_FENCED_HEAD)
+        return JsonCallParser(tools, openers=(_BEGIN,), closers=(_END, _CALLS_END), head=_HEAD)
 
 
 class DeepSeekV31Format(DeepSeekFormat):
@@ -58,9 +62,6 @@ class DeepSeekV31Format(DeepSeekFormat):
             for tool in tools
         ]
         return _calls(calls, "", mark, is_parallel=is_parallel)
-
-    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser(_HEAD)
 
 
 def _calls(calls: Sequence[str], between: str, mark: Mark, *, is_parallel: bool) -> str:

@@ -10,4 +10,5 @@ class GraniteFormat(MistralFormat):
 
     name = "granite"
     marker = "<|tool_call|>"
+    openers = ("<tool_call>",)
     markers = (marker,)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, json_calls
+from tgi_asgi.text.tools.base import CallParser, Mark, json_calls
+from tgi_asgi.text.tools.json_calls import JsonCallParser
 
 
 class HermesFormat:
@@ -13,6 +14,7 @@ class HermesFormat:
 
     name = "hermes"
     marker = "<tool_call>"
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ("<tool_call>", "</tool_call>")
     first = ""
 
@@ -28,4 +30,4 @@ class HermesFormat:
         return rf'calls: "\n" call "\n" {end}{more}' + "\n" + json_calls(tools)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser()
+        return JsonCallParser(tools, openers=(self.marker,), closers=("</tool_call>",))

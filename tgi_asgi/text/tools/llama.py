@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import CallParser, JsonCallParser, Mark, json_calls
+from tgi_asgi.text.tools.base import CallParser, Mark, json_calls
+from tgi_asgi.text.tools.json_calls import JsonCallParser
 
 # What tells a call from other JSON, without blanks: what comes before the name, and after it.
 _OPENING = '{"name":"'
@@ -17,6 +18,7 @@ class LlamaFormat:
 
     name = "llama3_json"
     marker = ""
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     first = "{"
 
@@ -37,4 +39,4 @@ class LlamaFormat:
         return f"calls: call{more}\n{json_calls(tools, 'parameters')}"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser()
+        return JsonCallParser(tools)

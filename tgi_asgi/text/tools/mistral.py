@@ -11,14 +11,14 @@ from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
 from tgi_asgi.text.tools.base import (
     CallParser,
-    JsonCallParser,
     Mark,
     alternatives,
     json_calls,
 )
+from tgi_asgi.text.tools.json_calls import JsonCallParser
 
 _MARKER, _ARGS = "[TOOL_CALLS]", "[ARGS]"
-_HEAD = re.compile(r"([\w-]+)\[ARGS\]\s*(?=\{)")
+_HEAD = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?\s*(?:\[ARGS\])?\s*(\{\s*[\"}])")
 _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 
 
@@ -27,6 +27,7 @@ class MistralFormat:
 
     name = "mistral"
     marker = _MARKER
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = (_MARKER,)
     first = ""
 
@@ -41,7 +42,7 @@ class MistralFormat:
         return f'calls: " "? "[" call{more} "]"\n{json_calls(tools)}'
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser()
+        return JsonCallParser(tools, openers=(self.marker, *self.openers), closers=("</tool_call>",))
 
 
 class MistralArgsFormat:
@@ -49,6 +50,7 @@ class MistralArgsFormat:
 
     name = "mistral_args"
     marker = _MARKER
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = (_MARKER, _ARGS)
     first = ""
 
@@ -64,7 +66,7 @@ class MistralArgsFormat:
         return f"calls: call{more}\n{alternatives('call', calls)}"
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return JsonCallParser(_HEAD)
+        return JsonCallParser(tools, openers=(self.marker,), head=_HEAD)
 
 
 def shorten_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:

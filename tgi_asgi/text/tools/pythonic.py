@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
@@ -18,10 +16,12 @@ from tgi_asgi.text.tools.base import (
     Piece,
     alternatives,
 )
+from tgi_asgi.text.tools.literals import Nesting, as_json
 
-_HEAD = re.compile(r"\[\s*[\w-]*")
-_CALL = re.compile(r"\[\s*[\w-]+\(")
-_CONSTANTS = {"true": True, "false": False, "null": None}
+_HEAD = re.compile(r"\[\s*[\w.-]*")
+_CALL = re.compile(r"\[\s*[\w.-]+\(")
+_BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
+_IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")
 
 
 class PythonicFormat:
@@ -29,6 +29,7 @@ class PythonicFormat:
 
     name = "pythonic"
     marker = ""
+    openers: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
     first = "["
 
@@ -51,7 +52,7 @@ class PythonicFormat:
         return "\n".join(rules)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return _PythonicParser()
+        return _PythonicParser(tools)
 
 
 def _keywords(call: str, tool: ToolArguments) -> list[str]:
@@ -70,54 +71,53 @@ def _keywords(call: str, tool: ToolArguments) -> list[str]:
 class _PythonicParser:
     """Reads calls; a call's arguments come out once it is complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: Sequence[ToolSpec]) -> None:
+        self.rest: str | None = None
+        self._names = {tool.name for tool in tools}
         self._buffer = ""
-        self._is_in_call = False
-        self._nesting = _Nesting()
+        self._name: str | None = None  # of the call whose arguments are being read
+        self._has_called = False
+        self._nesting = Nesting()
 
     def push(self, text: str) -> list[Piece]:
         """Return what the next piece of text tells."""
         pieces: list[Piece] = []
-        for character in text:
-            if not self._is_in_call and character == "(":
-                pieces.append(CallStart(self._buffer.strip(" ,[\n")))
-                self._buffer, self._is_in_call, self._nesting = "", True, _Nesting()
-            elif self._is_in_call and self._nesting.push(character) < 0:
-                pieces.append(CallArguments(_to_json(self._buffer)))
-                self._buffer, self._is_in_call = "", False
-            else:
-                self._buffer += character
+        for at, character in enumerate(text):
+            self._buffer += character
+            if self._name is not None:
+                if self._nesting.push(character) < 0:
+                    pieces.append(CallArguments(_to_json(self._buffer[:-1])))
+                    self._buffer, self._name = "", None
+            elif found := _BEFORE.fullmatch(self._buffer):
+                if found[1] in self._names:
+                    pieces.append(CallStart(found[1]))
+                    self._buffer, self._name, self._nesting = "", found[1], Nesting()
+                    self._has_called = True
+                elif found[1] is not None:
+                    self._give_up(text[at + 1 :])
+            elif self._has_called and self._buffer.strip() == "]":
+                self._buffer = ""
+                self._give_up(text[at + 1 :])
+            elif not _IN_BEFORE.fullmatch(self._buffer):
+                self._give_up(text[at + 1 :])
+            if self.rest is not None:
+                break
         return pieces
 
+    def finish(self) -> str:
+        """Return what was begun and is no call; of one that has begun, nothing is."""
+        return (
+            "" if self._name is not None else self._buffer.strip(" ,\n") if self._has_called else self._buffer
+        )
 
-class _Nesting:
-    """Follows brackets and quotes."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._quote = ""
-        self._is_escaped = False
-
-    def push(self, character: str) -> int:
-        """Take a character; return how many brackets are open behind it, with one more inside quotes."""
-        if self._is_escaped:
-            self._is_escaped = False
-        elif self._quote:
-            self._is_escaped = character == "\\"
-            if character == self._quote:
-                self._quote = ""
-        elif character in "\"'":
-            self._quote = character
-        elif character in "([{":
-            self._depth += 1
-        elif character in ")]}":
-            self._depth -= 1
-        return self._depth + bool(self._quote)
+    def _give_up(self, text: str) -> None:
+        self.rest = (self._buffer.lstrip(" ,\n") if self._has_called else self._buffer) + text
+        self._buffer = ""
 
 
 def _to_json(arguments: str) -> str:
     """Turn `a=1, b=[true, None]` into a JSON object; what is JSON stays as it is written."""
-    nesting, values, start = _Nesting(), [], 0
+    nesting, values, start = Nesting(), [], 0
     for index, character in enumerate(f"{arguments},"):
         if nesting.push(character) == 0 and character == ",":
             name, equals, value = f"{arguments},"[start:index].partition("=")
@@ -128,25 +128,6 @@ def _to_json(arguments: str) -> str:
 
 
 def _json_value(text: str) -> str:
-    try:
-        json.loads(text)
-    except ValueError:
-        try:
-            return json.dumps(_evaluate(ast.parse(text, mode="eval").body), ensure_ascii=False)
-        except (SyntaxError, ValueError):  # neither JSON nor Python: what was written, as a string
-            return json.dumps(text, ensure_ascii=False)
-    return text
-
-
-def _evaluate(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
-        return _CONSTANTS[node.id]
-    if isinstance(node, ast.List):
-        return [_evaluate(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            ast.literal_eval(key): _evaluate(value)
-            for key, value in zip(node.keys, node.values, strict=True)
-            if key is not None
-        }
-    return ast.literal_eval(node)
+    """Return a value as JSON; what is neither JSON nor Python, as a string."""
+    written = as_json(text)
+    return json.dumps(text, ensure_ascii=False) if written is None else written

@@ -16,13 +16,20 @@ from tgi_asgi.text.tools.base import (
     Mark,
     Piece,
     alternatives,
+    num_held,
 )
+from tgi_asgi.text.tools.literals import as_json
 
 _ANY = r"/(.|\n)*/"
-_HEAD = re.compile(r"<function=([^>\n]+)>\s*")
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?")
-_FUNCTION_END = re.compile(r"\s*</function>")
+_HEAD = re.compile(r"<function=([^>\n]+)>")
+_IN_HEAD = re.compile(r"<function=[^>\n]{0,128}")
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>(\n?)")
+_FUNCTION_END = re.compile(r"\s*(?:</function>|(?=</tool_call>))")
 _VALUE_END = "\n</parameter>"
+_CALL_ENDS = ("\n</function>\n</tool_call>", "\n</function></tool_call>")
+_OPENER = "<tool_call>"
+_MARKS = (_OPENER, "</tool_call>", "</function>", "```xml", "```")
+_BEGINS = ("<function=", *_MARKS)
 
 
 class QwenXmlFormat:
@@ -30,6 +37,7 @@ class QwenXmlFormat:
 
     name = "qwen3_coder"
     marker = "<tool_call>"
+    openers: tuple[str, ...] = ("<function=",)
     markers: tuple[str, ...] = ("<tool_call>", "</tool_call>")
     first = ""
 
@@ -88,30 +96,50 @@ class _XmlParser:
     """Reads calls; text values come out as they are written, others once they are complete."""
 
     def __init__(self, tools: Sequence[ToolSpec]) -> None:
+        self.rest: str | None = None
         self._schemas = {tool.name: tool.properties for tool in tools}
         self._buffer = ""
+        self._opening = ""  # what was skipped, and is text if no call follows
+        self._has_called = False
         self._function: str | None = None
         self._parameter: str | None = None
+        self._ends: tuple[str, ...] = ()  # of the parameter's value
         self._num_parameters = 0
 
     def push(self, text: str) -> list[Piece]:
         """Return what the next piece of text tells."""
-        self._buffer += text
         pieces: list[Piece] = []
-        while self._step(pieces):
-            pass
+        while text and self.rest is None:
+            if self._parameter is not None:
+                self._buffer += text
+                text = self._buffer if self._read_value(pieces) else ""
+                self._buffer = self._buffer if not text else ""
+            else:  # by the character: what comes out does not depend on how the text was cut
+                self._buffer += text[0]
+                text = text[1:]
+                while self._parameter is None and self._step(pieces):
+                    pass
+        if self.rest is not None:
+            self.rest += text
         return pieces
 
+    def finish(self) -> str:
+        """Return what was begun and is no call, at the end of the answer."""
+        if self._function is not None:
+            return ""
+        return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
+
     def _step(self, pieces: list[Piece]) -> bool:
-        """Read one thing; False where more text is needed."""
+        """Read one thing; False where more text is needed, or none is wanted."""
+        if self.rest is not None:
+            return False
         if self._function is None:
             return self._begin(pieces)
-        if self._parameter is not None:
-            return self._read_value(pieces)
         found = _PARAMETER.match(self._buffer)
-        if found and (self._buffer[found.end() - 1] == "\n" or found.end() < len(self._buffer)):
+        if found and (found[2] or found.end() < len(self._buffer)):
             self._cut(found.end())
             self._parameter = found[1]
+            self._ends = self._ends_of_value(has_line=bool(found[2]))
             head = f"{', ' if self._num_parameters else '{'}{_dump(found[1])}: "
             self._num_parameters += 1
             pieces.append(CallArguments(head + ('"' if self._is_text() else "")))
@@ -124,27 +152,45 @@ class _XmlParser:
         return end is not None
 
     def _begin(self, pieces: list[Piece]) -> bool:
-        found = _HEAD.search(self._buffer)
-        if found is None:
-            return False
-        self._cut(found.end())
-        self._function, self._num_parameters = found[1], 0
-        pieces.append(CallStart(found[1]))
-        return True
+        """Look for the next function, behind blanks and markers; True where a marker was skipped."""
+        text = self._buffer.lstrip()
+        mark = next((mark for mark in _MARKS if text.startswith(mark)), None)
+        if mark is not None:
+            if mark == _OPENER or not self._has_called or self._opening:
+                self._opening += self._buffer[: -len(text)] + mark
+            self._buffer = text[len(mark) :]
+            return True
+        found = _HEAD.fullmatch(text)
+        if found and found[1] in self._schemas:
+            self._function, self._num_parameters = found[1], 0
+            self._buffer = self._opening = ""
+            self._has_called = True
+            pieces.append(CallStart(found[1]))
+        elif found or not (_IN_HEAD.fullmatch(text) or any(mark.startswith(text) for mark in _BEGINS)):
+            whole = self._opening + self._buffer
+            self.rest = whole.lstrip() if self._has_called else whole
+        return False
+
+    def _ends_of_value(self, *, has_line: bool) -> tuple[str, ...]:
+        """Return what ends a value: its own end, or where that is missing, what follows and is left."""
+        names = self._schemas.get(self._function or "", ())
+        follows = (*(f"\n<parameter={name}>" for name in names), *_CALL_ENDS)
+        return (_VALUE_END if has_line else _VALUE_END.lstrip(), *follows)
 
     def _read_value(self, pieces: list[Piece]) -> bool:
+        """Read of a value what there is; True once it has ended."""
         is_text = self._is_text()
-        at = self._buffer.find(_VALUE_END)
-        if at < 0:
-            if is_text:
-                held = _num_held(self._buffer)
-                shown = self._buffer[: len(self._buffer) - held]
+        found = [(at, end) for end in self._ends if (at := self._buffer.find(end)) >= 0]
+        if not found:
+            held = max(num_held(self._buffer, end) for end in self._ends)
+            shown = self._buffer[: len(self._buffer) - held]
+            if is_text and shown:
                 self._cut(len(shown))
-                if shown:
-                    pieces.append(CallArguments(_dump(shown)[1:-1]))
+                pieces.append(CallArguments(_dump(shown)[1:-1]))
             return False
+        at, end = min(found)
         value = self._buffer[:at]
-        self._cut(at + len(_VALUE_END))
+        self._cut(at + (len(end) if end == self._ends[0] else 0))
         pieces.append(CallArguments(_dump(value)[1:] if is_text else self._json(value)))
         self._parameter = None
         return True
@@ -153,14 +199,8 @@ class _XmlParser:
         """Return a value that is JSON by its schema; what is none, as a string."""
         if _choices(self._schema()) is not None:
             return _dump(value)
-        text = value.strip()
-        if text in ("True", "False"):
-            return text.lower()
-        try:
-            json.loads(text)
-        except ValueError:
-            return _dump(value)
-        return text
+        written = as_json(value.strip())
+        return _dump(value) if written is None else written
 
     def _is_text(self) -> bool:
         return _is_text(self._schema())
@@ -170,12 +210,6 @@ class _XmlParser:
 
     def _cut(self, size: int) -> None:
         self._buffer = self._buffer[size:]
-
-
-def _num_held(text: str) -> int:
-    """Return how many characters at the end of a value may begin its end."""
-    sizes = range(min(len(_VALUE_END) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(_VALUE_END[:size])), 0)
 
 
 def _dump(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolSpec
-from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat
+from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, num_held
 from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 
@@ -45,35 +45,44 @@ class ReplyParser:
         self._specs = specs
         self._calls: CallParser | None = None
         self._held = ""
+        self._num_known = 0  # characters of what is held in which no marker is looked for
+        self._opening = ""  # the marker that led to the calls, and blanks before it
+        self._has_called = False  # since then
         self._num_read = 0  # characters so far
         self._has_content = False
         self._may_reason = style is not None and not is_reasoning_open
         self.is_reasoning = is_reasoning_open
-        self._is_after_reasoning = False
+        self._is_after_section = False
 
     def push(self, text: str) -> list[Piece]:
         """Return what the next piece of text tells."""
-        if self._calls is not None:
-            return self._calls.push(text)
         self._held += text
         self._num_read += len(text)
         return self._read(is_end=False)
 
     def finish(self) -> list[Piece]:
         """Return what was held back, at the end of the answer."""
-        return [] if self._calls is not None else self._read(is_end=True)
+        pieces = self._read(is_end=True) if self._calls is None else []
+        if self._calls is not None:
+            self._leave_calls(self._calls.finish())
+            if not self._must_call:
+                self._give(pieces, 0)
+        return pieces
 
     def _read(self, *, is_end: bool) -> list[Piece]:
         pieces: list[Piece] = []
+        if self._calls is not None and not self._read_calls(pieces):
+            return pieces
         if self._may_reason and not self._begin_reasoning(is_end):
             return pieces
         if self.is_reasoning and not self._take_reasoning(pieces, is_end):
             return pieces
-        if self._is_after_reasoning:
-            self._held = self._held.lstrip("\n ")
-            self._is_after_reasoning = not self._held
-        self._take_content(pieces, is_end)
-        return pieces
+        while True:
+            if self._is_after_section:
+                self._held = self._held.lstrip("\n ")
+                self._is_after_section = not self._held
+            if not self._take_content(pieces, is_end):
+                return pieces
 
     def _begin_reasoning(self, is_end: bool) -> bool:
         """Look for the section's start; False while it cannot be told yet."""
@@ -100,39 +109,66 @@ class ReplyParser:
             pieces.append(Reasoning(self._held[:at]))
         self._held = self._held[at + len(self._style.end) :]
         self.is_reasoning = False
-        self._is_after_reasoning = True
+        self._is_after_section = True
         return True
 
-    def _take_content(self, pieces: list[Piece], is_end: bool) -> None:
+    def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
+        """Give out text; True where calls were read, and text follows them."""
         tools = self._tools
         if tools is None:
             self._give(pieces, 0)
-        elif not tools.marker:
-            self._take_anchored(pieces, tools, is_end)
-        elif (at := self._held.find(tools.marker)) >= 0:
+            return False
+        if not tools.marker:
+            return self._take_anchored(pieces, tools, is_end)
+        markers = (tools.marker, *tools.openers)
+        found = [(at, marker) for marker in markers if (at := self._held.find(marker, self._num_known)) >= 0]
+        if found:
+            at, marker = min(found)
             before = self._held[:at].rstrip()
             if before:
                 pieces.append(Content(before, self._num_read - len(self._held)))
-            self._enter_calls(pieces, tools, self._held[at + len(tools.marker) :])
-        else:
-            is_marker = is_end and self._must_call  # cut off: no text for anyone
-            self._give(pieces, 0 if is_end and not is_marker else _num_held(self._held, tools.marker))
+            size = at + len(marker) if marker == tools.marker else at
+            return self._enter_calls(pieces, tools, self._held[len(before) : size], self._held[size:])
+        is_cut = is_end and self._must_call  # inside a marker: no text for anyone
+        held = max(_num_held(self._held, marker, self._num_known) for marker in markers)
+        self._give(pieces, held if is_cut or not is_end else 0)
+        return False
 
-    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> None:
+    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
         """Read an answer that is either text (JSON among it) or calls, as its beginning tells."""
         head = self._held.lstrip()
         is_call: bool | None = False
         if not self._has_content:
             is_call = tools.begins(head) if head.startswith(tools.first) else False if head else None
         if is_call:
-            self._enter_calls(pieces, tools, head)
-        elif is_call is not None or (is_end and not self._must_call):
+            self._has_content = True
+            return self._enter_calls(pieces, tools, "", self._held)
+        if is_call is not None or (is_end and not self._must_call):
             self._give(pieces, 0)
+        return False
 
-    def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, rest: str) -> None:
-        self._held = ""
-        self._calls = tools.parser(self._specs)
-        pieces.extend(self._calls.push(rest))
+    def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, opening: str, rest: str) -> bool:
+        """Read calls; True where they have ended, and text follows."""
+        self._calls, self._opening, self._held = tools.parser(self._specs), opening, rest
+        self._has_called = False
+        return self._read_calls(pieces)
+
+    def _read_calls(self, pieces: list[Piece]) -> bool:
+        assert self._calls is not None
+        text, self._held = self._held, ""
+        new = self._calls.push(text)
+        self._has_called |= bool(new)
+        pieces += new
+        if self._calls.rest is not None:
+            self._leave_calls(self._calls.rest)
+        return self._calls is None
+
+    def _leave_calls(self, rest: str) -> None:
+        """Go on with text; what was taken for a marker is part of it if no call came."""
+        self._calls = None
+        self._held = rest if self._has_called else self._opening + rest
+        self._num_known = 0 if self._has_called else len(self._opening) + 1
+        self._is_after_section = self._has_called
 
     def _give(self, pieces: list[Piece], num_held: int) -> None:
         start = self._num_read - len(self._held)
@@ -145,13 +181,15 @@ class ReplyParser:
         """Return what is held, but for the last characters."""
         size = len(self._held) - num_held
         shown, self._held = self._held[:size], self._held[size:]
+        self._num_known = max(0, self._num_known - size)
         return shown
 
 
-def _num_held(text: str, marker: str) -> int:
-    """Return how much of the end of `text` to hold: what may begin the marker, and blanks before it."""
-    size = next(
-        (size for size in range(min(len(marker), len(text)), 0, -1) if text.endswith(marker[:size])), 0
-    )
+def _num_held(text: str, marker: str, num_known: int = 0) -> int:
+    """Return how much of the end of `text` to hold: what may begin the marker, and blanks before it.
+
+    The first `num_known` characters begin none.
+    """
+    size = num_held(text[num_known:], marker)
     shown = text[: len(text) - size]
     return size + len(shown) - len(shown.rstrip())

@@ -1,0 +1,130 @@
+"""What becomes of a step that failed: its rows run again by halves, until those at fault are alone.
+
+Owned by the engine's loop, which submits and delivers; knows no request, only sequences.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.pipeline import Flight, Pipeline
+from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.runner.plan import DeviceLost
+
+log = logging.getLogger(__name__)
+
+_PROBE_AFTER = 4  # rows that failed with no good one between them: is the fault in the requests?
+
+
+class Host(Protocol):
+    """The loop whose steps they are."""
+
+    def take_waiting(self) -> None:
+        """Handle what has been asked for meanwhile."""
+
+    def submit(self, step: Step) -> Flight: ...
+
+    async def complete(self, flight: Flight) -> None:
+        """Deliver a step that has succeeded."""
+
+    async def flush(self) -> None: ...
+
+    def lose(self, sequence: Sequence, reason: str, cause: BaseException | None = None) -> None:
+        """Fail the request of a row."""
+
+
+class Recovery:
+    """Find out which rows make a step fail, and whether it is the rows at all.
+
+    Attributes:
+        num_lost_rows: that have failed since one was good; the host counts, too.
+    """
+
+    def __init__(
+        self, host: Host, scheduler: Scheduler, pipeline: Pipeline, budget: TokenBudget, stats: EngineStats
+    ) -> None:
+        self._host = host
+        self._scheduler = scheduler
+        self._pipeline = pipeline
+        self._budget = budget
+        self._stats = stats
+        self.num_lost_rows = 0
+
+    async def recover(self, failed: Step, error: BaseException) -> None:
+        """Run the rows of a failed step again; those that fail alone lose their requests.
+
+        Raises:
+            Exception: nothing can be computed any more.
+        """
+        for flight in reversed(await self._pipeline.drain()):
+            self._scheduler.rollback(flight.step)
+        pending = [(failed, error)]
+        while pending:
+            step, error = pending.pop()
+            num_rows = len(step.sequences)
+            log.error("step %d failed with %d rows: %r", step.plan.step_id, num_rows, error)
+            self._stats.failed_steps += 1
+            if isinstance(error, DeviceLost):
+                raise error
+            self._scheduler.rollback(step)
+            max_tokens = None
+            halves = [range(num_rows // 2), range(num_rows // 2, num_rows)]
+            if isinstance(error, MemoryError):
+                self._budget.shrink(step.num_prefill_tokens)
+            if num_rows == 1:
+                num_tokens = step.plan.rows[0].num_tokens
+                if not isinstance(error, MemoryError) or num_tokens <= self._scheduler.block_size:
+                    for _, sequence in step.live():
+                        self.num_lost_rows += 1
+                        self._host.lose(sequence, "the model failed on this request", error)
+                    await self.test_itself()
+                    continue
+                max_tokens = max(num_tokens // 2, self._scheduler.block_size)
+                halves = [range(1)]
+            for rows in halves:
+                self._host.take_waiting()
+                again = self._scheduler.retry(step, rows, max_tokens)
+                if again is None:
+                    continue
+                flight = await self._run(again)
+                if flight.error is not None:
+                    pending.append((again, flight.error))
+                    continue
+                await self._host.complete(flight)
+                await self._host.flush()
+
+    async def test_itself(self) -> None:
+        """Once several rows have failed in a row, run a step of our own: only if that fails, too, give up.
+
+        A client whose every prompt fails is its own problem; an engine that cannot compute is everybody's.
+
+        Raises:
+            Exception: our step failed.
+        """
+        if self.num_lost_rows < _PROBE_AFTER:
+            return
+        for flight in await self._pipeline.drain():
+            await self._host.complete(flight)
+        await self._host.flush()  # should this be the end: what has finished well is to be told so
+        step = self._scheduler.probe() if self.num_lost_rows >= _PROBE_AFTER else None
+        if step is None:
+            return
+        flight = await self._run(step)
+        self._scheduler.end_probe(step)
+        if flight.error is not None:
+            raise flight.error
+        [sampled] = flight.future.result().sampled
+        if sampled is None or not sampled.is_finite:
+            raise ArithmeticError("the model's logits are not finite, whatever the prompt")
+        log.warning("%d requests failed, but the engine works", self.num_lost_rows)
+        self.num_lost_rows = 0
+
+    async def _run(self, step: Step) -> Flight:
+        """Compute a step alone."""
+        self._host.submit(step)
+        (flight,) = await self._pipeline.drain()
+        return flight

@@ -1,0 +1,201 @@
+"""Reads calls whose arguments are JSON objects: most families'."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from tgi_asgi.text.tools.arguments import ToolSpec
+from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
+from tgi_asgi.text.tools.literals import Nesting, literal_value
+
+_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"]{1,128})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{\s*["}])')
+# Behind the arguments, where the call is an object: its end, maybe after an id.
+_TAIL = re.compile(r'\s*(?:,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.]+)\s*)?\}')
+_IN_TAIL = re.compile(r'\s*(?:,\s*(?:"\w*(?:"\s*(?::\s*(?:"[^"]*"?|[\w.]*)\s*)?)?)?)?')
+_MAX_HEAD = 256
+_CLOSERS = ("```", "}", "]", ",", ";")
+_OPENERS = ("```json", "```", "[")
+
+
+class JsonCallParser:
+    """Reads `{"name": "f", "arguments": {...}}`, or what `head` matches before an object.
+
+    Arguments come out as they are written, where the call is written as it was learned. Else (keys in another
+    order, arguments as a string, Python's quotes) they come once the call is complete. All but the arguments
+    is read by the character: what comes out does not depend on how the text was cut.
+
+    Args:
+        openers: what may stand before a call, besides fences and brackets.
+        closers: what may stand behind one.
+        head: group 1 is the name, group 2 the beginning of the arguments.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[ToolSpec],
+        *,
+        openers: Sequence[str] = (),
+        closers: Sequence[str] = (),
+        head: re.Pattern[str] | None = None,
+    ) -> None:
+        self.rest: str | None = None
+        self._names = {tool.name for tool in tools}
+        self._openers, self._closers = {*_OPENERS, *openers}, {*_CLOSERS, *closers}
+        self._head = head
+        self._buffer = ""
+        self._opening = ""  # what was skipped, and is text if no call follows
+        self._has_called = False
+        self._nesting: Nesting | None = None  # of a call whose head is being read
+        self._arguments: _ObjectScanner | None = None
+        self._is_in_tail = False
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what the next piece of text tells."""
+        pieces: list[Piece] = []
+        self._feed(text, pieces)
+        return pieces
+
+    def finish(self) -> str:
+        """Return what was begun and is no call, at the end of the answer."""
+        is_begun = self._nesting is not None or self._opening.strip() or not self._has_called
+        return self._opening + self._buffer if is_begun and not self._is_in_tail else ""
+
+    def _feed(self, text: str, pieces: list[Piece]) -> None:
+        at = 0
+        while at < len(text) and self.rest is None:
+            if self._arguments is not None:
+                at += self._read_arguments(text[at:], pieces)
+                continue
+            self._buffer += text[at]
+            at += 1
+            if self._is_in_tail:
+                self._read_tail(pieces)
+            elif self._nesting is not None:
+                self._read_head(text[at - 1], pieces)
+            else:
+                self._skip(pieces)
+        if self.rest is not None:
+            self.rest += text[at:]
+
+    def _skip(self, pieces: list[Piece]) -> None:
+        """Look for the next call, behind blanks, markers, fences and brackets."""
+        text = self._buffer.lstrip()
+        marks = self._openers | self._closers
+        if not text or any(mark.startswith(text) and mark != text for mark in marks):
+            return
+        mark = max((mark for mark in marks if text.startswith(mark)), key=len, default=None)
+        if mark is not None:
+            if not self._has_called or self._opening or mark not in self._closers:
+                self._opening += self._buffer[: self._buffer.index(mark) + len(mark)]
+            self._again(text[len(mark) :], pieces)
+        elif text[0] == "{" or self._may_be_name(text[0]):
+            self._opening += self._buffer[: -len(text)]
+            self._nesting = Nesting()
+            self._again(text, pieces)
+        else:
+            self._give_up()
+
+    def _may_be_name(self, first: str) -> bool:
+        is_opened = bool(self._opening) or not self._has_called
+        return self._head is not None and is_opened and (first.isalnum() or first == "_")
+
+    def _read_head(self, character: str, pieces: list[Piece]) -> None:
+        assert self._nesting is not None
+        is_object = self._buffer[0] == "{"
+        found = (_HEAD if is_object or self._head is None else self._head).fullmatch(self._buffer)
+        is_complete = self._nesting.push(character) == 0
+        if found and found[1] in self._names:
+            self._begin(found[1], pieces)
+            self._arguments, self._is_in_tail = _ObjectScanner(), is_object
+            self._feed(found[2], pieces)
+        elif is_object and is_complete:
+            call = _call_of(self._buffer, self._names)
+            if call is None:
+                self._give_up()
+                return
+            self._begin(call[0], pieces)
+            pieces.append(CallArguments(call[1]))
+        elif not is_object and len(self._buffer) > _MAX_HEAD:
+            self._give_up()
+
+    def _begin(self, name: str, pieces: list[Piece]) -> None:
+        pieces.append(CallStart(name))
+        self._buffer = self._opening = ""
+        self._nesting, self._has_called = None, True
+
+    def _read_arguments(self, text: str, pieces: list[Piece]) -> int:
+        assert self._arguments is not None
+        size = self._arguments.scan(text)
+        pieces.append(CallArguments(text[:size]))
+        if self._arguments.is_done:
+            self._arguments = None
+        return size
+
+    def _read_tail(self, pieces: list[Piece]) -> None:
+        if _TAIL.fullmatch(self._buffer):
+            self._buffer, self._is_in_tail = "", False
+        elif not _IN_TAIL.fullmatch(self._buffer):
+            self._is_in_tail = False
+            self._again(self._buffer, pieces)
+
+    def _again(self, text: str, pieces: list[Piece]) -> None:
+        self._buffer = ""
+        self._feed(text, pieces)
+
+    def _give_up(self) -> None:
+        text = self._opening + self._buffer
+        self.rest = text.lstrip() if self._has_called else text
+        self._buffer = self._opening = ""
+
+
+def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
+    """Return name and arguments of a call that is a whole object, or None."""
+    call = literal_value(text)
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):  # as OpenAI's API has it
+        call = call["function"]
+    if not isinstance(call, dict) or not isinstance(name := call.get("name"), str) or name not in names:
+        return None
+    arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
+    if isinstance(arguments, str):
+        arguments = literal_value(arguments) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    return (name, _dump(arguments)) if isinstance(arguments, dict) else None
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+class _ObjectScanner:
+    """Finds the end of a JSON object in a stream of text."""
+
+    __slots__ = ("_depth", "_is_escaped", "_is_in_string", "is_done")
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._is_in_string = False
+        self._is_escaped = False
+        self.is_done = False
+
+    def scan(self, text: str) -> int:
+        """Return how many characters of `text` belong to the object."""
+        for index, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._is_in_string:
+                self._is_escaped = character == "\\"
+                self._is_in_string = character != '"'
+            elif character == '"':
+                self._is_in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.is_done = True
+                    return index + 1
+        return len(text)

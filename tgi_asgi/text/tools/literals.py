@@ -1,0 +1,73 @@
+"""Values as models write them: JSON, or Python's literals with JSON's constants among them."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any
+
+_CONSTANTS = {"true": True, "false": False, "null": None}
+
+
+class Nesting:
+    """Follows brackets and quotes."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quote = ""
+        self._is_escaped = False
+
+    def push(self, character: str) -> int:
+        """Take a character; return how many brackets are open behind it, with one more inside quotes."""
+        if self._is_escaped:
+            self._is_escaped = False
+        elif self._quote:
+            self._is_escaped = character == "\\"
+            if character == self._quote:
+                self._quote = ""
+        elif character in "\"'":
+            self._quote = character
+        elif character in "([{":
+            self._depth += 1
+        elif character in ")]}":
+            self._depth -= 1
+        return self._depth + bool(self._quote)
+
+
+def literal_value(text: str) -> Any:
+    """Return the value that a text stands for; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return _evaluate(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def as_json(text: str) -> str | None:
+    """Return JSON as it is written, Python's literals as JSON, and None for all else."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        value = literal_value(text)
+        try:
+            return None if value is None and text != "None" else json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):  # a set, bytes
+            return None
+    return text
+
+
+def _evaluate(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
+        return _CONSTANTS[node.id]
+    if isinstance(node, ast.List):
+        return [_evaluate(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            ast.literal_eval(key): _evaluate(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if key is not None
+        }
+    return ast.literal_eval(node)
