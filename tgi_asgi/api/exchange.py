@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
+LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
 
 
 class Exchange:
@@ -105,7 +105,7 @@ class Exchange:
         self.is_body_read = True  # from here on read_body drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit
         parts = await asgi.read_body(self.receive, declared, most, self._hold)
-        self.is_large |= sum(map(len, parts)) > _LARGE_BODY
+        self.is_large |= sum(map(len, parts)) > LARGE_BODY
         return await self.work(b"".join, parts)
 
     def _hold(self, size: int) -> None:

@@ -95,7 +95,8 @@ def _openai() -> list[Route]:
         ),
         _generates(
             "/v1/responses", responses.parse_response, "Responses", "OpenAI",
-            (response_input.ResponsesRequest,), dialect=responses.RESPONSES, streams=True,
+            (response_input.ResponsesRequest,), handle=responses.create, dialect=responses.RESPONSES,
+            streams=True,
         ),
         Route(
             "GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept", "OpenAI",
