@@ -10,7 +10,7 @@ import asyncio
 import gc
 import time
 from asyncio.events import Handle
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ from tests.support.scripted_engine import (
     toy_info,
 )
 from tests.support.toy_tokenizer import EOS, ToyTokenizer
+from tgi_asgi.api.limits import MAX_TOOLS
+from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.sse import DIRECT_WRITE, MAX_WAITING_EVENTS
 from tgi_asgi.app import App
 from tgi_asgi.errors import TgiError
@@ -39,8 +41,7 @@ PART = 64 * 1024  # as a server hands bodies on
 LONGEST_TOKEN = 128
 CONTEXT = 1 << 18  # with such tokens 16 MiB are a prompt that fits
 SIZE = 16 * MIB
-
-Body = Callable[[], bytes]
+LONG_TEXT = "a" * (SIZE - 1024)
 
 
 class CheapTokenizer(ToyTokenizer):
@@ -166,6 +167,8 @@ async def check(
     top: int | None = None,
     num_steps: int = 3,
     num_permits: int = 128,
+    stream: bool = False,
+    stored: StoredResponse | None = None,
 ) -> None:
     """Assert that no callback of the loop takes longer than allowed, with and without direct writes."""
     settings = Settings(model_id="toy/model", enable_prefill_logprobs=True)
@@ -173,8 +176,10 @@ async def check(
     engine.num_permits = num_permits
     info = toy_info(max_total_tokens=CONTEXT, max_input_tokens=CONTEXT - 1024)
     app = scripted_app(engine, settings, info=info)
+    if stored is not None:
+        app.context.responses.keep(stored)
     try:
-        for writes_directly in (False, True):
+        for writes_directly in (False, True)[: 1 + stream]:
             worst = (0.0, "")
             for _ in range(NUM_TRIES):
                 engine.make_ready(jobs, n, top)
@@ -190,19 +195,15 @@ async def check(
         app.context.close()
 
 
-def long_text(size: int = SIZE - 1024) -> str:
-    return "a" * size
-
-
-def filled(head: bytes, item: bytes, tail: bytes = b"]}", size: int = SIZE) -> bytes:
-    """Return a body with a list of as many items as it may hold."""
+def filled(head: bytes, item: bytes, size: int, tail: bytes = b"]}") -> bytes:
+    """Return a body with a list of as many items as it has room for."""
     return head + b",".join([item] * ((size - len(head) - len(tail)) // (len(item) + 1))) + tail
 
 
-def tools_of(template: str, size: int = SIZE - 1024) -> bytes:
-    """Return a list of as many tools as a body may hold; `%d` makes their names different."""
-    one = len(template % 100_000) + 1
-    return b"[" + b",".join((template % i).encode() for i in range(100_000, 100_000 + size // one)) + b"]"
+def tools_of(template: str, size: int) -> bytes:
+    """Return as many tools as may be, of the size that there is room for; `%s` is a name, then a text."""
+    padding = "a" * (size // MAX_TOOLS - len(template) - 10)
+    return b"[" + b",".join((template % (f"f{i}", padding)).encode() for i in range(MAX_TOOLS)) + b"]"
 
 
 def chat(content: str = "hi", **fields: Any) -> bytes:
@@ -210,36 +211,44 @@ def chat(content: str = "hi", **fields: Any) -> bytes:
 
 
 def tgi(**parameters: Any) -> bytes:
-    return orjson.dumps({"inputs": long_text(), "parameters": parameters})
+    return orjson.dumps({"inputs": LONG_TEXT, "parameters": parameters})
 
 
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+# Objects of small parts take longer to make than to measure: a quarter of them shows as well what is slow.
+ROOM = pytest.mark.parametrize("room", [4 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
 MESSAGE = b'{"role":"user","content":""}'
-CHAT_TOOL = '{"type":"function","function":{"name":"f%d"}}'
-FLAT_TOOL = '{"type":"function","name":"f%d"}'
-CLAUDE_TOOL = '{"name":"f%d","input_schema":{}}'
+CHAT_TOOL = '{"type":"function","function":{"name":"%s","description":"%s"}}'
+FLAT_TOOL = '{"type":"function","name":"%s","description":"%s"}'
+CLAUDE_TOOL = '{"name":"%s","input_schema":{},"description":"%s"}'
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/", "/invocations"])
 async def test_a_text_as_long_as_a_body_may_be(path: str) -> None:
     shows = {} if path == "/generate_stream" else {"decoder_input_details": True}
-    await check(path, tgi(details=True, top_n_tokens=5, return_full_text=True, **shows), top=5)
+    body = tgi(details=True, top_n_tokens=5, return_full_text=True, **shows)
+    await check(path, body, stream=path == "/generate_stream", top=5)
 
 
 @STREAM
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations"])
+@pytest.mark.parametrize("path", [CHAT, "/invocations"])
 async def test_a_chat_as_long_as_a_body_may_be(path: str, stream: bool) -> None:
-    await check(path, chat(long_text(), stream=stream))
+    await check(path, chat(LONG_TEXT, stream=stream), stream=stream)
 
 
 @STREAM
-async def test_a_chat_of_very_many_messages(stream: bool) -> None:
-    await check("/v1/chat/completions", filled(b'{"stream":%b,"messages":[' % orjson.dumps(stream), MESSAGE))
+@ROOM
+async def test_a_chat_of_very_many_messages(room: int, stream: bool) -> None:
+    head = b'{"stream":%b,"messages":[' % orjson.dumps(stream)
+    await check(CHAT, filled(head, MESSAGE, room), stream=stream)
 
 
-async def test_very_many_messages_that_are_refused() -> None:
-    await check("/v1/chat/completions", filled(b'{"n":0,"messages":[', MESSAGE), status=400)
-    await check("/v1/chat/completions", filled(b'{"messages":[', MESSAGE), status=429, num_permits=0)
+@ROOM
+async def test_very_many_messages_that_are_refused(room: int) -> None:
+    await check(CHAT, filled(b'{"n":0,"messages":[', MESSAGE, room), status=400)
+    await check(CHAT, filled(b'{"messages":[', MESSAGE, room), status=429, num_permits=0)
+    await check(CHAT, filled(b'{"max_tokens":999999,"messages":[', MESSAGE, room), status=400)
 
 
 @STREAM
@@ -247,87 +256,128 @@ async def test_log_probabilities_of_very_many_choices(stream: bool) -> None:
     body = chat(n=128, logprobs=True, top_logprobs=20, stream=stream)
     # A stream takes no more events than this that are not rendered yet.
     num_steps = MAX_WAITING_EVENTS // 128 if stream else 100
-    await check("/v1/chat/completions", body, n=128, top=20, num_steps=num_steps)
+    await check(CHAT, body, stream=stream, n=128, top=20, num_steps=num_steps)
 
 
 @STREAM
 async def test_log_probabilities_of_very_many_prompts(stream: bool) -> None:
     fields = {"prompt": ["a"] * 128, "logprobs": 20, "echo": True, "stream": stream}
-    await check("/v1/completions", orjson.dumps(fields), jobs=128, top=20, num_steps=50)
+    await check("/v1/completions", orjson.dumps(fields), stream=stream, jobs=128, top=20, num_steps=30)
+
+
+@STREAM
+async def test_log_probabilities_of_a_long_response(stream: bool) -> None:
+    fields = {"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 20}
+    await check(RESPONSES, orjson.dumps({**fields, "stream": stream}), stream=stream, top=20, num_steps=2000)
 
 
 @STREAM
 async def test_an_echo_with_log_probabilities(stream: bool) -> None:
-    fields = {"prompt": [97] * 8000, "logprobs": 20, "echo": True, "n": 8, "stream": stream}
-    await check("/v1/completions", orjson.dumps(fields), n=8, top=20, num_steps=50)
+    fields = {"prompt": [97] * 8000, "logprobs": 20, "echo": True, "n": 4, "stream": stream}
+    await check("/v1/completions", orjson.dumps(fields), stream=stream, n=4, top=20)
 
 
 @STREAM
 async def test_very_many_long_prompts(stream: bool) -> None:
-    fields = {"prompt": [long_text(SIZE // 129)] * 128, "echo": True, "stream": stream}
-    await check("/v1/completions", orjson.dumps(fields), jobs=128)
+    fields = {"prompt": [LONG_TEXT[: SIZE // 129]] * 128, "echo": True, "stream": stream}
+    await check("/v1/completions", orjson.dumps(fields), stream=stream, jobs=128)
 
 
-async def test_very_many_prompts_of_ids() -> None:
-    ids = b"[" + b",".join([b"997"] * (SIZE // 129 // 4)) + b"]"
+@ROOM
+async def test_very_many_prompts_of_ids(room: int) -> None:
+    ids = filled(b"[", b"997", room // 129, b"]")
     await check("/v1/completions", b'{"prompt":[' + b",".join([ids] * 128) + b"]}", jobs=128)
 
 
+@ROOM
 @pytest.mark.parametrize(("path", "head", "item", "status"), [
     ("/v1/completions", b'{"prompt":[', b'""', 400),
     ("/v1/completions", b'{"prompt":[', b"997", 400),
     ("/vertex", b'{"instances":[', b'{"inputs":"a"}', 422),
     ("/detokenize", b'{"tokens":[', b"997", 200),
+    (CHAT, b'{"messages":[],"tools":[', b'{"type":"function","function":{"name":"f"}}', 400),
+    (MESSAGES, b'{"max_tokens":1,"messages":[],"tools":[', b'{"name":"f"}', 400),
+    (RESPONSES, b'{"input":"hi","tools":[', b'{"type":"function","name":"f"}', 400),
 ])  # fmt: skip
-async def test_lists_as_long_as_a_body_may_be(path: str, head: bytes, item: bytes, status: int) -> None:
-    await check(path, filled(head, item), status=status)
+async def test_long_lists(path: str, head: bytes, item: bytes, status: int, room: int) -> None:
+    await check(path, filled(head, item, room), status=status)
 
 
 async def test_many_long_instances() -> None:
-    instance = {"inputs": long_text(SIZE // 130)}
+    instance = {"inputs": LONG_TEXT[: SIZE // 130]}
     await check("/vertex", orjson.dumps({"instances": [instance] * 128}), jobs=128)
 
 
 @STREAM
-@pytest.mark.parametrize("extra", [{}, {"tool_choice": "none"}], ids=["auto", "none"])
-async def test_tools_as_many_as_a_body_may_hold(extra: dict[str, str], stream: bool) -> None:
-    tools = tools_of(CHAT_TOOL)
-    body = chat(stream=stream, **extra)[:-1] + b',"tools":' + tools + b"}"
-    await check("/v1/chat/completions", body, status=200 if extra else 400)
+@pytest.mark.parametrize(
+    ("path", "head", "tool"),
+    [
+        (CHAT, b'{"messages":[%b],"tool_choice":"none"', CHAT_TOOL),
+        (MESSAGES, b'{"messages":[%b],"tool_choice":{"type":"none"},"max_tokens":9', CLAUDE_TOOL),
+        (RESPONSES, b'{"input":[%b],"tool_choice":"none"', FLAT_TOOL),
+        (RESPONSES, b'{"input":[%b]', FLAT_TOOL),
+    ],
+)
+async def test_tools_that_fill_a_body(path: str, head: bytes, tool: str, stream: bool) -> None:
+    begin = head % MESSAGE + b',"stream":%b,"tools":' % orjson.dumps(stream)
+    await check(path, begin + tools_of(tool, SIZE - 1024) + b"}", stream=stream)
+
+
+@ROOM
+async def test_a_schema_that_fills_a_body(room: int) -> None:
+    properties = b",".join(b'"k%d":{}' % i for i in range(room // 20))
+    schema = (
+        b'{"type":"json_schema","json_schema":{"name":"x","schema":{"properties":{' + properties + b"}}}}"
+    )
+    await check(CHAT, chat()[:-1] + b',"response_format":' + schema + b"}", status=400)
 
 
 @pytest.mark.parametrize("key", ["messages", "inputs", "prompt"])
 async def test_tokens_of_a_long_text(key: str) -> None:
-    given = [{"role": "user", "content": long_text()}] if key == "messages" else long_text()
+    given = [{"role": "user", "content": LONG_TEXT}] if key == "messages" else LONG_TEXT
     await check("/tokenize", orjson.dumps({key: given}))
 
 
+@ROOM
 @pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize", "/v1/messages/count_tokens"])
-async def test_tokens_of_a_chat(path: str) -> None:
-    await check(path, chat(long_text()))
-    await check(path, filled(b'{"messages":[', MESSAGE))
+async def test_tokens_of_a_chat(path: str, room: int) -> None:
+    await check(path, chat(LONG_TEXT))
+    await check(path, filled(b'{"messages":[', MESSAGE, room))
 
 
 @STREAM
-async def test_messages(stream: bool) -> None:
-    head = b'{"max_tokens":9,"stream":%b,' % orjson.dumps(stream)
-    await check("/v1/messages", chat(long_text(), max_tokens=9, stream=stream))
-    await check("/v1/messages", filled(head + b'"messages":[', MESSAGE))
-    tools = tools_of(CLAUDE_TOOL)
-    await check("/v1/messages", head + b'"tool_choice":{"type":"none"},"tools":' + tools + b',"messages":[' + MESSAGE + b"]}")
+@ROOM
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+async def test_many_messages_of_agents(path: str, room: int, stream: bool) -> None:
+    name = "messages" if path == MESSAGES else "input"
+    fields = b'{"stream":%b,' % orjson.dumps(stream) + (b'"max_tokens":9,' if path == MESSAGES else b"")
+    await check(path, filled(fields + b'"%b":[' % name.encode(), MESSAGE, room), stream=stream)
+    long = [{"role": "user", "content": LONG_TEXT}]
+    await check(path, orjson.dumps({name: long, "max_tokens": 9, "stream": stream}), stream=stream)
 
 
 @STREAM
-async def test_responses(stream: bool) -> None:
-    head = b'{"stream":%b,' % orjson.dumps(stream)
-    await check("/v1/responses", orjson.dumps({"input": long_text(), "stream": stream}))
-    await check("/v1/responses", filled(head + b'"input":[', MESSAGE))
+@ROOM
+async def test_what_responses_repeat(room: int, stream: bool) -> None:
+    fields = {"input": "hi", "instructions": LONG_TEXT, "stream": stream}
+    await check(RESPONSES, orjson.dumps(fields), stream=stream)
+    metadata = b",".join(b'"k%d":1' % i for i in range(room // 20))
+    body = b'{"stream":%b,"input":"hi","metadata":{%b}}' % (orjson.dumps(stream), metadata)
+    await check(RESPONSES, body, stream=stream)
 
 
 @STREAM
-async def test_what_responses_echo(stream: bool) -> None:
-    head = b'{"stream":%b,"tool_choice":"none","input":"hi",' % orjson.dumps(stream)
-    await check("/v1/responses", head + b'"tools":' + tools_of(FLAT_TOOL) + b"}")
-    await check("/v1/responses", orjson.dumps({"input": "hi", "instructions": long_text(), "stream": stream}))
-    metadata = b"{" + b",".join(b'"k%d":"v"' % i for i in range(1_200_000)) + b"}"
-    await check("/v1/responses", head + b'"metadata":' + metadata + b"}")
+async def test_a_short_request_behind_a_long_conversation(stream: bool) -> None:
+    items = filled(b"[", MESSAGE, MIB, b"]")
+    stored = StoredResponse(None, "resp_1", b"{}", [items], {})
+    more = {"previous_response_id": "resp_1", "input": "hi", "stream": stream}
+    await check(RESPONSES, orjson.dumps(more), stream=stream, stored=stored)
+
+
+async def test_references_are_found_without_a_search() -> None:
+    items = {
+        f"msg_{i}": b'{"id":"msg_%d","type":"message","role":"user","content":""}' % i for i in range(10**5)
+    }
+    stored = StoredResponse(None, "resp_1", b"{}", [], items)
+    references = [{"type": "item_reference", "id": f"msg_{i}"} for i in range(99_000, 99_500)]
+    await check(RESPONSES, orjson.dumps({"input": references, "store": False}), stored=stored)
