@@ -197,7 +197,7 @@ class Impatient:
 @asynccontextmanager
 async def running_engine() -> AsyncIterator[tuple[Impatient, Engine]]:
     """Serve a real engine behind the middleware."""
-    engine = Engine(FakeRunner(), ToyTokenizer(), Settings(), toy_info())  # type: ignore[arg-type]
+    engine = Engine(FakeRunner(), ToyTokenizer(), Settings(), toy_info())
     engine.start()
     app = scripted_app(ScriptedEngine())
     app.context.served = Served(engine, ToyTokenizer(), None, toy_info(), engine.stats)  # type: ignore[arg-type]

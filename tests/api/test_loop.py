@@ -127,7 +127,8 @@ def _name(handle: Any) -> str:
     task = getattr(handle._callback, "__self__", None)
     if not isinstance(task, asyncio.Task):
         return repr(handle)
-    name, inner = str(task.get_coro()), task.get_coro()
+    inner: Any = task.get_coro()
+    name = str(inner)
     while getattr(inner, "cr_await", None) is not None:
         inner = inner.cr_await
         frame = getattr(inner, "cr_frame", None)
@@ -146,7 +147,7 @@ async def worst_callback(app: App, call: Call, *, writes_directly: bool = False)
         call.scope["extensions"] = {DIRECT_WRITE: write}
     took: list[tuple[float, str]] = []
     with watched_callbacks(took):
-        task = asyncio.create_task(app(call.scope, call.receive, call.send))  # type: ignore[arg-type]
+        task = asyncio.create_task(app(call.scope, call.receive, call.send))
         async with asyncio.timeout(100):
             while not task.done():
                 await asyncio.sleep(0.001)

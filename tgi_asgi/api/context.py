@@ -196,13 +196,13 @@ class ByteBudget:
         self._most = most
         self.held = 0
 
-    def take(self, size: int) -> None:
-        """Hold so many more.
+    def take(self, size: int, own: int = 0) -> None:
+        """Hold so many more for a body of which `own` bytes are held already.
 
         Raises:
             Overloaded: they are too many now.
         """
-        if self.held and self.held + size > self._most:  # one alone is bounded by the limit of a body
+        if self.held > own and self.held + size > self._most:  # one alone is bounded by the limit of a body
             raise Overloaded("The server holds as many request bodies as it may")
         self.held += size
 

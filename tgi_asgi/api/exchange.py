@@ -48,9 +48,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "_num_held", "channels", "context", "dialect", "error", "is_body_read", "is_disconnected",
-        "is_large", "receive", "remains", "request_id", "response_headers", "route", "scope", "send",
-        "started_s", "status", "tenant",
+        "__weakref__", "_num_held", "channels", "context", "dialect", "error", "is_body_read",
+        "is_disconnected", "is_large", "receive", "remains", "request_id", "response_headers", "route",
+        "scope", "send", "started_s", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -109,7 +109,7 @@ class Exchange:
         return await self.work(b"".join, parts)
 
     def _hold(self, size: int) -> None:
-        self.context.bodies.take(size)
+        self.context.bodies.take(size, self._num_held)
         self._num_held += size
 
     def let_go(self) -> None:
@@ -120,10 +120,11 @@ class Exchange:
     def close(self) -> None:
         """Let go of all that the request held; what is large is freed in a thread."""
         self.let_go()
-        if self.is_large:
-            self.context.free([*self.remains, *self.channels])
-            self.channels = []
+        remains = [*self.remains, *self.channels]
         self.remains.clear()
+        self.channels.clear()  # their sinks know whom they render for, who knows this list
+        if self.is_large:
+            self.context.free(remains)
 
     def require_json(self) -> None:
         """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.

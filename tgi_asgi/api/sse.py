@@ -116,6 +116,7 @@ class EventStream:
             self._is_over = True
             if self._num_open:
                 self._cancel()
+            self._channels = ()  # this is their sink: without a cycle all is freed at once
             watch.cancel()
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
