@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tgi_asgi.api import asgi, limits, sse
+from tgi_asgi.api import asgi, limits, parse, sse
+from tgi_asgi.api.openai import response_store
 from tgi_asgi.engine import engine, loop, sequence
 from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
+from tgi_asgi.text.constrain import source
 
 TEXT = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
 OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (False, True))
@@ -40,6 +42,12 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("choices that run and wait", [Settings().max_concurrent_requests]),
         ("sequences of a step", [Settings().max_batch_size]),
         ("a step's time", [Settings().step_timeout_s]),
+        ("`model` and `request_id`", [parse.MAX_ECHOED_CHARS]),
+        ("all that are received or wait", [Settings().max_body_memory // MIB]),
+        ("a stream without a first token", [Settings().first_event_timeout_s]),
+        ("a grammar as text", [source.MAX_CHARS]),
+        ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),
+        ("answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),
     ],
 )
 def test_the_page_has_each_limit_as_it_is(row: str, values: list[float]) -> None:

@@ -46,6 +46,8 @@ class OwnedEngine(Engine, Protocol):
 
     def start(self) -> None: ...
 
+    async def drain(self, timeout_s: float) -> None: ...
+
     async def stop(self) -> None: ...
 
 
@@ -64,7 +66,7 @@ class App:
         self.context = context
         self.on_ready: Callable[[Served], None] | None = None
         self.on_fatal: Callable[[BaseException], None] | None = None
-        self._cors = Cors.from_settings(context.settings)
+        self._cors = Cors(context.settings)
         self._keys = ApiKeys(context.settings)
         self._routes = RouteTable(table.routes(context.settings), self._keys.check)
         context.routes = self._routes.rows

@@ -18,22 +18,19 @@ import click
 from tgi_asgi import __version__
 from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.observe import logs
-from tgi_asgi.serve.launcher_compat import (
-    OPTIONS,
-    CompatOption,
-    Treatment,
-    apply_paths,
-    check_options,
-    environment_changes,
-    is_sagemaker,
-)
+from tgi_asgi.serve import launcher_compat
+from tgi_asgi.serve.launcher_compat import CompatOption, Treatment
 from tgi_asgi.serve.process import end_process
-from tgi_asgi.settings import DEMO_MODEL, Settings
+from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 
 logger = logging.getLogger(__name__)
 
-_TYPES: dict[str, click.ParamType[Any]] = {"int": click.INT, "float": click.FLOAT, "str": click.STRING}
-_METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+_TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
+_LAUNCHER = "Of TGI's launcher"
+_PATHS = {
+    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
+    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
+}
 
 
 class _GroupedCommand(click.Command):
@@ -42,98 +39,61 @@ class _GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
-            record = option.get_help_record(ctx)
-            if record is not None:
+            if record := option.get_help_record(ctx):
                 groups.setdefault(getattr(option, "group", "Other"), []).append(record)
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
 
 
-class _SettingOption(click.Option):
-    """The option of one field of `Settings`; None if it was not given."""
+class _Option(click.Option):
+    """An option with a group; None if it was not given, which leaves it to the environment and `Settings`."""
 
-    def __init__(self, spec: dataclasses.Field[Any]) -> None:
-        kind = str(spec.type)
-        name = spec.name.replace("_", "-")
-        extra: dict[str, Any] = {}
-        if kind == "bool":
-            flag = f"--{name}/--no-{name}"
-        else:
-            flag = f"--{name}"
-            choices = spec.metadata.get("choices")
-            extra["type"] = click.Choice(choices) if choices else _TYPES[_base_type(kind)]
-            extra["metavar"] = None if choices else spec.metadata["metavar"] or _METAVARS[_base_type(kind)]
-            extra["multiple"] = kind.startswith("tuple")
-        self.group = spec.metadata["group"]
-        self._is_on = spec.default is True
-        super().__init__([flag, *spec.metadata.get("flags", ()), spec.name], help=_help(spec), **extra)
+    def __init__(self, group: str, *names: str, is_on: bool = False, **form: Any) -> None:
+        super().__init__(names, default=None, **form)
+        self.group = group
+        self._is_on = is_on
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Show the one form of a switch that changes its default."""
         record = super().get_help_record(ctx)
-        if record is None or not self.is_bool_flag:
+        if record is None or not self.secondary_opts:
             return record
         on, off = record[0].split(" / ")
         return (off if self._is_on else on, record[1])
 
-    def get_default(self, ctx: click.Context, call: bool = True) -> None:
-        """Give none: what is not given is left to the environment, and then to `Settings`."""
-        return None
+
+def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
+    flag, given = flag_of(spec.name), spec.metadata
+    names = (*given["flags"], spec.name)
+    notes = [] if spec.default in (None, (), False, True) else [f"default: {spec.default}"]
+    notes += [f"env also: {variable}" for variable in given["env"]]
+    help = f"{given['help']}  [{'; '.join(notes)}]" if notes else given["help"]
+    if spec.type == "bool":
+        switch = f"{flag}/--no-{flag[2:]}"
+        return _Option(given["group"], switch, *names, help=help, is_on=spec.default is True)
+    kind = str(spec.type)  # "int | None", "tuple[str, ...]"
+    base, metavar = _TYPES[kind.removeprefix("tuple[").split(",")[0].split(" ")[0]]
+    form: dict[str, Any] = {"type": base, "metavar": given["kind"].metavar or metavar}
+    if given["choices"]:
+        form = {"type": click.Choice(given["choices"])}
+    return _Option(given["group"], flag, *names, help=help, multiple=kind.startswith("tuple"), **form)
 
 
-class _LauncherOption(click.Option):
-    """An option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
-
-    group = "Of TGI's launcher"
-
-    def __init__(self, option: CompatOption) -> None:
-        refused = option.treatment is Treatment.REFUSED
-        form: dict[str, Any] = (
-            {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
-        )
-        text = f"{'Refused' if refused else 'Ignored'}: {option.reason}."
-        super().__init__([option.flag, option.name], default=None, help=text, **form)
-
-
-_PATHS = {
-    "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
-    "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
-}
-
-
-class _PathOption(click.Option):
-    """An option of TGI's launcher that says where files lie."""
-
-    group = "Of TGI's launcher"
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__([f"--{name.replace('_', '-')}", name], metavar="PATH", help=text)
-
-
-def _base_type(kind: str) -> str:
-    """Return the type of one value: `int` of "int | None", `str` of "tuple[str, ...]"."""
-    return kind.removeprefix("tuple[").split(",")[0].split(" ")[0]
-
-
-def _help(spec: dataclasses.Field[Any]) -> str:
-    notes = []
-    if spec.default not in (None, (), False, True):
-        notes.append(f"default: {spec.default}")
-    notes += [f"env also: {variable}" for variable in spec.metadata.get("env", ())]
-    text: str = spec.metadata["help"]
-    return f"{text}  [{'; '.join(notes)}]" if notes else text
+def _launcher_option(option: CompatOption) -> _Option:
+    """Return an option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
+    fate = "Refused" if option.treatment is Treatment.REFUSED else "Ignored"
+    form: dict[str, Any] = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
+    return _Option(_LAUNCHER, flag_of(option.name), help=f"{fate}: {option.reason}.", **form)
 
 
 def _run(print_env: bool, **options: Any) -> None:
     names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    apply_paths(given, os.environ)
+    launcher_compat.apply_paths(given, os.environ)
     try:
-        settings = Settings.from_environ(
-            os.environ, **{name: value for name, value in given.items() if name in names}
-        )
-        warnings = check_options(given, os.environ)
+        settings = Settings.from_environ(os.environ, **{name: given[name] for name in names & given.keys()})
+        warnings = launcher_compat.check_options(given, os.environ)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from None
     logs.configure(settings)
@@ -168,9 +128,9 @@ def describe_environment(settings: Settings) -> str:
 
 def make_command() -> click.Command:
     """Return the click command, with an option for every setting."""
-    options: list[click.Parameter] = [_SettingOption(spec) for spec in dataclasses.fields(Settings)]
-    options += [_LauncherOption(option) for option in OPTIONS if option.is_flag]
-    options += [_PathOption(name, help) for name, help in _PATHS.items()]
+    options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
+    options += [_launcher_option(option) for option in launcher_compat.OPTIONS if option.is_flag]
+    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )
@@ -196,7 +156,7 @@ def main() -> None:
     """Run the command; the entry point of `tgi-asgi` and of `python -m tgi_asgi`."""
     arguments = sys.argv[1:]
     try:
-        os.environ.update(environment_changes(os.environ, arguments))
+        os.environ.update(launcher_compat.environment_changes(os.environ, arguments))
     except InvalidRequest as error:
         end_process(error.message, 2)
-    make_command().main([] if is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")
+    make_command().main([] if launcher_compat.is_sagemaker(arguments) else arguments, prog_name="tgi-asgi")

@@ -16,7 +16,6 @@ from tgi_asgi.errors import TgiError
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
 
-
 # Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is
 # known. Called from any thread.
 Progress = Callable[[str, int, int | None], None]
@@ -97,49 +96,23 @@ class GenerationRequest:
     seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
 
 
+@dataclass(slots=True, eq=False)  # not frozen: that would cost four times as much, and one is made a token
 class TokenEvent:
-    """One sampled token of one choice. A plain slotted class: one is made a token.
+    """One sampled token of one choice."""
 
-    Attributes:
-        index: the choice, [0, n).
-        token_id: the id sampled.
-        data: the token's own bytes in the text (b"" for a special token that is skipped, and for one that
-            ends the choice unseen); they may end inside a UTF-8 character.
-        text: what may be shown now: whole characters, less what is held back as the possible head of a
-            stop string. Concatenated over a choice's events it is the choice's text.
-        logprob: natural logarithm in the request's mode, or None if none was asked for.
-        top: the k best (id, logprob), descending, or None.
-        is_special: the id is one of the tokenizer's special tokens.
-        finish: set on the choice's last event only.
-        stop: the stop string or stop id that matched, with `finish == STOP`.
-    """
-
-    __slots__ = ("data", "finish", "index", "is_special", "logprob", "stop", "text", "token_id", "top")
-
-    def __init__(
-        self,
-        index: int,
-        token_id: int,
-        data: bytes = b"",
-        text: str = "",
-        logprob: float | None = None,
-        top: Sequence[tuple[int, float]] | None = None,
-        is_special: bool = False,
-        finish: FinishReason | None = None,
-        stop: str | int | None = None,
-    ) -> None:
-        self.index = index
-        self.token_id = token_id
-        self.data = data
-        self.text = text
-        self.logprob = logprob
-        self.top = top
-        self.is_special = is_special
-        self.finish = finish
-        self.stop = stop
-
-    def __repr__(self) -> str:
-        return f"TokenEvent({self.index}, {self.token_id}, {self.text!r}, finish={self.finish})"
+    index: int  # the choice, [0, n)
+    token_id: int
+    # The token's own bytes in the text; b"" for a special token that is skipped, and for one that ends the
+    # choice unseen. They may end inside a UTF-8 character.
+    data: bytes = b""
+    # What may be shown now: whole characters, less what is held back as the possible head of a stop string.
+    # Concatenated over a choice's events it is the choice's text.
+    text: str = ""
+    logprob: float | None = None  # natural logarithm in the request's mode, or None if none was asked for
+    top: Sequence[tuple[int, float]] | None = None  # the k best (id, logprob), descending
+    is_special: bool = False  # one of the tokenizer's special tokens
+    finish: FinishReason | None = None  # set on the choice's last event only
+    stop: str | int | None = None  # the stop string or stop id that matched, with `finish == STOP`
 
 
 @dataclass(slots=True)

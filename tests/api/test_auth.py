@@ -111,3 +111,15 @@ async def test_requests_are_counted_for_the_key_that_they_carry() -> None:
             headers = {"authorization": f"Bearer {key}".encode()}
             await client.post("/generate", headers=headers, json={"inputs": "hi"})  # type: ignore[arg-type]
     assert [channel.permit.tenant for channel in engine.channels] == ["key 1", "key 2"]
+
+
+async def test_what_operators_may_do_is_there_only_with_a_key_for_it() -> None:
+    path, keyed = "/abort_request", Settings(api_key=("k",), admin_api_key="root")
+    assert (await call("POST", path, "Bearer root", Settings())).status_code == 404
+    for key in ("Bearer k", "Bearer ", None):
+        assert (await call("POST", path, key, keyed)).status_code == 401
+    asked = await call("POST", path, "Bearer root", keyed)
+    assert (asked.status_code, asked.json()["error"]) == (
+        422,
+        "Input validation error: `request_id` is required",
+    )

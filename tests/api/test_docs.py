@@ -23,13 +23,12 @@ async def document(**settings: Any) -> dict[str, Any]:
 
 async def test_the_document_lists_exactly_the_routes() -> None:
     listed = {(method, path) for path, own in (await document())["paths"].items() for method in own}
-    rows = [row for row in table.routes(Settings()) if row.access is not Access.ADMIN]
-    assert listed == {(row.method.lower(), row.path.replace(":path", "")) for row in rows}
+    assert listed == {(row.method.lower(), row.path.replace(":path", "")) for row in table.routes(Settings())}
 
 
 async def test_admin_routes_are_told_of_only_where_they_can_be_called() -> None:
     paths = (await document(admin_api_key="k"))["paths"]
-    admin = [row.path for row in table.routes(Settings()) if row.access is Access.ADMIN]
+    admin = [row.path for row in table.routes(Settings(admin_api_key="k")) if row.access is Access.ADMIN]
     assert admin and all(paths[path]["post"]["security"] == [{"key": []}] for path in admin)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import ollama
 import pytest
@@ -324,7 +324,7 @@ async def test_errors_become_the_packages_exceptions() -> None:
     assert (await refused(ScriptedEngine(num_permits=0))).status_code == 429
     assert (await refused(ScriptedEngine(), api_key=("right",))).status_code == 401
     unknown = await refused(ScriptedEngine(), strict_model_names=True)
-    assert unknown.status_code == 404 and "'other'" in unknown.error
+    assert (unknown.error, unknown.status_code) == ("model 'other' not found", 404)
     async with sdk() as client:
         with pytest.raises(ollama.ResponseError, match="model 'other' not found") as caught:
             await client.show("other")
@@ -332,6 +332,13 @@ async def test_errors_become_the_packages_exceptions() -> None:
         with pytest.raises(ollama.ResponseError, match="/api/pull") as caught:
             await client.pull("other")
         assert caught.value.status_code == 404
+
+
+async def test_an_unknown_path_is_refused_in_ollamas_envelope() -> None:
+    for chosen, status in ((Settings(), 404), (Settings(api_key=("right",)), 401)):
+        async with client_of(app_of(ScriptedEngine(), settings=chosen)) as client:
+            answer = await client.post("/api/embed")
+        assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 
 @pytest.mark.parametrize("error", [GenerationFailed("broken"), Overloaded()])
@@ -390,7 +397,7 @@ async def test_leaving_a_stream_frees_the_request() -> None:
     async with sdk(engine) as client:
         stream = await client.chat("m", HI, stream=True)
         await anext(stream)
-        await stream.aclose()
+        await cast(AsyncGenerator[object, None], stream).aclose()
         await asyncio.wait_for(engine.channels[0].ended.wait(), 5)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
@@ -407,7 +414,7 @@ TURNS = st.fixed_dictionaries(
         ), max_size=2),
     },
 )  # fmt: skip
-OPTIONS = st.fixed_dictionaries({"options": bodies(OllamaOptions, {})}) | st.just({})
+OPTIONS: st.SearchStrategy[Any] = st.fixed_dictionaries({"options": bodies(OllamaOptions, {})}) | st.just({})
 CHATS = bodies(OllamaChat, {"messages": st.lists(TURNS, max_size=3) | ANYTHING})
 PROMPTS = bodies(OllamaGenerate, {"prompt": TEXT | ANYTHING})
 

@@ -11,8 +11,8 @@ import pytest
 from tests.support.asgi import request, send
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app, toy_info
+from tgi_asgi.api.tgi.request import native_grammar
 from tgi_asgi.api.tgi.schema import Grammar
-from tgi_asgi.api.tgi.validation import native_grammar
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, LogprobsMode

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.support.fake_runner import (
     script,
 )
 from tgi_asgi.engine import Engine, Histogram
+from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.sequence import AGING_S
 from tgi_asgi.errors import (
     GenerationFailed,
@@ -178,7 +180,7 @@ async def test_priority_goes_first_unless_the_other_has_waited_long() -> None:
     runner = FakeRunner(max_batch_size=1, is_manual=True)
     engine = Engine(runner, FakeTokenizer(), Settings(), fake_info(), clock=lambda: now)
     engine.start()
-    channels = []
+    channels: list[RequestChannel] = []
     # Each prompt is one token longer than the one before, which tells them apart.
     for arrival_s, priority in ((0.0, 0), (0.0, 1), (AGING_S / 2, 0), (AGING_S * 2, 0)):
         now = arrival_s
@@ -355,7 +357,7 @@ async def test_an_idle_engine_does_nothing(make_engine: MakeEngine) -> None:
         num_wakes += 1
         original(message)  # type: ignore[arg-type]
 
-    engine._loop._take = counting  # type: ignore[method-assign, assignment]
+    engine._loop._take = counting  # type: ignore[method-assign]
     waiting = loop.create_future()
     loop.call_later(0.05, waiting.set_result, None)
     await waiting
@@ -477,8 +479,8 @@ async def test_free_text_needs_no_grammar_until_its_mark(make_engine: MakeEngine
     answer = await ask(engine, make_request(prompt, 20, sampling=SEEDED, grammar=grammar))
     assert answer.tokens() == expected
     before, behind = [start for plan in runner.plans for start in plan.starts]
-    assert (before.grammar, before.masked_ids, before.min_tokens) == (None, (7,), 20)
-    assert (behind.grammar, behind.masked_ids) == (grammar, ())
+    assert before.grammar is None and (before.masked_ids, before.min_tokens) == ((7,), 20)
+    assert behind.grammar is cast(Any, grammar) and behind.masked_ids == ()
     assert behind.output_ids == expected[: wake + 1]
 
 
@@ -487,4 +489,4 @@ async def test_a_request_for_a_least_length_is_masked_from_its_beginning(make_en
     grammar = WatchedGrammar([97])
     await ask(make_engine(runner), make_request(5, stop={"min_tokens": 2}, grammar=grammar))
     (start,) = [start for plan in runner.plans for start in plan.starts]
-    assert (start.grammar, start.masked_ids) == (grammar, (EOS_ID,))
+    assert start.grammar is cast(Any, grammar) and start.masked_ids == (EOS_ID,)

@@ -21,7 +21,7 @@ from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
 from tgi_asgi.engine.output import ChoiceOutput
-from tgi_asgi.errors import IncompleteGeneration, Overloaded, TgiError, Unavailable
+from tgi_asgi.errors import IncompleteGeneration, Overloaded, RequestAborted, TgiError, Unavailable
 from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -75,7 +75,7 @@ class ScriptedChannel:
     def abort(self) -> None:
         self._task.cancel()
         self._end()
-        self._deliver(IncompleteGeneration("the request was aborted"))
+        self._deliver(RequestAborted("the request was aborted"))
 
     async def _play(self) -> None:
         self.stats.scheduled_s = time.monotonic()

@@ -10,7 +10,8 @@ import pytest
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.text.constrain.source import GrammarSource, json_schema, literal
-from tgi_asgi.text.tools.base import Mark, ToolSpec
+from tgi_asgi.text.tools.arguments import ToolSpec
+from tgi_asgi.text.tools.base import Mark
 from tgi_asgi.text.tools.hermes import HermesFormat
 from tgi_asgi.text.tools.llama import LlamaFormat
 from tgi_asgi.text.tools.reasoning import STYLES
@@ -111,7 +112,7 @@ def test_a_mark_of_one_token_ends_free_text(compiler: GrammarCompiler) -> None:
     assert watch is not None
     for token_id in [*tokens("a < b <tool_call>"), *map(piece, (b"x<tool_call>", b"<tool"))]:
         assert not watch.push(token_id), "text is not the mark"
-    assert watch.push(CALL) and watch.is_over
+    assert watch is not None and watch.push(CALL) and watch.is_over
 
 
 @pytest.mark.parametrize("data", [b"<", b"a <", b"<tool", b"x<tool_call>"])
@@ -159,7 +160,7 @@ def test_reasoning_is_a_free_part_of_its_own(compiler: GrammarCompiler) -> None:
             assert changes == [THINK, END_THINK]
         specials = {EOS, CALL, THINK, END_THINK}
         assert specials - set(watch.part.masked_ids) == specials & allowed(grammar, text)
-    assert watch.push(CALL) and watch.is_over
+    assert watch is not None and watch.push(CALL) and watch.is_over
     output = [*with_it, CALL, *tokens('\n{"na')]
     matcher = grammar.matcher(output)
     assert matcher.error is None and matcher.forced_ids()[:1] == tokens("m")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tests.text.test_tools import TWO_CALLS, parse
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
+from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import STYLES
-from tgi_asgi.text.tools.reply import ReplyParser
 
 # ruff: noqa: RUF001, E501  # the bars are DeepSeek's own; outputs are kept on a line
 PROPERTIES = {"a": {"type": "integer"}, "s": {"type": "string"}, "o": {"type": "object"}}
@@ -148,14 +148,14 @@ def told(pieces: list[Piece]) -> list[Any]:
 @pytest.mark.parametrize(("name", "text", "wanted"), CASES)
 def test_what_models_write_is_read_however_it_is_cut(name: str, text: str, wanted: list[Any]) -> None:
     for size in range(1, len(text) + 1):
-        assert told(parse(ReplyParser(None, FORMATS[name], SPECS), text, size)) == wanted, size
+        assert told(parse(AnswerParser(None, FORMATS[name], SPECS), text, size)) == wanted, size
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_calls_follow_reasoning_and_are_none_within_it(name: str) -> None:
     text = f"<think>{TWO_CALLS[name]}</think>\n\n{TWO_CALLS[name]}"
     for size in (1, 7, len(text)):
-        reasoning, *rest = parse(ReplyParser(STYLES[0], FORMATS[name], SPECS), text, size)
+        reasoning, *rest = parse(AnswerParser(STYLES[0], FORMATS[name], SPECS), text, size)
         assert reasoning == Reasoning(TWO_CALLS[name])
         assert told(rest) == [("f", {"a": 1, "s": '}"<'}), G]
 
@@ -164,7 +164,7 @@ def test_calls_follow_reasoning_and_are_none_within_it(name: str) -> None:
 def test_a_cut_answer_loses_no_text_and_ends_no_call(name: str) -> None:
     text = TWO_CALLS[name]
     for end in range(len(text)):
-        pieces = parse(ReplyParser(None, FORMATS[name], SPECS), text[:end], 3)
+        pieces = parse(AnswerParser(None, FORMATS[name], SPECS), text[:end], 3)
         calls = [piece for piece in pieces if isinstance(piece, CallStart)]
         assert len(calls) <= text[:end].count("f") + text[:end].count("g")
         if not calls:
@@ -183,9 +183,9 @@ FRAGMENTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_ca
 )
 @settings(max_examples=300, deadline=None)
 def test_no_junk_fails_and_no_cut_changes_what_is_read(name: str, text: str, data: st.DataObject) -> None:
-    whole = parse(ReplyParser(None, FORMATS[name], SPECS), text, max(1, len(text)))
+    whole = parse(AnswerParser(None, FORMATS[name], SPECS), text, max(1, len(text)))
     size = data.draw(st.integers(1, max(1, len(text))))
-    assert parse(ReplyParser(None, FORMATS[name], SPECS), text, size) == whole
+    assert parse(AnswerParser(None, FORMATS[name], SPECS), text, size) == whole
     if not any(isinstance(piece, CallStart) for piece in whole):
         assert "".join(piece.text for piece in whole if isinstance(piece, Content)) == text
 
@@ -193,7 +193,7 @@ def test_no_junk_fails_and_no_cut_changes_what_is_read(name: str, text: str, dat
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_each_piece_of_content_says_where_it_stands(name: str) -> None:
     text = f"{TWO_CALLS[name]}\n\nDone, said f."
-    parser = ReplyParser(None, FORMATS[name], SPECS)
+    parser = AnswerParser(None, FORMATS[name], SPECS)
     pieces = [
         piece for at in range(0, len(text), 5) for piece in parser.push(text[at : at + 5])
     ] + parser.finish()

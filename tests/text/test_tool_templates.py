@@ -12,7 +12,7 @@ import pytest
 
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tools import CallArguments, CallStart, ToolSpec, choose_format, shorten_ids
-from tgi_asgi.text.tools.reply import ReplyParser
+from tgi_asgi.text.tools.answer import AnswerParser
 
 # ruff: noqa: E501, RUF001  # a line break would be part of the prompt; the bars are DeepSeek's own
 TEMPLATES = {
@@ -198,7 +198,7 @@ def test_calls_of_the_history_are_written_as_answers_are_read(name: str, num_cal
     if not form.marker:
         answer = answer[answer.index('{"name": "weather"' if form.first == "{" else "[weather(") :]
     answer = answer[: answer.index("20 degrees")]
-    parser = ReplyParser(None, form, [ToolSpec("weather", PARAMETERS)])
+    parser = AnswerParser(None, form, [ToolSpec("weather", PARAMETERS)])
     pieces = parser.push(answer) + parser.finish()
     assert [piece for piece in pieces if isinstance(piece, CallStart)] == [CallStart("weather")] * num_calls
     written = "".join(piece.text for piece in pieces if isinstance(piece, CallArguments))

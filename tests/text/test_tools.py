@@ -29,8 +29,8 @@ from tgi_asgi.text.tools import (
     shorten_ids,
     spell_out,
 )
+from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import STYLES, style_of
-from tgi_asgi.text.tools.reply import ReplyParser
 
 THINK = STYLES[0]
 PARAMETERS = {
@@ -74,7 +74,7 @@ def use(name: str, **options: Any) -> ToolUse:
     return ToolUse(FORMATS[name], SPECS, **options)
 
 
-def parse(parser: ReplyParser, text: str, size: int) -> list[Piece]:
+def parse(parser: AnswerParser, text: str, size: int) -> list[Piece]:
     """Feed a text in pieces of some size; join what comes out."""
     pieces: list[Piece] = []
     for at in range(0, len(text), size):
@@ -161,7 +161,7 @@ def test_an_answer_without_tools_and_format_is_not_constrained() -> None:
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_are_read_wherever_the_text_is_cut(name: str, size: int) -> None:
     text = "<think>hm</think>\n\n" + ("Sure.\n" if FORMATS[name].marker else "") + TWO_CALLS[name]
-    reasoning, *rest = parse(ReplyParser(THINK, FORMATS[name], SPECS), text, size)
+    reasoning, *rest = parse(AnswerParser(THINK, FORMATS[name], SPECS), text, size)
     assert reasoning == Reasoning("hm")
     if FORMATS[name].marker:
         assert rest.pop(0) == Content("Sure.")
@@ -175,7 +175,7 @@ def test_calls_are_read_wherever_the_text_is_cut(name: str, size: int) -> None:
 @names
 def test_text_that_only_looks_like_a_call_is_given_whole(name: str) -> None:
     text = "a <tool_cal [TOOL_ {x} [y]  \n"
-    assert parse(ReplyParser(None, FORMATS[name]), text, 1) == [Content(text)]
+    assert parse(AnswerParser(None, FORMATS[name]), text, 1) == [Content(text)]
 
 
 @names
@@ -184,10 +184,10 @@ def test_the_beginning_of_a_call_that_must_follow_is_no_text(name: str) -> None:
     form = FORMATS[name]
     text = form.marker or form.first
     for size in range(1, len(text)):
-        assert parse(ReplyParser(None, form, must_call=True), text[:size], 1) == []
+        assert parse(AnswerParser(None, form, must_call=True), text[:size], 1) == []
     for size in (1, 1000):
         pieces = parse(
-            ReplyParser(THINK, form, SPECS, must_call=True), "<think>a</think>\n" + TWO_CALLS[name], size
+            AnswerParser(THINK, form, SPECS, must_call=True), "<think>a</think>\n" + TWO_CALLS[name], size
         )
         assert pieces[:2] == [Reasoning("a"), CallStart("f")]
 
@@ -207,7 +207,7 @@ def test_the_beginning_of_a_call_that_must_follow_is_no_text(name: str) -> None:
     ],
 )
 def test_json_that_is_no_call_is_text(name: str, text: str, size: int) -> None:
-    assert parse(ReplyParser(None, FORMATS[name]), text, size) == [Content(text)]
+    assert parse(AnswerParser(None, FORMATS[name]), text, size) == [Content(text)]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_json_that_is_no_call_is_text(name: str, text: str, size: int) -> None:
 )
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_reasoning_is_split_off(text: str, is_open: bool, pieces: list[Piece], size: int) -> None:
-    assert parse(ReplyParser(THINK, None, is_reasoning_open=is_open), text, size) == pieces
+    assert parse(AnswerParser(THINK, None, is_reasoning_open=is_open), text, size) == pieces
 
 
 @names
@@ -240,7 +240,7 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
     answer = wander(compiler, grammar, rng, 4000)
     if answer is None:
         return
-    start, arguments = parse(ReplyParser(None, FORMATS[name], use_specs), answer, 7)
+    start, arguments = parse(AnswerParser(None, FORMATS[name], use_specs), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
     check(arguments.text, schema)
@@ -257,7 +257,7 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
     ],
 )
 def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
-    assert parse(ReplyParser(None, FORMATS["pythonic"], SPECS), f"[f({written})]", 3) == [
+    assert parse(AnswerParser(None, FORMATS["pythonic"], SPECS), f"[f({written})]", 3) == [
         CallStart("f"), CallArguments(arguments),
     ]  # fmt: skip
 
@@ -265,7 +265,7 @@ def test_pythonic_arguments_become_json(written: str, arguments: str) -> None:
 def test_a_call_that_is_cut_keeps_what_there_is() -> None:
     text = TWO_CALLS["hermes"]
     cut = text[: text.index("1") + 1]
-    assert parse(ReplyParser(None, FORMATS["hermes"], SPECS), cut, 4) == [
+    assert parse(AnswerParser(None, FORMATS["hermes"], SPECS), cut, 4) == [
         CallStart("f"),
         CallArguments('{"a": 1'),
     ]
@@ -335,7 +335,7 @@ def test_values_in_xml_are_text_or_json_as_their_schemas_say(size: int) -> None:
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
     text = f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"
     specs = [ToolSpec("f", {"properties": properties, "required": list(properties)})]
-    assert parse(ReplyParser(None, FORMATS["qwen3_coder"], specs), text, size) == [
+    assert parse(AnswerParser(None, FORMATS["qwen3_coder"], specs), text, size) == [
         CallStart("f"),
         CallArguments(
             '{"text": "say \\"1\\"\\n</par>\\n\\tend", "kind": "1", "code": "aa", "count": 7, "is_ok": true, '
@@ -343,14 +343,14 @@ def test_values_in_xml_are_text_or_json_as_their_schemas_say(size: int) -> None:
         ),
     ]
     cut = text[: text.index("</par>")]
-    assert parse(ReplyParser(None, FORMATS["qwen3_coder"], specs), cut, size) == [
+    assert parse(AnswerParser(None, FORMATS["qwen3_coder"], specs), cut, size) == [
         CallStart("f"), CallArguments('{"text": "say \\"1\\"'),
     ]  # fmt: skip
 
 
 def test_text_in_xml_comes_out_as_it_is_written() -> None:
     specs = [ToolSpec("f", {"properties": {"s": {"type": "string"}}})]
-    parser = ReplyParser(None, FORMATS["qwen3_coder"], specs)
+    parser = AnswerParser(None, FORMATS["qwen3_coder"], specs)
     parser.push("<tool_call>\n<function=f>\n<parameter=s>\n")
     assert parser.push("one ") == [CallArguments("one ")]
     assert parser.push("two\n</") == [CallArguments("two")]

@@ -6,99 +6,83 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tgi_asgi.api.call import Conversation, Job
+from tgi_asgi.api.call import Choices, Conversation, Job
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec, choose_format
+from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.reasoning import ReasoningStyle, style_of
-from tgi_asgi.text.tools.reply import ReplyParser
 from tgi_asgi.types import TokenEvent
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
 
 
-@dataclass(frozen=True, slots=True)
 class AnswerForm:
     """A job's tools and constraint, seen with the model's template and the end of the prompt."""
 
-    job: Job
-    served: Served
-    settings: Settings
-    special_ids: Mapping[str, int]  # by text
-    prompt_tail: str
+    def __init__(self, job: Job, served: Served, settings: Settings, prompt_tail: str) -> None:
+        self._job = job
+        self._served = served
+        self._is_allowed = not settings.disable_grammar_support
+        template = served.chat_template.source if served.chat_template is not None else ""
+        is_read = job.reads_reasoning and isinstance(job.prompt, Conversation)
+        style = style_of(template) if is_read else None
+        self._style = None if style is None or style.is_closed(prompt_tail) else style
+        self._is_open = self._style is not None and self._style.is_open(prompt_tail)
+        self._format = choose_format(template, settings.tool_format) if job.tools is not None else None
 
     @property
     def is_constrained(self) -> bool:
         """Whether there is a grammar."""
-        return self.job.tools is not None or self.job.constraint is not None
+        return self._job.tools is not None or self._job.constraint is not None
 
-    def grammar_source(self) -> GrammarSource | None:
-        """Return the grammar of the whole answer, or None; milliseconds for large schemas.
+    def grammar_source(self) -> GrammarSource:
+        """Return the grammar of a constrained answer; takes milliseconds for large schemas.
 
         Raises:
             InvalidRequest: grammars are switched off, or a schema is refused.
         """
-        job = self.job
-        if not self.is_constrained:
-            return None
-        if self.settings.disable_grammar_support:
+        if not self._is_allowed:
             raise InvalidRequest("grammar is not supported")
+        job, use = self._job, None
         content = job.constraint.make() if job.constraint is not None else None
-        style = self._style()
-        if content is not None and job.tools is None and style is None:
+        if content is not None and job.tools is None and self._style is None:
             return content
-        use = None
-        if job.tools is not None:
-            tools = job.tools
-            use = ToolUse(self._format(), tools.specs, tools.must_call, tools.is_parallel)
-        is_open = style is not None and style.is_open(self.prompt_tail)
-        return answer_grammar(content, use, style, is_reasoning_open=is_open, mark=self._mark)
+        if job.tools is not None and self._format is not None:
+            use = ToolUse(self._format, job.tools.specs, job.tools.must_call, job.tools.is_parallel)
+        source = answer_grammar(content, use, self._style, is_reasoning_open=self._is_open, mark=self._mark)
+        assert source is not None, "an answer without tools and constraint has no grammar"
+        return source
 
     def reading(self) -> Reading | None:
         """Return how the answer is read, or None where it is text and nothing else."""
-        job, style = self.job, self._style()
-        tools = self._format() if job.tools is not None else None
-        if style is None and tools is None:
+        style, form, tools = self._style, self._format, self._job.tools
+        if style is None and form is None:
             return None
-        special = self.special_ids
+        special = self._served.special_ids
+        markers = [*((style.start, style.end) if style else ()), *(form.markers if form else ())]
         return Reading(
             style,
-            tools,
-            is_reasoning_open=style is not None and style.is_open(self.prompt_tail),
-            shows_reasoning=job.shows_reasoning,
-            specs=job.tools.specs if job.tools is not None else (),
-            special_ids=self.served.tokenizer.special_ids if job.skip_special_tokens else frozenset(),
-            kept=frozenset(special[text] for text in self._markers(style, tools) if text in special),
-            must_call=job.tools is not None and job.tools.must_call,
+            form,
+            is_reasoning_open=self._is_open,
+            shows_reasoning=self._job.shows_reasoning,
+            specs=tools.specs if tools is not None else (),
+            special_ids=self._served.tokenizer.special_ids if self._job.skip_special_tokens else frozenset(),
+            kept=frozenset(special[text] for text in markers if text in special),
+            must_call=tools is not None and tools.must_call,
         )
 
-    def _style(self) -> ReasoningStyle | None:
-        template = self.served.chat_template
-        if template is None or not isinstance(self.job.prompt, Conversation) or not self.job.reads_reasoning:
-            return None
-        style = style_of(template.source)
-        return None if style is None or style.is_closed(self.prompt_tail) else style
-
-    def _format(self) -> ToolFormat:
-        template = self.served.chat_template
-        return choose_format(template.source if template is not None else "", self.settings.tool_format)
-
-    def _markers(self, style: ReasoningStyle | None, tools: ToolFormat | None) -> Iterator[str]:
-        if style is not None:
-            yield from (style.start, style.end)
-        if tools is not None:
-            yield from tools.markers
-
     def _mark(self, marker: str) -> str:
-        token_id = self.special_ids.get(marker)
+        token_id = self._served.special_ids.get(marker)
         return literal(marker) if token_id is None else f"<[{token_id}]>"
 
 
@@ -137,7 +121,7 @@ class ChoiceReader:
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
-        self._parser = ReplyParser(
+        self._parser = AnswerParser(
             reading.style,
             reading.tools,
             reading.specs,
@@ -191,6 +175,16 @@ class ChoiceReader:
         if not reading.shows_reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return pieces
+
+
+def likeliest(choices: Choices, n: int = 1) -> list[int]:
+    """Return which n choices have the highest mean log-probability, best first, the first one on ties."""
+
+    def mean(index: int) -> float:
+        values = [event.logprob for event in choices[index] if event.logprob is not None]
+        return math.fsum(values) / len(values) if values else -math.inf
+
+    return sorted(range(len(choices)), key=mean, reverse=True)[:n]
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.routes import Access
-from tgi_asgi.errors import ModelLoadError, NotFound, Overloaded, Unauthorized
+from tgi_asgi.errors import ModelLoadError, Overloaded, Unauthorized
 from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,14 @@ class ApiKeys:
 
         Raises:
             Unauthorized: the route needs a key, and the request has none or another.
-            NotFound: it is for operators, and there is no key for them.
             Overloaded: the key has had its requests for now.
         """
         route = exchange.route
         access = route.access if route is not None else Access.KEY
         if access is Access.ADMIN:
-            self._check_admin(exchange)
+            assert self._admin is not None, "without a key for operators they have no routes"
+            if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
+                raise Unauthorized("The admin API key is wrong")
         elif access is Access.KEY and self._names:
             exchange.tenant = self._name_of(_key_of(exchange))
             if route is not None and route.generates:
@@ -56,12 +57,6 @@ class ApiKeys:
             logger.error("the API keys stay as they are: %s", error)
             return
         logger.info("%d API keys are known now", len(self._names))
-
-    def _check_admin(self, exchange: Exchange) -> None:
-        if self._admin is None:
-            raise NotFound(f"No route {exchange.method} {exchange.path}")
-        if not hmac.compare_digest(_digest(_key_of(exchange)), self._admin):
-            raise Unauthorized("The admin API key is wrong")
 
     def _name_of(self, key: bytes) -> str:
         digest = _digest(key)

@@ -210,7 +210,8 @@ class Renderer(Protocol):
         """Return whole frames for the new events of job number `part`, or nothing."""
 
     def close(self) -> bytes:
-        """Return what follows the last choice's last frame."""
+        """Return what follows the last choice's last frame: nothing, where that says that it is the last."""
+        return b""
 
     def fail(self, error: TgiError) -> bytes:
         """Return what ends a stream that has begun and cannot go on."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tgi_asgi.errors import Overloaded, Unavailable
@@ -28,9 +28,6 @@ if TYPE_CHECKING:  # the last three import libraries that nobody needs before th
 logger = logging.getLogger(__name__)
 
 _MAX_NAMES_LOGGED = 100  # clients choose the names, of up to 256 characters
-# A schema may take a second, a book's tokens too: templates and prompts must not wait for them.
-_GRAMMAR_WORKERS = 2
-_COUNTING_WORKERS = 1
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +42,7 @@ class LoadProgress:
     total: int | None = None  # in the stage's own unit (bytes, tensors); None: unknown
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Served:
     """A model that has loaded, and all that it takes to serve it."""
 
@@ -54,6 +51,18 @@ class Served:
     chat_template: ChatTemplate | None
     info: ModelInfo
     stats: EngineStats | None = None  # the engine's counters, for `/metrics`
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The model's special tokens by their text."""
+        return {self.tokenizer.token_text(i): i for i in sorted(self.tokenizer.special_ids)}
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """The compiler for the model's vocabulary, made for the first grammar."""
+        from tgi_asgi.text.constrain.grammar import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.info.vocab_size)
 
 
 class ServerContext:
@@ -64,6 +73,7 @@ class ServerContext:
         failure: why loading failed, or why the engine died, if it did.
         metrics: what `/metrics` shows.
         responses: the answers of `/v1/responses` that are kept.
+        text, grammars, counting: threads for prompts, for grammars, and for what is only counted.
         bodies: the bytes of request bodies that wait to become prompts.
         routes: all of the server's, for its documents.
         is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
@@ -82,11 +92,10 @@ class ServerContext:
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
         self._unknown_models: set[str] = set()
-        self._grammar_compiler: GrammarCompiler | None = None
-        self._special_ids: dict[str, int] | None = None
-        self._text = ThreadPoolExecutor(settings.validation_workers, thread_name_prefix="tgi-text")
-        self._grammars = ThreadPoolExecutor(_GRAMMAR_WORKERS, thread_name_prefix="tgi-grammar")
-        self._counting = ThreadPoolExecutor(_COUNTING_WORKERS, thread_name_prefix="tgi-count")
+        self.text = Pool(settings.validation_workers, "text")
+        # A schema may take a second, a book's tokens too: templates and prompts must not wait for them.
+        self.grammars = Pool(2, "grammar")
+        self.counting = Pool(1, "count")
 
     @property
     def info(self) -> ModelInfo | None:
@@ -118,22 +127,6 @@ class ServerContext:
             raise Unavailable("The server is shutting down", retry_after_s=5)
         raise Unavailable("The model cannot be served: the engine has failed", retry_after_s=10)
 
-    def special_ids(self) -> dict[str, int]:
-        """Return the model's special tokens by their text."""
-        if self._special_ids is None:
-            tokenizer = self.ready().tokenizer
-            self._special_ids = {tokenizer.token_text(i): i for i in sorted(tokenizer.special_ids)}
-        return self._special_ids
-
-    def grammar_compiler(self) -> GrammarCompiler:
-        """Return the compiler for the model's vocabulary, made for the first grammar."""
-        if self._grammar_compiler is None:
-            from tgi_asgi.text.constrain.grammar import GrammarCompiler
-
-            served = self.ready()
-            self._grammar_compiler = GrammarCompiler(served.tokenizer, served.info.vocab_size)
-        return self._grammar_compiler
-
     def describe_progress(self) -> str:
         """Say in a few words how far loading is: `reading weights, 41%`."""
         progress = self.progress
@@ -153,31 +146,31 @@ class ServerContext:
             self._unknown_models.add(name)
             logger.info("model %r was asked for; answering as the served one", name)
 
-    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run text work (templates, tokenisation, large JSON) off the event loop."""
-        return await _run(self._text, partial(function, *args, **kwargs))
+    def close(self) -> None:
+        """Let the threads end."""
+        for pool in (self.text, self.grammars, self.counting):
+            pool.close()
 
-    async def in_grammar_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what schemas and grammars take, which may be a second each, off the event loop."""
-        return await _run(self._grammars, partial(function, *args, **kwargs))
 
-    async def in_counting_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Tokenise what is only counted or shown, of any length, off the event loop."""
-        return await _run(self._counting, partial(function, *args, **kwargs))
+class Pool:
+    """Threads of one purpose, which the event loop gives slow work to."""
+
+    def __init__(self, size: int, name: str) -> None:
+        self._executor = ThreadPoolExecutor(size, thread_name_prefix=f"tgi-{name}")
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in one of the threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
 
     def free(self, objects: list[object]) -> None:
         """Let go of objects in a thread: half a million small ones take 40 ms."""
         with suppress(RuntimeError):  # the threads have ended already, and the process is about to
-            self._text.submit(objects.clear)
+            self._executor.submit(objects.clear)
 
     def close(self) -> None:
-        """Let the threads end."""
-        for pool in (self._text, self._grammars, self._counting):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, _cleared, work)
+        """Let the threads end; what waits is given up."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def _cleared(work: Callable[[], T]) -> T:

@@ -5,20 +5,20 @@ It is made from the route table and from the very structs that requests are deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import msgspec
 
 import tgi_asgi
-from tgi_asgi.api.errors import NATIVE, OPENAI, Dialect
+from tgi_asgi.api.asgi import JSON
+from tgi_asgi.api.context import ServerContext
+from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.routes import Access, Route
-from tgi_asgi.api.tgi import schema as tgi_schema
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo
 
 Schema = dict[str, Any]
@@ -31,10 +31,7 @@ td{padding:.1em 1.5em .1em 0}</style><h1>tgi-asgi</h1>
 
 async def openapi_json(exchange: Exchange) -> None:
     """Answer with the OpenAPI document."""
-    context = exchange.context
-    settings = context.settings
-    needs_key = bool(settings.api_key or settings.api_key_file is not None)
-    await exchange.respond_json(document(context.routes, settings, context.info, needs_key=needs_key))
+    await exchange.respond_json(_document(exchange.context))
 
 
 async def page(exchange: Exchange) -> None:
@@ -47,23 +44,20 @@ async def page(exchange: Exchange) -> None:
     await exchange.respond(200, (_PAGE + "\n".join(rows)).encode(), b"text/html; charset=utf-8")
 
 
-def document(
-    routes: Sequence[Route], settings: Settings, info: ModelInfo | None, *, needs_key: bool
-) -> Schema:
-    """Return the OpenAPI 3.1 document; with `info`, the limits in it are those that hold."""
-    documented = [
-        row for row in routes if row.summary and (row.access is not Access.ADMIN or settings.admin_api_key)
-    ]
-    types: list[Any] = [tgi_schema.ErrorResponse, tgi_schema.SimpleToken, tgi_schema.TokenCount]
-    for row in documented:
-        types += [*row.requests, *filter(None, (row.response, row.event))]
-    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    if info is not None:
-        _put_limits(components, Limits.of(settings, is_tgi=True), info)
+def _document(context: ServerContext) -> Schema:
+    """Return the OpenAPI 3.1 document; once the model has loaded, the limits in it are those that hold."""
+    settings = context.settings
+    needs_key = bool(settings.api_key or settings.api_key_file is not None)
+    documented = [row for row in context.routes if row.summary]
+    kinds = [kind for row in documented for kind in (*row.requests, row.response, row.event)]
+    found, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas = dict(zip(kinds, found, strict=True))
+    if context.info is not None:
+        _put_limits(components, Limits.of(settings, is_tgi=True), context.info)
     paths: dict[str, Schema] = {}
     for row in documented:
         path = row.path.replace(":path}", "}")
-        paths.setdefault(path, {})[row.method.lower()] = _operation(row, path, needs_key)
+        paths.setdefault(path, {})[row.method.lower()] = _operation(row, path, schemas, needs_key)
     result: Schema = {
         "openapi": "3.1.0",
         "info": {
@@ -80,18 +74,25 @@ def document(
     return result
 
 
-def _operation(row: Route, path: str, needs_key: bool) -> Schema:
+def _operation(row: Route, path: str, schemas: Mapping[Any, Schema], needs_key: bool) -> Schema:
+    content = {}
+    if row.response is not None:
+        content[row.media_type] = {"schema": schemas[row.response]}
+    if row.event is not None:
+        content[row.stream_type] = {"schema": _stream(row, schemas[row.event])}
+    # By the example of one; of several kinds of request, each has its own.
+    dialects = (NATIVE, OPENAI) if len(row.requests) > 1 else (row.dialect,)
+    envelope = _any_of([_like(dialect.envelope(InvalidRequest(""))) for dialect in dialects])
+    error = {"description": "Refused or failed", "content": {JSON.decode(): {"schema": envelope}}}
     result: Schema = {
         "operationId": f"{row.method.lower()}{path}".replace("/", "_").strip("_"),
         "summary": row.summary,
         "tags": [row.tag],
-        "responses": _responses(row),
+        "responses": {"200": {"description": "Answered", "content": content}, "4XX": error, "5XX": error},
     }
     if row.requests:
-        result["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": _any_of(row.requests)}},
-        }
+        body = {"schema": _any_of([schemas[kind] for kind in row.requests])}
+        result["requestBody"] = {"required": True, "content": {JSON.decode(): body}}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     if names:
         result["parameters"] = [
@@ -102,42 +103,13 @@ def _operation(row: Route, path: str, needs_key: bool) -> Schema:
     return result
 
 
-def _responses(row: Route) -> Schema:
-    content: Schema = {}
-    if row.media_type == "application/json":
-        schema: Schema = {} if row.response is None else _reference(row.response)
-        content[row.media_type] = {"schema": {"type": "array", "items": schema} if row.is_list else schema}
-    elif row.media_type:
-        content[row.media_type] = {"schema": {"type": "string"}}
-    if row.streams:
-        data: Schema = {"type": "string"}
-        if row.event is not None:
-            schema = _reference(row.event)
-            data |= {"contentMediaType": "application/json", "contentSchema": schema}
-        event = {"type": "object", "required": ["data"], "properties": {"data": data}}
-        is_sse = row.stream_type == "text/event-stream"
-        content[row.stream_type] = {"schema": event if is_sse else {"type": "string"}}
-    answered: Schema = {"description": "Answered"}
-    if content:
-        answered["content"] = content
-    error = {
-        "description": "Refused or failed",
-        "content": {"application/json": {"schema": _error(row)}},
-    }
-    return {"200": answered, "4XX": error, "5XX": error}
-
-
-def _error(row: Route) -> Schema:
-    if row.is_by_key:
-        return {"anyOf": [_envelope(NATIVE), _envelope(OPENAI)]}
-    return _envelope(row.dialect)
-
-
-def _envelope(dialect: Dialect) -> Schema:
-    """Return the schema of a dialect's errors, by the example of one."""
-    if dialect is NATIVE:
-        return _reference(tgi_schema.ErrorResponse)
-    return _like(dialect.envelope(InvalidRequest("")))
+def _stream(row: Route, event: Schema) -> Schema:
+    """Return the schema of a stream, which is that of its lines, or of an event of the server's."""
+    if row.stream_type != "text/event-stream":
+        return event
+    if row.event is not str:
+        event = {"type": "string", "contentMediaType": JSON.decode(), "contentSchema": event}
+    return {"type": "object", "required": ["data"], "properties": {"data": event}}
 
 
 def _like(value: object) -> Schema:
@@ -147,15 +119,8 @@ def _like(value: object) -> Schema:
     return {"type": ["string", "null"]} if value is None else {"type": "string"}
 
 
-def _any_of(types: tuple[type, ...]) -> Schema:
-    schemas = [_reference(each) for each in types]
+def _any_of(schemas: Sequence[Schema]) -> Schema:
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-def _reference(kind: type) -> Schema:
-    if not issubclass(kind, msgspec.Struct):
-        return {"type": "object"}
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
 def _put_limits(components: Schema, limits: Limits, info: ModelInfo) -> None:

@@ -40,6 +40,7 @@ RULES: dict[type[TgiError], Rule] = {
     errors.Unauthorized: Rule(401, "", 401, "authentication_error", "invalid_api_key"),
     errors.Forbidden: Rule(403, "", 403, "permission_error"),
     errors.NotFound: Rule(404, "", 404, _REFUSED, "unknown_url"),
+    errors.UnknownModel: Rule(404, "", 404, _REFUSED, "model_not_found"),
     errors.MethodNotAllowed: Rule(405, "", 405, _REFUSED, "method_not_allowed"),
     errors.PayloadTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),
     errors.RequestTimeout: Rule(408, "", 400, _REFUSED, "request_timeout"),
@@ -50,6 +51,7 @@ RULES: dict[type[TgiError], Rule] = {
         424, "Request failed during generation: ", 500, "server_error", "generation_failed"
     ),
     errors.IncompleteGeneration: Rule(500, "", 500, "server_error", "incomplete_generation"),
+    errors.RequestAborted: Rule(500, "", 500, "server_error", "request_aborted"),
     errors.ModelLoadError: Rule(503, "", 503, "server_error", "model_load_failed"),
 }
 _INTERNAL = Rule(500, "", 500, "server_error", "internal_error")
@@ -112,6 +114,8 @@ def headers_of(error: BaseException) -> list[Header]:
             return [(b"www-authenticate", b"Bearer")]
         case errors.MethodNotAllowed():
             return [(b"allow", ", ".join(error.allow).encode("ascii"))]
+        case errors.RequestAborted():
+            return [(b"x-should-retry", b"false")]  # OpenAI's and Anthropic's SDKs ask it before they retry
         case errors.PayloadTooLarge() | errors.RequestTimeout():
             return [(b"connection", b"close")]
     return []
@@ -135,8 +139,8 @@ def _openai_envelope(error: BaseException) -> Envelope:
         "error": {
             "message": message_of(error),
             "type": rule.type,
-            "param": getattr(error, "param", None),
-            "code": getattr(error, "code", None) or rule.code,
+            "param": error.param if isinstance(error, TgiError) else None,
+            "code": (error.code if isinstance(error, TgiError) else None) or rule.code,
         }
     }
 

@@ -87,11 +87,8 @@ class Exchange:
         """Return a request header by its lower-case name."""
         return asgi.header(self.scope, name)
 
-    async def read_body(self, *, is_of_any_type: bool = False) -> bytes:
+    async def read_body(self) -> bytes:
         """Read the body under the server's limit.
-
-        Args:
-            is_of_any_type: the caller itself calls `require_json`, once it knows the dialect.
 
         Raises:
             PayloadTooLarge, RequestTimeout, Overloaded, ClientDisconnected: see `asgi.read_body`.
@@ -100,7 +97,7 @@ class Exchange:
         encoding = self.header(b"content-encoding")
         if encoding not in (None, b"", b"identity"):
             raise UnsupportedMediaType("Compressed request bodies are not read; send the JSON as it is")
-        if not is_of_any_type:
+        if self.route is None or len(self.route.requests) < 2:  # else its kind decides
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit
@@ -124,7 +121,7 @@ class Exchange:
         self.remains.clear()
         self.channels.clear()  # their sinks know whom they render for, who knows this list
         if self.is_large:
-            self.context.free(remains)
+            self.context.text.free(remains)
 
     def require_json(self) -> None:
         """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
@@ -147,7 +144,7 @@ class Exchange:
     async def work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a pure function of the request at once, or in a thread if the body was large."""
         if self.is_large:
-            return await self.context.in_thread(function, *args, **kwargs)
+            return await self.context.text.run(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     async def respond(

@@ -19,7 +19,7 @@ from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange, while_connected
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
-from tgi_asgi.errors import InvalidRequest, NotFound, TgiError
+from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
@@ -45,18 +45,30 @@ def generating(parse: Parse) -> Handler:
     return handle
 
 
-async def generate(exchange: Exchange, parse: Parse, body: bytes | None = None) -> None:
-    """Answer a request that generates.
+def counting(work: Callable[[bytes, Exchange], bytes]) -> Handler:
+    """Return the handler of a route that tokenises, and generates nothing: `work` makes its answer of a body.
 
-    Args:
-        body: where it has been read.
+    It runs in a thread, under a permit: whoever tokenises takes part in admission.
+    """
+
+    async def handle(exchange: Exchange) -> None:
+        body = await exchange.read_body()
+        with admitted(exchange, 1):
+            answer = await exchange.context.counting.run(work, body, exchange)
+        await exchange.respond(200, answer)
+
+    return handle
+
+
+async def generate(exchange: Exchange, parse: Parse) -> None:
+    """Answer a request that generates.
 
     Raises:
         TgiError: it is refused, or failed before its answer began.
         ClientDisconnected: its client went away.
     """
     served = exchange.context.ready()
-    call = await exchange.work(parse, await exchange.read_body() if body is None else body, exchange)
+    call = await exchange.work(parse, await exchange.read_body(), exchange)
     exchange.remains.append(call)
     model = served_name(exchange, call.model)
     if not call.jobs:
@@ -97,22 +109,17 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     """Return the model name to answer with: the one asked for, or the served model's own.
 
     Raises:
-        NotFound: names are strict and this one is not served.
+        UnknownModel: names are strict and this one is not served.
     """
     context = exchange.context
     own = context.ready().info.model_id
     if requested is None or requested in ("tgi", own):
         return own
     if context.settings.strict_model_names:
-        raise model_not_found(requested)
+        raise UnknownModel(requested)
     context.note_unknown_model(requested)
     exchange.response_headers.append((b"x-tgi-model", own.encode("ascii", "backslashreplace")))
     return requested
-
-
-def model_not_found(name: str) -> NotFound:
-    """Return the error for a model that is not served."""
-    return NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
 
 
 async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
@@ -123,17 +130,18 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         TemplateError: there is no template, or it refused the messages.
     """
     context = exchange.context
-    with _placed(job.where, exchange.dialect):
+    with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
-        prompt = await context.in_thread(make_prompt, job, served, context.settings)
+        prompt = await context.text.run(make_prompt, job, served, context.settings)
         budget = job.room.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
         if job.min_tokens > budget:
             message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
-        form = AnswerForm(job, served, context.settings, context.special_ids(), prompt.tail)
-        grammar = await _grammar(exchange, form) if form.is_constrained else None
+        form = AnswerForm(job, served, context.settings, prompt.tail)
+        grammar = await _grammar(exchange, job, form) if form.is_constrained else None
         reading = form.reading()
+    most = context.settings.max_priority
     shows_markers = reading is not None and bool(reading.kept)
     request = GenerationRequest(
         request_id=exchange.request_id,
@@ -149,7 +157,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
             skip_special_tokens=job.skip_special_tokens and not shows_markers,
         ),
         n=job.n,
-        priority=_clamped(job.priority, context.settings.max_priority),
+        priority=min(max(job.priority, -most), most),
         cache_salt=_cache_salt(exchange, job.cache_salt),
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
@@ -159,43 +167,32 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
     return Prepared(job, prompt, request, reading)
 
 
-async def _grammar(exchange: Exchange, form: AnswerForm) -> Grammar:
+async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
     """Compile what constrains an answer; tell the client of keywords that are not enforced."""
-    context = exchange.context
-    compiler = context.grammar_compiler()
-    constraint = form.job.constraint
-    is_shared = constraint is not None and isinstance(form.job.prompt, Text)
-    if constraint is not None and constraint.grammar is not None and is_shared:
+    context, constraint = exchange.context, job.constraint
+    compiler = context.ready().grammars
+    if constraint is not None and constraint.grammar is not None and isinstance(job.prompt, Text):
         return constraint.grammar
 
     def compiled() -> tuple[Grammar, Sequence[str]]:
         source = form.grammar_source()
-        assert source is not None
         return compiler.compile(source), source.ignored
 
     try:
-        grammar, ignored = await context.in_grammar_thread(compiled)
+        grammar, ignored = await context.grammars.run(compiled)
     except InvalidRequest as error:
         if error.param is not None or error.field is not None:
             raise
-        if constraint is None or form.job.tools is not None:
+        if constraint is None or job.tools is not None:
             raise InvalidRequest(f"`{{field}}`: {error.message}", field=("tools",)) from None
         raise InvalidRequest(constraint.prefix + error.message, param=constraint.param) from None
     if constraint is not None:
         constraint.grammar = grammar
     if ignored:
         names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
-        logger.info(
-            "request %s: schema keywords ignored: %s",
-            exchange.request_id,
-            names.decode(),
-        )
+        logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
         exchange.response_headers.append((b"x-tgi-ignored-keywords", names))
     return grammar
-
-
-def _clamped(priority: int, most: int) -> int:
-    return min(max(priority, -most), most)
 
 
 def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
@@ -207,7 +204,7 @@ def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _placed(where: str, dialect: Dialect) -> Iterator[None]:
+def placed(where: str, dialect: Dialect) -> Iterator[None]:
     """Say in a refusal which of the call's parts it means."""
     try:
         yield

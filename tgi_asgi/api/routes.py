@@ -6,8 +6,9 @@ The rows themselves are in `table.py`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from starlette import routing
 
@@ -20,7 +21,6 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Check = Callable[[Exchange], None]
 
 _EXCHANGE = "tgi_asgi.exchange"  # the scope's key under which endpoints find theirs
-_FORGOT_V1 = ("/chat/completions", "/completions", "/models", "/responses")
 
 
 class Access(enum.Enum):
@@ -40,14 +40,10 @@ class Route:
         generates: it makes text, and counts as a request in the metrics.
         is_quiet: a probe or a scrape, worth a line of the log only when it fails.
         summary: for the OpenAPI document; "" leaves the route out of it.
-        requests: the types that the body may have.
-        response: of a 200, where it is a struct; else any JSON object.
-        is_list: the response is an array of `response`.
-        streams: it answers with a stream, where the request asks for that.
-        stream_type: the stream's media type.
-        event: the JSON of one of those, where it is a struct.
-        media_type: of a response that is not JSON; "": there is no body.
-        is_by_key: the body's main field tells whose envelope errors have, TGI's or OpenAI's.
+        requests: the types that the body may have; of several its main field tells which, and whether errors
+            have TGI's envelope or OpenAI's.
+        response: the type of a 200, of JSON or else of `media_type`; None: it has no body.
+        event: the type of what a stream's events or lines hold, if the request can ask for a stream.
     """
 
     method: str
@@ -59,14 +55,11 @@ class Route:
     access: Access = Access.KEY
     generates: bool = False
     is_quiet: bool = False
-    requests: tuple[type, ...] = ()
-    response: type | None = None
-    is_list: bool = False
-    streams: bool = False
-    stream_type: str = "text/event-stream"
-    event: type | None = None
+    requests: Sequence[type] = ()
+    response: Any = Any
     media_type: str = "application/json"
-    is_by_key: bool = False
+    event: type | None = None
+    stream_type: str = "text/event-stream"
 
 
 class RouteTable:
@@ -95,19 +88,21 @@ class RouteTable:
         await self._router(exchange.scope, exchange.receive, exchange.send)
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
-        """Refuse a path that no route has; a wrong key is not told whether it exists."""
+        """Refuse a path that no route has, as the routes beside it would; there may be some below /v1."""
         exchange: Exchange = scope.pop(_EXCHANGE)
-        path = exchange.path
-        is_openai = path == "/v1" or path.startswith("/v1/")
-        is_compat = exchange.context.settings.tgi_compat
-        exchange.dialect = OPENAI if path.startswith(_FORGOT_V1) or (is_openai and not is_compat) else NATIVE
-        self._check(exchange)
-        if is_openai:
-            exchange.dialect = OPENAI
-            raise NotFound(f"Unknown URL: {exchange.method} {path}")
-        if path.startswith(_FORGOT_V1):
-            raise NotFound(f"Unknown URL: {exchange.method} {path}. Add /v1 to the base URL: /v1{path}")
-        raise NotFound(f"No route {exchange.method} {path}")
+        where = f"{exchange.method} {exchange.path}"
+        folder = "/" + exchange.path.lstrip("/").partition("/")[0]
+        row, hint = self._row_in(folder), ""
+        if row is None and (row := self._row_in(f"/v1{folder}")):
+            hint = f". Add /v1 to the base URL: /v1{exchange.path}"
+        dialect = row.dialect if row is not None else NATIVE
+        exchange.dialect = _spoken(dialect, exchange)
+        self._check(exchange)  # a wrong key is not told whether the path exists
+        exchange.dialect = dialect
+        raise NotFound(f"{'No route' if dialect is NATIVE else 'Unknown URL:'} {where}{hint}")
+
+    def _row_in(self, folder: str) -> Route | None:
+        return next((row for row in self.rows if f"{row.path}/".startswith(f"{folder}/")), None)
 
 
 class _Endpoint:
@@ -121,9 +116,7 @@ class _Endpoint:
         exchange: Exchange = scope.pop(_EXCHANGE)  # which has the scope: a cycle would keep both
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
-        dialect = any_row.dialect
-        is_openai = dialect.envelope is OPENAI.envelope
-        exchange.dialect = NATIVE if is_openai and exchange.context.settings.tgi_compat else dialect
+        exchange.dialect = _spoken(any_row.dialect, exchange)
         exchange.route = row
         self._check(exchange)
         if row is None:
@@ -133,6 +126,11 @@ class _Endpoint:
                 allow=tuple(allow),
             )
         await row.handle(exchange)
+
+
+def _spoken(dialect: Dialect, exchange: Exchange) -> Dialect:
+    is_openai = dialect.envelope is OPENAI.envelope
+    return NATIVE if is_openai and exchange.context.settings.tgi_compat else dialect
 
 
 def path_of(target: str) -> str:

@@ -228,7 +228,7 @@ class EventStream:
                 frames.append(self._renderer.close())
             return b"".join(frames)
 
-        return await self._exchange.context.in_thread(render) if is_slow else render()
+        return await self._exchange.context.text.run(render) if is_slow else render()
 
     async def _send(self, frames: bytes, is_last: bool) -> None:
         exchange = self._exchange

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.limits import MAX_TOOLS
@@ -116,6 +119,12 @@ def choose(
     ]
     is_named = mode == "named"
     return ToolChoice(specs, is_named or mode == "required", is_named, is_parallel and not is_named)
+
+
+def whole_arguments(text: str) -> Any:
+    """Return a call's arguments; None where `max_tokens` has cut them: half a call is none."""
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return orjson.loads(text)
 
 
 def note_skipped(kinds: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from tgi_asgi.errors import (
     IncompleteGeneration,
     InvalidRequest,
     Overloaded,
+    RequestAborted,
     TgiError,
     Unavailable,
 )
@@ -151,7 +152,7 @@ class Engine:
 
     def abort(self, request_id: str) -> int:
         """End the requests of this id, running or waiting, with an error; return how many there were."""
-        error = IncompleteGeneration("the request was aborted")
+        error = RequestAborted("the request was aborted")
         named = [channel for channel in self._loop.channels if channel.request.request_id == request_id]
         return sum(channel.refuse(error) for channel in named)
 

@@ -20,24 +20,16 @@ CLIENT_CLOSED = 499  # nginx's word for a client that left before there was an a
 
 def log_access(exchange: Exchange) -> None:
     """Log a request that has ended; its numbers are fields of the record, for JSON logs."""
-    status = exchange.status or CLIENT_CLOSED
+    status, route = exchange.status or CLIENT_CLOSED, exchange.route
     # Probes and scrapes come every few seconds: they are worth a line only when they fail, and a server that
     # loads its model has not failed.
     is_well = status < 400 or exchange.context.state is EngineState.LOADING
-    is_quiet = (
-        is_well and exchange.method != "POST" and exchange.route is not None and exchange.route.is_quiet
-    )
+    is_quiet = is_well and exchange.method != "POST" and route is not None and route.is_quiet
     level = logging.DEBUG if is_quiet else logging.INFO
     if logger.isEnabledFor(level):
-        logger.log(
-            level,
-            "%s %s %d%s",
-            exchange.method,
-            quoted(exchange.path),
-            status,
-            " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else "",
-            extra=_fields(exchange, status),
-        )
+        left = " (client left)" if exchange.is_disconnected and status != CLIENT_CLOSED else ""
+        message = f"{exchange.method} {quoted(exchange.path)} {status}{left}"
+        logger.log(level, "%s", message, extra=_fields(exchange, status))
 
 
 def _fields(exchange: Exchange, status: int) -> dict[str, object]:
@@ -54,11 +46,8 @@ def _fields(exchange: Exchange, status: int) -> dict[str, object]:
             "prompt_tokens": course.prompt_tokens,
             "cached_tokens": course.cached_tokens,
             "generated_tokens": course.generated_tokens,
-            "validation_ms": _milliseconds(course.validation_s),
-            "queue_ms": _milliseconds(course.queue_s),
             "inference_ms": _milliseconds(course.inference_s),
-            "prefill_ms": _milliseconds(course.prefill_s),
-            "decode_ms": _milliseconds(course.decode_s),
+            **{f"{name}_ms": _milliseconds(end_s - begin_s) for name, begin_s, end_s in course.parts},
             "finish": ",".join(course.finishes),
         }
         if course.first_token_s is not None:

@@ -24,8 +24,6 @@ class Course:
     validation_s: float = 0.0  # until it was submitted
     queue_s: float = 0.0  # from there to the first step that ran a token of it
     inference_s: float = 0.0  # from there to its last token
-    prefill_s: float = 0.0  # the part of it before the first token
-    decode_s: float = 0.0  # and the part after
     has_run: bool = False  # there was such a step
     first_token_s: float | None = None  # since the request's start; None: there was none
     prompt_tokens: int = 0
@@ -34,7 +32,8 @@ class Course:
     max_new_tokens: int = 0
     num_choices: int = 0
     finishes: tuple[str, ...] = ()  # why its choices ended, those that have
-    parts: tuple[tuple[str, float, float], ...] = ()  # (name, begin, end) by `time.monotonic()`, in order
+    # Validation, queue, prefill (to the first token) and decode: (name, begin, end) by `time.monotonic()`.
+    parts: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
     def of(cls, exchange: Exchange) -> Course:
@@ -58,8 +57,6 @@ class Course:
             validation_s=max(submitted_s - exchange.started_s, 0.0),
             queue_s=max(scheduled_s - submitted_s, 0.0),
             inference_s=max(finished_s - scheduled_s, 0.0),
-            prefill_s=max(until_first_s - scheduled_s, 0.0),
-            decode_s=max(finished_s - until_first_s, 0.0),
             has_run=begun_s is not None,
             first_token_s=None if first_s is None else max(first_s - exchange.started_s, 0.0),
             prompt_tokens=sum(len(channel.request.prompt_ids) for channel in channels),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tgi_asgi.engine.stats import DURATION_BUCKETS, EngineStats, Histogram
@@ -51,11 +52,6 @@ _VLLM = {
 }
 
 
-def _length_buckets(most: int) -> tuple[float, ...]:
-    """Return TGI's 100 bounds for lengths up to `most` tokens."""
-    return tuple(most * i / 100 for i in range(1, 101))
-
-
 class Metrics:
     """Every metric of one server.
 
@@ -75,7 +71,7 @@ class Metrics:
             self._registry.alias(name, of)
 
     def _add_requests(self) -> None:
-        counter, duration = self._registry.counter, self._duration
+        counter, duration = self._registry.counter, partial(self._registry.histogram, bounds=DURATION_BUCKETS)
         self.count = counter("tgi_request_count", "Requests that reached a generating route.")
         self.success = counter("tgi_request_success", "Requests answered whole.")
         name, help = "tgi_request_failure", "Requests that failed."
@@ -85,45 +81,39 @@ class Metrics:
         self.duration = duration("tgi_request_duration", "From arrival to the answer's end.")
         self.validation_duration = duration("tgi_request_validation_duration", "Validation and tokenisation.")
         self.queue_duration = duration("tgi_request_queue_duration", "Waiting for the first step.")
-        self.inference_duration = duration(
-            "tgi_request_inference_duration", "From the first step to the end."
-        )
+        self.inference_duration = duration("tgi_request_inference_duration", "From first step to end.")
         self.mean_time_per_token = duration(
             "tgi_request_mean_time_per_token_duration", "Inference time over generated tokens."
         )
-        self.time_to_first_token = duration(
-            "tgi_time_to_first_token_seconds", "From arrival to the first token."
-        )
-        self.loop_lag = duration(
-            "tgi_event_loop_lag_seconds", "How late a timer runs: what blocks the loop delays every client."
-        )
+        self.time_to_first_token = duration("tgi_time_to_first_token_seconds", "From arrival to first token.")
+        self.loop_lag = duration("tgi_event_loop_lag_seconds", "How late a timer runs, and all clients.")
 
     def _add_lengths(self, max_input: int, max_total: int) -> None:
-        add, inputs, totals = self._registry.histogram, _length_buckets(max_input), _length_buckets(max_total)
+        add = self._registry.histogram
+        # TGI's 100 bounds for lengths up to a limit.
+        inputs, totals = (tuple(most * i / 100 for i in range(1, 101)) for most in (max_input, max_total))
         self.input_length = add("tgi_request_input_length", "Prompt tokens.", inputs)
         self.generated_tokens = add("tgi_request_generated_tokens", "Generated tokens.", totals)
         self.max_new_tokens = add("tgi_request_max_new_tokens", "Tokens asked for.", totals)
 
     def _add_engine(self, block_size: int) -> None:
-        add = self._add
-        add("gauge", "tgi_requests_running", "Sequences that generate.", lambda s: s.running)
-        add("gauge", "tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
+        gauge, counter, histogram = (partial(self._add, kind) for kind in ("gauge", "counter", "histogram"))
+        gauge("tgi_requests_running", "Sequences that generate.", lambda s: s.running)
+        gauge("tgi_requests_waiting", "Sequences that wait for room.", lambda s: s.waiting)
         name, help = "tgi_batch_current_max_tokens", "Tokens that the running batch may come to hold."
-        add("gauge", name, help, lambda s: s.blocks_used * block_size)
+        gauge(name, help, lambda s: s.blocks_used * block_size)
         name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
-        add("gauge", name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
-        name, help = "tgi_preemptions_total", "Sequences preempted for want of room."
-        add("counter", name, help, lambda s: s.preemptions)
+        gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
+        counter("tgi_preemptions_total", "Sequences preempted for want of room.", lambda s: s.preemptions)
         name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
-        add("counter", name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
-        add("counter", "tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
+        counter(name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)
+        counter("tgi_generation_tokens_total", "Generated tokens.", lambda s: s.sampled_tokens)
         name, help = "tgi_prefix_cache_query_tokens_total", "Prompt tokens looked up in the prefix cache."
-        add("counter", name, help, lambda s: s.prefix_query_tokens)
+        counter(name, help, lambda s: s.prefix_query_tokens)
         name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
-        add("counter", name, help, lambda s: s.prefix_hit_tokens)
-        name, help = "tgi_inter_token_latency_seconds", "Between two tokens of one sequence."
-        add("histogram", name, help, lambda s: s.inter_token_s)
-        add("histogram", "tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
+        counter(name, help, lambda s: s.prefix_hit_tokens)
+        histogram("tgi_inter_token_latency_seconds", "From token to token.", lambda s: s.inter_token_s)
+        histogram("tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
 
     def _add_steps(self, method: str) -> None:
         # The engine does not tell of which kind a failed step was: most steps, and most failures, decode.
@@ -144,9 +134,6 @@ class Metrics:
         self, kind: str, name: str, help: str, read: Callable[[EngineStats], Value], **labels: str
     ) -> None:
         self._registry.add(kind, name, help, lambda: read(self._engine), **labels)
-
-    def _duration(self, name: str, help: str) -> Histogram:
-        return self._registry.histogram(name, help, DURATION_BUCKETS)
 
     def model_loaded(self, info: ModelInfo) -> None:
         """Take over the model's limits, of which TGI makes the lengths' buckets, and its name."""
@@ -227,7 +214,6 @@ class LoopLag:
         """End. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _tick(self, loop: asyncio.AbstractEventLoop, due_s: float) -> None:
         self._histogram.observe(max(loop.time() - due_s, 0.0))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
 _NS = 1_000_000_000
-_SERVER_ERROR = 500
 
 
 class Tracing:
@@ -52,8 +51,7 @@ class Tracing:
             raise ModelLoadError(
                 f"--otlp-endpoint needs OpenTelemetry: pip install 'tgi-asgi[otel]' ({error.name} is missing)"
             ) from None
-        resource = Resource.create({"service.name": settings.otlp_service_name})
-        provider = TracerProvider(resource=resource)
+        provider = TracerProvider(resource=Resource.create({"service.name": settings.otlp_service_name}))
         is_plain = not settings.otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=is_plain)
         provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -86,12 +84,11 @@ class Tracing:
             start_time=epoch_ns(exchange.started_s),
             attributes=_attributes(exchange, course, status),
         )
-        if status >= _SERVER_ERROR or (exchange.error is not None and exchange.status == 200):
+        if status >= 500 or (exchange.error is not None and exchange.status == 200):
             span.set_status(self._trace.StatusCode.ERROR, type(exchange.error).__name__)
         context = self._trace.set_span_in_context(span)
         for name, begin_s, end_s in course.parts:
-            part = self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s))
-            part.end(epoch_ns(end_s))
+            self._tracer.start_span(name, context=context, start_time=epoch_ns(begin_s)).end(epoch_ns(end_s))
         span.end(now_ns)
 
 

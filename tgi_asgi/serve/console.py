@@ -25,7 +25,7 @@ class Console:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._has_terminal = sys.stderr.isatty() and not settings.json_output
+        self._show = self._draw if sys.stderr.isatty() and not settings.json_output else self._log
         self._started_s = time.monotonic()
         self._stage = ""
         self._bar: tqdm[Any] | None = None
@@ -33,10 +33,7 @@ class Console:
 
     def report(self, stage: str, done: int, total: int | None) -> None:
         """Show how far a stage of loading is; `total` is None where it is unknown."""
-        if self._has_terminal:
-            self._draw(stage, done, total)
-        else:
-            self._log(stage, done, total)
+        self._show(stage, done, total)
         self._stage = stage
 
     def close(self) -> None:

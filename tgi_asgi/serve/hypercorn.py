@@ -48,8 +48,6 @@ def make_config(listener: socket.socket, settings: Settings) -> Config:
     config.alpn_protocols = ["http/1.1"]  # its HTTP/2 kills connections answered before the upload ends
     config.include_server_header = False
     config.errorlog = logging.getLogger("hypercorn.error")
-    config.loglevel = "WARNING"
-    config.accesslog = None
     if settings.ssl_certfile is not None:
         config.certfile = settings.ssl_certfile
         config.keyfile = settings.ssl_keyfile or settings.ssl_certfile

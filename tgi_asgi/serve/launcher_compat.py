@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import flag_of
 
 _OFF = frozenset({"", "0", "false", "no", "off"})
 _LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "warning": "warn"}
@@ -27,26 +28,16 @@ class Treatment(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class CompatOption:
-    """An option of TGI's launcher that is no setting here.
+    """An option of TGI's launcher that is no setting here."""
 
-    Attributes:
-        name: in snake case; the flag is `--kebab-case`, the variable `UPPER_SNAKE`.
-        reason: what holds instead, for the warning or the refusal.
-        is_switch: the flag takes no value.
-        is_flag: False for what TGI reads from the environment only.
-        neutral: values that ask for nothing (beside an empty one), which pass in silence.
-    """
-
-    name: str
-    reason: str
+    name: str  # in snake case
+    reason: str  # what holds instead, for the warning or the refusal
     treatment: Treatment = Treatment.IGNORED
-    is_switch: bool = False
-    is_flag: bool = True
-    neutral: frozenset[str] = frozenset()
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+    is_switch: bool = False  # the flag takes no value
+    is_flag: bool = True  # else TGI reads it from the environment only
+    neutral: frozenset[str] = (
+        frozenset()
+    )  # values that ask for nothing, beside an empty one: they pass in silence
 
     @property
     def variable(self) -> str:
@@ -106,7 +97,7 @@ def check_options(options: Mapping[str, str | None], environ: Mapping[str, str])
     warnings = []
     for option in OPTIONS:
         given = options.get(option.name)
-        source = option.flag if given is not None else option.variable
+        source = flag_of(option.name) if given is not None else option.variable
         value = (environ.get(option.variable, "") if given is None else given).strip()
         if not value or value.lower() in option.neutral:
             continue
@@ -117,15 +108,13 @@ def check_options(options: Mapping[str, str | None], environ: Mapping[str, str])
     return warnings
 
 
-# (from, to): taken where `to` is unset.
-_SAGEMAKER = (
+# (from, to): taken where `to` is unset. SageMaker's names, then older ones of variables.
+_RENAMED = (
     ("HF_MODEL_ID", "MODEL_ID"),
     ("HF_MODEL_REVISION", "REVISION"),
     ("SM_NUM_GPUS", "NUM_SHARD"),
     ("HF_MODEL_QUANTIZE", "QUANTIZE"),
     ("HF_MODEL_TRUST_REMOTE_CODE", "TRUST_REMOTE_CODE"),
-)
-_RENAMED = (
     ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN"),
     ("HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"),
     ("PREFIX_CACHING", "PREFIX_CACHE"),
@@ -145,7 +134,7 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
         InvalidRequest: SageMaker gave no model, or a setting is given under two names.
     """
     changes: dict[str, str] = {}
-    for old, new in (*_SAGEMAKER, *_RENAMED):
+    for old, new in _RENAMED:
         if environ.get(old) and not environ.get(new):
             changes.setdefault(new, environ[old])
     if environ.get("HF_API_TOKEN"):
@@ -172,8 +161,7 @@ def apply_paths(options: dict[str, Any], environ: MutableMapping[str, str]) -> N
     `--weights-cache-override`, or of its variable, becomes the model, served under the name that `--model-id`
     gives.
     """
-    cache = options.pop("huggingface_hub_cache", None)
-    if cache:
+    if cache := options.pop("huggingface_hub_cache", None):
         environ["HF_HUB_CACHE"] = cache
     weights = options.pop("weights_cache_override", None) or environ.get("WEIGHTS_CACHE_OVERRIDE")
     if weights:

@@ -15,8 +15,11 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import Settings
@@ -98,25 +101,21 @@ def url_of(listener: socket.socket, *, is_tls: bool) -> str:
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+@dataclass(eq=False, slots=True)
 class Acceptor:
     """Accepts on a listening socket until it is closed: as much of `asyncio.Server` as hypercorn uses."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        protocol_factory: ProtocolFactory,
-        listener: socket.socket,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self._loop = loop
-        self._protocol_factory = protocol_factory
-        self._listener = listener
-        self._tls = tls
-        self._beginning: set[asyncio.Task[None]] = set()  # the loop itself holds its tasks weakly
-        self._resume: asyncio.TimerHandle | None = None
-        self._has_warned = False
-        listener.setblocking(False)
-        loop.add_reader(listener, self._accept)
+    _loop: asyncio.AbstractEventLoop
+    _protocol_factory: ProtocolFactory
+    _listener: socket.socket
+    _tls: ssl.SSLContext | None = None
+    _beginning: set[asyncio.Task[None]] = field(default_factory=set)  # the loop itself holds its tasks weakly
+    _resume: asyncio.TimerHandle | None = None
+    _has_warned: bool = False
+
+    def __post_init__(self) -> None:
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
         """Accept nothing more and close the listener; what was accepted stays open. Idempotent."""
@@ -162,19 +161,12 @@ class Acceptor:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return a loop (uvloop's, if it is there) whose servers on given sockets are `Acceptor`s."""
-    base: Any = asyncio.SelectorEventLoop
-    with contextlib.suppress(ImportError):
-        import uvloop
+    """Return uvloop's loop, but that its servers on given sockets are `Acceptor`s."""
 
-        base = uvloop.Loop
-
-    class Loop(base):  # type: ignore[misc]
-        async def create_server(
-            self, protocol_factory: ProtocolFactory, *args: Any, sock: Any = None, **options: Any
-        ) -> Any:
+    class Loop(uvloop.Loop):
+        async def create_server(self, *args: Any, sock: Any = None, **options: Any) -> Any:
             if sock is None:
-                return await super().create_server(protocol_factory, *args, **options)
-            return Acceptor(self, protocol_factory, sock, options.get("ssl"))
+                return await super().create_server(*args, **options)
+            return Acceptor(self, args[0], sock, options.get("ssl"))
 
     return Loop()

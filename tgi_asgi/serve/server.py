@@ -10,14 +10,14 @@ import gc
 import logging
 import signal
 import sys
-from typing import Protocol, cast
+from typing import cast
 
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
 from tgi_asgi.api.context import Served
-from tgi_asgi.app import Loader, create_app, load_model
+from tgi_asgi.app import Loader, OwnedEngine, create_app, load_model
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
@@ -30,13 +30,6 @@ from tgi_asgi.types import Progress
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
-
-
-class _Drainable(Protocol):
-    """What our engine has beside what HTTP needs."""
-
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those that run; end the rest with an error."""
 
 
 def run(settings: Settings, loader: Loader = load_model) -> int:
@@ -87,7 +80,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        loop.add_signal_handler(signal.SIGHUP, self._app.reload)
 
     def _load(self, settings: Settings, progress: Progress) -> Served:
         def report(stage: str, done: int, total: int | None) -> None:
@@ -106,10 +99,6 @@ class Server:
         self._console.close()
         self._failure = error
         self._close(str(error), 1)
-
-    def _on_hangup(self) -> None:
-        logger.info("SIGHUP: reloading")
-        self._app.reload()
 
     def _on_signal(self, number: int) -> None:
         served = self._app.context.served
@@ -130,7 +119,7 @@ class Server:
         timeout_s = self._settings.graceful_termination_timeout
         logger.info("draining for up to %d s; a second signal ends at once", timeout_s)
         try:
-            await cast(_Drainable, served.engine).drain(timeout_s)
+            await cast(OwnedEngine, served.engine).drain(timeout_s)
         finally:
             self._close(None, 0)
 

@@ -48,7 +48,8 @@ def text(content: str, **more: Any) -> dict[str, Any]:
 
 
 ASKED = {"role": "user", "content": [text("The branch is main."), text("Edit the file.")]}
-SYSTEM = [text("version=2.1.329.582;"), text("You are an agent.", **KEPT), text("Be brief.", **KEPT)]
+BILLING = "x-anthropic-billing-header: cc_version=2.1.329.582;"  # its end differs by conversation
+SYSTEM = [text(BILLING), text("You are an agent.", **KEPT), text("Be brief.", **KEPT)]
 LATER = {"role": "system", "content": [text("The folder is /tmp.", **KEPT)]}
 
 
@@ -90,6 +91,7 @@ REPLAYS = [
         f"<think>\nhm\n</think>\n\nNow.\n{spelt('Read', file_path='/a')}",
         [("thoughts", "hm"), ("text", "Now."), ("call", "Read", '{"file_path": "/a"}')],
         sees=["You are an agent.", "Be brief.", "The folder is /tmp.", LONG_NAME, "Edit the file."],
+        misses=["x-anthropic-billing-header"],
     ),
     Replay(
         CLAUDE,

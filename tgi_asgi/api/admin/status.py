@@ -10,10 +10,8 @@ import msgspec
 import tgi_asgi
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.tgi.schema import Info
 from tgi_asgi.observe.prometheus import CONTENT_TYPE
-from tgi_asgi.settings import Settings
-from tgi_asgi.types import EngineState, ModelInfo
+from tgi_asgi.types import EngineState
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TEXT = b"text/plain; charset=utf-8"
@@ -43,39 +41,53 @@ async def _report(exchange: Exchange, is_well: bool) -> None:
     context = exchange.context
     progress = msgspec.to_builtins(context.progress) if context.state is EngineState.LOADING else None
     state = EngineState.DRAINING if context.is_leaving else context.state
-    payload = {
-        "error": "unhealthy", "error_type": "healthcheck", "state": state.value, "progress": progress
-    }  # fmt: skip
-    await exchange.respond_json(payload, 503, [(b"retry-after", b"2")])
+    told = {"error": "unhealthy", "error_type": "healthcheck", "state": state.value, "progress": progress}
+    await exchange.respond_json(told, 503, [(b"retry-after", b"2")])
 
 
 async def info(exchange: Exchange) -> None:
     """Answer with the model and the limits."""
-    served = exchange.context.ready()
-    payload = describe(exchange.context.settings, served.info)
-    await exchange.respond(200, msgspec.json.encode(payload))
+    model, settings = exchange.context.ready().info, exchange.context.settings
+    limits = Limits.of(settings, is_tgi=True)
+    payload = {
+        "model_id": model.model_id,
+        "model_sha": model.revision,
+        "model_pipeline_tag": "text-generation",
+        "model_dtype": model.dtype,
+        "model_device_type": model.device.partition(":")[0],
+        "max_concurrent_requests": settings.max_concurrent_requests,
+        "max_best_of": limits.best_of,
+        "max_stop_sequences": limits.stops,
+        "max_input_tokens": model.max_input_tokens,
+        "max_total_tokens": model.max_total_tokens,
+        "validation_workers": settings.validation_workers,
+        "max_client_batch_size": Limits.of(settings, is_tgi=settings.tgi_compat).prompts,
+        "max_batch_total_tokens": model.kv_tokens,
+        "max_batch_size": settings.max_batch_size,
+        # Dashboards and clients ask for this name; `version` is ours.
+        "router": "text-generation-router",
+        "version": tgi_asgi.__version__,
+        "sha": None,
+        "docker_label": os.environ.get("DOCKER_LABEL"),
+    }
+    await exchange.respond_json(payload)
 
 
 async def tokenizer_info(exchange: Exchange) -> None:
     """Answer with the special tokens and the chat template, as lm-eval's remote tokenizer wants them."""
     served = exchange.context.ready()
     tokenizer, template = served.tokenizer, served.chat_template
-    special = {
-        f"{name}_token": tokenizer.special_tokens.get(f"{name}_token")
-        for name in ("bos", "eos", "pad", "unk")
+    payload = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: tokenizer.special_tokens.get(name) for name in _SPECIAL},
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "add_bos_token": tokenizer.adds_bos,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": served.info.max_total_tokens,
+        "chat_template": template.source if template else None,
     }
-    await exchange.respond_json(
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "add_bos_token": tokenizer.adds_bos,
-            "vocab_size": tokenizer.vocab_size,
-            "model_max_length": served.info.max_total_tokens,
-            "chat_template": template.source if template else None,
-        }
-    )
+    await exchange.respond_json(payload)
 
 
 async def metrics(exchange: Exchange) -> None:
@@ -91,29 +103,3 @@ async def engine(exchange: Exchange) -> None:
     served = context.served or context.ready()
     payload = served.engine.describe() | {"state": context.state.value, "tasks": len(asyncio.all_tasks())}
     await exchange.respond_json(payload)
-
-
-def describe(settings: Settings, model: ModelInfo) -> Info:
-    """Return `/info`'s payload."""
-    limits = Limits.of(settings, is_tgi=True)
-    return Info(
-        model_id=model.model_id,
-        model_sha=model.revision,
-        model_pipeline_tag="text-generation",
-        model_dtype=model.dtype,
-        model_device_type=model.device.partition(":")[0],
-        max_concurrent_requests=settings.max_concurrent_requests,
-        max_best_of=limits.best_of,
-        max_stop_sequences=limits.stops,
-        max_input_tokens=model.max_input_tokens,
-        max_total_tokens=model.max_total_tokens,
-        validation_workers=settings.validation_workers,
-        max_client_batch_size=Limits.of(settings, is_tgi=settings.tgi_compat).prompts,
-        max_batch_total_tokens=model.kv_tokens,
-        max_batch_size=settings.max_batch_size,
-        # Dashboards and clients ask for this name; `version` is ours.
-        router="text-generation-router",
-        version=tgi_asgi.__version__,
-        sha=None,
-        docker_label=os.environ.get("DOCKER_LABEL"),
-    )

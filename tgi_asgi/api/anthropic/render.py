@@ -9,13 +9,15 @@ from typing import Any
 import orjson
 
 from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
-from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of, rule_of
+from tgi_asgi.api.tools import whole_arguments
 from tgi_asgi.errors import ContextExceeded, InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
 Event = dict[str, Any]
+_KINDS = {Content: "text", Reasoning: "thinking", CallStart: "tool_use", CallArguments: "tool_use"}
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -41,7 +43,7 @@ def _envelope(error: BaseException) -> dict[str, Any]:
 ANTHROPIC = Dialect("anthropic", _envelope, names={"prompt": "messages"})
 
 
-class MessageRenderer:
+class MessageRenderer(Renderer):
     """Turns the token events of one choice into content blocks and their events."""
 
     def __init__(self, generation: Generation) -> None:
@@ -51,9 +53,9 @@ class MessageRenderer:
         self._has_begun = False
         self._num_generated = 0
         self._blocks: list[dict[str, Any]] = []
-        self._inputs: list[str] = []  # by block: the text of a call's arguments
-        self._kind: type[Piece] | None = None  # of the block that is open
-        self._stop: tuple[str | None, str | None] = (None, None)
+        self._kind: str | None = None  # of the block that is open
+        self._arguments = ""  # of the last call, as far as they have come
+        self._stop: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         """Return the events that new tokens make."""
@@ -65,100 +67,85 @@ class MessageRenderer:
         self._take(parts[0][0])
         return orjson.dumps(self._message())
 
+    def fail(self, error: TgiError) -> bytes:
+        """Return the error as an event."""
+        return self._begin() + _frame(_envelope(error))
+
     def _begin(self) -> bytes:
         if self._has_begun:
             return b""
         self._has_begun = True
         return _frame({"type": "message_start", "message": self._message()})
 
-    def _take(self, events: Sequence[TokenEvent]) -> list[Event]:
-        """Take new tokens; return what they make."""
-        self._num_generated += len(events)
-        made: list[Event] = []
-        for piece in self._reader.push(events):
-            made += self._add(piece)
-        last = events[-1]
-        if last.finish is None:
-            return made
-        if not self._blocks:
-            made += self._open(Content(""), Content)
-        made += self._close()
-        self._stop = self._stop_of(last)
-        reason, sequence = self._stop
-        delta = {"stop_reason": reason, "stop_sequence": sequence}
-        made.append({"type": "message_delta", "delta": delta, "usage": self._usage()})
-        return [*made, {"type": "message_stop"}]
-
-    def close(self) -> bytes:
-        """Return nothing: the last event says that it is the last."""
-        return b""
-
-    def fail(self, error: TgiError) -> bytes:
-        """Return the error as an event."""
-        return self._begin() + _frame(_envelope(error))
-
     def _message(self) -> dict[str, Any]:
         """Return the message as it is now."""
-        for block, text in zip(self._blocks, self._inputs, strict=True):
-            if block["type"] == "tool_use":
-                block["input"] = _parsed(text)
-        reason, sequence = self._stop
         return {
             "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._generation.model,
-            "content": self._blocks,
-            "stop_reason": reason,
-            "stop_sequence": sequence,
+            "content": [block for block in self._blocks if block.get("input", {}) is not None],
+            **self._stop,
             "usage": self._usage(),
         }
 
-    def _add(self, piece: Piece) -> list[Event]:
-        kind = CallStart if isinstance(piece, CallArguments) else type(piece)
-        made: list[Event] = []
-        if isinstance(piece, CallStart) or kind is not self._kind:
-            made = [*self._close(), *self._open(piece, kind)]
-        if isinstance(piece, CallStart):
+    def _take(self, events: Sequence[TokenEvent]) -> list[Event]:
+        """Take new tokens; return what they make."""
+        self._num_generated += len(events)
+        made = [event for piece in self._reader.push(events) for event in self._add(piece)]
+        last = events[-1]
+        if last.finish is None:
             return made
-        block = self._blocks[-1]
-        if isinstance(piece, CallArguments):
-            self._inputs[-1] += piece.text
-            delta = {"type": "input_json_delta", "partial_json": piece.text}
-        else:
-            name = block["type"]
-            block[name] += piece.text
-            delta = {"type": f"{name}_delta", name: piece.text}
+        if not self._blocks:
+            made += self._open(Content(""))
+        made += self._close()
+        self._stop = self._stop_of(last)
+        made.append({"type": "message_delta", "delta": self._stop, "usage": self._usage()})
+        return [*made, {"type": "message_stop"}]
+
+    def _add(self, piece: Piece) -> list[Event]:
+        made = self._open(piece) if isinstance(piece, CallStart) or _KINDS[type(piece)] != self._kind else []
+        match piece:
+            case CallStart():
+                return made
+            case CallArguments():
+                self._arguments += piece.text
+                delta = {"type": "input_json_delta", "partial_json": piece.text}
+            case _:
+                kind = _KINDS[type(piece)]
+                self._blocks[-1][kind] += piece.text
+                delta = {"type": f"{kind}_delta", kind: piece.text}
         return [*made, {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}]
 
-    def _open(self, piece: Piece, kind: type[Piece]) -> list[Event]:
-        block: dict[str, Any]
+    def _open(self, piece: Piece) -> list[Event]:
+        """Begin the block of a piece; end the one that is open."""
+        made = self._close()
+        self._kind = kind = _KINDS[type(piece)]
+        block: dict[str, Any] = {"type": kind, kind: ""}
         if isinstance(piece, CallStart):
-            block = {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": piece.name}
-            block["input"] = {}
+            self._arguments = ""
+            block = {"type": kind, "id": f"toolu_{secrets.token_hex(12)}", "name": piece.name, "input": {}}
         elif isinstance(piece, Reasoning):
-            block = {"type": "thinking", "thinking": "", "signature": ""}
-        else:
-            block = {"type": "text", "text": ""}
-        self._kind = kind
+            block["signature"] = ""
         self._blocks.append(block)
-        self._inputs.append("")
-        index = len(self._blocks) - 1
-        return [{"type": "content_block_start", "index": index, "content_block": dict(block)}]
+        start = {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": dict(block)}
+        return [*made, start]
 
     def _close(self) -> list[Event]:
         if self._kind is None:
             return []
+        if self._kind == "tool_use":
+            self._blocks[-1]["input"] = whole_arguments(self._arguments)  # None is left out of the message
         self._kind = None
         return [{"type": "content_block_stop", "index": len(self._blocks) - 1}]
 
-    def _stop_of(self, event: TokenEvent) -> tuple[str, str | None]:
+    def _stop_of(self, event: TokenEvent) -> dict[str, str | None]:
+        reason = "tool_use" if any(block["type"] == "tool_use" for block in self._blocks) else "end_turn"
         if event.finish is FinishReason.LENGTH:
-            return "max_tokens", None
-        if isinstance(event.stop, str):
-            return "stop_sequence", event.stop
-        is_call = any(block["type"] == "tool_use" for block in self._blocks)
-        return ("tool_use" if is_call else "end_turn"), None
+            reason = "max_tokens"
+        elif isinstance(event.stop, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": event.stop}
+        return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
         cached = self._generation.num_cached_tokens
@@ -172,11 +159,3 @@ class MessageRenderer:
 
 def _frame(event: Event) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
-
-
-def _parsed(text: str) -> Any:
-    """Return a call's arguments; what `max_tokens` has cut is no JSON, and so nothing."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return {}

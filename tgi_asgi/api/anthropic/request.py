@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -13,11 +14,11 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Room, check_stops
 from tgi_asgi.api.parse import (
     Fraction,
+    Natural,
     Positive,
     check_ranges,
     decode_json,
     kind_of,
-    range_of,
     refuse,
     string_of,
 )
@@ -26,9 +27,8 @@ from tgi_asgi.api.sampling import sampling
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none", "tool": "named"}
-_RESULT_PARTS = ("text", "image", "tool_reference", "document", "search_result")
+_RESULT = ("text", "image", "tool_reference", "document", "search_result")
 _BILLING = "x-anthropic-billing-header:"
-_IMAGE_OMITTED = "[image omitted]"
 
 
 class Turn(Struct):
@@ -65,7 +65,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     max_tokens: Positive
     temperature: Fraction | None = None
     top_p: Fraction | None = None
-    top_k: Annotated[int, range_of(minimum=0, maximum=2**63 - 1)] | None = None
+    top_k: Natural | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     thread: dict[str, Any] | None = None  # a conversation that the server would keep
@@ -89,14 +89,11 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     stops = tuple(request.stop_sequences or ())
     check_stops(stops, Limits.of(context.settings).stops, "stop_sequences")
     if request.thread is not None:  # with this code the SDK sends the whole history instead
-        refuse(
-            "thread",
-            "`thread` is not supported: this server keeps no conversations",
-            "thread_unsupported_request",
-        )
-    tools = _tools(request)
+        message = "`thread` is not supported: this server keeps no conversations"
+        refuse("thread", message, "thread_unsupported_request")
+    tools = read_tools(request)
     job = Job(
-        prompt=_conversation(request, tools),
+        prompt=read_conversation(request, tools),
         sampling=sampling(
             context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
@@ -109,16 +106,12 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     return Call(jobs=[job], render=MessageRenderer, model=request.model, stream=bool(request.stream))
 
 
-def read_conversation(request: CountRequest) -> Conversation:
+def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
     """Return what makes a request's prompt.
 
     Raises:
         InvalidRequest: a block or a field is refused; `param` names it.
     """
-    return _conversation(request, _tools(request))
-
-
-def _conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
     messages: list[dict[str, Any]] = []
     if request.system:
         messages.append({"role": "system", "content": _text(_lasting(request.system), "system")})
@@ -158,7 +151,7 @@ def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
             case _, "text":
                 texts.append(string_of(block, "text", where))
             case "user", "tool_result":
-                text = _result(block.get("content") or "", f"{where}.content")
+                text = _text(block.get("content") or "", f"{where}.content", _RESULT)
                 call_id = string_of(block, "tool_use_id", where)
                 results.append({"role": "tool", "content": text, "tool_call_id": call_id})
             case "assistant", "thinking":
@@ -186,28 +179,18 @@ def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
     return [*results, message]
 
 
-def _text(content: Any, path: str) -> str:
+def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:
+    """Return a text, or that of blocks of some kinds; of what is no text, what it is."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         refuse(path, f"`{path}` must be a string or a list of text blocks")
-    for j, block in enumerate(content):
-        kind_of(block, f"{path}[{j}]", ("text",))
-    return "\n".join(string_of(block, "text", f"{path}[{j}]") for j, block in enumerate(content))
-
-
-def _result(content: Any, path: str) -> str:
-    """Return what a tool has answered; of what is no text, what it is."""
-    if not isinstance(content, list):
-        return _text(content, path)
     texts = []
     for j, block in enumerate(content):
         where = f"{path}[{j}]"
-        match kind_of(block, where, _RESULT_PARTS):
+        match kind_of(block, where, kinds):
             case "text":
                 texts.append(string_of(block, "text", where))
-            case "image":
-                texts.append(_IMAGE_OMITTED)
             case "tool_reference":
                 texts.append(f"[tool: {string_of(block, 'tool_name', where)}]")
             case kind:
@@ -215,9 +198,13 @@ def _result(content: Any, path: str) -> str:
     return "\n".join(texts)
 
 
-def _tools(request: CountRequest) -> list[Tool]:
-    tools = []
-    skipped = []
+def read_tools(request: CountRequest) -> list[Tool]:
+    """Return the tools that the model is told of.
+
+    Raises:
+        InvalidRequest: two have one name, or one has none that can be called.
+    """
+    tools, skipped = [], []
     for i, tool in enumerate(request.tools or ()):
         if tool.type in (None, "custom"):
             tools.append(Tool(i, tool.name, tool.description, tool.input_schema, tool.strict))

@@ -1,38 +1,56 @@
-"""The handlers of `/v1/messages` and `/v1/messages/count_tokens`."""
+"""Anthropic's routes: `/v1/messages` and `/v1/messages/count_tokens`."""
 
 from __future__ import annotations
 
-from tgi_asgi.api.anthropic.request import COUNT_DECODER, parse_messages, read_conversation
-from tgi_asgi.api.context import Served
+from functools import partial
+
+import orjson
+
+from tgi_asgi.api.anthropic.render import ANTHROPIC
+from tgi_asgi.api.anthropic.request import (
+    COUNT_DECODER,
+    CountRequest,
+    MessagesRequest,
+    parse_messages,
+    read_conversation,
+    read_tools,
+)
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import admitted, generate
+from tgi_asgi.api.life import Handler, counting, generating
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
-from tgi_asgi.settings import Settings
+from tgi_asgi.api.routes import Route
 
 
-async def messages(exchange: Exchange) -> None:
-    """Answer `POST /v1/messages`, streamed or whole."""
-    _echo_id(exchange)
-    await generate(exchange, parse_messages)
+def rows() -> list[Route]:
+    """Return the routes."""
+    row = partial(Route, "POST", tag="Anthropic", dialect=ANTHROPIC)
+    return [
+        row(
+            "/v1/messages", _named(generating(parse_messages)), "Anthropic's messages",
+            requests=(MessagesRequest,), generates=True, event=str,
+        ),
+        row(
+            "/v1/messages/count_tokens", _named(counting(_count)), "Length of a prompt",
+            requests=(CountRequest,),
+        ),
+    ]  # fmt: skip
 
 
-async def count_tokens(exchange: Exchange) -> None:
-    """Answer `POST /v1/messages/count_tokens` with the length of the prompt."""
-    _echo_id(exchange)
+def _named(handle: Handler) -> Handler:
+    """Give answers the request's id under Anthropic's name for it, too."""
+
+    async def named(exchange: Exchange) -> None:
+        exchange.response_headers.append((b"request-id", exchange.request_id.encode("ascii")))
+        await handle(exchange)
+
+    return named
+
+
+def _count(body: bytes, exchange: Exchange) -> bytes:
     context = exchange.context
-    served = context.ready()
-    body = await exchange.read_body()
-    with admitted(exchange, 1):
-        count = await context.in_counting_thread(_count, body, served, context.settings)
-    await exchange.respond_json({"input_tokens": count})
-
-
-def _count(body: bytes, served: Served, settings: Settings) -> int:
     request = decode_json(body, COUNT_DECODER)
     check_ranges(request)
-    return len(chat_prompt(read_conversation(request), served, settings, is_bounded=False).ids)
-
-
-def _echo_id(exchange: Exchange) -> None:
-    exchange.response_headers.append((b"request-id", exchange.request_id.encode("ascii")))
+    chat = read_conversation(request, read_tools(request))
+    prompt = chat_prompt(chat, context.ready(), context.settings, is_bounded=False)
+    return orjson.dumps({"input_tokens": len(prompt.ids)})

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from secrets import token_hex
 from typing import Any
 
 import orjson
 
 from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
-from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.errors import TgiError
+from tgi_asgi.api.tools import whole_arguments
+from tgi_asgi.errors import TgiError, UnknownModel
 from tgi_asgi.observe.course import Course
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -23,6 +24,8 @@ Line = dict[str, Any]
 
 
 def _envelope(error: BaseException) -> Line:
+    if isinstance(error, UnknownModel):
+        return {"error": f"model '{error.name}' not found"}
     return {"error": message_of(error)}
 
 
@@ -30,7 +33,7 @@ GENERATE = Dialect("ollama", _envelope, names={"max_tokens": "options.num_predic
 CHAT = Dialect("ollama", _envelope, names={**GENERATE.names, "prompt": "messages"}, nests_tools=True)
 
 
-class LineRenderer:
+class LineRenderer(Renderer):
     """Turns the token events of one choice into lines; without a job, says that the model is loaded."""
 
     def __init__(self, exchange: Exchange, generation: Generation, *, is_chat: bool) -> None:
@@ -54,10 +57,6 @@ class LineRenderer:
         events = parts[0][0]
         return _dump(self._line(self._take(events)) | self._end(events[-1].finish))
 
-    def close(self) -> bytes:
-        """Return nothing: the last line says that it is the last."""
-        return b""
-
     def fail(self, error: TgiError) -> bytes:
         """Return the error as a line."""
         return _dump(_envelope(error))
@@ -74,8 +73,11 @@ class LineRenderer:
                 case Content() | Reasoning():
                     name = "thinking" if isinstance(piece, Reasoning) else "content"
                     said[name] = said.get(name, "") + piece.text
-        if events[-1].finish is not None and (calls := list(filter(None, map(_call, self._calls)))):
-            said["tool_calls"] = calls
+        if events[-1].finish is not None:
+            called = [(name, whole_arguments("".join(texts))) for name, texts in self._calls]
+            functions = [{"name": name, "arguments": each} for name, each in called if each is not None]
+            if functions:
+                said["tool_calls"] = [{"id": f"call_{token_hex(12)}", "function": each} for each in functions]
         return said
 
     def _line(self, said: Line) -> Line:
@@ -86,11 +88,12 @@ class LineRenderer:
 
     def _end(self, finish: FinishReason | None) -> Line:
         course = Course.of(self._exchange)
+        spent = {name: end_s - begin_s for name, begin_s, end_s in course.parts}
         durations = {
             "total": course.total_s,
             "load": course.validation_s + course.queue_s,  # until the model could run
-            "prompt_eval": course.prefill_s,
-            "eval": course.decode_s,
+            "prompt_eval": spent.get("prefill", 0.0),
+            "eval": spent.get("decode", 0.0),
         }
         return {
             "done": True,
@@ -99,16 +102,6 @@ class LineRenderer:
             "eval_count": course.generated_tokens,
             **{f"{name}_duration": int(seconds * 1e9) for name, seconds in durations.items()},
         }
-
-
-def _call(call: tuple[str, Sequence[str]]) -> Line | None:
-    """Return a call as clients get it; None where `max_tokens` has cut it: half a call is none."""
-    name, texts = call
-    try:
-        function = {"name": name, "arguments": orjson.loads("".join(texts))}
-    except orjson.JSONDecodeError:
-        return None
-    return {"id": f"call_{secrets.token_hex(12)}", "function": function}
 
 
 def _dump(line: Line) -> bytes:

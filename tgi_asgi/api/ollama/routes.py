@@ -18,7 +18,7 @@ from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
 from tgi_asgi.api.parse import check_ranges
 from tgi_asgi.api.routes import Route
-from tgi_asgi.errors import NotFound
+from tgi_asgi.errors import UnknownModel
 from tgi_asgi.text.tools.reasoning import style_of
 
 
@@ -34,7 +34,7 @@ _SHOW = msgspec.json.Decoder(OllamaShow)
 def rows() -> list[Route]:
     """Return the routes."""
     row = partial(Route, tag="Ollama", dialect=GENERATE)
-    stream = partial(row, "POST", generates=True, streams=True, stream_type=NDJSON.decode())
+    stream = partial(row, "POST", generates=True, event=str, stream_type=NDJSON.decode())
     return [
         stream("/api/chat", generating(parse_chat), "Chat", dialect=CHAT, requests=(OllamaChat,)),
         stream("/api/generate", generating(parse_generate), "Generate", requests=(OllamaGenerate,)),
@@ -71,7 +71,7 @@ async def show(exchange: Exchange) -> None:
     check_ranges(request)
     info, template = served.info, served.chat_template
     if request.model.removesuffix(":latest") != info.model_id:
-        raise NotFound(f"model '{request.model}' not found", param="model", code="model_not_found")
+        raise UnknownModel(request.model)
     architecture = info.architecture
     described = {
         "template": template.source if template is not None else "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import model_not_found
+from tgi_asgi.errors import UnknownModel
 from tgi_asgi.types import ModelInfo
 
 
@@ -20,7 +20,7 @@ async def retrieve_model(exchange: Exchange) -> None:
     info = exchange.context.ready().info
     name = exchange.scope["path_params"]["model"]
     if name != info.model_id:
-        raise model_not_found(name)
+        raise UnknownModel(name)
     await exchange.respond_json(_model_object(info))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
@@ -22,9 +22,9 @@ class Kind(enum.Enum):
 
 
 class _Keys(Struct, frozen=True):
-    inputs: msgspec.Raw | UnsetType = UNSET
-    messages: msgspec.Raw | UnsetType = UNSET
-    prompt: msgspec.Raw | UnsetType = UNSET
+    inputs: msgspec.Raw = msgspec.Raw(b"null")
+    messages: msgspec.Raw = msgspec.Raw(b"null")
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _DECODER = msgspec.json.Decoder(_Keys)
@@ -38,17 +38,20 @@ def kind_of(body: bytes) -> Kind:
     """
     keys = decode_json(body, _DECODER)
     for kind in Kind:
-        value = getattr(keys, kind.value)
-        if value is not UNSET and bytes(value) != b"null":
+        if bytes(getattr(keys, kind.value)) != b"null":
             return kind
     raise InvalidRequest("One of `inputs`, `messages` and `prompt` is required", param="inputs")
 
 
-async def read_kind(exchange: Exchange) -> tuple[Kind, bytes]:
-    """Read the body, and speak the dialect of its kind from here on."""
-    body = await exchange.read_body(is_of_any_type=True)
-    kind = await exchange.work(kind_of, body)
+def speak(body: bytes, exchange: Exchange) -> Kind:
+    """Return what kind of request a body is, and speak its dialect from here on.
+
+    Raises:
+        InvalidRequest: as `kind_of`.
+        UnsupportedMediaType: it is TGI's, and not declared to be JSON.
+    """
+    kind = kind_of(body)
     if kind is not Kind.INPUTS and not exchange.context.settings.tgi_compat:
         exchange.dialect = OPENAI
     exchange.require_json()
-    return kind, body
+    return kind

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 
-import msgspec
 import orjson
 
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared
+from tgi_asgi.api.answer import likeliest
+from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Renderer
 from tgi_asgi.api.errors import NATIVE, OPENAI
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Parse, generate
+from tgi_asgi.api.life import placed
 from tgi_asgi.api.openai.chat import chat_job, parse_chat
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse
-from tgi_asgi.api.tgi.by_key import Kind, kind_of, read_kind
-from tgi_asgi.api.tgi.generate import parse_root
-from tgi_asgi.api.tgi.render import pick_best, text_of
-from tgi_asgi.api.tgi.schema import GENERATE, VERTEX, VertexResponse
-from tgi_asgi.api.tgi.validation import Shown, read_request
-from tgi_asgi.errors import InvalidRequest, TgiError
+from tgi_asgi.api.tgi.by_key import Kind, kind_of, speak
+from tgi_asgi.api.tgi.render import Shown, text_of
+from tgi_asgi.api.tgi.request import parse_root, read_request
+from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
+from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
 
-_PARSERS: dict[Kind, Parse] = {
-    Kind.INPUTS: parse_root,
-    Kind.MESSAGES: parse_chat,
-    Kind.PROMPT: parse_completion,
-}
 
-
-async def invocations(exchange: Exchange) -> None:
-    """Answer as `POST /`, chat or completions would, by the body's key."""
-    exchange.context.ready()
-    kind, body = await read_kind(exchange)
-    await generate(exchange, _PARSERS[kind], body)
+def parse_invocation(body: bytes, exchange: Exchange) -> Call:
+    """Read what `POST /`, chat or completions would, by the body's key."""
+    parsers = {Kind.INPUTS: parse_root, Kind.MESSAGES: parse_chat, Kind.PROMPT: parse_completion}
+    return parsers[speak(body, exchange)](body, exchange)
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:
@@ -53,17 +45,13 @@ def parse_vertex(body: bytes, exchange: Exchange) -> Call:
         refuse("instances", f"`instances` ask for {len(raws)} choices, but at most {most} run at a time")
     read = []
     for i, raw in enumerate(raws):
-        with _placed(f"instances[{i}]"):
+        with placed(f"instances[{i}]", OPENAI):
             read.append(_read_instance(bytes(raw), exchange, f"instances[{i}]"))
     num_choices = sum(job.n for job, _ in read)
     if num_choices > most:
         refuse("instances", f"`instances` ask for {num_choices} choices, but at most {most} run at a time")
     shown = [each for _, each in read]
-    return Call(
-        jobs=[job for job, _ in read],
-        render=lambda generation: _Renderer(generation, shown),
-        is_sum=True,
-    )
+    return Call(jobs=[job for job, _ in read], render=partial(_Renderer, shown), is_sum=True)
 
 
 def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Shown | None]:
@@ -71,7 +59,7 @@ def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Sho
     shown = None
     match kind_of(raw):
         case Kind.INPUTS:
-            job, shown = read_request(decode_json(raw, GENERATE), exchange.context, is_stream=False)
+            job, shown = read_request(decode_json(raw, GENERATE), exchange.context)
         case Kind.MESSAGES:
             job = chat_job(decode_json(raw, CHAT_DECODER), exchange)
         case Kind.PROMPT:
@@ -80,34 +68,20 @@ def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Sho
     return job, shown
 
 
-@contextmanager
-def _placed(where: str) -> Iterator[None]:
-    try:
-        yield
-    except InvalidRequest as error:
-        OPENAI.tell(error)
-        error.message = f"{where}: {error.message}"
-        error.param = f"{where}.{error.param}" if error.param else where
-        raise
-
-
-class _Renderer:
+class _Renderer(Renderer):
     """Makes the texts of all instances, in order; there are no streams."""
 
-    def __init__(self, generation: Generation, shown: Sequence[Shown | None]) -> None:
+    def __init__(self, shown: Sequence[Shown | None], generation: Generation) -> None:
         self._generation = generation
         self._shown = shown
 
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the predictions."""
         jobs = zip(self._generation.jobs, self._shown, parts, strict=True)
-        return msgspec.json.encode(VertexResponse([_text(*each) for each in jobs]))
+        return orjson.dumps({"predictions": [_text(*each) for each in jobs]})
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         raise AssertionError("Vertex's predictions are never streamed")
-
-    def close(self) -> bytes:
-        return b""
 
     def fail(self, error: TgiError) -> bytes:
         return orjson.dumps(NATIVE.envelope(error))
@@ -116,7 +90,7 @@ class _Renderer:
 def _text(prepared: Prepared, shown: Shown | None, choices: Choices) -> str:
     """Return a prediction: text, or of a chat's calls the JSON that chat answers."""
     if shown is not None:
-        return shown.text_prefix + text_of(choices[pick_best(choices)])
+        return shown.text_prefix + text_of(choices[likeliest(choices)[0]])
     if prepared.reading is None:
         return text_of(choices[0])
     message = ChatChoice(prepared.reading).message(choices[0])

@@ -5,15 +5,16 @@ Stream frames are put together from prebuilt bytes: one is made a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
 from msgspec import UNSET, UnsetType
 
-from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.answer import likeliest
+from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import NATIVE, error_event
 from tgi_asgi.api.tgi.schema import (
     BestOfSequence,
@@ -24,7 +25,6 @@ from tgi_asgi.api.tgi.schema import (
     StreamDetails,
     Token,
 )
-from tgi_asgi.api.tgi.validation import Shown
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import FinishReason, TokenEvent
 
@@ -41,6 +41,21 @@ Events = Sequence[TokenEvent]  # of one choice
 _encode = msgspec.json.encode
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the answer to a request must show."""
+
+    is_sampled: bool
+    details: bool
+    top_n: int
+    text_prefix: str  # `inputs`, where the full text is wanted
+    seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or drawn
+
+    def seed(self, choice: int = 0) -> int | None:
+        """Return the seed that answers report for a choice: none where nothing was drawn."""
+        return self.seeds[choice] if self.is_sampled else None
+
+
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a token's text by itself, as for prompt and alternative tokens."""
     if token_id in tokenizer.special_ids:
@@ -50,26 +65,14 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 def _top_tokens(tokenizer: Tokenizer, event: TokenEvent) -> list[Token]:
     return [
-        Token(
-            id=token_id,
-            text=token_text(tokenizer, token_id),
-            logprob=logprob,
-            special=token_id in tokenizer.special_ids,
-        )
+        Token(token_id, token_text(tokenizer, token_id), logprob, token_id in tokenizer.special_ids)
         for token_id, logprob in event.top or ()
     ]
 
 
-def _tokens(tokenizer: Tokenizer, events: Events) -> list[Token]:
-    return [
-        Token(
-            id=event.token_id,
-            text=tokenizer.token_text(event.token_id) if event.is_special else event.text,
-            logprob=event.logprob,
-            special=event.is_special,
-        )
-        for event in events
-    ]
+def _token(tokenizer: Tokenizer, event: TokenEvent) -> Token:
+    text = tokenizer.token_text(event.token_id) if event.is_special else event.text
+    return Token(event.token_id, text, event.logprob, event.is_special)
 
 
 def text_of(events: Events) -> str:
@@ -77,24 +80,10 @@ def text_of(events: Events) -> str:
     return "".join([event.text for event in events])
 
 
-def _finish(events: Events) -> FinishReasonName:
-    finish = events[-1].finish
-    assert finish is not None, "a choice ended without a finish reason"
-    return FINISH_NAMES[finish]
-
-
-def _mean_logprob(events: Events) -> float:
-    known = [event.logprob for event in events if event.logprob is not None]
-    return sum(known) / len(known) if known else -math.inf
-
-
-def pick_best(choices: Sequence[Events]) -> int:
-    """Return the index of the choice with the highest mean log-probability, the first on ties."""
-    return max(range(len(choices)), key=lambda index: _mean_logprob(choices[index]))
-
-
-class NativeRenderer:
+class NativeRenderer(Renderer):
     """Turns one request's events into a whole answer or into frames; holds a stream's text for its last one.
+
+    The last token's event is the end: there is no `[DONE]`.
 
     Args:
         is_list: a whole answer is an array of one object, as on `POST /`.
@@ -113,44 +102,39 @@ class NativeRenderer:
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body; the likeliest of several sequences counts."""
         [choices] = parts
-        best = pick_best(choices)
+        [best] = likeliest(choices)
         self._generation.num_shown = len(choices[best])
-        answer = GenerateResponse(generated_text=self._shown.text_prefix + text_of(choices[best]))
+        texts = [self._shown.text_prefix + text_of(events) for events in choices]
+        details: Details | UnsetType = UNSET
         if self._shown.details:
             prefill = self._prefill()
+            told = [self._tell(index, events, prefill) for index, events in enumerate(choices)]
             losers = [
-                BestOfSequence(
-                    generated_text=self._shown.text_prefix + text_of(loser),
-                    finish_reason=_finish(loser),
-                    generated_tokens=len(loser),
-                    seed=self._shown.seed(index),
-                    prefill=prefill,
-                    tokens=_tokens(self._tokenizer, loser),
-                    top_tokens=self._all_top_tokens(loser),
-                )
-                for index, loser in enumerate(choices)
+                BestOfSequence(generated_text=text, **each)
+                for index, (text, each) in enumerate(zip(texts, told, strict=True))
                 if index != best
             ]
-            winner = choices[best]
-            details = Details(
-                finish_reason=_finish(winner),
-                generated_tokens=len(winner),
-                seed=self._shown.seed(best),
-                prefill=prefill,
-                tokens=_tokens(self._tokenizer, winner),
-                top_tokens=self._all_top_tokens(winner),
-                best_of_sequences=losers or UNSET,
-            )
-            answer = msgspec.structs.replace(answer, details=details)
+            details = Details(**told[best], best_of_sequences=losers or UNSET)
+        answer = GenerateResponse(texts[best], details)
         return _encode([answer] if self._is_list else answer)
+
+    def _tell(self, choice: int, events: Events, prefill: list[PrefillToken]) -> dict[str, Any]:
+        """Return what the details of a choice are."""
+        finish = events[-1].finish
+        assert finish is not None, "a choice ended without a finish reason"
+        top_tokens = [_top_tokens(self._tokenizer, event) for event in events] if self._shown.top_n else UNSET
+        return {
+            "finish_reason": FINISH_NAMES[finish],
+            "generated_tokens": len(events),
+            "seed": self._shown.seed(choice),
+            "prefill": prefill,
+            "tokens": [_token(self._tokenizer, event) for event in events],
+            "top_tokens": top_tokens,
+        }
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
         """Return one whole SSE event a token; a native stream has one part."""
         return b"".join([self._frame(event) for event in events])
-
-    def close(self) -> bytes:
-        """Return nothing: the last token's event is the end, there is no `[DONE]`."""
-        return b""
 
     def fail(self, error: TgiError) -> bytes:
         """Return the event that ends a failed stream."""
@@ -163,27 +147,20 @@ class NativeRenderer:
         if logprobs is None:
             return []
         return [
-            PrefillToken(id=token_id, text=token_text(self._tokenizer, token_id), logprob=logprob)
+            PrefillToken(token_id, token_text(self._tokenizer, token_id), logprob)
             for token_id, (logprob, _) in zip(channel.request.prompt_ids, logprobs, strict=True)
         ]
 
-    def _all_top_tokens(self, events: Events) -> list[list[Token]] | UnsetType:
-        return [_top_tokens(self._tokenizer, event) for event in events] if self._shown.top_n else UNSET
-
     def _frame(self, event: TokenEvent) -> bytes:
         self._num_tokens += 1
-        text = event.text
-        self._texts.append(text)
-        if event.is_special:
-            text, special = self._tokenizer.token_text(event.token_id), b"true"
-        else:
-            special = b"false"
+        self._texts.append(event.text)
+        text = self._tokenizer.token_text(event.token_id) if event.is_special else event.text
         head = b'data: {"index":%d,"token":{"id":%d,"text":%b,"logprob":%b,"special":%b}' % (
             self._num_tokens,
             event.token_id,
             orjson.dumps(text),
             orjson.dumps(event.logprob),
-            special,
+            b"true" if event.is_special else b"false",
         )
         if self._shown.top_n:
             head += b',"top_tokens":' + _encode(_top_tokens(self._tokenizer, event))

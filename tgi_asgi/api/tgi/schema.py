@@ -13,18 +13,22 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-FREQUENCY_PENALTY_BOUND = 2.0
 MAX_SEED = 2**64 - 1
 
 FinishReasonName = Literal["length", "eos_token", "stop_sequence"]
 
 
-def _field(description: str, **schema: Any) -> Meta:
+def _field(description: str | None = None, **schema: Any) -> Meta:
     """Describe a field for the OpenAPI document only."""
     return Meta(description=description, extra_json_schema=schema or None)
 
 
-_Unsigned = Annotated[int, Meta(ge=0)]  # a negative one is a wrong type in TGI, not a wrong value
+_Flag = bool | None
+_Count = Annotated[int, Meta(ge=0)] | None  # a negative one is a wrong type in TGI, not a wrong value
+_Some = Annotated[_Count, _field(minimum=1)]
+_Positive = Annotated[float | None, _field(exclusiveMinimum=0)]
+_Mass = Annotated[_Positive, _field(exclusiveMaximum=1)]
+_Penalty = Annotated[float | None, _field(minimum=-2.0, maximum=2.0)]
 
 
 class Grammar(Struct, frozen=True):
@@ -38,60 +42,27 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
     """How to generate. Every field may be absent or null."""
 
     adapter_id: Annotated[str | None, _field("LoRA adapter; refused: no adapters are served.")] = None
-    best_of: Annotated[
-        _Unsigned | None, _field("Sequences to generate, of which the likeliest is returned (default 1).")
-    ] = None
-    temperature: Annotated[
-        float | None, _field("Divides the logits; not 1 means sampling (default 1).", exclusiveMinimum=0)
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, _field("Multiplicative, over prompt and output (default 1).", exclusiveMinimum=0)
-    ] = None
-    frequency_penalty: Annotated[
-        float | None,
-        _field(
-            "Subtracted from a token's logit for each time it is in the output (default 0).",
-            minimum=-FREQUENCY_PENALTY_BOUND,
-            maximum=FREQUENCY_PENALTY_BOUND,
-        ),
-    ] = None
+    best_of: Annotated[_Count, _field("Sequences to generate; the likeliest is returned (default 1).")] = None
+    temperature: Annotated[_Positive, _field("Divides the logits; not 1 means sampling (default 1).")] = None
+    repetition_penalty: Annotated[_Positive, _field("A factor, over prompt and output (default 1).")] = None
+    frequency_penalty: Annotated[_Penalty, _field("Subtracted for each time in the output (default 0).")] = (
+        None
+    )
     top_k: Annotated[int | None, _field("Draw among the k likeliest tokens.", exclusiveMinimum=0)] = None
-    top_p: Annotated[
-        float | None,
-        _field("Draw among the likeliest tokens of this mass.", exclusiveMinimum=0, exclusiveMaximum=1),
-    ] = None
-    typical_p: Annotated[
-        float | None,
-        _field("Draw among the most typical tokens of this mass.", exclusiveMinimum=0, exclusiveMaximum=1),
-    ] = None
-    do_sample: Annotated[
-        bool | None, _field("Sample (default false; without `parameters` at all, true).")
-    ] = None
-    max_new_tokens: Annotated[
-        _Unsigned | None, _field("Most tokens to generate (default: fill the context).", minimum=1)
-    ] = None
-    return_full_text: Annotated[
-        bool | None, _field("Put `inputs` in front of the text (default: true on `POST /` alone).")
-    ] = None
-    stop: Annotated[
-        list[str] | None,
-        _field("Strings that end the text, kept in it.", maxItems=4),
-    ] = None
-    truncate: Annotated[_Unsigned | None, _field("Keep this many tokens of the prompt's end.", minimum=1)] = (
+    top_p: Annotated[_Mass, _field("Draw among the likeliest tokens of this mass.")] = None
+    typical_p: Annotated[_Mass, _field("Draw among the most typical tokens of this mass.")] = None
+    do_sample: Annotated[_Flag, _field("Sample (default false; without `parameters` at all, true).")] = None
+    max_new_tokens: Annotated[_Some, _field("Most tokens to generate (default: fill the context).")] = None
+    return_full_text: Annotated[_Flag, _field("Begin with `inputs` (default: true on `POST /` alone).")] = (
         None
     )
-    watermark: Annotated[bool | None, _field("Accepted and ignored.")] = None
-    details: Annotated[bool | None, _field("Return `details` (default false).")] = None
-    decoder_input_details: Annotated[
-        bool | None, _field("Return the prompt's tokens, if the server allows; implies `details`.")
-    ] = None
-    seed: Annotated[_Unsigned | None, _field("Same seed, same text (default: random).", maximum=MAX_SEED)] = (
-        None
-    )
-    top_n_tokens: Annotated[
-        _Unsigned | None,
-        _field("Likeliest tokens to report a step (default 0).", maximum=5),
-    ] = None
+    stop: Annotated[list[str] | None, _field("Strings that end the text, kept in it.", maxItems=4)] = None
+    truncate: Annotated[_Some, _field("Keep this many tokens of the prompt's end.")] = None
+    watermark: Annotated[_Flag, _field("Accepted and ignored.")] = None
+    details: Annotated[_Flag, _field("Return `details` (default false).")] = None
+    decoder_input_details: Annotated[_Flag, _field("`details` with the prompt's tokens, if allowed.")] = None
+    seed: Annotated[_Count, _field("Same seed, same text (default: random).", maximum=MAX_SEED)] = None
+    top_n_tokens: Annotated[_Count, _field("Likeliest tokens to show a step (default 0).", maximum=5)] = None
     grammar: Annotated[Grammar | None, _field("Constraint on the output.")] = None
 
 
@@ -102,36 +73,16 @@ class GenerateRequest(Struct, frozen=True):
     parameters: GenerateParameters | None = None
 
 
-class CompatGenerateRequest(Struct, frozen=True):
+class CompatGenerateRequest(GenerateRequest, frozen=True):
     """Body of `POST /`: a GenerateRequest that says itself whether to stream."""
 
-    inputs: Annotated[str, _field("The prompt.", minLength=1)]
-    parameters: GenerateParameters | None = None
     stream: bool | None = None
 
 
 class VertexRequest(Struct, frozen=True):
     """Body of `/vertex`; an instance is a GenerateRequest or a chat request."""
 
-    instances: Annotated[
-        list[msgspec.Raw],
-        _field("Each a GenerateRequest, or a chat request; `stream` is ignored.", minItems=1),
-    ]
-
-
-class VertexResponse(Struct, frozen=True):
-    """The texts, in the order of the instances."""
-
-    predictions: list[str]
-
-
-class Token(Struct, frozen=True, gc=False):
-    """One generated token."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
+    instances: Annotated[list[msgspec.Raw], _field("`stream` of an instance is ignored.", minItems=1)]
 
 
 class PrefillToken(Struct, frozen=True, gc=False):
@@ -140,6 +91,12 @@ class PrefillToken(Struct, frozen=True, gc=False):
     id: int
     text: str
     logprob: float | None
+
+
+class Token(PrefillToken, frozen=True, gc=False):
+    """One generated token."""
+
+    special: bool
 
 
 class BestOfSequence(Struct, frozen=True, kw_only=True):
@@ -218,59 +175,13 @@ class PromptTokenizeRequest(Struct, frozen=True):
     """Body of `/tokenize` as vLLM takes it; with `messages` instead it is a chat request."""
 
     prompt: Annotated[str, _field("Text to tokenise.")]
-    add_special_tokens: Annotated[bool | None, _field("Whether to add BOS and the like (default true).")] = (
-        None
-    )
-
-
-class TokenCount(Struct, frozen=True):
-    """Answer of `/tokenize` to `prompt` or `messages`."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
+    add_special_tokens: Annotated[_Flag, _field("Whether to add BOS and the like (default true).")] = None
 
 
 class DetokenizeRequest(Struct, frozen=True):
     """Body of `/detokenize`."""
 
     tokens: Annotated[list[int], _field("Token ids, each below the vocabulary's size.")]
-
-
-class DetokenizeResponse(Struct, frozen=True):
-    """The ids' text, special tokens included."""
-
-    prompt: str
-
-
-class Info(Struct, frozen=True, kw_only=True):
-    """What is served, and its limits."""
-
-    model_id: str
-    model_sha: str | None
-    model_pipeline_tag: str | None
-    model_dtype: str
-    model_device_type: str
-    max_concurrent_requests: int
-    max_best_of: int
-    max_stop_sequences: int
-    max_input_tokens: int
-    max_total_tokens: int
-    validation_workers: int
-    max_client_batch_size: int
-    max_batch_total_tokens: int
-    max_batch_size: int
-    router: str
-    version: str
-    sha: str | None
-    docker_label: str | None
-
-
-class ErrorResponse(Struct, frozen=True):
-    """Envelope of every native error."""
-
-    error: str
-    error_type: str
 
 
 GENERATE = msgspec.json.Decoder(GenerateRequest)

@@ -1,6 +1,6 @@
 """Compiled grammars: which tokens may come next, computed by llguidance.
 
-`http` compiles in a worker thread, a runner asks for masks from its own; both release the GIL meanwhile.
+`api` compiles in a worker thread, a runner asks for masks from its own; both release the GIL meanwhile.
 A mask costs 10 to 80 us, up to 15 ms for a grammar made to hurt: the limits below are fuel, not time. It
 looks at all the text that must follow (15 us for 100 characters): behind a slow one that is looked up once.
 """

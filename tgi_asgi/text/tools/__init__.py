@@ -14,7 +14,7 @@ from tgi_asgi.text.tools.base import (
     ToolFormat,
 )
 from tgi_asgi.text.tools.deepseek import DeepSeekFormat, DeepSeekV31Format
-from tgi_asgi.text.tools.generic import add_tool_prompt, generic_prompt, spell_out
+from tgi_asgi.text.tools.generic import add_tool_prompt, spell_out
 from tgi_asgi.text.tools.granite import GraniteFormat
 from tgi_asgi.text.tools.hermes import HermesFormat
 from tgi_asgi.text.tools.llama import LlamaFormat
@@ -24,7 +24,7 @@ from tgi_asgi.text.tools.qwen_xml import QwenXmlFormat
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
-    "ToolFormat", "ToolSpec", "add_tool_prompt", "choose_format", "generic_prompt", "shorten_ids",
+    "ToolFormat", "ToolSpec", "add_tool_prompt", "choose_format", "shorten_ids",
     "spell_out",
 ]  # fmt: skip
 

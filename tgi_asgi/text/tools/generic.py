@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def generic_prompt(tools: Sequence[dict[str, Any]]) -> str:
+def _prompt(tools: Sequence[dict[str, Any]]) -> str:
     """Return what the system message says of the tools."""
     lines = "\n".join(_dump(tool) for tool in tools)
     return (
@@ -44,7 +44,7 @@ def spell_out(
     for message in result:
         message.pop("is_tool_answer", None)
     if tools:
-        prompt = generic_prompt(tools)
+        prompt = _prompt(tools)
         if result and result[0]["role"] in ("system", "developer"):
             result[0] = {**result[0], "content": f"{_text(result[0])}\n\n{prompt}"}
         else:

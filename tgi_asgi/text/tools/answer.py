@@ -1,6 +1,6 @@
 """One choice's text, taken apart while it is generated: reasoning, content, tool calls.
 
-Made by `http` for each choice that may have more than content; knows no wire format.
+Made by `api` for each choice that may have more than content; knows no wire format.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, Tool
 from tgi_asgi.text.tools.reasoning import ReasoningStyle
 
 
-class ReplyParser:
+class AnswerParser:
     """Splits an answer into pieces. Markers are never shown, nor text that may turn out to be one.
 
-        parser = ReplyParser(style, format, is_reasoning_open=False)
+        parser = AnswerParser(style, format, is_reasoning_open=False)
         for text in texts: pieces = parser.push(text)
         pieces = parser.finish()
 

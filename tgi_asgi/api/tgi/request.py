@@ -5,21 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any
 
 import msgspec
 
-from tgi_asgi.api.call import Constraint, Job, Text
+from tgi_asgi.api.call import Call, Constraint, Job, Text
 from tgi_asgi.api.context import ServerContext
+from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import MAX_STOP_CHARS, Limits, Room
+from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.sampling import ENGINE_SEEDS, GREEDY_BELOW, drawn_seed, factor, sampling
+from tgi_asgi.api.tgi.render import NativeRenderer, Shown
 from tgi_asgi.api.tgi.schema import (
-    FREQUENCY_PENALTY_BOUND,
+    COMPAT_GENERATE,
+    GENERATE,
     MAX_SEED,
-    CompatGenerateRequest,
     GenerateParameters,
     GenerateRequest,
     Grammar,
@@ -30,30 +32,35 @@ from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
 
 _ABSENT = GenerateParameters()
-_GRAMMAR = "parameters.grammar"
+_GRAMMAR = "parameters.grammar.value"
+# What a value must be if it is given, in TGI's order and words.
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda value: value > 0, "strictly positive"),
+    ("repetition_penalty", lambda value: value > 0, "strictly positive"),
+    ("frequency_penalty", lambda value: abs(value) <= 2, ">= -2.0 and <= 2.0"),
+    ("top_p", lambda value: 0 < value < 1, "> 0.0 and < 1.0"),
+    ("typical_p", lambda value: 0 < value < 1, "> 0.0 and < 1.0"),
+    ("top_k", lambda value: value > 0, "strictly positive"),
+    ("max_new_tokens", lambda value: value > 0, "strictly positive"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What the answer to a request must show."""
+def parse_generate(body: bytes, exchange: Exchange, *, is_stream: bool = False) -> Call:
+    """Read the body of `/generate`, or of `/generate_stream`."""
+    job, shown = read_request(decode_json(body, GENERATE), exchange.context, is_stream=is_stream)
+    return Call(jobs=[job], render=partial(NativeRenderer, shown=shown), stream=is_stream)
 
-    is_sampled: bool
-    details: bool
-    top_n: int
-    text_prefix: str  # `inputs`, where the full text is wanted
-    seeds: tuple[int, ...]  # by choice, [0, 2**64): the client's, or drawn
 
-    def seed(self, choice: int = 0) -> int | None:
-        """Return the seed that answers report for a choice: none where nothing was drawn."""
-        return self.seeds[choice] if self.is_sampled else None
+def parse_root(body: bytes, exchange: Exchange) -> Call:
+    """Read the body of `POST /`, which says itself whether to stream; answers begin with the prompt."""
+    request = decode_json(body, COMPAT_GENERATE)
+    is_stream = bool(request.stream)
+    job, shown = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
+    return Call(jobs=[job], render=partial(NativeRenderer, shown=shown, is_list=True), stream=is_stream)
 
 
 def read_request(
-    request: GenerateRequest | CompatGenerateRequest,
-    context: ServerContext,
-    *,
-    is_stream: bool,
-    full_text: bool = False,
+    request: GenerateRequest, context: ServerContext, *, is_stream: bool = False, full_text: bool = False
 ) -> tuple[Job, Shown]:
     """Check what TGI checks before it takes a permit, and return what the request asks for.
 
@@ -67,15 +74,12 @@ def read_request(
     p = given or _ABSENT
     limits = Limits.of(context.settings, is_tgi=True)
     best_of = 1 if p.best_of is None else p.best_of
-    if p.seed is not None and p.seed > MAX_SEED:
-        _refuse(f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}", "seed")
+    message = f"`parameters.seed` must be at most {MAX_SEED}. Given: {p.seed}"
+    _require((p.seed or 0) <= MAX_SEED, message, "seed")
     if is_stream:
         _require(best_of == 1, "`best_of` != 1 is not supported when streaming tokens", "best_of")
-        _require(
-            not p.decoder_input_details,
-            "`decoder_input_details` == true is not supported when streaming tokens",
-            "decoder_input_details",
-        )
+        message = "`decoder_input_details` == true is not supported when streaming tokens"
+        _require(not p.decoder_input_details, message, "decoder_input_details")
     if best_of > 1:
         _require(limits.best_of != 1, "`best_of` != 1 is not allowed for this endpoint", "best_of")
         message = f"`best_of` must be > 0 and <= {limits.best_of}. Given: {best_of}"
@@ -115,7 +119,7 @@ def read_request(
         keep_tokens=p.truncate,
         stop=tuple(p.stop or ()),
         include_stop=True,
-        constraint=_constraint(p.grammar),
+        constraint=Constraint(_GRAMMAR, partial(native_grammar, p.grammar)) if p.grammar else None,
         prompt_logprobs=0 if shows_prefill else None,
         seeds=tuple(seed % ENGINE_SEEDS for seed in shown.seeds) if n > 1 else (),
     )
@@ -126,70 +130,34 @@ def _check(
     inputs: str, p: GenerateParameters, top_n: int, n: int, limits: Limits, context: ServerContext
 ) -> None:
     """Check the values, in TGI's order and words."""
-    max_input = context.ready().info.max_input_tokens
-    asks_to_sample = bool(p.do_sample) or any(
-        value is not None for value in (p.temperature, p.top_k, p.top_p, p.typical_p)
-    )
+    asks_to_sample = p.do_sample or (p.temperature, p.top_k, p.top_p, p.typical_p) != (None,) * 4
     _require(n == 1 or asks_to_sample, "you must use sampling when `best_of` is > 1", "best_of")
-    for name in ("temperature", "repetition_penalty"):
+    for name, holds, words in _RULES:
         value = getattr(p, name)
-        _require(value is None or value > 0.0, f"`{name}` must be strictly positive", name)
-    _require(
-        p.frequency_penalty is None or abs(p.frequency_penalty) <= FREQUENCY_PENALTY_BOUND,
-        f"`frequency_penalty` must be >= -{FREQUENCY_PENALTY_BOUND} and <= {FREQUENCY_PENALTY_BOUND}",
-        "frequency_penalty",
-    )
-    for name in ("top_p", "typical_p"):
-        value = getattr(p, name)
-        _require(value is None or 0.0 < value < 1.0, f"`{name}` must be > 0.0 and < 1.0", name)
-    _require(p.top_k is None or p.top_k > 0, "`top_k` must be strictly positive", "top_k")
-    _require(p.max_new_tokens != 0, "`max_new_tokens` must be strictly positive", "max_new_tokens")
-    _check_stop(p.stop or (), limits.stops)
+        _require(value is None or holds(value), f"`{name}` must be {words}", name)
+    stop, most = p.stop or (), limits.stops
+    _require(len(stop) <= most, f"`stop` supports up to {most} stop sequences. Given: {len(stop)}", "stop")
+    # TGI ends such a request after its first token, which nobody can have meant.
+    _require("" not in stop, "`stop` must not hold an empty string", "stop")
+    longest = max(map(len, stop), default=0)
+    message = f"`stop` sequences may have up to {MAX_STOP_CHARS} characters. Given: {longest}"
+    _require(longest <= MAX_STOP_CHARS, message, "stop")
     _require(p.seed is None or n == 1, "`seed` must not be set when `best_of` > 1", "seed")
-    _require(
-        top_n <= limits.top_logprobs,
-        f"`top_n_tokens` must be >= 0 and <= {limits.top_logprobs}. Given: {top_n}",
-        "top_n_tokens",
-    )
-    _require(bool(inputs), "`inputs` cannot be empty", "inputs")
-    _require(
-        p.truncate is None or 0 < p.truncate <= max_input,
-        f"`truncate` must be strictly positive and less than {max_input}. Given: {p.truncate}",
-        "truncate",
-    )
-    _require(
-        p.adapter_id is None,
-        f"`adapter_id` is not supported: no adapters are served. Given: {str(p.adapter_id)[:256]}",
-        "adapter_id",
-    )
+    message = f"`top_n_tokens` must be >= 0 and <= {limits.top_logprobs}. Given: {top_n}"
+    _require(top_n <= limits.top_logprobs, message, "top_n_tokens")
+    _require(inputs, "`inputs` cannot be empty", "inputs")
+    max_input = context.ready().info.max_input_tokens
+    message = f"`truncate` must be strictly positive and less than {max_input}. Given: {p.truncate}"
+    _require(p.truncate is None or 0 < p.truncate <= max_input, message, "truncate")
+    message = f"`adapter_id` is not supported: no adapters are served. Given: {str(p.adapter_id)[:256]}"
+    _require(p.adapter_id is None, message, "adapter_id")
     if p.watermark:
         context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
 
 
 def _is_sampled(p: GenerateParameters) -> bool:
-    return (
-        bool(p.do_sample)
-        or p.top_k is not None
-        or any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
-    )
-
-
-def _check_stop(stop: Sequence[str], most: int) -> None:
-    _require(len(stop) <= most, f"`stop` supports up to {most} stop sequences. Given: {len(stop)}", "stop")
-    # TGI ends such a request after its first token, which nobody can have meant.
-    _require("" not in stop, "`stop` must not hold an empty string", "stop")
-    longest = max(map(len, stop), default=0)
-    _require(
-        longest <= MAX_STOP_CHARS,
-        f"`stop` sequences may have up to {MAX_STOP_CHARS} characters. Given: {longest}",
-        "stop",
-    )
-
-
-def _constraint(grammar: Grammar | None) -> Constraint | None:
-    if grammar is None:
-        return None
-    return Constraint(f"{_GRAMMAR}.value", partial(native_grammar, grammar))
+    is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
+    return bool(p.do_sample) or p.top_k is not None or is_warped
 
 
 def native_grammar(grammar: Grammar) -> GrammarSource:
@@ -199,6 +167,7 @@ def native_grammar(grammar: Grammar) -> GrammarSource:
         InvalidRequest: the shape is wrong, or it is too large.
     """
     value = grammar.value
+    message = "grammar is not supported"
     try:
         if grammar.type == "regex":
             if not isinstance(value, str):
@@ -208,25 +177,13 @@ def native_grammar(grammar: Grammar) -> GrammarSource:
             value = value.get("schema")
         if isinstance(value, str):
             value = msgspec.json.decode(value)
+        if isinstance(value, dict):
+            return sources.json_schema(value, is_strict=False)
     except (InvalidRequest, msgspec.DecodeError, RecursionError) as error:
-        _refuse_grammar(f"grammar is not valid: {error}")
-    if not isinstance(value, dict):
-        _refuse_grammar("grammar is not supported")
-    try:
-        return sources.json_schema(value, is_strict=False)
-    except InvalidRequest as error:
-        _refuse_grammar(f"grammar is not valid: {error}")
+        message = f"grammar is not valid: {error}"
+    raise InvalidRequest(message, param=_GRAMMAR)
 
 
-def _refuse_grammar(message: str) -> NoReturn:
-    raise InvalidRequest(message, param=f"{_GRAMMAR}.value")
-
-
-def _require(holds: bool, message: str, field: str) -> None:
+def _require(holds: object, message: str, field: str) -> None:
     if not holds:
-        _refuse(message, field)
-
-
-def _refuse(message: str, field: str) -> NoReturn:
-    path = field if field == "inputs" else f"parameters.{field}"
-    raise InvalidRequest(message, param=path)
+        raise InvalidRequest(message, param=field if field == "inputs" else f"parameters.{field}")
