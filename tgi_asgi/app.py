@@ -150,9 +150,9 @@ class App:
         except ClientDisconnected:
             exchange.is_disconnected = True
         finally:
-            exchange.let_go()
             for observer in self.observers:
                 observer(exchange)
+            exchange.close()
 
     async def _answer(self, exchange: Exchange) -> None:
         """Route a request; the one border where exceptions become responses."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -159,11 +161,25 @@ class Pool:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in one of the threads."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        return await loop.run_in_executor(self._executor, _cleared, lambda: function(*args, **kwargs))
+
+    def free(self, objects: list[object]) -> None:
+        """Let go of objects in a thread: half a million small ones take 40 ms."""
+        with suppress(RuntimeError):  # the threads have ended already, and the process is about to
+            self._executor.submit(objects.clear)
 
     def close(self) -> None:
         """Let the threads end; what waits is given up."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _cleared(work: Callable[[], T]) -> T:
+    """Do some work; where it fails, free what it held here, not where its traceback ends up: in the loop."""
+    try:
+        return work()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 class ByteBudget:
@@ -173,13 +189,13 @@ class ByteBudget:
         self._most = most
         self.held = 0
 
-    def take(self, size: int) -> None:
-        """Hold so many more.
+    def take(self, size: int, own: int = 0) -> None:
+        """Hold so many more for a body of which `own` bytes are held already.
 
         Raises:
             Overloaded: they are too many now.
         """
-        if self.held and self.held + size > self._most:  # one alone is bounded by the limit of a body
+        if self.held > own and self.held + size > self._most:  # one alone is bounded by the limit of a body
             raise Overloaded("The server holds as many request bodies as it may")
         self.held += size
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
+LARGE_BODY = 32 * 1024  # reading more than this, of a thousand short messages, takes milliseconds
 
 
 class Exchange:
@@ -43,13 +43,14 @@ class Exchange:
         channels: the engine's channels of this request, for the access log and metrics.
         error: what went wrong, if anything did.
         is_disconnected: the client left before the response had ended.
-        is_large: handling the body at once would keep the event loop for too long.
+        is_large: handling the body or the answer at once would keep the event loop for too long.
+        remains: what holds objects that are many, where it is large: to free them would keep the loop, too.
     """
 
     __slots__ = (
-        "_num_held", "channels", "context", "dialect", "error", "is_body_read", "is_disconnected",
-        "is_large", "receive", "request_id", "response_headers", "route", "scope", "send", "started_s",
-        "status", "tenant",
+        "__weakref__", "_num_held", "channels", "context", "dialect", "error", "is_body_read",
+        "is_disconnected", "is_large", "receive", "remains", "request_id", "response_headers", "route",
+        "scope", "send", "started_s", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +73,7 @@ class Exchange:
         self.is_body_read = False
         self.is_disconnected = False
         self.is_large = False
+        self.remains: list[object] = []
 
     @property
     def method(self) -> str:
@@ -99,18 +101,27 @@ class Exchange:
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit
-        body = await asgi.read_body(self.receive, declared, most, self._hold)
-        self.is_large = len(body) > _LARGE_BODY
-        return body
+        parts = await asgi.read_body(self.receive, declared, most, self._hold)
+        self.is_large |= sum(map(len, parts)) > LARGE_BODY
+        return await self.work(b"".join, parts)
 
     def _hold(self, size: int) -> None:
-        self.context.bodies.take(size)
+        self.context.bodies.take(size, self._num_held)
         self._num_held += size
 
     def let_go(self) -> None:
         """Count the body as gone: what it asked for has become a prompt, or was refused. Idempotent."""
         self.context.bodies.give_back(self._num_held)
         self._num_held = 0
+
+    def close(self) -> None:
+        """Let go of all that the request held; what is large is freed in a thread."""
+        self.let_go()
+        remains = [*self.remains, *self.channels]
+        self.remains.clear()
+        self.channels.clear()  # their sinks know whom they render for, who knows this list
+        if self.is_large:
+            self.context.text.free(remains)
 
     def require_json(self) -> None:
         """Refuse a body that is not declared to be JSON, where the request is TGI's: OpenAI takes any type.
@@ -153,7 +164,7 @@ class Exchange:
 
     async def fail(self, error: BaseException) -> None:
         """Answer with an error in the route's dialect; the response must not have started."""
-        self.error = error
+        self.error = error.with_traceback(None)  # its frames hold this exchange
         if not self.is_body_read:
             # An unread body hides disconnects from us and our answer from the client.
             self.is_body_read = True

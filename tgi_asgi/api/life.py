@@ -67,9 +67,9 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         TgiError: it is refused, or failed before its answer began.
         ClientDisconnected: its client went away.
     """
-    context = exchange.context
-    served = context.ready()
+    served = exchange.context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
+    exchange.remains.append(call)
     model = served_name(exchange, call.model)
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
@@ -77,7 +77,8 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     with admitted(exchange, call.num_choices) as permit:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
-        renderer = call.render(generation)
+        renderer = await exchange.work(call.render, generation)
+        exchange.remains += [jobs, renderer]
         channels = [_submit(served.engine, job.request, permit) for job in jobs]
     exchange.let_go()
     characters = sum(job.prompt.num_characters for job in jobs)
@@ -89,10 +90,11 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         await stream.run(channels, slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
         return
     parts = await collect(exchange, channels)
+    exchange.remains.append(parts)
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
-    run = context.text.run if size > LARGE_ANSWER else exchange.work
-    answer = await run(renderer.whole, parts)
+    exchange.is_large |= size > LARGE_ANSWER
+    answer = await exchange.work(renderer.whole, parts)
     headers = sync_headers(
         exchange,
         served.info,

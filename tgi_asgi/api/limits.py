@@ -12,6 +12,7 @@ from tgi_asgi.types import ModelInfo
 
 MAX_STOP_CHARS = 1024  # of one stop string: matching holds that much text back at worst
 MAX_IDS = 1024  # entries of logit_bias and of stop_token_ids: each costs time in every step
+MAX_TOOLS = 1024  # of a request; agents bring some 200, and 100,000 hold a thread for a minute
 MAX_CHOICES = 128  # of a request, over all its prompts
 # TGI tests the room for at most this many new tokens, and then generates until the context is full.
 TGI_TESTED_TOKENS = 1024

@@ -89,7 +89,7 @@ class RouteTable:
 
     async def _not_found(self, scope: Scope, _receive: object, _send: object) -> None:
         """Refuse a path that no route has, as the routes beside it would; there may be some below /v1."""
-        exchange: Exchange = scope[_EXCHANGE]
+        exchange: Exchange = scope.pop(_EXCHANGE)
         where = f"{exchange.method} {exchange.path}"
         folder = "/" + exchange.path.lstrip("/").partition("/")[0]
         row, hint = self._row_in(folder), ""
@@ -113,7 +113,7 @@ class _Endpoint:
         self._check = check
 
     async def __call__(self, scope: Scope, _receive: Receive, _send: Send) -> None:
-        exchange: Exchange = scope[_EXCHANGE]
+        exchange: Exchange = scope.pop(_EXCHANGE)  # which has the scope: a cycle would keep both
         row = self._rows.get("GET" if exchange.method == "HEAD" else exchange.method)
         any_row = row or next(iter(self._rows.values()))
         exchange.dialect = _spoken(any_row.dialect, exchange)

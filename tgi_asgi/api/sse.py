@@ -27,6 +27,7 @@ DIRECT_WRITE = "tgi_asgi.direct_write"
 KEEP_ALIVE_S = 15.0
 STALL_LIMIT_S = 60.0  # a send that blocks for longer: the reader has stopped reading
 MAX_WAITING_EVENTS = 4096  # about 1 MB of events a stream
+_LONG = 4  # so many times the events that are slow to render: an end that repeats them is slow, too
 _STREAM_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
@@ -42,8 +43,8 @@ class EventStream:
 
     __slots__ = (
         "_channels", "_deadline", "_end", "_exchange", "_failure", "_headers", "_is_busy", "_is_over",
-        "_is_started", "_keep_alive", "_last_send_s", "_loop", "_num_open", "_num_waiting", "_ready",
-        "_renderer", "_slow_beyond", "_slow_parts", "_waiting", "_woken", "_write",
+        "_is_started", "_keep_alive", "_last_send_s", "_loop", "_num_events", "_num_open", "_num_waiting",
+        "_ready", "_renderer", "_slow_beyond", "_slow_parts", "_waiting", "_woken", "_write",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +66,7 @@ class EventStream:
         self._num_open = 0  # choices that have not finished
         self._waiting: dict[int, list[TokenEvent]] = {}  # by part: what is not rendered yet
         self._num_waiting = 0
+        self._num_events = 0  # so far
         self._ready = b""  # frames that are rendered and not sent
         self._slow_beyond = MAX_WAITING_EVENTS
         self._slow_parts: set[int] = set()
@@ -88,7 +90,8 @@ class EventStream:
 
         Args:
             slow_beyond: more events at once are rendered in a thread.
-            begins_slowly: so are the first of each channel.
+            begins_slowly: so are the first of each channel. A large request's are in any case, and its last:
+                these repeat what it said, or all that was answered.
 
         Raises:
             TgiError: the engine refused or failed before the first frame; nothing was sent.
@@ -98,7 +101,7 @@ class EventStream:
         exchange.channels.extend(channels)
         self._channels = channels
         self._slow_beyond = slow_beyond
-        self._slow_parts = set(range(len(channels) if begins_slowly else 0))
+        self._slow_parts = set(range(len(channels) if begins_slowly or exchange.is_large else 0))
         self._num_open = sum(channel.request.n for channel in channels)
         watch = asyncio.ensure_future(exchange.wait_for_disconnect())
         watch.add_done_callback(self._on_disconnect)
@@ -113,6 +116,7 @@ class EventStream:
             self._is_over = True
             if self._num_open:
                 self._cancel()
+            self._channels = ()  # this is their sink: without a cycle all is freed at once
             watch.cancel()
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
@@ -122,6 +126,7 @@ class EventStream:
         for event in events:
             if event.finish is not None:
                 self._num_open -= 1
+        self._num_events += len(events)
         if self._may_write(part, len(events)):
             self._write_now(part, events)
             return
@@ -148,7 +153,7 @@ class EventStream:
             and self._is_started
             and self._num_open > 0
             and not (self._is_busy or self._waiting or self._ready)
-            and num_events <= self._slow_beyond
+            and num_events * len(self._channels) <= self._slow_beyond  # of all channels a step
             and part not in self._slow_parts
         )
 
@@ -210,10 +215,13 @@ class EventStream:
         ready, self._ready = self._ready, b""
         failure = self._failure
         is_slow = num_events > self._slow_beyond or not self._slow_parts.isdisjoint(waiting)
+        if is_last:
+            is_slow |= self._exchange.is_large or self._num_events > _LONG * self._slow_beyond
         self._slow_parts -= waiting.keys()
 
         def render() -> bytes:
             frames = [ready, *(self._renderer.render(part, events) for part, events in waiting.items())]
+            waiting.clear()  # in this thread: 4,096 events with 20 alternatives each take 4 ms
             if failure is not None:
                 frames.append(self._renderer.fail(failure))
             elif is_last:

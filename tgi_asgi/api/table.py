@@ -39,7 +39,6 @@ def routes(settings: Settings) -> list[Route]:
 def _openai() -> list[Route]:
     row = partial(Route, tag="OpenAI", dialect=OPENAI)
     made = partial(row, "POST", generates=True, event=str)
-    answer = generating(responses.parse_response)
     return [
         made(
             "/v1/chat/completions", generating(chat.parse_chat), "Chat", requests=(ChatRequest,), dialect=CHAT
@@ -47,7 +46,13 @@ def _openai() -> list[Route]:
         made(
             "/v1/completions", generating(completions.parse_completion), "Text", requests=(CompletionRequest,)
         ),
-        made("/v1/responses", answer, "Responses", requests=(ResponsesRequest,), dialect=responses.RESPONSES),
+        made(
+            "/v1/responses",
+            responses.create,
+            "Responses",
+            requests=(ResponsesRequest,),
+            dialect=responses.RESPONSES,
+        ),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
         row("GET", "/v1/models", models.list_models, "List the served model"),

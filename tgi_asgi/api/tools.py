@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from tgi_asgi.api.call import ToolChoice
+from tgi_asgi.api.limits import MAX_TOOLS
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.text.tools import ToolSpec
 
@@ -74,8 +75,10 @@ def check_tools(tools: Sequence[Tool]) -> None:
     """Check the names.
 
     Raises:
-        InvalidRequest: one is no name, or given twice.
+        InvalidRequest: one is no name, or given twice; or they are too many.
     """
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"`{{field}}` takes at most {MAX_TOOLS} tools", field=("tools",))
     names: set[str] = set()
     for tool in tools:
         rule = "is given twice" if tool.name in names else None

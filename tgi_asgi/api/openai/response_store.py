@@ -1,70 +1,84 @@
-"""Answers of `/v1/responses` that later requests may build on: a bounded number, in memory, by API key."""
+"""Answers of `/v1/responses` that later requests may build on: a bounded number, in memory, by API key.
+
+All is kept as JSON: a long conversation as objects would take ten times the memory, and long to be freed.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tgi_asgi.settings import MIB
-
-Item = dict[str, Any]
 
 MAX_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """An answer, and all items up to its end, those of the responses before it included.
+    """An answer, and all that was said up to its end.
 
     Attributes:
         tenant: whose it is; nobody else finds it.
-        size: of the whole as JSON, in bytes.
+        body: of the answer, as the client got it.
+        history: of this response and those before it, in order: the input (a text or items), the output.
+        items: the output's, by their ids.
     """
 
     tenant: str | None
-    body: dict[str, Any]
-    items: Sequence[Item]
-    size: int
+    id: str
+    body: bytes
+    history: Sequence[bytes]
+    items: Mapping[str, bytes]
+
+    @property
+    def size(self) -> int:
+        return len(self.body) + sum(map(len, self.history))
 
 
 class ResponseStore:
-    """The newest answers, up to a number and to 64 MiB of JSON."""
+    """The newest answers, up to a number and to 64 MiB of JSON. Threads may share it: they render answers."""
 
     def __init__(self, most: int, max_bytes: int = MAX_BYTES) -> None:
         self._most = most
         self._max_bytes = max_bytes
-        self._size = 0
+        self._lock = threading.Lock()
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._by_item: dict[str, StoredResponse] = {}
+        self.size = 0
 
     def keep(self, stored: StoredResponse) -> None:
-        """Keep an answer by its id; the oldest go where there is no room."""
+        """Keep an answer; the oldest go where there is no room."""
         if stored.size > self._max_bytes or not self._most:
             return
-        self._kept[stored.body["id"]] = stored
-        self._size += stored.size
-        while len(self._kept) > self._most or self._size > self._max_bytes:
-            self._size -= self._kept.popitem(last=False)[1].size
+        with self._lock:
+            self._kept[stored.id] = stored
+            self._by_item |= dict.fromkeys(stored.items, stored)
+            self.size += stored.size
+            while len(self._kept) > self._most or self.size > self._max_bytes:
+                self._drop(next(iter(self._kept)))
 
     def find(self, response_id: str, tenant: str | None) -> StoredResponse | None:
         """Return a tenant's answer by its id."""
         stored = self._kept.get(response_id)
         return stored if stored is not None and stored.tenant == tenant else None
 
-    def find_item(self, item_id: str, tenant: str | None) -> Item | None:
-        """Return an item of a tenant's newest answers by its id."""
-        for stored in reversed(list(self._kept.values())):
-            if stored.tenant == tenant:
-                for item in stored.items:
-                    if item.get("id") == item_id:
-                        return item
-        return None
+    def find_item(self, item_id: str, tenant: str | None) -> bytes | None:
+        """Return an item of a tenant's answers by its id."""
+        stored = self._by_item.get(item_id)
+        return stored.items[item_id] if stored is not None and stored.tenant == tenant else None
 
     def forget(self, response_id: str, tenant: str | None) -> bool:
         """Drop a tenant's answer; return whether it was there."""
-        stored = self.find(response_id, tenant)
-        if stored is not None:
-            del self._kept[response_id]
-            self._size -= stored.size
-        return stored is not None
+        with self._lock:
+            is_there = self.find(response_id, tenant) is not None
+            if is_there:
+                self._drop(response_id)
+        return is_there
+
+    def _drop(self, response_id: str) -> None:
+        stored = self._kept.pop(response_id)
+        self.size -= stored.size
+        for item_id in stored.items:
+            del self._by_item[item_id]

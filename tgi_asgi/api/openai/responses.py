@@ -9,23 +9,26 @@ from typing import Any
 
 import msgspec
 import orjson
+from msgspec import Struct
 
 from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
 from tgi_asgi.api.call import Call, Choices, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
-from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.exchange import LARGE_BODY, Exchange
+from tgi_asgi.api.life import generate
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.chat import EFFORTS, effort_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import (
     RESPONSES_DECODER,
+    Item,
     ResponsesRequest,
     read_items,
     read_tools,
 )
 from tgi_asgi.api.openai.response_output import Event, ResponseBuilder
-from tgi_asgi.api.openai.response_store import Item, StoredResponse
+from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, decode_json, refuse
 from tgi_asgi.api.sampling import sampling
@@ -38,6 +41,21 @@ RESPONSES = Dialect(
 _UNSUPPORTED = ("conversation", "prompt", "background")
 _ECHOED = ("metadata", "text", "tools", "tool_choice")
 _LOGPROBS = "message.output_text.logprobs"
+
+
+class _Input(Struct):
+    """The input as it was written, to be kept."""
+
+    input: msgspec.Raw
+
+
+_INPUT_DECODER = msgspec.json.Decoder(_Input)
+
+
+async def create(exchange: Exchange) -> None:
+    """Answer `POST /v1/responses`, streamed or whole."""
+    exchange.is_large = exchange.context.responses.size > LARGE_BODY  # it may go on from what is kept
+    await generate(exchange, parse_response)
 
 
 def parse_response(body: bytes, exchange: Exchange) -> Call:
@@ -55,13 +73,15 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
     if (request.top_logprobs or 0) > limits.top_logprobs:
         refuse("top_logprobs", f"`top_logprobs` must be at most {limits.top_logprobs}")
     before = _previous(request, exchange)
-    own: list[Item] = (
-        [{"type": "message", "role": "user", "content": request.input}]
-        if isinstance(request.input, str)
-        else request.input
-    )
-    items = [*before.items, *own] if before is not None else own
-    messages = read_items(items, lambda item_id: context.responses.find_item(item_id, exchange.tenant))
+    history = before.history if before is not None else ()
+    items = [item for said in history for item in _items_of(msgspec.json.decode(said))]
+    items += _items_of(request.input)
+
+    def find(item_id: str) -> Item | None:
+        found = context.responses.find_item(item_id, exchange.tenant)
+        return None if found is None else msgspec.json.decode(found)
+
+    messages = read_items(items, find)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     choice = read_choice(tools, request.tool_choice, is_parallel=request.parallel_tool_calls is not False)
@@ -84,16 +104,18 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
         tools=choice,
     )
 
+    own = None if request.store is False else bytes(decode_json(body, _INPUT_DECODER).input)
+
     def render(generation: Generation) -> Renderer:
         tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None
         builder = ResponseBuilder(_base(request, generation.model), tools)
-        size = len(body) + (before.size if before is not None else 0)
 
         def keep(response: dict[str, Any]) -> None:
-            if request.store is not False:
-                all_items = [*items, *response["output"]]
-                whole = size + len(orjson.dumps(response))
-                context.responses.keep(StoredResponse(exchange.tenant, response, all_items, whole))
+            if own is not None:
+                made = {item["id"]: orjson.dumps(item) for item in response["output"]}
+                said = (*history, own, orjson.dumps(response["output"]))
+                answer = orjson.dumps(response)
+                context.responses.keep(StoredResponse(exchange.tenant, response["id"], answer, said, made))
 
         return _Renderer(generation, builder, tracker, keep)
 
@@ -102,7 +124,7 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
 
 async def retrieve(exchange: Exchange) -> None:
     """Answer with a response that is kept."""
-    await exchange.respond_json(_stored(exchange, exchange.scope["path_params"]["response"]).body)
+    await exchange.respond(200, _stored(exchange, exchange.scope["path_params"]["response"]).body)
 
 
 async def delete(exchange: Exchange) -> None:
@@ -111,6 +133,11 @@ async def delete(exchange: Exchange) -> None:
     _stored(exchange, response_id)
     exchange.context.responses.forget(response_id, exchange.tenant)
     await exchange.respond_json({"id": response_id, "object": "response", "deleted": True})
+
+
+def _items_of(said: Any) -> list[Item]:
+    """Return an input as items."""
+    return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
 
 
 def _stored(exchange: Exchange, response_id: str) -> StoredResponse:

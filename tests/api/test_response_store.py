@@ -1,0 +1,231 @@
+"""Responses that are kept: what later requests may build on, whose they are, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.api.test_openai_tools import CALLS, CITY, app_of
+from tests.support.client import client_of
+from tests.support.scripted_engine import CHATML, ScriptedEngine, fail_with, say
+from tests.support.serving import serving
+from tgi_asgi.api.openai.response_store import ResponseStore, StoredResponse
+from tgi_asgi.app import App
+from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.settings import Settings
+
+TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": CITY}]
+# Chat that shows calls and their results, too.
+TEMPLATE = CHATML.replace(
+    "+ message['content']", "+ (message['content'] or '') + (message['tool_calls'] | string if "
+    "message['tool_calls'] else '')"
+)  # fmt: skip
+
+
+@asynccontextmanager
+async def sdk(app: App, key: str = "-") -> AsyncIterator[openai.AsyncOpenAI]:
+    async with (
+        serving(app) as url,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0) as client,
+    ):
+        yield client
+
+
+async def post(app: App, body: dict[str, Any], key: str = "-") -> httpx.Response:
+    async with client_of(app) as client:
+        return await client.post("/v1/responses", json=body, headers={"authorization": f"Bearer {key}"})
+
+
+async def respond(app: App, said: Any, key: str = "-", **fields: Any) -> dict[str, Any]:
+    answer = await post(app, {"input": said, **fields}, key)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def prompts(engine: ScriptedEngine) -> list[str]:
+    return [
+        engine.tokenizer.decode(list(request.prompt_ids), skip_special_tokens=False)
+        for request in engine.requests
+    ]
+
+
+def chat(*turns: str) -> str:
+    roles = ("user", "assistant")
+    said = [f"<|im_start|>{roles[i % 2]}\n{turn}<|im_end|>\n" for i, turn in enumerate(turns)]
+    return "".join(said) + "<|im_start|>assistant\n"
+
+
+async def test_a_conversation_goes_on_from_the_response_before() -> None:
+    engine = ScriptedEngine(say("Hel", "lo"))
+    async with sdk(app_of(engine)) as client:
+        first = await client.responses.create(model="m", input="one", instructions="Be brief.")
+        second = await client.responses.create(model="m", input="two", previous_response_id=first.id)
+        third = await client.responses.create(
+            model="m", input=[{"role": "user", "content": "three"}], previous_response_id=second.id
+        )
+    assert (second.previous_response_id, third.previous_response_id) == (first.id, second.id)
+    # OpenAI: instructions are not carried over.
+    assert prompts(engine)[1:] == [chat("one", "Hello", "two"), chat("one", "Hello", "two", "Hello", "three")]
+
+
+async def test_a_streamed_response_is_kept_as_well() -> None:
+    engine = ScriptedEngine(say("Hel", "lo"))
+    async with sdk(app_of(engine)) as client:
+        async with client.responses.stream(model="m", input="one") as stream:
+            first = await stream.get_final_response()
+        await client.responses.create(model="m", input="two", previous_response_id=first.id)
+        kept = await client.responses.retrieve(first.id)
+    assert prompts(engine)[1] == chat("one", "Hello", "two")
+    assert (kept.id, kept.output_text, kept.status) == (first.id, "Hello", "completed")
+
+
+async def test_calls_and_their_results_are_part_of_the_history() -> None:
+    engine = ScriptedEngine(say(*CALLS[4:12]))
+    app = app_of(engine, chat_template=TEMPLATE)
+    first = await respond(app, "where?", tools=TOOLS)
+    [call] = [item for item in first["output"] if item["type"] == "function_call"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    await respond(app, [result], previous_response_id=first["id"])
+    later = prompts(engine)[1]
+    assert later.index("where?") < later.index("Paris") < later.index("sunny")
+
+
+async def test_items_are_referred_to_by_their_ids() -> None:
+    engine = ScriptedEngine(say("Hello"))
+    app = app_of(engine)
+    first = await respond(app, "one")
+    for reference in ({"type": "item_reference", "id": first["output"][0]["id"]},
+                      {"id": first["output"][0]["id"]}):  # fmt: skip
+        said = [{"role": "user", "content": "one"}, reference, {"role": "user", "content": "two"}]
+        await respond(app, said)
+    assert prompts(engine)[1:] == [chat("one", "Hello", "two")] * 2
+
+
+async def test_what_is_not_to_be_stored_is_not() -> None:
+    app = app_of(ScriptedEngine())
+    first = await respond(app, "one", store=False)
+    assert first["store"] is False
+    refused = await post(app, {"input": "two", "previous_response_id": first["id"]})
+    assert refused.status_code == 400
+    item = {"type": "item_reference", "id": first["output"][0]["id"]}
+    assert (await post(app, {"input": [item]})).json()["error"]["param"] == "input[0].id"
+    assert app.context.responses.size == 0
+
+
+async def test_an_unknown_response_is_refused_by_name() -> None:
+    async with sdk(app_of(ScriptedEngine())) as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.responses.create(model="m", input="hi", previous_response_id="resp_nobody")
+        assert (caught.value.code, caught.value.param) == (
+            "previous_response_not_found", "previous_response_id"
+        )  # fmt: skip
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve("resp_nobody")
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.delete("resp_nobody")
+
+
+async def test_a_response_is_retrieved_as_it_was_and_forgotten() -> None:
+    app = app_of(ScriptedEngine())
+    first = await respond(app, "one", metadata={"a": "b"})
+    async with client_of(app) as client:
+        kept = await client.get(f"/v1/responses/{first['id']}")
+        assert (kept.status_code, kept.json()) == (200, first)
+        deleted = await client.delete(f"/v1/responses/{first['id']}")
+        assert deleted.json() == {"id": first["id"], "object": "response", "deleted": True}
+        for method in ("GET", "DELETE"):
+            gone = await client.request(method, f"/v1/responses/{first['id']}")
+            assert (gone.status_code, gone.json()["error"]["code"]) == (404, "response_not_found")
+    assert (await post(app, {"input": "x", "previous_response_id": first["id"]})).status_code == 400
+    reference = [{"type": "item_reference", "id": first["output"][0]["id"]}]
+    assert (await post(app, {"input": reference})).status_code == 400
+    assert app.context.responses.size == 0
+
+
+async def test_what_went_before_outlives_the_response_that_had_it() -> None:
+    engine = ScriptedEngine(say("Hello"))
+    app = app_of(engine)
+    first = await respond(app, "one")
+    second = await respond(app, "two", previous_response_id=first["id"])
+    async with client_of(app) as client:
+        await client.delete(f"/v1/responses/{first['id']}")
+    await respond(app, "three", previous_response_id=second["id"])
+    assert prompts(engine)[-1] == chat("one", "Hello", "two", "Hello", "three")
+
+
+async def test_nobody_finds_anothers_responses() -> None:
+    app = app_of(ScriptedEngine(), Settings(api_key=("first", "second")))
+    mine = await respond(app, "secret", "first")
+    async with client_of(app) as client:
+        for method in ("GET", "DELETE"):
+            headers = {"authorization": "Bearer second"}
+            answer = await client.request(method, f"/v1/responses/{mine['id']}", headers=headers)
+            assert answer.status_code == 404
+    for body in ({"input": "x", "previous_response_id": mine["id"]},
+                 {"input": [{"type": "item_reference", "id": mine["output"][0]["id"]}]}):  # fmt: skip
+        assert (await post(app, body, "second")).status_code == 400
+        assert (await post(app, body, "first")).status_code == 200
+
+
+async def test_a_failed_response_is_not_kept() -> None:
+    app = app_of(ScriptedEngine(fail_with(GenerationFailed("broken"))))
+    assert (await post(app, {"input": "one"})).status_code == 500
+    await post(app, {"input": "one", "stream": True})
+    assert app.context.responses.size == 0
+
+
+async def test_only_so_many_responses_are_kept() -> None:
+    app = app_of(ScriptedEngine(), Settings(response_store=2))
+    ids = [(await respond(app, "one"))["id"] for _ in range(3)]
+    async with client_of(app) as client:
+        kept = [(await client.get(f"/v1/responses/{name}")).status_code for name in ids]
+    assert kept == [404, 200, 200]
+
+
+async def test_nothing_is_kept_where_the_operator_says_so() -> None:
+    app = app_of(ScriptedEngine(), Settings(response_store=0))
+    first = await respond(app, "one")
+    assert (await post(app, {"input": "x", "previous_response_id": first["id"]})).status_code == 400
+
+
+async def test_numbers_beyond_64_bits_are_kept_as_they_were_written() -> None:
+    app = app_of(ScriptedEngine())
+    item = {"role": "user", "content": "one", "more": 10**40}
+    first = await respond(app, [item])
+    await respond(app, "two", previous_response_id=first["id"])
+
+
+def stored(name: str, size: int, tenant: str | None = None) -> StoredResponse:
+    item = b"x" * (size // 2)
+    return StoredResponse(tenant, name, b"b" * (size - len(item)), [item], {f"item of {name}": item})
+
+
+def test_the_oldest_go_where_there_is_no_room() -> None:
+    store = ResponseStore(100, max_bytes=100)
+    for name in "abc":
+        store.keep(stored(name, 40))
+    assert [store.find(name, None) is not None for name in "abc"] == [False, True, True]
+    assert [store.find_item(f"item of {name}", None) is not None for name in "abc"] == [False, True, True]
+    assert store.size == 80
+    store.keep(stored("large", 101))  # would empty the store, and not fit
+    assert store.find("large", None) is None and store.size == 80
+    assert store.forget("b", None) and not store.forget("b", None)
+    assert store.size == 40
+    store.keep(stored("d", 60))
+    assert store.find("c", None) is not None and store.size == 100
+
+
+def test_a_tenant_is_part_of_the_name() -> None:
+    store = ResponseStore(10)
+    store.keep(stored("a", 40, "alice"))
+    for tenant in ("bob", None):
+        assert store.find("a", tenant) is None
+        assert store.find_item("item of a", tenant) is None
+        assert not store.forget("a", tenant)
+    assert store.forget("a", "alice")
