@@ -12,10 +12,9 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
-from tgi_asgi.api.openai.stream import ChunkRenderer
 from tgi_asgi.api.openai.tools import read_choice, read_tools
-from tgi_asgi.api.openai.whole import Identity
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
@@ -35,29 +34,23 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
         InvalidRequest, ToolError, Forbidden: a field is refused; `param` names it.
     """
     request = decode_json(body, CHAT_DECODER)
-    settings = exchange.context.settings
+    is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
-    named = job.tools is not None and job.tools.is_named
 
     def render(generation: Generation) -> Renderer:
         [prepared] = generation.jobs
-        n = prepared.job.n
-        choices = []
-        if prepared.reading is not None:
-            choices = [
-                ChatChoice(prepared.reading, is_named=named, is_compat=settings.tgi_compat) for _ in range(n)
-            ]
-        identity = Identity.of(
-            generation,
-            request,
-            "chatcmpl",
-            settings,
-            echoes=[prepared.prompt.echo] if prepared.prompt.echo else (),
-            num_reasoning=lambda: sum(choice.reader.num_reasoning_tokens for choice in choices),
-        )
         names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-        trackers = [ChatLogprobs(names) for _ in range(n)] if job.sampling.logprobs is not None else []
-        return ChunkRenderer(identity, is_chat=True, trackers=trackers, choices=choices)
+        choices = [
+            ChatChoice(
+                prepared.reading,
+                ChatLogprobs(names) if job.sampling.logprobs is not None else None,
+                echo=prepared.prompt.echo,
+                is_named=job.tools is not None and job.tools.is_named,
+                is_compat=is_compat,
+            )
+            for _ in range(job.n)
+        ]
+        return CompletionRenderer(generation, request, choices, is_compat=is_compat)
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 

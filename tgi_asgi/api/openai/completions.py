@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
-
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Renderer, Text
+from tgi_asgi.api.call import Call, Generation, Job, Renderer, Text
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
-from tgi_asgi.api.openai.stream import ChunkRenderer
-from tgi_asgi.api.openai.whole import Identity, likeliest, text_completion
 from tgi_asgi.api.parse import decode_json, refuse
 from tgi_asgi.api.sampling import drawn_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
@@ -60,59 +58,23 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
         )
 
     def render(generation: Generation) -> Renderer:
-        identity = Identity.of(
-            generation,
-            request,
-            "cmpl",
-            settings,
-            echoes=[job.prompt.echo for job in generation.jobs] if request.echo else (),
-            hides_tokens=hides_tokens,
+        names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+        k = request.logprobs
+        choices = [
+            TextChoice(
+                tracker=None if k is None else CompletionLogprobs(names, k, job.prompt.text or ""),
+                echo=job.prompt.echo,
+                # In TGI's words, which its whole answers lack.
+                stop_word="stop_sequence" if is_compat and request.stream else "stop",
+            )
+            for job in generation.jobs
+            for _ in range(n)
+        ]
+        return CompletionRenderer(
+            generation, request, choices, is_compat=is_compat, hides_tokens=hides_tokens
         )
-        return _CompletionRenderer(identity, request, best_of)
 
     return Call(jobs=jobs, render=render, model=request.model, stream=bool(request.stream), is_sum=True)
-
-
-class _CompletionRenderer(ChunkRenderer):
-    """Adds to the chunks what echoed prompts bring along, and chooses the best answers of whole ones."""
-
-    def __init__(self, identity: Identity, request: CompletionRequest, best_of: int) -> None:
-        self._best_of = best_of
-        self._has_prompt = bool(request.echo)
-        self._logprobs: list[CompletionLogprobs] = []
-        if request.logprobs is not None:
-            tokenizer = identity.generation.served.tokenizer
-            names = TokenNames(tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-            self._logprobs = [
-                CompletionLogprobs(names, request.logprobs, job.prompt.text or "")
-                for job in identity.generation.jobs
-                for _ in range(identity.n)
-            ]
-        super().__init__(identity, is_chat=False, trackers=self._logprobs, on_begin=self._begin_part)
-
-    def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body of an answer that is not streamed."""
-        n = self._identity.n
-        for part in range(len(parts)):
-            self._begin_part(part)
-        num_generated = sum(len(events) for choices in parts for events in choices)
-        shown = [
-            events
-            for choices in parts
-            for events in (likeliest(choices, n) if self._best_of > n else choices)
-        ]
-        return orjson.dumps(text_completion(self._identity, shown, self._logprobs, num_generated))
-
-    def _begin_part(self, part: int) -> None:
-        """Give the choices of one prompt the entries of its tokens."""
-        if not (self._has_prompt and self._logprobs):
-            return
-        identity = self._identity
-        logprobs = identity.generation.channels[part].stats.prompt_logprobs
-        assert logprobs is not None, "the engine fills these before the first token"
-        special_ids = identity.generation.served.tokenizer.special_ids
-        for index in range(part * identity.n, (part + 1) * identity.n):
-            self._logprobs[index].push_prompt(identity.prompt_ids(part), logprobs, special_ids)
 
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:

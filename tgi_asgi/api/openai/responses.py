@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
+from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Call, Choices, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import Exchange
@@ -181,7 +181,7 @@ class _Renderer:
     ) -> None:
         self._generation = generation
         self._builder = builder
-        self._reader = ChoiceReader(generation.jobs[0].reading or TEXT_ONLY)
+        self._reader = ChoiceReader(generation.jobs[0].reading)
         self._tracker = tracker
         self._keep = keep
         self._num_generated = 0
