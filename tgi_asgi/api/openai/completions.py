@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tgi_asgi.api.call import Call, Generation, Job, Renderer, Text
@@ -12,10 +12,10 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.params import check_common, check_ids, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
-from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.parse import decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import drawn_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
@@ -34,7 +34,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     limits = Limits.of(settings, is_tgi=is_compat)
     check_common(request, limits, info, is_compat=is_compat)
     n = request.n or 1
-    num_prompts = _count_prompts(request)
+    num_prompts = len(_listed(request.prompt)[0])
     best_of = _check_own(request, limits, num_prompts, n)
     # Whoever wants the best of several needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
@@ -90,58 +90,43 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
         raise TooManyPrompts(message, param="prompt")
     best_of = n if request.best_of is None else request.best_of
     if best_of < n:
-        refuse("best_of", f"`best_of` must be at least `n` ({n}), got {best_of}")
+        refuse_field("best_of", f"must be at least `n` ({n}), got {best_of}")
     if best_of > limits.best_of:
-        refuse("best_of", f"`best_of` must be at most {limits.best_of}, got {best_of}")
+        refuse_field("best_of", f"must be at most {limits.best_of}, got {best_of}")
     if best_of > n and request.stream:
         refuse("best_of", "`best_of` above `n` is not possible with `stream: true`")
     if num_prompts * best_of > limits.choices:
         refuse("n", f"Prompts times choices must be at most {limits.choices}, got {num_prompts * best_of}")
     if request.logprobs is not None and request.logprobs > limits.top_logprobs:
-        refuse("logprobs", f"`logprobs` must be at most {limits.top_logprobs}, got {request.logprobs}")
+        refuse_field("logprobs", f"must be at most {limits.top_logprobs}, got {request.logprobs}")
     return best_of
 
 
-def _count_prompts(request: CompletionRequest) -> int:
-    """Return how many prompts a completion request has, without looking at each."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return 1
-    if not prompt:
-        refuse("prompt", "`prompt` must not be empty")
-    return 1 if isinstance(prompt[0], int) else len(prompt)
+def _listed(prompt: str | list[Any]) -> tuple[Sequence[Any], bool]:
+    """Return the prompts, and whether the client lists several: token ids are one."""
+    if not prompt and isinstance(prompt, list):
+        refuse_field("prompt", "must not be empty")
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return ([prompt], False) if is_one else (prompt, True)
 
 
-def _prompts(request: CompletionRequest, vocab_size: int) -> list[Text]:
-    prompt = request.prompt
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [_prompt(prompt, ("prompt",), request, vocab_size)]
-    for i, item in enumerate(prompt):
-        if type(item) is not type(prompt[0]):
-            refuse(f"prompt[{i}]", f"`prompt[{i}]` must be of the same type as `prompt[0]`")
-    return [_prompt(item, ("prompt", i), request, vocab_size) for i, item in enumerate(prompt)]
-
-
-def _prompt(item: Any, field: Field, request: CompletionRequest, vocab_size: int) -> Text:
-    path = OPENAI.spell(field)
-    if not isinstance(item, str | list):
-        refuse(path, f"`{path}` must be a string or a list of token ids")
-    if isinstance(item, list):
-        check_ids(item, path, vocab_size)
-    return Text(
-        item,
-        # Null means the default, and completions add the tokenizer's BOS by default.
-        adds_special_tokens=request.add_special_tokens is not False,
-        needs_text=bool(request.echo) or request.logprobs is not None,
-        echoes=bool(request.echo),
-        shows_special_tokens=request.skip_special_tokens is False,
-        field=field,
-    )
-
-
-def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
-    """Refuse what is no token of the model."""
-    for i, token_id in enumerate(ids):
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            where = f"{path}[{i}]"
-            refuse(where, f"`{where}` must be a token id in 0..{vocab_size - 1}, got {str(token_id)[:40]}")
+def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
+    prompts, is_list = _listed(request.prompt)
+    for i, item in enumerate(prompts):
+        field: Field = ("prompt", i) if is_list else ("prompt",)
+        path = OPENAI.spell(field)
+        if type(item) is not type(prompts[0]):
+            refuse_field(path, "must be of the same type as `prompt[0]`")
+        if not isinstance(item, str | list):
+            refuse_field(path, "must be a string or a list of token ids")
+        if isinstance(item, list):
+            check_ids(item, path, vocab_size)
+        yield Text(
+            item,
+            # Null means the default, and completions add the tokenizer's BOS by default.
+            adds_special_tokens=request.add_special_tokens is not False,
+            needs_text=bool(request.echo) or request.logprobs is not None,
+            echoes=bool(request.echo),
+            shows_special_tokens=request.skip_special_tokens is False,
+            field=field,
+        )

@@ -15,7 +15,7 @@ from tgi_asgi.api.call import Call, Choices, Constraint, Conversation, Generatio
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
-from tgi_asgi.api.openai.chat import EFFORTS, effort_variables
+from tgi_asgi.api.openai.chat import effort_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import (
@@ -151,9 +151,7 @@ def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse |
 
 def _variables(request: ResponsesRequest) -> dict[str, Any]:
     effort = request.reasoning.effort if request.reasoning is not None else None
-    if effort is not None and effort not in EFFORTS:
-        refuse("reasoning.effort", f"`reasoning.effort` must be one of {', '.join(EFFORTS)}")
-    return {**(effort_variables(effort) if effort else {}), **(request.chat_template_kwargs or {})}
+    return {**effort_variables(effort, "reasoning.effort"), **(request.chat_template_kwargs or {})}
 
 
 def _constraint(request: ResponsesRequest) -> Constraint | None:

@@ -11,7 +11,7 @@ from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import Permits
 from tgi_asgi.api.openai.chat import read_conversation
-from tgi_asgi.api.openai.completions import check_ids
+from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text
