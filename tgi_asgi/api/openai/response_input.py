@@ -72,7 +72,7 @@ class ResponsesRequest(Struct, kw_only=True):
     background: bool | None = None
 
 
-RESPONSES_DECODER = msgspec.json.Decoder(ResponsesRequest)
+DECODER = msgspec.json.Decoder(ResponsesRequest)
 
 
 def read_items(items: Sequence[Item], find: Callable[[str], Item | None]) -> list[dict[str, Any]]:
