@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,9 +20,9 @@ from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
-from tgi_asgi.api.openai.response_store import Item, StoredResponse
+from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
-from tgi_asgi.api.parse import check_ranges, decode_json, refuse
+from tgi_asgi.api.parse import check_ranges, decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
 
@@ -48,20 +49,14 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
     context = exchange.context
     _check(request)
     tools = response_input.read_tools(request)
-    limits = Limits.of(context.settings)
+    most = Limits.of(context.settings).top_logprobs
     wants_logprobs = _LOGPROBS in (request.include or ())
-    if (request.top_logprobs or 0) > limits.top_logprobs:
-        refuse("top_logprobs", f"`top_logprobs` must be at most {limits.top_logprobs}")
+    if (request.top_logprobs or 0) > most:
+        refuse_field("top_logprobs", f"must be at most {most}")
     before = _previous(request, exchange)
-    own: list[Item] = (
-        [{"type": "message", "role": "user", "content": request.input}]
-        if isinstance(request.input, str)
-        else request.input
-    )
-    items = [*before.items, *own] if before is not None else own
-    messages = response_input.read_items(
-        items, lambda item_id: context.responses.find_item(item_id, exchange.tenant)
-    )
+    items = [*before.items, *request.items] if before is not None else request.items
+    find = partial(context.responses.find_item, tenant=exchange.tenant)
+    messages = response_input.read_items(items, find)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     choice = read_choice(tools, request.tool_choice, is_parallel=request.parallel_tool_calls is not False)
@@ -115,9 +110,8 @@ async def delete(exchange: Exchange) -> None:
 def _stored(exchange: Exchange, response_id: str) -> StoredResponse:
     stored = exchange.context.responses.find(response_id, exchange.tenant)
     if stored is None:
-        raise NotFound(
-            f"Response with id '{response_id[:80]}' not found.", param="id", code="response_not_found"
-        )
+        message = f"Response with id '{response_id[:80]}' not found."
+        raise NotFound(message, param="id", code="response_not_found")
     return stored
 
 
@@ -125,12 +119,12 @@ def _check(request: ResponsesRequest) -> None:
     check_ranges(request)
     for name in _UNSUPPORTED:
         if getattr(request, name) not in (None, False):
-            refuse(name, f"`{name}` is not supported by this server", "unsupported_parameter")
+            refuse_field(name, "is not supported by this server", "unsupported_parameter")
     for name in _ECHOED:
         try:
             orjson.dumps(msgspec.to_builtins(getattr(request, name)))
         except (TypeError, RecursionError):  # an integer beyond 64 bits, or too many levels
-            refuse(name, f"`{name}` cannot be written back as JSON")
+            refuse_field(name, "cannot be written back as JSON")
 
 
 def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse | None:
@@ -140,11 +134,8 @@ def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse |
         return None
     stored = exchange.context.responses.find(name, exchange.tenant)
     if stored is None:
-        refuse(
-            "previous_response_id",
-            f"`previous_response_id`: Previous response with id '{name[:80]}' not found.",
-            "previous_response_not_found",
-        )
+        message = f"`previous_response_id`: Previous response with id '{name[:80]}' not found."
+        refuse("previous_response_id", message, "previous_response_not_found")
     return stored
 
 
@@ -157,12 +148,12 @@ def _constraint(request: ResponsesRequest) -> Constraint | None:
     given = request.text.format if request.text is not None else None
     if given is None or given.type == "text":
         return None
-    if given.type not in ("json_object", "json_schema"):
-        refuse("text.format.type", "`text.format.type` must be text, json_object or json_schema")
     if given.type == "json_object":
         return Constraint.of("text.format", "json_object", True)
+    if given.type != "json_schema":
+        refuse_field("text.format.type", "must be text, json_object or json_schema")
     if given.schema is None:
-        refuse("text.format.schema", "`text.format.schema` is required with type `json_schema`")
+        refuse_field("text.format.schema", "is required with type `json_schema`")
     return Constraint.of("text.format", "json", given.schema, is_strict=given.strict is True)
 
 
