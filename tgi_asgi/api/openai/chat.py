@@ -25,6 +25,7 @@ _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
+_COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
@@ -150,11 +151,15 @@ def _message(message: Message, path: str) -> dict[str, Any]:
         refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
     if role == "tool" and message.tool_call_id is None:
         refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
-    texts: Any = content
+    result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
-        texts = [_part(part, f"{path}.content[{i}]", role) for i, part in enumerate(content)]
-    own = {"role": "tool" if role == "function" else role, "content": texts}
-    return {**msgspec.to_builtins(message), **own}
+        result["content"] = [_part(part, f"{path}.content[{i}]", role) for i, part in enumerate(content)]
+    for name in _COPIED:
+        if (value := getattr(message, name)) is not None:
+            result[name] = value
+    if message.tool_calls:
+        result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    return result
 
 
 def _part(part: ContentPart, path: str, role: str) -> str:

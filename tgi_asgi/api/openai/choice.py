@@ -27,8 +27,6 @@ class TextChoice:
 
     names = ("cmpl", "text_completion", "text_completion")  # an id's beginning, a body's object, a chunk's
 
-    num_reasoning_tokens = 0
-
     def __init__(
         self, tracker: LogprobsTracker | None = None, *, echo: str = "", stop_word: str = "stop"
     ) -> None:
@@ -38,6 +36,11 @@ class TextChoice:
         self._words = {
             FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: stop_word,
         }  # fmt: skip
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many tokens of reasoning there are so far."""
+        return 0
 
     def text(self, text: str) -> Said:
         """Return how a chunk says a text."""
@@ -98,7 +101,8 @@ class ChatChoice(TextChoice):
         self._calls: list[dict[str, Any]] = []
 
     @property
-    def num_reasoning_tokens(self) -> int:  # type: ignore[override]
+    def num_reasoning_tokens(self) -> int:
+        """How many tokens of reasoning there are so far."""
         return self._reader.num_reasoning_tokens
 
     def opening(self) -> Said:

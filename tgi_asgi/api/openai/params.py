@@ -103,10 +103,12 @@ def _stop_strings(request: CommonRequest) -> tuple[str, ...]:
 
 def _constraint(request: CommonRequest) -> Constraint | None:
     """Return what the answer must match, if anything: it may be said in one of many fields."""
-    given = {name: (kind, getattr(request, name)) for name, kind in _GUIDED.items()}
-    wanted = {name: each for name, each in given.items() if each[1] is not None}
+    wanted: dict[str, tuple[str, Any]] = {}
     if request.structured_outputs is not None:
-        wanted = {"structured_outputs": _structured(request.structured_outputs), **wanted}
+        wanted["structured_outputs"] = _structured(request.structured_outputs)
+    for name, kind in _GUIDED.items():
+        if (value := getattr(request, name)) is not None:
+            wanted[name] = kind, value
     form = request.response_format
     if form is not None and (checked := _response_format(form)) is not None:
         wanted["response_format"] = checked

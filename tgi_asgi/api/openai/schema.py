@@ -122,8 +122,8 @@ class ToolCall(Struct):
     type: str = "function"
 
 
-class Message(Struct, omit_defaults=True):
-    """One turn of the conversation; fields that are not given stay away from templates, too."""
+class Message(Struct):
+    """One turn of the conversation."""
 
     role: str
     content: str | list[ContentPart] | None = None
@@ -134,9 +134,6 @@ class Message(Struct, omit_defaults=True):
     reasoning_content: str | None = None
     reasoning: str | None = None
     thinking: str | None = None
-
-    def __post_init__(self) -> None:
-        self.tool_calls = self.tool_calls or None
 
 
 class FunctionDefinition(Struct):
