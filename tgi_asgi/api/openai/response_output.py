@@ -137,11 +137,10 @@ class ResponseRenderer:
         part: dict[str, Any] | None = None
         if isinstance(piece, CallStart):
             tool = self._tools.get(piece.name)
-            is_custom = tool is not None and tool.is_custom
             kind, prefix, field = "function_call", "fc", "arguments"
-            if is_custom:
+            if tool is not None and tool.is_custom:
                 kind, prefix, field = "custom_tool_call", "ctc", "input"
-                self._arguments = ""
+            self._arguments = ""
             call_id = "call_" + secrets.token_hex(12)
             item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": piece.name, field: ""}
             if tool is not None and tool.namespace is not None:
