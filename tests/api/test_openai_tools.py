@@ -252,6 +252,8 @@ async def test_tgi_s_shapes_of_calls() -> None:
     assert all((call["index"], call["id"], call["type"]) == (0, "0", "function") for call in calls)
     assert [call["function"]["name"] for call in calls] == ["weather"] + [None] * (len(calls) - 1)
     assert all(chunk["delta"]["role"] == "assistant" for chunk in chunks)
+    chunks = await deltas(say("No", " tools"), tools=TOOLS, settings=settings)
+    assert all(chunk["delta"]["tool_calls"] is None for chunk in chunks)
     app = app_of(ScriptedEngine(), Settings(tgi_compat=True))
     async with client_of(app) as client:
         body = {"messages": HI, "tools": TOOLS, "tool_choice": "absent"}

@@ -100,9 +100,6 @@ class Reading:
     must_call: bool = False
 
 
-TEXT_ONLY = Reading()
-
-
 class LogprobsTracker(Protocol):
     """One choice's log-probabilities, in either endpoint's shape."""
 
@@ -112,15 +109,16 @@ class LogprobsTracker(Protocol):
 
 
 class ChoiceReader:
-    """One choice: its events in, pieces out.
+    """One choice: its events in, pieces out; without a `reading` all of it is content.
 
     Attributes:
         num_reasoning_tokens: so far.
         is_reasoning: the text is inside the reasoning section.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
+    def __init__(self, reading: Reading | None) -> None:
+        self._reads_text = reading is None
+        self._reading = reading = reading or Reading()
         self._parser = AnswerParser(
             reading.style,
             reading.tools,
@@ -141,6 +139,12 @@ class ChoiceReader:
 
         `tracker` gets the events that are not of reasoning or calls: those have no log-probabilities.
         """
+        if self._reads_text:
+            if tracker is not None:
+                for event in events:
+                    tracker.push(event)
+            text = "".join([event.text for event in events])
+            return [Content(text)] if text else []
         pieces: list[Piece] = []
         for event in events:
             begun = self._num_read

@@ -64,6 +64,11 @@ def refuse(param: str, message: str, code: str | None = None) -> NoReturn:
     raise InvalidRequest(message, param=param, code=code)
 
 
+def refuse_field(param: str, rule: str, code: str | None = None) -> NoReturn:
+    """Refuse the request for one field, whose name the message begins with."""
+    refuse(param, f"`{param}` {rule}", code)
+
+
 def range_of(**keywords: float) -> Meta:
     """Bound a number, for `check_ranges` and for the OpenAPI document."""
     return Meta(extra_json_schema=dict(keywords))

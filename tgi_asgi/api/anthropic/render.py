@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
+from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of, rule_of
 from tgi_asgi.api.tools import whole_arguments
@@ -48,7 +48,7 @@ class MessageRenderer(Renderer):
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._reader = ChoiceReader(generation.jobs[0].reading or TEXT_ONLY)
+        self._reader = ChoiceReader(generation.jobs[0].reading)
         self._id = f"msg_{secrets.token_hex(12)}"
         self._has_begun = False
         self._num_generated = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader
+from tgi_asgi.api.answer import ChoiceReader
 from tgi_asgi.api.call import Choices, Generation, Renderer
 from tgi_asgi.api.errors import Dialect, message_of
 from tgi_asgi.api.exchange import Exchange
@@ -41,7 +41,7 @@ class LineRenderer(Renderer):
         self._model = generation.model
         self._is_chat = is_chat
         reading = generation.jobs[0].reading if generation.jobs else None
-        self._reader = ChoiceReader(reading or TEXT_ONLY)
+        self._reader = ChoiceReader(reading)
         self._calls: list[tuple[str, list[str]]] = []  # the functions, and their arguments' text
 
     def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:

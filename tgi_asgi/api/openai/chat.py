@@ -12,16 +12,16 @@ from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
-from tgi_asgi.api.openai.stream import ChunkRenderer
 from tgi_asgi.api.openai.tools import read_choice, read_tools
-from tgi_asgi.api.openai.whole import Identity
-from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.parse import decode_json, refuse, refuse_field
+from tgi_asgi.api.prompt import leaves_open
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
@@ -35,29 +35,23 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
         InvalidRequest, ToolError, Forbidden: a field is refused; `param` names it.
     """
     request = decode_json(body, CHAT_DECODER)
-    settings = exchange.context.settings
+    is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
-    named = job.tools is not None and job.tools.is_named
 
     def render(generation: Generation) -> Renderer:
         [prepared] = generation.jobs
-        n = prepared.job.n
-        choices = []
-        if prepared.reading is not None:
-            choices = [
-                ChatChoice(prepared.reading, is_named=named, is_compat=settings.tgi_compat) for _ in range(n)
-            ]
-        identity = Identity.of(
-            generation,
-            request,
-            "chatcmpl",
-            settings,
-            echoes=[prepared.prompt.echo] if prepared.prompt.echo else (),
-            num_reasoning=lambda: sum(choice.reader.num_reasoning_tokens for choice in choices),
-        )
         names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-        trackers = [ChatLogprobs(names) for _ in range(n)] if job.sampling.logprobs is not None else []
-        return ChunkRenderer(identity, is_chat=True, trackers=trackers, choices=choices)
+        choices = [
+            ChatChoice(
+                prepared.reading,
+                ChatLogprobs(names) if job.sampling.logprobs is not None else None,
+                echo=prepared.prompt.echo,
+                is_named=job.tools is not None and job.tools.is_named,
+                is_compat=is_compat,
+            )
+            for _ in range(job.n)
+        ]
+        return CompletionRenderer(generation, request, choices, is_compat=is_compat)
 
     return Call(jobs=[job], render=render, model=request.model, stream=bool(request.stream))
 
@@ -93,13 +87,14 @@ def read_conversation(request: ChatRequest, tools: list[Tool] | None = None) -> 
     """
     tools = read_tools(request.tools) if tools is None else tools
     if not request.messages:
-        refuse("messages", "`messages` must have at least one message")
+        refuse_field("messages", "must have at least one message")
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
     return Conversation(
-        [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)],
+        messages,
         tools=[tool.for_template() for tool in tools] or None,
         offers_tools=request.tool_choice != "none",
         variables=_variables(request),
-        is_continued=_is_continued(request),
+        is_continued=_is_continued(request, messages),
         adds_turn=request.add_generation_prompt is not False,
         adds_special_tokens=bool(request.add_special_tokens),
         echoes=bool(request.echo),
@@ -113,9 +108,8 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
     tools = read_tools(request.tools)
     for name in ("functions", "function_call"):
         if getattr(request, name) not in (None, [], "none"):
-            refuse(
-                name, f"`{name}` is not supported; OpenAI has replaced it by `tools`", "unsupported_parameter"
-            )
+            rule = "is not supported; OpenAI has replaced it by `tools`"
+            refuse_field(name, rule, "unsupported_parameter")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse("modalities", "`modalities` may hold `text` only", "unsupported_parameter")
     if request.audio is not None:
@@ -147,23 +141,21 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
 
 
 def _message(message: Message, path: str) -> dict[str, Any]:
-    role = message.role
+    role, content = message.role, message.content
     if role not in ROLES:
-        refuse(f"{path}.role", f"`{path}.role` must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
-    content: str | list[Any] | None = message.content
+        refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
     if content is None and role != "assistant":
-        refuse(f"{path}.content", f"`{path}.content` is required with role `{role}`")
-    if isinstance(content, list):
-        content = [_part(part, f"{path}.content[{i}]", role) for i, part in enumerate(content)]
+        refuse_field(f"{path}.content", f"is required with role `{role}`")
     if message.function_call is not None:
-        where = f"{path}.function_call"
-        refuse(where, f"`{where}` is not supported; use `tool_calls`", "unsupported_parameter")
+        rule = "is not supported; use `tool_calls`"
+        refuse_field(f"{path}.function_call", rule, "unsupported_parameter")
     if role == "tool" and message.tool_call_id is None:
-        refuse(f"{path}.tool_call_id", f"`{path}.tool_call_id` is required with role `tool`")
+        refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
+    if isinstance(content, list):
+        result["content"] = [_part(part, f"{path}.content[{i}]", role) for i, part in enumerate(content)]
     for name in _COPIED:
-        value = getattr(message, name)
-        if value is not None:
+        if (value := getattr(message, name)) is not None:
             result[name] = value
     if message.tool_calls:
         result["tool_calls"] = msgspec.to_builtins(message.tool_calls)
@@ -176,51 +168,39 @@ def _part(part: ContentPart, path: str, role: str) -> str:
     if part.type == "refusal" and role == "assistant" and part.refusal is not None:
         return part.refusal
     if part.type in ("text", "refusal"):
-        refuse(f"{path}.{part.type}", f"`{path}.{part.type}` is required")
-    refuse(
-        f"{path}.type",
-        f"`{path}.type` must be `text`: the model reads nothing else, got {part.type[:40]!r}",
-        "invalid_value",
-    )
+        refuse_field(f"{path}.{part.type}", "is required")
+    rule = f"must be `text`: the model reads nothing else, got {part.type[:40]!r}"
+    refuse_field(f"{path}.type", rule, "invalid_value")
 
 
-def _is_continued(request: ChatRequest) -> bool:
+def _is_continued(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
     """Return whether the last message is left open, for the model to go on with it."""
-    last = request.messages[-1]
-    is_assistant = last.role == "assistant"
-    if request.continue_final_message:
-        if request.add_generation_prompt:
-            refuse(
-                "continue_final_message",
-                "`continue_final_message` and `add_generation_prompt` exclude each other",
-            )
-        if not is_assistant:
-            refuse("continue_final_message", "`continue_final_message` needs a last message of the assistant")
-        return True
-    if request.continue_final_message is False or request.add_generation_prompt:
-        return False
-    return is_assistant and bool(last.content) and not last.tool_calls
+    wanted, field = request.continue_final_message, "continue_final_message"
+    if wanted and request.add_generation_prompt:
+        refuse(field, f"`{field}` and `add_generation_prompt` exclude each other")
+    if wanted and messages[-1]["role"] != "assistant":
+        refuse_field(field, "needs a last message of the assistant")
+    if wanted is None and not request.add_generation_prompt:
+        return leaves_open(messages)
+    return bool(wanted)
 
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
     """Return the template's further variables."""
-    variables: dict[str, Any] = {"documents": request.documents}
-    effort = request.reasoning_effort
-    if effort is not None:
-        if effort not in EFFORTS:
-            refuse("reasoning_effort", f"`reasoning_effort` must be one of {', '.join(EFFORTS)}")
-        variables |= effort_variables(effort)
-    for name, value in (request.chat_template_kwargs or {}).items():
+    given = request.chat_template_kwargs or {}
+    for name in given:
         if name in _OWN_VARIABLES:
-            refuse(
-                f"chat_template_kwargs.{name}",
-                f"`chat_template_kwargs` must not set `{name}`: it is a field of its own",
-            )
-        variables[name] = value
-    return variables
+            rule = f"`chat_template_kwargs` must not set `{name}`: it is a field of its own"
+            refuse(f"chat_template_kwargs.{name}", rule)
+    efforts = effort_variables(request.reasoning_effort, "reasoning_effort")
+    return {"documents": request.documents, **efforts, **given}
 
 
-def effort_variables(effort: str) -> dict[str, Any]:
+def effort_variables(effort: str | None, field: str) -> dict[str, Any]:
     """Return what tells a template how much the model should think."""
+    if effort is None:
+        return {}
+    if effort not in _EFFORTS:
+        refuse_field(field, f"must be one of {', '.join(_EFFORTS)}")
     off = {"enable_thinking": False} if effort == "none" else {}
     return {"reasoning_effort": effort, **off}

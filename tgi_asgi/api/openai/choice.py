@@ -1,4 +1,7 @@
-"""A chat's choice that has more than text: reasoning and tool calls, as deltas or as a whole message."""
+"""One choice of an answer: its events in, what chunks or the whole body say of it out.
+
+Chats and text completions differ in this alone; `render.py` puts around it what they share.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,126 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
-
-from tgi_asgi.api.answer import TEXT_ONLY, ChoiceReader, LogprobsTracker, Reading
+from tgi_asgi.api.answer import ChoiceReader, LogprobsTracker, Reading
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.types import FinishReason, TokenEvent
 
-_FINISH = {FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: "stop"}
+Said = dict[str, Any]  # some fields of a choice
 
 
-def finish_of(event: TokenEvent) -> str:
-    """Return OpenAI's word for the end of a choice."""
-    assert event.finish is not None
-    return _FINISH[event.finish]
+class TextChoice:
+    """A choice of a text completion.
+
+    Args:
+        tracker: of its log-probabilities, if they are asked for.
+        echo: the text to put before its own.
+        stop_word: what the end at a stop string is called.
+    """
+
+    names = ("cmpl", "text_completion", "text_completion")  # an id's beginning, a body's object, a chunk's
+
+    def __init__(
+        self, tracker: LogprobsTracker | None = None, *, echo: str = "", stop_word: str = "stop"
+    ) -> None:
+        self.tracker = tracker
+        self.echo = echo
+        self.is_plain = tracker is None  # a chunk's text is its tokens' text, and says nothing else
+        self._words = {
+            FinishReason.LENGTH: "length", FinishReason.EOS: "stop", FinishReason.STOP: stop_word,
+        }  # fmt: skip
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many tokens of reasoning there are so far."""
+        return 0
+
+    def text(self, text: str) -> Said:
+        """Return how a chunk says a text."""
+        return {"text": text}
+
+    def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
+        """Return what new events tell, each in a chunk of its own."""
+        text = self._text_of(events)
+        return [self.text(text)] if text else []
+
+    def whole(self, events: Sequence[TokenEvent]) -> Said:
+        """Return what all events tell."""
+        return {"text": self.echo + self._text_of(events)}
+
+    def logprobs(self) -> Said | None:
+        """Return the log-probabilities that may leave now."""
+        return self.tracker.take() if self.tracker is not None else None
+
+    def finish_reason(self, event: TokenEvent) -> str:
+        """Return OpenAI's word for the end of the choice."""
+        assert event.finish is not None
+        return self._words[event.finish]
+
+    def _text_of(self, events: Sequence[TokenEvent]) -> str:
+        if self.tracker is not None:
+            for event in events:
+                self.tracker.push(event)
+        return "".join([event.text for event in events])
 
 
-class ChatChoice:
-    """One choice: its events in, deltas or a message out.
+class ChatChoice(TextChoice):
+    """A choice of a chat: it may have reasoning and tool calls, too.
 
     Args:
         is_named: the client chose the function to call.
     """
 
-    def __init__(self, reading: Reading | None, *, is_named: bool = False, is_compat: bool = False) -> None:
-        self.reader = ChoiceReader(reading or TEXT_ONLY)
+    names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
+
+    def __init__(
+        self,
+        reading: Reading | None,
+        tracker: LogprobsTracker | None = None,
+        *,
+        echo: str = "",
+        is_named: bool = False,
+        is_compat: bool = False,
+    ) -> None:
+        super().__init__(tracker, echo=echo)
+        self.is_plain = reading is None and tracker is None
+        self._is_text = reading is None
+        self._reader = ChoiceReader(reading)
         self._is_named = is_named
         self._is_compat = is_compat
+        # TGI's own client wants the role in every delta, and the key of the calls.
+        self._role: Said = {"role": "assistant"} if is_compat else {}
+        self._no_calls: Said = {"tool_calls": None} if is_compat else {}
         self._calls: list[dict[str, Any]] = []
 
-    def deltas(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> list[bytes]:
-        """Return what new events tell, as the `delta`s of chunks."""
-        pieces = self.reader.push(events, tracker)
-        return [b'"delta":' + orjson.dumps(self._delta(piece)) for piece in pieces]
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """How many tokens of reasoning there are so far."""
+        return self._reader.num_reasoning_tokens
 
-    def message(self, events: Sequence[TokenEvent], tracker: LogprobsTracker | None = None) -> dict[str, Any]:
+    def opening(self) -> Said:
+        """Return what the first chunk says."""
+        return {"delta": {"role": "assistant", "content": "", **self._no_calls}}
+
+    def text(self, text: str) -> Said:
+        """Return how a chunk says a text."""
+        return {"delta": {**self._role, "content": text, **self._no_calls}}
+
+    def deltas(self, events: Sequence[TokenEvent]) -> list[Said]:
+        """Return what new events tell, each in a chunk of its own."""
+        if self._is_text:
+            return super().deltas(events)
+        return [self._delta(piece) for piece in self._reader.push(events, self.tracker)]
+
+    def whole(self, events: Sequence[TokenEvent]) -> Said:
+        """Return what all events tell."""
+        message = self.message(events)
+        if self.echo:
+            message["content"] = self.echo + (message.get("content") or "")
+        return {"message": message}
+
+    def message(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """Return a whole answer as an assistant's message."""
-        pieces = self.reader.push(events, tracker)
+        pieces = self._reader.push(events, self.tracker)
         content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         for piece in pieces:
@@ -53,7 +140,7 @@ class ChatChoice:
             for call in self._calls:
                 call["function"] = {"description": None, **call["function"]}
             return {"role": "assistant", "tool_calls": self._calls}
-        has_text = bool(content) or not (self._calls or self.reader.is_reasoning)
+        has_text = bool(content) or not (self._calls or self._reader.is_reasoning)
         message: dict[str, Any] = {"role": "assistant", "content": content if has_text else None}
         message["refusal"] = None
         if self._calls:
@@ -65,14 +152,14 @@ class ChatChoice:
     def finish_reason(self, event: TokenEvent) -> str:
         """Return OpenAI's word for the end of the choice."""
         is_call = self._calls and event.finish is FinishReason.EOS
-        return "tool_calls" if is_call and not (self._is_named or self._is_compat) else finish_of(event)
+        is_told = is_call and not (self._is_named or self._is_compat)
+        return "tool_calls" if is_told else super().finish_reason(event)
 
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        on_top = {"role": "assistant"} if self._is_compat else {}
+    def _delta(self, piece: Piece) -> Said:
         if isinstance(piece, Content):
-            return {**on_top, "content": piece.text}
+            return self.text(piece.text)
         if isinstance(piece, Reasoning):
-            return {**on_top, "reasoning_content": piece.text, "reasoning": piece.text}
+            return {"delta": {**self._role, "reasoning_content": piece.text, "reasoning": piece.text}}
         if isinstance(piece, CallStart):
             call = {"index": len(self._calls), **self._start(piece)}
         else:
@@ -80,7 +167,7 @@ class ChatChoice:
             if self._is_compat:  # TGI repeats all but the name
                 call |= {"id": self._calls[-1]["id"], "type": "function"}
                 call["function"] = {"name": None, "arguments": piece.text}
-        return {**on_top, "tool_calls": [call]}
+        return {"delta": {**self._role, "tool_calls": [call]}}
 
     def _start(self, piece: CallStart) -> dict[str, Any]:
         call_id = "0" if self._is_compat else f"call_{secrets.token_hex(12)}"

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import orjson
-
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Renderer, Text
+from tgi_asgi.api.call import Call, Generation, Job, Renderer, Text
 from tgi_asgi.api.errors import OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
+from tgi_asgi.api.openai.choice import TextChoice
 from tgi_asgi.api.openai.logprobs import CompletionLogprobs, TokenNames
-from tgi_asgi.api.openai.params import check_common, job_of
+from tgi_asgi.api.openai.params import check_common, check_ids, job_of
+from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import COMPLETION_DECODER, CompletionRequest
-from tgi_asgi.api.openai.stream import ChunkRenderer
-from tgi_asgi.api.openai.whole import Identity, likeliest, text_completion
-from tgi_asgi.api.parse import decode_json, refuse
+from tgi_asgi.api.parse import decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import drawn_seed
 from tgi_asgi.errors import Field, TooManyPrompts, UnsupportedSuffix
 
@@ -36,7 +34,7 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
     limits = Limits.of(settings, is_tgi=is_compat)
     check_common(request, limits, info, is_compat=is_compat)
     n = request.n or 1
-    num_prompts = _count_prompts(request)
+    num_prompts = len(_listed(request.prompt)[0])
     best_of = _check_own(request, limits, num_prompts, n)
     # Whoever wants the best of several needs their log-probabilities.
     logprobs = 0 if request.logprobs is None and best_of > n else request.logprobs
@@ -60,59 +58,23 @@ def parse_completion(body: bytes, exchange: Exchange) -> Call:
         )
 
     def render(generation: Generation) -> Renderer:
-        identity = Identity.of(
-            generation,
-            request,
-            "cmpl",
-            settings,
-            echoes=[job.prompt.echo for job in generation.jobs] if request.echo else (),
-            hides_tokens=hides_tokens,
+        names = TokenNames(generation.served.tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+        k = request.logprobs
+        choices = [
+            TextChoice(
+                tracker=None if k is None else CompletionLogprobs(names, k, job.prompt.text or ""),
+                echo=job.prompt.echo,
+                # In TGI's words, which its whole answers lack.
+                stop_word="stop_sequence" if is_compat and request.stream else "stop",
+            )
+            for job in generation.jobs
+            for _ in range(n)
+        ]
+        return CompletionRenderer(
+            generation, request, choices, is_compat=is_compat, hides_tokens=hides_tokens
         )
-        return _CompletionRenderer(identity, request, best_of)
 
     return Call(jobs=jobs, render=render, model=request.model, stream=bool(request.stream), is_sum=True)
-
-
-class _CompletionRenderer(ChunkRenderer):
-    """Adds to the chunks what echoed prompts bring along, and chooses the best answers of whole ones."""
-
-    def __init__(self, identity: Identity, request: CompletionRequest, best_of: int) -> None:
-        self._best_of = best_of
-        self._has_prompt = bool(request.echo)
-        self._logprobs: list[CompletionLogprobs] = []
-        if request.logprobs is not None:
-            tokenizer = identity.generation.served.tokenizer
-            names = TokenNames(tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
-            self._logprobs = [
-                CompletionLogprobs(names, request.logprobs, job.prompt.text or "")
-                for job in identity.generation.jobs
-                for _ in range(identity.n)
-            ]
-        super().__init__(identity, is_chat=False, trackers=self._logprobs, on_begin=self._begin_part)
-
-    def whole(self, parts: Sequence[Choices]) -> bytes:
-        """Return the body of an answer that is not streamed."""
-        n = self._identity.n
-        for part in range(len(parts)):
-            self._begin_part(part)
-        num_generated = sum(len(events) for choices in parts for events in choices)
-        shown = [
-            events
-            for choices in parts
-            for events in (likeliest(choices, n) if self._best_of > n else choices)
-        ]
-        return orjson.dumps(text_completion(self._identity, shown, self._logprobs, num_generated))
-
-    def _begin_part(self, part: int) -> None:
-        """Give the choices of one prompt the entries of its tokens."""
-        if not (self._has_prompt and self._logprobs):
-            return
-        identity = self._identity
-        logprobs = identity.generation.channels[part].stats.prompt_logprobs
-        assert logprobs is not None, "the engine fills these before the first token"
-        special_ids = identity.generation.served.tokenizer.special_ids
-        for index in range(part * identity.n, (part + 1) * identity.n):
-            self._logprobs[index].push_prompt(identity.prompt_ids(part), logprobs, special_ids)
 
 
 def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: int) -> int:
@@ -128,58 +90,43 @@ def _check_own(request: CompletionRequest, limits: Limits, num_prompts: int, n: 
         raise TooManyPrompts(message, param="prompt")
     best_of = n if request.best_of is None else request.best_of
     if best_of < n:
-        refuse("best_of", f"`best_of` must be at least `n` ({n}), got {best_of}")
+        refuse_field("best_of", f"must be at least `n` ({n}), got {best_of}")
     if best_of > limits.best_of:
-        refuse("best_of", f"`best_of` must be at most {limits.best_of}, got {best_of}")
+        refuse_field("best_of", f"must be at most {limits.best_of}, got {best_of}")
     if best_of > n and request.stream:
         refuse("best_of", "`best_of` above `n` is not possible with `stream: true`")
     if num_prompts * best_of > limits.choices:
         refuse("n", f"Prompts times choices must be at most {limits.choices}, got {num_prompts * best_of}")
     if request.logprobs is not None and request.logprobs > limits.top_logprobs:
-        refuse("logprobs", f"`logprobs` must be at most {limits.top_logprobs}, got {request.logprobs}")
+        refuse_field("logprobs", f"must be at most {limits.top_logprobs}, got {request.logprobs}")
     return best_of
 
 
-def _count_prompts(request: CompletionRequest) -> int:
-    """Return how many prompts a completion request has, without looking at each."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return 1
-    if not prompt:
-        refuse("prompt", "`prompt` must not be empty")
-    return 1 if isinstance(prompt[0], int) else len(prompt)
+def _listed(prompt: str | list[Any]) -> tuple[Sequence[Any], bool]:
+    """Return the prompts, and whether the client lists several: token ids are one."""
+    if not prompt and isinstance(prompt, list):
+        refuse_field("prompt", "must not be empty")
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return ([prompt], False) if is_one else (prompt, True)
 
 
-def _prompts(request: CompletionRequest, vocab_size: int) -> list[Text]:
-    prompt = request.prompt
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [_prompt(prompt, ("prompt",), request, vocab_size)]
-    for i, item in enumerate(prompt):
-        if type(item) is not type(prompt[0]):
-            refuse(f"prompt[{i}]", f"`prompt[{i}]` must be of the same type as `prompt[0]`")
-    return [_prompt(item, ("prompt", i), request, vocab_size) for i, item in enumerate(prompt)]
-
-
-def _prompt(item: Any, field: Field, request: CompletionRequest, vocab_size: int) -> Text:
-    path = OPENAI.spell(field)
-    if not isinstance(item, str | list):
-        refuse(path, f"`{path}` must be a string or a list of token ids")
-    if isinstance(item, list):
-        check_ids(item, path, vocab_size)
-    return Text(
-        item,
-        # Null means the default, and completions add the tokenizer's BOS by default.
-        adds_special_tokens=request.add_special_tokens is not False,
-        needs_text=bool(request.echo) or request.logprobs is not None,
-        echoes=bool(request.echo),
-        shows_special_tokens=request.skip_special_tokens is False,
-        field=field,
-    )
-
-
-def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
-    """Refuse what is no token of the model."""
-    for i, token_id in enumerate(ids):
-        if type(token_id) is not int or not 0 <= token_id < vocab_size:
-            where = f"{path}[{i}]"
-            refuse(where, f"`{where}` must be a token id in 0..{vocab_size - 1}, got {str(token_id)[:40]}")
+def _prompts(request: CompletionRequest, vocab_size: int) -> Iterator[Text]:
+    prompts, is_list = _listed(request.prompt)
+    for i, item in enumerate(prompts):
+        field: Field = ("prompt", i) if is_list else ("prompt",)
+        path = OPENAI.spell(field)
+        if type(item) is not type(prompts[0]):
+            refuse_field(path, "must be of the same type as `prompt[0]`")
+        if not isinstance(item, str | list):
+            refuse_field(path, "must be a string or a list of token ids")
+        if isinstance(item, list):
+            check_ids(item, path, vocab_size)
+        yield Text(
+            item,
+            # Null means the default, and completions add the tokenizer's BOS by default.
+            adds_special_tokens=request.add_special_tokens is not False,
+            needs_text=bool(request.echo) or request.logprobs is not None,
+            echoes=bool(request.echo),
+            shows_special_tokens=request.skip_special_tokens is False,
+            field=field,
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.text.detokenize import Utf8Assembler
@@ -40,47 +40,43 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-class Released:
-    """Holds one choice's tokens back until their text has been shown.
+class _Tracker:
+    """Holds one choice's tokens back until their text has been shown, and their entries until they leave.
 
-    `keeps_hidden` says whether tokens without text (EOS, stop ids, special tokens) have entries, too.
+    Args:
+        keeps_hidden: tokens without text (EOS, stop ids, special tokens) have entries, too.
     """
 
-    def __init__(self, *, keeps_hidden: bool) -> None:
+    def __init__(self, names: TokenNames, *, keeps_hidden: bool) -> None:
+        self._names = names
         self._keeps_hidden = keeps_hidden
         self._assembler = Utf8Assembler()
         self._num_decoded = 0  # characters of all tokens so far
         self._num_shown = 0
         self._held: deque[tuple[int, TokenEvent]] = deque()  # with where the token's text starts
 
-    def push(self, event: TokenEvent) -> list[tuple[int, TokenEvent]]:
+    def _released(self, event: TokenEvent) -> Iterator[tuple[int, TokenEvent]]:
         """Take one event; return (first character, event) of every token that is shown now."""
+        held = self._held
         if event.data or self._keeps_hidden:
-            self._held.append((self._num_decoded, event))
+            held.append((self._num_decoded, event))
         self._num_decoded += len(self._assembler.push(event.data))
         self._num_shown += len(event.text)
-        held = self._held
-        if event.finish is not None and not isinstance(event.stop, str):
-            shown = list(held)
-            held.clear()
-            return shown
-        shown = []
-        while held and held[0][0] < self._num_shown:
-            shown.append(held.popleft())
-        return shown
+        is_uncut_end = event.finish is not None and not isinstance(event.stop, str)
+        while held and (is_uncut_end or held[0][0] < self._num_shown):
+            yield held.popleft()
 
 
-class ChatLogprobs:
+class ChatLogprobs(_Tracker):
     """One choice's entries in the shape of chat completions."""
 
     def __init__(self, names: TokenNames) -> None:
-        self._names = names
-        self._released = Released(keeps_hidden=False)
+        super().__init__(names, keeps_hidden=False)
         self._waiting: list[dict[str, Any]] = []
 
     def push(self, event: TokenEvent) -> None:
         """Take one event of the choice."""
-        for _, shown in self._released.push(event):
+        for _, shown in self._released(event):
             entry = self._entry(shown.token_id, shown.data, shown.logprob)
             entry["top_logprobs"] = [
                 self._entry(token_id, self._names.bytes_of(token_id), logprob)
@@ -99,7 +95,7 @@ class ChatLogprobs:
         return {"token": self._names.name(token_id, data), "logprob": _finite(logprob), "bytes": list(data)}
 
 
-class CompletionLogprobs:
+class CompletionLogprobs(_Tracker):
     """One choice's entries in the shape of text completions.
 
     Args:
@@ -108,11 +104,11 @@ class CompletionLogprobs:
     """
 
     def __init__(self, names: TokenNames, k: int, prompt: str) -> None:
-        self._names = names
+        super().__init__(names, keeps_hidden=True)
         self._k = k
         self._prompt = prompt
-        self._released = Released(keeps_hidden=True)
-        self._lists = _Lists(k)
+        # Of each token: name, log-probability, those of the alternatives by name, place in the text.
+        self._waiting: list[tuple[str, float | None, dict[str, float] | None, int]] = []
 
     def push_prompt(
         self, ids: Sequence[int], logprobs: Sequence[tuple[float | None, Sequence[tuple[int, float]]]],
@@ -126,7 +122,7 @@ class CompletionLogprobs:
 
     def push(self, event: TokenEvent) -> None:
         """Take one event of the choice."""
-        for start, shown in self._released.push(event):
+        for start, shown in self._released(event):
             data = shown.data or self._names.bytes_of(shown.token_id)
             self._add(shown.token_id, data, shown.logprob, shown.top, len(self._prompt) + start)
 
@@ -149,57 +145,32 @@ class CompletionLogprobs:
 
     def take(self) -> dict[str, Any] | None:
         """Return what may leave now, or None."""
-        if not self._lists.tokens:
+        if not self._waiting:
             return None
-        lists, self._lists = self._lists, _Lists(self._k)
-        return lists.payload()
+        names, values, tops, offsets = map(list, zip(*self._waiting, strict=True))
+        self._waiting = []
+        return {
+            "tokens": names,
+            "token_logprobs": values,
+            "top_logprobs": tops if self._k else None,
+            "text_offset": offsets,
+        }
 
     def _add(
-        self,
-        token_id: int,
-        data: bytes,
-        logprob: float | None,
-        best: Sequence[tuple[int, float]] | None,
-        offset: int,
-    ) -> None:
+        self, token_id: int, data: bytes, logprob: float | None,
+        best: Sequence[tuple[int, float]] | None, offset: int,
+    ) -> None:  # fmt: skip
         name = self._names.name(token_id, data)
-        lists = self._lists
-        lists.tokens.append(name)
-        lists.text_offset.append(offset)
         if logprob is None:  # the first token of a prompt has none
-            lists.token_logprobs.append(None)
-            lists.top_logprobs.append(None)
+            self._waiting.append((name, None, None, offset))
             return
-        value = _finite(logprob)
-        lists.token_logprobs.append(value)
         top: dict[str, float] = {}
         for other_id, other in [*(best or ()), (token_id, logprob)]:
             other_data = data if other_id == token_id else self._names.bytes_of(other_id)
             other_name = self._names.name(other_id, other_data)
             # Two ids may read alike; clients look the sampled token's value up by its name.
             top[other_name] = max(_finite(other), top.get(other_name, -math.inf))
-        lists.top_logprobs.append(top)
-
-
-class _Lists:
-    """The four lists of a completion's log-probabilities."""
-
-    __slots__ = ("k", "text_offset", "token_logprobs", "tokens", "top_logprobs")
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.tokens: list[str] = []
-        self.token_logprobs: list[float | None] = []
-        self.top_logprobs: list[dict[str, float] | None] = []
-        self.text_offset: list[int] = []
-
-    def payload(self) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens,
-            "token_logprobs": self.token_logprobs,
-            "top_logprobs": self.top_logprobs if self.k else None,
-            "text_offset": self.text_offset,
-        }
+        self._waiting.append((name, _finite(logprob), top, offset))
 
 
 def _finite(logprob: float | None) -> float:

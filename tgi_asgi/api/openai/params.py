@@ -1,18 +1,20 @@
-"""Check what `/v1`'s endpoints have in common, and turn it into a `Job`'s parameters.
+"""Check what (chat) completions have in common, and turn it into a `Job`'s parameters.
 
 Pure functions over decoded requests; every refusal names the field and what is allowed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from tgi_asgi.api.call import Constraint
 from tgi_asgi.api.limits import MAX_IDS, Limits, Room, check_stops
-from tgi_asgi.api.openai.constraints import constraint_of
-from tgi_asgi.api.openai.schema import CommonRequest
-from tgi_asgi.api.parse import check_ranges, refuse
+from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat
+from tgi_asgi.api.parse import check_ranges, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.constrain.source import KINDS
 from tgi_asgi.types import ModelInfo
 
 _UNSUPPORTED = (
@@ -22,6 +24,11 @@ _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
     "presence_penalty", "logit_bias", "seed",
 )  # fmt: skip
+_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
+_GUIDED = {  # vLLM's old names, and SGLang's
+    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
+    "regex": "regex", "ebnf": "grammar",
+}  # fmt: skip
 
 
 def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_compat: bool) -> None:
@@ -32,24 +39,22 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
     """
     check_ranges(request)
     if request.n is not None and request.n > limits.best_of:
-        refuse("n", f"`n` must be at most {limits.best_of}, got {request.n}")
+        refuse_field("n", f"must be at most {limits.best_of}, got {request.n}")
     if request.stream_options is not None and not request.stream and not is_compat:
-        refuse("stream_options", "`stream_options` is only allowed with `stream: true`")
+        refuse_field("stream_options", "is only allowed with `stream: true`")
     stops = _stop_strings(request)
     check_stops(stops, limits.stops, "stop", is_list=not isinstance(request.stop, str))
-    if len(request.stop_token_ids or ()) > MAX_IDS:
-        refuse("stop_token_ids", f"`stop_token_ids` takes at most {MAX_IDS} ids")
-    for i, token_id in enumerate(request.stop_token_ids or ()):
-        if not 0 <= token_id < info.vocab_size:
-            param = f"stop_token_ids[{i}]"
-            refuse(param, f"`{param}` must be a token id in 0..{info.vocab_size - 1}, got {token_id}")
+    stop_ids = request.stop_token_ids or ()
+    if len(stop_ids) > MAX_IDS:
+        refuse_field("stop_token_ids", f"takes at most {MAX_IDS} ids")
+    check_ids(stop_ids, "stop_token_ids", info.vocab_size)
     if request.truncate_prompt_tokens == 0:
-        refuse("truncate_prompt_tokens", "`truncate_prompt_tokens` must be -1 or at least 1, got 0")
+        refuse_field("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
     if request.cache_salt == "":
-        refuse("cache_salt", "`cache_salt` must not be empty")
+        refuse_field("cache_salt", "must not be empty")
     for name in _UNSUPPORTED:
         if getattr(request, name) not in (None, False, []):
-            refuse(name, f"`{name}` is not supported", "unsupported_parameter")
+            refuse_field(name, "is not supported", "unsupported_parameter")
 
 
 def job_of(
@@ -71,10 +76,18 @@ def job_of(
         "stop": _stop_strings(request),
         "include_stop": bool(request.include_stop_str_in_output or request.no_stop_trim),
         "skip_special_tokens": request.skip_special_tokens is not False,
-        "constraint": constraint_of(request),
+        "constraint": _constraint(request),
         "priority": request.priority or 0,
         "cache_salt": request.cache_salt,
     }
+
+
+def check_ids(ids: Sequence[Any], path: str, vocab_size: int) -> None:
+    """Refuse what is no token of the model."""
+    for i, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            rule = f"must be a token id in 0..{vocab_size - 1}, got {str(token_id)[:40]}"
+            refuse_field(f"{path}[{i}]", rule)
 
 
 def room_of(settings: Settings) -> Room:
@@ -86,3 +99,56 @@ def room_of(settings: Settings) -> Room:
 
 def _stop_strings(request: CommonRequest) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+
+
+def _constraint(request: CommonRequest) -> Constraint | None:
+    """Return what the answer must match, if anything: it may be said in one of many fields."""
+    wanted: dict[str, tuple[str, Any]] = {}
+    if request.structured_outputs is not None:
+        wanted["structured_outputs"] = _structured(request.structured_outputs)
+    for name, kind in _GUIDED.items():
+        if (value := getattr(request, name)) is not None:
+            wanted[name] = kind, value
+    form = request.response_format
+    if form is not None and (checked := _response_format(form)) is not None:
+        wanted["response_format"] = checked
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        first, second, *_ = wanted
+        refuse(second, f"`{first}` and `{second}` exclude each other")
+    [(param, (kind, value))] = wanted.items()
+    is_strict = form is not None and form.json_schema is not None and form.json_schema.strict is True
+    return Constraint.of(param, kind, value, is_strict=is_strict)
+
+
+def _structured(given: dict[str, Any]) -> tuple[str, Any]:
+    kinds = [kind for kind in KINDS if given.get(kind) not in (None, False)]
+    if len(kinds) != 1:
+        rule = f"must have exactly one of {', '.join(KINDS)}; got {len(kinds)}"
+        refuse_field("structured_outputs", rule)
+    return kinds[0], given[kinds[0]]
+
+
+def _response_format(given: ResponseFormat) -> tuple[str, Any] | None:
+    """Return the kind and its value, of OpenAI's spellings and of TGI's; None for plain text."""
+    kind, value = given.type, given.value
+    if kind == "json_schema":
+        wrapped = value.get("schema") if isinstance(value, dict) else value
+        value = given.json_schema.schema if given.json_schema is not None else wrapped
+        if value is None:
+            refuse_field("response_format.json_schema.schema", "is required with type `json_schema`")
+    match kind, value:
+        case "text", _:
+            return None
+        case "regex", str():
+            return "regex", value
+        case "regex", _:
+            refuse_field("response_format.value", "must be a string with type `regex`")
+        case "json", None:
+            refuse_field("response_format.value", "is required with type `json`")
+        case "json_object", None:
+            return "json_object", True
+        case (("json" | "json_object" | "json_schema"), _):
+            return "json", value
+    refuse_field("response_format.type", f"must be one of {', '.join(_FORMATS)}")

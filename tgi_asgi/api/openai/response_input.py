@@ -6,14 +6,14 @@ tools and items that only offer or carry more than can be used are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Struct
 
 from tgi_asgi.api.openai.tools import grammar_of
-from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, string_of
+from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, refuse_field, string_of
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, note_skipped
 
 Item = dict[str, Any]
@@ -21,7 +21,7 @@ Item = dict[str, Any]
 _ROLES = ("assistant", "developer", "system", "user")
 _TEXTS = ("input_text", "output_text", "text", "refusal")
 _HOSTED = ("_call", "_output", "_list_tools", "compaction")  # ends of the names of what others have done
-_IMAGE_OMITTED = "[image omitted]"
+_OMITTED = ("input_image", "input_file")  # in what tools have answered
 
 
 class ReasoningOptions(Struct):
@@ -72,22 +72,30 @@ class ResponsesRequest(Struct, kw_only=True):
     background: bool | None = None
 
 
-RESPONSES_DECODER = msgspec.json.Decoder(ResponsesRequest)
+DECODER = msgspec.json.Decoder(ResponsesRequest)
 
 
-def read_items(items: Sequence[Item], find: Callable[[str], Item | None]) -> list[dict[str, Any]]:
+def items_of(said: str | list[Item]) -> list[Item]:
+    """Return an input as items."""
+    return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
+
+
+def read_items(
+    items: Sequence[Item], find: Callable[[str], Item | None], num_before: int = 0
+) -> list[dict[str, Any]]:
     """Return items as messages.
 
     Args:
         find: returns a stored item by its id.
+        num_before: how many of the items come from earlier responses, not from this request.
 
     Raises:
         InvalidRequest: an item is refused; `param` names it.
     """
     messages: list[dict[str, Any]] = []
-    reasoning: str | None = None
+    thought: dict[str, str] = {}  # what goes to the assistant's next message
     skipped = []
-    for i, item in enumerate(items):
+    for i, item in enumerate(items, -num_before):
         path = f"input[{i}]"
         kind = item.get("type") or ("message" if "role" in item else "item_reference")
         if kind == "item_reference":
@@ -97,33 +105,29 @@ def read_items(items: Sequence[Item], find: Callable[[str], Item | None]) -> lis
             item, kind = found, found["type"]
         match kind:
             case "reasoning":
-                reasoning = _joined(item.get("content") or [], f"{path}.content", ("reasoning_text",))
+                texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
+                thought = {"reasoning_content": texts if isinstance(texts, str) else "\n".join(texts)}
             case "function_call" | "custom_tool_call":
                 if not messages or messages[-1]["role"] != "assistant":
-                    messages.append(_assistant(None, reasoning))
-                    reasoning = None
+                    messages.append({"role": "assistant", "content": None, **thought})
+                    thought = {}
                 messages[-1].setdefault("tool_calls", []).append(_call(item, kind, path))
             case "function_call_output" | "custom_tool_call_output":
-                output = _content(item.get("output"), f"{path}.output", images_omitted=True)
+                output = _texts(item.get("output"), f"{path}.output", (*_TEXTS, *_OMITTED))
                 call_id = string_of(item, "call_id", path)
                 messages.append({"role": "tool", "content": output, "tool_call_id": call_id})
             case "message":
                 role = string_of(item, "role", path)
                 if role not in _ROLES:
-                    where = f"{path}.role"
-                    refuse(where, f"`{where}` must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
-                content = _content(item.get("content"), f"{path}.content")
+                    refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
+                messages.append({"role": role, "content": _texts(item.get("content"), f"{path}.content")})
                 if role == "assistant":
-                    messages.append(_assistant(content, reasoning))
-                    reasoning = None
-                else:
-                    messages.append({"role": role, "content": content})
-            case str() if kind == "additional_tools" or kind.endswith(
-                ("_call", "_output", "_list_tools", "compaction")
-            ):
+                    messages[-1] |= thought
+                    thought = {}
+            case str() if kind == "additional_tools" or kind.endswith(_HOSTED):
                 skipped.append(kind)
             case _:
-                refuse(f"{path}.type", f"`{path}.type` {str(kind)[:40]!r} is not supported", "invalid_value")
+                refuse_field(f"{path}.type", f"{str(kind)[:40]!r} is not supported", "invalid_value")
     note_skipped(skipped)
     return messages
 
@@ -134,55 +138,41 @@ def read_tools(request: ResponsesRequest) -> list[Tool]:
     Raises:
         InvalidRequest: one is of the wrong shape, or two have one name.
     """
-    tools: list[Tool] = []
     skipped: list[str] = []
-    for i, given in enumerate(request.tools or ()):
-        _read_tool(given, i, tools, skipped)
-    items = request.input if isinstance(request.input, list) else []
-    for item in items:
+    tools = [tool for i, given in enumerate(request.tools or ()) for tool in _tools(given, i, skipped)]
+    for item in items_of(request.input):
         if item.get("type") == "additional_tools" and isinstance(item.get("tools"), list):
             for given in item["tools"]:
-                _read_tool(given, len(tools), tools, skipped)
+                tools += _tools(given, len(tools), skipped)
     check_tools(tools)
     note_skipped(skipped)
     return tools
 
 
-def _read_tool(
-    given: Any, index: int, tools: list[Tool], skipped: list[str], namespace: str | None = None
-) -> None:
+def _tools(given: Any, index: int, skipped: list[str], namespace: str | None = None) -> Iterator[Tool]:
+    """Yield an entry's tools: none of a hosted one, several of a namespace."""
     path = f"tools[{index}]"
     if not isinstance(given, dict) or not isinstance(given.get("type"), str):
-        refuse(f"{path}.type", f"`{path}.type` is required")
-    kind = given["type"]
-    inner = given.get("tools")
+        refuse_field(f"{path}.type", "is required")
+    kind, inner = given["type"], given.get("tools")
     if kind == "namespace" and isinstance(inner, list):
         for each in inner:
-            _read_tool(each, index, tools, skipped, string_of(given, "name", path))
+            yield from _tools(each, index, skipped, string_of(given, "name", path))
         return
     if kind not in ("function", "custom"):
         skipped.append(kind)
         return
-    name = string_of(given, "name", path)
-    described = given.get("description")
-    description = described if isinstance(described, str) else None
+    name, description = string_of(given, "name", path), given.get("description")
+    description = description if isinstance(description, str) else None
     if kind == "custom":
-        form = given.get("format")
-        grammar = grammar_of(form if isinstance(form, dict) else None)
-        tools.append(Tool.custom(index, name, description, grammar, namespace=namespace))
+        yield Tool.custom(index, name, description, grammar_of(given.get("format")), namespace=namespace)
         return
-    parameters = given.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        refuse(f"{path}.parameters", f"`{path}.parameters` must be an object")
-    is_strict = given.get("strict")
-    if is_strict is not None and not isinstance(is_strict, bool):
-        refuse(f"{path}.strict", f"`{path}.strict` must be true or false")
-    tools.append(Tool(index, name, description, parameters, is_strict, namespace=namespace))
-
-
-def _assistant(content: Any, reasoning: str | None) -> dict[str, Any]:
-    message = {"role": "assistant", "content": content}
-    return message if reasoning is None else {**message, "reasoning_content": reasoning}
+    parameters, is_strict = given.get("parameters"), given.get("strict")
+    if not isinstance(parameters, dict | None):
+        refuse_field(f"{path}.parameters", "must be an object")
+    if not isinstance(is_strict, bool | None):
+        refuse_field(f"{path}.strict", "must be true or false")
+    yield Tool(index, name, description, parameters, is_strict, namespace=namespace)
 
 
 def _call(item: Item, kind: str, path: str) -> dict[str, Any]:
@@ -194,28 +184,16 @@ def _call(item: Item, kind: str, path: str) -> dict[str, Any]:
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
 
 
-def _content(content: Any, path: str, *, images_omitted: bool = False) -> str | list[str]:
+def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS) -> str | list[str]:
+    """Return a content's text, or those of its parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        refuse(path, f"`{path}` must be a string or a list of parts")
-    kinds = (*_TEXTS, "input_image", "input_file") if images_omitted else _TEXTS
-    return _parts(content, path, kinds)
-
-
-def _joined(content: Any, path: str, kinds: Sequence[str]) -> str:
-    return content if isinstance(content, str) else "\n".join(_parts(content, path, kinds))
-
-
-def _parts(content: Any, path: str, kinds: Sequence[str]) -> list[str]:
-    if not isinstance(content, list):
-        refuse(path, f"`{path}` must be a list of parts")
+        refuse_field(path, "must be a string or a list of parts")
     texts = []
     for j, part in enumerate(content):
         where = f"{path}[{j}]"
         kind = kind_of(part, where, kinds)
-        if kind in ("input_image", "input_file"):
-            texts.append(_IMAGE_OMITTED)
-        else:
-            texts.append(string_of(part, "refusal" if kind == "refusal" else "text", where))
+        field = "refusal" if kind == "refusal" else "text"
+        texts.append("[image omitted]" if kind in _OMITTED else string_of(part, field, where))
     return texts

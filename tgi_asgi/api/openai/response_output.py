@@ -6,97 +6,143 @@ The stream sends the events; the whole answer is what they add up to.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 
+from tgi_asgi.api.answer import ChoiceReader
+from tgi_asgi.api.call import Choices, Generation
+from tgi_asgi.api.openai.logprobs import ChatLogprobs
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool
 from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.text.tools import CallArguments, CallStart, Content, Piece, Reasoning
-from tgi_asgi.types import FinishReason
+from tgi_asgi.types import FinishReason, TokenEvent
 
-Event = dict[str, Any]  # `type` and what belongs to it, but for the sequence number
+# By an item's type: what events call that of it which grows, and what they tell of that at its end.
+_GROWING = {
+    "message": ("output_text", ("text", "logprobs")),
+    "reasoning": ("reasoning_text", ("text",)),
+    "function_call": ("function_call_arguments", ("name", "arguments")),
+    "custom_tool_call": ("custom_tool_call_input", ("input",)),
+}
 
 
-class ResponseBuilder:
-    """One response: `begin`, then `push` as often as there is something new, then `finish` or `fail`.
+class ResponseRenderer:
+    """Turns the token events of one choice into items and their events.
 
     Args:
         base: the response object's constant fields.
         tools: those that may be called.
+        tracker: of the log-probabilities, if they are asked for.
+        keep: called with the response that has ended.
     """
 
-    def __init__(self, base: dict[str, Any], tools: Sequence[Tool] = ()) -> None:
-        self._base = base
+    def __init__(
+        self,
+        generation: Generation,
+        base: dict[str, Any],
+        tools: Sequence[Tool],
+        tracker: ChatLogprobs | None,
+        keep: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._generation = generation
+        self._response = base
         self._tools = {tool.name: tool for tool in tools}
-        self._arguments = ""  # of the custom tool's call that is open
-        self._output: list[dict[str, Any]] = []
+        self._tracker = tracker
+        self._keep = keep
+        self._reader = ChoiceReader(generation.jobs[0].reading)
+        self._num_generated = 0
+        self._output: list[dict[str, Any]] = base["output"]
         self._kind: type[Piece] | None = None  # of the item that is open
+        self._arguments = ""  # of the custom tool's call that is open
+        self._is_stream = False
+        self._frames: list[bytes] = []
+        self._num_frames = 0
 
-    def begin(self) -> list[Event]:
-        """Return the events that come first."""
-        response = self.response("in_progress")
-        return [{"type": kind, "response": response} for kind in ("response.created", "response.in_progress")]
+    def whole(self, parts: Sequence[Choices]) -> bytes:
+        """Return the response."""
+        self._take(parts[0][0])
+        return orjson.dumps(self._response)
 
-    def push(self, pieces: Sequence[Piece], logprobs: Sequence[dict[str, Any]] = ()) -> list[Event]:
-        """Take what is new; `logprobs` are those of the content among the pieces."""
-        events: list[Event] = []
-        for piece in pieces:
-            is_new = isinstance(piece, CallStart)
-            kind = CallStart if isinstance(piece, CallArguments) else type(piece)
-            if is_new or kind is not self._kind:
-                events += self._close("completed")
-                events += self._open(piece, kind)
-            if isinstance(piece, CallArguments) and self._is_custom:
-                self._arguments += piece.text
-            elif not isinstance(piece, CallStart):
-                own = logprobs if isinstance(piece, Content) else ()
-                events.append(self._extend(piece, own))
-                logprobs = logprobs if not own else ()
-        return events
+    def render(self, part: int, events: Sequence[TokenEvent]) -> bytes:
+        """Return the events that new tokens make."""
+        self._begin()
+        self._take(events)
+        return self._new_frames()
 
-    def finish(self, reason: FinishReason, usage: dict[str, Any]) -> list[Event]:
-        """End the response."""
-        status = "incomplete" if reason is FinishReason.LENGTH else "completed"
-        events: list[Event] = []
-        if not self._output:
-            events += self._open(Content(""), Content)
-        events += self._close(status)
-        return [*events, {"type": f"response.{status}", "response": self.response(status, usage)}]
+    def close(self) -> bytes:
+        """Return nothing: the last event says that it is the last."""
+        return b""
 
-    def fail(self, error: TgiError) -> Event:
-        """End the response with an error."""
-        response = self.response("failed")
+    def fail(self, error: TgiError) -> bytes:
+        """Return the event of a response that failed."""
+        self._begin()
         code = error.code if isinstance(error, InvalidRequest) and error.code else "server_error"
-        response["error"] = {"code": code, "message": error.message}
-        return {"type": "response.failed", "response": response}
+        self._end("failed", error={"code": code, "message": error.message})
+        return self._new_frames()
 
-    def response(self, status: str, usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the response object as it is now."""
-        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        return {
-            **self._base,
-            "status": status,
-            "incomplete_details": details,
-            "output": list(self._output),
-            "usage": usage,
-        }
+    def _begin(self) -> None:
+        if not self._is_stream:
+            self._is_stream = True
+            self._tell("created", response=self._response)
+            self._tell("in_progress", response=self._response)
 
-    def _open(self, piece: Piece, kind: type[Piece]) -> list[Event]:
+    def _take(self, events: Sequence[TokenEvent]) -> None:
+        """Take new tokens."""
+        self._num_generated += len(events)
+        pieces = self._reader.push(events, self._tracker)
+        taken = self._tracker.take() if self._tracker is not None else None
+        logprobs = taken["content"] if taken is not None else []
+        for piece in pieces:
+            self._add(piece, logprobs)
+            if isinstance(piece, Content):
+                logprobs = []
+        reason = events[-1].finish
+        if reason is None:
+            return
+        if not self._output:
+            self._open(Content(""))
+        is_cut = reason is FinishReason.LENGTH
+        status = "incomplete" if is_cut else "completed"
+        self._close(status)
+        details = {"reason": "max_output_tokens"} if is_cut else None
+        self._end(status, incomplete_details=details, usage=self._usage())
+        self._keep(self._response)
+
+    def _end(self, status: str, **fields: Any) -> None:
+        self._response |= {"status": status, **fields}
+        self._tell(status, response=self._response)
+
+    def _add(self, piece: Piece, logprobs: list[dict[str, Any]]) -> None:
+        """Make a piece part of the item that is open, or of a new one."""
+        if isinstance(piece, CallStart) or _kind_of(piece) is not self._kind:
+            self._close("completed")
+            self._open(piece)
+        if isinstance(piece, CallStart):
+            return
+        item, growing = self._output[-1], self._growing()
+        if item["type"] == "custom_tool_call":  # whose string is known at its end
+            self._arguments += piece.text
+            return
+        growing["arguments" if isinstance(piece, CallArguments) else "text"] += piece.text
+        more = {"logprobs": logprobs} if isinstance(piece, Content) else {}
+        if more:
+            growing["logprobs"] += logprobs
+        self._tell(f"{_GROWING[item['type']][0]}.delta", **self._place(), delta=piece.text, **more)
+
+    def _open(self, piece: Piece) -> None:
         """Begin an item for a piece."""
-        index = len(self._output)
         item: dict[str, Any]
         part: dict[str, Any] | None = None
         if isinstance(piece, CallStart):
-            call_id = "call_" + secrets.token_hex(12)
             tool = self._tools.get(piece.name)
+            kind, prefix, field = "function_call", "fc", "arguments"
             if tool is not None and tool.is_custom:
-                item = {"type": "custom_tool_call", "id": _id("ctc"), "call_id": call_id, "name": piece.name}
-                item["input"] = self._arguments = ""
-            else:
-                item = {"type": "function_call", "id": _id("fc"), "call_id": call_id, "name": piece.name}
-                item["arguments"] = ""
+                kind, prefix, field = "custom_tool_call", "ctc", "input"
+            self._arguments = ""
+            call_id = "call_" + secrets.token_hex(12)
+            item = {"type": kind, "id": _id(prefix), "call_id": call_id, "name": piece.name, field: ""}
             if tool is not None and tool.namespace is not None:
                 item["namespace"] = tool.namespace
         elif isinstance(piece, Reasoning):
@@ -106,73 +152,65 @@ class ResponseBuilder:
             item = {"type": "message", "id": _id("msg"), "role": "assistant", "content": []}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["status"] = "in_progress"
-        added = {"type": "response.output_item.added", "output_index": index, "item": _copy(item)}
+        self._tell("output_item.added", output_index=len(self._output), item=item)
         self._output.append(item)
-        self._kind = kind
-        if part is None:
-            return [added]
-        item["content"].append(part)
-        return [added, {"type": "response.content_part.added", **self._place(), "part": _copy(part)}]
+        self._kind = _kind_of(piece)
+        if part is not None:
+            item["content"].append(part)
+            self._tell("content_part.added", **self._place(), part=part)
 
-    def _extend(
-        self, piece: Content | Reasoning | CallArguments, logprobs: Sequence[dict[str, Any]]
-    ) -> Event:
-        item = self._output[-1]
-        if isinstance(piece, CallArguments):
-            item["arguments"] += piece.text
-            return {
-                "type": "response.function_call_arguments.delta",
-                "item_id": item["id"],
-                "output_index": len(self._output) - 1,
-                "delta": piece.text,
-            }
-        part = item["content"][0]
-        part["text"] += piece.text
-        event = {"type": f"response.{part['type']}.delta", **self._place(), "delta": piece.text}
-        if isinstance(piece, Content):
-            event["logprobs"] = list(logprobs)
-            part["logprobs"].extend(event["logprobs"])
-        return event
-
-    def _close(self, status: str) -> list[Event]:
+    def _close(self, status: str) -> None:
         """End the item that is open, if one is."""
         if self._kind is None:
-            return []
+            return
         self._kind = None
-        item = self._output[-1]
+        item, growing, place = self._output[-1], self._growing(), self._place()
         item["status"] = status
-        index = len(self._output) - 1
+        name, fields = _GROWING[item["type"]]
         if item["type"] == "custom_tool_call":
             item["input"] = _custom_input(self._arguments)
-            place = {"item_id": item["id"], "output_index": index}
-            return [
-                {"type": "response.custom_tool_call_input.delta", **place, "delta": item["input"]},
-                {"type": "response.custom_tool_call_input.done", **place, "input": item["input"]},
-                {"type": "response.output_item.done", "output_index": index, "item": item},
-            ]
-        done = {"type": "response.output_item.done", "output_index": index, "item": item}
-        if item["type"] == "function_call":
-            event = {
-                "type": "response.function_call_arguments.done",
-                "item_id": item["id"],
-                "output_index": index,
-                "name": item["name"],
-                "arguments": item["arguments"],
-            }
-            return [event, done]
-        part = item["content"][0]
-        text = {"type": f"response.{part['type']}.done", **self._place(), "text": part["text"]}
-        if part["type"] == "output_text":
-            text["logprobs"] = part["logprobs"]
-        return [text, {"type": "response.content_part.done", **self._place(), "part": part}, done]
+            self._tell(f"{name}.delta", **place, delta=item["input"])
+        self._tell(f"{name}.done", **place, **{field: growing[field] for field in fields})
+        if growing is not item:
+            self._tell("content_part.done", **place, part=growing)
+        self._tell("output_item.done", output_index=place["output_index"], item=item)
 
-    @property
-    def _is_custom(self) -> bool:
-        return bool(self._output) and self._output[-1]["type"] == "custom_tool_call"
+    def _growing(self) -> dict[str, Any]:
+        """Return what grows: the only part of an item that has parts, or the item."""
+        item = self._output[-1]
+        part: dict[str, Any] = item["content"][0] if "content" in item else item
+        return part
 
     def _place(self) -> dict[str, Any]:
-        index = len(self._output) - 1
-        return {"item_id": self._output[-1]["id"], "output_index": index, "content_index": 0}
+        item = self._output[-1]
+        place = {"item_id": item["id"], "output_index": len(self._output) - 1}
+        return {**place, "content_index": 0} if "content" in item else place
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        """Add an event to the stream, if there is one: at once, since what it tells of goes on changing."""
+        if self._is_stream:
+            event = {"type": f"response.{kind}", "sequence_number": self._num_frames, **fields}
+            self._frames.append(b"event: response.%b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(event)))
+            self._num_frames += 1
+
+    def _new_frames(self) -> bytes:
+        frames, self._frames = self._frames, []
+        return b"".join(frames)
+
+    def _usage(self) -> dict[str, Any]:
+        num_prompt = self._generation.num_prompt_tokens
+        cached = self._generation.num_cached_tokens
+        return {
+            "input_tokens": num_prompt,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": self._num_generated,
+            "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
+            "total_tokens": num_prompt + self._num_generated,
+        }
+
+
+def _kind_of(piece: Piece) -> type[Piece]:
+    return CallStart if isinstance(piece, CallArguments) else type(piece)
 
 
 def _id(prefix: str) -> str:
@@ -187,8 +225,3 @@ def _custom_input(arguments: str) -> str:
         return ""
     text = value.get(CUSTOM_INPUT) if isinstance(value, dict) else value
     return text if isinstance(text, str) else arguments
-
-
-def _copy(value: dict[str, Any]) -> dict[str, Any]:
-    """Copy an item as deep as it will change."""
-    return {key: list(each) if isinstance(each, list) else each for key, each in value.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tgi_asgi.api.call import ToolChoice
 from tgi_asgi.api.openai.schema import ToolEntry
-from tgi_asgi.api.parse import refuse
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.api.tools import Tool, check_tools, choose, note_skipped
 
 _MODES = ("none", "auto", "required")
@@ -22,16 +22,14 @@ def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
     tools, skipped = [], []
     for index, entry in enumerate(entries or ()):
         if entry.type == "function":
-            function = entry.function
-            if function is None:
-                refuse(f"tools[{index}].function", f"`tools[{index}].function` is required")
-            tools.append(
-                Tool(index, function.name, function.description, function.parameters, function.strict)
-            )
+            given = entry.function
+            if given is None:
+                refuse_field(f"tools[{index}].function", "is required")
+            tools.append(Tool(index, given.name, given.description, given.parameters, given.strict))
         elif entry.type == "custom":
             custom = entry.custom
             if custom is None:
-                refuse(f"tools[{index}].custom", f"`tools[{index}].custom` is required")
+                refuse_field(f"tools[{index}].custom", "is required")
             tools.append(Tool.custom(index, custom.name, custom.description, grammar_of(custom.format)))
         else:
             skipped.append(entry.type)
@@ -40,9 +38,9 @@ def read_tools(entries: Sequence[ToolEntry] | None) -> list[Tool]:
     return tools
 
 
-def grammar_of(form: dict[str, Any] | None) -> str | None:
+def grammar_of(form: Any) -> str | None:
     """Return the grammar that a custom tool's `format` names; it is flat in responses."""
-    if not form or form.get("type") != "grammar":
+    if not isinstance(form, dict) or form.get("type") != "grammar":
         return None
     definition = form.get("definition") or (form.get("grammar") or {}).get("definition")
     return definition if isinstance(definition, str) else None
@@ -68,16 +66,13 @@ def _choice(choice: str | dict[str, Any] | None) -> tuple[str, list[str] | None]
         return (choice, None) if choice in _MODES else ("named", [choice])
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)  # flat in the Responses API
-        mode = allowed.get("mode") if isinstance(allowed, dict) else None
-        tools = allowed.get("tools") if isinstance(allowed, dict) else None
+        allowed = allowed if isinstance(allowed, dict) else {}
+        mode, tools = allowed.get("mode"), allowed.get("tools")
         if mode not in ("auto", "required") or not isinstance(tools, list) or not tools:
-            refuse(
-                "tool_choice.allowed_tools",
-                "`tool_choice.allowed_tools` must have `mode` (auto or required) and a list `tools`",
-            )
-        return mode, [
-            _named(tool, f"tool_choice.allowed_tools.tools[{index}]") for index, tool in enumerate(tools)
-        ]
+            rule = "must have `mode` (auto or required) and a list `tools`"
+            refuse_field("tool_choice.allowed_tools", rule)
+        path = "tool_choice.allowed_tools.tools"
+        return mode, [_named(tool, f"{path}[{index}]") for index, tool in enumerate(tools)]
     return "named", [_named(choice, "tool_choice")]
 
 
@@ -89,4 +84,4 @@ def _named(value: Any, path: str) -> str:
         name = inner.get("name") if isinstance(inner, dict) else None
         if isinstance(name, str):
             return name
-    refuse(path, f'`{path}` must be `{{"type": "function", "function": {{"name": ...}}}}`')
+    refuse_field(path, 'must be `{"type": "function", "function": {"name": ...}}`')

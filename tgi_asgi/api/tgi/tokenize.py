@@ -10,7 +10,7 @@ import orjson
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.openai.chat import read_conversation
-from tgi_asgi.api.openai.completions import check_ids
+from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text
