@@ -316,3 +316,11 @@ def test_one_of_schemas_that_may_match_together_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match="`oneOf`"):
         compiler.compile(sources.json_schema({"oneOf": branches}))
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_what_the_compiler_panics_on_is_refused(compiler: GrammarCompiler, is_strict: bool) -> None:
+    """It quotes 100 bytes, also where they end inside a character."""
+    for name in ("x", "xy"):
+        with pytest.raises(InvalidRequest):
+            compiler.compile(sources.json_schema({"required": {name: "é" * 60}}, is_strict=is_strict))

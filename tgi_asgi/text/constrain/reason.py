@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,21 @@ def reason_of(message: str) -> str:
     return reason[:300]
 
 
+@contextmanager
+def refusing_panics() -> Iterator[None]:
+    """Refuse what the compiler, which is written in Rust, panics on: its panics are no `Exception`s.
+
+    Raises:
+        InvalidRequest: it has panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequest("grammar is not valid: the compiler cannot read it") from None
+
+
 def problem_of(schema: Mapping[str, Any]) -> str | None:
     """Return why a schema cannot be compiled, or None."""
     is_refused, messages = _validate(json.dumps(schema))
@@ -65,4 +81,5 @@ def _validate(schema: str) -> tuple[bool, list[str]]:
 
     limits = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=200_000, verbose_errors=False)
     grammar = json.dumps({"grammars": [{"json_schema": json.loads(schema)}]})
-    return LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+    with refusing_panics():
+        return LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)

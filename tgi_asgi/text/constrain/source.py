@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.text.constrain.reason import refusing_panics
 from tgi_asgi.text.constrain.schema import enforceable
 
 MAX_CHARS = 128 * 1024  # of a grammar: compiling that much takes up to 0.1 s
@@ -131,7 +132,8 @@ def regex(pattern: str) -> GrammarSource:
     from llguidance import regex_to_lark
 
     _check_size(pattern)
-    return GrammarSource(f"start: /{regex_to_lark(pattern, 'dws')}/")
+    with refusing_panics():
+        return GrammarSource(f"start: /{regex_to_lark(pattern, 'dws')}/")
 
 
 def choice(texts: Sequence[str]) -> GrammarSource:
