@@ -263,3 +263,25 @@ async def test_tgi_s_shapes_of_calls() -> None:
         "error": "Tool error: Tool with name absent not found",
         "error_type": "tool_error",
     }
+
+
+async def test_a_custom_tool_s_call_of_the_history_is_a_function_s_of_one_string() -> None:
+    engine = ScriptedEngine()
+    call = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "c1", "content": "done"})
+    async with client_of(app_of(engine)) as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": messages})
+    assert answer.status_code == 200
+    prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+    assert '{"name": "patch", "arguments": {"input": "*** Begin"}}' in prompt
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "web_search"}, {"type": "web_search_preview"}])
+async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choice: object) -> None:
+    hosted = [{"type": "web_search"}]
+    bodies = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
+    async with client_of(app_of(ScriptedEngine())) as client:
+        for path, body in bodies.items():
+            answer = await client.post(path, json={**body, "tools": hosted, "tool_choice": choice})
+            assert answer.status_code == 200, answer.json()

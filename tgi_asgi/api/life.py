@@ -224,52 +224,38 @@ async def collect(exchange: Exchange, channels: Sequence[Channel]) -> list[Choic
         ClientDisconnected: the client went away; all are given up.
     """
     exchange.channels.extend(channels)
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    gathered = _Gathered(sum(channel.request.n for channel in channels), done)
-    result: list[Choices] = []
+    sinks = [_Choices(channel.request.n) for channel in channels]
     try:
-        for channel in channels:
-            sink = _Choices(gathered, channel.request.n)
-            result.append(sink.events)
+        for channel, sink in zip(channels, sinks, strict=True):
             channel.attach(sink)
-        await while_connected(exchange, done)
+        await while_connected(exchange, asyncio.gather(*(sink.ended for sink in sinks)))
     finally:
-        if gathered.num_open:
-            for channel in channels:
+        for channel, sink in zip(channels, sinks, strict=True):
+            if sink.num_open:
                 channel.cancel()
-    return result
-
-
-class _Gathered:
-    """How many choices are still open, over all channels."""
-
-    __slots__ = ("done", "num_open")
-
-    def __init__(self, num_open: int, done: asyncio.Future[None]) -> None:
-        self.num_open = num_open
-        self.done = done
+    return [sink.events for sink in sinks]
 
 
 class _Choices:
     """The sink of one channel: sorts events by choice."""
 
-    __slots__ = ("_gathered", "events")
+    __slots__ = ("ended", "events", "num_open")
 
-    def __init__(self, gathered: _Gathered, n: int) -> None:
-        self._gathered = gathered
+    def __init__(self, n: int) -> None:
+        self.num_open = n
         self.events: list[list[TokenEvent]] = [[] for _ in range(n)]
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             self.events[event.index].append(event)
-            if event.finish is not None:
-                self._gathered.num_open -= 1
-        if not self._gathered.num_open and not self._gathered.done.done():
-            self._gathered.done.set_result(None)
+            self.num_open -= event.finish is not None
+        if not self.num_open and not self.ended.done():
+            self.ended.set_result(None)
 
     def on_error(self, error: TgiError) -> None:
-        if not self._gathered.done.done():
-            self._gathered.done.set_exception(error)
+        if not self.ended.done():
+            self.ended.set_exception(error)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.life import generating
 from tgi_asgi.api.ollama import routes as ollama
-from tgi_asgi.api.openai import chat, completions, models, responses
+from tgi_asgi.api.openai import chat, completions, responses
 from tgi_asgi.api.openai.response_input import ResponsesRequest
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Access, Route
@@ -55,8 +55,8 @@ def _openai() -> list[Route]:
         ),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
-        row("GET", "/v1/models", models.list_models, "List the served model"),
-        row("GET", "/v1/models/{model:path}", models.retrieve_model, "Describe a served model"),
+        row("GET", "/v1/models", status.list_models, "List the served model"),
+        row("GET", "/v1/models/{model:path}", status.retrieve_model, "Describe a served model"),
     ]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 import msgspec
 
 import tgi_asgi
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
+from tgi_asgi.errors import UnknownModel
 from tgi_asgi.observe.prometheus import CONTENT_TYPE
-from tgi_asgi.types import EngineState
+from tgi_asgi.types import EngineState, ModelInfo
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _TEXT = b"text/plain; charset=utf-8"
@@ -103,3 +105,30 @@ async def engine(exchange: Exchange) -> None:
     served = context.served or context.ready()
     payload = served.engine.describe() | {"state": context.state.value, "tasks": len(asyncio.all_tasks())}
     await exchange.respond_json(payload)
+
+
+async def list_models(exchange: Exchange) -> None:
+    """Answer with the served model, as OpenAI lists models."""
+    info = exchange.context.ready().info
+    await exchange.respond_json({"object": "list", "data": [_model_object(info)]})
+
+
+async def retrieve_model(exchange: Exchange) -> None:
+    """Answer with one model by its name, which may hold slashes."""
+    info = exchange.context.ready().info
+    name = exchange.scope["path_params"]["model"]
+    if name != info.model_id:
+        raise UnknownModel(name)
+    await exchange.respond_json(_model_object(info))
+
+
+def _model_object(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.model_id,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "tgi-asgi",
+        "root": info.model_id,
+        "parent": None,
+        "max_model_len": info.max_total_tokens,
+    }

@@ -161,7 +161,7 @@ def _call(
     return Call(
         jobs=[job] if job else [],
         render=partial(LineRenderer, exchange, is_chat=is_chat),
-        model=request.model,
+        model=request.model and request.model.removesuffix(":latest"),
         stream=request.stream is not False,
         stream_type=NDJSON,
         keep_alive=b"",  # clients read each line as JSON

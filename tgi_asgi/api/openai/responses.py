@@ -82,7 +82,8 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
     messages = response_input.read_items(items, find, num_before)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
-    choice = read_choice(tools, request.tool_choice, is_parallel=request.parallel_tool_calls is not False)
+    num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
+    choice = read_choice(tools, request.tool_choice, num_offered=num_offered, is_parallel=is_parallel)
     job = Job(
         prompt=Conversation(
             messages,

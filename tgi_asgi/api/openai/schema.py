@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from tgi_asgi.api.parse import Fraction, Int, Natural, Penalty, Positive, Share, range_of
+from tgi_asgi.api.tools import CUSTOM_INPUT
 
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -107,19 +108,34 @@ class ContentPart(Struct):
     refusal: str | None = None
 
 
-class CalledFunction(Struct, omit_defaults=True):
+class CalledFunction(Struct, omit_defaults=True, frozen=True):
     """A function and its arguments: JSON in a string, by some clients an object."""
 
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Struct):
-    """One call in an assistant's message of the history."""
+class CustomCall(Struct):
+    """A call of a tool that takes one string."""
 
-    function: CalledFunction
+    name: str
+    input: str
+
+
+class ToolCall(Struct):
+    """One call in an assistant's message of the history; that of a custom tool becomes a function's."""
+
+    function: CalledFunction = CalledFunction("")
     id: str | None = None
     type: str = "function"
+    custom: CustomCall | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.custom is not UNSET:
+            self.function = CalledFunction(self.custom.name, {CUSTOM_INPUT: self.custom.input})
+            self.type, self.custom = "function", UNSET
+        if not self.function.name:
+            raise ValueError("Object missing required field `function`")
 
 
 class Message(Struct):

@@ -47,13 +47,19 @@ def grammar_of(form: Any) -> str | None:
 
 
 def read_choice(
-    tools: Sequence[Tool], choice: str | dict[str, Any] | None, *, is_parallel: bool
+    tools: Sequence[Tool], choice: str | dict[str, Any] | None, *, num_offered: int, is_parallel: bool
 ) -> ToolChoice | None:
-    """Return what `tool_choice` lets the model call.
+    """Return what `tool_choice` lets the model call; one of a hosted tool counts as absent.
+
+    Args:
+        num_offered: how many tools the client named, hosted ones included.
 
     Raises:
         InvalidRequest: its shape is wrong, or it names a tool that is not there.
     """
+    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
+    if num_offered and (not tools or kind not in ("function", "custom", "allowed_tools")):
+        choice = None
     mode, names = _choice(choice)
     return choose(tools, mode, names, is_parallel=is_parallel)
 

@@ -17,7 +17,7 @@ from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json, refuse
-from tgi_asgi.api.tgi.by_key import Kind, kind_of, speak
+from tgi_asgi.api.tgi.by_key import kind_of, speak
 from tgi_asgi.api.tgi.render import Shown, text_of
 from tgi_asgi.api.tgi.request import parse_root, read_request
 from tgi_asgi.api.tgi.schema import GENERATE, VERTEX
@@ -27,7 +27,7 @@ from tgi_asgi.types import TokenEvent
 
 def parse_invocation(body: bytes, exchange: Exchange) -> Call:
     """Read what `POST /`, chat or completions would, by the body's key."""
-    parsers = {Kind.INPUTS: parse_root, Kind.MESSAGES: parse_chat, Kind.PROMPT: parse_completion}
+    parsers = {"inputs": parse_root, "messages": parse_chat, "prompt": parse_completion}
     return parsers[speak(body, exchange)](body, exchange)
 
 
@@ -58,11 +58,11 @@ def _read_instance(raw: bytes, exchange: Exchange, where: str) -> tuple[Job, Sho
     """Return what an instance asks for, and what its text must show if it is no chat."""
     shown = None
     match kind_of(raw):
-        case Kind.INPUTS:
+        case "inputs":
             job, shown = read_request(decode_json(raw, GENERATE), exchange.context)
-        case Kind.MESSAGES:
+        case "messages":
             job = chat_job(decode_json(raw, CHAT_DECODER), exchange)
-        case Kind.PROMPT:
+        case _:
             refuse("inputs", "`inputs` or `messages` is required")
     job.where = where
     return job, shown

@@ -14,7 +14,7 @@ from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text
-from tgi_asgi.api.tgi.by_key import Kind, speak
+from tgi_asgi.api.tgi.by_key import speak
 from tgi_asgi.api.tgi.schema import (
     DETOKENIZE,
     PROMPT_TOKENIZE,
@@ -28,15 +28,15 @@ def tokenize(body: bytes, exchange: Exchange) -> bytes:
     """Return TGI's array for `inputs`, ids and their count for `prompt` or `messages`."""
     served = exchange.context.ready()
     match speak(body, exchange):
-        case Kind.INPUTS:
+        case "inputs":
             text = decode_json(body, TOKENIZE).inputs
             tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
             return msgspec.json.encode(_shown(text, tokens))
-        case Kind.PROMPT:
+        case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
             adds = request.add_special_tokens is not False
             ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
-        case Kind.MESSAGES:
+        case _:
             ids = chat_prompt(_chat(body), served, exchange.context.settings, is_bounded=False).ids
     return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
 
