@@ -182,13 +182,14 @@ class ChoiceReader:
 
 
 def likeliest(choices: Choices, n: int = 1) -> list[int]:
-    """Return which n choices have the highest mean log-probability, best first, the first one on ties."""
+    """Return which n choices have the highest mean log-probability, best first; all of them as they are."""
 
     def mean(index: int) -> float:
         values = [event.logprob for event in choices[index] if event.logprob is not None]
         return math.fsum(values) / len(values) if values else -math.inf
 
-    return sorted(range(len(choices)), key=mean, reverse=True)[:n]
+    every = list(range(len(choices)))
+    return every if len(every) == n else sorted(every, key=mean, reverse=True)[:n]
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:

@@ -6,7 +6,6 @@ has to wrap `send`: a wrapper would cost every streamed token.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -129,7 +128,9 @@ class Exchange:
         Raises:
             UnsupportedMediaType: it is declared to be something else, or nothing.
         """
-        if self.dialect.is_json_only and not _is_json(self.header(b"content-type")):
+        kind = (self.header(b"content-type") or b"").split(b";", 1)[0].strip().lower()
+        is_json = kind == JSON or (kind.startswith(b"application/") and kind.endswith(b"+json"))
+        if self.dialect.is_json_only and not is_json:
             raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
 
     async def read_json(self, decoder: msgspec.json.Decoder[T]) -> T:
@@ -184,25 +185,3 @@ class Exchange:
         for channel in self.channels:
             channel.cancel()
         return ClientDisconnected()
-
-
-def _is_json(content_type: bytes | None) -> bool:
-    media_type = (content_type or b"").split(b";", 1)[0].strip().lower()
-    return media_type == JSON or (media_type.startswith(b"application/") and media_type.endswith(b"+json"))
-
-
-async def while_connected(exchange: Exchange, work: asyncio.Future[T]) -> T:
-    """Wait for `work`, or give it and the request's channels up when the client goes away.
-
-    Raises:
-        ClientDisconnected: the client went away first.
-    """
-    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
-    try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return work.result()
-        raise exchange.disconnect()
-    finally:
-        watch.cancel()
-        work.cancel()

@@ -16,7 +16,7 @@ from tgi_asgi.api.answer import AnswerForm
 from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
-from tgi_asgi.api.exchange import Exchange, while_connected
+from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
@@ -26,7 +26,7 @@ from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit, StopCondi
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[bytes, Exchange], Call]
+Parse = Callable[[bytes, Exchange], Call]  # raises `InvalidRequest`, `ToolError` or `Forbidden`
 Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # entries of tokens and alternatives; rendering one takes some 5 us
@@ -225,11 +225,18 @@ async def collect(exchange: Exchange, channels: Sequence[Channel]) -> list[Choic
     """
     exchange.channels.extend(channels)
     sinks = [_Choices(channel.request.n) for channel in channels]
+    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
+    ended = asyncio.gather(*(sink.ended for sink in sinks))
     try:
         for channel, sink in zip(channels, sinks, strict=True):
             channel.attach(sink)
-        await while_connected(exchange, asyncio.gather(*(sink.ended for sink in sinks)))
+        await asyncio.wait((ended, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            raise exchange.disconnect()
+        ended.result()
     finally:
+        watch.cancel()
+        ended.cancel()
         for channel, sink in zip(channels, sinks, strict=True):
             if sink.num_open:
                 channel.cancel()

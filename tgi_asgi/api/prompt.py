@@ -11,7 +11,6 @@ from tgi_asgi.api.limits import check_characters
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
-from tgi_asgi.types import ModelInfo
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
@@ -50,7 +49,9 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
     Raises:
         InvalidRequest, TemplateError: as `chat_text`, or it is too long whatever its tokens are.
     """
-    keep = _num_kept(job, served.info)
+    info, keep = served.info, job.keep_tokens
+    if keep == -1:  # as many as the context has room for
+        keep = max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
     if isinstance(job.prompt, Text):
         prompt = _text_prompt(job.prompt, served, keep)
     else:
@@ -197,12 +198,6 @@ def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
         if prompt.needs_text:
             text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
     return Prompt(ids, text if prompt.echoes else "", text if prompt.needs_text else None, len(text))
-
-
-def _num_kept(job: Job, info: ModelInfo) -> int | None:
-    if job.keep_tokens == -1:
-        return max(min(info.max_total_tokens - (job.max_tokens or 1), info.max_input_tokens), 1)
-    return job.keep_tokens
 
 
 def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -> str:

@@ -78,11 +78,7 @@ COUNT_DECODER = msgspec.json.Decoder(CountRequest)
 
 
 def parse_messages(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for a message.
-
-    Raises:
-        InvalidRequest: a block or a field is refused; `param` names it.
-    """
+    """Read a request for a message."""
     request = decode_json(body, MESSAGES_DECODER)
     context = exchange.context
     check_ranges(request)

@@ -85,11 +85,7 @@ _GENERATE = msgspec.json.Decoder(OllamaGenerate)
 
 
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
-    """Read a chat.
-
-    Raises:
-        InvalidRequest: a field is refused; `param` names it.
-    """
+    """Read a chat."""
     request = decode_json(body, _CHAT)
     tools = read_tools(request.tools)
     messages = _messages(request.messages or [])
@@ -105,11 +101,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
 
 
 def parse_generate(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for the answer to one prompt.
-
-    Raises:
-        InvalidRequest, Forbidden: a field is refused; `param` names it.
-    """
+    """Read a request for the answer to one prompt."""
     request = decode_json(body, _GENERATE)
     if request.template:
         raise Forbidden("`template` is not accepted from requests")

@@ -29,11 +29,7 @@ _COPIED = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
 def parse_chat(body: bytes, exchange: Exchange) -> Call:
-    """Read a chat request.
-
-    Raises:
-        InvalidRequest, ToolError, Forbidden: a field is refused; `param` names it.
-    """
+    """Read a chat request."""
     request = decode_json(body, CHAT_DECODER)
     is_compat = exchange.context.settings.tgi_compat
     job = chat_job(request, exchange)
@@ -57,11 +53,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
 
 
 def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
-    """Return what a chat asks of the engine.
-
-    Raises:
-        InvalidRequest, ToolError, Forbidden: as `parse_chat`.
-    """
+    """Return what a chat asks of the engine."""
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat
     limits = Limits.of(settings, is_tgi=is_compat)

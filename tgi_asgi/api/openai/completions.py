@@ -23,11 +23,7 @@ _DEFAULT_TOKENS = 16  # OpenAI's max_tokens for completions
 
 
 def parse_completion(body: bytes, exchange: Exchange) -> Call:
-    """Read a completion request.
-
-    Raises:
-        InvalidRequest: a field is refused; `param` names it.
-    """
+    """Read a completion request."""
     request = decode_json(body, COMPLETION_DECODER)
     settings, info = exchange.context.settings, exchange.context.ready().info
     is_compat = settings.tgi_compat

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from tgi_asgi.api.answer import likeliest
 from tgi_asgi.api.call import Choices, Generation
 from tgi_asgi.api.errors import NATIVE, OPENAI, error_event
 from tgi_asgi.api.openai.choice import ChatChoice, Said, TextChoice
@@ -111,7 +111,7 @@ class CompletionRenderer:
             prompt_ids = self._begin_part(part)
             if isinstance(self._choices[0], ChatChoice):
                 on_top, prompt_ids = prompt_ids, {}
-            for events in _likeliest(all_choices, self._n):
+            for events in (all_choices[i] for i in likeliest(all_choices, self._n)):
                 index, choice = len(told), self._choices[len(told)]
                 said = choice.whole(self._shown(index, events))
                 said |= {"logprobs": choice.logprobs(), **self._ending(index, events[-1])}
@@ -200,13 +200,3 @@ class CompletionRenderer:
             "prompt_tokens_details": {"cached_tokens": self._generation.num_cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": num_reasoning},
         }
-
-
-def _likeliest(choices: Choices, n: int) -> Choices:
-    """Return the n choices of the highest mean log-probability, best first; all of them as they are."""
-    return choices if len(choices) == n else sorted(choices, key=_mean_logprob, reverse=True)[:n]
-
-
-def _mean_logprob(events: Sequence[TokenEvent]) -> float:
-    values = [event.logprob for event in events if event.logprob is not None]
-    return math.fsum(values) / len(values) if values else -math.inf

@@ -56,11 +56,7 @@ async def create(exchange: Exchange) -> None:
 
 
 def parse_response(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for a response.
-
-    Raises:
-        InvalidRequest: an item or a field is refused; `param` names it.
-    """
+    """Read a request for a response."""
     request = decode_json(body, response_input.DECODER)
     context = exchange.context
     _check(request)
@@ -84,12 +80,14 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
         messages.insert(0, {"role": "system", "content": request.instructions})
     num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
     choice = read_choice(tools, request.tool_choice, num_offered=num_offered, is_parallel=is_parallel)
+    effort = request.reasoning.effort if request.reasoning is not None else None
+    thinking = effort_variables(effort, "reasoning.effort")
     job = Job(
         prompt=Conversation(
             messages,
             tools=[tool.for_template() for tool in tools] or None,
             offers_tools=request.tool_choice != "none",
-            variables=_variables(request),
+            variables={**thinking, **(request.chat_template_kwargs or {})},
         ),
         sampling=sampling(
             context.ready().info,
@@ -163,11 +161,6 @@ def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse |
         message = f"`previous_response_id`: Previous response with id '{name[:80]}' not found."
         refuse("previous_response_id", message, "previous_response_not_found")
     return stored
-
-
-def _variables(request: ResponsesRequest) -> dict[str, Any]:
-    effort = request.reasoning.effort if request.reasoning is not None else None
-    return {**effort_variables(effort, "reasoning.effort"), **(request.chat_template_kwargs or {})}
 
 
 def _constraint(request: ResponsesRequest) -> Constraint | None:

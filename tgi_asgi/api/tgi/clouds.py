@@ -32,11 +32,7 @@ def parse_invocation(body: bytes, exchange: Exchange) -> Call:
 
 
 def parse_vertex(body: bytes, exchange: Exchange) -> Call:
-    """Read several requests at once; one that is refused fails the call.
-
-    Raises:
-        InvalidRequest: there are none or too many, or one is refused; `param` names it.
-    """
+    """Read several requests at once; one that is refused fails the call."""
     raws = decode_json(body, VERTEX).instances
     most = exchange.context.settings.max_concurrent_requests
     if not raws:

@@ -86,9 +86,10 @@ def read_request(
         _require(best_of <= limits.best_of, message, "best_of")
     n = max(best_of, 1)
     full_text = full_text if p.return_full_text is None else p.return_full_text
+    is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
     shown = Shown(
         # TGI's trap: a request without parameters samples, one with parameters is greedy unless told.
-        is_sampled=given is None or _is_sampled(given),
+        is_sampled=given is None or bool(p.do_sample) or p.top_k is not None or is_warped,
         details=bool(p.details or p.decoder_input_details),
         top_n=p.top_n_tokens or 0,
         text_prefix=request.inputs if full_text else "",
@@ -153,11 +154,6 @@ def _check(
     _require(p.adapter_id is None, message, "adapter_id")
     if p.watermark:
         context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
-
-
-def _is_sampled(p: GenerateParameters) -> bool:
-    is_warped = any(value not in (None, 1.0) for value in (p.temperature, p.top_p, p.typical_p))
-    return bool(p.do_sample) or p.top_k is not None or is_warped
 
 
 def native_grammar(grammar: Grammar) -> GrammarSource:

@@ -15,13 +15,7 @@ from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.api.prompt import chat_prompt, chat_text
 from tgi_asgi.api.tgi.by_key import speak
-from tgi_asgi.api.tgi.schema import (
-    DETOKENIZE,
-    PROMPT_TOKENIZE,
-    TOKENIZE,
-    ChatTokenizeResponse,
-    SimpleToken,
-)
+from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatTokenizeResponse, SimpleToken
 
 
 def tokenize(body: bytes, exchange: Exchange) -> bytes:
