@@ -81,7 +81,6 @@ def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
 
 
 def _launcher_option(option: CompatOption) -> _Option:
-    """Return an option of TGI's launcher that is no setting here: ignored with a warning, or refused."""
     fate = "Refused" if option.treatment is Treatment.REFUSED else "Ignored"
     form: dict[str, Any] = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
     return _Option(_LAUNCHER, flag_of(option.name), help=f"{fate}: {option.reason}.", **form)

@@ -216,7 +216,9 @@ class Settings:
                 continue
             _check(kind.holds(value), spec.name, kind.rule, repr(value))
             if kind is _KEY:
-                _check_keys(spec.name, (value,) if isinstance(value, str) else value)
+                for key in (value,) if isinstance(value, str) else value:  # a message must not show them
+                    _check(key, spec.name, "not be empty", "an empty one")
+                    _check(key.split() == [key], spec.name, "not have blanks or newlines", "one that has")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
         most, both = self.max_input_tokens, self.max_total_tokens
@@ -261,13 +263,6 @@ class Settings:
 def _check(holds: object, name: str, rule: str, value: object) -> None:
     if not holds:
         raise InvalidRequest(f"{flag_of(name)} must {rule}, got {value}", param=name)
-
-
-def _check_keys(name: str, keys: tuple[str, ...]) -> None:
-    """Refuse keys that no client can send, or every client; a message must not show them."""
-    for key in keys:
-        _check(key, name, "not be empty", "an empty one")
-        _check(key.split() == [key], name, "not have blanks or newlines", "one that has")
 
 
 def _parse(spec: dataclasses.Field[Any], variable: str, text: str) -> Any:

@@ -280,7 +280,10 @@ async def test_a_custom_tool_s_call_of_the_history_is_a_function_s_of_one_string
 @pytest.mark.parametrize("choice", ["required", {"type": "web_search"}, {"type": "web_search_preview"}])
 async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choice: object) -> None:
     hosted = [{"type": "web_search"}]
-    bodies: dict[str, dict[str, Any]] = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": HI},
+        "/v1/responses": {"input": "hi"},
+    }
     async with client_of(app_of(ScriptedEngine())) as client:
         for path, body in bodies.items():
             answer = await client.post(path, json={**body, "tools": hosted, "tool_choice": choice})

@@ -55,15 +55,10 @@ def _fields(exchange: Exchange, status: int) -> dict[str, object]:
     if exchange.tenant is not None:
         fields["tenant"] = exchange.tenant
     if exchange.error is not None:
-        fields["error"] = _reason(exchange.error)
+        # A template's error may quote the messages, and those are not for the log.
+        quotes = isinstance(exchange.error, TemplateError)
+        fields["error"] = "the chat template refused the messages" if quotes else str(exchange.error)[:500]
     return fields
-
-
-def _reason(error: BaseException) -> str:
-    """Say what went wrong. A template may quote the messages, and those are not for the log."""
-    if isinstance(error, TemplateError):
-        return "the chat template refused the messages"
-    return str(error)[:500]
 
 
 def _milliseconds(seconds: float) -> float:

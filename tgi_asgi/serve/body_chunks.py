@@ -44,7 +44,7 @@ class Stream(HTTPStream):
             or self.state is not ASGIHTTPState.RESPONSE
             or self.closed  # the client has gone
             or not self._is_chunked
-            or self._transport.get_write_buffer_size() > self._low_water
+            or self._transport.get_write_buffer_size() > self._transport.get_write_buffer_limits()[0]
             or self._transport.is_closing()
         ):
             return False
@@ -56,10 +56,6 @@ class Stream(HTTPStream):
         """Whether h11 sends this response in chunks: not with some statuses or a length."""
         names = (name.lower() for name, _ in self.response.get("headers", ()))
         return self.response["status"] == 200 and b"content-length" not in names
-
-    @cached_property
-    def _low_water(self) -> int:
-        return self._transport.get_write_buffer_limits()[0]
 
     def _find_transport(self) -> asyncio.WriteTransport | None:
         """Return the transport of hypercorn's connection, if this request may be answered in chunks."""
