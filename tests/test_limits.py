@@ -43,7 +43,7 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("sequences of a step", [Settings().max_batch_size]),
         ("a step's time", [Settings().step_timeout_s]),
         ("`model` and `request_id`", [parse.MAX_ECHOED_CHARS]),
-        ("all that are received or wait", [Settings().max_body_memory // MIB]),
+        ("all whose requests are not answered yet", [Settings().max_body_memory // MIB]),
         ("a stream without a first token", [Settings().first_event_timeout_s]),
         ("a grammar as text", [source.MAX_CHARS]),
         ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),

@@ -150,9 +150,11 @@ class App:
         except ClientDisconnected:
             exchange.is_disconnected = True
         finally:
-            for observer in self.observers:
-                observer(exchange)
-            exchange.close()
+            try:
+                for observer in self.observers:
+                    observer(exchange)
+            finally:
+                exchange.close()
 
     async def _answer(self, exchange: Exchange) -> None:
         """Route a request; the one border where exceptions become responses."""

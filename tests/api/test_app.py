@@ -17,6 +17,7 @@ from tests.support.asgi import request, send
 from tests.support.scripted_engine import ScriptedEngine, scripted_app, toy_info
 from tgi_asgi.api.asgi import Message
 from tgi_asgi.api.context import Served
+from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.app import App, create_app
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.settings import Settings
@@ -190,3 +191,14 @@ def test_the_module_attribute_says_which_variable_is_wrong() -> None:
     result = run_python(RUN_LIFESPAN, MODEL_ID="x", MAX_BATCH_SIZE="many")
     assert result.returncode == 1
     assert "MAX_BATCH_SIZE" in result.stderr.splitlines()[-1]
+
+
+async def test_an_observer_that_fails_holds_no_body() -> None:
+    def fails(exchange: Exchange) -> None:
+        raise ZeroDivisionError
+
+    app = scripted_app(ScriptedEngine())
+    app.observers.append(fails)
+    with pytest.raises(ZeroDivisionError):
+        await send(app, request("POST", CHAT, HI))
+    assert app.context.bodies.held == 0

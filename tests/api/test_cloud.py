@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, ScriptedEngine, fail_with, say, scripted_app, toy_info
-from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.errors import GenerationFailed, Unavailable
 from tgi_asgi.settings import Settings
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -192,3 +192,34 @@ async def test_vertex_names_its_own_paths() -> None:
         refused = await client.post(path, json={"instances": 3})
         assert isinstance(refused.json()["error"], str)
         assert (await client.get("/aip/health/")).status_code == 200
+
+
+async def test_a_refused_chat_of_invocations_names_chats_field() -> None:
+    response = await post("/invocations", {"messages": [{"role": "user", "content": "x" * 9999}]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+async def test_ignored_keywords_are_told_once_for_all_instances() -> None:
+    chat = {
+        "messages": MESSAGES,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"format": "word"}}},
+    }
+    response = await post("/vertex", {"instances": [chat, chat]}, ScriptedEngine(say("1")))
+    assert response.headers.get_list("x-tgi-ignored-keywords") == ["format"]
+
+
+async def test_a_prompt_that_is_not_taken_gives_up_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    submit = engine.submit
+
+    def once(*args: Any) -> Any:
+        if engine.channels:
+            raise Unavailable("the engine has died")
+        return submit(*args)
+
+    monkeypatch.setattr(engine, "submit", once)
+    response = await post("/vertex", {"instances": [{"inputs": "one"}, {"inputs": "two"}]}, engine)
+    assert response.status_code == 503
+    assert [channel.is_cancelled for channel in engine.channels] == [True]
+    assert engine.num_permits == 128

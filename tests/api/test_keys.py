@@ -36,7 +36,7 @@ async def test_a_key_has_the_name_that_its_file_gives_it(tmp_path: Path) -> None
     app = scripted_app(engine, Settings(api_key=("plain",), api_key_file=str(path)))
     for key in ("plain", "secret-a", "secret-b", "secret-c"):
         assert (await call(app, key)).status_code == 200
-    assert tenants(engine) == ["key 1", "alice", "key 3", "bob"]
+    assert tenants(engine) == ["key 1", "alice", "key 2", "bob"]
     assert (await call(app, "alice")).status_code == 401  # a name opens nothing
 
 
@@ -57,6 +57,26 @@ async def test_keys_are_read_again_while_the_server_runs(tmp_path: Path) -> None
     app.reload()
     assert [(await call(app, key)).status_code for key in ("new", "old", "plain")] == [200, 401, 200]
     assert tenants(engine) == ["alice", "key 1"]
+
+
+async def test_a_key_without_a_name_never_gets_what_another_was_called(tmp_path: Path) -> None:
+    """The name is whose cached prompts and kept responses are whose."""
+    path = tmp_path / "keys"
+    path.write_text("one\ntwo\n")
+    engine = ScriptedEngine()
+    app = scripted_app(engine, Settings(api_key_file=str(path)))
+    kept = (await call(app, "one", "/v1/responses", input="a secret")).json()["id"]
+    for content in ("two\n", "three\ntwo\n"):
+        path.write_text(content)
+        app.reload()
+        for key in content.split():
+            again = await call(app, key, "/v1/responses", input="more", previous_response_id=kept)
+            assert again.status_code == 400
+    assert (await call(app, "two")).status_code == (await call(app, "three")).status_code == 200
+    path.write_text("three\none\n")
+    app.reload()
+    assert (await call(app, "one")).status_code == 200
+    assert tenants(engine) == ["key 1", "key 2", "key 3", "key 1"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# nobody\n", b"a b c\n", b"\xff\xfe"])

@@ -168,6 +168,7 @@ async def test_anthropic_s_header_carries_the_key() -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"temperature": 3}, "temperature"),
         ({"output_config": {"format": {"type": "text"}}}, "`output_config.format`"),
         ({"output_format": {"type": "json_schema", "schema": {"type": "some"}}}, "`output_format`"),

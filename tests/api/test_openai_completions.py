@@ -301,3 +301,9 @@ async def test_compat_has_tgis_names_for_these_two(
     call = await send(app, request("POST", "/v1/completions", fields))
     assert call.status == 422
     assert call.json() == {"error": error, "error_type": error_type}
+
+
+async def test_the_headers_of_a_scored_prompt_count_no_token() -> None:
+    call = await complete(prompt="xyz", max_tokens=0, echo=True, logprobs=1)
+    assert call.json()["usage"]["completion_tokens"] == 0
+    assert call.headers["x-generated-tokens"] == "0"

@@ -68,6 +68,8 @@ class ScriptedChannel:
             self._deliver(batch)
 
     def cancel(self) -> None:
+        if self.ended.is_set():
+            return
         self.is_cancelled = True
         self._task.cancel()
         self._end()

@@ -26,6 +26,7 @@ class ApiKeys:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
+        self._numbered: dict[bytes, str] = {}  # keys without a name: a number is never another key's again
         self._names = self._read()  # by the key's digest: digests have one length
         self._admin = _digest(settings.admin_api_key.encode()) if settings.admin_api_key else None
         self._clock = clock
@@ -81,17 +82,17 @@ class ApiKeys:
         self._buckets[name] = left - 1, now
 
     def _read(self) -> dict[bytes, str]:
-        keys = [(f"key {number}", key) for number, key in enumerate(self._settings.api_key, 1)]
+        keys = [("", key) for key in self._settings.api_key]
         if self._settings.api_key_file is not None:
-            keys += read_key_file(self._settings.api_key_file, len(keys) + 1)
-        return {_digest(key.encode()): name for name, key in keys}
+            keys += read_key_file(self._settings.api_key_file)
+        return {(digest := _digest(key.encode())): name or self._number(digest) for name, key in keys}
+
+    def _number(self, digest: bytes) -> str:
+        return self._numbered.setdefault(digest, f"key {len(self._numbered) + 1}")
 
 
-def read_key_file(path: str, first: int = 1) -> list[tuple[str, str]]:
+def read_key_file(path: str) -> list[tuple[str, str]]:
     """Return (name, key) of each line: `key`, or `name key`; empty lines and those with # are skipped.
-
-    Args:
-        first: the number by which the first key is called, if it has no name.
 
     Raises:
         ModelLoadError: the file cannot be read, or has no key, or a line has more than two words.
@@ -101,11 +102,11 @@ def read_key_file(path: str, first: int = 1) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"--api-key-file {path}: cannot be read: {error}") from None
     lines = [line.split() for line in text.splitlines() if not line.lstrip().startswith("#")]
-    keys: list[tuple[str, str]] = []
+    keys = []
     for words in filter(None, lines):
         if len(words) > 2:
             raise ModelLoadError(f"--api-key-file {path}: a line is a key, or a name and a key")
-        keys.append((words[0] if len(words) == 2 else f"key {first + len(keys)}", words[-1]))
+        keys.append((words[0] if len(words) == 2 else "", words[-1]))
     if not keys:
         raise ModelLoadError(f"--api-key-file {path}: has no key in it")
     return keys

@@ -74,7 +74,7 @@ class ServerContext:
         metrics: what `/metrics` shows.
         responses: the answers of `/v1/responses` that are kept.
         text, grammars, counting: threads for prompts, for grammars, and for what is only counted.
-        bodies: the bytes of request bodies that wait to become prompts.
+        bodies: the bytes of all request bodies that are not answered yet.
         routes: all of the server's, for its documents.
         is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
     """

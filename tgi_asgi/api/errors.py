@@ -148,3 +148,4 @@ def _openai_envelope(error: BaseException) -> Envelope:
 _NATIVE_NAMES = {"prompt": "inputs", "max_tokens": "parameters.max_new_tokens"}
 NATIVE = Dialect("native", _native_envelope, _native_status, _NATIVE_NAMES, is_json_only=True)
 OPENAI = Dialect("openai", _openai_envelope, nests_tools=True)
+CHAT = Dialect("chat", _openai_envelope, names={"prompt": "messages"}, nests_tools=True)

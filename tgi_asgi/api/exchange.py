@@ -42,8 +42,10 @@ class Exchange:
         channels: the engine's channels of this request, for the access log and metrics.
         error: what went wrong, if anything did.
         is_disconnected: the client left before the response had ended.
-        is_large: handling the body or the answer at once would keep the event loop for too long.
-        remains: what holds objects that are many, where it is large: to free them would keep the loop, too.
+        is_large: handling the body or the answer at once would keep the event loop for too long; set by
+            whoever learns of a size: `read_body`, and `life.py` or a handler for what follows from it.
+        remains: what holds objects that are many, added by whoever makes them: where the exchange is large,
+            to free them would keep the loop, too.
     """
 
     __slots__ = (
@@ -108,14 +110,9 @@ class Exchange:
         self.context.bodies.take(size, self._num_held)
         self._num_held += size
 
-    def let_go(self) -> None:
-        """Count the body as gone: what it asked for has become a prompt, or was refused. Idempotent."""
-        self.context.bodies.give_back(self._num_held)
-        self._num_held = 0
-
     def close(self) -> None:
-        """Let go of all that the request held; what is large is freed in a thread."""
-        self.let_go()
+        """Let go of all that the request held, once; what is large is freed in a thread."""
+        self.context.bodies.give_back(self._num_held)
         remains = [*self.remains, *self.channels]
         self.remains.clear()
         self.channels.clear()  # their sinks know whom they render for, who knows this list
@@ -182,6 +179,10 @@ class Exchange:
     def disconnect(self) -> ClientDisconnected:
         """Note that the client has gone, give the request's channels up, and return what to raise."""
         self.is_disconnected = True
+        self.give_up()
+        return ClientDisconnected()
+
+    def give_up(self) -> None:
+        """Cancel what the engine still generates for the request."""
         for channel in self.channels:
             channel.cancel()
-        return ClientDisconnected()

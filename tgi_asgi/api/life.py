@@ -22,7 +22,7 @@ from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
-from tgi_asgi.types import Channel, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
+from tgi_asgi.types import Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +79,17 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.remains += [jobs, renderer]
-        channels = [_submit(served.engine, job.request, permit) for job in jobs]
-    exchange.let_go()
+        for job in jobs:
+            _submit(exchange, served.engine, job.request, permit)
     characters = sum(job.prompt.num_characters for job in jobs)
     cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
     if call.stream:
         headers = stream_headers(exchange, served.info, characters=characters)
         stream = EventStream(exchange, renderer, headers, call.stream_type, call.keep_alive)
         shows_prompt = any(job.request.prompt_logprobs is not None for job in jobs)
-        await stream.run(channels, slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
+        await stream.run(slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
         return
-    parts = await collect(exchange, channels)
+    parts = await collect(exchange)
     exchange.remains.append(parts)
     size = sum(len(events) for choices in parts for events in choices) * cost
     size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
@@ -191,7 +191,9 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
     if ignored:
         names = ",".join(ignored)[:_MAX_HEADER_CHARS].encode("unicode_escape")
         logger.info("request %s: schema keywords ignored: %s", exchange.request_id, names.decode())
-        exchange.response_headers.append((b"x-tgi-ignored-keywords", names))
+        header = (b"x-tgi-ignored-keywords", names)
+        if header not in exchange.response_headers:  # another part of the call has said it
+            exchange.response_headers.append(header)
     return grammar
 
 
@@ -216,14 +218,14 @@ def placed(where: str, dialect: Dialect) -> Iterator[None]:
         raise
 
 
-async def collect(exchange: Exchange, channels: Sequence[Channel]) -> list[Choices]:
+async def collect(exchange: Exchange) -> list[Choices]:
     """Wait for every choice of every channel: `result[part][choice]` is that choice's events in order.
 
     Raises:
         TgiError: one channel failed; the others are given up.
         ClientDisconnected: the client went away; all are given up.
     """
-    exchange.channels.extend(channels)
+    channels = exchange.channels
     sinks = [_Choices(channel.request.n) for channel in channels]
     watch = asyncio.ensure_future(exchange.wait_for_disconnect())
     ended = asyncio.gather(*(sink.ended for sink in sinks))
@@ -237,9 +239,7 @@ async def collect(exchange: Exchange, channels: Sequence[Channel]) -> list[Choic
     finally:
         watch.cancel()
         ended.cancel()
-        for channel, sink in zip(channels, sinks, strict=True):
-            if sink.num_open:
-                channel.cancel()
+        exchange.give_up()
     return [sink.events for sink in sinks]
 
 
@@ -281,11 +281,12 @@ def admitted(exchange: Exchange, num_choices: int) -> Iterator[Permit]:
         permit.release()
 
 
-def _submit(engine: Engine, request: GenerationRequest, permit: Permit) -> Channel:
-    """Hand a request to the engine, with its part of the room."""
+def _submit(exchange: Exchange, engine: Engine, request: GenerationRequest, permit: Permit) -> None:
+    """Hand one of an exchange's prompts to the engine, with its part of the room."""
     part = permit.split(request.n)
     try:
-        return engine.submit(request, part)
+        exchange.channels.append(engine.submit(request, part))
     except BaseException:
         part.release()
+        exchange.give_up()
         raise

@@ -17,7 +17,7 @@ from tgi_asgi.api.asgi import Header, Message
 from tgi_asgi.api.call import Renderer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import TgiError
-from tgi_asgi.types import Channel, TokenEvent
+from tgi_asgi.types import TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ _STREAM_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-acc
 
 
 class EventStream:
-    """One streamed response over one or more channels.
+    """One streamed response over an exchange's channels.
 
-        await EventStream(exchange, renderer, headers).run([engine.submit(request, permit)])
+        exchange.channels.append(engine.submit(request, permit))
+        await EventStream(exchange, renderer, headers).run()
 
     The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before
     is an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a
@@ -62,7 +63,7 @@ class EventStream:
         extensions = exchange.scope.get("extensions") or {}
         self._write: Callable[[bytes], bool] | None = extensions.get(DIRECT_WRITE)
         self._loop = asyncio.get_running_loop()
-        self._channels: Sequence[Channel] = ()
+        self._channels = exchange.channels
         self._num_open = 0  # choices that have not finished
         self._waiting: dict[int, list[TokenEvent]] = {}  # by part: what is not rendered yet
         self._num_waiting = 0
@@ -79,13 +80,7 @@ class EventStream:
         self._deadline: asyncio.Timeout | None = None  # of a send that is under way
         self._last_send_s = self._loop.time()
 
-    async def run(
-        self,
-        channels: Sequence[Channel],
-        *,
-        slow_beyond: int = MAX_WAITING_EVENTS,
-        begins_slowly: bool = False,
-    ) -> None:
+    async def run(self, *, slow_beyond: int = MAX_WAITING_EVENTS, begins_slowly: bool = False) -> None:
         """Stream until every choice has finished, and watch for the client's leaving meanwhile.
 
         Args:
@@ -97,9 +92,7 @@ class EventStream:
             TgiError: the engine refused or failed before the first frame; nothing was sent.
             ClientDisconnected: the client went away.
         """
-        exchange = self._exchange
-        exchange.channels.extend(channels)
-        self._channels = channels
+        exchange, channels = self._exchange, self._channels
         self._slow_beyond = slow_beyond
         self._slow_parts = set(range(len(channels) if begins_slowly or exchange.is_large else 0))
         self._num_open = sum(channel.request.n for channel in channels)
@@ -114,9 +107,7 @@ class EventStream:
             pass
         finally:
             self._is_over = True
-            if self._num_open:
-                self._cancel()
-            self._channels = ()  # this is their sink: without a cycle all is freed at once
+            exchange.give_up()
             watch.cancel()
 
     def on_events(self, part: int, events: Sequence[TokenEvent]) -> None:
@@ -142,7 +133,7 @@ class EventStream:
         if self._is_over or self._failure is not None:
             return
         self._exchange.error = self._failure = error
-        self._cancel()
+        self._exchange.give_up()
         self._num_open = 0
         self._wake()
 
@@ -260,7 +251,7 @@ class EventStream:
         """End the stream now, wherever the request's task is."""
         self._is_over = True
         self._end = reason
-        self._cancel()
+        self._exchange.give_up()
         if self._deadline is not None:
             self._deadline.reschedule(self._loop.time())
         self._wake()
@@ -268,10 +259,6 @@ class EventStream:
     def _wake(self) -> None:
         if not self._woken.done():
             self._woken.set_result(None)
-
-    def _cancel(self) -> None:
-        for channel in self._channels:
-            channel.cancel()
 
     def _on_disconnect(self, watch: asyncio.Future[None]) -> None:
         if watch.cancelled() or self._is_over:

@@ -8,7 +8,7 @@ from functools import partial
 from tgi_asgi.api import docs
 from tgi_asgi.api.admin import control, status
 from tgi_asgi.api.anthropic import routes as anthropic
-from tgi_asgi.api.errors import OPENAI, Dialect
+from tgi_asgi.api.errors import CHAT, OPENAI
 from tgi_asgi.api.life import generating
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import chat, completions, responses
@@ -17,8 +17,6 @@ from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tgi import routes as tgi
 from tgi_asgi.settings import Settings
-
-CHAT = Dialect("chat", OPENAI.envelope, names={"prompt": "messages"}, nests_tools=True)
 
 
 def routes(settings: Settings) -> list[Route]:

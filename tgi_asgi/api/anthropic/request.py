@@ -214,7 +214,7 @@ def read_tools(request: CountRequest) -> list[Tool]:
 def _choice(given: dict[str, Any] | None, tools: list[Tool]) -> ToolChoice | None:
     """Return what the model may call; nothing where only tools that were skipped were offered."""
     given = given or {"type": "auto"}
-    mode = _CHOICES.get(given.get("type") or "")
+    mode = _CHOICES.get(str(given.get("type")))
     if mode is None:
         refuse("tool_choice.type", "`tool_choice.type` must be auto, any, tool or none")
     names = [string_of(given, "name", "tool_choice")] if mode == "named" else None

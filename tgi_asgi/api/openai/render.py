@@ -105,6 +105,8 @@ class CompletionRenderer:
     def whole(self, parts: Sequence[Choices]) -> bytes:
         """Return the body of an answer that is not streamed; of more than n choices the likeliest."""
         told: list[Said] = []
+        if self._hides_tokens:
+            self._generation.num_shown = 0
         on_top: Said = {}
         for part, all_choices in enumerate(parts):
             self._num_generated += sum(map(len, all_choices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tgi_asgi.api.errors import OPENAI
+from tgi_asgi.api.errors import CHAT, OPENAI
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.parse import decode_json
 from tgi_asgi.errors import InvalidRequest
@@ -38,6 +38,6 @@ def speak(body: bytes, exchange: Exchange) -> str:
     """
     kind = kind_of(body)
     if kind != "inputs" and not exchange.context.settings.tgi_compat:
-        exchange.dialect = OPENAI
+        exchange.dialect = CHAT if kind == "messages" else OPENAI
     exchange.require_json()
     return kind

@@ -1,7 +1,7 @@
 """TGI's wire types: what the native routes read and write, as msgspec structs.
 
 Types are strict here and nothing else is: ranges, and the order in which TGI reports them, belong to
-`validation.py`. The bounds stand in `extra_json_schema`, so that the OpenAPI document has them without
+`request.py`. The bounds stand in `extra_json_schema`, so that the OpenAPI document has them without
 msgspec enforcing them in an order of its own. Optional fields take null for "the default"; unknown fields are
 ignored. Field order is the order of the keys on the wire.
 """
