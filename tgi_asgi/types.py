@@ -56,10 +56,6 @@ class SamplingParams:
     logprobs: int | None = None  # None: none wanted; k: of the sampled token and of the k best
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class StopConditions:

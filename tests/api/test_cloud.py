@@ -104,7 +104,7 @@ async def test_vertex_answers_texts_in_the_order_of_the_instances() -> None:
     assert response.json() == {"predictions": ["a", "ab", "twoab"]}
     # Every parameter counts, not only max_new_tokens and seed.
     assert engine.requests[2].sampling.top_k == 3
-    assert engine.requests[0].sampling.is_greedy
+    assert engine.requests[0].sampling.temperature == 0
     assert engine.num_permits == 128
 
 

@@ -356,4 +356,4 @@ async def test_the_parameters_absent_rule_reaches_the_engine() -> None:
         await client.post("/generate", json={"inputs": "hi"})
         await client.post("/generate", json={"inputs": "hi", "parameters": None})
         await client.post("/generate", json={"inputs": "hi", "parameters": {}})
-    assert [request.sampling.is_greedy for request in engine.requests] == [False, False, True]
+    assert [request.sampling.temperature == 0 for request in engine.requests] == [False, False, True]

@@ -106,12 +106,12 @@ def check(
             if len(params) == 1
             else None
         )
-        expected = x.softmax(0) if sampling.is_greedy else probabilities(x, sampling)
+        expected = x.softmax(0) if sampling.temperature == 0 else probabilities(x, sampling)
         logs = expected.log()
         assert set(drawn.tops[row]) == set(logs.isfinite().nonzero()[:, 0].tolist())
         for token, logprob in drawn.tops[row].items():
             assert_near(logprob, float(logs[token]))
-        if sampling.is_greedy:
+        if sampling.temperature == 0:
             assert drawn.ids[row] == int(x.argmax())
         elif slot is not None:
             assert drawn.ids[row] == draw(logs.tolist(), sampling.seed, slot % 3, position)

@@ -61,7 +61,7 @@ def fake_info(max_total_tokens: int = 4096) -> ModelInfo:
 
 def letters(tokens: Sequence[int], sampling: SamplingParams, choice: int) -> int:
     """Draw a lower-case letter from all that came before; greedy ignores seed and choice."""
-    key = (0, 0) if sampling.is_greedy else (sampling.seed, choice)
+    key = (0, 0) if sampling.temperature == 0 else (sampling.seed, choice)
     return 97 + crc32(repr(key).encode(), crc32(array("q", tokens).tobytes())) % 26
 
 

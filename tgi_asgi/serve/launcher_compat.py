@@ -35,9 +35,7 @@ class CompatOption:
     treatment: Treatment = Treatment.IGNORED
     is_switch: bool = False  # the flag takes no value
     is_flag: bool = True  # else TGI reads it from the environment only
-    neutral: frozenset[str] = (
-        frozenset()
-    )  # values that ask for nothing, beside an empty one: they pass in silence
+    neutral: frozenset[str] = frozenset()  # values that ask for nothing, beside an empty one: they may pass
 
     @property
     def variable(self) -> str:
