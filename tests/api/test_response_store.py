@@ -107,6 +107,17 @@ async def test_items_are_referred_to_by_their_ids() -> None:
     assert prompts(engine)[1:] == [chat("one", "Hello", "two")] * 2
 
 
+async def test_what_an_item_referred_to_outlives_the_response_that_had_it() -> None:
+    engine = ScriptedEngine(say("Hello"))
+    app = app_of(engine)
+    first = await respond(app, "one")
+    second = await respond(app, [{"type": "item_reference", "id": first["output"][0]["id"]}])
+    async with client_of(app) as client:
+        await client.delete(f"/v1/responses/{first['id']}")
+    await respond(app, "two", previous_response_id=second["id"])
+    assert "Hello" in prompts(engine)[-1]
+
+
 async def test_what_is_not_to_be_stored_is_not() -> None:
     app = app_of(ScriptedEngine())
     first = await respond(app, "one", store=False)
@@ -201,31 +212,59 @@ async def test_numbers_beyond_64_bits_are_kept_as_they_were_written() -> None:
     await respond(app, "two", previous_response_id=first["id"])
 
 
-def stored(name: str, size: int, tenant: str | None = None) -> StoredResponse:
-    item = b"x" * (size // 2)
-    return StoredResponse(tenant, name, b"b" * (size - len(item)), [item], {f"item of {name}": item})
+def stored(name: str, size: int, before: StoredResponse | None = None) -> StoredResponse:
+    """Return an answer of `size` bytes, beside those of the one that it goes on from."""
+    item = f"{name:x<{size // 2}}".encode()
+    history = [*(before.history if before is not None else ()), item]
+    return StoredResponse(name, b"b" * (size - len(item)), history, {f"item of {name}": item})
 
 
 def test_the_oldest_go_where_there_is_no_room() -> None:
     store = ResponseStore(100, max_bytes=100)
     for name in "abc":
-        store.keep(stored(name, 40))
+        store.keep(stored(name, 40), None)
     assert [store.find(name, None) is not None for name in "abc"] == [False, True, True]
     assert [store.find_item(f"item of {name}", None) is not None for name in "abc"] == [False, True, True]
     assert store.size == 80
-    store.keep(stored("large", 101))  # would empty the store, and not fit
+    store.keep(stored("large", 101), None)  # would empty the store, and not fit
     assert store.find("large", None) is None and store.size == 80
-    assert store.forget("b", None) and not store.forget("b", None)
-    assert store.size == 40
-    store.keep(stored("d", 60))
+    for _ in range(2):
+        store.forget("b", None)
+        assert store.size == 40
+    store.keep(stored("d", 60), None)
     assert store.find("c", None) is not None and store.size == 100
 
 
 def test_a_tenant_is_part_of_the_name() -> None:
     store = ResponseStore(10)
-    store.keep(stored("a", 40, "alice"))
+    store.keep(stored("a", 40), "alice")
     for tenant in ("bob", None):
         assert store.find("a", tenant) is None
         assert store.find_item("item of a", tenant) is None
-        assert not store.forget("a", tenant)
-    assert store.forget("a", "alice")
+        store.forget("a", tenant)
+    assert store.find("a", "alice") is not None
+    store.forget("a", "alice")
+    assert store.find("a", "alice") is None and store.size == 0
+
+
+def test_what_several_answers_share_counts_once() -> None:
+    store = ResponseStore(100, max_bytes=100)
+    last = None
+    for name in "abcd":  # with all that came before each they would have 40 + 60 + 80 + 100 bytes
+        last = stored(name, 25 if last else 40, last)
+        store.keep(last, None)
+    assert store.find("a", None) is None  # 115 bytes, of which the body of the first one could go
+    assert store.size == 95
+    for name in "bcd":
+        store.forget(name, None)
+    assert store.size == 0 and store.find_item("item of a", None) is None
+
+
+def test_no_tenant_takes_the_place_of_anothers_answers() -> None:
+    for store in (ResponseStore(4), ResponseStore(100, max_bytes=160)):
+        store.keep(stored("mine", 40), "alice")
+        for i in range(10):
+            store.keep(stored(f"{i}", 40), "bob")
+        assert store.find("mine", "alice") is not None
+        kept = [store.find(f"{i}", "bob") is not None for i in range(10)]
+        assert kept == [False] * 7 + [True] * 3

@@ -11,15 +11,18 @@ import pytest
 from pydantic import BaseModel
 
 from tests.api.test_openai_tools import CALLS, CITY, THINKING, app_of, sdk
+from tests.support.asgi import request, send
 from tests.support.client import client_of
-from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say
+from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, fail_with, say, scripted_app
 from tgi_asgi.errors import GenerationFailed
+from tgi_asgi.settings import MIB
 
 TOOLS: list[Any] = [
     {"type": "function", "name": "weather", "parameters": CITY, "strict": True},
     {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}, "strict": False},
 ]
 NOT: dict[str, Any] = {"properties": {"a": {"not": {}}}}
+HALF = "y" * (MIB // 2)
 ALL = ["<think>", "hm", "</think>", "\n", *CALLS]
 
 
@@ -186,7 +189,16 @@ async def test_items_become_the_messages_of_a_chat() -> None:
             "text.format",
         ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"metadata": {"a": 2**70}}, "metadata"),
+        ({"metadata": {"a": 2**70}}, "metadata[...]"),
+        ({"metadata": {"a": "x" * 513}}, "metadata[...]"),
+        ({"metadata": {"a" * 65: "x"}}, "metadata"),
+        ({"metadata": {f"{i}": "x" for i in range(17)}}, "metadata"),
+        ({"tools": [{"type": "hosted", "x": "y" * MIB}]}, "tools"),
+        ({"tools": [{"type": "hosted", "x": HALF}], "tool_choice": {"x": HALF}}, "tool_choice"),
+        ({"reasoning": {"summary": "y" * MIB}}, "reasoning"),
+        ({"tools": [{"type": "hosted", "x": 2**70}]}, "tools"),
+        ({"chat_template_kwargs": {"tools": 5}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"temperature": 3}, "temperature"),
         ({"input": [{"role": "alien", "content": "x"}], "instructions": "x"}, "input[0].role"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
@@ -203,6 +215,31 @@ async def test_the_field_at_fault_is_named(fields: dict[str, Any], param: str) -
     assert not {"messages", "max_completion_tokens", "response_format", "reasoning_effort"} & {
         re.split(r"\W", path)[0] for path in quoted
     }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_no_depth_of_nesting_is_a_500(stream: bool) -> None:
+    """An answer repeats some fields, and can be written to a lesser depth than requests are read."""
+    fields = (
+        '"text":{"format":{"type":"json_schema","name":"x","schema":{"a":%s}}}',
+        '"tools":[{"type":"hosted","x":%s}]',
+        '"tools":[{"type":"hosted"}],"tool_choice":{"type":"hosted","x":%s}',
+        '"metadata":{"a":%s}',
+    )
+    app = scripted_app(ScriptedEngine())
+    for field in fields:
+        for depth in (100, *range(236, 262), 1000, 10_000):
+            body = f'{{"input":"hi","stream":{str(stream).lower()},{field % ("[" * depth + "]" * depth)}}}'
+            call = await send(app, request("POST", "/v1/responses", body.encode()))
+            assert call.status in (200, 400), (field, depth)
+            assert call.is_complete
+
+
+@pytest.mark.parametrize("form", ["abc", ["a"], {"definition": 5}, None])
+async def test_a_custom_tool_s_grammar_that_cannot_be_told_is_not(form: Any) -> None:
+    tool = {"type": "custom", "name": "patch", "format": {"type": "grammar", "grammar": form}}
+    status, _ = await post(say("a"), tools=[tool])
+    assert status == 200
 
 
 async def test_a_refusal_is_the_sdk_s_exception() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -179,20 +180,22 @@ def _is_continued(request: ChatRequest, messages: list[dict[str, Any]]) -> bool:
 
 def _variables(request: ChatRequest) -> dict[str, Any]:
     """Return the template's further variables."""
-    given = request.chat_template_kwargs or {}
-    for name in given:
-        if name in _OWN_VARIABLES:
-            rule = f"`chat_template_kwargs` must not set `{name}`: it is a field of its own"
-            refuse(f"chat_template_kwargs.{name}", rule)
-    efforts = effort_variables(request.reasoning_effort, "reasoning_effort")
-    return {"documents": request.documents, **efforts, **given}
+    efforts = template_variables(request.reasoning_effort, "reasoning_effort", request.chat_template_kwargs)
+    return {"documents": request.documents, **efforts}
 
 
-def effort_variables(effort: str | None, field: str) -> dict[str, Any]:
-    """Return what tells a template how much the model should think."""
+def template_variables(effort: str | None, field: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what tells a template how much the model should think, and what a client gives it besides.
+
+    Raises:
+        InvalidRequest: `field` is no effort, or a variable is the server's to give.
+    """
+    given = given or {}
+    for name in _OWN_VARIABLES.intersection(given):
+        refuse_field(f"chat_template_kwargs.{name}", "is not a client's to set")
     if effort is None:
-        return {}
+        return {**given}
     if effort not in _EFFORTS:
         refuse_field(field, f"must be one of {', '.join(_EFFORTS)}")
     off = {"enable_thinking": False} if effort == "none" else {}
-    return {"reasoning_effort": effort, **off}
+    return {"reasoning_effort": effort, **off, **given}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, refuse_field, string_of
@@ -46,6 +46,10 @@ class TextOptions(Struct):
     format: TextFormat | None = None
 
 
+_Key = Annotated[str, Meta(max_length=64)]
+_Value = Annotated[str, Meta(max_length=512)]
+
+
 class ResponsesRequest(Struct, kw_only=True):
     """The body of `POST /v1/responses`."""
 
@@ -63,7 +67,7 @@ class ResponsesRequest(Struct, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     store: bool | None = None
     previous_response_id: str | None = None
@@ -73,6 +77,7 @@ class ResponsesRequest(Struct, kw_only=True):
 
 
 DECODER = msgspec.json.Decoder(ResponsesRequest)
+ITEMS = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def items_of(said: str | list[Item]) -> list[Item]:
@@ -80,14 +85,31 @@ def items_of(said: str | list[Item]) -> list[Item]:
     return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
 
 
-def read_items(
-    items: Sequence[Item], find: Callable[[str], Item | None], num_before: int = 0
-) -> list[dict[str, Any]]:
-    """Return items as messages.
+def resolved(items: Sequence[Item], find: Callable[[str], Item | None]) -> list[Item]:
+    """Return items with those that are referred to in the place of the references.
 
     Args:
         find: returns a stored item by its id.
-        num_before: how many of the items come from earlier responses, not from this request.
+
+    Raises:
+        InvalidRequest: there is none; `param` names the reference.
+    """
+    result = []
+    for i, item in enumerate(items):
+        if (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference":
+            found = find(string_of(item, "id", f"input[{i}]"))
+            if found is None:
+                refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
+            item = found
+        result.append(item)
+    return result
+
+
+def read_items(items: Sequence[Item], num_before: int = 0) -> list[dict[str, Any]]:
+    """Return items as messages.
+
+    Args:
+        num_before: how many of the items come from earlier responses, which have been read before.
 
     Raises:
         InvalidRequest: an item is refused; `param` names it.
@@ -97,13 +119,7 @@ def read_items(
     skipped = []
     for i, item in enumerate(items, -num_before):
         path = f"input[{i}]"
-        kind = item.get("type") or ("message" if "role" in item else "item_reference")
-        if kind == "item_reference":
-            found = find(string_of(item, "id", path))
-            if found is None:
-                refuse(f"{path}.id", f"`{path}.id`: no such item is stored", "item_not_found")
-            item, kind = found, found["type"]
-        match kind:
+        match kind := item.get("type") or "message":
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))
                 thought = {"reasoning_content": texts if isinstance(texts, str) else "\n".join(texts)}

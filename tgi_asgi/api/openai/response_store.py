@@ -6,8 +6,8 @@ All is kept as JSON: a long conversation as objects would take ten times the mem
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tgi_asgi.settings import MIB
@@ -20,21 +20,19 @@ class StoredResponse:
     """An answer, and all that was said up to its end.
 
     Attributes:
-        tenant: whose it is; nobody else finds it.
         body: of the answer, as the client got it.
-        history: of this response and those before it, in order: the input (a text or items), the output.
-        items: the output's, by their ids.
+        history: what was said, in order, as lists of items; shared with the responses that go on from it.
+        items: the output's, by their ids: each is a list of one in the history.
     """
 
-    tenant: str | None
     id: str
     body: bytes
     history: Sequence[bytes]
     items: Mapping[str, bytes]
 
     @property
-    def size(self) -> int:
-        return len(self.body) + sum(map(len, self.history))
+    def parts(self) -> Sequence[bytes]:
+        return self.body, *self.history
 
 
 class ResponseStore:
@@ -44,41 +42,67 @@ class ResponseStore:
         self._most = most
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._by_item: dict[str, StoredResponse] = {}
-        self.size = 0
+        self._shelves: dict[str | None, _Shelf] = {}  # by tenant
 
-    def keep(self, stored: StoredResponse) -> None:
-        """Keep an answer; the oldest go where there is no room."""
-        if stored.size > self._max_bytes or not self._most:
+    @property
+    def size(self) -> int:
+        """The bytes of all that is kept."""
+        return sum(shelf.size for shelf in [*self._shelves.values()])
+
+    def keep(self, stored: StoredResponse, tenant: str | None) -> None:
+        """Keep a tenant's answer; where there is no room, the oldest go of the tenant that holds most."""
+        if not self._most or sum(map(len, stored.parts)) > self._max_bytes:
             return
         with self._lock:
-            self._kept[stored.id] = stored
-            self._by_item |= dict.fromkeys(stored.items, stored)
-            self.size += stored.size
-            while len(self._kept) > self._most or self.size > self._max_bytes:
-                self._drop(next(iter(self._kept)))
+            self._shelves.setdefault(tenant, _Shelf()).add(stored)
+            self._make_room(self._most, lambda shelf: len(shelf.kept))
+            self._make_room(self._max_bytes, lambda shelf: shelf.size)
 
     def find(self, response_id: str, tenant: str | None) -> StoredResponse | None:
         """Return a tenant's answer by its id."""
-        stored = self._kept.get(response_id)
-        return stored if stored is not None and stored.tenant == tenant else None
+        shelf = self._shelves.get(tenant)
+        return shelf.kept.get(response_id) if shelf is not None else None
 
     def find_item(self, item_id: str, tenant: str | None) -> bytes | None:
-        """Return an item of a tenant's answers by its id."""
-        stored = self._by_item.get(item_id)
-        return stored.items[item_id] if stored is not None and stored.tenant == tenant else None
+        """Return an item of a tenant's answers by its id, as a list of one."""
+        shelf = self._shelves.get(tenant)
+        return shelf.items.get(item_id) if shelf is not None else None
 
-    def forget(self, response_id: str, tenant: str | None) -> bool:
-        """Drop a tenant's answer; return whether it was there."""
+    def forget(self, response_id: str, tenant: str | None) -> None:
+        """Drop a tenant's answer, if it is there."""
         with self._lock:
-            is_there = self.find(response_id, tenant) is not None
-            if is_there:
-                self._drop(response_id)
-        return is_there
+            if self.find(response_id, tenant) is not None:
+                self._shelves[tenant].drop(response_id)
 
-    def _drop(self, response_id: str) -> None:
-        stored = self._kept.pop(response_id)
-        self.size -= stored.size
+    def _make_room(self, most: int, held: Callable[[_Shelf], int]) -> None:
+        shelves = self._shelves.values()
+        while sum(map(held, shelves)) > most:
+            fullest = max(shelves, key=held)
+            fullest.drop(next(iter(fullest.kept)))
+
+
+class _Shelf:
+    """One tenant's answers, oldest first; what several of them share counts once."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, StoredResponse] = {}
+        self.items: dict[str, bytes] = {}
+        self.size = 0
+        self._uses: Counter[int] = Counter()  # by a part's identity
+
+    def add(self, stored: StoredResponse) -> None:
+        self.kept[stored.id] = stored
+        self.items |= stored.items
+        for part in stored.parts:
+            self.size += 0 if self._uses[id(part)] else len(part)
+            self._uses[id(part)] += 1
+
+    def drop(self, response_id: str) -> None:
+        stored = self.kept.pop(response_id)
         for item_id in stored.items:
-            del self._by_item[item_id]
+            del self.items[item_id]
+        for part in stored.parts:
+            self._uses[id(part)] -= 1
+            if not self._uses[id(part)]:
+                del self._uses[id(part)]
+                self.size -= len(part)

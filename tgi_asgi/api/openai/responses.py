@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import orjson
-from msgspec import Struct
 
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
@@ -16,7 +15,7 @@ from tgi_asgi.api.exchange import LARGE_BODY, Exchange
 from tgi_asgi.api.life import generate
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
-from tgi_asgi.api.openai.chat import effort_variables
+from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
 from tgi_asgi.api.openai.response_input import Item, ReasoningOptions, ResponsesRequest
@@ -26,27 +25,20 @@ from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
+from tgi_asgi.settings import MIB
 
 RESPONSES = Dialect(
     "responses", OPENAI.envelope, names={"prompt": "input", "max_tokens": "max_output_tokens"}
 )
 _UNSUPPORTED = ("conversation", "prompt", "background")
-_ECHOED = ("metadata", "text", "tools", "tool_choice")
+_ECHOED = ("text", "reasoning", "tools", "tool_choice")  # and of any length and shape
+MAX_ECHOED_BYTES = MIB  # of these together: a stream says them three times
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
     "previous_response_id": None, "store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [],
     "top_logprobs": 0, "top_p": 1.0,
 }  # fmt: skip
 _LOGPROBS = "message.output_text.logprobs"
-
-
-class _Input(Struct):
-    """The input as it was written, to be kept."""
-
-    input: msgspec.Raw
-
-
-_INPUT_DECODER = msgspec.json.Decoder(_Input)
 
 
 async def create(exchange: Exchange) -> None:
@@ -67,27 +59,25 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
         refuse_field("top_logprobs", f"must be at most {most}")
     before = _previous(request, exchange)
     history = before.history if before is not None else ()
-    items = [item for said in history for item in response_input.items_of(msgspec.json.decode(said))]
+    earlier = [item for said in history for item in decode_json(said, response_input.ITEMS)]
 
     def find(item_id: str) -> Item | None:
         found = context.responses.find_item(item_id, exchange.tenant)
-        return None if found is None else msgspec.json.decode(found)
+        return None if found is None else decode_json(found, response_input.ITEMS)[0]
 
-    num_before = len(items)
-    items += response_input.items_of(request.input)
-    messages = response_input.read_items(items, find, num_before)
+    items = response_input.resolved(response_input.items_of(request.input), find)
+    messages = response_input.read_items([*earlier, *items], len(earlier))
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
     choice = read_choice(tools, request.tool_choice, num_offered=num_offered, is_parallel=is_parallel)
     effort = request.reasoning.effort if request.reasoning is not None else None
-    thinking = effort_variables(effort, "reasoning.effort")
     job = Job(
         prompt=Conversation(
             messages,
             tools=[tool.for_template() for tool in tools] or None,
             offers_tools=request.tool_choice != "none",
-            variables={**thinking, **(request.chat_template_kwargs or {})},
+            variables=template_variables(effort, "reasoning.effort", request.chat_template_kwargs),
         ),
         sampling=sampling(
             context.ready().info,
@@ -101,17 +91,17 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
         tools=choice,
     )
 
-    own = None if request.store is False else bytes(decode_json(body, _INPUT_DECODER).input)
+    own = None if request.store is False else msgspec.json.encode(items)
 
     def render(generation: Generation) -> Renderer:
         tracker = ChatLogprobs(TokenNames(generation.served.tokenizer)) if wants_logprobs else None
 
         def keep(response: dict[str, Any]) -> None:
             if own is not None:
-                made = {item["id"]: orjson.dumps(item) for item in response["output"]}
-                said = (*history, own, orjson.dumps(response["output"]))
-                answer = orjson.dumps(response)
-                context.responses.keep(StoredResponse(exchange.tenant, response["id"], answer, said, made))
+                made = {item["id"]: orjson.dumps([item]) for item in response["output"]}
+                said = (*history, own, *made.values())
+                stored = StoredResponse(response["id"], orjson.dumps(response), said, made)
+                context.responses.keep(stored, exchange.tenant)
 
         return ResponseRenderer(generation, _base(request, generation.model), tools, tracker, keep)
 
@@ -144,11 +134,16 @@ def _check(request: ResponsesRequest) -> None:
     for name in _UNSUPPORTED:
         if getattr(request, name) not in (None, False):
             refuse_field(name, "is not supported by this server", "unsupported_parameter")
+    size = 0
     for name in _ECHOED:
         try:
-            orjson.dumps(msgspec.to_builtins(getattr(request, name)))
+            value = msgspec.to_builtins(getattr(request, name))
+            size += len(orjson.dumps({"response": {name: value}}))  # as deep as it lies in an event
         except (TypeError, RecursionError):  # an integer beyond 64 bits, or too many levels
             refuse_field(name, "cannot be written back as JSON")
+        if size > MAX_ECHOED_BYTES:
+            fields = ", ".join(f"`{each}`" for each in _ECHOED)
+            refuse_field(name, f"is too long: {fields} take at most {MAX_ECHOED_BYTES} bytes together")
 
 
 def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse | None:

@@ -42,7 +42,8 @@ def grammar_of(form: Any) -> str | None:
     """Return the grammar that a custom tool's `format` names; it is flat in responses."""
     if not isinstance(form, dict) or form.get("type") != "grammar":
         return None
-    definition = form.get("definition") or (form.get("grammar") or {}).get("definition")
+    nested = form.get("grammar")
+    definition = nested.get("definition") if isinstance(nested, dict) else form.get("definition")
     return definition if isinstance(definition, str) else None
 
 
