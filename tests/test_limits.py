@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tgi_asgi.api import asgi, limits, parse, sse
-from tgi_asgi.api.openai import response_store
+from tgi_asgi.api.openai import response_store, responses
 from tgi_asgi.engine import engine, loop, sequence
 from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
@@ -45,6 +45,8 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("`model` and `request_id`", [parse.MAX_ECHOED_CHARS]),
         ("all whose requests are not answered yet", [Settings().max_body_memory // MIB]),
         ("a stream without a first token", [Settings().first_event_timeout_s]),
+        ("tools", [limits.MAX_TOOLS]),
+        ("what `/v1/responses` repeats", [responses.MAX_ECHOED_BYTES // MIB]),
         ("a grammar as text", [source.MAX_CHARS]),
         ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),
         ("answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),

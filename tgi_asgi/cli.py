@@ -19,7 +19,7 @@ from tgi_asgi import __version__
 from tgi_asgi.errors import InvalidRequest, TgiError
 from tgi_asgi.observe import logs
 from tgi_asgi.serve import launcher_compat
-from tgi_asgi.serve.launcher_compat import CompatOption, Treatment
+from tgi_asgi.serve.launcher_compat import CompatOption
 from tgi_asgi.serve.process import end_process
 from tgi_asgi.settings import DEMO_MODEL, Settings, flag_of
 
@@ -81,7 +81,7 @@ def _setting_option(spec: dataclasses.Field[Any]) -> _Option:
 
 
 def _launcher_option(option: CompatOption) -> _Option:
-    fate = "Refused" if option.treatment is Treatment.REFUSED else "Ignored"
+    fate = "Refused" if option.is_refused else "Ignored"
     form: dict[str, Any] = {"is_flag": True, "flag_value": "true"} if option.is_switch else {"metavar": "X"}
     return _Option(_LAUNCHER, flag_of(option.name), help=f"{fate}: {option.reason}.", **form)
 

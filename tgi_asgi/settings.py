@@ -130,9 +130,7 @@ class Settings:
     ssl_certfile: str | None = _server("Serve HTTPS with this PEM file's certificate chain.", None, _FILE)
     ssl_keyfile: str | None = _server("Private key, unencrypted (default: in --ssl-certfile).", None, _FILE)
     api_key: tuple[str, ...] = _server("Bearer token that clients must send (repeatable).", (), _KEY)
-    api_key_file: str | None = _server(
-        "File of keys: `KEY` or `NAME KEY` a line; # for comments.", None, _FILE
-    )
+    api_key_file: str | None = _server("File of keys: `KEY` or `NAME KEY` a line; # comments.", None, _FILE)
     admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
@@ -171,11 +169,9 @@ class Settings:
         "Longest prompt, in tokens (default: the context less one).", None, _COUNT, alias="max_input_length"
     )
     max_total_tokens: int | None = _limit("Tokens of prompt and output (default: the context).", None, _COUNT)
-    max_best_of: int | None = _limit("Largest best_of and n (native default 2).", None, _COUNT)
-    max_stop_sequences: int | None = _limit("Most stop strings (native default 4).", None, _AMOUNT)
-    max_top_n_tokens: int | None = _limit(
-        "Most top_n_tokens, top_logprobs (native default 5).", None, _AMOUNT
-    )
+    max_best_of: int | None = _limit("Largest best_of and n (native: 2).", None, _COUNT)
+    max_stop_sequences: int | None = _limit("Most stop strings (native: 4).", None, _AMOUNT)
+    max_top_n_tokens: int | None = _limit("Most top_n_tokens, top_logprobs (native: 5).", None, _AMOUNT)
     max_client_batch_size: int | None = _limit("Most prompts in one /v1/completions call.", None, _COUNT)
     enable_prefill_logprobs: bool = _limit("Let decoder_input_details give prompt log-probabilities.", False)
     disable_grammar_support: bool = _limit("Refuse all that constrains the output, tools included.", False)
@@ -191,9 +187,7 @@ class Settings:
     waiting_served_ratio: float = _engine(
         "While streams run, prompts start only once this many times as many wait (0: at once).", 0.0, _RATIO
     )
-    max_waiting_tokens: int = _engine(
-        "Most steps that --waiting-served-ratio keeps a prompt waiting.", 20, _AMOUNT
-    )
+    max_waiting_tokens: int = _engine("Most steps that a prompt waits for that ratio.", 20, _AMOUNT)
     target_inter_token_ms: float = _engine(
         "Shrink prompt chunks to give streams tokens this often (half if a prompt waits 1 s).", 50.0, _PERIOD
     )

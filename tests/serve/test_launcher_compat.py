@@ -11,7 +11,6 @@ from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.serve.launcher_compat import (
     OPTIONS,
     CompatOption,
-    Treatment,
     apply_paths,
     check_options,
     environment_changes,
@@ -81,9 +80,7 @@ def test_a_flag_wins_over_the_environment() -> None:
         check_options({"num_shard": "4"}, {"NUM_SHARD": "1"})
 
 
-@pytest.mark.parametrize(
-    "option", [o for o in OPTIONS if o.treatment is Treatment.REFUSED], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.is_refused], ids=lambda o: o.name)
 def test_what_would_silently_be_missing_is_refused(option: CompatOption) -> None:
     value = {"num_shard": "2", "sharded": "true"}.get(option.name, "x")
     with pytest.raises(InvalidRequest, match=option.variable):

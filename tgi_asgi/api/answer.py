@@ -40,11 +40,6 @@ class AnswerForm:
         self._is_open = self._style is not None and self._style.is_open(prompt_tail)
         self._format = choose_format(template, settings.tool_format) if job.tools is not None else None
 
-    @property
-    def is_constrained(self) -> bool:
-        """Whether there is a grammar."""
-        return self._job.tools is not None or self._job.constraint is not None
-
     def grammar_source(self) -> GrammarSource:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.
 

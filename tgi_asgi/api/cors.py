@@ -11,7 +11,6 @@ from tgi_asgi.api.asgi import Header
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.settings import Settings
 
-_METHODS = b"GET, POST, DELETE, OPTIONS"
 # Browsers ask with a list of header names; `*` would leave out Authorization, so what is asked is allowed.
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2048}")
 _DEFAULT_HEADERS = b"authorization, content-type, x-request-id"
@@ -22,7 +21,6 @@ _EXPOSED = b", ".join(
         b"x-prompt-tokens", b"x-generated-tokens", b"x-tgi-model", b"x-tgi-ignored-keywords",
     )
 )  # fmt: skip
-_MAX_AGE_S = b"86400"
 
 
 class Cors:
@@ -51,7 +49,7 @@ class Cors:
         asked = exchange.header(b"access-control-request-headers") or b""
         allowed = asked if _HEADER_NAMES.fullmatch(asked) else _DEFAULT_HEADERS
         return [
-            (b"access-control-allow-methods", _METHODS),
+            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
             (b"access-control-allow-headers", allowed),
-            (b"access-control-max-age", _MAX_AGE_S),
+            (b"access-control-max-age", b"86400"),
         ]

@@ -85,7 +85,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
     if call.stream:
         headers = stream_headers(exchange, served.info, characters=characters)
-        stream = EventStream(exchange, renderer, headers, call.stream_type, call.keep_alive)
+        stream = EventStream(exchange, call, renderer, headers)
         shows_prompt = any(job.request.prompt_logprobs is not None for job in jobs)
         await stream.run(slow_beyond=LARGE_ANSWER // cost, begins_slowly=shows_prompt)
         return
@@ -96,11 +96,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     exchange.is_large |= size > LARGE_ANSWER
     answer = await exchange.work(renderer.whole, parts)
     headers = sync_headers(
-        exchange,
-        served.info,
-        characters=characters,
-        generated_tokens=generation.num_shown,
-        is_sum=call.is_sum,
+        exchange, served.info, characters=characters, num_tokens=generation.num_shown, is_sum=call.is_sum
     )
     await exchange.respond(200, answer, headers=headers)
 
@@ -139,7 +135,8 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
             message = f"`{{field}}` must be at most `max_tokens` ({budget}), got {job.min_tokens}"
             raise InvalidRequest(message, field=("min_tokens",))
         form = AnswerForm(job, served, context.settings, prompt.tail)
-        grammar = await _grammar(exchange, job, form) if form.is_constrained else None
+        is_constrained = job.tools is not None or job.constraint is not None
+        grammar = await _grammar(exchange, job, form) if is_constrained else None
         reading = form.reading()
     most = context.settings.max_priority
     shows_markers = reading is not None and bool(reading.kept)

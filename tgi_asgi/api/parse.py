@@ -69,6 +69,13 @@ def refuse_field(param: str, rule: str, code: str | None = None) -> NoReturn:
     refuse(param, f"`{param}` {rule}", code)
 
 
+def check_unset(request: Struct, names: Sequence[str]) -> None:
+    """Refuse fields that only clients of other servers set to anything."""
+    for name in names:
+        if getattr(request, name) not in (None, False, "", []):
+            refuse_field(name, "is not supported by this server", "unsupported_parameter")
+
+
 def range_of(**keywords: float) -> Meta:
     """Bound a number, for `check_ranges` and for the OpenAPI document."""
     return Meta(extra_json_schema=dict(keywords))
@@ -131,8 +138,6 @@ def kind_of(item: object, path: str, kinds: Sequence[str]) -> str:
     """Return the `type` of a part of a message, one of those that can be read."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind not in kinds:
-        one = (
-            f"`{kinds[0]}`: the model reads nothing else" if len(kinds) == 1 else f"one of {', '.join(kinds)}"
-        )
-        refuse(f"{path}.type", f"`{path}.type` must be {one}, got {str(kind)[:40]!r}", "invalid_value")
+        known = f"one of {', '.join(kinds)}" if len(kinds) > 1 else f"`{kinds[0]}`: the model reads no other"
+        refuse_field(f"{path}.type", f"must be {known}, got {str(kind)[:40]!r}", "invalid_value")
     return str(kind)

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from tgi_asgi.api.asgi import Header, Message
-from tgi_asgi.api.call import Renderer
+from tgi_asgi.api.call import Call, Renderer
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import TgiError
 from tgi_asgi.types import TokenEvent
@@ -35,7 +35,7 @@ class EventStream:
     """One streamed response over an exchange's channels.
 
         exchange.channels.append(engine.submit(request, permit))
-        await EventStream(exchange, renderer, headers).run()
+        await EventStream(exchange, call, renderer, headers).run()
 
     The headers leave with the first frame, or after `--first-event-timeout` with a comment; a failure before
     is an ordinary error response. The response ends exactly once: with the renderer's closing frames, or (a
@@ -48,18 +48,11 @@ class EventStream:
         "_ready", "_renderer", "_slow_beyond", "_slow_parts", "_waiting", "_woken", "_write",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        renderer: Renderer,
-        headers: Iterable[Header] = (),
-        content_type: bytes = b"text/event-stream; charset=utf-8",
-        keep_alive: bytes = b":\n\n",
-    ) -> None:
+    def __init__(self, exchange: Exchange, call: Call, renderer: Renderer, headers: Iterable[Header]) -> None:
         self._exchange = exchange
         self._renderer = renderer
-        self._headers = [(b"content-type", content_type), *_STREAM_HEADERS, *headers]
-        self._keep_alive = keep_alive
+        self._headers = [(b"content-type", call.stream_type), *_STREAM_HEADERS, *headers]
+        self._keep_alive = call.keep_alive
         extensions = exchange.scope.get("extensions") or {}
         self._write: Callable[[bytes], bool] | None = extensions.get(DIRECT_WRITE)
         self._loop = asyncio.get_running_loop()

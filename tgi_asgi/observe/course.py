@@ -84,29 +84,29 @@ def sync_headers(
     info: ModelInfo,
     *,
     characters: int,
-    generated_tokens: int | None = None,
+    num_tokens: int | None = None,
     is_sum: bool = False,
 ) -> list[Header]:
     """Return what a whole answer's headers say; times are whole milliseconds, rounded down.
 
     Args:
         characters: of the prompt's text.
-        generated_tokens: by default those of all the request's choices.
+        num_tokens: generated; by default those of all the request's choices.
         is_sum: over several prompts; TGI has no `x-compute-time` then.
     """
     course = Course.of(exchange)
-    tokens = course.generated_tokens if generated_tokens is None else generated_tokens
+    num_tokens = course.generated_tokens if num_tokens is None else num_tokens
     milliseconds = (
         (b"x-total-time", course.total_s),
         (b"x-validation-time", course.validation_s),
         (b"x-queue-time", course.queue_s),
         (b"x-inference-time", course.inference_s),
-        (b"x-time-per-token", course.inference_s / max(tokens, 1)),
+        (b"x-time-per-token", course.inference_s / max(num_tokens, 1)),
     )
     return [
         *stream_headers(exchange, info, characters=characters),
         *(() if is_sum else ((b"x-compute-time", b"%.9f" % course.total_s),)),
         *((name, b"%d" % int(seconds * 1000)) for name, seconds in milliseconds),
         (b"x-prompt-tokens", b"%d" % course.prompt_tokens),
-        (b"x-generated-tokens", b"%d" % tokens),
+        (b"x-generated-tokens", b"%d" % num_tokens),
     ]

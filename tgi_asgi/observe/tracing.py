@@ -18,8 +18,6 @@ from tgi_asgi.settings import Settings
 if TYPE_CHECKING:
     from tgi_asgi.api.exchange import Exchange
 
-_NS = 1_000_000_000
-
 
 class Tracing:
     """Turns what became of a request into spans of `provider`, which exports them in a thread of its own."""
@@ -68,7 +66,7 @@ class Tracing:
         now_s, now_ns = time.monotonic(), time.time_ns()
 
         def epoch_ns(at_s: float) -> int:
-            return now_ns - int((now_s - at_s) * _NS)
+            return now_ns - int((now_s - at_s) * 1e9)
 
         course = Course.of(exchange)
         parent = {

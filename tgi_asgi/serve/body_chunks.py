@@ -30,7 +30,7 @@ class Stream(HTTPStream):
     async def handle(self, event: Any) -> None:
         await super().handle(event)  # makes the scope, and a task for the app that has not run yet
         if isinstance(event, Request) and (transport := self._find_transport()) is not None:
-            self._transport = transport
+            self._transport, self._low_water = transport, transport.get_write_buffer_limits()[0]
             self.scope["extensions"][DIRECT_WRITE] = self.write_now  # type: ignore[assignment]
 
     def write_now(self, body: bytes) -> bool:
@@ -44,7 +44,7 @@ class Stream(HTTPStream):
             or self.state is not ASGIHTTPState.RESPONSE
             or self.closed  # the client has gone
             or not self._is_chunked
-            or self._transport.get_write_buffer_size() > self._transport.get_write_buffer_limits()[0]
+            or self._transport.get_write_buffer_size() > self._low_water
             or self._transport.is_closing()
         ):
             return False

@@ -6,7 +6,6 @@ gives what was set to `check_options`. Everything that TGI's launcher takes is a
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +18,17 @@ _LEVELS = {"trace": "debug", "debug": "debug", "info": "info", "warn": "warn", "
 SAGEMAKER_PORT = "8080"
 
 
-class Treatment(enum.Enum):
-    """What becomes of an option of TGI that is no setting here."""
-
-    IGNORED = "ignored"  # with one warning: answers are the same without it
-    REFUSED = "refused"  # the server does not start: without it answers or capacity would be others
-
-
 @dataclass(frozen=True, slots=True)
 class CompatOption:
-    """An option of TGI's launcher that is no setting here."""
+    """An option of TGI's launcher that is no setting here.
+
+    It is ignored with one warning where answers are the same without it. Where they, or the capacity, would
+    be others, the server does not start.
+    """
 
     name: str  # in snake case
     reason: str  # what holds instead, for the warning or the refusal
-    treatment: Treatment = Treatment.IGNORED
+    is_refused: bool = False
     is_switch: bool = False  # the flag takes no value
     is_flag: bool = True  # else TGI reads it from the environment only
     neutral: frozenset[str] = frozenset()  # values that ask for nothing, beside an empty one: they may pass
@@ -51,7 +47,7 @@ def _switch(name: str, reason: str) -> CompatOption:
 
 
 def _refused(name: str, reason: str, *neutral: str) -> CompatOption:
-    return CompatOption(name, reason, Treatment.REFUSED, neutral=frozenset(neutral))
+    return CompatOption(name, reason, is_refused=True, neutral=frozenset(neutral))
 
 
 _ONE_DEVICE = "one process serves one device; run several behind a load balancer"
@@ -99,7 +95,7 @@ def check_options(options: Mapping[str, str | None], environ: Mapping[str, str])
         value = (environ.get(option.variable, "") if given is None else given).strip()
         if not value or value.lower() in option.neutral:
             continue
-        if option.treatment is Treatment.REFUSED:
+        if option.is_refused:
             raise InvalidRequest(f"{source}={value} is not supported: {option.reason}", param=option.name)
         # A value may be a secret (ngrok's token), so only the name is told.
         warnings.append(f"{source} is ignored: {option.reason}")

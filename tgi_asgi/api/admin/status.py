@@ -21,8 +21,7 @@ _TEXT = b"text/plain; charset=utf-8"
 
 async def health(exchange: Exchange) -> None:
     """Answer 200 with an empty body while requests can be served, else 503 with the reason in JSON."""
-    context = exchange.context
-    await _report(exchange, context.state is EngineState.READY)
+    await _report(exchange, exchange.context.state is EngineState.READY)
 
 
 async def live(exchange: Exchange) -> None:

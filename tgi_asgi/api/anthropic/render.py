@@ -19,13 +19,9 @@ from tgi_asgi.types import FinishReason, TokenEvent
 Event = dict[str, Any]
 _KINDS = {Content: "text", Reasoning: "thinking", CallStart: "tool_use", CallArguments: "tool_use"}
 _ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
 
 
 def _envelope(error: BaseException) -> dict[str, Any]:

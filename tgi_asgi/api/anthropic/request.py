@@ -110,7 +110,10 @@ def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
     """
     messages: list[dict[str, Any]] = []
     if request.system:
-        messages.append({"role": "system", "content": _text(_lasting(request.system), "system")})
+        said = request.system
+        if not isinstance(said, str):  # Claude Code counts in a block: no two chats would share a prefix
+            said = [block for block in said if not str(block.get("text")).startswith(_BILLING)]
+        messages.append({"role": "system", "content": _text(said, "system")})
     for i, turn in enumerate(request.messages):
         messages += _turn(turn, f"messages[{i}]")
     thinking = request.thinking
@@ -121,13 +124,6 @@ def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
         variables={} if thinking is None else thinking_variables(thinking.get("type") != "disabled"),
         is_continued=leaves_open(messages),
     )
-
-
-def _lasting(system: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Leave out the block in which Claude Code counts: no two conversations would share a prefix."""
-    if isinstance(system, str):
-        return system
-    return [block for block in system if not str(block.get("text")).startswith(_BILLING)]
 
 
 def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
-from tgi_asgi.api.parse import decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
@@ -105,8 +105,7 @@ def _tools(request: ChatRequest, *, is_compat: bool) -> tuple[list[Tool], ToolCh
             refuse_field(name, rule, "unsupported_parameter")
     if any(modality != "text" for modality in request.modalities or ()):
         refuse("modalities", "`modalities` may hold `text` only", "unsupported_parameter")
-    if request.audio is not None:
-        refuse("audio", "`audio` is not supported", "unsupported_parameter")
+    check_unset(request, ("audio",))
     choice = request.tool_choice
     is_name = isinstance(choice, str) and choice not in ("auto", "none", "required")
     if is_compat and is_name and tools and all(tool.name != choice for tool in tools):

@@ -11,7 +11,7 @@ from typing import Any
 from tgi_asgi.api.call import Constraint
 from tgi_asgi.api.limits import MAX_IDS, Limits, Room, check_stops
 from tgi_asgi.api.openai.schema import CommonRequest, ResponseFormat
-from tgi_asgi.api.parse import check_ranges, refuse, refuse_field
+from tgi_asgi.api.parse import check_ranges, check_unset, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.source import KINDS
@@ -52,9 +52,7 @@ def check_common(request: CommonRequest, limits: Limits, info: ModelInfo, *, is_
         refuse_field("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
     if request.cache_salt == "":
         refuse_field("cache_salt", "must not be empty")
-    for name in _UNSUPPORTED:
-        if getattr(request, name) not in (None, False, []):
-            refuse_field(name, "is not supported", "unsupported_parameter")
+    check_unset(request, _UNSUPPORTED)
 
 
 def job_of(

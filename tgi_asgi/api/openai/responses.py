@@ -22,7 +22,7 @@ from tgi_asgi.api.openai.response_input import Item, ReasoningOptions, Responses
 from tgi_asgi.api.openai.response_output import ResponseRenderer
 from tgi_asgi.api.openai.response_store import StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
-from tgi_asgi.api.parse import check_ranges, decode_json, refuse, refuse_field
+from tgi_asgi.api.parse import check_ranges, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
@@ -131,9 +131,7 @@ def _stored(exchange: Exchange, response_id: str) -> StoredResponse:
 
 def _check(request: ResponsesRequest) -> None:
     check_ranges(request)
-    for name in _UNSUPPORTED:
-        if getattr(request, name) not in (None, False):
-            refuse_field(name, "is not supported by this server", "unsupported_parameter")
+    check_unset(request, _UNSUPPORTED)
     size = 0
     for name in _ECHOED:
         try:
