@@ -107,7 +107,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     cold_ms = median((answer.ttft_s * 1e3 for answer in cold), 1)
     return {
         "turns": turns,
-        "excess_tokens_max": max(turn["excess_tokens"] for turn in turns[1:]),
+        "excess_tokens_max": max((turn["excess_tokens"] for turn in turns[1:]), default=0),
         "last_turn": {"ttft_ms": turns[-1]["ttft_ms"], "cold_ttft_ms": cold_ms},
         "speedup": round(cold_ms / turns[-1]["ttft_ms"], 1),
         "burst": at_once,

@@ -277,6 +277,28 @@ async def test_a_custom_tool_s_call_of_the_history_is_a_function_s_of_one_string
     assert '{"name": "patch", "arguments": {"input": "*** Begin"}}' in prompt
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "grammar", "grammar": "abc"}, {"type": "grammar", "grammar": {"definition": 5}},
+        {"type": "grammar", "definition": ["abc"]}, {"type": "grammar"}, {"type": 5}, {},
+    ],
+)  # fmt: skip
+async def test_a_custom_tool_s_format_that_names_no_grammar_is_free_text(form: object) -> None:
+    """A grammar is told to the model and not enforced: without one, the tool can be called as well."""
+    flat = {"type": "custom", "name": "patch", "format": form}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": HI, "tools": [{"type": "custom", "custom": flat}]},
+        "/v1/responses": {"input": "hi", "tools": [flat]},
+    }
+    for path, body in bodies.items():
+        engine = ScriptedEngine()
+        async with client_of(app_of(engine)) as client:
+            assert (await client.post(path, json=body)).status_code == 200
+        prompt = engine.tokenizer.decode(list(engine.requests[0].prompt_ids), skip_special_tokens=False)
+        assert "patch" in prompt and "must match" not in prompt
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "web_search"}, {"type": "web_search_preview"}])
 async def test_a_choice_of_tools_that_are_hosted_elsewhere_counts_as_absent(choice: object) -> None:
     hosted = [{"type": "web_search"}]

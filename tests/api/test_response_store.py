@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,10 +15,11 @@ from tests.api.test_openai_tools import CALLS, CITY, app_of
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, ScriptedEngine, fail_with, say
 from tests.support.serving import serving
+from tgi_asgi.api.exchange import LARGE_BODY
 from tgi_asgi.api.openai.response_store import ResponseStore, StoredResponse
 from tgi_asgi.app import App
 from tgi_asgi.errors import GenerationFailed
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import MIB, Settings
 
 TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": CITY}]
 # Chat that shows calls and their results, too.
@@ -212,6 +214,46 @@ async def test_numbers_beyond_64_bits_are_kept_as_they_were_written() -> None:
     await respond(app, "two", previous_response_id=first["id"])
 
 
+async def test_what_was_said_in_a_thread_is_read_again_wherever_that_is() -> None:
+    """A thread's stack leaves room for more levels than the loop's."""
+    app = app_of(ScriptedEngine(say("a")))
+    limit = sys.getrecursionlimit()
+    statuses = set()
+    async with client_of(app) as client:
+        for depth in range(limit - 90, limit, 3):
+            deep = b"[" * depth + b"]" * depth
+            body = b'{"input":[{"role":"user","content":"x","y":%b}],"x":"%b"}' % (deep, b"x" * LARGE_BODY)
+            first = await client.post("/v1/responses", content=body)
+            if first.status_code == 200:
+                more = {"input": "two", "previous_response_id": first.json()["id"]}
+                statuses.add((await client.post("/v1/responses", json=more)).status_code)
+    assert statuses == {200, 400}
+
+
+async def test_names_of_one_large_item_do_not_add_up_to_any_size() -> None:
+    app = app_of(ScriptedEngine())
+    item = b'[{"type":"message","role":"user","content":"%b"}]' % (b"x" * MIB)
+    app.context.responses.keep(StoredResponse("resp_1", b"{}", [], {"msg_1": item}), None)
+    refused = await post(app, {"input": [{"type": "item_reference", "id": "msg_1"}] * 65})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+    assert f"more than {64 * MIB} bytes" in refused.json()["error"]["message"]
+
+
+async def test_a_request_is_as_large_as_what_it_goes_on_from() -> None:
+    app = app_of(ScriptedEngine())
+    item = b'[{"type":"message","role":"user","content":"","x":"%b"}]' % (b"x" * LARGE_BODY)
+    small = b'[{"role":"user","content":"hi"}]'
+    app.context.responses.keep(StoredResponse("large", b"{}", [item], {"msg_1": item}), None)
+    app.context.responses.keep(StoredResponse("small", b"{}", [small], {}), None)
+    seen: list[bool] = []
+    app.observers.append(lambda exchange: seen.append(exchange.is_large))
+    for body in ({"input": "x"}, {"input": "x", "previous_response_id": "small"},
+                 {"input": "x", "previous_response_id": "large"},
+                 {"input": [{"type": "item_reference", "id": "msg_1"}]}):  # fmt: skip
+        await post(app, body)
+    assert seen == [False, False, True, True]
+
+
 def stored(name: str, size: int, before: StoredResponse | None = None) -> StoredResponse:
     """Return an answer of `size` bytes, beside those of the one that it goes on from."""
     item = f"{name:x<{size // 2}}".encode()
@@ -258,6 +300,15 @@ def test_what_several_answers_share_counts_once() -> None:
     for name in "bcd":
         store.forget(name, None)
     assert store.size == 0 and store.find_item("item of a", None) is None
+
+
+def test_a_share_that_nobody_takes_is_another_s_until_then() -> None:
+    store = ResponseStore(10)
+    for tenant in ("alice", "bob"):
+        for i in range(10):
+            store.keep(stored(f"{i}", 40), tenant)
+    for tenant in ("alice", "bob"):
+        assert [i for i in range(10) if store.find(f"{i}", tenant)] == [5, 6, 7, 8, 9]
 
 
 def test_no_tenant_takes_the_place_of_anothers_answers() -> None:

@@ -189,8 +189,8 @@ async def test_items_become_the_messages_of_a_chat() -> None:
             "text.format",
         ),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"metadata": {"a": 2**70}}, "metadata[...]"),
-        ({"metadata": {"a": "x" * 513}}, "metadata[...]"),
+        ({"metadata": {"a": 2**70}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
         ({"metadata": {"a" * 65: "x"}}, "metadata"),
         ({"metadata": {f"{i}": "x" for i in range(17)}}, "metadata"),
         ({"tools": [{"type": "hosted", "x": "y" * MIB}]}, "tools"),
@@ -233,13 +233,6 @@ async def test_no_depth_of_nesting_is_a_500(stream: bool) -> None:
             call = await send(app, request("POST", "/v1/responses", body.encode()))
             assert call.status in (200, 400), (field, depth)
             assert call.is_complete
-
-
-@pytest.mark.parametrize("form", ["abc", ["a"], {"definition": 5}, None])
-async def test_a_custom_tool_s_grammar_that_cannot_be_told_is_not(form: Any) -> None:
-    tool = {"type": "custom", "name": "patch", "format": {"type": "grammar", "grammar": form}}
-    status, _ = await post(say("a"), tools=[tool])
-    assert status == 200
 
 
 async def test_a_refusal_is_the_sdk_s_exception() -> None:

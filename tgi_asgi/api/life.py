@@ -26,7 +26,7 @@ from tgi_asgi.types import Engine, GenerationRequest, Permit, StopConditions, To
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[bytes, Exchange], Call]  # raises `InvalidRequest`, `ToolError` or `Forbidden`
+Parse = Callable[[bytes, Exchange], Call | Callable[[], Call]]  # raises a refusal of `errors.py`
 Handler = Callable[[Exchange], Awaitable[None]]
 
 LARGE_ANSWER = 500  # entries of tokens and alternatives; rendering one takes some 5 us
@@ -36,7 +36,8 @@ _MAX_HEADER_CHARS = 1000
 def generating(parse: Parse) -> Handler:
     """Return the handler of a route whose bodies `parse` reads.
 
-    `parse` is a pure function; it runs in a thread where the body is large.
+    `parse` is a pure function; it runs in a thread where the body is large. It may return what is left to be
+    done, having learnt that this is large (`Exchange.is_large`).
     """
 
     async def handle(exchange: Exchange) -> None:
@@ -69,6 +70,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     """
     served = exchange.context.ready()
     call = await exchange.work(parse, await exchange.read_body(), exchange)
+    call = call if isinstance(call, Call) else await exchange.work(call)
     exchange.remains.append(call)
     model = served_name(exchange, call.model)
     if not call.jobs:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 MAX_ECHOED_CHARS = 256  # of what a client names and gets back: it stands in every chunk of a stream
 
-_AT = re.compile(r"^(.*) - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
+_AT = re.compile(r"^(.*) - at (?:`key` in )?`\$\.?(.*?)(?:\[\.{3}\])?`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(.*)`$")
 
 

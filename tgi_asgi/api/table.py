@@ -8,14 +8,14 @@ from functools import partial
 from tgi_asgi.api import docs
 from tgi_asgi.api.admin import control, status
 from tgi_asgi.api.anthropic import routes as anthropic
-from tgi_asgi.api.errors import CHAT, OPENAI
-from tgi_asgi.api.life import generating
+from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
+from tgi_asgi.api.life import Parse, generating
 from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.openai.completions import parse_completion
 from tgi_asgi.api.openai.response_input import ResponsesRequest
-from tgi_asgi.api.openai.responses import RESPONSES
+from tgi_asgi.api.openai.responses import RESPONSES, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tgi import routes as tgi
@@ -39,11 +39,15 @@ def routes(settings: Settings) -> list[Route]:
 
 def _openai() -> list[Route]:
     row = partial(Route, tag="OpenAI", dialect=OPENAI)
-    made = partial(row, "POST", generates=True, event=str)
+
+    def made(path: str, parse: Parse, summary: str, kind: type, dialect: Dialect = OPENAI) -> Route:
+        handle, kinds = generating(parse), (kind,)
+        return row("POST", path, handle, summary, dialect=dialect, requests=kinds, generates=True, event=str)
+
     return [
-        made("/v1/chat/completions", generating(parse_chat), "Chat", requests=(ChatRequest,), dialect=CHAT),
-        made("/v1/completions", generating(parse_completion), "Text", requests=(CompletionRequest,)),
-        made("/v1/responses", responses.create, "Responses", requests=(ResponsesRequest,), dialect=RESPONSES),
+        made("/v1/chat/completions", parse_chat, "Chat", ChatRequest, CHAT),
+        made("/v1/completions", parse_completion, "Text", CompletionRequest),
+        made("/v1/responses", parse_response, "Responses", ResponsesRequest, RESPONSES),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
         row("GET", "/v1/models", status.list_models, "List the served model"),

@@ -85,24 +85,20 @@ def items_of(said: str | list[Item]) -> list[Item]:
     return [{"type": "message", "role": "user", "content": said}] if isinstance(said, str) else said
 
 
-def resolved(items: Sequence[Item], find: Callable[[str], Item | None]) -> list[Item]:
-    """Return items with those that are referred to in the place of the references.
-
-    Args:
-        find: returns a stored item by its id.
+def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict[int, bytes]:
+    """Return what items refer to, by their places, as `find` returns it for an id.
 
     Raises:
-        InvalidRequest: there is none; `param` names the reference.
+        InvalidRequest: there is no such item; `param` names the reference.
     """
-    result = []
+    found = {}
     for i, item in enumerate(items):
-        if (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference":
-            found = find(string_of(item, "id", f"input[{i}]"))
-            if found is None:
+        if (item.get("type") or ("role" not in item and "item_reference")) == "item_reference":
+            said = find(string_of(item, "id", f"input[{i}]"))
+            if said is None:
                 refuse(f"input[{i}].id", f"`input[{i}].id`: no such item is stored", "item_not_found")
-            item = found
-        result.append(item)
-    return result
+            found[i] = said
+    return found
 
 
 def read_items(items: Sequence[Item], num_before: int = 0) -> list[dict[str, Any]]:
@@ -118,7 +114,7 @@ def read_items(items: Sequence[Item], num_before: int = 0) -> list[dict[str, Any
     thought: dict[str, str] = {}  # what goes to the assistant's next message
     skipped = []
     for i, item in enumerate(items, -num_before):
-        path = f"input[{i}]"
+        path = f"input[{i}]" if i >= 0 else "previous_response_id"
         match kind := item.get("type") or "message":
             case "reasoning":
                 texts = _texts(item.get("content") or [], f"{path}.content", ("reasoning_text",))

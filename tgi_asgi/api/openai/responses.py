@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,25 +14,21 @@ import orjson
 from tgi_asgi.api.call import Call, Constraint, Conversation, Generation, Job, Renderer
 from tgi_asgi.api.errors import OPENAI, Dialect
 from tgi_asgi.api.exchange import LARGE_BODY, Exchange
-from tgi_asgi.api.life import generate
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai import response_input
 from tgi_asgi.api.openai.chat import template_variables
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import room_of
-from tgi_asgi.api.openai.response_input import Item, ReasoningOptions, ResponsesRequest
+from tgi_asgi.api.openai.response_input import ReasoningOptions, ResponsesRequest
 from tgi_asgi.api.openai.response_output import ResponseRenderer
-from tgi_asgi.api.openai.response_store import StoredResponse
+from tgi_asgi.api.openai.response_store import MAX_BYTES, StoredResponse
 from tgi_asgi.api.openai.tools import read_choice
 from tgi_asgi.api.parse import check_ranges, check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.sampling import sampling
 from tgi_asgi.errors import NotFound
 from tgi_asgi.settings import MIB
 
-RESPONSES = Dialect(
-    "responses", OPENAI.envelope, names={"prompt": "input", "max_tokens": "max_output_tokens"}
-)
-_UNSUPPORTED = ("conversation", "prompt", "background")
+RESPONSES = Dialect("responses", OPENAI.envelope, names=dict(prompt="input", max_tokens="max_output_tokens"))
 _ECHOED = ("text", "reasoning", "tools", "tool_choice")  # and of any length and shape
 MAX_ECHOED_BYTES = MIB  # of these together: a stream says them three times
 _DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
@@ -38,34 +36,34 @@ _DEFAULTS: dict[str, Any] = {  # of the fields that an answer repeats
     "previous_response_id": None, "store": True, "temperature": 1.0, "tool_choice": "auto", "tools": [],
     "top_logprobs": 0, "top_p": 1.0,
 }  # fmt: skip
-_LOGPROBS = "message.output_text.logprobs"
 
 
-async def create(exchange: Exchange) -> None:
-    """Answer `POST /v1/responses`, streamed or whole."""
-    exchange.is_large = exchange.context.responses.size > LARGE_BODY  # it may go on from what is kept
-    await generate(exchange, parse_response)
-
-
-def parse_response(body: bytes, exchange: Exchange) -> Call:
-    """Read a request for a response."""
+def parse_response(body: bytes, exchange: Exchange) -> Callable[[], Call]:
+    """Read a request for a response; return what reads the answers that it goes on from, too."""
     request = decode_json(body, response_input.DECODER)
-    context = exchange.context
     _check(request)
+    history = _history(request, exchange)
+    find = partial(exchange.context.responses.find_item, tenant=exchange.tenant)
+    found = response_input.referred(response_input.items_of(request.input), find)
+    size = sum(map(len, [*history, *found.values()]))
+    if size > MAX_BYTES:  # 400,000 names of one item fit into a body
+        refuse_field("input", f"goes on from more than {MAX_BYTES} bytes")
+    exchange.is_large |= size > LARGE_BODY
+    return partial(_call, request, history, found, exchange)
+
+
+def _call(
+    request: ResponsesRequest, history: Sequence[bytes], found: Mapping[int, bytes], exchange: Exchange
+) -> Call:
+    context = exchange.context
     tools = response_input.read_tools(request)
     most = Limits.of(context.settings).top_logprobs
-    wants_logprobs = _LOGPROBS in (request.include or ())
+    wants_logprobs = "message.output_text.logprobs" in (request.include or ())
     if (request.top_logprobs or 0) > most:
         refuse_field("top_logprobs", f"must be at most {most}")
-    before = _previous(request, exchange)
-    history = before.history if before is not None else ()
     earlier = [item for said in history for item in decode_json(said, response_input.ITEMS)]
-
-    def find(item_id: str) -> Item | None:
-        found = context.responses.find_item(item_id, exchange.tenant)
-        return None if found is None else decode_json(found, response_input.ITEMS)[0]
-
-    items = response_input.resolved(response_input.items_of(request.input), find)
+    given = enumerate(response_input.items_of(request.input))
+    items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
     messages = response_input.read_items([*earlier, *items], len(earlier))
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
@@ -110,18 +108,18 @@ def parse_response(body: bytes, exchange: Exchange) -> Call:
 
 async def retrieve(exchange: Exchange) -> None:
     """Answer with a response that is kept."""
-    await exchange.respond(200, _stored(exchange, exchange.scope["path_params"]["response"]).body)
+    await exchange.respond(200, _stored(exchange).body)
 
 
 async def delete(exchange: Exchange) -> None:
     """Forget a response that is kept."""
+    stored = _stored(exchange)
+    exchange.context.responses.forget(stored.id, exchange.tenant)
+    await exchange.respond_json({"id": stored.id, "object": "response", "deleted": True})
+
+
+def _stored(exchange: Exchange) -> StoredResponse:
     response_id = exchange.scope["path_params"]["response"]
-    _stored(exchange, response_id)
-    exchange.context.responses.forget(response_id, exchange.tenant)
-    await exchange.respond_json({"id": response_id, "object": "response", "deleted": True})
-
-
-def _stored(exchange: Exchange, response_id: str) -> StoredResponse:
     stored = exchange.context.responses.find(response_id, exchange.tenant)
     if stored is None:
         message = f"Response with id '{response_id[:80]}' not found."
@@ -131,7 +129,7 @@ def _stored(exchange: Exchange, response_id: str) -> StoredResponse:
 
 def _check(request: ResponsesRequest) -> None:
     check_ranges(request)
-    check_unset(request, _UNSUPPORTED)
+    check_unset(request, ("conversation", "prompt", "background"))
     size = 0
     for name in _ECHOED:
         try:
@@ -144,16 +142,16 @@ def _check(request: ResponsesRequest) -> None:
             refuse_field(name, f"is too long: {fields} take at most {MAX_ECHOED_BYTES} bytes together")
 
 
-def _previous(request: ResponsesRequest, exchange: Exchange) -> StoredResponse | None:
-    """Return the response that this one goes on from."""
+def _history(request: ResponsesRequest, exchange: Exchange) -> Sequence[bytes]:
+    """Return what was said up to the end of the response that this one goes on from."""
     name = request.previous_response_id
     if name is None:
-        return None
+        return ()
     stored = exchange.context.responses.find(name, exchange.tenant)
     if stored is None:
         message = f"`previous_response_id`: Previous response with id '{name[:80]}' not found."
         refuse("previous_response_id", message, "previous_response_not_found")
-    return stored
+    return stored.history
 
 
 def _constraint(request: ResponsesRequest) -> Constraint | None:
