@@ -8,13 +8,13 @@ from collections.abc import Sequence as Tokens
 from itertools import count
 from typing import Any
 
-from tests.support.fake_runner import EOS_ID
+from tests.support.fake_runner import EOS_ID, FakeRunner
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.prefix import HashChain, root_digest
-from tgi_asgi.engine.scheduler import Scheduler
-from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import TgiError
 from tgi_asgi.text.constrain.free import Part, Watch
@@ -149,3 +149,31 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0)
+
+
+def must_plan(scheduler: Scheduler) -> Step:
+    """Return the next step, of which there must be one."""
+    step = scheduler.plan()
+    assert step is not None
+    return step
+
+
+def run(scheduler: Scheduler, runner: FakeRunner, step: Step) -> None:
+    """Compute and apply a step; sequences end by length."""
+    for _, sequence in scheduler.apply(step, runner.execute(step.plan)):
+        if sequence.num_output >= sequence.max_tokens:
+            scheduler.remove(sequence)
+
+
+def run_all(scheduler: Scheduler, runner: FakeRunner) -> list[Step]:
+    """Plan and run steps to the end; return them."""
+    steps = []
+    while (step := scheduler.plan()) is not None:
+        steps.append(step)
+        run(scheduler, runner, step)
+    return steps
+
+
+def finished(sequences: list[Sequence]) -> bool:
+    """Tell whether all of them have ended."""
+    return all(sequence.state is SequenceState.FINISHED for sequence in sequences)
