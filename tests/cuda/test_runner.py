@@ -16,7 +16,7 @@ from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_gguf
-from tests.support.driving import GREEDY, Job, generate
+from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -175,14 +175,7 @@ async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:
 
 async def test_a_row_may_read_what_another_of_its_step_writes(runner: CudaRunner) -> None:
     """Prompts that share a block, planned together: one computes it, the other has it in its table."""
-    starts = [SlotStart(slot, GREEDY, 0, PROMPT) for slot in (0, 1)]
-    writer = StepRow(0, PROMPT, 0, [5, 9], samples=True)
-    reader = StepRow(1, PROMPT[16:], 16, [5, 11], samples=True)
-    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
-    for step in range(1, 4):
-        at = len(PROMPT) + step - 1
-        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
-        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
+    drawn = await draw_over_a_shared_block(runner, PROMPT, GREEDY)
     job = Job(PROMPT, 4, GREEDY)
     await generate(runner, [job])
     assert [first for first, _ in drawn] == [second for _, second in drawn] == job.sampled

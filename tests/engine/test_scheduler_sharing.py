@@ -37,28 +37,17 @@ def test_prompts_of_one_step_compute_what_they_share_once() -> None:
     assert runner.violations == []
 
 
-def test_what_a_step_in_flight_computes_is_found() -> None:
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_what_a_step_in_flight_computes_is_found(has_ended: bool) -> None:
+    """The rows of a sequence that has ended run nevertheless, before those of whoever found them."""
     scheduler, runner = make_scheduler(), FakeRunner()
-    add_request(scheduler, make_request(range(64)), 0)
+    [one] = add_request(scheduler, make_request(range(64)), 0)
     first = must_plan(scheduler)
+    if has_ended:
+        scheduler.remove(one)
     add_request(scheduler, make_request([*range(64), 70]), 1)
     second = must_plan(scheduler)
-    assert second.plan.rows[1].start == 64
-    run(scheduler, runner, first)
-    run(scheduler, runner, second)
-    run_all(scheduler, runner)
-    assert runner.violations == []
-
-
-def test_what_an_ended_sequence_was_to_fill_is_found_too() -> None:
-    """Its rows run nevertheless, before those of whoever found it."""
-    scheduler, runner = make_scheduler(), FakeRunner()
-    gone = add_request(scheduler, make_request(range(64)), 0)[0]
-    first = must_plan(scheduler)
-    scheduler.remove(gone)
-    add_request(scheduler, make_request([*range(64), 70]), 1)
-    second = must_plan(scheduler)
-    assert second.plan.rows[0].start == 64
+    assert [row.start for row in second.plan.rows] == [64] * (2 - has_ended)
     run(scheduler, runner, first)
     run(scheduler, runner, second)
     run_all(scheduler, runner)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.checkpoints import make_model, reference_logits, save
-from tests.support.driving import GREEDY, Job, generate
+from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
 from tgi_asgi import ops
 from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
@@ -103,14 +103,7 @@ async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
 
 async def test_a_row_may_read_what_another_of_its_step_writes(runner: CpuRunner) -> None:
     """Prompts that share a block, planned together: one computes it, the other has it in its table."""
-    starts = [SlotStart(slot, SEEDED, 0, PROMPT) for slot in (0, 1)]
-    writer = StepRow(0, PROMPT, 0, [5, 9], samples=True)
-    reader = StepRow(1, PROMPT[16:], 16, [5, 11], samples=True)
-    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
-    for step in range(1, 4):
-        at = len(PROMPT) + step - 1
-        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
-        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
+    drawn = await draw_over_a_shared_block(runner, PROMPT, SEEDED)
     job = Job(PROMPT, 4, SEEDED)
     await generate(runner, [job])
     for row in (0, 1):

@@ -94,3 +94,22 @@ async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Runnin
         sequence.job.prompt_logprobs += result.prompt_logprobs.get(index, [])
         if sampled is not None:
             sequence.job.sampled.append(sampled)
+
+
+async def draw_over_a_shared_block(
+    runner: Runner, prompt: Sequence[int], sampling: SamplingParams
+) -> list[list[Sampled | None]]:
+    """Run a prompt twice in one step, the second from the block that the first writes; decode both.
+
+    Returns:
+        What each of four steps drew for the two.
+    """
+    starts = [SlotStart(slot, sampling, 0, prompt) for slot in (0, 1)]
+    writer = StepRow(0, prompt, 0, [5, 9], samples=True)
+    reader = StepRow(1, prompt[16:], 16, [5, 11], samples=True)
+    drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
+    for step in range(1, 4):
+        at = len(prompt) + step - 1
+        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
+        drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
+    return drawn
