@@ -1,6 +1,7 @@
-"""Build tgi_asgi._C from csrc/ with torch's extension builder and ninja; pyproject.toml has all the rest.
+"""Build the extensions from csrc/ with ninja; pyproject.toml has all the rest.
 
-What is installed wants the torch that it was compiled against: another's C++ interface would not fit.
+tgi_asgi._C, the arithmetic on CPUs, needs a C++ compiler and pybind11, and fits any torch. tgi_asgi._cuda, the
+CUDA kernels, is built where torch has CUDA and nvcc of its version is found, and is bound to that torch.
 
 Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
 out; TORCH_CUDA_ARCH_LIST chooses their targets. TGI_SANITIZE=1 builds with the address and the undefined
@@ -9,22 +10,25 @@ behaviour sanitizer (`make sanitize`).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
+from typing import Any
 
-import torch
-from setuptools import setup
-from torch.utils import cpp_extension
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-# fma where it is written and nowhere else: rows must have the same bits in every tile shape. torch 2.13's
-# headers use one C++20 feature, which GCC grants to C++17 with a warning.
+# fma where it is written and nowhere else: rows must have the same bits in every tile shape.
 CXX_FLAGS = [
-    "-O3", "-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-c++20-extensions",
+    "-O3", "-std=c++17", "-g0", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-pthread",
 ]  # fmt: skip
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--fmad=true"]
@@ -32,83 +36,149 @@ DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 CUDA_FOLDER = "/usr/local/cuda"
 
 
-def use_whole_toolkit() -> None:
-    """Where the nvcc on the path is only a wrapper, torch takes a folder without headers for the toolkit."""
-    folders = (cpp_extension.CUDA_HOME, CUDA_FOLDER)
-    whole = (f for f in folders if f and os.path.exists(os.path.join(f, "include", "cuda_runtime.h")))
-    cpp_extension.CUDA_HOME = next(whole, cpp_extension.CUDA_HOME)
+class Build(build_ext):
+    """Compiles our own extension by ninja, into objects that are kept in the tree, and torch's by torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != "tgi_asgi._C":
+            return self._build_with_torch(ext)
+        folder = Path("build", f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}").absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(_ninja_file(ext.sources, target), encoding="utf-8")
+        jobs = os.environ.get("MAX_JOBS")
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+        subprocess.check_call(command)
+
+    def _build_with_torch(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import BuildExtension
+
+        builder = BuildExtension(self.distribution)
+        builder.inplace, builder.build_lib = self.inplace, self.build_lib
+        builder.build_temp = os.path.abspath(os.path.join("build", f"cuda-{sys.implementation.cache_tag}"))
+        builder.ensure_finalized()
+        builder.extensions = [ext]
+        builder.run()
 
 
-def nvcc_major() -> int | None:
+def _ninja_file(sources: list[str], target: Path) -> str:
+    """Write the rules: an object a source, compiled again when a header that it included has changed."""
+    flags, link_flags = list(CXX_FLAGS), ["-shared", "-pthread"]
+    if os.environ.get("TGI_SANITIZE") == "1":
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS]
+        link_flags += SANITIZE_FLAGS
+    folders = [os.path.abspath("csrc"), sysconfig.get_paths()["include"], pybind11.get_include()]
+    flags += [f"-I{folder}" for folder in folders]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx = {os.environ.get('CXX', 'c++')}",
+        f"cflags = {shlex.join(flags)}",
+        f"ldflags = {shlex.join(link_flags)}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx $in $ldflags -o $out",
+    ]
+    objects = []
+    for source in sources:
+        name = f"{source.removesuffix('.cpp').replace('/', '.')}.o"
+        lines.append(f"build {name}: compile {_escaped(os.path.abspath(source))}")
+        objects.append(name)
+    lines += [f"build {_escaped(target)}: link {' '.join(objects)}", f"default {_escaped(target)}", ""]
+    return "\n".join(lines)
+
+
+def _escaped(path: object) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def extensions() -> list[Extension]:
+    """List what is built here."""
+    sources = glob("csrc/cpu/**/*.cpp", recursive=True) + glob("csrc/bindings/*.cpp")
+    found = [Extension("tgi_asgi._C", sorted(sources))]
+    has_cuda, reason = cuda_decision()
+    print(f"tgi_asgi: {'CPU and CUDA' if has_cuda else 'CPU only'} ({reason})", flush=True)
+    if has_cuda:
+        found.append(cuda_extension())
+    return found
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Return whether the CUDA kernels are built, and the reason in words."""
+    wish = os.environ.get("TGI_CUDA", "")
+    if wish == "0":
+        return False, "TGI_CUDA=0"
+    reason = _why_no_cuda()
+    if reason is None:
+        return True, "torch has CUDA, and its nvcc is found"
+    if wish == "1":
+        raise SystemExit(f"TGI_CUDA=1, but {reason}")
+    return False, reason
+
+
+def _why_no_cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "there is no torch here: build with --no-build-isolation for CUDA"
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    wanted = torch.version.cuda.split(".")[0]
+    return None if _nvcc_major() == int(wanted) else f"no nvcc {wanted}.x found for torch's CUDA {wanted}"
+
+
+def _nvcc_major() -> int | None:
     """Return the major version of the nvcc that torch would call, or None."""
-    if cpp_extension.CUDA_HOME is None:
+    home = _use_whole_toolkit()
+    if home is None:
         return None
-    nvcc = os.path.join(cpp_extension.CUDA_HOME, "bin", "nvcc")
     try:
-        text = subprocess.check_output([nvcc, "--version"], text=True)
+        text = subprocess.check_output([os.path.join(home, "bin", "nvcc"), "--version"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     found = re.search(r"release (\d+)\.", text)
     return int(found.group(1)) if found else None
 
 
-def cuda_decision(sources: list[str]) -> tuple[bool, str]:
-    """Return whether the CUDA kernels are built, and the reason in words."""
-    wish = os.environ.get("TGI_CUDA", "")
-    if wish == "0":
-        return False, "TGI_CUDA=0"
-    if torch.version.cuda is None:
-        reason = "this torch has no CUDA"
-    elif nvcc_major() != int(torch.version.cuda.split(".")[0]):
-        reason = f"no nvcc {torch.version.cuda.split('.')[0]}.x found for torch's CUDA {torch.version.cuda}"
-    elif not sources:
-        reason = "no CUDA sources"
-    else:
-        return True, f"torch's CUDA {torch.version.cuda} and its nvcc found"
-    if wish == "1":
-        raise SystemExit(f"TGI_CUDA=1, but {reason}")
-    return False, reason
+def _use_whole_toolkit() -> str | None:
+    """Where the nvcc on the path is only a wrapper, torch takes a folder without headers for the toolkit."""
+    from torch.utils import cpp_extension
+
+    folders = (cpp_extension.CUDA_HOME, CUDA_FOLDER)
+    whole = (f for f in folders if f and os.path.exists(os.path.join(f, "include", "cuda_runtime.h")))
+    cpp_extension.CUDA_HOME = next(whole, cpp_extension.CUDA_HOME)
+    return cpp_extension.CUDA_HOME
 
 
-def extension() -> CppExtension:
-    """Describe the extension: every .cpp of csrc/cpu and csrc/bindings, and .cu where CUDA is built."""
-    sources = glob("csrc/cpu/**/*.cpp", recursive=True) + glob("csrc/bindings/*.cpp")
-    cuda_sources = glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")
-    use_whole_toolkit()
-    has_cuda, reason = cuda_decision(cuda_sources)
-    print(f"tgi_asgi._C: {'CPU and CUDA' if has_cuda else 'CPU only'} ({reason})", flush=True)
-    common = {"include_dirs": [os.path.abspath("csrc")], "name": "tgi_asgi._C"}
-    if not has_cuda:
-        flags = {"cxx": CXX_FLAGS}
-        if os.environ.get("TGI_SANITIZE") == "1":
-            flags = {"cxx": [*CXX_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS]}
-            common["extra_link_args"] = SANITIZE_FLAGS
-        return CppExtension(sources=sorted(sources), extra_compile_args=flags, **common)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures_here() or DEFAULT_ARCHITECTURES)
-    flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA"], "nvcc": NVCC_FLAGS}
-    return CUDAExtension(sources=sorted(sources + cuda_sources), extra_compile_args=flags, **common)
+def cuda_extension() -> Extension:
+    """Describe the kernels of csrc/cuda with their bindings, which alone have torch headers."""
+    from torch.utils.cpp_extension import CUDAExtension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures_here() or DEFAULT_ARCHITECTURES)
+    # torch 2.13's headers use one C++20 feature, which GCC grants to C++17 with a warning.
+    flags = {"cxx": [*CXX_FLAGS, "-Wno-c++20-extensions"], "nvcc": NVCC_FLAGS}
+    made: Any = CUDAExtension(
+        "tgi_asgi._cuda",
+        sorted(glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")),
+        extra_compile_args=flags,
+        include_dirs=[os.path.abspath("csrc")],
+    )
+    return made
 
 
-def architectures_here() -> str:
+def _architectures_here() -> str:
     """Return the targets of the GPUs that can be seen, as TORCH_CUDA_ARCH_LIST has them; none: empty."""
+    import torch
+
     if not torch.cuda.is_available():
         return ""
     found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}{'a' if major == 9 else ''}" for major, minor in sorted(found))
 
 
-class Build(BuildExtension):
-    """Keeps the objects in the tree: an editable install would compile them anew in a temporary folder."""
-
-    def initialize_options(self) -> None:
-        super().initialize_options()
-        version = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-        self.build_temp = os.path.abspath(os.path.join("build", version))
-
-
-def dependencies() -> list[str]:
-    """Return what the package needs at run time."""
-    return [Path("requirements.txt").read_text(encoding="utf-8"), f"torch=={torch.__version__.split('+')[0]}"]
-
-
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build}, install_requires=dependencies())
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

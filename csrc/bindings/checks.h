@@ -1,60 +1,58 @@
-// Checks of operands, for the bindings only: kernels trust what has passed here. Messages name the
-// operand, what it must be and what it is.
+// Checks of what Python gives: kernels trust what has passed here. Messages name the operand, what it must
+// be and what it is; std::invalid_argument is Python's ValueError.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <pybind11/numpy.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 
 namespace tgi {
 
-// A contiguous tensor of this dtype and shape, wherever it lies; a size of -1 may be anything.
-inline void check_layout(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
-                         std::initializer_list<int64_t> shape) {
-  TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ",
-              tensor.scalar_type());
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+namespace py = pybind11;
+
+// A contiguous numpy array; arguments of this type are bound with noconvert(), so that another dtype is a
+// TypeError and what is written to is the caller's own memory.
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// An array of this shape; a size of -1 may be anything.
+template <class T>
+void check_shape(const Array<T>& array, const char* name, std::initializer_list<int64_t> shape) {
+  bool fits = array.ndim() == static_cast<int64_t>(shape.size());
   int64_t axis = 0;
   for (const int64_t size : shape) {
-    fits = fits && (size < 0 || tensor.size(axis) == size);
+    fits = fits && (size < 0 || array.shape(axis) == size);
     ++axis;
   }
-  TORCH_CHECK(fits, "`", name, "` must have shape ", at::IntArrayRef(shape), " (-1: any), got ",
-              tensor.sizes());
-  TORCH_CHECK(tensor.is_contiguous(), "`", name, "` must be contiguous, got strides ",
-              tensor.strides());
-}
-
-// The same on the CPU.
-inline void check_tensor(const at::Tensor& tensor, const char* name, c10::ScalarType dtype,
-                         std::initializer_list<int64_t> shape) {
-  TORCH_CHECK(tensor.device().is_cpu(), "`", name, "` must be on the CPU, got ", tensor.device());
-  check_layout(tensor, name, dtype, shape);
-}
-
-// A layer's part of the KV cache's pool [num_blocks, 2, num_kv_heads, elements of a head's block]:
-// contiguous but for the other layers' parts between its blocks.
-inline void check_kv(const at::Tensor& kv, int64_t block_elements) {
-  TORCH_CHECK(kv.device().is_cpu(), "`kv` must be on the CPU, got ", kv.device());
-  TORCH_CHECK(kv.dim() == 4 && kv.size(1) == 2 && kv.size(3) == block_elements,
-              "`kv` must have shape [-1, 2, -1, ", block_elements, "] (-1: any), got ", kv.sizes());
-  TORCH_CHECK(kv.stride(3) == 1 && kv.stride(2) == kv.size(3) &&
-                  kv.stride(1) == kv.size(2) * kv.size(3) && kv.stride(0) >= 2 * kv.stride(1),
-              "`kv` must be contiguous in each block, got strides ", kv.strides());
+  if (fits) return;
+  std::ostringstream wanted, found;
+  for (const int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+  for (int64_t i = 0; i < array.ndim(); ++i) found << (i > 0 ? ", " : "") << array.shape(i);
+  check(false, "`", name, "` must have shape [", wanted.str(), "] (-1: any), got [", found.str(), "]");
 }
 
 // Every element in [0, limit).
-template <typename Integer>
+template <class Integer>
 void check_range(const Integer* values, int64_t count, int64_t limit, const char* name) {
   for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK(values[i] >= 0 && values[i] < limit, "`", name, "`[", i, "] must be in [0, ", limit,
-                "), got ", values[i]);
+    check(values[i] >= 0 && values[i] < limit, "`", name, "`[", i, "] must be in [0, ", limit, "), got ",
+          values[i]);
   }
 }
 
 inline void check_positive(int64_t value, const char* name) {
-  TORCH_CHECK(value > 0, "`", name, "` must be positive, got ", value);
+  check(value > 0, "`", name, "` must be positive, got ", value);
 }
 
 }  // namespace tgi

@@ -1,102 +1,123 @@
-// The pybind11 module tgi_asgi._C: the thread team, the instruction set, and steps. Operators are
-// in the TORCH_LIBRARY of library.cpp; importing this module registers them.
+// The pybind11 module tgi_asgi._C: the thread team, the sets of kernels, weights, the cache, sampling and
+// recorded steps. Knows no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "bindings/module_steps.h"
-#include "cpu/isa.h"
+#include "bindings/kv_pool.h"
+#include "bindings/matrix.h"
+#include "bindings/program.h"
+#include "bindings/rows.h"
+#include "bindings/sample.h"
+#include "bindings/step_queue.h"
+#include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
-namespace py = pybind11;
+namespace tgi {
 
 namespace {
 
-using tgi::cpu::Isa;
-
-constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
-
-std::vector<std::string> supported_isas() {
+std::vector<std::string> kernel_set_names() {
   std::vector<std::string> names;
-  for (const Isa isa : kIsas) {
-    if (tgi::cpu::isa_is_supported(isa)) names.emplace_back(tgi::cpu::isa_name(isa));
-  }
+  for (const step::Kernels* set : step::kernel_sets()) names.emplace_back(set->name);
   return names;
 }
 
-void force_isa(const std::string& name) {
-  for (const Isa isa : kIsas) {
-    if (name == tgi::cpu::isa_name(isa) && tgi::cpu::isa_is_supported(isa)) {
-      tgi::cpu::force_isa(isa);
-      return;
-    }
+void use_kernel_set(const std::string& name) {
+  for (const step::Kernels* set : step::kernel_sets()) {
+    if (name == set->name) return step::use_kernels(*set);
   }
-  throw std::invalid_argument("`name` must be one of supported_isas(), got " + name);
+  throw std::invalid_argument("`name` must be one of kernel_sets(), got " + name);
 }
 
-// A wish that cannot be met is an error: whoever sets TGI_ISA compares variants.
+// A wish that cannot be met is an error: whoever sets TGI_ISA compares sets.
 void check_wish() {
   const char* wanted = std::getenv("TGI_ISA");
-  if (wanted == nullptr || *wanted == '\0') return;
-  if (std::string(wanted) == tgi::cpu::isa_name(tgi::cpu::isa())) return;
+  if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == step::kernels().name) return;
   std::string known;
-  for (const std::string& name : supported_isas()) known += (known.empty() ? "" : ", ") + name;
+  for (const std::string& name : kernel_set_names()) known += (known.empty() ? "" : ", ") + name;
   throw py::import_error("TGI_ISA must be one of " + known + " on this machine, got " + wanted);
 }
 
 void check_threads(int num_threads) {
-  if (num_threads < 0 || num_threads > 1024) {
-    throw std::invalid_argument("`num_threads` must be in [0, 1024] (0: the default), got " +
-                                std::to_string(num_threads));
-  }
+  check(num_threads >= 0 && num_threads <= 1024,
+        "`num_threads` must be in [0, 1024] (0: the default), got ", num_threads);
 }
 
 void configure_team(int num_threads, int nice, bool pin, int spin_us) {
   check_threads(num_threads);
-  if (nice < -20 || nice > 19) {
-    throw std::invalid_argument("`nice` must be in [-20, 19], got " + std::to_string(nice));
-  }
-  if (spin_us < 0 || spin_us > 1000000) {
-    throw std::invalid_argument("`spin_us` must be in [0, 1000000], got " +
-                                std::to_string(spin_us));
-  }
-  tgi::cpu::configure_team({num_threads, nice, pin, spin_us});
+  check(nice >= -20 && nice <= 19, "`nice` must be in [-20, 19], got ", nice);
+  check(spin_us >= 0 && spin_us <= 1000000, "`spin_us` must be in [0, 1000000], got ", spin_us);
+  cpu::configure_team({num_threads, nice, pin, spin_us});
 }
 
-}  // namespace
+// Operations a second of the whole team at the instruction behind products of this precision, two a
+// multiply-add: the floor that benchmarks hold products against.
+double arithmetic_peak(const std::string& precision_name) {
+  constexpr int64_t kTimes = 4000000, kRegisters = 12, kLanes = 16;
+  const step::Precision precision = precision_of(precision_name);
+  const int64_t terms =
+      precision == step::Precision::kInt8 ? 4 : precision == step::Precision::kBF16 ? 2 : 1;
+  int members = 1;
+  volatile float sink = 0;  // or the compiler would leave the loop out
+  const auto start = std::chrono::steady_clock::now();
+  cpu::run_on_team([&](int member, int num_members) {
+    const float sum = step::kernels().spin(precision, kTimes);
+    if (member != 0) return;
+    members = num_members;
+    sink = sum;
+  });
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  return 2.0 * static_cast<double>(kTimes * kRegisters * kLanes * terms * members) / taken.count();
+}
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+void bind_team(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  check_wish();
-  module.doc() =
-      "Compute threads, instruction set and recorded steps of the CPU kernels; importing it "
-      "registers torch.ops.tgi.";
-  module.def("num_threads", &tgi::cpu::num_threads, release(),
+  module.def("num_threads", &cpu::num_threads, release(),
              "Return the number of compute threads, the caller's own included.");
   module.def(
       "set_num_threads",
       [](int num_threads) {
         check_threads(num_threads);
-        tgi::cpu::set_num_threads(num_threads);
+        cpu::set_num_threads(num_threads);
       },
       py::arg("num_threads"), release(), "Set the number of compute threads; 0 means the default.");
-  module.def("default_num_threads", &tgi::cpu::default_num_threads, release(),
+  module.def("default_num_threads", &cpu::default_num_threads, release(),
              "Return the cores that the process may use, by affinity and by cgroup quota.");
   module.def("configure_team", &configure_team, py::arg("num_threads") = 0, py::arg("nice") = 0,
              py::arg("pin") = false, py::arg("spin_us") = 75, release(),
              "Restart the team with these options.");
-  module.def("join_team", &tgi::cpu::join_team, release(),
+  module.def("join_team", &cpu::join_team, release(),
              "Give the calling thread the team's nice value and member 0's core, for good.");
-  module.def("wake_team", &tgi::cpu::team_wake, release(), "Unpark the team ahead of a step.");
+  module.def("wake_team", &cpu::team_wake, release(), "Unpark the team ahead of a step.");
+  module.def("arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),
+             "Measure the operations a second of the team's inner product, two a multiply-add.");
+}
+
+}  // namespace
+
+}  // namespace tgi
+
+PYBIND11_MODULE(_C, module) {
+  tgi::check_wish();
+  module.doc() = "The engine's own arithmetic on CPUs; tgi_asgi.ops is what to call.";
   module.def(
-      "isa", [] { return std::string(tgi::cpu::isa_name(tgi::cpu::isa())); },
-      "Return the instruction set in use: portable, avx2 or avx512.");
-  module.def("supported_isas", &supported_isas, "Return what force_isa takes on this machine.");
-  module.def("force_isa", &force_isa, py::arg("name"),
-             "Use this instruction set from now on (for tests).");
-  tgi::bind_steps(module);
+      "kernel_set", [] { return std::string(tgi::step::kernels().name); },
+      "Return the name of the set of kernels in use: an instruction set's.");
+  module.def("kernel_sets", &tgi::kernel_set_names,
+             "Return the names of the sets that this machine runs, best last.");
+  module.def("use_kernel_set", &tgi::use_kernel_set, pybind11::arg("name"),
+             "Use this set from now on (for tests).");
+  tgi::bind_team(module);
+  tgi::bind_matrices(module);
+  tgi::bind_kv_pool(module);
+  tgi::bind_sampling(module);
+  tgi::bind_rows(module);
+  tgi::bind_program(module);
+  tgi::bind_step_queue(module);
 }

@@ -1,259 +1,338 @@
 // Recording: what a step's operators read and write, checked once.
 #include "bindings/program.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
+#include <cmath>
 
-#include "bindings/checks.h"
+#include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
 namespace tgi {
 
-using at::kByte;
-using at::kFloat;
-using at::Tensor;
 using step::Precision;
 using step::Sync;
 
-StepProgram::StepProgram(int64_t max_tokens, int64_t max_sequences, int64_t max_rows)
+namespace {
+
+step::MlpActivation activation_of(const std::string& name) {
+  check(name == "silu" || name == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ", name);
+  return name == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
+}
+
+// Operators that write an activation without copies of the members' own.
+const step::Activation& shared(const ActivationPtr& out) {
+  out->is_private = false;
+  return out->view;
+}
+
+}  // namespace
+
+Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context)
     : max_tokens_(max_tokens),
       max_sequences_(max_sequences),
       max_rows_(max_rows),
+      max_context_(max_context),
       num_members_(cpu::num_threads()),
       split_(static_cast<size_t>(num_members_) + 1) {
   check_positive(max_tokens, "max_tokens");
   check_positive(max_sequences, "max_sequences");
   check_positive(max_rows, "max_rows");
+  check_positive(max_context, "max_context");
 }
 
-int64_t StepProgram::activation_bytes(int64_t tokens, int64_t columns,
-                                      const std::string& precision) const {
-  const int64_t tiles = (tokens + step::kTileTokens - 1) / step::kTileTokens;
-  const step::Activation shape = {nullptr, precision_of(precision), columns};
-  return std::max<int64_t>(tiles, num_members_) * shape.tile_bytes();
+RowsPtr Program::rows(int64_t columns, bool for_logits) const {
+  check_positive(columns, "columns");
+  const int64_t padded = padded_columns(columns), count = for_logits ? max_rows_ : max_tokens_;
+  return std::make_shared<RowsBuffer>(
+      RowsBuffer{cpu::allocate(count * padded * static_cast<int64_t>(sizeof(float))), count, padded});
 }
 
-int64_t StepProgram::query_bytes(const Tensor& kv, int64_t block_size, int64_t head_dim,
-                                 int64_t num_heads) const {
-  return num_heads * kv_of(kv, block_size, head_dim).query_bytes();
+ActivationPtr Program::activation(int64_t columns, const std::string& precision, bool for_logits) const {
+  check_positive(columns, "columns");
+  const int64_t count = for_logits ? max_rows_ : max_tokens_;
+  const int64_t tiles = (count + step::kTileTokens - 1) / step::kTileTokens;
+  step::Activation view = {nullptr, precision_of(precision), padded_columns(columns)};
+  const cpu::Memory memory = cpu::allocate(std::max<int64_t>(tiles, num_members_) * view.tile_bytes());
+  view.data = memory.get();
+  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, false});
 }
 
-void StepProgram::embed(const Tensor& weight, const std::string& format, int64_t columns,
-                        int64_t num_ids, double factor, const Tensor& x) {
-  const step::PackedMatrix table = matrix_of(weight, format, columns);
-  TORCH_CHECK(num_ids > 0 && num_ids <= table.num_rows, "`num_ids` must be in [1, ", table.num_rows,
-              "], got ", num_ids);
-  check_tensor(x, "x", kFloat, {max_tokens_, columns});
-  num_ids_ = num_ids;
-  x_ = x;
+QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
+  check_positive(num_heads, "num_heads");
+  const int64_t row_bytes = num_heads * pool.layer(0).query_bytes();
+  return std::make_shared<QueryBuffer>(
+      QueryBuffer{cpu::allocate(max_tokens_ * row_bytes + step::kPoolSlack), max_tokens_, num_heads, row_bytes});
+}
+
+void Program::embed(const Matrix& table, double factor, const RowsPtr& out) {
+  check_rows_buffer(out, table.packed.num_columns, "out");
+  num_ids_ = table.num_rows;
+  keep(table.memory);
+  keep(out->memory);
   forward_.add(step::kernels().embed,
-               step::EmbedParams{table, static_cast<float>(factor), x.mutable_data_ptr<float>()});
-  keep({weight, x});
+               step::EmbedParams{table.packed, static_cast<float>(factor), out->data()});
 }
 
-void StepProgram::norm(const Tensor& x, const Tensor& weight, double eps, bool for_logits,
-                       const Tensor& out, const std::string& precision) {
-  const int64_t columns = weight.numel();
-  check_tensor(weight, "weight", kFloat, {columns});
-  check_tensor(x, "x", kFloat, {max_tokens_, columns});
-  const step::Activation activation =
-      activation_of(out, for_logits ? max_rows_ : max_tokens_, columns, precision);
-  const step::NormParams params = {x.const_data_ptr<float>(),
-                                   weight.const_data_ptr<float>(),
-                                   static_cast<float>(eps),
-                                   for_logits,
-                                   activation,
-                                   activation.tile_bytes()};
-  (for_logits ? head_ : forward_)
-      .add(step::kernels().norm, params,
-           for_logits ? Sync::kUnlessPrivateRows : Sync::kUnlessPrivateTokens);
-  norms_.insert(out.const_data_ptr());
-  keep({x, weight, out});
+void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps, bool for_logits,
+                   bool is_private, const ActivationPtr& out) {
+  const int64_t columns = out->view.num_columns;
+  check_rows_buffer(x, columns, "x");
+  check_shape(weight, "weight", {columns});
+  check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
+  check(out->num_rows == (for_logits ? max_rows_ : max_tokens_), "`out` must be of the rows normed");
+  keep(x->memory);
+  keep(out->memory);
+  out->is_private = is_private;
+  const step::NormParams params = {x->data(),  keep(weight), width,
+                                   static_cast<float>(eps), for_logits, out->view,
+                                   is_private ? out->view.tile_bytes() : 0};
+  const Sync sync = !is_private ? Sync::kAlways
+                    : for_logits ? Sync::kUnlessPrivateRows
+                                 : Sync::kUnlessPrivateTokens;
+  (for_logits ? head_ : forward_).add(step::kernels().norm, params, sync);
 }
 
-void StepProgram::qkv(const Tensor& in, const std::string& precision,
-                      const std::vector<Tensor>& parts, const std::vector<std::string>& formats,
-                      int64_t columns, const std::optional<Tensor>& bias, int64_t num_heads,
-                      const Tensor& cosines, const Tensor& sines, const std::vector<Tensor>& norms,
-                      double eps, double scale, const Tensor& kv, int64_t block_size,
-                      int64_t head_dim, const Tensor& q) {
-  TORCH_CHECK(parts.size() == formats.size() && (parts.size() == 1 || parts.size() == 3),
-              "`parts` must be one or three matrices with a format each");
-  TORCH_CHECK(norms.empty() || norms.size() == 2, "`norms` must be none or two");
+void Program::norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps,
+                       double factor, const RowsPtr& x) {
+  const int64_t columns = x->num_columns;
+  check_rows_buffer(x, columns, "x");
+  check_rows_buffer(rows, columns, "rows");
+  check_shape(weight, "weight", {columns});
+  check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
+  keep(rows->memory);
+  keep(x->memory);
+  forward_.add(step::kernels().norm_add,
+               step::NormAddParams{rows->data(), keep(weight), columns, width, static_cast<float>(eps),
+                                   static_cast<float>(factor), x->data()});
+}
+
+void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
+  check_rows_buffer(rows, out->view.num_columns, "rows");
+  keep(rows->memory);
+  keep(out->memory);
+  forward_.add(step::kernels().pack, step::PackParams{rows->data(), shared(out)});
+}
+
+void Program::linear(const Product& product, const RowsPtr& out) {
+  check_rows_buffer(out, product.weight.packed.num_rows, "out");
+  keep(out->memory);
+  forward_.add(step::kernels().linear_rows,
+               step::LinearRowsParams{linear_params(product, 1), out->data()});
+}
+
+void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {
+  check(!product.in->is_private, "`linear_add` cannot take a private norm: others may still read x");
+  check_rows_buffer(x, product.weight.packed.num_rows, "x");
+  keep(x->memory);
+  forward_.add(step::kernels().linear_add,
+               step::LinearAddParams{linear_params(product, 1), static_cast<float>(factor), x->data()});
+}
+
+void Program::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
+  check(products.size() == 1 || products.size() == 3, "`products` must be one or three");
   step::QkvParams params = {};
-  params.kv = kv_of(kv, block_size, head_dim);
-  params.num_parts = static_cast<int32_t>(parts.size());
-  const int64_t unit_strips = norms.empty() ? 1 : head_dim / step::kStripRows;
+  params.heads = head_params(heads, out);
+  params.num_parts = static_cast<int32_t>(products.size());
+  const int64_t strips = params.heads.kv.num_strips();
+  const int64_t unit_strips = heads.q_norm ? strips : 1;
   int64_t num_rows = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    params.parts[i] =
-        linear(in, precision, parts[i], formats[i], columns, bias, num_rows, unit_strips);
+  for (size_t i = 0; i < products.size(); ++i) {
+    params.parts[i] = linear_params(products[i], unit_strips);
     num_rows += params.parts[i].weight.num_rows;
   }
-  const int64_t expected = (num_heads + 2 * params.kv.num_heads) * head_dim;
-  TORCH_CHECK(num_heads > 0 && num_heads % params.kv.num_heads == 0 && num_rows == expected,
-              "`parts` must have the rows of the heads, ", expected, ", got ", num_rows);
-  check_tensor(cosines, "cosines", kFloat, {-1, head_dim / 2});
-  check_tensor(sines, "sines", kFloat, {cosines.size(0), head_dim / 2});
-  check_tensor(q, "q", kByte, {max_tokens_, num_heads * params.kv.query_bytes()});
-  for (const Tensor& norm : norms) check_tensor(norm, "norms", kFloat, {head_dim});
-  if (bias) check_tensor(*bias, "bias", kFloat, {expected});
-  params.num_heads = num_heads;
-  params.head_dim = head_dim;
-  params.cosines = cosines.const_data_ptr<float>();
-  params.sines = sines.const_data_ptr<float>();
-  params.q_norm = norms.empty() ? nullptr : norms[0].const_data_ptr<float>();
-  params.k_norm = norms.empty() ? nullptr : norms[1].const_data_ptr<float>();
-  params.eps = static_cast<float>(eps);
-  params.q_scale = static_cast<float>(scale * 1.4426950408889634);
-  params.q = q.mutable_data_ptr();
-  forward_.add(step::kernels().qkv, params);
-  last_qkv_ = forward_.size();
-  q_ = q;
-  num_positions_ = std::min<int64_t>(num_positions_, cosines.size(0));
-  keep(parts);
-  keep(norms);
-  keep({in, cosines, sines, kv, q});
-  if (bias) keep({*bias});
-}
-
-void StepProgram::attention(const Tensor& q, const Tensor& pool, int64_t block_size,
-                            int64_t head_dim, int64_t max_context, const Tensor& out,
-                            const std::string& precision) {
-  const step::KvLayerView kv = kv_of(pool, block_size, head_dim);
-  check_tensor(q, "q", kByte, {max_tokens_, -1});
-  const int64_t num_heads = q.size(1) / kv.query_bytes(), width = num_heads * head_dim;
-  TORCH_CHECK(q.size(1) % kv.query_bytes() == 0 && num_heads % kv.num_heads == 0,
-              "`q` must have a multiple of ", kv.num_heads, " heads of ", kv.query_bytes(),
-              " bytes, got ", q.size(1), " bytes");
-  if (workspace_ == nullptr) {
-    workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context, head_dim);
-    max_context_ = max_context;
-    num_heads_ = num_heads;
-    kv_ = kv;
+  const int64_t expected =
+      (heads.num_heads + 2 * params.heads.kv.num_heads) * strips * step::kStripRows;
+  check(num_rows == expected, "`products` must have the rows of the heads, ", expected, ", got ",
+        num_rows);
+  if (heads.q_norm) {
+    check_shape(*heads.q_norm, "q_norm", {strips * step::kStripRows});
+    check_shape(*heads.k_norm, "k_norm", {strips * step::kStripRows});
   }
-  TORCH_CHECK(kv.num_heads == kv_.num_heads && head_dim == kv_.head_dim &&
-                  kv.num_blocks == kv_.num_blocks && block_size == kv_.block_size &&
-                  num_heads_ == num_heads && max_context == max_context_,
-              "all layers of a program must have one shape of attention");
-  forward_.add(step::kernels().attention,
-               step::AttentionParams{q.const_data_ptr(), kv, num_heads_,
-                                     activation_of(out, max_tokens_, width, precision),
-                                     workspace_->partials()});
-  keep({q, pool, out});
+  forward_.add(step::kernels().qkv, params);
 }
 
-void StepProgram::linear_add(const Tensor& in, const std::string& precision, const Tensor& weight,
-                             const std::string& format, int64_t columns,
-                             const std::optional<Tensor>& bias, const Tensor& x) {
-  // It writes to x, which other members may still be normalising for themselves.
-  TORCH_CHECK(norms_.count(in.const_data_ptr()) == 0,
-              "`linear_add` cannot take the result of `norm`");
-  const step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 1);
-  check_tensor(x, "x", kFloat, {max_tokens_, params.weight.num_rows});
-  if (bias) check_tensor(*bias, "bias", kFloat, {params.weight.num_rows});
-  forward_.add(step::kernels().linear_add,
-               step::LinearAddParams{params, x.mutable_data_ptr<float>()});
-  keep({in, weight, x});
-  if (bias) keep({*bias});
+void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
+                        const QueryPtr& out) {
+  step::HeadRowsParams params = {};
+  params.heads = head_params(heads, out);
+  const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
+  const int64_t num_kv_heads = params.heads.kv.num_heads;
+  check_rows_buffer(rows, (heads.num_heads + (has_keys ? 2 * num_kv_heads : 0)) * width, "rows");
+  check(!is_whole_norm || heads.q_norm, "a whole norm needs `q_norm` and `k_norm`");
+  if (heads.q_norm) {
+    check_shape(*heads.q_norm, "q_norm", {is_whole_norm ? heads.num_heads * width : width});
+    check_shape(*heads.k_norm, "k_norm", {is_whole_norm ? num_kv_heads * width : width});
+  }
+  keep(rows->memory);
+  params.rows = rows->data();
+  params.stride = rows->num_columns;
+  params.has_keys = has_keys;
+  params.is_whole_norm = is_whole_norm;
+  forward_.add(step::kernels().head_rows, params);
 }
 
-void StepProgram::gate_up(const Tensor& in, const std::string& precision, const Tensor& weight,
-                          const std::string& format, int64_t columns,
-                          const std::optional<Tensor>& bias, const std::string& activation,
-                          const Tensor& out, const std::string& out_precision) {
-  TORCH_CHECK(activation == "silu" || activation == "gelu_tanh",
-              "`activation` must be silu or gelu_tanh, got ", activation);
-  step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 2);
-  const int64_t rows = params.weight.num_rows;
-  TORCH_CHECK(rows % (2 * step::kStripRows) == 0, "`weight` must have a multiple of 64 rows, got ",
-              rows);
-  if (bias) check_tensor(*bias, "bias", kFloat, {rows});
-  const auto kind =
-      activation == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
-  forward_.add(
-      step::kernels().gate_up,
-      step::GateUpParams{params, kind, activation_of(out, max_tokens_, rows / 2, out_precision)});
-  keep({in, weight, out});
-  if (bias) keep({*bias});
+void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
+                        std::optional<int64_t> window, const ActivationPtr& out, const RowsPtr& rows) {
+  const step::KvLayerView kv = use_pool(pool, layer, q->num_heads);
+  check(q->row_bytes == q->num_heads * kv.query_bytes(), "`q` must be of this pool's kind");
+  check(true_dim > 0 && true_dim <= kv.head_dim, "`true_dim` must be in [1, ", kv.head_dim, "], got ",
+        true_dim);
+  check(!window || *window > 0, "`window` must be positive");
+  const int64_t width = q->num_heads * true_dim;
+  step::AttentionParams params = {};
+  params.q = q->memory.get();
+  params.kv = kv;
+  params.num_heads = q->num_heads;
+  params.true_dim = true_dim;
+  params.window = window.value_or(INT64_MAX);
+  params.partials = workspace_->partials();
+  check((out == nullptr) != (rows == nullptr), "either `out` or `rows` is written");
+  if (out != nullptr) {
+    check(true_dim % step::kBlockColumns == 0 && out->view.num_columns == width,
+          "`out` must have ", width, " columns, in heads of a multiple of 32");
+    keep(out->memory);
+    params.out = shared(out);
+  } else {
+    check_rows_buffer(rows, padded_columns(width), "rows");
+    keep(rows->memory);
+    params.rows = rows->data();
+    params.stride = rows->num_columns;
+  }
+  keep(q->memory);
+  forward_.add(step::kernels().attention, params);
 }
 
-void StepProgram::logits(const Tensor& in, const std::string& precision, const Tensor& weight,
-                         const std::string& format, int64_t columns,
-                         const std::optional<Tensor>& bias, double cap, const Tensor& out) {
-  step::LinearParams params = linear(in, precision, weight, format, columns, bias, 0, 1);
-  check_tensor(out, "logits", kFloat, {max_rows_, -1});
-  TORCH_CHECK(out.size(1) > 0 && out.size(1) <= params.weight.num_rows,
-              "`logits` must have at most ", params.weight.num_rows, " columns, got ", out.size(1));
-  if (bias) check_tensor(*bias, "bias", kFloat, {params.weight.num_rows});
-  head_.add(step::kernels().logits, step::LogitsParams{params, out.mutable_data_ptr<float>(),
-                                                       out.size(1), static_cast<float>(cap)});
-  logits_ = out;
-  keep({in, weight, out});
-  if (bias) keep({*bias});
+void Program::gate_up(const Product& product, const std::string& activation, const ActivationPtr& out) {
+  const int64_t rows = product.weight.packed.num_rows;
+  check(rows == 2 * out->view.num_columns, "`weight` must have twice the columns of `out`, ",
+        out->view.num_columns, ", got ", rows);
+  keep(out->memory);
+  const step::LinearParams linear = linear_params(product, 2);
+  forward_.add(step::kernels().gate_up,
+               step::GateUpParams{linear, activation_of(activation), shared(out)});
 }
 
-step::Activation StepProgram::activation_of(const Tensor& buffer, int64_t tokens, int64_t columns,
-                                            const std::string& precision) const {
-  TORCH_CHECK(columns % step::kBlockColumns == 0,
-              "an activation must have a multiple of 32 columns, got ", columns);
-  check_tensor(buffer, "activation", kByte, {activation_bytes(tokens, columns, precision)});
-  return {buffer.mutable_data_ptr<uint8_t>(), precision_of(precision), columns};
+void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
+                      const ActivationPtr& out) {
+  check_rows_buffer(gate, out->view.num_columns, "gate");
+  check_rows_buffer(up, out->view.num_columns, "up");
+  keep(gate->memory);
+  keep(up->memory);
+  keep(out->memory);
+  forward_.add(step::kernels().act_mul,
+               step::ActMulParams{gate->data(), up->data(), activation_of(activation), shared(out)});
 }
 
-step::LinearParams StepProgram::linear(const Tensor& in, const std::string& precision,
-                                       const Tensor& weight, const std::string& format,
-                                       int64_t columns, const std::optional<Tensor>& bias,
-                                       int64_t first_row, int64_t unit_strips) {
+void Program::logits(const Product& product, int64_t vocab_size, double scale, double cap) {
+  check(vocab_size > 0 && vocab_size <= product.weight.packed.num_rows, "`vocab_size` must be in [1, ",
+        product.weight.packed.num_rows, "], got ", vocab_size);
+  check(product.in->num_rows == max_rows_, "the head's input must be of the rows of logits");
+  logits_ = std::make_shared<RowsBuffer>(RowsBuffer{
+      cpu::allocate(max_rows_ * vocab_size * static_cast<int64_t>(sizeof(float))), max_rows_, vocab_size});
+  vocab_ = vocab_size;
+  head_.add(step::kernels().logits,
+            step::LogitsParams{linear_params(product, 1), logits_->data(), vocab_size,
+                               static_cast<float>(scale), static_cast<float>(cap)});
+}
+
+void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows,
+                               const QueryPtr& query) {
+  last_write_ = forward_.size();
+  can_gather_ = can_gather;
+  gathered_.clear();
+  for (const RowsPtr& each : rows) {
+    gathered_.push_back({each->memory.get(), each->num_columns * static_cast<int64_t>(sizeof(float))});
+  }
+  if (query != nullptr) gathered_.push_back({query->memory.get(), query->row_bytes});
+}
+
+step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips) {
+  const step::PackedMatrix& weight = product.weight.packed;
+  const Precision precision = product.in->view.precision;
+  check(product.in->view.num_columns == weight.num_columns, "the input must have ", weight.num_columns,
+        " columns, got ", product.in->view.num_columns);
+  check(precision == Precision::kFloat32 ||
+            (precision == Precision::kInt8 && step::is_quantised(weight.format)) ||
+            (precision == Precision::kBF16 && weight.format == step::Format::kBF16),
+        "this weight's format cannot be multiplied in ", precision_name(precision));
+  check(weight.num_rows % (unit_strips * step::kStripRows) == 0, "the weight must have a multiple of ",
+        unit_strips * step::kStripRows, " rows, got ", weight.num_rows);
+  keep(product.weight.memory);
+  keep(product.in->memory);
   step::LinearParams params = {};
-  params.weight = matrix_of(weight, format, columns);
-  params.in = {in.mutable_data_ptr<uint8_t>(), precision_of(precision), columns};
-  check_tensor(in, "activation", kByte, {-1});
-  const step::Format kind = params.weight.format;
-  const bool is_float32 = params.in.precision == Precision::kFloat32;
-  TORCH_CHECK(is_float32 || (params.in.precision == Precision::kInt8 && step::is_quantised(kind)) ||
-                  (params.in.precision == Precision::kBF16 && kind == step::Format::kBF16),
-              "a weight of format ", format, " cannot be multiplied in ", precision);
-  if (norms_.count(in.const_data_ptr()) != 0) params.private_bytes = params.in.tile_bytes();
-  if (bias) params.bias = bias->const_data_ptr<float>() + first_row;
-  if (is_float32 && kind != step::Format::kF32) {
-    params.scratch_floats = unit_strips * step::kStripRows * columns;
+  params.weight = weight;
+  params.in = product.in->view;
+  if (product.in->is_private) params.private_bytes = params.in.tile_bytes();
+  if (product.bias) {
+    check_shape(*product.bias, "bias", {weight.num_rows});
+    params.bias = keep(*product.bias);
+  }
+  if (precision == Precision::kFloat32 && weight.format != step::Format::kF32) {
+    params.scratch_floats = unit_strips * step::kStripRows * weight.num_columns;
     params.scratch = scratch_of(num_members_ * params.scratch_floats);
   }
   return params;
 }
 
-float* StepProgram::scratch_of(int64_t floats) {
-  if (scratch_.empty() || scratch_.back().numel() < floats)
-    scratch_.push_back(at::empty({floats}, kFloat));
-  return scratch_.back().mutable_data_ptr<float>();
+step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
+  step::HeadParams params = {};
+  params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
+  check(heads.true_dim > 0 && heads.true_dim <= params.kv.head_dim, "`true_dim` must be in [1, ",
+        params.kv.head_dim, "], got ", heads.true_dim);
+  check(out->num_heads == heads.num_heads && out->row_bytes == heads.num_heads * params.kv.query_bytes(),
+        "`out` must be the queries of these heads for this pool");
+  check(heads.cosines.has_value() == heads.sines.has_value() &&
+            heads.q_norm.has_value() == heads.k_norm.has_value(),
+        "cosines and sines come together, as do the norms of queries and keys");
+  if (heads.cosines) {
+    check_shape(*heads.cosines, "cosines", {-1, params.kv.num_strips() * 16});
+    check_shape(*heads.sines, "sines", {heads.cosines->shape(0), params.kv.num_strips() * 16});
+    num_positions_ = std::min<int64_t>(num_positions_, heads.cosines->shape(0));
+    params.cosines = keep(*heads.cosines);
+    params.sines = keep(*heads.sines);
+  }
+  if (heads.q_norm) {
+    params.q_norm = keep(*heads.q_norm);
+    params.k_norm = keep(*heads.k_norm);
+  }
+  params.num_heads = heads.num_heads;
+  params.true_dim = heads.true_dim;
+  params.eps = static_cast<float>(heads.eps);
+  params.q_scale = static_cast<float>(heads.scale * 1.4426950408889634);
+  params.q = out->memory.get();
+  keep(out->memory);
+  return params;
 }
 
-step::KvLayerView StepProgram::kv_of(const Tensor& pool, int64_t block_size,
-                                     int64_t head_dim) const {
-  TORCH_CHECK(block_size > 0 && block_size % 16 == 0, "`block_size` must be a multiple of 16, got ",
-              block_size);
-  TORCH_CHECK(head_dim > 0 && head_dim % step::kStripRows == 0 && head_dim <= 256,
-              "`head_dim` must be a multiple of 32 up to 256, got ", head_dim);
-  const bool is_int8 = pool.scalar_type() == at::kChar;
-  TORCH_CHECK(is_int8 || pool.scalar_type() == kFloat || pool.scalar_type() == at::kBFloat16,
-              "`kv` must be float32, bfloat16 or int8, got ", pool.scalar_type());
-  const step::KvLayerView view = {static_cast<uint8_t*>(pool.mutable_data_ptr()),
-                                  is_int8                        ? Precision::kInt8
-                                  : pool.scalar_type() == kFloat ? Precision::kFloat32
-                                                                 : Precision::kBF16,
-                                  pool.size(0),
-                                  pool.stride(0) * pool.element_size(),
-                                  block_size,
-                                  pool.size(2),
-                                  head_dim};
-  check_kv(pool, block_size / 16 * view.sub_block_bytes() / pool.element_size());
-  return view;
+step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads) {
+  if (pool_ == nullptr) {
+    pool_ = pool;
+    num_heads_ = num_heads;
+    workspace_ =
+        std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, pool->head_dim());
+  }
+  check(pool == pool_ && num_heads == num_heads_, "all layers of a program must have one shape of attention");
+  check(num_heads % pool->num_kv_heads() == 0, "`num_heads` must be a multiple of ",
+        pool->num_kv_heads(), ", got ", num_heads);
+  return pool->layer(layer);
 }
 
-void StepProgram::keep(const std::vector<Tensor>& tensors) {
-  kept_.insert(kept_.end(), tensors.begin(), tensors.end());
+const float* Program::keep(const Floats& array) {
+  arrays_.push_back(array);
+  return array.data();
+}
+
+float* Program::scratch_of(int64_t floats) {
+  // One buffer serves all operators, as they run one after the other; old ones stay valid.
+  if (scratch_.empty() || scratch_.back().second < floats) {
+    scratch_.emplace_back(cpu::allocate(floats * static_cast<int64_t>(sizeof(float))), floats);
+  }
+  return reinterpret_cast<float*>(scratch_.back().first.get());
+}
+
+void Program::check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const {
+  check(rows->num_rows == max_tokens_ && rows->num_columns == columns, "`", name, "` must be [", max_tokens_,
+        ", ", columns, "], got [", rows->num_rows, ", ", rows->num_columns, "]");
 }
 
 }  // namespace tgi

@@ -1,131 +1,168 @@
-// The recorded step as Python has it, tgi_asgi._C.StepProgram. Operands are checked when they are
-// recorded (program.cpp), the header's arrays before each run (program_run.cpp); the kernels trust
-// both. Tensors that a step reads or writes are kept alive here.
+// The recorded step as Python has it, tgi_asgi._C.Program: its buffers, its operators, its runs. Operands
+// are checked when they are recorded (program.cpp), a step's arrays before each run (program_run.cpp); the
+// kernels trust both.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
-#include "bindings/packed.h"
+#include "bindings/kv_pool.h"
+#include "bindings/matrix.h"
+#include "bindings/rows.h"
 #include "bindings/sample.h"
-#include "cpu/step/program.h"
+#include "cpu/step/segment.h"
 
 namespace tgi {
 
-class StepProgram {
+// Rows of float32, one a token (or one a row of logits); columns are padded to whole blocks.
+struct RowsBuffer {
+  cpu::Memory memory;
+  int64_t num_rows;
+  int64_t num_columns;
+  float* data() const { return reinterpret_cast<float*>(memory.get()); }
+};
+
+// The input of products.
+struct ActivationBuffer {
+  cpu::Memory memory;
+  int64_t num_rows;
+  step::Activation view;
+  bool is_private = false;  // what was written last are copies of the members' own, see kPrivateTokens
+};
+
+// Queries, as a cache wants them.
+struct QueryBuffer {
+  cpu::Memory memory;
+  int64_t num_rows;
+  int64_t num_heads;
+  int64_t row_bytes;
+};
+
+using RowsPtr = std::shared_ptr<RowsBuffer>;
+using ActivationPtr = std::shared_ptr<ActivationBuffer>;
+using QueryPtr = std::shared_ptr<QueryBuffer>;
+using PoolPtr = std::shared_ptr<KvPool>;
+using Floats = Array<float>;
+
+// A product's operands: its weight, the input in the precision that the weight is multiplied in.
+struct Product {
+  const Matrix& weight;
+  ActivationPtr in;
+  std::optional<Floats> bias;  // in the order of the packed rows
+};
+
+// How heads are normalised and rotated, and which layer of which pool they go to.
+struct Heads {
+  PoolPtr pool;
+  int64_t layer;
+  int64_t num_heads;
+  int64_t true_dim;
+  double scale;  // of the softmax
+  double eps;
+  std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
+  std::optional<Floats> q_norm, k_norm;  // in packed order
+};
+
+class Program {
  public:
-  using Tensor = at::Tensor;
+  Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context);
 
-  StepProgram(int64_t max_tokens, int64_t max_sequences, int64_t max_rows);
+  // Buffers, for all tokens, or for the rows of logits.
+  RowsPtr rows(int64_t columns, bool for_logits) const;
+  ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits) const;
+  QueryPtr query(const KvPool& pool, int64_t num_heads) const;
 
-  // Recording.
-
-  // Bytes of an activation buffer for `tokens` rows.
-  int64_t activation_bytes(int64_t tokens, int64_t columns, const std::string& precision) const;
-  // Bytes of a token's query of `num_heads` heads, as a cache like `kv` wants it.
-  int64_t query_bytes(const Tensor& kv, int64_t block_size, int64_t head_dim,
-                      int64_t num_heads) const;
-  void embed(const Tensor& weight, const std::string& format, int64_t columns, int64_t num_ids,
-             double factor, const Tensor& x);
-  void norm(const Tensor& x, const Tensor& weight, double eps, bool for_logits, const Tensor& out,
-            const std::string& precision);
-  // parts: the rows of q, k and v as one matrix, or as three of different formats; norms: of q and
-  // of k, or none.
-  void qkv(const Tensor& in, const std::string& precision, const std::vector<Tensor>& parts,
-           const std::vector<std::string>& formats, int64_t columns,
-           const std::optional<Tensor>& bias, int64_t num_heads, const Tensor& cosines,
-           const Tensor& sines, const std::vector<Tensor>& norms, double eps, double scale,
-           const Tensor& kv, int64_t block_size, int64_t head_dim, const Tensor& q);
-  void attention(const Tensor& q, const Tensor& pool, int64_t block_size, int64_t head_dim,
-                 int64_t max_context, const Tensor& out, const std::string& precision);
-  void linear_add(const Tensor& in, const std::string& precision, const Tensor& weight,
-                  const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
-                  const Tensor& x);
-  void gate_up(const Tensor& in, const std::string& precision, const Tensor& weight,
-               const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
-               const std::string& activation, const Tensor& out, const std::string& out_precision);
-  void logits(const Tensor& in, const std::string& precision, const Tensor& weight,
-              const std::string& format, int64_t columns, const std::optional<Tensor>& bias,
-              double cap, const Tensor& out);
+  // Recording. Each writes to `out`, or adds to `x`.
+  void embed(const Matrix& table, double factor, const RowsPtr& out);
+  // A private norm is followed by no barrier where tokens are few: the operator behind it must not write to x.
+  void norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps, bool for_logits,
+            bool is_private, const ActivationPtr& out);
+  void norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps, double factor,
+                const RowsPtr& x);
+  void pack(const RowsPtr& rows, const ActivationPtr& out);
+  void linear(const Product& product, const RowsPtr& out);
+  void linear_add(const Product& product, double factor, const RowsPtr& x);
+  // Products: the rows of q, k and v as one matrix, or as three of different formats.
+  void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
+  // Of rows in packed order; a whole norm is over all heads of q, or of k, together.
+  void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
+                 const QueryPtr& out);
+  // To an activation, or to rows where a head is no multiple of 32.
+  void attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
+                 std::optional<int64_t> window, const ActivationPtr& out, const RowsPtr& rows);
+  void gate_up(const Product& product, const std::string& activation, const ActivationPtr& out);
+  void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
+               const ActivationPtr& out);
+  void logits(const Product& product, int64_t vocab_size, double scale, double cap);
+  // Says that no operator behind writes keys or values: a step without rows of logits ends here, one with
+  // some goes on with these alone, if what it still needs of tokens lies in `rows` and `query`.
+  void end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows, const QueryPtr& query);
   int64_t num_operators() const { return forward_.size() + head_.size(); }
 
-  // Running. The tensors of a batch are those of `StepHeader`.
-
-  // Runs the forward pass of a batch and, if rows are asked for, the head on these.
-  void run(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-           const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
-           const Tensor& rows);
-  // The same and then one draw a row, all in one run of the team; of tokens that are not drawn
-  // after only keys and values are computed. Operands from `row_slots` on are those of the operator
-  // `sample`; the mask, if any, was computed before.
-  void draw(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-            const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
-            const Tensor& rows, const Tensor& row_slots, const Tensor& records,
-            const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
-            const Tensor& masked_ids, const std::optional<Tensor>& mask, const Tensor& scratch,
-            const Tensor& token_ids, const Tensor& is_finite, const Tensor& logprobs,
-            const Tensor& top_ids, const Tensor& top_logprobs, const Tensor& num_top);
-  // The same of a header and a call that others have made; the call's logits are filled in here.
-  // Without rows there is no draw, and the step ends with the last keys and values.
-  void draw_header(const step::StepHeader& header, SampleCall call);
-  // As `draw` without drawing; returns the seconds that each operator took, barrier included.
-  Tensor profile(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                 const Tensor& query_start, const Tensor& context_len, const Tensor& block_table,
-                 const Tensor& rows);
-  // Runs the head again on other rows of the last batch, which `run` must have computed.
-  void run_head(const Tensor& rows);
+  // Running. Everything is checked before anything is computed; the GIL is released meanwhile.
+  // The forward pass of a batch and, if rows are asked for, their logits: [num_rows, vocab], valid until the
+  // next call.
+  Floats run(const FlatRows& batch, const std::vector<int32_t>& rows);
+  // The same and a draw a row, in one run of the team; of tokens that are not drawn after only keys and
+  // values are computed. `run_head` is not possible afterwards.
+  py::tuple draw(const FlatRows& batch, const std::vector<int32_t>& rows, std::vector<int32_t> slots,
+                 SampleArrays& state, const std::optional<Array<int32_t>>& mask);
+  // The same of a draw that others have prepared, without the GIL.
+  void draw_batch(const step::StepHeader& header, SampleCall& call);
+  // As `draw` without drawing; the seconds that each operator took, barrier included.
+  std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
+  // The logits of other rows of the last batch.
+  Floats run_head(const std::vector<int32_t>& rows);
+  int64_t vocab() const { return vocab_; }
 
  private:
-  step::Activation activation_of(const Tensor& buffer, int64_t tokens, int64_t columns,
-                                 const std::string& precision) const;
-  // A product; `first_row` is where its rows begin in the bias. Makes room to widen a unit's
-  // weights.
-  step::LinearParams linear(const Tensor& in, const std::string& precision, const Tensor& weight,
-                            const std::string& format, int64_t columns,
-                            const std::optional<Tensor>& bias, int64_t first_row,
-                            int64_t unit_strips);
-  // One buffer serves all operators, as they run one after the other; it only grows, and old ones
-  // stay valid.
+  step::LinearParams linear_params(const Product& product, int64_t unit_strips);
+  step::HeadParams head_params(const Heads& heads, const QueryPtr& out);
+  step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
+  const float* keep(const Floats& array);
+  void keep(const cpu::Memory& memory) { memories_.push_back(memory); }
   float* scratch_of(int64_t floats);
-  step::KvLayerView kv_of(const Tensor& pool, int64_t block_size, int64_t head_dim) const;
-  void keep(const std::vector<Tensor>& tensors);
+  void check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const;
 
-  // A step's arrays, checked; `begin` makes them the present step's.
-  static step::StepHeader header_of(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                                    const Tensor& query_start, const Tensor& context_len,
-                                    const Tensor& block_table, const Tensor& rows);
   void begin(const step::StepHeader& header);
   void check_header() const;
   void check_rows() const;
   void check_members(int num_members) const;
-  // Before a forward pass, once the team is known. `only_rows`: of the last layer only what these
-  // need is computed.
   void prepare(int num_members, bool only_rows);
   void run_step(int member, int num_members, double* ends = nullptr);
-  void run_and_draw(const SampleCall& call);
+  void run_and_draw(SampleCall& call);
+  Floats logits_view(int64_t rows);
 
-  const int64_t max_tokens_, max_sequences_, max_rows_;
+  const int64_t max_tokens_, max_sequences_, max_rows_, max_context_;
   const int num_members_;
-  int64_t num_ids_ = 0, num_heads_ = 0, max_context_ = 0;
+  int64_t num_ids_ = 0, num_heads_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;
-  step::KvLayerView kv_ = {};
+  PoolPtr pool_;
   step::Segment forward_, head_;
   step::StepHeader header_ = {};
   std::vector<step::AttentionPoint> split_;
   step::LastRows last_rows_;
+  struct Gathered {
+    uint8_t* data;
+    int64_t row_bytes;
+  };
+  std::vector<Gathered> gathered_;  // buffers that the rest of a step reads rows of
+  bool can_gather_ = false;
   bool ends_early_ = false;     // the step ends with the last keys and values
   bool has_last_rows_ = false;  // behind these it goes on with the header's rows alone
-  int64_t last_qkv_ = 0;        // operators up to the last that writes keys and values
+  int64_t last_write_ = 0;      // operators up to the last that writes keys and values
   std::unique_ptr<step::AttentionWorkspace> workspace_;
-  std::set<const void*> norms_;  // buffers that members may hold copies of, see kPrivateTokens
-  Tensor x_, q_, logits_;
-  std::vector<Tensor> scratch_, kept_;
+  RowsPtr logits_;
+  std::vector<int32_t> rows_;  // of the present step
+  FlatRows batch_;             // and its arrays
+  std::vector<cpu::Memory> memories_;
+  std::vector<Floats> arrays_;
+  std::vector<std::pair<cpu::Memory, int64_t>> scratch_;
 };
+
+void bind_program(py::module_& module);
 
 }  // namespace tgi

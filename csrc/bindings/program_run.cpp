@@ -1,119 +1,117 @@
 // Running a recorded step: its arrays checked, its work shared out, its operators replayed.
-#include <ATen/ops/diff.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
-#include "bindings/checks.h"
 #include "bindings/program.h"
 #include "cpu/team.h"
 
 namespace tgi {
 
-using at::kInt;
-using at::kLong;
-using at::Tensor;
-
 namespace {
-
-void check_limit(int64_t size, int64_t limit, const char* name) {
-  TORCH_CHECK(size <= limit, "`", name, "` must have at most ", limit, " elements, got ", size);
-}
 
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-}  // namespace
-
-void StepProgram::run(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                      const Tensor& query_start, const Tensor& context_len,
-                      const Tensor& block_table, const Tensor& rows) {
-  begin(header_of(ids, positions, slots, query_start, context_len, block_table, rows));
-  if (header_.num_tokens == 0) return;
-  cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
-                   [&](int member, int num_members) { run_step(member, num_members); });
+void check_limit(int64_t size, int64_t limit, const char* name) {
+  check(size <= limit, "`", name, "` must have at most ", limit, " elements, got ", size);
 }
 
-void StepProgram::draw(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                       const Tensor& query_start, const Tensor& context_len,
-                       const Tensor& block_table, const Tensor& rows, const Tensor& row_slots,
-                       const Tensor& records, const Tensor& counts, const Tensor& biased_ids,
-                       const Tensor& biased_values, const Tensor& masked_ids,
-                       const std::optional<Tensor>& mask, const Tensor& scratch,
-                       const Tensor& token_ids, const Tensor& is_finite, const Tensor& logprobs,
-                       const Tensor& top_ids, const Tensor& top_logprobs, const Tensor& num_top) {
-  begin(header_of(ids, positions, slots, query_start, context_len, block_table, rows));
-  TORCH_CHECK(header_.num_rows > 0, "`rows` must not be empty");
-  run_and_draw(check_sample(logits_.narrow(0, 0, header_.num_rows), row_slots, records, counts,
-                            biased_ids, biased_values, masked_ids, mask, scratch, token_ids,
-                            is_finite, logprobs, top_ids, top_logprobs, num_top));
-}
-
-void StepProgram::draw_header(const step::StepHeader& header, SampleCall call) {
-  begin(header);
-  TORCH_CHECK(call.num_rows == header.num_rows && call.params.vocab == logits_.size(1),
-              "the draw must have the rows and the vocabulary of the step");
-  call.params.logits = logits_.const_data_ptr<float>();
-  run_and_draw(call);
-}
-
-Tensor StepProgram::profile(const Tensor& ids, const Tensor& positions, const Tensor& slots,
-                            const Tensor& query_start, const Tensor& context_len,
-                            const Tensor& block_table, const Tensor& rows) {
-  begin(header_of(ids, positions, slots, query_start, context_len, block_table, rows));
-  TORCH_CHECK(header_.num_rows > 0, "`rows` must not be empty");
-  Tensor times = at::empty({num_operators() + 1}, at::kDouble);
-  auto* const first = times.mutable_data_ptr<double>();
-  cpu::run_on_team([&](int num_members) { prepare(num_members, true); },
-                   [&](int member, int num_members) {
-                     if (member == 0) *first = now_s();
-                     run_step(member, num_members, first + 1);
-                   });
-  return times.diff();
-}
-
-void StepProgram::run_head(const Tensor& rows) {
-  TORCH_CHECK(!has_last_rows_ && !ends_early_, "`draw` has kept only what it drew after");
-  check_tensor(rows, "rows", kInt, {-1});
-  header_.num_rows = rows.size(0);
-  header_.rows = rows.const_data_ptr<int32_t>();
-  check_rows();
-  if (header_.num_rows == 0) return;
-  cpu::run_on_team([&](int num_members) { check_members(num_members); },
-                   [&](int member, int num_members) {
-                     head_.run(header_, 0, head_.size(), member, num_members);
-                   });
-}
-
-step::StepHeader StepProgram::header_of(const Tensor& ids, const Tensor& positions,
-                                        const Tensor& slots, const Tensor& query_start,
-                                        const Tensor& context_len, const Tensor& block_table,
-                                        const Tensor& rows) {
-  check_tensor(ids, "ids", kInt, {-1});
-  check_tensor(context_len, "context_len", kInt, {-1});
-  check_tensor(rows, "rows", kInt, {-1});
-  step::StepHeader header = {};
-  header.num_tokens = ids.size(0);
-  header.num_sequences = context_len.size(0);
-  header.num_rows = rows.size(0);
-  check_tensor(positions, "positions", kInt, {header.num_tokens});
-  check_tensor(slots, "slots", kLong, {header.num_tokens});
-  check_tensor(query_start, "query_start", kInt, {header.num_sequences + 1});
-  check_tensor(block_table, "block_table", kInt, {header.num_sequences, -1});
-  header.ids = ids.const_data_ptr<int32_t>();
-  header.positions = positions.const_data_ptr<int32_t>();
-  header.slots = slots.const_data_ptr<int64_t>();
-  header.query_start = query_start.const_data_ptr<int32_t>();
-  header.context_len = context_len.const_data_ptr<int32_t>();
-  header.block_table = block_table.const_data_ptr<int32_t>();
-  header.block_table_stride = block_table.size(1);
-  header.rows = rows.const_data_ptr<int32_t>();
+// A batch's header with the rows that are asked for.
+step::StepHeader header_of(const FlatRows& batch, const std::vector<int32_t>& rows) {
+  step::StepHeader header = batch.header();
+  header.rows = rows.data();
+  header.num_rows = static_cast<int64_t>(rows.size());
   return header;
 }
 
-void StepProgram::begin(const step::StepHeader& header) {
+}  // namespace
+
+Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
+  batch_ = batch;  // `run_head` reads them again
+  rows_ = rows;
+  begin(header_of(batch_, rows_));
+  {
+    const py::gil_scoped_release release;
+    cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
+                     [&](int member, int num_members) { run_step(member, num_members); });
+  }
+  return logits_view(header_.num_rows);
+}
+
+py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
+                        std::vector<int32_t> slots, SampleArrays& state,
+                        const std::optional<Array<int32_t>>& mask) {
+  check(!rows.empty() && rows.size() == slots.size(), "`rows` must not be empty, and have a slot each");
+  Draws draws;
+  draws.slots = std::move(slots);
+  SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
+  {
+    const py::gil_scoped_release release;
+    draw_batch(header_of(batch, rows), call);
+  }
+  return draws.arrays();
+}
+
+void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
+  begin(header);
+  check(logits_ != nullptr, "nothing was recorded");
+  check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
+        "the draw must have the rows and the vocabulary of the step");
+  call.set_logits(logits_->data());
+  cpu::run_on_team(
+      [&](int num_members) {
+        prepare(num_members, true);
+        call.reserve(num_members);
+      },
+      [&](int member, int num_members) {
+        run_step(member, num_members);
+        call.run(member, num_members);
+      });
+}
+
+std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {
+  begin(header_of(batch, rows));
+  check(header_.num_rows > 0, "`rows` must not be empty");
+  std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
+  {
+    const py::gil_scoped_release release;
+    cpu::run_on_team([&](int num_members) { prepare(num_members, true); },
+                     [&](int member, int num_members) {
+                       if (member == 0) ends[0] = now_s();
+                       run_step(member, num_members, ends.data() + 1);
+                     });
+  }
+  std::vector<double> times;
+  for (size_t i = 1; i < ends.size(); ++i) times.push_back(ends[i] - ends[i - 1]);
+  return times;
+}
+
+Floats Program::run_head(const std::vector<int32_t>& rows) {
+  check(!has_last_rows_ && !ends_early_, "`draw` has kept only what it drew after");
+  rows_ = rows;
+  header_.num_rows = static_cast<int64_t>(rows_.size());
+  header_.rows = rows_.data();
+  check_rows();
+  if (header_.num_rows > 0) {
+    const py::gil_scoped_release release;
+    cpu::run_on_team([&](int num_members) { check_members(num_members); },
+                     [&](int member, int num_members) {
+                       head_.run(header_, 0, head_.size(), member, num_members);
+                     });
+  }
+  return logits_view(header_.num_rows);
+}
+
+Floats Program::logits_view(int64_t rows) {
+  if (logits_ == nullptr) return Floats(std::vector<py::ssize_t>{0, 0});
+  auto* const kept = new cpu::Memory(logits_->memory);  // the array keeps the buffer alive
+  const py::capsule owner(kept, [](void* memory) { delete static_cast<cpu::Memory*>(memory); });
+  return Floats({rows, vocab_}, logits_->data(), owner);
+}
+
+void Program::begin(const step::StepHeader& header) {
   check_limit(header.num_tokens, max_tokens_, "ids");
   check_limit(header.num_sequences, max_sequences_, "context_len");
   header_ = header;
@@ -121,72 +119,63 @@ void StepProgram::begin(const step::StepHeader& header) {
   check_rows();
 }
 
-void StepProgram::check_header() const {
+void Program::check_header() const {
   const step::StepHeader& h = header_;
-  check_range(h.ids, h.num_tokens, num_ids_, "ids");
+  if (num_ids_ > 0) check_range(h.ids, h.num_tokens, num_ids_, "ids");
+  if (pool_ == nullptr) return;  // nothing reads more
+  const int64_t block_size = pool_->block_size(), blocks = pool_->num_blocks();
   check_range(h.positions, h.num_tokens, num_positions_, "positions");
-  check_range(h.slots, h.num_tokens, kv_.num_blocks * kv_.block_size, "slots");
-  TORCH_CHECK(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
-              "`query_start` must run from 0 to ", h.num_tokens);
+  check_range(h.slots, h.num_tokens, blocks * block_size, "slots");
+  check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
+        "`query_start` must run from 0 to ", h.num_tokens);
   for (int64_t s = 0; s < h.num_sequences; ++s) {
     const int64_t length = int64_t{h.query_start[s + 1]} - h.query_start[s];
-    const int64_t longest = std::min(max_context_, h.block_table_stride * kv_.block_size);
-    TORCH_CHECK(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ",
-                h.query_start[s + 1]);
-    TORCH_CHECK(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s,
-                "] must be in [", length, ", ", longest, "], got ", h.context_len[s]);
-    const int64_t num_blocks = (h.context_len[s] + kv_.block_size - 1) / kv_.block_size;
-    check_range(h.block_table + s * h.block_table_stride, num_blocks, kv_.num_blocks,
-                "block_table");
+    const int64_t longest = std::min(max_context_, h.block_table_stride * block_size);
+    check(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ",
+          h.query_start[s + 1]);
+    check(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s, "] must be in [",
+          length, ", ", longest, "], got ", h.context_len[s]);
+    const int64_t num_blocks = (h.context_len[s] + block_size - 1) / block_size;
+    check_range(h.block_table + s * h.block_table_stride, num_blocks, blocks, "block_table");
   }
 }
 
-void StepProgram::check_rows() const {
+void Program::check_rows() const {
   check_limit(header_.num_rows, max_rows_, "rows");
   check_range(header_.rows, header_.num_rows, header_.num_tokens, "rows");
 }
 
-void StepProgram::check_members(int num_members) const {
-  TORCH_CHECK(num_members <= num_members_, "the program was recorded for ", num_members_,
-              " threads, not ", num_members);
+void Program::check_members(int num_members) const {
+  check(num_members <= num_members_, "the program was recorded for ", num_members_, " threads, not ",
+        num_members);
 }
 
-void StepProgram::prepare(int num_members, bool only_rows) {
+void Program::prepare(int num_members, bool only_rows) {
   check_members(num_members);
-  step::split_attention(header_, num_heads_, kv_.num_heads, num_members, split_.data());
+  ends_early_ = has_last_rows_ = false;
+  if (pool_ == nullptr) return;
+  const int64_t num_kv_heads = pool_->num_kv_heads();
+  step::split_attention(header_, num_heads_, num_kv_heads, num_members, split_.data());
   header_.attention_split = split_.data();
   ends_early_ = only_rows && header_.num_rows == 0;
-  has_last_rows_ = only_rows && last_rows_.prepare(header_, kv_.block_size, num_heads_,
-                                                   kv_.num_heads, num_members);
+  has_last_rows_ = only_rows && can_gather_ &&
+                   last_rows_.prepare(header_, pool_->block_size(), num_heads_, num_kv_heads, num_members);
 }
 
-void StepProgram::run_step(int member, int num_members, double* ends) {
+void Program::run_step(int member, int num_members, double* ends) {
   const step::StepHeader& last = has_last_rows_ ? last_rows_.header() : header_;
-  forward_.run(header_, 0, last_qkv_, member, num_members, ends);
+  forward_.run(header_, 0, last_write_, member, num_members, ends);
   if (ends_early_) return;
   if (has_last_rows_) {
     if (member == 0) {
-      last_rows_.gather(x_.mutable_data_ptr(), x_.stride(0) * x_.element_size());
-      last_rows_.gather(q_.mutable_data_ptr(), q_.stride(0));
+      for (const Gathered& each : gathered_) last_rows_.gather(each.data, each.row_bytes);
     }
     cpu::team_barrier();
   }
-  forward_.run(last, last_qkv_, forward_.size(), member, num_members, ends);
+  forward_.run(last, last_write_, forward_.size(), member, num_members, ends);
   if (last.num_rows == 0) return;
   head_.run(last, 0, head_.size(), member, num_members,
             ends == nullptr ? nullptr : ends + forward_.size());
-}
-
-void StepProgram::run_and_draw(const SampleCall& call) {
-  cpu::run_on_team(
-      [&](int num_members) {
-        prepare(num_members, true);
-        call.check_members(num_members);
-      },
-      [&](int member, int num_members) {
-        run_step(member, num_members);
-        call.run(member, num_members);
-      });
 }
 
 }  // namespace tgi

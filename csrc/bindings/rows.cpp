@@ -1,7 +1,11 @@
 #include "bindings/rows.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <string>
+
+#include "bindings/checks.h"
 
 namespace tgi {
 
@@ -140,6 +144,75 @@ FlatRows flatten(py::handle rows, const RowLimits& limits) {
     }
   }
   return flat;
+}
+
+namespace {
+
+// last_ids: of the slots, with any stride.
+FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
+                          const py::array_t<int32_t, 0>& last_ids) {
+  FlatRows flat = flatten(rows, limits);
+  check(last_ids.ndim() == 1, "`last_ids` must have one dimension");
+  const auto ids = last_ids.unchecked<1>();
+  flat.take_last_ids([&](int32_t slot) {
+    if (slot >= ids.shape(0)) throw PlanError("a row's slot has no last id");
+    return ids(slot);
+  });
+  return flat;
+}
+
+// Arrays that others have laid out (tests); only their lengths are checked.
+FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions, std::vector<int64_t> slots,
+                     std::vector<int32_t> query_start, std::vector<int32_t> context_len,
+                     const Array<int32_t>& block_table) {
+  check(positions.size() == ids.size() && slots.size() == ids.size() &&
+            query_start.size() == context_len.size() + 1,
+        "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
+  check_shape(block_table, "block_table", {static_cast<int64_t>(context_len.size()), -1});
+  FlatRows flat;
+  flat.ids = std::move(ids);
+  flat.positions = std::move(positions);
+  flat.slots = std::move(slots);
+  flat.query_start = std::move(query_start);
+  flat.context_len = std::move(context_len);
+  flat.block_table.assign(block_table.data(), block_table.data() + block_table.size());
+  flat.table_width = block_table.shape(1);
+  return flat;
+}
+
+template <class Value>
+py::array_t<Value> copy_of(const std::vector<Value>& values) {
+  return py::array_t<Value>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size, int64_t max_context,
+                      int64_t max_rows, int64_t max_tokens) {
+  for (const int64_t limit : {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
+    check(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX, "], got ", limit);
+  }
+  return {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens};
+}
+
+}  // namespace
+
+void bind_rows(py::module_& module) {
+  py::register_local_exception<PlanError>(module, "PlanError", PyExc_ValueError);
+  py::class_<RowLimits>(module, "RowLimits", "Bounds of a plan's integers.")
+      .def(py::init(&make_limits), py::kw_only(), py::arg("vocab_size"), py::arg("num_blocks"),
+           py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"), py::arg("max_tokens"));
+  py::class_<FlatRows>(module, "FlatRows", "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
+      .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"), py::arg("slots"),
+           py::arg("query_start"), py::arg("context_len"), py::arg("block_table").noconvert())
+      .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
+      .def_property_readonly("positions", [](const FlatRows& rows) { return copy_of(rows.positions); })
+      .def_property_readonly("slots", [](const FlatRows& rows) { return copy_of(rows.slots); })
+      .def_property_readonly("query_start", [](const FlatRows& rows) { return copy_of(rows.query_start); })
+      .def_property_readonly("context_len", [](const FlatRows& rows) { return copy_of(rows.context_len); })
+      .def_property_readonly("block_table", [](const FlatRows& rows) {
+        return py::array_t<int32_t>({rows.num_rows(), rows.table_width}, rows.block_table.data());
+      });
+  module.def("flatten_rows", &flatten_with_ids, py::arg("rows"), py::arg("limits"),
+             py::arg("last_ids").noconvert(), "Return a plan's rows as arrays, each integer checked.");
 }
 
 }  // namespace tgi

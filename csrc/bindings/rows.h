@@ -57,4 +57,6 @@ struct FlatRows {
 // exist, or two rows have one slot.
 FlatRows flatten(pybind11::handle rows, const RowLimits& limits);
 
+void bind_rows(pybind11::module_& module);
+
 }  // namespace tgi

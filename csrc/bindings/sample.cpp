@@ -1,198 +1,179 @@
-// CPU adapters of sampling and log-probabilities, and what the CUDA adapters share with them.
 #include "bindings/sample.h"
 
-#include <torch/library.h>
+#include <pybind11/stl.h>
 
-#include <vector>
+#include <algorithm>
+#include <utility>
 
-#include "bindings/checks.h"
 #include "cpu/sample.h"
 #include "cpu/team.h"
-#include "params.h"
-
-namespace {
-
-using at::kBool;
-using at::kFloat;
-using at::kInt;
-using at::Tensor;
-using tgi::check_range;
-using tgi::check_tensor;
-
-// The record's own counts stay within its lists, and the ids in the lists within the vocabulary.
-void check_record(const tgi::SampleParams& p, int64_t slot) {
-  const tgi::SampleSlot& record = p.records[slot];
-  TORCH_CHECK(record.num_biased >= 0 && record.num_biased <= p.biased_stride, "slot ", slot,
-              " has ", record.num_biased, " biased ids in a list of ", p.biased_stride);
-  TORCH_CHECK(record.num_masked >= 0 && record.num_masked <= p.masked_stride, "slot ", slot,
-              " has ", record.num_masked, " masked ids in a list of ", p.masked_stride);
-  check_range(p.biased_ids + slot * p.biased_stride, record.num_biased, p.vocab, "biased_ids");
-  check_range(p.masked_ids + slot * p.masked_stride, record.num_masked, p.vocab, "masked_ids");
-}
-
-}  // namespace
 
 namespace tgi {
 
-SampleParams sample_params(CheckTensor* check, const Tensor& logits, const Tensor& slots,
-                           const Tensor& records, const Tensor& counts, const Tensor& biased_ids,
-                           const Tensor& biased_values, const Tensor& masked_ids,
-                           const std::optional<Tensor>& mask, const Tensor& token_ids,
-                           const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
-                           const Tensor& top_logprobs, const Tensor& num_top) {
-  check(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  check_positive(vocab, "vocab");
-  check(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(SampleSlot))});
-  const int64_t num_slots = records.size(0);
-  check(slots, "slots", kInt, {num_rows});
-  check(counts, "counts", kInt, {num_slots, vocab});
-  check(biased_ids, "biased_ids", kInt, {num_slots, -1});
-  check(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
-  check(masked_ids, "masked_ids", kInt, {num_slots, -1});
-  if (mask) check(*mask, "mask", kInt, {-1, (vocab + 31) / 32});
-  check(token_ids, "token_ids", kInt, {num_rows});
-  check(is_finite, "is_finite", kBool, {num_rows});
-  check(logprobs, "logprobs", kFloat, {num_rows});
-  check(top_ids, "top_ids", kInt, {num_rows, -1});
-  check(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  check(num_top, "num_top", kInt, {num_rows});
-  return {logits.const_data_ptr<float>(),
-          slots.const_data_ptr<int32_t>(),
-          static_cast<SampleSlot*>(records.mutable_data_ptr()),
-          counts.mutable_data_ptr<int32_t>(),
-          biased_ids.const_data_ptr<int32_t>(),
-          biased_values.const_data_ptr<float>(),
-          masked_ids.const_data_ptr<int32_t>(),
-          mask ? mask->const_data_ptr<int32_t>() : nullptr,
-          token_ids.mutable_data_ptr<int32_t>(),
-          is_finite.mutable_data_ptr<bool>(),
-          logprobs.mutable_data_ptr<float>(),
-          top_ids.mutable_data_ptr<int32_t>(),
-          top_logprobs.mutable_data_ptr<float>(),
-          num_top.mutable_data_ptr<int32_t>(),
-          vocab,
-          biased_ids.size(1),
-          masked_ids.size(1),
-          top_ids.size(1)};
+SampleArrays::SampleArrays(Array<uint8_t> records, Array<int32_t> counts)
+    : records_(std::move(records)), counts_(std::move(counts)) {
+  check_shape(records_, "records", {-1, static_cast<int64_t>(sizeof(SampleSlot))});
+  check_shape(counts_, "counts", {records_.shape(0), -1});
+  check_positive(counts_.shape(1), "vocab");
+  params_.records = reinterpret_cast<SampleSlot*>(records_.mutable_data());
+  params_.counts = counts_.mutable_data();
+  params_.vocab = counts_.shape(1);
 }
 
-TokenLogprobsParams token_logprobs_params(CheckTensor* check, const Tensor& logits,
-                                          const Tensor& token_ids, const Tensor& logprobs,
-                                          const Tensor& top_ids, const Tensor& top_logprobs) {
-  check(logits, "logits", kFloat, {-1, -1});
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  check(token_ids, "token_ids", kInt, {num_rows});
-  check(logprobs, "logprobs", kFloat, {num_rows});
-  check(top_ids, "top_ids", kInt, {num_rows, -1});
-  check(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
-  TORCH_CHECK(top_ids.size(1) <= vocab, "`top_ids` must have at most ", vocab, " columns, got ",
-              top_ids.size(1));
-  return {logits.const_data_ptr<float>(),
-          token_ids.const_data_ptr<int32_t>(),
-          logprobs.mutable_data_ptr<float>(),
-          top_ids.mutable_data_ptr<int32_t>(),
-          top_logprobs.mutable_data_ptr<float>(),
-          vocab,
-          top_ids.size(1)};
+void SampleArrays::set_lists(Array<int32_t> biased_ids, Array<float> biased_values,
+                             Array<int32_t> masked_ids) {
+  check_shape(biased_ids, "biased_ids", {num_slots(), -1});
+  check_shape(biased_values, "biased_values", {num_slots(), biased_ids.shape(1)});
+  check_shape(masked_ids, "masked_ids", {num_slots(), -1});
+  biased_ids_ = std::move(biased_ids);
+  biased_values_ = std::move(biased_values);
+  masked_ids_ = std::move(masked_ids);
+  params_.biased_ids = biased_ids_.data();
+  params_.biased_values = biased_values_.data();
+  params_.masked_ids = masked_ids_.data();
+  params_.biased_stride = biased_ids_.shape(1);
+  params_.masked_stride = masked_ids_.shape(1);
 }
 
-SampleCall check_sample_state(int64_t vocab, const Tensor& records, const Tensor& counts,
-                              const Tensor& biased_ids, const Tensor& biased_values,
-                              const Tensor& masked_ids, const Tensor& scratch) {
-  const int64_t num_slots = records.size(0);
-  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(SampleSlot))});
-  check_tensor(counts, "counts", kInt, {num_slots, vocab});
-  check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
-  check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
-  check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
-  check_tensor(scratch, "scratch", kFloat, {-1, cpu::kSampleScratchRows, vocab});
-  SampleParams params = {};
-  params.records = static_cast<SampleSlot*>(records.mutable_data_ptr());
-  params.counts = counts.mutable_data_ptr<int32_t>();
-  params.biased_ids = biased_ids.const_data_ptr<int32_t>();
-  params.biased_values = biased_values.const_data_ptr<float>();
-  params.masked_ids = masked_ids.const_data_ptr<int32_t>();
-  params.vocab = vocab;
-  params.biased_stride = biased_ids.size(1);
-  params.masked_stride = masked_ids.size(1);
-  return {params, 0, scratch.mutable_data_ptr<float>(), scratch.size(0)};
-}
-
-void check_sample_slots(const SampleParams& params, int64_t num_rows, int64_t num_slots) {
-  check_range(params.slots, num_rows, num_slots, "slots");
-  std::vector<bool> is_taken(static_cast<size_t>(num_slots));
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const int32_t slot = params.slots[row];
-    TORCH_CHECK(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
+void SampleArrays::check_slots(const std::vector<int32_t>& slots) const {
+  std::vector<bool> is_taken(static_cast<size_t>(num_slots()));
+  for (const int32_t slot : slots) {
+    check(slot >= 0 && slot < num_slots(), "`slots` must be in [0, ", num_slots(), "), got ", slot);
+    check(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
     is_taken[static_cast<size_t>(slot)] = true;
-    check_record(params, slot);
+    check_record(slot);
   }
 }
 
-SampleCall check_sample(const Tensor& logits, const Tensor& slots, const Tensor& records,
-                        const Tensor& counts, const Tensor& biased_ids, const Tensor& biased_values,
-                        const Tensor& masked_ids, const std::optional<Tensor>& mask,
-                        const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
-                        const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
-                        const Tensor& num_top) {
-  const SampleParams params = sample_params(check_tensor, logits, slots, records, counts,
-                                            biased_ids, biased_values, masked_ids, mask, token_ids,
-                                            is_finite, logprobs, top_ids, top_logprobs, num_top);
-  const int64_t num_rows = logits.size(0);
-  if (mask) check_tensor(*mask, "mask", kInt, {num_rows, -1});
-  check_tensor(scratch, "scratch", kFloat, {-1, cpu::kSampleScratchRows, params.vocab});
-  check_sample_slots(params, num_rows, records.size(0));
-  return {params, num_rows, scratch.mutable_data_ptr<float>(), scratch.size(0)};
+// The record's own counts stay within its lists, and the ids in the lists within the vocabulary.
+void SampleArrays::check_record(int32_t slot) const {
+  const SampleSlot& found = record(slot);
+  check(found.num_biased >= 0 && found.num_biased <= params_.biased_stride, "slot ", slot, " has ",
+        found.num_biased, " biased ids in a list of ", params_.biased_stride);
+  check(found.num_masked >= 0 && found.num_masked <= params_.masked_stride, "slot ", slot, " has ",
+        found.num_masked, " masked ids in a list of ", params_.masked_stride);
+  check_range(params_.biased_ids + slot * params_.biased_stride, found.num_biased, params_.vocab,
+              "biased_ids");
+  check_range(params_.masked_ids + slot * params_.masked_stride, found.num_masked, params_.vocab,
+              "masked_ids");
 }
 
-void SampleCall::check_members(int num_members) const {
-  TORCH_CHECK(most_members >= num_members, "`scratch` must have ", num_members, " parts, got ",
-              most_members);
+void SampleArrays::reserve(int num_members) {
+  if (num_scratch_ >= num_members) return;
+  scratch_ = cpu::allocate(num_members * cpu::kSampleScratchRows * vocab() *
+                           static_cast<int64_t>(sizeof(float)));
+  num_scratch_ = num_members;
+}
+
+float* SampleArrays::scratch(int member) {
+  return reinterpret_cast<float*>(scratch_.get()) + member * cpu::kSampleScratchRows * vocab();
+}
+
+void Draws::prepare(const SampleArrays& state) {
+  state.check_slots(slots);
+  for (const int32_t slot : slots) {
+    max_top = std::max<int64_t>(max_top, std::min<int64_t>(state.record(slot).num_top, state.vocab()));
+  }
+  const size_t rows = slots.size(), top = rows * static_cast<size_t>(max_top);
+  token_ids.resize(rows);
+  is_finite = std::make_unique<bool[]>(rows);
+  logprobs.resize(rows);
+  top_ids.resize(top);
+  top_logprobs.resize(top);
+  num_top.resize(rows);
+}
+
+py::tuple Draws::arrays() const {
+  const int64_t rows = num_rows();
+  py::array_t<bool> finite(rows);
+  std::copy_n(is_finite.get(), rows, finite.mutable_data());
+  return py::make_tuple(py::array_t<int32_t>(rows, token_ids.data()), std::move(finite),
+                        py::array_t<float>(rows, logprobs.data()),
+                        py::array_t<int32_t>({rows, max_top}, top_ids.data()),
+                        py::array_t<float>({rows, max_top}, top_logprobs.data()),
+                        py::array_t<int32_t>(rows, num_top.data()));
+}
+
+SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
+    : state_(state), params_(state.params()), num_rows_(draws.num_rows()) {
+  draws.prepare(state);
+  params_.slots = draws.slots.data();
+  params_.mask = mask;
+  params_.token_ids = draws.token_ids.data();
+  params_.is_finite = draws.is_finite.get();
+  params_.logprobs = draws.logprobs.data();
+  params_.top_ids = draws.top_ids.data();
+  params_.top_logprobs = draws.top_logprobs.data();
+  params_.num_top = draws.num_top.data();
+  params_.max_top = draws.max_top;
 }
 
 void SampleCall::run(int member, int num_members) const {
-  const cpu::Range rows = cpu::split(num_rows, member, num_members);
-  cpu::sample(params, scratch + member * cpu::kSampleScratchRows * params.vocab, rows.begin,
-              rows.end);
+  const cpu::Range rows = cpu::split(num_rows_, member, num_members);
+  cpu::sample(params_, state_.scratch(member), rows.begin, rows.end);
 }
 
-}  // namespace tgi
+const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows, int64_t vocab) {
+  if (!mask) return nullptr;
+  check_shape(*mask, "mask", {num_rows, (vocab + 31) / 32});
+  return mask->data();
+}
 
 namespace {
 
-void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
-            const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
-            const std::optional<Tensor>& mask, const Tensor& scratch, const Tensor& token_ids,
-            const Tensor& is_finite, const Tensor& logprobs, const Tensor& top_ids,
-            const Tensor& top_logprobs, const Tensor& num_top) {
-  const tgi::SampleCall call =
-      tgi::check_sample(logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
-                        scratch, token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
-  const auto check_scratch = [&](int num_members) { call.check_members(num_members); };
-  const auto body = [&](int member, int num_members) { call.run(member, num_members); };
-  if (call.num_rows > 1) {
-    tgi::cpu::run_on_team(check_scratch, body);
-  } else if (call.num_rows == 1) {
-    check_scratch(1);
-    tgi::cpu::run_alone(body);
+py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, SampleArrays& state,
+                 const std::optional<Array<int32_t>>& mask) {
+  Draws draws;
+  draws.slots = slots;
+  check_shape(logits, "logits", {draws.num_rows(), state.vocab()});
+  SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
+  call.set_logits(logits.data());
+  {
+    const py::gil_scoped_release release;
+    const auto reserve = [&](int num_members) { call.reserve(num_members); };
+    const auto body = [&](int member, int num_members) { call.run(member, num_members); };
+    if (draws.num_rows() > 1) {
+      cpu::run_on_team(reserve, body);
+    } else if (draws.num_rows() == 1) {
+      reserve(1);
+      cpu::run_alone(body);
+    }
   }
+  return draws.arrays();
 }
 
-void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
-                    const Tensor& top_ids, const Tensor& top_logprobs) {
-  const tgi::TokenLogprobsParams params =
-      tgi::token_logprobs_params(check_tensor, logits, token_ids, logprobs, top_ids, top_logprobs);
-  const int64_t num_rows = logits.size(0);
-  check_range(params.token_ids, num_rows, params.vocab, "token_ids");
-  tgi::cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
-    tgi::cpu::token_logprobs(params, begin, end);
+py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token_ids, int64_t num_top) {
+  check_shape(logits, "logits", {-1, -1});
+  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
+  check_shape(token_ids, "token_ids", {rows});
+  check_range(token_ids.data(), rows, vocab, "token_ids");
+  check(num_top >= 0 && num_top <= vocab, "`num_top` must be in [0, ", vocab, "], got ", num_top);
+  Array<float> logprobs(rows), top_logprobs({rows, num_top});
+  Array<int32_t> top_ids({rows, num_top});
+  const TokenLogprobsParams params = {logits.data(),          token_ids.data(),
+                                      logprobs.mutable_data(), top_ids.mutable_data(),
+                                      top_logprobs.mutable_data(), vocab, num_top};
+  const py::gil_scoped_release release;
+  cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
+    cpu::token_logprobs(params, begin, end);
   });
+  const py::gil_scoped_acquire acquire;
+  return py::make_tuple(logprobs, top_ids, top_logprobs);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tgi, CPU, m) {
-  m.impl("sample", sample);
-  m.impl("token_logprobs", token_logprobs);
+void bind_sampling(py::module_& module) {
+  py::class_<SampleArrays, std::shared_ptr<SampleArrays>>(module, "SampleArrays",
+                                                          "The arrays of tgi_asgi.ops.SampleState.")
+      .def(py::init<Array<uint8_t>, Array<int32_t>>(), py::arg("records").noconvert(),
+           py::arg("counts").noconvert())
+      .def("set_lists", &SampleArrays::set_lists, py::arg("biased_ids").noconvert(),
+           py::arg("biased_values").noconvert(), py::arg("masked_ids").noconvert());
+  module.def("sample", &sample, py::arg("logits").noconvert(), py::arg("slots"), py::arg("state"),
+             py::arg("mask").noconvert() = py::none(), "See tgi_asgi.ops.sample.");
+  module.def("token_logprobs", &token_logprobs, py::arg("logits").noconvert(),
+             py::arg("token_ids").noconvert(), py::arg("num_top"), "See tgi_asgi.ops.token_logprobs.");
 }
+
+}  // namespace tgi

@@ -1,66 +1,84 @@
-// Operands of the sampling kernels, checked: those that every device has, and a call on the CPU, by
-// the operator `sample` or as the end of a recorded step.
+// Draws on the CPU: the state of all slots, and one call, by `sample` or as the end of a recorded step.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
-#include <initializer_list>
+#include <memory>
 #include <optional>
+#include <vector>
 
+#include "bindings/checks.h"
+#include "cpu/memory.h"
 #include "params.h"
 
 namespace tgi {
 
-using CheckTensor = void(const at::Tensor&, const char*, c10::ScalarType,
-                         std::initializer_list<int64_t>);
+// The arrays of tgi_asgi.ops.SampleState, and work memory. The lists are replaced when they grow.
+class SampleArrays {
+ public:
+  SampleArrays(Array<uint8_t> records, Array<int32_t> counts);
+  void set_lists(Array<int32_t> biased_ids, Array<float> biased_values, Array<int32_t> masked_ids);
 
-// Operands as the schema of `sample` names them, each held to its dtype and shape by `check`; the
-// mask may have any number of rows.
-SampleParams sample_params(CheckTensor* check, const at::Tensor& logits, const at::Tensor& slots,
-                           const at::Tensor& records, const at::Tensor& counts,
-                           const at::Tensor& biased_ids, const at::Tensor& biased_values,
-                           const at::Tensor& masked_ids, const std::optional<at::Tensor>& mask,
-                           const at::Tensor& token_ids, const at::Tensor& is_finite,
-                           const at::Tensor& logprobs, const at::Tensor& top_ids,
-                           const at::Tensor& top_logprobs, const at::Tensor& num_top);
+  int64_t num_slots() const { return records_.shape(0); }
+  int64_t vocab() const { return counts_.shape(1); }
+  const SampleSlot& record(int32_t slot) const { return params_.records[slot]; }
+  // A call's parameters without rows, logits and results.
+  const SampleParams& params() const { return params_; }
+  // Throws unless `slots` are all different, in range, and their records within their lists.
+  void check_slots(const std::vector<int32_t>& slots) const;
+  // Makes work memory for so many members; they get theirs by `scratch`.
+  void reserve(int num_members);
+  float* scratch(int member);
 
-// The same of `token_logprobs`.
-TokenLogprobsParams token_logprobs_params(CheckTensor* check, const at::Tensor& logits,
-                                          const at::Tensor& token_ids, const at::Tensor& logprobs,
-                                          const at::Tensor& top_ids,
-                                          const at::Tensor& top_logprobs);
+ private:
+  void check_record(int32_t slot) const;
 
-// The operands of one call. They belong to the tensors that were checked.
-struct SampleCall {
-  SampleParams params;
-  int64_t num_rows;
-  float* scratch;
-  int64_t most_members;  // that the scratch has room for
-
-  void check_members(int num_members) const;
-  // A member's rows.
-  void run(int member, int num_members) const;
+  Array<uint8_t> records_;
+  Array<int32_t> counts_, biased_ids_, masked_ids_;
+  Array<float> biased_values_;
+  SampleParams params_ = {};
+  cpu::Memory scratch_;
+  int64_t num_scratch_ = 0;  // members that it has room for
 };
 
-// What draws read and move on, as `SampleState` has it, checked: a call without rows, logits and
-// results. They belong to the tensors.
-SampleCall check_sample_state(int64_t vocab, const at::Tensor& records, const at::Tensor& counts,
-                              const at::Tensor& biased_ids, const at::Tensor& biased_values,
-                              const at::Tensor& masked_ids, const at::Tensor& scratch);
+// What one call draws: a row each.
+struct Draws {
+  std::vector<int32_t> slots;
+  std::vector<int32_t> token_ids;
+  std::unique_ptr<bool[]> is_finite;
+  std::vector<float> logprobs;
+  std::vector<int32_t> top_ids;  // [num_rows, max_top]
+  std::vector<float> top_logprobs;
+  std::vector<int32_t> num_top;
+  int64_t max_top = 0;
 
-// Throws unless the slots of a call's rows are all different, in [0, num_slots), and their records
-// stay within their lists.
-void check_sample_slots(const SampleParams& params, int64_t num_rows, int64_t num_slots);
+  int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }
+  // Makes room for the slots' results.
+  void prepare(const SampleArrays& state);
+  // As numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top.
+  py::tuple arrays() const;
+};
 
-// Operands as the schema of `sample` names them.
-SampleCall check_sample(const at::Tensor& logits, const at::Tensor& slots,
-                        const at::Tensor& records, const at::Tensor& counts,
-                        const at::Tensor& biased_ids, const at::Tensor& biased_values,
-                        const at::Tensor& masked_ids, const std::optional<at::Tensor>& mask,
-                        const at::Tensor& scratch, const at::Tensor& token_ids,
-                        const at::Tensor& is_finite, const at::Tensor& logprobs,
-                        const at::Tensor& top_ids, const at::Tensor& top_logprobs,
-                        const at::Tensor& num_top);
+// A draw of prepared rows from logits [num_rows, vocab].
+class SampleCall {
+ public:
+  // mask: [num_rows, ceil(vocab / 32)], or null.
+  SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask);
+  void set_logits(const float* logits) { params_.logits = logits; }
+  int64_t num_rows() const { return num_rows_; }
+  int64_t vocab() const { return params_.vocab; }
+  void reserve(int num_members) const { state_.reserve(num_members); }
+  // A member's rows.
+  void run(int member, int num_members) const;
+
+ private:
+  SampleArrays& state_;
+  SampleParams params_;
+  int64_t num_rows_;
+};
+
+// The mask's data, its shape checked; null where there is none.
+const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows, int64_t vocab);
+
+void bind_sampling(py::module_& module);
 
 }  // namespace tgi

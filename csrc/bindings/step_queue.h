@@ -3,7 +3,6 @@
 // a file descriptor that it watches.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <condition_variable>
@@ -22,49 +21,41 @@
 
 namespace tgi {
 
-// `push`, `push_rows`, `done` and `close` are for the event loop, `take` and `set_sampling` for one
+// `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling` for one
 // thread that computes, `finish` for any. Numbers are the caller's, and leave in the order in which
 // they are finished.
 class StepQueue {
  public:
   // Without a program there can be no rows. Throws std::runtime_error where there is no descriptor.
-  StepQueue(std::shared_ptr<StepProgram> program, std::optional<RowLimits> limits);
+  StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> limits);
 
   // Readable while something is done that `done` has not returned.
   int fileno() const { return signal_.fd(); }
-  // Queues a step that `take` returns.
+  // Queues a step that `compute_rows` returns.
   void push(int64_t number);
-  // Queues a step that `take` computes: no slot of it starts, and no row has a grammar. Throws
+  // Queues a step that `compute_rows` computes: no slot of it starts, and no row has a grammar. Throws
   // PlanError.
   void push_rows(int64_t number, pybind11::handle rows);
-  // Takes nothing more; `take` returns none behind what is queued.
+  // Takes nothing more; `compute_rows` returns none behind what is queued.
   void close();
   // What is done since the last call: (number, outcome), where the outcome is None of a step that
-  // `take` returned, an exception, or for each row None or what was drawn: (token id,
+  // `compute_rows` returned, an exception, or for each row None or what was drawn: (token id,
   // log-probability or None, the most probable or None, whether the logits were finite).
   pybind11::list done();
 
   // Computes steps that were pushed as rows, until one comes that was not: returns its number.
   // Waits for more. None: the queue is closed and empty. Without the GIL.
-  std::optional<int64_t> take();
-  // Says that the step which `take` returned is done.
+  std::optional<int64_t> compute_rows();
+  // Says that the step which `compute_rows` returned is done.
   void finish(int64_t number);
-  // What the next steps draw with. The tensors of `SampleState`.
-  void set_sampling(const at::Tensor& records, const at::Tensor& counts,
-                    const at::Tensor& biased_ids, const at::Tensor& biased_values,
-                    const at::Tensor& masked_ids, const at::Tensor& scratch);
+  // What the next steps draw with.
+  void set_sampling(std::shared_ptr<SampleArrays> state);
 
  private:
   // A step with its results, a row each.
   struct Step {
     FlatRows rows;
-    std::vector<int32_t> token_ids;
-    std::unique_ptr<bool[]> is_finite;
-    std::vector<float> logprobs;
-    std::vector<int32_t> top_ids;  // [num_draws, max_top]
-    std::vector<float> top_logprobs;
-    std::vector<int32_t> num_top;
-    int64_t max_top = 0;
+    Draws draws;
     std::string error;  // why it failed
     bool has_failed = false;
     bool is_out_of_memory = false;
@@ -80,16 +71,16 @@ class StepQueue {
   void draw(Step& step);
   static pybind11::object outcome_of(const Item& item);
 
-  const std::shared_ptr<StepProgram> program_;
+  const std::shared_ptr<Program> program_;
   const std::optional<RowLimits> limits_;
-  SampleCall sampling_ = {};
-  int64_t num_slots_ = 0;
-  std::vector<at::Tensor> kept_;  // what `sampling_` points into
+  std::shared_ptr<SampleArrays> sampling_;
   cpu::Signal signal_;
   std::mutex lock_;  // of what follows
   std::condition_variable has_more_;
   std::deque<Item> queued_, done_;
   bool is_closed_ = false;
 };
+
+void bind_step_queue(pybind11::module_& module);
 
 }  // namespace tgi

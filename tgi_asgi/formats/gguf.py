@@ -67,6 +67,11 @@ class GgufFile:
         """
         return cls(Path(path), map_file(Path(path)))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, of unknown types, too."""
+        return [*self.tensors, *self._unknown]
+
     def tensor(self, name: str) -> GgufTensor:
         """Look a tensor up.
 

@@ -1,4 +1,4 @@
-"""The rotary table of a model: frequencies in float32, step by step as `transformers` computes them."""
+"""The rotary tables of a model: frequencies in float32, step by step as `transformers` computes them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,62 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, RopeScaling
+from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.loading import Weights
 
 
-def make_rope_table(config: ModelConfig, weights: Weights, max_positions: int) -> ops.RopeTable:
-    """Build the table; a GGUF file keeps llama3's scaling as divisors of its own, `rope_freqs.weight`."""
-    factors = None
+class RopeTables:
+    """One table for each rotary embedding that layers have.
+
+    A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the context:
+    they are chosen once, by the longest that is served, so that a text does not depend on its neighbours.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
+        self._tables: dict[RopeSpec, ops.RopeTable] = {}
+        for spec in {layer.rope for layer in config.layers if layer.rope is not None}:
+            divisors = _divisors(spec, weights, max_positions)
+            scale = 1.0 if spec.scaling is None else spec.scaling.attention_factor
+            inverse = inverse_frequencies(spec, divisors).tolist()
+            self._tables[spec] = ops.RopeTable.create(inverse, max_positions, scale=scale)
+
+    def table(self, spec: RopeSpec | None) -> ops.RopeTable | None:
+        """Return a layer's table; None if positions do not matter to it."""
+        return None if spec is None else self._tables[spec]
+
+
+def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:
+    """Return what frequencies are divided by, [dim / 2] float32, where a list or a tensor says it."""
+    scaling = spec.scaling
+    if scaling is not None and scaling.kind == "longrope":
+        is_long = max_positions > scaling.original_context
+        listed = scaling.long_factors if is_long else scaling.short_factors
+        if listed is not None:
+            return torch.tensor(listed, dtype=torch.float32)
+        both = [
+            ops.vector(weights.get(f"rope_factors_{name}.weight", (spec.dim // 2,))) for name in ("short", "long")
+        ]
+        return both[is_long]
     if "rope_freqs.weight" in weights:
-        factors = ops.vector(weights.get("rope_freqs.weight", (config.head_dim // 2,)))
-    return ops.RopeTable.create(inverse_frequencies(config, factors).tolist(), max_positions)
+        return ops.vector(weights.get("rope_freqs.weight", (spec.dim // 2,)))
+    return None
 
 
-def inverse_frequencies(config: ModelConfig, factors: Tensor | None = None) -> Tensor:
-    """Return what a position is multiplied by to give each pair's angle: [head_dim / 2] float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    inverse = 1.0 / (config.rope_theta**exponents)
-    if factors is not None:
-        inverse = inverse / factors
-    scaling = config.rope_scaling
+def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None) -> Tensor:
+    """Return what a position is multiplied by to give each pair's angle: [dim / 2] float32."""
+    exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
+    powers = spec.theta**exponents
+    if spec.scaling is not None and spec.scaling.kind == "longrope" and divisors is not None:
+        return 1.0 / (divisors * powers)
+    inverse = 1.0 / powers
+    if divisors is not None:
+        inverse = inverse / divisors
+    scaling = spec.scaling
     if scaling is None:
         return inverse
-    return inverse / scaling.factor if scaling.kind == "linear" else _scale_llama3(inverse, scaling)
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    return _scale_llama3(inverse, scaling) if scaling.kind == "llama3" else _scale_yarn(powers, spec, scaling)
 
 
 def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
@@ -43,3 +77,23 @@ def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
     scaled = torch.where(wavelength > scaling.original_context / low, inverse / scaling.factor, blended)
     return torch.where(wavelength < scaling.original_context / high, inverse, scaled)
+
+
+def _scale_yarn(powers: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
+    """Stretch pairs that turn less than `beta_slow` times in the original context, keep those beyond `beta_fast`.
+
+    Source: Peng et al., YaRN, arXiv 2309.00071, section 3.2.
+    """
+
+    def pair_of(num_turns: float) -> float:
+        turns = scaling.original_context / (num_turns * 2 * math.pi)
+        return spec.dim * math.log(turns) / (2 * math.log(spec.theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.is_truncated:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(spec.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept

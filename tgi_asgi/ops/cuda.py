@@ -1,30 +1,29 @@
-"""The step program of a CUDA device: a model's forward pass and head, recorded once as a list of calls.
+"""A recorder's list as a program of a CUDA device, as `cpu_program.py` makes one of a CPU.
 
-To record, the model's own code is called with handles in place of tensors, as on the CPU (program.py); here
-a call is a launch of our kernels or a product of torch's, on buffers that stay where they are, so that a list
-of calls can be captured as a CUDA graph. Imports without CUDA; the operators exist where the extension was
-built with it.
+A call is a launch of our kernels or a product of torch's, on buffers that stay where they are, so that a list
+of calls can be captured as a CUDA graph. Imports without CUDA; the kernels exist where tgi_asgi._cuda was
+built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.attention import AttentionTables
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.buffers import Buffers, Uses
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix
-from tgi_asgi.ops.kv import KvLayer
-from tgi_asgi.ops.program import ProgramInputs
-from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
+from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
-from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+from tgi_asgi.ops.values import Kind, Value
+from tgi_asgi.ops.weights import HeadNorms, QkvWeight
 
-_Call = Callable[["CudaBatch"], None]
+_Launch = Callable[["CudaBatch"], None]
 _kernels: Any = torch.ops.tgi_cuda
 
 
@@ -55,7 +54,7 @@ class CudaBatch:
 
 @dataclass(slots=True)
 class CudaKvLayer:
-    """One layer's keys and values; what `models` passes through as a `KvLayer`.
+    """One layer's keys and values, as `KvLayer` on a CPU.
 
     The pool may be replaced by one of more blocks until the first graph is captured.
     """
@@ -63,6 +62,11 @@ class CudaKvLayer:
     pool: Tensor  # [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim]
     key_scale: float = 1.0  # keys and values are stored divided by these
     value_scale: float = 1.0
+
+    @property
+    def head_dim(self) -> int:
+        """Dims of a head."""
+        return int(self.pool.shape[4])
 
 
 def make_cuda_pools(
@@ -90,22 +94,10 @@ def copy_cuda_blocks(layers: Sequence[CudaKvLayer], pairs: Sequence[tuple[int, i
         pool[table[:, 1]] = pool[table[:, 0]]
 
 
-class _Value(Recorded):
-    """A handle that knows the buffer its value will be in."""
-
-    __slots__ = ("buffer",)
-
-    def __init__(self, program: CudaProgram, kind: str, buffer: Tensor) -> None:
-        super().__init__(cast(Any, program), kind)
-        self.buffer = buffer
-
-
 class CudaProgram:
-    """Records a model, then runs its steps on a device.
+    """Steps of a recorded model on a device.
 
-        program = CudaProgram(max_tokens=4224, max_rows=128, max_sequences=128, max_blocks=512, ...)
-        x = model.forward(program.batch, kv)
-        model.logits(x, program.inputs.rows)
+        program = CudaProgram(recorder, max_tokens=4224, max_rows=128, max_sequences=128, max_blocks=512, ...)
         program.forward(batch)
         program.head(rows)
         program.logits[: len(rows)]
@@ -119,6 +111,7 @@ class CudaProgram:
 
     def __init__(
         self,
+        recorder: Recorder,
         *,
         max_tokens: int,
         max_sequences: int,
@@ -132,17 +125,19 @@ class CudaProgram:
         self._max_blocks = max_blocks
         self._dtype, self._device = dtype, device
         self._is_batch_invariant = is_batch_invariant
-        self._calls: list[_Call] = []
+        self._launches: list[_Launch] = []
         self._head: Callable[[Tensor], None] | None = None
         self._logits = torch.empty(0)
-        self._buffers: dict[tuple[object, ...], Tensor] = {}
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the host's tensor, the device's
-        self._moved_codes: dict[int, tuple[CudaQuantMatrix, CudaQuantMatrix]] = {}
+        self._buffers: dict[tuple[object, ...], Tensor] = {}  # of what is done with when its call is
+        self._values = Buffers()
+        self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's, and the device's
         self._room = Room(dtype, device)
         self._planned: tuple[int, int] | None = None  # block size and window
-        self._x = torch.empty(0)
-        handle = cast(Tensor, Recorded(cast(Any, self), "input"))
-        self.inputs = ProgramInputs(handle, handle, handle, AttentionTables(handle, handle, handle), handle)
+        uses = Uses(recorder.calls, (), (), lambda call: [])
+        for index, call in enumerate(recorder.calls):
+            _EMITTERS[type(call)](self, call)
+            self._values.free(uses.ending_at(index))
+        self._moved.clear()  # the host's own references are all that is left of what was moved
 
     @property
     def logits(self) -> Tensor:
@@ -151,82 +146,134 @@ class CudaProgram:
 
     @property
     def num_calls(self) -> int:
-        """How many calls a forward pass is."""
-        return len(self._calls)
+        """How many launches a forward pass is."""
+        return len(self._launches)
 
     def forward(self, batch: CudaBatch) -> None:
         """Compute the residual of all tokens, and write their keys and values."""
-        for call in self._calls:
-            call(batch)
+        for launch in self._launches:
+            launch(batch)
 
     def head(self, rows: Tensor) -> None:
         """Compute the logits of rows [n_rows] int32 of the last batch: the first of `logits`."""
         assert self._head is not None, "nothing was recorded"
         self._head(rows)
 
-    # What the operators call when they are given a handle.
+    # What each operator becomes.
 
-    def record_embed(self, weight: LinearWeight) -> Tensor:
-        """Record `embed`."""
-        table = self._dense(weight)
-        self._x = self._buffer("x", (self._max_tokens, weight.columns), torch.float32)
-        self._calls.append(lambda batch: _kernels.embed(batch.ids, table, self._x[: batch.num_tokens]))
-        return cast(Tensor, _Value(self, "residual", self._x))
+    def _embed(self, call: calls.Embed) -> None:
+        table = self._dense(call.table.made)
+        x = self._make(call.out, torch.float32)
 
-    def record_norm(self, weight: Tensor, eps: float) -> Tensor:
-        """Record `norm`."""
+        def launch(batch: CudaBatch) -> None:
+            out = x[: batch.num_tokens]
+            _kernels.embed(batch.ids, table, out)
+            if call.factor != 1.0:
+                out.mul_(call.factor)
+
+        self._launches.append(launch)
+
+    def _activation(self, call: calls.Activation) -> None:
+        x, out = self._in(call.x), self._make(call.out, self._dtype)
+
+        def launch(batch: CudaBatch) -> None:
+            out[: batch.num_tokens].copy_(x[: batch.num_tokens])
+
+        self._launches.append(launch)
+
+    def _norm(self, call: calls.Norm) -> None:
+        x, out = self._in(call.x), self._make(call.out, self._dtype)
+        self._launches.append(self._norm_launch(x, call.weight, call.eps, out))
+
+    def _norm_add(self, call: calls.NormAdd) -> None:
+        rows, x = self._in(call.rows), self._in(call.x)
+        normed = self._buffer("norm_add", tuple(rows.shape), self._dtype)
+        norm = self._norm_launch(rows, call.weight, call.eps, normed)
+
+        def launch(batch: CudaBatch) -> None:
+            norm(batch)
+            x[: batch.num_tokens].add_(normed[: batch.num_tokens], alpha=call.factor)
+
+        self._launches.append(launch)
+
+    def _norm_launch(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> _Launch:
         scale = self._move(weight, torch.float32)
-        out = self._buffer("norm", (self._max_tokens, weight.numel()), self._dtype)
 
-        def call(batch: CudaBatch) -> None:
+        def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            _kernels.rms_norm(self._x[:n], scale, eps, None, out[:n])
+            _kernels.rms_norm(x[:n], scale, eps, None, out[:n])
 
-        return self._append(call, "activation", out)
+        return launch
 
-    def record_qkv(self, a: Tensor, weight: QkvWeight, kv: KvLayer, rope: RopeTable) -> Tensor:
-        """Record `qkv`: the product, then rotation and the write in one kernel."""
-        layer = cast(CudaKvLayer, kv)
-        product = self._product(a, weight.linear, "qkv")
-        cos, sin = self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
-        q = self._buffer("q", (self._max_tokens, weight.num_heads, weight.head_dim), self._dtype)
+    def _qkv(self, call: calls.Qkv) -> None:
+        layer, weight = _layer_of(call.cache), call.weight
+        made: DeviceMatrix = weight.made
+        rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
+        product = self._product(call.a, made, rows, "qkv")
+        norms = weight.norms
+        if norms is not None and norms.is_whole:
+            self._launches.append(self._whole_norms(product, weight, norms))
+        cos, sin = self._table(call.rope, layer)
+        q = self._make(call.out, self._dtype).view(self._max_tokens, weight.num_heads, weight.head_dim)
         q_norm = k_norm = None
         eps = 0.0
-        if weight.norms is not None:
-            q_norm, k_norm = (
-                self._move(norm, torch.float32) for norm in (weight.norms.query, weight.norms.key)
-            )
-            eps = weight.norms.eps
+        if norms is not None and not norms.is_whole:
+            q_norm, k_norm = (self._move(norm, torch.float32) for norm in (norms.query, norms.key))
+            eps = norms.eps
 
-        def call(batch: CudaBatch) -> None:
+        def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
             _kernels.rope_kv_write(
                 product[:n], batch.positions, batch.slots, cos, sin, q_norm, k_norm, eps, layer.key_scale,
                 layer.value_scale, q[:n], layer.pool,
             )  # fmt: skip
 
-        return self._append(call, "query", q)
+        self._launches.append(launch)
 
-    def record_attention(self, q: Tensor, kv: KvLayer, scale: float, window: int | None) -> Tensor:
-        """Record `attention`: sequences of one token by one kernel, the others by another."""
-        layer, query = cast(CudaKvLayer, kv), _buffer_of(q)
-        block_size = int(layer.pool.shape[3])
-        heads, head_dim = int(query.shape[1]), int(query.shape[2])
-        out = self._buffer("attention", tuple(query.shape), self._dtype)
+    def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> _Launch:
+        """Normalise all heads of queries together, and all of keys, in place."""
+        stops = (weight.num_heads * weight.head_dim, (weight.num_heads + weight.num_kv_heads) * weight.head_dim)
+        parts = ((0, stops[0], norms.query), (stops[0], stops[1], norms.key))
+        scales = [(first, stop, self._move(scale, torch.float32)) for first, stop, scale in parts]
+
+        def launch(batch: CudaBatch) -> None:
+            for first, stop, scale in scales:
+                part = product[: batch.num_tokens, first:stop]
+                wide = part.float()
+                mean = wide.square().mean(-1, keepdim=True)
+                part.copy_(wide * (mean + norms.eps).rsqrt() * scale)
+
+        return launch
+
+    def _table(self, rope: RopeTable | None, layer: CudaKvLayer) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines on the device; without rotation one pair that every position leaves alone."""
+        if rope is not None:
+            return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
+        positions = self._max_blocks * int(layer.pool.shape[3])
+        ones = self._buffer("ones", (positions, 1), torch.float32)
+        return ones.fill_(1.0), self._buffer("zeros", (positions, 1), torch.float32)
+
+    def _attention(self, call: calls.Attention) -> None:
+        """Sequences of one token by one kernel, the others by another."""
+        layer = _layer_of(call.cache)
+        block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
+        heads = call.q.columns // head_dim
+        query = self._in(call.q).view(self._max_tokens, heads, head_dim)
+        out = self._make(call.out, self._dtype).view(self._max_tokens, heads, head_dim)
         num_bytes = _kernels.attention_workspace_bytes(
             self._max_sequences, self._max_blocks, block_size, heads, head_dim
         )
         workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
-        seen = window or 0  # as the kernels have it, 0 is all
+        seen = call.window or 0  # as the kernels have it, 0 is all
         if self._planned is None:  # the first layer's plan serves all
             self._planned = (block_size, seen)
-            self._calls.append(lambda batch: _plan(batch, block_size, seen, workspace))
+            self._launches.append(lambda batch: _plan(batch, block_size, seen, workspace))
         if self._planned != (block_size, seen):
             raise ValueError("all layers of a program must have one block size and one window")
 
-        def call(batch: CudaBatch) -> None:
+        def launch(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
-            scales = (scale, layer.key_scale, layer.value_scale)
+            scales = (call.scale, layer.key_scale, layer.value_scale)
             if d > 0:
                 _kernels.attention_decode(
                     query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *scales,
@@ -238,112 +285,142 @@ class CudaProgram:
                     batch.block_table[d:], batch.max_query_len, seen, *scales, out[:n],
                 )  # fmt: skip
 
-        return self._append(call, "activation", out.view(self._max_tokens, heads * head_dim))
+        self._launches.append(launch)
 
-    def record_linear_add(self, a: Tensor, weight: LinearWeight, x: Tensor) -> Tensor:
-        """Record `linear_add`: the sum in float32."""
-        source, linear = _buffer_of(a), self._linear(weight)
-        product = self._buffer("linear_add", (self._max_tokens, weight.rows), self._dtype)
+    def _linear(self, call: calls.Linear) -> None:
+        source, linear = self._in(call.a), self._product_of(call.weight.made)
+        out = self._make(call.out, torch.float32)
 
-        def call(batch: CudaBatch) -> None:
+        def launch(batch: CudaBatch) -> None:
+            linear.multiply(source[: batch.num_tokens], out[: batch.num_tokens])
+
+        self._launches.append(launch)
+
+    def _linear_add(self, call: calls.LinearAdd) -> None:
+        """The sum in float32."""
+        source, x, linear = self._in(call.a), self._in(call.x), self._product_of(call.weight.made)
+        product = self._buffer("linear_add", (self._max_tokens, call.weight.rows), self._dtype)
+
+        def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            linear.add(source[:n], self._x[:n], product[:n])
+            if call.factor == 1.0:
+                linear.add(source[:n], x[:n], product[:n])
+            else:
+                linear.multiply(source[:n], product[:n])
+                x[:n].add_(product[:n], alpha=call.factor)
 
-        self._calls.append(call)
-        return x
+        self._launches.append(launch)
 
-    def record_gate_up(self, a: Tensor, weight: GateUpWeight, activation: str) -> Tensor:
-        """Record `gate_up`."""
-        product = self._product(a, weight.linear, "gate_up product")
-        out = self._buffer("gate_up", (self._max_tokens, weight.intermediate_size), self._dtype)
+    def _gate_up(self, call: calls.GateUp) -> None:
+        product = self._product(call.a, call.weight.made, 2 * call.weight.intermediate_size, "gate_up product")
+        out = self._make(call.out, self._dtype)
 
-        def call(batch: CudaBatch) -> None:
+        def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            _kernels.act_mul(product[:n], activation, out[:n])
+            _kernels.act_mul(product[:n], call.activation, out[:n])
 
-        return self._append(call, "activation", out)
+        self._launches.append(launch)
 
-    def record_head(self, norm_weight: Tensor, eps: float, weight: LinearWeight) -> Tensor:
-        """Record `head`."""
-        scale = self._move(norm_weight, torch.float32)
-        linear = self._linear(weight)
-        normed = self._buffer("head", (self._max_rows, weight.columns), self._dtype)
-        self._logits = self._buffer("logits", (self._max_rows, weight.rows), torch.float32)
+    def _make_head(self, call: calls.Head) -> None:
+        x, scale, linear = self._in(call.x), self._move(call.norm, torch.float32), self._product_of(call.weight.made)
+        normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
+        self._logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
 
-        def call(rows: Tensor) -> None:
+        def launch(rows: Tensor) -> None:
             n = rows.shape[0]
-            _kernels.rms_norm(self._x, scale, eps, rows, normed[:n])
-            linear.multiply(normed[:n], self._logits[:n])
+            out = self._logits[:n]
+            _kernels.rms_norm(x, scale, call.eps, rows, normed[:n])
+            linear.multiply(normed[:n], out)
+            if call.scale != 1.0:
+                out.mul_(call.scale)
+            if call.cap != 0.0:
+                out.div_(call.cap).tanh_().mul_(call.cap)
 
-        self._head = call
-        return cast(Tensor, _Value(self, "logits", self._logits))
+        self._head = launch
 
-    def _product(self, a: Tensor, weight: LinearWeight, name: str) -> Tensor:
-        """Record `a @ W.T (+ bias)`; return the buffer it comes to."""
-        source, out = _buffer_of(a), self._buffer(name, (self._max_tokens, weight.rows), self._dtype)
-        linear = self._linear(weight)
+    def _product(self, a: Value, made: DeviceMatrix, rows: int, name: str) -> Tensor:
+        """Launch `a @ W.T (+ bias)`; return the buffer it comes to."""
+        source, out = self._in(a), self._buffer(name, (self._max_tokens, rows), self._dtype)
+        linear = self._product_of(made)
 
-        def call(batch: CudaBatch) -> None:
-            n = batch.num_tokens
-            linear.multiply(source[:n], out[:n])
+        def launch(batch: CudaBatch) -> None:
+            linear.multiply(source[: batch.num_tokens], out[: batch.num_tokens])
 
-        self._calls.append(call)
+        self._launches.append(launch)
         return out
 
-    def _linear(self, weight: LinearWeight) -> CudaLinear:
+    def _product_of(self, made: DeviceMatrix) -> CudaLinear:
         """Return the product with this weight, which is moved to the device."""
-        bias = None if weight.bias is None else self._move(weight.bias, torch.float32)
-        if isinstance(weight.matrix, CudaQuantMatrix):
-            return QuantLinear(
-                self._move_codes(weight.matrix), bias, self._room, is_batch_invariant=self._is_batch_invariant
-            )
-        return PlainLinear(self._move(weight.matrix), bias, is_batch_invariant=self._is_batch_invariant)
+        if not isinstance(made, DeviceMatrix):
+            raise TypeError("a CUDA step is recorded with a device's weights: make them with a `Repacking`")
+        bias = None if made.bias is None else self._move(made.bias, torch.float32)
+        if isinstance(made.matrix, CudaQuantMatrix):
+            codes = self._move_codes(made.matrix)
+            return QuantLinear(codes, bias, self._room, is_batch_invariant=self._is_batch_invariant)
+        return PlainLinear(self._move(made.matrix), bias, is_batch_invariant=self._is_batch_invariant)
 
-    def _dense(self, weight: LinearWeight) -> Tensor:
+    def _dense(self, made: DeviceMatrix) -> Tensor:
         """Return a matrix on the device with its weights side by side, as `embed` gathers them."""
-        if not isinstance(weight.matrix, CudaQuantMatrix):
-            return self._move(weight.matrix)
-        return self._move_codes(weight.matrix).plain(self._dtype)
+        if not isinstance(made.matrix, CudaQuantMatrix):
+            return self._move(made.matrix)
+        return self._move_codes(made.matrix).plain(self._dtype)
 
     def _move_codes(self, matrix: CudaQuantMatrix) -> CudaQuantMatrix:
         """Return the matrix on the device; the same matrix is moved once."""
-        kept = self._moved_codes.get(id(matrix))
-        if kept is None:
-            self._moved_codes[id(matrix)] = kept = (matrix, matrix.to(self._device))
-        return kept[1]
+        kept = self._moved.setdefault(id(matrix), (matrix, None))
+        if kept[1] is None:
+            self._moved[id(matrix)] = kept = (matrix, matrix.to(self._device))
+        found: CudaQuantMatrix = kept[1]
+        return found
 
-    def _append(self, call: _Call, kind: str, buffer: Tensor) -> Tensor:
-        self._calls.append(call)
-        return cast(Tensor, _Value(self, kind, buffer))
-
-    def _move(self, tensor: object, dtype: torch.dtype | None = None) -> Tensor:
+    def _move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the tensor on the device; the same tensor is moved once."""
-        if not isinstance(tensor, Tensor):
-            raise TypeError("a CUDA step is recorded with plain weights: make them with a dtype")
         kept = self._moved.get(id(tensor))
         if kept is None:
             moved = tensor.to(self._device, dtype or self._dtype).contiguous()
             self._moved[id(tensor)] = kept = (tensor, moved)
-        return kept[1]
+        found: Tensor = kept[1]
+        return found
 
-    def release_host_weights(self) -> None:
-        """Forget the host's tensors once all is recorded: the model's own references are what is left."""
-        self._moved.clear()
-        self._moved_codes.clear()
+    def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
+        """Give a value its buffer [max_tokens, columns]."""
+        shape = (self._max_tokens, value.columns)
+        made: Tensor = self._values.hold(
+            value, "rows", (shape, dtype), lambda: torch.zeros(shape, dtype=dtype, device=self._device)
+        )
+        return made
+
+    def _in(self, value: Value) -> Tensor:
+        """Return the buffer of a value."""
+        found: Tensor = self._values.of(value, "rows")
+        return found
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the buffer of that name: layers share theirs, as they run one after the other."""
+        """Return the buffer of that name, which calls share: each is done with it when the next runs."""
         key = (name, shape, dtype)
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
         return self._buffers[key]
 
 
-def _buffer_of(handle: Tensor) -> Tensor:
-    value: object = handle
-    if not isinstance(value, _Value):
-        raise TypeError(f"{handle!r} cannot be used here")
-    return value.buffer
+_EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
+    calls.Embed: CudaProgram._embed,
+    calls.Activation: CudaProgram._activation,
+    calls.Norm: CudaProgram._norm,
+    calls.NormAdd: CudaProgram._norm_add,
+    calls.Qkv: CudaProgram._qkv,
+    calls.Attention: CudaProgram._attention,
+    calls.Linear: CudaProgram._linear,
+    calls.LinearAdd: CudaProgram._linear_add,
+    calls.GateUp: CudaProgram._gate_up,
+    calls.Head: CudaProgram._make_head,
+}
+
+
+def _layer_of(cache: object) -> CudaKvLayer:
+    if not isinstance(cache, CudaKvLayer):
+        raise TypeError("a CUDA step is recorded with `CudaKvLayer`s")
+    return cache
 
 
 def _plan(batch: CudaBatch, block_size: int, window: int, workspace: Tensor) -> None:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.formats import BLOCKS
 from tgi_asgi.ops.grouped import GROUPED, read_float8, read_int4
-from tgi_asgi.ops.packed import BLOCKS
-
-if TYPE_CHECKING:
-    from tgi_asgi.ops.weights import WeightSource
+from tgi_asgi.ops.sources import WeightSource, plain_tensor
+from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
 _Array = npt.NDArray[Any]
@@ -29,14 +28,58 @@ PIECE_BYTES = 8 << 20  # of a matrix on its way to the device
 
 
 @dataclass(frozen=True, slots=True)
-class Repacking:
-    """How products compute on a CUDA device: from the file's own codes where it has them, else in `dtype`.
+class DeviceMatrix:
+    """A matrix on the device and its bias: what `LinearWeight.made` and the others are there."""
 
-    Matrices are made on `device`, in pieces: little of one is ever the host's.
+    matrix: Tensor | CudaQuantMatrix  # [rows, columns]
+    bias: Tensor | None  # [rows] float32
+
+
+@dataclass(frozen=True, slots=True)
+class Repacking:
+    """How products compute on a CUDA device, an `Arithmetic`: from the file's own codes where it has them.
+
+    Else in `dtype`. Matrices are made on `device`, in pieces: little of one is ever the host's.
     """
 
     dtype: torch.dtype
     device: torch.device = field(default=torch.device("cpu"), repr=False)  # no bit of the output hangs on it
+
+    def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> DeviceMatrix:
+        """Make a matrix, as `Arithmetic.linear` says."""
+        return DeviceMatrix(self._stack([source]), bias)
+
+    def qkv(
+        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
+    ) -> DeviceMatrix:
+        """Stack q, k and v, as `Arithmetic.qkv` says."""
+        return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
+
+    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> DeviceMatrix:
+        """Stack gate and up, as `Arithmetic.gate_up` says."""
+        return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
+
+    def _stack(self, sources: Sequence[WeightSource]) -> Tensor | CudaQuantMatrix:
+        if can_repack(sources):
+            return repack(sources, self.device)
+        sources = [source.in_order() for source in sources]
+        rows = [source.shape[0] for source in sources]
+        matrix = torch.empty(sum(rows), sources[0].shape[1], dtype=self.dtype, device=self.device)
+        for part, source in zip(torch.split(matrix, rows), sources, strict=True):
+            _write(part, source)
+        return matrix
+
+
+def _write(matrix: Tensor, source: WeightSource) -> None:
+    """Write a source's weights to a matrix of any dtype and device, rounded once.
+
+    They cross to a device as the file has them, and are rounded there: rounding here would take as much
+    memory again.
+    """
+    weights = plain_tensor(source)
+    num_rows = max(PIECE_BYTES // (weights.shape[1] * weights.itemsize), 1)
+    for target, piece in zip(torch.split(matrix, num_rows), torch.split(weights, num_rows), strict=True):
+        target.copy_(piece.to(matrix.device))
 
 
 @dataclass(frozen=True, slots=True)

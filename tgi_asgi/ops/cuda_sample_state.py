@@ -55,9 +55,9 @@ class CudaSampleState:
         if max(num_biased, num_masked) > MAX_IDS:
             raise ValueError(f"at most {MAX_IDS} tokens may be biased, and as many masked")
         self._host.start(slot, sampling, **history)
-        _put(self._records[slot], self._host.record_bytes[slot])
+        _put(self._records[slot], torch.from_numpy(self._host.record_bytes[slot]))
         if has_penalties(sampling):
-            _put(self._counts[slot], self._host.counts_tensor[slot])
+            _put(self._counts[slot], torch.from_numpy(self._host.counts[slot]))
         there = (self._biased_ids, self._biased_values, self._masked_ids)
         counts = (num_biased, num_biased, num_masked)
         for target, source, count in zip(there, self._host_lists(), counts, strict=True):
@@ -88,7 +88,7 @@ class CudaSampleState:
         )  # fmt: skip
 
     def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (*self._host.biased, self._host.masked)
+        return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]
 
 
 def _put(target: Tensor, source: Tensor) -> None:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+from typing import overload
+
 from torch import Tensor
 
-from tgi_asgi.ops.meta import meta_of, require
-from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi._C import FlatRows
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.at_once import at_once
+from tgi_asgi.ops.recorder import RecordedBatch
+from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import LinearWeight
 
 
-def embed(ids: Tensor, weight: LinearWeight) -> Tensor:
-    """Gather the rows of `weight` at ids [n_tokens] int32: the residual x [n_tokens, hidden] float32.
+@overload
+def embed(batch: RecordedBatch, table: LinearWeight, factor: float = 1.0) -> Value: ...
+@overload
+def embed(batch: FlatRows, table: LinearWeight, factor: float = 1.0) -> Tensor: ...
+def embed(batch: RecordedBatch | FlatRows, table: LinearWeight, factor: float = 1.0) -> Value | Tensor:
+    """Gather the rows of `table` at the batch's ids, times a factor: the residual [n_tokens, hidden] float32.
 
     Raises:
-        RuntimeError: an id is not a row of the weight.
+        ValueError: an id is not a row of the table; at once, or when the step runs.
     """
-    if isinstance(ids, Recorded):
-        return ids.program.record_embed(weight)
-    x = torch.empty(ids.shape[0], weight.columns, dtype=torch.float32)
-    torch.ops.tgi.embed(ids, weight.matrix, x)
-    return x
-
-
-@meta_of("embed")
-def _embed_meta(ids: Tensor, table: Tensor, out: Tensor) -> None:
-    require(out.shape == (ids.shape[0], table.shape[1]))
+    if isinstance(batch, FlatRows):
+        return at_once(lambda recorder: embed(recorder.batch, table, factor), batch=batch)
+    recorder = batch.recorder
+    return recorder.note(calls.Embed(recorder.value(Kind.RESIDUAL, table.columns), table, factor))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tgi_asgi.ops.matmul import matmul
-from tgi_asgi.ops.meta import meta_of, require
-from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.at_once import at_once
+from tgi_asgi.ops.values import Kind, Operand, recorder_of
 from tgi_asgi.ops.weights import GateUpWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor:
+def gate_up(a: Operand, weight: GateUpWeight, activation: str = "silu") -> Operand:
     """Return the activation f(a @ gate.T) * (a @ up.T), [n_tokens, intermediate].
 
     Source: Shazeer, GLU Variants Improve Transformer, equation 5 and following.
@@ -23,14 +22,8 @@ def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation}")
-    if isinstance(a, Recorded):
-        return a.program.record_gate_up(a, weight, activation)
-    product = matmul(a, weight.linear)  # [n_tokens, 2 * intermediate]
-    out = torch.empty(a.shape[0], weight.intermediate_size, dtype=torch.float32)
-    torch.ops.tgi.act_mul(product, activation, out)
-    return out
-
-
-@meta_of("act_mul")
-def _act_mul_meta(gate_up: Tensor, activation: str, out: Tensor) -> None:
-    require(gate_up.shape == (out.shape[0], 2 * out.shape[1]))
+    if isinstance(a, Tensor):
+        return at_once(lambda _, a: gate_up(a, weight, activation), (a, Kind.ACTIVATION))
+    recorder = recorder_of("gate_up", a=(a, Kind.ACTIVATION, weight.columns))
+    out = recorder.value(Kind.ACTIVATION, weight.intermediate_size)
+    return recorder.note(calls.GateUp(out, a, weight, activation))

@@ -8,16 +8,16 @@ the CPU know ggml's formats: there INT4 becomes the one that holds every weight 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tgi_asgi.ops.packed import Packing
 
-if TYPE_CHECKING:
-    from tgi_asgi.ops.weights import WeightSource
+
+
+
 
 _Array = npt.NDArray[Any]
 RUNS = (128, 64, 32)  # columns of a block
@@ -99,65 +99,6 @@ def decode_grouped(data: npt.NDArray[np.uint8], format: str, shape: Sequence[int
         weights = torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn).float().numpy()
     weights *= scales[:, None]
     return weights.reshape(tuple(shape))
-
-
-def for_cpu(sources: Sequence[WeightSource], packing: Packing) -> list[WeightSource]:
-    """Turn sources that the CPU's kernels do not know into ones that they do; leave the others.
-
-    INT4 becomes Q4_0 if all zero points are 8, else Q5_0, whose five bits hold every difference of code and
-    zero point; scales that float16 does not hold make it float32. F8 is kept where `packing` quantises it,
-    else rounded to bfloat16, or not at all if arithmetic is exact.
-    """
-    if any(source.format.startswith("INT4") for source in sources):
-        return _to_ggml(sources)
-    return [_decoded(s, packing) if s.format.startswith("F8") else s for s in sources]
-
-
-def _to_ggml(sources: Sequence[WeightSource]) -> list[WeightSource]:
-    """One format for all INT4 sources, as the rows of gate and up must have."""
-    parts = {
-        index: read_int4(source.data.reshape(-1, GROUPED[source.format][1]))
-        for index, source in enumerate(sources)
-        if source.format.startswith("INT4")
-    }
-    has_halves = all(_are_halves(scales) for _, scales, _ in parts.values())
-    is_centred = all((zeros == 8).all() for *_, zeros in parts.values())
-    make = (_q4_0 if is_centred else _q5_0) if has_halves else None
-    name = "F32" if make is None else "Q4_0" if is_centred else "Q5_0"
-    results = list(sources)
-    for index, (codes, scales, zeros) in parts.items():
-        source = sources[index]
-        if make is None:
-            data = decode_grouped(source.data, source.format, source.shape).reshape(-1).view(np.uint8)
-        else:
-            runs = codes.shape[1] * 2 // 32
-            wide = _unpaired(codes).reshape(-1, 32)
-            halves = np.repeat(scales.astype(np.float16), runs).view(np.uint8).reshape(-1, 2)
-            data = make(wide, halves, np.repeat(zeros, runs)[:, None])
-        results[index] = type(source)(data, name, source.shape)
-    return results
-
-
-def _q4_0(codes: _Array, scales: _Array, zeros: _Array) -> _Array:
-    """Nibbles of columns i and i + 16 share a byte."""
-    return np.concatenate([scales, codes[:, :16] | codes[:, 16:] << 4], axis=1).reshape(-1)
-
-
-def _q5_0(codes: _Array, scales: _Array, zeros: _Array) -> _Array:
-    """The same with the fifth bits in a word before them; the zero point is 16."""
-    fives = codes + np.uint8(16) - zeros
-    fifths = np.packbits(fives >> 4, axis=1, bitorder="little")
-    nibbles = fives[:, :16] & 15 | fives[:, 16:] << 4
-    return np.concatenate([scales, fifths, nibbles], axis=1).reshape(-1)
-
-
-def _decoded(source: WeightSource, packing: Packing) -> WeightSource:
-    if packing.quantise is not None:
-        return source
-    weights = torch.from_numpy(decode_grouped(source.data, source.format, source.shape))
-    kept = weights if packing.is_exact else weights.bfloat16()
-    name = "F32" if packing.is_exact else "BF16"
-    return type(source)(kept.view(torch.uint8).reshape(-1).numpy(), name, source.shape)
 
 
 def _are_halves(scales: _Array) -> bool:

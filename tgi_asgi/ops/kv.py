@@ -1,161 +1,106 @@
-"""The KV cache: a pool of fixed-size blocks a layer. Only this file and the kernels know its layout."""
+"""The KV cache of a CPU: a pool of fixed-size blocks. Only this file and the kernels know its layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from tgi_asgi._C import PageSupply
-from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi import _C
 
 BLOCK_SIZES = (16, 32, 64)
-_TILE = 16  # tokens whose keys lie side by side, one a vector lane
+MAX_HEAD_DIM = 256
 _STRIP = 32  # dims of a token that share a scale, with int8
+_MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips
+_PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
+def kept_dim(head_dim: int, dtype: torch.dtype) -> int:
+    """Return how many dims of a head the cache keeps: all that there are; int8 pads them to strips of 32.
+
+    Raises:
+        ValueError: the cache cannot have this head size, or this dtype.
+    """
+    if dtype not in _PRECISIONS:
+        raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype}")
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"`head_dim` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+    if dtype is not torch.int8:
+        return head_dim
+    padded = -(-head_dim // _STRIP) * _STRIP
+    if padded > head_dim * _MOST_GROWTH:
+        raise ValueError(f"an int8 cache would keep heads of {head_dim} as {padded}: take bfloat16")
+    return padded
+
+
+def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return what a token takes in the caches of all layers.
+
+    Raises:
+        ValueError: as `kept_dim`.
+    """
+    kept = kept_dim(head_dim, dtype)
+    scales = kept // _STRIP * 2 if dtype is torch.int8 else 0  # of float16
+    return 2 * num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's keys and values. Opaque above `ops`.
+    """One layer's keys and values. Opaque above `ops`."""
 
-    A view of the pool of all layers, in which all of a block lies together: blocks are handed out in order,
-    so the memory that they have touched has no holes, however large its pages. A head's keys, or values, of
-    a block are, in float32, [block / 16][head_dim][16 tokens], or [block][head_dim]. bfloat16 packs two of
-    the reduced dimension into a word: [block / 16][head_dim / 2][16 tokens][2], or
-    [block / 2][head_dim][2 tokens].
-
-    int8 has a scale for each token and 32 dims: 16 tokens are codes, [head_dim / 4][16 tokens][4] of keys
-    (plus 128), or [16 / 4][head_dim][4 tokens] of values, then float16 scales [head_dim / 32][16 tokens].
-    Only the recorded step reads it.
-    """
-
-    pool: Tensor  # [num_blocks, 2 (keys, values), num_kv_heads, elements], contiguous in a block
-    block_size: int
-    head_dim: int
+    pool: KvPool
+    index: int
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool."""
-        return int(self.pool.shape[0])
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and of values."""
-        return int(self.pool.shape[2])
+    def head_dim(self) -> int:
+        """Dims of a head, without padding."""
+        return self.pool.head_dim
 
 
-def _head_elements(head_dim: int, dtype: torch.dtype) -> int:
-    """Return what a token's keys, or values, of one head take: with int8, their float16 scales too."""
-    return head_dim + head_dim // _STRIP * 2 if dtype is torch.int8 else head_dim
+class KvPool:
+    """The memory of all layers; the system commits it as blocks are first written.
 
+        pool = KvPool(num_layers=30, num_blocks=512, num_kv_heads=3, head_dim=64, block_size=16, dtype=...)
+        q = ops.qkv(a, weight, pool.layers[0], rope)
 
-def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return what a token takes in the caches of all layers."""
-    return 2 * num_layers * num_kv_heads * _head_elements(head_dim, dtype) * dtype.itemsize
-
-
-def allocate_kv(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-) -> list[KvLayer]:
-    """Make the pool of all layers; its memory is committed by the system as blocks are first written.
+    A block's keys and values of all layers lie together. Inside a layer [keys, values][KV head], in sub-blocks
+    of 16 tokens, see KvLayerView in csrc/cpu/step/step.h.
 
     Raises:
         ValueError: a size or dtype that the kernels do not have.
+        MemoryError: the system does not grant so much.
+
+    Attributes:
+        native: the same in the extension.
     """
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"`block_size` must be 16, 32 or 64, got {block_size}")
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise ValueError(f"`head_dim` must be a multiple of 16 up to 256, got {head_dim}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype}")
-    if dtype is torch.int8 and head_dim % _STRIP:
-        raise ValueError(f"`head_dim` must be a multiple of {_STRIP} with int8, got {head_dim}")
-    elements = block_size * _head_elements(head_dim, dtype)
-    pool = torch.empty(num_blocks, num_layers, 2, num_kv_heads, elements, dtype=dtype)
-    torch.ops.tgi.advise_huge_pages(pool)
-    return [KvLayer(pool[:, layer], block_size, head_dim) for layer in range(num_layers)]
 
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.num_blocks, self.num_kv_heads, self.head_dim = num_blocks, num_kv_heads, head_dim
+        self.block_size, self.dtype = block_size, dtype
+        self.native = _C.KvPool(
+            num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads,
+            head_dim=kept_dim(head_dim, dtype), block_size=block_size, precision=_PRECISIONS[dtype],
+        )  # fmt: skip
+        self.layers = [KvLayer(self, index) for index in range(num_layers)]
 
-def supply_kv(layers: Sequence[KvLayer], num_bytes: int) -> PageSupply:
-    """Begin to have the system supply the pool's first `num_bytes`, in a thread: see `PageSupply`."""
-    memory = torch.empty(0, dtype=torch.uint8).set_(layers[0].pool.untyped_storage())
-    return PageSupply(memory, num_bytes)
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+        self.native.copy(pairs)
 
+    def supply(self, num_bytes: int) -> None:
+        """Begin to have the system supply the pool's first bytes, in a thread, before they are written."""
+        self.native.supply(num_bytes)
 
-def copy_blocks(layers: Iterable[KvLayer], pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
-    if not pairs:
-        return
-    table = torch.tensor(pairs, dtype=torch.int64)  # [num_pairs, 2]
-    source, target = table[:, 0], table[:, 1]
-    for layer in layers:
-        layer.pool[target] = layer.pool[source]
-
-
-def kv_read(layer: KvLayer, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and values [n, num_kv_heads, head_dim] at slots [n] = block * block_size + offset.
-
-    For tests: slow, and the only other place that knows the layout.
-    """
-    key, value = _unpacked(layer)
-    block, offset = slots // layer.block_size, slots % layer.block_size
-    return key[block, :, offset], value[block, :, offset]
-
-
-def kv_write(layer: KvLayer, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write keys and values [n, num_kv_heads, head_dim] at slots [n], in floats. For tests."""
-    keys, values = _unpacked(layer)
-    block, offset = slots // layer.block_size, slots % layer.block_size
-    keys[block, :, offset] = key.to(keys.dtype)
-    values[block, :, offset] = value.to(values.dtype)
-    _pack(layer, keys, values)
-
-
-def _pair(layer: KvLayer) -> int:
-    return 2 if layer.pool.dtype is torch.bfloat16 else 1
-
-
-def _unpacked(layer: KvLayer) -> tuple[Tensor, Tensor]:
-    """Return copies of keys and values as [num_blocks, num_kv_heads, block_size, head_dim]."""
-    if layer.pool.dtype is torch.int8:
-        return _dequantised(layer, 0), _dequantised(layer, 1)
-    blocks, heads, pair = layer.num_blocks, layer.num_kv_heads, _pair(layer)
-    size, dim = layer.block_size, layer.head_dim
-    key = layer.pool[:, 0].reshape(blocks, heads, size // _TILE, dim // pair, _TILE, pair)
-    value = layer.pool[:, 1].reshape(blocks, heads, size // pair, dim, pair)
-    return (
-        key.permute(0, 1, 2, 4, 3, 5).reshape(blocks, heads, size, dim).clone(),
-        value.permute(0, 1, 2, 4, 3).reshape(blocks, heads, size, dim).clone(),
-    )
-
-
-def _dequantised(layer: KvLayer, which: int) -> Tensor:
-    """Return the keys (0) or values (1) of an int8 pool in float32, in the shape of `_unpacked`."""
-    blocks, heads, dim = layer.num_blocks, layer.num_kv_heads, layer.head_dim
-    strips, tiles = dim // _STRIP, blocks * heads * layer.block_size // _TILE
-    parts = layer.pool[:, which].reshape(tiles, -1)
-    codes, scales = parts[:, : _TILE * dim], parts[:, _TILE * dim :].contiguous()
-    if which == 0:
-        unsigned = codes.reshape(tiles, dim // 4, _TILE, 4).transpose(1, 2).view(torch.uint8)
-        grid = unsigned.float() - 128
-    else:
-        grid = codes.reshape(tiles, _TILE // 4, dim, 4).transpose(2, 3).float()
-    by_token = scales.view(torch.float16).reshape(tiles, strips, _TILE, 1).transpose(1, 2).float()
-    return (grid.reshape(tiles, _TILE, strips, _STRIP) * by_token).reshape(blocks, heads, -1, dim)
-
-
-def _pack(layer: KvLayer, key: Tensor, value: Tensor) -> None:
-    """Write [num_blocks, num_kv_heads, block_size, head_dim] back."""
-    blocks, heads, pair = layer.num_blocks, layer.num_kv_heads, _pair(layer)
-    size, dim = layer.block_size, layer.head_dim
-    tiles = key.view(blocks, heads, size // _TILE, _TILE, dim // pair, pair)
-    pairs = value.view(blocks, heads, size // pair, pair, dim)
-    layer.pool[:, 0] = tiles.permute(0, 1, 2, 4, 3, 5).reshape(blocks, heads, -1)
-    layer.pool[:, 1] = pairs.permute(0, 1, 2, 4, 3).reshape(blocks, heads, -1)
-
-
-@meta_of("advise_huge_pages")
-def _advise_huge_pages_meta(memory: Tensor) -> None:
-    require(memory.is_contiguous())
+    def close(self) -> None:
+        """End that thread. Idempotent."""
+        self.native.close_supply()

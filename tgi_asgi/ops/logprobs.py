@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.meta import meta_of, require
+from tgi_asgi import _C
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +23,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
     """Return log softmax(logits [n_rows, vocab]) at token_ids [n_rows] int32, and the `num_top` best a row.
 
     Raises:
-        RuntimeError: a token id is out of range, or `num_top` is more than the vocabulary.
+        ValueError: a token id is out of range, or `num_top` is more than the vocabulary.
     """
-    rows = logits.shape[0]
-    result = TokenLogprobs(
-        logprobs=torch.empty(rows),
-        top_ids=torch.empty(rows, num_top, dtype=torch.int32),
-        top_logprobs=torch.empty(rows, num_top),
-    )
-    torch.ops.tgi.token_logprobs(logits, token_ids, result.logprobs, result.top_ids, result.top_logprobs)
-    return result
-
-
-@meta_of("token_logprobs")
-def _token_logprobs_meta(
-    logits: Tensor, token_ids: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
-) -> None:
-    require(token_ids.shape == (logits.shape[0],))
+    return TokenLogprobs(*map(torch.from_numpy, _C.token_logprobs(logits.numpy(), token_ids.numpy(), num_top)))

@@ -1,28 +1,35 @@
-"""The operator `norm`: RMSNorm of the residual into the next product's activation."""
+"""The operators `norm` and `norm_add`: RMSNorm before a product, and after one."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tgi_asgi.ops.meta import meta_of, require
-from tgi_asgi.ops.recorded import Recorded
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.at_once import at_once
+from tgi_asgi.ops.values import Kind, Operand, recorder_of
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise x [n_tokens, hidden] float32 to `x / rms(x) * weight`; weight [hidden] float32.
+def norm(x: Operand, weight: Tensor, eps: float) -> Operand:
+    """Normalise the residual x [n_tokens, hidden] to the activation `x / rms(x) * weight`.
 
-    The result is an activation: opaque, good for one product, and valid until the step ends.
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4.
+    weight: [hidden] float32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4.
     """
-    if isinstance(x, Recorded):
-        return x.program.record_norm(weight, eps)
-    out = torch.empty_like(x)
-    torch.ops.tgi.rms_norm(x, weight, eps, None, out)
-    return out
+    if isinstance(x, Tensor):
+        return at_once(lambda _, x: norm(x, weight, eps), (x, Kind.RESIDUAL))
+    recorder = recorder_of("norm", x=(x, Kind.RESIDUAL, weight.numel()))
+    return recorder.note(calls.Norm(recorder.value(Kind.ACTIVATION, x.columns), x, weight, eps))
 
 
-@meta_of("rms_norm")
-def _rms_norm_meta(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None, out: Tensor) -> None:
-    num_rows = x.shape[0] if rows is None else rows.shape[0]
-    require(out.shape == (num_rows, weight.shape[0]))
+def norm_add(rows: Operand, weight: Tensor, eps: float, x: Operand, factor: float = 1.0) -> Operand:
+    """Add `factor * rows / rms(rows) * weight` to the residual x in place, and return it.
+
+    rows: [n_tokens, hidden], of `linear`: the norm behind a product that OLMo 2 and Gemma 2 have.
+    """
+    if isinstance(rows, Tensor):
+        return at_once(
+            lambda _, rows, x: norm_add(rows, weight, eps, x, factor), (rows, Kind.ROWS), (x, Kind.RESIDUAL)
+        )
+    recorder = recorder_of(
+        "norm_add", rows=(rows, Kind.ROWS, weight.numel()), x=(x, Kind.RESIDUAL, weight.numel())
+    )
+    return recorder.note(calls.NormAdd(recorder.added(x), rows, weight, eps, x, factor))

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RopeTable:
-    """Cosines and sines of every position; dimension i is rotated with i + rotary_dim / 2."""
+    """Cosines and sines of every position; dimension i is rotated with i + rotary_dim / 2.
+
+    A head's dims from rotary_dim on are not rotated.
+    """
 
     cos: Tensor  # [max_positions, rotary_dim / 2] float32
     sin: Tensor  # the same
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that are rotated, its first."""
+        return 2 * int(self.cos.shape[1])
 
     @classmethod
     def create(
@@ -29,3 +37,8 @@ class RopeTable:
         positions = torch.arange(max_positions, dtype=torch.float32)
         angles = torch.outer(positions, frequencies).double()  # [max_positions, rotary_dim / 2]
         return cls((angles.cos() * scale).float(), (angles.sin() * scale).float())
+
+    @staticmethod
+    def bytes_per_position(head_dim: int) -> int:
+        """Return the most memory that a position takes while a table is built."""
+        return head_dim // 2 * (8 + 8 + 4 + 4)

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from tgi_asgi import _C
 from tgi_asgi.types import LogprobsMode, SamplingParams
 
 # csrc/params.h, SampleSlot: the kernel reads this very memory, and a test holds the two equal.
@@ -48,7 +47,7 @@ class SampleState:
 
         state = SampleState(num_slots=128, vocab_size=49152)
         state.start(3, SamplingParams(temperature=0.7, seed=1), choice=0, prompt_ids=[1, 2, 3])
-        result = sample(logits, state, slots)  # slots: int32, one a row of logits
+        result = sample(logits, state, [3])
 
     Not thread-safe: started and sampled from by the runner's thread.
 
@@ -57,6 +56,7 @@ class SampleState:
         last_ids: [num_slots] int32, the token that each slot drew last: a view of the records.
         counts: [num_slots, vocab_size] int32: twice the count in the output, plus one if in the prompt.
             Maintained for slots with penalties only; memory is committed for those only.
+        arrays: all of it, as the extension draws from it.
     """
 
     def __init__(self, num_slots: int, vocab_size: int) -> None:
@@ -68,9 +68,9 @@ class SampleState:
         self._is_counted = np.zeros(num_slots, dtype=bool)
         self._biased = _Lists(num_slots)
         self._masked = _Lists(num_slots)
-        self._scratch = torch.empty(0)
-        self.record_bytes = torch.from_numpy(self.records.view(np.uint8).reshape(num_slots, SLOT.itemsize))
-        self.counts_tensor = torch.from_numpy(self.counts)
+        self.record_bytes = self.records.view(np.uint8).reshape(num_slots, SLOT.itemsize)
+        self.arrays = _C.SampleArrays(self.record_bytes, self.counts)
+        self._share_lists()
 
     def start(
         self,
@@ -112,34 +112,19 @@ class SampleState:
         record["num_masked"] = self._masked.set(slot, masked_ids, [-math.inf] * len(masked_ids))
         values = [-math.inf if bias <= BAN else bias for _, bias in sampling.logit_bias]
         record["num_biased"] = self._biased.set(slot, biased_ids, values)
+        self._share_lists()
         record["num_top"] = min(sampling.logprobs or 0, self.vocab_size)
         record["flags"] = _flags(sampling)
         self._count(slot, sampling, prompt_ids, output_ids)
 
-    def max_top(self, slots: Tensor) -> int:
-        """Return the largest number of top log-probabilities that one of these slots wants."""
-        return int(self.records["num_top"][slots.numpy()].max(initial=0))
-
-    def scratch(self, num_threads: int) -> Tensor:
-        """Return work memory [num_threads, 4, vocab_size] float32 for the kernel, made once."""
-        if self._scratch.shape[0] < num_threads:
-            self._scratch = torch.empty(num_threads, 4, self.vocab_size)
-        return self._scratch
-
     @property
-    def biased(self) -> tuple[Tensor, Tensor]:
-        """Ids [num_slots, capacity] int32 and what is added to their logits, float32."""
-        return self._biased.ids, self._biased.values
+    def lists(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """Biased ids [num_slots, capacity], what is added to their logits, and masked ids; until the next start."""
+        return self._biased.ids, self._biased.values, self._masked.ids
 
-    @property
-    def masked(self) -> Tensor:
-        """Ids [num_slots, capacity] int32 that cannot be drawn yet."""
-        return self._masked.ids
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Records, counts, biased ids, their values, masked ids: the kernel's, until the next start."""
-        return self.record_bytes, self.counts_tensor, *self.biased, self.masked
+    def _share_lists(self) -> None:
+        """Tell the extension where the lists lie, as they are replaced when they grow."""
+        self.arrays.set_lists(*self.lists)
 
     def _count(
         self, slot: int, sampling: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
@@ -172,17 +157,16 @@ class _Lists:
     """A short list of (id, value) a slot, in two rectangles that grow to the longest list seen."""
 
     def __init__(self, num_slots: int) -> None:
-        self.ids = torch.zeros(num_slots, _FIRST_CAPACITY, dtype=torch.int32)
-        self.values = torch.zeros(num_slots, _FIRST_CAPACITY, dtype=torch.float32)
+        self.ids = np.zeros((num_slots, _FIRST_CAPACITY), np.int32)
+        self.values = np.zeros((num_slots, _FIRST_CAPACITY), np.float32)
 
     def set(self, slot: int, ids: Sequence[int], values: Sequence[float]) -> int:
         """Store a slot's list and return its length."""
         capacity = int(self.ids.shape[1])
         if len(ids) > capacity:
             extra = max(len(ids), 2 * capacity) - capacity
-            self.ids = torch.nn.functional.pad(self.ids, (0, extra))
-            self.values = torch.nn.functional.pad(self.values, (0, extra))
-        if ids:
-            self.ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-            self.values[slot, : len(ids)] = torch.tensor(values, dtype=torch.float32)
+            self.ids = np.pad(self.ids, ((0, 0), (0, extra)))
+            self.values = np.pad(self.values, ((0, 0), (0, extra)))
+        self.ids[slot, : len(ids)] = ids
+        self.values[slot, : len(ids)] = values
         return len(ids)

@@ -12,18 +12,15 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_asgi import ops
-from tgi_asgi.models.batch import Batch
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaKvLayer, CudaProgram, copy_cuda_blocks, make_cuda_pools
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
@@ -90,7 +87,7 @@ class CudaRunner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         device: Device,
         choose: Callable[[int], KvSize],
         *,
@@ -174,18 +171,12 @@ class CudaRunner:
         self._waiter.join()
         self._jobs.end()
 
-    def _record(self, model: Llama, dtype: torch.dtype) -> CudaProgram:
-        program = CudaProgram(
-            max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size, max_rows=self.max_batch_size,
-            max_blocks=self._max_blocks, dtype=dtype, device=self._device.device,
-            is_batch_invariant=self._is_batch_invariant,
+    def _record(self, model: Model, dtype: torch.dtype) -> CudaProgram:
+        return CudaProgram(
+            record(model, self._kv), max_tokens=self.max_step_tokens, max_sequences=self.max_batch_size,
+            max_rows=self.max_batch_size, max_blocks=self._max_blocks, dtype=dtype,
+            device=self._device.device, is_batch_invariant=self._is_batch_invariant,
         )  # fmt: skip
-        inputs = program.inputs
-        batch = Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables)
-        x = model.forward(batch, cast("list[ops.KvLayer]", self._kv))
-        model.logits(x, inputs.rows)
-        program.release_host_weights()
-        return program
 
     def _shape(self, tokens: int, sequences: int, rows: int, decodes: int, longest: int) -> StepShape:
         return StepShape(tokens, sequences, rows, decodes, longest, self._max_blocks)
@@ -289,7 +280,7 @@ class CudaRunner:
             raise PlanError("a row that decodes comes after a chunk of a prompt")
         batch = self._inputs.fill(rows, self._no_ids)
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
-        stops = batch.tables.query_start.tolist()
+        stops = batch.query_start.tolist()
         if num_decodes == len(rows):
             size = min(bucket for bucket in self._graphs if bucket >= len(rows))
             shape = self._shape(size, size, size, size, 0)
@@ -330,14 +321,14 @@ class CudaRunner:
         first = 0
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
-                result.prompt_logprobs[index] = self._scorer.score(self._program.logits, first, row)
+                result.prompt_logprobs[index] = self._scorer.score(first, row)
             first += row.num_tokens
         if result.prompt_logprobs and buffers.shape.num_rows > 0:
             self._program.head(buffers.rows)
 
-    def _host_logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        self._program.head(rows.to(self._device.device))
-        return self._program.logits[: rows.shape[0]].cpu().clone()
+    def _host_logits(self, rows: Sequence[int]) -> Tensor:
+        self._program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
+        return self._program.logits[: len(rows)].cpu()
 
     def _draw(self, buffers: StepBuffers) -> None:
         self._sampler.draw(self._program.logits, buffers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tgi_asgi.models.batch import Batch
+from tgi_asgi.ops import FlatRows
 from tgi_asgi.ops.cuda import CudaBatch
 from tgi_asgi.ops.sample import SampleResult
 
@@ -71,21 +71,21 @@ class StepBuffers:
 
     def fill(
         self,
-        batch: Batch,
+        batch: FlatRows,
         from_slot: Sequence[int],
         rows: Sequence[int],
         row_slots: Sequence[int],
         mask_rows: Sequence[int],
     ) -> None:
         """Write a batch of at most this shape; the rest becomes padding."""
-        n, s, r = batch.ids.shape[0], batch.tables.context_len.shape[0], len(rows)
-        self.slots[:n], self.slots[n:] = batch.slots, -1
-        self.ids[:n], self.ids[n:] = batch.ids, 0
-        self.positions[:n], self.positions[n:] = batch.positions, 0
-        self.query_start[: s + 1], self.query_start[s + 1 :] = batch.tables.query_start, n
-        self.context_len[:s], self.context_len[s:] = batch.tables.context_len, 0
+        n, s, r = len(batch.ids), len(batch.context_len), len(rows)
+        self.slots[:n], self.slots[n:] = torch.from_numpy(batch.slots), -1
+        self.ids[:n], self.ids[n:] = torch.from_numpy(batch.ids), 0
+        self.positions[:n], self.positions[n:] = torch.from_numpy(batch.positions), 0
+        self.query_start[: s + 1], self.query_start[s + 1 :] = torch.from_numpy(batch.query_start), n
+        self.context_len[:s], self.context_len[s:] = torch.from_numpy(batch.context_len), 0
         self.block_table.zero_()
-        self.block_table[:s, : batch.tables.block_table.shape[1]] = batch.tables.block_table
+        self.block_table[:s, : batch.block_table.shape[1]] = torch.from_numpy(batch.block_table)
         self.from_slot.fill_(-1)
         self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
         self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0

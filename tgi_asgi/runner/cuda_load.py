@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import torch
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize, choose_size
@@ -27,6 +28,10 @@ _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.
 
 def find_device() -> Device | None:
     """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen."""
+    try:
+        importlib.import_module("tgi_asgi._cuda")  # registers torch.ops.tgi_cuda
+    except ModuleNotFoundError:  # built without CUDA
+        pass
     has_kernels = hasattr(torch.ops.tgi_cuda, "attention_decode")
     return CudaDevice() if has_kernels and torch.cuda.is_available() else None
 
@@ -59,7 +64,7 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
 
 
 def make_runner(
-    model: Llama, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int
+    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give what memory is left to the cache.
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tgi_asgi.models.batch import Batch
-from tgi_asgi.ops import AttentionTables, PlanError, RowLimits, flatten_rows
+from tgi_asgi.ops import FlatRows, PlanError, RowLimits, flatten_rows
 from tgi_asgi.runner.plan import StepPlan, StepRow
 
 __all__ = ["PlanError", "StepInputs"]
@@ -60,15 +59,13 @@ class StepInputs:
         if len(set(targets)) != len(targets) or set(targets) & set(sources):
             raise PlanError("a block is copied to twice, or both from and to")
 
-    def fill(self, rows: Sequence[StepRow], last_ids: npt.NDArray[Any]) -> Batch:
+    def fill(self, rows: Sequence[StepRow], last_ids: npt.NDArray[Any]) -> FlatRows:
         """Return the rows as arrays; a row without token ids takes its slot's of `last_ids` [n_slots].
 
         Raises:
             PlanError: an id, a position, a slot or a block is out of bounds, or two rows have one slot.
         """
-        arrays = flatten_rows(rows, self.limits, last_ids)
-        ids, positions, slots, query_start, context_len, block_table = arrays
-        return Batch(ids, positions, slots, AttentionTables(query_start, context_len, block_table))
+        return flatten_rows(rows, self.limits, last_ids)
 
 
 def _check_range(name: str, value: int, stop: int) -> None:

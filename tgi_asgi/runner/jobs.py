@@ -33,27 +33,27 @@ class JobQueue:
         while (job := queue.take()) is not None: # on a thread
             queue.finish(job, compute(job.plan))
 
-    With a recorded program, steps of plain rows are computed inside `take`, one after the other: neither they
+    With a program, steps of rows alone are computed inside `take`, one after the other: neither they
     nor the word that they are done need Python, or wait for its lock.
 
     `submit`, `close` and `end` are for the event loop; `take` and `finish` for any other thread.
 
     Args:
-        program, limits: what computes plain rows, and the bounds of their integers.
+        program, limits: what computes rows alone, and the bounds of their integers.
     """
 
-    def __init__(self, program: ops.StepProgram | None = None, limits: ops.RowLimits | None = None) -> None:
+    def __init__(self, program: ops.CpuProgram | None = None, limits: ops.RowLimits | None = None) -> None:
         self.steps = ops.StepQueue(None if program is None else program.native, limits)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # not yet delivered
         self._loop: asyncio.AbstractEventLoop | None = None  # which watches
         self._is_closed = False
 
-    def submit(self, plan: StepPlan, *, is_plain: bool = False) -> asyncio.Future[StepResult]:
+    def submit(self, plan: StepPlan, *, is_rows_alone: bool = False) -> asyncio.Future[StepResult]:
         """Queue a step; the future fails if the step raises, and only it: at once if its rows are refused.
 
         Args:
-            is_plain: rows, and nothing else: no slot starts, no row has a grammar or scores its prompt.
+            is_rows_alone: rows, and nothing else: no slot starts, no row has a grammar or scores its prompt.
 
         Raises:
             RuntimeError: the queue is closed, or two steps are in flight already.
@@ -68,7 +68,7 @@ class JobQueue:
         job = Job(next(self._numbers), plan, loop.create_future())
         self._jobs[job.number] = job  # first: the thread that takes the number looks for it
         try:
-            if is_plain:
+            if is_rows_alone:
                 self.steps.push_rows(job.number, plan.rows)
             else:
                 self.steps.push(job.number)
@@ -79,7 +79,7 @@ class JobQueue:
 
     def take(self) -> Job | None:
         """Wait for the next job that is for Python; None means that there will be none."""
-        number = self.steps.take()
+        number = self.steps.compute_rows()
         return None if number is None else self._jobs[number]
 
     def finish(self, job: Job, outcome: StepResult | Exception) -> None:

@@ -10,7 +10,6 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.runner.program import can_record
 from tgi_asgi.settings import Settings
 
 _SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
@@ -89,12 +88,10 @@ def _choose_dtype(config: ModelConfig, settings: Settings, dtype: torch.dtype) -
         return torch.float32 if dtype is torch.float32 else torch.bfloat16
     if dtype is torch.float32:
         raise ModelLoadError("--kv-cache-dtype int8 contradicts --dtype float32, which is exact")
-    if not can_record(config):
-        raise ModelLoadError(
-            "--kv-cache-dtype int8 needs a model whose sizes are multiples of 32, up to a head size of 256; "
-            f"this one has a head size of {config.head_dim}, hidden {config.hidden_size}, "
-            f"intermediate {config.intermediate_size}"
-        )
+    try:
+        ops.kept_dim(config.head_dim, torch.int8)
+    except ValueError as error:
+        raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8
 
 

@@ -18,13 +18,13 @@ import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
-from tgi_asgi.runner.program import can_record
+from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -66,37 +66,29 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
-        name = settings.dtype
-        dtype = _choose_dtype(name) if device is None else cuda_load.choose_dtype(name, config)
-        longest = config.plain_length if device is None else config.context_length
-        max_total_tokens = min(longest, settings.max_total_tokens or longest)
+        longest = min(config.context_length, settings.max_total_tokens or config.context_length)
         weights = _TrackedWeights(opened.weights, progress)
-        packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
-        arithmetic: ops.Arithmetic = packing if can_record(config) else dtype
-        if device is None and not can_record(config):
-            ignored = "" if packing.quantise is None else ", and --quantize is ignored"
-            logger.warning("the model's sizes are no multiples of 32: its steps are slow%s", ignored)
-        if device is not None:
+        name = settings.dtype
+        runner: CpuRunner | CudaRunner
+        if device is None:
+            dtype = _choose_dtype(name)
+            packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
+            arithmetic: ops.Arithmetic = packing
+            kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
+            longest = min(longest, kv_size.num_tokens)
+        else:
+            dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
+        check_rope_fits(config.head_dim, longest, free_memory())
         with cuda_load.must_fit():
-            model = Llama(config, weights, arithmetic, max_positions=max_total_tokens)
+            model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
-    if device is None and settings.kv_cache_dtype.startswith("fp8"):
-        logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
-    runner: CpuRunner | CudaRunner
     if device is None:
-        kv_size = choose_size(config, settings, dtype, max_total_tokens, free_memory())
-        runner = CpuRunner(
-            model,
-            kv_size,
-            max_batch_size=settings.max_batch_size,
-            max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
-            max_context=min(max_total_tokens, kv_size.num_tokens),
-        )
+        runner = _make_cpu_runner(model, kv_size, settings, longest)
     else:
-        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, max_total_tokens)
-    max_total_tokens = min(max_total_tokens, kv_size.num_tokens)
+        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
+    max_total_tokens = min(longest, kv_size.num_tokens)
     info = ModelInfo(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
@@ -115,6 +107,27 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     )
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _choose_cpu_cache(
+    opened: OpenModel, settings: Settings, packing: ops.Packing, dtype: torch.dtype, longest: int
+) -> KvSize:
+    """Choose the cache's size before anything is read: what is free once the weights are there."""
+    if settings.kv_cache_dtype.startswith("fp8"):
+        logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
+    free = free_memory()
+    free -= check_weights_fit(opened.weights.stored(), packing, free)
+    return choose_size(opened.config, settings, dtype, longest, free)
+
+
+def _make_cpu_runner(model: Model, kv_size: KvSize, settings: Settings, longest: int) -> CpuRunner:
+    return CpuRunner(
+        model,
+        kv_size,
+        max_batch_size=settings.max_batch_size,
+        max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
+        max_context=longest,
+    )
 
 
 def _return_freed_memory() -> None:
@@ -166,6 +179,14 @@ class _TrackedWeights:
         self._hash.update(source.data[:_SAMPLE_BYTES].data)
         self._hash.update(source.data[-_SAMPLE_BYTES:].data)
         return source
+
+    def unread(self) -> list[str]:
+        """Return what nobody has asked for, as `Weights.unread` says."""
+        return self._weights.unread()
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Return formats and sizes, as `Weights.stored` says."""
+        return self._weights.stored()
 
     def close(self) -> None:
         """Unmap the files."""

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tgi_asgi.runner.plan import Sampled, SlotStart
 from tgi_asgi.text.constrain.grammar import Mask, Matcher
@@ -39,13 +37,13 @@ class SlotMasks:
         else:
             self._slots[start.slot] = _Slot(start, self.num_words * 32)
 
-    def compute(self, slots: Sequence[int]) -> Tensor | None:
+    def compute(self, slots: Sequence[int]) -> npt.NDArray[np.int32] | None:
         """Compute masks [n_slots, n_words] for slots that will draw; None if none has a grammar."""
         if not self._bound(slots):
             return None
         masks = np.empty((len(slots), self.num_words), np.int32)
         self.fill(slots, masks)
-        return torch.from_numpy(masks)
+        return masks
 
     def fill(self, slots: Sequence[int], masks: Mask) -> None:
         """Write the masks of slots that will draw to masks [n_slots, n_words]: all ones without a grammar."""

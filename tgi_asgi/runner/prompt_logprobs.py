@@ -18,9 +18,13 @@ class PromptScorer:
     """Scores each token of a chunk by the logits of the one before it.
 
     The first token of a chunk belongs to the logits of the chunk before, which are kept by slot.
+
+    Args:
+        logits: computes the logits of tokens of the last step; valid until its next call.
+        max_rows: how many of them it takes.
     """
 
-    def __init__(self, logits: Callable[[Tensor, Tensor], Tensor], *, max_rows: int = _ROWS) -> None:
+    def __init__(self, logits: Callable[[Sequence[int]], Tensor], *, max_rows: int = _ROWS) -> None:
         self._logits = logits
         self._max_rows = min(max_rows, _ROWS)
         self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
@@ -29,8 +33,8 @@ class PromptScorer:
         """Drop what is kept of a slot: another sequence takes it."""
         self._tails.pop(slot, None)
 
-    def score(self, x: Tensor, first: int, row: StepRow) -> PromptLogprobs:
-        """Return one entry a token of `row`, whose tokens are rows first, first + 1, ... of x.
+    def score(self, first: int, row: StepRow) -> PromptLogprobs:
+        """Return one entry a token of `row`, whose tokens are first, first + 1, ... of the last step.
 
         Raises:
             ValueError: the sequence's tokens before this chunk were computed without being scored.
@@ -48,10 +52,10 @@ class PromptScorer:
         last = len(tokens) - 1
         for start in range(0, last, self._max_rows):
             stop = min(start + self._max_rows, last)
-            rows = torch.arange(first + start, first + stop, dtype=torch.int32)
-            result += _pairs(self._logits(x, rows), tokens[start + 1 : stop + 1], num_top)
+            logits = self._logits(range(first + start, first + stop))
+            result += _pairs(logits, tokens[start + 1 : stop + 1], num_top)
         if not row.samples:  # more of the prompt may follow
-            self._tails[row.slot] = self._logits(x, torch.tensor([first + last], dtype=torch.int32))
+            self._tails[row.slot] = self._logits([first + last]).clone()
         return result
 
 

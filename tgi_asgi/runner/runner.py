@@ -11,18 +11,15 @@ import logging
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model, record
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import StepPlan, StepResult
-from tgi_asgi.runner.program import RecordedStep, make_step
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
@@ -42,7 +39,7 @@ class CpuRunner:
     """
 
     def __init__(
-        self, model: Llama, kv_size: KvSize, *, max_batch_size: int, max_step_tokens: int, max_context: int
+        self, model: Model, kv_size: KvSize, *, max_batch_size: int, max_step_tokens: int, max_context: int
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -50,15 +47,15 @@ class CpuRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self._kv = ops.allocate_kv(
-            config.num_layers,
-            kv_size.num_blocks,
-            config.num_kv_heads,
-            config.head_dim,
-            kv_size.block_size,
-            kv_size.dtype,
+        self._pool = ops.KvPool(
+            num_layers=config.num_layers,
+            num_blocks=kv_size.num_blocks,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=kv_size.block_size,
+            dtype=kv_size.dtype,
         )
-        self._supply = ops.supply_kv(self._kv, SUPPLIED_BYTES)
+        self._pool.supply(SUPPLIED_BYTES)
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -67,16 +64,18 @@ class CpuRunner:
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
         )
-        self._step = make_step(
-            model, self._kv, max_tokens=max_step_tokens, max_rows=max_batch_size, max_context=max_context
+        self._program = ops.CpuProgram(
+            record(model, self._pool.layers),
+            max_tokens=max_step_tokens,
+            max_sequences=max_batch_size,
+            max_rows=max_batch_size,
+            max_context=max_context,
         )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
-        self._scorer = PromptScorer(self._step.logits, max_rows=max_batch_size)
+        self._scorer = PromptScorer(self._program.run_head, max_rows=max_batch_size)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
-        program = self._step.program if isinstance(self._step, RecordedStep) else None
-        self._is_recorded = program is not None
-        self._jobs = JobQueue(program, self._inputs.limits if program else None)
+        self._jobs = JobQueue(self._program, self._inputs.limits)
         self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
         self._thread.start()
 
@@ -86,7 +85,7 @@ class CpuRunner:
         Raises:
             RuntimeError: the runner is closed, or two steps are in flight already.
         """
-        future = self._jobs.submit(plan, is_plain=self._is_plain(plan))
+        future = self._jobs.submit(plan, is_rows_alone=self._is_rows_alone(plan))
         for start in plan.starts:
             if start.grammar is None:
                 self._constrained.discard(start.slot)
@@ -96,14 +95,14 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
-        self._supply.close()
+        self._pool.close()
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
 
-    def _is_plain(self, plan: StepPlan) -> bool:
+    def _is_rows_alone(self, plan: StepPlan) -> bool:
         """Tell whether a step needs nothing of Python: most steps of streams that decode."""
-        if not self._is_recorded or plan.starts or plan.copies or not plan.rows:
+        if plan.starts or plan.copies or not plan.rows:
             return False
         constrained = self._constrained
         return not any(row.prompt_logprobs is not None or row.slot in constrained for row in plan.rows)
@@ -118,7 +117,7 @@ class CpuRunner:
             PlanError: the plan contradicts itself or the bounds.
         """
         self._inputs.check(plan)
-        ops.copy_blocks(self._kv, plan.copies)
+        self._pool.copy(plan.copies)
         for start in plan.starts:
             self._sampling.start(
                 start.slot,
@@ -132,7 +131,7 @@ class CpuRunner:
             self._masks.start(start)
             self._scorer.forget(start.slot)
         if plan.starts:
-            self._jobs.steps.set_sampling(*self._sampling.tensors, self._sampling.scratch(ops.num_threads()))
+            self._jobs.steps.set_sampling(self._sampling.arrays)
         if not plan.rows:
             return StepResult(plan.step_id, [])
         return self._compute(plan)
@@ -146,25 +145,25 @@ class CpuRunner:
         ops.wake_threads()
         batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
         result = StepResult(plan.step_id, [None] * len(plan.rows))
-        stops = batch.tables.query_start.tolist()
-        rows = _int32([stops[index + 1] - 1 for index in sampling])  # each row's last token
+        stops = batch.query_start.tolist()
+        rows = [stops[index + 1] - 1 for index in sampling]  # each row's last token
         if slots and all(row.prompt_logprobs is None for row in plan.rows):
-            drawn = unpack(self._step.draw(batch, rows, _int32(slots), self._sampling, mask))
+            drawn = unpack(self._program.draw(batch, rows, slots, self._sampling, mask))
         else:
-            x, logits = self._step.run(batch, rows)
-            if self._score(x, plan, stops, result):
-                logits = self._step.logits(x, rows)  # the scorer's logits took the place of these
-            drawn = unpack(ops.sample(logits, self._sampling, _int32(slots), mask=mask)) if slots else []
+            logits = self._program.run(batch, rows)
+            if self._score(plan, stops, result):
+                logits = self._program.run_head(rows)  # the scorer's logits took the place of these
+            drawn = unpack(ops.sample(logits, self._sampling, slots, mask=mask)) if slots else []
         self._masks.accept(slots, drawn)
         for index, sampled in zip(sampling, drawn, strict=True):
             result.sampled[index] = sampled
         return result
 
-    def _score(self, x: Tensor, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
+    def _score(self, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
         """Score the prompts of the rows that want it; tell whether there were any."""
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
-                result.prompt_logprobs[index] = self._scorer.score(x, stops[index], row)
+                result.prompt_logprobs[index] = self._scorer.score(stops[index], row)
         return bool(result.prompt_logprobs)
 
     def _work(self) -> None:
@@ -183,6 +182,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Tell torch's ways of saying that there is no memory from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-
-def _int32(values: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.array(values, np.int32))

@@ -30,9 +30,12 @@ constexpr float kMinusInfinity = -__builtin_inff();
 struct RowTile {
   const uint8_t* query[kAttentionRows];
   int64_t visible[kAttentionRows];  // tokens of context that a row may see, ascending
-  BlockSlot out[kAttentionRows];    // where the first 32 columns of its result go
+  int64_t hidden[kAttentionRows];   // and of these the first that its window hides
+  BlockSlot out[kAttentionRows];    // where the first 32 columns of its result go,
+  float* rows[kAttentionRows];      // or all of them as plain floats
   int64_t count;
-  int64_t longest;  // the largest of `visible`
+  int64_t longest;      // the largest of `visible`
+  int64_t first_chunk;  // that is not hidden from all rows
   bool is_cold;     // the tile before had other keys and values
 };
 
@@ -91,6 +94,17 @@ inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) 
   return S::select_head(static_cast<int>(seen < 0 ? 0 : seen), values, S::set1(other));
 }
 
+// Scores of sixteen tokens from `begin` on, -inf where a row may not look.
+template <class S>
+inline typename S::F keep_visible(const RowTile& tile, int r, int64_t begin, typename S::F scores) {
+  const int64_t hidden = tile.hidden[r] - begin;
+  if (hidden > 0) {
+    scores = S::select_head(static_cast<int>(hidden < 16 ? hidden : 16), S::set1(kMinusInfinity),
+                            scores);
+  }
+  return keep_seen<S>(scores, tile.visible[r] - begin, kMinusInfinity);
+}
+
 // Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
 template <class S, Precision precision, int Rows, int Blocks>
 inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
@@ -126,7 +140,8 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     }
   }
   float* const out = scores + 16 * b;
-  if (tile.visible[0] >= chunk.begin + 16 * (b + Blocks)) {
+  if (tile.visible[0] >= chunk.begin + 16 * (b + Blocks) &&
+      tile.hidden[Rows - 1] <= chunk.begin + 16 * b) {
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       TGI_UNROLL(4)
@@ -140,7 +155,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       S::store(scores + r * kChunkTokens + 16 * (b + i),
-               keep_seen<S>(sums[r][i], tile.visible[r] - begin, kMinusInfinity));
+               keep_visible<S>(tile, r, begin, sums[r][i]));
     }
   }
 }
@@ -301,11 +316,15 @@ void attend_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, Row
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
   chunk_scores<S, precision, Rows>(tile, chunk, head_dim, scores);
   chunk_softmax<S, precision, Rows>(chunk, head_dim, scores, weights, state);
+  // The last vector may go beyond the head, into what is the pool's, too.
   int64_t dim = 0;
-  for (; dim + 64 <= head_dim; dim += 64) {
+  for (; dim + 48 < head_dim; dim += 64) {
     chunk_values<S, precision, Rows, 4>(chunk, weights, head_dim, dim, state);
   }
-  if (dim < head_dim) chunk_values<S, precision, Rows, 2>(chunk, weights, head_dim, dim, state);
+  for (; dim + 16 < head_dim; dim += 32) {
+    chunk_values<S, precision, Rows, 2>(chunk, weights, head_dim, dim, state);
+  }
+  if (dim < head_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, head_dim, dim, state);
 }
 
 // merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides

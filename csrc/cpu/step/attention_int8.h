@@ -83,9 +83,8 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, int64_t h
   for (int i = 0; i < Blocks; ++i) {
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
-      const int64_t seen = tile.visible[r] - chunk.begin - 16 * (b + i);
       S::store(scores + r * kChunkTokens + 16 * (b + i),
-               keep_seen<S>(sums[r][i], seen, kMinusInfinity));
+               keep_visible<S>(tile, r, chunk.begin + 16 * (b + i), sums[r][i]));
     }
   }
 }

@@ -46,14 +46,20 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
     tile.query[r] =
         static_cast<const uint8_t*>(p.q) + ((start + token) * p.num_heads + head) * row_bytes;
     tile.visible[r] = before + token + 1;
-    tile.out[r] = {p.out.block(start + token, head * p.kv.head_dim / kBlockColumns),
-                   (start + token) % kTileTokens};
+    tile.hidden[r] = tile.visible[r] > p.window ? tile.visible[r] - p.window : 0;
+    if (p.rows != nullptr) {
+      tile.rows[r] = p.rows + (start + token) * p.stride + head * p.true_dim;
+    } else {
+      tile.out[r] = {p.out.block(start + token, head * p.true_dim / kBlockColumns),
+                     (start + token) % kTileTokens};
+    }
     if (++offset == group) {
       offset = 0;
       ++token;
     }
   }
   tile.longest = tile.visible[tile.count - 1];
+  tile.first_chunk = tile.hidden[0] / kChunkTokens;
   tile.is_cold = is_cold;
   return tile;
 }
@@ -110,7 +116,7 @@ inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64
     to[i] = tile.out[first + i];
     factors[i] = S::set1(1.0f / state.total[first + i]);
   }
-  for (int64_t d = 0; d < p.kv.head_dim; d += kBlockColumns) {
+  for (int64_t d = 0; d < p.true_dim; d += kBlockColumns) {
     typename S::F a[Count], b[Count];
     TGI_UNROLL(6)
     for (int64_t i = 0; i < Count; ++i) {
@@ -123,8 +129,22 @@ inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64
   }
 }
 
+// The same as plain rows, of any number of columns: lanes behind a head's last dim hold anything.
+template <class S>
+void write_plain_rows(const AttentionParams& p, const RowTile& tile, const RowState& state) {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    alignas(64) float values[kMaxHeadDim];
+    const auto factor = S::set1(1.0f / state.total[r]);
+    for (int64_t d = 0; d < p.true_dim; d += 16) {
+      S::store(values + d, S::mul(S::load(state.sums[r] + d), factor));
+    }
+    std::memcpy(tile.rows[r], values, static_cast<size_t>(p.true_dim) * sizeof(float));
+  }
+}
+
 template <class S>
 void write_rows(const AttentionParams& p, const RowTile& tile, const RowState& state) {
+  if (p.rows != nullptr) return write_plain_rows<S>(p, tile, state);
   static_assert(kBlocksAtOnce == kAttentionRows);
   if (tile.count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, tile, 0, state);
   for (int64_t r = 0; r < tile.count; ++r) write_some_rows<S, 1>(p, tile, r, state);
@@ -201,13 +221,14 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
   RowState state, merged;
   clear(state);
   for (int64_t c = begin; c < end; ++c) {
+    if (c < tile.first_chunk) continue;
     function(tile, chunk_of(p, step, at, next, tile, c), head_dim, state);
     store_partial(partial.data + c * size, state, head_dim);
   }
   if (partial.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 != all.count) return;
   partial.arrived->store(0, std::memory_order_relaxed);
   clear(merged);
-  for (int64_t c = 0; c * kChunkTokens < tile.longest; ++c) {
+  for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
     load_partial(partial.data + c * size, state, head_dim);
     merge<S>(merged, state, tile.count, head_dim);
   }
@@ -224,7 +245,7 @@ void attend_tile(const AttentionParams& p, const StepHeader& step, const Attenti
     return write_rows<S>(p, tile, state);
   }
   clear(merged);
-  for (int64_t c = 0; c * kChunkTokens < tile.longest; ++c) {
+  for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
     function(tile, chunk_of(p, step, at, next, tile, c), p.kv.head_dim, state);
     merge<S>(merged, state, tile.count, p.kv.head_dim);
   }

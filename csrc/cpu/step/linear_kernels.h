@@ -165,12 +165,35 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
                   for (int64_t t = 0; t < count; ++t) {
                     float* x = p.x + (token + t) * width + unit * kStripRows;
                     for (int64_t half = 0; half < 32; half += 16) {
-                      const auto sum =
+                      auto sum =
                           biased<S>(p.linear.bias, unit * kStripRows + half, out + 32 * t + half);
+                      if (p.factor != 1.0f) sum = S::mul(sum, S::set1(p.factor));
                       S::store(x + half, S::add(S::load(x + half), sum));
                     }
                   }
                 });
+}
+
+template <class S>
+void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t width = p.linear.weight.num_rows;
+  const Range units = split(p.linear.weight.num_strips(), member, num_members);
+  run_linear<S>(p.linear, step.num_tokens, units, 1, member,
+                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                  for (int64_t t = 0; t < count; ++t) {
+                    const int64_t row = unit * kStripRows;
+                    float* to = p.out + (token + t) * width + row;
+                    for (int64_t half = 0; half < 32; half += 16) {
+                      S::store(to + half,
+                               biased<S>(p.linear.bias, row + half, out + 32 * t + half));
+                    }
+                  }
+                });
+}
+
+template <class S>
+inline typename S::F activate(MlpActivation activation, typename S::F x) {
+  return activation == MlpActivation::kSilu ? silu<S>(x) : gelu_tanh<S>(x);
 }
 
 // Activation times up of `Count` tokens of a tile, from `slot` on. out: their outputs.
@@ -188,8 +211,7 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out
       const float* strip = out + i * kTileOutputs + 32 * t;
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
-      const auto active = p.activation == MlpActivation::kSilu ? silu<S>(gate) : gelu_tanh<S>(gate);
-      values[i][t] = S::mul(active, up);
+      values[i][t] = S::mul(activate<S>(p.activation, gate), up);
     }
   }
   write_blocks<S, Count>(p.out.precision, values[0], values[1], to);
@@ -212,6 +234,25 @@ void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_
                 });
 }
 
+// Rows are shared out in whole tiles: two members never write to one cache line.
+template <class S>
+void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t width = p.out.num_columns;
+  const Range rows = split(step.num_tokens, member, num_members, kTileTokens);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float *gate = p.gate + row * width, *up = p.up + row * width;
+    for (int64_t k = 0; k < width; k += kBlockColumns) {
+      typename S::F values[2][1];
+      for (int64_t i = 0; i < 2; ++i) {
+        values[i][0] = S::mul(activate<S>(p.activation, S::load(gate + k + 16 * i)),
+                              S::load(up + k + 16 * i));
+      }
+      const BlockSlot to[1] = {{p.out.block(row, k / kBlockColumns), row % kTileTokens}};
+      write_blocks<S, 1>(p.out.precision, values[0], values[1], to);
+    }
+  }
+}
+
 template <class S>
 void logits(const LogitsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
@@ -223,6 +264,7 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
                     alignas(64) float values[32];
                     for (int64_t half = 0; half < 32; half += 16) {
                       auto value = biased<S>(p.linear.bias, column + half, out + 32 * t + half);
+                      if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
                       if (p.cap != 0) {  // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1)
                         const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kLog2E / p.cap)));
                         const auto part = S::div(S::set1(2.0f), S::add(e, S::set1(1.0f)));

@@ -1,10 +1,11 @@
-// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue;
-// and the norms. Included by the step_<isa>.cpp files only.
+// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue; and
+// the same from rows that are there. Included by the step_<isa>.cpp files only.
 #pragma once
 
 #include <cmath>
 
 #include "linear_kernels.h"
+#include "norm_kernel.h"
 #include "pack.h"
 
 namespace tgi::cpu::step {
@@ -17,18 +18,24 @@ struct HeadRows {
   typename S::F second[kMaxUnitStrips];
 };
 
+// What the norm of a head multiplies its `width` values by, before the weight.
 template <class S>
-inline void normalise_head(HeadRows<S>& head, int64_t num_strips, const float* weight, float eps) {
+inline float norm_factor(const HeadRows<S>& head, int64_t num_strips, int64_t width, float eps) {
   auto squares = S::zero();
   for (int64_t i = 0; i < num_strips; ++i) {
     squares = S::fma(head.first[i], head.first[i], squares);
     squares = S::fma(head.second[i], head.second[i], squares);
   }
-  const float mean = S::reduce_add(squares) / static_cast<float>(num_strips * kStripRows);
-  const auto factor = S::set1(1.0f / std::sqrt(mean + eps));
+  const float mean = S::reduce_add(squares) / static_cast<float>(width);
+  return 1.0f / std::sqrt(mean + eps);
+}
+
+template <class S>
+inline void scale_head(HeadRows<S>& head, int64_t num_strips, float factor, const float* weight) {
+  const auto each = S::set1(factor);
   for (int64_t i = 0; i < num_strips; ++i) {
-    head.first[i] = S::mul(S::mul(head.first[i], factor), S::load(weight + 32 * i));
-    head.second[i] = S::mul(S::mul(head.second[i], factor), S::load(weight + 32 * i + 16));
+    head.first[i] = S::mul(S::mul(head.first[i], each), S::load(weight + 32 * i));
+    head.second[i] = S::mul(S::mul(head.second[i], each), S::load(weight + 32 * i + 16));
   }
 }
 
@@ -76,21 +83,40 @@ inline void store_int8_query(typename S::F first, typename S::F second, uint8_t*
   std::memcpy(strip + kInt8QueryStart, &start, 4);
 }
 
+// Of a strip of `dims` dims, the first of all rotated pairs and then the second, as float32 has it.
+template <class S>
+inline void join_pairs(typename S::F first, typename S::F second, int64_t dims, float* out) {
+  if (dims == kStripRows) {
+    S::store(out, first);
+    S::store(out + 16, second);
+    return;
+  }
+  alignas(64) float lanes[kStripRows];
+  S::store(lanes, first);
+  S::store(lanes + 16, second);
+  std::memcpy(out, lanes, static_cast<size_t>(dims / 2) * sizeof(float));
+  std::memcpy(out + dims / 2, lanes + 16, static_cast<size_t>(dims / 2) * sizeof(float));
+}
+
 // Strip `strip` of a head's query; float32 keeps the pairs' halves apart as the keys do.
 template <class S>
-inline void store_query(const QkvParams& p, int64_t token, int64_t head, int64_t strip,
+inline void store_query(const HeadParams& p, int64_t token, int64_t head, int64_t strip,
                         typename S::F first, typename S::F second) {
-  const int64_t offset = (token * p.num_heads + head) * p.head_dim + strip * kStripRows;
+  const int64_t row = token * p.num_heads + head, dims = p.kv.strip_dims(strip);
+  const int64_t offset = row * p.kv.head_dim + strip * kStripRows;
   first = S::mul(first, S::set1(p.q_scale));
   second = S::mul(second, S::set1(p.q_scale));
   if (p.kv.precision == Precision::kInt8) {
     auto* const query = static_cast<uint8_t*>(p.q) + offset / kStripRows * kInt8QueryStrip;
     store_int8_query<S>(first, second, query);
   } else if (p.kv.precision == Precision::kBF16) {
-    S::istore(static_cast<uint16_t*>(p.q) + offset, S::pair_bf16(first, second));
+    auto* const query = static_cast<uint16_t*>(p.q) + offset;
+    if (dims == kStripRows) return S::istore(query, S::pair_bf16(first, second));
+    alignas(64) int32_t lanes[16];
+    S::istore(lanes, S::pair_bf16(first, second));
+    std::memcpy(query, lanes, static_cast<size_t>(dims) * 2);
   } else {
-    S::store(static_cast<float*>(p.q) + offset, first);
-    S::store(static_cast<float*>(p.q) + offset + 16, second);
+    join_pairs<S>(first, second, dims, static_cast<float*>(p.q) + offset);
   }
 }
 
@@ -115,6 +141,7 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
   uint8_t* const block = kv.sub_block(head, slot / kv.block_size, slot % kv.block_size);
   uint8_t* keys = block + slot % 16 * 4;
   alignas(64) int32_t lanes[32];
+  const int64_t dims = kv.strip_dims(strip);
   if (kv.precision == Precision::kInt8) {
     store_scale(block, kv.head_dim, strip, slot, store_int8<S>(first, second, lanes));
     keys += strip * 8 * 64;
@@ -125,12 +152,11 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
   } else if (kv.precision == Precision::kBF16) {
     S::istore(lanes, S::pair_bf16(first, second));
     keys += strip * 16 * 64;
-    for (int64_t i = 0; i < 16; ++i) std::memcpy(keys + 64 * i, lanes + i, 4);
+    for (int64_t i = 0; i < dims / 2; ++i) std::memcpy(keys + 64 * i, lanes + i, 4);
   } else {
-    S::store(reinterpret_cast<float*>(lanes), first);
-    S::store(reinterpret_cast<float*>(lanes) + 16, second);
+    join_pairs<S>(first, second, dims, reinterpret_cast<float*>(lanes));
     keys += strip * 32 * 64;
-    for (int64_t i = 0; i < 32; ++i) std::memcpy(keys + 64 * i, lanes + i, 4);
+    for (int64_t i = 0; i < dims; ++i) std::memcpy(keys + 64 * i, lanes + i, 4);
   }
 }
 
@@ -139,7 +165,7 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
                         typename S::F first, typename S::F second) {
   uint8_t* block =
       kv.sub_block(head, slot / kv.block_size, slot % kv.block_size) + kv.values_after_keys();
-  const int64_t offset = slot % 16, dim = strip * kStripRows;
+  const int64_t offset = slot % 16, dim = strip * kStripRows, dims = kv.strip_dims(strip);
   if (kv.precision == Precision::kInt8) {
     alignas(64) int8_t lanes[32];
     store_scale(block, kv.head_dim, strip, slot, store_int8<S>(first, second, lanes));
@@ -152,20 +178,32 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
     const auto mine = S::iset1(half), others = S::iset1(~half);
     uint8_t* const out = block + (offset / 2 * kv.head_dim + dim) * 4;
     const typename S::I pairs[2] = {S::pair_bf16(first, first), S::pair_bf16(second, second)};
+    if (dims < kStripRows) {  // behind them lies what another member may be writing
+      alignas(64) int32_t lanes[32];
+      S::istore(lanes, pairs[0]);
+      S::istore(lanes + 16, pairs[1]);
+      for (int64_t i = 0; i < dims; ++i) std::memcpy(out + 4 * i + offset % 2 * 2, lanes + i, 2);
+      return;
+    }
     for (int64_t i = 0; i < 2; ++i) {
       const auto kept = S::iand(S::iload(out + 64 * i), others);
       S::istore(out + 64 * i, S::ior(kept, S::iand(pairs[i], mine)));
     }
   } else {
     float* out = reinterpret_cast<float*>(block) + offset * kv.head_dim + dim;
-    S::store(out, first);
-    S::store(out + 16, second);
+    alignas(64) float lanes[kStripRows];
+    float* const to = dims == kStripRows ? out : lanes;
+    S::store(to, first);
+    S::store(to + 16, second);
+    if (to != out) std::memcpy(out, lanes, static_cast<size_t>(dims) * sizeof(float));
   }
 }
 
+// Writes strips [strip, strip + num_strips) of a head, normalised, where they belong; rotates those
+// of queries and keys.
 template <class S>
-inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t token, int64_t head,
-                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
+inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                       int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
   const int64_t slot = step.slots[token];
   if (head >= p.num_heads + num_kv_heads) {
@@ -176,18 +214,29 @@ inline void finish_head(const QkvParams& p, const StepHeader& step, int64_t toke
     return;
   }
   const bool is_query = head < p.num_heads;
-  if (p.q_norm != nullptr)
-    normalise_head<S>(rows, num_strips, is_query ? p.q_norm : p.k_norm, p.eps);
-  const int64_t angles = step.positions[token] * (p.head_dim / 2);
+  const int64_t angles = step.positions[token] * p.kv.num_strips() * 16;
   for (int64_t i = 0; i < num_strips; ++i) {
     const int64_t at = angles + (strip + i) * 16;
-    rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
+    if (p.cosines != nullptr) {
+      rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
+    }
     if (is_query) {
       store_query<S>(p, token, head, strip + i, rows.first[i], rows.second[i]);
     } else {
       store_key<S>(p.kv, head - p.num_heads, slot, strip + i, rows.first[i], rows.second[i]);
     }
   }
+}
+
+// The same with the norm of a whole head before it.
+template <class S>
+inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
+  if (p.q_norm != nullptr && head < p.num_heads + p.kv.num_heads) {
+    const float* const weight = head < p.num_heads ? p.q_norm : p.k_norm;
+    scale_head<S>(rows, num_strips, norm_factor<S>(rows, num_strips, p.true_dim, p.eps), weight);
+  }
+  place_head<S>(p, step, token, head, strip, num_strips, rows);
 }
 
 // Where a member's share of the units begins. Sequences that decode write keys a few bytes a line,
@@ -205,12 +254,12 @@ inline int64_t qkv_share(const StepHeader& step, int64_t query_units, int64_t nu
 // A unit is a strip, or a whole head where heads are normalised.
 template <class S>
 void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members) {
-  const int64_t head_strips = p.head_dim / kStripRows;
-  const int64_t unit_strips = p.q_norm == nullptr ? 1 : head_strips;
+  const int64_t head_strips = p.heads.kv.num_strips();
+  const int64_t unit_strips = p.heads.q_norm == nullptr ? 1 : head_strips;
   int64_t num_units = 0;
   for (int32_t i = 0; i < p.num_parts; ++i)
     num_units += p.parts[i].weight.num_strips() / unit_strips;
-  const int64_t query_units = p.num_heads * head_strips / unit_strips;
+  const int64_t query_units = p.heads.num_heads * head_strips / unit_strips;
   const Range all = {qkv_share(step, query_units, num_units, member, num_members),
                      qkv_share(step, query_units, num_units, member + 1, num_members)};
   int64_t before = 0;
@@ -233,7 +282,7 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
                           rows.first[s] = biased<S>(part.bias, row, values);
                           rows.second[s] = biased<S>(part.bias, row + 16, values + 16);
                         }
-                        finish_head<S>(p, step, token + t, head, strip, unit_strips, rows);
+                        finish_head<S>(p.heads, step, token + t, head, strip, unit_strips, rows);
                       }
                     });
     }
@@ -241,55 +290,41 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   }
 }
 
-// `Count` blocks of a normalised row, from column k on.
-template <class S, int Count>
-inline void write_norm(const NormParams& p, const float* x, typename S::F factor, int64_t k,
-                       int64_t row, const Activation& out) {
-  typename S::F a[Count], b[Count];
-  BlockSlot to[Count];
-  TGI_UNROLL(6)
-  for (int i = 0; i < Count; ++i) {
-    const int64_t at = k + i * kBlockColumns;
-    a[i] = S::mul(S::mul(S::load(x + at), factor), S::load(p.weight + at));
-    b[i] = S::mul(S::mul(S::load(x + at + 16), factor), S::load(p.weight + at + 16));
-    to[i] = {out.block(row, at / kBlockColumns), row % kTileTokens};
-  }
-  write_blocks<S, Count>(out.precision, a, b, to);
-}
-
-// RMS norm of a row into its slot of the next product's input.
+// A member has whole heads, of all tokens: two tokens may share a line of the cache. A norm over
+// all heads is computed by each member for itself.
 template <class S>
-inline void norm_row(const NormParams& p, const float* x, int64_t row, const Activation& out) {
-  const int64_t width = p.out.num_columns;
-  auto even = S::zero(), odd = S::zero();
-  for (int64_t k = 0; k < width; k += 32) {
-    const auto a = S::load(x + k), b = S::load(x + k + 16);
-    even = S::fma(a, a, even);
-    odd = S::fma(b, b, odd);
-  }
-  const float mean = S::reduce_add(S::add(even, odd)) / static_cast<float>(width);
-  const auto factor = S::set1(1.0f / std::sqrt(mean + p.eps));
-  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
-  int64_t k = 0;
-  for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
-    write_norm<S, kBlocksAtOnce>(p, x, factor, k, row, out);
-  }
-  for (; k < width; k += kBlockColumns) write_norm<S, 1>(p, x, factor, k, row, out);
-}
-
-// Rows are shared out in whole tiles: two members never write to one cache line.
-template <class S>
-void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
-  const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
-  Range rows = split(num_rows, member, num_members, kTileTokens);
-  Activation out = p.out;
-  if (num_rows <= kPrivateTokens) {
-    rows = {0, num_rows};
-    out.data += member * p.private_bytes;
-  }
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t token = p.for_logits ? step.rows[row] : row;
-    norm_row<S>(p, p.x + token * p.out.num_columns, row, out);
+void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int num_members) {
+  const HeadParams& heads = p.heads;
+  const int64_t strips = heads.kv.num_strips(), width = strips * kStripRows;
+  const int64_t num_rotated = heads.num_heads + (p.has_keys ? heads.kv.num_heads : 0);
+  const Range mine = split(num_rotated + (p.has_keys ? heads.kv.num_heads : 0), member, num_members);
+  for (int64_t token = 0; token < step.num_tokens; ++token) {
+    const float* const row = p.rows + token * p.stride;
+    float factors[2] = {1.0f, 1.0f};  // of queries and of keys
+    for (int64_t i = 0; p.is_whole_norm && i < (p.has_keys ? 2 : 1); ++i) {
+      const int64_t count = i == 0 ? heads.num_heads : heads.kv.num_heads;
+      const float squares = squares_of<S>(row + (i == 0 ? 0 : heads.num_heads * width), count * width);
+      factors[i] =
+          1.0f / std::sqrt(squares / static_cast<float>(count * heads.true_dim) + heads.eps);
+    }
+    for (int64_t head = mine.begin; head < mine.end; ++head) {
+      HeadRows<S> values;
+      for (int64_t i = 0; i < strips; ++i) {
+        values.first[i] = S::load(row + head * width + i * kStripRows);
+        values.second[i] = S::load(row + head * width + i * kStripRows + 16);
+      }
+      if (!p.is_whole_norm) {
+        finish_head<S>(heads, step, token, head, 0, strips, values);
+        continue;
+      }
+      if (head < num_rotated) {
+        const bool is_query = head < heads.num_heads;
+        const float* const weight = is_query ? heads.q_norm + head * width
+                                             : heads.k_norm + (head - heads.num_heads) * width;
+        scale_head<S>(values, strips, factors[is_query ? 0 : 1], weight);
+      }
+      place_head<S>(heads, step, token, head, 0, strips, values);
+    }
   }
 }
 

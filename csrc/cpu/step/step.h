@@ -54,8 +54,10 @@ constexpr int64_t kInt8QueryStrip = 72;
 // of 16 tokens. BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32:
 // keys [dim][16], values [16][dim]; int8: keys [quad of dims][16 tokens][4] as code + 128, values
 // [quad of tokens][dim][4], then in both fp16 scales [strip of 32 dims][16 tokens]. The dims of
-// keys (and of q) are in the order of the packed rows: of each rotated pair the first, then the
-// second.
+// keys (and of q) are in the order of the packed rows: strip by strip, of each rotated pair the
+// first, then the second. A last strip of fewer than 32 dims is as short here: nothing is padded.
+// Reads of whole vectors may go up to kPoolSlack bytes beyond the last block.
+constexpr int64_t kPoolSlack = 256;
 struct KvLayerView {
   uint8_t* data;
   Precision precision;
@@ -63,8 +65,14 @@ struct KvLayerView {
   int64_t block_stride;  // bytes from a block to the next
   int64_t block_size;    // tokens, a multiple of 16
   int64_t num_heads;
-  int64_t head_dim;
+  int64_t head_dim;  // as kept: even; int8 keeps whole strips of 32
 
+  int64_t num_strips() const { return (head_dim + kStripRows - 1) / kStripRows; }
+  // Dims of a strip.
+  int64_t strip_dims(int64_t strip) const {
+    const int64_t left = head_dim - strip * kStripRows;
+    return left < kStripRows ? left : kStripRows;
+  }
   int64_t sub_block_bytes() const {
     return precision == Precision::kInt8   ? head_dim * 17
            : precision == Precision::kBF16 ? head_dim * 32
@@ -85,17 +93,35 @@ struct KvLayerView {
 
 struct EmbedParams {
   PackedMatrix table;
-  float factor;  // on every value (Gemma)
-  float* x;      // [num_tokens, num_columns]
+  float factor;  // on every value (Gemma, Granite)
+  float* x;      // [num_tokens, table.num_columns]
 };
 
 struct NormParams {
-  const float* x;       // [num_tokens, out.num_columns]
-  const float* weight;  // [out.num_columns]
+  const float* x;       // [num_tokens, out.num_columns]; zero behind `width`
+  const float* weight;  // [out.num_columns]; zero behind `width`
+  int64_t width;        // columns that count
   float eps;
   bool for_logits;  // rows of the header's `rows` instead of all tokens
   Activation out;
   int64_t private_bytes;  // between the members' copies, see kPrivateTokens
+};
+
+// Adds the norm of rows to the residual: x += factor * norm(rows).
+struct NormAddParams {
+  const float* rows;    // [num_tokens, num_columns]
+  const float* weight;  // [num_columns]; zero behind `width`
+  int64_t num_columns;
+  int64_t width;
+  float eps;
+  float factor;
+  float* x;  // [num_tokens, num_columns]
+};
+
+// Rows as the input of a product.
+struct PackParams {
+  const float* rows;  // [num_tokens, out.num_columns]
+  Activation out;
 };
 
 struct LinearParams {
@@ -103,26 +129,47 @@ struct LinearParams {
   const float* bias;  // [num_rows] in packed order, or null
   Activation in;
   int64_t private_bytes;  // of the input, 0: it is not private
-  float*
-      scratch;  // a unit's weights as float32, a member each; null where the input is not float32
+  // A unit's weights as float32, a member each; null where the product reads them as they are.
+  float* scratch;
   int64_t scratch_floats;  // between members
+};
+
+// A product as rows: out = in @ W.T (+ bias).
+struct LinearRowsParams {
+  LinearParams linear;
+  float* out;  // [num_tokens, num_rows]
 };
 
 enum class MlpActivation : int32_t { kSilu, kGeluTanh };
 
-struct QkvParams {
-  LinearParams parts[3];  // the rows of q, k, v: one matrix, or several where formats differ
-  int32_t num_parts;
+// What is done with heads of queries, keys and values once they are computed. A head has
+// kv.num_strips() strips of 32 rows in packed order, zero where it has no dim.
+struct HeadParams {
   int64_t num_heads;
-  int64_t head_dim;
-  const float* cosines;  // [positions, head_dim / 2]
+  int64_t true_dim;      // dims that a norm's mean is over
+  const float* cosines;  // [positions, strips * 16], or null: no rotation
   const float* sines;    // the same
-  const float* q_norm;   // [head_dim] in packed order, or null: no norm of heads
+  const float* q_norm;   // in packed order: [strips * 32], or of all heads; null: no norm
   const float* k_norm;
   float eps;
   float q_scale;  // softmax scale times log2(e)
   void* q;        // [num_tokens, num_heads, kv.query_bytes()]
   KvLayerView kv;
+};
+
+struct QkvParams {
+  LinearParams parts[3];  // the rows of q, k, v: one matrix, or several where formats differ
+  int32_t num_parts;
+  HeadParams heads;  // norms are of each head
+};
+
+// The same from rows that are there: queries, and keys and values if there are any.
+struct HeadRowsParams {
+  const float* rows;   // [num_tokens, stride]: heads of q, of k, of v
+  int64_t stride;      // floats
+  bool has_keys;       // else there are queries alone
+  bool is_whole_norm;  // norms are over all heads of q, or of k, together
+  HeadParams heads;
 };
 
 // A row tile's partial results, where its chunks are split over members: merged in order by who
@@ -136,14 +183,20 @@ struct AttentionParams {
   const void* q;
   KvLayerView kv;
   int64_t num_heads;
-  Activation out;  // num_columns = num_heads * head_dim
+  int64_t true_dim;  // of a head's result; the kept head may be wider
+  // Each token sees so many positions, its own the last; INT64_MAX: all.
+  int64_t window;
+  Activation out;  // num_columns = num_heads * true_dim, where true_dim is a multiple of 32; else
+  float* rows;     // [num_tokens, stride], and the activation is not written
+  int64_t stride;
   const AttentionPartial*
       partials;  // one a member: of the tile that this member is the first to work on
 };
 
 struct LinearAddParams {
   LinearParams linear;
-  float* x;  // [num_tokens, num_rows]
+  float factor;  // x += factor * product
+  float* x;      // [num_tokens, num_rows]
 };
 
 struct GateUpParams {
@@ -152,11 +205,20 @@ struct GateUpParams {
   Activation out;
 };
 
+// The same from rows that are there: f(gate) * up.
+struct ActMulParams {
+  const float* gate;  // [num_tokens, out.num_columns]
+  const float* up;
+  MlpActivation activation;
+  Activation out;
+};
+
 struct LogitsParams {
   LinearParams linear;
   float* logits;  // [num_rows, vocab_size]
   int64_t vocab_size;
-  float cap;  // logits = cap * tanh(logits / cap), 0: none
+  float scale;  // on every logit
+  float cap;    // logits = cap * tanh(logits / cap), 0: none
 };
 
 // The kernels of one instruction set. Each does the member's part of the operator.
@@ -168,19 +230,21 @@ struct Kernels {
   const char* name;
   StepFunction<EmbedParams> embed;
   StepFunction<NormParams> norm;
+  StepFunction<NormAddParams> norm_add;
+  StepFunction<PackParams> pack;
+  StepFunction<LinearRowsParams> linear_rows;
   StepFunction<QkvParams> qkv;
+  StepFunction<HeadRowsParams> head_rows;
   StepFunction<AttentionParams> attention;
   StepFunction<LinearAddParams> linear_add;
   StepFunction<GateUpParams> gate_up;
+  StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;
   void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel,
                            float* out);  // out: [columns][16]
   // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
   float (*spin)(Precision precision, int64_t times);
 };
-
-// The set of the instruction set in use, see isa.h.
-const Kernels& kernels();
 
 // Whether what is read from memory is best fetched into the first level of cache, see stream.h.
 extern const bool kStreamsIntoL1;

@@ -3,6 +3,7 @@
 
 #include "attention_kernel.h"
 #include "linear_kernels.h"
+#include "norm_kernel.h"
 #include "pack.h"
 #include "qkv_kernel.h"
 
@@ -51,8 +52,9 @@ float spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,          embed<S>,   norm<S>,   qkv<S>,        attention<S>,
-          linear_add<S>, gate_up<S>, logits<S>, dequantise<S>, spin<S>};
+  return {name,         embed<S>,     norm<S>,       norm_add<S>, pack<S>,
+          linear_rows<S>, qkv<S>,     head_rows<S>,  attention<S>, linear_add<S>,
+          gate_up<S>,   act_mul<S>,   logits<S>,     dequantise<S>, spin<S>};
 }
 
 }  // namespace

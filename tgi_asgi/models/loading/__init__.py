@@ -5,6 +5,8 @@ Both formats give bytes as they are stored; what layout the kernels want of them
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from tgi_asgi.errors import ModelLoadError
@@ -25,6 +27,12 @@ class Weights(Protocol):
             ModelLoadError: it is missing, of another shape, or of a type that cannot be read.
         """
 
+    def unread(self) -> list[str]:
+        """Return the file's names of tensors that nobody has asked for yet."""
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Return the format of each tensor, as the file has it, and how many elements it has."""
+
     def close(self) -> None:
         """Let go of the files; views that are still held stay valid."""
 
@@ -36,3 +44,17 @@ def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
             f"tensor {name!r} has the shape {list(found)}, "
             f"but the model's configuration says {list(expected)}"
         )
+
+
+def refuse_unread(names: Iterable[str], expected: Sequence[str]) -> None:
+    """Refuse tensors that a model has no use for: it would compute something else than its authors' code.
+
+    Args:
+        expected: patterns, as `fnmatch` has them, of those that do not matter.
+    """
+    for name in sorted(names):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in expected):
+            raise ModelLoadError(
+                f"the model's files hold the tensor {name!r}, which this server does not know for this "
+                "architecture: the model would compute something else"
+            )

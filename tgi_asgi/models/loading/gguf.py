@@ -2,70 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.formats.gguf import GgufFile, GgufType
-from tgi_asgi.formats.quants import dequantise
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.models.registry import find_by_gguf_name
-from tgi_asgi.ops import NATIVE_FORMATS, WeightSource
+from tgi_asgi.ops import FORMATS, WeightSource
 
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "rope_freqs": "rope_freqs",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def gguf_name(name: str) -> str:
-    """Translate a canonical name: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight."""
+def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
+    """Translate a canonical name: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight.
+
+    names: llama.cpp's, by canonical ones without layer and kind. None: it has none for this.
+    """
     stem, _, kind = name.rpartition(".")
     layer = _LAYER.fullmatch(stem)
-    if layer:
-        return f"blk.{layer[1]}.{_NAMES[layer[2]]}.{kind}"
-    return f"{_NAMES[stem]}.{kind}"
+    found = names.get(layer[2] if layer else stem)
+    if found is None:
+        return None
+    return f"blk.{layer[1]}.{found}.{kind}" if layer else f"{found}.{kind}"
 
 
 class GgufWeights:
     """The `Weights` of an open GGUF file, which `close` closes."""
 
-    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+    def __init__(self, file: GgufFile, config: ModelConfig, family: Family) -> None:
         self._file = file
         self._head_dim = config.head_dim
-        family = find_by_gguf_name(file.metadata["general.architecture"])
+        self._names = {**GGUF_NAMES, **family.gguf_names}
         self._is_rotary_permuted = family.is_rotary_permuted
+        self._unread = set(file.names)
         self.num_bytes = sum(info.nbytes for info in file.tensors.values())
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and gguf_name(name) in self._file.tensors
+        return isinstance(name, str) and gguf_name(name, self._names) in self._file.tensors
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
-        """Return a tensor, as `Weights.get` says; formats that the kernels do not know come as float32."""
-        info = self._file.tensor(gguf_name(name))
+        """Return a tensor, as `Weights.get` says."""
+        stored = gguf_name(name, self._names)
+        if stored is None:
+            raise ModelLoadError(f"GGUF files have no name for the tensor {name!r}, which the model needs")
+        info = self._file.tensor(stored)
+        self._unread.discard(stored)
         check_shape(info.name, info.shape, shape)
-        data, kind = self._file.raw(info.name), info.type
+        if info.type.name not in FORMATS:
+            raise ModelLoadError(
+                f"tensor {info.name!r} is of type {info.type.name}, which is not supported; supported are "
+                f"{', '.join(name for name, kind in FORMATS.items() if kind.ggml_type >= 0)}"
+            )
+        data = self._file.raw(info.name)
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
-        if kind.name not in NATIVE_FORMATS:
-            data, kind = dequantise(data, kind, shape).reshape(-1).view(np.uint8), GgufType.F32
-        return WeightSource(data, kind.name, shape)
+        return WeightSource(data, info.type.name, shape)
+
+    def unread(self) -> list[str]:
+        """Return what nobody has asked for, as `Weights.unread` says."""
+        return sorted(self._unread)
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Return formats and sizes, as `Weights.stored` says."""
+        return [(info.type.name, math.prod(info.shape)) for info in self._file.tensors.values()]
 
     def close(self) -> None:
         """Unmap the file."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tgi_asgi import ops
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.family import Family, Model
+from tgi_asgi.models.loading import Weights, refuse_unread
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 
@@ -19,14 +25,15 @@ from tgi_asgi.text.tokenizer import Tokenizer
 class OpenModel:
     """A model's files, opened but not loaded.
 
-        with OpenModel(files) as model:
-            tokenizer, chat_template = model.read_text()
-            model = Llama(model.config, model.weights, ...)
+        with OpenModel(files) as opened:
+            tokenizer, chat_template = opened.read_text()
+            model = opened.load(ops.Packing(is_exact=False), max_positions=8192)
 
     Raises:
         ModelLoadError: a file is missing, damaged, or describes what is not supported.
     """
 
+    family: Family
     config: ModelConfig
     weights: Weights
 
@@ -36,12 +43,26 @@ class OpenModel:
         self._gguf: GgufFile | None = None
         if files.kind == "gguf":
             self._gguf = GgufFile.open(files.path)
-            self.config = ModelConfig.from_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
-            self.weights = GgufWeights(self._gguf, self.config)
+            self.family, self.config = read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
+            self.weights = GgufWeights(self._gguf, self.config, self.family)
         else:
             config = read_json(files.path / "config.json")
-            self.config = ModelConfig.from_json(config)
+            self.family, self.config = read_config(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
+
+    def load(
+        self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None
+    ) -> Model:
+        """Make the model; `weights` may stand for the files' own (to watch them being read).
+
+        Raises:
+            ModelLoadError: a tensor is missing, does not fit, or is not known.
+        """
+        weights = self.weights if weights is None else weights
+        model = self.family.model(self.config, weights, arithmetic, max_positions)
+        has_no_head = self.config.has_tied_embeddings  # some files store the embedding twice
+        refuse_unread(weights.unread(), [*self.family.unused, *(["lm_head.weight"] if has_no_head else [])])
+        return model
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""
@@ -65,3 +86,30 @@ class OpenModel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """Read a `config.json`: which family it is of, and what it says.
+
+    Raises:
+        ModelLoadError: it names no known architecture, or says what cannot be computed.
+    """
+    architectures = config.get("architectures") or [None]
+    check(
+        isinstance(architectures, list) and isinstance(architectures[0], str),
+        "config.json names no architecture",
+    )
+    return _read(find_by_architecture(architectures[0]), Reader.of_json(config))
+
+
+def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:
+    """Read a GGUF file's metadata in the same way; biases and a head of its own show by tensors' names."""
+    name = metadata.get("general.architecture")
+    check(isinstance(name, str), "the GGUF file names no general.architecture")
+    return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
+
+
+def _read(family: Family, reader: Reader) -> tuple[Family, ModelConfig]:
+    config = family.read_config(reader, family.architecture)
+    reader.finish()
+    return family, config

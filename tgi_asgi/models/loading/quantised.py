@@ -39,6 +39,19 @@ def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
     return f"{stem}qweight" in checkpoint or f"{name}_packed" in checkpoint
 
 
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_WEIGHT_PARTS = ("", "_packed", "_scale", "_scale_inv", "_zero_point", "_g_idx", "_shape")
+# Scales of inputs, which are not quantised as they say: by blocks of 32, or not at all.
+_INPUT_PARTS = ("input_scale", "input_zero_point")
+
+
+def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Return the names of the tensors that make up a quantised weight."""
+    stem = name.removesuffix("weight")
+    names = [f"{stem}{part}" for part in (*_PARTS, *_INPUT_PARTS)] + [f"{name}{part}" for part in _WEIGHT_PARTS]
+    return [each for each in names if each in checkpoint]
+
+
 def read_quantised(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantisation: Quantisation
 ) -> WeightSource:

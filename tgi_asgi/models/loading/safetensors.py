@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.models.loading.quantised import find_quantised, read_quantised
+from tgi_asgi.models.loading.quantised import find_quantised, names_of, read_quantised
 from tgi_asgi.ops import WeightSource
 
 _FORMATS = ("F32", "F16", "BF16")
@@ -20,6 +21,7 @@ class SafetensorsWeights:
     def __init__(self, directory: Path, quantisation: Quantisation | None = None) -> None:
         self._directory = directory
         self._checkpoint = Checkpoint.open(directory)
+        self._unread = set(self._checkpoint)
         self._quantisation = quantisation
         self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)
 
@@ -29,6 +31,7 @@ class SafetensorsWeights:
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
         """Return a tensor, as `Weights.get` says; a quantised matrix in blocks of `ops`."""
         if self._quantisation is not None and find_quantised(self._checkpoint, name):
+            self._unread -= set(names_of(self._checkpoint, name))
             try:
                 return read_quantised(self._checkpoint, name, shape, self._quantisation)
             except ModelLoadError as error:
@@ -36,12 +39,22 @@ class SafetensorsWeights:
         if name not in self._checkpoint:
             raise ModelLoadError(f"{self._directory}: there is no tensor {name!r}, which the model needs")
         info = self._checkpoint.tensor(name)
+        self._unread.discard(name)
         if info.dtype not in _FORMATS:
             raise ModelLoadError(
                 f"tensor {name!r} is of dtype {info.dtype}; supported are {', '.join(_FORMATS)}"
             )
         check_shape(name, info.shape, shape)
         return WeightSource(self._checkpoint.raw(name), info.dtype, info.shape)
+
+    def unread(self) -> list[str]:
+        """Return what nobody has asked for, as `Weights.unread` says."""
+        return sorted(self._unread)
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Return formats and sizes, as `Weights.stored` says."""
+        infos = [self._checkpoint.tensor(name) for name in self._checkpoint]
+        return [(info.dtype.replace("F8_E4M3", "F8_32"), math.prod(info.shape)) for info in infos]
 
     def close(self) -> None:
         """Unmap the files."""

@@ -1,0 +1,127 @@
+// Packing: from a file's rows to the panels that kernels read, and back.
+#include "bindings/matrix.h"
+
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "cpu/step/pack.h"
+#include "cpu/team.h"
+
+namespace tgi {
+
+namespace {
+
+using Bytes = Array<uint8_t>;
+
+constexpr const char* kFormats[] = {"F32",  "F16",  "BF16", "Q8_0", "Q4_0", "Q4_1",
+                                    "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
+
+// The rows of `sources`, one after the other.
+std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t row_bytes) {
+  std::vector<const uint8_t*> rows;
+  for (const Bytes& source : sources) {
+    check_shape(source, "sources", {-1});
+    check(source.size() % row_bytes == 0, "`sources` must be whole rows of ", row_bytes, " bytes");
+    for (int64_t at = 0; at < source.size(); at += row_bytes) rows.push_back(source.data() + at);
+  }
+  return rows;
+}
+
+Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, int64_t columns,
+            const Array<int64_t>& order, cpu::Arena& arena) {
+  const step::Format format = format_of(format_name);
+  check_positive(columns, "columns");
+  check_shape(order, "order", {-1});
+  const int64_t num_rows = order.size(), padded = padded_columns(columns);
+  check(num_rows > 0 && num_rows % step::kStripRows == 0,
+        "`order` must be a multiple of 32, got ", num_rows);
+  const std::vector<const uint8_t*> rows =
+      rows_of(sources, step::file_row_bytes(format, columns));
+  std::vector<const uint8_t*> ordered;
+  int64_t num_true = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t row = order.at(i);
+    check(row >= -1 && row < static_cast<int64_t>(rows.size()), "`order`[", i, "] must be in [-1, ",
+          rows.size(), "), got ", row);
+    ordered.push_back(row < 0 ? nullptr : rows[static_cast<size_t>(row)]);
+    num_true += row >= 0;
+  }
+  Matrix matrix = {nullptr, {nullptr, format, num_rows, padded}, num_true, columns};
+  matrix.memory = arena.take(matrix.nbytes());
+  uint8_t* const out = matrix.memory.get();
+  matrix.packed.data = out;
+  const py::gil_scoped_release release;
+  cpu::parallel_range(num_rows / step::kPanelRows, 1, [&](int64_t begin, int64_t end) {
+    step::pack_panels(format, columns, ordered.data(), begin, end, out);
+  });
+  return matrix;
+}
+
+Bytes quantise(const Array<float>& values, const std::string& format_name) {
+  const step::Format format = format_of(format_name);
+  check(format == step::Format::kQ8_0 || format == step::Format::kQ4_0,
+        "`format` must be Q8_0 or Q4_0, got ", format_name);
+  check_shape(values, "values", {-1, -1});
+  const int64_t rows = values.shape(0), columns = values.shape(1);
+  const int64_t bytes = step::file_row_bytes(format, padded_columns(columns));
+  Bytes out({rows * bytes});
+  const float* const from = values.data();
+  uint8_t* const to = out.mutable_data();
+  const py::gil_scoped_release release;
+  cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      step::quantise_row(format, from + row * columns, columns, to + row * bytes);
+    }
+  });
+  return out;
+}
+
+Array<float> unpack(const Matrix& matrix) {
+  Array<float> out({matrix.packed.num_rows, matrix.packed.num_columns});
+  for (int64_t row = 0; row < matrix.packed.num_rows; ++row) {
+    step::unpack_row(matrix.packed, row, 1.0f, out.mutable_data(row, 0));
+  }
+  return out;
+}
+
+}  // namespace
+
+step::Format format_of(const std::string& name) {
+  for (int i = 0; i < step::kNumFormats; ++i) {
+    if (name == kFormats[i]) return static_cast<step::Format>(i);
+  }
+  throw std::invalid_argument("`format` must be a weight format, got " + name);
+}
+
+step::Precision precision_of(const std::string& name) {
+  for (const auto precision : {step::Precision::kInt8, step::Precision::kBF16, step::Precision::kFloat32}) {
+    if (name == precision_name(precision)) return precision;
+  }
+  throw std::invalid_argument("`precision` must be int8, bfloat16 or float32, got " + name);
+}
+
+const char* precision_name(step::Precision precision) {
+  return precision == step::Precision::kInt8   ? "int8"
+         : precision == step::Precision::kBF16 ? "bfloat16"
+                                               : "float32";
+}
+
+void bind_matrices(py::module_& module) {
+  py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
+      .def(py::init<>());
+  py::class_<Matrix>(module, "Matrix", "A weight in panels; see csrc/cpu/step/packed.h.")
+      .def_property_readonly("format", [](const Matrix& m) { return kFormats[static_cast<int>(m.packed.format)]; })
+      .def_readonly("num_rows", &Matrix::num_rows)
+      .def_readonly("num_columns", &Matrix::num_columns)
+      .def_property_readonly("num_stored_rows", [](const Matrix& m) { return m.packed.num_rows; })
+      .def_property_readonly("nbytes", &Matrix::nbytes)
+      .def("unpack", &unpack, "Return all rows as stored, padding included, as float32.");
+  module.def("pack", &pack, py::kw_only(), py::arg("sources"), py::arg("format"), py::arg("columns"),
+             py::arg("order").noconvert(), py::arg("arena"),
+             "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1.");
+  module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
+             "Quantise float32 rows to the file format Q8_0 or Q4_0.");
+}
+
+}  // namespace tgi

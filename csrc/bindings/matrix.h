@@ -1,0 +1,38 @@
+// Weights in the layout of the kernels, as Python holds them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "cpu/memory.h"
+#include "cpu/step/packed.h"
+
+namespace tgi {
+
+namespace step = cpu::step;
+
+// A matrix in panels. Whoever records a product with it shares its memory.
+struct Matrix {
+  cpu::Memory memory;
+  step::PackedMatrix packed;
+  int64_t num_rows;     // without padding
+  int64_t num_columns;  // the same
+  int64_t nbytes() const { return packed.num_rows / step::kPanelRows * packed.panel_size(); }
+};
+
+step::Format format_of(const std::string& name);
+step::Precision precision_of(const std::string& name);
+const char* precision_name(step::Precision precision);
+
+// Columns of an activation that many values take.
+constexpr int64_t padded_columns(int64_t columns) {
+  return (columns + step::kBlockColumns - 1) / step::kBlockColumns * step::kBlockColumns;
+}
+
+// Packing, decoding and the table of formats as parts of tgi_asgi._C.
+void bind_matrices(py::module_& module);
+
+}  // namespace tgi

@@ -1,0 +1,112 @@
+// tgi_asgi._C.Program: its methods by name.
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <utility>
+
+#include "bindings/program.h"
+
+namespace tgi {
+
+namespace {
+
+using MaybeFloats = std::optional<Floats>;
+
+Product product_of(const Matrix& weight, const ActivationPtr& in, const MaybeFloats& bias) {
+  return {weight, in, bias};
+}
+
+Floats rows_of_tiles(const ActivationBuffer& a) {
+  check(a.view.precision == step::Precision::kFloat32, "only float32 activations can be read");
+  Floats out({a.num_rows, a.view.num_columns});
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    for (int64_t block = 0; block < a.view.num_columns / step::kBlockColumns; ++block) {
+      const uint8_t* const from = a.view.block(row, block) + row % step::kTileTokens * 128;
+      std::memcpy(out.mutable_data(row, block * step::kBlockColumns), from, 128);
+    }
+  }
+  return out;
+}
+
+void bind_buffers(py::module_& module) {
+  py::class_<RowsBuffer, RowsPtr>(module, "Rows", "Rows of float32, one a token.")
+      .def_readonly("num_columns", &RowsBuffer::num_columns)
+      .def(
+          "array",
+          [](const RowsPtr& self) {
+            return Floats({self->num_rows, self->num_columns}, self->data(), py::cast(self));
+          },
+          "Return the rows themselves, columns of padding included.");
+  py::class_<ActivationBuffer, ActivationPtr>(module, "Activation", "The input of products.")
+      .def_property_readonly(
+          "precision", [](const ActivationBuffer& a) { return precision_name(a.view.precision); })
+      .def("array", &rows_of_tiles, "Return the rows of a float32 activation, a copy.");
+  py::class_<QueryBuffer, QueryPtr>(module, "Query", "Queries, as a cache wants them.")
+      .def(
+          "array",
+          [](const QueryPtr& self) {
+            return Array<uint8_t>({self->num_rows, self->row_bytes}, self->memory.get(), py::cast(self));
+          },
+          "Return the bytes of each token's queries.");
+  py::class_<Product>(module, "Product", "A product's operands.")
+      .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source"),
+           py::arg("bias").noconvert() = py::none(), py::keep_alive<1, 2>());
+  py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
+      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim, double scale,
+                       double eps, MaybeFloats cosines, MaybeFloats sines, MaybeFloats q_norm,
+                       MaybeFloats k_norm) {
+             return Heads{std::move(pool), layer, num_heads, true_dim, scale, eps, std::move(cosines),
+                          std::move(sines), std::move(q_norm), std::move(k_norm)};
+           }),
+           py::kw_only(), py::arg("pool"), py::arg("layer"), py::arg("num_heads"),
+           py::arg("true_dim"), py::arg("scale"), py::arg("eps") = 0.0,
+           py::arg("cosines").noconvert() = py::none(), py::arg("sines").noconvert() = py::none(),
+           py::arg("q_norm").noconvert() = py::none(), py::arg("k_norm").noconvert() = py::none());
+}
+
+}  // namespace
+
+void bind_program(py::module_& module) {
+  bind_buffers(module);
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program", "See csrc/bindings/program.h.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),
+           py::arg("max_sequences"), py::arg("max_rows"), py::arg("max_context"))
+      .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
+      .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"), py::kw_only(),
+           py::arg("for_logits") = false)
+      .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
+      .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"), py::arg("out"))
+      .def("norm", &Program::norm, py::kw_only(), py::arg("x"), py::arg("weight").noconvert(),
+           py::arg("width"), py::arg("eps"), py::arg("for_logits"), py::arg("is_private"),
+           py::arg("out"))
+      .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows"),
+           py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("factor"),
+           py::arg("x"))
+      .def("pack", &Program::pack, py::kw_only(), py::arg("rows"), py::arg("out"))
+      .def("linear", &Program::linear, py::kw_only(), py::arg("product"), py::arg("out"))
+      .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
+           py::arg("x"))
+      .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"), py::arg("out"))
+      .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows"), py::arg("heads"),
+           py::arg("has_keys"), py::arg("is_whole_norm"), py::arg("out"))
+      .def("attention", &Program::attention, py::kw_only(), py::arg("q"), py::arg("pool"),
+           py::arg("layer"), py::arg("true_dim"), py::arg("window"), py::arg("out") = ActivationPtr(),
+           py::arg("rows") = RowsPtr())
+      .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
+           py::arg("out"))
+      .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate"), py::arg("up"),
+           py::arg("activation"), py::arg("out"))
+      .def("logits", &Program::logits, py::kw_only(), py::arg("product"), py::arg("vocab_size"),
+           py::arg("scale"), py::arg("cap"))
+      .def("end_cache_writes", &Program::end_cache_writes, py::kw_only(), py::arg("can_gather"),
+           py::arg("rows"), py::arg("query"))
+      .def("run", &Program::run, py::arg("batch"), py::arg("rows"))
+      .def("draw", &Program::draw, py::arg("batch"), py::arg("rows"), py::arg("slots"),
+           py::arg("state"), py::arg("mask").noconvert() = py::none())
+      .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
+      .def("run_head", &Program::run_head, py::arg("rows"))
+      .def_property_readonly("num_operators", &Program::num_operators)
+      .def_property_readonly("vocab_size", &Program::vocab);
+}
+
+}  // namespace tgi

@@ -1,0 +1,118 @@
+// Norms of rows, and rows as the input of a product. Included by the step_<isa>.cpp files only.
+#pragma once
+
+#include <cmath>
+
+#include "../team.h"
+#include "simd_math.h"
+#include "step.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+// The sum of squares of a row, of a multiple of 32 columns.
+template <class S>
+inline float squares_of(const float* row, int64_t width) {
+  auto even = S::zero(), odd = S::zero();
+  for (int64_t k = 0; k < width; k += 32) {
+    const auto a = S::load(row + k), b = S::load(row + k + 16);
+    even = S::fma(a, a, even);
+    odd = S::fma(b, b, odd);
+  }
+  return S::reduce_add(S::add(even, odd));
+}
+
+// `Count` blocks of a normalised row, from column k on.
+template <class S, int Count>
+inline void write_norm(const NormParams& p, const float* x, typename S::F factor, int64_t k,
+                       int64_t row, const Activation& out) {
+  typename S::F a[Count], b[Count];
+  BlockSlot to[Count];
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    const int64_t at = k + i * kBlockColumns;
+    a[i] = S::mul(S::mul(S::load(x + at), factor), S::load(p.weight + at));
+    b[i] = S::mul(S::mul(S::load(x + at + 16), factor), S::load(p.weight + at + 16));
+    to[i] = {out.block(row, at / kBlockColumns), row % kTileTokens};
+  }
+  write_blocks<S, Count>(out.precision, a, b, to);
+}
+
+// RMS norm of a row into its slot of the next product's input.
+template <class S>
+inline void norm_row(const NormParams& p, const float* x, int64_t row, const Activation& out) {
+  const int64_t width = p.out.num_columns;
+  const float mean = squares_of<S>(x, width) / static_cast<float>(p.width);
+  const auto factor = S::set1(1.0f / std::sqrt(mean + p.eps));
+  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
+  int64_t k = 0;
+  for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
+    write_norm<S, kBlocksAtOnce>(p, x, factor, k, row, out);
+  }
+  for (; k < width; k += kBlockColumns) write_norm<S, 1>(p, x, factor, k, row, out);
+}
+
+// The same as they are.
+template <class S, int Count>
+inline void write_packed(const float* row, int64_t k, int64_t slot, const Activation& out) {
+  typename S::F a[Count], b[Count];
+  BlockSlot to[Count];
+  TGI_UNROLL(6)
+  for (int i = 0; i < Count; ++i) {
+    const int64_t at = k + i * kBlockColumns;
+    a[i] = S::load(row + at);
+    b[i] = S::load(row + at + 16);
+    to[i] = {out.block(slot, at / kBlockColumns), slot % kTileTokens};
+  }
+  write_blocks<S, Count>(out.precision, a, b, to);
+}
+
+// Rows are shared out in whole tiles: two members never write to one cache line.
+template <class S>
+void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
+  Range rows = split(num_rows, member, num_members, kTileTokens);
+  Activation out = p.out;
+  if (num_rows <= kPrivateTokens) {
+    rows = {0, num_rows};
+    out.data += member * p.private_bytes;
+  }
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t token = p.for_logits ? step.rows[row] : row;
+    norm_row<S>(p, p.x + token * p.out.num_columns, row, out);
+  }
+}
+
+// Rows as the input of a product.
+template <class S>
+void pack(const PackParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t width = p.out.num_columns;
+  const Range rows = split(step.num_tokens, member, num_members, kTileTokens);
+  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* const from = p.rows + row * width;
+    int64_t k = 0;
+    for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
+      write_packed<S, kBlocksAtOnce>(from, k, row, p.out);
+    }
+    for (; k < width; k += kBlockColumns) write_packed<S, 1>(from, k, row, p.out);
+  }
+}
+
+template <class S>
+void norm_add(const NormAddParams& p, const StepHeader& step, int member, int num_members) {
+  const Range rows = split(step.num_tokens, member, num_members);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* const from = p.rows + row * p.num_columns;
+    float* const x = p.x + row * p.num_columns;
+    const float mean = squares_of<S>(from, p.num_columns) / static_cast<float>(p.width);
+    const auto factor = S::set1(p.factor / std::sqrt(mean + p.eps));
+    for (int64_t k = 0; k < p.num_columns; k += 16) {
+      const auto normed = S::mul(S::mul(S::load(from + k), factor), S::load(p.weight + k));
+      S::store(x + k, S::add(S::load(x + k), normed));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

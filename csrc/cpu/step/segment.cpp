@@ -1,0 +1,81 @@
+#include "segment.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+#include "../team.h"
+
+namespace tgi::cpu::step {
+
+void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member, int num_members,
+                  double* ends) const {
+  for (int64_t i = begin; i < end; ++i) {
+    const Operator& op = operators_[static_cast<size_t>(i)];
+    op.call(op, step, member, num_members);
+    const bool is_private =
+        (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
+        (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
+    if (!is_private) team_barrier();
+    if (ends != nullptr && member == 0) {
+      ends[i] = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+                    .count();
+    }
+  }
+}
+
+bool LastRows::prepare(const StepHeader& step, int64_t block_size, int64_t num_heads,
+                       int64_t num_kv_heads, int num_members) {
+  const int32_t* const rows = step.rows;
+  const auto count = static_cast<size_t>(step.num_rows);
+  if (step.num_rows == 0 || step.num_rows == step.num_tokens ||
+      std::adjacent_find(rows, rows + count, std::greater_equal<>()) != rows + count) {
+    return false;
+  }
+  const auto stride = static_cast<size_t>(step.block_table_stride);
+  tokens_ = rows;
+  counts_.resize(count + 1);
+  std::iota(counts_.begin(), counts_.end(), 0);
+  context_len_.resize(count);
+  block_table_.resize(count * stride);
+  split_.resize(static_cast<size_t>(num_members) + 1);
+  int64_t s = 0;
+  for (size_t i = 0; i < count; ++i) {
+    while (step.query_start[s + 1] <= rows[i]) ++s;
+    context_len_[i] = step.context_len[s] - (step.query_start[s + 1] - 1 - rows[i]);
+    const int64_t num_blocks = (context_len_[i] + block_size - 1) / block_size;
+    std::copy_n(step.block_table + s * step.block_table_stride, num_blocks,
+                block_table_.begin() + static_cast<std::ptrdiff_t>(i * stride));
+  }
+  header_ = step;
+  header_.num_tokens = header_.num_sequences = step.num_rows;
+  header_.query_start = header_.rows = counts_.data();
+  header_.context_len = context_len_.data();
+  header_.block_table = block_table_.data();
+  header_.ids = header_.positions = nullptr;  // done with
+  header_.slots = nullptr;
+  split_attention(header_, num_heads, num_kv_heads, num_members, split_.data());
+  header_.attention_split = split_.data();
+  return true;
+}
+
+void LastRows::gather(void* buffer, int64_t bytes) const {
+  auto* const to = static_cast<uint8_t*>(buffer);
+  for (int64_t i = 0; i < header_.num_tokens; ++i) {  // tokens ascend: none is overwritten unread
+    if (tokens_[i] != i) std::memcpy(to + i * bytes, to + tokens_[i] * bytes, bytes);
+  }
+}
+
+AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int64_t head_dim) {
+  const int64_t chunks = (max_context + kChunkTokens - 1) / kChunkTokens;
+  const int64_t floats = chunks * kAttentionRows * (head_dim + 2);
+  data_.resize(static_cast<size_t>(num_members * floats));
+  for (int member = 0; member < num_members; ++member) {
+    arrived_.emplace_back(0);
+    partials_.push_back({data_.data() + member * floats, &arrived_.back()});
+  }
+}
+
+}  // namespace tgi::cpu::step

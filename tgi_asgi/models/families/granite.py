@@ -1,0 +1,31 @@
+"""IBM's Granite 3: Llama with constant factors on embedding, scores, residual and logits."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_granite(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Granite's; its logits are divided by what the file calls their scaling."""
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    default_scale = sizes["head_dim"] ** -0.5 if reader.is_gguf else 1.0  # as each of the two converts it
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, scale=reader.number("attention_multiplier", default_scale)),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        embedding_factor=reader.number("embedding_multiplier", 1.0),
+        residual_factor=reader.number("residual_multiplier", 1.0),
+        logits_scale=1.0 / (reader.number("logits_scaling", 1.0) or 1.0),
+        **sizes,
+    )
+
+
+FAMILIES = (Family("GraniteForCausalLM", "granite", read_granite, Decoder, is_rotary_permuted=True),)

@@ -1,0 +1,43 @@
+"""Llama, and all that share its code (SmolLM, Yi, DeepSeek's dense ones); Mistral."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+
+
+def read_llama(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Llama's: biases as the file says, no window, whatever a config.json has left over of one."""
+    reader.ignore("use_sliding_window", "max_window_layers", "layer_types")
+    # A GGUF file of this architecture may be Mistral's, which has one.
+    windows = [reader.integer("sliding_window", 0) or None] * num_layers(reader) if reader.is_gguf else None
+    reader.ignore("sliding_window")
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, windows=windows),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        **sizes,
+    )
+
+
+def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Mistral's: a window of all layers where it has one, no biases."""
+    sizes = read_sizes(reader)
+    windows = windows_of(reader, num_layers(reader), default_on=True)
+    return ModelConfig(
+        architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes
+    )
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama", read_llama, Decoder, is_rotary_permuted=True),
+    Family("MistralForCausalLM", "llama", read_mistral, Decoder, is_rotary_permuted=True),
+)

@@ -1,0 +1,46 @@
+"""Qwen 2 and 3: biases of q, k and v; norms of heads; a window of the upper layers, where it is switched on."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+
+
+def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen 2's and 2.5's."""
+    sizes = read_sizes(reader)
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, windows=_windows(reader)),
+        has_qkv_bias=True,
+        **sizes,
+    )
+
+
+def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen 3's."""
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, windows=_windows(reader)),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+def _windows(reader: Reader) -> list[int | None]:
+    return windows_of(
+        reader, num_layers(reader), default_on=False, first=reader.integer("max_window_layers", 28)
+    )
+
+
+FAMILIES = (
+    Family("Qwen2ForCausalLM", "qwen2", read_qwen2, Decoder),
+    Family("Qwen3ForCausalLM", "qwen3", read_qwen3, Decoder),
+)

@@ -1,0 +1,54 @@
+"""SmolLM 3: Llama, but every fourth layer takes no notice of positions (Yang et al., arXiv 2501.18795)."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+
+_INTERVAL = 4
+
+
+def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read SmolLM 3's; which layers have no rotary embedding a GGUF file does not say."""
+    sizes = read_sizes(reader)
+    count = num_layers(reader)
+    windows = windows_of(reader, count, default_on=False)
+    (qkv_bias, output_bias), (mlp_bias,) = (
+        read_biases(reader, "attention_bias", "attn_q", "attn_output"),
+        read_biases(reader, "mlp_bias", "ffn_gate"),
+    )
+    reader.ignore("max_window_layers")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, windows=windows, has_rope=_has_rope(reader, count)),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        **{**sizes, "has_tied_embeddings": _is_tied(reader)},
+    )
+
+
+def _has_rope(reader: Reader, count: int) -> list[bool]:
+    """Return of each layer whether it has: the list of config.json says 1 where it does, despite its name."""
+    interval = _INTERVAL if reader.is_gguf else reader.integer("no_rope_layer_interval", _INTERVAL)
+    check(interval >= 1, f"no_rope_layer_interval must be positive, got {interval}")
+    listed = None if reader.is_gguf else reader.get("no_rope_layers")
+    if listed is None:
+        return [(index + 1) % interval != 0 for index in range(count)]
+    check(
+        isinstance(listed, list) and len(listed) == count and all(value in (0, 1) for value in listed),
+        f"no_rope_layers must be a list of {count} zeros and ones",
+    )
+    return [bool(value) for value in listed]
+
+
+def _is_tied(reader: Reader) -> bool:
+    if reader.is_gguf:
+        return "output.weight" not in reader.tensors
+    return reader.flag("tie_word_embeddings", True)
+
+
+FAMILIES = (Family("SmolLM3ForCausalLM", "smollm3", read_smollm3, Decoder, is_rotary_permuted=True),)

@@ -1,0 +1,82 @@
+"""What a family of models brings: names, how its configuration is read, where its weights are, its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.reader import Reader
+
+
+class Model(Protocol):
+    """A model's code over the operators: all that a runner knows of it."""
+
+    config: ModelConfig
+
+    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.KvLayer]) -> ops.Value:
+        """Return the residual of a batch; writes keys and values to `caches`, one a layer."""
+
+    def logits(self, x: ops.Value) -> ops.Value:
+        """Return the logits after the tokens that a step asks for."""
+
+
+ModelClass = Callable[[ModelConfig, Weights, ops.Arithmetic, int], Model]
+# llama.cpp's names of tensors, by those of `transformers`: of all families that it converts.
+GGUF_NAMES: Mapping[str, str] = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "rope_freqs": "rope_freqs",
+    "rope_factors_long": "rope_factors_long",
+    "rope_factors_short": "rope_factors_short",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family, or several architectures that compute the same.
+
+        FAMILIES = (Family("Qwen3ForCausalLM", "qwen3", read_config, Decoder),)
+
+    A module of `models/families` with such a tuple is all that a family takes; `registry.py` finds it.
+
+    Attributes:
+        architecture: `architectures[0]` of config.json.
+        gguf_name: `general.architecture` of a GGUF file; None: there are none.
+        read_config: reads and bounds what both say; keys that it leaves are refused where they may matter.
+        model: makes the model of configuration, weights, arithmetic and the longest context.
+        gguf_names: llama.cpp's names of tensors where they differ from `GGUF_NAMES`.
+        is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
+        unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them.
+    """
+
+    architecture: str
+    gguf_name: str | None
+    read_config: Callable[[Reader, str], ModelConfig]
+    model: ModelClass
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    is_rotary_permuted: bool = False
+    unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
+
+
+def record(model: Model, caches: Sequence[ops.KvLayer]) -> ops.Recorder:
+    """Call a model's code once, and return the list of what it does."""
+    recorder = ops.Recorder()
+    model.logits(model.forward(recorder.batch, caches))
+    return recorder

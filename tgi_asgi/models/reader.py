@@ -1,0 +1,130 @@
+"""A model's configuration key by key, from a config.json or a GGUF file: what is read is noted.
+
+Families read by the names of config.json; those of GGUF files are translated. Once a family has read what it
+knows, `finish` refuses what is left and might change the arithmetic: silently different text is the worst
+outcome. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import check
+
+# Parts of names of config.json keys that change what a model computes.
+_SUSPICIOUS = ("softcap", "scal", "multiplier", "norm", "bias", "rope", "window", "alibi", "act")
+# Such names that do not, whatever the family.
+_HARMLESS = frozenset({"rope_interleaved", "activation_dropout", "bias_dropout_fusion", "norm_dropout"})
+_GGUF_NAMES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_REQUIRED = object()
+
+
+class Reader:
+    """The keys of a configuration.
+
+        reader = Reader.of_json(json.loads(Path("config.json").read_text()))
+        reader = Reader.of_gguf(file.metadata, frozenset(file.tensors))
+        hidden_size = reader.integer("hidden_size")
+
+    Attributes:
+        is_gguf: the file is GGUF, which says some things by its tensors' names.
+        tensors: these names; empty for a config.json.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, is_gguf: bool, tensors: frozenset[str]) -> None:
+        self.is_gguf, self.tensors = is_gguf, tensors
+        self._values = values
+        self._read: set[str] = set()
+
+    @classmethod
+    def of_json(cls, config: Mapping[str, Any]) -> Reader:
+        """Read a `config.json`, of transformers 4 or 5."""
+        return cls(config, is_gguf=False, tensors=frozenset())
+
+    @classmethod
+    def of_gguf(cls, metadata: Mapping[str, Any], tensors: frozenset[str]) -> Reader:
+        """Read a GGUF file's keys under its architecture's name; `vocab_size` may follow from the tokenizer."""
+        prefix = f"{metadata.get('general.architecture')}."
+        values = {
+            key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
+        }
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        if "vocab_size" not in values and tokens is not None:
+            values["vocab_size"] = len(tokens)
+        return cls(values, is_gguf=True, tensors=tensors)
+
+    def get(self, key: str) -> Any:
+        """Return a value as it is, None where there is none."""
+        key = self._name(key)
+        self._read.add(key)
+        return self._values.get(key)
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> int:
+        """Return an integer; None counts as absent."""
+        value = self._given(key, default)
+        # A GGUF file may give one number a layer, which no supported family does.
+        check(type(value) is int, f"`{self._name(key)}` must be one integer, got {str(value)[:100]}")
+        return int(value)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """Return a number; None counts as absent."""
+        value = self._given(key, default)
+        check(type(value) in (int, float), f"`{self._name(key)}` must be a number, got {str(value)[:100]}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return true or false; None counts as absent."""
+        value = self._given(key, default)
+        check(type(value) is bool, f"`{self._name(key)}` must be true or false, got {str(value)[:100]}")
+        return bool(value)
+
+    def ignore(self, *keys: str) -> None:
+        """Say of keys that they do not matter to this family."""
+        self._read.update(map(self._name, keys))
+
+    def finish(self) -> None:
+        """Refuse keys that nobody has read and that might matter.
+
+        Raises:
+            ModelLoadError: there is one; the message names it.
+        """
+        for key, value in self._values.items():
+            if key not in self._read and self._matters(key, value):
+                raise ModelLoadError(
+                    f"`{key}` is {str(value)[:100]}, which this server does not know for this architecture: "
+                    "the model would compute something else"
+                )
+
+    def _matters(self, key: str, value: Any) -> bool:
+        if self.is_gguf:
+            return not (key.startswith("expert_") and value == 0)
+        if key in _HARMLESS or not any(part in key for part in _SUSPICIOUS):
+            return False
+        return not (value is None or value is False or (type(value) in (int, float) and value in (0, 1)))
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None:
+            value = default
+        check(value is not _REQUIRED, f"the model's configuration lacks `{self._name(key)}`")
+        return value
+
+    def _name(self, key: str) -> str:
+        return _GGUF_NAMES.get(key, key) if self.is_gguf else key

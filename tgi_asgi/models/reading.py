@@ -1,0 +1,221 @@
+"""How families read what most configurations have: sizes, rotary embeddings, windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, ModelConfig, RopeScaling, RopeSpec, check
+from tgi_asgi.models.reader import Reader
+
+_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+
+
+def read_sizes(reader: Reader) -> dict[str, Any]:
+    """Read the sizes and constants that every decoder has, as arguments of `ModelConfig`."""
+    hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    check(num_heads > 0, f"num_attention_heads must be positive, got {num_heads}")
+    head_dim = reader.integer("head_dim", hidden_size // num_heads)
+    if reader.is_gguf:
+        value_dim = reader.integer("attention.value_length", head_dim)
+        check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
+        reader.ignore("expert_count") if not reader.get("expert_count") else None
+    activation = reader.get("hidden_act") or "silu"
+    check(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only silu is")
+    reader.ignore("pretraining_tp")
+    return {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.integer("intermediate_size"),
+        "num_heads": num_heads,
+        "num_kv_heads": reader.integer("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "context_length": reader.integer("max_position_embeddings"),
+        "norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "has_tied_embeddings": has_tied_embeddings(reader),
+    }
+
+
+def has_tied_embeddings(reader: Reader, default: bool = False) -> bool:
+    """Tell whether the head is the embedding; a GGUF file then has no tensor of its own for it."""
+    if reader.is_gguf:
+        return "output.weight" not in reader.tensors
+    return reader.flag("tie_word_embeddings", default)
+
+
+def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
+    """Tell which of the first layer's products have biases: a config.json says it of all by one key.
+
+    tensors: llama.cpp's names, as `attn_q`.
+    """
+    if not reader.is_gguf:
+        return [reader.flag(key, default)] * len(tensors)
+    return [f"blk.0.{name}.bias" in reader.tensors for name in tensors]
+
+
+def read_layers(
+    reader: Reader,
+    sizes: Mapping[str, Any],
+    *,
+    windows: Sequence[int | None] | None = None,
+    has_rope: Sequence[bool] | None = None,
+    scale: float | None = None,
+) -> tuple[LayerSpec, ...]:
+    """Make the layers' specifications: one rotary embedding, and what differs between layers."""
+    count = num_layers(reader)
+    rope = read_rope(reader, sizes["head_dim"])
+    scale = sizes["head_dim"] ** -0.5 if scale is None else scale
+    return tuple(
+        LayerSpec(
+            rope if has_rope is None or has_rope[index] else None,
+            None if windows is None else windows[index],
+            scale,
+        )
+        for index in range(count)
+    )
+
+
+def num_layers(reader: Reader) -> int:
+    """Return how many layers there are, within bounds: lists are made of this number."""
+    count = reader.integer("num_hidden_layers")
+    check(1 <= count <= MAX_LAYERS, f"num_hidden_layers must be in 1..{MAX_LAYERS}, got {count}")
+    return count
+
+
+def read_rope(reader: Reader, head_dim: int) -> RopeSpec:
+    """Read the rotary embedding: what transformers 5 has in `rope_parameters`, and 4 in several keys."""
+    if reader.is_gguf:
+        dim = reader.integer("rope.dimension_count", head_dim)
+        return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
+    values: dict[str, Any] = {
+        "rope_theta": reader.get("rope_theta"),
+        "partial_rotary_factor": reader.get("partial_rotary_factor"),
+        "original_max_position_embeddings": reader.get("original_max_position_embeddings"),
+    }
+    for key in ("rope_scaling", "rope_parameters"):
+        nested = reader.get(key)
+        if nested is not None:
+            check(isinstance(nested, dict), f"`{key}` must be an object, got {str(nested)[:100]}")
+            values |= {name: value for name, value in nested.items() if value is not None}
+    rope = Reader.of_json(values)
+    factor = rope.number("partial_rotary_factor", 1.0)
+    check(0 < factor <= 1, f"partial_rotary_factor must be in (0, 1], got {factor}")
+    theta = rope.number("rope_theta", 10000.0)
+    context = reader.integer("max_position_embeddings")
+    scaling = _scaling_of_json(rope, context)
+    rope.finish()
+    return RopeSpec(int(head_dim * factor), theta, scaling)
+
+
+def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope.ignore("rope_type", "type")
+    original = rope.integer("original_max_position_embeddings", 0) or None
+    if kind == "default":
+        return None
+    kind = "longrope" if kind == "su" else kind  # as Phi-3 first called it
+    check(
+        kind in _SCALINGS,
+        f"rope scaling of type {kind!r} is not supported; supported are {', '.join(_SCALINGS)}",
+    )
+    if kind == "linear":
+        return RopeScaling("linear", rope.number("factor"))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3", rope.number("factor"), original or rope.integer("original_max_position_embeddings"),
+            rope.number("low_freq_factor"), rope.number("high_freq_factor"),
+        )  # fmt: skip
+    original = original or context
+    factor = rope.number("factor", context / original)
+    if kind == "yarn":
+        return _yarn(rope, factor, original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return RopeScaling(
+        "longrope", max(factor, 1.0), original, attention_factor=rope.number("attention_factor", default),
+        short_factors=_factors(rope, "short_factor"), long_factors=_factors(rope, "long_factor"),
+    )  # fmt: skip
+
+
+def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
+    """Read YaRN's numbers (Peng et al., 2023), as `transformers` defaults them."""
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    default = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    return RopeScaling(
+        "yarn", factor, original, beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0), is_truncated=rope.flag("truncate", True),
+        attention_factor=rope.number("attention_factor", default),
+    )  # fmt: skip
+
+
+def _factors(rope: Reader, key: str) -> tuple[float, ...]:
+    values = rope.get(key)
+    check(
+        isinstance(values, list) and all(type(value) in (int, float) for value in values),
+        f"`{key}` must be a list of numbers",
+    )
+    return tuple(map(float, values))
+
+
+def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
+    """Read a file's scaling; llama3's comes as a tensor of divisors instead (`rope_freqs.weight`).
+
+    As in llama.cpp a factor without a type is linear, and files of 2023 have it by another name.
+    """
+    prefix = "rope.scaling."
+    reader.ignore(f"{prefix}finetuned")
+    kind = reader.get(f"{prefix}type")
+    given = reader.get(f"{prefix}factor") or reader.get("rope.scale_linear")
+    original = reader.integer(f"{prefix}original_context_length", 0) or None
+    attention = reader.number(f"{prefix}attn_factor", reader.number(f"{prefix}yarn_attn_factor", 0.0)) or None
+    is_long = "rope_factors_long.weight" in reader.tensors
+    if is_long:  # llama.cpp goes by the tensors; the type may be missing
+        context = reader.integer("max_position_embeddings")
+        return RopeScaling(
+            "longrope", max(context / (original or context), 1.0), original or context,
+            attention_factor=attention or 1.0,
+        )  # fmt: skip
+    if kind == "none" or (kind is None and given in (None, 0, 1)):
+        return None
+    check(
+        kind in (None, "linear", "yarn"),
+        f"rope scaling of type {kind!r} is not supported in GGUF files, only linear, yarn and longrope are",
+    )
+    reader.ignore(f"{prefix}factor")
+    factor = reader.number(f"{prefix}factor", given)
+    if kind != "yarn":
+        return RopeScaling("linear", factor)
+    return RopeScaling(
+        "yarn", factor, original or reader.integer("max_position_embeddings"),
+        beta_fast=reader.number(f"{prefix}yarn_beta_fast", 32.0),
+        beta_slow=reader.number(f"{prefix}yarn_beta_slow", 1.0),
+        attention_factor=attention or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+    )  # fmt: skip
+
+
+def windows_of(reader: Reader, count: int, *, default_on: bool, first: int = 0) -> list[int | None]:
+    """Read which layers have a sliding window, from layer `first` on; `layer_types` speaks where it is given."""
+    types = reader.get("layer_types")
+    window = reader.integer("sliding_window", 0) or None
+    is_on = reader.flag("use_sliding_window", default_on)
+    if not is_on or window is None:
+        return [None] * count
+    if isinstance(types, list) and len(types) == count:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    return [window if index >= first else None for index in range(count)]
+
+
+__all__ = [
+    "ModelConfig",
+    "has_tied_embeddings",
+    "num_layers",
+    "read_biases",
+    "read_layers",
+    "read_rope",
+    "read_sizes",
+    "windows_of",
+]

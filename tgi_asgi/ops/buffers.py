@@ -1,0 +1,136 @@
+"""Which buffers the values of a program lie in: each is used again once nobody reads what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+from tgi_asgi import _C
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.kv import KvPool
+from tgi_asgi.ops.values import Kind, Value
+
+_LOG2_E = 1.4426950408889634
+
+
+class Uses:
+    """Who takes which value, in what precision, and until when.
+
+    Args:
+        recorded: the calls, in order.
+        inputs: values that are written before the first call.
+        outputs: values that are wanted behind the last one.
+        precisions_of: the precisions in which a call wants its activation.
+    """
+
+    def __init__(
+        self,
+        recorded: Sequence[calls.Call],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        precisions_of: Callable[[calls.Call], list[str]],
+    ) -> None:
+        self._spans: dict[Value, tuple[int, int]] = {}  # by root: the first call and the last
+        self._precisions: dict[Value, list[str]] = {}
+        self._scales: dict[Value, float] = {}
+        for index, call in enumerate(recorded):
+            for value in call.inputs:
+                self._touch(value, index)
+                if value.kind is Kind.ACTIVATION:
+                    self._want(value, precisions_of(call))
+            self._touch(call.out, index)
+            if isinstance(call, calls.Attention) and self._scales.setdefault(call.q, call.scale) != call.scale:
+                raise ValueError("a query can be attended with one scale only")
+        for value in (*inputs, *outputs):
+            self._touch(value, len(recorded))
+        for value in outputs:
+            if value.kind is Kind.ACTIVATION:
+                self._want(value, ["float32"])
+
+    def _touch(self, value: Value, index: int) -> None:
+        first, _ = self._spans.get(value.root, (index, index))
+        self._spans[value.root] = (first, index)
+
+    def _want(self, value: Value, precisions: Iterable[str]) -> None:
+        wanted = self._precisions.setdefault(value, [])
+        wanted += [precision for precision in dict.fromkeys(precisions) if precision not in wanted]
+
+    def precisions(self, value: Value) -> list[str]:
+        """Return the precisions that an activation is taken in; none if nobody takes it."""
+        return self._precisions.get(value, [])
+
+    def query_scale(self, value: Value) -> float:
+        """Return what a query's scores are multiplied by; where nobody attends with it, it is left as it is."""
+        return self._scales.get(value, 1.0 / _LOG2_E)
+
+    def ending_at(self, index: int) -> list[Value]:
+        """Return the values that no call behind this one reads."""
+        return [value for value, (_, last) in self._spans.items() if last == index]
+
+    def alive_behind(self, index: int) -> list[Value]:
+        """Return the values made up to this call that a later one reads."""
+        return [value for value, (first, last) in self._spans.items() if first <= index < last]
+
+
+class Buffers:
+    """What the values of a program lie in. Residuals that replace each other share one buffer."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Value, str], tuple[Hashable, Any]] = {}
+        self._free: dict[Hashable, list[Any]] = {}
+        self._lent: dict[int, Hashable] = {}  # by id of what was taken
+
+    def hold(self, value: Value, form: str, kind: Hashable, make: Callable[[], Any]) -> Any:
+        """Give a value a buffer of this kind, for one of its forms, until `free`."""
+        buffer = self.take(kind, make)
+        self._held[value.root, form] = (self._lent.pop(id(buffer)), buffer)
+        return buffer
+
+    def of(self, value: Value, form: str) -> Any:
+        """Return the buffer of a value's form; None if it has none."""
+        found = self._held.get((value.root, form))
+        return None if found is None else found[1]
+
+    def take(self, kind: Hashable, make: Callable[[], Any]) -> Any:
+        """Take a buffer of this kind, one that is free if there is one, until `give_back`."""
+        free = self._free.get(kind)
+        buffer = free.pop() if free else make()
+        self._lent[id(buffer)] = kind
+        return buffer
+
+    def give_back(self, buffer: Any) -> None:
+        """End the use of what was taken."""
+        self._free.setdefault(self._lent.pop(id(buffer)), []).append(buffer)
+
+    def free(self, values: Iterable[Value]) -> None:
+        """Use the buffers of values for others."""
+        ended = set(values)
+        for key in [key for key in self._held if key[0] in ended]:
+            kind, buffer = self._held.pop(key)
+            self._free.setdefault(kind, []).append(buffer)
+
+
+class CpuBuffers(Buffers):
+    """Those of a program of the extension."""
+
+    def __init__(self, native: _C.Program) -> None:
+        super().__init__()
+        self._native = native
+
+    def rows(self, value: Value, columns: int) -> Any:
+        """Give a value rows of float32."""
+        return self.hold(value, "rows", ("rows", columns), lambda: self._native.rows(columns))
+
+    def activation(self, value: Value, precision: str) -> Any:
+        """Give a value room in this precision."""
+        kind = ("activation", value.columns, precision)
+        return self.hold(value, precision, kind, lambda: self._native.activation(value.columns, precision))
+
+    def query(self, value: Value, pool: KvPool, num_heads: int) -> Any:
+        """Give a value room for queries, as this pool wants them."""
+        kind = ("query", id(pool), num_heads)
+        return self.hold(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
+
+    def scratch(self, columns: int) -> Any:
+        """Take rows that `give_back` ends, for a call's own use."""
+        return self.take(("rows", columns), lambda: self._native.rows(columns))

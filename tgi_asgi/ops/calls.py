@@ -1,0 +1,125 @@
+"""The list that a recording is: one plain struct an operator, with its weights and the values it joins.
+
+`recorder.py` notes them, the executors of the CPU and of CUDA (`cpu_program.py`, `cuda.py`) turn them into
+kernels' calls in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.values import Value
+from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Call:
+    """One operator; `out` is what it makes."""
+
+    out: Value
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The values that it reads."""
+        found = (getattr(self, field.name) for field in fields(self) if field.name != "out")
+        return [value for value in found if isinstance(value, Value)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Embed(Call):
+    """out = factor * table[ids]"""
+
+    table: LinearWeight
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Activation(Call):
+    """out = x"""
+
+    x: Value
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Norm(Call):
+    """out = x / rms(x) * weight"""
+
+    x: Value
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NormAdd(Call):
+    """out = x + factor * rows / rms(rows) * weight"""
+
+    rows: Value
+    weight: Tensor
+    eps: float
+    x: Value
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Qkv(Call):
+    """out = the rotated queries; keys and values go to the cache."""
+
+    a: Value
+    weight: QkvWeight
+    cache: KvLayer
+    rope: RopeTable | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Attention(Call):
+    """out = softmax(scale * q @ keys) @ values"""
+
+    q: Value
+    cache: KvLayer
+    head_dim: int
+    rotary_dim: int | None  # of queries that no `qkv` has made
+    scale: float
+    window: int | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Linear(Call):
+    """out = a @ W.T (+ bias)"""
+
+    a: Value
+    weight: LinearWeight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LinearAdd(Call):
+    """out = x + factor * (a @ W.T (+ bias))"""
+
+    a: Value
+    weight: LinearWeight
+    x: Value
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GateUp(Call):
+    """out = f(a @ gate.T) * (a @ up.T)"""
+
+    a: Value
+    weight: GateUpWeight
+    activation: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Head(Call):
+    """out = scale * (norm(x)[rows] @ W.T (+ bias)), capped"""
+
+    x: Value
+    norm: Tensor
+    eps: float
+    weight: LinearWeight
+    scale: float
+    cap: float

@@ -1,0 +1,73 @@
+"""In which order the rows of weights lie in the CPU kernels' panels, and vectors beside them.
+
+A panel is 16 rows, a strip is two panels: the unit of work. docs/kernels.md has the drawing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PANEL = 16
+STRIP = 2 * PANEL
+Order = npt.NDArray[np.int64]  # which row each packed row is; -1: a row of zeros
+Floats = npt.NDArray[np.float32]
+
+
+def plain_order(rows: int) -> Order:
+    """Rows in order, padded to whole strips."""
+    order = np.full(-(-rows // STRIP) * STRIP, -1, np.int64)
+    order[:rows] = np.arange(rows)
+    return order
+
+
+def head_order(num_heads: int, head_dim: int, rotary_dim: int | None) -> Order:
+    """Heads one after the other, each padded to whole strips.
+
+    A rotated head (queries, keys) has in every strip 16 pairs of dims above each other, the first of each
+    pair in panel 0 and the second in panel 1: rows i and i + rotary_dim / 2, which turn together, then the
+    dims behind rotary_dim in any pairs. With rotary_dim None (values) dims are in order.
+    """
+    if rotary_dim is None:
+        one = plain_order(head_dim)
+    else:
+        half = rotary_dim // 2
+        first = np.concatenate([np.arange(half), np.arange(rotary_dim, head_dim, 2)])
+        second = np.concatenate([np.arange(half) + half, np.arange(rotary_dim, head_dim, 2) + 1])
+        num_pairs = -(-head_dim // STRIP) * PANEL
+        pairs = np.full((2, num_pairs), -1, np.int64)
+        pairs[0, : len(first)], pairs[1, : len(second)] = first, second
+        one = pairs.reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)  # [strip, which of the pair, 16]
+    starts = np.arange(num_heads)[:, None] * head_dim
+    return np.where(one >= 0, starts + one, -1).reshape(-1)
+
+
+def kept_dims(head_dim: int, rotary_dim: int | None, *, is_paired: bool) -> Order:
+    """Return which dim of a head each place of a cache or query of floats has.
+
+    They are those of the packed rows without padding; bfloat16 (`is_paired`) has the two of a pair in one word.
+    """
+    strips = head_order(1, head_dim, rotary_dim).reshape(-1, 2, PANEL)
+    places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)
+    return places[places >= 0]
+
+
+def interleaved_order(rows: int) -> Order:
+    """Panels of gate and of up in turn: two strips give 32 outputs, a block of the next input."""
+    panels = plain_order(rows).reshape(-1, PANEL)
+    return np.concatenate([panels, np.where(panels >= 0, panels + rows, -1)], axis=1).reshape(-1)
+
+
+def ordered(vector: Tensor, order: Order) -> Floats:
+    """Return a bias or a norm's weight in the order of packed rows, zero where a row is padding."""
+    values = vector.numpy()
+    found: Floats = np.where(order >= 0, values[order], np.float32(0))
+    return found
+
+
+def padded(vector: Tensor) -> Floats:
+    """Return a vector with zeros behind it up to a multiple of 32."""
+    size = -(-vector.numel() // STRIP) * STRIP
+    return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, size - vector.numel())).numpy())

@@ -1,0 +1,149 @@
+"""Weights in the layout of the CPU's kernels: packed once from the file's own bytes, never held twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import _C
+from tgi_asgi.ops import layout
+from tgi_asgi.ops.formats import FORMATS
+from tgi_asgi.ops.layout import Floats, Order
+from tgi_asgi.ops.sources import WeightSource, decode, from_floats
+from tgi_asgi.ops.weights import QkvWeight
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A matrix in panels, and how it is multiplied."""
+
+    matrix: _C.Matrix
+    precision: str  # of the activation: int8, bfloat16 or float32
+    bias: Floats | None  # in the order of the packed rows
+
+
+@dataclass(frozen=True, slots=True)
+class PackedQkv:
+    """Queries, keys and values: one matrix, or three where their formats differ; norms in packed order."""
+
+    parts: tuple[PackedLinear, ...]
+    q_norm: Floats | None
+    k_norm: Floats | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGateUp:
+    """Gate and up: one matrix whose panels alternate, or two where their formats differ."""
+
+    parts: tuple[PackedLinear, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a model's products compute on a CPU: an `Arithmetic`.
+
+    `is_exact` keeps activations in float32. Otherwise quantised weights are multiplied by activations of
+    8 bits in blocks of 32, bfloat16 weights by bfloat16; float16 and float32 weights by float32 in both.
+    """
+
+    is_exact: bool
+    quantise: str | None = None  # Q8_0 or Q4_0: what float weights become; a vocabulary stays at eight bits
+    arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
+
+    def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> PackedLinear:
+        """Pack a matrix, as `Arithmetic.linear` says."""
+        order = layout.plain_order(source.shape[0])
+        return self._pack([self._stored(source, is_vocabulary=is_vocabulary)], bias, order)
+
+    def qkv(
+        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
+    ) -> PackedQkv:
+        """Pack q, k and v, as `Arithmetic.qkv` says."""
+        head_dim, rotary = shape.head_dim, shape.rotary_dim
+        orders = [
+            layout.head_order(shape.num_heads, head_dim, rotary),
+            layout.head_order(shape.num_kv_heads, head_dim, rotary),
+            layout.head_order(shape.num_kv_heads, head_dim, None),
+        ]
+        norms: list[Floats | None] = [None, None]
+        if shape.norms is not None:
+            one = layout.head_order(1, head_dim, rotary)
+            norms = [
+                layout.ordered(norm, order if shape.norms.is_whole else one)
+                for norm, order in zip((shape.norms.query, shape.norms.key), orders, strict=False)
+            ]
+        return PackedQkv(self._pack_parts(sources, biases, orders), *norms)
+
+    def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> PackedGateUp:
+        """Pack gate and up, as `Arithmetic.gate_up` says."""
+        stored = [self._stored(source) for source in sources]
+        rows = sources[0].shape[0]
+        if stored[0].format != stored[1].format:
+            order = layout.plain_order(rows)
+            return PackedGateUp(self._pack_each(stored, biases, [order, order]))
+        bias = None if biases is None else torch.cat(list(biases))
+        return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows)),))
+
+    def _pack_parts(
+        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
+    ) -> tuple[PackedLinear, ...]:
+        """Pack matrices into one, each with an order of its own, if they have one format."""
+        stored = [self._stored(source) for source in sources]
+        if len({source.format for source in stored}) > 1:
+            return self._pack_each(stored, biases, orders)
+        first, joined = 0, []
+        for source, order in zip(stored, orders, strict=True):
+            joined.append(np.where(order >= 0, order + first, -1))
+            first += source.shape[0]
+        bias = None if biases is None else torch.cat(list(biases))
+        return (self._pack(stored, bias, np.concatenate(joined)),)
+
+    def _pack_each(
+        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
+    ) -> tuple[PackedLinear, ...]:
+        given = biases or [None] * len(sources)
+        return tuple(
+            self._pack([source], bias, order)
+            for source, bias, order in zip(sources, given, orders, strict=True)
+        )
+
+    def _pack(self, sources: Sequence[WeightSource], bias: Tensor | None, order: Order) -> PackedLinear:
+        """Pack rows of one format: row i of the result is row order[i] of the sources."""
+        name, columns = sources[0].format, sources[0].shape[1]
+        if any(source.shape[1] != columns for source in sources):
+            raise ValueError(f"the matrices must have {columns} columns each")
+        matrix = _C.pack(
+            sources=[source.data for source in sources], format=name, columns=columns, order=order,
+            arena=self.arena,
+        )  # fmt: skip
+        return PackedLinear(
+            matrix, self._precision(name), None if bias is None else layout.ordered(bias, order)
+        )
+
+    def _precision(self, name: str) -> str:
+        if self.is_exact:
+            return "float32"
+        if FORMATS[name].is_quantised:
+            return "int8"
+        return "bfloat16" if name == "BF16" else "float32"
+
+    def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
+        """Return a matrix as it will be packed: the file's own bytes, unless it is quantised here."""
+        source = source.in_order()
+        info = FORMATS[source.format]
+        if info.is_quantised:
+            return source
+        if self.quantise is None:
+            if info.has_kernel:
+                return source
+            weights = decode(source)  # FP8: rounded to bfloat16, which has more bits than it
+            return from_floats(weights if self.is_exact else weights.bfloat16())
+        name = "Q8_0" if is_vocabulary else self.quantise
+        rows, columns = source.shape
+        return WeightSource(
+            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name), name, (rows, -(-columns // 32) * 32)
+        )

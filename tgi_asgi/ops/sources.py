@@ -1,0 +1,131 @@
+"""Tensors as files hold them, and what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops.formats import FORMATS, decode_rows, float8_blocks, int4_blocks, int8_blocks
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """A tensor as its file holds it.
+
+        WeightSource(gguf.raw(name), "Q4_1", (576, 1536))
+        WeightSource(array.view(np.uint8), "F32", (576, 576))
+
+    Attributes:
+        data: its bytes, uint8, contiguous; may be a view of a mapped file, read only while constructing.
+        format: one of `FORMATS`.
+        shape: (rows, columns) with rows outermost in memory, or (elements,).
+        order: [columns], which column of the matrix each of the data's is (GPTQ's act-order); None: the same.
+
+    Raises:
+        ValueError: the format is unknown, or the bytes are not as many as format and shape say.
+    """
+
+    data: npt.NDArray[np.uint8]
+    format: str
+    shape: tuple[int, ...]
+    order: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"`format` must be one of {', '.join(sorted(FORMATS))}, got {self.format}")
+        if len(self.shape) not in (1, 2):
+            raise ValueError(f"`shape` must have one or two sizes, got {self.shape}")
+        if self.data.dtype != np.uint8 or not self.data.flags.c_contiguous:
+            raise ValueError("`data` must be contiguous uint8")
+        info = FORMATS[self.format]
+        if self.shape[-1] % info.block_columns:
+            raise ValueError(f"{self.format} needs rows of a multiple of {info.block_columns}, got {self.shape}")
+        needed = int(np.prod(self.shape, dtype=np.int64)) // info.block_columns * info.block_bytes
+        if self.data.size != needed:
+            raise ValueError(f"{self.format} of shape {self.shape} has {needed} bytes, got {self.data.size}")
+
+    def rows(self, start: int, stop: int) -> WeightSource:
+        """Return rows [start, stop) of a matrix, or elements of a vector: a view."""
+        data = self.data.reshape(self.shape[0], -1)[start:stop].reshape(-1)
+        return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
+
+    def in_order(self) -> WeightSource:
+        """Return the matrix with its columns in order: no block holds groups that lie apart, so in float16."""
+        if self.order is None:
+            return self
+        weights = torch.empty(self.shape, dtype=torch.float16)
+        weights[:, torch.from_numpy(self.order)] = decode(replace(self, order=None)).half()
+        return WeightSource(weights.numpy().reshape(-1).view(np.uint8), "F16", self.shape)
+
+
+def integer_source(
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.uint8],
+    bits: int,
+    order: npt.NDArray[np.int64] | None = None,
+) -> WeightSource | None:
+    """Wrap a matrix of weights scale * (code - zero) as it is; None if no format holds it.
+
+    Groups must be multiples of 32 columns, scales float16's; zero points of codes of eight bits 128.
+
+    Args:
+        codes: [rows, columns * bits / 8], of two nibbles the first in the low half.
+        scales, zeros: [rows, num_groups], of equal groups of columns.
+        bits: 4 or 8.
+        order: as `WeightSource` has it.
+    """
+    made = (int4_blocks if bits == 4 else int8_blocks)(codes, scales, zeros)
+    return None if made is None else WeightSource(*made, (codes.shape[0], codes.shape[1] * 8 // bits), order)
+
+
+def float8_source(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32]) -> WeightSource:
+    """Wrap a matrix of E4M3 codes [rows, columns] with scales [rows, columns / run], a run 32, 64 or 128."""
+    return WeightSource(*float8_blocks(codes, scales), codes.shape)
+
+
+def decode(source: WeightSource) -> Tensor:
+    """Return a source as float32 of its shape, its columns as they lie."""
+    plain = _PLAIN.get(source.format)
+    if plain is not None:
+        return as_tensor(source.data).view(plain).view(source.shape).float()
+    return torch.from_numpy(decode_rows(source.data, source.format, source.shape[-1])).view(source.shape)
+
+
+def plain_tensor(source: WeightSource) -> Tensor:
+    """Return a source of floats as they are stored, a view; of another format decoded."""
+    plain = _PLAIN.get(source.format)
+    return decode(source) if plain is None else as_tensor(source.data).view(plain).view(source.shape)
+
+
+def from_floats(values: Tensor) -> WeightSource:
+    """Wrap float32, float16 or bfloat16 values."""
+    name = next(name for name, dtype in _PLAIN.items() if dtype is values.dtype)
+    data = values.contiguous().view(torch.uint8).reshape(-1).numpy()
+    return WeightSource(data, name, tuple(values.shape))
+
+
+def as_tensor(data: npt.NDArray[np.uint8]) -> Tensor:
+    """Wrap bytes without a copy; torch warns about read-only memory, which is only read."""
+    if data.flags.writeable:
+        return torch.from_numpy(data.reshape(-1))
+    if data.size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    interface = dict(data.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    view = _Borrowed(interface, data)
+    return torch.as_tensor(np.asarray(view).reshape(-1))
+
+
+class _Borrowed:
+    """Present read-only memory as writable, and keep its owner alive."""
+
+    def __init__(self, interface: dict[str, object], owner: object) -> None:
+        self.__array_interface__ = interface
+        self._owner = owner
