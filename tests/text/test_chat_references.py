@@ -189,7 +189,7 @@ def theirs(source: str, messages: list[dict[str, Any]], options: dict[str, Any])
     try:
         # Annotated as a string, but a pair: the texts, and where each assistant's part lies.
         rendered: Any = chat_template_utils.render_jinja_template(
-            [messages], chat_template=source, **options, **SPECIAL
+            [messages], chat_template=source, **{**options, **SPECIAL}
         )
     except Exception as error:  # whatever the template did
         return "refused", reason(error)
