@@ -58,6 +58,10 @@ CUTS = [
     ("tekken", "HelloWorld 12/ab", ["Hello", "World", " ", "1", "2", "/ab"]),
     ("gpt-4o", "HelloWORLD's 1234", ["Hello", "WORLD's", " ", "123", "4"]),
     ("deepseek-coder", "ab, 12\n你好x", ["ab", ",", " ", "1", "2", "\n", "你好", "x"]),
+    ("falcon", "ab,, 12345 x'll", ["ab", ",,", " ", "123", "45", " x", "'", "ll"]),
+    ("kimi-k2", "HelloWorld你好x 1234's", ["Hello", "World", "你好", "x", " ", "123", "4", "'s"]),
+    ("afmoe", "a 12345ก1234", ["a", " ", "12", "345", "ก", "1", "234"]),
+    ("deepseek-llm", "ab. 12\n你x", ["ab", ".", " ", "1", "2", "\n", "你", "x"]),
     ("deepseek-v3", "ab 1234你好x(y", ["ab", " ", "123", "4", "你好", "x", "(y"]),
 ]
 
@@ -67,7 +71,7 @@ def test_each_pre_tokenizer_cuts_as_its_model_was_trained(pre: str, text: str, e
     assert pieces(pre, text) == expected
 
 
-@pytest.mark.parametrize("pre", [None, "default", "kimi-k2", 7])
+@pytest.mark.parametrize("pre", [None, "default", "qwen-9", 7])
 def test_a_pre_tokenizer_that_is_not_known_is_refused(pre: Any) -> None:
     metadata = byte_level("smollm")
     metadata["tokenizer.ggml.pre"] = pre
@@ -91,9 +95,9 @@ def test_llama_3_takes_a_whole_word_without_its_merges() -> None:
     assert len(Tokenizer.from_gguf(metadata).encode("xyz", add_special_tokens=False)) == 3
 
 
-def test_qwen_2_composes_characters_first() -> None:
+def test_some_vocabularies_compose_characters_first() -> None:
     decomposed, composed = "e\u0301", "\u00e9"
-    for pre, same in (("qwen2", True), ("gpt-2", False)):
+    for pre, same in (("qwen2", True), ("qwen35", True), ("command-r", True), ("gpt-2", False)):
         tokenizer = Tokenizer.from_gguf(byte_level(pre))
         ids = [tokenizer.encode(text, add_special_tokens=False) for text in (decomposed, composed)]
         assert (ids[0] == ids[1]) is same, pre

@@ -1,9 +1,9 @@
 """Rebuild a tokenizer from a GGUF file's metadata, as the model's own tokenizer.json would build it.
 
-Two kinds of vocabulary are known. "gpt2" is byte-level BPE; its merges are in the file, and how text is split
-before them is only named there (`tokenizer.ggml.pre`), so this module holds what each name means. "llama" is
-sentencepiece BPE; its merges follow from the scores. All else is refused: a wrong split gives wrong tokens in
-silence.
+Three kinds of vocabulary are known. "gpt2" is byte-level BPE; its merges are in the file, and how text is cut
+before them is only named there (`tokenizer.ggml.pre`; `gguf_splits` knows what each name means). "llama" is
+sentencepiece BPE; its merges follow from the scores. "gemma4" is that with the merges in the file. All others
+are refused: a wrong cut gives wrong tokens in silence.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.text.gguf_splits import SENTENCEPIECE, SPLITS, Split
 
 _KEY = "tokenizer.ggml."
 _MAX_TOKENS = 1 << 21
@@ -45,72 +46,6 @@ _END_TEXTS = frozenset(
     }
 )  # fmt: skip
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_TAIL}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_CASED_TAIL}"
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-_DEEPSEEK_CODER = (
-    r"[\r\n]",
-    r"\s?\p{L}+",
-    r"\s?\p{P}+",
-    r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-    r"\p{N}",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """How a byte-level vocabulary's text is cut before the merges.
-
-    Each pattern of `patterns` isolates its matches in what the one before left; None stands for GPT-2's own.
-    """
-
-    patterns: tuple[str, ...] | None = None
-    splits_digits: bool = False  # every digit alone, before anything else
-    ignores_merges: bool = False  # a piece that is a token is not merged up from its bytes
-    adds_bos: bool = False  # unless the file says otherwise
-    normalizes: bool = False  # to NFC
-
-
-_GPT2 = _Split()
-_DIGITS = _Split(splits_digits=True)
-_LLAMA3_SPLIT = _Split((_LLAMA3,), ignores_merges=True, adds_bos=True)
-_SPLITS = {
-    "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "olmo": _GPT2,
-    "exaone4": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "codeshell": _DIGITS,
-    "llama-bpe": _LLAMA3_SPLIT,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
-    "falcon3": _LLAMA3_SPLIT,
-    "lfm2": _LLAMA3_SPLIT,
-    "dbrx": _Split((_LLAMA3,)),
-    "smaug-bpe": _Split((_LLAMA3,)),
-    "qwen2": _Split((_QWEN2,), normalizes=True),
-    "deepseek-r1-qwen": _Split((_QWEN2,)),
-    "tekken": _Split((_TEKKEN,), ignores_merges=True, adds_bos=True),
-    "gpt-4o": _Split((_GPT4O,)),
-    "llama4": _Split((_GPT4O,)),
-    "deepseek-coder": _Split(_DEEPSEEK_CODER),
-    "deepseek-v3": _Split(_DEEPSEEK3),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class GgufVocab:
@@ -130,18 +65,19 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         ModelLoadError: the vocabulary is absent, contradicts itself, or is of a kind not known here.
     """
     kind = metadata.get(_KEY + "model")
-    if kind not in ("gpt2", "llama"):
+    if kind not in ("gpt2", "llama", "gemma4"):
         raise ModelLoadError(
-            f"the GGUF file's tokenizer is of the kind {kind!r}; `gpt2` (byte-level BPE) and `llama` "
-            "(sentencepiece) are supported"
+            f"the GGUF file's tokenizer is of the kind {kind!r}; `gpt2` (byte-level BPE), `llama` "
+            "(sentencepiece) and `gemma4` (sentencepiece with merges) are supported"
         )
     try:
         tokens = _read_tokens(metadata)
         types = _read_array(metadata, "token_type", len(tokens)) or [_NORMAL] * len(tokens)
-        if kind == "gpt2":
-            backend, adds_bos = _byte_level(metadata, tokens)
+        if kind == "llama":
+            backend, adds_bos = _scored(metadata, tokens, types), True
         else:
-            backend, adds_bos = _sentencepiece(metadata, tokens, types), True
+            split = SENTENCEPIECE if kind == "gemma4" else _split_of(metadata)
+            backend, adds_bos = _merged(metadata, tokens, split), split.adds_bos
         special_ids = {
             name: token_id
             for name, key in _SPECIAL_IDS.items()
@@ -158,56 +94,64 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         backend,
         {name: tokens[token_id] for name, token_id in special_ids.items()},
         frozenset(index for index in ends if index is not None),
-        adds_bos=_flag(metadata, "add_bos_token", adds_bos),
+        # The first files of Gemma 4 deny it, and the model gives nonsense without (llama.cpp#21500).
+        adds_bos=kind == "gemma4" or _flag(metadata, "add_bos_token", adds_bos),
         adds_eos=_flag(metadata, "add_eos_token", False),
     )
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
+def _split_of(metadata: Mapping[str, Any]) -> Split:
     name = metadata.get(_KEY + "pre")
-    split = _SPLITS.get(name) if isinstance(name, str) else None
+    split = SPLITS.get(name) if isinstance(name, str) else None
     if split is None:
         raise ModelLoadError(
             f"the GGUF file's pre-tokenizer is {name!r}, which is not supported; "
-            f"known are {', '.join(_SPLITS)}"
+            f"known are {', '.join(SPLITS)}"
         )
+    return split
+
+
+def _merged(metadata: Mapping[str, Any], tokens: list[str], split: Split) -> tokenizers.Tokenizer:
+    """Build the tokenizer of a vocabulary whose merges are in the file."""
     merges = metadata.get(_KEY + "merges")
     if not isinstance(merges, Sequence) or isinstance(merges, str):
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.merges`")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if not split.is_byte_level:
+        return _sentencepiece(metadata, tokens, pairs, has_prefix=_flag(metadata, "add_space_prefix", False))
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=split.ignores_merges))
-    steps: list[Any] = []
-    if split.splits_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    for pattern in split.patterns or ():
-        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.patterns is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = split.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     if split.normalizes:
         backend.normalizer = normalizers.NFC()
-    return backend, split.adds_bos
+    return backend
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]
-) -> tokenizers.Tokenizer:
+def _scored(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> tokenizers.Tokenizer:
+    """Build the tokenizer of a vocabulary whose scores say what is merged first."""
     scores = _read_array(metadata, "scores", len(tokens))
     if scores is None:
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.scores`")
+    merges = _merges_by_score(tokens, types, scores)
+    return _sentencepiece(metadata, tokens, merges, has_prefix=_flag(metadata, "add_space_prefix", True))
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], merges: list[Any], *, has_prefix: bool
+) -> tokenizers.Tokenizer:
+    """Build a tokenizer that merges a text whole; `has_prefix` puts a space before it."""
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     unknown = _token_id(metadata, "unknown_token_id", len(tokens))
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges_by_score(tokens, types, scores),
+            merges=merges,
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    has_prefix = _flag(metadata, "add_space_prefix", True)
     escape = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), escape]) if has_prefix else escape
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -65,21 +65,19 @@ def _steps_of(backend: tokenizers.Tokenizer) -> set[str]:
 def _fill_byte_level(table: list[bytes], pieces: Mapping[int, str]) -> None:
     """Translate all pieces in one go (a piece at a time takes three times as long: 60 ms for 49,000)."""
     alphabet = byte_alphabet()
-    whole = "".join(pieces.values())
-    if set(whole) <= alphabet.keys():
-        places = {ord(character): chr(byte) for character, byte in alphabet.items()}
-        data = whole.translate(places).encode("latin-1")
-        at = 0
-        for token_id, text in pieces.items():
-            table[token_id] = data[at : at + len(text)]
-            at += len(text)
-        return
-    # As the decoder has it, a piece with any other character stands for its own text.
-    for token_id, text in pieces.items():
-        if all(character in alphabet for character in text):
-            table[token_id] = bytes(alphabet[character] for character in text)
-        else:
+    if set("".join(pieces.values())) - alphabet.keys():
+        # As the decoder has it, a piece with any other character stands for its own text.
+        is_foreign = re.compile(f"[^{re.escape(''.join(alphabet))}]").search
+        foreign = {token_id: text for token_id, text in pieces.items() if is_foreign(text)}
+        for token_id, text in foreign.items():
             table[token_id] = text.encode("utf-8", "replace")
+        pieces = {token_id: text for token_id, text in pieces.items() if token_id not in foreign}
+    places = {ord(character): chr(byte) for character, byte in alphabet.items()}
+    data = "".join(pieces.values()).translate(places).encode("latin-1")
+    at = 0
+    for token_id, text in pieces.items():
+        table[token_id] = data[at : at + len(text)]
+        at += len(text)
 
 
 def _fill_sentencepiece(table: list[bytes], pieces: Mapping[int, str]) -> None:

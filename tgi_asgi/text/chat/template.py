@@ -108,8 +108,9 @@ class ChatTemplate:
     def _compile(self, source: str) -> jinja2.Template:
         try:
             environment = make_environment()
-            self._words.update(_words(environment.parse(source)))
-            return environment.from_string(source)
+            tree = environment.parse(source)
+            self._words.update(_words(tree))
+            return environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"The chat template does not compile: {error}") from error
 

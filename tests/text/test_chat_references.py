@@ -1,0 +1,245 @@
+"""Chat templates of many models, as llama.cpp and transformers carry them, against transformers' renderer.
+
+A template that fails on what clients send, or writes "None", is given words that it takes and is listed here:
+what transformers makes of those is what is expected.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils import chat_template_utils
+
+from tests.support.llama_cpp import llama_cpp_source, package_source
+from tgi_asgi.errors import TemplateError
+from tgi_asgi.text.chat import sandbox
+from tgi_asgi.text.chat.template import ChatTemplate
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+# Modules with templates in their strings: of llama-cpp-python, and of transformers.
+PACKAGE_MODULES = ("llama_cpp/llama_chat_format.py",)
+TRANSFORMERS_MODULES = (
+    "llama4.processing_llama4",
+    "qwen2_audio.processing_qwen2_audio",
+    "smolvlm.processing_smolvlm",
+)
+# These add the arguments of a call to text: they must get JSON.
+TAKES_TEXT = {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "meetkai-functionary-medium-v3.2"}
+# These write "None" or "null" for the content of a call that has none, or fail on it: they get "".
+# So do templates that know no calls.
+TAKES_NO_NONE = {
+    "Bielik-11B-v3.0-Instruct",
+    "GLM-4.6",
+    "GLM-4.7-Flash",
+    "LFM2.5-8B-A1B",
+    "MiniMax-M2",
+    "Qwen-Qwen3-0.6B",
+    "mistralai-Ministral-3-14B-Reasoning-2512",
+    "openai-gpt-oss-120b",
+    "processing_llama4.chat_template",
+    "unsloth-mistral-Devstral-Small-2507",
+}
+
+
+def tool(name: str, description: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
+
+
+def call(number: int, name: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(number: int, name: str, content: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": f"call0000{number}", "name": name, "content": content}
+
+
+TOOLS = [
+    tool(
+        "weather",
+        "The <weather> in a city, 'é' & all",
+        city={"type": "string", "description": "Its name"},
+        unit={"type": "string", "enum": ["C", "F"]},
+    ),
+    tool("add", "", numbers={"type": "array", "items": {"type": "number"}}),
+]
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+USER = {"role": "user", "content": ' What\'s <1> & "é"? '}
+ASSISTANT = {"role": "assistant", "content": "One."}
+THEN = {"role": "user", "content": "And then?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [call(1, "weather", city="Köln", unit="C")]}
+BARE_CALL = {**CALL, "content": None}
+CALLS = {
+    "role": "assistant",
+    "content": "Let me see.",
+    "tool_calls": [
+        call(1, "weather", city="K"),
+        call(2, "add", numbers=[1, 2.5], deep={"a": None, "b": True}),
+    ],
+}
+RESULT = result(1, "weather", '{"degrees": 21}')
+PARTS = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "World"}]
+
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "turns": ([SYSTEM, USER, ASSISTANT, THEN], {}),
+    "turns without a prompt": ([SYSTEM, USER, ASSISTANT], {"add_generation_prompt": False}),
+    "turns that do not alternate": ([USER, THEN], {}),
+    "an unknown role": ([USER, {"role": "critic", "content": "Bad."}], {}),
+    "a developer": ([{"role": "developer", "content": "Be brief."}, USER], {}),
+    "parts": ([{"role": "user", "content": PARTS}], {}),
+    "an answer to go on with": (
+        [USER, {"role": "assistant", "content": "One, two, "}],
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ),
+    "documents": ([USER], {"documents": [{"title": "Title", "text": "Text"}]}),
+    "no tools": ([USER], {"tools": []}),
+    "tools": ([SYSTEM, USER], {"tools": TOOLS}),
+    "tools without a system": ([USER], {"tools": TOOLS}),
+    "a call": ([SYSTEM, USER, CALL, RESULT], {"tools": TOOLS}),
+    "a call without content": ([SYSTEM, USER, BARE_CALL, RESULT], {"tools": TOOLS}),
+    "two calls": ([USER, CALLS, RESULT, result(2, "add", "3.5"), ASSISTANT, THEN], {"tools": TOOLS}),
+    "reasoning": ([USER, {**ASSISTANT, "reasoning_content": "Hm."}, THEN], {}),
+    "reasoning by another name": (
+        [USER, {**ASSISTANT, "reasoning": "Hm."}],
+        {"add_generation_prompt": False},
+    ),
+    "reasoning and a call": ([USER, {**CALL, "reasoning_content": "Hm."}, RESULT], {"tools": TOOLS}),
+    "thinking off": ([SYSTEM, USER], {"enable_thinking": False}),
+    "thinking on": ([SYSTEM, USER], {"enable_thinking": True, "reasoning_effort": "high"}),
+}
+
+
+class _Clock(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> _Clock:
+        return cls(2025, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    """The templates by name."""
+    paths = sorted((llama_cpp_source() / "models" / "templates").glob("*.jinja"))
+    assert len(paths) > 60
+    found = {path.stem: path.read_text() for path in paths}
+    modules = [package_source() / name for name in PACKAGE_MODULES]
+    for name in TRANSFORMERS_MODULES:
+        spec = importlib.util.find_spec(f"transformers.models.{name}")
+        assert spec is not None and spec.origin is not None
+        modules.append(Path(spec.origin))
+    for path in modules:
+        carried = templates_of_module(path)
+        assert carried, path
+        found |= carried
+    return found
+
+
+def templates_of_module(path: Path) -> dict[str, str]:
+    """Return the strings of a module that are templates, by their class, function or variable."""
+    result = {}
+    for statement in ast.parse(path.read_text()).body:
+        owner = statement.targets[0] if isinstance(statement, ast.Assign) else statement
+        name = getattr(owner, "name", None) or getattr(owner, "id", "")
+        for node in ast.walk(statement):
+            if (
+                isinstance(node, ast.Constant)
+                and "{%" in str(node.value)
+                and "for message in " in str(node.value)
+            ):
+                result[f"{path.stem}.{name}"] = str(node.value)
+    return result
+
+
+@pytest.fixture(scope="module")
+def templates(sources: dict[str, str]) -> dict[str, ChatTemplate]:
+    return {name: ChatTemplate(source, SPECIAL) for name, source in sources.items()}
+
+
+def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the arguments of calls as JSON, as OpenAI's clients write them."""
+    messages = copy.deepcopy(messages)
+    for message in messages:
+        for entry in message.get("tool_calls", ()):
+            arguments = entry["function"]["arguments"]
+            entry["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    return messages
+
+
+def in_its_words(messages: list[dict[str, Any]], name: str, source: str) -> list[dict[str, Any]]:
+    """Return the messages as this template takes them."""
+    if name in TAKES_TEXT:
+        messages = with_text_arguments(messages)
+    if name in TAKES_NO_NONE or "tool_calls" not in source:
+        messages = [{**message, "content": message["content"] or ""} for message in messages]
+    return messages
+
+
+def theirs(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
+    """Return ("text", the prompt) or ("refused", why)."""
+    try:
+        # Annotated as a string, but a pair: the texts, and where each assistant's part lies.
+        rendered: Any = chat_template_utils.render_jinja_template(
+            [messages], chat_template=source, **{**options, **SPECIAL}
+        )
+    except Exception as error:  # whatever the template did
+        return "refused", reason(error)
+    return "text", rendered[0][0]
+
+
+def ours(template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, str]:
+    """Return the same; nothing else than a TemplateError may come."""
+    try:
+        return "text", template.render(messages, **options)
+    except TemplateError as error:
+        return "refused", reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Return why, in the template's words; what cannot be continued each renderer says in its own."""
+    return re.sub(r"^continue_final_message(?s:.*)", "cannot be continued", str(error))
+
+
+@pytest.mark.parametrize("title", CONVERSATIONS)
+def test_every_template_gives_the_prompt_or_the_refusal_that_it_gives_in_transformers(
+    title: str,
+    sources: dict[str, str],
+    templates: dict[str, ChatTemplate],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", _Clock)
+    monkeypatch.setattr(sandbox, "datetime", _Clock)
+    messages, options = CONVERSATIONS[title]
+    options = {"add_generation_prompt": True, **options}
+    different = {}
+    for name, source in sources.items():
+        expected = theirs(source, in_its_words(messages, name, source), options)
+        for sent in (messages, with_text_arguments(messages)):
+            got = ours(templates[name], sent, options)
+            if got != expected:
+                different[name] = (got, expected)
+    assert different == {}
+
+
+def test_no_template_is_listed_without_need(sources: dict[str, str]) -> None:
+    messages, options = CONVERSATIONS["a call without content"]
+    texts = {
+        name: (
+            theirs(source, messages, options),
+            theirs(source, in_its_words(messages, name, source), options),
+        )
+        for name, source in sources.items()
+    }
+    needed = {
+        name for name, (plain, fitted) in texts.items() if plain != fitted and "tool_calls" in sources[name]
+    }
+    assert needed == TAKES_NO_NONE | TAKES_TEXT

@@ -1,0 +1,181 @@
+"""Tokenizers from GGUF files against llama.cpp: its test vectors, and the patterns that it cuts text with."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, pre_tokenizers
+
+from tests.support.llama_cpp import llama_cpp_source
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.text.gguf_splits import SPLITS
+from tgi_asgi.text.tokenizer import Tokenizer
+
+WITH_VECTORS = (
+    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm",
+    "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
+)  # fmt: skip
+WITHOUT_VECTORS = ("baichuan",)
+REFUSED = {
+    "bert-bge": ("kind 'bert'", "WordPiece, of models that embed"),
+    "nomic-bert-moe": ("kind 't5'", "Unigram, of models that embed or translate"),
+    "aquila": ("pre-tokenizer is None", "llama.cpp's default for such files is a guess, which it warns of"),
+    "gpt-neox": ("pre-tokenizer is None", "as above"),
+}
+# Pre-tokenizers that llama.cpp knows and we refuse.
+UNKNOWN = {
+    **dict.fromkeys(
+        ("jina-v1-en", "jina-v2-code", "jina-v2-de", "jina-v2-es", "jina-de", "jina-es", "jina-v5-nano"),
+        "of models that embed",
+    ),
+    **dict.fromkeys(
+        ("roberta-bpe", "modern-bert", "f2llmv2", "granite-embed-multi-97m", "granite-embed-multi-311m"),
+        "of models that embed",
+    ),
+    "whitespace": "of models that embed",
+    "chameleon": "its image tokens are part of the text",
+    "gemma4": "no file has it: the kind of the vocabulary says it",
+    "default": "a guess, and llama.cpp warns that the answers will be worse for it",
+}
+# Names whose patterns in llama.cpp are not what the model's tokenizer.json says.
+OTHER_PATTERNS = {
+    "kimi-k2": "a function written by hand does it",
+    "afmoe": "as above",
+    "falcon": "digits are looked for among the bytes",
+    "deepseek-llm": "digits stand alone; no merge joins them, so that llama.cpp need not cut",
+}
+
+
+def open_vocabulary(name: str) -> Tokenizer:
+    with GgufFile.open(llama_cpp_source() / "models" / f"ggml-vocab-{name}.gguf") as file:
+        return Tokenizer.from_gguf(file.metadata)
+
+
+def vectors(name: str) -> list[tuple[str, list[int]]]:
+    """The texts and ids that llama.cpp's own test of this vocabulary compares."""
+    path = llama_cpp_source() / "models" / f"ggml-vocab-{name}.gguf"
+    texts = path.with_name(path.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = path.with_name(path.name + ".out").read_text().splitlines()
+    if len(texts) > len(lines):
+        assert texts.pop() == ""  # behind the last mark, which one file is without
+    return [(text, [int(item) for item in line.split()]) for text, line in zip(texts, lines, strict=True)]
+
+
+def test_every_vocabulary_is_accounted_for() -> None:
+    folder = llama_cpp_source() / "models"
+    names = {path.stem.removeprefix("ggml-vocab-") for path in folder.glob("*.gguf")}
+    assert names == {*WITH_VECTORS, *WITHOUT_VECTORS, *REFUSED}
+    assert {name for name in names if (folder / f"ggml-vocab-{name}.gguf.inp").exists()} == {
+        *WITH_VECTORS, "bert-bge",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_VECTORS)
+def test_text_becomes_the_ids_of_the_models_own_tokenizer(name: str) -> None:
+    tokenizer = open_vocabulary(name)
+    for text, ids in vectors(name):
+        if name == "qwen35" and not unicodedata.is_normalized("NFC", text):
+            continue  # added by hand: llama.cpp does not compose characters, the model's tokenizer does
+        assert tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        prefix = " " if name in ("llama-spm", "phi-3") and text else ""
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == prefix + text
+
+
+@pytest.mark.parametrize("name", WITHOUT_VECTORS)
+def test_a_vocabulary_without_vectors_comes_back_from_its_ids(name: str) -> None:
+    tokenizer = open_vocabulary(name)
+    for text, _ in vectors("llama-spm"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_vocabulary_that_cannot_be_served_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelLoadError, match=REFUSED[name][0]):
+        open_vocabulary(name)
+
+
+def unescape(literal: str) -> str:
+    """Read the inside of a C++ string."""
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "r": "\r"}.get(match[1], match[1]), literal)
+
+
+def patterns_by_type(source: str) -> dict[str, list[str]]:
+    """Read the switch that gives each type its patterns.
+
+    Where a comment quotes the pattern of the model's tokenizer.json, that is taken instead.
+    """
+    result: dict[str, list[str]] = {}
+    types, patterns, quoted = [], [], None
+    switch = source[source.index("struct llm_tokenizer_bpe ") :]
+    for line in switch[: switch.index("default:")].splitlines():
+        literal = re.search(r'"((?:[^"\\]|\\.)*)"(?= *(,|$|//))', line)
+        if match := re.search(r"case LLAMA_VOCAB_PRE_TYPE_(\w+):", line):
+            types.append(match[1])
+        elif literal and "//" in line[: literal.start()]:
+            quoted = unescape(literal[1])
+        elif literal:
+            patterns.append(quoted or unescape(literal[1]))
+            quoted = None
+        elif "break;" in line:
+            result |= dict.fromkeys(types, patterns)
+            types, patterns, quoted = [], [], None
+    return result
+
+
+def meaning_of_names(source: str) -> dict[str, tuple[str, bool, bool]]:
+    """Read what each name of a pre-tokenizer sets: type, whether merges are ignored, whether BOS is added."""
+    result = {}
+    start = source.index('tokenizer_pre == "default"')
+    for block in source[start:].split("} else if (")[:100]:
+        kind = re.search(r"pre_type = LLAMA_VOCAB_PRE_TYPE_(\w+);", block)
+        for name in re.findall(r'tokenizer_pre == "([^"]+)"', block):
+            assert kind is not None
+            result[name] = (kind[1], "ignore_merges = true" in block, "add_bos = true" in block)
+    return result
+
+
+def texts_to_cut() -> list[str]:
+    rng = random.Random(3)
+    parts = [
+        *"aZé1٣½ \t\n\r.,!'/|(中あ한กĀǅʰ\u0301😀~-",
+        "  ",
+        "\r\n",
+        "'ll",
+        "'LL",
+        "McDo",
+        "2024",
+        "\u3000",
+    ]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(1, 30))) for _ in range(300)]
+    return texts + [text for text, _ in vectors("qwen35")]
+
+
+def cut(pre_tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    return [span for _, span in pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_each_name_of_a_pre_tokenizer_means_what_llama_cpp_takes_it_for() -> None:
+    source = Path(llama_cpp_source() / "src" / "llama-vocab.cpp").read_text()
+    patterns, names = patterns_by_type(source), meaning_of_names(source)
+    assert names.keys() - SPLITS.keys() == UNKNOWN.keys() and SPLITS.keys() <= names.keys()
+    texts = texts_to_cut()
+    cuts: dict[str, list[Any]] = {}
+    for name, split in SPLITS.items():
+        kind, ignores_merges, adds_bos = names[name]
+        assert (split.ignores_merges, split.adds_bos) == (ignores_merges, adds_bos), name
+        if name in OTHER_PATTERNS or not split.is_byte_level:
+            continue
+        if kind not in cuts:
+            steps = [pre_tokenizers.Split(Regex(item), behavior="isolated") for item in patterns[kind]]
+            cuts[kind] = [cut(pre_tokenizers.Sequence(steps), text) for text in texts]
+        ours = split.pre_tokenizer()
+        for text, expected in zip(texts, cuts[kind], strict=True):
+            assert cut(ours, text) == expected, (name, text)
