@@ -5,6 +5,8 @@ The layout is that of KvLayerView in csrc/cpu/step/step.h; the order of a key's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import KvLayer, KvPool, layout
 
+_Bytes = npt.NDArray[np.uint8]
 _SUB_BLOCK = 16  # tokens
 _STRIP = 32
 
@@ -46,10 +49,9 @@ def read_kv(layer: KvLayer, slots: Tensor, rotary_dim: int | None = None) -> tup
     """
     found = []
     for which in (0, 1):
-        places = _Places(layer, slots, which)
         kept = _kept_dims(layer, which, rotary_dim)
         out = torch.empty(len(slots), layer.pool.num_kv_heads, layer.head_dim)
-        out[..., torch.from_numpy(kept[kept >= 0])] = _numbers(layer, places, which)[..., kept >= 0]
+        out[..., torch.from_numpy(kept[kept >= 0])] = _load(layer, slots, which)[..., kept >= 0]
         found.append(out)
     return found[0], found[1]
 
@@ -57,7 +59,7 @@ def read_kv(layer: KvLayer, slots: Tensor, rotary_dim: int | None = None) -> tup
 def write_kv(
     layer: KvLayer, slots: Tensor, keys: Tensor, values: Tensor, rotary_dim: int | None = None
 ) -> None:
-    """Write keys and values [n_slots, kv_heads, head_dim], which the pool's dtype must hold.
+    """Write keys and values [n_slots, kv_heads, head_dim], rounded to the pool's dtype.
 
     An int8 pool gets codes of the largest of each 32 dims, as the kernels make them.
     """
@@ -65,36 +67,7 @@ def write_kv(
         kept = _kept_dims(layer, which, rotary_dim)
         rows = given.float()[..., torch.from_numpy(np.maximum(kept, 0))]
         rows[..., torch.from_numpy(kept < 0)] = 0
-        _store(layer, _Places(layer, slots, which), which, rows)
-
-
-# Where each token's numbers lie: views of a layer's memory, [block, head, sub-block, bytes].
-
-
-def _part(layer: KvLayer, which: int) -> npt.NDArray[np.uint8]:
-    pool = layer.pool
-    memory = pool.native.memory()
-    per_layer = memory.shape[1] // len(pool.layers)
-    mine = memory[:, layer.index * per_layer : (layer.index + 1) * per_layer]
-    sub_blocks = pool.block_size // _SUB_BLOCK
-    view: npt.NDArray[np.uint8] = np.lib.stride_tricks.as_strided(
-        mine,
-        (pool.num_blocks, 2, pool.num_kv_heads, sub_blocks, per_layer // (2 * pool.num_kv_heads * sub_blocks)),
-        (memory.strides[0], per_layer // 2, per_layer // (2 * pool.num_kv_heads),
-         per_layer // (2 * pool.num_kv_heads * sub_blocks), 1),
-    )  # fmt: skip
-    return view[:, which]
-
-
-class _Places:
-    """Of each slot: the indices that pick its head's sub-block, and the token's number in that."""
-
-    def __init__(self, layer: KvLayer, slots: Tensor, which: int) -> None:
-        block, offset = np.divmod(slots.numpy(), layer.pool.block_size)
-        heads = np.arange(layer.pool.num_kv_heads)
-        self.part = _part(layer, which)
-        self.index = (block[:, None], heads[None, :], (offset // _SUB_BLOCK)[:, None])
-        self.token = (offset % _SUB_BLOCK)[:, None, None]
+        _store(layer, slots, which, rows)
 
 
 def _kept_dims(layer: KvLayer, which: int, rotary_dim: int | None) -> layout.Order:
@@ -107,56 +80,72 @@ def _kept_dims(layer: KvLayer, which: int, rotary_dim: int | None) -> layout.Ord
     return layout.kept_dims(layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired)
 
 
-def _element_bytes(layer: KvLayer, which: int, token: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the first byte of each kept number of tokens [n, 1, 1] inside their sub-blocks."""
-    size = layer.pool.dtype.itemsize
-    group = {4: 1, 2: 2, 1: 4}[size]  # numbers that lie together: of keys dims, of values tokens
-    num_kept = layer.pool.native.head_dim
-    dim = np.arange(num_kept)[None, None, :]
+def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:
+    """Return the bytes of a layer's keys or values, [block, kv_head, sub-block, bytes]: a view."""
+    pool = layer.pool
+    memory = pool.native.memory()
+    sizes = (pool.num_blocks, len(pool.layers), 2, pool.num_kv_heads, pool.block_size // _SUB_BLOCK, -1)
+    view: _Bytes = memory.reshape(*sizes)[:, layer.index, which]
+    return view
+
+
+def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
+    """Return the kept numbers as integers, [block, kv_head, sub-block, token, dim / g, g]: a view.
+
+    For values the last is one alone.
+    """
+    dtype, num_kept = layer.pool.dtype, layer.pool.native.head_dim
+    group = 4 // dtype.itemsize  # numbers in a word: of keys dims, of values tokens
+    words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
+    flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
     if which == 0:
-        element = (dim // group * _SUB_BLOCK + token) * group + dim % group
-    else:
-        element = (token // group * num_kept + dim) * group + token % group
-    found: npt.NDArray[np.int64] = element * size
-    return found
+        return flat.reshape(*flat.shape[:3], num_kept // group, _SUB_BLOCK, group).swapaxes(3, 4)
+    by_token = flat.reshape(*flat.shape[:3], _SUB_BLOCK // group, num_kept, group)
+    return by_token.swapaxes(4, 5)[..., None]  # [..., tokens / g, g, dim, 1]
 
 
-def _scale_bytes(layer: KvLayer, token: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    num_kept = layer.pool.native.head_dim
-    strips = np.arange(num_kept // _STRIP)[None, None, :]
-    found: npt.NDArray[np.int64] = _SUB_BLOCK * num_kept + 2 * (strips * _SUB_BLOCK + token)
-    return found
+def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
+    """Return the view above, and the index that picks [n_slots, kv_heads, dims, 1 or g] of it."""
+    words = _element_words(layer, which)
+    block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
+    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    token = offset % _SUB_BLOCK
+    places = (token,) if which == 0 else np.divmod(token, words.shape[4])
+    return words, (block, heads, offset // _SUB_BLOCK, *places)
 
 
-def _numbers(layer: KvLayer, at: _Places, which: int) -> Tensor:
-    """Return the kept numbers [n, kv_heads, kept dims] as float32, in the cache's order."""
+def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
+    """Return an int8 layer's scales as a view, and the index that picks [n_slots, kv_heads, strips] of it."""
+    codes = _SUB_BLOCK * layer.pool.native.head_dim
+    halves = _sub_blocks(layer, which)[..., codes:].view(np.float16)
+    view = halves.reshape(*halves.shape[:3], -1, _SUB_BLOCK).swapaxes(3, 4)
+    block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
+    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    return view, (block, heads, offset // _SUB_BLOCK, offset % _SUB_BLOCK)
+
+
+def _load(layer: KvLayer, slots: Tensor, which: int) -> Tensor:
+    """Return the kept numbers [n_slots, kv_heads, kept dims] as float32, in the cache's order."""
     dtype = layer.pool.dtype
-    raw = torch.from_numpy(_gather(at, _element_bytes(layer, which, at.token), dtype.itemsize))
+    words, index = _picked(layer, slots, which)
+    raw = torch.from_numpy(np.ascontiguousarray(words[index])).flatten(-2)
     if dtype is not torch.int8:
-        return raw.view(dtype).squeeze(-1).float()
-    codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).squeeze(-1).float()
-    scales = torch.from_numpy(_gather(at, _scale_bytes(layer, at.token), 2)).view(torch.float16).squeeze(-1)
-    return codes * scales.float().repeat_interleave(_STRIP, -1)
+        return raw.view(dtype).float()
+    codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).float()  # of keys + 128
+    scales, at = _scales(layer, slots, which)
+    return codes * torch.from_numpy(scales[at].astype(np.float32)).repeat_interleave(_STRIP, -1)
 
 
-def _store(layer: KvLayer, at: _Places, which: int, rows: Tensor) -> None:
+def _store(layer: KvLayer, slots: Tensor, which: int, rows: Tensor) -> None:
     dtype = layer.pool.dtype
+    words, index = _picked(layer, slots, which)
     if dtype is torch.int8:
         strips = rows.unflatten(-1, (-1, _STRIP))
-        scales = strips.abs().amax(-1) / 127
-        codes = (strips / scales.clamp_min(1e-30)[..., None]).round().flatten(-2).to(torch.int8)
-        _scatter(at, _scale_bytes(layer, at.token), scales.to(torch.float16)[..., None].view(torch.uint8))
-        raw = codes[..., None].view(torch.uint8) ^ (0x80 if which == 0 else 0)
+        largest = strips.abs().amax(-1) / 127
+        codes = (strips / largest.clamp_min(1e-30)[..., None]).round().flatten(-2).to(torch.int8)
+        raw = codes.view(torch.uint8) ^ (0x80 if which == 0 else 0)
+        scales, at = _scales(layer, slots, which)
+        scales[at] = largest.numpy()
     else:
-        raw = rows.to(dtype)[..., None].view(torch.uint8)
-    _scatter(at, _element_bytes(layer, which, at.token), raw)
-
-
-def _gather(at: _Places, first: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.uint8]:
-    index = tuple(each[..., None, None] for each in at.index)
-    return np.ascontiguousarray(at.part[(*index, first[..., None] + np.arange(size))])
-
-
-def _scatter(at: _Places, first: npt.NDArray[np.int64], raw: Tensor) -> None:
-    index = tuple(each[..., None, None] for each in at.index)
-    at.part[(*index, first[..., None] + np.arange(raw.shape[-1]))] = raw.numpy()
+        raw = rows.to(dtype).view(torch.int16 if dtype is torch.bfloat16 else torch.int32)
+    words[index] = raw.unflatten(-1, (-1, words.shape[-1])).numpy()
