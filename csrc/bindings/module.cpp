@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/module_formats.h"
 #include "bindings/module_steps.h"
 #include "cpu/isa.h"
 #include "cpu/team.h"
@@ -98,5 +99,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("supported_isas", &supported_isas, "Return what force_isa takes on this machine.");
   module.def("force_isa", &force_isa, py::arg("name"),
              "Use this instruction set from now on (for tests).");
+  tgi::bind_formats(module);
   tgi::bind_steps(module);
 }

@@ -20,12 +20,13 @@ using tgi::check_columns;
 using tgi::check_tensor;
 using tgi::format_of;
 using tgi::matrix_of;
+using tgi::packed_format_of;
 namespace step = tgi::step;
 
 // Packs the rows of `sources`, one after the other, in the order `order` (-1: a row of zeros).
 void pack_weight(at::TensorList sources, c10::string_view format_name, int64_t columns,
                  const Tensor& order, const Tensor& out) {
-  const step::Format format = format_of(format_name);
+  const step::Format format = packed_format_of(format_name);
   check_columns(format, columns);
   check_tensor(order, "order", kLong, {-1});
   const int64_t num_rows = order.size(0);
@@ -55,14 +56,14 @@ void pack_weight(at::TensorList sources, c10::string_view format_name, int64_t c
   });
 }
 
-// Quantises float32 rows to the file format Q8_0 or Q4_0.
+// Quantises float32 rows to the file format Q8_0 or Q4_0, filled up to whole blocks.
 void quantise_rows(const Tensor& values, c10::string_view format_name, const Tensor& out) {
   const step::Format format = format_of(format_name);
   TORCH_CHECK(format == step::Format::kQ8_0 || format == step::Format::kQ4_0,
               "`format` must be Q8_0 or Q4_0, got ", std::string(format_name));
   check_tensor(values, "values", kFloat, {-1, -1});
-  const int64_t columns = values.size(1), bytes = step::file_row_bytes(format, columns);
-  check_columns(format, columns);
+  const int64_t columns = values.size(1);
+  const int64_t bytes = step::file_row_bytes(format, step::padded_columns(columns));
   check_tensor(out, "out", kByte, {values.size(0) * bytes});
   const auto* from = values.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<uint8_t>();
@@ -73,16 +74,16 @@ void quantise_rows(const Tensor& values, c10::string_view format_name, const Ten
   });
 }
 
-// Rows [begin, end) as float32, as they are stored.
+// Rows from `begin` on as float32, as they are stored: padding included.
 void unpack_weight(const Tensor& data, c10::string_view format, int64_t columns, int64_t begin,
                    const Tensor& out) {
   const step::PackedMatrix matrix = matrix_of(data, format, columns);
-  check_tensor(out, "out", kFloat, {-1, columns});
+  check_tensor(out, "out", kFloat, {-1, matrix.num_columns});
   TORCH_CHECK(begin >= 0 && begin + out.size(0) <= matrix.num_rows, "rows [", begin, ", ",
               begin + out.size(0), ") must be in [0, ", matrix.num_rows, ")");
   auto* to = out.mutable_data_ptr<float>();
   for (int64_t row = 0; row < out.size(0); ++row) {
-    step::unpack_row(matrix, begin + row, 1.0f, to + row * columns);
+    step::unpack_row(matrix, begin + row, 1.0f, to + row * matrix.num_columns);
   }
 }
 
@@ -97,7 +98,7 @@ TORCH_LIBRARY_FRAGMENT(tgi, m) {
         unpack_weight);
   m.def("packed_panel_bytes(str format, int columns) -> int",
         [](c10::string_view format, int64_t columns) {
-          const step::Format parsed = format_of(format);
+          const step::Format parsed = packed_format_of(format);
           check_columns(parsed, columns);
           return step::panel_bytes(parsed, columns);
         });

@@ -13,16 +13,19 @@ namespace tgi {
 
 namespace step = cpu::step;
 
-inline constexpr const char* kFormats[] = {"F32",  "F16",  "BF16", "Q8_0", "Q4_0", "Q4_1",
-                                           "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
-static_assert(std::size(kFormats) == step::kNumFormats, "one name a format");
-
 inline step::Format format_of(c10::string_view name) {
-  for (int i = 0; i < step::kNumFormats; ++i) {
-    if (name == kFormats[i]) return static_cast<step::Format>(i);
-  }
-  TORCH_CHECK(false, "`format` must be a weight format that can be packed, got ",
-              std::string(name));
+  step::Format format;
+  TORCH_CHECK(step::find_format({name.data(), name.size()}, &format),
+              "`format` must be a weight format, got ", std::string(name));
+  return format;
+}
+
+// One that the CPU has panels of.
+inline step::Format packed_format_of(c10::string_view name) {
+  const step::Format format = format_of(name);
+  TORCH_CHECK(step::format_info(format).has_kernel,
+              "`format` must be a weight format that can be packed, got ", std::string(name));
+  return format;
 }
 
 inline step::Precision precision_of(c10::string_view name) {
@@ -34,20 +37,22 @@ inline step::Precision precision_of(c10::string_view name) {
 }
 
 inline void check_columns(step::Format format, int64_t columns) {
-  const int64_t unit = step::panel_layout(format).header_bytes != 0 ? 256 : step::kBlockColumns;
+  const int64_t unit = step::format_info(format).block_columns;
   TORCH_CHECK(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit,
               ", got ", columns);
 }
 
+// `columns` may be without their padding.
 inline step::PackedMatrix matrix_of(const at::Tensor& data, c10::string_view format_name,
                                     int64_t columns) {
-  const step::Format format = format_of(format_name);
+  const step::Format format = packed_format_of(format_name);
   check_columns(format, columns);
   check_tensor(data, "weight", at::kByte, {-1});
   const int64_t strip = 2 * step::panel_bytes(format, columns);
   TORCH_CHECK(data.size(0) > 0 && data.size(0) % strip == 0, "`weight` must be whole strips of ",
               strip, " bytes, got ", data.size(0));
-  return {data.const_data_ptr<uint8_t>(), format, data.size(0) / strip * step::kStripRows, columns};
+  return {data.const_data_ptr<uint8_t>(), format, data.size(0) / strip * step::kStripRows,
+          step::padded_columns(columns)};
 }
 
 }  // namespace tgi

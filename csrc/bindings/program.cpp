@@ -217,7 +217,7 @@ step::LinearParams StepProgram::linear(const Tensor& in, const std::string& prec
               "a weight of format ", format, " cannot be multiplied in ", precision);
   if (norms_.count(in.const_data_ptr()) != 0) params.private_bytes = params.in.tile_bytes();
   if (bias) params.bias = bias->const_data_ptr<float>() + first_row;
-  if (is_float32 && kind != step::Format::kF32) {
+  if (is_float32 && kind != step::Format::kF32 && kind != step::Format::kF16) {
     params.scratch_floats = unit_strips * step::kStripRows * columns;
     params.scratch = scratch_of(num_members_ * params.scratch_floats);
   }
