@@ -12,7 +12,7 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
+SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
 .PHONY: serve test test-install test-agents soak sanitize install lint format cuda-check bench clean
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.formats import FORMATS, decode_rows, float8_blocks, int4_blocks, int8_blocks
+from tgi_asgi import _C
+from tgi_asgi.ops.formats import FORMATS, float8_blocks, int4_blocks, int8_blocks
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,7 +96,7 @@ def decode(source: WeightSource) -> Tensor:
     plain = _PLAIN.get(source.format)
     if plain is not None:
         return as_tensor(source.data).view(plain).view(source.shape).float()
-    return torch.from_numpy(decode_rows(source.data, source.format, source.shape[-1])).view(source.shape)
+    return torch.from_numpy(_C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])).view(source.shape)
 
 
 def plain_tensor(source: WeightSource) -> Tensor:

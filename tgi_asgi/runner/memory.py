@@ -22,7 +22,7 @@ def _bytes_each(name: str, packing: ops.Packing) -> float:
     info = ops.FORMATS.get(name)
     if info is None:  # a part of a quantised matrix: words of codes, zero points
         return 4.0
-    if info.is_quantised or (packing.quantise is None and info.has_kernel):
+    if info.has_kernel and (info.is_quantised or packing.quantise is None):
         return info.block_bytes / info.block_columns
     if packing.quantise is None:  # FP8
         return 4.0 if packing.is_exact else 2.0

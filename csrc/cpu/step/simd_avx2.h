@@ -14,6 +14,11 @@ namespace {
 
 struct Avx2 {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
+#if defined(TGI_HAS_AVX_VNNI)
+  static constexpr bool kHasSignedDot = false;
+#else
+  static constexpr bool kHasSignedDot = true;  // half of dot's instructions
+#endif
   struct F {
     __m256 a, b;  // lanes 0-7, 8-15
   };
@@ -96,6 +101,17 @@ struct Avx2 {
   static inline I isar(I x, int n) {
     return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)};
   }
+  static inline I imul_short(I x, I y) {
+    return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)};
+  }
+  static inline I load_table(const int8_t* p) {
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {table, table};
+  }
+  static inline I lookup16(I codes, I table) {
+    return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
+  }
   static inline I load_u8(const void* p) {
     const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
@@ -147,6 +163,9 @@ struct Avx2 {
   }
   static inline I dot_small(I acc, I u, I s) {
     return {dot_small_half(acc.a, u.a, s.a), dot_small_half(acc.b, u.b, s.b)};
+  }
+  static inline I dot_signed(I acc, I x, I y) {
+    return {dot_signed_half(acc.a, x.a, y.a), dot_signed_half(acc.b, x.b, y.b)};
   }
   static inline F dot_bf16(F acc, I x, I y) {
     return {dot_bf16_half(acc.a, x.a, y.a), dot_bf16_half(acc.b, x.b, y.b)};
@@ -203,6 +222,11 @@ struct Avx2 {
                             _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
   }
 #endif
+  // |x| times y with x's sign: two products below 128 * 128 each fit 16 bits.
+  static inline __m256i dot_signed_half(__m256i acc, __m256i x, __m256i y) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
   static inline __m256 dot_bf16_half(__m256 acc, __m256i x, __m256i y) {
     const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000u));
     acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, high)),

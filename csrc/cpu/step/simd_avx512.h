@@ -16,8 +16,9 @@ namespace {
 
 struct Avx512 {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
-  using F = __m512;                         // 16 float
-  using I = __m512i;                        // 16 int32, or 64 bytes
+  static constexpr bool kHasSignedDot = false;
+  using F = __m512;   // 16 float
+  using I = __m512i;  // 16 int32, or 64 bytes
 
   static inline F zero() { return _mm512_setzero_ps(); }
   static inline F set1(float x) { return _mm512_set1_ps(x); }
@@ -64,6 +65,13 @@ struct Avx512 {
   static inline I ishl(I a, int n) { return _mm512_slli_epi32(a, n); }
   static inline I ishr(I a, int n) { return _mm512_srli_epi32(a, n); }
   static inline I isar(I a, int n) { return _mm512_srai_epi32(a, n); }
+  // a * b, where a fits 16 bits with its sign and b 15 without.
+  static inline I imul_short(I a, I b) { return _mm512_madd_epi16(a, b); }
+  // Sixteen bytes to look up in, and for each byte of `codes`, below 16, the one of that index.
+  static inline I load_table(const int8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline I lookup16(I codes, I table) { return _mm512_shuffle_epi8(table, codes); }
   static inline I load_u8(const void* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
@@ -92,6 +100,9 @@ struct Avx512 {
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   // The same where every byte of u is below 64.
   static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+  // The same of signed bytes above -128, only where kHasSignedDot: elsewhere `dot` of the codes
+  // plus 128 is faster.
+  static inline I dot_signed(I acc, I, I) { return acc; }
 #if defined(TGI_HAS_BF16)
   // Per lane: acc + the sum over two bf16 of a times b.
   static inline F dot_bf16(F acc, I a, I b) {

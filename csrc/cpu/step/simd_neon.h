@@ -17,6 +17,7 @@ namespace {
 
 struct Neon {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
+  static constexpr bool kHasSignedDot = true;
   struct F {
     float32x4_t v[4];
   };
@@ -144,6 +145,19 @@ struct Neon {
   static inline I isar(const I& a, int n) {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(-n)); });
   }
+  static inline I imul_short(const I& a, const I& b) {
+    return each<I>([&](int i) { return vmulq_s32(a.v[i], b.v[i]); });
+  }
+  static inline I load_table(const int8_t* p) {
+    const int32x4_t table = vreinterpretq_s32_s8(vld1q_s8(p));
+    return {{table, table, table, table}};
+  }
+  static inline I lookup16(const I& codes, const I& table) {
+    return each<I>([&](int i) {
+      const uint8x16_t indices = vreinterpretq_u8_s32(codes.v[i]);
+      return vreinterpretq_s32_s8(vqtbl1q_s8(vreinterpretq_s8_s32(table.v[i]), indices));
+    });
+  }
   static inline I load_u8(const void* p) {
     const uint8x16_t bytes = vld1q_u8(static_cast<const uint8_t*>(p));
     const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
@@ -203,6 +217,11 @@ struct Neon {
   static inline I dot_small(const I& acc, const I& u, const I& s) {
     return each<I>([&](int i) {
       return vdotq_s32(acc.v[i], vreinterpretq_s8_s32(u.v[i]), vreinterpretq_s8_s32(s.v[i]));
+    });
+  }
+  static inline I dot_signed(const I& acc, const I& a, const I& b) {
+    return each<I>([&](int i) {
+      return vdotq_s32(acc.v[i], vreinterpretq_s8_s32(a.v[i]), vreinterpretq_s8_s32(b.v[i]));
     });
   }
   static inline F dot_bf16(const F& acc, const I& a, const I& b) {

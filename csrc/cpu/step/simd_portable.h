@@ -14,6 +14,7 @@ namespace {
 
 struct Portable {
   static constexpr int kNumRegisters = 4;  // of sixteen lanes
+  static constexpr bool kHasSignedDot = true;
   // Vectors of the compiler's own: arithmetic on them becomes whatever the target has.
   struct F {
     typedef float Lanes __attribute__((vector_size(64)));
@@ -127,6 +128,19 @@ struct Portable {
   static inline I ishl(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v << n)}; }
   static inline I ishr(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v >> n)}; }
   static inline I isar(const I& a, int n) { return {a.v >> n}; }
+  static inline I imul_short(const I& a, const I& b) { return {a.v * b.v}; }
+  static inline I load_table(const int8_t* p) {
+    int8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = p[i % 16];
+    return iload(bytes);
+  }
+  static inline I lookup16(const I& codes, const I& table) {
+    uint8_t indices[64], bytes[64], out[64];
+    std::memcpy(indices, &codes.v, 64);
+    std::memcpy(bytes, &table.v, 64);
+    for (int i = 0; i < 64; ++i) out[i] = bytes[indices[i] & 15];
+    return iload(out);
+  }
   static inline I load_u8(const void* p) {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const uint8_t*>(p)[i]); });
   }
@@ -168,6 +182,14 @@ struct Portable {
     return {sum};
   }
   static inline I dot_small(const I& acc, const I& u, const I& s) { return dot(acc, u, s); }
+  static inline I dot_signed(const I& acc, const I& a, const I& b) {
+    I::Lanes sum = acc.v;
+    for (int byte = 0; byte < 32; byte += 8) {
+      const auto code = (I::Lanes)((I::UnsignedLanes)a.v << (24 - byte)) >> 24;
+      sum += code * ((I::Lanes)((I::UnsignedLanes)b.v << (24 - byte)) >> 24);
+    }
+    return {sum};
+  }
   static inline F dot_bf16(const F& acc, const I& a, const I& b) {
     return each<F>([&](int i) {
       const uint32_t x = static_cast<uint32_t>(a.v[i]), y = static_cast<uint32_t>(b.v[i]);
