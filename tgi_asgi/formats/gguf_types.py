@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from tgi_asgi import _C
 
-READ: dict[int, _C.WeightFormat] = {
-    row.ggml_type: row for row in _C.formats() if row.ggml_type is not None
-}
+READ: dict[int, _C.WeightFormat] = {row.ggml_type: row for row in _C.formats() if row.ggml_type is not None}
 # For the message that refuses them (ggml.h).
 _OTHERS = {
     15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8",

@@ -22,9 +22,7 @@ Sources = list[ops.WeightSource]
 class LayerWeights:
     """The weights of one layer, by their canonical names, which are those of `transformers`."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
         self.config, self.weights, self.arithmetic = config, weights, arithmetic
         self.prefix = f"model.layers.{index}."
 
@@ -38,7 +36,10 @@ class LayerWeights:
 
     def qkv_sources(self) -> Sources:
         """Return the matrices of q, k and v."""
-        return [self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size) for name, rows in self._heads()]
+        return [
+            self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size)
+            for name, rows in self._heads()
+        ]
 
     def qkv_biases(self) -> Sources | None:
         """Return their biases, if they have any."""
@@ -55,7 +56,9 @@ class LayerWeights:
         """Return their biases, if they have any."""
         if not self.config.has_mlp_bias:
             return None
-        return [self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")]
+        return [
+            self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")
+        ]
 
     def norms(self) -> ops.HeadNorms | None:
         """Return the norms of queries and keys, if there are any: here of each head."""

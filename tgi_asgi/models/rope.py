@@ -41,7 +41,8 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
         if listed is not None:
             return torch.tensor(listed, dtype=torch.float32)
         both = [
-            ops.vector(weights.get(f"rope_factors_{name}.weight", (spec.dim // 2,))) for name in ("short", "long")
+            ops.vector(weights.get(f"rope_factors_{name}.weight", (spec.dim // 2,)))
+            for name in ("short", "long")
         ]
         return both[is_long]
     if "rope_freqs.weight" in weights:

@@ -39,7 +39,10 @@ class Uses:
                 if value.kind is Kind.ACTIVATION:
                     self._want(value, precisions_of(call))
             self._touch(call.out, index)
-            if isinstance(call, calls.Attention) and self._scales.setdefault(call.q, call.scale) != call.scale:
+            if (
+                isinstance(call, calls.Attention)
+                and self._scales.setdefault(call.q, call.scale) != call.scale
+            ):
                 raise ValueError("a query can be attended with one scale only")
         for value in (*inputs, *outputs):
             self._touch(value, len(recorded))

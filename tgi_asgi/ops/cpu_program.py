@@ -272,7 +272,11 @@ class CpuProgram:
         heads = call.q.columns // call.head_dim
         query = self._buffers.query(call.q, pool, heads)
         shape = _C.Heads(
-            pool=pool.native, layer=call.cache.index, num_heads=heads, true_dim=call.head_dim, scale=call.scale
+            pool=pool.native,
+            layer=call.cache.index,
+            num_heads=heads,
+            true_dim=call.head_dim,
+            scale=call.scale,
         )
         rows = self._buffers.of(call.q, "rows")
         self.native.head_rows(rows=rows, heads=shape, has_keys=False, is_whole_norm=False, out=query)
@@ -316,7 +320,9 @@ class CpuProgram:
             raise ValueError("queries for an int8 cache are integers: at once, take a cache of floats")
         dims = layout.kept_dims(head_dim, rotary, is_paired=dtype is torch.bfloat16)
         out = torch.empty(num_tokens, heads, head_dim)
-        out[..., torch.from_numpy(dims)] = array.contiguous().view(dtype).view(num_tokens, heads, head_dim).float()
+        out[..., torch.from_numpy(dims)] = (
+            array.contiguous().view(dtype).view(num_tokens, heads, head_dim).float()
+        )
         return out.view(num_tokens, -1)
 
     def _table(
@@ -352,7 +358,11 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuProgram, int, Any], None]] = {
 
 def _precisions_of(call: calls.Call) -> list[str]:
     """Return the precisions in which a call's weights are multiplied."""
-    made = call.weight.made if isinstance(call, (calls.Qkv, calls.GateUp, calls.Linear, calls.LinearAdd)) else None
+    made = (
+        call.weight.made
+        if isinstance(call, (calls.Qkv, calls.GateUp, calls.Linear, calls.LinearAdd))
+        else None
+    )
     parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]
     return [part.precision for part in parts if isinstance(part, PackedLinear)]
 

@@ -143,5 +143,7 @@ class Packing:
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
         return WeightSource(
-            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name), name, (rows, -(-columns // 32) * 32)
+            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name),
+            name,
+            (rows, -(-columns // 32) * 32),
         )

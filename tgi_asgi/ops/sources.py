@@ -46,7 +46,9 @@ class WeightSource:
             raise ValueError("`data` must be contiguous uint8")
         info = FORMATS[self.format]
         if self.shape[-1] % info.block_columns:
-            raise ValueError(f"{self.format} needs rows of a multiple of {info.block_columns}, got {self.shape}")
+            raise ValueError(
+                f"{self.format} needs rows of a multiple of {info.block_columns}, got {self.shape}"
+            )
         needed = int(np.prod(self.shape, dtype=np.int64)) // info.block_columns * info.block_bytes
         if self.data.size != needed:
             raise ValueError(f"{self.format} of shape {self.shape} has {needed} bytes, got {self.data.size}")
@@ -96,7 +98,9 @@ def decode(source: WeightSource) -> Tensor:
     plain = _PLAIN.get(source.format)
     if plain is not None:
         return as_tensor(source.data).view(plain).view(source.shape).float()
-    return torch.from_numpy(_C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])).view(source.shape)
+    return torch.from_numpy(_C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])).view(
+        source.shape
+    )
 
 
 def plain_tensor(source: WeightSource) -> Tensor:

@@ -159,9 +159,7 @@ def _matrix(name: str, source: WeightSource) -> tuple[int, int]:
     return source.shape[0], source.shape[1]
 
 
-def _biases(
-    biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]
-) -> list[Tensor] | None:
+def _biases(biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]) -> list[Tensor] | None:
     if biases is None:
         return None
     found = [vector(bias) for bias in biases]

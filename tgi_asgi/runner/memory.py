@@ -44,7 +44,11 @@ def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free
         for name in ("Q8_0", "Q4_0")
         if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name))) <= free_bytes
     ]
-    advice = f"{' or '.join(smaller)} would fit" if smaller else "take a smaller model, or a smaller quantisation of it"
+    advice = (
+        f"{' or '.join(smaller)} would fit"
+        if smaller
+        else "take a smaller model, or a smaller quantisation of it"
+    )
     raise ModelLoadError(
         f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are free: "
         f"{advice}"
