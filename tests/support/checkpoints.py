@@ -99,7 +99,12 @@ def our_logits(
         record(model, pool.layers), max_tokens=512, max_sequences=1, max_rows=512, max_context=512
     )
     inputs = StepInputs(
-        vocab_size=config.vocab_size, num_blocks=64, block_size=16, max_context=512, max_rows=1, max_tokens=512
+        vocab_size=config.vocab_size,
+        num_blocks=64,
+        block_size=16,
+        max_context=512,
+        max_rows=1,
+        max_tokens=512,
     )
     blocks = [(7 * index + 3) % 64 for index in range(32)]
     parts = []
