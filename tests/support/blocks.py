@@ -9,7 +9,7 @@ from torch import Tensor
 from tgi_asgi.formats.gguf_types import GgufType
 from tgi_asgi.formats.quants import dequantise
 from tgi_asgi.ops import WeightSource
-from tgi_asgi.ops.packed import BLOCKS
+from tgi_asgi.ops.formats import BLOCKS
 
 # Where a block has fp16 numbers: they are made small and normal, all other bytes are random.
 _HALVES = {

@@ -70,8 +70,8 @@ class Arithmetic(Protocol):
 
 
 def vector(source: WeightSource) -> Tensor:
-    """Return a norm's weight or a bias as float32 [elements]."""
-    return decode(source).reshape(-1)
+    """Return a norm's weight or a bias as float32 [elements]: a copy, which keeps no file mapped."""
+    return decode(source).reshape(-1).clone()
 
 
 def linear_weight(
