@@ -56,6 +56,7 @@ struct Neon {
   static inline F fma(const F& a, const F& b, const F& c) {
     return each<F>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
+  static inline F mul_add(const F& a, const F& b, const F& c) { return fma(a, b, c); }
   static inline F min(const F& a, const F& b) {
     return each<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
   }
@@ -82,6 +83,34 @@ struct Neon {
     return each<F>([&](int i) {
       const int32x4_t index = vaddq_s32(lanes, vdupq_n_s32(4 * i));
       return vbslq_f32(vcltq_s32(index, vdupq_n_s32(count)), a.v[i], b.v[i]);
+    });
+  }
+  static inline F load_head(const float* p, int count, const F& b) {
+    float lanes[16];
+    store(lanes, b);
+    if (count > 0)
+      std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    return load(lanes);
+  }
+  static inline void store_head(float* p, int count, const F& a) {
+    float lanes[16];
+    store(lanes, a);
+    if (count > 0)
+      std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+  }
+  static inline uint32_t less_equal(const F& a, const F& b) {
+    const uint32_t places[4] = {1, 2, 4, 8};
+    const uint32x4_t bits = vld1q_u32(places);
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) {
+      found |= vaddvq_u32(vandq_u32(vcleq_f32(a.v[i], b.v[i]), bits)) << 4 * i;
+    }
+    return found;
+  }
+  static inline F keep_less_equal(const F& a, const F& b, const F& x) {
+    return each<F>([&](int i) {
+      const uint32x4_t is_kept = vcleq_f32(a.v[i], b.v[i]);
+      return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x.v[i]), is_kept));
     });
   }
   static inline F load_half(const void* p) {
@@ -132,6 +161,9 @@ struct Neon {
   static inline I ior(const I& a, const I& b) {
     return each<I>([&](int i) { return vorrq_s32(a.v[i], b.v[i]); });
   }
+  static inline I ixor(const I& a, const I& b, const I& c) {
+    return each<I>([&](int i) { return veorq_s32(veorq_s32(a.v[i], b.v[i]), c.v[i]); });
+  }
   static inline I ishl(const I& a, int n) {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(n)); });
   }
@@ -143,6 +175,17 @@ struct Neon {
   }
   static inline I isar(const I& a, int n) {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(-n)); });
+  }
+  static inline void imul_wide(const I& a, uint32_t b, I& high, I& low) {
+    const uint32x4_t factor = vdupq_n_u32(b);
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t x = vreinterpretq_u32_s32(a.v[i]);
+      const uint32x4_t first =
+          vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(factor)));
+      const uint32x4_t last = vreinterpretq_u32_u64(vmull_high_u32(x, factor));
+      high.v[i] = vreinterpretq_s32_u32(vuzp2q_u32(first, last));
+      low.v[i] = vreinterpretq_s32_u32(vuzp1q_u32(first, last));
+    }
   }
   static inline I load_u8(const void* p) {
     const uint8x16_t bytes = vld1q_u8(static_cast<const uint8_t*>(p));
@@ -183,6 +226,9 @@ struct Neon {
   }
   static inline F as_float(const I& bits) {
     return each<F>([&](int i) { return vreinterpretq_f32_s32(bits.v[i]); });
+  }
+  static inline I as_int(const F& a) {
+    return each<I>([&](int i) { return vreinterpretq_s32_f32(a.v[i]); });
   }
   static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, reduce_iadd); }
   static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, reduce_imax); }

@@ -74,6 +74,7 @@ struct Portable {
   static inline F fma(const F& a, const F& b, const F& c) {
     return each<F>([&](int i) { return std::fmaf(a.v[i], b.v[i], c.v[i]); });
   }
+  static inline F mul_add(const F& a, const F& b, const F& c) { return {a.v * b.v + c.v}; }
   static inline F min(const F& a, const F& b) { return {a.v < b.v ? a.v : b.v}; }
   static inline F max(const F& a, const F& b) { return {a.v > b.v ? a.v : b.v}; }
   static inline F floor(const F& a) {
@@ -88,6 +89,23 @@ struct Portable {
   }
   static inline F select_head(int count, const F& a, const F& b) {
     return each<F>([&](int i) { return i < count ? a.v[i] : b.v[i]; });
+  }
+  static inline F load_head(const float* p, int count, F b) {
+    if (count > 0)
+      std::memcpy(&b.v, p, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    return b;
+  }
+  static inline void store_head(float* p, int count, const F& a) {
+    if (count > 0)
+      std::memcpy(p, &a.v, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+  }
+  static inline uint32_t less_equal(const F& a, const F& b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(a.v[i] <= b.v[i]) << i;
+    return bits;
+  }
+  static inline F keep_less_equal(const F& a, const F& b, const F& x) {
+    return {(F::Lanes)((I::Lanes)x.v & (a.v <= b.v))};
   }
   static inline F load_half(const void* p) {
     uint16_t h[16];
@@ -124,9 +142,17 @@ struct Portable {
   static inline I isub(const I& a, const I& b) { return {a.v - b.v}; }
   static inline I iand(const I& a, const I& b) { return {a.v & b.v}; }
   static inline I ior(const I& a, const I& b) { return {a.v | b.v}; }
+  static inline I ixor(const I& a, const I& b, const I& c) { return {a.v ^ b.v ^ c.v}; }
   static inline I ishl(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v << n)}; }
   static inline I ishr(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v >> n)}; }
   static inline I isar(const I& a, int n) { return {a.v >> n}; }
+  static inline void imul_wide(const I& a, uint32_t b, I& high, I& low) {
+    for (int i = 0; i < 16; ++i) {
+      const uint64_t product = uint64_t{static_cast<uint32_t>(a.v[i])} * b;
+      high.v[i] = static_cast<int32_t>(product >> 32);
+      low.v[i] = static_cast<int32_t>(product);
+    }
+  }
   static inline I load_u8(const void* p) {
     return each<I>([&](int i) { return static_cast<int32_t>(static_cast<const uint8_t*>(p)[i]); });
   }
@@ -157,6 +183,7 @@ struct Portable {
     return best;
   }
   static inline F as_float(const I& bits) { return {(F::Lanes)bits.v}; }
+  static inline I as_int(const F& a) { return {(I::Lanes)a.v}; }
   static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, reduce_iadd); }
   static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, reduce_imax); }
   static inline I dot(const I& acc, const I& u, const I& s) {

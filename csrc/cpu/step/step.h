@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../sample.h"
 #include "packed.h"
 
 namespace tgi::cpu::step {
@@ -177,6 +178,7 @@ struct Kernels {
                            float* out);  // out: [columns][16]
   // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
   float (*spin)(Precision precision, int64_t times);
+  RowPasses rows;  // what sampling is made of
 };
 
 // The set of the instruction set in use, see isa.h.

@@ -5,6 +5,7 @@
 #include "linear_kernels.h"
 #include "pack.h"
 #include "qkv_kernel.h"
+#include "sample_rows.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -51,8 +52,8 @@ float spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,          embed<S>,   norm<S>,   qkv<S>,        attention<S>,
-          linear_add<S>, gate_up<S>, logits<S>, dequantise<S>, spin<S>};
+  return {name,       embed<S>,  norm<S>,       qkv<S>,  attention<S>,        linear_add<S>,
+          gate_up<S>, logits<S>, dequantise<S>, spin<S>, make_row_passes<S>()};
 }
 
 }  // namespace
