@@ -27,7 +27,7 @@ inline void philox(uint32_t token, const DrawKey& key, uint32_t* out) {
   alignas(64) static constexpr int32_t kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                      8, 9, 10, 11, 12, 13, 14, 15};
   typename S::I c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
-  TGI_UNROLL(2)
+#pragma GCC unroll 2  // in portable code too, where the groups would be in memory
   for (int g = 0; g < kGroups; ++g) {
     c0[g] = S::iadd(words<S>(token + static_cast<uint32_t>(g * 16)), S::iload(kLanes));
     c1[g] = words<S>(key.choice);
@@ -37,7 +37,7 @@ inline void philox(uint32_t token, const DrawKey& key, uint32_t* out) {
   auto k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
   TGI_UNROLL(10)
   for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-    TGI_UNROLL(2)
+#pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g) {
       typename S::I high0, low0, high1, low1;
       S::imul_wide(c0[g], kPhiloxM0, high0, low0);

@@ -20,15 +20,22 @@ inline typename S::F load_row(const float* x, int64_t left) {
   return left >= 16 ? S::load(x) : S::load_head(x, static_cast<int>(left), S::set1(-INFINITY));
 }
 
+// Calls visit(index, sixteen values) along a row; behind its end are values -infinity.
+template <class S, class Visit>
+inline void each_sixteen(const float* x, int64_t begin, int64_t end, const Visit& visit) {
+  int64_t i = begin;
+  TGI_UNROLL(2)
+  for (; i + 16 <= end; i += 16) visit(i, S::load(x + i));
+  if (i < end) visit(i, load_row<S>(x + i, end - i));
+}
+
 // e^x for x <= 0, and 2^-125 for all below that, which is nothing beside the best score's 1.
 // Relative error about 1e-7 * (1 + |x| / 2).
 template <class S>
-inline typename S::F weight_of(typename S::F x) {
-  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
-  const auto magic = S::set1(12582912.0f);
+inline typename S::F weight_of(const typename S::F& x) {
   const auto y = S::max(S::mul(x, S::set1(1.44269504088896341f)), S::set1(-125.0f));
-  const auto whole = S::add(y, magic);
-  const auto f = S::sub(y, S::sub(whole, magic));
+  const auto whole = S::nearest(y);
+  const auto f = S::sub(y, whole);
   auto p = S::set1(1.535336188319500e-4f);
   p = S::mul_add(p, f, S::set1(1.339887440266574e-3f));
   p = S::mul_add(p, f, S::set1(9.618437357674640e-3f));
@@ -36,35 +43,43 @@ inline typename S::F weight_of(typename S::F x) {
   p = S::mul_add(p, f, S::set1(2.402264791363012e-1f));
   p = S::mul_add(p, f, S::set1(6.931472028550421e-1f));
   p = S::mul_add(p, f, S::set1(1.0f));
-  return S::as_float(S::iadd(S::as_int(p), S::ishl(S::as_int(whole), 23)));
+  return S::mul_pow2(p, whole);
 }
 
 template <class S>
 RowStats row_stats(const float* x, int64_t n) {
   auto largest = S::set1(-INFINITY);
-  const auto limit = S::set1(FLT_MAX);
-  uint32_t is_finite = 0xFFFF;
-  for (int64_t i = 0; i < n; i += 16) {
-    const auto v = load_row<S>(x + i, n - i);
-    is_finite &= S::less_equal(v, limit);
+  auto bits = S::izero();  // above those of infinity where there is a NaN, whatever its sign
+  each_sixteen<S>(x, 0, n, [&](int64_t, typename S::F v) {
+    bits = S::imax(bits, S::abs_bits(v));
     largest = S::max(largest, v);
+  });
+  const float max = S::reduce_max(largest);
+  return {max, S::reduce_imax(bits) <= 0x7F800000 && max < INFINITY};
+}
+
+template <class S, bool OrEqual>
+int64_t find_first(const float* x, int64_t begin, int64_t n, float bound) {
+  const auto limit = S::set1(bound);
+  const auto found_in = [&](typename S::F v) {
+    return OrEqual ? S::less_equal(limit, v) : S::less_equal(v, limit) ^ 0xFFFFu;
+  };
+  int64_t i = begin;
+  for (; i + 32 <= n; i += 32) {
+    const uint32_t found = found_in(S::load(x + i)) | found_in(S::load(x + i + 16)) << 16;
+    if (found != 0) return i + __builtin_ctz(found);
   }
-  return {S::reduce_max(largest), is_finite == 0xFFFF};
+  for (; i < n; i += 16) {
+    const uint32_t found = found_in(load_row<S>(x + i, n - i));
+    if (found != 0) return i + __builtin_ctz(found);
+  }
+  return n;
 }
 
 template <class S>
 int64_t row_find(const float* x, int64_t begin, int64_t n, float bound, bool or_equal) {
-  const auto limit = S::set1(bound);
-  int64_t i = begin;
-  for (; i + 16 <= n; i += 16) {
-    const auto v = S::load(x + i);
-    const uint32_t found = or_equal ? S::less_equal(limit, v) : S::less_equal(v, limit) ^ 0xFFFFu;
-    if (found != 0) return i + __builtin_ctz(found);
-  }
-  for (; i < n; ++i) {
-    if (or_equal ? x[i] >= bound : x[i] > bound) return i;
-  }
-  return n;
+  return or_equal ? find_first<S, true>(x, begin, n, bound)
+                  : find_first<S, false>(x, begin, n, bound);
 }
 
 template <class S>
@@ -84,10 +99,14 @@ double row_mass(const float* x, int64_t n, float max, float floor) {
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
     auto sum = S::zero();
-    for (int64_t i = begin; i < end; i += 16) {
-      const auto v = load_row<S>(x + i, end - i);
-      const auto weight = weight_of<S>(S::sub(v, shift));
-      sum = S::add(sum, S::keep_less_equal(least, v, weight));
+    if (floor <= -FLT_MAX) {  // only -infinity is below, and weighs nothing
+      each_sixteen<S>(x, begin, end, [&](int64_t, typename S::F v) {
+        sum = S::add(sum, weight_of<S>(S::sub(v, shift)));
+      });
+    } else {
+      each_sixteen<S>(x, begin, end, [&](int64_t, typename S::F v) {
+        sum = S::add_less_equal(sum, least, v, weight_of<S>(S::sub(v, shift)));
+      });
     }
     total += double(S::reduce_add(sum));
   }
@@ -98,10 +117,10 @@ template <class S>
 int64_t row_compact(const float* x, int64_t n, float floor, float* out) {
   const auto least = S::set1(floor);
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    uint32_t kept = S::less_equal(least, load_row<S>(x + i, n - i));
+  each_sixteen<S>(x, 0, n, [&](int64_t i, typename S::F v) {
+    uint32_t kept = S::less_equal(least, v);
     for (; kept != 0; kept &= kept - 1) out[count++] = x[i + __builtin_ctz(kept)];
-  }
+  });
   return count;
 }
 

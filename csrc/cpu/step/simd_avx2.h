@@ -39,6 +39,14 @@ struct Avx2 {
   static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static inline F floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+  static inline F nearest(F x) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+  }
+  static inline F mul_pow2(F p, F n) {
+    const I exponent = ishl(round(n), 23);
+    return as_float(iadd({_mm256_castps_si256(p.a), _mm256_castps_si256(p.b)}, exponent));
+  }
   static inline F scale_pow2(F p, F n, F x) {
     return {scale_half(p.a, n.a, x.a), scale_half(p.b, n.b, x.b)};
   }
@@ -62,9 +70,9 @@ struct Avx2 {
     const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ));
     return static_cast<uint32_t>(low | high << 8);
   }
-  static inline F keep_less_equal(F x, F y, F z) {
-    return {_mm256_and_ps(z.a, _mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ)),
-            _mm256_and_ps(z.b, _mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ))};
+  static inline F add_less_equal(F sum, F x, F y, F z) {
+    return {_mm256_add_ps(sum.a, _mm256_and_ps(z.a, _mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ))),
+            _mm256_add_ps(sum.b, _mm256_and_ps(z.b, _mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ)))};
   }
   static inline F load_half(const void* p) {
     const auto* halves = static_cast<const __m128i*>(p);
@@ -166,7 +174,6 @@ struct Avx2 {
   static inline F as_float(I bits) {
     return {_mm256_castsi256_ps(bits.a), _mm256_castsi256_ps(bits.b)};
   }
-  static inline I as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
   static inline I reduce_iadd_each(const I (&x)[6]) { return reduce_each(x, reduce_iadd); }
   static inline I reduce_imax_each(const I (&x)[6]) { return reduce_each(x, reduce_imax); }
 

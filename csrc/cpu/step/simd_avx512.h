@@ -36,6 +36,12 @@ struct Avx512 {
   static inline F floor(F a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   }
+  // The nearest whole number, ties to even, where |a| < 2^22.
+  static inline F nearest(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // p * 2^n for integral n, where neither p nor the result is denormal.
+  static inline F mul_pow2(F p, F n) { return _mm512_scalef_ps(p, n); }
   // p * 2^n for integral n, and 0 where x < -126, so that no result is denormal.
   static inline F scale_pow2(F p, F n, F x) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -55,9 +61,9 @@ struct Avx512 {
   }
   // Bit i: a[i] <= b[i]; false where either is NaN.
   static inline uint32_t less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-  // x where a <= b, else 0.
-  static inline F keep_less_equal(F a, F b, F x) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), x);
+  // sum + x where a <= b, else sum.
+  static inline F add_less_equal(F sum, F a, F b, F x) {
+    return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), sum, x);
   }
   static inline F load_half(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -107,7 +113,6 @@ struct Avx512 {
   static inline I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static inline int32_t reduce_imax(I a) { return _mm512_reduce_max_epi32(a); }
   static inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
-  static inline I as_int(F a) { return _mm512_castps_si512(a); }
   // Lane i: the sum, or the largest, of a[i]'s lanes, for i below six. The other lanes may be
   // anything.
   static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, iadd); }

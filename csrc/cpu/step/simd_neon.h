@@ -66,6 +66,15 @@ struct Neon {
   static inline F floor(const F& a) {
     return each<F>([&](int i) { return vrndmq_f32(a.v[i]); });
   }
+  static inline F nearest(const F& a) {
+    return each<F>([&](int i) { return vrndnq_f32(a.v[i]); });
+  }
+  static inline F mul_pow2(const F& p, const F& n) {
+    return each<F>([&](int i) {
+      const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v[i]), 23);
+      return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), exponent));
+    });
+  }
   static inline F scale_pow2(const F& p, const F& n, const F& x) {
     return each<F>([&](int i) {
       const int32x4_t exponent =
@@ -107,10 +116,11 @@ struct Neon {
     }
     return found;
   }
-  static inline F keep_less_equal(const F& a, const F& b, const F& x) {
+  static inline F add_less_equal(const F& sum, const F& a, const F& b, const F& x) {
     return each<F>([&](int i) {
-      const uint32x4_t is_kept = vcleq_f32(a.v[i], b.v[i]);
-      return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x.v[i]), is_kept));
+      const uint32x4_t is_added = vcleq_f32(a.v[i], b.v[i]);
+      const uint32x4_t added = vandq_u32(vreinterpretq_u32_f32(x.v[i]), is_added);
+      return vaddq_f32(sum.v[i], vreinterpretq_f32_u32(added));
     });
   }
   static inline F load_half(const void* p) {
@@ -226,9 +236,6 @@ struct Neon {
   }
   static inline F as_float(const I& bits) {
     return each<F>([&](int i) { return vreinterpretq_f32_s32(bits.v[i]); });
-  }
-  static inline I as_int(const F& a) {
-    return each<I>([&](int i) { return vreinterpretq_s32_f32(a.v[i]); });
   }
   static inline I reduce_iadd_each(const I (&a)[6]) { return reduce_each(a, reduce_iadd); }
   static inline I reduce_imax_each(const I (&a)[6]) { return reduce_each(a, reduce_imax); }
