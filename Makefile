@@ -12,9 +12,9 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
+SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents soak sanitize install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models soak sanitize install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -29,6 +29,10 @@ test-install: $(VENV)/.test-tools
 # Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
 test-agents: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
+
+# Small models of every family against transformers, of which `make test` has a choice; kept in build/families.
+test-models: $(VENV)/.test-tools
+	$(BIN)/python -m pytest tests/models/test_families.py -m 'models or not models' $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

@@ -11,5 +11,5 @@ pip install --no-build-isolation --no-deps .
 pip uninstall -y ninja pybind11
 # Not from the sources' folder: what was installed must be whole.
 cd /
-"$prefix/bin/python" -c "import torch, tgi_asgi._C, tgi_asgi.app"
+"$prefix/bin/python" -c "import tgi_asgi._C, tgi_asgi.app"
 "$prefix/bin/tgi-asgi" --version

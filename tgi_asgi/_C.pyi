@@ -1,6 +1,7 @@
-"""Compute threads, instruction set and recorded steps of the CPU kernels.
+"""The engine's own arithmetic on CPUs: compute threads, sets of kernels, weights, the cache, sampling, steps.
 
-Importing it registers `torch.ops.tgi`.
+Numpy arrays in and out. An array of another dtype is a TypeError, any other operand that does not fit a
+ValueError, which names it. `tgi_asgi.ops` is what to call.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+
+_Ints = npt.NDArray[np.int32]
+_Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+# Of `sample` and `Program.draw`: token ids, whether logits were finite, log-probabilities, the most probable
+# ids, theirs, and how many of these there are; an entry a row.
+_Draws = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints]
+_Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
+
+# Threads and kernels.
 
 def num_threads() -> int:
     """Return the number of compute threads, the caller's own included."""
@@ -28,14 +38,123 @@ def join_team() -> None:
 def wake_team() -> None:
     """Unpark the team ahead of a step."""
 
-def isa() -> str:
-    """Return the instruction set in use: portable, avx2 or avx512."""
+def arithmetic_peak(precision: str) -> float:
+    """Measure the operations a second of the team's inner product, two a multiply-add."""
 
-def supported_isas() -> list[str]:
-    """Return what `force_isa` takes on this machine."""
+def kernel_set() -> str:
+    """Return the name of the set of kernels in use: an instruction set's."""
 
-def force_isa(name: str) -> None:
-    """Use this instruction set from now on (for tests)."""
+def kernel_sets() -> list[str]:
+    """Return the names of the sets that this machine runs, best last."""
+
+def use_kernel_set(name: str) -> None:
+    """Use this set from now on (for tests)."""
+
+# Weights.
+
+class WeightFormat:
+    """A row of csrc/formats.def."""
+
+    name: str
+    ggml_type: int | None  # its number in GGUF files
+    block_columns: int  # of a block in a file
+    block_bytes: int
+    is_quantised: bool  # codes and scales
+    has_kernel: bool  # the CPU multiplies by it
+    repacked_bits: int  # of a code in the form for CUDA
+    repacked_zero: int
+    has_half_scales: bool
+    is_float8: bool
+
+def formats() -> list[WeightFormat]:
+    """Return the table of weight formats."""
+
+def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
+    """Return a file's rows as float32 [rows, columns], equal to ggml's to the bit."""
+
+def repack_rows(
+    data: npt.NDArray[np.uint8], format: str, columns: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset."""
+
+class Arena:
+    """Memory of packed weights, in the order of packing."""
+
+class Matrix:
+    """A weight in panels; see csrc/cpu/step/packed.h."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_columns(self) -> int: ...
+    @property
+    def num_stored_rows(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def unpack(self) -> _Floats:
+        """Return all rows as stored, padding included, as float32."""
+
+def pack(
+    *, sources: Sequence[_Bytes], format: str, columns: int, order: npt.NDArray[np.int64], arena: Arena
+) -> Matrix:
+    """Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1."""
+
+def quantise(values: _Floats, format: str) -> _Bytes:
+    """Quantise float32 rows to the file format Q8_0 or Q4_0."""
+
+# The cache.
+
+class KvPool:
+    """See `tgi_asgi.ops.KvPool`."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        precision: str,
+    ) -> None: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None: ...
+    def supply(self, num_bytes: int) -> None: ...
+    def wait_for_supply(self) -> None: ...
+    def close_supply(self) -> None: ...
+    def memory(self) -> _Bytes:
+        """Return the bytes of all blocks, as they lie (for tests)."""
+
+# Sampling.
+
+class SampleArrays:
+    """The arrays of `tgi_asgi.ops.SampleState`."""
+
+    def __init__(self, records: _Bytes, counts: _Ints) -> None: ...
+    def set_lists(self, biased_ids: _Ints, biased_values: _Floats, masked_ids: _Ints) -> None: ...
+
+def sample(logits: _Floats, slots: Sequence[int], state: SampleArrays, mask: _Ints | None = None) -> _Draws:
+    """See `tgi_asgi.ops.sample`."""
+
+def token_logprobs(logits: _Floats, token_ids: _Ints, num_top: int) -> tuple[_Floats, _Ints, _Floats]:
+    """See `tgi_asgi.ops.token_logprobs`."""
+
+# A plan's rows.
 
 class PlanError(ValueError):
     """Raised when a plan names what does not exist: the engine's mistake, never a client's."""
@@ -54,83 +173,193 @@ class RowLimits:
         max_tokens: int,  # of a step
     ) -> None: ...
 
-def flatten_rows(
-    rows: Sequence[Any], limits: RowLimits, last_ids: npt.NDArray[np.int32]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the arrays of a plan's rows: ids, positions, slots, query_start, context_len, block_table.
+class FlatRows:
+    """The rows of a plan as flat arrays, see csrc/bindings/rows.h; each property is a copy."""
+
+    def __init__(
+        self,
+        *,
+        ids: Sequence[int] | npt.NDArray[np.integer[Any]],
+        positions: Sequence[int] | npt.NDArray[np.integer[Any]],
+        slots: Sequence[int] | npt.NDArray[np.integer[Any]],
+        query_start: Sequence[int] | npt.NDArray[np.integer[Any]],
+        context_len: Sequence[int] | npt.NDArray[np.integer[Any]],
+        block_table: _Ints,
+    ) -> None: ...
+    @property
+    def ids(self) -> _Ints: ...
+    @property
+    def positions(self) -> _Ints: ...
+    @property
+    def slots(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def query_start(self) -> _Ints: ...
+    @property
+    def context_len(self) -> _Ints: ...
+    @property
+    def block_table(self) -> _Ints: ...
+
+def flatten_rows(rows: Sequence[Any], limits: RowLimits, last_ids: _Ints) -> FlatRows:
+    """Return a plan's rows as arrays, each integer checked.
 
     Raises:
         PlanError: a row names what does not exist, or two have one slot.
     """
 
-class StepProgram:
-    """See `tgi_asgi.ops.StepProgram`, which alone calls it; its methods are those of program.h."""
+# Recorded steps.
 
-    def __init__(self, max_tokens: int, max_sequences: int, max_rows: int) -> None: ...
-    def __getattr__(self, name: str) -> Any: ...
+class Rows:
+    """Rows of float32, one a token."""
 
-_Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
+    @property
+    def num_columns(self) -> int: ...
+    def array(self) -> _Floats:
+        """Return the rows themselves, columns of padding included."""
+
+class Activation:
+    """The input of products."""
+
+    @property
+    def precision(self) -> str: ...
+    def array(self) -> _Floats:
+        """Return the rows of a float32 activation, a copy."""
+
+class Query:
+    """Queries, as a cache wants them."""
+
+    def array(self) -> _Bytes:
+        """Return the bytes of each token's queries."""
+
+class Product:
+    """A product's operands."""
+
+    def __init__(self, *, weight: Matrix, source: Activation, bias: _Floats | None = None) -> None: ...
+
+class Heads:
+    """How heads are normalised and rotated, and where they go."""
+
+    def __init__(
+        self,
+        *,
+        pool: KvPool,
+        layer: int,
+        num_heads: int,
+        true_dim: int,
+        scale: float,
+        eps: float = 0.0,
+        cosines: _Floats | None = None,
+        sines: _Floats | None = None,
+        q_norm: _Floats | None = None,
+        k_norm: _Floats | None = None,
+    ) -> None: ...
+
+class Program:
+    """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
+
+    def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
+    def rows(self, columns: int, *, for_logits: bool = False) -> Rows: ...
+    def activation(self, columns: int, precision: str, *, for_logits: bool = False) -> Activation: ...
+    def query(self, pool: KvPool, num_heads: int) -> Query: ...
+    def embed(self, *, table: Matrix, factor: float, out: Rows) -> None: ...
+    def norm(
+        self,
+        *,
+        x: Rows,
+        weight: _Floats,
+        width: int,
+        eps: float,
+        for_logits: bool,
+        is_private: bool,
+        out: Activation,
+    ) -> None: ...
+    def norm_add(
+        self, *, rows: Rows, weight: _Floats, width: int, eps: float, factor: float, x: Rows
+    ) -> None: ...
+    def pack(self, *, rows: Rows, out: Activation) -> None: ...
+    def linear(self, *, product: Product, out: Rows) -> None: ...
+    def linear_add(self, *, product: Product, factor: float, x: Rows) -> None: ...
+    def qkv(self, *, products: Sequence[Product], heads: Heads, out: Query) -> None: ...
+    def head_rows(
+        self, *, rows: Rows, heads: Heads, has_keys: bool, is_whole_norm: bool, out: Query
+    ) -> None: ...
+    def attention(
+        self,
+        *,
+        q: Query,
+        pool: KvPool,
+        layer: int,
+        true_dim: int,
+        window: int | None,
+        out: Activation | None = None,
+        rows: Rows | None = None,
+    ) -> None: ...
+    def gate_up(self, *, product: Product, activation: str, out: Activation) -> None: ...
+    def act_mul(self, *, gate: Rows, up: Rows, activation: str, out: Activation) -> None: ...
+    def logits(self, *, product: Product, vocab_size: int, scale: float, cap: float) -> None: ...
+    def end_cache_writes(self, *, can_gather: bool, rows: Sequence[Rows], query: Query | None) -> None: ...
+    def run(self, batch: FlatRows, rows: Sequence[int]) -> _Floats:
+        """Compute a step; return the logits of `rows`, valid until the next call."""
+
+    def draw(
+        self,
+        batch: FlatRows,
+        rows: Sequence[int],
+        slots: Sequence[int],
+        state: SampleArrays,
+        mask: _Ints | None = None,
+    ) -> _Draws:
+        """Compute a step and draw a token after each of `rows`."""
+
+    def profile(self, batch: FlatRows, rows: Sequence[int]) -> list[float]:
+        """Compute a step as `draw` does; return the seconds that each operator took."""
+
+    def run_head(self, rows: Sequence[int]) -> _Floats:
+        """Return the logits of other rows of the last step that `run` computed."""
+
+    @property
+    def num_operators(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
 
 class StepQueue:
     """Steps on their way from the event loop to the thread that computes them, and back.
 
-    `push`, `push_rows`, `done` and `close` are for the event loop, `take` and `set_sampling` for one thread
-    that computes, `finish` for any.
+    `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling` for one
+    thread that computes, `finish` for any.
     """
 
-    def __init__(self, program: StepProgram | None = None, limits: RowLimits | None = None) -> None: ...
+    def __init__(self, program: Program | None = None, limits: RowLimits | None = None) -> None: ...
     def fileno(self) -> int:
         """Return a descriptor that is readable while something is done that `done` has not returned."""
 
     def push(self, number: int) -> None:
-        """Queue a step that `take` returns."""
+        """Queue a step that `compute_rows` returns."""
 
     def push_rows(self, number: int, rows: Sequence[Any]) -> None:
-        """Queue a step that `take` computes: no slot of it starts, and no row has a grammar.
+        """Queue a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
 
         Raises:
             PlanError: a row names what does not exist, or two have one slot.
         """
 
     def close(self) -> None:
-        """Take nothing more; behind what is queued `take` returns None."""
+        """Take nothing more; behind what is queued `compute_rows` returns None."""
 
     def done(self) -> list[tuple[int, list[_Drawn | None] | Exception | None]]:
         """Return numbers and outcomes since the last call, in order.
 
-        An outcome is None of a step that `take` returned, what failed, or what each row drew: its token,
-        the log-probability and the most probable ones if it wants any, whether its logits were finite.
+        An outcome is None of a step that `compute_rows` returned, what failed, or what each row drew: its
+        token, the log-probability and the most probable ones if it wants any, whether its logits were finite.
         """
 
-    def take(self) -> int | None:
+    def compute_rows(self) -> int | None:
         """Compute steps, without the GIL, until one comes that is not made of rows: return its number.
 
         Waits for more. None: the queue is closed and empty.
         """
 
     def finish(self, number: int) -> None:
-        """Say that the step which `take` returned is done."""
+        """Say that the step which `compute_rows` returned is done."""
 
-    def set_sampling(
-        self,
-        records: Tensor,
-        counts: Tensor,
-        biased_ids: Tensor,
-        biased_values: Tensor,
-        masked_ids: Tensor,
-        scratch: Tensor,
-    ) -> None:
-        """Say what the next steps draw with: the tensors of `ops.SampleState`."""
-
-class PageSupply:
-    """A thread of the lowest priority that has the system supply memory before it is written.
-
-    Its contents stay, whoever writes meanwhile.
-    """
-
-    def __init__(self, memory: Tensor, num_bytes: int) -> None: ...
-    def wait(self) -> None:
-        """Wait until the first `num_bytes` are there."""
-
-    def close(self) -> None:
-        """End it where it is. Idempotent; beside busy cores it may take 0.1 s."""
+    def set_sampling(self, state: SampleArrays) -> None:
+        """Say what the next steps draw with."""

@@ -14,9 +14,6 @@ namespace {
 
 using Bytes = Array<uint8_t>;
 
-constexpr const char* kFormats[] = {"F32",  "F16",  "BF16", "Q8_0", "Q4_0", "Q4_1",
-                                    "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
-
 // The rows of `sources`, one after the other.
 std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t row_bytes) {
   std::vector<const uint8_t*> rows;
@@ -31,9 +28,12 @@ std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t r
 Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, int64_t columns,
             const Array<int64_t>& order, cpu::Arena& arena) {
   const step::Format format = format_of(format_name);
-  check_positive(columns, "columns");
+  const step::FormatInfo& info = step::format_info(format);
+  check(info.has_kernel, "`format` must be one that the CPU multiplies by, got ", format_name);
+  check(columns > 0 && columns % info.block_columns == 0, "`columns` must be a multiple of ",
+        info.block_columns, ", got ", columns);
   check_shape(order, "order", {-1});
-  const int64_t num_rows = order.size(), padded = padded_columns(columns);
+  const int64_t num_rows = order.size(), padded = step::padded_columns(columns);
   check(num_rows > 0 && num_rows % step::kStripRows == 0,
         "`order` must be a multiple of 32, got ", num_rows);
   const std::vector<const uint8_t*> rows =
@@ -64,7 +64,7 @@ Bytes quantise(const Array<float>& values, const std::string& format_name) {
         "`format` must be Q8_0 or Q4_0, got ", format_name);
   check_shape(values, "values", {-1, -1});
   const int64_t rows = values.shape(0), columns = values.shape(1);
-  const int64_t bytes = step::file_row_bytes(format, padded_columns(columns));
+  const int64_t bytes = step::file_row_bytes(format, step::padded_columns(columns));
   Bytes out({rows * bytes});
   const float* const from = values.data();
   uint8_t* const to = out.mutable_data();
@@ -88,10 +88,9 @@ Array<float> unpack(const Matrix& matrix) {
 }  // namespace
 
 step::Format format_of(const std::string& name) {
-  for (int i = 0; i < step::kNumFormats; ++i) {
-    if (name == kFormats[i]) return static_cast<step::Format>(i);
-  }
-  throw std::invalid_argument("`format` must be a weight format, got " + name);
+  step::Format format;
+  check(step::find_format(name, &format), "`format` must be a weight format, got ", name);
+  return format;
 }
 
 step::Precision precision_of(const std::string& name) {
@@ -111,7 +110,7 @@ void bind_matrices(py::module_& module) {
   py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
       .def(py::init<>());
   py::class_<Matrix>(module, "Matrix", "A weight in panels; see csrc/cpu/step/packed.h.")
-      .def_property_readonly("format", [](const Matrix& m) { return kFormats[static_cast<int>(m.packed.format)]; })
+      .def_property_readonly("format", [](const Matrix& m) { return step::format_info(m.packed.format).name; })
       .def_readonly("num_rows", &Matrix::num_rows)
       .def_readonly("num_columns", &Matrix::num_columns)
       .def_property_readonly("num_stored_rows", [](const Matrix& m) { return m.packed.num_rows; })

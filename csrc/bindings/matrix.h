@@ -27,12 +27,8 @@ step::Format format_of(const std::string& name);
 step::Precision precision_of(const std::string& name);
 const char* precision_name(step::Precision precision);
 
-// Columns of an activation that many values take.
-constexpr int64_t padded_columns(int64_t columns) {
-  return (columns + step::kBlockColumns - 1) / step::kBlockColumns * step::kBlockColumns;
-}
-
-// Packing, decoding and the table of formats as parts of tgi_asgi._C.
+// Packing, and the table of formats with its readers, as parts of tgi_asgi._C.
 void bind_matrices(py::module_& module);
+void bind_formats(py::module_& module);
 
 }  // namespace tgi

@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_kernel_set", &tgi::use_kernel_set, pybind11::arg("name"),
              "Use this set from now on (for tests).");
   tgi::bind_team(module);
+  tgi::bind_formats(module);
   tgi::bind_matrices(module);
   tgi::bind_kv_pool(module);
   tgi::bind_sampling(module);

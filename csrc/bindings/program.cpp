@@ -42,7 +42,7 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
 
 RowsPtr Program::rows(int64_t columns, bool for_logits) const {
   check_positive(columns, "columns");
-  const int64_t padded = padded_columns(columns), count = for_logits ? max_rows_ : max_tokens_;
+  const int64_t padded = step::padded_columns(columns), count = for_logits ? max_rows_ : max_tokens_;
   return std::make_shared<RowsBuffer>(
       RowsBuffer{cpu::allocate(count * padded * static_cast<int64_t>(sizeof(float))), count, padded});
 }
@@ -51,7 +51,7 @@ ActivationPtr Program::activation(int64_t columns, const std::string& precision,
   check_positive(columns, "columns");
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tiles = (count + step::kTileTokens - 1) / step::kTileTokens;
-  step::Activation view = {nullptr, precision_of(precision), padded_columns(columns)};
+  step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
   const cpu::Memory memory = cpu::allocate(std::max<int64_t>(tiles, num_members_) * view.tile_bytes());
   view.data = memory.get();
   return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, false});
@@ -193,7 +193,7 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
     keep(out->memory);
     params.out = shared(out);
   } else {
-    check_rows_buffer(rows, padded_columns(width), "rows");
+    check_rows_buffer(rows, step::padded_columns(width), "rows");
     keep(rows->memory);
     params.rows = rows->data();
     params.stride = rows->num_columns;
@@ -252,7 +252,7 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
   check(product.in->view.num_columns == weight.num_columns, "the input must have ", weight.num_columns,
         " columns, got ", product.in->view.num_columns);
   check(precision == Precision::kFloat32 ||
-            (precision == Precision::kInt8 && step::is_quantised(weight.format)) ||
+            (precision == Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
             (precision == Precision::kBF16 && weight.format == step::Format::kBF16),
         "this weight's format cannot be multiplied in ", precision_name(precision));
   check(weight.num_rows % (unit_strips * step::kStripRows) == 0, "the weight must have a multiple of ",
@@ -267,7 +267,8 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
     check_shape(*product.bias, "bias", {weight.num_rows});
     params.bias = keep(*product.bias);
   }
-  if (precision == Precision::kFloat32 && weight.format != step::Format::kF32) {
+  if (precision == Precision::kFloat32 && weight.format != step::Format::kF32 &&
+      weight.format != step::Format::kF16) {
     params.scratch_floats = unit_strips * step::kStripRows * weight.num_columns;
     params.scratch = scratch_of(num_members_ * params.scratch_floats);
   }

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
 
 
 @pytest.fixture
-def make_runner(model: Llama) -> Iterator[Callable[..., CpuRunner]]:
+def make_runner(model: Model) -> Iterator[Callable[..., CpuRunner]]:
     """Return what makes a small runner, of the module's model or of another."""
     runners: list[CpuRunner] = []
 
-    def make(model: Llama = model) -> CpuRunner:
+    def make(model: Model = model) -> CpuRunner:
         size = KvSize(num_blocks=64, block_size=16, bytes_per_token=1, dtype=torch.float32)
         runners.append(CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=256))
         return runners[-1]

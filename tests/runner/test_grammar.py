@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from tests.engine.helpers import Answer, collect, submit
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import load_model, make_model, save
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.runner.runner import CpuRunner
@@ -53,15 +52,14 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     ops.configure_threads(2, nice=0, pin=False)
     files = save(make_model(), tmp_path_factory.mktemp("model"))
-    with OpenModel(files) as opened:
-        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    return load_model(files, max_positions=256)
 
 
 @pytest.fixture
-async def engine(model: Llama) -> AsyncIterator[Engine]:
+async def engine(model: Model) -> AsyncIterator[Engine]:
     size = KvSize(num_blocks=12, block_size=16, bytes_per_token=1, dtype=torch.float32)
     runner = CpuRunner(model, size, max_batch_size=8, max_step_tokens=128, max_context=192)
     vocab_size = model.config.vocab_size
@@ -74,7 +72,7 @@ async def engine(model: Llama) -> AsyncIterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def grammar(model: Llama) -> Grammar:
+def grammar(model: Model) -> Grammar:
     size = model.config.vocab_size
     return GrammarCompiler(Letters(size), size).compile(sources.regex(PATTERN))
 
@@ -116,7 +114,7 @@ async def test_stop_strings_and_lengths_hold_inside_a_grammar(engine: Engine, gr
 
 
 async def test_min_tokens_keeps_an_answer_going_where_the_grammar_lets_it(
-    engine: Engine, model: Llama
+    engine: Engine, model: Model
 ) -> None:
     size = model.config.vocab_size
     open_ended = GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]+"))
@@ -135,7 +133,7 @@ def auto_requests(grammar: Grammar) -> list[GenerationRequest]:
     ]
 
 
-async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: Llama) -> None:
+async def test_free_text_is_what_it_would_be_under_masks(engine: Engine, model: Model) -> None:
     size = model.config.vocab_size
     free = GrammarCompiler(Letters(size), size).compile(AUTO)
     masked = GrammarCompiler(Letters(size), size).compile(AUTO_MASKED)
@@ -160,8 +158,7 @@ async def test_a_row_of_free_text_takes_no_step_to_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_free: bool
 ) -> None:
     files = save(make_model(num_attention_heads=2, num_key_value_heads=1), tmp_path)
-    with OpenModel(files) as opened:
-        recorded = Llama(opened.config, opened.weights, ops.Packing(is_exact=True), max_positions=256)
+    recorded = load_model(files, max_positions=256)
     size = recorded.config.vocab_size
     grammar = GrammarCompiler(Letters(size), size).compile(AUTO if is_free else AUTO_MASKED)
     kv = KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=torch.float32)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import load_model, make_model, save
 from tests.support.driving import GREEDY, Job, generate
-from tgi_asgi import ops
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi import _C, ops
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
@@ -31,10 +30,9 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     model = make_model(num_attention_heads=2, num_key_value_heads=1)
-    with OpenModel(save(model, tmp_path_factory.mktemp("model"))) as opened:
-        return Llama(opened.config, opened.weights, ops.Packing(is_exact=True), max_positions=256)
+    return load_model(save(model, tmp_path_factory.mktemp("model")), max_positions=256)
 
 
 def starting(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:
@@ -76,12 +74,14 @@ async def test_the_second_chunk_of_a_prompt_needs_none(
     assert last.sampled == whole.sampled
 
 
-async def test_a_step_draws_the_same_either_way(make_runner: Callable[[], CpuRunner]) -> None:
+async def test_a_step_draws_the_same_either_way(
+    make_runner: Callable[[], CpuRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
     by_queue = [Job(PROMPT[: 3 + n], 12, SEEDED if n % 2 else GREEDY) for n in range(5)]
     by_python = [Job(job.prompt_ids, job.num_tokens, job.sampling) for job in by_queue]
     await generate(make_runner(), by_queue)
     slow = make_runner()
-    slow._is_recorded = False
+    monkeypatch.setattr(slow, "_is_rows_alone", lambda plan: False)
     await generate(slow, by_python)
     assert [job.sampled for job in by_queue] == [job.sampled for job in by_python]
     assert by_queue[1].sampled[5].top is not None
@@ -176,7 +176,7 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(starting(1))
-    runner._kv[0].pool[:2] = float("nan")
+    runner._pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled
     assert ill is not None and healthy is not None
@@ -256,7 +256,7 @@ async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
 
 
 def test_rows_are_refused_without_a_program() -> None:
-    with pytest.raises(RuntimeError, match="computes nothing"):
+    with pytest.raises(ValueError, match="computes nothing"):
         ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [1], samples=True)])
-    with pytest.raises(RuntimeError, match="program and limits"):
-        ops.StepQueue(ops.StepProgram(max_tokens=1, max_sequences=1, max_rows=1, max_context=16).native)
+    with pytest.raises(ValueError, match="program and limits"):
+        ops.StepQueue(_C.Program(max_tokens=1, max_sequences=1, max_rows=1, max_context=16))

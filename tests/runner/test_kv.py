@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.runner import kv
 from tgi_asgi.settings import Settings
 
@@ -19,13 +19,12 @@ CONFIG = ModelConfig(
     vocab_size=100,
     hidden_size=64,
     intermediate_size=64,
-    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
     context_length=1000,
     norm_eps=1e-5,
-    rope_theta=10000.0,
+    layers=(LayerSpec(RopeSpec(16, 10000.0), None, 0.25),) * 2,
 )
 STAT = "anon 1000\nfile 3500\ninactive_file 2000\nactive_file 1000\nshmem 500\n"
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head size, bfloat16
@@ -66,7 +65,7 @@ def test_an_int8_cache_takes_half_the_memory_and_its_scales() -> None:
 def test_an_int8_cache_is_refused_where_it_cannot_be_had() -> None:
     with pytest.raises(ModelLoadError, match="contradicts --dtype float32"):
         choose(Settings(kv_cache_dtype="int8"), dtype=torch.float32)
-    with pytest.raises(ModelLoadError, match=r"multiples of 32.*head size of 16"):
+    with pytest.raises(ModelLoadError, match="would keep heads of 16 as 32: take bfloat16"):
         choose(Settings(kv_cache_dtype="int8"))
 
 

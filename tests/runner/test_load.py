@@ -84,9 +84,10 @@ def test_the_served_name_replaces_the_model_id(files: ModelFiles) -> None:
 
 
 def test_quantize_is_not_ignored_without_a_word(files: ModelFiles, caplog: pytest.LogCaptureFixture) -> None:
-    """Heads of 16 fit no block of 32, so nothing is packed."""
     load_closed(files, settings(quantize="q8_0"))
-    assert "its steps are slow, and --quantize is ignored" in caplog.text
+    assert not caplog.text
+    load_closed(files, settings(quantize="eetq"))
+    assert "--quantize eetq is ignored: q8_0 and q4_0 are known" in caplog.text
 
 
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:

@@ -1,8 +1,8 @@
-"""The recorded step: against the eager operators, and the same bits however a batch is put together."""
+"""A model's recorded program: against float64, and the same bits however a batch is put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,30 +12,40 @@ import torch
 from torch import Tensor
 
 from tests.reference.compare import assert_same_bits
-from tests.support.blocks import random_weight
+from tests.reference.decoder import decoder_logits
+from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.models.batch import Batch
-from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.ops.packed import PackedMatrix
-from tgi_asgi.runner.program import EagerStep, RecordedStep, Step, can_record, make_step
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import record
 from tgi_asgi.types import SamplingParams
 
+ROPE = RopeSpec(64, 10000.0)
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
     vocab_size=199,
     hidden_size=256,
     intermediate_size=512,
-    num_layers=2,
     num_heads=8,  # groups of four: tiles of six rows cut through tokens
     num_kv_heads=2,
     head_dim=64,
     context_length=1024,
     norm_eps=1e-5,
-    rope_theta=10000.0,
+    layers=(LayerSpec(ROPE, None, 0.125),) * 2,
     has_qkv_bias=True,
 )
-Make = Callable[[Llama, list[ops.KvLayer]], Step]
+# Nothing here is a multiple of 32, part of a head turns, and the last layer sees 20 positions, unrotated.
+ODD = replace(
+    CONFIG,
+    hidden_size=200,
+    intermediate_size=300,
+    num_heads=6,
+    head_dim=24,
+    layers=(LayerSpec(RopeSpec(12, 10000.0), None, 0.2), LayerSpec(None, 20, 0.3)),
+    embedding_factor=1.5,
+    residual_factor=0.7,
+    logits_scale=0.5,
+)
 NUM_BLOCKS = 160
 MAX_TOKENS = 700
 
@@ -58,6 +68,15 @@ class RandomWeights:
             return ops.WeightSource(values.view(np.uint8), "F32", shape)
         return random_weight(self._format, shape[0], shape[1], seed)
 
+    def meaning(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return meaning(self.get(name, shape))
+
+    def unread(self) -> list[str]:
+        return []
+
+    def stored(self) -> list[tuple[str, int]]:
+        return []
+
     def close(self) -> None:
         pass
 
@@ -77,31 +96,43 @@ def tokens_of(sequence: int, length: int = 700) -> list[int]:
 
 
 class Cache:
-    """A step with its cache: gives each sequence blocks of its own, in any order."""
+    """A program with its cache: gives each sequence blocks of its own, in any order."""
 
-    def __init__(
-        self, make: Callable[[Llama, list[ops.KvLayer]], Step], model: Llama, dtype: torch.dtype
-    ) -> None:
-        kv = ops.allocate_kv(CONFIG.num_layers, NUM_BLOCKS, CONFIG.num_kv_heads, CONFIG.head_dim, 16, dtype)
-        for layer in kv:  # what a cache holds before it is written must not matter
-            layer.pool.fill_(127 if dtype is torch.int8 else float("nan"))  # 0x7F7F as a scale: NaN, too
-        self.step = make(model, kv)
+    def __init__(self, config: ModelConfig, format: str, packing: ops.Packing, dtype: torch.dtype) -> None:
+        model = Decoder(config, RandomWeights(format), packing, max_positions=1024)
+        pool = ops.KvPool(
+            num_layers=config.num_layers,
+            num_blocks=NUM_BLOCKS,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=16,
+            dtype=dtype,
+        )
+        # What a cache holds before it is written must not matter: NaN, also as a scale of int8.
+        pool.native.memory()[:] = 0x7F if dtype is torch.int8 else 0xFF
+        self.program = ops.CpuProgram(
+            record(model, pool.layers),
+            max_tokens=MAX_TOKENS,
+            max_sequences=32,
+            max_rows=32,
+            max_context=config.context_length,
+        )
         self.tables: dict[int, list[int]] = {}
         self.free = list(range(NUM_BLOCKS))
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Compute the pieces as one batch; return the logits of all their tokens."""
         batch = self.batch(pieces)
-        x, _ = self.step.run(batch, _int([]))
-        rows = torch.arange(len(batch.ids), dtype=torch.int32)
-        return torch.cat([self.step.logits(x, part) for part in rows.split(32)])
+        self.program.run(batch, ())
+        rows = np.array_split(np.arange(len(batch.ids)), -(-len(batch.ids) // 32))
+        return torch.cat([self.program.run_head(part.tolist()).clone() for part in rows])
 
     def draw(self, pieces: Sequence[Piece], rows: Sequence[int]) -> ops.SampleResult:
         """Compute the pieces as one batch and draw, greedily, after rows of it."""
         state = _greedy(len(rows))
-        return self.step.draw(self.batch(pieces), _int(rows), _int(range(len(rows))), state, None)
+        return self.program.draw(self.batch(pieces), rows, range(len(rows)), state, None)
 
-    def batch(self, pieces: Sequence[Piece]) -> Batch:
+    def batch(self, pieces: Sequence[Piece]) -> ops.FlatRows:
         """Make a batch of the pieces; new blocks are taken as they need them."""
         ids: list[int] = []
         positions: list[int] = []
@@ -116,22 +147,18 @@ class Cache:
             positions += span
             slots += [table[position // 16] * 16 + position % 16 for position in span]
             starts.append(len(ids))
-        tables = ops.AttentionTables(
-            _int(starts), _int([piece.stop for piece in pieces]), self._block_table(pieces)
-        )
-        return Batch(_int(ids), _int(positions), torch.tensor(slots), tables)
+        return ops.FlatRows(
+            ids=ids, positions=positions, slots=slots, query_start=starts,
+            context_len=[piece.stop for piece in pieces], block_table=self._block_table(pieces),
+        )  # fmt: skip
 
-    def _block_table(self, pieces: Sequence[Piece]) -> Tensor:
+    def _block_table(self, pieces: Sequence[Piece]) -> np.ndarray[Any, np.dtype[np.int32]]:
         widest = max(len(self.tables[piece.sequence]) for piece in pieces)
-        table = torch.full((len(pieces), widest), -1, dtype=torch.int32)
+        table = np.full((len(pieces), widest), -1, np.int32)
         for row, piece in zip(table, pieces, strict=True):
             blocks = self.tables[piece.sequence]
-            row[: len(blocks)] = _int(blocks)
+            row[: len(blocks)] = blocks
         return table
-
-
-def _int(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def _greedy(num_slots: int) -> ops.SampleState:
@@ -143,43 +170,48 @@ def _greedy(num_slots: int) -> ops.SampleState:
     return state
 
 
-def recorded(model: Llama, kv: list[ops.KvLayer]) -> Step:
-    return RecordedStep(model, kv, max_tokens=MAX_TOKENS, max_rows=32, max_context=CONFIG.context_length)
-
-
 def recorded_cache(
     format: str, *, is_exact: bool, config: ModelConfig = CONFIG, kv_dtype: torch.dtype | None = None
 ) -> Cache:
-    model = Llama(config, RandomWeights(format), ops.Packing(is_exact=is_exact), max_positions=1024)
-    return Cache(recorded, model, kv_dtype or (torch.float32 if is_exact else torch.bfloat16))
+    dtype = kv_dtype or (torch.float32 if is_exact else torch.bfloat16)
+    return Cache(config, format, ops.Packing(is_exact=is_exact), dtype)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> object:
-    if request.param not in _C.supported_isas():
+@pytest.fixture(params=["portable", "avx2", "avx_vnni", "avx512_vnni", "avx512"])
+def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in _C.kernel_sets():
         pytest.skip(f"this machine does not run {request.param}")
-    before = _C.isa()
-    _C.force_isa(request.param)
+    before = _C.kernel_set()
+    _C.use_kernel_set(request.param)
     yield request.param
-    _C.force_isa(before)
+    _C.use_kernel_set(before)
 
 
-@pytest.mark.parametrize("has_qk_norm", [False, True])
-@pytest.mark.parametrize("format", ["F32", "Q4_1"])
-def test_an_exact_step_computes_what_the_eager_operators_do(format: str, has_qk_norm: bool, isa: str) -> None:
-    config = replace(CONFIG, has_qk_norm=has_qk_norm)
-    eager_model = Llama(config, RandomWeights(format), torch.float32, max_positions=1024)
-    eager = Cache(EagerStep, eager_model, torch.float32)
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [
+        pytest.param("F32", CONFIG, id="F32"),
+        pytest.param("Q4_1", CONFIG, id="Q4_1"),
+        pytest.param("F32", replace(CONFIG, has_qk_norm=True), id="F32-norms"),
+        pytest.param("Q4_1", replace(CONFIG, has_qk_norm=True), id="Q4_1-norms"),
+        pytest.param("F32", ODD, id="F32-odd"),
+        pytest.param("BF16", replace(ODD, has_qk_norm=True, has_tied_embeddings=True), id="BF16-odd-norms"),
+    ],
+)
+def test_an_exact_step_is_what_float64_computes(format: str, config: ModelConfig, kernel_set: str) -> None:
+    weights = RandomWeights(format)
+    expected = {n: decoder_logits(config, weights, tokens_of(n, 41)) for n in (0, 1)}
     exact = recorded_cache(format, is_exact=True, config=config)
     steps = [[Piece(0, 0, 19)], [Piece(1, 0, 40), Piece(0, 19, 20)], [Piece(0, 20, 21), Piece(1, 40, 41)]]
     for pieces in steps:
-        expected, found = eager.run(pieces), exact.run(pieces)
+        found = exact.run(pieces)
+        wanted = torch.cat([expected[piece.sequence][piece.start : piece.stop] for piece in pieces])
         assert torch.isfinite(found).all()
-        assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
-def test_a_fast_step_is_close_to_the_exact_one(kv_dtype: torch.dtype, isa: str) -> None:
+def test_a_fast_step_is_close_to_the_exact_one(kv_dtype: torch.dtype, kernel_set: str) -> None:
     exact = recorded_cache("Q8_0", is_exact=True)
     fast = recorded_cache("Q8_0", is_exact=False, kv_dtype=kv_dtype)
     pieces = [Piece(0, 0, 33), Piece(1, 0, 7)]
@@ -223,21 +255,22 @@ def by_token(results: Sequence[tuple[Sequence[Piece], Tensor]]) -> dict[tuple[in
 
 
 @pytest.mark.parametrize(
-    ("format", "is_exact", "has_qk_norm", "kv_dtype"),
+    ("format", "is_exact", "config", "kv_dtype"),
     [
-        ("Q4_1", False, False, torch.bfloat16),
-        ("Q4_1", False, True, torch.bfloat16),
-        ("Q4_1", False, False, torch.int8),
-        ("Q4_1", False, True, torch.int8),
-        ("Q8_0", True, False, torch.float32),
-        ("BF16", False, False, torch.bfloat16),
-        ("Q6_K", False, False, torch.bfloat16),
+        pytest.param("Q4_1", False, CONFIG, torch.bfloat16, id="Q4_1"),
+        pytest.param("Q4_1", False, replace(CONFIG, has_qk_norm=True), torch.bfloat16, id="Q4_1-norms"),
+        pytest.param("Q4_1", False, CONFIG, torch.int8, id="Q4_1-int8"),
+        pytest.param("Q4_1", False, replace(CONFIG, has_qk_norm=True), torch.int8, id="Q4_1-norms-int8"),
+        pytest.param("Q8_0", True, CONFIG, torch.float32, id="Q8_0-exact"),
+        pytest.param("BF16", False, CONFIG, torch.bfloat16, id="BF16"),
+        pytest.param("Q6_K", False, CONFIG, torch.bfloat16, id="Q6_K"),
+        pytest.param("BF16", False, replace(ODD, has_qk_norm=True), torch.bfloat16, id="BF16-odd"),
+        pytest.param("F32", True, ODD, torch.float32, id="F32-odd-exact"),
     ],
 )
 def test_chunks_batches_and_block_tables_change_no_bit(
-    format: str, is_exact: bool, has_qk_norm: bool, kv_dtype: torch.dtype
+    format: str, is_exact: bool, config: ModelConfig, kv_dtype: torch.dtype
 ) -> None:
-    config = replace(CONFIG, has_qk_norm=has_qk_norm)
     whole, chunked, together, shuffled = (
         recorded_cache(format, is_exact=is_exact, config=config, kv_dtype=kv_dtype) for _ in range(4)
     )
@@ -254,20 +287,30 @@ def test_chunks_batches_and_block_tables_change_no_bit(
         assert_same_bits(at_once[place], logits)
 
 
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Give the test's module its number of threads back."""
+    before = _C.num_threads()
+    yield
+    _C.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("num_threads")
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("context", [290, 700])
 def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: torch.dtype) -> None:
-    before, results = _C.num_threads(), []
+    results = []
     for threads in (1, 2, 3, 5):
         _C.set_num_threads(threads)
         cache = recorded_cache("Q4_1", is_exact=False, kv_dtype=kv_dtype)
         cache.run([Piece(0, 0, context - 1)])
         results.append(cache.run([Piece(0, context - 1, context), Piece(1, 0, 2)]))
-    _C.set_num_threads(before)
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
     "rows",
@@ -279,29 +322,29 @@ def test_a_context_split_over_threads_changes_no_bit(context: int, kv_dtype: tor
         pytest.param([10, 20, 350], id="inside pieces"),
     ],
 )
-def test_a_draw_computes_of_its_rows_what_a_whole_step_does(rows: list[int], threads: int) -> None:
-    before = _C.num_threads()
+def test_a_draw_computes_of_its_rows_what_a_whole_step_does(
+    rows: list[int], threads: int, config: ModelConfig
+) -> None:
     _C.set_num_threads(threads)
-    drawn, whole = (recorded_cache("Q4_1", is_exact=False) for _ in range(2))
+    format = "Q4_1" if config is CONFIG else "BF16"
+    drawn, whole = (recorded_cache(format, is_exact=False, config=config) for _ in range(2))
     prompts = [Piece(0, 0, 300), Piece(1, 0, 3), Piece(2, 0, 7)]
     later = [Piece(0, 300, 301), Piece(1, 3, 4), Piece(2, 7, 50), Piece(3, 0, 307)]
     for pieces, wanted in ((prompts, [299, 309]), (later, rows)):
         found = drawn.draw(pieces, wanted)
         logits = whole.run(pieces)[wanted].contiguous()
-        slots = _int(range(len(wanted)))
-        expected = ops.sample(logits, _greedy(len(wanted)), slots)
+        expected = ops.sample(logits, _greedy(len(wanted)), range(len(wanted)))
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
             assert_same_bits(getattr(found, name), getattr(expected, name))
-    _C.set_num_threads(before)
 
 
 def test_after_a_draw_there_are_no_logits_of_other_rows() -> None:
     cache = recorded_cache("Q4_1", is_exact=False)
     cache.draw([Piece(0, 0, 20)], [19])
-    with pytest.raises(RuntimeError, match="`draw` has kept only what it drew after"):
-        cache.step.logits(torch.empty(0), _int([3]))
+    with pytest.raises(ValueError, match="`draw` has kept only what it drew after"):
+        cache.program.run_head([3])
     cache.draw([Piece(0, 20, 21)], [0])  # all of its tokens
-    assert cache.step.logits(torch.empty(0), _int([0])).shape == (1, CONFIG.vocab_size)
+    assert cache.program.run_head([0]).shape == (1, CONFIG.vocab_size)
 
 
 def test_steps_alternate_sizes_without_a_trace() -> None:
@@ -311,59 +354,75 @@ def test_steps_alternate_sizes_without_a_trace() -> None:
     assert_same_bits(cache.run([Piece(1, 0, 3)]), expected)
 
 
+ONE_TOKEN: dict[str, Any] = {
+    "ids": [1], "positions": [0], "slots": [0], "query_start": [0, 1], "context_len": [1],
+    "block_table": np.zeros((1, 1), np.int32),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": _int([199])}, "`ids`"),
-        ({"positions": _int([1024])}, "`positions`"),
-        ({"slots": torch.tensor([NUM_BLOCKS * 16])}, "`slots`"),
-        ({"ids": torch.tensor([1])}, "`ids` must be Int"),
+        ({"ids": [199]}, "`ids`"),
+        ({"ids": [-1]}, "`ids`"),
+        ({"positions": [1024]}, "`positions`"),
+        ({"slots": [NUM_BLOCKS * 16]}, "`slots`"),
+        ({"context_len": [17]}, "`context_len`"),
+        ({"context_len": [0]}, "`context_len`"),
+        ({"query_start": [0, 2]}, "`query_start`"),
+        (
+            {"query_start": [0, 0, 1], "context_len": [1, 1], "block_table": np.zeros((2, 1), np.int32)},
+            "ascend",
+        ),
+        ({"block_table": np.full((1, 1), NUM_BLOCKS, np.int32)}, "`block_table`"),
     ],
 )
 def test_what_is_out_of_range_is_refused_before_anything_is_computed(
     change: dict[str, Any], message: str
 ) -> None:
     cache = recorded_cache("Q4_1", is_exact=False)
-    tables = ops.AttentionTables(_int([0, 1]), _int([1]), _int([0]).reshape(1, 1))
-    good = Batch(_int([1]), _int([0]), torch.tensor([0]), tables)
-    cache.step.run(good, _int([0]))
-    with pytest.raises(RuntimeError, match=message):
-        cache.step.run(replace(good, **change), _int([0]))
-    with pytest.raises(RuntimeError, match="`rows`"):
-        cache.step.run(good, _int([1]))
-    long = replace(tables, context_len=_int([17]))
-    with pytest.raises(RuntimeError, match="`context_len`"):
-        cache.step.run(replace(good, tables=long), _int([0]))
-    outside = replace(tables, block_table=_int([NUM_BLOCKS]).reshape(1, 1))
-    with pytest.raises(RuntimeError, match="`block_table`"):
-        cache.step.run(replace(good, tables=outside), _int([0]))
+    expected = cache.program.run(ops.FlatRows(**ONE_TOKEN), [0]).clone()
+    with pytest.raises(ValueError, match=message):
+        cache.program.run(ops.FlatRows(**{**ONE_TOKEN, **change}), [0])
+    assert_same_bits(cache.program.run(ops.FlatRows(**ONE_TOKEN), [0]), expected)
 
 
-def test_models_whose_shapes_the_kernels_do_not_have_run_eagerly() -> None:
-    assert can_record(CONFIG)
-    small = replace(CONFIG, head_dim=16)
-    assert not can_record(small)
-    model = Llama(small, RandomWeights("F32"), torch.float32, max_positions=64)
-    kv = ops.allocate_kv(2, 4, 2, 16, 16, torch.float32)
-    assert isinstance(make_step(model, kv, max_tokens=8, max_rows=2, max_context=64), EagerStep)
+def test_rows_and_sizes_are_held_to_what_was_recorded() -> None:
+    cache = recorded_cache("Q4_1", is_exact=False)
+    with pytest.raises(ValueError, match="`rows`"):
+        cache.program.run(ops.FlatRows(**ONE_TOKEN), [1])
+    with pytest.raises(ValueError, match="`rows` must have at most 32 elements"):
+        cache.program.run(ops.FlatRows(**ONE_TOKEN), [0] * 33)
+    with pytest.raises(ValueError, match=f"`ids` must have at most {MAX_TOKENS} elements"):
+        cache.program.run(cache.batch([Piece(0, 0, 500), Piece(1, 0, 500)]), [0])
+    with pytest.raises(TypeError):
+        ops.FlatRows(**{**ONE_TOKEN, "ids": [1.5]})
 
 
+def test_a_program_is_for_the_threads_that_it_was_recorded_with(num_threads: None) -> None:
+    _C.set_num_threads(1)
+    cache = recorded_cache("Q4_1", is_exact=False)
+    _C.set_num_threads(2)
+    with pytest.raises(ValueError, match="recorded for 1 threads, not 2"):
+        cache.program.run(ops.FlatRows(**ONE_TOKEN), [0])
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["plain", "odd"])
 @pytest.mark.parametrize(("quantise", "limit"), [("Q8_0", 0.02), ("Q4_0", 0.3)])
-def test_float_weights_are_quantised_as_they_are_loaded(quantise: str, limit: float) -> None:
-    weights = RandomWeights("BF16")
-    model = Llama(CONFIG, weights, ops.Packing(is_exact=True, quantise=quantise), max_positions=1024)
-    down = model.layers[0].down.matrix
-    assert isinstance(down, PackedMatrix)
-    assert down.formats == (quantise,)
+def test_float_weights_are_quantised_as_they_are_loaded(
+    quantise: str, limit: float, config: ModelConfig
+) -> None:
+    packing = ops.Packing(is_exact=True, quantise=quantise)
+    model = Decoder(config, RandomWeights("BF16"), packing, max_positions=1024)
+    assert model.layers[0].down.made.matrix.format == quantise
+    assert model.embedding.made.matrix.format == "Q8_0", "a vocabulary is never quantised below eight bits"
     pieces = [Piece(0, 0, 9)]
-    expected = recorded_cache("BF16", is_exact=True).run(pieces)
-    found = Cache(recorded, model, torch.float32).run(pieces)
+    expected = recorded_cache("BF16", is_exact=True, config=config).run(pieces)
+    found = Cache(config, "BF16", packing, torch.float32).run(pieces)
     assert 1e-5 < (found - expected).double().norm() / expected.double().norm() < limit
 
 
-def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
+def test_what_the_file_has_quantised_stays_as_it_is() -> None:
     packing = ops.Packing(is_exact=False, quantise="Q4_0")
-    assert packing.format_of("BF16", 49152, 576) == "Q8_0"
-    assert packing.format_of("BF16", 3072, 576) == "Q4_0"
-    assert packing.format_of("Q6_K", 3072, 576) == "Q6_K", "what the file quantised stays as it is"
-    assert packing.format_of("F32", 64, 48) == "F32", "blocks of 32 do not fit"
+    model = Decoder(CONFIG, RandomWeights("Q6_K"), packing, max_positions=16)
+    assert model.layers[0].down.made.matrix.format == "Q6_K"

@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.checkpoints import make_model, reference_logits, save
+from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
 from tgi_asgi import ops
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner.inputs import PlanError
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.runner import CpuRunner
@@ -23,7 +22,6 @@ from tgi_asgi.types import SamplingParams
 
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 NAN_TOKEN = 7
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32 dims, which can be recorded
 SEEDED = SamplingParams(temperature=1.0, seed=11)
 
 
@@ -32,24 +30,20 @@ def threads() -> None:
     ops.configure_threads(2, nice=0, pin=False)
 
 
-@pytest.fixture(scope="module")
-def reference() -> PreTrainedModel:
-    return make_model(**HEADS)
-
-
-@pytest.fixture(scope="module", params=["eager", "recorded"])
-def arithmetic(request: pytest.FixtureRequest) -> ops.Arithmetic:
-    """Both ways to compute: by calls from Python, or by a recorded program, whose plain steps need none."""
-    return torch.float32 if request.param == "eager" else ops.Packing(is_exact=True)
+@pytest.fixture(scope="module", params=[32, 16], ids=["whole strips", "half strips"])
+def heads(request: pytest.FixtureRequest) -> dict[str, int]:
+    """Heads of as many dims as the kernels compute at a time, or of less."""
+    return {"num_attention_heads": 64 // request.param, "num_key_value_heads": 32 // request.param}
 
 
 @pytest.fixture(scope="module")
-def model(
-    reference: PreTrainedModel, arithmetic: ops.Arithmetic, tmp_path_factory: pytest.TempPathFactory
-) -> Llama:
-    files = save(reference, tmp_path_factory.mktemp("model"))
-    with OpenModel(files) as opened:
-        return Llama(opened.config, opened.weights, arithmetic, max_positions=256)
+def reference(heads: dict[str, int]) -> PreTrainedModel:
+    return make_model(**heads)
+
+
+@pytest.fixture(scope="module")
+def model(reference: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_model(save(reference, tmp_path_factory.mktemp("model")), max_positions=256)
 
 
 def start(slot: int, sampling: SamplingParams = GREEDY, **changes: object) -> SlotStart:
@@ -181,12 +175,11 @@ async def test_prompt_logprobs_equal_the_reference(
 
 
 async def test_rows_that_are_not_finite_are_flagged_alone(
-    make_runner: Callable[..., CpuRunner], arithmetic: ops.Arithmetic, tmp_path: Path
+    make_runner: Callable[..., CpuRunner], heads: dict[str, int], tmp_path: Path
 ) -> None:
-    poisoned = make_model(**HEADS)
+    poisoned = make_model(**heads)
     poisoned.model.embed_tokens.weight.data[NAN_TOKEN] = float("nan")
-    with OpenModel(save(poisoned, tmp_path)) as opened:
-        runner = make_runner(Llama(opened.config, opened.weights, arithmetic, max_positions=256))
+    runner = make_runner(load_model(save(poisoned, tmp_path), max_positions=256))
     healthy, ill = Job(PROMPT, 4, SEEDED), Job([*PROMPT, NAN_TOKEN], 1)
     await generate(runner, [ill, healthy])
     assert not ill.sampled[0].is_finite

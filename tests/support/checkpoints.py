@@ -12,11 +12,11 @@ import transformers
 
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import Model as OurModel
+from tgi_asgi.models.family import record
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
-from tgi_asgi.runner.program import can_record, make_step
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 160,
@@ -68,28 +68,36 @@ def reference_logits(model: Model, ids: list[int]) -> torch.Tensor:
     return logits
 
 
+def load_model(
+    files: ModelFiles, arithmetic: ops.Arithmetic | None = None, *, max_positions: int = 512
+) -> OurModel:
+    """Load a model for the CPU, in exact arithmetic if no other is given; its files are closed again."""
+    with OpenModel(files) as opened:
+        return opened.load(ops.Packing(is_exact=True) if arithmetic is None else arithmetic, max_positions)
+
+
 def our_logits(
-    files: ModelFiles, ids: list[int], *, dtype: torch.dtype = torch.float32, chunk: int = 512
+    files: ModelFiles,
+    ids: list[int],
+    *,
+    is_exact: bool = True,
+    chunk: int = 512,
+    kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return our logits [n_tokens, vocab], the prompt computed in chunks over scattered blocks."""
-    with OpenModel(files) as opened:
-        model = Llama(opened.config, opened.weights, dtype, max_positions=opened.config.context_length)
-    return _computed_logits(model, ids, torch.float32 if dtype is torch.float32 else torch.bfloat16, chunk)
-
-
-def our_recorded_logits(files: ModelFiles, ids: list[int], *, is_exact: bool = True) -> torch.Tensor:
-    """Return our logits [n_tokens, vocab] as the recorded step computes them, in float32 if it is exact."""
-    packing = ops.Packing(is_exact)
-    with OpenModel(files) as opened:
-        assert can_record(opened.config)
-        model = Llama(opened.config, opened.weights, packing, max_positions=opened.config.context_length)
-    return _computed_logits(model, ids, torch.float32 if is_exact else torch.bfloat16, 64)
-
-
-def _computed_logits(model: Llama, ids: list[int], kv_dtype: torch.dtype, chunk: int) -> torch.Tensor:
+    model = load_model(files, ops.Packing(is_exact))
     config = model.config
-    kv = ops.allocate_kv(config.num_layers, 64, config.num_kv_heads, config.head_dim, 16, kv_dtype)
-    step = make_step(model, kv, max_tokens=512, max_rows=512, max_context=512)
+    pool = ops.KvPool(
+        num_layers=config.num_layers,
+        num_blocks=64,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=16,
+        dtype=kv_dtype or (torch.float32 if is_exact else torch.bfloat16),
+    )
+    program = ops.CpuProgram(
+        record(model, pool.layers), max_tokens=512, max_sequences=1, max_rows=512, max_context=512
+    )
     inputs = StepInputs(
         vocab_size=config.vocab_size,
         num_blocks=64,
@@ -103,8 +111,7 @@ def _computed_logits(model: Llama, ids: list[int], kv_dtype: torch.dtype, chunk:
     for start in range(0, len(ids), chunk):
         row = StepRow(0, ids[start : start + chunk], start, blocks, samples=False)
         batch = inputs.fill([row], np.zeros(1, np.int32))
-        rows = torch.arange(len(row.token_ids or ()), dtype=torch.int32)
-        parts.append(step.run(batch, rows)[1].clone())
+        parts.append(program.run(batch, range(row.num_tokens)).clone())
     return torch.cat(parts)
 
 

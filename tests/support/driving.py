@@ -72,20 +72,27 @@ async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> 
         starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids, **job.start))
     waiting: list[tuple[asyncio.Future[StepResult], list[_Running]]] = []
     step_id = 0
-    while any(not sequence.is_done for sequence in running):
-        decoding = [s for s in running if not s.is_done and s.num_computed >= len(s.job.prompt_ids)]
-        members, rows, budget = list(decoding), [s.next_row(1) for s in decoding], chunk
-        for sequence in running:
-            if budget and sequence not in decoding and sequence.num_computed < len(sequence.job.prompt_ids):
-                rows.append(sequence.next_row(budget))
-                budget -= rows[-1].num_tokens
-                members.append(sequence)
-        if len(waiting) == 2:
-            await _collect(*waiting.pop(0))
-        waiting.append((runner.submit(StepPlan(step_id, rows, starts)), members))
-        step_id, starts = step_id + 1, []
-    for step in waiting:
-        await _collect(*step)
+    try:
+        while any(not sequence.is_done for sequence in running):
+            decoding = [s for s in running if not s.is_done and s.num_computed >= len(s.job.prompt_ids)]
+            members, rows, budget = list(decoding), [s.next_row(1) for s in decoding], chunk
+            for sequence in running:
+                if (
+                    budget
+                    and sequence not in decoding
+                    and sequence.num_computed < len(sequence.job.prompt_ids)
+                ):
+                    rows.append(sequence.next_row(budget))
+                    budget -= rows[-1].num_tokens
+                    members.append(sequence)
+            if len(waiting) == 2:
+                await _collect(*waiting.pop(0))
+            waiting.append((runner.submit(StepPlan(step_id, rows, starts)), members))
+            step_id, starts = step_id + 1, []
+        for step in waiting:
+            await _collect(*step)
+    finally:  # the step after one that failed has failed as well: nobody else reads why
+        await asyncio.gather(*(future for future, _ in waiting), return_exceptions=True)
 
 
 async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Running]) -> None:

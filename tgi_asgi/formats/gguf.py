@@ -18,9 +18,9 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import map_file, refuse_overlaps, release_pages
 from tgi_asgi.formats.gguf_header import GgufStrings, Header, read_header
-from tgi_asgi.formats.gguf_types import GgufType
+from tgi_asgi.formats.gguf_types import READ, name_of
 
-__all__ = ["GgufFile", "GgufStrings", "GgufTensor", "GgufType"]
+__all__ = ["GgufFile", "GgufStrings", "GgufTensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GgufType
+    type: str  # a weight format's name
     offset: int  # in bytes from the start of the file
     nbytes: int
 
@@ -44,7 +44,7 @@ class GgufFile:
     Attributes:
         metadata: bool, int, float and str; arrays of numbers as read-only numpy arrays, arrays of strings
             as `GgufStrings`, arrays of arrays as lists.
-        tensors: by name, in the file's order. A tensor of a type that is not in `GgufType` is left out
+        tensors: by name, in the file's order. A tensor of a type that is not read is left out
             here, and `tensor` and `raw` refuse it by that reason.
     """
 
@@ -82,7 +82,10 @@ class GgufFile:
         if info is not None:
             return info
         if name in self._unknown:
-            raise ModelLoadError(f"{self.path}: tensor {name!r} has the unknown type {self._unknown[name]}")
+            raise ModelLoadError(
+                f"{self.path}: tensor {name!r} is of type {name_of(self._unknown[name])}, which is not "
+                f"supported; supported are {', '.join(row.name for row in READ.values())}"
+            )
         raise ModelLoadError(f"{self.path}: there is no tensor {name!r}")
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
@@ -122,24 +125,23 @@ def _locate(header: Header, file_size: int) -> tuple[dict[str, GgufTensor], dict
             raise ModelLoadError(
                 f"tensor {info.name!r} lies at {info.offset}, not a multiple of {header.alignment}"
             )
-        try:
-            kind = GgufType(info.type)
-        except ValueError:
+        kind = READ.get(info.type)
+        if kind is None:
             unknown[info.name] = info.type
             continue
         row = info.shape[-1] if info.shape else 1
-        if row % kind.block_size:
+        if row % kind.block_columns:
             raise ModelLoadError(
                 f"tensor {info.name!r} has rows of {row} elements, not a multiple of {kind.name}'s block of "
-                f"{kind.block_size}"
+                f"{kind.block_columns}"
             )
-        nbytes = math.prod(info.shape) // kind.block_size * kind.block_bytes
+        nbytes = math.prod(info.shape) // kind.block_columns * kind.block_bytes
         offset = header.data_start + info.offset
         if nbytes > file_size - offset:
             raise ModelLoadError(
                 f"tensor {info.name!r} takes bytes {offset} to {offset + nbytes}, but the file ends at "
                 f"{file_size} (truncated?)"
             )
-        tensors[info.name] = GgufTensor(info.name, info.shape, kind, offset, nbytes)
+        tensors[info.name] = GgufTensor(info.name, info.shape, kind.name, offset, nbytes)
     refuse_overlaps((item.offset, item.offset + item.nbytes, item.name) for item in tensors.values())
     return tensors, unknown

@@ -22,9 +22,7 @@ Sources = list[ops.WeightSource]
 class LayerWeights:
     """The weights of one layer, by their canonical names, which are those of `transformers`."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
         self.config, self.weights, self.arithmetic = config, weights, arithmetic
         self.prefix = f"model.layers.{index}."
 
@@ -38,7 +36,10 @@ class LayerWeights:
 
     def qkv_sources(self) -> Sources:
         """Return the matrices of q, k and v."""
-        return [self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size) for name, rows in self._heads()]
+        return [
+            self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size)
+            for name, rows in self._heads()
+        ]
 
     def qkv_biases(self) -> Sources | None:
         """Return their biases, if they have any."""
@@ -55,7 +56,9 @@ class LayerWeights:
         """Return their biases, if they have any."""
         if not self.config.has_mlp_bias:
             return None
-        return [self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")]
+        return [
+            self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")
+        ]
 
     def norms(self) -> ops.HeadNorms | None:
         """Return the norms of queries and keys, if there are any: here of each head."""
@@ -111,7 +114,7 @@ class Layer:
         self.attention_norm = weights.vector("input_layernorm", hidden)
         self.mlp_norm = weights.vector("post_attention_layernorm", hidden)
 
-    def forward(self, x: ops.Value, cache: ops.KvLayer) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         a = ops.norm(x, self.attention_norm, self.eps)
         x = ops.linear_add(self.attend(a, cache), self.output, x, self.factor)
@@ -119,7 +122,7 @@ class Layer:
         a = ops.gate_up(a, self.gate_up, self.activation)
         return ops.linear_add(a, self.down, x, self.factor)
 
-    def attend(self, a: ops.Value, cache: ops.KvLayer) -> ops.Value:
+    def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what the heads make of the activation a."""
         q = ops.qkv(a, self.qkv, cache, self.rope)
         return ops.attention(q, cache, self.scale, window=self.window)
@@ -156,7 +159,7 @@ class Decoder:
             head = weights.get("lm_head.weight", shape)
             self.head = ops.linear_weight(head, arithmetic, is_vocabulary=True)
 
-    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.KvLayer]) -> ops.Value:
+    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual of a batch, as `Model.forward` says."""
         x = ops.embed(batch, self.embedding, self.config.embedding_factor)
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -23,7 +23,7 @@ def at_once(
     Raises:
         ValueError: the tensors are of different numbers of tokens, or what the step itself refuses.
     """
-    from tgi_asgi.ops.cpu_program import CpuProgram  # noqa: PLC0415  (which knows the operators' calls)
+    from tgi_asgi.ops.cpu_program import CpuProgram
 
     tensors = [tensor for tensor, _ in inputs]
     sizes = {int(tensor.shape[0]) for tensor in tensors} | ({len(batch.ids)} if batch is not None else set())

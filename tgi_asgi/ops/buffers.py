@@ -39,7 +39,10 @@ class Uses:
                 if value.kind is Kind.ACTIVATION:
                     self._want(value, precisions_of(call))
             self._touch(call.out, index)
-            if isinstance(call, calls.Attention) and self._scales.setdefault(call.q, call.scale) != call.scale:
+            if (
+                isinstance(call, calls.Attention)
+                and self._scales.setdefault(call.q, call.scale) != call.scale
+            ):
                 raise ValueError("a query can be attended with one scale only")
         for value in (*inputs, *outputs):
             self._touch(value, len(recorded))
@@ -60,7 +63,7 @@ class Uses:
         return self._precisions.get(value, [])
 
     def query_scale(self, value: Value) -> float:
-        """Return what a query's scores are multiplied by; where nobody attends with it, it is left as it is."""
+        """Return what a query's scores are multiplied by; where nobody attends with it, it stays as it is."""
         return self._scales.get(value, 1.0 / _LOG2_E)
 
     def ending_at(self, index: int) -> list[Value]:

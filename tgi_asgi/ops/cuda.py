@@ -20,7 +20,7 @@ from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
-from tgi_asgi.ops.values import Kind, Value
+from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import HeadNorms, QkvWeight
 
 _Launch = Callable[["CudaBatch"], None]
@@ -232,7 +232,10 @@ class CudaProgram:
 
     def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> _Launch:
         """Normalise all heads of queries together, and all of keys, in place."""
-        stops = (weight.num_heads * weight.head_dim, (weight.num_heads + weight.num_kv_heads) * weight.head_dim)
+        stops = (
+            weight.num_heads * weight.head_dim,
+            (weight.num_heads + weight.num_kv_heads) * weight.head_dim,
+        )
         parts = ((0, stops[0], norms.query), (stops[0], stops[1], norms.key))
         scales = [(first, stop, self._move(scale, torch.float32)) for first, stop, scale in parts]
 
@@ -246,7 +249,7 @@ class CudaProgram:
         return launch
 
     def _table(self, rope: RopeTable | None, layer: CudaKvLayer) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines on the device; without rotation one pair that every position leaves alone."""
+        """Return cosines and sines on the device; without rotation one pair that no position turns."""
         if rope is not None:
             return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
         positions = self._max_blocks * int(layer.pool.shape[3])
@@ -312,7 +315,9 @@ class CudaProgram:
         self._launches.append(launch)
 
     def _gate_up(self, call: calls.GateUp) -> None:
-        product = self._product(call.a, call.weight.made, 2 * call.weight.intermediate_size, "gate_up product")
+        product = self._product(
+            call.a, call.weight.made, 2 * call.weight.intermediate_size, "gate_up product"
+        )
         out = self._make(call.out, self._dtype)
 
         def launch(batch: CudaBatch) -> None:
@@ -322,7 +327,11 @@ class CudaProgram:
         self._launches.append(launch)
 
     def _make_head(self, call: calls.Head) -> None:
-        x, scale, linear = self._in(call.x), self._move(call.norm, torch.float32), self._product_of(call.weight.made)
+        x, scale, linear = (
+            self._in(call.x),
+            self._move(call.norm, torch.float32),
+            self._product_of(call.weight.made),
+        )
         normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
         self._logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
 

@@ -6,24 +6,19 @@ is rounded again: every weight equals what `formats.quants` decodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.formats import BLOCKS
-from tgi_asgi.ops.grouped import GROUPED, read_float8, read_int4
+from tgi_asgi import _C
+from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.sources import WeightSource, plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
 _kernels: Any = torch.ops.tgi_cuda
-_Array = npt.NDArray[Any]
-_BLOCKS = BLOCKS | GROUPED
-_FLOATS = frozenset(name for name in GROUPED if name.startswith("F8"))
 PIECE_BYTES = 8 << 20  # of a matrix on its way to the device
 
 
@@ -138,11 +133,11 @@ class CudaQuantMatrix:
 
 
 def can_repack(sources: Sequence[WeightSource]) -> bool:
-    """Tell whether sources become one matrix: of formats known here, floats of one, columns in one order."""
-    formats = {source.format for source in sources}
-    is_one = len(formats) == 1 or not _FLOATS.intersection(formats)
+    """Tell whether sources become one matrix: all of codes, those of floats alone, columns in one order."""
+    rows = [FORMATS[source.format] for source in sources]
+    is_one = len({row.name for row in rows}) == 1 or not any(row.is_float8 for row in rows)
     orders = {None if source.order is None else source.order.tobytes() for source in sources}
-    return is_one and len(orders) == 1 and all(name in _REPACKERS for name in formats)
+    return is_one and len(orders) == 1 and all(row.is_quantised for row in rows)
 
 
 def repack(sources: Sequence[WeightSource], device: torch.device | None = None) -> CudaQuantMatrix:
@@ -178,20 +173,18 @@ def _pieces(source: WeightSource) -> Iterator[WeightSource]:
 
 
 def _repack_one(source: WeightSource) -> CudaQuantMatrix:
-    codes, scales, offsets = _REPACKERS[source.format](source.data.reshape(-1, _BLOCKS[source.format][1]))
-    rows, columns = source.shape
-
-    def by_row(plane: _Array) -> Tensor:
-        return torch.from_numpy(plane.reshape(rows, -1))
-
-    bits, zero = _KINDS[source.format]
+    row = FORMATS[source.format]
+    found = _C.repack_rows(source.data.reshape(-1), source.format, source.shape[1])
+    codes, scales, offsets = (None if part is None else torch.from_numpy(part) for part in found)
+    assert codes is not None and scales is not None
+    dtype = torch.float16 if row.has_half_scales else torch.float32
     return CudaQuantMatrix(
-        by_row(codes).view(torch.float8_e4m3fn) if source.format in _FLOATS else by_row(codes),
-        by_row(scales),
-        None if offsets is None else by_row(offsets),
-        (rows, columns),
-        bits,
-        zero,
+        codes.view(torch.float8_e4m3fn) if row.is_float8 else codes,
+        scales.to(dtype),
+        None if offsets is None else offsets.to(dtype),
+        (source.shape[0], source.shape[1]),
+        row.repacked_bits,
+        row.repacked_zero,
     )
 
 
@@ -209,111 +202,3 @@ def _widened(matrix: CudaQuantMatrix, group: int) -> CudaQuantMatrix:
     repeats = columns // scales.shape[1] // group
     scales, offsets = (plane.repeat_interleave(repeats, dim=1) for plane in (scales, offsets))
     return CudaQuantMatrix(codes, scales, offsets, matrix.shape, 8, 0)
-
-
-_Planes = tuple[_Array, _Array, _Array | None]  # codes, scales, offsets, block after block
-_KINDS = {  # bits of a code, and the zero point
-    "Q8_0": (8, 128), "Q4_0": (4, 8), "Q4_1": (4, 0), "Q5_0": (8, 16), "Q5_1": (8, 0), "Q4_K": (4, 0),
-    "Q5_K": (8, 0), "Q6_K": (8, 32), **{name: (4 if "INT4" in name else 8, 0) for name in GROUPED},
-}  # fmt: skip
-
-
-def _q8_0(blocks: _Array) -> _Planes:
-    return blocks[:, 2:] ^ 0x80, _halves(blocks[:, :2]), None  # signed codes plus 128
-
-
-def _q4_0(blocks: _Array) -> _Planes:
-    return _nibbles(blocks[:, 2:]), _halves(blocks[:, :2]), None
-
-
-def _q4_1(blocks: _Array) -> _Planes:
-    return _nibbles(blocks[:, 4:]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
-
-
-def _q5_0(blocks: _Array) -> _Planes:
-    return _fives(blocks[:, 6:], blocks[:, 2:6]), _halves(blocks[:, :2]), None
-
-
-def _q5_1(blocks: _Array) -> _Planes:
-    return _fives(blocks[:, 8:], blocks[:, 4:8]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
-
-
-def _q4_k(blocks: _Array) -> _Planes:
-    """A block of 256: scales and minima, nibbles by 64."""
-    scales, minima = _k_scales(blocks)
-    return _pairs(_k_nibbles(blocks[:, 16:]).reshape(-1, 256)), scales, -minima
-
-
-def _q5_k(blocks: _Array) -> _Planes:
-    """The same, with the fifth bit of column i of each 32 in byte i, the first 32 columns' lowest."""
-    scales, minima = _k_scales(blocks)
-    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    codes = _k_nibbles(blocks[:, 48:]).reshape(-1, 8, 32) | fifth << 4
-    return codes.reshape(-1, 256), scales, -minima
-
-
-def _k_scales(blocks: _Array) -> tuple[_Array, _Array]:
-    """Two float16 factors, eight scales and minima of 6 bits; return the products, [blocks, 8] float32."""
-    scale, least = (_halves(blocks[:, i : i + 2]).astype(np.float32) for i in (0, 2))
-    packed = blocks[:, 4:16]
-    low, high = packed[:, :8] & 63, packed[:, 8:]
-    scales = np.concatenate([low[:, :4], high & 15 | (packed[:, :4] >> 6) << 4], axis=1)
-    minima = np.concatenate([low[:, 4:], high >> 4 | (packed[:, 4:8] >> 6) << 4], axis=1)
-    return scale * scales, least * minima
-
-
-def _k_nibbles(data: _Array) -> _Array:
-    """32 bytes have the nibbles of 64 columns: first the low ones, then the high."""
-    nibbles = data.reshape(-1, 4, 32)
-    codes: _Array = np.stack([nibbles & 15, nibbles >> 4], axis=2)
-    return codes
-
-
-def _q6_k(blocks: _Array) -> _Planes:
-    """A block of 256: low nibbles, high pairs of bits, sixteen int8 scales, a float16 scale."""
-    low = blocks[:, :128].reshape(-1, 2, 64)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    nibbles = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
-    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
-    scale = _halves(np.ascontiguousarray(blocks[:, 208:210])).astype(np.float32)
-    return (nibbles | high << 4).reshape(-1, 256), scale * scales, None
-
-
-def _int4(blocks: _Array) -> _Planes:
-    codes, scales, zeros = read_int4(blocks)
-    return codes, scales, -zeros.astype(np.float32) * scales  # exact: 11 bits times five
-
-
-def _float8(blocks: _Array) -> _Planes:
-    codes, scales = read_float8(blocks)
-    return np.ascontiguousarray(codes), scales, None
-
-
-_REPACKERS: dict[str, Callable[[_Array], _Planes]] = {
-    "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k,
-    "Q6_K": _q6_k, **{name: _float8 if name in _FLOATS else _int4 for name in GROUPED},
-}  # fmt: skip
-
-
-def _halves(data: _Array) -> _Array:
-    """Read pairs of bytes as float16."""
-    halves: _Array = np.ascontiguousarray(data).view(np.float16)
-    return halves
-
-
-def _nibbles(data: _Array) -> _Array:
-    """Put a block's nibbles, of columns i and i + 16 a byte, in the order of columns."""
-    return _pairs(np.concatenate([data & 15, data >> 4], axis=1))
-
-
-def _fives(nibbles: _Array, bits: _Array) -> _Array:
-    """Join a block's nibbles, as `_nibbles` has them, and 32 bits, the first column's lowest."""
-    fifth: _Array = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
-    codes: _Array = np.concatenate([nibbles & 15, nibbles >> 4], axis=1) | fifth << 4
-    return codes
-
-
-def _pairs(codes: _Array) -> _Array:
-    """Pack codes of 4 bits, the first of two in the low half."""
-    packed: _Array = codes[:, 0::2] | codes[:, 1::2] << 4
-    return packed

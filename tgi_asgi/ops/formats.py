@@ -1,53 +1,73 @@
-"""The table of weight formats, which csrc/formats.def holds, and blocks of quantised safetensors."""
+"""The table of weight formats, which csrc/formats.def holds, and the making of blocks that no file has.
+
+Quantised safetensors keep codes, scales and zero points as tensors of their own; here they become rows of
+blocks like ggml's, so that rows can be moved alike.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi import _C
-from tgi_asgi.ops.grouped import GROUPED, decode_grouped, float8_blocks, int4_blocks, int8_blocks
-from tgi_asgi.ops.layout import plain_order
 
-__all__ = ["FORMATS", "decode_rows", "float8_blocks", "int4_blocks", "int8_blocks"]
-
-
-@dataclass
-class Format:
-    name: str
-    block_columns: int
-    block_bytes: int
-    is_quantised: bool
-    has_kernel: bool
-    ggml_type: int = 0
+_Array = npt.NDArray[Any]
+RUNS = (128, 64, 32)  # columns of a block of INT4 or F8, the longest first
+FORMATS: dict[str, _C.WeightFormat] = {row.name: row for row in _C.formats()}
 
 
-BLOCKS = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
-FORMATS = {name: Format(name, *block, name[0] == "Q", True) for name, block in BLOCKS.items()} | {
-    name: Format(name, *block, False, False, -1) for name, block in GROUPED.items()
-}
+def int4_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, str] | None:
+    """Make blocks of weights scale * (code - zero); None where no format holds them.
+
+    Groups must be multiples of 32 columns, scales float16's.
+
+    Args:
+        codes: [rows, columns / 2] uint8, the first of two in the low half.
+        scales, zeros: [rows, num_groups] float32 and uint8, groups of equal size.
+
+    Returns:
+        The bytes, flat, and the name of their format.
+    """
+    rows, group = codes.shape[0], codes.shape[1] * 2 // scales.shape[1]
+    run = next((run for run in RUNS if group % run == 0), None)
+    if run is None or not _are_halves(scales):
+        return None
+    name, num_runs = f"INT4_{run}", codes.shape[1] * 2 // run
+    blocks = np.zeros((rows, num_runs, FORMATS[name].block_bytes), np.uint8)
+    repeats = num_runs // scales.shape[1]
+    blocks[..., :2] = np.repeat(scales.astype(np.float16), repeats, axis=1)[..., None].view(np.uint8)
+    blocks[..., 2] = np.repeat(zeros, repeats, axis=1)
+    blocks[..., 4:] = codes.reshape(rows, num_runs, run // 2)
+    return blocks.reshape(-1), name
 
 
-def decode_rows(data: npt.NDArray[np.uint8], name: str, columns: int) -> npt.NDArray[np.float32]:
-    """Return rows of a format as float32 [rows, columns]."""
-    info = FORMATS[name]
-    rows = data.size // (columns // info.block_columns * info.block_bytes)
-    if name in GROUPED:
-        return decode_grouped(data, name, (rows, columns))
-    packed: Any = _C.pack(sources=[data], format=name, columns=columns, order=plain_order(rows), arena=_C.Arena())
-    return packed.unpack()[:rows, :columns]
+def int8_blocks(codes: _Array, scales: _Array, zeros: _Array) -> tuple[_Array, str] | None:
+    """Make blocks of Q8_0 of codes [rows, columns], else as `int4_blocks`; None where they do not hold them.
+
+    They hold zero points of 128, and scales of float16.
+    """
+    rows, columns = codes.shape
+    repeats, rest = divmod(columns // scales.shape[1], 32)
+    if rest or (zeros != 128).any() or not _are_halves(scales):
+        return None
+    blocks = np.empty((rows, columns // 32, 34), np.uint8)
+    blocks[..., :2] = np.repeat(scales.astype(np.float16), repeats, axis=1)[..., None].view(np.uint8)
+    blocks[..., 2:] = (codes ^ 128).reshape(rows, -1, 32)
+    return blocks.reshape(-1), "Q8_0"
+
+
+def float8_blocks(codes: _Array, scales: _Array) -> tuple[_Array, str]:
+    """Make blocks of E4M3 codes [rows, columns] uint8 with scales [rows, columns / run] float32."""
+    rows, num_runs = scales.shape
+    run = codes.shape[1] // num_runs
+    blocks = np.empty((rows, num_runs, 4 + run), np.uint8)
+    blocks[..., :4] = scales[..., None].view(np.uint8)
+    blocks[..., 4:] = codes.reshape(rows, num_runs, run)
+    return blocks.reshape(-1), f"F8_{run}"
+
+
+def _are_halves(scales: _Array) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(scales, scales.astype(np.float16).astype(np.float32))

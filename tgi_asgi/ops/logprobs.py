@@ -25,4 +25,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogp
     Raises:
         ValueError: a token id is out of range, or `num_top` is more than the vocabulary.
     """
-    return TokenLogprobs(*map(torch.from_numpy, _C.token_logprobs(logits.numpy(), token_ids.numpy(), num_top)))
+    return TokenLogprobs(
+        *map(torch.from_numpy, _C.token_logprobs(logits.numpy(), token_ids.numpy(), num_top))
+    )

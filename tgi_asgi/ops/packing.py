@@ -105,7 +105,7 @@ class Packing:
     def _pack_each(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
     ) -> tuple[PackedLinear, ...]:
-        given = biases or [None] * len(sources)
+        given: Sequence[Tensor | None] = biases or [None] * len(sources)
         return tuple(
             self._pack([source], bias, order)
             for source, bias, order in zip(sources, given, orders, strict=True)
@@ -135,15 +135,15 @@ class Packing:
         """Return a matrix as it will be packed: the file's own bytes, unless it is quantised here."""
         source = source.in_order()
         info = FORMATS[source.format]
-        if info.is_quantised:
+        if info.has_kernel and (info.is_quantised or self.quantise is None):
             return source
         if self.quantise is None:
-            if info.has_kernel:
-                return source
             weights = decode(source)  # FP8: rounded to bfloat16, which has more bits than it
             return from_floats(weights if self.is_exact else weights.bfloat16())
         name = "Q8_0" if is_vocabulary else self.quantise
         rows, columns = source.shape
         return WeightSource(
-            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name), name, (rows, -(-columns // 32) * 32)
+            _C.quantise(np.ascontiguousarray(decode(source).numpy()), name),
+            name,
+            (rows, -(-columns // 32) * 32),
         )

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops.formats import FORMATS, decode_rows, float8_blocks, int4_blocks, int8_blocks
+from tgi_asgi import _C
+from tgi_asgi.ops.formats import FORMATS, float8_blocks, int4_blocks, int8_blocks
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -45,7 +46,9 @@ class WeightSource:
             raise ValueError("`data` must be contiguous uint8")
         info = FORMATS[self.format]
         if self.shape[-1] % info.block_columns:
-            raise ValueError(f"{self.format} needs rows of a multiple of {info.block_columns}, got {self.shape}")
+            raise ValueError(
+                f"{self.format} needs rows of a multiple of {info.block_columns}, got {self.shape}"
+            )
         needed = int(np.prod(self.shape, dtype=np.int64)) // info.block_columns * info.block_bytes
         if self.data.size != needed:
             raise ValueError(f"{self.format} of shape {self.shape} has {needed} bytes, got {self.data.size}")
@@ -56,7 +59,7 @@ class WeightSource:
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
     def in_order(self) -> WeightSource:
-        """Return the matrix with its columns in order: no block holds groups that lie apart, so in float16."""
+        """Return the matrix with its columns in order, in float16: no block holds groups that lie apart."""
         if self.order is None:
             return self
         weights = torch.empty(self.shape, dtype=torch.float16)
@@ -95,7 +98,9 @@ def decode(source: WeightSource) -> Tensor:
     plain = _PLAIN.get(source.format)
     if plain is not None:
         return as_tensor(source.data).view(plain).view(source.shape).float()
-    return torch.from_numpy(decode_rows(source.data, source.format, source.shape[-1])).view(source.shape)
+    return torch.from_numpy(_C.decode_rows(source.data.reshape(-1), source.format, source.shape[-1])).view(
+        source.shape
+    )
 
 
 def plain_tensor(source: WeightSource) -> Tensor:

@@ -26,7 +26,7 @@ class LinearWeight:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """RMSNorm of queries and keys before they are rotated: of each head (Qwen3), or of all together (OLMo 2)."""
+    """RMSNorm of queries and keys before they are rotated: of each head (Qwen 3), or of all (OLMo 2)."""
 
     query: Tensor  # float32: [head_dim], one for all heads, or [num_heads * head_dim]
     key: Tensor  # the same of KV heads
@@ -70,8 +70,8 @@ class Arithmetic(Protocol):
 
 
 def vector(source: WeightSource) -> Tensor:
-    """Return a norm's weight or a bias as float32 [elements]."""
-    return decode(source).reshape(-1)
+    """Return a norm's weight or a bias as float32 [elements]: a copy, which keeps no file mapped."""
+    return decode(source).reshape(-1).clone()
 
 
 def linear_weight(
@@ -159,9 +159,7 @@ def _matrix(name: str, source: WeightSource) -> tuple[int, int]:
     return source.shape[0], source.shape[1]
 
 
-def _biases(
-    biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]
-) -> list[Tensor] | None:
+def _biases(biases: Sequence[WeightSource] | None, sources: Sequence[WeightSource]) -> list[Tensor] | None:
     if biases is None:
         return None
     found = [vector(bias) for bias in biases]

@@ -22,7 +22,7 @@ def _bytes_each(name: str, packing: ops.Packing) -> float:
     info = ops.FORMATS.get(name)
     if info is None:  # a part of a quantised matrix: words of codes, zero points
         return 4.0
-    if info.is_quantised or (packing.quantise is None and info.has_kernel):
+    if info.has_kernel and (info.is_quantised or packing.quantise is None):
         return info.block_bytes / info.block_columns
     if packing.quantise is None:  # FP8
         return 4.0 if packing.is_exact else 2.0
@@ -44,10 +44,14 @@ def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free
         for name in ("Q8_0", "Q4_0")
         if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name))) <= free_bytes
     ]
-    advice = f"{' or '.join(smaller)} would fit" if smaller else "take a smaller model, or a smaller quantisation of it"
+    advice = (
+        f"{' or '.join(smaller)} would fit"
+        if smaller
+        else "take a smaller model, or a smaller quantisation of it"
+    )
     raise ModelLoadError(
-        f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are free: "
-        f"{advice}"
+        f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
+        f"free: {advice}"
     )
 
 

@@ -181,4 +181,3 @@ class CpuRunner:
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell torch's ways of saying that there is no memory from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-

@@ -1,5 +1,6 @@
-// How a block of each weight format is read: codes as vectors of unsigned bytes, scales as sixteen
-// floats. Templates over the simd type S, included by the step_<isa>.cpp files only.
+// How a block of each weight format is read: floats as vectors that are multiplied at once, codes
+// as vectors of bytes and their scales as sixteen floats. A reader is named as its format in
+// formats.def. Templates over the simd type S, included by the step_<isa>.cpp files only.
 #pragma once
 
 #include "packed.h"
@@ -7,129 +8,302 @@
 namespace tgi::cpu::step {
 namespace {
 
+// Floats. A step is one vector of weights, times one dword of the activation.
+template <class S>
+struct F32 {
+  static constexpr Precision kPrecision = Precision::kFloat32;
+  static constexpr int kSteps = 32;  // in a block
+  static constexpr int kStepBytes = 64;
+  using Vector = typename S::F;
+  static inline Vector load(const uint8_t* p) { return S::load(reinterpret_cast<const float*>(p)); }
+  static inline typename S::F multiply_add(typename S::F acc, Vector weight, const uint8_t* value) {
+    return S::fma(weight, S::set1(*reinterpret_cast<const float*>(value)), acc);
+  }
+};
+
+template <class S>
+struct F16 : F32<S> {
+  static constexpr int kStepBytes = 32;
+  static inline typename S::F load(const uint8_t* p) { return S::load_half(p); }
+};
+
+template <class S>
+struct BF16 {
+  static constexpr Precision kPrecision = Precision::kBF16;
+  static constexpr int kSteps = 16;
+  static constexpr int kStepBytes = 64;
+  using Vector = typename S::I;
+  static inline Vector load(const uint8_t* p) { return S::iload(p); }
+  static inline typename S::F multiply_add(typename S::F acc, Vector weight, const uint8_t* value) {
+    return S::dot_bf16(acc, weight, S::ibroadcast(value));
+  }
+};
+
 // quad(p, j): the codes of columns 4j..4j+3 of sixteen rows, one row a dword. The index j is known
 // at compile time once loops are unrolled.
 template <class S>
-struct NibbleCodes {
-  static constexpr bool kIsSmall = true;
+struct SmallCodes {  // below 64
+  static constexpr bool kIsSigned = false;
+  static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
+    return S::dot_small(acc, codes, values);
+  }
+};
+
+// The bits of `mask`, of which quad j has the lowest from bit `from` on, moved to bit `to` of each
+// byte.
+template <class S>
+inline typename S::I moved_bits(typename S::I plane, int from, int to, int32_t mask) {
+  const auto moved = from == to  ? plane
+                     : from < to ? S::ishl(plane, to - from)
+                                 : S::ishr(plane, from - to);
+  return S::iand(moved, S::iset1(mask));
+}
+
+template <class S>
+struct NibbleCodes : SmallCodes<S> {
   static constexpr int kCodeBytes = 256;
   static inline typename S::I quad(const uint8_t* p, int j) {
-    const auto mask = S::iset1(0x0F0F0F0F);
-    if (j < 4) return S::iand(S::iload(p + 64 * j), mask);
-    return S::iand(S::ishr(S::iload(p + 64 * (j - 4)), 4), mask);
+    return moved_bits<S>(S::iload(p + 64 * (j % 4)), j / 4 * 4, 0, 0x0F0F0F0F);
   }
 };
 
 template <class S>
-struct FiveBitCodes {
-  static constexpr bool kIsSmall = true;
+struct FiveBitCodes : SmallCodes<S> {
   static constexpr int kCodeBytes = 320;
   static inline typename S::I quad(const uint8_t* p, int j) {
-    const auto high = S::iload(p + 256);
-    const auto bit =
-        S::iand(j < 4 ? S::ishl(high, 4 - j) : S::ishr(high, j - 4), S::iset1(0x10101010));
-    return S::ior(NibbleCodes<S>::quad(p, j), bit);
+    const auto high = moved_bits<S>(S::iload(p + 256), j, 4, 0x10101010);
+    return S::ior(NibbleCodes<S>::quad(p, j), high);
   }
 };
 
 template <class S>
-struct SixBitCodes {
-  static constexpr bool kIsSmall = true;
+struct SixBitCodes : SmallCodes<S> {
   static constexpr int kCodeBytes = 384;
   static inline typename S::I quad(const uint8_t* p, int j) {
-    const auto high =
-        S::iload(p + 256 + 64 * (j / 4));  // bits 2i, 2i+1 of a byte: quad 4 * (j / 4) + i
-    const int i = j % 4;
-    const auto shifted = i < 2 ? S::ishl(high, 4 - 2 * i) : S::ishr(high, 2 * i - 4);
-    return S::ior(NibbleCodes<S>::quad(p, j), S::iand(shifted, S::iset1(0x30303030)));
+    const auto high = moved_bits<S>(S::iload(p + 256 + 64 * (j / 4)), j % 4 * 2, 4, 0x30303030);
+    return S::ior(NibbleCodes<S>::quad(p, j), high);
+  }
+};
+
+template <class S>
+struct TwoBitCodes : SmallCodes<S> {
+  static constexpr int kCodeBytes = 128;
+  static inline typename S::I quad(const uint8_t* p, int j) {
+    return moved_bits<S>(S::iload(p + 64 * (j / 4)), j % 4 * 2, 0, 0x03030303);
+  }
+};
+
+template <class S>
+struct ThreeBitCodes : SmallCodes<S> {
+  static constexpr int kCodeBytes = 192;
+  static inline typename S::I quad(const uint8_t* p, int j) {
+    const auto high = moved_bits<S>(S::iload(p + 128), j, 2, 0x04040404);
+    return S::ior(TwoBitCodes<S>::quad(p, j), high);
   }
 };
 
 template <class S>
 struct ByteCodes {
-  static constexpr bool kIsSmall = false;
+  static constexpr bool kIsSigned = false;
   static constexpr int kCodeBytes = 512;
   static inline typename S::I quad(const uint8_t* p, int j) { return S::iload(p + 64 * j); }
-};
-
-// weight = scale * (code - zero) + min. The zero point is 128 >> kZeroShift, none if negative.
-template <class S, class Codes, int ZeroShift, bool HasMin>
-struct Plain : Codes {
-  static constexpr int kZeroShift = ZeroShift;
-  static constexpr bool kHasMin = HasMin;
-  static constexpr int kNumHalves = 1;  // scales in a block
-  static constexpr int64_t kBytes = Codes::kCodeBytes + (HasMin ? 64 : 32);
-  struct Block {
-    const uint8_t* codes;
-  };
-  static inline Block block(const uint8_t* panel, int64_t b) { return {panel + b * kBytes}; }
-  static inline typename S::F scale(Block block, int) {
-    return S::load_half(block.codes + Codes::kCodeBytes);
-  }
-  static inline typename S::F min(Block block) {
-    return S::load_half(block.codes + Codes::kCodeBytes + 32);
+  static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
+    return S::dot(acc, codes, values);
   }
 };
 
-// K-quants: fp16 scales a super-block of eight blocks, times small integers a block. The products
-// are exact.
-template <class S, class Codes, Format format>
-struct Super : Codes {
-  static constexpr int64_t kBytes = panel_layout(format).block_bytes;
-  static constexpr int64_t kHeader = panel_layout(format).header_bytes;
+// Nibbles that stand for signed bytes. Where signed bytes cannot be multiplied at once, they are
+// bytes plus 128.
+struct ByteTable {
+  int8_t values[16];
+};
+
+constexpr ByteTable table_of(const int8_t (&values)[16], bool is_signed) {
+  ByteTable out = {};
+  for (int i = 0; i < 16; ++i) {
+    const int with_128 = values[i] < 0 ? values[i] + 128 : values[i] - 128;  // as a signed byte
+    out.values[i] = static_cast<int8_t>(is_signed ? values[i] : with_128);
+  }
+  return out;
+}
+
+template <class S, const int8_t (&Values)[16]>
+struct CodebookCodes {
+  static constexpr bool kIsSigned = S::kHasSignedDot;
+  static constexpr int kZeroShift = kIsSigned ? -1 : 0;
+  static constexpr int kCodeBytes = 256;
+  static constexpr ByteTable kTable = table_of(Values, kIsSigned);
+  static inline typename S::I quad(const uint8_t* p, int j) {
+    return S::lookup16(NibbleCodes<S>::quad(p, j), S::load_table(kTable.values));
+  }
+  static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
+    return kIsSigned ? S::dot_signed(acc, codes, values) : S::dot(acc, codes, values);
+  }
+};
+
+// What the readers of codes share. weight = scale * (code - zero) + min, where the zero point is
+// 128 >> kZeroShift (none if that is negative), or each row's own.
+template <class S, class CodesOf, Format format>
+struct CodeReader : CodesOf {
+  static constexpr PanelInfo kPanel = format_info(format).panel;
+  static constexpr int kZeroShift = -1;
+  static constexpr bool kHasZeros = false;  // zeros(): each row's own
+  static constexpr bool kHasMin = false;
+  static constexpr int kNumHalves = 1;  // scales, and mins, in a block
+  static constexpr int64_t kLines =     // of a block with its share of the header
+      (panel_bytes(format, 256) / 8 + 63) / 64;
+  static_assert(CodesOf::kCodeBytes == 64 * kPanel.code_bits, "these are the codes of the table");
+
   struct Block {
     const uint8_t* codes;
     const uint8_t* header;
   };
   static inline Block block(const uint8_t* panel, int64_t b) {
-    const uint8_t* header = panel + (b >> 3) * (kHeader + kSuperBlock * kBytes);
-    return {header + kHeader + (b & 7) * kBytes, header};
+    constexpr int64_t kBytes = kPanel.block_bytes(), kHeader = kPanel.header_bytes();
+    if constexpr (kPanel.header_blocks == 0) return {panel + b * kBytes, nullptr};
+    constexpr uint64_t kBlocks = kPanel.header_blocks > 0 ? kPanel.header_blocks : 1;
+    const uint64_t index = static_cast<uint64_t>(b);  // so that a shift divides it
+    const uint8_t* header = panel + index / kBlocks * (kHeader + kBlocks * kBytes);
+    return {header + kHeader + index % kBlocks * kBytes, header};
+  }
+  // The i-th fp16 number, and where the i-th bytes are.
+  static inline typename S::F half(Block block, int i) {
+    const bool is_in_block = kPanel.block_halves != 0;
+    return S::load_half((is_in_block ? block.codes + CodesOf::kCodeBytes : block.header) + 32 * i);
+  }
+  static inline const uint8_t* factors(Block block, int i) {
+    const uint8_t* p = kPanel.block_factors != 0
+                           ? block.codes + CodesOf::kCodeBytes + 32 * kPanel.block_halves
+                           : block.header + 32 * kPanel.header_halves;
+    return p + 16 * i;
+  }
+  static inline typename S::F signed_factor(Block block, int i) {
+    return S::to_float(S::load_i8(factors(block, i)));
+  }
+  static inline typename S::I zeros(Block) { return S::izero(); }
+  static inline typename S::F min(Block, int) { return S::zero(); }
+};
+
+template <class S, class CodesOf, Format format, int ZeroShift>
+struct Scaled : CodeReader<S, CodesOf, format> {
+  using Base = CodeReader<S, CodesOf, format>;
+  static constexpr int kZeroShift = ZeroShift;
+  static inline typename S::F scale(typename Base::Block block, int) {
+    return Base::half(block, 0);
   }
 };
 
-template <class S, class Codes, Format format>
-struct SuperWithMin : Super<S, Codes, format> {
-  static constexpr int kZeroShift = -1;
+template <class S, class CodesOf, Format format>
+struct ScaledWithMin : Scaled<S, CodesOf, format, -1> {
+  using Base = CodeReader<S, CodesOf, format>;
   static constexpr bool kHasMin = true;
-  static constexpr int kNumHalves = 1;
-  using Block = typename Super<S, Codes, format>::Block;
-  static inline typename S::F scale(Block block, int) {
-    return S::mul(S::load_half(block.header),
-                  S::to_float(S::load_u8(block.codes + Codes::kCodeBytes)));
+  static inline typename S::F min(typename Base::Block block, int) { return Base::half(block, 1); }
+};
+
+// K-quants: fp16 numbers of eight blocks times small integers of each. The products are exact.
+template <class S, class CodesOf, Format format>
+struct SuperWithMin : CodeReader<S, CodesOf, format> {
+  using Base = CodeReader<S, CodesOf, format>;
+  static constexpr bool kHasMin = true;
+  static inline typename S::F scale(typename Base::Block block, int) {
+    return S::mul(Base::half(block, 0), S::to_float(S::load_u8(Base::factors(block, 0))));
   }
-  static inline typename S::F min(Block block) {
-    const auto factor = S::to_float(S::load_u8(block.codes + Codes::kCodeBytes + 16));
-    return S::mul(S::load_half(block.header + 32), S::sub(S::zero(), factor));
+  static inline typename S::F min(typename Base::Block block, int) {
+    const auto factor = S::to_float(S::load_u8(Base::factors(block, 1)));
+    return S::mul(Base::half(block, 1), S::sub(S::zero(), factor));
   }
 };
 
-template <class S>
-struct Q6_K : Super<S, SixBitCodes<S>, Format::kQ6_K> {
-  static constexpr int kZeroShift = 2;
-  static constexpr bool kHasMin = false;
+template <class S, class CodesOf, Format format, int ZeroShift>
+struct SuperHalves : CodeReader<S, CodesOf, format> {
+  using Base = CodeReader<S, CodesOf, format>;
+  static constexpr int kZeroShift = ZeroShift;
   static constexpr int kNumHalves = 2;
-  using Block = typename Super<S, SixBitCodes<S>, Format::kQ6_K>::Block;
-  static inline typename S::F scale(Block block, int half) {
-    return S::mul(S::load_half(block.header),
-                  S::to_float(S::load_i8(block.codes + 384 + 16 * half)));
+  static inline typename S::F scale(typename Base::Block block, int half) {
+    return S::mul(Base::half(block, 0), Base::signed_factor(block, half));
   }
-  static inline typename S::F min(Block) { return S::zero(); }
+};
+
+// A zero point each row and run of columns.
+template <class S, Format format>
+struct Int4 : Scaled<S, NibbleCodes<S>, format, -1> {
+  using Base = CodeReader<S, NibbleCodes<S>, format>;
+  static constexpr bool kHasZeros = true;
+  static inline typename S::I zeros(typename Base::Block block) {
+    return S::load_u8(Base::factors(block, 0));
+  }
 };
 
 template <class S>
-using Q8_0 = Plain<S, ByteCodes<S>, 0, false>;
+struct Q4_0 : Scaled<S, NibbleCodes<S>, Format::kQ4_0, 4> {};
 template <class S>
-using Q4_0 = Plain<S, NibbleCodes<S>, 4, false>;
+struct Q4_1 : ScaledWithMin<S, NibbleCodes<S>, Format::kQ4_1> {};
 template <class S>
-using Q4_1 = Plain<S, NibbleCodes<S>, -1, true>;
+struct Q5_0 : Scaled<S, FiveBitCodes<S>, Format::kQ5_0, 3> {};
 template <class S>
-using Q5_0 = Plain<S, FiveBitCodes<S>, 3, false>;
+struct Q5_1 : ScaledWithMin<S, FiveBitCodes<S>, Format::kQ5_1> {};
 template <class S>
-using Q5_1 = Plain<S, FiveBitCodes<S>, -1, true>;
+struct Q8_0 : Scaled<S, ByteCodes<S>, Format::kQ8_0, 0> {};
 template <class S>
-using Q4_K = SuperWithMin<S, NibbleCodes<S>, Format::kQ4_K>;
+using Q8_1 = Q8_0<S>;  // panels have no sums: they are the same
+
 template <class S>
-using Q5_K = SuperWithMin<S, FiveBitCodes<S>, Format::kQ5_K>;
+struct Q2_K : CodeReader<S, TwoBitCodes<S>, Format::kQ2_K> {
+  using Base = CodeReader<S, TwoBitCodes<S>, Format::kQ2_K>;
+  static constexpr bool kHasMin = true;
+  static constexpr int kNumHalves = 2;
+  static inline typename S::F scale(typename Base::Block block, int half) {
+    const auto low = S::iand(S::load_u8(Base::factors(block, half)), S::iset1(15));
+    return S::mul(Base::half(block, 0), S::to_float(low));
+  }
+  static inline typename S::F min(typename Base::Block block, int half) {
+    const auto high = S::ishr(S::load_u8(Base::factors(block, half)), 4);
+    return S::mul(Base::half(block, 1), S::sub(S::zero(), S::to_float(high)));
+  }
+};
+
+template <class S>
+struct Q3_K : SuperHalves<S, ThreeBitCodes<S>, Format::kQ3_K, 5> {};
+template <class S>
+struct Q4_K : SuperWithMin<S, NibbleCodes<S>, Format::kQ4_K> {};
+template <class S>
+struct Q5_K : SuperWithMin<S, FiveBitCodes<S>, Format::kQ5_K> {};
+template <class S>
+struct Q6_K : SuperHalves<S, SixBitCodes<S>, Format::kQ6_K, 2> {};
+
+template <class S>
+using Iq4Codes = CodebookCodes<S, kIq4Values>;
+template <class S>
+struct IQ4_NL : Scaled<S, Iq4Codes<S>, Format::kIQ4_NL, Iq4Codes<S>::kZeroShift> {};
+
+template <class S>
+struct IQ4_XS : CodeReader<S, Iq4Codes<S>, Format::kIQ4_XS> {
+  using Base = CodeReader<S, Iq4Codes<S>, Format::kIQ4_XS>;
+  static constexpr int kZeroShift = Iq4Codes<S>::kZeroShift;
+  static inline typename S::F scale(typename Base::Block block, int) {
+    return S::mul(Base::half(block, 0), Base::signed_factor(block, 0));
+  }
+};
+
+template <class S>
+struct MXFP4 : CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4> {
+  using Base = CodeReader<S, CodebookCodes<S, kMxfp4Values>, Format::kMXFP4>;
+  static constexpr int kZeroShift = CodebookCodes<S, kMxfp4Values>::kZeroShift;
+  // 2^(e - 128), whose bits are (e - 1) << 23; those of e = 0 and e = 1, which are denormal,
+  // (e + 1) << 21, which is less for all others.
+  static inline typename S::F scale(typename Base::Block block, int) {
+    const auto e = S::load_u8(Base::factors(block, 0));
+    const auto normal = S::ishl(S::isub(e, S::iset1(1)), 23);
+    return S::as_float(S::imax(normal, S::ishl(S::iadd(e, S::iset1(1)), 21)));
+  }
+};
+
+template <class S>
+struct INT4_32 : Int4<S, Format::kINT4_32> {};
+template <class S>
+struct INT4_64 : Int4<S, Format::kINT4_64> {};
+template <class S>
+struct INT4_128 : Int4<S, Format::kINT4_128> {};
 
 }  // namespace
 }  // namespace tgi::cpu::step

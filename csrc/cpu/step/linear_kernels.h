@@ -21,36 +21,33 @@ inline TileFunction int8_function(int64_t tokens) {
   return table[tokens - 1];
 }
 
-template <class S, Precision precision>
+template <class S, class Fmt>
 inline TileFunction float_function(int64_t tokens) {
-  constexpr TileFunction table[] = {float_strip<S, precision, 1>, float_strip<S, precision, 2>,
-                                    float_strip<S, precision, 3>, float_strip<S, precision, 4>,
-                                    float_strip<S, precision, 5>, float_strip<S, precision, 6>};
+  constexpr TileFunction table[] = {float_strip<S, Fmt, 1>, float_strip<S, Fmt, 2>,
+                                    float_strip<S, Fmt, 3>, float_strip<S, Fmt, 4>,
+                                    float_strip<S, Fmt, 5>, float_strip<S, Fmt, 6>};
   return table[tokens - 1];
+}
+
+// Whether a product with float32 activations reads its weights widened to float32.
+inline bool is_widened(Format format, Precision precision) {
+  return precision == Precision::kFloat32 && format != Format::kF32 && format != Format::kF16;
 }
 
 template <class S>
 inline TileFunction tile_function(Format format, Precision precision, int64_t tokens) {
-  if (precision == Precision::kFloat32) return float_function<S, Precision::kFloat32>(tokens);
+  if (is_widened(format, precision)) return float_function<S, F32<S>>(tokens);
   switch (format) {
-    case Format::kQ8_0:
-      return int8_function<S, Q8_0<S>>(tokens);
-    case Format::kQ4_0:
-      return int8_function<S, Q4_0<S>>(tokens);
-    case Format::kQ4_1:
-      return int8_function<S, Q4_1<S>>(tokens);
-    case Format::kQ5_0:
-      return int8_function<S, Q5_0<S>>(tokens);
-    case Format::kQ5_1:
-      return int8_function<S, Q5_1<S>>(tokens);
-    case Format::kQ4_K:
-      return int8_function<S, Q4_K<S>>(tokens);
-    case Format::kQ5_K:
-      return int8_function<S, Q5_K<S>>(tokens);
-    case Format::kQ6_K:
-      return int8_function<S, Q6_K<S>>(tokens);
+#define TGI_FLOAT_FORMAT(name, ...) \
+  case Format::k##name:             \
+    return float_function<S, name<S>>(tokens);
+#define TGI_CODE_FORMAT(name, ...) \
+  case Format::k##name:            \
+    return int8_function<S, name<S>>(tokens);
+#define TGI_DECODED_FORMAT(...)
+#include "../../formats.def"
     default:
-      return float_function<S, Precision::kBF16>(tokens);
+      return nullptr;
   }
 }
 
@@ -66,22 +63,14 @@ void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
       return widen_half_panel<S>(data, blocks, out);
     case Format::kBF16:
       return widen_bf16_panel<S>(data, blocks, out);
-    case Format::kQ8_0:
-      return dequantise_panel<S, Q8_0<S>>(data, blocks, out);
-    case Format::kQ4_0:
-      return dequantise_panel<S, Q4_0<S>>(data, blocks, out);
-    case Format::kQ4_1:
-      return dequantise_panel<S, Q4_1<S>>(data, blocks, out);
-    case Format::kQ5_0:
-      return dequantise_panel<S, Q5_0<S>>(data, blocks, out);
-    case Format::kQ5_1:
-      return dequantise_panel<S, Q5_1<S>>(data, blocks, out);
-    case Format::kQ4_K:
-      return dequantise_panel<S, Q4_K<S>>(data, blocks, out);
-    case Format::kQ5_K:
-      return dequantise_panel<S, Q5_K<S>>(data, blocks, out);
-    case Format::kQ6_K:
-      return dequantise_panel<S, Q6_K<S>>(data, blocks, out);
+#define TGI_FLOAT_FORMAT(...)
+#define TGI_CODE_FORMAT(name, ...) \
+  case Format::k##name:            \
+    return dequantise_panel<S, name<S>>(data, blocks, out);
+#define TGI_DECODED_FORMAT(...)
+#include "../../formats.def"
+    default:
+      return;
   }
 }
 
@@ -93,10 +82,10 @@ template <class S, class Prologue, class Epilogue>
 void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
   const bool is_float = p.in.precision == Precision::kFloat32;
-  const bool is_widened = is_float && p.weight.format != Format::kF32;
+  const bool is_scratch = is_widened(p.weight.format, p.in.precision);
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
-  const int64_t panel_size = is_widened ? p.weight.num_columns * 64 : p.weight.panel_size();
-  const int64_t block_lines = (2 * panel_layout(p.weight.format).block_bytes + 63) / 64;
+  const int64_t panel_size = is_scratch ? p.weight.num_columns * 64 : p.weight.panel_size();
+  const int64_t block_lines = (2 * panel_size / num_blocks + 63) / 64;
   const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
   const int64_t group = is_float || p.weight.num_columns > 1024 ? 32 : 96;  // tiles
   const uint8_t* input = p.in.data;
@@ -110,10 +99,10 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
 
   for (int64_t first = 0; first < num_tiles; first += group) {
     const int64_t last = first + group < num_tiles ? first + group : num_tiles;
-    const int64_t lines = is_widened ? 0 : (block_lines + last - first - 1) / (last - first);
+    const int64_t lines = is_scratch ? 0 : (block_lines + last - first - 1) / (last - first);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       const uint8_t* weights = p.weight.panel(2 * unit * unit_strips);
-      if (is_widened) {
+      if (is_scratch) {
         for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
           dequantise<S>(p.weight, 2 * unit * unit_strips + panel, scratch + panel * panel_size / 4);
         }

@@ -32,24 +32,37 @@ inline void fetch_ahead(Ahead& ahead) {
   }
 }
 
+// Where sums of a zero point of one begin: -128 times the sum of token t's values over quads
+// [First, Last).
+template <class S, int First, int Last>
+inline typename S::I sum_start(const uint8_t* x, int t) {
+  const auto first = S::ibroadcast(x + kTileZeroFirst + 4 * t);
+  if constexpr (First == 0 && Last == 4) return first;
+  const auto whole = S::ibroadcast(x + kTileZero + 4 * t);
+  if constexpr (First == 0) return whole;
+  return S::isub(whole, first);
+}
+
 // One block's integer sums of Panels x Tokens outputs over quads [First, Last), from the zero
 // point's start values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
 inline void block_sums(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
                        typename S::I (&sums)[Panels][Tokens]) {
+  typename S::I zeros[Panels];
+  TGI_UNROLL(2)
+  for (int p = 0; p < Panels; ++p) zeros[p] = Fmt::zeros(w[p]);
   TGI_UNROLL(6)
   for (int t = 0; t < Tokens; ++t) {
     auto start = S::izero();
-    if constexpr (Fmt::kZeroShift >= 0) {
-      start = S::ibroadcast(x + kTileZero + 4 * t);
-      if constexpr (Last - First == 4) {
-        const auto first = S::ibroadcast(x + kTileZeroFirst + 4 * t);
-        start = First == 0 ? first : S::isub(start, first);
-      }
-      if constexpr (Fmt::kZeroShift > 0) start = S::isar(start, Fmt::kZeroShift);
+    if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
+      constexpr int kShift = Fmt::kHasZeros ? 7 : Fmt::kZeroShift;
+      start = sum_start<S, First, Last>(x, t);
+      if constexpr (kShift > 0) start = S::isar(start, kShift);
     }
     TGI_UNROLL(2)
-    for (int p = 0; p < Panels; ++p) sums[p][t] = start;
+    for (int p = 0; p < Panels; ++p) {
+      sums[p][t] = Fmt::kHasZeros ? S::imul_short(start, zeros[p]) : start;
+    }
   }
   TGI_UNROLL(8)
   for (int j = First; j < Last; ++j) {
@@ -60,10 +73,7 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
     for (int t = 0; t < Tokens; ++t) {
       const auto values = S::ibroadcast(x + 32 * t + 4 * j);
       TGI_UNROLL(2)
-      for (int p = 0; p < Panels; ++p) {
-        sums[p][t] = Fmt::kIsSmall ? S::dot_small(sums[p][t], codes[p], values)
-                                   : S::dot(sums[p][t], codes[p], values);
-      }
+      for (int p = 0; p < Panels; ++p) sums[p][t] = Fmt::dot(sums[p][t], codes[p], values);
     }
   }
 }
@@ -84,6 +94,30 @@ inline void add_block(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
   }
 }
 
+// The mins of half `First / 4`, or of the whole block, times the scaled sums of the values.
+template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
+inline void add_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+                     typename S::F (&out)[Panels][Tokens]) {
+  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
+  const auto* scaled_sums = reinterpret_cast<const float*>(x + kTileSum);
+  typename S::F sums[Tokens];
+  TGI_UNROLL(6)
+  for (int t = 0; t < Tokens; ++t) {
+    if constexpr (Last - First == 8) {
+      sums[t] = S::set1(scaled_sums[t]);
+    } else {
+      const auto negative = S::to_float(S::isar(sum_start<S, First, Last>(x, t), 7));
+      sums[t] = S::mul(negative, S::set1(-scales[t]));
+    }
+  }
+  TGI_UNROLL(2)
+  for (int p = 0; p < Panels; ++p) {
+    const auto min = Fmt::min(w[p], First / 4);
+    TGI_UNROLL(6)
+    for (int t = 0; t < Tokens; ++t) out[p][t] = S::fma(min, sums[t], out[p][t]);
+  }
+}
+
 // out: [Tokens][32], panel p at columns 16p. x: an int8 tile.
 template <class S, class Fmt, int Panels, int Tokens>
 inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64_t num_blocks,
@@ -101,17 +135,13 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64
     fetch_ahead<S, Tokens>(ahead);
     if constexpr (Fmt::kNumHalves == 1) {
       add_block<S, Fmt, Panels, Tokens, 0, 8>(block, x, total);
+      if constexpr (Fmt::kHasMin) add_mins<S, Fmt, Panels, Tokens, 0, 8>(block, x, total);
     } else {
       add_block<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
       add_block<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
-    }
-    if constexpr (Fmt::kHasMin) {
-      const auto* sums = reinterpret_cast<const float*>(x + kTileSum);
-      TGI_UNROLL(2)
-      for (int p = 0; p < Panels; ++p) {
-        const auto min = Fmt::min(block[p]);
-        TGI_UNROLL(6)
-        for (int t = 0; t < Tokens; ++t) total[p][t] = S::fma(min, S::set1(sums[t]), total[p][t]);
+      if constexpr (Fmt::kHasMin) {
+        add_mins<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
+        add_mins<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
       }
     }
   }
@@ -122,37 +152,31 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64
   }
 }
 
-// Weights [column][16] float32, or [pair of columns][16][2] bf16; x: a tile of the same precision.
-template <class S, Precision precision, int Panels, int Tokens>
+// The same of floats. x: a tile of the format's precision.
+template <class S, class Fmt, int Panels, int Tokens>
 inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64_t num_blocks,
                        float* out, Ahead ahead) {
-  constexpr bool kIsBF16 = precision == Precision::kBF16;
-  constexpr int kSteps = kIsBF16 ? 16 : 32;        // vectors in a panel's block
-  constexpr int kTokenBytes = kIsBF16 ? 64 : 128;  // of a token in a tile's block
+  constexpr int kTokenBytes = 4 * Fmt::kSteps;  // of a token in a tile's block
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     TGI_UNROLL(6)
     for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
   }
-  for (int64_t b = 0; b < num_blocks; ++b, x += tile_block_bytes(precision)) {
-    const int64_t offset = b * kSteps * 64;
+  for (int64_t b = 0; b < num_blocks; ++b, x += tile_block_bytes(Fmt::kPrecision)) {
+    const int64_t offset = b * Fmt::kSteps * Fmt::kStepBytes;
     fetch_ahead<S, Tokens>(ahead);
     TGI_UNROLL(4)
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < Fmt::kSteps; ++k) {
+      typename Fmt::Vector weights[Panels];
+      TGI_UNROLL(2)
+      for (int p = 0; p < Panels; ++p) weights[p] = Fmt::load(w[p] + offset + Fmt::kStepBytes * k);
       TGI_UNROLL(6)
       for (int t = 0; t < Tokens; ++t) {
         const uint8_t* value = x + t * kTokenBytes + 4 * k;
         TGI_UNROLL(2)
-        for (int p = 0; p < Panels; ++p) {
-          const uint8_t* vector = w[p] + offset + 64 * k;
-          if constexpr (kIsBF16) {
-            total[p][t] = S::dot_bf16(total[p][t], S::iload(vector), S::ibroadcast(value));
-          } else {
-            total[p][t] = S::fma(S::load(reinterpret_cast<const float*>(vector)),
-                                 S::set1(*reinterpret_cast<const float*>(value)), total[p][t]);
-          }
-        }
+        for (int p = 0; p < Panels; ++p)
+          total[p][t] = Fmt::multiply_add(total[p][t], weights[p], value);
       }
     }
   }
@@ -176,37 +200,42 @@ template <class S, class Fmt, int Tokens>
 void int8_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, int64_t num_blocks,
                 float* out, Ahead ahead) {
   if (Tokens == 1 && !kStreamsIntoL1) {
-    const int64_t lines = (Fmt::kBytes + 63) / 64;
-    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, {panel0 + kStreamDistance, lines});
-    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, {panel1 + kStreamDistance, lines});
+    constexpr int64_t kLines = Fmt::kLines;
+    int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, {panel0 + kStreamDistance, kLines});
+    int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, {panel1 + kStreamDistance, kLines});
   } else {
     int8_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
   }
 }
 
-template <class S, Precision precision, int Tokens>
+template <class S, class Fmt, int Tokens>
 void float_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, int64_t num_blocks,
                  float* out, Ahead ahead) {
-  float_tile<S, precision, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
+  float_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
+}
+
+// Byte i of each dword, as the number that the product takes it for.
+template <class S, class Fmt>
+inline typename S::F code_value(typename S::I codes, int i, typename S::I zero) {
+  if constexpr (Fmt::kIsSigned) return S::to_float(S::isar(S::ishl(codes, 24 - 8 * i), 24));
+  return S::to_float(S::isub(S::iand(S::ishr(codes, 8 * i), S::iset1(0xFF)), zero));
 }
 
 // Weights of one panel as float32 [column][16], for products with float32 activations. Rounds as
 // dequantising the file does: scale * (code - zero), plus the min.
 template <class S, class Fmt>
 void dequantise_panel(const uint8_t* panel, int64_t num_blocks, float* out) {
-  const auto low_byte = S::iset1(0xFF);
-  const auto zero =
-      S::iset1(Fmt::kZeroShift >= 0 ? 128 >> (Fmt::kZeroShift < 0 ? 0 : Fmt::kZeroShift) : 0);
+  constexpr int kZero = Fmt::kZeroShift >= 0 ? 128 >> (Fmt::kZeroShift & 7) : 0;
   for (int64_t b = 0; b < num_blocks; ++b) {
     const auto block = Fmt::block(panel, b);
-    const auto min = Fmt::kHasMin ? Fmt::min(block) : S::zero();
+    const auto zero = Fmt::kHasZeros ? Fmt::zeros(block) : S::iset1(kZero);
     TGI_UNROLL(8)
     for (int j = 0; j < 8; ++j) {
-      const auto scale = Fmt::scale(block, Fmt::kNumHalves == 2 ? j / 4 : 0);
-      auto codes = Fmt::quad(block.codes, j);
-      for (int i = 0; i < 4; ++i, out += 16, codes = S::ishr(codes, 8)) {
-        const auto code = S::to_float(S::isub(S::iand(codes, low_byte), zero));
-        const auto weight = S::mul(code, scale);
+      const int half = Fmt::kNumHalves == 2 ? j / 4 : 0;
+      const auto scale = Fmt::scale(block, half), min = Fmt::min(block, half);
+      const auto codes = Fmt::quad(block.codes, j);
+      for (int i = 0; i < 4; ++i, out += 16) {
+        const auto weight = S::mul(code_value<S, Fmt>(codes, i, zero), scale);
         S::store(out, Fmt::kHasMin ? S::add(weight, min) : weight);
       }
     }

@@ -1,148 +1,129 @@
 #include "pack.h"
 
+#include <cmath>
 #include <cstring>
 
-#include "pack_blocks.h"
+#include "block_reader.h"
 
 namespace tgi::cpu::step {
 
 namespace {
 
-// Where a block's parts lie in a panel's block; negative where the format has none.
-struct Parts {
-  int bits;  // of a code
-  int high;  // offset of the bits above four
-  int scales;
-  int mins;
-  int factors;
-};
+// Of the planes of a block's codes, see packed.h: those of 5 bits have one of 4 and one of 1, and
+// so on.
+constexpr int32_t kPlaneBits[] = {8, 4, 2, 1};
 
-Parts parts_of(Format format) {
-  switch (format) {
-    case Format::kQ8_0:
-      return {8, -1, 512, -1, -1};
-    case Format::kQ4_0:
-      return {4, -1, 256, -1, -1};
-    case Format::kQ4_1:
-      return {4, -1, 256, 288, -1};
-    case Format::kQ5_0:
-      return {5, 256, 320, -1, -1};
-    case Format::kQ5_1:
-      return {5, 256, 320, 352, -1};
-    case Format::kQ4_K:
-      return {4, -1, -1, -1, 256};
-    case Format::kQ5_K:
-      return {5, 256, -1, -1, 320};
-    case Format::kQ6_K:
-      return {6, 256, -1, -1, 384};
-    default:
-      return {0, -1, -1, -1, -1};
+// Where the codes of columns 4j..4j + 3 lie in a plane of `bits`: vector, and lowest bit of a byte.
+int vector_of(int32_t bits, int j) { return bits == 4 ? j % 4 : j * bits / 8; }
+int shift_of(int32_t bits, int j) { return bits == 4 ? j / 4 * 4 : j * bits % 8; }
+uint32_t mask_of(int32_t bits) { return ((1u << bits) - 1) * 0x01010101u; }
+
+// Writes row r's codes to a block of a panel.
+void write_codes(int32_t code_bits, const uint8_t* codes, int64_t r, uint8_t* block) {
+  uint32_t quads[8];
+  std::memcpy(quads, codes, 32);
+  int32_t below = 0;  // bits of a code that are written
+  for (const int32_t bits : kPlaneBits) {
+    if ((code_bits & bits) == 0) continue;
+    uint32_t vectors[8] = {};
+    const uint32_t mask = mask_of(bits);
+    for (int j = 0; j < 8; ++j)
+      vectors[vector_of(bits, j)] |= ((quads[j] >> below) & mask) << shift_of(bits, j);
+    for (int32_t v = 0; v < bits; ++v) std::memcpy(block + 64 * v + 4 * r, &vectors[v], 4);
+    below += bits;
+    block += 64 * bits;
   }
 }
 
-// Adds row r's codes to a zeroed block of a panel. Column 4j + i of a row is byte i of its dword in
-// vector j.
-void write_codes(const Parts& parts, const uint8_t* codes, int64_t r, uint8_t* block) {
-  for (int k = 0; k < 32; ++k) {
-    const int j = k / 4, byte = static_cast<int>(4 * r) + k % 4;
-    if (parts.bits == 8) {
-      block[64 * j + byte] = codes[k];
-      continue;
+void read_codes(int32_t code_bits, const uint8_t* block, int64_t r, uint8_t* codes) {
+  uint32_t quads[8] = {};
+  int32_t below = 0;
+  for (const int32_t bits : kPlaneBits) {
+    if ((code_bits & bits) == 0) continue;
+    for (int j = 0; j < 8; ++j) {
+      uint32_t vector;
+      std::memcpy(&vector, block + 64 * vector_of(bits, j) + 4 * r, 4);
+      quads[j] |= ((vector >> shift_of(bits, j)) & mask_of(bits)) << below;
     }
-    block[64 * (j % 4) + byte] |= static_cast<uint8_t>((codes[k] & 15) << (j / 4 * 4));
-    if (parts.bits == 5) block[parts.high + byte] |= static_cast<uint8_t>((codes[k] >> 4) << j);
-    if (parts.bits == 6)
-      block[parts.high + 64 * (j / 4) + byte] |=
-          static_cast<uint8_t>((codes[k] >> 4) << (j % 4 * 2));
+    below += bits;
+    block += 64 * bits;
+  }
+  std::memcpy(codes, quads, 32);
+}
+
+// Row r's numbers, from and to [number][16 rows].
+void write_numbers(const RowBlock& from, int32_t halves, int32_t factors, int64_t r, uint8_t* out) {
+  for (int32_t i = 0; i < halves; ++i, out += 32) std::memcpy(out + 2 * r, &from.halves[i], 2);
+  for (int32_t i = 0; i < factors; ++i, out += 16) out[r] = from.factors[i];
+}
+
+void read_numbers(const uint8_t* p, int32_t halves, int32_t factors, int64_t r, RowBlock& out) {
+  for (int32_t i = 0; i < halves; ++i, p += 32) std::memcpy(&out.halves[i], p + 2 * r, 2);
+  for (int32_t i = 0; i < factors; ++i, p += 16) out.factors[i] = p[r];
+}
+
+void pack_code_row(Format format, int64_t columns, const uint8_t* row, int64_t r, uint8_t* panel) {
+  const PanelInfo& info = format_info(format).panel;
+  RowBlock from = {};
+  for (int64_t b = 0; b < columns / kBlockColumns; ++b) {
+    read_block(format, row, b, &from);
+    uint8_t* block = panel + block_offset(format, b);
+    write_codes(info.code_bits, from.codes, r, block);
+    write_numbers(from, info.block_halves, info.block_factors, r, block + 64 * info.code_bits);
+    if (info.header_blocks == 0 || b % info.header_blocks != 0) continue;
+    write_numbers(from, info.header_halves, info.header_factors, r,
+                  panel + header_offset(format, b));
   }
 }
 
-void read_codes(const Parts& parts, const uint8_t* block, int64_t r, uint8_t* codes) {
-  for (int k = 0; k < 32; ++k) {
-    const int j = k / 4, byte = static_cast<int>(4 * r) + k % 4;
-    if (parts.bits == 8) {
-      codes[k] = block[64 * j + byte];
-      continue;
-    }
-    codes[k] = (block[64 * (j % 4) + byte] >> (j / 4 * 4)) & 15;
-    if (parts.bits == 5)
-      codes[k] |= static_cast<uint8_t>(((block[parts.high + byte] >> j) & 1) << 4);
-    if (parts.bits == 6) {
-      codes[k] |=
-          static_cast<uint8_t>(((block[parts.high + 64 * (j / 4) + byte] >> (j % 4 * 2)) & 3) << 4);
-    }
-  }
+// The place of column k of row r among a panel's floats.
+int64_t float_place(Format format, int64_t k, int64_t r) {
+  return format == Format::kBF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
 }
 
 void pack_float_row(Format format, int64_t columns, const uint8_t* row, int64_t r, uint8_t* panel) {
-  const int64_t size = format == Format::kF32 ? 4 : 2;
-  for (int64_t k = 0; k < columns; ++k) {
-    const int64_t at = format == Format::kBF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
-    std::memcpy(panel + at * size, row + k * size, size);
-  }
-}
-
-// Plain nibbles and bytes lie in the file as in a dword of the panel: moved four at a time.
-void pack_dwords(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_t* block) {
-  const int header = format == Format::kQ4_1 ? 4 : 2;
-  const int vectors = format == Format::kQ8_0 ? 8 : 4;
-  row += b * file_row_bytes(format, 32);
-  for (int j = 0; j < vectors; ++j) {
-    uint32_t dword;
-    std::memcpy(&dword, row + header + 4 * j, 4);
-    if (format == Format::kQ8_0) dword ^= 0x80808080u;
-    std::memcpy(block + 64 * j + 4 * r, &dword, 4);
-  }
-  std::memcpy(block + 64 * vectors + 2 * r, row, 2);
-  if (format == Format::kQ4_1) std::memcpy(block + 64 * vectors + 32 + 2 * r, row + 2, 2);
-}
-
-void pack_quantised_row(Format format, int64_t columns, const uint8_t* row, int64_t r,
-                        uint8_t* panel) {
-  const Parts parts = parts_of(format);
-  const bool is_plain =
-      format == Format::kQ8_0 || format == Format::kQ4_0 || format == Format::kQ4_1;
-  for (int64_t b = 0; b < columns / kBlockColumns; ++b) {
-    uint8_t* block = panel + block_offset(format, b);
-    if (is_plain) {
-      pack_dwords(format, row, b, r, block);
-      continue;
-    }
-    const RowBlock from = read_block(format, row, b);
-    write_codes(parts, from.codes, r, block);
-    if (parts.scales >= 0) std::memcpy(block + parts.scales + 2 * r, &from.scale, 2);
-    if (parts.mins >= 0) std::memcpy(block + parts.mins + 2 * r, &from.min, 2);
-    if (parts.factors >= 0) {
-      block[parts.factors + r] = from.factors[0];
-      block[parts.factors + 16 + r] = from.factors[1];
-      if (b % kSuperBlock == 0) {
-        uint8_t* header = block - panel_layout(format).header_bytes;
-        const uint8_t* super = row + b / kSuperBlock * file_row_bytes(format, 256);
-        if (format == Format::kQ6_K) {
-          std::memcpy(header + 2 * r, super + 208, 2);
-        } else {
-          std::memcpy(header + 2 * r, super, 2);
-          std::memcpy(header + 32 + 2 * r, super + 2, 2);
-        }
-      }
-    }
+  if (format == Format::kF32) {
+    for (int64_t k = 0; k < columns; ++k)
+      std::memcpy(panel + float_place(format, k, r) * 4, row + k * 4, 4);
+  } else {
+    for (int64_t k = 0; k < columns; ++k)
+      std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 2);
   }
 }
 
 void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t r, float factor,
                       float* out) {
   for (int64_t k = 0; k < weight.num_columns; ++k) {
+    const int64_t at = float_place(weight.format, k, r);
     float x;
     if (weight.format == Format::kF32) {
-      std::memcpy(&x, panel + (k * 16 + r) * 4, 4);
+      std::memcpy(&x, panel + at * 4, 4);
     } else if (weight.format == Format::kF16) {
-      x = half_to_float(read16(panel + (k * 16 + r) * 2));
+      x = half_to_float(read16(panel + at * 2));
     } else {
-      const uint32_t bits =
-          static_cast<uint32_t>(read16(panel + ((k / 2 * 16 + r) * 2 + k % 2) * 2)) << 16;
-      std::memcpy(&x, &bits, 4);
+      x = float_of_bits(static_cast<uint32_t>(read16(panel + at * 2)) << 16);
     }
     out[k] = x * factor;
+  }
+}
+
+// x: 32 values.
+void quantise_q8_0(const float* x, float largest, uint8_t* out) {
+  const float scale = std::fabs(largest) / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  const uint16_t half = float_to_half(scale);
+  std::memcpy(out, &half, 2);
+  for (int k = 0; k < 32; ++k)
+    out[2 + k] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[k] * inverse)));
+}
+
+void quantise_q4_0(const float* x, float largest, uint8_t* out) {
+  const float scale = largest / -8.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  const uint16_t half = float_to_half(scale);
+  std::memcpy(out, &half, 2);
+  for (int k = 0; k < 16; ++k) {
+    const int low = static_cast<int>(x[k] * inverse + 8.5f),
+              high = static_cast<int>(x[16 + k] * inverse + 8.5f);
+    out[2 + k] = static_cast<uint8_t>((low > 15 ? 15 : low) | ((high > 15 ? 15 : high) << 4));
   }
 }
 
@@ -158,7 +139,7 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
       const uint8_t* row = rows[panel * kPanelRows + r];
       if (row == nullptr) continue;
       if (is_quantised(format)) {
-        pack_quantised_row(format, columns, row, r, target);
+        pack_code_row(format, columns, row, r, target);
       } else {
         pack_float_row(format, columns, row, r, target);
       }
@@ -170,36 +151,48 @@ void unpack_row(const PackedMatrix& weight, int64_t row, float factor, float* ou
   const uint8_t* panel = weight.panel(row / kPanelRows);
   const int64_t r = row % kPanelRows;
   if (!is_quantised(weight.format)) return unpack_float_row(weight, panel, r, factor, out);
-  const Parts parts = parts_of(weight.format);
-  const int zero =
-      parts.bits == 8 ? 128
-      : parts.mins >= 0 || weight.format == Format::kQ4_K || weight.format == Format::kQ5_K
-          ? 0
-          : 1 << (parts.bits - 1);
+  const PanelInfo& info = format_info(weight.format).panel;
+  RowBlock from = {};
   for (int64_t b = 0; b < weight.num_columns / kBlockColumns; ++b, out += kBlockColumns) {
     const uint8_t* block = panel + block_offset(weight.format, b);
-    const uint8_t* header = panel + block_offset(weight.format, b / kSuperBlock * kSuperBlock) -
-                            panel_layout(weight.format).header_bytes;
-    float scales[2], min = 0.0f;
-    if (parts.factors < 0) {
-      scales[0] = scales[1] = half_to_float(read16(block + parts.scales + 2 * r));
-      if (parts.mins >= 0) min = half_to_float(read16(block + parts.mins + 2 * r));
-    } else {
-      const float d = half_to_float(read16(header + 2 * r));
-      const uint8_t first = block[parts.factors + r], second = block[parts.factors + 16 + r];
-      if (weight.format == Format::kQ6_K) {
-        scales[0] = d * static_cast<int8_t>(first);
-        scales[1] = d * static_cast<int8_t>(second);
-      } else {
-        scales[0] = scales[1] = d * first;
-        min = -half_to_float(read16(header + 32 + 2 * r)) * second;
-      }
+    read_codes(info.code_bits, block, r, from.codes);
+    read_numbers(block + 64 * info.code_bits, info.block_halves, info.block_factors, r, from);
+    if (info.header_blocks != 0) {
+      read_numbers(panel + header_offset(weight.format, b), info.header_halves, info.header_factors,
+                   r, from);
     }
-    uint8_t codes[32];
-    read_codes(parts, block, r, codes);
-    for (int k = 0; k < 32; ++k) {
-      const float weight_value = static_cast<float>(codes[k] - zero) * scales[k / 16];
-      out[k] = (weight_value + min) * factor;
+    decode_block(weight.format, from, out);
+    for (int k = 0; k < kBlockColumns; ++k) out[k] *= factor;
+  }
+}
+
+uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const float magnitude = std::fabs(x);
+  if (!(magnitude < 65520.0f))
+    return static_cast<uint16_t>(sign | (magnitude == magnitude ? 0x7C00u : 0x7E00u));
+  if (magnitude < 6.103515625e-05f) {
+    return static_cast<uint16_t>(sign |
+                                 static_cast<uint32_t>(std::nearbyintf(magnitude * 16777216.0f)));
+  }
+  const uint32_t rounded = (bits & 0x7FFFFFFFu) + 0xFFFu + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) {
+  for (int64_t at = 0; at < columns; at += 32, out += format_info(format).block_bytes) {
+    float block[32] = {};
+    std::memcpy(block, x + at,
+                sizeof(float) * static_cast<size_t>(columns - at < 32 ? columns - at : 32));
+    float largest = 0.0f;  // by magnitude, with its sign
+    for (const float value : block)
+      largest = std::fabs(value) > std::fabs(largest) ? value : largest;
+    if (format == Format::kQ8_0) {
+      quantise_q8_0(block, largest, out);
+    } else {
+      quantise_q4_0(block, largest, out);
     }
   }
 }

@@ -10,85 +10,59 @@
 
 #include <cstdint>
 
+#include "formats.h"
+
 namespace tgi::cpu::step {
 
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kStripRows = 32;
 constexpr int64_t kBlockColumns = 32;
-constexpr int64_t kSuperBlock = 8;  // blocks that share a K-quant's fp16 scales
 constexpr int64_t kTileTokens = 6;
 
-enum class Format : int32_t {
-  kF32,
-  kF16,
-  kBF16,
-  kQ8_0,
-  kQ4_0,
-  kQ4_1,
-  kQ5_0,
-  kQ5_1,
-  kQ4_K,
-  kQ5_K,
-  kQ6_K
-};
-constexpr int kNumFormats = 11;
-
-// Bytes of a panel's block, and of the header before each eight blocks (K-quants only).
-struct PanelLayout {
-  int64_t block_bytes;
-  int64_t header_bytes;
-};
-
-constexpr PanelLayout panel_layout(Format format) {
-  switch (format) {
-    case Format::kF32:
-      return {2048, 0};  // [32 columns][16 rows]
-    case Format::kF16:
-      return {1024, 0};  // [32][16]
-    case Format::kBF16:
-      return {1024, 0};  // [16 pairs of columns][16 rows][2]
-    case Format::kQ8_0:
-      return {512 + 32, 0};  // 8 vectors of q + 128, 16 fp16 scales
-    case Format::kQ4_0:
-      return {256 + 32, 0};  // 4 vectors of nibbles (low: columns 4j.., high: 16+4j..), scales
-    case Format::kQ4_1:
-      return {256 + 64, 0};  // the same, scales, mins
-    case Format::kQ5_0:
-      return {256 + 64 + 32, 0};  // nibbles, fifth bits (bit j of byte i: column 4j+i), scales
-    case Format::kQ5_1:
-      return {256 + 64 + 64, 0};  // the same, mins
-    case Format::kQ4_K:
-      return {256 + 32, 64};  // nibbles, 16 u8 scales, 16 u8 mins; header: 16 fp16 d, dmin
-    case Format::kQ5_K:
-      return {256 + 64 + 32, 64};  // nibbles, fifth bits, u8 scales and mins; the same header
-    case Format::kQ6_K:
-      return {256 + 128 + 32, 32};  // nibbles, 2 vectors of high bits, 2 x 16 i8 scales; 16 fp16 d
-  }
-  return {0, 0};
+// Columns of a panel: the last block of floats is filled up with zeros. Blocks of codes are whole.
+constexpr int64_t padded_columns(int64_t columns) {
+  return (columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns;
 }
 
+// Floats of a panel's block: [32 columns][16 rows], of bf16 [16 pairs of columns][16 rows][2].
+// Codes lie in planes of 8, 4, 2 or 1 bits, those of 5 bits in one of 4 and, behind it, one of the
+// high bit. A plane of n bits has n vectors; byte i of a vector's dword r is of columns 4j + i of
+// row r:
+//
+//   8 bits   vector j: column 4j + i
+//   4 bits   vector j: low half column 4j + i, high half column 16 + 4j + i
+//   2 bits   vector v: bits 2n, 2n + 1 column 16v + 4n + i
+//   1 bit    bit j: column 4j + i
+//
+// Behind the codes are the block's fp16 numbers and bytes, [number][16 rows]; a header is the same.
 constexpr int64_t block_offset(Format format, int64_t block) {
-  const PanelLayout layout = panel_layout(format);
-  const int64_t headers = layout.header_bytes ? block / kSuperBlock + 1 : 0;
-  return block * layout.block_bytes + headers * layout.header_bytes;
+  const PanelInfo& panel = format_info(format).panel;
+  const int64_t headers = panel.header_blocks ? block / panel.header_blocks + 1 : 0;
+  return block * panel.block_bytes() + headers * panel.header_bytes();
+}
+
+// The header of a block, where the format has headers.
+constexpr int64_t header_offset(Format format, int64_t block) {
+  const PanelInfo& panel = format_info(format).panel;
+  const int64_t index = block / panel.header_blocks;
+  return index * (panel.header_blocks * panel.block_bytes() + panel.header_bytes());
 }
 
 constexpr int64_t panel_bytes(Format format, int64_t columns) {
-  const PanelLayout layout = panel_layout(format);
-  const int64_t blocks = columns / kBlockColumns;
-  return blocks * layout.block_bytes + blocks / kSuperBlock * layout.header_bytes;
+  const PanelInfo& panel = format_info(format).panel;
+  const int64_t blocks = padded_columns(columns) / kBlockColumns;
+  const int64_t headers = panel.header_blocks ? blocks / panel.header_blocks : 0;
+  return blocks * panel.block_bytes() + headers * panel.header_bytes();
 }
 
-constexpr bool is_quantised(Format format) {
-  return static_cast<int>(format) >= static_cast<int>(Format::kQ8_0);
-}
+constexpr bool is_quantised(Format format) { return format_info(format).is_quantised; }
 
 // A weight matrix in panels; rows are padded with zeros to a whole strip.
 struct PackedMatrix {
   const uint8_t* data;
   Format format;
   int64_t num_rows;     // as stored, a multiple of 32
-  int64_t num_columns;  // a multiple of 32; of 256 for K-quants
+  int64_t num_columns;  // padded: a multiple of 32, and of the file's block
 
   int64_t panel_size() const { return panel_bytes(format, num_columns); }
   int64_t num_strips() const { return num_rows / kStripRows; }

@@ -32,9 +32,7 @@ def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
     """Read Mistral's: a window of all layers where it has one, no biases."""
     sizes = read_sizes(reader)
     windows = windows_of(reader, num_layers(reader), default_on=True)
-    return ModelConfig(
-        architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes
-    )
+    return ModelConfig(architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes)
 
 
 FAMILIES = (

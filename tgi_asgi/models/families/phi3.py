@@ -42,6 +42,4 @@ class Phi3(Decoder):
     weights_class = FusedWeights
 
 
-FAMILIES = (
-    Family("Phi3ForCausalLM", "phi3", read_phi3, Phi3, gguf_names={"mlp.gate_up_proj": "ffn_up"}),
-)
+FAMILIES = (Family("Phi3ForCausalLM", "phi3", read_phi3, Phi3, gguf_names={"mlp.gate_up_proj": "ffn_up"}),)

@@ -14,7 +14,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import GGUF_NAMES, Family
 from tgi_asgi.models.loading import check_shape
-from tgi_asgi.ops import FORMATS, WeightSource
+from tgi_asgi.ops import WeightSource
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -54,15 +54,10 @@ class GgufWeights:
         info = self._file.tensor(stored)
         self._unread.discard(stored)
         check_shape(info.name, info.shape, shape)
-        if info.type.name not in FORMATS:
-            raise ModelLoadError(
-                f"tensor {info.name!r} is of type {info.type.name}, which is not supported; supported are "
-                f"{', '.join(name for name, kind in FORMATS.items() if kind.ggml_type >= 0)}"
-            )
         data = self._file.raw(info.name)
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
-        return WeightSource(data, info.type.name, shape)
+        return WeightSource(data, info.type, shape)
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""
@@ -70,7 +65,7 @@ class GgufWeights:
 
     def stored(self) -> list[tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
-        return [(info.type.name, math.prod(info.shape)) for info in self._file.tensors.values()]
+        return [(info.type, math.prod(info.shape)) for info in self._file.tensors.values()]
 
     def close(self) -> None:
         """Unmap the file."""

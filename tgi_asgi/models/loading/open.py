@@ -50,9 +50,7 @@ class OpenModel:
             self.family, self.config = read_config(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
 
-    def load(
-        self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None
-    ) -> Model:
+    def load(self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None) -> Model:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
 
         Raises:

@@ -48,7 +48,9 @@ _INPUT_PARTS = ("input_scale", "input_zero_point")
 def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
     """Return the names of the tensors that make up a quantised weight."""
     stem = name.removesuffix("weight")
-    names = [f"{stem}{part}" for part in (*_PARTS, *_INPUT_PARTS)] + [f"{name}{part}" for part in _WEIGHT_PARTS]
+    names = [f"{stem}{part}" for part in (*_PARTS, *_INPUT_PARTS)] + [
+        f"{name}{part}" for part in _WEIGHT_PARTS
+    ]
     return [each for each in names if each in checkpoint]
 
 

@@ -1,0 +1,101 @@
+// The table of weight formats and its readers as parts of tgi_asgi._C: rows as float32, rows for CUDA.
+#include "cpu/step/formats.h"
+
+#include "bindings/matrix.h"
+#include "cpu/step/block_reader.h"
+#include "cpu/team.h"
+
+namespace tgi {
+
+namespace {
+
+using Bytes = Array<uint8_t>;
+
+// Checks whole rows, flat, and returns how many there are.
+int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
+  const int64_t unit = step::format_info(format).block_columns;
+  check(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit, ", got ", columns);
+  check_shape(data, "data", {-1});
+  const int64_t bytes = step::file_row_bytes(format, columns);
+  check(data.size() % bytes == 0, "`data` must be whole rows of ", bytes, " bytes, got ", data.size());
+  return data.size() / bytes;
+}
+
+Array<float> decode_rows(const Bytes& data, const std::string& format_name, int64_t columns) {
+  const step::Format format = format_of(format_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  const int64_t bytes = step::file_row_bytes(format, columns);
+  Array<float> out({num_rows, columns});
+  const uint8_t* const from = data.data();
+  float* const to = out.mutable_data();
+  const py::gil_scoped_release release;
+  cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      step::decode_row(format, from + row * bytes, columns, to + row * columns);
+  });
+  return out;
+}
+
+py::tuple repack_rows(const Bytes& data, const std::string& format_name, int64_t columns) {
+  const step::Format format = format_of(format_name);
+  const step::RepackedInfo& info = step::format_info(format).repacked;
+  check(info.bits != 0, "`format` must be one of codes, got ", format_name);
+  const int64_t num_rows = count_rows(data, format, columns);
+  const int64_t bytes = step::file_row_bytes(format, columns);
+  const int64_t code_bytes = columns * info.bits / 8, num_groups = columns / info.group_columns;
+  Bytes codes({num_rows, code_bytes});
+  Array<float> scales({num_rows, num_groups}), offsets({info.has_offsets ? num_rows : 0, num_groups});
+  const uint8_t* const from = data.data();
+  uint8_t* const to_codes = codes.mutable_data();
+  float* const to_scales = scales.mutable_data();
+  float* const to_offsets = info.has_offsets ? offsets.mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release release;
+    cpu::parallel_range(num_rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        step::repack_row(format, from + row * bytes, columns, to_codes + row * code_bytes,
+                         to_scales + row * num_groups,
+                         to_offsets == nullptr ? nullptr : to_offsets + row * num_groups);
+      }
+    });
+  }
+  return py::make_tuple(codes, scales, info.has_offsets ? py::object(offsets) : py::none());
+}
+
+py::list formats() {
+  py::list rows;
+  for (int i = 0; i < step::kNumFormats; ++i) {
+    rows.append(py::cast(step::format_info(static_cast<step::Format>(i))));
+  }
+  return rows;
+}
+
+}  // namespace
+
+void bind_formats(py::module_& module) {
+  using step::FormatInfo;
+  py::class_<FormatInfo>(module, "WeightFormat", "A row of csrc/formats.def.")
+      .def_readonly("name", &FormatInfo::name)
+      .def_property_readonly("ggml_type",
+                             [](const FormatInfo& info) {
+                               return info.ggml_type < 0 ? py::object(py::none())
+                                                         : py::object(py::int_(info.ggml_type));
+                             })
+      .def_readonly("block_columns", &FormatInfo::block_columns)
+      .def_readonly("block_bytes", &FormatInfo::block_bytes)
+      .def_readonly("is_quantised", &FormatInfo::is_quantised)
+      .def_readonly("has_kernel", &FormatInfo::has_kernel)
+      .def_property_readonly("repacked_bits", [](const FormatInfo& info) { return info.repacked.bits; })
+      .def_property_readonly("repacked_zero", [](const FormatInfo& info) { return info.repacked.zero; })
+      .def_property_readonly("has_half_scales",
+                             [](const FormatInfo& info) { return info.repacked.has_half_scales; })
+      .def_property_readonly("is_float8",
+                             [](const FormatInfo& info) { return info.repacked.is_float8; });
+  module.def("formats", &formats, "Return the table of weight formats.");
+  module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"), py::arg("columns"),
+             "Return a file's rows as float32 [rows, columns], equal to ggml's to the bit.");
+  module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"), py::arg("columns"),
+             "Return codes, scales and offsets (or None) of a file's rows, each [rows, ...].");
+}
+
+}  // namespace tgi

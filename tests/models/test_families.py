@@ -1,0 +1,90 @@
+"""Every family as a whole: small models of each against `transformers`, from its files and from llama.cpp's.
+
+The normal run has a choice of them; `make test-models` runs all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.support.families import CASES, FamilyCase, Fault
+from tests.support.family_files import Reference, checkpoint, faulty_checkpoint, gguf_file, reference
+from tests.support.family_scores import differences, score
+from tgi_asgi.formats.sources import ModelFiles
+
+EXACT = 1e-3  # of a log-probability; what is right is within 1e-5
+LOOSE, LOOSE_MEAN = 0.3, 0.08  # int8 activations differ by 0.08 and 0.04, bfloat16 ones by 0.12 and 0.04
+FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
+
+STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
+FAULTS = {f"{case.name}-{fault.name}": (case, fault) for case in CASES for fault in case.faults}
+
+
+def rows(all_rows: Mapping[str, tuple[Any, ...]], *, usual: str) -> list[Any]:
+    """Return the parameters of a test, of which the normal run has the ones that are named."""
+    names = usual.split()
+    assert set(names) <= all_rows.keys(), names
+    return [
+        pytest.param(*row, id=name, marks=() if name in names else pytest.mark.models)
+        for name, row in all_rows.items()
+    ]
+
+
+def open_files(case: FamilyCase, form: str) -> ModelFiles:
+    return checkpoint(case) if form == "safetensors" else gguf_file(case, form)
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    rows(
+        STORED,
+        usual="""
+            llama-biases-safetensors llama-rope-yarn-safetensors llama-head-24-safetensors
+            mistral-window-safetensors qwen2-unused-window-safetensors granite-safetensors
+            smollm3-other-layers-safetensors phi3-old-config-safetensors olmo2-safetensors
+            llama-rope-llama3-f32 llama-odd-sizes-f16 qwen3-q8_0 granite-bf16 phi3-short-factors-f32
+        """,
+    ),
+)
+def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str) -> None:
+    found = reference(case)
+    job = score(case, open_files(case, form), found, "float32")
+    assert differences(job, found).max() <= EXACT
+    assert job.token_ids == found.token_ids
+
+
+@pytest.mark.parametrize(
+    ("case", "form"), rows(STORED, usual="llama-q8_0 phi3-partial-rotary-safetensors olmo2-safetensors")
+)
+def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
+    found = reference(case)
+    apart = differences(score(case, open_files(case, form), found, "auto"), found)
+    assert apart.max() <= LOOSE
+    assert apart.mean() <= LOOSE_MEAN
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    rows(FAULTS, usual="granite-residual_multiplier mistral-window-no-window phi3-order-of-qkv"),
+)
+def test_a_model_with_a_fault_differs(case: FamilyCase, fault: Fault) -> None:
+    found = reference(case)
+    job = score(case, faulty_checkpoint(case, fault), found, "float32")
+    assert differences(job, found).max() > FAULTY
+
+
+def test_every_family_has_three_faults() -> None:
+    for architecture in {case.architecture for case in CASES}:
+        faults = {fault.name for case in CASES if case.architecture == architecture for fault in case.faults}
+        assert len(faults) >= 3, architecture
+
+
+def test_nan_is_no_log_probability() -> None:
+    case = CASES[0]
+    found = reference(case)
+    spoilt = Reference(found.prompt_ids, found.token_ids, found.logprobs * float("nan"))
+    job = score(case, checkpoint(case), found, "float32")
+    assert differences(job, spoilt).min() == float("inf")

@@ -1,0 +1,259 @@
+"""The model families that are held against `transformers`: a row a family and variant, nothing computed here.
+
+`family_files` makes checkpoints, references and GGUF files of them, `family_scores` runs them.
+A new family is a row or two; what its configuration class does not default is in `_BASE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is changed in a checkpoint to play a model that computes something else: it must be seen."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, objects key by key
+    tensors: str = ""  # a pattern of names, as of files: these tensors are changed
+    change: Literal["to ones", "to zeros", "swap halves"] = "to zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyCase:
+    """One model: its class and configuration, how it is stored, and faults that must show.
+
+        _case("llama-tied", {"tie_word_embeddings": True}, faults=(_MLP_NORM,), gguf=("f32", "q8_0"))
+
+    Where a GGUF file is made in another type than "f32", the matrices are such as all of `gguf` hold
+    exactly, so that one reference is right for all of them.
+    """
+
+    name: str
+    architecture: str  # a class of transformers
+    config: Mapping[str, Any]  # of its configuration class
+    faults: tuple[Fault, ...]
+    gguf: tuple[str, ...] = ("f32",)  # what llama.cpp's converter writes; none where it drops what matters
+    dtype: str = "float32"  # of the checkpoint
+    json: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, as a fault's
+    drops: tuple[str, ...] = ()  # what older versions did not write into config.json
+    prompt_length: int = 40
+    max_total_tokens: int | None = None  # the setting
+
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+_ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
+_INPUT_NORM = Fault("no-input-norm", tensors="*.input_layernorm.weight", change="to ones")
+_MLP_NORM = Fault("no-mlp-norm", tensors="*.post_attention_layernorm.weight", change="to ones")
+_LAST_NORM = Fault("no-last-norm", tensors="model.norm.weight", change="to ones")
+_QUERY_NORM = Fault("no-query-norm", tensors="*.q_norm.weight", change="to ones")
+_KEY_NORM = Fault("no-key-norm", tensors="*.k_norm.weight", change="to ones")
+_FEED_FORWARD_NORM = Fault(
+    "no-feed-forward-norm", tensors="*.post_feedforward_layernorm.weight", change="to ones"
+)
+_QUERY_BIAS = Fault("no-query-bias", tensors="*.q_proj.bias")
+_VALUE_BIAS = Fault("no-value-bias", tensors="*.v_proj.bias")
+_OUTPUT_BIAS = Fault("no-output-bias", tensors="*.o_proj.bias")
+_DOWN_BIAS = Fault("no-down-bias", tensors="*.down_proj.bias")
+_FUSED_QKV = Fault("order-of-qkv", tensors="*.qkv_proj.weight", change="swap halves")
+_FUSED_GATE_UP = Fault("order-of-gate_up", tensors="*.gate_up_proj.weight", change="swap halves")
+_NO_SCALING = Fault("rope-unscaled", config={"rope_parameters": {"rope_type": "default"}})
+
+_ALL_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+def _case(
+    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
+) -> FamilyCase:
+    """Make a case; the name begins with the family's, and the configuration is laid over `_BASE`."""
+    architecture = _ARCHITECTURES[name.partition("-")[0]]
+    return FamilyCase(name, architecture, {**_BASE, **(config or {})}, faults, **more)
+
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+}
+
+_LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.35,  # the usual scale would be 0.177
+    "residual_multiplier": 0.4,
+    "logits_scaling": 4.0,
+}
+_MULTIPLIERS = tuple(
+    Fault(name, config={name: value})
+    for name, value in {
+        "embedding_multiplier": 1.0,
+        "attention_multiplier": 0.17677669,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }.items()
+)
+# Of 16 rotary pairs; a prompt within the original context takes the short ones.
+_LONGROPE = {
+    "original_max_position_embeddings": 64,
+    **_rope(
+        "longrope",
+        short_factor=[1.0 + 0.05 * index for index in range(16)],
+        long_factor=[1.0 + 0.5 * index for index in range(16)],
+        original_max_position_embeddings=64,
+    ),
+}
+_SHORT_FACTOR = Fault("short-factors", config={"rope_parameters": {"short_factor": [1.0] * 16}})
+_LONG_FACTOR = Fault("long-factors", config={"rope_parameters": {"long_factor": [1.0] * 16}})
+_SLIDES = Fault("all-layers-slide", config={"layer_types": ["sliding_attention"] * 3, "max_window_layers": 0})
+
+CASES: tuple[FamilyCase, ...] = (
+    _case("llama", faults=(_ROPE_BASE, _INPUT_NORM, _LAST_NORM), gguf=_ALL_TYPES),
+    _case(
+        "llama-biases",
+        {"attention_bias": True, "mlp_bias": True},
+        faults=(_QUERY_BIAS, _VALUE_BIAS, _OUTPUT_BIAS, _DOWN_BIAS),
+    ),
+    _case("llama-tied", {"tie_word_embeddings": True}, faults=(_MLP_NORM,), gguf=("f32", "q8_0")),
+    _case(
+        "llama-rope-llama3",
+        {"rope_parameters": {"rope_theta": 10000.0, **_LLAMA3_SCALING}},
+        faults=(_NO_SCALING,),
+        dtype="bfloat16",
+    ),
+    _case("llama-rope-linear", _rope("linear", factor=4.0), faults=(_NO_SCALING,)),
+    _case(
+        "llama-rope-yarn",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=64),
+        faults=(_NO_SCALING, Fault("yarn-scale", config={"rope_parameters": {"attention_factor": 1.0}})),
+    ),
+    _case("llama-head-16", {"hidden_size": 64, "head_dim": 16}, faults=(_ROPE_BASE,), gguf=("f32", "q8_0")),
+    _case(
+        "llama-head-80",
+        {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80},
+        faults=(_ROPE_BASE,),
+        gguf=("f32", "f16"),
+    ),
+    _case(
+        "llama-head-24",
+        {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 24},
+        faults=(_ROPE_BASE,),
+    ),
+    _case(
+        "llama-odd-sizes",
+        {"hidden_size": 72, "intermediate_size": 100, "head_dim": 32, "vocab_size": 307},
+        faults=(_INPUT_NORM,),
+        gguf=("f32", "f16"),
+    ),
+    _case("llama-stray-window", {"sliding_window": 12}, faults=(_ROPE_BASE,), gguf=()),
+    _case(
+        "llama-old-config",  # as transformers 4 wrote it
+        {},
+        faults=(Fault("rope-base", config={"rope_theta": 100.0}),),
+        gguf=(),
+        dtype="bfloat16",
+        json={"rope_theta": 5000.0, "rope_scaling": _LLAMA3_SCALING},
+        drops=("rope_parameters", "head_dim"),
+    ),
+    _case(
+        "mistral", {"sliding_window": None}, faults=(_ROPE_BASE, _INPUT_NORM, _MLP_NORM), gguf=("f32", "bf16")
+    ),
+    _case(  # the converter writes no window for Mistral
+        "mistral-window",
+        {"sliding_window": 12},
+        faults=(Fault("no-window", config={"sliding_window": None}), _ROPE_BASE),
+        gguf=(),
+    ),
+    _case("qwen2", faults=(_ROPE_BASE, _QUERY_BIAS, _VALUE_BIAS), gguf=("f32", "q8_0")),
+    _case(
+        "qwen2-unused-window",  # from layer max_window_layers on, so none
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
+        faults=(_SLIDES,),
+        drops=("layer_types",),
+    ),
+    _case("qwen2-tied", {"tie_word_embeddings": True}, faults=(_QUERY_BIAS,), dtype="bfloat16"),
+    _case("qwen3", {"head_dim": 32}, faults=(_QUERY_NORM, _KEY_NORM, _ROPE_BASE), gguf=("f32", "q8_0")),
+    _case("qwen3-wide-heads", {"hidden_size": 96, "head_dim": 64}, faults=(_QUERY_NORM,)),
+    _case("granite", _GRANITE, faults=(*_MULTIPLIERS, _INPUT_NORM), gguf=("f32", "bf16")),
+    _case(
+        "granite-tied",
+        {**_GRANITE, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        faults=(_QUERY_BIAS, _DOWN_BIAS),
+    ),
+    _case(
+        "smollm3",
+        {"num_hidden_layers": 4, "tie_word_embeddings": True},
+        faults=(
+            Fault("rope-everywhere", config={"no_rope_layers": [1, 1, 1, 1]}),
+            _ROPE_BASE,
+            _INPUT_NORM,
+        ),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(  # llama.cpp knows every fourth layer only
+        "smollm3-other-layers",
+        {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 0, 1]},
+        faults=(Fault("rope-in-other-layers", config={"no_rope_layers": [1, 0, 1, 0]}),),
+        gguf=(),
+    ),
+    _case("phi3", faults=(_FUSED_QKV, _FUSED_GATE_UP, _ROPE_BASE), gguf=("f32", "q8_0")),
+    _case(
+        "phi3-partial-rotary",
+        {**_rope("default", partial_rotary_factor=0.75), "tie_word_embeddings": True},
+        faults=(
+            Fault("all-is-rotated", config={"rope_parameters": {"partial_rotary_factor": 1.0}}),
+            _ROPE_BASE,
+        ),
+    ),
+    _case("phi3-short-factors", _LONGROPE, faults=(_SHORT_FACTOR,), max_total_tokens=64),
+    _case("phi3-long-factors", _LONGROPE, faults=(_LONG_FACTOR,), prompt_length=72),
+    _case(  # as Phi-4-mini's
+        "phi3-old-config",
+        {"original_max_position_embeddings": 64, "tie_word_embeddings": True},
+        faults=(Fault("rope-base", config={"rope_theta": 100.0}),),
+        json={
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + 0.05 * index for index in range(12)],
+                "long_factor": [1.0 + 0.5 * index for index in range(12)],
+            },
+        },
+        drops=("rope_parameters",),
+        dtype="bfloat16",
+        prompt_length=72,
+    ),
+    _case("olmo2", faults=(_QUERY_NORM, _MLP_NORM, _FEED_FORWARD_NORM), gguf=("f32", "q8_0")),
+)

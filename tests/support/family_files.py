@@ -1,0 +1,129 @@
+"""The files of a `FamilyCase`: a checkpoint, `transformers`' scores, GGUF files, checkpoints with a fault.
+
+All are made on first use (by `family_maker`, and by llama.cpp's converter) and kept in build/families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.families import FamilyCase, Fault
+from tests.support.llama_cpp import RELEASE, llama_cpp_source
+from tgi_asgi.formats.sources import ModelFiles
+
+STORE = Path(__file__).parents[2] / "build" / "families"
+_LEAST_EFFECT = 0.03  # of a fault, in `transformers`, on the log-probability of one of the tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What `transformers` computes in float32."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]  # greedy
+    logprobs: np.ndarray  # [n_prompt + n_tokens, vocab] float32, after each token
+
+    @property
+    def all_ids(self) -> list[int]:
+        return self.prompt_ids + self.token_ids
+
+
+def checkpoint(case: FamilyCase) -> ModelFiles:
+    """Return the case's checkpoint."""
+    return ModelFiles(case.name, None, "directory", _home(case) / "checkpoint")
+
+
+def reference(case: FamilyCase) -> Reference:
+    """Return what `transformers` makes of the case's checkpoint."""
+    with np.load(_home(case) / "reference.npz") as stored:
+        return Reference(stored["prompt_ids"].tolist(), stored["token_ids"].tolist(), stored["logprobs"])
+
+
+def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
+    """Return the case's checkpoint as llama.cpp's converter writes it, in a type of `case.gguf`."""
+    script = Path(__file__).with_name("convert_gguf.py")
+    folder = _home(case) / f"gguf-{_key(RELEASE, script.read_text('utf-8'))}"
+    if not folder.exists():
+        with _made_at(folder) as partial:
+            _convert(script, checkpoint(case).path, case.gguf, partial)
+    return ModelFiles(case.name, None, "gguf", folder / f"{kind}.gguf")
+
+
+def faulty_checkpoint(case: FamilyCase, fault: Fault) -> ModelFiles:
+    """Return the case's checkpoint with a fault, of which `transformers` has shown that it matters."""
+    folder = _home(case) / f"fault-{_key(fault)}"
+    if not folder.exists():
+        from tests.support import family_maker
+
+        good = reference(case)
+        with _made_at(folder) as partial:
+            shutil.copytree(checkpoint(case).path, partial, dirs_exist_ok=True)
+            family_maker.plant(fault, partial)
+            logprobs = family_maker.logprobs(partial, good.all_ids)
+            rows, ids = np.arange(len(good.all_ids) - 1), good.all_ids[1:]
+            effect = np.abs(logprobs[rows, ids] - good.logprobs[rows, ids]).max()
+            assert effect > _LEAST_EFFECT, (
+                f"{case.name}: {fault.name} moves log-probabilities by {effect:.1e}"
+            )
+    return ModelFiles(f"{case.name}, {fault.name}", None, "directory", folder)
+
+
+def _home(case: FamilyCase) -> Path:
+    """Return the folder of the case, with its checkpoint and reference in it."""
+    maker = Path(__file__).with_name("family_maker.py").read_text("utf-8")
+    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
+    folder = STORE / case.name / _key(dataclasses.replace(case, faults=()), maker, *versions)
+    if not folder.exists():
+        from tests.support import family_maker
+
+        with _made_at(folder) as partial:
+            prompt_ids, token_ids, logprobs = family_maker.make(case, partial / "checkpoint")
+            arrays = {"prompt_ids": prompt_ids, "token_ids": token_ids, "logprobs": logprobs}
+            np.savez(partial / "reference.npz", **arrays)  # type: ignore[arg-type]
+        for other in folder.parent.glob("[!.]*"):
+            if other != folder:  # of a case, a maker or a version that is no more
+                shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _made_at(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill, then put it in place whole; of two processes the second throws its own away."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as scratch:
+        partial = Path(scratch) / "made"
+        partial.mkdir()
+        yield partial
+        if not folder.exists():
+            partial.rename(folder)
+
+
+def _convert(script: Path, model: Path, kinds: tuple[str, ...], folder: Path) -> None:
+    """Write `folder`/<kind>.gguf for each kind, in a process where gguf is llama.cpp's own."""
+    source = llama_cpp_source()
+    outputs = [word for kind in kinds for word in (kind, str(folder / f"{kind}.gguf"))]
+    done = subprocess.run(
+        [sys.executable, str(script), str(model), *outputs],
+        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{source / 'gguf-py'}"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")

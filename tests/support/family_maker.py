@@ -1,0 +1,183 @@
+"""Makes tiny random models with `transformers`, breaks them, and computes what they give.
+
+The weights are such that a wrong model shows: matrices keep the size of what they multiply, norm weights are
+not ones and biases not zeros, and the logits are far from flat. Called by `family_files`, which keeps it all.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+
+from tests.support.families import FamilyCase, Fault
+
+NUM_TOKENS = 16  # that are generated
+_LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
+_LEAST_MARGIN = 0.02  # between the two likeliest where a token is generated: no matter of rounding
+_SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
+_BLOCK = 32  # weights with one scale, in Q8_0
+
+
+def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
+    """Write the checkpoint of a case.
+
+    Returns:
+        A prompt's ids, those of the tokens that follow greedily, and log-probabilities as `logprobs` does.
+    """
+    model = _make_model(case)
+    model.to(getattr(torch, case.dtype)).save_pretrained(folder)
+    _edit_config(folder, case.json, case.drops)
+    _save_tokenizer(folder)
+    model = _open(folder)
+    for seed in range(100):
+        prompt_ids = _random_ids(case, seed)
+        token_ids = _greedy_ids(model, prompt_ids)
+        found = _logprobs(model, prompt_ids + token_ids)
+        best, second = np.sort(found)[len(prompt_ids) - 1 : -1, :-3:-1].T
+        if (best - second).min() > _LEAST_MARGIN:
+            break
+    else:
+        raise AssertionError(f"{case.name}: no prompt whose answer is clear")
+    confidence = found.max(axis=1).mean()
+    assert confidence > _LEAST_CONFIDENCE, f"{case.name}: the likeliest token has only {confidence:.2f}"
+    return prompt_ids, token_ids, found
+
+
+def logprobs(folder: Path, ids: list[int]) -> np.ndarray:
+    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens, by eager attention."""
+    return _logprobs(_open(folder), ids)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Change a checkpoint as the fault says."""
+    _edit_config(folder, fault.config, ())
+    if not fault.tensors:
+        return
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    names = fnmatch.filter(tensors, fault.tensors)
+    assert names, f"no tensor is called {fault.tensors}"
+    for name in names:
+        tensor = tensors[name]
+        tensors[name] = {
+            "to ones": torch.ones_like(tensor),
+            "to zeros": torch.zeros_like(tensor),
+            "swap halves": tensor.roll(tensor.shape[0] // 2, 0),
+        }[fault.change]
+    path.unlink()  # it may be mapped
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
+    kind = getattr(transformers, case.architecture)
+    torch.manual_seed(1)
+    config = kind.config_class(**copy.deepcopy(dict(case.config)))  # it keeps what it gets, and fills it up
+    model: transformers.PreTrainedModel = kind(config).eval()
+    make_matrix = _random_matrix if set(case.gguf) <= {"f32"} else _random_codes
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+            else:
+                parameter.copy_(make_matrix(parameter.shape, 1.0 if "embed" in name else parameter.shape[-1]))
+        head = model.get_output_embeddings().weight
+        if case.config["tie_word_embeddings"]:
+            head *= 2.0**-4  # the embedding must not outweigh what the layers add to it
+        ids = _random_ids(case, 0)
+        while model(torch.tensor([ids])).logits[0].log_softmax(-1).amax(-1).mean() < _LEAST_CONFIDENCE + 1:
+            head *= 2
+    return model
+
+
+def _random_matrix(shape: torch.Size, variance: float) -> Tensor:
+    """Return noise divided by the square root of `variance`."""
+    noise: Tensor = torch.randn(shape) / variance**0.5
+    return noise
+
+
+def _random_codes(shape: torch.Size, variance: float) -> Tensor:
+    """Return noise of about that size which float16, bfloat16 and Q8_0 hold exactly.
+
+    Small integers times a power of two; each block of Q8_0 has one of 127, the largest there, so that its
+    scale is that power.
+    """
+    codes = (torch.randn(shape) * 40).round().clamp(-127, 127)
+    for start in range(0, shape[-1], _BLOCK):
+        block = codes[..., start : start + _BLOCK]
+        largest = torch.randint(block.shape[-1], (*shape[:-1], 1))
+        block.scatter_(-1, largest, 127.0)
+    scale: float = 2.0 ** round(-math.log2(45 * variance**0.5))
+    return codes * scale
+
+
+def _random_ids(case: FamilyCase, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(
+        len(_SPECIAL_TOKENS), case.config["vocab_size"], (case.prompt_length,), generator=generator
+    ).tolist()
+    return ids
+
+
+def _edit_config(folder: Path, changes: Mapping[str, Any], drops: tuple[str, ...]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    kept = {key: value for key, value in config.items() if key not in drops}
+    path.write_text(json.dumps(_overlaid(kept, changes), indent=2), encoding="utf-8")
+
+
+def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `changes` laid over; objects key by key."""
+    result = dict(values)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _overlaid(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of special tokens, the 256 bytes and one merge, which cuts text as GPT-2's."""
+    tokens = [*_SPECIAL_TOKENS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th"]
+    vocab = {text: index for index, text in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("t", "h")]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(_SPECIAL_TOKENS))
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _open(folder: Path) -> transformers.PreTrainedModel:
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model: transformers.PreTrainedModel = opened[0].eval()
+    assert not any(opened[1].values()), f"{folder} is not all of the model: {opened[1]}"
+    return model
+
+
+def _greedy_ids(model: transformers.PreTrainedModel, prompt_ids: list[int]) -> list[int]:
+    """Compute all anew for each token, so that a cache is nothing to be wrong about."""
+    ids = list(prompt_ids)
+    for _ in range(NUM_TOKENS):
+        ids.append(int(_logprobs(model, ids)[-1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
+def _logprobs(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
+    with torch.inference_mode():
+        found: np.ndarray = model(torch.tensor([ids])).logits[0].double().log_softmax(-1).float().numpy()
+    return found

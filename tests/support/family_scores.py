@@ -1,0 +1,63 @@
+"""Runs a model through our loader and runner, and compares what it gives with a `Reference`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from tests.support.driving import Job, generate
+from tests.support.families import FamilyCase
+from tests.support.family_files import Reference
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.runner.load import load
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import SamplingParams
+
+_NUM_BEST = 5  # tokens compared at each position, beside the one that follows
+_CHUNK = 24  # prompt tokens a step, so that prompts are cut, and not at a block's end
+
+
+def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str) -> Job:
+    """Score the reference's prompt and generate as many tokens, as the server would."""
+    settings = Settings(
+        dtype=dtype,
+        num_threads=2,
+        thread_nice=0,
+        max_batch_size=2,
+        max_batch_prefill_tokens=128,
+        max_batch_total_tokens=512,
+        max_total_tokens=case.max_total_tokens,
+    )
+    sampling = SamplingParams(temperature=0.0, logprobs=_NUM_BEST)
+    job = Job(found.prompt_ids, len(found.token_ids), sampling, wants_prompt_logprobs=_NUM_BEST)
+    runner = load(settings, files, lambda stage, done, total: None).runner
+    try:
+        asyncio.run(generate(runner, [job], chunk=_CHUNK))
+    finally:
+        runner.close()
+    return job
+
+
+def differences(job: Job, found: Reference) -> np.ndarray:
+    """Return how far our log-probabilities are from the reference's: [n_tokens compared], NaN made infinite.
+
+    The largest difference at each position, over the token that follows and our best ones. Where we generate
+    another token than the reference, its position is the last: what follows differs for good.
+    """
+    rows = [
+        [*top, (token, logprob)]
+        for token, (logprob, top) in zip(job.prompt_ids, job.prompt_logprobs, strict=True)
+        if logprob is not None  # the first token follows none
+    ]
+    for drawn, expected in zip(job.sampled, found.token_ids, strict=True):
+        assert drawn.logprob is not None
+        rows.append([*(drawn.top or ()), (drawn.token_id, drawn.logprob)])
+        if drawn.token_id != expected:
+            break
+    worst = [
+        max(abs(logprob - float(truth[token])) for token, logprob in row)
+        for row, truth in zip(rows, found.logprobs[: len(rows)], strict=True)
+    ]
+    apart: np.ndarray = np.nan_to_num(np.array(worst), nan=np.inf)
+    return apart
