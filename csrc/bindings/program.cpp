@@ -113,11 +113,14 @@ void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
   forward_.add(step::kernels().pack, step::PackParams{rows->data(), shared(out)});
 }
 
-void Program::linear(const Product& product, const RowsPtr& out) {
-  check_rows_buffer(out, product.weight.packed.num_rows, "out");
+void Program::linear(const Product& product, const RowsPtr& out, int64_t first) {
+  const int64_t columns = product.weight.packed.num_rows, stride = out->num_columns;
+  check_rows_buffer(out, stride, "out");
+  check(first >= 0 && first <= stride - columns, "`first` must be in [0, ", stride - columns,
+        "], got ", first);
   keep(out->memory);
   forward_.add(step::kernels().linear_rows,
-               step::LinearRowsParams{linear_params(product, 1), out->data()});
+               step::LinearRowsParams{linear_params(product, 1), out->data() + first, stride});
 }
 
 void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {

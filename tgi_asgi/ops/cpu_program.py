@@ -6,6 +6,7 @@ buffers are used again as soon as no later call reads what is in them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -154,8 +155,15 @@ class CpuProgram:
 
     def _norm(self, index: int, call: calls.Norm) -> None:
         # Few tokens are normed by each member for itself, without a barrier: only if the call behind the
-        # norms does not write to what others may still be reading.
+        # norms does not write to what others may still be reading, be it that x ends here and its buffer is
+        # used again; and a product that is added cannot take what is private.
         behind = next((c for c in self._calls[index + 1 :] if not isinstance(c, calls.Norm)), None)
+        is_added = any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._calls)
+        is_private = (
+            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None)))
+            and not is_added
+            and call.x.root not in self._uses.ending_at(index)
+        )
         for precision in self._uses.precisions(call.out):
             self.native.norm(
                 x=self._buffers.of(call.x, "rows"),
@@ -163,7 +171,7 @@ class CpuProgram:
                 width=call.weight.numel(),
                 eps=call.eps,
                 for_logits=False,
-                is_private=not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None))),
+                is_private=is_private,
                 out=self._buffers.activation(call.out, precision),
             )
 
@@ -194,10 +202,9 @@ class CpuProgram:
             self.native.qkv(products=products, heads=heads, out=out)
             return
         widths = [part.matrix.num_stored_rows for part in made.parts]
-        if len(made.parts) > 1:
-            raise ValueError("a norm over all heads needs q, k and v of one format")
         rows = self._buffers.scratch(sum(widths))
-        self.native.linear(product=products[0], out=rows)
+        for product, first in zip(products, itertools.accumulate(widths, initial=0), strict=False):
+            self.native.linear(product=product, out=rows, first=first)
         self.native.head_rows(rows=rows, heads=heads, has_keys=True, is_whole_norm=True, out=out)
         self._buffers.give_back(rows)
 
@@ -212,7 +219,7 @@ class CpuProgram:
             out = self._buffers.activation(call.out, precisions[0])
             self.native.attention(**shape, out=out)
             return
-        rows = self._buffers.scratch(call.out.columns)
+        rows = self._buffers.head_rows(call.out.columns)
         self.native.attention(**shape, rows=rows)
         self._pack(rows, call.out)
         self._buffers.give_back(rows)
@@ -230,13 +237,12 @@ class CpuProgram:
     def _gate_up(self, index: int, call: calls.GateUp) -> None:
         parts = _made(call.weight.made, PackedGateUp).parts
         precisions = self._uses.precisions(call.out)
-        if len(parts) == 1 and len(precisions) == 1:
-            out = self._buffers.activation(call.out, precisions[0])
-            product = self._product(call.a, parts[0])
-            self.native.gate_up(product=product, activation=call.activation, out=out)
-            return
         if len(parts) == 1:
-            raise ValueError("the result of `gate_up` can be taken in one precision only")
+            for precision in precisions:  # one, but where the takers' weights are of different kinds
+                out = self._buffers.activation(call.out, precision)
+                product = self._product(call.a, parts[0])
+                self.native.gate_up(product=product, activation=call.activation, out=out)
+            return
         rows = [self._buffers.scratch(call.out.columns) for _ in parts]
         for part, each in zip(parts, rows, strict=True):
             self.native.linear(product=self._product(call.a, part), out=each)
@@ -247,6 +253,8 @@ class CpuProgram:
             self._buffers.give_back(each)
 
     def _head(self, index: int, call: calls.Head) -> None:
+        if index != len(self._calls) - 1:
+            raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
         made = _made(call.weight.made, PackedLinear)
         source = self.native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self.native.norm(
