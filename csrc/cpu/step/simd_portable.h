@@ -128,7 +128,9 @@ struct Portable {
   static inline I ishl(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v << n)}; }
   static inline I ishr(const I& a, int n) { return {(I::Lanes)((I::UnsignedLanes)a.v >> n)}; }
   static inline I isar(const I& a, int n) { return {a.v >> n}; }
-  static inline I imul_short(const I& a, const I& b) { return {a.v * b.v}; }
+  static inline I imul_short(const I& a, const I& b) {
+    return {a.v * ((I::Lanes)((I::UnsignedLanes)b.v << 16) >> 16)};
+  }
   static inline I load_table(const int8_t* p) {
     int8_t bytes[64];
     for (int i = 0; i < 64; ++i) bytes[i] = p[i % 16];
