@@ -9,14 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import make_model, our_logits, our_recorded_logits, reference_logits
+from tests.support.checkpoints import load_model, make_model, our_logits, reference_logits
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.ops.packed import PackedMatrix
+from tgi_asgi.models.decoder import Decoder
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
