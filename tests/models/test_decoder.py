@@ -49,7 +49,9 @@ def assert_equal(ours: torch.Tensor, reference: torch.Tensor, tolerance: float =
         pytest.param("Mistral", {"sliding_window": 20}, id="mistral-window"),
         pytest.param("Qwen2", {}, id="qwen2"),
         pytest.param(
-            "Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, id="qwen2-window"
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            id="qwen2-window",
         ),
         pytest.param("Qwen3", {"head_dim": 32}, id="qwen3"),
         pytest.param("Qwen3", {"head_dim": 16, "attention_bias": True}, id="qwen3-biases"),
