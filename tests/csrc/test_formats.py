@@ -88,7 +88,7 @@ def decode(data: _Bytes, name: str, columns: int) -> Tensor:
 
 def packed(data: _Bytes, name: str, rows: int, columns: int) -> _C.Matrix:
     return _C.pack(
-        sources=[data], format=name, columns=columns, order=layout.plain_order(rows), arena=_C.Arena()
+        sources=[data], format=name, columns=columns, order=layout.row_order(rows), arena=_C.Arena()
     )
 
 
