@@ -13,7 +13,7 @@ from tgi_asgi.ops.packed import (
     interleaved_order,
     ordered_bias,
     pack,
-    plain_order,
+    row_order,
     unpack,
 )
 
@@ -24,7 +24,7 @@ EXACT = Packing(is_exact=True)
 @pytest.mark.parametrize("rows", [32, 1, 49])
 def test_a_packed_weight_means_what_the_file_says(format: str, rows: int) -> None:
     source = random_weight(format, rows, 512, seed=rows)
-    packed = pack([(torch.from_numpy(source.data), format)], 512, plain_order(rows), EXACT)
+    packed = pack([(torch.from_numpy(source.data), format)], 512, row_order(rows), EXACT)
     found = unpack(packed)
     assert packed.shape == (rows, 512)
     assert torch.equal(found[:rows], meaning(source))
@@ -61,7 +61,7 @@ def test_rows_of_different_formats_are_parts_of_one_weight() -> None:
 
 
 def test_a_bias_follows_its_rows_and_is_zero_where_they_are_padding() -> None:
-    order = plain_order(3)
+    order = row_order(3)
     found = ordered_bias(torch.tensor([1.0, 2.0, 3.0]), order)
     assert found is not None
     assert found.tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
@@ -75,7 +75,7 @@ def test_quantised_rows_are_within_half_a_level_of_what_they_were(format: str, l
     size = {"Q8_0": 34, "Q4_0": 18}[format]
     out = torch.full((5 * 3 * size,), 0xA5, dtype=torch.uint8)
     torch.ops.tgi.quantise_rows(values, format, out)
-    found = unpack(pack([(out, format)], 96, plain_order(5), EXACT))[:5]
+    found = unpack(pack([(out, format)], 96, row_order(5), EXACT))[:5]
     blocks = values.reshape(5, 3, 32)
     level = blocks.abs().amax(-1, keepdim=True) / levels
     # One code of sixteen is missing on the side opposite to the largest value: up to a whole level there.

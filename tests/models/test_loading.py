@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import GGUF_NAMES
 from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
 from tgi_asgi.models.loading.open import OpenModel
 
@@ -31,7 +31,7 @@ Q_NAME = "model.layers.1.self_attn.q_proj.weight"
     ],
 )
 def test_names_are_translated(canonical: str, stored: str) -> None:
-    assert gguf_name(canonical) == stored
+    assert gguf_name(canonical, GGUF_NAMES) == stored
 
 
 def test_rotary_pairs_become_halves_in_every_head() -> None:
@@ -75,8 +75,8 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[Q_NAME] = torch.zeros(64, 64, dtype=torch.int32)
     save_file(tensors, tmp_path / "model.safetensors")
-    with OpenModel(files) as opened, pytest.raises(ModelLoadError, match="I32; supported are F32, F16, BF16"):
-        Llama(opened.config, opened.weights, torch.float32, max_positions=16)
+    with pytest.raises(ModelLoadError, match="I32; supported are F32, F16, BF16"):
+        load_model(files, max_positions=16)
 
 
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:

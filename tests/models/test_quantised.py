@@ -9,35 +9,41 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import make_model, our_logits, our_recorded_logits, reference_logits
+from tests.support.checkpoints import load_model, make_model, our_logits, reference_logits
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.ops.packed import PackedMatrix
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.decoder import Decoder
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 TOLERANCE = 5e-4  # worst element of float32 logits, as in test_llama.py, of layers twice as wide
 
 RECIPES = [
-    pytest.param("gptq", {}, "Q5_0", id="gptq"),
-    pytest.param("gptq", {"is_centred": True, "group": 128}, "Q4_0", id="gptq-symmetric"),
-    pytest.param("gptq", {"shift": 0}, "Q5_0", id="gptq-v2"),
+    pytest.param("gptq", {}, "INT4_32", id="gptq"),
+    pytest.param("gptq", {"is_centred": True, "group": 128}, "INT4_128", id="gptq-symmetric"),
+    pytest.param("gptq", {"shift": 0}, "INT4_32", id="gptq-v2"),
     pytest.param("gptq", {"group": 16}, None, id="gptq-small-groups"),
     pytest.param("gptq", {"has_order": True}, None, id="gptq-act-order"),
     pytest.param("gptq", {"bits": 8, "is_centred": True}, "Q8_0", id="gptq-8"),
     pytest.param("gptq", {"bits": 8}, None, id="gptq-8-asymmetric"),
-    pytest.param("awq", {}, "Q5_0", id="awq"),
-    pytest.param("awq", {"group": 64}, "Q5_0", id="awq-64"),
-    pytest.param("compressed", {}, "Q5_0", id="compressed-asymmetric"),
-    pytest.param("compressed", {"is_centred": True}, "Q4_0", id="compressed-symmetric"),
+    pytest.param("awq", {}, "INT4_32", id="awq"),
+    pytest.param("awq", {"group": 64}, "INT4_64", id="awq-64"),
+    pytest.param("compressed", {}, "INT4_32", id="compressed-asymmetric"),
+    pytest.param("compressed", {"is_centred": True}, "INT4_32", id="compressed-symmetric"),
     pytest.param("fp8", {"kind": "tensor"}, None, id="fp8-tensor"),
     pytest.param("fp8", {"kind": "row"}, None, id="fp8-row"),
     pytest.param("fp8", {"kind": "block"}, None, id="fp8-block"),
 ]
+
+
+def load(files: ModelFiles, quantise: str | None = None) -> Decoder:
+    """Load a model for the default arithmetic."""
+    model = load_model(files, ops.Packing(is_exact=False, quantise=quantise), max_positions=16)
+    assert isinstance(model, Decoder)
+    return model
 
 
 @pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
@@ -53,9 +59,9 @@ def test_logits_equal_transformers(
                 parameter.data = parameter.data.half().float()
     reference = reference_logits(model, IDS)
     assert float(reference.std()) > 0.5, "flat logits prove nothing"
-    for ours in (our_logits(files, IDS), our_recorded_logits(files, IDS)):
-        assert torch.isfinite(ours).all()
-        assert float((ours - reference).abs().max()) < TOLERANCE
+    ours = our_logits(files, IDS)
+    assert torch.isfinite(ours).all()
+    assert float((ours - reference).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)
@@ -63,30 +69,25 @@ def test_codes_stay_codes_where_a_format_holds_them(
     tmp_path: Path, recipe: str, options: dict[str, Any], format: str | None
 ) -> None:
     files = save_quantised(make_model(**SHAPE), tmp_path, recipe, **options)
-    with OpenModel(files) as opened:
-        model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=16)
-    matrix = model.layers[0].gate_up.linear.matrix
-    assert isinstance(matrix, PackedMatrix)
+    model = load(files)
+    (part,) = model.layers[0].gate_up.made.parts
     expected = format or ("F16" if recipe == "gptq" else "BF16")
-    assert (matrix.formats, matrix.precision) == (
-        (expected,), {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")
-    )  # fmt: skip
+    precision = {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")
+    assert (part.matrix.format, part.precision) == (expected, precision)
 
 
 def test_eight_bit_activations_stay_close(tmp_path: Path) -> None:
     model = make_model(**SHAPE)
     files = save_quantised(model, tmp_path, "awq")
     reference = reference_logits(model, IDS)
-    ours = our_recorded_logits(files, IDS, is_exact=False)
+    ours = our_logits(files, IDS, is_exact=False)
     assert 1e-5 < float((ours - reference).norm() / reference.norm()) < 0.1
 
 
 def test_float8_can_be_quantised_further(tmp_path: Path) -> None:
     files = save_quantised(make_model(**SHAPE), tmp_path, "fp8", kind="block")
-    with OpenModel(files) as opened:
-        packing = ops.Packing(is_exact=False, quantise="Q8_0")
-        model = Llama(opened.config, opened.weights, packing, max_positions=16)
-    assert model.layers[0].down.matrix.formats == ("Q8_0",)  # type: ignore[union-attr]
+    model = load(files, quantise="Q8_0")
+    assert model.layers[0].down.made.matrix.format == "Q8_0"
 
 
 def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
@@ -96,10 +97,9 @@ def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight_scale"
     tensors[name] = tensors[name].float() * 1.0001
     save_file(tensors, tmp_path / "model.safetensors")
-    with OpenModel(files) as opened:
-        loaded = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=16)
-    assert loaded.layers[0].down.matrix.formats == ("F32",)  # type: ignore[union-attr]
-    assert loaded.layers[1].down.matrix.formats == ("Q4_0",)  # type: ignore[union-attr]
+    loaded = load(files)
+    assert loaded.layers[0].down.made.matrix.format == "F32"
+    assert loaded.layers[1].down.made.matrix.format == "INT4_32"
 
 
 STEM = "model.layers.1.mlp.down_proj."
@@ -130,8 +130,8 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
     if changed is not None:
         tensors[STEM + name] = changed
     save_file(tensors, tmp_path / "model.safetensors")
-    with OpenModel(files) as opened, pytest.raises(ModelLoadError, match=words):
-        Llama(opened.config, opened.weights, torch.float32, max_positions=16)
+    with pytest.raises(ModelLoadError, match=words):
+        load_model(files, max_positions=16)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ class IntegerMatrix:
             groups = np.arange(columns) // (columns // self.scales.shape[1])
         weights = codes.astype(np.float32)
         weights -= self.zeros[:, groups]
-        weights *= self.scales[:, groups]
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged file's scales may be anything
+            weights *= self.scales[:, groups]
         return weights
 
     def _bytes(self) -> Bytes:
@@ -146,9 +147,10 @@ def unpack_gptq(
         scales: [num_groups, rows].
         g_idx: [columns], each column's group, or None.
     """
+    _check_matrices(qweight=qweight, qzeros=qzeros, scales=scales)
     rows, num_groups = qweight.shape[1], scales.shape[0]
     _check(
-        scales.shape == (num_groups, rows) and qzeros.shape == (num_groups, rows * bits // 32),
+        scales.shape == (num_groups, rows) and qzeros.shape == (num_groups, rows * bits / 32),
         f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
     )
     codes = np.ascontiguousarray(qweight.T).view(np.uint8)  # little-endian words: columns ascend
@@ -171,11 +173,12 @@ def unpack_awq(qweight: Words, qzeros: Words, scales: Floats) -> IntegerMatrix:
         qzeros: [num_groups, rows / 8].
         scales: [num_groups, rows].
     """
+    _check_matrices(qweight=qweight, qzeros=qzeros, scales=scales)
     rows, num_groups = qweight.shape[1] * 8, scales.shape[0]
     _check(
         scales.shape == (num_groups, rows)
         and qzeros.shape == (num_groups, rows // 8)
-        and qweight.shape[0] % max(num_groups, 1) == 0,
+        and qweight.shape[0] % num_groups == qweight.shape[0] % 2 == 0,
         f"qweight, qzeros and scales do not fit: {qweight.shape}, {qzeros.shape} and {scales.shape}",
     )
     codes = _awq_rows(qweight)  # [columns, rows]
@@ -199,6 +202,7 @@ def unpack_compressed(
         zeros: [rows * bits / 32, num_groups], or None: half the range.
         g_idx: [columns], each column's group, or None; of -1 where there is no order.
     """
+    _check_matrices(weight_packed=packed, weight_scale=scales)
     rows, num_groups = packed.shape[0], scales.shape[1]
     bits = packed.shape[1] * 32 // columns
     _check(
@@ -209,6 +213,7 @@ def unpack_compressed(
     if zeros is None:
         points = np.full(scales.shape, 1 << bits - 1, np.uint8)
     else:
+        _check_matrices(weight_zero_point=zeros)
         points = np.ascontiguousarray(_by_byte(np.ascontiguousarray(zeros.T), bits)[:, :rows].T)
         _check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
     if g_idx is not None and (g_idx == -1).all():
@@ -254,7 +259,7 @@ def _by_byte(words: Words, bits: int) -> Bytes:
 def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDArray[np.int64] | None:
     """Check columns' groups; None where they follow each other in equal runs."""
     if g_idx is None:
-        _check(columns % max(num_groups, 1) == 0, f"{columns} columns cannot be {num_groups} equal groups")
+        _check(columns % num_groups == 0, f"{columns} columns cannot be {num_groups} equal groups")
         return None
     _check(
         g_idx.shape == (columns,) and int(g_idx.min()) >= 0 and int(g_idx.max()) < num_groups,
@@ -263,6 +268,12 @@ def _read_groups(g_idx: Words | None, columns: int, num_groups: int) -> npt.NDAr
     if columns % num_groups == 0 and np.array_equal(g_idx, np.arange(columns) // (columns // num_groups)):
         return None
     return g_idx.astype(np.int64)
+
+
+def _check_matrices(**arrays: npt.NDArray[Any]) -> None:
+    """Refuse what is no matrix, or has no elements: a file's shapes are not to be trusted."""
+    for name, array in arrays.items():
+        _check(array.ndim == 2 and array.size > 0, f"{name} has the shape {list(array.shape)}, no matrix's")
 
 
 def _read_block(value: Any) -> tuple[int, int] | None:

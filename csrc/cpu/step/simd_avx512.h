@@ -16,6 +16,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
+  // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
   using F = __m512;   // 16 float
   using I = __m512i;  // 16 int32, or 64 bytes
@@ -87,7 +88,7 @@ struct Avx512 {
   static inline I ishl(I a, int n) { return _mm512_slli_epi32(a, n); }
   static inline I ishr(I a, int n) { return _mm512_srli_epi32(a, n); }
   static inline I isar(I a, int n) { return _mm512_srai_epi32(a, n); }
-  // a * b, where a fits 16 bits with its sign and b 15 without.
+  // a * b, both of 16 bits with their signs, b with zeros above them.
   static inline I imul_short(I a, I b) { return _mm512_madd_epi16(a, b); }
   // Sixteen bytes to look up in, and for each byte of `codes`, below 16, the one of that index.
   static inline I load_table(const int8_t* p) {
@@ -130,9 +131,6 @@ struct Avx512 {
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   // The same where every byte of u is below 64.
   static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
-  // The same of signed bytes above -128, only where kHasSignedDot: elsewhere `dot` of the codes
-  // plus 128 is faster.
-  static inline I dot_signed(I acc, I, I) { return acc; }
 #if defined(TGI_HAS_BF16)
   // Per lane: acc + the sum over two bf16 of a times b.
   static inline F dot_bf16(F acc, I a, I b) {

@@ -188,7 +188,8 @@ struct Neon {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(-n)); });
   }
   static inline I imul_short(const I& a, const I& b) {
-    return each<I>([&](int i) { return vmulq_s32(a.v[i], b.v[i]); });
+    return each<I>(
+        [&](int i) { return vmulq_s32(a.v[i], vshrq_n_s32(vshlq_n_s32(b.v[i], 16), 16)); });
   }
   static inline I load_table(const int8_t* p) {
     const int32x4_t table = vreinterpretq_s32_s8(vld1q_s8(p));

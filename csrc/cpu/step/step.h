@@ -138,7 +138,7 @@ struct LinearParams {
 // A product as rows: out = in @ W.T (+ bias).
 struct LinearRowsParams {
   LinearParams linear;
-  float* out;  // [num_tokens, stride], of which num_rows are written
+  float* out;  // [num_tokens, stride], of which the product's rows are the first columns
   int64_t stride;
 };
 

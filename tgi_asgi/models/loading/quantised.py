@@ -94,7 +94,7 @@ def _read_integers(
 
 
 def _as_source(matrix: IntegerMatrix) -> WeightSource:
-    """Keep codes where a format has them, groups put side by side; else decode to float16 as AutoGPTQ."""
+    """Keep codes where a format has them, groups put side by side; else decode them."""
     grouped = (matrix, None) if matrix.groups is None else matrix.by_group()
     if grouped is not None:
         side_by_side, order = grouped
@@ -103,8 +103,17 @@ def _as_source(matrix: IntegerMatrix) -> WeightSource:
         )
         if source is not None:
             return source
-    weights = matrix.dequantise().astype(np.float16)
-    return WeightSource(weights.reshape(-1).view(np.uint8), "F16", matrix.shape)
+    return _decoded(matrix)
+
+
+def _decoded(matrix: IntegerMatrix) -> WeightSource:
+    """Decode to float16, as AutoGPTQ does; to float32 where the scales need it."""
+    weights = matrix.dequantise()
+    with np.errstate(over="ignore"):
+        halves, scales = weights.astype(np.float16), matrix.scales.astype(np.float16)
+    if np.array_equal(scales, matrix.scales) and np.isfinite(halves).all():
+        return WeightSource(halves.reshape(-1).view(np.uint8), "F16", matrix.shape)
+    return WeightSource(weights.reshape(-1).view(np.uint8), "F32", matrix.shape)
 
 
 def _read_float8(

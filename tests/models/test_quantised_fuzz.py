@@ -1,0 +1,112 @@
+"""Quantised matrices of hostile files: any dtype, rank or size gives weights or a `ModelLoadError`."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from tests.support.examples import for_all
+from tests.support.quantised import (
+    awq_tensors,
+    compressed_tensors,
+    float8_tensors,
+    gptq_tensors,
+    random_codes,
+)
+from tests.support.scale import Scale
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.ops import Packing, linear_weight
+
+STEM = "model.layers.0.mlp.down_proj."
+ROWS, COLUMNS = 16, 64
+DTYPES = (
+    torch.int32, torch.int64, torch.uint8, torch.bool, torch.float32, torch.float16, torch.bfloat16,
+    torch.float8_e4m3fn,
+)  # fmt: skip
+
+
+def sound_tensors(recipe: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of one matrix as its recipe writes them."""
+    torch.manual_seed(0)
+    if recipe.startswith("fp8"):
+        return float8_tensors(torch.randn(ROWS, COLUMNS), recipe.removeprefix("fp8-"))[0]
+    bits = 8 if recipe.endswith("8") else 4
+    matrix = random_codes(ROWS, COLUMNS, 32, bits=bits, is_centred=bits == 8, order_seed=1)
+    if recipe.startswith("gptq"):
+        return gptq_tensors(matrix, bits=bits)
+    if recipe == "awq":
+        return awq_tensors(matrix)
+    return compressed_tensors(matrix, is_centred=False) | {"weight_g_idx": torch.full((COLUMNS,), -1).int()}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "gptq-8": {"quant_method": "gptq", "bits": 8},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "fp8-tensor": {"quant_method": "fp8"},
+    "fp8-row": {"quant_method": "fp8"},
+    "fp8-block": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+}
+
+
+@st.composite
+def changed_tensors(draw: st.DrawFn, recipe: str) -> dict[str, torch.Tensor]:
+    """Leave a tensor out, or give it another dtype, other sizes or another rank, or other values."""
+    tensors = sound_tensors(recipe)
+    for name in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3, unique=True)):
+        tensor = tensors.pop(name)
+        if draw(st.integers(0, 9)) == 0:
+            continue
+        near = st.sampled_from(sorted({size + by for size in tensor.shape for by in (-1, 0, 1)} | {0, 1, 2}))
+        sizes = draw(st.one_of(st.just(list(tensor.shape)), st.lists(near, max_size=3)))
+        dtype = draw(st.sampled_from((tensor.dtype, tensor.dtype, *DTYPES)))
+        count = int(np.prod(sizes, dtype=np.int64)) * dtype.itemsize
+        fill = draw(st.sampled_from((0, 1, 0x7F, 0xFF, None)))
+        data = torch.randint(256, (count,)) if fill is None else torch.full((count,), fill)
+        data = data % 2 if dtype is torch.bool else data
+        is_kept = sizes == list(tensor.shape) and dtype is tensor.dtype and draw(st.booleans())
+        tensors[name] = tensor if is_kept else data.to(torch.uint8).view(dtype).view(sizes)
+    return tensors
+
+
+@pytest.mark.parametrize("recipe", OPTIONS)
+def test_what_is_sound_is_read(recipe: str) -> None:
+    read(recipe, sound_tensors(recipe), (ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("recipe", OPTIONS)
+def test_no_tensors_end_in_a_traceback(recipe: str, scale: Scale) -> None:
+    shapes = st.sampled_from([(ROWS, COLUMNS)] * 3 + [(ROWS - 1, COLUMNS), (ROWS, COLUMNS + 1), (ROWS,)])
+
+    @for_all(scale(60, 5000), changed_tensors(recipe), shapes)
+    def check(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+        with contextlib.suppress(ModelLoadError):
+            read(recipe, tensors, shape)
+
+
+def read(recipe: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+    """Read the matrix from a checkpoint of its tensors, and pack it."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(
+            {STEM + name: each.contiguous() for name, each in tensors.items()}, f"{folder}/model.safetensors"
+        )
+        weights = SafetensorsWeights(
+            Path(folder), Quantisation.from_json({"quantization_config": OPTIONS[recipe]})
+        )
+        try:
+            source = weights.get(f"{STEM}weight", shape)
+            assert source.shape == shape
+            linear_weight(source, Packing(is_exact=True))
+        finally:
+            weights.close()
