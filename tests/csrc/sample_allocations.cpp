@@ -31,13 +31,14 @@ void* counted(size_t bytes) {
 
 }  // namespace
 
-// The other forms of new end in this one, but for what needs a large alignment.
+// The forms for arrays end in these.
 void* operator new(size_t bytes) { return counted(bytes); }
-void* operator new(size_t bytes, std::align_val_t) { return counted(bytes); }
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  ++num_allocations;
+  return std::malloc(bytes);
+}
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace tgi::cpu::step {
 const Kernels& kernels() {
