@@ -1,7 +1,9 @@
-// Runs norm, products, the write of the KV cache and attention with every set of kernels that this
-// build has and compares their bits with the portable ones'. A program of its own, so that it can
-// be cross-compiled and run under an emulator (test_step_variants.py).
+// Runs norm, products, the write of the KV cache, attention and the passes that sampling is made of
+// with every set of kernels that this build has and compares their bits with the portable ones'. A
+// program of its own, so that it can be cross-compiled and run under an emulator
+// (test_step_variants.py).
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -27,6 +29,9 @@ bool has_avx_vnni();
 }  // namespace tgi::cpu::step
 
 using namespace tgi::cpu::step;  // NOLINT
+using tgi::cpu::DrawKey;
+using tgi::cpu::RowPasses;
+using tgi::cpu::RowStats;
 
 namespace {
 
@@ -133,6 +138,49 @@ std::vector<uint8_t> cache_and_attention(const Kernels& kernels, const PackedMat
   return pool;
 }
 
+// How often the passes over a row say other than the portable ones. Masses alone may differ, as
+// some processors round products that are added up and others do not.
+int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  int differences = 0;
+  for (const int64_t n : {1, 15, 16, 17, 31, 33, 64, 1000, 5003}) {
+    std::vector<float> row(n), scores_a(n), scores_b(n), kept_a(n), kept_b(n);
+    for (float& x : row) x = random() % 8 == 0 ? -INFINITY : std::round(64 * normal(random)) / 16;
+    row[random() % n] = 3.5f;
+    const RowStats stats = b.stats(row.data(), n);
+    differences += a.stats(row.data(), n).max != stats.max || !a.stats(row.data(), n).is_finite;
+    for (const float bad : {NAN, -NAN, INFINITY}) {
+      std::vector<float> broken = row;
+      broken[random() % n] = bad;
+      differences += a.stats(broken.data(), n).is_finite;
+    }
+    for (int64_t begin = 0; begin <= n; begin += 1 + n / 16) {
+      for (const float bound : {0.0f, 2.5f, stats.max}) {
+        for (const bool or_equal : {false, true}) {
+          differences += a.find(row.data(), begin, n, bound, or_equal) !=
+                         b.find(row.data(), begin, n, bound, or_equal);
+        }
+      }
+    }
+    a.scale(row.data(), n, stats.max, 0.7f, scores_a.data());
+    b.scale(row.data(), n, stats.max, 0.7f, scores_b.data());
+    differences += scores_a != scores_b;
+    for (const float floor : {-FLT_MAX, -3.0f, -0.5f, 0.0f}) {
+      const double mass = b.mass(scores_b.data(), n, 0.0f, floor);
+      differences += !(std::fabs(a.mass(scores_a.data(), n, 0.0f, floor) - mass) <= 1e-6 * mass);
+      const int64_t count = b.compact(scores_b.data(), n, floor, kept_b.data());
+      differences += a.compact(scores_a.data(), n, floor, kept_a.data()) != count;
+      differences += !std::equal(kept_a.begin(), kept_a.begin() + count, kept_b.begin());
+      for (uint64_t seed = 0; seed < 8; ++seed) {
+        const DrawKey key = {seed << 30, 3, seed * 1000};
+        differences +=
+            a.race(scores_a.data(), n, floor, key) != b.race(scores_b.data(), n, floor, key);
+      }
+    }
+  }
+  return differences;
+}
+
 // The instructions of BF16 add in an order of their own.
 bool has_own_rounding(const Kernels& kernels) {
   return std::strcmp(kernels.name, "avx512") == 0 || std::strcmp(kernels.name, "i8mm") == 0;
@@ -155,6 +203,12 @@ int main() {
   std::vector<float> x(kContext * kColumns);
   for (float& value : x) value = normal(random);
   int num_failed = 0;
+  for (const Kernels* variant : variants) {
+    const int differences = count_differences(variant->rows, kPortableKernels.rows, random);
+    if (differences == 0) continue;
+    ++num_failed;
+    std::printf("%s: %d passes over a row differ\n", variant->name, differences);
+  }
   for (int i = 0; i < kNumFormats; ++i) {
     const Format format = static_cast<Format>(i);
     if (!format_info(format).has_kernel) continue;
