@@ -75,8 +75,14 @@ class CpuCalls:
 
     def _norm(self, index: int, call: calls.Norm) -> None:
         # Few tokens are normed by each member for itself, without a barrier: only if the call behind the
-        # norms does not write to what others may still be reading.
+        # norms does not write to what others may still be reading, be it that x ends here and its buffer is
+        # used again; and a product that is added cannot take what is private.
         behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
+        is_private = (
+            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None)))
+            and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
+            and call.x.root not in self._uses.ending_at(index)
+        )
         for precision in self._uses.precisions(call.out):
             self._native.norm(
                 x=self.buffers.of(call.x, "rows"),
@@ -84,7 +90,7 @@ class CpuCalls:
                 width=call.weight.numel(),
                 eps=call.eps,
                 for_logits=False,
-                is_private=not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None))),
+                is_private=is_private,
                 out=self.buffers.activation(call.out, precision),
             )
 
@@ -132,7 +138,7 @@ class CpuCalls:
             out = self.buffers.activation(call.out, precisions[0])
             self._native.attention(**shape, out=out)
             return
-        rows = self.buffers.scratch(call.out.columns)
+        rows = self.buffers.head_rows(call.out.columns)
         self._native.attention(**shape, rows=rows)
         self._pack(rows, call.out)
         self.buffers.give_back(rows)
@@ -166,6 +172,8 @@ class CpuCalls:
             self.buffers.give_back(each)
 
     def _head(self, index: int, call: calls.Head) -> None:
+        if index != len(self._recorded) - 1:
+            raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
         made = _made(call.weight.made, PackedLinear)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self._native.norm(
