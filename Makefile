@@ -30,7 +30,7 @@ test-install: $(VENV)/.test-tools
 test-agents: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
 
-# Small models of every family against transformers, all of which the normal run has some. Keeps them in build/families.
+# Small models of every family against transformers, of which `make test` has a choice; kept in build/families.
 test-models: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/models/test_families.py -m 'models or not models' $(PYTEST_ARGS)
 

@@ -1,7 +1,7 @@
 """Build the extensions from csrc/ with ninja; pyproject.toml has all the rest.
 
-tgi_asgi._C, the arithmetic on CPUs, needs a C++ compiler and pybind11, and fits any torch. tgi_asgi._cuda, the
-CUDA kernels, is built where torch has CUDA and nvcc of its version is found, and is bound to that torch.
+tgi_asgi._C, the arithmetic on CPUs, needs a C++ compiler and pybind11, and fits any torch. tgi_asgi._cuda,
+the CUDA kernels, is built where torch has CUDA and nvcc of its version is found, and is bound to that torch.
 
 Environment: MAX_JOBS limits parallel compilers; TGI_CUDA=1 demands the CUDA kernels, TGI_CUDA=0 leaves them
 out; TORCH_CUDA_ARCH_LIST chooses their targets. TGI_SANITIZE=1 builds with the address and the undefined

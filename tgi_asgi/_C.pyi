@@ -52,6 +52,31 @@ def use_kernel_set(name: str) -> None:
 
 # Weights.
 
+class WeightFormat:
+    """A row of csrc/formats.def."""
+
+    name: str
+    ggml_type: int | None  # its number in GGUF files
+    block_columns: int  # of a block in a file
+    block_bytes: int
+    is_quantised: bool  # codes and scales
+    has_kernel: bool  # the CPU multiplies by it
+    repacked_bits: int  # of a code in the form for CUDA
+    repacked_zero: int
+    has_half_scales: bool
+    is_float8: bool
+
+def formats() -> list[WeightFormat]:
+    """Return the table of weight formats."""
+
+def decode_rows(data: npt.NDArray[np.uint8], format: str, columns: int) -> npt.NDArray[np.float32]:
+    """Return a file's rows as float32 [rows, columns], equal to ggml's to the bit."""
+
+def repack_rows(
+    data: npt.NDArray[np.uint8], format: str, columns: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    """Return codes, scales and offsets of a file's rows: weight = scale * (code - zero) + offset."""
+
 class Arena:
     """Memory of packed weights, in the order of packing."""
 

@@ -204,17 +204,21 @@ void Signal::clear() {
   [[maybe_unused]] const ssize_t taken = read(read_fd_, bytes, sizeof bytes);
 }
 
-FlushDenormals::FlushDenormals() {
+DenormalMode::DenormalMode(bool is_flushed) {
 #if defined(__x86_64__)
+  constexpr unsigned kFlush = 0x8040u;  // FTZ (bit 15) and DAZ (bit 6)
   saved_ = _mm_getcsr();
-  _mm_setcsr(static_cast<unsigned>(saved_) | 0x8040u);  // FTZ (bit 15) and DAZ (bit 6)
+  const unsigned kept = static_cast<unsigned>(saved_) & ~kFlush;
+  _mm_setcsr(is_flushed ? kept | kFlush : kept);
 #elif defined(__aarch64__)
+  constexpr uint64_t kFlush = uint64_t{1} << 24;  // FZ
   asm volatile("mrs %0, fpcr" : "=r"(saved_));
-  asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));  // FZ
+  const uint64_t wanted = is_flushed ? saved_ | kFlush : saved_ & ~kFlush;
+  asm volatile("msr fpcr, %0" ::"r"(wanted));
 #endif
 }
 
-FlushDenormals::~FlushDenormals() {
+DenormalMode::~DenormalMode() {
 #if defined(__x86_64__)
   _mm_setcsr(static_cast<unsigned>(saved_));
 #elif defined(__aarch64__)

@@ -60,17 +60,29 @@ class Signal {
   int read_fd_ = -1, write_fd_ = -1;
 };
 
-// Flushes denormals to zero in the calling thread while it lives: torch's own switch does not reach
-// the team, and a denormal costs over 100 cycles.
-class FlushDenormals {
+// What the calling thread does with denormals while it lives.
+class DenormalMode {
  public:
-  FlushDenormals();
-  ~FlushDenormals();
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
+  DenormalMode(const DenormalMode&) = delete;
+  DenormalMode& operator=(const DenormalMode&) = delete;
+
+ protected:
+  explicit DenormalMode(bool is_flushed);
+  ~DenormalMode();
 
  private:
   uint64_t saved_ = 0;
+};
+
+// Flushes denormals to zero: torch's own switch does not reach the team, and a denormal costs over
+// 100 cycles.
+struct FlushDenormals : DenormalMode {
+  FlushDenormals() : DenormalMode(true) {}
+};
+
+// Computes with them: where each bit of a file's weights counts.
+struct KeepDenormals : DenormalMode {
+  KeepDenormals() : DenormalMode(false) {}
 };
 
 }  // namespace tgi::cpu

@@ -30,26 +30,21 @@ struct RowStats {
   bool is_finite;  // neither NaN nor +infinity
 };
 
+// Passes over one row of n floats, of one instruction set: see step/sample_rows.h.
+struct RowPasses {
+  RowStats (*stats)(const float* x, int64_t n);
+  // The first index >= begin with x[index] > bound (>= where or_equal), or n.
+  int64_t (*find)(const float* x, int64_t begin, int64_t n, float bound, bool or_equal);
+  // out = (x - max) * factor; equal bits in every instruction set.
+  void (*scale)(const float* x, int64_t n, float max, float factor, float* out);
+  // Sum of e^(x - max) over x >= floor; no x is above max.
+  double (*mass)(const float* x, int64_t n, float max, float floor);
+  // Copies those >= floor to out, in order; returns how many. out has room for n.
+  int64_t (*compact)(const float* x, int64_t n, float floor, float* out);
+  // The winner of the race: the index that minimises E / e^score over scores >= floor, E
+  // exponential from the key and the index; lowest index on ties. At least one is in. No score is
+  // above 0.
+  int64_t (*race)(const float* scores, int64_t n, float floor, const DrawKey& key);
+};
+
 }  // namespace tgi::cpu
-
-// Passes over one row of n floats, a variant each.
-#define TGI_DECLARE_ROW_PASSES(isa)                                                       \
-  namespace tgi::cpu::isa {                                                               \
-  RowStats row_stats(const float* x, int64_t n);                                          \
-  /* The first index >= begin with x[index] > bound (>= where or_equal), or n. */         \
-  int64_t row_find(const float* x, int64_t begin, int64_t n, float bound, bool or_equal); \
-  /* out = (x - max) * factor; equal bits in every variant. */                            \
-  void row_scale(const float* x, int64_t n, float max, float factor, float* out);         \
-  /* Sum of e^(x - max) over x >= floor. */                                               \
-  double row_mass(const float* x, int64_t n, float max, float floor);                     \
-  int64_t row_count(const float* x, int64_t n, float floor);                              \
-  /* Copies those >= floor to out, in order; returns how many. out has room for n. */     \
-  int64_t row_compact(const float* x, int64_t n, float floor, float* out);                \
-  /* The winner of the race: the index that minimises E / e^score over scores >= floor, E \
-     exponential from the key and the index; lowest index on ties. At least one is in. */ \
-  int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key);      \
-  }
-
-TGI_DECLARE_ROW_PASSES(portable)
-TGI_DECLARE_ROW_PASSES(avx2)
-TGI_DECLARE_ROW_PASSES(avx512)

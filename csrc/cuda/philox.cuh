@@ -1,6 +1,6 @@
 // The draw's random numbers: Philox4x32-10, by key and counter alone. Salmon et al., Parallel
-// Random Numbers: As Easy as 1, 2, 3, section 3.3 and table 2. csrc/cpu/philox.h is the same for
-// sixteen counters at a time.
+// Random Numbers: As Easy as 1, 2, 3, section 3.3 and table 2. csrc/cpu/step/philox.h is the same
+// for sixteen counters at a time.
 #pragma once
 
 #include "launch.cuh"

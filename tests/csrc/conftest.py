@@ -1,5 +1,5 @@
 """The fixtures of the operators' tests serve the kernels' too."""
 
-from tests.ops.conftest import isa, one_thread, seeded
+from tests.ops.conftest import kernel_set, one_thread, seeded
 
-__all__ = ["isa", "one_thread", "seeded"]
+__all__ = ["kernel_set", "one_thread", "seeded"]

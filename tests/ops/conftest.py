@@ -1,4 +1,4 @@
-"""Fixtures of the operators' and kernels' tests: every instruction set, thread counts, a seed."""
+"""Fixtures of the operators' and kernels' tests: every set of kernels, thread counts, a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import tgi_asgi.ops  # noqa: F401  (registers torch.ops.tgi)
 from tgi_asgi import _C
 
 
@@ -20,15 +19,13 @@ def seeded() -> None:
     torch.manual_seed(seed)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test with each instruction set that this machine has."""
-    if request.param not in _C.supported_isas():
-        pytest.skip(f"this machine does not run {request.param}")
-    before = _C.isa()
-    _C.force_isa(request.param)
+@pytest.fixture(params=_C.kernel_sets())
+def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test with each set of kernels that this machine runs."""
+    before = _C.kernel_set()
+    _C.use_kernel_set(request.param)
     yield request.param
-    _C.force_isa(before)
+    _C.use_kernel_set(before)
 
 
 @pytest.fixture(autouse=True)

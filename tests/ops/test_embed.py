@@ -1,27 +1,48 @@
-"""The operator embed."""
+"""The operators embed and activation: what the residual begins as, and the residual as it is."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.ops.helpers import random_source
+from tests.ops.helpers import EXACT, FAST, random_source
+from tests.support.batches import flat_rows
+from tests.support.blocks import FORMATS, meaning, random_weight
 from tgi_asgi import _C, ops
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "hidden"), [(0, 3), (1, 1), (17, 129), (40, 576)])
-def test_rows_are_gathered(tokens: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 3), (17, 129), (40, 576), (7, 72)])
+@pytest.mark.parametrize("factor", [1.0, 12.0])
+def test_rows_are_gathered(tokens: int, hidden: int, factor: float, format: str) -> None:
     _C.set_num_threads(3)
-    table, source = random_source(11, hidden)
-    ids = torch.randint(11, (tokens,), dtype=torch.int32)
-    x = ops.embed(ids, ops.linear_weight(source, dtype=dtype))
+    source = random_weight(format, 11, hidden, seed=0)
+    ids = torch.randint(11, (tokens,)).tolist()
+    batch = flat_rows([(0, tokens)], [[0, 1, 2]], 16, ids=ids)
+    x = ops.embed(batch, ops.linear_weight(source, FAST, is_vocabulary=True), factor)
     assert x.dtype is torch.float32
-    assert torch.equal(x, table.to(dtype).float()[ids.long()])
+    assert torch.equal(x, meaning(source)[ids] * factor)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_of_codes_are_what_they_mean(format: str) -> None:
+    source = random_weight(format, 11, 256, seed=1)
+    x = ops.embed(flat_rows([(0, 3)], [[0]], 16, ids=[7, 0, 10]), ops.linear_weight(source, FAST))
+    torch.testing.assert_close(x, meaning(source)[[7, 0, 10]], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_an_id_out_of_the_vocabulary_is_refused(bad: int) -> None:
-    weight = ops.linear_weight(random_source(11, 4)[1], dtype=torch.float32)
-    with pytest.raises(RuntimeError, match=r"`ids`\[1\] must be in \[0, 11\)"):
-        ops.embed(torch.tensor([3, bad], dtype=torch.int32), weight)
+    weight = ops.linear_weight(random_source(11, 4)[1], EXACT)
+    with pytest.raises(ValueError, match=rf"`ids`\[1\] must be in \[0, 11\), got {bad}"):
+        ops.embed(flat_rows([(0, 2)], [[0]], 16, ids=[3, bad]), weight)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 5), (1, 3), (17, 129), (7, 72)])
+def test_an_activation_is_the_residual_itself(kernel_set: str, tokens: int, hidden: int) -> None:
+    _C.set_num_threads(2)
+    x = torch.randn(tokens, hidden)
+    found = ops.activation(x)
+    assert torch.equal(found, x)
+    found += 1
+    assert torch.equal(ops.activation(x), x), "a copy, not the residual"

@@ -1,24 +1,115 @@
-"""The operator norm; the kernel's own tests are in tests/csrc/test_rms_norm.py."""
+"""The operators norm and norm_add: RMSNorm before a product, and after one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.reference.compare import assert_close
-from tests.reference.layers import rms_norm
+from tests.ops.helpers import EXACT, FAST, random_source, rounded
+from tests.reference.compare import assert_close, assert_same_bits
+from tests.reference.layers import linear, rms_norm
+from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
+SIZES = [1, 3, 17, 32, 72, 129, 576]
 
-@pytest.mark.parametrize(("tokens", "hidden"), [(0, 16), (1, 17), (129, 64)])
-def test_the_activation_is_the_normed_residual(tokens: int, hidden: int) -> None:
+
+@pytest.mark.parametrize("hidden", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+def test_the_activation_is_the_normed_residual(kernel_set: str, tokens: int, hidden: int) -> None:
     _C.set_num_threads(2)
-    x, weight = torch.randn(tokens, hidden), torch.randn(hidden)
+    x, weight = torch.randn(tokens, hidden) * 3, torch.randn(hidden)
     before = x.clone()
-    assert_close(ops.norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6), length=hidden)
+    assert_close(ops.norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), length=hidden + 8)
     assert torch.equal(x, before)
 
 
-def test_a_weight_of_another_width_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="`x` must have shape"):
+@pytest.mark.parametrize("hidden", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+def test_the_norm_of_rows_is_added_to_the_residual(kernel_set: str, tokens: int, hidden: int) -> None:
+    _C.set_num_threads(2)
+    rows, x, weight = torch.randn(tokens, hidden) * 3, torch.randn(tokens, hidden), torch.randn(hidden)
+    before, given = x.clone(), rows.clone()
+    assert ops.norm_add(rows, weight, 1e-5, x, 0.3) is x
+    assert torch.equal(rows, given)
+    assert_close(x, before.double() + 0.3 * rms_norm(rows, weight, 1e-5), length=hidden + 8)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: int) -> None:
+    x, rows, weight = torch.randn(20, 577), torch.randn(20, 577), torch.randn(577)
+    alone = torch.cat([ops.norm(x[row : row + 1], weight, 1e-5) for row in range(20)])
+    added = torch.cat([ops.norm_add(rows[r : r + 1], weight, 1e-5, x[r : r + 1].clone()) for r in range(20)])
+    _C.set_num_threads(threads)
+    assert_same_bits(ops.norm(x, weight, 1e-5), alone)
+    assert_same_bits(ops.norm_add(rows, weight, 1e-5, x.clone()), added)
+
+
+def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:
+    assert_same_bits(ops.norm(torch.zeros(1, 33), torch.ones(33), 1e-5), torch.zeros(1, 33))
+    x = torch.randn(1, 33)
+    assert_same_bits(ops.norm_add(torch.zeros(1, 33), torch.ones(33), 1e-5, x.clone()), x)
+
+
+class NormAndProduct:
+    """A norm and the product that takes it, recorded: with few tokens each member norms for itself."""
+
+    def __init__(self, format: str, norm: Tensor, packing: ops.Packing) -> None:
+        hidden = len(norm)
+        source = random_weight(format, 50, hidden, seed=3)
+        self.matrix = meaning(source)
+        weight = ops.linear_weight(source, packing)
+        self.precision: str = weight.made.precision
+        recorder = ops.Recorder()
+        self.x = recorder.value(ops.Kind.RESIDUAL, hidden)
+        self.rows = ops.linear(ops.norm(self.x, norm, 1e-5), weight)
+        self.program = ops.CpuProgram(
+            recorder, max_tokens=32, max_sequences=1, max_rows=1, max_context=32, inputs=[self.x],
+            outputs=[self.rows],
+        )  # fmt: skip
+
+    def run(self, x: Tensor) -> Tensor:
+        tokens = len(x)
+        zeros = [0] * tokens
+        batch = ops.FlatRows(
+            ids=zeros, positions=zeros, slots=zeros, query_start=[0, tokens], context_len=[tokens],
+            block_table=torch.zeros(1, 1, dtype=torch.int32).numpy(),
+        )  # fmt: skip
+        self.program.write(self.x, x)
+        self.program.run(batch, ())
+        return self.program.read(self.rows, tokens)
+
+
+@pytest.mark.parametrize(
+    ("format", "packing"), [("Q8_0", FAST), ("BF16", FAST), ("F32", FAST), ("Q4_0", EXACT)]
+)
+@pytest.mark.parametrize("hidden", [64, 320])
+def test_a_product_takes_the_norm_in_its_own_precision(
+    kernel_set: str, format: str, packing: ops.Packing, hidden: int
+) -> None:
+    x, norm = torch.randn(20, hidden), torch.rand(hidden) + 0.5
+    alone = NormAndProduct(format, norm, packing)
+    rows = torch.cat([alone.run(x[row : row + 1]) for row in range(20)])
+    normed = rms_norm(x, norm, 1e-5).float()
+    # A value halfway between two codes may go either way, by the last bit of the norm.
+    room = {"int8": 40, "bfloat16": 1000, "float32": 4}[alone.precision]
+    expected = linear(rounded(normed, alone.precision), alone.matrix)
+    assert_close(rows, expected, length=hidden * room**2)
+    for threads in (2, 5):
+        _C.set_num_threads(threads)
+        team = NormAndProduct(format, norm, packing)
+        for size in (1, 2, 3, 20):
+            assert_same_bits(team.run(x[:size]), rows[:size])
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="`norm` takes 15 columns as `x`, not 16"):
         ops.norm(torch.randn(2, 16), torch.ones(15), 1e-5)
+    with pytest.raises(ValueError, match="`norm_add` takes 16 columns as `x`, not 15"):
+        ops.norm_add(torch.randn(2, 16), torch.ones(16), 1e-5, torch.randn(2, 15))
+    with pytest.raises(ValueError, match="all of the same number of tokens"):
+        ops.norm_add(torch.randn(2, 16), torch.ones(16), 1e-5, torch.randn(3, 16))
+    weight = ops.linear_weight(random_source(4, 15)[1], EXACT)
+    with pytest.raises(ValueError, match="`linear` takes 15 columns as `a`, not 16"):
+        ops.linear(torch.randn(2, 16), weight)

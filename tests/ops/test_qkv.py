@@ -1,103 +1,263 @@
-"""The operator qkv: three projections, rotation by position, keys and values in the cache."""
+"""The operator qkv: three projections, norms, rotation by position, keys and values in the cache."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from tests.ops.helpers import random_source, source
-from tests.reference.compare import assert_close
+from tests.ops.helpers import EXACT, random_source, rope_table
+from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.layers import linear, rms_norm, rotate
-from tgi_asgi import ops
-from tgi_asgi.ops.kv import kv_read
+from tests.support.batches import flat_rows
+from tests.support.blocks import meaning, random_weight
+from tests.support.kv import poisoned_pool, read_kv
+from tgi_asgi import _C, ops
 
-HEADS, KV_HEADS, DIM, HIDDEN = 3, 1, 16, 37
-
-
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 20])
-def test_both_orders_of_rotary_pairs_give_the_reference(
-    tokens: int, is_interleaved: bool, has_bias: bool
-) -> None:
-    parts = [torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    biases = [torch.randn(len(part)) if has_bias else torch.zeros(len(part)) for part in parts]
-
-    def stored(tensor: torch.Tensor, is_rotated: bool) -> ops.WeightSource:
-        """Put pairs side by side, as GGUF does: row 2 i of the file is i, row 2 i + 1 is i + DIM / 2."""
-        if is_interleaved and is_rotated:
-            halves = tensor.view(len(tensor) // DIM, 2, DIM // 2, *tensor.shape[1:])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        return source(tensor)
-
-    weight = ops.qkv_weight(
-        *(stored(part, i < 2) for i, part in enumerate(parts)),
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-        biases=tuple(stored(bias, i < 2) for i, bias in enumerate(biases)) if has_bias else None,  # type: ignore[arg-type]
-        is_interleaved=is_interleaved,
-    )
-    kv = ops.allocate_kv(1, 3, KV_HEADS, DIM, 16, torch.float32)[0]
-    rope = ops.RopeTable.create([10 ** (-i / 8) for i in range(DIM // 2)], 64)
-    a, positions = torch.randn(tokens, HIDDEN), torch.randint(64, (tokens,))
-    slots = torch.randperm(48)[:tokens]
-
-    q = ops.qkv(a, weight, positions.int(), slots, kv, rope)
-
-    q_ref, k_ref, v_ref = (
-        linear(a, part, bias).view(tokens, len(part) // DIM, DIM)
-        for part, bias in zip(parts, biases, strict=True)
-    )
-    cos, sin = rope.cos[positions], rope.sin[positions]
-    key, value = kv_read(kv, slots)
-    assert_close(q, rotate(q_ref, cos, sin), length=HIDDEN)
-    assert_close(key, rotate(k_ref, cos, sin), length=HIDDEN)
-    assert_close(value, v_ref, length=HIDDEN)
+NUM_BLOCKS, POSITIONS = 12, 120
 
 
-def test_heads_are_normalised_before_they_are_rotated() -> None:
-    parts = [torch.randn(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    norms = ops.HeadNorms(torch.rand(DIM) + 0.5, torch.rand(DIM) + 0.5, 1e-3)
-    weight = ops.qkv_weight(
-        *map(source, parts),
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-        norms=norms,
-    )
-    kv = ops.allocate_kv(1, 3, KV_HEADS, DIM, 16, torch.float32)[0]
-    rope = ops.RopeTable.create([10 ** (-i / 8) for i in range(DIM // 2)], 64)
-    a, positions, slots = torch.randn(20, HIDDEN), torch.randint(64, (20,)), torch.randperm(48)[:20]
+@dataclass
+class Case:
+    """A weight of qkv and what it computes."""
 
-    q = ops.qkv(a, weight, positions.int(), slots, kv, rope)
+    heads: int = 3
+    kv_heads: int = 1
+    head_dim: int = 16
+    hidden: int = 37
+    rotary_dim: int | None = None
+    has_rope: bool = True
+    has_bias: bool = False
+    norms: ops.HeadNorms | None = None
+    formats: tuple[str, str, str] = ("F32", "F32", "F32")
+    parts: list[Tensor] = field(init=False)
+    biases: list[Tensor] = field(init=False)
 
-    q_ref, k_ref, v_ref = (linear(a, part).view(20, len(part) // DIM, DIM) for part in parts)
-    cos, sin = rope.cos[positions], rope.sin[positions]
-    key, value = kv_read(kv, slots)
-    assert_close(q, rotate(rms_norm(q_ref, norms.query, norms.eps), cos, sin), length=HIDDEN)
-    assert_close(key, rotate(rms_norm(k_ref, norms.key, norms.eps), cos, sin), length=HIDDEN)
-    assert_close(value, v_ref, length=HIDDEN)
-
-
-def test_norms_that_are_not_of_a_heads_size_are_refused() -> None:
-    query, key = random_source(HEADS * DIM, HIDDEN)[1], random_source(KV_HEADS * DIM, HIDDEN)[1]
-    norms = ops.HeadNorms(torch.ones(DIM), torch.ones(DIM - 1), 1e-5)
-    with pytest.raises(ValueError, match="`norms` must have 16 elements"):
-        ops.qkv_weight(
-            query, key, key, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float32,
-            norms=norms,
+    def __post_init__(self) -> None:
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        sources = [
+            random_weight(format, heads * self.head_dim, self.hidden, seed=index)
+            for index, (format, heads) in enumerate(zip(self.formats, counts, strict=True))
+        ]
+        self.parts = [meaning(source) for source in sources]
+        self.biases = [torch.randn(len(part)) * self.has_bias for part in self.parts]
+        self.rope = rope_table(self.rotary_dim or self.head_dim, POSITIONS) if self.has_rope else None
+        self.weight = ops.qkv_weight(
+            *sources, EXACT, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            rotary_dim=self.rotary_dim, norms=self.norms,
+            biases=[ops.from_floats(bias) for bias in self.biases] if self.has_bias else None,
         )  # fmt: skip
 
+    def expected(self, a: Tensor, positions: Tensor) -> list[Tensor]:
+        """Return queries, keys and values [n_tokens, heads, head_dim] in float64."""
+        found = []
+        for part, bias, norm in zip(self.parts, self.biases, self._norms(), strict=True):
+            rows = linear(a, part, bias)
+            heads = rows.view(len(a), -1, self.head_dim)
+            if norm is not None:
+                assert self.norms is not None
+                is_whole = self.norms.is_whole
+                heads = rms_norm(rows if is_whole else heads, norm, self.norms.eps).view_as(heads)
+            found.append(heads)
+        if self.rope is not None:
+            cos, sin = self.rope.cos[positions], self.rope.sin[positions]
+            found[:2] = [rotate(heads, cos, sin) for heads in found[:2]]
+        return found
 
-def test_sources_that_do_not_fit_the_heads_are_refused() -> None:
-    query, key = random_source(HEADS * DIM, HIDDEN)[1], random_source(KV_HEADS * DIM, HIDDEN)[1]
-    with pytest.raises(ValueError, match="`key` must have 1 x 16 rows, got 48"):
-        ops.qkv_weight(
-            query, query, key, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=torch.float32
-        )
+    def _norms(self) -> tuple[Tensor | None, Tensor | None, None]:
+        return (None, None, None) if self.norms is None else (self.norms.query, self.norms.key, None)
+
+    def run(
+        self, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int = 16
+    ) -> tuple[Tensor, ops.KvLayer, Tensor]:
+        """Return queries [n_tokens, heads, head_dim], the layer written to, and the slots."""
+        layer = poisoned_pool(
+            num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            block_size=block_size, dtype=dtype,
+        ).layers[1]  # fmt: skip
+        free = torch.randperm(NUM_BLOCKS).tolist()
+        blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
+        batch = flat_rows(spans, blocks, block_size)
+        q = ops.qkv(a, self.weight, layer, self.rope, batch)
+        return q.view(len(a), self.heads, self.head_dim), layer, torch.from_numpy(batch.slots)
+
+
+def positions_of(spans: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([torch.arange(start, stop) for start, stop in spans])
+
+
+def head_norms(query: int, key: int, *, is_whole: bool = False) -> ops.HeadNorms:
+    return ops.HeadNorms(torch.rand(query) + 0.5, torch.rand(key) + 0.5, 1e-3, is_whole)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"has_bias": True},
+    "several strips": {"heads": 6, "kv_heads": 2, "head_dim": 96, "hidden": 72},
+    "odd heads": {"heads": 4, "kv_heads": 2, "head_dim": 20, "hidden": 100, "has_bias": True},
+    "heads of 6": {"heads": 5, "kv_heads": 5, "head_dim": 6, "hidden": 33},
+    "heads of 112": {"heads": 2, "kv_heads": 1, "head_dim": 112, "hidden": 64},
+    "heads of 256": {"heads": 2, "kv_heads": 2, "head_dim": 256, "hidden": 40},
+    "partly rotated": {"heads": 4, "kv_heads": 2, "head_dim": 80, "rotary_dim": 32},
+    "two dims turn": {"head_dim": 24, "rotary_dim": 2},
+    "no rotation": {"head_dim": 64, "has_rope": False, "has_bias": True},
+    "three formats": {"hidden": 96, "head_dim": 20, "formats": ("BF16", "F16", "Q8_0"), "has_bias": True},
+    "norms": {"heads": 4, "kv_heads": 2, "head_dim": 80, "norms": (80, 80), "rotary_dim": 32},
+    "norms of odd heads": {"head_dim": 20, "norms": (20, 20), "has_bias": True},
+    "norms, three formats": {
+        "hidden": 96, "head_dim": 64, "formats": ("Q4_0", "Q8_0", "Q5_1"), "norms": (64, 64),
+    },
+    "whole norms": {"heads": 6, "kv_heads": 2, "head_dim": 20, "norms": (120, 40), "has_bias": True},
+    "whole norms, heads of 64": {"heads": 3, "kv_heads": 3, "head_dim": 64, "norms": (192, 192)},
+    "whole norms, two formats": {
+        "hidden": 64, "heads": 3, "kv_heads": 1, "head_dim": 48, "formats": ("Q8_0", "Q8_0", "BF16"),
+        "norms": (144, 48), "has_bias": True,
+    },
+}  # fmt: skip
+
+
+def case_of(name: str) -> Case:
+    options = dict(CASES[name])
+    if "norms" in options:
+        options["norms"] = head_norms(*options["norms"], is_whole=name.startswith("whole"))
+    return Case(**options)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("spans", [[(7, 8)], [(0, 5), (30, 31), (9, 23)]], ids=["decode", "mixed"])
+def test_queries_keys_and_values_equal_the_reference(
+    kernel_set: str, name: str, spans: list[tuple[int, int]]
+) -> None:
+    _C.set_num_threads(2)
+    case, positions = case_of(name), positions_of(spans)
+    a = torch.randn(len(positions), case.hidden)
+    q, layer, slots = case.run(a, spans, torch.float32)
+    query, key, value = case.expected(a, positions)
+    found_key, found_value = read_kv(layer, slots, case.rotary_dim)
+    assert_close(q, query, length=4 * case.hidden)
+    assert_close(found_key, key, length=4 * case.hidden)
+    assert_close(found_value, value, length=4 * case.hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_dim", [96, 80, 30])
+def test_only_the_slots_asked_for_are_written(
+    kernel_set: str, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    case = Case(head_dim=head_dim, kv_heads=3)
+    spans = [(0, 21), (40, 47)]
+    a = torch.randn(28, case.hidden)
+    layer, slots = run_without_queries(case, a, spans, dtype, block_size)
+    others = torch.ones(NUM_BLOCKS * block_size, dtype=torch.bool).index_fill(0, slots, False).nonzero()[:, 0]
+    assert all(torch.isfinite(part).all() for part in read_kv(layer, slots))
+    assert all(torch.isnan(part).all() for part in read_kv(layer, others)), "a slot not asked for was written"
+    beside = layer.pool.native.memory().reshape(NUM_BLOCKS, 2, -1)[:, 0]
+    assert (beside == 0xFF).all(), "another layer was written"
+    key, value = case.expected(a, positions_of(spans))[1:]
+    room = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 1e-2}[dtype]
+    for found, expected in zip(read_kv(layer, slots), (key, value), strict=True):
+        assert_within(found, expected, whole=room, worst=room)
+
+
+def run_without_queries(
+    case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int
+) -> tuple[ops.KvLayer, Tensor]:
+    """Record qkv alone: at once the queries for an int8 cache could not be returned."""
+    layer = poisoned_pool(
+        num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=case.kv_heads, head_dim=case.head_dim,
+        block_size=block_size, dtype=dtype,
+    ).layers[1]  # fmt: skip
+    recorder = ops.Recorder()
+    given = recorder.value(ops.Kind.ACTIVATION, case.hidden)
+    ops.qkv(given, case.weight, layer, case.rope)
+    program = ops.CpuProgram(
+        recorder, max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS, inputs=[given]
+    )
+    program.write(given, a)
+    free = torch.randperm(NUM_BLOCKS).tolist()
+    blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
+    batch = flat_rows(spans, blocks, block_size)
+    program.run(batch, ())
+    return layer, torch.from_numpy(batch.slots)
+
+
+@pytest.mark.parametrize("name", ["odd heads", "norms", "whole norms", "three formats"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, name: str, threads: int) -> None:
+    case = case_of(name)
+    a = torch.randn(20, case.hidden)
+
+    def computed(spans: list[tuple[int, int]]) -> Tensor:
+        rows = positions_of(spans)
+        q, layer, slots = case.run(a[rows], spans, torch.float32)
+        return torch.cat([q, *read_kv(layer, slots, case.rotary_dim)], dim=1)
+
+    alone = torch.cat([computed([(row, row + 1)]) for row in range(20)])
+    _C.set_num_threads(threads)
+    assert_same_bits(computed([(0, 20)]), alone)
+    assert_same_bits(computed([(13, 20), (0, 7)]), torch.cat([alone[13:], alone[:7]]))
+
+
+def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> None:
+    value = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, torch.nan, 1e-40, 0.1] * 2)
+    case = Case(heads=1, kv_heads=1, hidden=1, has_bias=True, has_rope=False)
+    sources = [ops.from_floats(torch.zeros(16, 1)) for _ in range(3)]
+    case.weight = ops.qkv_weight(
+        *sources, EXACT, num_heads=1, num_kv_heads=1, head_dim=16,
+        biases=[ops.from_floats(bias) for bias in (torch.zeros(16), value, value)],
+    )  # fmt: skip
+    layer, slots = run_without_queries(case, torch.zeros(1, 1), [(5, 6)], torch.bfloat16, 16)
+    for found in read_kv(layer, slots):
+        torch.testing.assert_close(found[0, 0], value.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_tokens_write_nothing() -> None:
+    case = Case()
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    assert ops.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": [POSITIONS]}, rf"`positions`\[0\] must be in \[0, {POSITIONS}\), got {POSITIONS}"),
+        ({"positions": [-1]}, r"`positions`\[0\]"),
+        ({"slots": [128]}, r"`slots`\[0\] must be in \[0, 128\), got 128"),
+        ({"slots": [-1]}, r"`slots`\[0\]"),
+    ],
+)
+def test_places_out_of_range_are_refused_before_anything_is_written(
+    change: dict[str, Any], message: str
+) -> None:
+    case, pool = Case(), poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32)
+    good = flat_rows([(0, 1)], [[2]], 16)
+    names = ("ids", "positions", "slots", "query_start", "context_len", "block_table")
+    batch = ops.FlatRows(**{name: getattr(good, name) for name in names} | change)
+    with pytest.raises(ValueError, match=message):
+        ops.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
+    assert (pool.native.memory() == 0xFF).all()
+
+
+def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
+    query, key = random_source(48, 37)[1], random_source(16, 37)[1]
+    sizes: dict[str, Any] = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 16}
+    with pytest.raises(ValueError, match="a norm must have 16 elements"):
+        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(16, 15))
+    with pytest.raises(ValueError, match="a norm must have 48 elements"):
+        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(16, 16, is_whole=True))
+    with pytest.raises(ValueError, match=r"`key` must be \[1 x 16, 37\], got \(48, 37\)"):
+        ops.qkv_weight(query, query, key, EXACT, **sizes)
+    for rotary_dim in (0, 3, 18):
+        with pytest.raises(ValueError, match="`rotary_dim` must be even and at most 16"):
+            ops.qkv_weight(query, key, key, EXACT, **sizes, rotary_dim=rotary_dim)
+    weight = ops.qkv_weight(query, key, key, EXACT, **sizes)
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
+        ops.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
 
 
 def test_a_rope_table_has_the_angles_of_transformers() -> None:

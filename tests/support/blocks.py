@@ -1,4 +1,4 @@
-"""Random weights in each file format, and what they mean by gguf-py: ggml's own arithmetic."""
+"""Random weights in each file format, and what they mean by the package `gguf`: ggml's own arithmetic."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ _HALVES = {
     "Q4_1": (0, 2),
     "Q5_0": (0,),
     "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
 }
+_EXPONENT = "MXFP4"  # its first byte is one, of E8M0
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QUANTISED = tuple(_HALVES)
-FORMATS = (*_FLOATS, *QUANTISED)  # those that the CPU's kernels multiply as they are
+QUANTISED = (*_HALVES, _EXPONENT)
+FORMATS = (*_FLOATS, *QUANTISED)  # of GGUF, those that the CPU's kernels multiply as they are
 
 
 def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSource:
@@ -34,14 +39,19 @@ def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSour
         return from_floats(values.to(_FLOATS[format]))
     info = TABLE[format]
     blocks = rng.integers(0, 256, (rows * columns // info.block_columns, info.block_bytes), np.uint8)
-    for offset in _HALVES[format]:
+    for offset in _HALVES.get(format, ()):
         scales = rng.uniform(1e-4, 4e-3, len(blocks)) * rng.choice([-1, 1], len(blocks))
         blocks[:, offset : offset + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    if format == _EXPONENT:
+        blocks[:, 0] = rng.integers(118, 122, len(blocks))
     return WeightSource(blocks.reshape(-1), format, (rows, columns))
 
 
 def meaning(source: WeightSource) -> Tensor:
-    """Return a weight as float32, decoded by ggml's own package."""
-    blocks = source.data.reshape(*source.shape[:-1], -1)
-    decoded = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[source.format])
-    return torch.from_numpy(np.ascontiguousarray(decoded, np.float32)).view(source.shape)
+    """Return a weight as float32."""
+    if source.format in _FLOATS:
+        values = torch.from_numpy(source.data).view(_FLOATS[source.format])
+        return values.view(source.shape).float()
+    kind = gguf.GGMLQuantizationType[source.format]
+    decoded = gguf.quants.dequantize(source.data.reshape(source.shape[0], -1), kind)
+    return torch.from_numpy(decoded).view(source.shape)

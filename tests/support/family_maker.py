@@ -83,9 +83,8 @@ def plant(fault: Fault, folder: Path) -> None:
 def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
     kind = getattr(transformers, case.architecture)
     torch.manual_seed(1)
-    model: transformers.PreTrainedModel = kind(
-        kind.config_class(**copy.deepcopy(dict(case.config)))
-    ).eval()  # it keeps what it gets, and fills it up
+    config = kind.config_class(**copy.deepcopy(dict(case.config)))  # it keeps what it gets, and fills it up
+    model: transformers.PreTrainedModel = kind(config).eval()
     make_matrix = _random_matrix if set(case.gguf) <= {"f32"} else _random_codes
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -83,8 +83,8 @@ class GgufFile:
             return info
         if name in self._unknown:
             raise ModelLoadError(
-                f"{self.path}: tensor {name!r} is of type {name_of(self._unknown[name])}, which is not supported; "
-                f"supported are {', '.join(row.name for row in READ.values())}"
+                f"{self.path}: tensor {name!r} is of type {name_of(self._unknown[name])}, which is not "
+                f"supported; supported are {', '.join(row.name for row in READ.values())}"
             )
         raise ModelLoadError(f"{self.path}: there is no tensor {name!r}")
 

@@ -1,6 +1,6 @@
 """What a model looks like: one validated value, which a family reads from a config.json or a GGUF file.
 
-Everything downstream (buffers, kernels, limits) trusts these numbers, so each is bounded here. Knows no torch.
+Everything downstream (buffers, kernels, limits) trusts these numbers, so each is bounded here. Without torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     is_truncated: bool = True
     attention_factor: float = 1.0  # yarn and longrope: what cosines and sines are multiplied by
-    # longrope: divisors of each frequency up to the original context, and beyond; None: a GGUF file's tensors.
+    # longrope: divisors of each frequency up to the original context, and beyond; None: a GGUF file has them
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
 

@@ -114,7 +114,7 @@ class Layer:
         self.attention_norm = weights.vector("input_layernorm", hidden)
         self.mlp_norm = weights.vector("post_attention_layernorm", hidden)
 
-    def forward(self, x: ops.Value, cache: ops.KvLayer) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         a = ops.norm(x, self.attention_norm, self.eps)
         x = ops.linear_add(self.attend(a, cache), self.output, x, self.factor)
@@ -122,7 +122,7 @@ class Layer:
         a = ops.gate_up(a, self.gate_up, self.activation)
         return ops.linear_add(a, self.down, x, self.factor)
 
-    def attend(self, a: ops.Value, cache: ops.KvLayer) -> ops.Value:
+    def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what the heads make of the activation a."""
         q = ops.qkv(a, self.qkv, cache, self.rope)
         return ops.attention(q, cache, self.scale, window=self.window)
@@ -159,7 +159,7 @@ class Decoder:
             head = weights.get("lm_head.weight", shape)
             self.head = ops.linear_weight(head, arithmetic, is_vocabulary=True)
 
-    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.KvLayer]) -> ops.Value:
+    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual of a batch, as `Model.forward` says."""
         x = ops.embed(batch, self.embedding, self.config.embedding_factor)
         for layer, cache in zip(self.layers, caches, strict=True):

@@ -17,7 +17,7 @@ class Model(Protocol):
 
     config: ModelConfig
 
-    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.KvLayer]) -> ops.Value:
+    def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual of a batch; writes keys and values to `caches`, one a layer."""
 
     def logits(self, x: ops.Value) -> ops.Value:
@@ -75,7 +75,7 @@ class Family:
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
 
 
-def record(model: Model, caches: Sequence[ops.KvLayer]) -> ops.Recorder:
+def record(model: Model, caches: Sequence[ops.Cache]) -> ops.Recorder:
     """Call a model's code once, and return the list of what it does."""
     recorder = ops.Recorder()
     model.logits(model.forward(recorder.batch, caches))

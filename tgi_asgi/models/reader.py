@@ -60,7 +60,7 @@ class Reader:
 
     @classmethod
     def of_gguf(cls, metadata: Mapping[str, Any], tensors: frozenset[str]) -> Reader:
-        """Read a GGUF file's keys under its architecture's name; `vocab_size` may follow from the tokenizer."""
+        """Read a GGUF file's keys under its architecture's name; `vocab_size` may be the tokenizer's."""
         prefix = f"{metadata.get('general.architecture')}."
         values = {
             key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)

@@ -197,7 +197,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
 
 
 def windows_of(reader: Reader, count: int, *, default_on: bool, first: int = 0) -> list[int | None]:
-    """Read which layers have a sliding window, from layer `first` on; `layer_types` speaks where it is given."""
+    """Read which layers have a sliding window: from layer `first` on, unless `layer_types` says it."""
     types = reader.get("layer_types")
     window = reader.integer("sliding_window", 0) or None
     is_on = reader.flag("use_sliding_window", default_on)

@@ -15,8 +15,8 @@ from tgi_asgi.models.loading import Weights
 class RopeTables:
     """One table for each rotary embedding that layers have.
 
-    A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the context:
-    they are chosen once, by the longest that is served, so that a text does not depend on its neighbours.
+    A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the
+    context: they are chosen once, by the longest that is served: a text does not depend on others.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
@@ -81,7 +81,7 @@ def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _scale_yarn(powers: Tensor, spec: RopeSpec, scaling: RopeScaling) -> Tensor:
-    """Stretch pairs that turn less than `beta_slow` times in the original context, keep those beyond `beta_fast`.
+    """Stretch pairs that turn less than `beta_slow` times in the original context, keep from `beta_fast`.
 
     Source: Peng et al., YaRN, arXiv 2309.00071, section 3.2.
     """

@@ -1,8 +1,8 @@
 """The public operators, and the constructors of what they work on. All that `models/` knows of arithmetic.
 
-An operator is given values while a model is recorded (`Recorder`), or tensors, and then runs at once. Each has
-one file here, a float64 reference in tests/reference and a test. Weights and caches are opaque above this line:
-their layout is the kernels' own affair.
+An operator is given values while a model is recorded (`Recorder`), or tensors, and then runs at once. Each
+has one file here, a float64 reference in tests/reference and a test. Weights and caches are opaque above this
+line: their layout is the kernels' own affair.
 """
 
 from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
@@ -14,7 +14,7 @@ from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.head import head
-from tgi_asgi.ops.kv import KvLayer, KvPool, kept_dim, kv_bytes_per_token
+from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add
@@ -42,6 +42,7 @@ from tgi_asgi.ops.weights import (
 __all__ = [
     "FORMATS",
     "Arithmetic",
+    "Cache",
     "CpuProgram",
     "FlatRows",
     "GateUpWeight",

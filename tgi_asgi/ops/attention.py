@@ -7,13 +7,13 @@ from torch import Tensor
 from tgi_asgi._C import FlatRows
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.at_once import at_once
-from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.values import Kind, Operand, recorder_of
 
 
 def attention(
     q: Operand,
-    cache: KvLayer,
+    cache: Cache,
     scale: float,
     *,
     window: int | None = None,

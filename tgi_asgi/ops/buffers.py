@@ -63,7 +63,7 @@ class Uses:
         return self._precisions.get(value, [])
 
     def query_scale(self, value: Value) -> float:
-        """Return what a query's scores are multiplied by; where nobody attends with it, it is left as it is."""
+        """Return what a query's scores are multiplied by; where nobody attends with it, it stays as it is."""
         return self._scales.get(value, 1.0 / _LOG2_E)
 
     def ending_at(self, index: int) -> list[Value]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
@@ -70,7 +70,7 @@ class Qkv(Call):
 
     a: Value
     weight: QkvWeight
-    cache: KvLayer
+    cache: Cache
     rope: RopeTable | None
 
 
@@ -79,7 +79,7 @@ class Attention(Call):
     """out = softmax(scale * q @ keys) @ values"""
 
     q: Value
-    cache: KvLayer
+    cache: Cache
     head_dim: int
     rotary_dim: int | None  # of queries that no `qkv` has made
     scale: float

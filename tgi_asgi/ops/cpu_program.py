@@ -1,4 +1,4 @@
-"""A recorder's list as a program of the CPU's kernels: buffers are chosen, calls noted in C++, steps run there.
+"""A recorder's list as a program of the CPU's kernels: buffers are chosen, calls noted in C++, and run there.
 
 Calls are noted in the list's order. An activation is written once for each precision that its takers want;
 buffers are used again as soon as no later call reads what is in them.
@@ -17,7 +17,7 @@ from torch import Tensor
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.buffers import CpuBuffers, Uses
-from tgi_asgi.ops.kv import KvLayer, KvPool
+from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -179,13 +179,13 @@ class CpuProgram:
 
     def _qkv(self, index: int, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
-        pool = _pool_of(call.cache)
-        out = self._buffers.query(call.out, pool, weight.num_heads)
+        layer = _layer_of(call.cache)
+        out = self._buffers.query(call.out, layer.pool, weight.num_heads)
         scale = self._uses.query_scale(call.out)
         cosines, sines = self._table(call.rope, weight.head_dim, weight.rotary_dim)
         norms = weight.norms
         heads = _C.Heads(
-            pool=pool.native, layer=call.cache.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
+            pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
             scale=scale, eps=0.0 if norms is None else norms.eps, cosines=cosines, sines=sines,
             q_norm=made.q_norm, k_norm=made.k_norm,
         )  # fmt: skip
@@ -202,9 +202,9 @@ class CpuProgram:
         self._buffers.give_back(rows)
 
     def _attention(self, index: int, call: calls.Attention) -> None:
-        pool = _pool_of(call.cache)
+        layer = _layer_of(call.cache)
         shape: dict[str, Any] = {
-            "q": self._query_of(call, pool), "pool": pool.native, "layer": call.cache.index,
+            "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
             "true_dim": call.head_dim, "window": call.window,
         }  # fmt: skip
         precisions = self._uses.precisions(call.out)
@@ -264,16 +264,16 @@ class CpuProgram:
         source = self._buffers.of(a, part.precision)
         return _C.Product(weight=part.matrix, source=source, bias=part.bias)
 
-    def _query_of(self, call: calls.Attention, pool: KvPool) -> Any:
+    def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
         """Return the attention's queries; those that were given as rows are brought into their layout."""
         found = self._buffers.of(call.q, "query")
         if found is not None:
             return found
         heads = call.q.columns // call.head_dim
-        query = self._buffers.query(call.q, pool, heads)
+        query = self._buffers.query(call.q, layer.pool, heads)
         shape = _C.Heads(
-            pool=pool.native,
-            layer=call.cache.index,
+            pool=layer.pool.native,
+            layer=layer.index,
             num_heads=heads,
             true_dim=call.head_dim,
             scale=call.scale,
@@ -373,10 +373,10 @@ def _made(made: object, kind: type[_Made]) -> _Made:
     return made
 
 
-def _pool_of(cache: KvLayer) -> KvPool:
+def _layer_of(cache: object) -> KvLayer:
     if not isinstance(cache, KvLayer):
         raise TypeError("a CPU's step is recorded with the layers of a `KvPool`")
-    return cache.pool
+    return cache
 
 
 def _packed_heads(rows: Tensor, num_heads: int, head_dim: int, rotary_dim: int) -> Tensor:

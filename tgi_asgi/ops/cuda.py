@@ -249,7 +249,7 @@ class CudaProgram:
         return launch
 
     def _table(self, rope: RopeTable | None, layer: CudaKvLayer) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines on the device; without rotation one pair that every position leaves alone."""
+        """Return cosines and sines on the device; without rotation one pair that no position turns."""
         if rope is not None:
             return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
         positions = self._max_blocks * int(layer.pool.shape[3])

@@ -13,7 +13,7 @@ from tgi_asgi.ops.weights import LinearWeight
 def head(
     x: Operand, norm: Tensor, eps: float, weight: LinearWeight, *, scale: float = 1.0, cap: float = 0.0
 ) -> Operand:
-    """Return logits [n_rows, vocab] float32 of the residual x: of the rows that a step asks for, at once of all.
+    """Return logits [n_rows, vocab] float32 of the residual x: of the rows that a step asks for, or of all.
 
     Logits are multiplied by `scale`, then capped to cap * tanh(logits / cap), unless `cap` is 0.
     """

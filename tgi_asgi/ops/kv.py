@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -45,9 +46,17 @@ def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype:
     return 2 * num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
 
 
+class Cache(Protocol):
+    """One layer's keys and values on some device. Opaque above `ops`."""
+
+    @property
+    def head_dim(self) -> int:
+        """Dims of a head, without padding."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's keys and values. Opaque above `ops`."""
+    """One layer's keys and values: the `Cache` of a CPU."""
 
     pool: KvPool
     index: int
@@ -64,8 +73,8 @@ class KvPool:
         pool = KvPool(num_layers=30, num_blocks=512, num_kv_heads=3, head_dim=64, block_size=16, dtype=...)
         q = ops.qkv(a, weight, pool.layers[0], rope)
 
-    A block's keys and values of all layers lie together. Inside a layer [keys, values][KV head], in sub-blocks
-    of 16 tokens, see KvLayerView in csrc/cpu/step/step.h.
+    A block's keys and values of all layers lie together. Inside a layer [keys, values][KV head], in
+    sub-blocks of 16 tokens, see KvLayerView in csrc/cpu/step/step.h.
 
     Raises:
         ValueError: a size or dtype that the kernels do not have.

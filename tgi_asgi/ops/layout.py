@@ -47,7 +47,7 @@ def head_order(num_heads: int, head_dim: int, rotary_dim: int | None) -> Order:
 def kept_dims(head_dim: int, rotary_dim: int | None, *, is_paired: bool) -> Order:
     """Return which dim of a head each place of a cache or query of floats has.
 
-    They are those of the packed rows without padding; bfloat16 (`is_paired`) has the two of a pair in one word.
+    They are those of the packed rows without padding; bfloat16 (`is_paired`) has the two of a pair in a word.
     """
     strips = head_order(1, head_dim, rotary_dim).reshape(-1, 2, PANEL)
     places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)

@@ -105,7 +105,7 @@ class Packing:
     def _pack_each(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
     ) -> tuple[PackedLinear, ...]:
-        given = biases or [None] * len(sources)
+        given: Sequence[Tensor | None] = biases or [None] * len(sources)
         return tuple(
             self._pack([source], bias, order)
             for source, bias, order in zip(sources, given, orders, strict=True)

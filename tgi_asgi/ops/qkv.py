@@ -7,19 +7,19 @@ from torch import Tensor
 from tgi_asgi._C import FlatRows
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.at_once import at_once
-from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Kind, Operand, recorder_of
 from tgi_asgi.ops.weights import QkvWeight
 
 
 def qkv(
-    a: Operand, weight: QkvWeight, cache: KvLayer, rope: RopeTable | None, batch: FlatRows | None = None
+    a: Operand, weight: QkvWeight, cache: Cache, rope: RopeTable | None, batch: FlatRows | None = None
 ) -> Operand:
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 
-    Where the weight has norms, queries and keys are normalised before they are rotated; without a rotary table
-    they are not rotated. Returns the queries, for `attention` with the same cache.
+    Where the weight has norms, queries and keys are normalised before they are rotated; without a rotary
+    table they are not rotated. Returns the queries, for `attention` with the same cache.
 
     Raises:
         ValueError: a position or slot is out of range; nothing is written then.

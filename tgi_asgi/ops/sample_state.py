@@ -119,7 +119,7 @@ class SampleState:
 
     @property
     def lists(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """Biased ids [num_slots, capacity], what is added to their logits, and masked ids; until the next start."""
+        """Biased ids [num_slots, capacity], what their logits get, masked ids; until the next start."""
         return self._biased.ids, self._biased.values, self._masked.ids
 
     def _share_lists(self) -> None:

@@ -59,7 +59,7 @@ class WeightSource:
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
     def in_order(self) -> WeightSource:
-        """Return the matrix with its columns in order: no block holds groups that lie apart, so in float16."""
+        """Return the matrix with its columns in order, in float16: no block holds groups that lie apart."""
         if self.order is None:
             return self
         weights = torch.empty(self.shape, dtype=torch.float16)

@@ -26,7 +26,7 @@ class LinearWeight:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """RMSNorm of queries and keys before they are rotated: of each head (Qwen3), or of all together (OLMo 2)."""
+    """RMSNorm of queries and keys before they are rotated: of each head (Qwen 3), or of all (OLMo 2)."""
 
     query: Tensor  # float32: [head_dim], one for all heads, or [num_heads * head_dim]
     key: Tensor  # the same of KV heads

@@ -28,10 +28,8 @@ _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.
 
 def find_device() -> Device | None:
     """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):  # built without CUDA
         importlib.import_module("tgi_asgi._cuda")  # registers torch.ops.tgi_cuda
-    except ModuleNotFoundError:  # built without CUDA
-        pass
     has_kernels = hasattr(torch.ops.tgi_cuda, "attention_decode")
     return CudaDevice() if has_kernels and torch.cuda.is_available() else None
 

@@ -50,8 +50,8 @@ def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free
         else "take a smaller model, or a smaller quantisation of it"
     )
     raise ModelLoadError(
-        f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are free: "
-        f"{advice}"
+        f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
+        f"free: {advice}"
     )
 
 

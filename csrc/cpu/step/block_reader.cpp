@@ -6,6 +6,8 @@
 #include <array>
 #include <limits>
 
+#include "../platform.h"
+
 namespace tgi::cpu::step {
 
 namespace {
@@ -406,11 +408,13 @@ void decode_block(Format format, const RowBlock& block, float* out) {
 }
 
 void decode_row(Format format, const uint8_t* row, int64_t columns, float* out) {
+  const KeepDenormals exact;  // the team flushes them
   functions_of(format).decode_row(row, columns, out);
 }
 
 void repack_row(Format format, const uint8_t* row, int64_t columns, uint8_t* codes, float* scales,
                 float* offsets) {
+  const KeepDenormals exact;
   functions_of(format).repack_row(row, columns, codes, scales, offsets);
 }
 

@@ -137,20 +137,23 @@ struct CodebookCodes {
     return S::lookup16(NibbleCodes<S>::quad(p, j), S::load_table(kTable.values));
   }
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
-    return kIsSigned ? S::dot_signed(acc, codes, values) : S::dot(acc, codes, values);
+    if constexpr (kIsSigned) return S::dot_signed(acc, codes, values);
+    return S::dot(acc, codes, values);
   }
 };
 
 // What the readers of codes share. weight = scale * (code - zero) + min, where the zero point is
-// 128 >> kZeroShift (none if that is negative), or each row's own.
+// 128 >> kZeroShift, none if that is negative, or each row's own. A block has one scale and min, or
+// one for each half; halves that have small integers for scales are added up as integers.
 template <class S, class CodesOf, Format format>
 struct CodeReader : CodesOf {
   static constexpr PanelInfo kPanel = format_info(format).panel;
   static constexpr int kZeroShift = -1;
-  static constexpr bool kHasZeros = false;  // zeros(): each row's own
+  static constexpr bool kHasZeros = false;  // each row's own
   static constexpr bool kHasMin = false;
-  static constexpr int kNumHalves = 1;  // scales, and mins, in a block
-  static constexpr int64_t kLines =     // of a block with its share of the header
+  static constexpr int kNumHalves = 1;
+  static constexpr bool kHasIntegerScales = false;
+  static constexpr int64_t kLines =  // of a block with its share of the header
       (panel_bytes(format, 256) / 8 + 63) / 64;
   static_assert(CodesOf::kCodeBytes == 64 * kPanel.code_bits, "these are the codes of the table");
 
@@ -224,7 +227,6 @@ struct SuperHalves : CodeReader<S, CodesOf, format> {
   }
 };
 
-// A zero point each row and run of columns.
 template <class S, Format format>
 struct Int4 : Scaled<S, NibbleCodes<S>, format, -1> {
   using Base = CodeReader<S, NibbleCodes<S>, format>;
@@ -252,18 +254,31 @@ struct Q2_K : CodeReader<S, TwoBitCodes<S>, Format::kQ2_K> {
   using Base = CodeReader<S, TwoBitCodes<S>, Format::kQ2_K>;
   static constexpr bool kHasMin = true;
   static constexpr int kNumHalves = 2;
+  static constexpr bool kHasIntegerScales = true;
+  static inline typename S::I integer_scale(typename Base::Block block, int half) {
+    return S::iand(S::load_u8(Base::factors(block, half)), S::iset1(15));
+  }
   static inline typename S::F scale(typename Base::Block block, int half) {
-    const auto low = S::iand(S::load_u8(Base::factors(block, half)), S::iset1(15));
-    return S::mul(Base::half(block, 0), S::to_float(low));
+    return S::mul(Base::half(block, 0), S::to_float(integer_scale(block, half)));
+  }
+  static inline typename S::F negative_min(typename Base::Block block, int half) {
+    const auto high = S::ishr(S::load_u8(Base::factors(block, half)), 4);
+    return S::mul(Base::half(block, 1), S::to_float(high));
   }
   static inline typename S::F min(typename Base::Block block, int half) {
-    const auto high = S::ishr(S::load_u8(Base::factors(block, half)), 4);
-    return S::mul(Base::half(block, 1), S::sub(S::zero(), S::to_float(high)));
+    return S::sub(S::zero(), negative_min(block, half));
   }
 };
 
 template <class S>
-struct Q3_K : SuperHalves<S, ThreeBitCodes<S>, Format::kQ3_K, 5> {};
+struct Q3_K : SuperHalves<S, ThreeBitCodes<S>, Format::kQ3_K, 5> {
+  using Base = CodeReader<S, ThreeBitCodes<S>, Format::kQ3_K>;
+  static constexpr bool kHasIntegerScales = true;
+  static inline typename S::I integer_scale(typename Base::Block block, int half) {
+    return S::iand(S::load_i8(Base::factors(block, half)), S::iset1(0xFFFF));
+  }
+};
+
 template <class S>
 struct Q4_K : SuperWithMin<S, NibbleCodes<S>, Format::kQ4_K> {};
 template <class S>

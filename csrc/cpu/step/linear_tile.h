@@ -94,27 +94,59 @@ inline void add_block(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
   }
 }
 
-// The mins of half `First / 4`, or of the whole block, times the scaled sums of the values.
-template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void add_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
-                     typename S::F (&out)[Panels][Tokens]) {
-  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
-  const auto* scaled_sums = reinterpret_cast<const float*>(x + kTileSum);
-  typename S::F sums[Tokens];
-  TGI_UNROLL(6)
-  for (int t = 0; t < Tokens; ++t) {
-    if constexpr (Last - First == 8) {
-      sums[t] = S::set1(scaled_sums[t]);
-    } else {
-      const auto negative = S::to_float(S::isar(sum_start<S, First, Last>(x, t), 7));
-      sums[t] = S::mul(negative, S::set1(-scales[t]));
-    }
-  }
+// Both halves, added up as integers: their scales are small, and the sums below 2^24.
+template <class S, class Fmt, int Panels, int Tokens>
+inline void add_halves(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+                       typename S::F (&out)[Panels][Tokens]) {
+  typename S::I first[Panels][Tokens], second[Panels][Tokens];
+  block_sums<S, Fmt, Panels, Tokens, 0, 4>(w, x, first);
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
-    const auto min = Fmt::min(w[p], First / 4);
+    const auto scale = Fmt::integer_scale(w[p], 0);
     TGI_UNROLL(6)
-    for (int t = 0; t < Tokens; ++t) out[p][t] = S::fma(min, sums[t], out[p][t]);
+    for (int t = 0; t < Tokens; ++t) first[p][t] = S::imul_short(first[p][t], scale);
+  }
+  block_sums<S, Fmt, Panels, Tokens, 4, 8>(w, x, second);
+  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
+  TGI_UNROLL(2)
+  for (int p = 0; p < Panels; ++p) {
+    const auto d = Fmt::half(w[p], 0);
+    const auto scale = Fmt::integer_scale(w[p], 1);
+    TGI_UNROLL(6)
+    for (int t = 0; t < Tokens; ++t) {
+      const auto sum = S::iadd(first[p][t], S::imul_short(second[p][t], scale));
+      out[p][t] = S::fma(S::mul(S::to_float(sum), S::set1(scales[t])), d, out[p][t]);
+    }
+  }
+}
+
+// The block's mins times the scaled sums of the values.
+template <class S, class Fmt, int Panels, int Tokens>
+inline void add_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+                     typename S::F (&out)[Panels][Tokens]) {
+  const auto* sums = reinterpret_cast<const float*>(x + kTileSum);
+  TGI_UNROLL(2)
+  for (int p = 0; p < Panels; ++p) {
+    const auto min = Fmt::min(w[p], 0);
+    TGI_UNROLL(6)
+    for (int t = 0; t < Tokens; ++t) out[p][t] = S::fma(min, S::set1(sums[t]), out[p][t]);
+  }
+}
+
+// The same of a half, both factors negative: its sum comes from where sums with a zero point begin.
+template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
+inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+                          typename S::F (&out)[Panels][Tokens]) {
+  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
+  typename S::F mins[Panels];
+  TGI_UNROLL(2)
+  for (int p = 0; p < Panels; ++p) mins[p] = Fmt::negative_min(w[p], First / 4);
+  TGI_UNROLL(6)
+  for (int t = 0; t < Tokens; ++t) {
+    const auto start = S::to_float(sum_start<S, First, Last>(x, t));
+    const auto sum = S::mul(start, S::set1(scales[t] * (1.0f / 128.0f)));
+    TGI_UNROLL(2)
+    for (int p = 0; p < Panels; ++p) out[p][t] = S::fma(mins[p], sum, out[p][t]);
   }
 }
 
@@ -135,13 +167,17 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64
     fetch_ahead<S, Tokens>(ahead);
     if constexpr (Fmt::kNumHalves == 1) {
       add_block<S, Fmt, Panels, Tokens, 0, 8>(block, x, total);
-      if constexpr (Fmt::kHasMin) add_mins<S, Fmt, Panels, Tokens, 0, 8>(block, x, total);
+      if constexpr (Fmt::kHasMin) add_mins<S, Fmt, Panels, Tokens>(block, x, total);
     } else {
-      add_block<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
-      add_block<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
+      if constexpr (Fmt::kHasIntegerScales) {
+        add_halves<S, Fmt, Panels, Tokens>(block, x, total);
+      } else {
+        add_block<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
+        add_block<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
+      }
       if constexpr (Fmt::kHasMin) {
-        add_mins<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
-        add_mins<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
+        add_half_mins<S, Fmt, Panels, Tokens, 0, 4>(block, x, total);
+        add_half_mins<S, Fmt, Panels, Tokens, 4, 8>(block, x, total);
       }
     }
   }

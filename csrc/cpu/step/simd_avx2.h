@@ -40,18 +40,44 @@ struct Avx2 {
   static inline F fma(F x, F y, F z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
   }
+  static inline F mul_add(F x, F y, F z) { return fma(x, y, z); }
   static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static inline F floor(F x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+  static inline F nearest(F x) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+  }
+  static inline F mul_pow2(F p, F n) {
+    const I exponent = ishl(round(n), 23);
+    return as_float(iadd({_mm256_castps_si256(p.a), _mm256_castps_si256(p.b)}, exponent));
+  }
   static inline F scale_pow2(F p, F n, F x) {
     return {scale_half(p.a, n.a, x.a), scale_half(p.b, n.b, x.b)};
   }
   static inline F select_head(int count, F x, F y) {
-    const __m256i limit = _mm256_set1_epi32(count);
-    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, low))),
-            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, high)))};
+    const I mask = head(count);
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(mask.a)),
+            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(mask.b))};
+  }
+  static inline F load_head(const float* p, int count, F y) {
+    const I mask = head(count);
+    const F x = {_mm256_maskload_ps(p, mask.a), _mm256_maskload_ps(p + 8, mask.b)};
+    return select_head(count, x, y);
+  }
+  static inline void store_head(float* p, int count, F x) {
+    const I mask = head(count);
+    _mm256_maskstore_ps(p, mask.a, x.a);
+    _mm256_maskstore_ps(p + 8, mask.b, x.b);
+  }
+  static inline uint32_t less_equal(F x, F y) {
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ));
+    return static_cast<uint32_t>(low | high << 8);
+  }
+  static inline F add_less_equal(F sum, F x, F y, F z) {
+    return {_mm256_add_ps(sum.a, _mm256_and_ps(z.a, _mm256_cmp_ps(x.a, y.a, _CMP_LE_OQ))),
+            _mm256_add_ps(sum.b, _mm256_and_ps(z.b, _mm256_cmp_ps(x.b, y.b, _CMP_LE_OQ)))};
   }
   static inline F load_half(const void* p) {
     const auto* halves = static_cast<const __m128i*>(p);
@@ -92,6 +118,10 @@ struct Avx2 {
     return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
   }
   static inline I ior(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static inline I ixor(I x, I y, I z) {
+    return {_mm256_xor_si256(_mm256_xor_si256(x.a, y.a), z.a),
+            _mm256_xor_si256(_mm256_xor_si256(x.b, y.b), z.b)};
+  }
   static inline I ishl(I x, int n) {
     return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)};
   }
@@ -111,6 +141,11 @@ struct Avx2 {
   }
   static inline I lookup16(I codes, I table) {
     return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.b, codes.b)};
+  }
+  static inline void imul_wide(I x, uint32_t y, I& high, I& low) {
+    const __m256i factor = _mm256_set1_epi32(static_cast<int32_t>(y));
+    mul_wide_half(x.a, factor, high.a, low.a);
+    mul_wide_half(x.b, factor, high.b, low.b);
   }
   static inline I load_u8(const void* p) {
     const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
@@ -187,6 +222,18 @@ struct Avx2 {
   }
 
  private:
+  // All bits set in lanes < count.
+  static inline I head(int count) {
+    const __m256i limit = _mm256_set1_epi32(count);
+    return {_mm256_cmpgt_epi32(limit, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+            _mm256_cmpgt_epi32(limit, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+  }
+  static inline void mul_wide_half(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
+    const __m256i even = _mm256_mul_epu32(x, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+  }
   template <class Reduce>
   static inline I reduce_each(const I (&x)[6], Reduce reduce) {
     return {_mm256_setr_epi32(reduce(x[0]), reduce(x[1]), reduce(x[2]), reduce(x[3]), reduce(x[4]),

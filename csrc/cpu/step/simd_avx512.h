@@ -16,6 +16,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
+  // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
   using F = __m512;   // 16 float
   using I = __m512i;  // 16 int32, or 64 bytes
@@ -29,12 +30,20 @@ struct Avx512 {
   static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
   static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // a * b + c, rounded once or twice, as is fast: its bits are not the same everywhere.
+  static inline F mul_add(F a, F b, F c) { return fma(a, b, c); }
   // As the instructions do: the second operand when either is NaN.
   static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
   static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
   static inline F floor(F a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   }
+  // The nearest whole number, ties to even, where |a| < 2^22.
+  static inline F nearest(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // p * 2^n for integral n, where neither p nor the result is denormal.
+  static inline F mul_pow2(F p, F n) { return _mm512_scalef_ps(p, n); }
   // p * 2^n for integral n, and 0 where x < -126, so that no result is denormal.
   static inline F scale_pow2(F p, F n, F x) {
     const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -42,8 +51,21 @@ struct Avx512 {
   }
   // a where lane < count, else b.
   static inline F select_head(int count, F a, F b) {
-    const auto mask = count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1u << count) - 1);
-    return _mm512_mask_blend_ps(static_cast<__mmask16>(mask), b, a);
+    return _mm512_mask_blend_ps(head(count), b, a);
+  }
+  // p[lane] where lane < count, else b; reads no further.
+  static inline F load_head(const float* p, int count, F b) {
+    return _mm512_mask_loadu_ps(b, head(count), p);
+  }
+  // Writes lanes < count.
+  static inline void store_head(float* p, int count, F a) {
+    _mm512_mask_storeu_ps(p, head(count), a);
+  }
+  // Bit i: a[i] <= b[i]; false where either is NaN.
+  static inline uint32_t less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  // sum + x where a <= b, else sum.
+  static inline F add_less_equal(F sum, F a, F b, F x) {
+    return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), sum, x);
   }
   static inline F load_half(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -62,16 +84,25 @@ struct Avx512 {
   static inline I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static inline I iand(I a, I b) { return _mm512_and_si512(a, b); }
   static inline I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static inline I ixor(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   static inline I ishl(I a, int n) { return _mm512_slli_epi32(a, n); }
   static inline I ishr(I a, int n) { return _mm512_srli_epi32(a, n); }
   static inline I isar(I a, int n) { return _mm512_srai_epi32(a, n); }
-  // a * b, where a fits 16 bits with its sign and b 15 without.
+  // a * b, both of 16 bits with their signs, b with zeros above them.
   static inline I imul_short(I a, I b) { return _mm512_madd_epi16(a, b); }
   // Sixteen bytes to look up in, and for each byte of `codes`, below 16, the one of that index.
   static inline I load_table(const int8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static inline I lookup16(I codes, I table) { return _mm512_shuffle_epi8(table, codes); }
+  // Of the unsigned product a[i] * b the upper and the lower 32 bits.
+  static inline void imul_wide(I a, uint32_t b, I& high, I& low) {
+    const I factor = iset1(static_cast<int32_t>(b));
+    const I even = _mm512_mul_epu32(a, factor);
+    const I odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+    low = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+  }
   static inline I load_u8(const void* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
@@ -100,9 +131,6 @@ struct Avx512 {
   static inline I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
   // The same where every byte of u is below 64.
   static inline I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
-  // The same of signed bytes above -128, only where kHasSignedDot: elsewhere `dot` of the codes
-  // plus 128 is faster.
-  static inline I dot_signed(I acc, I, I) { return acc; }
 #if defined(TGI_HAS_BF16)
   // Per lane: acc + the sum over two bf16 of a times b.
   static inline F dot_bf16(F acc, I a, I b) {
@@ -149,6 +177,9 @@ struct Avx512 {
   }
 
  private:
+  static inline __mmask16 head(int count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (count <= 0 ? 0 : (1u << count) - 1));
+  }
   // Each fold does two vectors with the instructions of one.
   template <class Op>
   static inline I reduce_each(const I (&a)[6], Op op) {

@@ -57,6 +57,7 @@ struct Neon {
   static inline F fma(const F& a, const F& b, const F& c) {
     return each<F>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
+  static inline F mul_add(const F& a, const F& b, const F& c) { return fma(a, b, c); }
   static inline F min(const F& a, const F& b) {
     return each<F>([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
   }
@@ -65,6 +66,15 @@ struct Neon {
   }
   static inline F floor(const F& a) {
     return each<F>([&](int i) { return vrndmq_f32(a.v[i]); });
+  }
+  static inline F nearest(const F& a) {
+    return each<F>([&](int i) { return vrndnq_f32(a.v[i]); });
+  }
+  static inline F mul_pow2(const F& p, const F& n) {
+    return each<F>([&](int i) {
+      const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v[i]), 23);
+      return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), exponent));
+    });
   }
   static inline F scale_pow2(const F& p, const F& n, const F& x) {
     return each<F>([&](int i) {
@@ -83,6 +93,35 @@ struct Neon {
     return each<F>([&](int i) {
       const int32x4_t index = vaddq_s32(lanes, vdupq_n_s32(4 * i));
       return vbslq_f32(vcltq_s32(index, vdupq_n_s32(count)), a.v[i], b.v[i]);
+    });
+  }
+  static inline F load_head(const float* p, int count, const F& b) {
+    float lanes[16];
+    store(lanes, b);
+    if (count > 0)
+      std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    return load(lanes);
+  }
+  static inline void store_head(float* p, int count, const F& a) {
+    float lanes[16];
+    store(lanes, a);
+    if (count > 0)
+      std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+  }
+  static inline uint32_t less_equal(const F& a, const F& b) {
+    const uint32_t places[4] = {1, 2, 4, 8};
+    const uint32x4_t bits = vld1q_u32(places);
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) {
+      found |= vaddvq_u32(vandq_u32(vcleq_f32(a.v[i], b.v[i]), bits)) << 4 * i;
+    }
+    return found;
+  }
+  static inline F add_less_equal(const F& sum, const F& a, const F& b, const F& x) {
+    return each<F>([&](int i) {
+      const uint32x4_t is_added = vcleq_f32(a.v[i], b.v[i]);
+      const uint32x4_t added = vandq_u32(vreinterpretq_u32_f32(x.v[i]), is_added);
+      return vaddq_f32(sum.v[i], vreinterpretq_f32_u32(added));
     });
   }
   static inline F load_half(const void* p) {
@@ -133,6 +172,9 @@ struct Neon {
   static inline I ior(const I& a, const I& b) {
     return each<I>([&](int i) { return vorrq_s32(a.v[i], b.v[i]); });
   }
+  static inline I ixor(const I& a, const I& b, const I& c) {
+    return each<I>([&](int i) { return veorq_s32(veorq_s32(a.v[i], b.v[i]), c.v[i]); });
+  }
   static inline I ishl(const I& a, int n) {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(n)); });
   }
@@ -146,7 +188,8 @@ struct Neon {
     return each<I>([&](int i) { return vshlq_s32(a.v[i], vdupq_n_s32(-n)); });
   }
   static inline I imul_short(const I& a, const I& b) {
-    return each<I>([&](int i) { return vmulq_s32(a.v[i], b.v[i]); });
+    return each<I>(
+        [&](int i) { return vmulq_s32(a.v[i], vshrq_n_s32(vshlq_n_s32(b.v[i], 16), 16)); });
   }
   static inline I load_table(const int8_t* p) {
     const int32x4_t table = vreinterpretq_s32_s8(vld1q_s8(p));
@@ -157,6 +200,17 @@ struct Neon {
       const uint8x16_t indices = vreinterpretq_u8_s32(codes.v[i]);
       return vreinterpretq_s32_s8(vqtbl1q_s8(vreinterpretq_s8_s32(table.v[i]), indices));
     });
+  }
+  static inline void imul_wide(const I& a, uint32_t b, I& high, I& low) {
+    const uint32x4_t factor = vdupq_n_u32(b);
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t x = vreinterpretq_u32_s32(a.v[i]);
+      const uint32x4_t first =
+          vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(factor)));
+      const uint32x4_t last = vreinterpretq_u32_u64(vmull_high_u32(x, factor));
+      high.v[i] = vreinterpretq_s32_u32(vuzp2q_u32(first, last));
+      low.v[i] = vreinterpretq_s32_u32(vuzp1q_u32(first, last));
+    }
   }
   static inline I load_u8(const void* p) {
     const uint8x16_t bytes = vld1q_u8(static_cast<const uint8_t*>(p));

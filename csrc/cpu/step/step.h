@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../sample.h"
 #include "packed.h"
 
 namespace tgi::cpu::step {
@@ -244,6 +245,7 @@ struct Kernels {
                            float* out);  // out: [columns][16]
   // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
   float (*spin)(Precision precision, int64_t times);
+  RowPasses rows;  // what sampling is made of
 };
 
 // Whether what is read from memory is best fetched into the first level of cache, see stream.h.

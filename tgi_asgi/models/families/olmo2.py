@@ -46,7 +46,7 @@ class Olmo2Layer(Layer):
         self.attention_norm = weights.vector("post_attention_layernorm", hidden)
         self.mlp_norm = weights.vector("post_feedforward_layernorm", hidden)
 
-    def forward(self, x: ops.Value, cache: ops.KvLayer) -> ops.Value:
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         rows = ops.linear(self.attend(ops.activation(x), cache), self.output)
         x = ops.norm_add(rows, self.attention_norm, self.eps, x)

@@ -1,4 +1,4 @@
-"""Qwen 2 and 3: biases of q, k and v; norms of heads; a window of the upper layers, where it is switched on."""
+"""Qwen 2 and 3: biases of q, k and v; norms of heads; a window of the upper layers, if it is on."""
 
 from __future__ import annotations
 

@@ -1,0 +1,113 @@
+#include "sample_cut.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <functional>
+
+namespace tgi::cpu {
+
+namespace {
+
+// Scores this far below the best weigh 6e-6 of it: cut-offs nearly always lie above, so a search
+// through those alone will do; where it does not, all are searched.
+constexpr float kNear = -12.0f;
+
+// The k-th largest of values [n], 1 <= k <= n; reorders them.
+float kth_largest(float* values, int64_t n, int64_t k) {
+  std::nth_element(values, values + k - 1, values + n, std::greater<float>());
+  return values[k - 1];
+}
+
+// Of values [n] in the order of `precedes`, the first at which those up to it weigh `target`, or
+// the last; reorders them. Halving: each round moves the first half to the front and adds up its
+// weight by mass(values, count), so all rounds together cost two passes.
+template <typename Value, typename Precedes, typename Mass>
+Value value_at_mass(Value* values, int64_t n, double target, const Precedes& precedes,
+                    const Mass& mass) {
+  double before = 0;
+  int64_t begin = 0, end = n;
+  while (end - begin > 1) {
+    const int64_t middle = begin + (end - begin) / 2;
+    std::nth_element(values + begin, values + middle, values + end, precedes);
+    const double half = mass(values + begin, middle - begin);
+    if (before + half >= target) {
+      end = middle;
+    } else {
+      before += half;
+      begin = middle;
+    }
+  }
+  return values[begin];
+}
+
+struct Deviation {
+  float distance;  // of the score from the mean score: information less entropy
+  float weight;
+};
+
+// Keeps the most typical scores that weigh typical_p of those >= floor; the others become
+// -infinity. Meister et al., Locally Typical Sampling, section 4. room: 2 * vocab floats.
+void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, float* room) {
+  auto* deviations = reinterpret_cast<Deviation*>(room);
+  double mass = 0, weighted = 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (!(scores[i] >= floor)) continue;
+    const float weight = std::exp(scores[i]);
+    mass += weight;
+    weighted += double(weight) * scores[i];
+    deviations[count++] = {scores[i], weight};
+  }
+  const auto mean = static_cast<float>(weighted / mass);
+  for (int64_t i = 0; i < count; ++i)
+    deviations[i].distance = std::fabs(deviations[i].distance - mean);
+  const auto is_nearer = [](const Deviation& a, const Deviation& b) {
+    return a.distance < b.distance;
+  };
+  const auto weigh = [](const Deviation* part, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += part[i].weight;
+    return sum;
+  };
+  const float limit = value_at_mass(deviations, count, mass * typical_p, is_nearer, weigh).distance;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (!(scores[i] >= floor && std::fabs(scores[i] - mean) <= limit)) scores[i] = -INFINITY;
+  }
+}
+
+}  // namespace
+
+float cut_off(const RowPasses& rows, const SampleSlot& slot, float* scores, int64_t vocab,
+              float* room) {
+  float floor = -FLT_MAX;
+  int64_t count = 0;  // of the candidates in room, once they are there
+  double mass = 0;
+  if (slot.top_k > 0) {
+    count = rows.compact(scores, vocab, kNear, room);
+    if (count < slot.top_k) count = rows.compact(scores, vocab, floor, room);
+    if (slot.top_k < count) {
+      floor = kth_largest(room, count, slot.top_k);
+      count =
+          std::partition(room, room + count, [=](float score) { return score >= floor; }) - room;
+    }
+    mass = rows.mass(room, count, 0.0f, floor);
+  }
+  if (slot.top_p < 1.0f) {
+    if (count == 0) {
+      mass = rows.mass(scores, vocab, 0.0f, floor);
+      const bool is_near = rows.mass(scores, vocab, 0.0f, kNear) >= mass * slot.top_p;
+      count = rows.compact(scores, vocab, is_near ? kNear : floor, room);
+    }
+    const auto weigh = [&](const float* part, int64_t n) {
+      return rows.mass(part, n, 0.0f, -FLT_MAX);
+    };
+    const float least = value_at_mass(room, count, mass * slot.top_p, std::greater<float>(), weigh);
+    floor = std::max(floor, least);
+  }
+  if (slot.min_p > 0.0f) floor = std::max(floor, std::log(slot.min_p));
+  if (slot.typical_p < 1.0f) keep_typical(scores, vocab, floor, slot.typical_p, room);
+  return floor;
+}
+
+}  // namespace tgi::cpu

@@ -1,0 +1,69 @@
+"""The operators linear and linear_add: a product as rows, or onto the residual, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.helpers import EXACT, FAST, random_source, rounded
+from tests.reference.compare import assert_close, assert_same_bits
+from tests.reference.layers import linear
+from tests.support.blocks import meaning, random_weight
+from tgi_asgi import _C, ops
+
+SHAPES = [(0, 16, 16), (1, 3, 1), (3, 17, 129), (17, 129, 33), (2, 64, 257), (7, 72, 100), (13, 100, 72)]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("tokens", "columns", "rows"), SHAPES)
+@pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
+def test_products_of_any_size_equal_the_reference(
+    kernel_set: str, tokens: int, columns: int, rows: int, has_bias: bool, packing: ops.Packing, format: str
+) -> None:
+    _C.set_num_threads(2)
+    source = random_weight(format, rows, columns, seed=columns)
+    bias, bias_source = random_source(rows) if has_bias else (None, None)
+    weight = ops.linear_weight(source, packing, bias=bias_source)
+    assert (weight.rows, weight.columns) == (rows, columns)
+    a, x = torch.randn(tokens, columns), torch.randn(tokens, rows)
+    before = x.clone()
+    expected = linear(rounded(a, weight.made.precision), meaning(source), bias)
+    assert_close(ops.linear(a, weight), expected, length=columns + 2)
+    assert ops.linear_add(a, weight, x, -0.4) is x
+    assert_close(x, before.double() - 0.4 * expected, length=columns + 3)
+
+
+@pytest.mark.parametrize(("format", "columns"), [("Q8_0", 96), ("Q4_0", 32), ("Q5_1", 224), ("Q6_K", 512)])
+def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
+    kernel_set: str, format: str, columns: int
+) -> None:
+    source = random_weight(format, 100, columns, seed=2)
+    weight, bias = ops.linear_weight(source, FAST), torch.randn(100)
+    biased = ops.linear_weight(source, FAST, bias=ops.from_floats(bias))
+    assert weight.made.precision == "int8"
+    a = torch.randn(9, columns)
+    expected = linear(rounded(a, "int8"), meaning(source))
+    assert_close(ops.linear(a, weight), expected, length=columns)
+    assert_close(ops.linear(a, biased), expected + bias.double(), length=columns)
+
+
+@pytest.mark.parametrize("format", ["F32", "BF16", "Q4_1"])
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads: int, format: str) -> None:
+    weight = ops.linear_weight(random_weight(format, 100, 96, seed=1), FAST)
+    a, x = torch.randn(20, 96), torch.randn(20, 100)
+    alone = torch.cat([ops.linear_add(a[r : r + 1], weight, x[r : r + 1].clone()) for r in range(20)])
+    _C.set_num_threads(threads)
+    for size in (1, 2, 3, 6, 7, 20):
+        assert_same_bits(ops.linear_add(a[:size], weight, x[:size].clone()), alone[:size])
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    weight = ops.linear_weight(random_source(5, 7)[1], EXACT)
+    with pytest.raises(ValueError, match="`linear_add` takes 7 columns as `a`, not 6"):
+        ops.linear_add(torch.randn(2, 6), weight, torch.randn(2, 5))
+    with pytest.raises(ValueError, match="`linear_add` takes 5 columns as `x`, not 7"):
+        ops.linear_add(torch.randn(2, 7), weight, torch.randn(2, 7))
+    with pytest.raises(ValueError, match="`linear` takes 7 columns as `a`, not 5"):
+        ops.linear(torch.randn(2, 5), weight)

@@ -1,0 +1,151 @@
+"""A CPU's KV pool in natural order: what the kernels' layout means, written anew from its description.
+
+The layout is that of KvLayerView in csrc/cpu/step/step.h; the order of a key's dims is `ops.layout`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops import KvLayer, KvPool, layout
+
+_Bytes = npt.NDArray[np.uint8]
+_SUB_BLOCK = 16  # tokens
+_STRIP = 32
+
+
+def poison(pool: KvPool) -> None:
+    """Make every number of the pool NaN: floats, and the scales of int8."""
+    pool.native.memory()[:] = 0xFF
+
+
+def poisoned_pool(
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    num_layers: int = 1,
+    num_blocks: int = 8,
+    block_size: int = 16,
+) -> KvPool:
+    """Make a pool of which nothing has been written."""
+    pool = KvPool(
+        num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        block_size=block_size, dtype=dtype,
+    )  # fmt: skip
+    poison(pool)
+    return pool
+
+
+def read_kv(layer: KvLayer, slots: Tensor, rotary_dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return keys and values [n_slots, kv_heads, head_dim] float32, dims in the model's order.
+
+    `rotary_dim` is that of the weight which wrote them; None: whole heads turn.
+    """
+    found = []
+    for which in (0, 1):
+        kept = _kept_dims(layer, which, rotary_dim)
+        out = torch.empty(len(slots), layer.pool.num_kv_heads, layer.head_dim)
+        out[..., torch.from_numpy(kept[kept >= 0])] = _load(layer, slots, which)[..., kept >= 0]
+        found.append(out)
+    return found[0], found[1]
+
+
+def write_kv(
+    layer: KvLayer, slots: Tensor, keys: Tensor, values: Tensor, rotary_dim: int | None = None
+) -> None:
+    """Write keys and values [n_slots, kv_heads, head_dim], rounded to the pool's dtype.
+
+    An int8 pool gets codes of the largest of each 32 dims, as the kernels make them.
+    """
+    for which, given in ((0, keys), (1, values)):
+        kept = _kept_dims(layer, which, rotary_dim)
+        rows = given.float()[..., torch.from_numpy(np.maximum(kept, 0))]
+        rows[..., torch.from_numpy(kept < 0)] = 0
+        _store(layer, slots, which, rows)
+
+
+def _kept_dims(layer: KvLayer, which: int, rotary_dim: int | None) -> layout.Order:
+    """Return which dim of a head each kept place has; -1: int8's padding."""
+    if layer.pool.dtype is torch.int8:
+        return layout.head_order(1, layer.head_dim, (rotary_dim or layer.head_dim) if which == 0 else None)
+    if which == 1:
+        return np.arange(layer.head_dim)
+    is_paired = layer.pool.dtype is torch.bfloat16
+    return layout.kept_dims(layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired)
+
+
+def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:
+    """Return the bytes of a layer's keys or values, [block, kv_head, sub-block, bytes]: a view."""
+    pool = layer.pool
+    memory = pool.native.memory()
+    sizes = (pool.num_blocks, len(pool.layers), 2, pool.num_kv_heads, pool.block_size // _SUB_BLOCK, -1)
+    view: _Bytes = memory.reshape(*sizes)[:, layer.index, which]
+    return view
+
+
+def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
+    """Return the kept numbers as integers, [block, kv_head, sub-block, token, dim / g, g]: a view.
+
+    For values the last is one alone.
+    """
+    dtype, num_kept = layer.pool.dtype, layer.pool.native.head_dim
+    group = 4 // dtype.itemsize  # numbers in a word: of keys dims, of values tokens
+    words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
+    flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
+    if which == 0:
+        return flat.reshape(*flat.shape[:3], num_kept // group, _SUB_BLOCK, group).swapaxes(3, 4)
+    by_token = flat.reshape(*flat.shape[:3], _SUB_BLOCK // group, num_kept, group)
+    return by_token.swapaxes(4, 5)[..., None]  # [..., tokens / g, g, dim, 1]
+
+
+def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
+    """Return the view above, and the index that picks [n_slots, kv_heads, dims, 1 or g] of it."""
+    words = _element_words(layer, which)
+    block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
+    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    token = offset % _SUB_BLOCK
+    places = (token,) if which == 0 else np.divmod(token, words.shape[4])
+    return words, (block, heads, offset // _SUB_BLOCK, *places)
+
+
+def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
+    """Return an int8 layer's scales as a view, and the index that picks [n_slots, kv_heads, strips] of it."""
+    codes = _SUB_BLOCK * layer.pool.native.head_dim
+    halves = _sub_blocks(layer, which)[..., codes:].view(np.float16)
+    view = halves.reshape(*halves.shape[:3], -1, _SUB_BLOCK).swapaxes(3, 4)
+    block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
+    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    return view, (block, heads, offset // _SUB_BLOCK, offset % _SUB_BLOCK)
+
+
+def _load(layer: KvLayer, slots: Tensor, which: int) -> Tensor:
+    """Return the kept numbers [n_slots, kv_heads, kept dims] as float32, in the cache's order."""
+    dtype = layer.pool.dtype
+    words, index = _picked(layer, slots, which)
+    raw = torch.from_numpy(np.ascontiguousarray(words[index])).flatten(-2)
+    if dtype is not torch.int8:
+        return raw.view(dtype).float()
+    codes = (raw ^ (0x80 if which == 0 else 0)).view(torch.int8).float()  # of keys + 128
+    scales, at = _scales(layer, slots, which)
+    return codes * torch.from_numpy(scales[at].astype(np.float32)).repeat_interleave(_STRIP, -1)
+
+
+def _store(layer: KvLayer, slots: Tensor, which: int, rows: Tensor) -> None:
+    dtype = layer.pool.dtype
+    words, index = _picked(layer, slots, which)
+    if dtype is torch.int8:
+        strips = rows.unflatten(-1, (-1, _STRIP))
+        largest = strips.abs().amax(-1) / 127
+        codes = (strips / largest.clamp_min(1e-30)[..., None]).round().flatten(-2).to(torch.int8)
+        raw = codes.view(torch.uint8) ^ (0x80 if which == 0 else 0)
+        scales, at = _scales(layer, slots, which)
+        scales[at] = largest.numpy()
+    else:
+        raw = rows.to(dtype).view(torch.int16 if dtype is torch.bfloat16 else torch.int32)
+    words[index] = raw.unflatten(-1, (-1, words.shape[-1])).numpy()
