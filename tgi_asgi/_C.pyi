@@ -37,6 +37,9 @@ def supported_isas() -> list[str]:
 def force_isa(name: str) -> None:
     """Use this instruction set from now on (for tests)."""
 
+def weight_formats() -> list[dict[str, Any]]:
+    """Return the table of weight formats, csrc/formats.def: a dict each, `ggml_type` None outside GGUF."""
+
 class PlanError(ValueError):
     """Raised when a plan names what does not exist: the engine's mistake, never a client's."""
 
