@@ -14,7 +14,7 @@ import torch
 from tests.ops.helpers import FAST
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
-from tgi_asgi.ops.layout import STRIP, head_order, interleaved_order, kept_dims, ordered, padded, plain_order
+from tgi_asgi.ops.layout import STRIP, head_order, interleaved_order, kept_dims, ordered, padded, row_order
 
 HEADS = [(64, 64), (80, 32), (20, 12), (6, 2), (256, 128), (112, 112)]
 
@@ -87,7 +87,7 @@ def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
 
 def test_vectors_follow_their_rows_and_are_zero_where_these_are_padding() -> None:
     vector = torch.tensor([1.0, 2.0, 3.0])
-    assert ordered(vector, plain_order(3)).tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
+    assert ordered(vector, row_order(3)).tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
     assert padded(vector).tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
 
 
