@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
+# Of the free memory, that rotary tables may take: where the model's own context decides, and the operator.
+_ROPE_SHARE = 1 / 32
+_MOST_ROPE_SHARE = 1 / 2
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing) -> int:
@@ -55,16 +62,47 @@ def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free
     )
 
 
-def check_rope_fits(head_dim: int, max_positions: int, free_bytes: int) -> None:
-    """Refuse a context whose rotary table alone does not fit.
+def choose_context(config: ModelConfig, max_total_tokens: int | None, free_bytes: int) -> int:
+    """Return how many tokens a sequence may have: those of --max-total-tokens, or of the model.
+
+    A configuration may claim millions, and the rotary tables of all are there from the start: what the model
+    claims is cut to what a small share of the memory holds.
+    """
+    if max_total_tokens is not None:
+        return min(config.context_length, max_total_tokens)
+    each = _rope_bytes_per_position(config)
+    needed, fitting = config.context_length * each, int(free_bytes * _ROPE_SHARE)
+    if needed <= fitting:
+        return config.context_length
+    longest = max(fitting // each, 1)
+    logger.warning(
+        "the model's context of %d tokens is cut to %d: its rotary tables would take %.1f GiB, %.1f GiB are "
+        "free; --max-total-tokens allows more",
+        config.context_length, longest, needed / _GIB, free_bytes / _GIB,
+    )  # fmt: skip
+    return longest
+
+
+def check_rope_fits(config: ModelConfig, max_positions: int, free_bytes: int) -> None:
+    """Refuse a context whose rotary tables alone take most of the memory.
 
     Raises:
         ModelLoadError: it is so; the message says which context would do.
     """
-    each = ops.RopeTable.bytes_per_position(head_dim)
-    if max_positions * each > free_bytes // 2:
+    each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MOST_ROPE_SHARE)
+    if max_positions * each > fitting:
         raise ModelLoadError(
             f"a context of {max_positions} tokens needs {max_positions * each / _GIB:.1f} GiB for its rotary "
-            f"table, {free_bytes / _GIB:.1f} GiB are free: set --max-total-tokens to at most "
-            f"{max(free_bytes // 2 // each, 1)}"
+            f"tables, {free_bytes / _GIB:.1f} GiB are free: set --max-total-tokens to at most "
+            f"{max(fitting // each, 1)}"
         )
+
+
+def _rope_bytes_per_position(config: ModelConfig) -> int:
+    """Return what a position takes in all rotary tables: as made, and once more padded for the kernels."""
+    dims = [rope.dim for rope in {layer.rope for layer in config.layers} if rope is not None]
+    padded = -(-config.head_dim // 32) * 32
+    return sum(
+        ops.RopeTable.bytes_per_position(dim) + (dim != padded) * ops.RopeTable.bytes_per_position(padded)
+        for dim in dims
+    )
