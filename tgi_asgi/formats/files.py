@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 
-_MAPPED_BYTES = 64 << 20  # that readers of a mapped file may have made resident
+_MAPPED_BYTES = 16 << 20  # that readers of a mapped file may have made resident
 _MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 MB
 
 
