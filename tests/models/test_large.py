@@ -16,11 +16,14 @@ from tests.support.checkpoints import make_model, our_logits, save, save_gguf
 from tests.support.driving import Job, generate
 from tests.support.large import HOLE_BYTES, hollow_checkpoint, hollow_gguf, save_tokenizer, stretch
 from tests.support.load_memory import measure
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.safetensors import SafetensorsFile
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import load as load_module
+from tgi_asgi.runner.memory import packed_bytes
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import ModelInfo, SamplingParams
 
@@ -194,8 +197,8 @@ def load_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> Callable[...,
 @pytest.mark.parametrize(
     ("free_bytes", "advice"),
     [
-        (5 * GIB, r"--quantize q4_0 \(3\.5 GiB\) would fit"),
-        (8 * GIB, r"--quantize q8_0 \(6\.7 GiB\) or --quantize q4_0 \(3\.5 GiB\) would fit"),
+        (5 * GIB, r"--quantize q4_0 \(3\.7 GiB\) would fit"),
+        (8 * GIB, r"--quantize q8_0 \(6\.7 GiB\) or --quantize q4_0 \(3\.7 GiB\) would fit"),
         (2 * GIB, "take a smaller model, or a smaller quantisation of it"),
     ],
 )
@@ -210,6 +213,23 @@ def test_weights_beyond_the_memory_are_refused_unread(
     ):
         load_module.load(Settings(thread_nice=0), files, lambda stage, done, total: stages.append(stage))
     assert not stages
+
+
+@pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
+def test_what_weights_will_take_is_known_before(tmp_path: Path, quantise: str | None) -> None:
+    vocabulary = 8192 * 256
+    files = hollow_checkpoint(
+        tmp_path / "model", hidden_size=256, intermediate_size=512, vocab_size=8192, num_key_value_heads=4
+    )
+    packing = ops.Packing(is_exact=False, quantise=quantise)
+    with OpenModel(files) as opened:
+        expected = packed_bytes(opened.stored(), packing, vocabulary)
+        model: Any = opened.load(packing, 512)
+    weights = [model.embedding, model.head]
+    for layer in model.layers:
+        weights += [layer.qkv, layer.output, layer.gate_up, layer.down]
+    parts = [part for weight in weights for part in getattr(weight.made, "parts", [weight.made])]
+    assert sum(part.matrix.nbytes for part in parts) == pytest.approx(expected, rel=0.01)
 
 
 def test_tensors_that_nothing_reads_need_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,8 @@ def _choose_cpu_cache(
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
     free = free_memory()
-    free -= check_weights_fit(opened.stored(), packing, free)
+    vocabulary = opened.config.vocab_size * opened.config.hidden_size
+    free -= check_weights_fit(opened.stored(), packing, vocabulary, free)
     return choose_size(opened.config, settings, dtype, longest, free)
 
 

@@ -17,15 +17,19 @@ _ROPE_SHARE = 1 / 32
 _MOST_ROPE_SHARE = 1 / 2
 
 
-def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing) -> int:
+def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
     """Return about what weights take once they are packed.
 
-    tensors: the format of each, and its elements.
+    Args:
+        tensors: the format of each, and its elements.
+        vocabulary: the elements of an embedding or a head, which stays at eight bits; by this it is known.
     """
-    return int(sum(elements * _bytes_each(name, packing) for name, elements in tensors))
+    return int(
+        sum(elements * _bytes_each(name, packing, elements == vocabulary) for name, elements in tensors)
+    )
 
 
-def _bytes_each(name: str, packing: ops.Packing) -> float:
+def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
     if info is None:  # a part of a quantised matrix: words of codes, zero points
         return 4.0
@@ -33,23 +37,25 @@ def _bytes_each(name: str, packing: ops.Packing) -> float:
         return info.block_bytes / info.block_columns
     if packing.quantise is None:  # FP8
         return 4.0 if packing.is_exact else 2.0
-    quantised = ops.FORMATS[packing.quantise]
+    quantised = ops.FORMATS["Q8_0" if is_vocabulary else packing.quantise]
     return quantised.block_bytes / quantised.block_columns
 
 
-def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free_bytes: int) -> int:
-    """Return what the weights will take.
+def check_weights_fit(
+    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int
+) -> int:
+    """Return what the weights will take; the arguments are those of `packed_bytes`.
 
     Raises:
         ModelLoadError: it is more than is free; the message says what would fit.
     """
-    needed = packed_bytes(tensors, packing)
+    needed = packed_bytes(tensors, packing, vocabulary)
     if needed <= free_bytes:
         return needed
     smaller = [
         f"--quantize {name.lower()} ({size / _GIB:.1f} GiB)"
         for name in ("Q8_0", "Q4_0")
-        if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name))) <= free_bytes
+        if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name), vocabulary)) <= free_bytes
     ]
     advice = (
         f"{' or '.join(smaller)} would fit"
