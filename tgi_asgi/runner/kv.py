@@ -82,7 +82,12 @@ def choose_size(
     if settings.max_total_tokens is not None and num_blocks < blocks_a_sequence:
         raise ModelLoadError(
             f"the KV cache holds {num_blocks * size} tokens, less than one sequence of --max-total-tokens "
-            f"{settings.max_total_tokens}: lower that, or raise --max-batch-total-tokens or the memory"
+            f"{settings.max_total_tokens}: set that to at most {num_blocks * size}, or "
+            + (
+                "raise --max-batch-total-tokens"
+                if settings.max_batch_total_tokens is not None
+                else f"free memory: a token takes {per_token} bytes, {free_bytes} are free"
+            )
         )
     return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
 
