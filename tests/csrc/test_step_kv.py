@@ -27,16 +27,27 @@ SHAPES = [(32, 32, 16), (64, 64, 32), (96, 48, 16), (256, 256, 64), (80, 20, 16)
 class World:
     """One layer's attention over float32 weights, recorded: `attention(qkv(norm(x)))` of rows that are given."""
 
-    def __init__(self, dtype: torch.dtype, head_dim: int, length: int, rotary_dim: int, block_size: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, length: int, rotary_dim: int, block_size: int
+    ) -> None:
         torch.manual_seed(7)
-        self.head_dim, self.rotary_dim, self.block_size, self.length = head_dim, rotary_dim, block_size, length
+        self.head_dim, self.rotary_dim, self.block_size, self.length = (
+            head_dim,
+            rotary_dim,
+            block_size,
+            length,
+        )
         width = HEADS * head_dim
         self.x, self.norm = torch.randn(length, width), torch.rand(width) + 0.5
         sources = [random_source(n * head_dim, width, scale=width**-0.5) for n in (HEADS, KV_HEADS, KV_HEADS)]
         self.parts = [part for part, _ in sources]
         self.rope = rope_table(rotary_dim, length)
         self.pool = poisoned_pool(
-            num_blocks=NUM_BLOCKS, num_kv_heads=KV_HEADS, head_dim=head_dim, block_size=block_size, dtype=dtype
+            num_blocks=NUM_BLOCKS,
+            num_kv_heads=KV_HEADS,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
         )
         self.layer = self.pool.layers[0]
         weight = ops.qkv_weight(

@@ -20,12 +20,16 @@ HEADS = [(64, 64), (80, 32), (20, 12), (6, 2), (256, 128), (112, 112)]
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), HEADS)
-def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip(head_dim: int, rotary_dim: int) -> None:
+def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip(
+    head_dim: int, rotary_dim: int
+) -> None:
     order = head_order(2, head_dim, rotary_dim)
     stored = -(-head_dim // STRIP) * STRIP
     assert len(order) == 2 * stored
     assert sorted(order[order >= 0].tolist()) == list(range(2 * head_dim))
-    np.testing.assert_array_equal(order[stored:] - head_dim, np.where(order[:stored] < 0, order[:stored] - head_dim, order[:stored]))
+    np.testing.assert_array_equal(
+        order[stored:] - head_dim, np.where(order[:stored] < 0, order[:stored] - head_dim, order[:stored])
+    )
     first, second = order[:stored].reshape(-1, 2, 16).swapaxes(0, 1).reshape(2, -1)
     turning = (first >= 0) & (first < rotary_dim // 2)
     assert turning.sum() == rotary_dim // 2
@@ -78,7 +82,10 @@ def test_rows_of_several_sources_are_one_weight_in_any_order() -> None:
 
 def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
     heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
-    sources = [random_weight(format, rows, 256, seed=0) for format, rows in (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))]
+    sources = [
+        random_weight(format, rows, 256, seed=0)
+        for format, rows in (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))
+    ]
     assert [part.matrix.format for part in ops.qkv_weight(*sources, FAST, **heads).made.parts] == [
         "Q4_K", "Q4_K", "Q6_K",
     ]  # fmt: skip
