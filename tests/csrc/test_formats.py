@@ -50,7 +50,12 @@ def _reference(name: str) -> Callable[[_Bytes], _Floats]:
         return _int4 if name.startswith("INT4") else _float8
     if name == "Q8_1":  # of products inside ggml: `gguf` does not decode it
         return _q8_1
-    return lambda blocks: gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+
+    def ggml(blocks: _Bytes) -> _Floats:
+        weights: _Floats = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+        return weights
+
+    return ggml
 
 
 def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
