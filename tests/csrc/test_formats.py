@@ -30,19 +30,22 @@ FLOATS = tuple(name for name in FORMATS if name not in CODES)
 
 def _q8_1(blocks: _Bytes) -> _Floats:
     scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
-    return scales * blocks[:, 4:].view(np.int8).astype(np.float32)
+    weights: _Floats = scales * blocks[:, 4:].view(np.int8).astype(np.float32)
+    return weights
 
 
 def _int4(blocks: _Bytes) -> _Floats:
     scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
     codes = np.stack([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=2).reshape(len(blocks), -1)
-    return scales * (codes.astype(np.float32) - blocks[:, 2:3])
+    weights: _Floats = scales * (codes.astype(np.float32) - blocks[:, 2:3].astype(np.float32))
+    return weights
 
 
 def _float8(blocks: _Bytes) -> _Floats:
     scales = np.ascontiguousarray(blocks[:, :4]).view(np.float32)
     codes = torch.from_numpy(np.ascontiguousarray(blocks[:, 4:])).view(torch.float8_e4m3fn)
-    return scales * codes.float().numpy()
+    weights: _Floats = scales * codes.float().numpy()
+    return weights
 
 
 def _reference(name: str) -> Callable[[_Bytes], _Floats]:
@@ -50,7 +53,12 @@ def _reference(name: str) -> Callable[[_Bytes], _Floats]:
         return _int4 if name.startswith("INT4") else _float8
     if name == "Q8_1":  # of products inside ggml: `gguf` does not decode it
         return _q8_1
-    return lambda blocks: gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+
+    def ggml(blocks: _Bytes) -> _Floats:
+        weights: _Floats = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+        return weights
+
+    return ggml
 
 
 def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
