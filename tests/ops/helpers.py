@@ -31,7 +31,9 @@ def as_int8(x: Tensor) -> Tensor:
     blocks = padded.reshape(x.shape[0], -1, 32)
     largest = blocks.abs().amax(-1, keepdim=True)
     codes = (blocks * torch.where(largest > 0, 127 / largest, torch.zeros(()))).round()
-    return (codes.double() * (largest * torch.tensor(1 / 127)).double()).reshape(padded.shape)[:, : x.shape[1]]
+    return (codes.double() * (largest * torch.tensor(1 / 127)).double()).reshape(padded.shape)[
+        :, : x.shape[1]
+    ]
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The KV cache's pool: what it refuses, what a copy of blocks moves, and memory that is there before it is written."""
+"""The KV cache's pool: what it refuses, what a copy moves, and memory that is there before it is written."""
 
 from __future__ import annotations
 

@@ -175,7 +175,12 @@ def run_without_queries(
     given = recorder.value(ops.Kind.ACTIVATION, case.hidden)
     ops.qkv(given, case.weight, layer, case.rope)
     program = ops.CpuProgram(
-        recorder, max_tokens=len(a), max_sequences=len(spans), max_rows=1, max_context=POSITIONS, inputs=[given]
+        recorder,
+        max_tokens=len(a),
+        max_sequences=len(spans),
+        max_rows=1,
+        max_context=POSITIONS,
+        inputs=[given],
     )
     program.write(given, a)
     free = torch.randperm(NUM_BLOCKS).tolist()

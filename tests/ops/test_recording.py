@@ -113,7 +113,7 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    kind = {"a residual": ops.Kind.RESIDUAL, "an activation": ops.Kind.ACTIVATION, "rows": ops.Kind.ROWS}[wanted]
+    kind = next(kind for kind in ops.Kind if kind.value == wanted)
     with pytest.raises(ValueError, match=rf"`{operator}` takes 48 columns as `\w+`, not 40"):
         call(values, values.recorder.value(kind, 40))
 

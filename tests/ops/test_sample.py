@@ -67,7 +67,9 @@ def distribution(result: ops.SampleResult, vocab: int, row: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("vocab", [1, 3, 17, 129, 1000])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_the_distribution_drawn_from_is_the_references(kernel_set: str, filters: dict[str, Any], vocab: int) -> None:
+def test_the_distribution_drawn_from_is_the_references(
+    kernel_set: str, filters: dict[str, Any], vocab: int
+) -> None:
     if vocab <= 7 and "logit_bias" in filters:
         filters = {"logit_bias": ((vocab - 1, 2.0),)}
     params = processed(vocab, **filters)
