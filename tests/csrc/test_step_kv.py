@@ -39,7 +39,8 @@ class World:
         )
         width = HEADS * head_dim
         self.x, self.norm = torch.randn(length, width), torch.rand(width) + 0.5
-        sources = [random_source(n * head_dim, width, scale=width**-0.5) for n in (HEADS, KV_HEADS, KV_HEADS)]
+        counts = (HEADS, KV_HEADS, KV_HEADS)
+        sources = [random_source(count * head_dim, width, scale=width**-0.5) for count in counts]
         self.parts = [part for part, _ in sources]
         self.rope = rope_table(rotary_dim, length)
         self.pool = poisoned_pool(
@@ -51,7 +52,7 @@ class World:
         )
         self.layer = self.pool.layers[0]
         weight = ops.qkv_weight(
-            *(source for _, source in sources), EXACT, num_heads=HEADS, num_kv_heads=KV_HEADS,
+            sources[0][1], sources[1][1], sources[2][1], EXACT, num_heads=HEADS, num_kv_heads=KV_HEADS,
             head_dim=head_dim, rotary_dim=rotary_dim,
         )  # fmt: skip
         recorder = ops.Recorder()

@@ -25,7 +25,9 @@ class Values:
         self.recorder = ops.Recorder()
         self.square = ops.linear_weight(random_source(48, 48)[1], EXACT)
         parts = [random_source(rows, 48)[1] for rows in (48, 16, 16)]
-        self.heads = ops.qkv_weight(*parts, EXACT, num_heads=3, num_kv_heads=1, head_dim=16)
+        self.heads = ops.qkv_weight(
+            parts[0], parts[1], parts[2], EXACT, num_heads=3, num_kv_heads=1, head_dim=16
+        )
         self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
         self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
         self.ones = torch.ones(48)

@@ -139,7 +139,8 @@ class Graph:
         is_whole = norms == "whole"
         head_norms = None if norms is None else ops.HeadNorms(weights[0], weights[1], EPS, is_whole)
         weight = ops.qkv_weight(
-            sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads, num_kv_heads=shape.kv_heads,
+            sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
         )  # fmt: skip
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
