@@ -83,7 +83,8 @@ def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
     heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
     formats = (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))
     sources = [random_weight(format, rows, 256, seed=0) for format, rows in formats]
-    assert [part.matrix.format for part in ops.qkv_weight(sources[0], sources[1], sources[2], FAST, **heads).made.parts] == [
+    parts = ops.qkv_weight(sources[0], sources[1], sources[2], FAST, **heads).made.parts
+    assert [part.matrix.format for part in parts] == [
         "Q4_K", "Q4_K", "Q6_K",
     ]  # fmt: skip
     assert len(ops.qkv_weight(sources[0], sources[1], sources[1], FAST, **heads).made.parts) == 1
