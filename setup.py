@@ -161,7 +161,7 @@ def cuda_extension() -> Extension:
 
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architectures_here() or DEFAULT_ARCHITECTURES)
     # torch 2.13's headers use one C++20 feature, which GCC grants to C++17 with a warning.
-    flags = {"cxx": [*CXX_FLAGS, "-Wno-c++20-extensions"], "nvcc": NVCC_FLAGS}
+    flags = {"cxx": [*CXX_FLAGS, "-DTGI_CUDA", "-Wno-c++20-extensions"], "nvcc": NVCC_FLAGS}
     made: Any = CUDAExtension(
         "tgi_asgi._cuda",
         sorted(glob("csrc/cuda/*.cu") + glob("csrc/bindings/cuda/*.cpp")),

@@ -23,7 +23,7 @@ ALLOWED = {
     "models": {"ops", "text", "formats"},
     "ops": {"_C"},
     "text": {"formats"},
-    "formats": set(),
+    "formats": {"_C"},  # its table of weight formats
     "settings": set(),
     "errors": set(),
     "types": set(),

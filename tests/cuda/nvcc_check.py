@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +224,9 @@ def check_bindings(nvcc: str) -> list[str]:
         stub.parent.mkdir(parents=True)
         stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
         includes = [f"-I{_ROOT / 'csrc'}", f"-isystem{toolkit[1]}/targets/{platform.machine()}-linux/include"]
-        includes += [f"-isystem{path}" for path in (*include_paths(), folder)]
+        includes += [
+            f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"], folder)
+        ]
         sources = sorted((_ROOT / "csrc/bindings/cuda").glob("*.cpp"))
         with ThreadPoolExecutor(os.cpu_count()) as executor:
             results = executor.map(lambda source: _parse_adapter(source, includes), sources)

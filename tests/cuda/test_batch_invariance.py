@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.test_runner import FP16, PROMPT
 from tests.emulation import library
-from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.driving import Job, generate
 from tgi_asgi import ops
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.settings import Settings
@@ -29,13 +26,11 @@ def make_runner(directory: Path, kind: str) -> CudaRunner:
         hidden_size=128, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=2, tie_word_embeddings=True,
     )  # fmt: skip
-    arithmetic: ops.Arithmetic
-    if kind == "F16":
-        files, arithmetic = save(reference, directory, FP16), torch.float32
-    else:
-        files, arithmetic = save_gguf(reference, directory / "tiny.gguf", kind), ops.Repacking(torch.float32)
-    with OpenModel(files) as opened:
-        model = Llama(opened.config, opened.weights, arithmetic, max_positions=256)
+    is_plain = kind == "F16"
+    files = (
+        save(reference, directory, FP16) if is_plain else save_gguf(reference, directory / "tiny.gguf", kind)
+    )
+    model = load_model(files, ops.Repacking(FP16), max_positions=256)
     settings = Settings(batch_invariant=True, max_batch_size=4, max_batch_prefill_tokens=60)
     runner, _ = cuda_load.make_runner(model, settings, EmulatedDevice(), FP16, 256)
     return runner

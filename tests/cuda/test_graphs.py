@@ -11,10 +11,10 @@ from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice, Graph
 from tests.emulation import library
 from tests.runner.test_grammar import EOS, Letters
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import load_model, make_model, save
 from tests.support.driving import GREEDY, Job, generate
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi import ops
+from tgi_asgi.models.family import Model
 from tgi_asgi.ops.cuda_sample_state import MAX_IDS
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.kv import KvSize
@@ -35,10 +35,11 @@ class EagerDevice(EmulatedDevice):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     made = make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
-    with OpenModel(save(made, tmp_path_factory.mktemp("model"), FP16)) as opened:
-        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    return load_model(
+        save(made, tmp_path_factory.mktemp("model"), FP16), ops.Repacking(FP16), max_positions=256
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def grammar() -> Grammar:
 
 
 @pytest.fixture
-def make_runner(model: Llama) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
+def make_runner(model: Model) -> Iterator[Callable[[EmulatedDevice], CudaRunner]]:
     library.require()
     emulated_ops.register()
     runners: list[CudaRunner] = []

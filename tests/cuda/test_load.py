@@ -18,16 +18,14 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.test_quant_linear import random_source
 from tests.cuda.test_runner import save_with_tokenizer
 from tests.emulation import library
-from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
-from tgi_asgi.ops import cuda_quant, weights
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.ops import cuda_quant
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
-from tgi_asgi.ops.packed import PackedMatrix
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
@@ -64,8 +62,7 @@ class HostTensors(TorchDispatchMode):
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cuda_quant, weights):
-        monkeypatch.setattr(module, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(cuda_quant, "PIECE_BYTES", PIECE)
 
 
 def open_as(kind: str, directory: Path) -> ModelFiles:
@@ -89,16 +86,16 @@ def test_a_model_s_matrices_are_never_the_host_s(
 ) -> None:
     """In units of the largest matrix of a layer as the file has it; the whole model has nine and more."""
     largest = 512 * 256 * {"F16": 2, "F32": 4, "Q8_0": 34 / 32, "awq": 5 / 8}[kind]
-    with OpenModel(open_as(kind, tmp_path)) as opened:
-        tracemalloc.start()
-        with HostTensors() as tensors:
-            model = Llama(opened.config, opened.weights, ops.Repacking(FP16, META), max_positions=16)
-        _, arrays = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+    files = open_as(kind, tmp_path)
+    tracemalloc.start()
+    with HostTensors() as tensors:
+        model = load_model(files, ops.Repacking(FP16, META), max_positions=16)
+    _, arrays = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(model, Decoder)
     for layer in model.layers:
-        for weight in (layer.qkv.linear, layer.output, layer.gate_up.linear, layer.down):
-            matrix = weight.matrix
-            assert not isinstance(matrix, PackedMatrix)
+        for weight in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            matrix = weight.made.matrix
             assert (matrix.codes if isinstance(matrix, CudaQuantMatrix) else matrix).device == META
     assert tensors.peak + arrays < peak * largest
 
@@ -109,17 +106,13 @@ def test_a_plain_matrix_is_rounded_once_on_its_way(
     small_pieces: None, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
     values = [(torch.randn(rows, 160) * 3).to(stored) for rows in (200, 7)]
-    names = {BF16: "BF16", FP16: "F16", F32: "F32"}
-    sources = [
-        ops.WeightSource(value.view(torch.uint8).reshape(-1).numpy(), names[stored], tuple(value.shape))
-        for value in values
-    ]
+    sources = [ops.from_floats(value) for value in values]
     assert sources[0].data.nbytes > 2 * PIECE
     for source, value in zip(sources, values, strict=True):
-        made = ops.linear_weight(source, dtype=ops.Repacking(dtype))
-        assert torch.equal(made.matrix, value.to(dtype))  # type: ignore[arg-type]
-    both = ops.gate_up_weight(sources[0], sources[0], dtype=ops.Repacking(dtype)).linear.matrix
-    assert torch.equal(both, torch.cat([values[0], values[0]]).to(dtype))  # type: ignore[arg-type]
+        made = ops.linear_weight(source, ops.Repacking(dtype)).made
+        assert torch.equal(made.matrix, value.to(dtype))
+    both = ops.gate_up_weight(sources[0], sources[0], ops.Repacking(dtype)).made
+    assert torch.equal(both.matrix, torch.cat([values[0], values[0]]).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["Q6_K", "Q4_1", "INT4_64", "F8_32"])
@@ -170,6 +163,6 @@ def test_a_model_that_does_not_fit_is_refused_while_it_is_loaded(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     files = save_with_tokenizer(make_model(**SHAPE), tmp_path)
-    monkeypatch.setattr(weights, "_write", full)
+    monkeypatch.setattr(cuda_quant, "_write", full)
     with pytest.raises(ModelLoadError, match="does not fit the GPU's memory"):
         load(SMALL, files, lambda stage, done, total: None)

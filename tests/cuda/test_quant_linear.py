@@ -14,42 +14,25 @@ from tests.cuda.faults import Fault, assert_caught
 from tests.emulation import library
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close
-from tgi_asgi.formats.gguf_types import GgufType
+from tests.support.blocks import QUANTISED, meaning, random_weight
 from tgi_asgi.formats.quantised import IntegerMatrix
-from tgi_asgi.formats.quants import dequantise
 from tgi_asgi.ops.cuda_linear import QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, Repacking, can_repack, repack
-from tgi_asgi.ops.grouped import GROUPED
-from tgi_asgi.ops.weights import (
-    NATIVE_FORMATS,
-    WeightSource,
-    float8_source,
-    integer_source,
-    linear_weight,
-)
+from tgi_asgi.ops.formats import FORMATS as TABLE
+from tgi_asgi.ops.packing import Packing
+from tgi_asgi.ops.sources import WeightSource, float8_source, integer_source
+from tgi_asgi.ops.weights import linear_weight
 
-FORMATS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", *GROUPED]
-# Where a block's float16 numbers lie: random bytes would make them infinite.
-_HALVES = {
-    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q4_K": (0, 2),
-    "Q5_K": (0, 2), "Q6_K": (208,),
-}  # fmt: skip
+GROUPED = ("INT4_32", "INT4_64", "INT4_128", "F8_32", "F8_64", "F8_128")
+FORMATS = [*QUANTISED, *GROUPED]
 
 
 def random_source(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
     """Return random blocks, and the matrix that they are."""
     if name in GROUPED:
         return random_grouped(name, rows, columns)
-    kind = GgufType[name]
-    blocks = np.random.default_rng(1).integers(
-        0, 256, (rows * columns // kind.block_size, kind.block_bytes), np.uint8
-    )
-    for place in _HALVES[name]:
-        scales = np.random.default_rng(place).normal(0, 0.01, len(blocks)).astype(np.float16)
-        blocks[:, place : place + 2] = scales[:, None].view(np.uint8)
-    data = blocks.reshape(-1)
-    values = dequantise(data, kind, (rows, columns))
-    return WeightSource(data, name, (rows, columns)), torch.from_numpy(values)
+    source = random_weight(name, rows, columns, seed=1)
+    return source, meaning(source)
 
 
 def random_grouped(name: str, rows: int, columns: int) -> tuple[WeightSource, Tensor]:
@@ -169,7 +152,7 @@ def test_rows_of_different_formats_become_one_matrix(device: Device, names: tupl
 
 def test_every_format_of_the_cpu_stays_in_codes() -> None:
     floats = {"F32", "F16", "BF16"}
-    assert all(can_repack([empty_source(name)]) for name in NATIVE_FORMATS - floats)
+    assert all(can_repack([empty_source(name)]) for name, row in TABLE.items() if row.is_quantised)
     assert not any(can_repack([empty_source("Q8_0"), empty_source(name)]) for name in floats)
     for names, can in {
         ("INT4_64", "Q6_K"): True, ("F8_64", "F8_64"): True, ("F8_64", "Q6_K"): False,
@@ -211,7 +194,7 @@ def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: 
     assert made is not None
     source = integer_source(made[0].codes, made[0].scales, made[0].zeros, bits, made[1])
     assert source is not None
-    weight = linear_weight(source, dtype=Repacking(torch.float32)).matrix
+    weight = linear_weight(source, Repacking(torch.float32)).made.matrix
     assert isinstance(weight, CudaQuantMatrix)
     assert weight.nbytes < rows * columns * (bits + 2) / 8 + 8 * columns
     assert torch.equal(weight.plain(torch.float16).double(), values.half().double())
@@ -220,8 +203,8 @@ def test_groups_that_lie_apart_are_multiplied_by_their_codes(bits: int, tokens: 
     linear.multiply(a, out)
     length, dtype = (columns, torch.float32) if tokens < 50 else (2, torch.float16)
     assert_close(out, a.double() @ values.T, length=length, dtype=dtype)
-    eager = linear_weight(source, dtype=torch.float32).matrix
-    assert torch.equal(eager, values.half().float()), "without codes the columns are in order"  # type: ignore[arg-type]
+    packed = linear_weight(source, Packing(is_exact=True)).made.matrix.unpack()[:rows]
+    assert np.array_equal(packed, values.half().float()), "without codes the columns are in order"
 
 
 def test_groups_of_different_sizes_are_not_put_side_by_side() -> None:

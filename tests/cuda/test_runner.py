@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
 from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
-from tests.support.checkpoints import make_model, save, save_gguf
+from tests.support.checkpoints import load_model, make_model, save, save_gguf, save_tokenizer
 from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.family import Model
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.inputs import PlanError
@@ -42,10 +40,9 @@ def reference() -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Model:
     files = save(reference, tmp_path_factory.mktemp("model"), FP16)
-    with OpenModel(files) as opened:
-        return Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    return load_model(files, ops.Repacking(FP16), max_positions=256)
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ def device() -> EmulatedDevice:
 
 
 @pytest.fixture
-def runner(model: Llama, device: EmulatedDevice) -> Iterator[CudaRunner]:
+def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
     def choose(free_bytes: int) -> KvSize:
         assert free_bytes == 1 << 30
         return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
@@ -76,7 +73,7 @@ def runner(model: Llama, device: EmulatedDevice) -> Iterator[CudaRunner]:
 
 
 def make_runner(
-    model: Llama, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
+    model: Model, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
 ) -> CudaRunner:
     def choose(free_bytes: int) -> KvSize:
         return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
@@ -104,12 +101,7 @@ def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, toleran
 
 def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) -> ModelFiles:
     files = save(model, directory)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:160]
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.save(str(directory / "tokenizer.json"))
+    save_tokenizer(directory)
     return files
 
 
@@ -218,7 +210,7 @@ async def test_a_third_step_in_flight_is_refused_and_so_is_one_after_the_end(run
 
 
 def test_what_preparing_raises_is_raised_to_who_makes_the_runner(
-    model: Llama, device: EmulatedDevice
+    model: Model, device: EmulatedDevice
 ) -> None:
     def choose(free_bytes: int) -> KvSize:
         raise MemoryError("no room for a block")
@@ -257,7 +249,7 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
 
 
 async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
-    model: Llama, reference: transformers.PreTrainedModel, device: EmulatedDevice
+    model: Model, reference: transformers.PreTrainedModel, device: EmulatedDevice
 ) -> None:
     runner = make_runner(model, device, kv_dtype=torch.float8_e4m3fn)
     try:
@@ -299,7 +291,7 @@ async def test_the_cache_s_type_is_a_setting(
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e5m2"])
 def test_a_cache_that_the_gpu_does_not_have_is_refused(
-    model: Llama, device: EmulatedDevice, name: str
+    model: Model, device: EmulatedDevice, name: str
 ) -> None:
     settings = Settings(kv_cache_dtype=name)
     with pytest.raises(ModelLoadError, match=f"{name} is not kept on a GPU.*CUDA_VISIBLE_DEVICES="):
@@ -321,8 +313,9 @@ async def test_codes_of_a_checkpoint_are_multiplied_as_they_are(
 ) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     reference = make_model(**shape, num_hidden_layers=2)
-    with OpenModel(save_quantised(reference, tmp_path, recipe, **options)) as opened:
-        model = Llama(opened.config, opened.weights, ops.Repacking(torch.float32), max_positions=256)
+    model = load_model(
+        save_quantised(reference, tmp_path, recipe, **options), ops.Repacking(FP16), max_positions=256
+    )
     assert [layer.qkv.num_bytes for layer in model.layers] == [num_bytes] * 2
     runner = make_runner(model, device)
     try:
@@ -337,8 +330,7 @@ async def test_a_sequence_may_grow_beyond_a_sliding_window(tmp_path: Path, devic
     reference = make_model(
         "Mistral", num_attention_heads=2, num_key_value_heads=1, head_dim=64, sliding_window=9
     )
-    with OpenModel(save(reference, tmp_path, FP16)) as opened:
-        model = Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    model = load_model(save(reference, tmp_path, FP16), ops.Repacking(FP16), max_positions=256)
     assert model.config.sliding_window == 9
     runner = make_runner(model, device)
     try:
@@ -365,8 +357,7 @@ def test_a_sliding_window_bounds_sequences_on_the_cpu_only(
 
 async def test_queries_and_keys_of_qwen3_are_normalised(tmp_path: Path, device: EmulatedDevice) -> None:
     reference = make_model("Qwen3", num_attention_heads=2, num_key_value_heads=1, head_dim=64)
-    with OpenModel(save(reference, tmp_path, FP16)) as opened:
-        model = Llama(opened.config, opened.weights, torch.float32, max_positions=256)
+    model = load_model(save(reference, tmp_path, FP16), ops.Repacking(FP16), max_positions=256)
     runner = make_runner(model, device)
     try:
         job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
@@ -405,8 +396,9 @@ async def test_quantised_weights_are_multiplied_as_the_file_has_them(
     """The reference's own weights are what the file's blocks decode to."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     reference = make_model(**shape, tie_word_embeddings=True)
-    with OpenModel(save_gguf(reference, tmp_path / "tiny.gguf", kind)) as opened:
-        model = Llama(opened.config, opened.weights, ops.Repacking(torch.float32), max_positions=256)
+    model = load_model(
+        save_gguf(reference, tmp_path / "tiny.gguf", kind), ops.Repacking(FP16), max_positions=256
+    )
     assert model.layers[0].qkv.num_bytes < 2 * 256 * 128 * 9 / 8
     runner = make_runner(model, device)
     try:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ModelConfig, RopeScaling
+from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.loading.open import read_config, read_gguf
 
 JSON: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,30 +45,47 @@ LLAMA3 = {
 }
 
 
+def of_json(config: dict[str, Any]) -> ModelConfig:
+    return read_config(config)[1]
+
+
+def of_gguf(metadata: dict[str, Any], tensors: frozenset[str]) -> ModelConfig:
+    return read_gguf(metadata, tensors)[1]
+
+
+def rope_of(config: ModelConfig) -> RopeSpec:
+    """Return the rotary embedding, which all layers share."""
+    (rope,) = {layer.rope for layer in config.layers}
+    assert rope is not None
+    return rope
+
+
+def windows_of(config: ModelConfig) -> list[int | None]:
+    return [layer.window for layer in config.layers]
+
+
 def test_both_formats_describe_one_model() -> None:
-    assert ModelConfig.from_json(JSON) == ModelConfig.from_gguf(GGUF, frozenset())
-    assert ModelConfig.from_json(JSON).head_dim == 64
+    assert of_json(JSON) == of_gguf(GGUF, frozenset())
+    assert of_json(JSON).head_dim == 64
 
 
 def test_missing_optional_keys_take_their_defaults() -> None:
     few = {key: JSON[key] for key in JSON if key not in ("num_key_value_heads", "rope_theta", "rms_norm_eps")}
-    config = ModelConfig.from_json(few)
-    assert (config.num_kv_heads, config.rope_theta, config.norm_eps) == (9, 10000.0, 1e-6)
+    config = of_json(few)
+    assert (config.num_kv_heads, rope_of(config).theta, config.norm_eps) == (9, 10000.0, 1e-6)
 
 
 def test_rope_parameters_of_either_generation_of_transformers() -> None:
-    expected = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
-    old = ModelConfig.from_json({**JSON, "rope_scaling": LLAMA3})
-    new = ModelConfig.from_json(
-        {**JSON, "rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
-    )
-    assert old.rope_scaling == new.rope_scaling == expected
-    assert (old.rope_theta, new.rope_theta) == (100000.0, 500000.0)
+    expected = RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
+    old = of_json({**JSON, "rope_scaling": LLAMA3})
+    new = of_json({**JSON, "rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
+    assert rope_of(old).scaling == rope_of(new).scaling == expected
+    assert (rope_of(old).theta, rope_of(new).theta) == (100000.0, 500000.0)
 
 
 def test_linear_scaling_by_its_old_key() -> None:
-    config = ModelConfig.from_json({**JSON, "rope_scaling": {"type": "linear", "factor": 2}})
-    assert config.rope_scaling == RopeScaling("linear", 2.0)
+    config = of_json({**JSON, "rope_scaling": {"type": "linear", "factor": 2}})
+    assert rope_of(config).scaling == RopeScaling("linear", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -85,28 +103,45 @@ def test_gguf_scaling_is_linear_unless_said_otherwise(
     keys: dict[str, Any], expected: RopeScaling | None
 ) -> None:
     named = {f"llama.{key}": value for key, value in keys.items()}
-    assert ModelConfig.from_gguf({**GGUF, **named}, frozenset()).rope_scaling == expected
+    assert rope_of(of_gguf({**GGUF, **named}, frozenset())).scaling == expected
 
 
-def test_a_sliding_window_bounds_what_needs_no_window() -> None:
+def test_mistral_s_layers_all_have_the_window() -> None:
     mistral = {**JSON, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
-    config = ModelConfig.from_json(mistral)
-    assert (config.context_length, config.sliding_window, config.plain_length) == (8192, 4096, 4096)
-    for window in (None, 8192, 9000):
-        config = ModelConfig.from_json({**mistral, "sliding_window": window})
-        assert (config.sliding_window, config.plain_length) == (None, 8192)
+    config = of_json(mistral)
+    assert (config.context_length, windows_of(config)) == (8192, [4096] * 30)
+    assert windows_of(of_json({**mistral, "sliding_window": None})) == [None] * 30
     named = {**GGUF, "llama.attention.sliding_window": 4096}
-    assert ModelConfig.from_gguf(named, frozenset()).sliding_window == 4096
+    assert windows_of(of_gguf(named, frozenset())) == [4096] * 30
+
+
+def test_a_window_left_over_in_a_llama_s_configuration_means_nothing() -> None:
+    for left_over in ({"sliding_window": 4096}, {"sliding_window": 4096, "use_sliding_window": True}):
+        assert windows_of(of_json({**JSON, **left_over})) == [None] * 30
 
 
 @pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-@pytest.mark.parametrize(("is_used", "expected"), [(True, 4096), (False, 8192), (None, 8192)])
-def test_a_window_of_qwen_bounds_the_context_where_it_is_used(
-    family: str, is_used: bool | None, expected: int
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 28}, [None] * 28 + [4096] * 2),
+        ({"use_sliding_window": True}, [None] * 28 + [4096] * 2),  # transformers' default
+        ({"use_sliding_window": True, "max_window_layers": 30}, [None] * 30),
+        ({"use_sliding_window": True, "max_window_layers": 0}, [4096] * 30),
+        ({"use_sliding_window": False, "max_window_layers": 0}, [None] * 30),
+        ({"max_window_layers": 0}, [None] * 30),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [None] * 30),
+        (
+            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 15},
+            [4096, None] * 15,
+        ),
+    ],
+)
+def test_a_window_of_qwen_is_of_the_upper_layers_where_it_is_used(
+    family: str, given: dict[str, Any], expected: list[int | None]
 ) -> None:
-    used = {} if is_used is None else {"use_sliding_window": is_used}
-    config = ModelConfig.from_json({**JSON, "architectures": [family], "sliding_window": 4096, **used})
-    assert (config.context_length, config.sliding_window) == (expected, None), "not all layers have it"
+    config = of_json({**JSON, "architectures": [family], "sliding_window": 4096, **given})
+    assert (config.context_length, windows_of(config)) == (8192, expected)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +150,7 @@ def test_a_window_of_qwen_bounds_the_context_where_it_is_used(
         ("LlamaForCausalLM", True, (True, True)),
         ("LlamaForCausalLM", False, (False, False)),
         ("Qwen2ForCausalLM", False, (True, False)),
-        ("MistralForCausalLM", True, (False, False)),
+        ("MistralForCausalLM", False, (False, False)),
         ("Qwen3ForCausalLM", False, (False, False)),
         ("Qwen3ForCausalLM", True, (True, True)),
     ],
@@ -123,65 +158,83 @@ def test_a_window_of_qwen_bounds_the_context_where_it_is_used(
 def test_which_products_have_biases(
     architecture: str, attention_bias: bool, expected: tuple[bool, bool]
 ) -> None:
-    config = ModelConfig.from_json(
-        {**JSON, "architectures": [architecture], "attention_bias": attention_bias}
-    )
+    config = of_json({**JSON, "architectures": [architecture], "attention_bias": attention_bias})
     assert (config.has_qkv_bias, config.has_output_bias) == expected
 
 
 def test_gguf_biases_and_head_show_by_their_tensors() -> None:
-    config = ModelConfig.from_gguf(GGUF, frozenset({"blk.0.attn_q.bias", "output.weight"}))
+    config = of_gguf(GGUF, frozenset({"blk.0.attn_q.bias", "output.weight"}))
     assert config.has_qkv_bias and not config.has_output_bias and not config.has_tied_embeddings
+
+
+def test_part_of_a_head_may_turn() -> None:
+    assert rope_of(of_json({**JSON, "partial_rotary_factor": 0.5})).dim == 32
+    assert rope_of(of_gguf({**GGUF, "llama.rope.dimension_count": 32}, frozenset())).dim == 32
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architectures": ["BertModel"]}, "BertModel.*supported are LlamaForCausalLM"),
+        ({"architectures": ["BertModel"]}, "BertModel.*supported are .*LlamaForCausalLM"),
         ({"architectures": None}, "names no architecture"),
         ({"hidden_act": "gelu"}, "gelu.*only silu"),
         ({"vocab_size": 1 << 40}, "vocab_size must be an integer in"),
         ({"vocab_size": -1}, "vocab_size"),
-        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be in 1..1024"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
         ({"hidden_size": "576"}, "hidden_size"),
         ({"hidden_size": None}, "lacks `hidden_size`"),
-        ({"num_attention_heads": 0}, "num_heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
         ({"num_key_value_heads": 2}, "multiple of num_kv_heads"),
-        ({"head_dim": 40}, "multiple of 16"),
-        ({"sliding_window": -5}, "sliding_window must be positive"),
+        ({"head_dim": 41}, "head_dim must be even"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": -5},
+            "a window must be positive, got -5",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "`attention_bias` is True"),
         ({"head_dim": 512}, "head_dim"),
         ({"rms_norm_eps": float("nan")}, "norm_eps"),
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": "many"}, "rope_theta"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn' is not supported"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "'dynamic' is not supported; supported are linear",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0.5}}, "beta_slow < beta_fast"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "`short_factor` must be a list"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "longrope needs 32 factors, got 1",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "lacks `factor`"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}}, "original_max"),
         ({"rope_scaling": "linear"}, "must be an object"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be in"),
+        ({"partial_rotary_factor": 0.02}, "the rotary size must be even"),
     ],
 )
 def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelLoadError, match=words):
-        ModelConfig.from_json({**JSON, **change})
+        of_json({**JSON, **change})
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gemma"}, "'gemma'.*supported are llama, qwen2, qwen3"),
+        ({"general.architecture": "gemma"}, "'gemma'.*supported are .*llama, .*qwen2, qwen3"),
         ({"general.architecture": 3}, "names no general.architecture"),
-        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.expert_count": 8}, "`expert_count` is 8"),
         ({"llama.attention.head_count_kv": [3, 3]}, "must be one integer"),
-        ({"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
+        ({"llama.rope.dimension_count": 65}, "the rotary size must be even"),
         ({"llama.attention.value_length": 128}, "value_length is 128"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
-        ({"llama.rope.scaling.type": "linear"}, "lacks `rope.scaling.factor`"),
+        ({"llama.rope.scaling.type": "yarn"}, "`rope.scaling.factor` must be a number"),
+        ({"llama.rope.scaling.type": "linear"}, "`rope.scaling.factor` must be a number"),
         ({"llama.context_length": 1 << 50}, "context_length"),
     ],
 )
 def test_gguf_that_cannot_be_served_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelLoadError, match=words):
-        ModelConfig.from_gguf({**GGUF, **change}, frozenset())
+        of_gguf({**GGUF, **change}, frozenset())

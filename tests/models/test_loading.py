@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.examples import for_all
+from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import GGUF_NAMES
 from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
 from tgi_asgi.models.loading.open import OpenModel
@@ -69,8 +74,6 @@ def test_a_missing_tensor_is_named(tmp_path: Path, kind: str) -> None:
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     files = save(make_model(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[Q_NAME] = torch.zeros(64, 64, dtype=torch.int32)
@@ -83,3 +86,50 @@ def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         OpenModel(ModelFiles("broken", None, "directory", tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_a_tensor_that_nobody_knows_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    model = make_model()
+    name = "model.layers.0.self_attn.sinks" if kind == "directory" else "blk.0.attn_sinks.weight"
+    if kind == "directory":
+        files = save(model, tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file(tensors | {name: torch.zeros(4)}, tmp_path / "model.safetensors")
+    else:
+        files = save_gguf(model, tmp_path / "m.gguf", "F32", tensors={name: np.zeros(4, np.float32)})
+    with pytest.raises(ModelLoadError, match=f"'{name}', which this server does not know"):
+        load_model(files, max_positions=16)
+
+
+def test_tensors_that_are_known_to_mean_nothing_are_passed_over(tmp_path: Path) -> None:
+    """Also the head of a model whose head is the embedding: some files store it twice."""
+    files = save(make_model(tie_word_embeddings=True), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_model(files, max_positions=16)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    tied = load_model(save(make_model(tie_word_embeddings=True), tmp_path / "tied"), max_positions=16)
+    own = load_model(save(make_model(), tmp_path / "own"), max_positions=16)
+    assert isinstance(tied, Decoder) and isinstance(own, Decoder)
+    assert tied.head is tied.embedding
+    assert own.head is not own.embedding
+
+
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_weights_say_of_any_string_whether_they_have_it(tmp_path: Path, kind: str, scale: Scale) -> None:
+    model = make_model()
+    files = save(model, tmp_path) if kind == "directory" else save_gguf(model, tmp_path / "m.gguf", "F32")
+    parts = st.sampled_from(
+        ["model", "layers", ".", "0", "99999999999999999999", "weight", "\u0663", "attn_q", ""]
+    )
+    with OpenModel(files) as opened:
+        assert Q_NAME in opened.weights
+
+        @for_all(scale(300, 20_000), st.text() | st.lists(parts).map("".join))
+        def check(name: str) -> None:
+            assert name not in opened.weights

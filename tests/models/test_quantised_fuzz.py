@@ -85,6 +85,20 @@ def test_what_is_sound_is_read(recipe: str) -> None:
     read(recipe, sound_tensors(recipe), (ROWS, COLUMNS))
 
 
+@pytest.mark.parametrize("size", [(), (0,), (64,), (0, 0), (0, 64), (16, 0), (2, 8, 4)], ids=str)
+@pytest.mark.parametrize("recipe", OPTIONS)
+def test_a_tensor_of_another_rank_is_refused(recipe: str, size: tuple[int, ...]) -> None:
+    for name, tensor in sound_tensors(recipe).items():
+        is_fine = (
+            name == "weight_shape"  # nobody reads it
+            or (size == () and name.startswith("weight_scale") and "fp8" in recipe)
+            or (size == (COLUMNS,) and "g_idx" in name)
+        )
+        changed = sound_tensors(recipe) | {name: torch.ones(size).to(tensor.dtype)}
+        with contextlib.nullcontext() if is_fine else pytest.raises(ModelLoadError):
+            read(recipe, changed, (ROWS, COLUMNS))
+
+
 @pytest.mark.parametrize("recipe", OPTIONS)
 def test_no_tensors_end_in_a_traceback(recipe: str, scale: Scale) -> None:
     shapes = st.sampled_from([(ROWS, COLUMNS)] * 3 + [(ROWS - 1, COLUMNS), (ROWS, COLUMNS + 1), (ROWS,)])
@@ -107,6 +121,7 @@ def read(recipe: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) 
         try:
             source = weights.get(f"{STEM}weight", shape)
             assert source.shape == shape
-            linear_weight(source, Packing(is_exact=True))
+            if len(shape) == 2:
+                linear_weight(source, Packing(is_exact=True))
         finally:
             weights.close()

@@ -6,9 +6,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import tokenizers
 
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import make_model, save, save_tokenizer
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
@@ -19,12 +18,7 @@ from tgi_asgi.settings import Settings
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     directory = tmp_path_factory.mktemp("model")
     model = save(make_model(), directory)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:160]
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.save(str(directory / "tokenizer.json"))
+    save_tokenizer(directory)
     return model
 
 

@@ -74,8 +74,8 @@ class RandomWeights:
     def unread(self) -> list[str]:
         return []
 
-    def stored(self) -> list[tuple[str, int]]:
-        return []
+    def stored(self) -> dict[str, tuple[str, int]]:
+        return {}
 
     def close(self) -> None:
         pass

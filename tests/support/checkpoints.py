@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -59,6 +60,16 @@ def save(model: Model, path: Path, dtype: torch.dtype = torch.float32, **options
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     model.save_pretrained(path, state_dict=state, **options)
     return ModelFiles("tiny", None, "directory", path)
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write a tokenizer with a token for each of 160 bytes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"]]
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(directory / "tokenizer.json"))
 
 
 def reference_logits(model: Model, ids: list[int]) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 
+_MAPPED_BYTES = 16 << 20  # that readers of a mapped file may have made resident
 _MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 MB
 
 
@@ -39,6 +40,37 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
     except OSError as error:
         raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
     return np.frombuffer(mapping, np.uint8)
+
+
+class MappedFile:
+    """A mapped file, of which little is resident at a time, however much of it is read.
+
+        file = MappedFile(map_file(path))
+        file.view(offset, size)      # uint8, valid as long as it is referenced
+
+    Weights are packed once and not read again, but the pages of a file stay resident until it is unmapped:
+    a model that is loaded would be in memory twice.
+    """
+
+    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
+        self._data = data
+        self._num_viewed = 0  # bytes, since pages were given back
+
+    def view(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        """Return bytes, flat and read-only; what was read before may be given back, and is read anew."""
+        if self._num_viewed > _MAPPED_BYTES:
+            release_pages(self._data)
+            self._num_viewed = 0
+        self._num_viewed += size
+        return self._data[offset : offset + size]
+
+    def close(self) -> None:
+        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
+
+        A view may wait for the collector, which nothing hurries: the pages are given back now.
+        """
+        release_pages(self._data)
+        self._data = self._data[:0].copy()
 
 
 def release_pages(data: npt.NDArray[np.uint8]) -> None:

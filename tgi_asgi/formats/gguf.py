@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import map_file, refuse_overlaps, release_pages
+from tgi_asgi.formats.files import MappedFile, map_file, refuse_overlaps
 from tgi_asgi.formats.gguf_header import GgufStrings, Header, read_header
 from tgi_asgi.formats.gguf_types import READ, name_of
 
@@ -50,7 +50,7 @@ class GgufFile:
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path = path
-        self._data = data
+        self._file = MappedFile(data)
         try:
             header = read_header(data.data)
             self.metadata = header.metadata
@@ -91,15 +91,11 @@ class GgufFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
         info = self.tensor(name)
-        return self._data[info.offset : info.offset + info.nbytes]
+        return self._file.view(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
-
-        A view may wait for the collector, which nothing hurries: the pages are given back now.
-        """
-        release_pages(self._data)
-        self._data = self._data[:0].copy()
+        """Let go of the mapping, as `MappedFile.close` says."""
+        self._file.close()
 
     def __enter__(self) -> GgufFile:
         return self

@@ -216,7 +216,7 @@ def unpack_compressed(
         _check_matrices(weight_zero_point=zeros)
         points = np.ascontiguousarray(_by_byte(np.ascontiguousarray(zeros.T), bits)[:, :rows].T)
         _check(points.shape == scales.shape, f"weight_zero_point does not fit: {zeros.shape}")
-    if g_idx is not None and (g_idx == -1).all():
+    if g_idx is not None and g_idx.shape == (columns,) and (g_idx == -1).all():
         g_idx = None
     return IntegerMatrix(codes, scales, points, bits, _read_groups(g_idx, columns, num_groups))
 

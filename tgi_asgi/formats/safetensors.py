@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import (
+    MappedFile,
     map_file,
     parse_json_object,
     read_json,
     refuse_overlaps,
-    release_pages,
 )
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's bound
@@ -64,7 +64,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path = path
-        self._data = data
+        self._file = MappedFile(data)
         try:
             header, start = _read_header(data)
             self.metadata = _read_metadata(header.pop("__metadata__", {}))
@@ -92,15 +92,11 @@ class SafetensorsFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
         info = self.tensor(name)
-        return self._data[info.offset : info.offset + info.nbytes]
+        return self._file.view(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the mapping; it is unmapped when the last view of it is gone. Idempotent.
-
-        A view may wait for the collector, which nothing hurries: the pages are given back now.
-        """
-        release_pages(self._data)
-        self._data = self._data[:0].copy()
+        """Let go of the mapping, as `MappedFile.close` says."""
+        self._file.close()
 
 
 class Checkpoint:

@@ -20,7 +20,6 @@ def read_sizes(reader: Reader) -> dict[str, Any]:
     if reader.is_gguf:
         value_dim = reader.integer("attention.value_length", head_dim)
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
-        reader.ignore("expert_count") if not reader.get("expert_count") else None
     activation = reader.get("hidden_act") or "silu"
     check(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only silu is")
     reader.ignore("pretraining_tp")

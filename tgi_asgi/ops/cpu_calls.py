@@ -230,8 +230,10 @@ class CpuCalls:
         if id(rope) not in self._tables:
             pairs = -(-head_dim // layout.STRIP) * layout.PANEL
             missing = (0, pairs - rotary_dim // 2)
-            pad = torch.nn.functional.pad
-            cosines, sines = pad(rope.cos, missing, value=1.0), pad(rope.sin, missing)
+            cosines, sines = rope.cos, rope.sin
+            if missing[1]:  # else they would be copied: 64 MiB for 131,072 positions of Llama 3
+                pad = torch.nn.functional.pad
+                cosines, sines = pad(cosines, missing, value=1.0), pad(sines, missing)
             self._tables[id(rope)] = (rope, cosines.contiguous().numpy(), sines.contiguous().numpy())
         return self._tables[id(rope)][1:]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_POSITIONS = 4096  # whose angles are computed at once
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RopeTable:
@@ -34,11 +36,17 @@ class RopeTable:
         angle is 1e-4, which shows in log-probabilities. `scale` multiplies both (YaRN's attention factor).
         """
         frequencies = torch.tensor(inverse_frequencies, dtype=torch.float32)
-        positions = torch.arange(max_positions, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies).double()  # [max_positions, rotary_dim / 2]
-        return cls((angles.cos() * scale).float(), (angles.sin() * scale).float())
+        cos = torch.empty(max_positions, frequencies.numel())
+        sin = torch.empty_like(cos)
+        for start in range(0, max_positions, _POSITIONS):  # float64 takes four times the table's memory
+            stop = min(start + _POSITIONS, max_positions)
+            positions = torch.arange(start, stop, dtype=torch.float32)
+            angles = torch.outer(positions, frequencies).double()  # [stop - start, rotary_dim / 2]
+            cos[start:stop] = angles.cos() * scale
+            sin[start:stop] = angles.sin() * scale
+        return cls(cos, sin)
 
     @staticmethod
-    def bytes_per_position(head_dim: int) -> int:
-        """Return the most memory that a position takes while a table is built."""
-        return head_dim // 2 * (8 + 8 + 4 + 4)
+    def bytes_per_position(rotary_dim: int) -> int:
+        """Return the memory that a position takes."""
+        return rotary_dim // 2 * (4 + 4)

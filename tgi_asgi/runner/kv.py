@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +61,12 @@ def choose_size(
         ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
             the cache cannot have the type that --kv-cache-dtype asks for.
     """
-    kv_dtype = kv_dtype or _choose_dtype(config, settings, dtype)
-    per_token = ops.kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, kv_dtype)
+    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
+    if kv_dtype is None:
+        kv_dtype = _choose_dtype(config, settings, dtype)
+        per_token = ops.kv_bytes_per_token(*shape, kv_dtype)
+    else:  # a GPU's, which is plain
+        per_token = 2 * math.prod(shape) * kv_dtype.itemsize
     size = settings.block_size
     blocks_a_sequence = -(-max_total_tokens // size)
     if settings.max_batch_total_tokens is not None:
@@ -77,7 +82,12 @@ def choose_size(
     if settings.max_total_tokens is not None and num_blocks < blocks_a_sequence:
         raise ModelLoadError(
             f"the KV cache holds {num_blocks * size} tokens, less than one sequence of --max-total-tokens "
-            f"{settings.max_total_tokens}: lower that, or raise --max-batch-total-tokens or the memory"
+            f"{settings.max_total_tokens}: set that to at most {num_blocks * size}, or "
+            + (
+                "raise --max-batch-total-tokens"
+                if settings.max_batch_total_tokens is not None
+                else f"free memory: a token takes {per_token} bytes, {free_bytes} are free"
+            )
         )
     return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
 

@@ -24,7 +24,7 @@ from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
-from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit
+from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -66,7 +66,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
-        longest = min(config.context_length, settings.max_total_tokens or config.context_length)
+        longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
         runner: CpuRunner | CudaRunner
@@ -79,7 +79,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         else:
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
-        check_rope_fits(config.head_dim, longest, free_memory())
+        check_rope_fits(config, longest, free_memory())
         with cuda_load.must_fit():
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
@@ -116,7 +116,8 @@ def _choose_cpu_cache(
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
     free = free_memory()
-    free -= check_weights_fit(opened.weights.stored(), packing, free)
+    vocabulary = opened.config.vocab_size * opened.config.hidden_size
+    free -= check_weights_fit(opened.stored(), packing, vocabulary, free)
     return choose_size(opened.config, settings, dtype, longest, free)
 
 
@@ -184,7 +185,7 @@ class _TrackedWeights:
         """Return what nobody has asked for, as `Weights.unread` says."""
         return self._weights.unread()
 
-    def stored(self) -> list[tuple[str, int]]:
+    def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
         return self._weights.stored()
 

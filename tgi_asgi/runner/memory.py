@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _GIB = 1 << 30
+# Of the free memory, that rotary tables may take: where the model's own context decides, and the operator.
+_ROPE_SHARE = 1 / 32
+_MOST_ROPE_SHARE = 1 / 2
 
 
-def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing) -> int:
+def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
     """Return about what weights take once they are packed.
 
-    tensors: the format of each, and its elements.
+    Args:
+        tensors: the format of each, and its elements.
+        vocabulary: the elements of an embedding or a head, which stays at eight bits; by this it is known.
     """
-    return int(sum(elements * _bytes_each(name, packing) for name, elements in tensors))
+    return int(
+        sum(elements * _bytes_each(name, packing, elements == vocabulary) for name, elements in tensors)
+    )
 
 
-def _bytes_each(name: str, packing: ops.Packing) -> float:
+def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
     if info is None:  # a part of a quantised matrix: words of codes, zero points
         return 4.0
@@ -26,23 +37,25 @@ def _bytes_each(name: str, packing: ops.Packing) -> float:
         return info.block_bytes / info.block_columns
     if packing.quantise is None:  # FP8
         return 4.0 if packing.is_exact else 2.0
-    quantised = ops.FORMATS[packing.quantise]
+    quantised = ops.FORMATS["Q8_0" if is_vocabulary else packing.quantise]
     return quantised.block_bytes / quantised.block_columns
 
 
-def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free_bytes: int) -> int:
-    """Return what the weights will take.
+def check_weights_fit(
+    tensors: list[tuple[str, int]], packing: ops.Packing, vocabulary: int, free_bytes: int
+) -> int:
+    """Return what the weights will take; the arguments are those of `packed_bytes`.
 
     Raises:
         ModelLoadError: it is more than is free; the message says what would fit.
     """
-    needed = packed_bytes(tensors, packing)
+    needed = packed_bytes(tensors, packing, vocabulary)
     if needed <= free_bytes:
         return needed
     smaller = [
         f"--quantize {name.lower()} ({size / _GIB:.1f} GiB)"
         for name in ("Q8_0", "Q4_0")
-        if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name))) <= free_bytes
+        if (size := packed_bytes(tensors, ops.Packing(packing.is_exact, name), vocabulary)) <= free_bytes
     ]
     advice = (
         f"{' or '.join(smaller)} would fit"
@@ -55,16 +68,47 @@ def check_weights_fit(tensors: list[tuple[str, int]], packing: ops.Packing, free
     )
 
 
-def check_rope_fits(head_dim: int, max_positions: int, free_bytes: int) -> None:
-    """Refuse a context whose rotary table alone does not fit.
+def choose_context(config: ModelConfig, max_total_tokens: int | None, free_bytes: int) -> int:
+    """Return how many tokens a sequence may have: those of --max-total-tokens, or of the model.
+
+    A configuration may claim millions, and the rotary tables of all are there from the start: what the model
+    claims is cut to what a small share of the memory holds.
+    """
+    if max_total_tokens is not None:
+        return min(config.context_length, max_total_tokens)
+    each = _rope_bytes_per_position(config)
+    needed, fitting = config.context_length * each, int(free_bytes * _ROPE_SHARE)
+    if needed <= fitting:
+        return config.context_length
+    longest = max(fitting // each, 1)
+    logger.warning(
+        "the model's context of %d tokens is cut to %d: its rotary tables would take %.1f GiB, %.1f GiB are "
+        "free; --max-total-tokens allows more",
+        config.context_length, longest, needed / _GIB, free_bytes / _GIB,
+    )  # fmt: skip
+    return longest
+
+
+def check_rope_fits(config: ModelConfig, max_positions: int, free_bytes: int) -> None:
+    """Refuse a context whose rotary tables alone take most of the memory.
 
     Raises:
         ModelLoadError: it is so; the message says which context would do.
     """
-    each = ops.RopeTable.bytes_per_position(head_dim)
-    if max_positions * each > free_bytes // 2:
+    each, fitting = _rope_bytes_per_position(config), int(free_bytes * _MOST_ROPE_SHARE)
+    if max_positions * each > fitting:
         raise ModelLoadError(
             f"a context of {max_positions} tokens needs {max_positions * each / _GIB:.1f} GiB for its rotary "
-            f"table, {free_bytes / _GIB:.1f} GiB are free: set --max-total-tokens to at most "
-            f"{max(free_bytes // 2 // each, 1)}"
+            f"tables, {free_bytes / _GIB:.1f} GiB are free: set --max-total-tokens to at most "
+            f"{max(fitting // each, 1)}"
         )
+
+
+def _rope_bytes_per_position(config: ModelConfig) -> int:
+    """Return what a position takes in all rotary tables: as made, and once more padded for the kernels."""
+    dims = [rope.dim for rope in {layer.rope for layer in config.layers} if rope is not None]
+    padded = -(-config.head_dim // 32) * 32
+    return sum(
+        ops.RopeTable.bytes_per_position(dim) + (dim != padded) * ops.RopeTable.bytes_per_position(padded)
+        for dim in dims
+    )

@@ -1,5 +1,5 @@
-// Checks of operands of the CUDA operators, beside those of bindings/checks.h, and the stream they
-// run on. What lies on the device is not looked at: kernels clamp ids and lengths.
+// Checks of operands of the CUDA operators, and the stream they run on. What lies on the device is
+// not looked at: kernels clamp ids and lengths.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 #include <initializer_list>
 
-#include "bindings/checks.h"
+#include "bindings/cuda/layout.h"
 #include "cuda/kernels.h"
 
 namespace tgi::cuda {

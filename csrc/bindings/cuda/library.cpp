@@ -1,5 +1,7 @@
-// The schemas of torch.ops.tgi_cuda: the operators as the CUDA kernels cut them, see
-// csrc/cuda/kernels.h. Outputs are given and marked as mutated; such an operator returns nothing.
+// The module tgi_asgi._cuda, empty itself: importing it registers torch.ops.tgi_cuda. Here are the
+// schemas, the operators as the CUDA kernels cut them, see csrc/cuda/kernels.h. Outputs are given
+// and marked as mutated; such an operator returns nothing.
+#include <Python.h>
 #include <torch/library.h>
 
 #include "cuda/kernels.h"
@@ -49,4 +51,10 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "num_heads, "
       "int head_dim) -> int",
       &tgi::cuda::attention_workspace_bytes);
+}
+
+PyMODINIT_FUNC PyInit__cuda() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
 }

@@ -1,17 +1,63 @@
 // CUDA adapters of sampling and log-probabilities.
-#include "bindings/sample.h"
-
 #include <torch/library.h>
 
 #include "bindings/cuda/checks.h"
 
 namespace {
 
+using at::kBool;
 using at::kFloat;
 using at::kInt;
 using at::Tensor;
 using tgi::cuda::check_tensor;
 using tgi::cuda::run;
+
+// Operands as the schema of `sample` names them; the mask may have any number of rows.
+tgi::SampleParams sample_params(const Tensor& logits, const Tensor& slots, const Tensor& records,
+                                const Tensor& counts, const Tensor& biased_ids,
+                                const Tensor& biased_values, const Tensor& masked_ids,
+                                const std::optional<Tensor>& mask, const Tensor& token_ids,
+                                const Tensor& is_finite, const Tensor& logprobs,
+                                const Tensor& top_ids, const Tensor& top_logprobs,
+                                const Tensor& num_top) {
+  check_tensor(logits, "logits", kFloat, {-1, -1});
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  TORCH_CHECK(vocab > 0, "`logits` must have columns");
+  check_tensor(records, "records", at::kByte, {-1, static_cast<int64_t>(sizeof(tgi::SampleSlot))});
+  const int64_t num_slots = records.size(0);
+  check_tensor(slots, "slots", kInt, {num_rows});
+  check_tensor(counts, "counts", kInt, {num_slots, vocab});
+  check_tensor(biased_ids, "biased_ids", kInt, {num_slots, -1});
+  check_tensor(biased_values, "biased_values", kFloat, {num_slots, biased_ids.size(1)});
+  check_tensor(masked_ids, "masked_ids", kInt, {num_slots, -1});
+  if (mask) check_tensor(*mask, "mask", kInt, {-1, (vocab + 31) / 32});
+  check_tensor(token_ids, "token_ids", kInt, {num_rows});
+  check_tensor(is_finite, "is_finite", kBool, {num_rows});
+  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
+  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
+  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
+  check_tensor(num_top, "num_top", kInt, {num_rows});
+  tgi::SampleParams params = {};
+  params.logits = logits.const_data_ptr<float>();
+  params.slots = slots.const_data_ptr<int32_t>();
+  params.records = static_cast<tgi::SampleSlot*>(records.mutable_data_ptr());
+  params.counts = counts.mutable_data_ptr<int32_t>();
+  params.biased_ids = biased_ids.const_data_ptr<int32_t>();
+  params.biased_values = biased_values.const_data_ptr<float>();
+  params.masked_ids = masked_ids.const_data_ptr<int32_t>();
+  params.mask = tgi::cuda::data_or_null<int32_t>(mask);
+  params.token_ids = token_ids.mutable_data_ptr<int32_t>();
+  params.is_finite = is_finite.mutable_data_ptr<bool>();
+  params.logprobs = logprobs.mutable_data_ptr<float>();
+  params.top_ids = top_ids.mutable_data_ptr<int32_t>();
+  params.top_logprobs = top_logprobs.mutable_data_ptr<float>();
+  params.num_top = num_top.mutable_data_ptr<int32_t>();
+  params.vocab = vocab;
+  params.biased_stride = biased_ids.size(1);
+  params.masked_stride = masked_ids.size(1);
+  params.max_top = top_ids.size(1);
+  return params;
+}
 
 void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, const Tensor& counts,
             const Tensor& biased_ids, const Tensor& biased_values, const Tensor& masked_ids,
@@ -19,9 +65,9 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
             const Tensor& scratch, const Tensor& token_ids, const Tensor& is_finite,
             const Tensor& logprobs, const Tensor& top_ids, const Tensor& top_logprobs,
             const Tensor& num_top) {
-  const tgi::SampleParams base = tgi::sample_params(
-      check_tensor, logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
-      token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
+  const tgi::SampleParams base =
+      sample_params(logits, slots, records, counts, biased_ids, biased_values, masked_ids, mask,
+                    token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top);
   const int64_t num_rows = logits.size(0);
   TORCH_CHECK(mask.has_value() == mask_rows.has_value(),
               "`mask` and `mask_rows` must be given together");
@@ -40,8 +86,21 @@ void sample(const Tensor& logits, const Tensor& slots, const Tensor& records, co
 
 void token_logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& logprobs,
                     const Tensor& top_ids, const Tensor& top_logprobs) {
-  const tgi::TokenLogprobsParams base =
-      tgi::token_logprobs_params(check_tensor, logits, token_ids, logprobs, top_ids, top_logprobs);
+  check_tensor(logits, "logits", kFloat, {-1, -1});
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  check_tensor(token_ids, "token_ids", kInt, {num_rows});
+  check_tensor(logprobs, "logprobs", kFloat, {num_rows});
+  check_tensor(top_ids, "top_ids", kInt, {num_rows, -1});
+  check_tensor(top_logprobs, "top_logprobs", kFloat, {num_rows, top_ids.size(1)});
+  TORCH_CHECK(top_ids.size(1) <= vocab, "`top_ids` must have at most ", vocab, " columns, got ",
+              top_ids.size(1));
+  const tgi::TokenLogprobsParams base = {logits.const_data_ptr<float>(),
+                                         token_ids.const_data_ptr<int32_t>(),
+                                         logprobs.mutable_data_ptr<float>(),
+                                         top_ids.mutable_data_ptr<int32_t>(),
+                                         top_logprobs.mutable_data_ptr<float>(),
+                                         vocab,
+                                         top_ids.size(1)};
   run(tgi::cuda::token_logprobs, tgi::cuda::TokenLogprobsParams{base, logits.size(0)}, logits);
 }
 

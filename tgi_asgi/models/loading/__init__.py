@@ -30,8 +30,8 @@ class Weights(Protocol):
     def unread(self) -> list[str]:
         """Return the file's names of tensors that nobody has asked for yet."""
 
-    def stored(self) -> list[tuple[str, int]]:
-        """Return the format of each tensor, as the file has it, and how many elements it has."""
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Return the format of each tensor, as the file has it, and its elements, by the file's names."""
 
     def close(self) -> None:
         """Let go of the files; views that are still held stay valid."""
@@ -53,8 +53,13 @@ def refuse_unread(names: Iterable[str], expected: Sequence[str]) -> None:
         expected: patterns, as `fnmatch` has them, of those that do not matter.
     """
     for name in sorted(names):
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in expected):
+        if not matches(name, expected):
             raise ModelLoadError(
                 f"the model's files hold the tensor {name!r}, which this server does not know for this "
                 "architecture: the model would compute something else"
             )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether one of the patterns, as `fnmatch` has them, is that of a name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

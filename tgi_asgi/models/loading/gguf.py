@@ -63,9 +63,9 @@ class GgufWeights:
         """Return what nobody has asked for, as `Weights.unread` says."""
         return sorted(self._unread)
 
-    def stored(self) -> list[tuple[str, int]]:
+    def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
-        return [(info.type, math.prod(info.shape)) for info in self._file.tensors.values()]
+        return {name: (info.type, math.prod(info.shape)) for name, info in self._file.tensors.items()}
 
     def close(self) -> None:
         """Unmap the file."""

@@ -13,7 +13,7 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.loading import Weights, refuse_unread
+from tgi_asgi.models.loading import Weights, matches, refuse_unread
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.reader import Reader
@@ -58,9 +58,17 @@ class OpenModel:
         """
         weights = self.weights if weights is None else weights
         model = self.family.model(self.config, weights, arithmetic, max_positions)
-        has_no_head = self.config.has_tied_embeddings  # some files store the embedding twice
-        refuse_unread(weights.unread(), [*self.family.unused, *(["lm_head.weight"] if has_no_head else [])])
+        refuse_unread(weights.unread(), self._unused())
         return model
+
+    def stored(self) -> list[tuple[str, int]]:
+        """Return the format and the elements of each tensor, but those that nothing will read."""
+        unused = self._unused()
+        return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
+
+    def _unused(self) -> list[str]:
+        has_no_head = self.config.has_tied_embeddings  # some files store the embedding twice
+        return [*self.family.unused, *(["lm_head.weight"] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""

@@ -51,10 +51,13 @@ class SafetensorsWeights:
         """Return what nobody has asked for, as `Weights.unread` says."""
         return sorted(self._unread)
 
-    def stored(self) -> list[tuple[str, int]]:
+    def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
-        infos = [self._checkpoint.tensor(name) for name in self._checkpoint]
-        return [(info.dtype.replace("F8_E4M3", "F8_32"), math.prod(info.shape)) for info in infos]
+        infos = {name: self._checkpoint.tensor(name) for name in self._checkpoint}
+        return {
+            name: (info.dtype.replace("F8_E4M3", "F8_32"), math.prod(info.shape))
+            for name, info in infos.items()
+        }
 
     def close(self) -> None:
         """Unmap the files."""

@@ -1,0 +1,125 @@
+"""Configurations key by key: what nobody has read, and might matter, is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.models.test_config import GGUF, JSON
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.loading.open import read_config, read_gguf
+from tgi_asgi.models.reader import Reader
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("query_pre_attn_scalar", 224),
+        ("residual_multiplier", 0.22),
+        ("use_qk_norm", True),
+        ("layer_norm_type", "rms"),
+        ("qkv_bias", True),
+        ("rope_local_base_freq", 10000.0),
+        ("attention_window", 512),
+        ("alibi", True),
+        ("ffn_act", "relu"),
+    ],
+)
+def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value: Any) -> None:
+    if value is not True:
+        with pytest.raises(ModelLoadError, match=f"`{key}` is .*the model would compute something else"):
+            read_config({**JSON, key: value})
+    with pytest.raises(ModelLoadError, match=f"`{key}` is True"):
+        read_config({**JSON, key: True})
+    for off in (None, False, 0, 0.0, 1, 1.0):
+        read_config({**JSON, key: off})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("torch_dtype", "bfloat16"),
+        ("transformers_version", "4.40.1"),
+        ("bos_token_id", 1),
+        ("attention_dropout", 0.1),
+        ("initializer_range", 0.02),
+        ("_name_or_path", "somewhere"),
+        ("pretraining_tp", 4),
+        ("rope_interleaved", True),
+        ("vocab_parts", ["a", "b"]),
+    ],
+)
+def test_a_key_that_does_not_matter_is_passed_over(key: str, value: Any) -> None:
+    assert read_config({**JSON, key: value}) == read_config(JSON)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logit_scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.scale", 0.1),
+        ("expert_used_count", 2),
+        ("rope.scaling.some_new_factor", 2.0),
+        ("anything", "else"),
+    ],
+)
+def test_a_key_of_a_gguf_file_that_nobody_knows_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ModelLoadError, match=f"`{key}` is .*the model would compute something else"):
+        read_gguf({**GGUF, f"llama.{key}": value}, frozenset())
+
+
+def test_keys_of_other_rooms_of_a_gguf_file_are_left_alone() -> None:
+    others = {
+        "general.name": "x",
+        "tokenizer.ggml.model": "gpt2",
+        "qwen2.logit_scale": 3.0,
+        "quantize.imatrix": 1,
+    }
+    none = {"llama.expert_count": 0, "llama.expert_used_count": 0}
+    assert read_gguf({**GGUF, **others, **none}, frozenset()) == read_gguf(GGUF, frozenset())
+
+
+def test_a_key_inside_the_rotary_embedding_s_object_is_held_to_the_same() -> None:
+    scaling = {"type": "linear", "factor": 2.0, "attn_scale": 3.0}
+    with pytest.raises(ModelLoadError, match=r"`attn_scale` is 3\.0"):
+        read_config({**JSON, "rope_scaling": scaling})
+
+
+def test_the_size_of_a_gguf_vocabulary_may_follow_from_its_tokens() -> None:
+    few = {key: value for key, value in GGUF.items() if key != "llama.vocab_size"}
+    assert read_gguf({**few, "tokenizer.ggml.tokens": ["a"] * 300}, frozenset())[1].vocab_size == 300
+    with pytest.raises(ModelLoadError, match="lacks `vocab_size`"):
+        read_gguf(few, frozenset())
+
+
+def test_what_is_read_or_ignored_is_not_left_over() -> None:
+    reader = Reader.of_json({"a_scale": 2.0, "b_scale": 3.0, "c_bias": True})
+    assert reader.number("a_scale") == 2.0
+    assert reader.flag("c_bias", False)
+    with pytest.raises(ModelLoadError, match="b_scale"):
+        reader.finish()
+    reader.ignore("b_scale")
+    reader.finish()
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "words"),
+    [
+        ("integer", 1.5, "must be one integer"),
+        ("integer", True, "must be one integer"),
+        ("integer", [1, 2], "must be one integer"),
+        ("number", "1", "must be a number"),
+        ("number", False, "must be a number"),
+        ("flag", 1, "must be true or false"),
+        ("flag", "true", "must be true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(method: str, value: Any, words: str) -> None:
+    reader = Reader.of_json({"key": value})
+    arguments = ("key", False) if method == "flag" else ("key",)
+    with pytest.raises(ModelLoadError, match=f"`key` {words}"):
+        getattr(reader, method)(*arguments)

@@ -1,0 +1,157 @@
+"""Whether a model fits is known before any of it is read, and said with what would fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runner.test_load import settings
+from tests.support.checkpoints import load_model, make_model, save, save_gguf, save_tokenizer
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.runner import load as loading
+from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, packed_bytes
+
+GIB, MIB = 1 << 30, 1 << 20
+FAST = ops.Packing(is_exact=False)
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (5 * GIB, None),
+        (
+            2 * GIB,
+            r"take 4\.0 GiB, but 2\.0 GiB .*: --quantize q8_0 \(1\.1 GiB\) or --quantize q4_0 \(0\.6 GiB\)",
+        ),
+        (GIB, r"GiB of memory are free: --quantize q4_0 \(0\.6 GiB\) would fit"),
+        (GIB // 4, "take a smaller model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: str | None) -> None:
+    tensors = [("F32", GIB - 64), ("F32", 64)]
+    if words is None:
+        assert check_weights_fit(tensors, FAST, free) == 4 * GIB
+        return
+    with pytest.raises(ModelLoadError, match=words):
+        check_weights_fit(tensors, FAST, free)
+
+
+@pytest.mark.parametrize(
+    ("name", "packing", "expected"),
+    [
+        ("BF16", FAST, 2048),
+        ("BF16", ops.Packing(is_exact=True), 2048),
+        ("BF16", ops.Packing(is_exact=False, quantise="Q8_0"), 1088),
+        ("Q4_0", ops.Packing(is_exact=False, quantise="Q8_0"), 576),
+        ("Q4_K", FAST, 576),
+        ("F8_32", FAST, 2048),
+        ("F8_32", ops.Packing(is_exact=True), 4096),
+        ("I32", FAST, 4096),
+    ],
+)
+def test_a_weight_takes_what_it_is_packed_to(name: str, packing: ops.Packing, expected: int) -> None:
+    assert packed_bytes([(name, 1024)], packing) == expected
+
+
+@pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
+def test_what_is_foretold_is_what_is_packed(tmp_path: Path, kind: str, quantise: str | None) -> None:
+    files = save_gguf(
+        make_model(vocab_size=32, num_attention_heads=2, num_key_value_heads=2), tmp_path / "model.gguf", kind
+    )
+    packing = ops.Packing(is_exact=False, quantise=quantise)
+    with OpenModel(files) as opened:
+        foretold = packed_bytes(opened.weights.stored(), packing)
+    model = load_model(files, packing, max_positions=16)
+    assert isinstance(model, Decoder)
+    made = [model.embedding.made, model.head.made]
+    for layer in model.layers:
+        made += [*layer.qkv.made.parts, layer.output.made, *layer.gate_up.made.parts, layer.down.made]
+    assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.1)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelFiles]:
+    """A model whose configuration promises a context of 16,777,216 tokens, where 64 MiB are free."""
+    files = save(make_model(), tmp_path)
+    save_tokenizer(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 1 << 24}))
+    monkeypatch.setattr(loading, "free_memory", lambda: 64 * MIB)
+    yield files
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return for how many positions rotary tables are made from now on."""
+    made: list[int] = []
+    create = ops.RopeTable.create
+
+    def noting(inverse: Any, max_positions: int, **options: Any) -> ops.RopeTable:
+        made.append(max_positions)
+        return create(inverse, max_positions, **options)
+
+    monkeypatch.setattr(ops.RopeTable, "create", noting)
+    return made
+
+
+def load(files: ModelFiles, **changes: object) -> loading.LoadedModel:
+    loaded = loading.load(settings(**changes), files, lambda stage, done, total: None)
+    loaded.runner.close()
+    return loaded
+
+
+def test_nothing_is_read_of_weights_that_do_not_fit(
+    files: ModelFiles, tables: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> ops.WeightSource:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(SafetensorsWeights, "get", fail)
+    monkeypatch.setattr(loading, "free_memory", lambda: 1000)
+    with pytest.raises(ModelLoadError, match=r"the model's weights take .* GiB .* are free: take a smaller"):
+        load(files)
+    assert not tables
+
+
+def test_a_context_without_end_is_cut_to_the_cache_before_its_table_is_made(
+    files: ModelFiles, tables: list[int]
+) -> None:
+    info = load(files).info
+    assert tables == [info.max_total_tokens] == [info.kv_tokens]
+    assert info.kv_bytes < 32 * MIB
+
+
+def test_a_rotary_table_that_does_not_fit_is_refused_before_it_is_made(
+    files: ModelFiles, tables: list[int]
+) -> None:
+    """The operator's own word on the cache is believed: it is memory that is reserved, not taken."""
+    with pytest.raises(
+        ModelLoadError, match=r"rotary table, .* GiB are free: set --max-total-tokens to at most"
+    ):
+        load(files, max_batch_total_tokens=1 << 24)
+    assert not tables
+    cured = load(files, max_batch_total_tokens=1 << 24, max_total_tokens=100_000).info
+    assert tables == [cured.max_total_tokens] == [100_000]
+
+
+def test_the_advised_context_fits() -> None:
+    with pytest.raises(ModelLoadError, match="to at most 21845"):
+        check_rope_fits(128, 1 << 24, 64 * MIB)
+    check_rope_fits(128, 21845, 64 * MIB)
+
+
+def test_files_say_what_they_store(tmp_path: Path) -> None:
+    with OpenModel(save(make_model(), tmp_path)) as opened:
+        stored = opened.weights.stored()
+        assert {name for name, _ in stored} == {"F32"}
+        assert sum(elements for _, elements in stored) * 4 == opened.weights.num_bytes

@@ -1,0 +1,160 @@
+"""Files of many gigabytes that take no disk: what nobody looks at, or nobody compares, is a hole.
+
+A hole is read as zeros: a model made of them has all its weights, and takes the memory that weights take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+
+from tests.support import gguf_bytes
+from tests.support.checkpoints import SHAPE
+from tgi_asgi.formats.sources import ModelFiles
+
+HOLE_BYTES = 5 << 30
+_UNUSED_NAME = "model.layers.0.self_attn.rotary_emb.inv_freq"  # which files may hold, though nothing reads it
+_ELEMENT_BYTES = {"F32": 4, "BF16": 2}
+_GGUF_BF16 = 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of a safetensors file."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    data: bytes | None = None  # None: a hole
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * _ELEMENT_BYTES[self.dtype]
+
+
+def stretch(small: ModelFiles, path: Path) -> ModelFiles:
+    """Write a model anew at `path`, a hole of `HOLE_BYTES` in the midst of its tensors."""
+    if small.kind == "gguf":
+        _stretch_gguf(small.path, path)
+        return ModelFiles("large", None, "gguf", path)
+    shutil.copytree(small.path, path)
+    file = path / "model.safetensors"
+    tensors = [
+        _Tensor(name, "F32", list(tensor.shape), tensor.numpy().tobytes())
+        for name, tensor in safetensors.torch.load_file(file).items()
+    ]
+    tensors.insert(len(tensors) // 2, _unused())
+    file.unlink()
+    _write_safetensors(file, tensors)
+    return ModelFiles("large", None, "directory", path)
+
+
+def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -> ModelFiles:
+    """Write a checkpoint of bfloat16 zeros, `SHAPE` with `changes`; an unused hole among them if wanted."""
+    config = transformers.LlamaConfig(**{**SHAPE, **changes}, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        state = transformers.LlamaForCausalLM(config).state_dict()
+    tensors = [_Tensor(name, "BF16", list(tensor.shape)) for name, tensor in state.items()]
+    if has_unused:
+        tensors.insert(len(tensors) // 2, _unused())
+    config.save_pretrained(path)
+    _write_safetensors(path / "model.safetensors", tensors)
+    save_tokenizer(path)
+    return ModelFiles("hollow", None, "directory", path)
+
+
+def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
+    """Write the same as a GGUF file, all of it but its header behind a hole of `HOLE_BYTES`."""
+    shape = {**SHAPE, **changes}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    keys = hidden // heads * shape["num_key_value_heads"]
+    vocabulary, between = [hidden, shape["vocab_size"]], [hidden, shape["intermediate_size"]]
+    layer = {
+        "attn_norm": [hidden], "attn_q": [hidden, hidden], "attn_k": [hidden, keys], "attn_v": [hidden, keys],
+        "attn_output": [hidden, hidden], "ffn_norm": [hidden], "ffn_gate": between, "ffn_up": between,
+        "ffn_down": between[::-1],
+    }  # fmt: skip
+    all_dims = {"token_embd": vocabulary, "output_norm": [hidden], "output": vocabulary} | {
+        f"blk.{index}.{name}": dims
+        for index in range(shape["num_hidden_layers"])
+        for name, dims in layer.items()
+    }
+    at, tensors = HOLE_BYTES, []
+    for name, dims in all_dims.items():
+        tensors.append(gguf_bytes.Tensor(f"{name}.weight", dims, _GGUF_BF16, offset=at))
+        at += -(-math.prod(dims) * 2 // 32) * 32
+    metadata = {
+        "general.architecture": "llama", "llama.vocab_size": shape["vocab_size"],
+        "llama.context_length": shape["max_position_embeddings"], "llama.embedding_length": hidden,
+        "llama.block_count": shape["num_hidden_layers"],
+        "llama.feed_forward_length": shape["intermediate_size"], "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": shape["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.rope.freq_base": shape["rope_theta"],
+    }  # fmt: skip
+    header = gguf_bytes.gguf_bytes(metadata, tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + at)
+    return ModelFiles("hollow", None, "gguf", path)
+
+
+def save_tokenizer(path: Path) -> None:
+    """Write a tokenizer of the bytes, as far as the vocabulary of `SHAPE` goes."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"]]
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(path / "tokenizer.json"))
+
+
+def _unused() -> _Tensor:
+    return _Tensor(_UNUSED_NAME, "F32", [HOLE_BYTES // 4])
+
+
+def _write_safetensors(path: Path, tensors: Sequence[_Tensor]) -> None:
+    entries, at = {}, 0
+    for tensor in tensors:
+        offsets = [at, at + tensor.num_bytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        at += tensor.num_bytes
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors:
+            if tensor.data is not None:
+                file.write(tensor.data)
+            else:
+                file.seek(tensor.num_bytes, 1)
+        file.truncate(8 + len(header) + at)
+
+
+def _stretch_gguf(small: Path, large: Path) -> None:
+    """Move the second half of the tensors behind a hole: their offsets, and their bytes."""
+    copy = large.with_suffix(".header")
+    shutil.copy(small, copy)
+    reader = gguf.GGUFReader(copy, "r+")  # its fields are views of the mapped copy
+    tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+    moved = tensors[len(tensors) // 2 :]
+    start = int(moved[0].data_offset)
+    for tensor in moved:
+        tensor.field.parts[-1][0] += HOLE_BYTES
+    reader.data.flush()
+    data = copy.read_bytes()
+    copy.unlink()
+    with large.open("wb") as file:
+        file.write(data[:start])
+        file.seek(HOLE_BYTES, 1)
+        file.write(data[start:])
