@@ -59,7 +59,8 @@ def _shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
     keys = config.num_kv_heads * config.head_dim
     kind = name.split(".")[-2]
     sizes = {
-        "q_proj": (heads, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, heads),
+        "q_proj": (heads, hidden), "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden), "o_proj": (hidden, heads),
         "gate_proj": (config.intermediate_size, hidden), "up_proj": (config.intermediate_size, hidden),
         "down_proj": (hidden, config.intermediate_size), "embed_tokens": (config.vocab_size, hidden),
         "lm_head": (config.vocab_size, hidden),
