@@ -17,10 +17,10 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.formats.quants import dequantise
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
-from tgi_asgi.models.registry import find_by_gguf_name
+from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.ops.sources import decode
 from tgi_asgi.text import gguf_vocab
 
 _LAYER_WEIGHTS = (
@@ -46,19 +46,32 @@ def weight_names(config: ModelConfig) -> list[str]:
     return names
 
 
-def read_weight(file: GgufFile, name: str, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Dequantise one tensor and bring its rows into transformers' order."""
-    info = file.tensor(gguf_name(name))
-    values = dequantise(file.raw(info.name), info.type, info.shape)
-    is_permuted = find_by_gguf_name(file.metadata["general.architecture"]).is_rotary_permuted
-    if is_permuted and (".q_proj." in name or ".k_proj." in name):
-        rows = join_rotary_halves(values.reshape(-1).view(np.uint8), info.shape[0], config.head_dim)
-        values = rows.view(np.float32).reshape(info.shape)
+def read_weight(weights: GgufWeights, name: str, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Dequantise one tensor; its rows come in transformers' order."""
+    source = weights.get(name, _shape_of(name, config))
+    values: npt.NDArray[np.float32] = decode(source).numpy()
     return values
+
+
+def _shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """Return the shape that transformers gives to a weight."""
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    kind = name.split(".")[-2]
+    sizes = {
+        "q_proj": (heads, hidden), "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden), "o_proj": (hidden, heads),
+        "gate_proj": (config.intermediate_size, hidden), "up_proj": (config.intermediate_size, hidden),
+        "down_proj": (hidden, config.intermediate_size), "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+    }  # fmt: skip
+    return sizes.get(kind, (hidden,))  # else a norm's
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
     """Return config.json's content."""
+    rope = config.layers[0].rope
+    assert rope is not None  # `export` refuses others
     return {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
@@ -71,7 +84,7 @@ def describe(config: ModelConfig) -> dict[str, object]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": rope.theta,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -89,10 +102,12 @@ def export(path: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file = GgufFile.open(path)
     try:
-        config = ModelConfig.from_gguf(file.metadata, frozenset(file.tensors))
-        if config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias or config.rope_scaling:
+        family, config = read_gguf(file.metadata, frozenset(file.tensors))
+        biases = config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias
+        if biases or any(layer.rope is None or layer.rope.scaling for layer in config.layers):
             raise SystemExit(f"{path}: models with biases or rotary scaling are not written")
-        weights = {name: read_weight(file, name, config) for name in weight_names(config)}
+        stored = GgufWeights(file, config, family)
+        weights = {name: read_weight(stored, name, config) for name in weight_names(config)}
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         vocab = gguf_vocab.build(file.metadata)
         template = file.metadata.get("tokenizer.chat_template")

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from tgi_asgi.models.batch import Batch
 from torch import Tensor
 
 from bench import gpu_stages
 from bench.gpu_stages import random
 from tgi_asgi import ops
-from tgi_asgi.models.batch import Batch
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.ops.cuda import CudaBatch, CudaKvLayer, CudaProgram
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix

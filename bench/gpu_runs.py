@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from tgi_asgi.models.llama import Llama
 
 from bench import gpu_model, gpu_stages
 from bench.engine import Engine, Sequence
@@ -24,7 +25,7 @@ from bench.gpu_stages import Report, time_us
 from bench.loads import WORDS, ClosedLoop, Prompts, Target, run
 from bench.servers import Server
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import read_config
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize
@@ -185,7 +186,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any]) -> None:
 
     from bench.export_checkpoint import weight_names
 
-    shape = ModelConfig.from_json(config)
+    _, shape = read_config(config)
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     sizes = {
         "q_proj": (queries, shape.hidden_size), "k_proj": (keys, shape.hidden_size),

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tgi_asgi.models.batch import Batch
+from tgi_asgi.models.llama import Llama
 
 from bench.bandwidth import read_bandwidth
 from bench.report import emit, machine, numbers, table
 from tgi_asgi import _C, ops
 from tgi_asgi.formats.sources import resolve
-from tgi_asgi.models.batch import Batch
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.llama import Llama
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.settings import DEMO_MODEL, Settings
 

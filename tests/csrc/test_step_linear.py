@@ -1,6 +1,6 @@
 """Products of eight-bit activations: what rounding must not hide, and bits that depend on nothing else.
 
-Products in all formats are tests/csrc/test_formats.py's business; those of the operator, tests/ops/test_linear.py's.
+Products in all formats are tests/csrc/test_formats.py's business, the operator tests/ops/test_linear.py's.
 """
 
 from __future__ import annotations

@@ -27,9 +27,8 @@ def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip(
     stored = -(-head_dim // STRIP) * STRIP
     assert len(order) == 2 * stored
     assert sorted(order[order >= 0].tolist()) == list(range(2 * head_dim))
-    np.testing.assert_array_equal(
-        order[stored:] - head_dim, np.where(order[:stored] < 0, order[:stored] - head_dim, order[:stored])
-    )
+    one, two = order.reshape(2, stored)
+    np.testing.assert_array_equal(two, np.where(one < 0, -1, one + head_dim))
     first, second = order[:stored].reshape(-1, 2, 16).swapaxes(0, 1).reshape(2, -1)
     turning = (first >= 0) & (first < rotary_dim // 2)
     assert turning.sum() == rotary_dim // 2
@@ -82,11 +81,10 @@ def test_rows_of_several_sources_are_one_weight_in_any_order() -> None:
 
 def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
     heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
-    sources = [
-        random_weight(format, rows, 256, seed=0)
-        for format, rows in (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))
-    ]
-    assert [part.matrix.format for part in ops.qkv_weight(*sources, FAST, **heads).made.parts] == [
+    formats = (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))
+    sources = [random_weight(format, rows, 256, seed=0) for format, rows in formats]
+    parts = ops.qkv_weight(sources[0], sources[1], sources[2], FAST, **heads).made.parts
+    assert [part.matrix.format for part in parts] == [
         "Q4_K", "Q4_K", "Q6_K",
     ]  # fmt: skip
     assert len(ops.qkv_weight(sources[0], sources[1], sources[1], FAST, **heads).made.parts) == 1
@@ -131,7 +129,7 @@ def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
         (32, np.arange(31), 32 * 34, "multiple of 32, got 31"),
         (32, np.arange(1, 33), 32 * 34, r"must be in \[-1, 32\), got 32"),
         (32, np.arange(32), 32 * 34 + 1, "whole rows of 34 bytes"),
-        (0, np.arange(32), 32 * 34, "`columns` must be positive, got 0"),
+        (0, np.arange(32), 32 * 34, "`columns` must be a multiple of 32, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int, message: str) -> None:

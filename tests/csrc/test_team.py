@@ -195,11 +195,11 @@ def test_the_stub_names_what_the_extension_has() -> None:
     functions = {node.name: node for node in stub if isinstance(node, ast.FunctionDef)}
     classes = {node.name: node for node in stub if isinstance(node, ast.ClassDef)}
     assert {*functions, *classes} == {name for name in vars(_C) if not name.startswith("_")}
-    for name, node in classes.items():
-        methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+    for name, described in classes.items():
+        methods = {part.name for part in described.body if isinstance(part, ast.FunctionDef)}
         fields = {
             part.target.id
-            for part in node.body
+            for part in described.body
             if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
         }
         if not issubclass(getattr(_C, name), Exception):

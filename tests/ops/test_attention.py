@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,9 +178,9 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kernel_set: str, dtype: to
     assert_close(world.run([(0, 600, q)]), expected, length=20000, dtype=dtype)
 
 
-def call(q: Tensor | None = None, *, window: int | None = None, **changes: object) -> Tensor:
+def call(q: Tensor | None = None, *, window: int | None = None, **changes: Any) -> Tensor:
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=4).layers[0]
-    operands: dict[str, object] = {
+    operands: dict[str, Any] = {
         "ids": np.zeros(2, np.int32), "positions": np.array([18, 19]), "slots": np.array([18, 19]),
         "query_start": np.array([0, 2]), "context_len": np.array([20]),
         "block_table": np.array([[3, 1]], np.int32),
@@ -207,10 +208,10 @@ def call(q: Tensor | None = None, *, window: int | None = None, **changes: objec
         ({"q": torch.randn(2, 2, 16)}, r"must be float32 \[n_tokens, columns\]"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     call()
     with pytest.raises(ValueError, match=message):
-        call(**change)  # type: ignore[arg-type]
+        call(**change)
 
 
 def test_block_ids_of_another_dtype_are_refused() -> None:

@@ -39,7 +39,9 @@ def test_gate_and_up_may_be_of_different_formats(
     _C.set_num_threads(2)
     sources = [random_weight(format, 100, 96, seed=seed) for seed, format in enumerate(formats)]
     biases = [torch.randn(100), torch.randn(100)]
-    weight = ops.gate_up_weight(*sources, packing, biases=[ops.from_floats(bias) for bias in biases])
+    weight = ops.gate_up_weight(
+        sources[0], sources[1], packing, biases=[ops.from_floats(bias) for bias in biases]
+    )
     parts = weight.made.parts
     assert len(parts) == (1 if formats[0] == formats[1] else 2)
     a = torch.randn(7, 96)
@@ -58,7 +60,7 @@ def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats:
         ops.from_floats(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
         for values, format in zip((gate, torch.ones_like(gate)), formats, strict=True)
     ]
-    out = ops.gate_up(torch.ones(1, 1), ops.gate_up_weight(*sources, EXACT), activation)
+    out = ops.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)
     torch.testing.assert_close(out, gate.T.clamp_min(0), atol=1e-30, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The KV cache's pool: what it refuses, what a copy of blocks moves, and memory that is there before it is written."""
+"""The KV cache's pool: what it refuses, what a copy moves, and memory that is there before it is written."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def resident_bytes(pool: ops.KvPool) -> int:
     flags = (ctypes.c_ubyte * num_pages)()
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(num_pages * page), flags) == 0
-    return int(np.frombuffer(flags, np.uint8).__and__(1).sum()) * page
+    return int((np.frombuffer(bytes(flags), np.uint8) & 1).sum()) * page
 
 
 def make_pool(num_bytes: int) -> ops.KvPool:

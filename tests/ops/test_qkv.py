@@ -46,7 +46,8 @@ class Case:
         self.biases = [torch.randn(len(part)) * self.has_bias for part in self.parts]
         self.rope = rope_table(self.rotary_dim or self.head_dim, POSITIONS) if self.has_rope else None
         self.weight = ops.qkv_weight(
-            *sources, EXACT, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            sources[0], sources[1], sources[2], EXACT, num_heads=self.heads,
+            num_kv_heads=self.kv_heads, head_dim=self.head_dim,
             rotary_dim=self.rotary_dim, norms=self.norms,
             biases=[ops.from_floats(bias) for bias in self.biases] if self.has_bias else None,
         )  # fmt: skip
@@ -212,7 +213,7 @@ def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> N
     case = Case(heads=1, kv_heads=1, hidden=1, has_bias=True, has_rope=False)
     sources = [ops.from_floats(torch.zeros(16, 1)) for _ in range(3)]
     case.weight = ops.qkv_weight(
-        *sources, EXACT, num_heads=1, num_kv_heads=1, head_dim=16,
+        sources[0], sources[1], sources[2], EXACT, num_heads=1, num_kv_heads=1, head_dim=16,
         biases=[ops.from_floats(bias) for bias in (torch.zeros(16), value, value)],
     )  # fmt: skip
     layer, slots = run_without_queries(case, torch.zeros(1, 1), [(5, 6)], torch.bfloat16, 16)

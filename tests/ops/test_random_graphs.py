@@ -108,7 +108,7 @@ PLANS = st.builds(
 
 def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
     torch.manual_seed(plan.seed)
-    formats = ["F32", "BF16", "Q8_0", "Q4_0"][plan.seed % 4 :] + ["F16"]
+    formats = ("F32", "BF16", "Q8_0", "Q4_0", "F16")[plan.seed % 4 :]
     packing = EXACT if plan.is_exact else FAST
     num_layers = sum(operator in ("qkv", "layer") for operator, _, _ in plan.calls) or 1
     graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers)

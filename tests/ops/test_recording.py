@@ -25,7 +25,9 @@ class Values:
         self.recorder = ops.Recorder()
         self.square = ops.linear_weight(random_source(48, 48)[1], EXACT)
         parts = [random_source(rows, 48)[1] for rows in (48, 16, 16)]
-        self.heads = ops.qkv_weight(*parts, EXACT, num_heads=3, num_kv_heads=1, head_dim=16)
+        self.heads = ops.qkv_weight(
+            parts[0], parts[1], parts[2], EXACT, num_heads=3, num_kv_heads=1, head_dim=16
+        )
         self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
         self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
         self.ones = torch.ones(48)
@@ -113,9 +115,7 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    kind = {"a residual": ops.Kind.RESIDUAL, "an activation": ops.Kind.ACTIVATION, "rows": ops.Kind.ROWS}[
-        wanted
-    ]
+    kind = next(kind for kind in ops.Kind if kind.value == wanted)
     with pytest.raises(ValueError, match=rf"`{operator}` takes 48 columns as `\w+`, not 40"):
         call(values, values.recorder.value(kind, 40))
 

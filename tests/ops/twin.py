@@ -123,7 +123,7 @@ class Graph:
 
     def gate_up(self, a: Twin, activation: str) -> Twin:
         sources = [self._source(self.shape.intermediate, a.value.columns) for _ in range(2)]
-        weight = ops.gate_up_weight(*sources, self.packing)
+        weight = ops.gate_up_weight(sources[0], sources[1], self.packing)
         gate, up = (
             linear(rounded(a.exact.float(), part.precision), meaning(source))
             for part, source in zip((weight.made.parts[0], weight.made.parts[-1]), sources, strict=True)
@@ -136,9 +136,11 @@ class Graph:
         sources = [self._source(count * shape.head_dim, columns) for count in counts]
         sizes = [count * shape.head_dim if norms == "whole" else shape.head_dim for count in counts[:2]]
         weights = [torch.rand(size) + 0.5 for size in sizes]
-        head_norms = None if norms is None else ops.HeadNorms(*weights, EPS, is_whole=norms == "whole")
+        is_whole = norms == "whole"
+        head_norms = None if norms is None else ops.HeadNorms(weights[0], weights[1], EPS, is_whole)
         weight = ops.qkv_weight(
-            *sources, self.packing, num_heads=shape.heads, num_kv_heads=shape.kv_heads,
+            sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
         )  # fmt: skip
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
@@ -159,8 +161,9 @@ class Graph:
         out = ops.attention(q.value, self.pool.layers[layer], scale, window=window)
         assert q.keys is not None
         assert q.values is not None
-        each = zip(*(part.split(list(self.lengths)) for part in (q.exact, q.keys, q.values)), strict=True)
-        return Twin(out, torch.cat([attention(*parts, scale, window) for parts in each]))
+        parts = (part.split(list(self.lengths)) for part in (q.exact, q.keys, q.values))
+        found = [attention(each, key, value, scale, window) for each, key, value in zip(*parts, strict=True)]
+        return Twin(out, torch.cat(found))
 
     def head(self, x: Twin, scale: float, cap: float) -> None:
         source, norm = self._source(self.shape.vocab, self.shape.hidden), torch.rand(self.shape.hidden) + 0.5
