@@ -3,7 +3,8 @@
     python -m bench.export_checkpoint model.gguf directory
 
 Weights are float32, which holds every value of a quantised file; llama.cpp's order of rotary rows is undone.
-With it come config.json, the tokenizer and the chat template. Families without biases or rotary scaling only.
+With it come config.json, the tokenizer and the chat template. Only of models that are Llama without biases,
+rotary scaling and the like.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.formats.quants import dequantise
-from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.gguf import gguf_name, join_rotary_halves
-from tgi_asgi.models.registry import find_by_gguf_name
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.family import GGUF_NAMES, Family
+from tgi_asgi.models.loading.gguf import GgufWeights, gguf_name
+from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.ops.sources import decode
 from tgi_asgi.text import gguf_vocab
 
 _LAYER_WEIGHTS = (
@@ -46,19 +48,19 @@ def weight_names(config: ModelConfig) -> list[str]:
     return names
 
 
-def read_weight(file: GgufFile, name: str, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Dequantise one tensor and bring its rows into transformers' order."""
-    info = file.tensor(gguf_name(name))
-    values = dequantise(file.raw(info.name), info.type, info.shape)
-    is_permuted = find_by_gguf_name(file.metadata["general.architecture"]).is_rotary_permuted
-    if is_permuted and (".q_proj." in name or ".k_proj." in name):
-        rows = join_rotary_halves(values.reshape(-1).view(np.uint8), info.shape[0], config.head_dim)
-        values = rows.view(np.float32).reshape(info.shape)
+def read_weight(file: GgufFile, name: str, family: Family, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Dequantise one tensor; its rows are in transformers' order."""
+    stored = gguf_name(name, {**GGUF_NAMES, **family.gguf_names})
+    assert stored is not None
+    source = GgufWeights(file, config, family).get(name, file.tensor(stored).shape)
+    values: npt.NDArray[np.float32] = decode(source).numpy()
     return values
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
     """Return config.json's content."""
+    rope = config.layers[0].rope
+    assert rope is not None
     return {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
@@ -71,13 +73,24 @@ def describe(config: ModelConfig) -> dict[str, object]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": rope.theta,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": config.has_tied_embeddings,
         "dtype": "float32",
     }
+
+
+def is_plain(config: ModelConfig) -> bool:
+    """Tell whether a model is all that `describe` says, and nothing else."""
+    first = config.layers[0].rope
+    if first is None:
+        return False
+    layer = LayerSpec(RopeSpec(config.head_dim, first.theta), None, config.head_dim**-0.5)
+    factors = (config.embedding_factor, config.residual_factor, config.logits_scale)
+    has_more = config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias or config.has_qk_norm
+    return set(config.layers) == {layer} and set(factors) == {1.0} and not has_more
 
 
 def export(path: Path, directory: Path) -> None:
@@ -89,10 +102,10 @@ def export(path: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file = GgufFile.open(path)
     try:
-        config = ModelConfig.from_gguf(file.metadata, frozenset(file.tensors))
-        if config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias or config.rope_scaling:
-            raise SystemExit(f"{path}: models with biases or rotary scaling are not written")
-        weights = {name: read_weight(file, name, config) for name in weight_names(config)}
+        family, config = read_gguf(file.metadata, frozenset(file.tensors))
+        if not is_plain(config):
+            raise SystemExit(f"{path}: only plain models of the Llama kind are written")
+        weights = {name: read_weight(file, name, family, config) for name in weight_names(config)}
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         vocab = gguf_vocab.build(file.metadata)
         template = file.metadata.get("tokenizer.chat_template")

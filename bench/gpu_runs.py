@@ -24,7 +24,7 @@ from bench.gpu_stages import Report, time_us
 from bench.loads import WORDS, ClosedLoop, Prompts, Target, run
 from bench.servers import Server
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.loading.open import read_config
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize
@@ -54,7 +54,7 @@ def make_runner(config: ModelConfig, device: Device, max_batch: int) -> CudaRunn
     """Make a runner of a random model, with room for all its sequences."""
     longest = CONTEXT + 8 * STEPS
     size = KvSize(max_batch * longest // gpu_model.BLOCK, gpu_model.BLOCK, 1, torch.bfloat16)
-    model = cast(Llama, gpu_model.RandomLlama(config, longest))
+    model = gpu_model.RandomLlama(config, longest)
     return CudaRunner(
         model, device, lambda free_bytes: size, block_size=gpu_model.BLOCK, max_batch_size=max_batch,
         max_step_tokens=2048 + max_batch, max_context=longest,
@@ -185,7 +185,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any]) -> None:
 
     from bench.export_checkpoint import weight_names
 
-    shape = ModelConfig.from_json(config)
+    _, shape = read_config(config)
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     sizes = {
         "q_proj": (queries, shape.hidden_size), "k_proj": (keys, shape.hidden_size),

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.llama import Llama
+from tgi_asgi.models.family import record
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
-from tgi_asgi.runner.program import can_record, make_step
 
 BLOCK_SIZE = 16
 ROWS = 64  # of logits at a time
@@ -42,12 +41,16 @@ class Teacher:
         ops.configure_threads()
         with OpenModel(files) as opened:
             config = opened.config
-            arithmetic = ops.Packing(is_exact=is_exact) if can_record(config) else floats
-            model = Llama(config, opened.weights, arithmetic, max_positions=max_tokens)
+            model = opened.load(ops.Packing(is_exact=is_exact), max_tokens)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
-        sizes = (config.num_layers, num_blocks, config.num_kv_heads, config.head_dim)
-        kv_dtype = torch.int8 if kv_cache_dtype == "int8" else floats
-        kv = ops.allocate_kv(*sizes, BLOCK_SIZE, kv_dtype)
+        pool = ops.KvPool(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=BLOCK_SIZE,
+            dtype=torch.int8 if kv_cache_dtype == "int8" else floats,
+        )
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=num_blocks,
@@ -56,7 +59,13 @@ class Teacher:
             max_rows=ROWS,
             max_tokens=max_tokens,
         )
-        self._step = make_step(model, kv, max_tokens=max_tokens, max_rows=ROWS, max_context=max_tokens)
+        self._program = ops.CpuProgram(
+            record(model, pool.layers),
+            max_tokens=max_tokens,
+            max_sequences=1,
+            max_rows=ROWS,
+            max_context=max_tokens,
+        )
         self._blocks = range(num_blocks)
         self._last_ids = np.zeros(ROWS, np.int32)
 
@@ -64,10 +73,9 @@ class Teacher:
         """Return the logits [n, vocab] after each of `ids`, which follow `start` tokens computed before."""
         row = StepRow(0, ids, start, self._blocks, samples=False)
         batch = self._inputs.fill([row], self._last_ids)
-        x, _ = self._step.run(batch, torch.empty(0, dtype=torch.int32))
-        places = torch.arange(len(ids), dtype=torch.int32)
-        parts = (places[first : first + ROWS] for first in range(0, len(ids), ROWS))
-        return torch.cat([self._step.logits(x, part) for part in parts])
+        self._program.run(batch, ())
+        parts = (range(first, min(first + ROWS, len(ids))) for first in range(0, len(ids), ROWS))
+        return torch.cat([self._program.run_head(part).clone() for part in parts])
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
         """Continue a prompt by `count` tokens drawn at temperature 1, past EOS too."""

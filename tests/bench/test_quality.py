@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.export_checkpoint import read_weight, weight_names
+from bench.export_checkpoint import is_plain, read_weight, weight_names
 from bench.quality import Errors
 from bench.teacher import Teacher
 from tests.support.checkpoints import make_model, reference_logits, save_gguf
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading.open import read_gguf
 
 
 def test_exported_weights_are_what_transformers_computes_with(tmp_path: Path) -> None:
@@ -21,8 +21,9 @@ def test_exported_weights_are_what_transformers_computes_with(tmp_path: Path) ->
     files = save_gguf(model, tmp_path / "tiny.gguf", "Q4_1")
     file = GgufFile.open(files.path)
     try:
-        config = ModelConfig.from_gguf(file.metadata, frozenset(file.tensors))
-        weights = {name: read_weight(file, name, config) for name in weight_names(config)}
+        family, config = read_gguf(file.metadata, frozenset(file.tensors))
+        assert is_plain(config)
+        weights = {name: read_weight(file, name, family, config) for name in weight_names(config)}
     finally:
         file.close()
     expected = dict(model.named_parameters())
