@@ -6,7 +6,6 @@ Used by bench/gpu_stages.py; the forward pass is that of models/decoder.py, over
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
