@@ -113,11 +113,17 @@ void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
   forward_.add(step::kernels().pack, step::PackParams{rows->data(), shared(out)});
 }
 
-void Program::linear(const Product& product, const RowsPtr& out) {
-  check_rows_buffer(out, product.weight.packed.num_rows, "out");
+void Program::linear(const Product& product, const RowsPtr& out, int64_t first_column) {
+  const int64_t rows = product.weight.packed.num_rows;
+  check_rows_buffer(out, out->num_columns, "out");
+  check(first_column >= 0 && first_column % step::kStripRows == 0 &&
+            first_column + rows <= out->num_columns,
+        "columns [", first_column, ", ", first_column + rows, ") must be in `out`, which has ",
+        out->num_columns);
   keep(out->memory);
   forward_.add(step::kernels().linear_rows,
-               step::LinearRowsParams{linear_params(product, 1), out->data()});
+               step::LinearRowsParams{linear_params(product, 1), out->data() + first_column,
+                                      out->num_columns});
 }
 
 void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {

@@ -83,7 +83,8 @@ class Program {
   void norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps, double factor,
                 const RowsPtr& x);
   void pack(const RowsPtr& rows, const ActivationPtr& out);
-  void linear(const Product& product, const RowsPtr& out);
+  // To columns of `out` from `first_column` on.
+  void linear(const Product& product, const RowsPtr& out, int64_t first_column);
   void linear_add(const Product& product, double factor, const RowsPtr& x);
   // Products: the rows of q, k and v as one matrix, or as three of different formats.
   void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);

@@ -83,7 +83,8 @@ void bind_program(py::module_& module) {
            py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("factor"),
            py::arg("x"))
       .def("pack", &Program::pack, py::kw_only(), py::arg("rows"), py::arg("out"))
-      .def("linear", &Program::linear, py::kw_only(), py::arg("product"), py::arg("out"))
+      .def("linear", &Program::linear, py::kw_only(), py::arg("product"), py::arg("out"),
+           py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
            py::arg("x"))
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"), py::arg("out"))

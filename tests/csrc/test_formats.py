@@ -88,7 +88,7 @@ def decode(data: _Bytes, name: str, columns: int) -> Tensor:
 
 def packed(data: _Bytes, name: str, rows: int, columns: int) -> _C.Matrix:
     return _C.pack(
-        sources=[data], format=name, columns=columns, order=layout.plain_order(rows), arena=_C.Arena()
+        sources=[data], format=name, columns=columns, order=layout.row_order(rows), arena=_C.Arena()
     )
 
 
@@ -210,17 +210,17 @@ def test_a_product_is_that_of_the_rounded_activations(
 
 @pytest.mark.parametrize("name", PACKED)
 def test_a_row_has_the_same_bits_in_any_batch(name: str, kernel_set: str) -> None:
-    a, matrix = torch.randn(20, 512), packed(sound_rows(name, 64, 512), name, 64, 512)
+    a, matrix = torch.randn(13, 256), packed(sound_rows(name, 32, 256), name, 32, 256)
     for precision in dict.fromkeys(_precisions(name)):
         alone = torch.cat([product(row[None], matrix, precision) for row in a])
-        for size in (2, 3, 4, 5, 6, 7, 13, 20):
+        for size in (2, 3, 4, 5, 6, 7, 13):
             assert_same_bits(product(a[:size].contiguous(), matrix, precision), alone[:size])
 
 
 @pytest.mark.parametrize("name", [name for name in CODES if name in PACKED])
 def test_a_product_has_the_same_bits_with_every_set_of_kernels(name: str) -> None:
-    a, before = torch.randn(7, 512), _C.kernel_set()
-    matrix = packed(sound_rows(name, 64, 512), name, 64, 512)
+    a, before = torch.randn(7, 256), _C.kernel_set()
+    matrix = packed(sound_rows(name, 64, 256), name, 64, 256)
     for precision in _precisions(name):
         results = []
         for kernels in _C.kernel_sets():

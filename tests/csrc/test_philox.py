@@ -32,11 +32,11 @@ def test_philox_gives_its_authors_known_answers(
 
 @pytest.mark.parametrize("vocab", [1, 3, 17, 129, 1000])
 @pytest.mark.parametrize(("seed", "choice", "position"), [(0, 0, 1), (2**63 - 1, 3, 5), (1 << 40, 127, 9000)])
-def test_a_draw_is_the_references(isa: str, vocab: int, seed: int, choice: int, position: int) -> None:
+def test_a_draw_is_the_references(kernel_set: str, vocab: int, seed: int, choice: int, position: int) -> None:
     state = ops.SampleState(1, vocab)
     state.start(0, SamplingParams(seed=seed), choice=choice, prompt_ids=[0] * position)
     for step in range(4):
         logits = torch.randn(1, vocab) * 3
-        token = int(ops.sample(logits, state, torch.tensor([0], dtype=torch.int32)).token_ids)
+        token = int(ops.sample(logits, state, [0]).token_ids)
         scores = (logits[0] - logits.max()).tolist()
         assert token == draw(scores, seed, choice, position + step)

@@ -1,89 +1,73 @@
-"""The recorded step's cache: what is written against what was computed, and attention to what is there."""
+"""The cache that a recorded layer writes and reads: as close as its type allows, int8 most of all."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.helpers import EXACT, random_source, rope_table, with_each_kernel_set
 from tests.reference.attention import attention as reference
 from tests.reference.compare import assert_same_bits
-from tests.reference.layers import rms_norm, rotate
-from tgi_asgi import _C, ops
-from tgi_asgi.ops.kv import kv_read
-from tgi_asgi.ops.packed import head_order
+from tests.reference.layers import linear, rms_norm, rotate
+from tests.support.batches import flat_rows, slots_of
+from tests.support.kv import poisoned_pool, read_kv
+from tgi_asgi import ops
 
 HEADS, KV_HEADS = 4, 2
 NUM_BLOCKS, EPS = 60, 1e-5
 SCALE = 0.17
 DTYPES = [torch.int8, torch.bfloat16, torch.float32]
+SHAPES = [(32, 32, 16), (64, 64, 32), (96, 48, 16), (256, 256, 64), (80, 20, 16)]  # head, turning, block
 
 
 class World:
-    """One layer's attention over float32 weights, recorded; token i of the text is row i of the embedding.
+    """One layer's attention over float32 weights, recorded: `attention(qkv(norm(x)))` of rows that are given."""
 
-    The residual is the embedding plus what attention gave, both [tokens, HEADS * head_dim].
-    """
-
-    def __init__(self, dtype: torch.dtype, head_dim: int, length: int, *, block_size: int = 16) -> None:
+    def __init__(self, dtype: torch.dtype, head_dim: int, length: int, rotary_dim: int, block_size: int) -> None:
         torch.manual_seed(7)
-        self.head_dim, self.block_size, self.dtype = head_dim, block_size, dtype
+        self.head_dim, self.rotary_dim, self.block_size, self.length = head_dim, rotary_dim, block_size, length
         width = HEADS * head_dim
-        self.embedding = torch.randn(length, width)
-        self.norm = torch.rand(width) + 0.5
-        self.parts = [
-            torch.randn(heads * head_dim, width) / width**0.5 for heads in (HEADS, KV_HEADS, KV_HEADS)
-        ]
-        self.rope = ops.RopeTable.create([10 ** (-4 * i / head_dim) for i in range(head_dim // 2)], length)
-        self.kv = ops.allocate_kv(1, NUM_BLOCKS, KV_HEADS, head_dim, block_size, dtype)[0]
-        self.kv.pool.fill_(127 if dtype is torch.int8 else torch.nan)  # as scales of int8, NaN too
-        packing = ops.Packing(is_exact=False)  # weights of float32 are multiplied in float32
-        self.program = ops.StepProgram(max_tokens=length, max_sequences=4, max_rows=1, max_context=length)
-        inputs = self.program.inputs
-        heads: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": head_dim}
-        qkv = ops.qkv_weight(*map(_source, self.parts), **heads, dtype=packing)
-        identity = ops.linear_weight(_source(torch.eye(width)), dtype=packing)
-        table = ops.linear_weight(_source(self.embedding), dtype=packing)
-        x = ops.embed(inputs.ids, table)
-        q = ops.qkv(ops.norm(x, self.norm, EPS), qkv, inputs.positions, inputs.slots, self.kv, self.rope)
-        x = ops.linear_add(ops.attention(q, self.kv, inputs.tables, SCALE), identity, x)
-        ops.head(x, inputs.rows, torch.ones(width), EPS, table)
-        blocks = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(3))
-        self.table = blocks[: -(-length // block_size)].int()
+        self.x, self.norm = torch.randn(length, width), torch.rand(width) + 0.5
+        sources = [random_source(n * head_dim, width, scale=width**-0.5) for n in (HEADS, KV_HEADS, KV_HEADS)]
+        self.parts = [part for part, _ in sources]
+        self.rope = rope_table(rotary_dim, length)
+        self.pool = poisoned_pool(
+            num_blocks=NUM_BLOCKS, num_kv_heads=KV_HEADS, head_dim=head_dim, block_size=block_size, dtype=dtype
+        )
+        self.layer = self.pool.layers[0]
+        weight = ops.qkv_weight(
+            *(source for _, source in sources), EXACT, num_heads=HEADS, num_kv_heads=KV_HEADS,
+            head_dim=head_dim, rotary_dim=rotary_dim,
+        )  # fmt: skip
+        recorder = ops.Recorder()
+        self.given = recorder.value(ops.Kind.RESIDUAL, width)
+        q = ops.qkv(ops.norm(self.given, self.norm, EPS), weight, self.layer, self.rope)
+        self.out = ops.attention(q, self.layer, SCALE)
+        self.program = ops.CpuProgram(
+            recorder, max_tokens=length, max_sequences=1, max_rows=1, max_context=length,
+            inputs=[self.given], outputs=[self.out],
+        )  # fmt: skip
+        self.blocks = torch.randperm(NUM_BLOCKS)[: -(-length // block_size)].tolist()
 
     def slots(self, start: int, stop: int) -> Tensor:
-        places = torch.arange(start, stop)
-        return self.table[places // self.block_size].long() * self.block_size + places % self.block_size
+        return slots_of(self.blocks, self.block_size, start, stop)
 
     def run(self, start: int, stop: int) -> Tensor:
-        """Compute tokens [start, stop) after those before; return what attention gave, in double."""
-        span = torch.arange(start, stop, dtype=torch.int32)
-        tables = ops.AttentionTables(_int(0, stop - start), _int(stop), self.table[None])
-        self.program.run(span, span, self.slots(start, stop), tables, _int())
-        out = self.program.residual[: stop - start].double() - self.embedding[start:stop].double()
-        return out.view(stop - start, HEADS, self.head_dim)
+        """Compute tokens [start, stop) after those before; return what attention gave."""
+        self.program.write(self.given, self.x[start:stop])
+        self.program.run(flat_rows([(start, stop)], [self.blocks], self.block_size), ())
+        return self.program.read(self.out, stop - start)
 
-    def computed(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values [length, heads, head_dim] in double, dims in the cache's order."""
-        normed = rms_norm(self.embedding[:length].double(), self.norm.double(), EPS)
-        heads = [(normed @ part.double().T).view(length, -1, self.head_dim) for part in self.parts]
-        cos, sin = self.rope.cos[:length].double(), self.rope.sin[:length].double()
-        order = torch.from_numpy(head_order(1, 0, self.head_dim))
-        if self.dtype is torch.bfloat16:  # the two of a rotated pair share a word
-            order = order.view(-1, 2, 16).transpose(1, 2).reshape(-1)
-        return rotate(heads[0], cos, sin)[..., order], rotate(heads[1], cos, sin)[..., order], heads[2]
-
-
-def _source(tensor: Tensor) -> ops.WeightSource:
-    data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy()
-    return ops.WeightSource(data, "F32", tuple(tensor.shape))
-
-
-def _int(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    def computed(self) -> list[Tensor]:
+        """Return queries, keys and values [length, heads, head_dim] in double."""
+        normed = rms_norm(self.x, self.norm, EPS)
+        heads = [linear(normed, part).view(self.length, -1, self.head_dim) for part in self.parts]
+        cos, sin = self.rope.cos[: self.length], self.rope.sin[: self.length]
+        return [rotate(heads[0], cos, sin), rotate(heads[1], cos, sin), heads[2]]
 
 
 def _room(dtype: torch.dtype, values: Tensor) -> Tensor:
@@ -92,69 +76,61 @@ def _room(dtype: torch.dtype, values: Tensor) -> Tensor:
         return torch.full_like(values, 1e-5)
     if dtype is torch.bfloat16:
         return values.abs() / 256 + 1e-5
-    blocks: Tensor = values.unflatten(-1, (-1, 32))
-    largest = blocks.abs().amax(-1, keepdim=True).expand(*values.shape[:-1], -1, 32)
-    return largest.flatten(-2) / 127 * 0.51 + values.abs() / 2048 + 1e-5  # half a code; the scale has 11 bits
+    # Half a code of the largest of its block, at most the head's; the scale has 11 bits.
+    largest = values.abs().amax(-1, keepdim=True)
+    return largest / 127 * 0.51 + values.abs() / 2048 + 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "block_size"), [(32, 16), (64, 32), (96, 16), (256, 64)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "block_size"), SHAPES)
 def test_keys_and_values_are_written_as_close_as_the_type_allows(
-    dtype: torch.dtype, head_dim: int, block_size: int, isa: str
+    dtype: torch.dtype, head_dim: int, rotary_dim: int, block_size: int, kernel_set: str
 ) -> None:
-    world = World(dtype, head_dim, 37, block_size=block_size)
+    world = World(dtype, head_dim, 37, rotary_dim, block_size)
     world.run(0, 5)
     world.run(5, 37)
-    _, key, value = world.computed(37)
-    found_key, found_value = kv_read(world.kv, world.slots(0, 37))
-    assert ((found_key.double() - key).abs() <= _room(dtype, key)).all()
-    assert ((found_value.double() - value).abs() <= _room(dtype, value)).all()
-    written = set(world.slots(0, 37).tolist())
-    others = torch.tensor([s for s in range(NUM_BLOCKS * block_size) if s not in written])
-    if dtype is torch.int8:
-        untouched = world.kv.pool.clone()
-        world.run(0, 37)
-        assert torch.equal(world.kv.pool, untouched), "written again, the same bytes"
-    assert all(torch.isnan(part).all() for part in kv_read(world.kv, others)), (
-        "a slot not asked for was written"
-    )
+    found = read_kv(world.layer, world.slots(0, 37), rotary_dim)
+    for each, expected in zip(found, world.computed()[1:], strict=True):
+        assert ((each.double() - expected).abs() <= _room(dtype, expected)).all()
+    written = world.pool.native.memory().copy()
+    world.run(0, 37)
+    np.testing.assert_array_equal(world.pool.native.memory(), written, "written again, the same bytes")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("head_dim", "block_size"), [(32, 16), (64, 32), (96, 16), (256, 64)])
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "block_size"), SHAPES)
 def test_attention_to_what_the_cache_holds_equals_the_reference(
-    dtype: torch.dtype, head_dim: int, block_size: int, isa: str
+    dtype: torch.dtype, head_dim: int, rotary_dim: int, block_size: int, kernel_set: str
 ) -> None:
-    world = World(dtype, head_dim, 300, block_size=block_size)
-    found = torch.cat(
-        [world.run(start, stop) for start, stop in itertools.pairwise([0, 1, 18, 255, 299, 300])]
-    )
-    query, _, _ = world.computed(300)
-    key, value = kv_read(world.kv, world.slots(0, 300))
-    expected = reference(query, key, value, SCALE).view(300, HEADS, head_dim)
+    world = World(dtype, head_dim, 300, rotary_dim, block_size)
+    found = torch.cat([world.run(*span) for span in itertools.pairwise([0, 1, 18, 255, 299, 300])])
+    key, value = read_kv(world.layer, world.slots(0, 300), rotary_dim)
+    expected = reference(world.computed()[0], key, value, SCALE)
     # Queries and weights of bfloat16 are rounded; those of int8 have 16 bits.
     room = {torch.float32: 2e-5, torch.int8: 1e-4, torch.bfloat16: 1e-2}[dtype]
     assert torch.isfinite(found).all()
     assert (found - expected).abs().max() <= room * expected.abs().max()
 
 
-def test_an_int8_cache_gives_the_same_bits_with_every_instruction_set() -> None:
-    results, before = [], _C.isa()
-    for isa in _C.supported_isas():
-        _C.force_isa(isa)
-        world = World(torch.int8, 64, 300)
-        results.append(torch.cat([world.run(0, 299), world.run(299, 300)]))
-    _C.force_isa(before)
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+def test_an_int8_cache_gives_the_same_bits_with_every_set_of_kernels() -> None:
+    def computed() -> Tensor:
+        world = World(torch.int8, 64, 300, 64, 16)
+        return torch.cat([world.run(0, 299), world.run(299, 300)])
+
+    results = list(with_each_kernel_set(computed))
+    for _, result in results[1:]:
+        assert_same_bits(result, results[0][1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_hidden_by_an_int8_cache(value: float, isa: str) -> None:
-    for which in (1, 2):  # a key, then a value
-        world = World(torch.int8, 32, 20)
-        world.run(0, 10)
-        assert torch.isfinite(world.run(10, 12)).all()
-        scales = world.kv.pool.view(torch.float16)[:, which - 1]
-        scales[world.table[0], 0, 16 * 32 // 2 + 3] = value  # token 3, head 0
-        assert not torch.isfinite(world.run(10, 12)).any()
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_what_is_not_finite_is_not_hidden_by_an_int8_cache(value: float, which: str, kernel_set: str) -> None:
+    world = World(torch.int8, 32, 20, 32, 16)
+    world.run(0, 10)
+    assert torch.isfinite(world.run(10, 12)).all()
+    layer = world.pool.native.memory()[world.blocks[0]].reshape(2, KV_HEADS, -1)
+    scales = layer[["key", "value"].index(which), 0, 16 * 32 :].view(np.float16)
+    scales[3] = value  # token 3, head 0
+    found = world.run(10, 12).view(2, HEADS, 32)
+    assert not torch.isfinite(found[:, : HEADS // KV_HEADS]).any()
+    assert torch.isfinite(found[:, HEADS // KV_HEADS :]).all()

@@ -1,100 +1,139 @@
-"""Packing: panels hold what the file said, to the bit, in the order asked for."""
+"""Packing: the order of rows in panels, biases beside them, and what is quantised on the way.
+
+That a packed row is what its file says is tests/csrc/test_formats.py's business.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.blocks import FORMATS, meaning, random_weight
-from tgi_asgi.ops.packed import (
-    Packing,
-    head_order,
-    interleaved_order,
-    ordered_bias,
-    pack,
-    plain_order,
-    unpack,
-)
+from tests.ops.helpers import FAST
+from tests.support.blocks import meaning, random_weight
+from tgi_asgi import _C, ops
+from tgi_asgi.ops.layout import STRIP, head_order, interleaved_order, kept_dims, ordered, padded, row_order
 
-EXACT = Packing(is_exact=True)
+HEADS = [(64, 64), (80, 32), (20, 12), (6, 2), (256, 128), (112, 112)]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [32, 1, 49])
-def test_a_packed_weight_means_what_the_file_says(format: str, rows: int) -> None:
-    source = random_weight(format, rows, 512, seed=rows)
-    packed = pack([(torch.from_numpy(source.data), format)], 512, plain_order(rows), EXACT)
-    found = unpack(packed)
-    assert packed.shape == (rows, 512)
-    assert torch.equal(found[:rows], meaning(source))
-    assert not found[rows:].any(), "padding is zero"
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), HEADS)
+def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip(head_dim: int, rotary_dim: int) -> None:
+    order = head_order(2, head_dim, rotary_dim)
+    stored = -(-head_dim // STRIP) * STRIP
+    assert len(order) == 2 * stored
+    assert sorted(order[order >= 0].tolist()) == list(range(2 * head_dim))
+    np.testing.assert_array_equal(order[stored:] - head_dim, np.where(order[:stored] < 0, order[:stored] - head_dim, order[:stored]))
+    first, second = order[:stored].reshape(-1, 2, 16).swapaxes(0, 1).reshape(2, -1)
+    turning = (first >= 0) & (first < rotary_dim // 2)
+    assert turning.sum() == rotary_dim // 2
+    assert (second[turning] - first[turning] == rotary_dim // 2).all()
+    assert ((first >= 0) == (second >= 0)).all()
 
 
-def test_rows_of_heads_put_rotary_pairs_into_the_two_panels_of_a_strip() -> None:
-    order = head_order(2, 1, 64)
-    assert sorted(order.tolist()) == list(range(192))
-    for head in range(2):
-        for strip in range(2):
-            rows = order[head * 64 + strip * 32 :][:32] - head * 64
-            assert rows[:16].tolist() == list(range(16 * strip, 16 * strip + 16))
-            assert (rows[16:] - rows[:16] == 32).all()
-    assert order[128:].tolist() == list(range(128, 192)), "values stay in order"
+def test_values_stay_in_order_and_padding_is_behind_each_head() -> None:
+    order = head_order(2, 40, None)
+    assert order[:40].tolist() == list(range(40))
+    assert (order[40:64] == -1).all()
+    assert order[64:104].tolist() == list(range(40, 80))
 
 
-def test_gate_and_up_alternate_by_panels() -> None:
-    order = interleaved_order(64)
-    assert sorted(order.tolist()) == list(range(128))
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), HEADS)
+@pytest.mark.parametrize("is_paired", [False, True])
+def test_a_cache_keeps_the_packed_rows_without_their_padding(
+    head_dim: int, rotary_dim: int, is_paired: bool
+) -> None:
+    kept = kept_dims(head_dim, rotary_dim, is_paired=is_paired)
+    packed = head_order(1, head_dim, rotary_dim)
+    assert sorted(kept.tolist()) == list(range(head_dim))
+    if not is_paired:
+        assert kept.tolist() == packed[packed >= 0].tolist()
+    else:
+        pairs = kept[: rotary_dim // 2 * 2].reshape(-1, 2)
+        assert (pairs[:, 1] - pairs[:, 0] == rotary_dim // 2).all()
+
+
+@pytest.mark.parametrize("rows", [64, 40])
+def test_gate_and_up_alternate_by_panels(rows: int) -> None:
+    order = interleaved_order(rows)
+    assert sorted(order[order >= 0].tolist()) == list(range(2 * rows))
     assert order[:16].tolist() == list(range(16))
-    assert order[16:32].tolist() == list(range(64, 80))
+    assert order[16:32].tolist() == list(range(rows, rows + 16))
     assert order[32:48].tolist() == list(range(16, 32))
 
 
-def test_rows_of_different_formats_are_parts_of_one_weight() -> None:
-    sources = [random_weight(format, 64, 256, seed=i) for i, format in enumerate(("Q4_K", "Q4_K", "Q6_K"))]
-    order = head_order(2, 1, 64)
-    raw = [(torch.from_numpy(source.data), source.format) for source in sources]
-    packed = pack(raw, 256, order, Packing(is_exact=False))
-    assert packed.formats == ("Q4_K", "Q4_K", "Q6_K")
-    assert packed.precision == "int8"
-    assert torch.equal(unpack(packed), torch.cat([meaning(source) for source in sources])[order])
+def test_rows_of_several_sources_are_one_weight_in_any_order() -> None:
+    sources = [random_weight("Q4_K", rows, 256, seed=rows) for rows in (64, 33, 31)]
+    order = np.random.default_rng(0).permutation(np.append(np.arange(128), np.full(32, -1)))
+    matrix = _C.pack(
+        sources=[source.data for source in sources], format="Q4_K", columns=256, order=order, arena=_C.Arena()
+    )
+    every = torch.cat([meaning(source) for source in sources])[order.clip(0)]
+    expected = torch.where(torch.from_numpy(order >= 0)[:, None], every, torch.zeros(()))
+    assert (matrix.num_rows, matrix.num_stored_rows) == (128, 160)
+    torch.testing.assert_close(torch.from_numpy(matrix.unpack()), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_bias_follows_its_rows_and_is_zero_where_they_are_padding() -> None:
-    order = plain_order(3)
-    found = ordered_bias(torch.tensor([1.0, 2.0, 3.0]), order)
-    assert found is not None
-    assert found.tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
-    assert ordered_bias(None, order) is None
+def test_a_matrix_of_one_format_is_packed_once_and_others_apart() -> None:
+    heads: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+    sources = [random_weight(format, rows, 256, seed=0) for format, rows in (("Q4_K", 64), ("Q4_K", 32), ("Q6_K", 32))]
+    assert [part.matrix.format for part in ops.qkv_weight(*sources, FAST, **heads).made.parts] == [
+        "Q4_K", "Q4_K", "Q6_K",
+    ]  # fmt: skip
+    assert len(ops.qkv_weight(sources[0], sources[1], sources[1], FAST, **heads).made.parts) == 1
+
+
+def test_vectors_follow_their_rows_and_are_zero_where_these_are_padding() -> None:
+    vector = torch.tensor([1.0, 2.0, 3.0])
+    assert ordered(vector, row_order(3)).tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
+    assert padded(vector).tolist() == [1.0, 2.0, 3.0] + [0.0] * 29
 
 
 @pytest.mark.parametrize(("format", "levels"), [("Q8_0", 127), ("Q4_0", 8)])
-def test_quantised_rows_are_within_half_a_level_of_what_they_were(format: str, levels: int) -> None:
-    values = torch.randn(5, 96)
+@pytest.mark.parametrize("columns", [96, 72])
+def test_quantised_rows_are_within_half_a_level_of_what_they_were(
+    format: str, levels: int, columns: int
+) -> None:
+    values = torch.randn(5, columns)
     values[3, 32:64] = 0  # a block of zeros has scale zero
-    size = {"Q8_0": 34, "Q4_0": 18}[format]
-    out = torch.full((5 * 3 * size,), 0xA5, dtype=torch.uint8)
-    torch.ops.tgi.quantise_rows(values, format, out)
-    found = unpack(pack([(out, format)], 96, plain_order(5), EXACT))[:5]
-    blocks = values.reshape(5, 3, 32)
+    packing = ops.Packing(is_exact=True, quantise=format)
+    matrix = ops.linear_weight(ops.from_floats(values), packing).made.matrix
+    assert matrix.format == format
+    found = torch.from_numpy(matrix.unpack())[:5]
+    blocks = torch.nn.functional.pad(values, (0, found.shape[1] - columns)).view(5, -1, 32)
     level = blocks.abs().amax(-1, keepdim=True) / levels
     # One code of sixteen is missing on the side opposite to the largest value: up to a whole level there.
     room = 0.51 if format == "Q8_0" else 1.01
-    assert ((found.reshape(5, 3, 32) - blocks).abs() <= room * level + 1e-6).all()
+    assert ((found.view_as(blocks) - blocks).abs() <= room * level + 1e-6).all()
     assert not found[3, 32:64].any()
+
+
+def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
+    source = ops.from_floats(torch.randn(40, 64))
+    packing = ops.Packing(is_exact=False, quantise="Q4_0")
+    assert ops.linear_weight(source, packing, is_vocabulary=True).made.matrix.format == "Q8_0"
+    assert ops.linear_weight(source, packing).made.matrix.format == "Q4_0"
 
 
 @pytest.mark.parametrize(
     ("columns", "order", "size", "message"),
     [
-        (48, np.arange(32), 32 * 34, "multiple of 32, got 48"),
+        (48, np.arange(32), 32 * 34, "48"),
         (32, np.arange(31), 32 * 34, "multiple of 32, got 31"),
         (32, np.arange(1, 33), 32 * 34, r"must be in \[-1, 32\), got 32"),
         (32, np.arange(32), 32 * 34 + 1, "whole rows of 34 bytes"),
+        (0, np.arange(32), 32 * 34, "`columns` must be positive, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int, message: str) -> None:
-    data = torch.zeros(size, dtype=torch.uint8)
-    out = torch.zeros(2 * 544, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.tgi.pack_weight([data], "Q8_0", columns, torch.from_numpy(order), out)
+    data = np.zeros(size, np.uint8)
+    with pytest.raises(ValueError, match=message):
+        _C.pack(sources=[data], format="Q8_0", columns=columns, order=order, arena=_C.Arena())
+    with pytest.raises(ValueError, match="`format` must be"):
+        _C.pack(sources=[data], format="Q9_9", columns=32, order=np.arange(32), arena=_C.Arena())
+    with pytest.raises(TypeError):
+        _C.pack(
+            sources=[data], format="Q8_0", columns=32, order=np.arange(32, dtype=np.int32), arena=_C.Arena()
+        )

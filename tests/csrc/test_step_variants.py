@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 STEP = ROOT / "csrc" / "cpu" / "step"
 SOURCES = (
     ROOT / "tests" / "csrc" / "step_variants.cpp",
-    *(path for path in sorted(STEP.glob("*.cpp")) if path.stem != "program"),
-    *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("isa", "team", "platform")),
+    *sorted(STEP.glob("*.cpp")),
+    *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("team", "platform")),
 )
 FLAGS = ["-O1", "-std=c++17", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Werror", "-pthread"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tgi_asgi import _C
+from tgi_asgi import _C, ops
 
 ROWS = torch.randn(64, 257)
 
@@ -30,9 +30,7 @@ def team() -> Iterator[None]:
 
 
 def norm() -> torch.Tensor:
-    out = torch.full_like(ROWS, torch.nan)
-    torch.ops.tgi.rms_norm(ROWS, torch.ones(257), 1e-5, None, out)
-    return out
+    return ops.norm(ROWS, torch.ones(257), 1e-5)
 
 
 def team_threads() -> list[int]:
@@ -77,16 +75,16 @@ def test_a_thread_that_cannot_start_is_an_error_and_a_smaller_team_works(num_sta
     """Address space for so many stacks and no more, which has the effect of a limit on processes."""
     script = f"""
 import resource
-import torch
+import numpy as np
 from tgi_asgi import _C
 
-def norm():
-    out = torch.empty(64, 257)
-    torch.ops.tgi.rms_norm(torch.ones(64, 257), torch.ones(257), 1e-5, None, out)
-    return float(out[0, 0])
+values = np.ones((64, 256), np.float32)
+
+def quantised():
+    return _C.quantise(values, "Q8_0").tobytes()
 
 _C.configure_team(1)
-norm()
+quantised()
 pages = int(open("/proc/self/statm").read().split()[0])
 stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
 size = pages * resource.getpagesize() + {num_started} * stack + stack // 2
@@ -94,11 +92,11 @@ resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 for attempt in range(2):
     try:
         _C.configure_team(4)
-        norm()
+        quantised()
     except RuntimeError as error:
         print(error)
 _C.configure_team(1 + {num_started})
-print(norm() == norm())
+print(quantised() == quantised())
 """
     command = ["sh", "-c", 'ulimit -s 65536; exec "$0" -c "$1"', sys.executable, script]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -183,7 +181,7 @@ def test_a_forked_child_starts_a_team_of_its_own(team: None) -> None:
         lambda: _C.configure_team(2000),
         lambda: _C.configure_team(1, nice=20),
         lambda: _C.configure_team(1, spin_us=-1),
-        lambda: _C.force_isa("sse9"),
+        lambda: _C.use_kernel_set("sse9"),
     ],
 )
 def test_values_out_of_range_are_refused(call: object) -> None:
@@ -197,12 +195,21 @@ def test_the_stub_names_what_the_extension_has() -> None:
     functions = {node.name: node for node in stub if isinstance(node, ast.FunctionDef)}
     classes = {node.name: node for node in stub if isinstance(node, ast.ClassDef)}
     assert {*functions, *classes} == {name for name in vars(_C) if not name.startswith("_")}
-    methods = {node.name for node in classes["StepQueue"].body if isinstance(node, ast.FunctionDef)}
-    assert methods - {"__init__"} == {name for name in vars(_C.StepQueue) if not name.startswith("_")}
+    for name, node in classes.items():
+        methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+        fields = {
+            part.target.id
+            for part in node.body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        }
+        if not issubclass(getattr(_C, name), Exception):
+            known = {each for each in vars(getattr(_C, name)) if not each.startswith("_")}
+            assert (methods | fields) - {"__init__"} == known, name
     for name, node in functions.items():
         words, compiled = ast.get_docstring(node), getattr(_C, name).__doc__
         assert words is not None
         assert words.split()[0] in compiled, f"{name} is told otherwise"
         signature = compiled.splitlines()[0]
         parameters = re.findall(r"(\w+): ", signature.split("(", 1)[1])
-        assert [argument.arg for argument in node.args.args] == parameters
+        arguments = [*node.args.args, *node.args.kwonlyargs]
+        assert [argument.arg for argument in arguments] == parameters, name

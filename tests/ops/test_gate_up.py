@@ -53,7 +53,7 @@ def test_gate_and_up_may_be_of_different_formats(
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("formats", [("F32", "F32"), ("F32", "BF16")], ids=["one", "two"])
 def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats: tuple[str, str]) -> None:
-    gate = torch.tensor([-1e30, -200.0, -100.0, 0.0, 100.0, 200.0])[:, None]
+    gate = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0])[:, None]
     sources = [
         ops.from_floats(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
         for values, format in zip((gate, torch.ones_like(gate)), formats, strict=True)

@@ -1,4 +1,4 @@
-"""Weights and KV pools: what is refused, and what a block copy moves."""
+"""Weights: sources whose bytes are not what they say, biases that do not fit, and what is kept of a file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.helpers import random_source
+from tests.ops.helpers import EXACT, FAST, random_source
+from tests.support.blocks import random_weight
 from tgi_asgi import ops
-from tgi_asgi.ops.kv import kv_read, kv_write
+from tgi_asgi.ops.sources import decode
 
 
 @pytest.mark.parametrize(
@@ -31,63 +32,44 @@ def test_sources_whose_bytes_are_not_what_they_say_are_refused(
         ops.WeightSource(*source)
 
 
-def test_a_weight_of_another_dtype_or_bias_of_another_size_is_refused() -> None:
+def test_matrices_and_biases_of_another_shape_are_refused() -> None:
     source = random_source(4, 8)[1]
-    with pytest.raises(ValueError, match=r"float32 or bfloat16, got torch\.float16"):
-        ops.linear_weight(source, dtype=torch.float16)
-    with pytest.raises(ValueError, match="must have 4 elements, got 5"):
-        ops.linear_weight(source, dtype=torch.float32, bias=random_source(5)[1])
+    with pytest.raises(ValueError, match="a bias must have 4 elements, got"):
+        ops.linear_weight(source, EXACT, bias=random_source(5)[1])
+    with pytest.raises(ValueError, match="`source` must be a matrix, got the shape"):
+        ops.linear_weight(random_source(5)[1], EXACT)
+    with pytest.raises(ValueError, match="a bias must have 4 elements, got"):
+        ops.gate_up_weight(source, source, EXACT, biases=[random_source(4)[1], random_source(3)[1]])
 
 
-def test_the_bytes_of_a_weight_are_counted() -> None:
-    weight = ops.linear_weight(random_source(4, 8)[1], dtype=torch.bfloat16, bias=random_source(4)[1])
-    assert weight.num_bytes == 4 * 8 * 2 + 4 * 4
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_sixteen_bits_is_decoded(dtype: torch.dtype) -> None:
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    torch.testing.assert_close(
+        decode(ops.from_floats(values)), values.float(), rtol=0, atol=0, equal_nan=True
+    )
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"block_size": 24}, "block_size"),
-        ({"head_dim": 24}, "head_dim"),
-        ({"dtype": torch.float16}, "dtype"),
-        ({"dtype": torch.int8}, "multiple of 32 with int8"),
-    ],
-)
-def test_a_pool_that_the_kernels_do_not_have_is_refused(change: dict[str, Any], message: str) -> None:
-    sizes = {"num_layers": 1, "num_blocks": 2, "num_kv_heads": 1, "head_dim": 16, "block_size": 16}
-    with pytest.raises(ValueError, match=message):
-        ops.allocate_kv(**{**sizes, "dtype": torch.float32, **change})
+def test_a_read_only_view_is_decoded_and_packed_where_it_lies() -> None:
+    data = np.arange(8, dtype=np.float32).view(np.uint8)
+    data.flags.writeable = False
+    source = ops.WeightSource(data, "F32", (2, 4))
+    assert decode(source).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    matrix = ops.linear_weight(source, EXACT).made.matrix
+    assert matrix.unpack()[:2, :4].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copied_blocks_hold_what_their_sources_held(dtype: torch.dtype) -> None:
-    layers = ops.allocate_kv(2, 6, 2, 32, 16, dtype)
-    every = torch.arange(6 * 16)
-    written = []
-    for layer in layers:
-        key, value = torch.randn(96, 2, 32).to(dtype), torch.randn(96, 2, 32).to(dtype)
-        kv_write(layer, every, key, value)
-        written.append((key, value))
-    ops.copy_blocks(layers, [(1, 4), (1, 5), (3, 0)])
-    origin = torch.tensor([3, 1, 2, 3, 1, 1]).repeat_interleave(16) * 16 + torch.arange(16).repeat(6)
-    for layer, (key, value) in zip(layers, written, strict=True):
-        found_key, found_value = kv_read(layer, every)
-        assert torch.equal(found_key, key[origin])
-        assert torch.equal(found_value, value[origin])
+def test_a_weight_takes_the_bytes_of_its_file_padded_to_whole_blocks() -> None:
+    matrix = ops.linear_weight(random_source(33, 40)[1], FAST).made.matrix
+    assert (matrix.num_rows, matrix.num_columns, matrix.num_stored_rows) == (33, 40, 64)
+    assert matrix.nbytes == 64 * 64 * 4
+    codes = ops.linear_weight(random_weight("Q4_0", 64, 256, seed=0), FAST).made.matrix
+    assert codes.nbytes == 64 * 8 * 18
 
 
-def test_copied_blocks_of_int8_are_the_same_bytes() -> None:
-    layers = ops.allocate_kv(2, 6, 2, 32, 16, torch.int8)
-    for layer in layers:
-        layer.pool.copy_(torch.randint(-128, 128, layer.pool.shape, dtype=torch.int8))
-    before = [layer.pool.clone() for layer in layers]
-    ops.copy_blocks(layers, [(1, 4), (1, 5), (3, 0)])
-    for layer, held in zip(layers, before, strict=True):
-        assert torch.equal(layer.pool, held[[3, 1, 2, 3, 1, 1]])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_the_bytes_of_a_token_are_those_of_the_pool(dtype: torch.dtype) -> None:
-    layers = ops.allocate_kv(3, 4, 2, 32, 16, dtype)
-    held = sum(layer.pool.nbytes for layer in layers)
-    assert ops.kv_bytes_per_token(3, 2, 32, dtype) * 4 * 16 == held
+def test_rows_of_a_source_are_a_view_of_its_bytes() -> None:
+    source = random_weight("Q8_0", 10, 64, seed=1)
+    part = source.rows(3, 7)
+    assert part.shape == (4, 64)
+    assert np.shares_memory(part.data, source.data)
+    assert torch.equal(decode(part), decode(source)[3:7])

@@ -34,7 +34,8 @@ def at_once(
     values = [recorder.value(kind, int(tensor.shape[1])) for tensor, kind in inputs]
     out = operator(recorder, *values)
     if num_tokens == 0:
-        return torch.empty(0, out.columns)
+        added = (tensor for value, tensor in zip(values, tensors, strict=True) if out.root is value)
+        return next(added, torch.empty(0, out.columns))
     batch = _no_cache(num_tokens) if batch is None else batch
     program = CpuProgram(
         recorder, max_tokens=num_tokens, max_sequences=len(batch.context_len), max_rows=num_tokens,

@@ -137,3 +137,10 @@ class CpuBuffers(Buffers):
     def scratch(self, columns: int) -> Any:
         """Take rows that `give_back` ends, for a call's own use."""
         return self.take(("rows", columns), lambda: self._native.rows(columns))
+
+    def head_rows(self, columns: int) -> Any:
+        """Take rows for attention's result, which does not write the padding: it stays zero.
+
+        A product does, and NaN in a row of its would stay there for the steps that follow.
+        """
+        return self.take(("head rows", columns), lambda: self._native.rows(columns))

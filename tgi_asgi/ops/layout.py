@@ -16,7 +16,7 @@ Order = npt.NDArray[np.int64]  # which row each packed row is; -1: a row of zero
 Floats = npt.NDArray[np.float32]
 
 
-def plain_order(rows: int) -> Order:
+def row_order(rows: int) -> Order:
     """Rows in order, padded to whole strips."""
     order = np.full(-(-rows // STRIP) * STRIP, -1, np.int64)
     order[:rows] = np.arange(rows)
@@ -31,7 +31,7 @@ def head_order(num_heads: int, head_dim: int, rotary_dim: int | None) -> Order:
     dims behind rotary_dim in any pairs. With rotary_dim None (values) dims are in order.
     """
     if rotary_dim is None:
-        one = plain_order(head_dim)
+        one = row_order(head_dim)
     else:
         half = rotary_dim // 2
         first = np.concatenate([np.arange(half), np.arange(rotary_dim, head_dim, 2)])
@@ -56,7 +56,7 @@ def kept_dims(head_dim: int, rotary_dim: int | None, *, is_paired: bool) -> Orde
 
 def interleaved_order(rows: int) -> Order:
     """Panels of gate and of up in turn: two strips give 32 outputs, a block of the next input."""
-    panels = plain_order(rows).reshape(-1, PANEL)
+    panels = row_order(rows).reshape(-1, PANEL)
     return np.concatenate([panels, np.where(panels >= 0, panels + rows, -1)], axis=1).reshape(-1)
 
 

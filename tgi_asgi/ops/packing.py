@@ -56,7 +56,7 @@ class Packing:
 
     def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> PackedLinear:
         """Pack a matrix, as `Arithmetic.linear` says."""
-        order = layout.plain_order(source.shape[0])
+        order = layout.row_order(source.shape[0])
         return self._pack([self._stored(source, is_vocabulary=is_vocabulary)], bias, order)
 
     def qkv(
@@ -83,7 +83,7 @@ class Packing:
         stored = [self._stored(source) for source in sources]
         rows = sources[0].shape[0]
         if stored[0].format != stored[1].format:
-            order = layout.plain_order(rows)
+            order = layout.row_order(rows)
             return PackedGateUp(self._pack_each(stored, biases, [order, order]))
         bias = None if biases is None else torch.cat(list(biases))
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows)),))

@@ -55,10 +55,17 @@ struct Numbers {
   }
 };
 
+constexpr std::array<float, 16> as_floats(const int8_t (&values)[16]) {
+  std::array<float, 16> out = {};
+  for (size_t i = 0; i < 16; ++i) out[i] = values[i];
+  return out;
+}
+
 template <const int8_t (&Values)[16]>
 struct Codebook {
   static constexpr bool kIsCodebook = true;
-  static float value(const RowBlock& block, int i) { return Values[block.codes[i]]; }
+  static constexpr std::array<float, 16> kFloats = as_floats(Values);
+  static float value(const RowBlock& block, int i) { return kFloats[block.codes[i]]; }
 };
 
 struct HalfScale {

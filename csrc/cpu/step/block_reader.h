@@ -44,14 +44,14 @@ inline float float_of_bits(uint32_t bits) {
   return x;
 }
 
+// Without branches, so that loops over it become vectors.
 inline float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3FFu;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-    return sign ? -magnitude : magnitude;
-  }
-  return float_of_bits(sign | (exponent == 31 ? 0x7F800000u : (exponent + 112) << 23) |
-                       (mantissa << 13));
+  const uint32_t magnitude = h & 0x7FFFu, exponent = magnitude >> 10;
+  const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  uint32_t bits;
+  std::memcpy(&bits, &denormal, 4);
+  const uint32_t normal = (magnitude << 13) + ((exponent == 31 ? 224u : 112u) << 23);
+  return float_of_bits((exponent == 0 ? bits : normal) | (h & 0x8000u) << 16);
 }
 
 }  // namespace tgi::cpu::step

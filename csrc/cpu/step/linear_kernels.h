@@ -165,13 +165,12 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
 
 template <class S>
 void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, int num_members) {
-  const int64_t width = p.linear.weight.num_rows;
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 1, member,
                 [&](int64_t unit, int64_t token, int64_t count, const float* out) {
                   for (int64_t t = 0; t < count; ++t) {
                     const int64_t row = unit * kStripRows;
-                    float* to = p.out + (token + t) * width + row;
+                    float* to = p.out + (token + t) * p.stride + row;
                     for (int64_t half = 0; half < 32; half += 16) {
                       S::store(to + half,
                                biased<S>(p.linear.bias, row + half, out + 32 * t + half));

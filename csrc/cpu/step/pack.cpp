@@ -1,7 +1,9 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "block_reader.h"
 
@@ -9,45 +11,59 @@ namespace tgi::cpu::step {
 
 namespace {
 
-// Of the planes of a block's codes, see packed.h: those of 5 bits have one of 4 and one of 1, and
-// so on.
-constexpr int32_t kPlaneBits[] = {8, 4, 2, 1};
+// A block's codes lie in planes, see packed.h: codes of 5 bits in one of 4 and one of 1, and so on.
 
 // Where the codes of columns 4j..4j + 3 lie in a plane of `bits`: vector, and lowest bit of a byte.
-int vector_of(int32_t bits, int j) { return bits == 4 ? j % 4 : j * bits / 8; }
-int shift_of(int32_t bits, int j) { return bits == 4 ? j / 4 * 4 : j * bits % 8; }
-uint32_t mask_of(int32_t bits) { return ((1u << bits) - 1) * 0x01010101u; }
+constexpr int vector_of(int32_t bits, int j) { return bits == 4 ? j % 4 : j * bits / 8; }
+constexpr int shift_of(int32_t bits, int j) { return bits == 4 ? j / 4 * 4 : j * bits % 8; }
+constexpr uint32_t mask_of(int32_t bits) { return ((1u << bits) - 1) * 0x01010101u; }
+
+template <int32_t Bits>
+void write_plane(const uint32_t (&quads)[8], int32_t below, int64_t r, uint8_t* plane) {
+  uint32_t vectors[Bits] = {};
+  for (int j = 0; j < 8; ++j)
+    vectors[vector_of(Bits, j)] |= ((quads[j] >> below) & mask_of(Bits)) << shift_of(Bits, j);
+  for (int32_t v = 0; v < Bits; ++v) std::memcpy(plane + 64 * v + 4 * r, &vectors[v], 4);
+}
+
+template <int32_t Bits>
+void read_plane(const uint8_t* plane, int32_t below, int64_t r, uint32_t (&quads)[8]) {
+  for (int j = 0; j < 8; ++j) {
+    uint32_t vector;
+    std::memcpy(&vector, plane + 64 * vector_of(Bits, j) + 4 * r, 4);
+    quads[j] |= ((vector >> shift_of(Bits, j)) & mask_of(Bits)) << below;
+  }
+}
+
+// Calls visit(width of a plane as a constant, its offset in a block, bits of a code below it).
+template <class Visit>
+void each_plane(int32_t code_bits, const Visit& visit) {
+  int32_t below = 0;
+  const auto visit_one = [&](auto bits) {
+    if ((code_bits & bits) == 0) return;
+    visit(bits, 64 * below, below);
+    below += bits;
+  };
+  visit_one(std::integral_constant<int32_t, 8>());
+  visit_one(std::integral_constant<int32_t, 4>());
+  visit_one(std::integral_constant<int32_t, 2>());
+  visit_one(std::integral_constant<int32_t, 1>());
+}
 
 // Writes row r's codes to a block of a panel.
 void write_codes(int32_t code_bits, const uint8_t* codes, int64_t r, uint8_t* block) {
   uint32_t quads[8];
   std::memcpy(quads, codes, 32);
-  int32_t below = 0;  // bits of a code that are written
-  for (const int32_t bits : kPlaneBits) {
-    if ((code_bits & bits) == 0) continue;
-    uint32_t vectors[8] = {};
-    const uint32_t mask = mask_of(bits);
-    for (int j = 0; j < 8; ++j)
-      vectors[vector_of(bits, j)] |= ((quads[j] >> below) & mask) << shift_of(bits, j);
-    for (int32_t v = 0; v < bits; ++v) std::memcpy(block + 64 * v + 4 * r, &vectors[v], 4);
-    below += bits;
-    block += 64 * bits;
-  }
+  each_plane(code_bits, [&](auto bits, int32_t offset, int32_t below) {
+    write_plane<bits>(quads, below, r, block + offset);
+  });
 }
 
 void read_codes(int32_t code_bits, const uint8_t* block, int64_t r, uint8_t* codes) {
   uint32_t quads[8] = {};
-  int32_t below = 0;
-  for (const int32_t bits : kPlaneBits) {
-    if ((code_bits & bits) == 0) continue;
-    for (int j = 0; j < 8; ++j) {
-      uint32_t vector;
-      std::memcpy(&vector, block + 64 * vector_of(bits, j) + 4 * r, 4);
-      quads[j] |= ((vector >> shift_of(bits, j)) & mask_of(bits)) << below;
-    }
-    below += bits;
-    block += 64 * bits;
-  }
+  each_plane(code_bits, [&](auto bits, int32_t offset, int32_t below) {
+    read_plane<bits>(block + offset, below, r, quads);
+  });
   std::memcpy(codes, quads, 32);
 }
 
@@ -62,18 +78,16 @@ void read_numbers(const uint8_t* p, int32_t halves, int32_t factors, int64_t r, 
   for (int32_t i = 0; i < factors; ++i, p += 16) out.factors[i] = p[r];
 }
 
-void pack_code_row(Format format, int64_t columns, const uint8_t* row, int64_t r, uint8_t* panel) {
+// Block b of row r.
+void pack_codes(Format format, const uint8_t* row, int64_t b, int64_t r, uint8_t* panel) {
   const PanelInfo& info = format_info(format).panel;
-  RowBlock from = {};
-  for (int64_t b = 0; b < columns / kBlockColumns; ++b) {
-    read_block(format, row, b, &from);
-    uint8_t* block = panel + block_offset(format, b);
-    write_codes(info.code_bits, from.codes, r, block);
-    write_numbers(from, info.block_halves, info.block_factors, r, block + 64 * info.code_bits);
-    if (info.header_blocks == 0 || b % info.header_blocks != 0) continue;
-    write_numbers(from, info.header_halves, info.header_factors, r,
-                  panel + header_offset(format, b));
-  }
+  RowBlock from;
+  read_block(format, row, b, &from);
+  uint8_t* block = panel + block_offset(format, b);
+  write_codes(info.code_bits, from.codes, r, block);
+  write_numbers(from, info.block_halves, info.block_factors, r, block + 64 * info.code_bits);
+  if (info.header_blocks == 0 || b % info.header_blocks != 0) return;
+  write_numbers(from, info.header_halves, info.header_factors, r, panel + header_offset(format, b));
 }
 
 // The place of column k of row r among a panel's floats.
@@ -81,12 +95,14 @@ int64_t float_place(Format format, int64_t k, int64_t r) {
   return format == Format::kBF16 ? (k / 2 * 16 + r) * 2 + k % 2 : k * 16 + r;
 }
 
-void pack_float_row(Format format, int64_t columns, const uint8_t* row, int64_t r, uint8_t* panel) {
+// Columns [begin, end) of row r.
+void pack_floats(Format format, const uint8_t* row, int64_t begin, int64_t end, int64_t r,
+                 uint8_t* panel) {
   if (format == Format::kF32) {
-    for (int64_t k = 0; k < columns; ++k)
+    for (int64_t k = begin; k < end; ++k)
       std::memcpy(panel + float_place(format, k, r) * 4, row + k * 4, 4);
   } else {
-    for (int64_t k = 0; k < columns; ++k)
+    for (int64_t k = begin; k < end; ++k)
       std::memcpy(panel + float_place(format, k, r) * 2, row + k * 2, 2);
   }
 }
@@ -135,13 +151,16 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
   for (int64_t panel = begin; panel < end; ++panel) {
     uint8_t* const target = out + panel * size;
     std::memset(target, 0, static_cast<size_t>(size));
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      const uint8_t* row = rows[panel * kPanelRows + r];
-      if (row == nullptr) continue;
-      if (is_quantised(format)) {
-        pack_code_row(format, columns, row, r, target);
-      } else {
-        pack_float_row(format, columns, row, r, target);
+    // Rows inside, so that a block of the panel is in the first level of cache.
+    for (int64_t k = 0; k < columns; k += kBlockColumns) {
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        const uint8_t* row = rows[panel * kPanelRows + r];
+        if (row == nullptr) continue;
+        if (is_quantised(format)) {
+          pack_codes(format, row, k / kBlockColumns, r, target);
+        } else {
+          pack_floats(format, row, k, std::min(k + kBlockColumns, columns), r, target);
+        }
       }
     }
   }
@@ -185,7 +204,7 @@ void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) 
   for (int64_t at = 0; at < columns; at += 32, out += format_info(format).block_bytes) {
     float block[32] = {};
     std::memcpy(block, x + at,
-                sizeof(float) * static_cast<size_t>(columns - at < 32 ? columns - at : 32));
+                sizeof(float) * static_cast<size_t>(std::min<int64_t>(columns - at, 32)));
     float largest = 0.0f;  // by magnitude, with its sign
     for (const float value : block)
       largest = std::fabs(value) > std::fabs(largest) ? value : largest;

@@ -53,11 +53,11 @@ struct Avx512 {
   static inline F select_head(int count, F a, F b) {
     return _mm512_mask_blend_ps(head(count), b, a);
   }
-  // p[lane] where lane < count, else b; reads no further.
+  // p[lane] where lane < count <= 16, else b; reads no further.
   static inline F load_head(const float* p, int count, F b) {
     return _mm512_mask_loadu_ps(b, head(count), p);
   }
-  // Writes lanes < count.
+  // Writes lanes < count <= 16.
   static inline void store_head(float* p, int count, F a) {
     _mm512_mask_storeu_ps(p, head(count), a);
   }

@@ -98,15 +98,13 @@ struct Neon {
   static inline F load_head(const float* p, int count, const F& b) {
     float lanes[16];
     store(lanes, b);
-    if (count > 0)
-      std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    std::memcpy(lanes, p, static_cast<size_t>(count) * sizeof(float));
     return load(lanes);
   }
   static inline void store_head(float* p, int count, const F& a) {
     float lanes[16];
     store(lanes, a);
-    if (count > 0)
-      std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    std::memcpy(p, lanes, static_cast<size_t>(count) * sizeof(float));
   }
   static inline uint32_t less_equal(const F& a, const F& b) {
     const uint32_t places[4] = {1, 2, 4, 8};

@@ -19,19 +19,25 @@ namespace {
 struct Portable {
   static constexpr int kNumRegisters = 4;  // of sixteen lanes
   static constexpr bool kHasSignedDot = true;
+  template <class Lane>
+  static inline Lane lane(const void* lanes, int i) {
+    Lane x;
+    std::memcpy(&x, static_cast<const Lane*>(lanes) + i, sizeof(x));
+    return x;
+  }
   // Vectors of the compiler's own, four by four: 16 bytes are native on SSE2 and NEON alike, while
   // longer ones would live in memory.
   struct F {
     typedef float Quarter __attribute__((vector_size(16)));
     Quarter v[4];
-    float operator[](int i) const { return v[i / 4][i % 4]; }
+    float operator[](int i) const { return lane<float>(v, i); }
   };
   struct I {
     typedef int32_t Quarter __attribute__((vector_size(16)));
     typedef uint32_t UnsignedQuarter __attribute__((vector_size(16)));
     typedef uint64_t Pairs __attribute__((vector_size(16)));
     Quarter v[4];
-    int32_t operator[](int i) const { return v[i / 4][i % 4]; }
+    int32_t operator[](int i) const { return lane<int32_t>(v, i); }
   };
 
   // Applies op to each quarter. At O2 the compiler would call this, with its operands in memory.
@@ -42,8 +48,11 @@ struct Portable {
   // Applies op to each lane.
   template <class Out, class Op>
   static inline Out each(Op op) {
+    decltype(op(0)) lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = op(i);
     Out out;
-    for (int i = 0; i < 16; ++i) out.v[i / 4][i % 4] = op(i);
+    static_assert(sizeof(lanes) == sizeof(out));
+    std::memcpy(&out, lanes, 64);
     return out;
   }
   static inline float from_bits(uint32_t bits) {
@@ -132,13 +141,11 @@ struct Portable {
     return each<F>([&](int i) { return i < count ? a[i] : b[i]; });
   }
   static inline F load_head(const float* p, int count, F b) {
-    if (count > 0)
-      std::memcpy(&b.v, p, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    std::memcpy(&b.v, p, static_cast<size_t>(count) * sizeof(float));
     return b;
   }
   static inline void store_head(float* p, int count, const F& a) {
-    if (count > 0)
-      std::memcpy(p, &a.v, sizeof(float) * static_cast<size_t>(count < 16 ? count : 16));
+    std::memcpy(p, &a.v, static_cast<size_t>(count) * sizeof(float));
   }
   static inline uint32_t less_equal(const F& a, const F& b) {
     const I::Quarter places = {1, 2, 4, 8};
@@ -275,6 +282,7 @@ struct Portable {
     return quarters<I>([&](int q) {
       const auto codes = (I::UnsignedQuarter)u.v[q], values = (I::UnsignedQuarter)s.v[q];
       I::Quarter sum = acc.v[q];
+#pragma GCC unroll 4
       for (int byte = 0; byte < 32; byte += 8) {
         sum += (I::Quarter)((codes >> byte) & 0xFFu) * ((I::Quarter)(values << (24 - byte)) >> 24);
       }

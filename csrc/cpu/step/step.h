@@ -138,7 +138,8 @@ struct LinearParams {
 // A product as rows: out = in @ W.T (+ bias).
 struct LinearRowsParams {
   LinearParams linear;
-  float* out;  // [num_tokens, num_rows]
+  float* out;  // [num_tokens, stride], of which the product's rows are the first columns
+  int64_t stride;
 };
 
 enum class MlpActivation : int32_t { kSilu, kGeluTanh };

@@ -1,0 +1,150 @@
+"""The KV cache's pool: what it refuses, what a copy of blocks moves, and memory that is there before it is written."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.kv import poisoned_pool, read_kv, write_kv
+from tgi_asgi import ops
+
+MIB = 1 << 20
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": 24}, "`block_size` must be 16, 32 or 64, got 24"),
+        ({"head_dim": 15}, "`head_dim` must be even and at most 256, got 15"),
+        ({"head_dim": 258}, "`head_dim` must be even and at most 256, got 258"),
+        ({"head_dim": 0}, "`head_dim` must be even"),
+        ({"dtype": torch.float16}, r"`dtype` must be float32, bfloat16 or int8, got torch\.float16"),
+        ({"dtype": torch.int8}, "an int8 cache would keep heads of 16 as 32: take bfloat16"),
+        ({"num_layers": 0}, "`num_layers` must be positive, got 0"),
+        ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, got 0"),
+        ({"num_blocks": 0}, "`num_blocks` must be positive"),
+        ({"num_blocks": 1 << 28}, r"all slots below 2\^31"),
+    ],
+)
+def test_a_pool_that_the_kernels_do_not_have_is_refused(change: dict[str, Any], message: str) -> None:
+    sizes = {"num_layers": 1, "num_blocks": 2, "num_kv_heads": 1, "head_dim": 16, "block_size": 16}
+    with pytest.raises(ValueError, match=message):
+        ops.KvPool(**{**sizes, "dtype": torch.float32, **change})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(96, None), (80, 32), (28, None)])
+def test_what_a_pool_was_given_it_holds(dtype: torch.dtype, head_dim: int, rotary_dim: int | None) -> None:
+    pool = poisoned_pool(num_layers=2, num_kv_heads=3, head_dim=head_dim, dtype=dtype, block_size=32)
+    slots = torch.randperm(8 * 32)[:70]
+    keys, values = torch.randn(70, 3, head_dim), torch.randn(70, 3, head_dim)
+    write_kv(pool.layers[1], slots, keys, values, rotary_dim)
+    room = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.int8: 5.0 / 127}[dtype]
+    for found, given in zip(read_kv(pool.layers[1], slots, rotary_dim), (keys, values), strict=True):
+        assert ((found - given).abs() <= room * given.abs().clamp_min(1)).all()
+    assert all(torch.isnan(part).all() for part in read_kv(pool.layers[0], slots))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_copied_blocks_hold_what_their_sources_held_in_every_layer(dtype: torch.dtype, head_dim: int) -> None:
+    pool = poisoned_pool(num_layers=2, num_kv_heads=2, head_dim=head_dim, dtype=dtype, num_blocks=6)
+    every = torch.arange(6 * 16)
+    for layer in pool.layers:
+        write_kv(layer, every, torch.randn(96, 2, head_dim), torch.randn(96, 2, head_dim))
+    written = [read_kv(layer, every) for layer in pool.layers]
+    before = pool.native.memory().copy()
+    pool.copy([(1, 4), (1, 5), (3, 0)])
+    np.testing.assert_array_equal(pool.native.memory(), before[[3, 1, 2, 3, 1, 1]])
+    origin = torch.tensor([3, 1, 2, 3, 1, 1]).repeat_interleave(16) * 16 + torch.arange(16).repeat(6)
+    for layer, (key, value) in zip(pool.layers, written, strict=True):
+        found_key, found_value = read_kv(layer, every)
+        assert torch.equal(found_key, key[origin])
+        assert torch.equal(found_value, value[origin])
+
+
+def test_blocks_that_are_not_there_are_refused_before_any_is_copied() -> None:
+    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=3)
+    pool.native.memory()[0] = 1
+    for bad in ((0, 3), (-1, 0), (3, 0)):
+        with pytest.raises(ValueError, match=r"blocks must be in \[0, 3\)"):
+            pool.copy([(0, 1), bad])
+    assert (pool.native.memory()[1:] == 0xFF).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 80, 112])
+def test_the_bytes_of_a_token_are_those_of_the_pool(dtype: torch.dtype, head_dim: int) -> None:
+    pool = poisoned_pool(num_layers=3, num_kv_heads=2, head_dim=head_dim, dtype=dtype, num_blocks=4)
+    held = pool.native.memory().nbytes
+    assert ops.kv_bytes_per_token(3, 2, head_dim, dtype) * 4 * 16 == held
+
+
+# Memory that the system supplies before it is written.
+
+
+def resident_bytes(pool: ops.KvPool) -> int:
+    """Return how much of the pool is in memory."""
+    memory, page = pool.native.memory(), mmap.PAGESIZE
+    address = memory.ctypes.data
+    first = -(-address // page) * page
+    num_pages = (address + memory.nbytes - first) // page
+    flags = (ctypes.c_ubyte * num_pages)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(num_pages * page), flags) == 0
+    return int(np.frombuffer(flags, np.uint8).__and__(1).sum()) * page
+
+
+def make_pool(num_bytes: int) -> ops.KvPool:
+    block_bytes = 2 * 2 * 64 * 16 * 2 * 4  # layers, keys and values, head, bfloat16
+    return ops.KvPool(
+        num_layers=2, num_blocks=num_bytes // block_bytes, num_kv_heads=4, head_dim=64, block_size=16,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked as Linux has it")
+def test_the_first_of_the_pool_is_supplied_and_no_more() -> None:
+    pool = make_pool(96 * MIB)
+    before = resident_bytes(pool)
+    pool.supply(33 * MIB)
+    pool.native.wait_for_supply()
+    assert before < 4 * MIB
+    assert abs(resident_bytes(pool) - 33 * MIB) < 4 * MIB
+
+
+def test_contents_stay_and_a_small_pool_is_supplied_whole() -> None:
+    pool = make_pool(16 * MIB)
+    memory = pool.native.memory()
+    memory[:] = np.arange(memory.size).reshape(memory.shape) % 251
+    expected = memory.copy()
+    pool.supply(64 * MIB)
+    pool.native.wait_for_supply()
+    np.testing.assert_array_equal(memory, expected)
+
+
+def test_a_supply_that_is_closed_ends_soon() -> None:
+    pool = make_pool(4096 * MIB)
+    pool.supply(4096 * MIB)
+    pool.close()
+    pool.close()
+    assert resident_bytes(pool) < 1024 * MIB
+    pool.supply(4096 * MIB)  # nobody closes it: its end does
+
+
+def test_a_process_can_end_while_memory_is_supplied() -> None:
+    code = (
+        "from tgi_asgi import ops; import torch;"
+        "pool = ops.KvPool(num_layers=2, num_blocks=16384, num_kv_heads=4, head_dim=64, block_size=16,"
+        " dtype=torch.bfloat16); pool.supply(1 << 40)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,162 @@
+"""Random graphs of operators against the same graphs in float64: no buffer mixes two values.
+
+Each is computed in one step, in two, and by `draw`, which goes on with the rows alone that it draws after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops.helpers import EXACT, FAST
+from tests.ops.twin import Graph, Shape, Twin, draw_state
+from tests.reference.compare import assert_same_bits
+from tests.support.kv import poison
+from tests.support.scale import Scale
+from tgi_asgi import _C, ops
+
+SHAPES = [
+    Shape(hidden=72, intermediate=100, heads=4, kv_heads=2, head_dim=20, rotary_dim=12),
+    Shape(hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, rotary_dim=32),
+    Shape(hidden=60, intermediate=60, heads=3, kv_heads=3, head_dim=20, rotary_dim=20),
+    Shape(hidden=96, intermediate=32, heads=6, kv_heads=2, head_dim=16, rotary_dim=2),
+]
+OPERATORS = [
+    "norm", "activation", "linear", "linear_add", "norm_add", "gate_up", "qkv", "attention", "layer",
+]  # fmt: skip
+# How far a graph's logits may be from float64's: rounding to int8 may go either way, and adds up.
+ROOM = {True: 1e-3, False: 6e-2}
+
+
+@dataclass
+class Pools:
+    """The values of a graph that an operator may take."""
+
+    graph: Graph
+    x: Twin
+    tame: list[Twin] = field(default_factory=list)  # activations that are small, whatever x is
+    any: list[Twin] = field(default_factory=list)
+    rows: list[Twin] = field(default_factory=list)
+    queries: list[tuple[Twin, int]] = field(default_factory=list)
+
+    def apply(self, operator: str, which: int, option: int) -> None:
+        """Add a call, if there is what it takes; `which` picks its operand."""
+        graph = self.graph
+        if operator == "norm":
+            self.tame.append(graph.norm(self.x))
+        elif operator == "activation":
+            self.any.append(graph.activation(self.x))
+        elif operator == "layer":
+            self.apply("norm", 0, 0)
+            self.apply("qkv", -1, option)
+            self.apply("attention", -1, option)
+            self.x = graph.linear_add(self.tame[-1], self.x, 0.7)
+        elif operator == "norm_add" and self.rows:
+            self.x = graph.norm_add(self.rows[which % len(self.rows)], self.x, [1.0, 0.3, -0.5][option])
+        elif operator == "attention" and self.queries:
+            query, layer = self.queries[which % len(self.queries)]
+            self.tame.append(graph.attention(query, layer, [None, 1, 9][option]))
+        elif operator in ("linear", "linear_add") and self.tame + self.any:
+            a = (self.tame + self.any)[which % len(self.tame + self.any)]
+            if operator == "linear":
+                self.rows.append(graph.linear(a))
+            else:
+                self.x = graph.linear_add(a, self.x, [1.0, 0.3, -0.5][option])
+        elif operator in ("gate_up", "qkv") and self.tame:
+            a = self.tame[which % len(self.tame)]
+            if operator == "gate_up":
+                self.any.append(graph.gate_up(a, ["silu", "gelu_tanh", "silu"][option]))
+            elif len(self.queries) < graph.num_layers:
+                layer = len(self.queries)
+                norms = [None, "heads", "whole"][option]
+                self.queries.append((graph.qkv(a, layer, norms, has_rope=which % 3 > 0), layer))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A random graph, and how its tokens are cut into steps."""
+
+    shape: Shape
+    is_exact: bool
+    calls: list[tuple[str, int, int]]
+    lengths: list[int]
+    cuts: list[int]
+    drawn: list[int]
+    threads: int
+    seed: int
+
+
+PLANS = st.builds(
+    Plan,
+    shape=st.sampled_from(SHAPES),
+    is_exact=st.booleans(),
+    calls=st.lists(
+        st.tuples(st.sampled_from(OPERATORS), st.integers(0, 11), st.integers(0, 2)), min_size=1, max_size=14
+    ),
+    lengths=st.lists(st.sampled_from([1, 2, 3, 7, 20, 35]), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 34), min_size=3, max_size=3),
+    drawn=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    threads=st.sampled_from([1, 1, 2, 3]),
+    seed=st.integers(0, 1000),
+)
+
+
+def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
+    torch.manual_seed(plan.seed)
+    formats = ["F32", "BF16", "Q8_0", "Q4_0"][plan.seed % 4 :] + ["F16"]
+    packing = EXACT if plan.is_exact else FAST
+    num_layers = sum(operator in ("qkv", "layer") for operator, _, _ in plan.calls) or 1
+    graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers)
+    pools = Pools(graph, graph.embed([1.0, 3.0][plan.seed % 2]))
+    for call in plan.calls:
+        pools.apply(*call)
+    graph.head(pools.x, 0.5, [0.0, 20.0][plan.seed // 2 % 2])
+    return graph, graph.program()
+
+
+def run_in_steps(graph: Graph, program: ops.CpuProgram, cuts: list[int]) -> Tensor:
+    """Return the logits of all tokens, of which those before the cuts are computed in a step before."""
+    poison(graph.pool)
+    middle = [min(cut, length) for cut, length in zip(cuts, graph.lengths, strict=False)]
+    out = torch.full((sum(graph.lengths), graph.shape.vocab), torch.nan)
+    for bounds in (zip([0] * 3, middle, strict=False), zip(middle, graph.lengths, strict=True)):
+        spans = list(bounds)
+        if all(start == stop for start, stop in spans):
+            continue
+        batch, tokens = graph.step(spans)
+        out[tokens] = program.run(batch, range(len(tokens)))
+    return out
+
+
+def check(plan: Plan) -> None:
+    _C.set_num_threads(plan.threads)
+    graph, program = make(plan)
+    logits = run_in_steps(graph, program, [0] * 3)
+    error = (logits.double() - graph.exact_logits).norm()
+    assert error <= ROOM[plan.is_exact] * graph.exact_logits.norm(), float(error)
+    assert_same_bits(run_in_steps(graph, program, plan.cuts), logits)
+    rows = sorted({row % len(logits) for row in plan.drawn})
+    slots, vocab = list(range(len(rows))), graph.shape.vocab
+    expected = ops.sample(logits[rows].contiguous(), draw_state(len(rows), vocab), slots)
+    poison(graph.pool)
+    batch, _ = graph.step([(0, length) for length in plan.lengths])
+    drawn = program.draw(batch, rows, slots, draw_state(len(rows), vocab))
+    assert torch.equal(drawn.top_ids, expected.top_ids)
+    assert_same_bits(drawn.top_logprobs, expected.top_logprobs)
+
+
+def test_a_graph_means_the_same_recorded_cut_and_drawn(scale: Scale) -> None:
+    examples = scale(120, 3000)
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings(max_examples=examples, deadline=None, suppress_health_check=quiet)(given(PLANS)(check))()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.hidden))
+def test_each_operator_is_part_of_a_graph(kernel_set: str, shape: Shape) -> None:
+    calls = [(operator, 1, option) for option in range(3) for operator in OPERATORS]
+    check(Plan(shape, True, calls, [20, 1, 35], [7, 0, 34], [0, 20, 55], 2, 1))

@@ -1,0 +1,233 @@
+"""Recording: what operators refuse, and that a value means the same whoever takes it, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.helpers import EXACT, FAST, random_source
+from tests.ops.twin import Graph, Shape, Twin, draw_state
+from tests.reference.compare import assert_close, assert_same_bits
+from tests.support.kv import poison, poisoned_pool
+from tgi_asgi import _C, ops
+
+ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
+
+
+class Values:
+    """One value of each kind, and what takes them."""
+
+    def __init__(self) -> None:
+        self.recorder = ops.Recorder()
+        self.square = ops.linear_weight(random_source(48, 48)[1], EXACT)
+        parts = [random_source(rows, 48)[1] for rows in (48, 16, 16)]
+        self.heads = ops.qkv_weight(*parts, EXACT, num_heads=3, num_kv_heads=1, head_dim=16)
+        self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
+        self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+        self.ones = torch.ones(48)
+        self.residual = ops.embed(self.recorder.batch, self.square)
+        self.activation = ops.norm(self.residual, self.ones, 1e-5)
+        self.rows = ops.linear(self.activation, self.square)
+        self.query = ops.qkv(self.activation, self.heads, self.layer, None)
+
+
+OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
+    "norm": ("a residual", lambda v, x: ops.norm(x, v.ones, 1e-5)),
+    "activation": ("a residual", lambda v, x: ops.activation(x)),
+    "head": ("a residual", lambda v, x: ops.head(x, v.ones, 1e-5, v.square)),
+    "linear": ("an activation", lambda v, x: ops.linear(x, v.square)),
+    "linear_add": ("an activation", lambda v, x: ops.linear_add(x, v.square, v.residual)),
+    "gate_up": ("an activation", lambda v, x: ops.gate_up(x, v.gates)),
+    "qkv": ("an activation", lambda v, x: ops.qkv(x, v.heads, v.layer, None)),
+    "attention": ("a query", lambda v, x: ops.attention(x, v.layer, 0.25)),
+    "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, 1e-5, v.residual)),
+}
+KINDS = {"a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query"}
+
+
+@pytest.mark.parametrize("given", KINDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_value_of_another_kind_is_refused_by_both_names(operator: str, given: str) -> None:
+    wanted, call = OPERATORS[operator]
+    values = Values()
+    if wanted == given:
+        call(values, getattr(values, KINDS[given]))
+        return
+    with pytest.raises(TypeError, match=rf"`{operator}` takes {wanted} as `\w+`, not {given}"):
+        call(values, getattr(values, KINDS[given]))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("given", [None, 3, "x"], ids=str)
+def test_what_is_no_value_is_refused(operator: str, given: object) -> None:
+    wanted, call = OPERATORS[operator]
+    with pytest.raises(TypeError, match=rf"`{operator}` takes {wanted} as `\w+`, not {type(given).__name__}"):
+        call(Values(), given)
+
+
+def test_tensors_and_values_do_not_mix() -> None:
+    values = Values()
+    with pytest.raises(TypeError, match="`linear_add` takes a residual as `x`, not Tensor"):
+        ops.linear_add(values.activation, values.square, torch.randn(2, 48))  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="`norm_add` takes a residual as `x`, not Tensor"):
+        ops.norm_add(values.rows, values.ones, 1e-5, torch.randn(2, 48))  # type: ignore[type-var]
+    with pytest.raises((TypeError, AttributeError)):
+        ops.linear_add(torch.randn(2, 48), values.square, values.residual)  # type: ignore[type-var]
+
+
+def test_a_value_fails_where_torch_would_compute() -> None:
+    x: Any = Values().residual
+    with pytest.raises(TypeError):
+        torch.add(x, 1)
+    with pytest.raises(TypeError):
+        x + 1
+
+
+def test_values_of_two_recordings_are_refused() -> None:
+    values, others = Values(), Values()
+    with pytest.raises(TypeError, match="`linear_add` was given values of two recordings"):
+        ops.linear_add(values.activation, values.square, others.residual)
+    with pytest.raises(TypeError, match="`norm_add` was given values of two recordings"):
+        ops.norm_add(values.rows, values.ones, 1e-5, others.residual)
+
+
+@pytest.mark.parametrize("operator", ["norm", "activation", "head", "linear_add", "norm_add"])
+def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
+    values = Values()
+    old = values.residual
+    new = ops.linear_add(values.activation, values.square, old)
+    if operator.endswith("add"):
+        values.residual, given = old, {"linear_add": values.activation, "norm_add": values.rows}[operator]
+    else:
+        given = old
+    with pytest.raises(TypeError, match=rf"`{operator}` was given as `x` a residual that has been added to"):
+        OPERATORS[operator][1](values, given)
+    ops.norm(new, values.ones, 1e-5)
+
+
+@pytest.mark.parametrize("operator", ["norm", "head", "linear", "linear_add", "gate_up", "qkv", "norm_add"])
+def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
+    wanted, call = OPERATORS[operator]
+    values = Values()
+    kind = {"a residual": ops.Kind.RESIDUAL, "an activation": ops.Kind.ACTIVATION, "rows": ops.Kind.ROWS}[wanted]
+    with pytest.raises(ValueError, match=rf"`{operator}` takes 48 columns as `\w+`, not 40"):
+        call(values, values.recorder.value(kind, 40))
+
+
+def made(recorder: ops.Recorder) -> ops.CpuProgram:
+    return ops.CpuProgram(recorder, max_tokens=4, max_sequences=1, max_rows=1, max_context=16)
+
+
+def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
+    values = Values()
+    for scale in (0.25, 0.5):
+        a = ops.attention(values.query, values.layer, scale)
+    x = ops.linear_add(a, values.square, values.residual)
+    with pytest.raises(ValueError, match="a query can be attended with one scale only"):
+        made(values.recorder)
+    values = Values()
+    ops.head(values.residual, values.ones, 1e-5, values.square)
+    x = ops.linear_add(values.activation, values.square, values.residual)
+    with pytest.raises(ValueError, match="`head` must be the last operator"):
+        made(values.recorder)
+    assert x.kind is ops.Kind.RESIDUAL
+
+
+def run_all(graph: Graph, program: ops.CpuProgram) -> Tensor:
+    """Return the logits of all tokens, computed in one step."""
+    poison(graph.pool)
+    batch, tokens = graph.step([(0, length) for length in graph.lengths])
+    return program.run(batch, range(len(tokens))).clone()
+
+
+def assert_draws_as_it_runs(graph: Graph, program: ops.CpuProgram, rows: list[int]) -> None:
+    """Hold tokens and log-probabilities of `draw` to the bits of `run` and `sample`."""
+    logits = run_all(graph, program)[rows].contiguous()
+    slots, vocab = list(range(len(rows))), graph.shape.vocab
+    expected = ops.sample(logits, draw_state(len(rows), vocab), slots)
+    poison(graph.pool)
+    batch, _ = graph.step([(0, length) for length in graph.lengths])
+    drawn = program.draw(batch, rows, slots, draw_state(len(rows), vocab))
+    assert drawn.token_ids.tolist() == expected.token_ids.tolist()
+    assert torch.equal(drawn.top_ids, expected.top_ids)
+    assert_same_bits(drawn.top_logprobs, expected.top_logprobs)
+
+
+def parallel_layer(graph: Graph, x: Twin, layer: int) -> Twin:
+    """Attention and MLP of one norm, added one after the other: the second takes it when x has changed."""
+    a = graph.norm(x)
+    q = graph.qkv(a, layer, None, has_rope=True)
+    x = graph.linear_add(graph.attention(q, layer, None), x, 0.7)
+    return graph.linear_add(graph.gate_up(a, "silu"), x, 0.7)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (17, 5, 1)], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_value_taken_again_is_what_it_was_when_the_residual_has_changed(
+    lengths: tuple[int, ...], threads: int
+) -> None:
+    _C.set_num_threads(threads)
+    graph = Graph(ODD, lengths, ["F32"], EXACT, num_layers=2)
+    x = graph.embed(1.0)
+    for layer in range(2):
+        x = parallel_layer(graph, x, layer)
+    graph.head(x, 1.0, 0.0)
+    program = graph.program()
+    assert_close(run_all(graph, program), graph.exact_logits, length=4000)
+    # The norm lives across the last write to the cache: `draw` has to keep its row, too.
+    assert_draws_as_it_runs(graph, program, [sum(lengths) - 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_activation_is_taken_in_two_precisions(kernel_set: str, tokens: int, threads: int) -> None:
+    _C.set_num_threads(threads)
+    shape = Shape(hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, rotary_dim=32)
+    graph = Graph(shape, (tokens,), ["Q8_0", "BF16", "F32"], FAST, num_layers=1)
+    x = graph.embed(1.0)
+    a = graph.norm(x)
+    attended = graph.attention(graph.qkv(a, 0, None, has_rope=True), 0, None)
+    gated = graph.gate_up(a, "silu")
+    for each in (attended, gated, a, attended, gated, a):  # weights of three formats in turn
+        x = graph.linear_add(each, x, 0.5)
+    graph.head(x, 1.0, 0.0)
+    assert {call.a.columns for call in graph.recorder.calls if hasattr(call, "a")} == {64, 96}
+    error = run_all(graph, graph.program()).double() - graph.exact_logits
+    assert error.norm() <= 1e-2 * graph.exact_logits.norm()
+
+
+def test_what_was_not_finite_in_one_step_is_not_seen_in_the_next(kernel_set: str) -> None:
+    graph = Graph(ODD, (9,), ["F32"], EXACT, num_layers=2)
+    x = graph.embed(float("inf"))
+    program = layers_with_norms_behind(graph, x)
+    assert not torch.isfinite(run_all(graph, program)).any()
+    x = Graph(ODD, (9,), ["F32"], EXACT, num_layers=2).embed(1.0)
+    table = torch.randn(ODD.vocab, ODD.hidden)
+    table[1] = torch.nan
+    torch.manual_seed(5)
+    found = []
+    for ids in ([[1] * 9, [2] * 9], [[2] * 9]):
+        torch.manual_seed(5)
+        graph = Graph(ODD, (9,), ["F32"], EXACT, num_layers=2)
+        weight = ops.linear_weight(ops.from_floats(table), EXACT)
+        x = Twin(ops.embed(graph.recorder.batch, weight), table.double()[graph.ids])
+        program = layers_with_norms_behind(graph, x)
+        for graph.ids in ids:
+            logits = run_all(graph, program)
+        found.append(logits)
+    assert torch.isfinite(found[1]).all()
+    assert_same_bits(found[0], found[1])
+
+
+def layers_with_norms_behind(graph: Graph, x: Twin) -> ops.CpuProgram:
+    """Rows of products and of attention have one width here: their buffers could be each other's."""
+    for layer in range(2):
+        q = graph.qkv(graph.activation(x), layer, "whole", has_rope=True)
+        x = graph.norm_add(graph.linear(graph.attention(q, layer, None)), x, 1.0)
+        x = graph.norm_add(graph.linear(graph.gate_up(graph.activation(x), "gelu_tanh")), x, 1.0)
+    graph.head(x, 1.0, 0.0)
+    return graph.program()

@@ -1,0 +1,213 @@
+"""Graphs of operators, recorded and at once computed in float64: what random programs are held to.
+
+A `Twin` is a value of both. The float64 side sees all tokens of all sequences; the program may compute them
+in any steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests.ops.helpers import rope_table, rounded
+from tests.reference.attention import attention
+from tests.reference.layers import activate, linear, rms_norm, rotate
+from tests.support.batches import flat_rows, random_blocks
+from tests.support.blocks import meaning, random_weight
+from tests.support.kv import poisoned_pool
+from tgi_asgi import ops
+from tgi_asgi.types import SamplingParams
+
+EPS = 1e-5
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a graph; few or none a multiple of 32."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab: int = 67
+
+    @property
+    def width(self) -> int:
+        """Of queries and of what attention returns."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Twin:
+    """A recorded value, and what it is."""
+
+    value: ops.Value
+    exact: Tensor  # float64, [n_tokens, columns]; of queries [n_tokens, heads, head_dim]
+    keys: Tensor | None = None  # of queries: what they attend to
+    values: Tensor | None = None
+
+
+@dataclass
+class Graph:
+    """Operators as `ops` has them, on twins.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        formats: of the weights, one after the other in turn.
+        packing: exact: activations are float32; else those of codes are rounded to int8.
+    """
+
+    shape: Shape
+    lengths: Sequence[int]
+    formats: Sequence[str]
+    packing: ops.Packing
+    num_layers: int
+    ids: list[int] = field(init=False)
+    exact_logits: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        self.ids = torch.randint(shape.vocab, (sum(self.lengths),)).tolist()
+        self.blocks = random_blocks(self.lengths, self._num_blocks, BLOCK_SIZE)
+        self.pool = poisoned_pool(
+            num_layers=self.num_layers, num_blocks=self._num_blocks, num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim, dtype=torch.float32,
+        )  # fmt: skip
+        self.rope = rope_table(shape.rotary_dim, max(self.lengths))
+        self.recorder = ops.Recorder()
+        self._num_weights = 0
+
+    @property
+    def _num_blocks(self) -> int:
+        return sum(-(-length // BLOCK_SIZE) for length in self.lengths) + 1
+
+    def _source(self, rows: int, columns: int) -> ops.WeightSource:
+        """Make the next weight; of a format that has its columns."""
+        self._num_weights += 1
+        format = self.formats[self._num_weights % len(self.formats)]
+        if columns % ops.FORMATS[format].block_columns:
+            format = "F32"
+        return random_weight(format, rows, columns, seed=self._num_weights)
+
+    def embed(self, factor: float) -> Twin:
+        source = self._source(self.shape.vocab, self.shape.hidden)
+        x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor)
+        return Twin(x, meaning(source).double()[self.ids] * factor)
+
+    def norm(self, x: Twin) -> Twin:
+        weight = torch.rand(x.exact.shape[1]) + 0.5
+        return Twin(ops.norm(x.value, weight, EPS), rms_norm(x.exact, weight, EPS))
+
+    def activation(self, x: Twin) -> Twin:
+        return Twin(ops.activation(x.value), x.exact)
+
+    def linear(self, a: Twin) -> Twin:
+        weight, matrix = self._linear(a, self.shape.hidden)
+        return Twin(ops.linear(a.value, weight), linear(self._seen(a, weight), matrix))
+
+    def linear_add(self, a: Twin, x: Twin, factor: float) -> Twin:
+        weight, matrix = self._linear(a, self.shape.hidden)
+        product = linear(self._seen(a, weight), matrix)
+        return Twin(ops.linear_add(a.value, weight, x.value, factor), x.exact + factor * product)
+
+    def norm_add(self, rows: Twin, x: Twin, factor: float) -> Twin:
+        weight = torch.rand(self.shape.hidden) + 0.5
+        added = ops.norm_add(rows.value, weight, EPS, x.value, factor)
+        return Twin(added, x.exact + factor * rms_norm(rows.exact, weight, EPS))
+
+    def gate_up(self, a: Twin, activation: str) -> Twin:
+        sources = [self._source(self.shape.intermediate, a.value.columns) for _ in range(2)]
+        weight = ops.gate_up_weight(*sources, self.packing)
+        gate, up = (
+            linear(rounded(a.exact.float(), part.precision), meaning(source))
+            for part, source in zip((weight.made.parts[0], weight.made.parts[-1]), sources, strict=True)
+        )
+        return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
+
+    def qkv(self, a: Twin, layer: int, norms: str | None, *, has_rope: bool) -> Twin:
+        shape, columns = self.shape, a.value.columns
+        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+        sources = [self._source(count * shape.head_dim, columns) for count in counts]
+        sizes = [count * shape.head_dim if norms == "whole" else shape.head_dim for count in counts[:2]]
+        weights = [torch.rand(size) + 0.5 for size in sizes]
+        head_norms = None if norms is None else ops.HeadNorms(*weights, EPS, is_whole=norms == "whole")
+        weight = ops.qkv_weight(
+            *sources, self.packing, num_heads=shape.heads, num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
+        )  # fmt: skip
+        parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
+        heads = []
+        for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
+            rows = linear(rounded(a.exact.float(), part.precision), meaning(source))
+            each = rows.view(len(rows), -1, shape.head_dim)
+            if norms is not None and index < 2:
+                each = rms_norm(rows if norms == "whole" else each, weights[index], EPS).view_as(each)
+            if has_rope and index < 2:
+                each = rotate(each, self.rope.cos[self.positions], self.rope.sin[self.positions])
+            heads.append(each)
+        q = ops.qkv(a.value, weight, self.pool.layers[layer], self.rope if has_rope else None)
+        return Twin(q, *heads)
+
+    def attention(self, q: Twin, layer: int, window: int | None) -> Twin:
+        scale = self.shape.head_dim**-0.5
+        out = ops.attention(q.value, self.pool.layers[layer], scale, window=window)
+        assert q.keys is not None
+        assert q.values is not None
+        each = zip(*(part.split(list(self.lengths)) for part in (q.exact, q.keys, q.values)), strict=True)
+        return Twin(out, torch.cat([attention(*parts, scale, window) for parts in each]))
+
+    def head(self, x: Twin, scale: float, cap: float) -> None:
+        source, norm = self._source(self.shape.vocab, self.shape.hidden), torch.rand(self.shape.hidden) + 0.5
+        weight = ops.linear_weight(source, self.packing)
+        ops.head(x.value, norm, EPS, weight, scale=scale, cap=cap)
+        logits = linear(rounded(rms_norm(x.exact, norm, EPS).float(), weight.made.precision), meaning(source))
+        self.exact_logits = logits * scale
+        if cap:
+            self.exact_logits = cap * (self.exact_logits / cap).tanh()
+
+    @property
+    def positions(self) -> Tensor:
+        """Of all tokens."""
+        return torch.cat([torch.arange(length) for length in self.lengths])
+
+    def _linear(self, a: Twin, rows: int) -> tuple[ops.LinearWeight, Tensor]:
+        source = self._source(rows, a.value.columns)
+        return ops.linear_weight(source, self.packing), meaning(source)
+
+    def _seen(self, a: Twin, weight: ops.LinearWeight) -> Tensor:
+        return rounded(a.exact.float(), weight.made.precision)
+
+    # The program, and its steps.
+
+    def program(self) -> ops.CpuProgram:
+        total = sum(self.lengths)
+        return ops.CpuProgram(
+            self.recorder, max_tokens=total, max_sequences=len(self.lengths), max_rows=total,
+            max_context=max(self.lengths),
+        )  # fmt: skip
+
+    def step(self, spans: Sequence[tuple[int, int]]) -> tuple[ops.FlatRows, list[int]]:
+        """Return the step that computes these positions of each sequence, and which tokens they are."""
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        tokens = [start + at for start, span in zip(starts, spans, strict=False) for at in range(*span)]
+        used = [index for index, (start, stop) in enumerate(spans) if start < stop]
+        batch = flat_rows(
+            [spans[index] for index in used], [self.blocks[index] for index in used], BLOCK_SIZE,
+            ids=[self.ids[token] for token in tokens],
+        )  # fmt: skip
+        return batch, tokens
+
+
+def draw_state(num_slots: int, vocab: int) -> ops.SampleState:
+    """Return a state whose slots all draw the best token and list every log-probability."""
+    state = ops.SampleState(num_slots, vocab)
+    params = SamplingParams(temperature=0.0, logprobs=vocab)
+    for slot in range(num_slots):
+        state.start(slot, params, choice=0, prompt_ids=[0])
+    return state

@@ -1,0 +1,273 @@
+"""What each call of a recorder's list becomes on a CPU: its buffers are chosen and its kernels noted in C++.
+
+`cpu_program.py` goes through the list once. An activation is written once for each precision that its takers
+want; a buffer is used again as soon as no later call reads what is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from tgi_asgi import _C
+from tgi_asgi.ops import calls, layout
+from tgi_asgi.ops.buffers import CpuBuffers, Uses
+from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
+from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.values import Kind, Value
+
+_Made = TypeVar("_Made")
+
+
+class CpuCalls:
+    """Turns calls into those of a program of the extension.
+
+    Args:
+        native: the program that they are noted in.
+        recorded: the list.
+        inputs: values that no call makes.
+        outputs: values that are wanted behind the last one.
+
+    Attributes:
+        buffers: where values lie.
+        residual: the rows of the residual; None before there is one.
+    """
+
+    def __init__(
+        self,
+        native: _C.Program,
+        recorded: Sequence[calls.Call],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+    ) -> None:
+        self.buffers = CpuBuffers(native)
+        self.residual: Any = None
+        self._native, self._recorded = native, recorded
+        self._uses = Uses(recorded, inputs, outputs, _precisions_of)
+        self._tables: dict[int, tuple[RopeTable, layout.Floats, layout.Floats]] = {}
+
+    def emit_all(self) -> None:
+        """Note all calls, and behind the last that writes keys and values what the others still read."""
+        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, calls.Qkv)]
+        for index, call in enumerate(self._recorded):
+            _EMITTERS[type(call)](self, index, call)
+            if writes and index == writes[-1]:
+                self._end_cache_writes(index)
+            self.buffers.free(self._uses.ending_at(index))
+
+    def take_input(self, value: Value, columns: int) -> None:
+        """Make room for a value that is given as rows; as activations these are packed when a step begins."""
+        rows = self.buffers.rows(value, columns)
+        if value.kind is Kind.ACTIVATION:
+            self._pack(rows, value)
+
+    def _embed(self, index: int, call: calls.Embed) -> None:
+        made: PackedLinear = call.table.made
+        out = self.buffers.rows(call.out, call.out.columns)
+        self.residual = out
+        self._native.embed(table=made.matrix, factor=call.factor, out=out)
+
+    def _activation(self, index: int, call: calls.Activation) -> None:
+        self._pack(self.buffers.of(call.x, "rows"), call.out)
+
+    def _norm(self, index: int, call: calls.Norm) -> None:
+        # Few tokens are normed by each member for itself, without a barrier: only if the call behind the
+        # norms does not write to what others may still be reading, be it that x ends here and its buffer is
+        # used again; and a product that is added cannot take what is private.
+        behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
+        is_private = (
+            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None)))
+            and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
+            and call.x.root not in self._uses.ending_at(index)
+        )
+        for precision in self._uses.precisions(call.out):
+            self._native.norm(
+                x=self.buffers.of(call.x, "rows"),
+                weight=layout.padded(call.weight),
+                width=call.weight.numel(),
+                eps=call.eps,
+                for_logits=False,
+                is_private=is_private,
+                out=self.buffers.activation(call.out, precision),
+            )
+
+    def _norm_add(self, index: int, call: calls.NormAdd) -> None:
+        self._native.norm_add(
+            rows=self.buffers.of(call.rows, "rows"),
+            weight=layout.padded(call.weight),
+            width=call.weight.numel(),
+            eps=call.eps,
+            factor=call.factor,
+            x=self.buffers.of(call.x, "rows"),
+        )
+
+    def _qkv(self, index: int, call: calls.Qkv) -> None:
+        weight, made = call.weight, _made(call.weight.made, PackedQkv)
+        layer = _layer_of(call.cache)
+        out = self.buffers.query(call.out, layer.pool, weight.num_heads)
+        scale = self._uses.query_scale(call.out)
+        cosines, sines = self._table(call.rope, weight.head_dim, weight.rotary_dim)
+        norms = weight.norms
+        heads = _C.Heads(
+            pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
+            scale=scale, eps=0.0 if norms is None else norms.eps, cosines=cosines, sines=sines,
+            q_norm=made.q_norm, k_norm=made.k_norm,
+        )  # fmt: skip
+        products = [self._product(call.a, part) for part in made.parts]
+        if norms is None or not norms.is_whole:
+            self._native.qkv(products=products, heads=heads, out=out)
+            return
+        widths = [part.matrix.num_stored_rows for part in made.parts]
+        rows = self.buffers.scratch(sum(widths))
+        for part, product in enumerate(products):
+            self._native.linear(product=product, out=rows, first_column=sum(widths[:part]))
+        self._native.head_rows(rows=rows, heads=heads, has_keys=True, is_whole_norm=True, out=out)
+        self.buffers.give_back(rows)
+
+    def _attention(self, index: int, call: calls.Attention) -> None:
+        layer = _layer_of(call.cache)
+        shape: dict[str, Any] = {
+            "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
+            "true_dim": call.head_dim, "window": call.window,
+        }  # fmt: skip
+        precisions = self._uses.precisions(call.out)
+        if call.head_dim % layout.STRIP == 0 and len(precisions) == 1:
+            out = self.buffers.activation(call.out, precisions[0])
+            self._native.attention(**shape, out=out)
+            return
+        rows = self.buffers.head_rows(call.out.columns)
+        self._native.attention(**shape, rows=rows)
+        self._pack(rows, call.out)
+        self.buffers.give_back(rows)
+
+    def _linear(self, index: int, call: calls.Linear) -> None:
+        made = _made(call.weight.made, PackedLinear)
+        out = self.buffers.rows(call.out, call.out.columns)
+        self._native.linear(product=self._product(call.a, made), out=out)
+
+    def _linear_add(self, index: int, call: calls.LinearAdd) -> None:
+        made = _made(call.weight.made, PackedLinear)
+        product = self._product(call.a, made)
+        self._native.linear_add(product=product, factor=call.factor, x=self.buffers.of(call.x, "rows"))
+
+    def _gate_up(self, index: int, call: calls.GateUp) -> None:
+        parts = _made(call.weight.made, PackedGateUp).parts
+        precisions = self._uses.precisions(call.out)
+        if len(parts) == 1:
+            for precision in precisions:  # one, but where products of several formats take the result
+                out = self.buffers.activation(call.out, precision)
+                product = self._product(call.a, parts[0])
+                self._native.gate_up(product=product, activation=call.activation, out=out)
+            return
+        rows = [self.buffers.scratch(call.out.columns) for _ in parts]
+        for part, each in zip(parts, rows, strict=True):
+            self._native.linear(product=self._product(call.a, part), out=each)
+        for precision in precisions:
+            out = self.buffers.activation(call.out, precision)
+            self._native.act_mul(gate=rows[0], up=rows[1], activation=call.activation, out=out)
+        for each in rows:
+            self.buffers.give_back(each)
+
+    def _head(self, index: int, call: calls.Head) -> None:
+        if index != len(self._recorded) - 1:
+            raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
+        made = _made(call.weight.made, PackedLinear)
+        source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
+        self._native.norm(
+            x=self.buffers.of(call.x, "rows"), weight=layout.padded(call.norm), width=call.norm.numel(),
+            eps=call.eps, for_logits=True, is_private=True, out=source,
+        )  # fmt: skip
+        product = _C.Product(weight=made.matrix, source=source, bias=made.bias)
+        self._native.logits(product=product, vocab_size=call.weight.rows, scale=call.scale, cap=call.cap)
+
+    def _pack(self, rows: Any, value: Value) -> None:
+        for precision in self._uses.precisions(value):
+            self._native.pack(rows=rows, out=self.buffers.activation(value, precision))
+
+    def _product(self, a: Value, part: PackedLinear) -> Any:
+        source = self.buffers.of(a, part.precision)
+        return _C.Product(weight=part.matrix, source=source, bias=part.bias)
+
+    def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
+        """Return the attention's queries; those that were given as rows are brought into their layout."""
+        found = self.buffers.of(call.q, "query")
+        if found is not None:
+            return found
+        heads = call.q.columns // call.head_dim
+        query = self.buffers.query(call.q, layer.pool, heads)
+        shape = _C.Heads(
+            pool=layer.pool.native,
+            layer=layer.index,
+            num_heads=heads,
+            true_dim=call.head_dim,
+            scale=call.scale,
+        )
+        rows = self.buffers.of(call.q, "rows")
+        self._native.head_rows(rows=rows, heads=shape, has_keys=False, is_whole_norm=False, out=query)
+        return query
+
+    def _end_cache_writes(self, index: int) -> None:
+        """Say what the rest of a step reads of its tokens, so that it can go on with those drawn after."""
+        alive = self._uses.alive_behind(index)
+        can_gather = all(value.kind is not Kind.ACTIVATION for value in alive)
+        rows = [self.buffers.of(v, "rows") for v in alive if v.kind in (Kind.RESIDUAL, Kind.ROWS)]
+        queries = [self.buffers.of(v, "query") for v in alive if v.kind is Kind.QUERY]
+        self._native.end_cache_writes(
+            can_gather=can_gather and len(queries) <= 1, rows=rows, query=queries[0] if queries else None
+        )
+
+    def _table(
+        self, rope: RopeTable | None, head_dim: int, rotary_dim: int
+    ) -> tuple[layout.Floats | None, layout.Floats | None]:
+        """Return cosines and sines of all pairs of a packed head; those that do not turn have 1 and 0."""
+        if rope is None:
+            return None, None
+        if rope.rotary_dim != rotary_dim:
+            raise ValueError(f"the rotary table turns {rope.rotary_dim} dims, the weight {rotary_dim}")
+        if id(rope) not in self._tables:
+            pairs = -(-head_dim // layout.STRIP) * layout.PANEL
+            missing = (0, pairs - rotary_dim // 2)
+            pad = torch.nn.functional.pad
+            cosines, sines = pad(rope.cos, missing, value=1.0), pad(rope.sin, missing)
+            self._tables[id(rope)] = (rope, cosines.contiguous().numpy(), sines.contiguous().numpy())
+        return self._tables[id(rope)][1:]
+
+
+_EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
+    calls.Embed: CpuCalls._embed,
+    calls.Activation: CpuCalls._activation,
+    calls.Norm: CpuCalls._norm,
+    calls.NormAdd: CpuCalls._norm_add,
+    calls.Qkv: CpuCalls._qkv,
+    calls.Attention: CpuCalls._attention,
+    calls.Linear: CpuCalls._linear,
+    calls.LinearAdd: CpuCalls._linear_add,
+    calls.GateUp: CpuCalls._gate_up,
+    calls.Head: CpuCalls._head,
+}
+
+
+def _precisions_of(call: calls.Call) -> list[str]:
+    """Return the precisions in which a call's weights are multiplied."""
+    made = (
+        call.weight.made
+        if isinstance(call, (calls.Qkv, calls.GateUp, calls.Linear, calls.LinearAdd))
+        else None
+    )
+    parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]
+    return [part.precision for part in parts if isinstance(part, PackedLinear)]
+
+
+def _made(made: object, kind: type[_Made]) -> _Made:
+    if not isinstance(made, kind):
+        raise TypeError("a CPU's step is recorded with packed weights: make them with a `Packing`")
+    return made
+
+
+def _layer_of(cache: object) -> KvLayer:
+    if not isinstance(cache, KvLayer):
+        raise TypeError("a CPU's step is recorded with the layers of a `KvPool`")
+    return cache
