@@ -3,7 +3,8 @@
     python -m bench.export_checkpoint model.gguf directory
 
 Weights are float32, which holds every value of a quantised file; llama.cpp's order of rotary rows is undone.
-With it come config.json, the tokenizer and the chat template. Families without biases or rotary scaling only.
+With it come config.json, the tokenizer and the chat template. Only of models that are Llama without biases,
+rotary scaling and the like.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.gguf import GgufWeights
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.family import GGUF_NAMES, Family
+from tgi_asgi.models.loading.gguf import GgufWeights, gguf_name
 from tgi_asgi.models.loading.open import read_gguf
 from tgi_asgi.ops.sources import decode
 from tgi_asgi.text import gguf_vocab
@@ -46,32 +48,19 @@ def weight_names(config: ModelConfig) -> list[str]:
     return names
 
 
-def read_weight(weights: GgufWeights, name: str, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Dequantise one tensor; its rows come in transformers' order."""
-    source = weights.get(name, _shape_of(name, config))
+def read_weight(file: GgufFile, name: str, family: Family, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Dequantise one tensor; its rows are in transformers' order."""
+    stored = gguf_name(name, {**GGUF_NAMES, **family.gguf_names})
+    assert stored is not None
+    source = GgufWeights(file, config, family).get(name, file.tensor(stored).shape)
     values: npt.NDArray[np.float32] = decode(source).numpy()
     return values
-
-
-def _shape_of(name: str, config: ModelConfig) -> tuple[int, ...]:
-    """Return the shape that transformers gives to a weight."""
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    kind = name.split(".")[-2]
-    sizes = {
-        "q_proj": (heads, hidden), "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden), "o_proj": (hidden, heads),
-        "gate_proj": (config.intermediate_size, hidden), "up_proj": (config.intermediate_size, hidden),
-        "down_proj": (hidden, config.intermediate_size), "embed_tokens": (config.vocab_size, hidden),
-        "lm_head": (config.vocab_size, hidden),
-    }  # fmt: skip
-    return sizes.get(kind, (hidden,))  # else a norm's
 
 
 def describe(config: ModelConfig) -> dict[str, object]:
     """Return config.json's content."""
     rope = config.layers[0].rope
-    assert rope is not None  # `export` refuses others
+    assert rope is not None
     return {
         "architectures": [config.architecture],
         "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
@@ -93,6 +82,17 @@ def describe(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def is_plain(config: ModelConfig) -> bool:
+    """Tell whether a model is all that `describe` says, and nothing else."""
+    first = config.layers[0].rope
+    if first is None:
+        return False
+    layer = LayerSpec(RopeSpec(config.head_dim, first.theta), None, config.head_dim**-0.5)
+    factors = (config.embedding_factor, config.residual_factor, config.logits_scale)
+    has_more = config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias or config.has_qk_norm
+    return set(config.layers) == {layer} and set(factors) == {1.0} and not has_more
+
+
 def export(path: Path, directory: Path) -> None:
     """Write the checkpoint.
 
@@ -103,11 +103,9 @@ def export(path: Path, directory: Path) -> None:
     file = GgufFile.open(path)
     try:
         family, config = read_gguf(file.metadata, frozenset(file.tensors))
-        biases = config.has_qkv_bias or config.has_output_bias or config.has_mlp_bias
-        if biases or any(layer.rope is None or layer.rope.scaling for layer in config.layers):
-            raise SystemExit(f"{path}: models with biases or rotary scaling are not written")
-        stored = GgufWeights(file, config, family)
-        weights = {name: read_weight(stored, name, config) for name in weight_names(config)}
+        if not is_plain(config):
+            raise SystemExit(f"{path}: only plain models of the Llama kind are written")
+        weights = {name: read_weight(file, name, family, config) for name in weight_names(config)}
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         vocab = gguf_vocab.build(file.metadata)
         template = file.metadata.get("tokenizer.chat_template")

@@ -62,11 +62,17 @@ STAGES = (  # by what they are worth, but for what the later ones need, and the 
 
 
 def requirements() -> list[str]:
-    """Return what the stages import but for torch: the project's dependencies, and a few of its tests'."""
-    needs = re.findall(r"^[^#\s;]+", (_ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    """Return what the stages need but for torch: what the project does, its build, and a few of its tests."""
+    needs = re.findall(r"^(?!torch\b)[^#\s;]+", (_ROOT / "requirements.txt").read_text(), re.MULTILINE)
     with open(_ROOT / "pyproject.toml", "rb") as file:
-        for_tests = tomllib.load(file)["project"]["optional-dependencies"]["test"]
-    found = [*needs, *(need for need in for_tests if re.match("(pytest|transformers|httpx)>", need))]
+        project = tomllib.load(file)
+    for_tests = project["project"]["optional-dependencies"]["test"]
+    for_build = [need for need in project["build-system"]["requires"] if re.match("(ninja|pybind11)>", need)]
+    found = [
+        *needs,
+        *for_build,
+        *(need for need in for_tests if re.match("(pytest|transformers|httpx)>", need)),
+    ]
     return [*found, "setuptools<82"]  # as torch 2.11 wants it
 
 

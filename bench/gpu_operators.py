@@ -198,9 +198,10 @@ def _sample(rows: int) -> Measurement:
         random(rows, VOCAB, dtype=torch.float32) * 3,
         torch.arange(rows, device=gpu_stages.DEVICE).int(),
     )
-    host = SampleResult.allocate(rows, 0)
-    names = ("token_ids", "is_finite", "logprobs", "top_ids", "top_logprobs", "num_top")
-    result = SampleResult(**{name: getattr(host, name).to(device) for name in names})
+    ids, num_top = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
+    is_finite, logprobs = torch.empty(rows, dtype=torch.bool, device=device), torch.empty(rows, device=device)
+    no_ids, no_logprobs = ids.new_empty(rows, 0), logprobs.new_empty(rows, 0)
+    result = SampleResult(ids, is_finite, logprobs, no_ids, no_logprobs, num_top)
     calls: list[Call] = [lambda: state.draw(logits, slots, None, None, result)]
     return "sample", f"{rows} rows, top-k and top-p", logits.nbytes, "read", calls, {}
 

@@ -55,7 +55,7 @@ def make_runner(config: ModelConfig, device: Device, max_batch: int) -> CudaRunn
     """Make a runner of a random model, with room for all its sequences."""
     longest = CONTEXT + 8 * STEPS
     size = KvSize(max_batch * longest // gpu_model.BLOCK, gpu_model.BLOCK, 1, torch.bfloat16)
-    model = cast(Llama, gpu_model.RandomLlama(config, longest))
+    model = gpu_model.RandomLlama(config, longest)
     return CudaRunner(
         model, device, lambda free_bytes: size, block_size=gpu_model.BLOCK, max_batch_size=max_batch,
         max_step_tokens=2048 + max_batch, max_context=longest,

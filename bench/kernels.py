@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tgi_asgi.models.batch import Batch
-from tgi_asgi.models.llama import Llama
 
 from bench.bandwidth import read_bandwidth
 from bench.report import emit, machine, numbers, table
 from tgi_asgi import _C, ops
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import record
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.settings import DEMO_MODEL, Settings
 
@@ -52,23 +53,27 @@ class Shape:
 class Bench:
     """A model recorded for steps of any of these shapes."""
 
-    def __init__(self, config: ModelConfig, model: Llama, shapes: list[Shape], kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, model: Decoder, shapes: list[Shape], kv_dtype: torch.dtype
+    ) -> None:
         self.config, self.model, self.kv_dtype = config, model, kv_dtype
         blocks = max(shape.sequences * -(-shape.context // BLOCK) for shape in shapes)
-        self._kv = ops.allocate_kv(
-            config.num_layers, blocks, config.num_kv_heads, config.head_dim, BLOCK, kv_dtype
+        pool = ops.KvPool(
+            num_layers=config.num_layers,
+            num_blocks=blocks,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=BLOCK,
+            dtype=kv_dtype,
         )
-        for layer in self._kv:
-            layer.pool.fill_(12)  # and 2.4e-4 as the scale of int8
-        self._program = ops.StepProgram(
+        pool.native.memory()[:] = 12  # 2.4e-4 as the scale of int8, and next to nothing as bfloat16
+        self._program = ops.CpuProgram(
+            record(model, pool.layers),
             max_tokens=max(shape.num_tokens for shape in shapes),
             max_sequences=max(shape.sequences for shape in shapes),
             max_rows=max(shape.sequences for shape in shapes),
             max_context=max(shape.context for shape in shapes),
         )
-        inputs = self._program.inputs
-        x = model.forward(Batch(inputs.ids, inputs.positions, inputs.slots, inputs.tables), self._kv)
-        model.logits(x, inputs.rows)
 
     def seconds(self, shape: Shape, repeats: int) -> list[tuple[str, float]]:
         """Return each operator's median seconds a step, all layers together, in order of first use."""
@@ -76,9 +81,9 @@ class Bench:
         names = ["embed", *LAYER * self.config.num_layers, "norm", "logits"]
         runs: list[dict[str, float]] = []
         for _ in range(repeats + 2):
-            times = self._program.profile(batch.ids, batch.positions, batch.slots, batch.tables, rows)
+            times = self._program.profile(batch, rows)
             total: dict[str, float] = {}
-            for name, seconds in zip(names, times.tolist(), strict=True):
+            for name, seconds in zip(names, times, strict=True):
                 total[name] = total.get(name, 0.0) + seconds
             runs.append(total)
         return [(name, statistics.median(run[name] for run in runs[2:])) for name in runs[0]]
@@ -92,13 +97,13 @@ class Bench:
             )
             return shape.sequences * shape.context * per_token
         weights: dict[str, list[Any]] = {
-            "qkv": [layer.qkv for layer in layers],
-            "linear_add o": [layer.output for layer in layers],
-            "gate_up": [layer.gate_up for layer in layers],
-            "linear_add down": [layer.down for layer in layers],
-            "logits": [self.model.head],
+            "qkv": [part for layer in layers for part in layer.qkv.made.parts],
+            "linear_add o": [layer.output.made for layer in layers],
+            "gate_up": [part for layer in layers for part in layer.gate_up.made.parts],
+            "linear_add down": [layer.down.made for layer in layers],
+            "logits": [self.model.head.made],
         }
-        return sum(weight.num_bytes for weight in weights.get(name, []))
+        return sum(part.matrix.nbytes for part in weights.get(name, []))
 
     def operations(self, name: str, shape: Shape) -> int:
         """Return twice the multiply-adds of an operator in a step."""
@@ -123,22 +128,21 @@ class Bench:
         return 2 * outputs.get(name, 0) * tokens
 
 
-def _batch(config: ModelConfig, shape: Shape) -> tuple[Batch, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _batch(config: ModelConfig, shape: Shape) -> tuple[ops.FlatRows, list[int]]:
     width = -(-shape.context // BLOCK)
-    blocks = torch.arange(shape.sequences * width, dtype=torch.int32).reshape(shape.sequences, width)
-    span = torch.arange(shape.context - shape.tokens, shape.context)
-    slots = blocks.long()[:, span // BLOCK] * BLOCK + span % BLOCK
-    starts = torch.arange(shape.sequences + 1, dtype=torch.int32) * shape.tokens
-    context = torch.full((shape.sequences,), shape.context, dtype=torch.int32)
-    ids = torch.randint(config.vocab_size, (shape.num_tokens,), dtype=torch.int32, generator=generator)
-    batch = Batch(
-        ids,
-        span.int().repeat(shape.sequences),
-        slots.reshape(-1).contiguous(),
-        ops.AttentionTables(starts, context, blocks),
+    blocks = np.arange(shape.sequences * width, dtype=np.int32).reshape(shape.sequences, width)
+    span = np.arange(shape.context - shape.tokens, shape.context)
+    slots = blocks[:, span // BLOCK].astype(np.int64) * BLOCK + span % BLOCK
+    starts = np.arange(shape.sequences + 1) * shape.tokens
+    batch = ops.FlatRows(
+        ids=np.random.default_rng(0).integers(0, config.vocab_size, shape.num_tokens),
+        positions=np.tile(span, shape.sequences),
+        slots=slots.reshape(-1),
+        query_start=starts,
+        context_len=np.full(shape.sequences, shape.context),
+        block_table=blocks,
     )
-    return batch, starts[1:] - 1
+    return batch, (starts[1:] - 1).tolist()
 
 
 def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) -> list[dict[str, Any]]:
@@ -182,10 +186,12 @@ def main() -> None:
     files = resolve(Settings(model_id=arguments.model_id), lambda stage, done, total: None)
     with OpenModel(files) as opened:
         positions = max(shape.context for shape in shapes)
-        model = Llama(opened.config, opened.weights, ops.Packing(is_exact=False), max_positions=positions)
+        model = opened.load(ops.Packing(is_exact=False), positions)
+        if not isinstance(model, Decoder):
+            raise SystemExit(f"{opened.config.architecture} is not timed by operator")
         bench = Bench(opened.config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
     peaks = {
-        name: max(torch.ops.tgi.arithmetic_peak(name) for _ in range(5)) / 1e12
+        name: max(_C.arithmetic_peak(name) for _ in range(5)) / 1e12
         for name in ("int8", "bfloat16", "float32")
     }
     rows = []
@@ -195,7 +201,7 @@ def main() -> None:
     record = {
         "bench": "kernels",
         "machine": machine(),
-        "isa": _C.isa(),
+        "isa": _C.kernel_set(),
         "threads": threads,
         "kv_cache_dtype": arguments.kv_cache_dtype,
         "peak_top_per_s": peaks,

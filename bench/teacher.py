@@ -18,6 +18,7 @@ from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import record
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.plan import StepRow
 
 BLOCK_SIZE = 16
@@ -36,13 +37,13 @@ class Teacher:
         self, files: ModelFiles, dtype: str, max_tokens: int, *, kv_cache_dtype: str = "auto"
     ) -> None:
         is_exact = dtype == "float32"
+        floats = torch.float32 if is_exact else torch.bfloat16
         ops.configure_threads()
         with OpenModel(files) as opened:
             config = opened.config
             model = opened.load(ops.Packing(is_exact=is_exact), max_tokens)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
-        floats = torch.float32 if is_exact else torch.bfloat16
-        self._pool = ops.KvPool(
+        pool = ops.KvPool(
             num_layers=config.num_layers,
             num_blocks=num_blocks,
             num_kv_heads=config.num_kv_heads,
@@ -50,7 +51,7 @@ class Teacher:
             block_size=BLOCK_SIZE,
             dtype=torch.int8 if kv_cache_dtype == "int8" else floats,
         )
-        self._limits = ops.RowLimits(
+        self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
@@ -59,7 +60,7 @@ class Teacher:
             max_tokens=max_tokens,
         )
         self._program = ops.CpuProgram(
-            record(model, self._pool.layers),
+            record(model, pool.layers),
             max_tokens=max_tokens,
             max_sequences=1,
             max_rows=ROWS,
@@ -71,11 +72,10 @@ class Teacher:
     def logits(self, ids: Sequence[int], start: int = 0) -> Tensor:
         """Return the logits [n, vocab] after each of `ids`, which follow `start` tokens computed before."""
         row = StepRow(0, ids, start, self._blocks, samples=False)
-        self._program.run(ops.flatten_rows([row], self._limits, self._last_ids), ())
-        places = range(len(ids))
-        parts = (places[first : first + ROWS] for first in range(0, len(ids), ROWS))
-        found = [torch.from_numpy(self._program.native.run_head(list(part)).copy()) for part in parts]
-        return torch.cat(found)
+        batch = self._inputs.fill([row], self._last_ids)
+        self._program.run(batch, ())
+        parts = (range(first, min(first + ROWS, len(ids))) for first in range(0, len(ids), ROWS))
+        return torch.cat([self._program.run_head(part).clone() for part in parts])
 
     def sample(self, prompt: Sequence[int], count: int, seed: int) -> list[int]:
         """Continue a prompt by `count` tokens drawn at temperature 1, past EOS too."""

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.export_checkpoint import read_weight, weight_names
+from bench.export_checkpoint import is_plain, read_weight, weight_names
 from bench.quality import Errors
 from bench.teacher import Teacher
 from tests.support.checkpoints import make_model, reference_logits, save_gguf
 from tgi_asgi.formats.gguf import GgufFile
-from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.open import read_gguf
 
 
@@ -23,8 +22,8 @@ def test_exported_weights_are_what_transformers_computes_with(tmp_path: Path) ->
     file = GgufFile.open(files.path)
     try:
         family, config = read_gguf(file.metadata, frozenset(file.tensors))
-        stored = GgufWeights(file, config, family)
-        weights = {name: read_weight(stored, name, config) for name in weight_names(config)}
+        assert is_plain(config)
+        weights = {name: read_weight(file, name, family, config) for name in weight_names(config)}
     finally:
         file.close()
     expected = dict(model.named_parameters())

@@ -20,7 +20,7 @@ from tests.cuda import cases, emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
 from tests.emulation import library
 from tests.reference.compare import assert_close
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 
 
 def test_a_dry_run_names_every_stage_and_writes_the_schema(
@@ -111,8 +111,9 @@ def test_a_random_checkpoint_is_served_over_sockets(tmp_path: Path, monkeypatch:
 
 
 TINY = ModelConfig(
-    architecture="LlamaForCausalLM", vocab_size=300, hidden_size=128, intermediate_size=128, num_layers=2,
-    num_heads=4, num_kv_heads=2, head_dim=64, context_length=512, norm_eps=1e-5, rope_theta=1e4,
+    architecture="LlamaForCausalLM", vocab_size=300, hidden_size=128, intermediate_size=128,
+    num_heads=4, num_kv_heads=2, head_dim=64, context_length=512, norm_eps=1e-5,
+    layers=(LayerSpec(RopeSpec(64, 1e4), None, 0.125),) * 2,
 )  # fmt: skip
 
 

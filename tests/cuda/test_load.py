@@ -18,12 +18,13 @@ from tests.cuda.emulated_device import EmulatedDevice
 from tests.cuda.test_quant_linear import random_source
 from tests.cuda.test_runner import save_with_tokenizer
 from tests.emulation import library
-from tests.support.checkpoints import load_model, make_model, save, save_gguf
+from tests.support.checkpoints import make_model, save, save_gguf
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops import cuda_quant
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, repack
 from tgi_asgi.runner import cuda_load
@@ -86,12 +87,12 @@ def test_a_model_s_matrices_are_never_the_host_s(
 ) -> None:
     """In units of the largest matrix of a layer as the file has it; the whole model has nine and more."""
     largest = 512 * 256 * {"F16": 2, "F32": 4, "Q8_0": 34 / 32, "awq": 5 / 8}[kind]
-    files = open_as(kind, tmp_path)
-    tracemalloc.start()
-    with HostTensors() as tensors:
-        model = load_model(files, ops.Repacking(FP16, META), max_positions=16)
-    _, arrays = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with OpenModel(open_as(kind, tmp_path)) as opened:
+        tracemalloc.start()
+        with HostTensors() as tensors:
+            model = opened.load(ops.Repacking(FP16, META), 16)
+        _, arrays = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert isinstance(model, Decoder)
     for layer in model.layers:
         for weight in (layer.qkv, layer.output, layer.gate_up, layer.down):

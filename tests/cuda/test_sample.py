@@ -53,8 +53,8 @@ def run(
         )  # fmt: skip
     if padding:
         slots[rows - 1] = -1
-    records, counts = device.tensor(state.record_bytes), device.tensor(state.counts_tensor)
-    biased_ids, biased_values = (device.tensor(part) for part in state.biased)
+    records, counts = (device.tensor(torch.from_numpy(part)) for part in (state.record_bytes, state.counts))
+    biased_ids, biased_values, masked_ids = (device.tensor(torch.from_numpy(part)) for part in state.lists)
     ids = device.empty((rows,), torch.int32)
     are_finite = device.empty((rows,), torch.bool)
     logprobs = device.empty((rows,), torch.float32)
@@ -65,16 +65,16 @@ def run(
     device.run(
         "sample", outputs, logits=device.tensor(logits), slots=device.tensor(slots), records=records,
         counts=counts, biased_ids=biased_ids, biased_values=biased_values,
-        masked_ids=device.tensor(state.masked), mask=None if mask is None else device.tensor(mask),
+        masked_ids=masked_ids, mask=None if mask is None else device.tensor(mask),
         mask_rows=None if mask is None else device.tensor(torch.tensor(mask_rows, dtype=torch.int32)),
         num_masks=0 if mask is None else mask.shape[0],
         token_ids=ids, is_finite=are_finite, logprobs=logprobs, top_ids=top_ids, top_logprobs=top_logprobs,
-        num_top=num_top, vocab=vocab, biased_stride=biased_ids.shape[1], masked_stride=state.masked.shape[1],
+        num_top=num_top, vocab=vocab, biased_stride=biased_ids.shape[1], masked_stride=masked_ids.shape[1],
         max_top=max_top, scratch=device.empty((rows, vocab), torch.float32), num_rows=rows,
         num_slots=rows + 2,
     )  # fmt: skip
-    state.record_bytes.copy_(records)
-    state.counts_tensor.copy_(counts)
+    state.record_bytes[:] = records.numpy()
+    state.counts[:] = counts.numpy()
     tops = [
         dict(zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True))
         for row, count in enumerate(num_top.tolist())
