@@ -1,4 +1,4 @@
-"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of its weights in float32.
+"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of what it means, in float32.
 
     made = make(LLAMA, folder, lambda name: "Q4_K")
     job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py
@@ -28,7 +28,7 @@ from tests.support.gguf_blocks import GgufMatrix, random_matrix
 from tests.support.gguf_bytes import Tensor, gguf_bytes, write
 from tgi_asgi.formats.sources import ModelFiles
 
-NUM_PROMPT_TOKENS, NUM_TOKENS = 120, 4
+NUM_PROMPT_TOKENS, NUM_TOKENS = 200, 4
 _CONFIG: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 256,
