@@ -171,7 +171,7 @@ def _config(recipe: str, options: dict[str, Any]) -> dict[str, Any]:
         bits, has_order = options.get("bits", 4), options.get("has_order", False)
         return {
             "quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": has_order,
-            "checkpoint_format": layout,
+            "checkpoint_format": layout, "sym": options.get("is_centred", False),
         }  # fmt: skip
     if recipe == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}

@@ -1,0 +1,85 @@
+"""Checkpoints of the `compressed-tensors` package against what it decompresses of them itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.support.checkpoints import make_model, our_logits, reference_logits
+from tests.support.compressed import save_compressed
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.ops.sources import decode
+
+EXACT = 1e-3  # of a log-probability
+ORDERED = Path(__file__).with_name("oracle") / "compressed-order.npz"  # made by record_compressed_order.py
+FILE = "model.safetensors"
+IDS = torch.randint(0, 160, (48,), generator=torch.Generator().manual_seed(2)).tolist()
+SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+FP8 = {"num_bits": 8, "type": "float"}
+# The package's format, its arguments for weights, and the format that ours keep them in.
+RECIPES = [
+    pytest.param("pack-quantized", INT4 | {"symmetric": True}, "INT4_128", id="int4"),
+    pytest.param("pack-quantized", INT4 | {"symmetric": False}, "INT4_128", id="int4-asymmetric"),
+    pytest.param(
+        "pack-quantized", INT4 | {"strategy": "channel", "group_size": None}, "INT4_128", id="int4-channel"
+    ),
+    pytest.param("pack-quantized", INT4 | {"num_bits": 8}, "Q8_0", id="int8"),
+    pytest.param("float-quantized", FP8 | {"strategy": "tensor"}, "BF16", id="fp8-tensor"),
+    pytest.param("float-quantized", FP8 | {"strategy": "channel"}, "BF16", id="fp8-channel"),
+    pytest.param(
+        "float-quantized", FP8 | {"strategy": "block", "block_structure": [128, 128]}, "BF16", id="fp8-block"
+    ),
+    pytest.param("naive-quantized", FP8 | {"strategy": "channel"}, "BF16", id="naive-fp8"),
+]
+
+
+@pytest.mark.parametrize(("format", "weights", "kept"), RECIPES)
+def test_log_probabilities_are_those_of_what_the_package_decompresses(
+    tmp_path: Path, format: str, weights: dict[str, Any], kept: str
+) -> None:
+    model = make_model(**SHAPE)
+    files = save_compressed(model, tmp_path, format, **weights)
+    reference = reference_logits(model, IDS).log_softmax(-1)
+    assert float(reference.std()) > 0.5, "flat logits prove nothing"
+    ours = our_logits(files, IDS).log_softmax(-1)
+    assert float((ours - reference).abs().max()) <= EXACT
+    assert kept_format(files) == kept
+
+
+def test_columns_in_act_order_mean_what_the_package_reads(tmp_path: Path) -> None:
+    with np.load(ORDERED) as stored:
+        arrays = dict(stored)
+    values = torch.from_numpy(arrays.pop("values"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({name.removesuffix("weight") + key: array for key, array in arrays.items()}, tmp_path / FILE)
+    options = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    weights = SafetensorsWeights(tmp_path, Quantisation.from_json({"quantization_config": options}))
+    ours = decode(weights.get(name, tuple(values.shape)).in_order())
+    weights.close()
+    torch.testing.assert_close(ours, values, rtol=2**-11, atol=0)  # no block holds its groups: float16
+
+
+def test_integers_that_are_not_packed_are_refused(tmp_path: Path) -> None:
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    files = save_compressed(make_model(**SHAPE), tmp_path, "naive-quantized", **weights)
+    with pytest.raises(ModelLoadError, match="is of dtype I8; supported are"):
+        kept_format(files)
+
+
+def kept_format(files: ModelFiles) -> str:
+    """Return the format in which the default arithmetic keeps a matrix."""
+    with OpenModel(files) as opened:
+        model: Any = opened.load(ops.Packing(is_exact=False), max_positions=16)
+    format: str = model.layers[0].down.made.matrix.format
+    return format

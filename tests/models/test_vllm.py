@@ -1,0 +1,70 @@
+"""GPTQ and AWQ checkpoints against vLLM, which has its own readers and kernels for them.
+
+What vLLM gives is kept in oracle/vllm.json, which oracle/record_vllm.py has made. It computes in bfloat16, so
+that the tolerance is what that costs. On a CPU it has kernels for these two only: of GPTQ with zero points,
+with act-order or of eight bits it has none, and refuses them (test_gptq.py has those).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models.oracle.record_vllm import digest
+from tests.support.checkpoints import make_model, our_logits
+from tests.support.quantised import save_quantised
+from tgi_asgi.formats.sources import ModelFiles
+
+MEAN, LARGEST = 0.03, 0.4  # of log-probabilities: what bfloat16 costs is 0.017 and 0.23
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq-4-symmetric": ("gptq", {"group": 128, "is_centred": True}),
+    "awq-4": ("awq", {"group": 128}),
+}
+RECORDED = json.loads(Path(__file__).with_name("oracle").joinpath("vllm.json").read_text("utf-8"))
+IDS = np.random.default_rng(3).integers(3, 160, 64).tolist()
+
+
+def make_checkpoint(name: str, folder: Path) -> ModelFiles:
+    """Write a checkpoint, the same each time."""
+    recipe, options = RECIPES[name]
+    model = make_model(**SHAPE)
+    with torch.no_grad():
+        model.lm_head.weight /= 4  # likely tokens, but not certain ones
+    return save_quantised(model, folder, recipe, **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_log_probabilities_are_those_of_vllm(tmp_path: Path, name: str) -> None:
+    files = make_checkpoint(name, tmp_path)
+    recorded = RECORDED["models"][name]
+    assert (digest(tmp_path), IDS) == (recorded["file"], RECORDED["ids"]), "other weights: record again"
+    apart = differences(name, files)
+    assert apart.mean() <= MEAN
+    assert apart.max() <= LARGEST
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_zero_points_that_are_off_by_one_differ(tmp_path: Path, name: str) -> None:
+    files = make_checkpoint(name, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for key in tensors:
+        if key.endswith(".qzeros"):
+            tensors[key] += 0x11111111  # one in each nibble
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert differences(name, files).mean() > 10 * MEAN
+
+
+def differences(name: str, files: ModelFiles) -> np.ndarray:
+    """Return how far our exact log-probabilities are from those that vLLM gave, of each token that it gave."""
+    ours = our_logits(files, IDS).log_softmax(-1).numpy()
+    rows = enumerate(RECORDED["models"][name]["logprobs"])
+    return np.array(
+        [abs(float(ours[row, int(token)]) - value) for row, given in rows for token, value in given]
+    )

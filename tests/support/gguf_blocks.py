@@ -1,0 +1,113 @@
+"""Random matrices in every format of GGUF files, with their values by the `gguf` package.
+
+All bits of a block are random, but for the numbers that say how large its weights are: these are such that a
+matrix has about the mean of zero and the standard deviation that is asked for. Nothing here is the server's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Where a block has its scale, and what it adds (ggml-common.h)."""
+
+    columns: int
+    nbytes: int
+    scale: int  # offset of the scale, in fp16
+    offset: int | None = None  # of the number that moves weights, in fp16
+    centre: float = 0.0  # the mean code: what moves weights must take it away
+    sign: int = 1  # of what moves them: k-quants subtract it
+
+
+_BLOCKS = {
+    "Q4_0": _Block(32, 18, 0),
+    "Q4_1": _Block(32, 20, 0, 2, 7.5, -1),
+    "Q5_0": _Block(32, 22, 0),
+    "Q5_1": _Block(32, 24, 0, 2, 15.5, -1),
+    "Q8_0": _Block(32, 34, 0),
+    "Q8_1": _Block(32, 36, 0),
+    "Q2_K": _Block(256, 84, 80, 82, 1.5),
+    "Q3_K": _Block(256, 110, 108),
+    "Q4_K": _Block(256, 144, 0, 2, 7.5),
+    "Q5_K": _Block(256, 176, 0, 2, 15.5),
+    "Q6_K": _Block(256, 210, 208),
+    "IQ4_NL": _Block(32, 18, 0),
+    "IQ4_XS": _Block(256, 136, 0),
+}
+_FLOATS = ("F32", "F16", "BF16")
+FORMATS = ("F16", "BF16", *_BLOCKS, "MXFP4")  # F32 is not held against anybody
+
+
+@dataclass(frozen=True, slots=True)
+class GgufMatrix:
+    """A matrix as a file has it."""
+
+    format: str
+    data: Bytes  # [rows, bytes of a row]
+    values: Floats  # [rows, columns]
+
+    @property
+    def ggml_type(self) -> int:
+        return int(gguf.GGMLQuantizationType[self.format])
+
+
+def random_matrix(
+    format: str, rows: int, columns: int, deviation: float, random: np.random.Generator
+) -> GgufMatrix:
+    """Make a matrix of random blocks whose weights have this standard deviation, or about it in MXFP4."""
+    if format in _FLOATS:
+        values = (random.standard_normal((rows, columns)) * deviation).astype(np.float32)
+        data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[format]).view(np.uint8)
+        return GgufMatrix(format, data.reshape(rows, -1), meaning(format, data.reshape(rows, -1)))
+    if format == "MXFP4":
+        data = _mxfp4_blocks(rows, columns, deviation, random)
+    else:
+        data = _scaled_blocks(_BLOCKS[format], format, rows, columns, deviation, random)
+    return GgufMatrix(format, data, meaning(format, data))
+
+
+def meaning(format: str, data: Bytes) -> Floats:
+    """Return what rows of bytes mean: [rows, columns] float32."""
+    if format == "Q8_1":  # the package does not read it: the scale is first, then a sum that says nothing new
+        blocks = data.reshape(-1, 36)
+        scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        return (scales * blocks[:, 4:].view(np.int8)).reshape(len(data), -1)
+    values: Floats = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format])
+    return values.astype(np.float32).reshape(len(data), -1)
+
+
+def _scaled_blocks(
+    block: _Block, format: str, rows: int, columns: int, deviation: float, random: np.random.Generator
+) -> Bytes:
+    shape = (rows, columns // block.columns)
+    data = random.integers(0, 256, (*shape, block.nbytes), np.uint8)
+    scales = random.uniform(0.5, 1.5, shape) * random.choice([-1.0, 1.0], shape)
+    moves = scales * block.centre * block.sign * random.uniform(0.9, 1.1, shape)
+
+    def filled(unit: float) -> Bytes:
+        _put(data, block.scale, scales * unit)
+        if block.offset is not None:
+            _put(data, block.offset, moves * unit)
+        return data.reshape(rows, -1)
+
+    return filled(deviation / float(meaning(format, filled(2.0**-6)).std()) * 2.0**-6)
+
+
+def _put(data: Bytes, offset: int, numbers: npt.NDArray[np.float64]) -> None:
+    data[..., offset : offset + 2] = numbers.astype(np.float16)[..., None].view(np.uint8)
+
+
+def _mxfp4_blocks(rows: int, columns: int, deviation: float, random: np.random.Generator) -> Bytes:
+    """Make blocks of E2M1, whose standard deviation is 3 or so, with exponents that differ by one or two."""
+    data = random.integers(0, 256, (rows, columns // 32, 17), np.uint8)
+    data[..., 0] = 127 + round(np.log2(deviation / 3)) + random.integers(-1, 2, data.shape[:2])
+    return data.reshape(rows, -1)

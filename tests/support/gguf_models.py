@@ -1,0 +1,151 @@
+"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of what it means, in float32.
+
+    made = make(LLAMA, folder, lambda name: "Q4_K")
+    job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py
+
+Which format each matrix has is the caller's to say, by its name in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+import torch
+import transformers
+
+from tests.support.families import FamilyCase
+from tests.support.family_files import Reference
+from tests.support.gguf_blocks import GgufMatrix, random_matrix
+from tests.support.gguf_bytes import Tensor, gguf_bytes, write
+from tgi_asgi.formats.sources import ModelFiles
+
+NUM_PROMPT_TOKENS, NUM_TOKENS = 200, 4
+_CONFIG: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LLAMA = FamilyCase("llama", "LlamaForCausalLM", _CONFIG, ())
+QWEN2 = FamilyCase(
+    "qwen2", "Qwen2ForCausalLM", _CONFIG, ()
+)  # with biases of q, k and v, and rows as they come
+_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+
+
+@dataclass(frozen=True, slots=True)
+class MadeModel:
+    """A file, and the truth about it."""
+
+    case: FamilyCase
+    files: ModelFiles
+    reference: Reference
+    digest: str  # of the file
+
+    @property
+    def file_bytes(self) -> int:
+        return self.files.path.stat().st_size
+
+
+def make(case: FamilyCase, folder: Path, format_of: Callable[[str], str]) -> MadeModel:
+    """Write a model; `format_of` gives each matrix's format by the name of its weight."""
+    model = _empty_model(case)
+    random = np.random.default_rng(1)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[case.name], case.config["num_hidden_layers"])
+    tensors = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            stored = names.get_name(name, (".weight", ".bias"))
+            if parameter.dim() == 1:
+                values = random.standard_normal(parameter.shape) * (0.1 if "norm" in name else 0.3)
+                values = (values + ("norm" in name)).astype(np.float32)
+                tensors.append(Tensor(stored, values.shape, 0, values.tobytes()))
+            else:
+                matrix = _random_matrix(name, format_of(name), parameter.shape, random)
+                tensors.append(
+                    Tensor(stored, tuple(parameter.shape)[::-1], matrix.ggml_type, matrix.data.tobytes())
+                )
+                values = matrix.values
+                if case.name == "llama" and (".q_proj." in name or ".k_proj." in name):
+                    values = _joined_halves(values, model.config.head_dim)
+            parameter.copy_(torch.from_numpy(values))
+    data = gguf_bytes(_metadata(case), tensors)
+    path = write(folder / f"{case.name}.gguf", data)
+    files = ModelFiles(case.name, None, "gguf", path)
+    return MadeModel(case, files, _reference(model), hashlib.sha256(data).hexdigest()[:16])
+
+
+def _random_matrix(name: str, format: str, shape: torch.Size, random: np.random.Generator) -> GgufMatrix:
+    """Make weights that keep the size of what they multiply; logits are twice as large, so far from flat."""
+    rows, columns = shape
+    deviation = 1.0 if "embed" in name else columns**-0.5 * (2 if "lm_head" in name else 1)
+    return random_matrix(format, rows, columns, deviation, random)
+
+
+def _joined_halves(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+    """Undo the order that llama.cpp's converter gives rows of queries and keys (`permute`)."""
+    heads = len(rows) // head_dim
+    return rows.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _empty_model(case: FamilyCase) -> transformers.PreTrainedModel:
+    kind = getattr(transformers, case.architecture)
+    config = kind.config_class(**case.config)
+    config._attn_implementation = "eager"
+    model: transformers.PreTrainedModel = kind(config).eval()
+    return model
+
+
+def _reference(model: transformers.PreTrainedModel) -> Reference:
+    ids = np.random.default_rng(2).integers(3, model.config.vocab_size, NUM_PROMPT_TOKENS).tolist()
+    for _ in range(NUM_TOKENS + 1):  # all anew for each: a cache is nothing to be wrong about
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0]
+        ids.append(int(logits[-1].argmax()))
+    prompt, answer = ids[:NUM_PROMPT_TOKENS], ids[NUM_PROMPT_TOKENS:-1]
+    return Reference(prompt, answer, logits.double().log_softmax(-1).float().numpy())
+
+
+def _metadata(case: FamilyCase) -> dict[str, Any]:
+    """Return the header of a file with a tokenizer of 256 bytes and one merge; the rest is padding."""
+    config, prefix = case.config, case.name
+    tokens = ["<s>", "</s>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th"]
+    num_padding = config["vocab_size"] - len(tokens)
+    kinds = [3, 3, *itertools.repeat(1, len(tokens) - 2), *itertools.repeat(5, num_padding)]
+    return {
+        "general.architecture": prefix,
+        f"{prefix}.vocab_size": config["vocab_size"],
+        f"{prefix}.context_length": config["max_position_embeddings"],
+        f"{prefix}.embedding_length": config["hidden_size"],
+        f"{prefix}.block_count": config["num_hidden_layers"],
+        f"{prefix}.feed_forward_length": config["intermediate_size"],
+        f"{prefix}.attention.head_count": config["num_attention_heads"],
+        f"{prefix}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{prefix}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{prefix}.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens + [f"[PAD{index}]" for index in range(num_padding)],
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
