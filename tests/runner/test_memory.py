@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.runner.test_load import settings
-from tests.support.checkpoints import load_model, make_model, save, save_gguf, save_tokenizer
+from tests.support.checkpoints import SHAPE, load_model, make_model, save, save_gguf, save_tokenizer
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
-from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.loading.open import OpenModel, read_config
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, packed_bytes
@@ -39,10 +39,10 @@ FAST = ops.Packing(is_exact=False)
 def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: str | None) -> None:
     tensors = [("F32", GIB - 64), ("F32", 64)]
     if words is None:
-        assert check_weights_fit(tensors, FAST, free) == 4 * GIB
+        assert check_weights_fit(tensors, FAST, 0, free) == 4 * GIB
         return
     with pytest.raises(ModelLoadError, match=words):
-        check_weights_fit(tensors, FAST, free)
+        check_weights_fit(tensors, FAST, 0, free)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(free: int, words: s
     ],
 )
 def test_a_weight_takes_what_it_is_packed_to(name: str, packing: ops.Packing, expected: int) -> None:
-    assert packed_bytes([(name, 1024)], packing) == expected
+    assert packed_bytes([(name, 1024)], packing, 0) == expected
 
 
 @pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
@@ -70,7 +70,8 @@ def test_what_is_foretold_is_what_is_packed(tmp_path: Path, kind: str, quantise:
     )
     packing = ops.Packing(is_exact=False, quantise=quantise)
     with OpenModel(files) as opened:
-        foretold = packed_bytes(opened.weights.stored(), packing)
+        vocabulary = opened.config.vocab_size * opened.config.hidden_size
+        foretold = packed_bytes(opened.stored(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
     made = [model.embedding.made, model.head.made]
@@ -127,8 +128,9 @@ def test_a_context_without_end_is_cut_to_the_cache_before_its_table_is_made(
     files: ModelFiles, tables: list[int]
 ) -> None:
     info = load(files).info
-    assert tables == [info.max_total_tokens] == [info.kv_tokens]
-    assert info.kv_bytes < 32 * MIB
+    assert tables == [info.max_total_tokens]
+    assert info.max_total_tokens * ops.RopeTable.bytes_per_position(16) < 64 * MIB / 8
+    assert info.kv_bytes <= 32 * MIB
 
 
 def test_a_rotary_table_that_does_not_fit_is_refused_before_it_is_made(
@@ -136,22 +138,23 @@ def test_a_rotary_table_that_does_not_fit_is_refused_before_it_is_made(
 ) -> None:
     """The operator's own word on the cache is believed: it is memory that is reserved, not taken."""
     with pytest.raises(
-        ModelLoadError, match=r"rotary table, .* GiB are free: set --max-total-tokens to at most"
+        ModelLoadError, match=r"rotary tables, .* GiB are free: set --max-total-tokens to at most"
     ):
-        load(files, max_batch_total_tokens=1 << 24)
+        load(files, max_batch_total_tokens=1 << 24, max_total_tokens=1 << 24)
     assert not tables
     cured = load(files, max_batch_total_tokens=1 << 24, max_total_tokens=100_000).info
     assert tables == [cured.max_total_tokens] == [100_000]
 
 
 def test_the_advised_context_fits() -> None:
-    with pytest.raises(ModelLoadError, match="to at most 21845"):
-        check_rope_fits(128, 1 << 24, 64 * MIB)
-    check_rope_fits(128, 21845, 64 * MIB)
+    _, config = read_config({**SHAPE, "architectures": ["LlamaForCausalLM"], "head_dim": 128})
+    with pytest.raises(ModelLoadError, match="to at most 65536"):
+        check_rope_fits(config, 1 << 24, 64 * MIB)
+    check_rope_fits(config, 65536, 64 * MIB)
 
 
 def test_files_say_what_they_store(tmp_path: Path) -> None:
     with OpenModel(save(make_model(), tmp_path)) as opened:
         stored = opened.weights.stored()
-        assert {name for name, _ in stored} == {"F32"}
-        assert sum(elements for _, elements in stored) * 4 == opened.weights.num_bytes
+        assert {name for name, _ in stored.values()} == {"F32"}
+        assert sum(elements for _, elements in stored.values()) * 4 == opened.weights.num_bytes
