@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from tgi_asgi.models.llama import Llama
 
 from bench import gpu_model, gpu_stages
 from bench.engine import Engine, Sequence

@@ -30,7 +30,8 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   const step::Format format = format_of(format_name);
   const step::FormatInfo& info = step::format_info(format);
   check(info.has_kernel, "`format` must be one that the CPU multiplies by, got ", format_name);
-  check(columns > 0 && columns % info.block_columns == 0, "`columns` must be a multiple of ",
+  check_positive(columns, "columns");
+  check(columns % info.block_columns == 0, "`columns` must be a multiple of ",
         info.block_columns, ", got ", columns);
   check_shape(order, "order", {-1});
   const int64_t num_rows = order.size(), padded = step::padded_columns(columns);

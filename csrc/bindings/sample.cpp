@@ -36,9 +36,9 @@ void SampleArrays::set_lists(Array<int32_t> biased_ids, Array<float> biased_valu
 }
 
 void SampleArrays::check_slots(const std::vector<int32_t>& slots) const {
+  check_range(slots.data(), static_cast<int64_t>(slots.size()), num_slots(), "slots");
   std::vector<bool> is_taken(static_cast<size_t>(num_slots()));
   for (const int32_t slot : slots) {
-    check(slot >= 0 && slot < num_slots(), "`slots` must be in [0, ", num_slots(), "), got ", slot);
     check(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
     is_taken[static_cast<size_t>(slot)] = true;
     check_record(slot);
