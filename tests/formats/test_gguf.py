@@ -113,7 +113,7 @@ def test_a_tensor_of_unknown_type_matters_only_when_it_is_wanted(tmp_path: Path)
     tensors = [Tensor("strange", (32,), 4242, bytes(32)), Tensor("known", (1,), F32, bytes(4))]
     file = open_bytes(tmp_path, gguf_bytes({}, tensors))
     assert file.raw("known").size == 4
-    with pytest.raises(ModelLoadError, match="'strange' is of type number 4242, which is not supported; supported are F32, F16"):
+    with pytest.raises(ModelLoadError, match="'strange' is of type number 4242, which is not supported"):
         file.raw("strange")
     with pytest.raises(ModelLoadError, match="no tensor 'absent'"):
         file.tensor("absent")

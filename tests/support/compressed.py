@@ -1,4 +1,4 @@
-"""Small checkpoints that the `compressed-tensors` package writes, with what it decompresses them to itself."""
+"""Small checkpoints that the `compressed-tensors` package writes, with what it decompresses them to."""
 
 from __future__ import annotations
 

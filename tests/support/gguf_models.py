@@ -1,4 +1,4 @@
-"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of what it means, in float32.
+"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of its meaning in float32.
 
     made = make(LLAMA, folder, lambda name: "Q4_K")
     job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py

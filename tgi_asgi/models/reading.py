@@ -185,7 +185,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
         f"rope scaling of type {kind!r} is not supported in GGUF files, only linear, yarn and longrope are",
     )
     reader.ignore(f"{prefix}factor")
-    factor = reader.number(f"{prefix}factor", given)
+    factor = reader.number(f"{prefix}factor") if given is None else reader.number(f"{prefix}factor", given)
     if kind != "yarn":
         return RopeScaling("linear", factor)
     return RopeScaling(

@@ -29,7 +29,8 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Mistral's: a window of all layers where it has one, no biases."""
+    """Read Mistral's: a window of all layers where it has one, no biases, whatever the file says."""
+    reader.ignore("attention_bias")
     sizes = read_sizes(reader)
     windows = windows_of(reader, num_layers(reader), default_on=True)
     return ModelConfig(architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes)

@@ -10,7 +10,8 @@ from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_s
 
 
 def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Qwen 2's and 2.5's."""
+    """Read Qwen 2's and 2.5's: which products have biases is the code's, whatever the file says."""
+    reader.ignore("attention_bias")
     sizes = read_sizes(reader)
     return ModelConfig(
         architecture=architecture,
