@@ -1,6 +1,7 @@
 """Record matrices that AutoGPTQ packs, and what its own module makes of them: the oracle of test_gptq.py.
 
-    pip install auto-gptq==0.7.1 "transformers<5"
+    pip download --no-deps auto-gptq==0.7.1    # then unpack auto_gptq/nn_modules/qlinear alone on PYTHONPATH,
+                                               # with empty __init__.py above it: the rest wants CUDA
     python tests/models/oracle/record_gptq.py tests/models/oracle/gptq.npz
 
 Its module multiplies an identity matrix, in float32 on the CPU. Kept are the tensors that a checkpoint would

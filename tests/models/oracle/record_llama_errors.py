@@ -1,6 +1,6 @@
 """Record how far llama.cpp is from float32 on the files of tests/models/test_formats_whole.py.
 
-    pip install llama-cpp-python==0.3.36
+    CMAKE_ARGS="-DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF" pip install llama-cpp-python==0.3.36
     python tests/models/oracle/record_llama_errors.py tests/models/oracle/llama-errors.json
 
 llama.cpp runs on one thread of the CPU, once with its defaults and once with keys and values in bfloat16.
