@@ -30,9 +30,9 @@ test-install: $(VENV)/.test-tools
 test-agents: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
 
-# Small models of every family against transformers, of which `make test` has a choice; kept in build/families.
+# Small models of every family and of every weight format against independent readers, of which the normal run has some.
 test-models: $(VENV)/.test-tools
-	$(BIN)/python -m pytest tests/models/test_families.py -m 'models or not models' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/models -m 'models or not models' $(PYTEST_ARGS)
 
 soak: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

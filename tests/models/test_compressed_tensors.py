@@ -29,18 +29,30 @@ INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 FP8 = {"num_bits": 8, "type": "float"}
 # The package's format, its arguments for weights, and the format that ours keep them in.
 RECIPES = [
-    pytest.param("pack-quantized", INT4 | {"symmetric": True}, "INT4_128", id="int4"),
+    pytest.param(
+        "pack-quantized", INT4 | {"symmetric": True}, "INT4_128", id="int4", marks=pytest.mark.models
+    ),
     pytest.param("pack-quantized", INT4 | {"symmetric": False}, "INT4_128", id="int4-asymmetric"),
     pytest.param(
-        "pack-quantized", INT4 | {"strategy": "channel", "group_size": None}, "INT4_128", id="int4-channel"
+        "pack-quantized",
+        INT4 | {"strategy": "channel", "group_size": None},
+        "INT4_128",
+        id="int4-channel",
+        marks=pytest.mark.models,
     ),
-    pytest.param("pack-quantized", INT4 | {"num_bits": 8}, "Q8_0", id="int8"),
-    pytest.param("float-quantized", FP8 | {"strategy": "tensor"}, "BF16", id="fp8-tensor"),
-    pytest.param("float-quantized", FP8 | {"strategy": "channel"}, "BF16", id="fp8-channel"),
+    pytest.param("pack-quantized", INT4 | {"num_bits": 8}, "Q8_0", id="int8", marks=pytest.mark.models),
+    pytest.param(
+        "float-quantized", FP8 | {"strategy": "tensor"}, "BF16", id="fp8-tensor", marks=pytest.mark.models
+    ),
+    pytest.param(
+        "float-quantized", FP8 | {"strategy": "channel"}, "BF16", id="fp8-channel", marks=pytest.mark.models
+    ),
     pytest.param(
         "float-quantized", FP8 | {"strategy": "block", "block_structure": [128, 128]}, "BF16", id="fp8-block"
     ),
-    pytest.param("naive-quantized", FP8 | {"strategy": "channel"}, "BF16", id="naive-fp8"),
+    pytest.param(
+        "naive-quantized", FP8 | {"strategy": "channel"}, "BF16", id="naive-fp8", marks=pytest.mark.models
+    ),
 ]
 
 

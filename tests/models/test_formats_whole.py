@@ -7,7 +7,6 @@ The normal run has every format in Llama and one in Qwen 2, `make test-models` b
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from tests.support.checkpoints import our_logits
 from tests.support.families import FamilyCase
 from tests.support.family_scores import differences, score
 from tests.support.gguf_blocks import FORMATS
-from tests.support.gguf_models import LLAMA, QWEN2, MadeModel, make
+from tests.support.gguf_models import LLAMA, QWEN2, MadeModel, format_of, make
 from tgi_asgi import ops
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.loading.open import OpenModel
@@ -30,7 +29,7 @@ EXACT = 1e-3  # of a log-probability; what is right is within 1e-4
 MARGIN = 1.1  # of llama.cpp's errors
 MARGIN_OF_ONE = 1.5  # of its largest, which is chance: llama.cpp's own moves by 1.7 with the cache's type
 ERRORS = json.loads(Path(__file__).with_name("oracle").joinpath("llama-errors.json").read_text("utf-8"))
-MIXED = {  # a pattern of names, and the format of those that it is the first for
+MIXED = {
     "*.0.self_attn.q_proj.*": "Q4_K",
     "*.0.self_attn.k_proj.*": "Q6_K",
     "*.0.self_attn.v_proj.*": "Q8_0",
@@ -58,15 +57,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Maker:
     def get(case: FamilyCase, format: str) -> MadeModel:
         if (case.name, format) not in kept:
             folder = tmp_path_factory.mktemp(f"{case.name}-{format}")
-            kept[case.name, format] = make(case, folder, mixed if format == "mixed" else lambda name: format)
+            kept[case.name, format] = make(case, folder, MIXED if format == "mixed" else {"*": format})
         return kept[case.name, format]
 
     return get
-
-
-def mixed(name: str) -> str:
-    """Return the format of a matrix in a mixed file."""
-    return next(format for pattern, format in MIXED.items() if fnmatch.fnmatchcase(name, pattern))
 
 
 def cases(qwen2: str) -> list[Any]:
@@ -127,6 +121,6 @@ def test_matrices_of_one_product_keep_their_formats_and_sizes(made: Maker) -> No
         canonical = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         for part, name, matrix in zip(parts, names, canonical, strict=True):
             where = "mlp" if matrix in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            assert part.matrix.format == mixed(f"model.layers.{index}.{where}.{matrix}.weight")
+            assert part.matrix.format == format_of(MIXED, f"model.layers.{index}.{where}.{matrix}.weight")
             # Scales of k-quants are unpacked to whole bytes: four bytes more than Q3_K's 110, the most.
             assert part.matrix.nbytes <= 1.04 * sizes[f"blk.{index}.{name}.weight"], name

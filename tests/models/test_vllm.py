@@ -62,7 +62,7 @@ def test_zero_points_that_are_off_by_one_differ(tmp_path: Path, name: str) -> No
 
 
 def differences(name: str, files: ModelFiles) -> np.ndarray:
-    """Return how far our exact log-probabilities are from those of each token that vLLM gave."""
+    """Return how far our exact log-probabilities are from all that vLLM gave."""
     ours = our_logits(files, IDS).log_softmax(-1).numpy()
     rows = enumerate(RECORDED["models"][name]["logprobs"])
     return np.array(

@@ -1,4 +1,4 @@
-"""Small checkpoints that the `compressed-tensors` package writes, with what it decompresses them to."""
+"""Small checkpoints that the `compressed-tensors` package writes, with what it reads of them itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_compressed(model: Model, folder: Path, format: str, **weights: Any) -> 
     compressor.decompress_model(model)
     for module in linears.values():
         del module.quantization_scheme  # nothing is to be rounded in its forward
-        module.forward = torch.nn.Linear.forward.__get__(module)
+        module.__dict__.pop("forward")  # the package's own
     return ModelFiles(format, None, "directory", folder)
 
 

@@ -1,16 +1,15 @@
-"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of its meaning in float32.
+"""Whole small models of random blocks: a GGUF file, and what `transformers` computes of it in float32.
 
-    made = make(LLAMA, folder, lambda name: "Q4_K")
-    job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py
-
-Which format each matrix has is the caller's to say, by its name in the checkpoint.
+made = make(LLAMA, folder, {"*embed*": "Q6_K", "*": "Q4_K"})
+job = score(made.case, made.files, made.reference, "float32")     # tests/support/family_scores.py
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,30 +59,23 @@ class MadeModel:
     reference: Reference
     digest: str  # of the file
 
-    @property
-    def file_bytes(self) -> int:
-        return self.files.path.stat().st_size
 
-
-def make(case: FamilyCase, folder: Path, format_of: Callable[[str], str]) -> MadeModel:
-    """Write a model; `format_of` gives each matrix's format by the name of its weight."""
+def make(case: FamilyCase, folder: Path, formats: Mapping[str, str]) -> MadeModel:
+    """Write a model; `formats` gives those of its matrices by patterns of names, the first that fits."""
     model = _empty_model(case)
     random = np.random.default_rng(1)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[case.name], case.config["num_hidden_layers"])
     tensors = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            stored = names.get_name(name, (".weight", ".bias"))
+            stored = str(names.get_name(name, (".weight", ".bias")))
             if parameter.dim() == 1:
-                values = random.standard_normal(parameter.shape) * (0.1 if "norm" in name else 0.3)
-                values = (values + ("norm" in name)).astype(np.float32)
+                values = _random_vector(name, len(parameter), random)
                 tensors.append(Tensor(stored, values.shape, 0, values.tobytes()))
             else:
-                matrix = _random_matrix(name, format_of(name), parameter.shape, random)
-                tensors.append(
-                    Tensor(stored, tuple(parameter.shape)[::-1], matrix.ggml_type, matrix.data.tobytes())
-                )
-                values = matrix.values
+                matrix = _random_matrix(name, format_of(formats, name), parameter.shape, random)
+                values, dims = matrix.values, tuple(parameter.shape)[::-1]
+                tensors.append(Tensor(stored, dims, matrix.ggml_type, matrix.data.tobytes()))
                 if case.name == "llama" and (".q_proj." in name or ".k_proj." in name):
                     values = _joined_halves(values, model.config.head_dim)
             parameter.copy_(torch.from_numpy(values))
@@ -91,6 +83,18 @@ def make(case: FamilyCase, folder: Path, format_of: Callable[[str], str]) -> Mad
     path = write(folder / f"{case.name}.gguf", data)
     files = ModelFiles(case.name, None, "gguf", path)
     return MadeModel(case, files, _reference(model), hashlib.sha256(data).hexdigest()[:16])
+
+
+def format_of(formats: Mapping[str, str], name: str) -> str:
+    """Return what the first pattern says that fits a name."""
+    return next(format for pattern, format in formats.items() if fnmatch.fnmatchcase(name, pattern))
+
+
+def _random_vector(name: str, size: int, random: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Make a norm's weight or a bias, neither of which does nothing."""
+    is_norm = "norm" in name
+    values = random.standard_normal(size) * (0.1 if is_norm else 0.3) + is_norm
+    return values.astype(np.float32)
 
 
 def _random_matrix(name: str, format: str, shape: torch.Size, random: np.random.Generator) -> GgufMatrix:

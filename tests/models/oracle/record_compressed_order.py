@@ -20,9 +20,7 @@ ROWS, COLUMNS, GROUP = 32, 256, 64
 def main() -> None:
     """Compress random weights by an older version, and keep its tensors and its values."""
     # Not of the version that the tests install, whose modules have other names.
-    from compressed_tensors.compressors.quantized_compressors import (  # type: ignore[import-not-found]
-        pack_quantized,
-    )
+    from compressed_tensors.compressors.quantized_compressors import pack_quantized
     from compressed_tensors.quantization import QuantizationArgs
 
     generator = torch.Generator().manual_seed(1)

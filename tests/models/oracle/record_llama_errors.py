@@ -1,12 +1,12 @@
 """Record how far llama.cpp is from float32 on the files of tests/models/test_formats_whole.py.
 
-    pip install llama-cpp-python==0.3.36
+    CMAKE_ARGS="-DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF" pip install llama-cpp-python==0.3.36
     python tests/models/oracle/record_llama_errors.py tests/models/oracle/llama-errors.json
 
-llama.cpp runs on one thread of the CPU, once with its defaults and once with keys and values in bfloat16. The
-truth is what the test's own is: `transformers` in float32 on the weights that a file means. Kept are the mean,
-the 99th percentile and the largest of the differences between log-probabilities, at all positions and of the
-whole vocabulary, and the hash of the file that they are about.
+llama.cpp runs on one thread of the CPU, once with its defaults and once with keys and values in bfloat16.
+The truth is what the test's own is: `transformers` in float32 on the weights that a file means. Kept are the
+mean, the 99th percentile and the largest of the differences between log-probabilities, at all positions and
+of the whole vocabulary, and the hash of the file that they are about.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
         found[case.name] = {}
         for format in (name for name in FORMATS if name != "Q8_1"):
             with tempfile.TemporaryDirectory() as folder:
-                made = make(case, Path(folder), lambda name, format=format: format)
+                made = make(case, Path(folder), {"*": format})
                 row = {name: errors_of(made, cache) for name, cache in CACHES.items()}
             found[case.name][format] = {"file": made.digest, **row}
             print(case.name, format, row, flush=True)

