@@ -156,9 +156,6 @@ def token_logprobs(logits: _Floats, token_ids: _Ints, num_top: int) -> tuple[_Fl
 
 # A plan's rows.
 
-def weight_formats() -> list[dict[str, Any]]:
-    """Return the table of weight formats, csrc/formats.def: a dict each, `ggml_type` None outside GGUF."""
-
 class PlanError(ValueError):
     """Raised when a plan names what does not exist: the engine's mistake, never a client's."""
 

@@ -113,7 +113,7 @@ def test_all_lengths_and_shapes_equal_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [1, 64, 256, 257, 1000])
+@pytest.mark.parametrize("window", [1, 64, 257])
 @pytest.mark.parametrize(("heads", "head_dim", "threads"), [(4, 32, 1), (2, 80, 3)])
 def test_a_window_hides_what_lies_before_it(
     kernel_set: str, window: int, heads: int, head_dim: int, threads: int, dtype: torch.dtype
