@@ -129,7 +129,7 @@ def test_a_vocabulary_is_never_quantised_below_eight_bits() -> None:
         (32, np.arange(31), 32 * 34, "multiple of 32, got 31"),
         (32, np.arange(1, 33), 32 * 34, r"must be in \[-1, 32\), got 32"),
         (32, np.arange(32), 32 * 34 + 1, "whole rows of 34 bytes"),
-        (0, np.arange(32), 32 * 34, "`columns` must be a multiple of 32, got 0"),
+        (0, np.arange(32), 32 * 34, "`columns` must be positive, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int, message: str) -> None:

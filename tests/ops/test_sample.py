@@ -323,8 +323,8 @@ def test_the_record_is_laid_out_as_the_kernel_reads_it() -> None:
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        ((0, 2), r"`slots` must be in \[0, 2\), got 2"),
-        ((-1, 0), r"`slots` must be in \[0, 2\), got -1"),
+        ((0, 2), r"`slots`\[1\] must be in \[0, 2\), got 2"),
+        ((-1, 0), r"`slots`\[0\] must be in \[0, 2\), got -1"),
         ((1, 1), "must differ, got 1"),
     ],
 )
