@@ -1,5 +1,5 @@
-// Checks of what Python gives: kernels trust what has passed here. Messages name the operand, what it must
-// be and what it is; std::invalid_argument is Python's ValueError.
+// Checks of what Python gives: kernels trust what has passed here. Messages name the operand, what
+// it must be and what it is; std::invalid_argument is Python's ValueError.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -13,8 +13,8 @@ namespace tgi {
 
 namespace py = pybind11;
 
-// A contiguous numpy array; arguments of this type are bound with noconvert(), so that another dtype is a
-// TypeError and what is written to is the caller's own memory.
+// A contiguous numpy array; arguments of this type are bound with noconvert(), so that another
+// dtype is a TypeError and what is written to is the caller's own memory.
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -39,15 +39,16 @@ void check_shape(const Array<T>& array, const char* name, std::initializer_list<
   std::ostringstream wanted, found;
   for (const int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
   for (int64_t i = 0; i < array.ndim(); ++i) found << (i > 0 ? ", " : "") << array.shape(i);
-  check(false, "`", name, "` must have shape [", wanted.str(), "] (-1: any), got [", found.str(), "]");
+  check(false, "`", name, "` must have shape [", wanted.str(), "] (-1: any), got [", found.str(),
+        "]");
 }
 
 // Every element in [0, limit).
 template <class Integer>
 void check_range(const Integer* values, int64_t count, int64_t limit, const char* name) {
   for (int64_t i = 0; i < count; ++i) {
-    check(values[i] >= 0 && values[i] < limit, "`", name, "`[", i, "] must be in [0, ", limit, "), got ",
-          values[i]);
+    check(values[i] >= 0 && values[i] < limit, "`", name, "`[", i, "] must be in [0, ", limit,
+          "), got ", values[i]);
   }
 }
 

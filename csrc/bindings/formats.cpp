@@ -1,4 +1,5 @@
-// The table of weight formats and its readers as parts of tgi_asgi._C: rows as float32, rows for CUDA.
+// The table of weight formats and its readers as parts of tgi_asgi._C: rows as float32, rows for
+// CUDA.
 #include "cpu/step/formats.h"
 
 #include "bindings/matrix.h"
@@ -14,10 +15,12 @@ using Bytes = Array<uint8_t>;
 // Checks whole rows, flat, and returns how many there are.
 int64_t count_rows(const Bytes& data, step::Format format, int64_t columns) {
   const int64_t unit = step::format_info(format).block_columns;
-  check(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit, ", got ", columns);
+  check(columns > 0 && columns % unit == 0, "`columns` must be a multiple of ", unit, ", got ",
+        columns);
   check_shape(data, "data", {-1});
   const int64_t bytes = step::file_row_bytes(format, columns);
-  check(data.size() % bytes == 0, "`data` must be whole rows of ", bytes, " bytes, got ", data.size());
+  check(data.size() % bytes == 0, "`data` must be whole rows of ", bytes, " bytes, got ",
+        data.size());
   return data.size() / bytes;
 }
 
@@ -44,7 +47,8 @@ py::tuple repack_rows(const Bytes& data, const std::string& format_name, int64_t
   const int64_t bytes = step::file_row_bytes(format, columns);
   const int64_t code_bytes = columns * info.bits / 8, num_groups = columns / info.group_columns;
   Bytes codes({num_rows, code_bytes});
-  Array<float> scales({num_rows, num_groups}), offsets({info.has_offsets ? num_rows : 0, num_groups});
+  Array<float> scales({num_rows, num_groups}),
+      offsets({info.has_offsets ? num_rows : 0, num_groups});
   const uint8_t* const from = data.data();
   uint8_t* const to_codes = codes.mutable_data();
   float* const to_scales = scales.mutable_data();
@@ -85,16 +89,20 @@ void bind_formats(py::module_& module) {
       .def_readonly("block_bytes", &FormatInfo::block_bytes)
       .def_readonly("is_quantised", &FormatInfo::is_quantised)
       .def_readonly("has_kernel", &FormatInfo::has_kernel)
-      .def_property_readonly("repacked_bits", [](const FormatInfo& info) { return info.repacked.bits; })
-      .def_property_readonly("repacked_zero", [](const FormatInfo& info) { return info.repacked.zero; })
+      .def_property_readonly("repacked_bits",
+                             [](const FormatInfo& info) { return info.repacked.bits; })
+      .def_property_readonly("repacked_zero",
+                             [](const FormatInfo& info) { return info.repacked.zero; })
       .def_property_readonly("has_half_scales",
                              [](const FormatInfo& info) { return info.repacked.has_half_scales; })
       .def_property_readonly("is_float8",
                              [](const FormatInfo& info) { return info.repacked.is_float8; });
   module.def("formats", &formats, "Return the table of weight formats.");
-  module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"), py::arg("columns"),
+  module.def("decode_rows", &decode_rows, py::arg("data").noconvert(), py::arg("format"),
+             py::arg("columns"),
              "Return a file's rows as float32 [rows, columns], equal to ggml's to the bit.");
-  module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"), py::arg("columns"),
+  module.def("repack_rows", &repack_rows, py::arg("data").noconvert(), py::arg("format"),
+             py::arg("columns"),
              "Return codes, scales and offsets (or None) of a file's rows, each [rows, ...].");
 }
 

@@ -32,7 +32,8 @@ KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int
 }
 
 step::KvLayerView KvPool::layer(int64_t index) const {
-  check(index >= 0 && index < num_layers_, "`layer` must be in [0, ", num_layers_, "), got ", index);
+  check(index >= 0 && index < num_layers_, "`layer` must be in [0, ", num_layers_, "), got ",
+        index);
   step::KvLayerView view = view_;
   view.data += index * 2 * view.values_after_keys();
   return view;

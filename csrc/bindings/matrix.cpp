@@ -31,14 +31,13 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   const step::FormatInfo& info = step::format_info(format);
   check(info.has_kernel, "`format` must be one that the CPU multiplies by, got ", format_name);
   check_positive(columns, "columns");
-  check(columns % info.block_columns == 0, "`columns` must be a multiple of ",
-        info.block_columns, ", got ", columns);
+  check(columns % info.block_columns == 0, "`columns` must be a multiple of ", info.block_columns,
+        ", got ", columns);
   check_shape(order, "order", {-1});
   const int64_t num_rows = order.size(), padded = step::padded_columns(columns);
-  check(num_rows > 0 && num_rows % step::kStripRows == 0,
-        "`order` must be a multiple of 32, got ", num_rows);
-  const std::vector<const uint8_t*> rows =
-      rows_of(sources, step::file_row_bytes(format, columns));
+  check(num_rows > 0 && num_rows % step::kStripRows == 0, "`order` must be a multiple of 32, got ",
+        num_rows);
+  const std::vector<const uint8_t*> rows = rows_of(sources, step::file_row_bytes(format, columns));
   std::vector<const uint8_t*> ordered;
   int64_t num_true = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
@@ -95,7 +94,8 @@ step::Format format_of(const std::string& name) {
 }
 
 step::Precision precision_of(const std::string& name) {
-  for (const auto precision : {step::Precision::kInt8, step::Precision::kBF16, step::Precision::kFloat32}) {
+  for (const auto precision :
+       {step::Precision::kInt8, step::Precision::kBF16, step::Precision::kFloat32}) {
     if (name == precision_name(precision)) return precision;
   }
   throw std::invalid_argument("`precision` must be int8, bfloat16 or float32, got " + name);
@@ -111,15 +111,17 @@ void bind_matrices(py::module_& module) {
   py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
       .def(py::init<>());
   py::class_<Matrix>(module, "Matrix", "A weight in panels; see csrc/cpu/step/packed.h.")
-      .def_property_readonly("format", [](const Matrix& m) { return step::format_info(m.packed.format).name; })
+      .def_property_readonly(
+          "format", [](const Matrix& m) { return step::format_info(m.packed.format).name; })
       .def_readonly("num_rows", &Matrix::num_rows)
       .def_readonly("num_columns", &Matrix::num_columns)
       .def_property_readonly("num_stored_rows", [](const Matrix& m) { return m.packed.num_rows; })
       .def_property_readonly("nbytes", &Matrix::nbytes)
       .def("unpack", &unpack, "Return all rows as stored, padding included, as float32.");
-  module.def("pack", &pack, py::kw_only(), py::arg("sources"), py::arg("format"), py::arg("columns"),
-             py::arg("order").noconvert(), py::arg("arena"),
-             "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1.");
+  module.def(
+      "pack", &pack, py::kw_only(), py::arg("sources"), py::arg("format"), py::arg("columns"),
+      py::arg("order").noconvert(), py::arg("arena"),
+      "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1.");
   module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
              "Quantise float32 rows to the file format Q8_0 or Q4_0.");
 }

@@ -1,5 +1,5 @@
-// The pybind11 module tgi_asgi._C: the thread team, the sets of kernels, weights, the cache, sampling and
-// recorded steps. Knows no torch.
+// The pybind11 module tgi_asgi._C: the thread team, the sets of kernels, weights, the cache,
+// sampling and recorded steps. Knows no torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -61,8 +61,9 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
 double arithmetic_peak(const std::string& precision_name) {
   constexpr int64_t kTimes = 4000000, kRegisters = 12, kLanes = 16;
   const step::Precision precision = precision_of(precision_name);
-  const int64_t terms =
-      precision == step::Precision::kInt8 ? 4 : precision == step::Precision::kBF16 ? 2 : 1;
+  const int64_t terms = precision == step::Precision::kInt8   ? 4
+                        : precision == step::Precision::kBF16 ? 2
+                                                              : 1;
   int members = 1;
   volatile float sink = 0;  // or the compiler would leave the loop out
   const auto start = std::chrono::steady_clock::now();

@@ -15,7 +15,8 @@ using step::Sync;
 namespace {
 
 step::MlpActivation activation_of(const std::string& name) {
-  check(name == "silu" || name == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ", name);
+  check(name == "silu" || name == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ",
+        name);
   return name == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
 }
 
@@ -42,17 +43,20 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
 
 RowsPtr Program::rows(int64_t columns, bool for_logits) const {
   check_positive(columns, "columns");
-  const int64_t padded = step::padded_columns(columns), count = for_logits ? max_rows_ : max_tokens_;
-  return std::make_shared<RowsBuffer>(
-      RowsBuffer{cpu::allocate(count * padded * static_cast<int64_t>(sizeof(float))), count, padded});
+  const int64_t padded = step::padded_columns(columns),
+                count = for_logits ? max_rows_ : max_tokens_;
+  return std::make_shared<RowsBuffer>(RowsBuffer{
+      cpu::allocate(count * padded * static_cast<int64_t>(sizeof(float))), count, padded});
 }
 
-ActivationPtr Program::activation(int64_t columns, const std::string& precision, bool for_logits) const {
+ActivationPtr Program::activation(int64_t columns, const std::string& precision,
+                                  bool for_logits) const {
   check_positive(columns, "columns");
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tiles = (count + step::kTileTokens - 1) / step::kTileTokens;
   step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
-  const cpu::Memory memory = cpu::allocate(std::max<int64_t>(tiles, num_members_) * view.tile_bytes());
+  const cpu::Memory memory =
+      cpu::allocate(std::max<int64_t>(tiles, num_members_) * view.tile_bytes());
   view.data = memory.get();
   return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, false});
 }
@@ -61,7 +65,8 @@ QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
   check_positive(num_heads, "num_heads");
   const int64_t row_bytes = num_heads * pool.layer(0).query_bytes();
   return std::make_shared<QueryBuffer>(
-      QueryBuffer{cpu::allocate(max_tokens_ * row_bytes + step::kPoolSlack), max_tokens_, num_heads, row_bytes});
+      QueryBuffer{cpu::allocate(max_tokens_ * row_bytes + step::kPoolSlack), max_tokens_, num_heads,
+                  row_bytes});
 }
 
 void Program::embed(const Matrix& table, double factor, const RowsPtr& out) {
@@ -73,20 +78,25 @@ void Program::embed(const Matrix& table, double factor, const RowsPtr& out) {
                step::EmbedParams{table.packed, static_cast<float>(factor), out->data()});
 }
 
-void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps, bool for_logits,
-                   bool is_private, const ActivationPtr& out) {
+void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps,
+                   bool for_logits, bool is_private, const ActivationPtr& out) {
   const int64_t columns = out->view.num_columns;
   check_rows_buffer(x, columns, "x");
   check_shape(weight, "weight", {columns});
   check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
-  check(out->num_rows == (for_logits ? max_rows_ : max_tokens_), "`out` must be of the rows normed");
+  check(out->num_rows == (for_logits ? max_rows_ : max_tokens_),
+        "`out` must be of the rows normed");
   keep(x->memory);
   keep(out->memory);
   out->is_private = is_private;
-  const step::NormParams params = {x->data(),  keep(weight), width,
-                                   static_cast<float>(eps), for_logits, out->view,
+  const step::NormParams params = {x->data(),
+                                   keep(weight),
+                                   width,
+                                   static_cast<float>(eps),
+                                   for_logits,
+                                   out->view,
                                    is_private ? out->view.tile_bytes() : 0};
-  const Sync sync = !is_private ? Sync::kAlways
+  const Sync sync = !is_private  ? Sync::kAlways
                     : for_logits ? Sync::kUnlessPrivateRows
                                  : Sync::kUnlessPrivateTokens;
   (for_logits ? head_ : forward_).add(step::kernels().norm, params, sync);
@@ -102,8 +112,8 @@ void Program::norm_add(const RowsPtr& rows, const Floats& weight, int64_t width,
   keep(rows->memory);
   keep(x->memory);
   forward_.add(step::kernels().norm_add,
-               step::NormAddParams{rows->data(), keep(weight), columns, width, static_cast<float>(eps),
-                                   static_cast<float>(factor), x->data()});
+               step::NormAddParams{rows->data(), keep(weight), columns, width,
+                                   static_cast<float>(eps), static_cast<float>(factor), x->data()});
 }
 
 void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
@@ -127,11 +137,13 @@ void Program::linear(const Product& product, const RowsPtr& out, int64_t first_c
 }
 
 void Program::linear_add(const Product& product, double factor, const RowsPtr& x) {
-  check(!product.in->is_private, "`linear_add` cannot take a private norm: others may still read x");
+  check(!product.in->is_private,
+        "`linear_add` cannot take a private norm: others may still read x");
   check_rows_buffer(x, product.weight.packed.num_rows, "x");
   keep(x->memory);
-  forward_.add(step::kernels().linear_add,
-               step::LinearAddParams{linear_params(product, 1), static_cast<float>(factor), x->data()});
+  forward_.add(
+      step::kernels().linear_add,
+      step::LinearAddParams{linear_params(product, 1), static_cast<float>(factor), x->data()});
 }
 
 void Program::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
@@ -178,11 +190,12 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, 
 }
 
 void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
-                        std::optional<int64_t> window, const ActivationPtr& out, const RowsPtr& rows) {
+                        std::optional<int64_t> window, const ActivationPtr& out,
+                        const RowsPtr& rows) {
   const step::KvLayerView kv = use_pool(pool, layer, q->num_heads);
   check(q->row_bytes == q->num_heads * kv.query_bytes(), "`q` must be of this pool's kind");
-  check(true_dim > 0 && true_dim <= kv.head_dim, "`true_dim` must be in [1, ", kv.head_dim, "], got ",
-        true_dim);
+  check(true_dim > 0 && true_dim <= kv.head_dim, "`true_dim` must be in [1, ", kv.head_dim,
+        "], got ", true_dim);
   check(!window || *window > 0, "`window` must be positive");
   const int64_t width = q->num_heads * true_dim;
   step::AttentionParams params = {};
@@ -194,8 +207,8 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
   params.partials = workspace_->partials();
   check((out == nullptr) != (rows == nullptr), "either `out` or `rows` is written");
   if (out != nullptr) {
-    check(true_dim % step::kBlockColumns == 0 && out->view.num_columns == width,
-          "`out` must have ", width, " columns, in heads of a multiple of 32");
+    check(true_dim % step::kBlockColumns == 0 && out->view.num_columns == width, "`out` must have ",
+          width, " columns, in heads of a multiple of 32");
     keep(out->memory);
     params.out = shared(out);
   } else {
@@ -208,7 +221,8 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
   forward_.add(step::kernels().attention, params);
 }
 
-void Program::gate_up(const Product& product, const std::string& activation, const ActivationPtr& out) {
+void Program::gate_up(const Product& product, const std::string& activation,
+                      const ActivationPtr& out) {
   const int64_t rows = product.weight.packed.num_rows;
   check(rows == 2 * out->view.num_columns, "`weight` must have twice the columns of `out`, ",
         out->view.num_columns, ", got ", rows);
@@ -225,16 +239,17 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
   keep(gate->memory);
   keep(up->memory);
   keep(out->memory);
-  forward_.add(step::kernels().act_mul,
-               step::ActMulParams{gate->data(), up->data(), activation_of(activation), shared(out)});
+  forward_.add(step::kernels().act_mul, step::ActMulParams{gate->data(), up->data(),
+                                                           activation_of(activation), shared(out)});
 }
 
 void Program::logits(const Product& product, int64_t vocab_size, double scale, double cap) {
-  check(vocab_size > 0 && vocab_size <= product.weight.packed.num_rows, "`vocab_size` must be in [1, ",
-        product.weight.packed.num_rows, "], got ", vocab_size);
+  check(vocab_size > 0 && vocab_size <= product.weight.packed.num_rows,
+        "`vocab_size` must be in [1, ", product.weight.packed.num_rows, "], got ", vocab_size);
   check(product.in->num_rows == max_rows_, "the head's input must be of the rows of logits");
-  logits_ = std::make_shared<RowsBuffer>(RowsBuffer{
-      cpu::allocate(max_rows_ * vocab_size * static_cast<int64_t>(sizeof(float))), max_rows_, vocab_size});
+  logits_ = std::make_shared<RowsBuffer>(
+      RowsBuffer{cpu::allocate(max_rows_ * vocab_size * static_cast<int64_t>(sizeof(float))),
+                 max_rows_, vocab_size});
   vocab_ = vocab_size;
   head_.add(step::kernels().logits,
             step::LogitsParams{linear_params(product, 1), logits_->data(), vocab_size,
@@ -247,7 +262,8 @@ void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows
   can_gather_ = can_gather;
   gathered_.clear();
   for (const RowsPtr& each : rows) {
-    gathered_.push_back({each->memory.get(), each->num_columns * static_cast<int64_t>(sizeof(float))});
+    gathered_.push_back(
+        {each->memory.get(), each->num_columns * static_cast<int64_t>(sizeof(float))});
   }
   if (query != nullptr) gathered_.push_back({query->memory.get(), query->row_bytes});
 }
@@ -255,14 +271,15 @@ void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows
 step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips) {
   const step::PackedMatrix& weight = product.weight.packed;
   const Precision precision = product.in->view.precision;
-  check(product.in->view.num_columns == weight.num_columns, "the input must have ", weight.num_columns,
-        " columns, got ", product.in->view.num_columns);
+  check(product.in->view.num_columns == weight.num_columns, "the input must have ",
+        weight.num_columns, " columns, got ", product.in->view.num_columns);
   check(precision == Precision::kFloat32 ||
             (precision == Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
             (precision == Precision::kBF16 && weight.format == step::Format::kBF16),
         "this weight's format cannot be multiplied in ", precision_name(precision));
-  check(weight.num_rows % (unit_strips * step::kStripRows) == 0, "the weight must have a multiple of ",
-        unit_strips * step::kStripRows, " rows, got ", weight.num_rows);
+  check(weight.num_rows % (unit_strips * step::kStripRows) == 0,
+        "the weight must have a multiple of ", unit_strips * step::kStripRows, " rows, got ",
+        weight.num_rows);
   keep(product.weight.memory);
   keep(product.in->memory);
   step::LinearParams params = {};
@@ -286,7 +303,8 @@ step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
   params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
   check(heads.true_dim > 0 && heads.true_dim <= params.kv.head_dim, "`true_dim` must be in [1, ",
         params.kv.head_dim, "], got ", heads.true_dim);
-  check(out->num_heads == heads.num_heads && out->row_bytes == heads.num_heads * params.kv.query_bytes(),
+  check(out->num_heads == heads.num_heads &&
+            out->row_bytes == heads.num_heads * params.kv.query_bytes(),
         "`out` must be the queries of these heads for this pool");
   check(heads.cosines.has_value() == heads.sines.has_value() &&
             heads.q_norm.has_value() == heads.k_norm.has_value(),
@@ -318,7 +336,8 @@ step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t 
     workspace_ =
         std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, pool->head_dim());
   }
-  check(pool == pool_ && num_heads == num_heads_, "all layers of a program must have one shape of attention");
+  check(pool == pool_ && num_heads == num_heads_,
+        "all layers of a program must have one shape of attention");
   check(num_heads % pool->num_kv_heads() == 0, "`num_heads` must be a multiple of ",
         pool->num_kv_heads(), ", got ", num_heads);
   return pool->layer(layer);
@@ -338,8 +357,8 @@ float* Program::scratch_of(int64_t floats) {
 }
 
 void Program::check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const {
-  check(rows->num_rows == max_tokens_ && rows->num_columns == columns, "`", name, "` must be [", max_tokens_,
-        ", ", columns, "], got [", rows->num_rows, ", ", rows->num_columns, "]");
+  check(rows->num_rows == max_tokens_ && rows->num_columns == columns, "`", name, "` must be [",
+        max_tokens_, ", ", columns, "], got [", rows->num_rows, ", ", rows->num_columns, "]");
 }
 
 }  // namespace tgi

@@ -1,6 +1,6 @@
-// The recorded step as Python has it, tgi_asgi._C.Program: its buffers, its operators, its runs. Operands
-// are checked when they are recorded (program.cpp), a step's arrays before each run (program_run.cpp); the
-// kernels trust both.
+// The recorded step as Python has it, tgi_asgi._C.Program: its buffers, its operators, its runs.
+// Operands are checked when they are recorded (program.cpp), a step's arrays before each run
+// (program_run.cpp); the kernels trust both.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,8 @@ struct ActivationBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   step::Activation view;
-  bool is_private = false;  // what was written last are copies of the members' own, see kPrivateTokens
+  bool is_private =
+      false;  // what was written last are copies of the members' own, see kPrivateTokens
 };
 
 // Queries, as a cache wants them.
@@ -77,7 +78,8 @@ class Program {
 
   // Recording. Each writes to `out`, or adds to `x`.
   void embed(const Matrix& table, double factor, const RowsPtr& out);
-  // A private norm is followed by no barrier where tokens are few: the operator behind it must not write to x.
+  // A private norm is followed by no barrier where tokens are few: the operator behind it must not
+  // write to x.
   void norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps, bool for_logits,
             bool is_private, const ActivationPtr& out);
   void norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps, double factor,
@@ -98,19 +100,21 @@ class Program {
   void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
                const ActivationPtr& out);
   void logits(const Product& product, int64_t vocab_size, double scale, double cap);
-  // Says that no operator behind writes keys or values: a step without rows of logits ends here, one with
-  // some goes on with these alone, if what it still needs of tokens lies in `rows` and `query`.
+  // Says that no operator behind writes keys or values: a step without rows of logits ends here,
+  // one with some goes on with these alone, if what it still needs of tokens lies in `rows` and
+  // `query`.
   void end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows, const QueryPtr& query);
   int64_t num_operators() const { return forward_.size() + head_.size(); }
 
   // Running. Everything is checked before anything is computed; the GIL is released meanwhile.
-  // The forward pass of a batch and, if rows are asked for, their logits: [num_rows, vocab], valid until the
-  // next call.
+  // The forward pass of a batch and, if rows are asked for, their logits: [num_rows, vocab], valid
+  // until the next call.
   Floats run(const FlatRows& batch, const std::vector<int32_t>& rows);
-  // The same and a draw a row, in one run of the team; of tokens that are not drawn after only keys and
-  // values are computed. `run_head` is not possible afterwards.
-  py::tuple draw(const FlatRows& batch, const std::vector<int32_t>& rows, std::vector<int32_t> slots,
-                 SampleArrays& state, const std::optional<Array<int32_t>>& mask);
+  // The same and a draw a row, in one run of the team; of tokens that are not drawn after only keys
+  // and values are computed. `run_head` is not possible afterwards.
+  py::tuple draw(const FlatRows& batch, const std::vector<int32_t>& rows,
+                 std::vector<int32_t> slots, SampleArrays& state,
+                 const std::optional<Array<int32_t>>& mask);
   // The same of a draw that others have prepared, without the GIL.
   void draw_batch(const step::StepHeader& header, SampleCall& call);
   // As `draw` without drawing; the seconds that each operator took, barrier included.

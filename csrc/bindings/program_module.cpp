@@ -45,18 +45,27 @@ void bind_buffers(py::module_& module) {
       .def(
           "array",
           [](const QueryPtr& self) {
-            return Array<uint8_t>({self->num_rows, self->row_bytes}, self->memory.get(), py::cast(self));
+            return Array<uint8_t>({self->num_rows, self->row_bytes}, self->memory.get(),
+                                  py::cast(self));
           },
           "Return the bytes of each token's queries.");
   py::class_<Product>(module, "Product", "A product's operands.")
       .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source"),
            py::arg("bias").noconvert() = py::none(), py::keep_alive<1, 2>());
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
-      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim, double scale,
-                       double eps, MaybeFloats cosines, MaybeFloats sines, MaybeFloats q_norm,
-                       MaybeFloats k_norm) {
-             return Heads{std::move(pool), layer, num_heads, true_dim, scale, eps, std::move(cosines),
-                          std::move(sines), std::move(q_norm), std::move(k_norm)};
+      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
+                       double scale, double eps, MaybeFloats cosines, MaybeFloats sines,
+                       MaybeFloats q_norm, MaybeFloats k_norm) {
+             return Heads{std::move(pool),
+                          layer,
+                          num_heads,
+                          true_dim,
+                          scale,
+                          eps,
+                          std::move(cosines),
+                          std::move(sines),
+                          std::move(q_norm),
+                          std::move(k_norm)};
            }),
            py::kw_only(), py::arg("pool"), py::arg("layer"), py::arg("num_heads"),
            py::arg("true_dim"), py::arg("scale"), py::arg("eps") = 0.0,
@@ -72,10 +81,11 @@ void bind_program(py::module_& module) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),
            py::arg("max_sequences"), py::arg("max_rows"), py::arg("max_context"))
       .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
-      .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"), py::kw_only(),
-           py::arg("for_logits") = false)
+      .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
+           py::kw_only(), py::arg("for_logits") = false)
       .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
-      .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"), py::arg("out"))
+      .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
+           py::arg("out"))
       .def("norm", &Program::norm, py::kw_only(), py::arg("x"), py::arg("weight").noconvert(),
            py::arg("width"), py::arg("eps"), py::arg("for_logits"), py::arg("is_private"),
            py::arg("out"))
@@ -87,12 +97,13 @@ void bind_program(py::module_& module) {
            py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
            py::arg("x"))
-      .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"), py::arg("out"))
+      .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
+           py::arg("out"))
       .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows"), py::arg("heads"),
            py::arg("has_keys"), py::arg("is_whole_norm"), py::arg("out"))
       .def("attention", &Program::attention, py::kw_only(), py::arg("q"), py::arg("pool"),
-           py::arg("layer"), py::arg("true_dim"), py::arg("window"), py::arg("out") = ActivationPtr(),
-           py::arg("rows") = RowsPtr())
+           py::arg("layer"), py::arg("true_dim"), py::arg("window"),
+           py::arg("out") = ActivationPtr(), py::arg("rows") = RowsPtr())
       .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
            py::arg("out"))
       .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate"), py::arg("up"),

@@ -43,7 +43,8 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
 py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
                         std::vector<int32_t> slots, SampleArrays& state,
                         const std::optional<Array<int32_t>>& mask) {
-  check(!rows.empty() && rows.size() == slots.size(), "`rows` must not be empty, and have a slot each");
+  check(!rows.empty() && rows.size() == slots.size(),
+        "`rows` must not be empty, and have a slot each");
   Draws draws;
   draws.slots = std::move(slots);
   SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
@@ -133,8 +134,8 @@ void Program::check_header() const {
     const int64_t longest = std::min(max_context_, h.block_table_stride * block_size);
     check(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ",
           h.query_start[s + 1]);
-    check(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s, "] must be in [",
-          length, ", ", longest, "], got ", h.context_len[s]);
+    check(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s,
+          "] must be in [", length, ", ", longest, "], got ", h.context_len[s]);
     const int64_t num_blocks = (h.context_len[s] + block_size - 1) / block_size;
     check_range(h.block_table + s * h.block_table_stride, num_blocks, blocks, "block_table");
   }
@@ -146,8 +147,8 @@ void Program::check_rows() const {
 }
 
 void Program::check_members(int num_members) const {
-  check(num_members <= num_members_, "the program was recorded for ", num_members_, " threads, not ",
-        num_members);
+  check(num_members <= num_members_, "the program was recorded for ", num_members_,
+        " threads, not ", num_members);
 }
 
 void Program::prepare(int num_members, bool only_rows) {
@@ -158,8 +159,9 @@ void Program::prepare(int num_members, bool only_rows) {
   step::split_attention(header_, num_heads_, num_kv_heads, num_members, split_.data());
   header_.attention_split = split_.data();
   ends_early_ = only_rows && header_.num_rows == 0;
-  has_last_rows_ = only_rows && can_gather_ &&
-                   last_rows_.prepare(header_, pool_->block_size(), num_heads_, num_kv_heads, num_members);
+  has_last_rows_ =
+      only_rows && can_gather_ &&
+      last_rows_.prepare(header_, pool_->block_size(), num_heads_, num_kv_heads, num_members);
 }
 
 void Program::run_step(int member, int num_members, double* ends) {

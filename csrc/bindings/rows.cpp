@@ -162,9 +162,9 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
 }
 
 // Arrays that others have laid out (tests); only their lengths are checked.
-FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions, std::vector<int64_t> slots,
-                     std::vector<int32_t> query_start, std::vector<int32_t> context_len,
-                     const Array<int32_t>& block_table) {
+FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
+                     std::vector<int64_t> slots, std::vector<int32_t> query_start,
+                     std::vector<int32_t> context_len, const Array<int32_t>& block_table) {
   check(positions.size() == ids.size() && slots.size() == ids.size() &&
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
@@ -185,9 +185,10 @@ py::array_t<Value> copy_of(const std::vector<Value>& values) {
   return py::array_t<Value>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size, int64_t max_context,
-                      int64_t max_rows, int64_t max_tokens) {
-  for (const int64_t limit : {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
+RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size,
+                      int64_t max_context, int64_t max_rows, int64_t max_tokens) {
+  for (const int64_t limit :
+       {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
     check(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX, "], got ", limit);
   }
   return {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens};
@@ -199,20 +200,27 @@ void bind_rows(py::module_& module) {
   py::register_local_exception<PlanError>(module, "PlanError", PyExc_ValueError);
   py::class_<RowLimits>(module, "RowLimits", "Bounds of a plan's integers.")
       .def(py::init(&make_limits), py::kw_only(), py::arg("vocab_size"), py::arg("num_blocks"),
-           py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"), py::arg("max_tokens"));
-  py::class_<FlatRows>(module, "FlatRows", "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
-      .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"), py::arg("slots"),
-           py::arg("query_start"), py::arg("context_len"), py::arg("block_table").noconvert())
+           py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"),
+           py::arg("max_tokens"));
+  py::class_<FlatRows>(module, "FlatRows",
+                       "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
+      .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
+           py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
+           py::arg("block_table").noconvert())
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
-      .def_property_readonly("positions", [](const FlatRows& rows) { return copy_of(rows.positions); })
+      .def_property_readonly("positions",
+                             [](const FlatRows& rows) { return copy_of(rows.positions); })
       .def_property_readonly("slots", [](const FlatRows& rows) { return copy_of(rows.slots); })
-      .def_property_readonly("query_start", [](const FlatRows& rows) { return copy_of(rows.query_start); })
-      .def_property_readonly("context_len", [](const FlatRows& rows) { return copy_of(rows.context_len); })
+      .def_property_readonly("query_start",
+                             [](const FlatRows& rows) { return copy_of(rows.query_start); })
+      .def_property_readonly("context_len",
+                             [](const FlatRows& rows) { return copy_of(rows.context_len); })
       .def_property_readonly("block_table", [](const FlatRows& rows) {
         return py::array_t<int32_t>({rows.num_rows(), rows.table_width}, rows.block_table.data());
       });
   module.def("flatten_rows", &flatten_with_ids, py::arg("rows"), py::arg("limits"),
-             py::arg("last_ids").noconvert(), "Return a plan's rows as arrays, each integer checked.");
+             py::arg("last_ids").noconvert(),
+             "Return a plan's rows as arrays, each integer checked.");
 }
 
 }  // namespace tgi

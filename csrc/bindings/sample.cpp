@@ -72,7 +72,8 @@ float* SampleArrays::scratch(int member) {
 void Draws::prepare(const SampleArrays& state) {
   state.check_slots(slots);
   for (const int32_t slot : slots) {
-    max_top = std::max<int64_t>(max_top, std::min<int64_t>(state.record(slot).num_top, state.vocab()));
+    max_top =
+        std::max<int64_t>(max_top, std::min<int64_t>(state.record(slot).num_top, state.vocab()));
   }
   const size_t rows = slots.size(), top = rows * static_cast<size_t>(max_top);
   token_ids.resize(rows);
@@ -113,7 +114,8 @@ void SampleCall::run(int member, int num_members) const {
   cpu::sample(params_, state_.scratch(member), rows.begin, rows.end);
 }
 
-const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows, int64_t vocab) {
+const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
+                         int64_t vocab) {
   if (!mask) return nullptr;
   check_shape(*mask, "mask", {num_rows, (vocab + 31) / 32});
   return mask->data();
@@ -142,7 +144,8 @@ py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, 
   return draws.arrays();
 }
 
-py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token_ids, int64_t num_top) {
+py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token_ids,
+                         int64_t num_top) {
   check_shape(logits, "logits", {-1, -1});
   const int64_t rows = logits.shape(0), vocab = logits.shape(1);
   check_shape(token_ids, "token_ids", {rows});
@@ -150,13 +153,16 @@ py::tuple token_logprobs(const Array<float>& logits, const Array<int32_t>& token
   check(num_top >= 0 && num_top <= vocab, "`num_top` must be in [0, ", vocab, "], got ", num_top);
   Array<float> logprobs(rows), top_logprobs({rows, num_top});
   Array<int32_t> top_ids({rows, num_top});
-  const TokenLogprobsParams params = {logits.data(),          token_ids.data(),
-                                      logprobs.mutable_data(), top_ids.mutable_data(),
-                                      top_logprobs.mutable_data(), vocab, num_top};
+  const TokenLogprobsParams params = {logits.data(),
+                                      token_ids.data(),
+                                      logprobs.mutable_data(),
+                                      top_ids.mutable_data(),
+                                      top_logprobs.mutable_data(),
+                                      vocab,
+                                      num_top};
   const py::gil_scoped_release release;
-  cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
-    cpu::token_logprobs(params, begin, end);
-  });
+  cpu::parallel_range(rows, 1,
+                      [&](int64_t begin, int64_t end) { cpu::token_logprobs(params, begin, end); });
   const py::gil_scoped_acquire acquire;
   return py::make_tuple(logprobs, top_ids, top_logprobs);
 }
@@ -173,7 +179,8 @@ void bind_sampling(py::module_& module) {
   module.def("sample", &sample, py::arg("logits").noconvert(), py::arg("slots"), py::arg("state"),
              py::arg("mask").noconvert() = py::none(), "See tgi_asgi.ops.sample.");
   module.def("token_logprobs", &token_logprobs, py::arg("logits").noconvert(),
-             py::arg("token_ids").noconvert(), py::arg("num_top"), "See tgi_asgi.ops.token_logprobs.");
+             py::arg("token_ids").noconvert(), py::arg("num_top"),
+             "See tgi_asgi.ops.token_logprobs.");
 }
 
 }  // namespace tgi

@@ -1,4 +1,5 @@
-// Draws on the CPU: the state of all slots, and one call, by `sample` or as the end of a recorded step.
+// Draws on the CPU: the state of all slots, and one call, by `sample` or as the end of a recorded
+// step.
 #pragma once
 
 #include <cstdint>
@@ -77,7 +78,8 @@ class SampleCall {
 };
 
 // The mask's data, its shape checked; null where there is none.
-const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows, int64_t vocab);
+const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
+                         int64_t vocab);
 
 void bind_sampling(py::module_& module);
 

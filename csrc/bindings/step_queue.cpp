@@ -147,8 +147,8 @@ py::object StepQueue::outcome_of(const Item& item) {
 void bind_step_queue(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<StepQueue>(module, "StepQueue", "See csrc/bindings/step_queue.h.")
-      .def(py::init<std::shared_ptr<Program>, std::optional<RowLimits>>(), py::arg("program") = nullptr,
-           py::arg("limits") = std::nullopt)
+      .def(py::init<std::shared_ptr<Program>, std::optional<RowLimits>>(),
+           py::arg("program") = nullptr, py::arg("limits") = std::nullopt)
       .def("fileno", &StepQueue::fileno)
       .def("push", &StepQueue::push)
       .def("push_rows", &StepQueue::push_rows)

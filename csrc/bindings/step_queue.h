@@ -21,9 +21,9 @@
 
 namespace tgi {
 
-// `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling` for one
-// thread that computes, `finish` for any. Numbers are the caller's, and leave in the order in which
-// they are finished.
+// `push`, `push_rows`, `done` and `close` are for the event loop, `compute_rows` and `set_sampling`
+// for one thread that computes, `finish` for any. Numbers are the caller's, and leave in the order
+// in which they are finished.
 class StepQueue {
  public:
   // Without a program there can be no rows. Throws std::runtime_error where there is no descriptor.
@@ -33,8 +33,8 @@ class StepQueue {
   int fileno() const { return signal_.fd(); }
   // Queues a step that `compute_rows` returns.
   void push(int64_t number);
-  // Queues a step that `compute_rows` computes: no slot of it starts, and no row has a grammar. Throws
-  // PlanError.
+  // Queues a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
+  // Throws PlanError.
   void push_rows(int64_t number, pybind11::handle rows);
   // Takes nothing more; `compute_rows` returns none behind what is queued.
   void close();

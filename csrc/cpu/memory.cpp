@@ -27,7 +27,8 @@ Memory allocate(int64_t bytes) {
     std::fill_n(data, padded, uint8_t{0});
     return {data, [](uint8_t* p) { std::free(p); }};
   }
-  void* const data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const data =
+      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   advise_huge_pages(data, bytes);
   return {static_cast<uint8_t*>(data), [size](uint8_t* p) { munmap(p, size); }};

@@ -1,4 +1,5 @@
-// Memory of weights, buffers and the cache: aligned, and in huge pages where the system grants them.
+// Memory of weights, buffers and the cache: aligned, and in huge pages where the system grants
+// them.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,12 @@ namespace tgi::cpu {
 
 using Memory = std::shared_ptr<uint8_t>;
 
-// `bytes` at a multiple of 64, zero where they were never written. The system commits large memory as it
-// is first touched. Throws std::bad_alloc.
+// `bytes` at a multiple of 64, zero where they were never written. The system commits large memory
+// as it is first touched. Throws std::bad_alloc.
 Memory allocate(int64_t bytes);
 
-// Memory in large pieces, so that huge pages hold what is smaller than one. What is taken lies in the
-// order in which it was taken: a layer's weights after the other's, as a step reads them.
+// Memory in large pieces, so that huge pages hold what is smaller than one. What is taken lies in
+// the order in which it was taken: a layer's weights after the other's, as a step reads them.
 class Arena {
  public:
   Memory take(int64_t bytes);

@@ -36,7 +36,7 @@ struct RowTile {
   int64_t count;
   int64_t longest;      // the largest of `visible`
   int64_t first_chunk;  // that is not hidden from all rows
-  bool is_cold;     // the tile before had other keys and values
+  bool is_cold;         // the tile before had other keys and values
 };
 
 // What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.

@@ -1,5 +1,5 @@
-// The sets of kernels that this build has: one an instruction set. A process uses one for all shapes,
-// because sets differ in the last bits.
+// The sets of kernels that this build has: one an instruction set. A process uses one for all
+// shapes, because sets differ in the last bits.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,8 @@ namespace tgi::cpu::step {
 // Those that this machine runs, best last.
 const std::vector<const Kernels*>& kernel_sets();
 
-// The set in use: the best, or what the environment variable TGI_ISA names, if this machine runs that.
+// The set in use: the best, or what the environment variable TGI_ISA names, if this machine runs
+// that.
 const Kernels& kernels();
 
 // Uses one of kernel_sets() from now on. Not during a run.

@@ -232,8 +232,8 @@ void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_
     for (int64_t k = 0; k < width; k += kBlockColumns) {
       typename S::F values[2][1];
       for (int64_t i = 0; i < 2; ++i) {
-        values[i][0] = S::mul(activate<S>(p.activation, S::load(gate + k + 16 * i)),
-                              S::load(up + k + 16 * i));
+        values[i][0] =
+            S::mul(activate<S>(p.activation, S::load(gate + k + 16 * i)), S::load(up + k + 16 * i));
       }
       const BlockSlot to[1] = {{p.out.block(row, k / kBlockColumns), row % kTileTokens}};
       write_blocks<S, 1>(p.out.precision, values[0], values[1], to);

@@ -1,5 +1,5 @@
-// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue; and
-// the same from rows that are there. Included by the step_<isa>.cpp files only.
+// The QKV product with bias, norm of heads, RoPE, KV write and the scaled query in its epilogue;
+// and the same from rows that are there. Included by the step_<isa>.cpp files only.
 #pragma once
 
 #include <cmath>
@@ -297,13 +297,15 @@ void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int 
   const HeadParams& heads = p.heads;
   const int64_t strips = heads.kv.num_strips(), width = strips * kStripRows;
   const int64_t num_rotated = heads.num_heads + (p.has_keys ? heads.kv.num_heads : 0);
-  const Range mine = split(num_rotated + (p.has_keys ? heads.kv.num_heads : 0), member, num_members);
+  const Range mine =
+      split(num_rotated + (p.has_keys ? heads.kv.num_heads : 0), member, num_members);
   for (int64_t token = 0; token < step.num_tokens; ++token) {
     const float* const row = p.rows + token * p.stride;
     float factors[2] = {1.0f, 1.0f};  // of queries and of keys
     for (int64_t i = 0; p.is_whole_norm && i < (p.has_keys ? 2 : 1); ++i) {
       const int64_t count = i == 0 ? heads.num_heads : heads.kv.num_heads;
-      const float squares = squares_of<S>(row + (i == 0 ? 0 : heads.num_heads * width), count * width);
+      const float squares =
+          squares_of<S>(row + (i == 0 ? 0 : heads.num_heads * width), count * width);
       factors[i] =
           1.0f / std::sqrt(squares / static_cast<float>(count * heads.true_dim) + heads.eps);
     }

@@ -214,9 +214,8 @@ struct Portable {
     return quarters<I>([&](int q) { return a.v[q] >> n; });
   }
   static inline I imul_short(const I& a, const I& b) {
-    return quarters<I>([&](int q) {
-      return a.v[q] * ((I::Quarter)((I::UnsignedQuarter)b.v[q] << 16) >> 16);
-    });
+    return quarters<I>(
+        [&](int q) { return a.v[q] * ((I::Quarter)((I::UnsignedQuarter)b.v[q] << 16) >> 16); });
   }
   static inline I load_table(const int8_t* p) {
     int8_t bytes[64];
