@@ -103,7 +103,7 @@ def export(path: Path, directory: Path) -> None:
     file = GgufFile.open(path)
     try:
         family, config = read_gguf(file.metadata, frozenset(file.tensors))
-        if not is_plain(config):
+        if not is_plain(config) or "rope_freqs.weight" in file.tensors:
             raise SystemExit(f"{path}: only plain models of the Llama kind are written")
         weights = {name: read_weight(file, name, family, config) for name in weight_names(config)}
         save_file(weights, directory / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""The README's table of options against the settings, and its commands against the Makefile."""
+"""The README's table and commands against settings and Makefile; the listings of pages against the files."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def _row(spec: dataclasses.Field[Any]) -> str:
 @pytest.mark.parametrize("spec", dataclasses.fields(Settings), ids=lambda spec: spec.name)
 def test_the_table_has_each_setting_as_it_is(spec: dataclasses.Field[Any]) -> None:
     assert _row(spec) in README.splitlines(), "README.md wants the row on the left"
+
+
+def test_the_worked_example_is_the_file_that_runs() -> None:
+    page = (ROOT / "docs/adding-a-model.md").read_text(encoding="utf-8")
+    file = ROOT / "tgi_asgi/models/families/granite.py"
+    assert f"```python\n{file.read_text(encoding='utf-8')}```" in page
+    tests = (ROOT / "tests/support/families.py").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("    ") and '"granite"' in line]
+    assert len(rows) == 2 and all(row in tests.splitlines() for row in rows)
 
 
 @pytest.mark.parametrize("target", ["serve", "test"])

@@ -167,6 +167,16 @@ def test_an_index_cannot_name_a_file_outside_the_directory(tmp_path: Path, name:
         Checkpoint.open(tmp_path)
 
 
+def test_what_the_index_omits_is_there_as_well(tmp_path: Path) -> None:
+    """Nothing of a file is passed over without a word: the loader refuses what no model reads."""
+    make_shards(tmp_path)
+    arrays = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32), "c": np.ones(2, np.float32)}
+    save_file(arrays, tmp_path / "model-00001-of-00002.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert sorted(checkpoint) == ["a", "b", "c"]
+    assert checkpoint.tensor("b").dtype == "F16", "the index says which file a tensor of two is of"
+
+
 def test_an_index_that_contradicts_the_shards_is_refused(tmp_path: Path) -> None:
     index = make_shards(tmp_path)
     index["weight_map"]["c"] = index["weight_map"]["a"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
@@ -106,6 +107,63 @@ def test_gguf_scaling_is_linear_unless_said_otherwise(
     assert rope_of(of_gguf({**GGUF, **named}, frozenset())).scaling == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "magnitude"),
+    [
+        ({}, 1.1386),
+        ({"attn_factor": 1.0}, 1.1386),
+        ({"attn_factor": 2.0}, 2.2773),
+        ({"yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}, 1.1386),
+    ],
+)
+def test_the_magnitude_of_a_gguf_file_s_yarn_is_a_factor_of_its_own(
+    keys: dict[str, float], magnitude: float
+) -> None:
+    given = {"type": "yarn", "factor": 4.0, **keys}
+    named = {f"llama.rope.scaling.{key}": value for key, value in given.items()}
+    scaling = rope_of(of_gguf({**GGUF, **named}, frozenset())).scaling
+    assert scaling is not None and scaling.attention_factor == pytest.approx(magnitude, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "magnitude"),
+    [
+        ({}, 1.1386),
+        ({"attn_factor": 0.8782488562869419}, 1.0),
+        ({"attention_factor": 0.5, "attn_factor": 3.0}, 0.5),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, 1.1218),
+    ],
+)
+def test_the_magnitude_of_yarn(keys: dict[str, float], magnitude: float) -> None:
+    scaling = rope_of(of_json({**JSON, "rope_scaling": {"type": "yarn", "factor": 4.0, **keys}})).scaling
+    assert scaling is not None and scaling.attention_factor == pytest.approx(magnitude, abs=1e-4)
+
+
+def test_granite_s_gguf_file_may_switch_positions_off() -> None:
+    granite = {key.replace("llama.", "granite."): value for key, value in GGUF.items()}
+    granite["general.architecture"] = "granite"
+    for flag in (True, False):
+        config = of_gguf({**granite, "granite.rope.scaling.finetuned": flag}, frozenset())
+        assert {layer.rope is not None for layer in config.layers} == {flag}
+
+
+def test_what_a_family_s_configuration_class_defaults_to() -> None:
+    """The same as `transformers` has, of keys that real files leave out."""
+    few = {key: value for key, value in JSON.items() if key not in ("rms_norm_eps", "rope_theta")}
+    few |= {"num_key_value_heads": 3}
+    for name in ("LlamaForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "Phi3ForCausalLM"):
+        ours = of_json({**few, "architectures": [name]})
+        model_type = name.removesuffix("ForCausalLM").lower()
+        theirs = CONFIG_MAPPING[model_type](**{key: few[key] for key in few if key != "architectures"})
+        assert ours.norm_eps == theirs.rms_norm_eps
+        rope = next(layer.rope for layer in ours.layers if layer.rope is not None)
+        assert rope.theta == theirs.rope_parameters["rope_theta"]
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64)
+        without = {key: value for key, value in few.items() if key != "tie_word_embeddings"}
+        assert of_json({**without, "architectures": [name]}).has_tied_embeddings == (name[0] == "S")
+
+
 def test_mistral_s_layers_all_have_the_window() -> None:
     mistral = {**JSON, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     config = of_json(mistral)
@@ -113,6 +171,21 @@ def test_mistral_s_layers_all_have_the_window() -> None:
     assert windows_of(of_json({**mistral, "sliding_window": None})) == [None] * 30
     named = {**GGUF, "llama.attention.sliding_window": 4096}
     assert windows_of(of_gguf(named, frozenset())) == [4096] * 30
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Phi3ForCausalLM"])
+def test_other_keys_of_windows_mean_nothing_where_all_layers_have_one(name: str) -> None:
+    left_over = {"use_sliding_window": False, "layer_types": ["full_attention"] * 30, "max_window_layers": 3}
+    assert windows_of(of_json({**JSON, "architectures": [name], "sliding_window": 64, **left_over})) == (
+        [64] * 30
+    )
+
+
+def test_smollm3_s_window_is_of_the_layers_without_positions() -> None:
+    named = {**JSON, "architectures": ["SmolLM3ForCausalLM"], "sliding_window": 64}
+    assert windows_of(of_json(named)) == [None] * 30
+    windows = windows_of(of_json({**named, "use_sliding_window": True}))
+    assert windows == [64 if (index + 1) % 4 == 0 else None for index in range(30)]
 
 
 def test_a_window_left_over_in_a_llama_s_configuration_means_nothing() -> None:
@@ -210,6 +283,23 @@ def test_part_of_a_head_may_turn() -> None:
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}}, "original_max"),
         ({"rope_scaling": "linear"}, "must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "`rope_parameters` has kinds"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": "1"}}, "`mscale` must be a number"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1, "mscale_all_dim": -15}},
+            "must not be negative",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1.0}, "rope_theta above 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor must be in 1..1e6, got inf"),
+        ({"activation": "gelu"}, "activation 'gelu' is not supported"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"] * 29},
+            "layer_types must be a list of 30",
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["chunked_attention"] * 30},
+            "of full_attention or sliding_attention",
+        ),
         ({"partial_rotary_factor": 0}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be in"),
         ({"partial_rotary_factor": 0.02}, "the rotary size must be even"),
@@ -232,6 +322,14 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
         ({"llama.rope.scaling.type": "yarn"}, "lacks `rope.scaling.factor`"),
         ({"llama.rope.scaling.type": "linear"}, "lacks `rope.scaling.factor`"),
         ({"llama.context_length": 1 << 50}, "context_length"),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_ext_factor": 0.5,
+            },
+            r"yarn_ext_factor 0\.5 is not supported",
+        ),
     ],
 )
 def test_gguf_that_cannot_be_served_is_refused(change: dict[str, Any], words: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import load_model, make_model, our_logits, reference_logits
+from tests.support.checkpoints import load_model, make_model, our_logits, reference_logits, save
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
@@ -100,6 +100,48 @@ def test_scales_that_float16_does_not_hold_make_float32(tmp_path: Path) -> None:
     loaded = load(files)
     assert loaded.layers[0].down.made.matrix.format == "F32"
     assert loaded.layers[1].down.made.matrix.format == "INT4_32"
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "awq"])
+def test_biases_of_zeros_that_the_model_lacks_are_passed_over(tmp_path: Path, recipe: str) -> None:
+    """AutoGPTQ writes them beside every matrix."""
+    files = save_quantised(make_model(**SHAPE), tmp_path, recipe)
+    expected = our_logits(files, IDS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    biases = {f"{name[:-7]}bias": torch.zeros(1, 8) for name in tensors if name.endswith("qweight")}
+    save_file(tensors | biases, tmp_path / "model.safetensors")
+    assert torch.equal(our_logits(files, IDS), expected)
+    biases[f"{STEM}bias"][0, 3] = 0.5
+    save_file(tensors | biases, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"layers\.1\.mlp\.down_proj\.bias"):
+        load(files)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.k_scale",
+        "self_attn.kv_scale",
+        "self_attn.k_proj.output_scale",
+        "self_attn.v_proj.v_scale",
+        "mlp.down_proj.input_scale",
+    ],
+)
+def test_scales_of_what_is_not_quantised_are_passed_over(tmp_path: Path, name: str) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, "fp8", kind="row")
+    expected = our_logits(files, IDS)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {f"model.layers.1.{name}": torch.tensor(0.3)}, tmp_path / "model.safetensors")
+    assert torch.equal(our_logits(files, IDS), expected)
+
+
+def test_such_scales_are_refused_where_nothing_is_quantised(tmp_path: Path) -> None:
+    files = save(make_model(**SHAPE), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scale = {"model.layers.1.self_attn.k_scale": torch.tensor(0.3)}
+    save_file(tensors | scale, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match="k_scale"):
+        load(files)
 
 
 STEM = "model.layers.1.mlp.down_proj."

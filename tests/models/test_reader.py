@@ -50,6 +50,7 @@ def test_a_key_that_changes_what_is_computed_is_refused_by_name(key: str, value:
         ("pretraining_tp", 4),
         ("rope_interleaved", True),
         ("vocab_parts", ["a", "b"]),
+        ("activation", "swiglu"),  # Falcon 3 says it of what `hidden_act` calls silu
     ],
 )
 def test_a_key_that_does_not_matter_is_passed_over(key: str, value: Any) -> None:
@@ -70,6 +71,14 @@ def test_a_key_that_does_not_matter_is_passed_over(key: str, value: Any) -> None
 def test_a_key_of_a_gguf_file_that_nobody_knows_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(ModelLoadError, match=f"`{key}` is .*the model would compute something else"):
         read_gguf({**GGUF, f"llama.{key}": value}, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_parallel_residual", True), ("tensor_data_layout", "Meta AI original pth")],
+)
+def test_what_old_gguf_files_say_of_how_they_were_made_is_passed_over(key: str, value: Any) -> None:
+    assert read_gguf({**GGUF, f"llama.{key}": value}, frozenset()) == read_gguf(GGUF, frozenset())
 
 
 def test_keys_of_other_rooms_of_a_gguf_file_are_left_alone() -> None:
@@ -94,6 +103,19 @@ def test_the_size_of_a_gguf_vocabulary_may_follow_from_its_tokens() -> None:
     assert read_gguf({**few, "tokenizer.ggml.tokens": ["a"] * 300}, frozenset())[1].vocab_size == 300
     with pytest.raises(ModelLoadError, match="lacks `vocab_size`"):
         read_gguf(few, frozenset())
+
+
+def test_a_default_stands_for_a_key_that_a_json_lacks() -> None:
+    reader = Reader.of_json({"a": 2, "b": None})
+    reader.defaults(a=1, b=1, c=1)
+    assert [reader.get(key) for key in "abc"] == [2, None, 1]
+    gguf = Reader.of_gguf({"general.architecture": "llama"}, frozenset())
+    gguf.defaults(a=1)
+    assert gguf.get("a") is None
+
+
+def test_an_integer_beyond_any_float_is_infinite() -> None:
+    assert Reader.of_json({"key": 10**400}).number("key") == float("inf")
 
 
 def test_what_is_read_or_ignored_is_not_left_over() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.runner.test_load import settings
 from tests.support.checkpoints import SHAPE, load_model, make_model, save, save_gguf, save_tokenizer
+from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
@@ -68,7 +69,11 @@ def test_what_is_foretold_is_what_is_packed(tmp_path: Path, kind: str, quantise:
     files = save_gguf(
         make_model(vocab_size=32, num_attention_heads=2, num_key_value_heads=2), tmp_path / "model.gguf", kind
     )
-    packing = ops.Packing(is_exact=False, quantise=quantise)
+    assert_foretold(files, ops.Packing(is_exact=False, quantise=quantise))
+
+
+def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
+    """Hold what the weights of a model take to what is foretold of its files."""
     with OpenModel(files) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
         foretold = packed_bytes(opened.stored(), packing, vocabulary)
@@ -78,6 +83,25 @@ def test_what_is_foretold_is_what_is_packed(tmp_path: Path, kind: str, quantise:
     for layer in model.layers:
         made += [*layer.qkv.made.parts, layer.output.made, *layer.gate_up.made.parts, layer.down.made]
     assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"recipe": "gptq"},
+        {"recipe": "gptq", "has_order": True},
+        {"recipe": "gptq", "bits": 8, "is_centred": True},
+        {"recipe": "gptq", "bits": 8},
+        {"recipe": "awq"},
+        {"recipe": "compressed"},
+        {"recipe": "fp8", "kind": "row"},
+    ],
+    ids=lambda recipe: "-".join(str(value) for value in recipe.values()),
+)
+def test_what_is_foretold_of_quantised_checkpoints(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    files = save_quantised(make_model(vocab_size=32, **shape), tmp_path, **recipe)
+    assert_foretold(files, ops.Packing(is_exact=False))
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ _LONGROPE = {
 }
 _SHORT_FACTOR = Fault("short-factors", config={"rope_parameters": {"short_factor": [1.0] * 16}})
 _LONG_FACTOR = Fault("long-factors", config={"rope_parameters": {"long_factor": [1.0] * 16}})
+_WIDER = Fault("window-off-by-one", config={"sliding_window": 13})
 _SLIDES = Fault("all-layers-slide", config={"layer_types": ["sliding_attention"] * 3, "max_window_layers": 0})
 
 CASES: tuple[FamilyCase, ...] = (
@@ -192,7 +193,7 @@ CASES: tuple[FamilyCase, ...] = (
     _case(  # the converter writes no window for Mistral
         "mistral-window",
         {"sliding_window": 12},
-        faults=(Fault("no-window", config={"sliding_window": None}), _ROPE_BASE),
+        faults=(Fault("no-window", config={"sliding_window": None}), _WIDER, _ROPE_BASE),
         gguf=(),
     ),
     _case("qwen2", faults=(_ROPE_BASE, _QUERY_BIAS, _VALUE_BIAS), gguf=("f32", "q8_0")),
@@ -201,6 +202,12 @@ CASES: tuple[FamilyCase, ...] = (
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3},
         faults=(_SLIDES,),
         drops=("layer_types",),
+    ),
+    _case(
+        "qwen2-window",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+        faults=(_WIDER, _SLIDES),
+        gguf=(),
     ),
     _case("qwen2-tied", {"tie_word_embeddings": True}, faults=(_QUERY_BIAS,), dtype="bfloat16"),
     _case("qwen3", {"head_dim": 32}, faults=(_QUERY_NORM, _KEY_NORM, _ROPE_BASE), gguf=("f32", "q8_0")),
@@ -226,6 +233,18 @@ CASES: tuple[FamilyCase, ...] = (
         {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 0, 1]},
         faults=(Fault("rope-in-other-layers", config={"no_rope_layers": [1, 0, 1, 0]}),),
         gguf=(),
+    ),
+    _case(
+        "smollm3-window",  # of the layers without positions
+        {
+            "num_hidden_layers": 4,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "no_rope_layers": [0, 1, 0, 1],
+        },
+        faults=(_WIDER, Fault("no-window", config={"use_sliding_window": False})),
+        gguf=(),
+        drops=("layer_types",),
     ),
     _case("phi3", faults=(_FUSED_QKV, _FUSED_GATE_UP, _ROPE_BASE), gguf=("f32", "q8_0")),
     _case(

@@ -36,7 +36,7 @@ class Quantisation:
     """
 
     method: str  # awq, gptq, fp8 or compressed-tensors
-    bits: int = 4  # awq and gptq
+    bits: int = 4  # of integers
     zero_shift: int = 0  # gptq: what zero points are stored less
     block: tuple[int, int] | None = None  # FP8: rows and columns of a scale; None: a whole row, or all
 
@@ -65,7 +65,9 @@ class Quantisation:
             f"compressed-tensors of format {layout!r} are not supported; supported are "
             f"{', '.join(_COMPRESSED_FORMATS)}",
         )
-        return cls("compressed-tensors", block=_find_block(options.get("config_groups")))
+        weights = _find_weights(options.get("config_groups"))
+        bits = 8 if weights.get("num_bits") == 8 else 4
+        return cls("compressed-tensors", bits, block=_read_block(weights.get("block_structure")))
 
     @classmethod
     def _gptq(cls, options: Mapping[str, Any]) -> Quantisation:
@@ -287,13 +289,14 @@ def _read_block(value: Any) -> tuple[int, int] | None:
     return value[0], value[1]
 
 
-def _find_block(groups: Any) -> tuple[int, int] | None:
-    """Return the blocks of compressed-tensors' FP8, which one of its groups of modules gives."""
+def _find_weights(groups: Any) -> dict[str, Any]:
+    """Return what compressed-tensors' groups of modules say of their weights, together."""
+    found: dict[str, Any] = {}
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure") is not None:
-            return _read_block(weights["block_structure"])
-    return None
+        if isinstance(weights, dict):
+            found |= {key: value for key, value in weights.items() if value is not None}
+    return found
 
 
 def _check(holds: bool, message: str) -> None:

@@ -114,7 +114,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
-        """Open all shards and check that the index and their headers agree.
+        """Open all shards; they have what the index says, and what it omits is there as well.
 
         Raises:
             ModelLoadError: no safetensors here (pickled checkpoints are never read), an index that names
@@ -128,7 +128,8 @@ class Checkpoint:
             }
             for tensor, name in weight_map.items():
                 shards[name].tensor(tensor)
-            return cls({tensor: shards[name] for tensor, name in weight_map.items()})
+            files = {tensor: shard for shard in shards.values() for tensor in shard.tensors}
+            return cls(files | {tensor: shards[name] for tensor, name in weight_map.items()})
         file = SafetensorsFile.open(_only_file(directory))
         return cls(dict.fromkeys(file.tensors, file))
 

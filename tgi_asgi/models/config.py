@@ -131,6 +131,7 @@ class ModelConfig:
         )
         scaling = rope.scaling
         if scaling is not None:
+            check(scaling.kind != "yarn" or rope.theta > 1, f"yarn needs rope_theta above 1: {rope.theta}")
             check_scaling(scaling)
             for factors in (scaling.short_factors, scaling.long_factors):
                 check(

@@ -7,6 +7,7 @@ outcome. Knows no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,14 @@ _GGUF_NAMES = {
     "logits_scaling": "logit_scale",
 }
 _REQUIRED = object()
+
+
+def as_float(value: int | float) -> float:
+    """Return a number of a file as a float: JSON has integers that are beyond any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class Reader:
@@ -70,6 +79,11 @@ class Reader:
             values["vocab_size"] = len(tokens)
         return cls(values, is_gguf=True, tensors=tensors)
 
+    def defaults(self, **values: Any) -> None:
+        """Say what a config.json means where it lacks a key: what the family's class in transformers has."""
+        if not self.is_gguf:
+            self._values = {**values, **self._values}
+
     def get(self, key: str) -> Any:
         """Return a value as it is, None where there is none."""
         key = self._name(key)
@@ -87,7 +101,7 @@ class Reader:
         """Return a number; None counts as absent."""
         value = self._given(key, default)
         check(type(value) in (int, float), f"`{self._name(key)}` must be a number, got {str(value)[:100]}")
-        return float(value)
+        return as_float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false; None counts as absent."""

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, ModelConfig, RopeScaling, RopeSpec, check
-from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check
+from tgi_asgi.models.reader import Reader, as_float
 
 _SCALINGS = ("linear", "llama3", "yarn", "longrope")
+_SILU = ("silu", "swish", "swiglu")
+_KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
 
 def read_sizes(reader: Reader) -> dict[str, Any]:
@@ -20,9 +22,11 @@ def read_sizes(reader: Reader) -> dict[str, Any]:
     if reader.is_gguf:
         value_dim = reader.integer("attention.value_length", head_dim)
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
-    activation = reader.get("hidden_act") or "silu"
-    check(activation in ("silu", "swish"), f"hidden_act {activation!r} is not supported, only silu is")
-    reader.ignore("pretraining_tp")
+        # What files of 2023 and 2024 say of how they were made, and llama.cpp reads no more.
+        reader.ignore("use_parallel_residual", "tensor_data_layout")
+    for key in ("hidden_act", "activation"):
+        activation = reader.get(key) or "silu"
+        check(activation in _SILU, f"{key} {str(activation)[:100]!r} is not supported, only silu is")
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -32,24 +36,24 @@ def read_sizes(reader: Reader) -> dict[str, Any]:
         "head_dim": head_dim,
         "context_length": reader.integer("max_position_embeddings"),
         "norm_eps": reader.number("rms_norm_eps", 1e-6),
-        "has_tied_embeddings": has_tied_embeddings(reader),
+        "has_tied_embeddings": _has_tied_embeddings(reader),
     }
 
 
-def has_tied_embeddings(reader: Reader, default: bool = False) -> bool:
+def _has_tied_embeddings(reader: Reader) -> bool:
     """Tell whether the head is the embedding; a GGUF file then has no tensor of its own for it."""
     if reader.is_gguf:
         return "output.weight" not in reader.tensors
-    return reader.flag("tie_word_embeddings", default)
+    return reader.flag("tie_word_embeddings", False)
 
 
-def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
+def read_biases(reader: Reader, key: str, *tensors: str) -> list[bool]:
     """Tell which of the first layer's products have biases: a config.json says it of all by one key.
 
     tensors: llama.cpp's names, as `attn_q`.
     """
     if not reader.is_gguf:
-        return [reader.flag(key, default)] * len(tensors)
+        return [reader.flag(key, False)] * len(tensors)
     return [f"blk.0.{name}.bias" in reader.tensors for name in tensors]
 
 
@@ -96,6 +100,10 @@ def read_rope(reader: Reader, head_dim: int) -> RopeSpec:
         nested = reader.get(key)
         if nested is not None:
             check(isinstance(nested, dict), f"`{key}` must be an object, got {str(nested)[:100]}")
+            check(
+                not any(isinstance(value, dict) for value in nested.values()),
+                f"`{key}` has kinds of layers, which this server does not know for this architecture",
+            )
             values |= {name: value for name, value in nested.items() if value is not None}
     rope = Reader.of_json(values)
     factor = rope.number("partial_rotary_factor", 1.0)
@@ -137,18 +145,26 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
 
 
 def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
-    """Read YaRN's numbers (Peng et al., 2023), as `transformers` defaults them."""
+    """Read YaRN's numbers, as `transformers` defaults them.
 
-    def magnitude(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    default = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    It passes over `attn_factor`, which DeepSeek's Qwen3 8B has; vLLM, SGLang and TGI multiply by it. So did
+    that file's authors: the two factors make 1.
+    """
+    mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    check(min(mscale, mscale_all) >= 0, "mscale and mscale_all_dim must not be negative")
+    magnitude = _yarn_magnitude(factor)
+    if mscale and mscale_all:
+        magnitude = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, mscale_all)
     return RopeScaling(
         "yarn", factor, original, beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0), is_truncated=rope.flag("truncate", True),
-        attention_factor=rope.number("attention_factor", default),
+        attention_factor=rope.number("attention_factor", magnitude * rope.number("attn_factor", 1.0)),
     )  # fmt: skip
+
+
+def _yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """Return what YaRN multiplies cosines and sines by (Peng et al., arXiv 2309.00071, section 3.4)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _factors(rope: Reader, key: str) -> tuple[float, ...]:
@@ -157,7 +173,7 @@ def _factors(rope: Reader, key: str) -> tuple[float, ...]:
         isinstance(values, list) and all(type(value) in (int, float) for value in values),
         f"`{key}` must be a list of numbers",
     )
-    return tuple(map(float, values))
+    return tuple(map(as_float, values))
 
 
 def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
@@ -170,13 +186,13 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     kind = reader.get(f"{prefix}type")
     given = reader.get(f"{prefix}factor") or reader.get("rope.scale_linear")
     original = reader.integer(f"{prefix}original_context_length", 0) or None
-    attention = reader.number(f"{prefix}attn_factor", reader.number(f"{prefix}yarn_attn_factor", 0.0)) or None
+    attention = reader.number(f"{prefix}attn_factor", 1.0)
     is_long = "rope_factors_long.weight" in reader.tensors
     if is_long:  # llama.cpp goes by the tensors; the type may be missing
         context = reader.integer("max_position_embeddings")
         return RopeScaling(
             "longrope", max(context / (original or context), 1.0), original or context,
-            attention_factor=attention or 1.0,
+            attention_factor=attention,
         )  # fmt: skip
     if kind == "none" or (kind is None and given in (None, 0, 1)):
         return None
@@ -188,33 +204,33 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     factor = reader.number(f"{prefix}factor") if given is None else reader.number(f"{prefix}factor", given)
     if kind != "yarn":
         return RopeScaling("linear", factor)
+    for key in ("yarn_ext_factor", "yarn_attn_factor"):
+        value = reader.number(f"{prefix}{key}", 1.0)
+        check(value == 1, f"{prefix}{key} {value} is not supported, only 1 is")
     return RopeScaling(
         "yarn", factor, original or reader.integer("max_position_embeddings"),
         beta_fast=reader.number(f"{prefix}yarn_beta_fast", 32.0),
         beta_slow=reader.number(f"{prefix}yarn_beta_slow", 1.0),
-        attention_factor=attention or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+        attention_factor=attention * _yarn_magnitude(factor),
     )  # fmt: skip
 
 
-def windows_of(reader: Reader, count: int, *, default_on: bool, first: int = 0) -> list[int | None]:
-    """Read which layers have a sliding window: from layer `first` on, unless `layer_types` says it."""
-    types = reader.get("layer_types")
+def read_window(reader: Reader) -> list[int | None]:
+    """Read a window that all layers have, or none; what else a config.json says of windows has no effect."""
+    reader.ignore("use_sliding_window", "layer_types", "max_window_layers")
+    return [reader.integer("sliding_window", 0) or None] * num_layers(reader)
+
+
+def read_windows(reader: Reader, where: Sequence[bool]) -> list[int | None]:
+    """Read which layers have a window: none unless it is switched on; `layer_types` says, else `where`."""
     window = reader.integer("sliding_window", 0) or None
-    is_on = reader.flag("use_sliding_window", default_on)
-    if not is_on or window is None:
-        return [None] * count
-    if isinstance(types, list) and len(types) == count:
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [window if index >= first else None for index in range(count)]
-
-
-__all__ = [
-    "ModelConfig",
-    "has_tied_embeddings",
-    "num_layers",
-    "read_biases",
-    "read_layers",
-    "read_rope",
-    "read_sizes",
-    "windows_of",
-]
+    types = reader.get("layer_types")
+    check(
+        types is None
+        or (isinstance(types, list) and len(types) == len(where) and set(types) <= set(_KINDS_OF_LAYERS)),
+        f"layer_types must be a list of {len(where)} of {' or '.join(_KINDS_OF_LAYERS)}",
+    )
+    if not reader.flag("use_sliding_window", False):
+        return [None] * len(where)
+    has_window = where if types is None else [kind == "sliding_attention" for kind in types]
+    return [window if has else None for has in has_window]

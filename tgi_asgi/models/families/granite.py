@@ -6,7 +6,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes
 
 
 def read_granite(reader: Reader, architecture: str) -> ModelConfig:
@@ -15,9 +15,13 @@ def read_granite(reader: Reader, architecture: str) -> ModelConfig:
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     default_scale = sizes["head_dim"] ** -0.5 if reader.is_gguf else 1.0  # as each of the two converts it
+    scale = reader.number("attention_multiplier", default_scale)
+    # So llama.cpp's files say whether positions matter to this architecture.
+    has_rope = not reader.is_gguf or reader.flag("rope.scaling.finetuned", True)
+    layers = read_layers(reader, sizes, scale=scale, has_rope=[has_rope] * num_layers(reader))
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, scale=reader.number("attention_multiplier", default_scale)),
+        layers=layers,
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=mlp_bias,

@@ -6,15 +6,14 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_window
 
 
 def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     """Read Llama's: biases as the file says, no window, whatever a config.json has left over of one."""
-    reader.ignore("use_sliding_window", "max_window_layers", "layer_types")
     # A GGUF file of this architecture may be Mistral's, which has one.
-    windows = [reader.integer("sliding_window", 0) or None] * num_layers(reader) if reader.is_gguf else None
-    reader.ignore("sliding_window")
+    windows = read_window(reader) if reader.is_gguf else None
+    reader.ignore("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
@@ -31,9 +30,10 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
 def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
     """Read Mistral's: a window of all layers where it has one, no biases, whatever the file says."""
     reader.ignore("attention_bias")
+    reader.defaults(num_key_value_heads=8, sliding_window=4096)
     sizes = read_sizes(reader)
-    windows = windows_of(reader, num_layers(reader), default_on=True)
-    return ModelConfig(architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes)
+    layers = read_layers(reader, sizes, windows=read_window(reader))
+    return ModelConfig(architecture=architecture, layers=layers, **sizes)
 
 
 FAMILIES = (

@@ -15,6 +15,7 @@ from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
 
 def read_olmo2(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMo 2's."""
+    reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return ModelConfig(

@@ -6,14 +6,15 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder, LayerWeights, Sources
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, windows_of
+from tgi_asgi.models.reading import read_layers, read_sizes, read_window
 
 
 def read_phi3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Phi 3's and 4's."""
+    reader.defaults(rms_norm_eps=1e-5)
     sizes = read_sizes(reader)
-    windows = windows_of(reader, num_layers(reader), default_on=True)
-    return ModelConfig(architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes)
+    layers = read_layers(reader, sizes, windows=read_window(reader))
+    return ModelConfig(architecture=architecture, layers=layers, **sizes)
 
 
 class FusedWeights(LayerWeights):

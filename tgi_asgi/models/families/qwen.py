@@ -6,12 +6,13 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 
 
 def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen 2's and 2.5's: which products have biases is the code's, whatever the file says."""
     reader.ignore("attention_bias")
+    reader.defaults(num_key_value_heads=32, sliding_window=4096)
     sizes = read_sizes(reader)
     return ModelConfig(
         architecture=architecture,
@@ -23,6 +24,7 @@ def read_qwen2(reader: Reader, architecture: str) -> ModelConfig:
 
 def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
     """Read Qwen 3's."""
+    reader.defaults(num_key_value_heads=32, head_dim=128, sliding_window=4096)
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return ModelConfig(
@@ -36,9 +38,8 @@ def read_qwen3(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _windows(reader: Reader) -> list[int | None]:
-    return windows_of(
-        reader, num_layers(reader), default_on=False, first=reader.integer("max_window_layers", 28)
-    )
+    first = reader.integer("max_window_layers", 28)
+    return read_windows(reader, [index >= first for index in range(num_layers(reader))])
 
 
 FAMILIES = (

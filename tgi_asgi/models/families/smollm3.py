@@ -6,28 +6,27 @@ from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, windows_of
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
 
 _INTERVAL = 4
 
 
 def read_smollm3(reader: Reader, architecture: str) -> ModelConfig:
     """Read SmolLM 3's; which layers have no rotary embedding a GGUF file does not say."""
-    sizes = read_sizes(reader)
-    count = num_layers(reader)
-    windows = windows_of(reader, count, default_on=False)
-    (qkv_bias, output_bias), (mlp_bias,) = (
-        read_biases(reader, "attention_bias", "attn_q", "attn_output"),
-        read_biases(reader, "mlp_bias", "ffn_gate"),
-    )
+    reader.defaults(num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True)
     reader.ignore("max_window_layers")
+    sizes = read_sizes(reader)
+    has_rope = _has_rope(reader, num_layers(reader))
+    windows = read_windows(reader, [not has for has in has_rope])
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, windows=windows, has_rope=_has_rope(reader, count)),
+        layers=read_layers(reader, sizes, windows=windows, has_rope=has_rope),
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=mlp_bias,
-        **{**sizes, "has_tied_embeddings": _is_tied(reader)},
+        **sizes,
     )
 
 
@@ -43,12 +42,6 @@ def _has_rope(reader: Reader, count: int) -> list[bool]:
         f"no_rope_layers must be a list of {count} zeros and ones",
     )
     return [bool(value) for value in listed]
-
-
-def _is_tied(reader: Reader) -> bool:
-    if reader.is_gguf:
-        return "output.weight" not in reader.tensors
-    return reader.flag("tie_word_embeddings", True)
 
 
 FAMILIES = (Family("SmolLM3ForCausalLM", "smollm3", read_smollm3, Decoder, is_rotary_permuted=True),)

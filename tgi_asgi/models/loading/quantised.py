@@ -6,6 +6,7 @@ Which matrices are quantised shows by their tensors: `qweight` beside `scales` (
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,17 +42,44 @@ def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WEIGHT_PARTS = ("", "_packed", "_scale", "_scale_inv", "_zero_point", "_g_idx", "_shape")
-# Scales of inputs, which are not quantised as they say: by blocks of 32, or not at all.
-_INPUT_PARTS = ("input_scale", "input_zero_point")
+# Scales of inputs, which are quantised otherwise or not at all, and of queries, keys and values: not at all.
+UNUSED = (
+    "*.input_scale", "*.input_zero_point", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
+    "*.self_attn.[kqv]_scale", "*.self_attn.kv_scale", "*.self_attn.prob_scale",
+)  # fmt: skip
 
 
 def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
     """Return the names of the tensors that make up a quantised weight."""
     stem = name.removesuffix("weight")
-    names = [f"{stem}{part}" for part in (*_PARTS, *_INPUT_PARTS)] + [
-        f"{name}{part}" for part in _WEIGHT_PARTS
-    ]
+    names = [f"{stem}{part}" for part in _PARTS] + [f"{name}{part}" for part in _WEIGHT_PARTS]
+    bias = f"{stem}bias"  # AutoGPTQ writes one of zeros where the product has none
+    if bias in checkpoint and not checkpoint.raw(bias).any():
+        names.append(bias)
     return [each for each in names if each in checkpoint]
+
+
+def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
+    """Return a tensor's format and elements; of codes that no format holds those of what they become."""
+    info = checkpoint.tensor(name)
+    if quantisation is not None and info.dtype == "I32" and _is_decoded(checkpoint, name, quantisation):
+        return "F16", math.prod(info.shape) * 32 // quantisation.bits
+    return info.dtype.replace(_FLOAT8, "F8_32"), math.prod(info.shape)
+
+
+def _is_decoded(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> bool:
+    """Tell of codes whether they are out of order, or of eight bits with zero points."""
+    stem, codes, _ = name.rpartition("qweight" if quantisation.method == "gptq" else "weight_packed")
+    if not codes:
+        return False
+    groups, zeros = (f"{stem}{part}" for part in ("weight_g_idx", "weight_zero_point"))
+    if quantisation.method == "gptq":
+        groups, zeros = f"{stem}g_idx", f"{stem}qzeros"
+    if groups in checkpoint and (np.diff(_read(checkpoint, groups, "I32").reshape(-1)) < 0).any():
+        return True
+    if quantisation.bits != 8 or zeros not in checkpoint:
+        return False
+    return bool((checkpoint.raw(zeros) + np.uint8(quantisation.zero_shift) != 128).any())
 
 
 def read_quantised(

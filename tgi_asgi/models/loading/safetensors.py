@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
-from tgi_asgi.models.loading import check_shape
-from tgi_asgi.models.loading.quantised import find_quantised, names_of, read_quantised
+from tgi_asgi.models.loading import check_shape, matches
+from tgi_asgi.models.loading.quantised import (
+    UNUSED,
+    find_quantised,
+    names_of,
+    read_quantised,
+    stored_format,
+)
 from tgi_asgi.ops import WeightSource
 
 _FORMATS = ("F32", "F16", "BF16")
@@ -49,15 +54,12 @@ class SafetensorsWeights:
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""
-        return sorted(self._unread)
+        unused = () if self._quantisation is None else UNUSED
+        return sorted(name for name in self._unread if not matches(name, unused))
 
     def stored(self) -> dict[str, tuple[str, int]]:
         """Return formats and sizes, as `Weights.stored` says."""
-        infos = {name: self._checkpoint.tensor(name) for name in self._checkpoint}
-        return {
-            name: (info.dtype.replace("F8_E4M3", "F8_32"), math.prod(info.shape))
-            for name, info in infos.items()
-        }
+        return {name: stored_format(self._checkpoint, name, self._quantisation) for name in self._checkpoint}
 
     def close(self) -> None:
         """Unmap the files."""
