@@ -159,7 +159,13 @@ CASES: tuple[FamilyCase, ...] = (
         _rope("yarn", factor=4.0, original_max_position_embeddings=64),
         faults=(_NO_SCALING, Fault("yarn-scale", config={"rope_parameters": {"attention_factor": 1.0}})),
     ),
-    _case("llama-head-16", {"hidden_size": 64, "head_dim": 16}, faults=(_ROPE_BASE,), gguf=("f32", "q8_0")),
+    _case(
+        "llama-head-16",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16},
+        faults=(_ROPE_BASE,),
+        gguf=("f32", "q8_0"),
+    ),
+    _case("llama-hidden-64", {"hidden_size": 64, "head_dim": 32}, faults=(_ROPE_BASE,), gguf=("f32", "f16")),
     _case(
         "llama-head-80",
         {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80},

@@ -10,6 +10,10 @@ from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec,
 from tgi_asgi.models.reader import Reader, as_float
 
 _SCALINGS = ("linear", "llama3", "yarn", "longrope")
+_SCALING_NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow",
+    "attention_factor", "attn_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
 _SILU = ("silu", "swish", "swiglu")
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
@@ -120,6 +124,7 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
     rope.ignore("rope_type", "type")
     original = rope.integer("original_max_position_embeddings", 0) or None
     if kind == "default":
+        rope.ignore(*_SCALING_NUMBERS)  # left over, and no part of anything
         return None
     kind = "longrope" if kind == "su" else kind  # as Phi-3 first called it
     check(
