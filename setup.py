@@ -74,9 +74,9 @@ def _ninja_file(sources: list[str], target: Path) -> str:
     link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx = {os.environ.get('CXX', 'c++')}",
-        f"cflags = {shlex.join(flags)}",
-        f"ldflags = {shlex.join(link_flags)}",
+        f"cxx = {_unexpanded(os.environ.get('CXX', 'c++'))}",
+        f"cflags = {_unexpanded(shlex.join(flags))}",
+        f"ldflags = {_unexpanded(shlex.join(link_flags))}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out",
         "  depfile = $out.d",
@@ -91,6 +91,11 @@ def _ninja_file(sources: list[str], target: Path) -> str:
         objects.append(name)
     lines += [f"build {_escaped(target)}: link {' '.join(objects)}", f"default {_escaped(target)}", ""]
     return "\n".join(lines)
+
+
+def _unexpanded(text: str) -> str:
+    """Return text for ninja that it leaves as it is: $ORIGIN is the linker's."""
+    return text.replace("$", "$$")
 
 
 def _escaped(path: object) -> str:

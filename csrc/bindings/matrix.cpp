@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/step/pack.h"
@@ -68,12 +69,17 @@ Bytes quantise(const Array<float>& values, const std::string& format_name) {
   Bytes out({rows * bytes});
   const float* const from = values.data();
   uint8_t* const to = out.mutable_data();
-  const py::gil_scoped_release release;
-  cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      step::quantise_row(format, from + row * columns, columns, to + row * bytes);
-    }
-  });
+  std::atomic<bool> is_done = true;
+  {
+    const py::gil_scoped_release release;
+    cpu::parallel_range(rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (!step::quantise_row(format, from + row * columns, columns, to + row * bytes))
+          is_done = false;
+      }
+    });
+  }
+  check(is_done, "`values` has one that is NaN, infinite or too large for a float16 scale");
   return out;
 }
 

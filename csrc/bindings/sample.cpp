@@ -45,9 +45,15 @@ void SampleArrays::check_slots(const std::vector<int32_t>& slots) const {
   }
 }
 
-// The record's own counts stay within its lists, and the ids in the lists within the vocabulary.
+// The record's own counts stay within its lists, the ids in the lists within the vocabulary, and
+// its shares within [0, 1]: beyond, and for NaN, no token is left to be drawn.
 void SampleArrays::check_record(int32_t slot) const {
   const SampleSlot& found = record(slot);
+  check(found.temperature >= 0, "slot ", slot, " has the temperature ", found.temperature);
+  for (const float share : {found.top_p, found.min_p, found.typical_p}) {
+    check(share >= 0 && share <= 1, "slot ", slot, " has top_p ", found.top_p, ", min_p ",
+          found.min_p, ", typical_p ", found.typical_p, ", which must be in [0, 1]");
+  }
   check(found.num_biased >= 0 && found.num_biased <= params_.biased_stride, "slot ", slot, " has ",
         found.num_biased, " biased ids in a list of ", params_.biased_stride);
   check(found.num_masked >= 0 && found.num_masked <= params_.masked_stride, "slot ", slot, " has ",

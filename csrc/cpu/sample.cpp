@@ -103,6 +103,7 @@ void sample_row(const RowPasses& rows, const SampleParams& p, int64_t row, float
     const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
                          static_cast<uint64_t>(slot.position)};
     id = rows.race(scores, p.vocab, floor, key);
+    if (id == p.vocab) return;  // nothing can be drawn
     values = scores;
     max = 0.0f;
   }

@@ -142,3 +142,16 @@ def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int
         _C.pack(
             sources=[data], format="Q8_0", columns=32, order=np.arange(32, dtype=np.int32), arena=_C.Arena()
         )
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e8, -1e8])
+def test_a_value_that_no_block_can_hold_is_refused(format: str, value: float) -> None:
+    """It would become an ordinary number, and the model's text another, without a word."""
+    values = torch.ones(3, 64)
+    packing = ops.Packing(is_exact=False, quantise=format)
+    values[1, 40] = 5e5
+    ops.linear_weight(ops.from_floats(values), packing)
+    values[1, 40] = value
+    with pytest.raises(ValueError, match="NaN, infinite or too large"):
+        ops.linear_weight(ops.from_floats(values), packing)

@@ -205,3 +205,22 @@ def test_blocks_of_compressed_float8_come_from_its_groups() -> None:
     }
     found = Quantisation.from_json({"quantization_config": options})
     assert found is not None and found.block == (128, 128)
+
+
+def test_act_order_beyond_float16_makes_float32(tmp_path: Path) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, "gptq", has_order=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{STEM}scales"][0, 0] = 60000.0
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load(files)
+    assert loaded.layers[0].down.made.matrix.format == "F16"
+    assert loaded.layers[1].down.made.matrix.format == "F32"
+
+
+def test_weights_that_cannot_be_quantised_are_said(tmp_path: Path) -> None:
+    files = save(make_model(**SHAPE), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{STEM}weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"a weight of the model cannot be used: .* NaN"):
+        load(files, quantise="Q8_0")

@@ -113,3 +113,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(4, 15)[1], EXACT)
     with pytest.raises(ValueError, match="`linear` takes 15 columns as `a`, not 16"):
         ops.linear(torch.randn(2, 16), weight)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (2, 3, 64)])
+def test_an_operand_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[n_tokens, columns\]"):
+        ops.norm(torch.ones(shape), torch.ones(64), 1e-6)

@@ -342,3 +342,17 @@ def test_starting_with_values_out_of_range_is_refused(start: dict[str, Any]) -> 
     state = ops.SampleState(2, 10)
     with pytest.raises(ValueError, match="must be in"):
         state.start(**{"slot": 0, "sampling": GREEDY, "choice": 0, "prompt_ids": [1], **start})
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "typical_p"])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), 1.5])
+def test_a_record_that_leaves_nothing_to_draw_is_refused(field: str, value: float) -> None:
+    """No token would reach the floor, and the next slot's counts would be written to."""
+    if (field, value) == ("temperature", 1.5):
+        value = -1.5
+    state = ops.SampleState(2, 100)
+    state.start(0, SamplingParams(temperature=1.0, presence_penalty=0.5), choice=0, prompt_ids=[1])
+    state.records[0][field] = value
+    with pytest.raises(ValueError, match=f"{field}|the temperature"):
+        ops.sample(torch.randn(1, 100), state, [0])
+    assert not state.counts[1].any()

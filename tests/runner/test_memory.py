@@ -101,7 +101,8 @@ def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
 def test_what_is_foretold_of_quantised_checkpoints(tmp_path: Path, recipe: dict[str, Any]) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     files = save_quantised(make_model(vocab_size=32, **shape), tmp_path, **recipe)
-    assert_foretold(files, ops.Packing(is_exact=False))
+    for is_exact in (False, True):
+        assert_foretold(files, ops.Packing(is_exact))
 
 
 @pytest.fixture

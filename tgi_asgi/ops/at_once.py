@@ -26,9 +26,11 @@ def at_once(
     from tgi_asgi.ops.cpu_program import CpuProgram
 
     tensors = [tensor for tensor, _ in inputs]
+    if any(tensor.dim() != 2 or tensor.dtype is not torch.float32 for tensor in tensors):
+        raise ValueError("operands must be float32 [n_tokens, columns]")
     sizes = {int(tensor.shape[0]) for tensor in tensors} | ({len(batch.ids)} if batch is not None else set())
-    if len(sizes) != 1 or any(tensor.dim() != 2 or tensor.dtype is not torch.float32 for tensor in tensors):
-        raise ValueError("operands must be float32 [n_tokens, columns], all of the same number of tokens")
+    if len(sizes) != 1:
+        raise ValueError(f"operands must be all of the same number of tokens, not of {sorted(sizes)}")
     num_tokens = sizes.pop()
     recorder = Recorder()
     values = [recorder.value(kind, int(tensor.shape[1])) for tensor, kind in inputs]

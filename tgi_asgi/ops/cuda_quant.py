@@ -1,7 +1,7 @@
 """Quantised weights as the CUDA kernels read them: codes in the order of columns, scales beside them.
 
 Made once, at load, from the files' blocks: these are of 18 to 210 bytes, which no vector load fits. Nothing
-is rounded again: every weight equals what `sources.decode` gives.
+is rounded again: every weight equals what `sources.decode` gives, or `in_order` (act-order without a kernel).
 """
 
 from __future__ import annotations

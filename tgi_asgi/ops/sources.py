@@ -59,12 +59,16 @@ class WeightSource:
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
     def in_order(self) -> WeightSource:
-        """Return the matrix with its columns in order, in float16: no block holds groups that lie apart."""
+        """Return the matrix with its columns in order, as floats: no block holds groups that lie apart.
+
+        In float16, as AutoGPTQ computes, unless one would be infinite.
+        """
         if self.order is None:
             return self
-        weights = torch.empty(self.shape, dtype=torch.float16)
-        weights[:, torch.from_numpy(self.order)] = decode(replace(self, order=None)).half()
-        return WeightSource(weights.numpy().reshape(-1).view(np.uint8), "F16", self.shape)
+        weights = torch.empty(self.shape)
+        weights[:, torch.from_numpy(self.order)] = decode(replace(self, order=None))
+        halves = weights.half()
+        return from_floats(halves if halves.isfinite().all() else weights)
 
 
 def integer_source(

@@ -73,7 +73,7 @@ void norm(const NormParams& p, const StepHeader& step, int member, int num_membe
   const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
   Range rows = split(num_rows, member, num_members, kTileTokens);
   Activation out = p.out;
-  if (num_rows <= kPrivateTokens) {
+  if (p.private_bytes != 0 && num_rows <= kPrivateTokens) {
     rows = {0, num_rows};
     out.data += member * p.private_bytes;
   }

@@ -123,6 +123,9 @@ void unpack_float_row(const PackedMatrix& weight, const uint8_t* panel, int64_t 
   }
 }
 
+// The scale of such a weight is a float16, of four bits, too.
+constexpr float kLargestQuantised = 65504.0f * 8;
+
 // x: 32 values.
 void quantise_q8_0(const float* x, float largest, uint8_t* out) {
   const float scale = std::fabs(largest) / 127.0f, inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
@@ -200,20 +203,23 @@ uint16_t float_to_half(float x) {
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) {
+bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out) {
   for (int64_t at = 0; at < columns; at += 32, out += format_info(format).block_bytes) {
     float block[32] = {};
     std::memcpy(block, x + at,
                 sizeof(float) * static_cast<size_t>(std::min<int64_t>(columns - at, 32)));
     float largest = 0.0f;  // by magnitude, with its sign
-    for (const float value : block)
+    for (const float value : block) {
+      if (!(std::fabs(value) <= kLargestQuantised)) return false;
       largest = std::fabs(value) > std::fabs(largest) ? value : largest;
+    }
     if (format == Format::kQ8_0) {
       quantise_q8_0(block, largest, out);
     } else {
       quantise_q4_0(block, largest, out);
     }
   }
+  return true;
 }
 
 }  // namespace tgi::cpu::step

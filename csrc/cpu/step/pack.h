@@ -15,8 +15,9 @@ void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int
                  int64_t end, uint8_t* out);
 
 // Quantises a row of float32 to the file's format, kQ8_0 or kQ4_0, rounding as llama.cpp's
-// reference does. The last block is filled up with zeros.
-void quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
+// reference does. The last block is filled up with zeros. False: a value is not finite, or too
+// large.
+bool quantise_row(Format format, const float* x, int64_t columns, uint8_t* out);
 
 // The nearest fp16, ties to even.
 uint16_t float_to_half(float x);

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
@@ -57,7 +58,10 @@ class OpenModel:
             ModelLoadError: a tensor is missing, does not fit, or is not known.
         """
         weights = self.weights if weights is None else weights
-        model = self.family.model(self.config, weights, arithmetic, max_positions)
+        try:
+            model = self.family.model(self.config, weights, arithmetic, max_positions)
+        except ValueError as error:  # what is packed refuses values, which no header shows
+            raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
         refuse_unread(weights.unread(), self._unused())
         return model
 
