@@ -2,8 +2,8 @@
 #include "bindings/program.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "bindings/activation.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -14,10 +14,10 @@ using step::Sync;
 
 namespace {
 
-step::MlpActivation activation_of(const std::string& name) {
-  check(name == "silu" || name == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ",
-        name);
-  return name == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
+MlpActivation activation_of(const std::string& name) {
+  const std::optional<MlpActivation> found = find_activation(name);
+  check(found.has_value(), "`activation` must be ", kActivationNames, ", got ", name);
+  return *found;
 }
 
 // Operators that write an activation without copies of the members' own.
@@ -323,7 +323,7 @@ step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
   params.num_heads = heads.num_heads;
   params.true_dim = heads.true_dim;
   params.eps = static_cast<float>(heads.eps);
-  params.q_scale = static_cast<float>(heads.scale * 1.4426950408889634);
+  params.q_scale = heads.scale ? static_cast<float>(*heads.scale * step::kLog2E) : 1.0f;
   params.q = out->memory.get();
   keep(out->memory);
   return params;

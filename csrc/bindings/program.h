@@ -61,7 +61,7 @@ struct Heads {
   int64_t layer;
   int64_t num_heads;
   int64_t true_dim;
-  double scale;  // of the softmax
+  std::optional<double> scale;  // of the softmax; none: queries stay as they are
   double eps;
   std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
   std::optional<Floats> q_norm, k_norm;  // in packed order
@@ -138,7 +138,6 @@ class Program {
   void check_members(int num_members) const;
   void prepare(int num_members, bool only_rows);
   void run_step(int member, int num_members, double* ends = nullptr);
-  void run_and_draw(SampleCall& call);
   Floats logits_view(int64_t rows);
 
   const int64_t max_tokens_, max_sequences_, max_rows_, max_context_;

@@ -54,8 +54,8 @@ void bind_buffers(py::module_& module) {
            py::arg("bias").noconvert() = py::none(), py::keep_alive<1, 2>());
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
-                       double scale, double eps, MaybeFloats cosines, MaybeFloats sines,
-                       MaybeFloats q_norm, MaybeFloats k_norm) {
+                       std::optional<double> scale, double eps, MaybeFloats cosines,
+                       MaybeFloats sines, MaybeFloats q_norm, MaybeFloats k_norm) {
              return Heads{std::move(pool),
                           layer,
                           num_heads,

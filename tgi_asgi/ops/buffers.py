@@ -10,8 +10,6 @@ from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import KvPool
 from tgi_asgi.ops.values import Kind, Value
 
-_LOG2_E = 1.4426950408889634
-
 
 class Uses:
     """Who takes which value, in what precision, and until when.
@@ -62,9 +60,9 @@ class Uses:
         """Return the precisions that an activation is taken in; none if nobody takes it."""
         return self._precisions.get(value, [])
 
-    def query_scale(self, value: Value) -> float:
-        """Return what a query's scores are multiplied by; where nobody attends with it, it stays as it is."""
-        return self._scales.get(value, 1.0 / _LOG2_E)
+    def query_scale(self, value: Value) -> float | None:
+        """Return what a query's scores are multiplied by; None where nobody attends with it."""
+        return self._scales.get(value)
 
     def ending_at(self, index: int) -> list[Value]:
         """Return the values that no call behind this one reads."""
