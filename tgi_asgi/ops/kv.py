@@ -103,7 +103,11 @@ class KvPool:
         self.layers = [KvLayer(self, index) for index in range(num_layers)]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+        """Copy blocks (from, to) in every layer, as if all at once.
+
+        Raises:
+            ValueError: a block is not there, is both, or is copied to twice; nothing has been copied.
+        """
         self.native.copy(pairs)
 
     def supply(self, num_bytes: int) -> None:
