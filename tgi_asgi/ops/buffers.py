@@ -31,6 +31,8 @@ class Uses:
         self._spans: dict[Value, tuple[int, int]] = {}  # by root: the first call and the last
         self._precisions: dict[Value, list[str]] = {}
         self._scales: dict[Value, float] = {}
+        for value in inputs:
+            self._touch(value, -1)
         for index, call in enumerate(recorded):
             for value in call.inputs:
                 self._touch(value, index)
@@ -88,6 +90,17 @@ class Buffers:
         return buffer
 
     def of(self, value: Value, form: str) -> Any:
+        """Return the buffer of a value's form.
+
+        Raises:
+            LookupError: it has none: nothing has made the value in this form, or it has ended.
+        """
+        found = self.find(value, form)
+        if found is None:
+            raise LookupError(f"{value.kind.value} has no buffer as {form}")
+        return found
+
+    def find(self, value: Value, form: str) -> Any:
         """Return the buffer of a value's form; None if it has none."""
         found = self._held.get((value.root, form))
         return None if found is None else found[1]
