@@ -7,7 +7,7 @@
 
 namespace tgi {
 
-enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+enum class MlpActivation : int32_t { kSilu = 0, kGeluTanh = 1 };
 
 // One slot's sampling parameters and place; tgi_asgi/ops/sample_state.py has the same record in
 // numpy.

@@ -245,7 +245,7 @@ class Heads:
         layer: int,
         num_heads: int,
         true_dim: int,
-        scale: float,
+        scale: float | None,
         eps: float = 0.0,
         cosines: _Floats | None = None,
         sines: _Floats | None = None,

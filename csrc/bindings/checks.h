@@ -56,4 +56,10 @@ inline void check_positive(int64_t value, const char* name) {
   check(value > 0, "`", name, "` must be positive, got ", value);
 }
 
+// A size that others are multiplied by without a look.
+inline void check_size(int64_t value, const char* name) {
+  check_positive(value, name);
+  check(value <= INT32_MAX, "`", name, "` must be at most ", INT32_MAX, ", got ", value);
+}
+
 }  // namespace tgi

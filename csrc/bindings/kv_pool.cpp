@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <unordered_set>
 
 #include "bindings/matrix.h"
 
@@ -15,7 +16,7 @@ KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int
   check_positive(num_layers, "num_layers");
   check(num_blocks > 0 && num_blocks < INT32_MAX / std::max<int64_t>(block_size, 1),
         "`num_blocks` must be positive, and all slots below 2^31, got ", num_blocks);
-  check_positive(num_kv_heads, "num_kv_heads");
+  check_size(num_kv_heads, "num_kv_heads");
   check(block_size == 16 || block_size == 32 || block_size == 64,
         "`block_size` must be 16, 32 or 64, got ", block_size);
   view_.precision = precision_of(precision);
@@ -26,8 +27,9 @@ KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int
   view_.block_size = block_size;
   view_.num_heads = num_kv_heads;
   view_.head_dim = head_dim;
-  view_.block_stride = num_layers * 2 * view_.values_after_keys();
-  memory_ = cpu::allocate(num_blocks * view_.block_stride + step::kPoolSlack);
+  view_.block_stride = cpu::product_of_sizes({num_layers, 2, view_.values_after_keys()});
+  memory_ =
+      cpu::allocate(cpu::product_of_sizes({num_blocks, view_.block_stride}) + step::kPoolSlack);
   view_.data = memory_.get();
 }
 
@@ -40,9 +42,14 @@ step::KvLayerView KvPool::layer(int64_t index) const {
 }
 
 void KvPool::copy(const std::vector<std::pair<int64_t, int64_t>>& pairs) {
+  std::unordered_set<int64_t> targets;
   for (const auto& [from, to] : pairs) {
     check(from >= 0 && from < num_blocks() && to >= 0 && to < num_blocks(),
           "blocks must be in [0, ", num_blocks(), "), got ", from, " and ", to);
+    check(targets.insert(to).second, "block ", to, " is copied to twice");
+  }
+  for (const auto& [from, to] : pairs) {
+    check(targets.count(from) == 0, "block ", from, " is copied both from and to");
   }
   for (const auto& [from, to] : pairs) {
     std::memcpy(data() + to * block_bytes(), data() + from * block_bytes(),

@@ -29,7 +29,7 @@ class KvPool {
   int64_t block_bytes() const { return view_.block_stride; }
   cpu::step::Precision precision() const { return view_.precision; }
 
-  // Copies blocks (from, to), as if all at once: no block is both.
+  // Copies blocks (from, to), as if all at once: refuses one that is both, or copied to twice.
   void copy(const std::vector<std::pair<int64_t, int64_t>>& pairs);
   // Has the system supply the first bytes in a thread, before they are written.
   void supply(int64_t num_bytes);

@@ -31,7 +31,7 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   const step::Format format = format_of(format_name);
   const step::FormatInfo& info = step::format_info(format);
   check(info.has_kernel, "`format` must be one that the CPU multiplies by, got ", format_name);
-  check_positive(columns, "columns");
+  check_size(columns, "columns");
   check(columns % info.block_columns == 0, "`columns` must be a multiple of ", info.block_columns,
         ", got ", columns);
   check_shape(order, "order", {-1});
@@ -40,16 +40,19 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
         num_rows);
   const std::vector<const uint8_t*> rows = rows_of(sources, step::file_row_bytes(format, columns));
   std::vector<const uint8_t*> ordered;
-  int64_t num_true = 0;
+  int64_t num_true = 0, end = 0;  // rows that are no padding, and where the last of them ends
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t row = order.at(i);
     check(row >= -1 && row < static_cast<int64_t>(rows.size()), "`order`[", i, "] must be in [-1, ",
           rows.size(), "), got ", row);
     ordered.push_back(row < 0 ? nullptr : rows[static_cast<size_t>(row)]);
     num_true += row >= 0;
+    if (row >= 0) end = i + 1;
   }
-  Matrix matrix = {nullptr, {nullptr, format, num_rows, padded}, num_true, columns};
-  matrix.memory = arena.take(matrix.nbytes());
+  Matrix matrix = {
+      nullptr, {nullptr, format, num_rows, padded}, num_true, columns, num_true == end};
+  matrix.memory = arena.take(
+      cpu::product_of_sizes({num_rows / step::kPanelRows, step::panel_bytes(format, padded)}));
   uint8_t* const out = matrix.memory.get();
   matrix.packed.data = out;
   const py::gil_scoped_release release;
@@ -125,8 +128,8 @@ void bind_matrices(py::module_& module) {
       .def_property_readonly("nbytes", &Matrix::nbytes)
       .def("unpack", &unpack, "Return all rows as stored, padding included, as float32.");
   module.def(
-      "pack", &pack, py::kw_only(), py::arg("sources"), py::arg("format"), py::arg("columns"),
-      py::arg("order").noconvert(), py::arg("arena"),
+      "pack", &pack, py::kw_only(), py::arg("sources").noconvert(), py::arg("format"),
+      py::arg("columns"), py::arg("order").noconvert(), py::arg("arena"),
       "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1.");
   module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
              "Quantise float32 rows to the file format Q8_0 or Q4_0.");

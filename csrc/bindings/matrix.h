@@ -19,7 +19,8 @@ struct Matrix {
   cpu::Memory memory;
   step::PackedMatrix packed;
   int64_t num_rows;     // without padding
-  int64_t num_columns;  // the same
+  int64_t num_columns;  // as packed from: where the server quantised, padded to 32
+  bool has_padding_last;
   int64_t nbytes() const { return packed.num_rows / step::kPanelRows * packed.panel_size(); }
 };
 

@@ -2,8 +2,8 @@
 #include "bindings/program.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "bindings/activation.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -14,11 +14,13 @@ using step::Sync;
 
 namespace {
 
-step::MlpActivation activation_of(const std::string& name) {
-  check(name == "silu" || name == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ",
-        name);
-  return name == "silu" ? step::MlpActivation::kSilu : step::MlpActivation::kGeluTanh;
+MlpActivation activation_of(const std::string& name) {
+  const std::optional<MlpActivation> found = find_activation(name);
+  check(found.has_value(), "`activation` must be ", kActivationNames, ", got ", name);
+  return *found;
 }
+
+constexpr int64_t kFloatBytes = sizeof(float);
 
 // Operators that write an activation without copies of the members' own.
 const step::Activation& shared(const ActivationPtr& out) {
@@ -35,43 +37,46 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
       max_context_(max_context),
       num_members_(cpu::num_threads()),
       split_(static_cast<size_t>(num_members_) + 1) {
-  check_positive(max_tokens, "max_tokens");
-  check_positive(max_sequences, "max_sequences");
-  check_positive(max_rows, "max_rows");
-  check_positive(max_context, "max_context");
+  check_size(max_tokens, "max_tokens");
+  check_size(max_sequences, "max_sequences");
+  check_size(max_rows, "max_rows");
+  check_size(max_context, "max_context");
 }
 
 RowsPtr Program::rows(int64_t columns, bool for_logits) const {
-  check_positive(columns, "columns");
+  check_size(columns, "columns");
   const int64_t padded = step::padded_columns(columns),
                 count = for_logits ? max_rows_ : max_tokens_;
   return std::make_shared<RowsBuffer>(RowsBuffer{
-      cpu::allocate(count * padded * static_cast<int64_t>(sizeof(float))), count, padded});
+      cpu::allocate(cpu::product_of_sizes({count, padded, kFloatBytes})), count, padded});
 }
 
 ActivationPtr Program::activation(int64_t columns, const std::string& precision,
                                   bool for_logits) const {
-  check_positive(columns, "columns");
+  check_size(columns, "columns");
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
-  const int64_t tiles = (count + step::kTileTokens - 1) / step::kTileTokens;
+  const int64_t tiles =
+      std::max<int64_t>((count + step::kTileTokens - 1) / step::kTileTokens, num_members_);
   step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
-  const cpu::Memory memory =
-      cpu::allocate(std::max<int64_t>(tiles, num_members_) * view.tile_bytes());
+  const cpu::Memory memory = cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes()}));
   view.data = memory.get();
-  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, false});
+  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, tiles, false});
 }
 
 QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
-  check_positive(num_heads, "num_heads");
+  check_size(num_heads, "num_heads");
   const int64_t row_bytes = num_heads * pool.layer(0).query_bytes();
+  const int64_t bytes = cpu::product_of_sizes({max_tokens_, row_bytes}) + step::kPoolSlack;
   return std::make_shared<QueryBuffer>(
-      QueryBuffer{cpu::allocate(max_tokens_ * row_bytes + step::kPoolSlack), max_tokens_, num_heads,
-                  row_bytes});
+      QueryBuffer{cpu::allocate(bytes), max_tokens_, num_heads, row_bytes});
 }
 
 void Program::embed(const Matrix& table, double factor, const RowsPtr& out) {
+  check_before_end("embed");
   check_rows_buffer(out, table.packed.num_columns, "out");
-  num_ids_ = table.num_rows;
+  check(table.num_rows > 0 && table.has_padding_last,
+        "`table` must have its rows first, and padding behind them");
+  num_ids_ = num_ids_ == 0 ? table.num_rows : std::min(num_ids_, table.num_rows);
   keep(table.memory);
   keep(out->memory);
   forward_.add(step::kernels().embed,
@@ -84,8 +89,9 @@ void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double
   check_rows_buffer(x, columns, "x");
   check_shape(weight, "weight", {columns});
   check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
-  check(out->num_rows == (for_logits ? max_rows_ : max_tokens_),
-        "`out` must be of the rows normed");
+  check_num_rows(*out, "out", for_logits);
+  check(!is_private || out->num_tiles >= num_members_, "`out` must have room for ", num_members_,
+        " threads' own copies, got ", out->num_tiles);
   keep(x->memory);
   keep(out->memory);
   out->is_private = is_private;
@@ -118,6 +124,7 @@ void Program::norm_add(const RowsPtr& rows, const Floats& weight, int64_t width,
 
 void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
   check_rows_buffer(rows, out->view.num_columns, "rows");
+  check_num_rows(*out, "out");
   keep(rows->memory);
   keep(out->memory);
   forward_.add(step::kernels().pack, step::PackParams{rows->data(), shared(out)});
@@ -147,6 +154,7 @@ void Program::linear_add(const Product& product, double factor, const RowsPtr& x
 }
 
 void Program::qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out) {
+  check_before_end("qkv");
   check(products.size() == 1 || products.size() == 3, "`products` must be one or three");
   step::QkvParams params = {};
   params.heads = head_params(heads, out);
@@ -171,6 +179,7 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
 
 void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
                         const QueryPtr& out) {
+  if (has_keys || heads.cosines) check_before_end("rotated or written heads");
   step::HeadRowsParams params = {};
   params.heads = head_params(heads, out);
   const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
@@ -192,6 +201,7 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, 
 void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
                         std::optional<int64_t> window, const ActivationPtr& out,
                         const RowsPtr& rows) {
+  check_num_rows(*q, "q");
   const step::KvLayerView kv = use_pool(pool, layer, q->num_heads);
   check(q->row_bytes == q->num_heads * kv.query_bytes(), "`q` must be of this pool's kind");
   check(true_dim > 0 && true_dim <= kv.head_dim, "`true_dim` must be in [1, ", kv.head_dim,
@@ -209,6 +219,7 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
   if (out != nullptr) {
     check(true_dim % step::kBlockColumns == 0 && out->view.num_columns == width, "`out` must have ",
           width, " columns, in heads of a multiple of 32");
+    check_num_rows(*out, "out");
     keep(out->memory);
     params.out = shared(out);
   } else {
@@ -226,6 +237,7 @@ void Program::gate_up(const Product& product, const std::string& activation,
   const int64_t rows = product.weight.packed.num_rows;
   check(rows == 2 * out->view.num_columns, "`weight` must have twice the columns of `out`, ",
         out->view.num_columns, ", got ", rows);
+  check_num_rows(*out, "out");
   keep(out->memory);
   const step::LinearParams linear = linear_params(product, 2);
   forward_.add(step::kernels().gate_up,
@@ -236,6 +248,7 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
                       const ActivationPtr& out) {
   check_rows_buffer(gate, out->view.num_columns, "gate");
   check_rows_buffer(up, out->view.num_columns, "up");
+  check_num_rows(*out, "out");
   keep(gate->memory);
   keep(up->memory);
   keep(out->memory);
@@ -246,33 +259,43 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
 void Program::logits(const Product& product, int64_t vocab_size, double scale, double cap) {
   check(vocab_size > 0 && vocab_size <= product.weight.packed.num_rows,
         "`vocab_size` must be in [1, ", product.weight.packed.num_rows, "], got ", vocab_size);
-  check(product.in->num_rows == max_rows_, "the head's input must be of the rows of logits");
+  const step::LinearParams linear = linear_params(product, 1, true);
   logits_ = std::make_shared<RowsBuffer>(
-      RowsBuffer{cpu::allocate(max_rows_ * vocab_size * static_cast<int64_t>(sizeof(float))),
+      RowsBuffer{cpu::allocate(cpu::product_of_sizes({max_rows_, vocab_size, kFloatBytes})),
                  max_rows_, vocab_size});
   vocab_ = vocab_size;
   head_.add(step::kernels().logits,
-            step::LogitsParams{linear_params(product, 1), logits_->data(), vocab_size,
-                               static_cast<float>(scale), static_cast<float>(cap)});
+            step::LogitsParams{linear, logits_->data(), vocab_size, static_cast<float>(scale),
+                               static_cast<float>(cap)});
 }
 
 void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows,
                                const QueryPtr& query) {
+  for (const RowsPtr& each : rows) {
+    check(each != nullptr, "`rows` must be buffers");
+    check_num_rows(*each, "rows");
+  }
+  if (query != nullptr) check_num_rows(*query, "query");
   last_write_ = forward_.size();
+  has_ended_writes_ = true;
   can_gather_ = can_gather;
   gathered_.clear();
   for (const RowsPtr& each : rows) {
-    gathered_.push_back(
-        {each->memory.get(), each->num_columns * static_cast<int64_t>(sizeof(float))});
+    keep(each->memory);
+    gathered_.push_back({each->memory.get(), each->num_columns * kFloatBytes});
   }
-  if (query != nullptr) gathered_.push_back({query->memory.get(), query->row_bytes});
+  if (query == nullptr) return;
+  keep(query->memory);
+  gathered_.push_back({query->memory.get(), query->row_bytes});
 }
 
-step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips) {
+step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips,
+                                          bool for_logits) {
   const step::PackedMatrix& weight = product.weight.packed;
   const Precision precision = product.in->view.precision;
   check(product.in->view.num_columns == weight.num_columns, "the input must have ",
         weight.num_columns, " columns, got ", product.in->view.num_columns);
+  check_num_rows(*product.in, "source", for_logits);
   check(precision == Precision::kFloat32 ||
             (precision == Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
             (precision == Precision::kBF16 && weight.format == step::Format::kBF16),
@@ -306,6 +329,7 @@ step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
   check(out->num_heads == heads.num_heads &&
             out->row_bytes == heads.num_heads * params.kv.query_bytes(),
         "`out` must be the queries of these heads for this pool");
+  check_num_rows(*out, "out");
   check(heads.cosines.has_value() == heads.sines.has_value() &&
             heads.q_norm.has_value() == heads.k_norm.has_value(),
         "cosines and sines come together, as do the norms of queries and keys");
@@ -323,7 +347,7 @@ step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
   params.num_heads = heads.num_heads;
   params.true_dim = heads.true_dim;
   params.eps = static_cast<float>(heads.eps);
-  params.q_scale = static_cast<float>(heads.scale * 1.4426950408889634);
+  params.q_scale = heads.scale ? static_cast<float>(*heads.scale * step::kLog2E) : 1.0f;
   params.q = out->memory.get();
   keep(out->memory);
   return params;
@@ -351,7 +375,7 @@ const float* Program::keep(const Floats& array) {
 float* Program::scratch_of(int64_t floats) {
   // One buffer serves all operators, as they run one after the other; old ones stay valid.
   if (scratch_.empty() || scratch_.back().second < floats) {
-    scratch_.emplace_back(cpu::allocate(floats * static_cast<int64_t>(sizeof(float))), floats);
+    scratch_.emplace_back(cpu::allocate(floats * kFloatBytes), floats);
   }
   return reinterpret_cast<float*>(scratch_.back().first.get());
 }
@@ -359,6 +383,10 @@ float* Program::scratch_of(int64_t floats) {
 void Program::check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const {
   check(rows->num_rows == max_tokens_ && rows->num_columns == columns, "`", name, "` must be [",
         max_tokens_, ", ", columns, "], got [", rows->num_rows, ", ", rows->num_columns, "]");
+}
+
+void Program::check_before_end(const char* name) const {
+  check(!has_ended_writes_, "`end_cache_writes` must come behind ", name);
 }
 
 }  // namespace tgi

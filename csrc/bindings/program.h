@@ -30,8 +30,9 @@ struct ActivationBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   step::Activation view;
-  bool is_private =
-      false;  // what was written last are copies of the members' own, see kPrivateTokens
+  int64_t num_tiles;
+  // What was written last are copies of the members' own, see kPrivateTokens.
+  bool is_private = false;
 };
 
 // Queries, as a cache wants them.
@@ -61,7 +62,7 @@ struct Heads {
   int64_t layer;
   int64_t num_heads;
   int64_t true_dim;
-  double scale;  // of the softmax
+  std::optional<double> scale;  // of the softmax; none: queries stay as they are
   double eps;
   std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
   std::optional<Floats> q_norm, k_norm;  // in packed order
@@ -119,26 +120,35 @@ class Program {
   void draw_batch(const step::StepHeader& header, SampleCall& call);
   // As `draw` without drawing; the seconds that each operator took, barrier included.
   std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
-  // The logits of other rows of the last batch.
+  // The logits of other rows of the last batch, which `run` has computed.
   Floats run_head(const std::vector<int32_t>& rows);
   int64_t vocab() const { return vocab_; }
 
  private:
-  step::LinearParams linear_params(const Product& product, int64_t unit_strips);
+  step::LinearParams linear_params(const Product& product, int64_t unit_strips,
+                                   bool for_logits = false);
   step::HeadParams head_params(const Heads& heads, const QueryPtr& out);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   const float* keep(const Floats& array);
   void keep(const cpu::Memory& memory) { memories_.push_back(memory); }
   float* scratch_of(int64_t floats);
   void check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const;
+  // A buffer of this program's size: kernels write all rows of a step.
+  template <class Buffer>
+  void check_num_rows(const Buffer& buffer, const char* name, bool for_logits = false) const {
+    const int64_t wanted = for_logits ? max_rows_ : max_tokens_;
+    check(buffer.num_rows == wanted, "`", name, "` must have the program's ", wanted, " ",
+          for_logits ? "rows of logits" : "rows of tokens", ", got ", buffer.num_rows);
+  }
+  // What a step reads of its tokens alone is not there once it goes on with its last rows.
+  void check_before_end(const char* name) const;
 
   void begin(const step::StepHeader& header);
-  void check_header() const;
-  void check_rows() const;
+  void check_header(const step::StepHeader& header) const;
+  void check_rows(const step::StepHeader& header) const;
   void check_members(int num_members) const;
   void prepare(int num_members, bool only_rows);
   void run_step(int member, int num_members, double* ends = nullptr);
-  void run_and_draw(SampleCall& call);
   Floats logits_view(int64_t rows);
 
   const int64_t max_tokens_, max_sequences_, max_rows_, max_context_;
@@ -156,6 +166,8 @@ class Program {
   };
   std::vector<Gathered> gathered_;  // buffers that the rest of a step reads rows of
   bool can_gather_ = false;
+  bool has_ended_writes_ = false;
+  bool can_run_head_ = false;   // what `run` has computed is there
   bool ends_early_ = false;     // the step ends with the last keys and values
   bool has_last_rows_ = false;  // behind these it goes on with the header's rows alone
   int64_t last_write_ = 0;      // operators up to the last that writes keys and values

@@ -33,8 +33,9 @@ void bind_buffers(py::module_& module) {
       .def_readonly("num_columns", &RowsBuffer::num_columns)
       .def(
           "array",
-          [](const RowsPtr& self) {
-            return Floats({self->num_rows, self->num_columns}, self->data(), py::cast(self));
+          [](const py::object& self) {
+            const auto& rows = self.cast<const RowsBuffer&>();
+            return Floats({rows.num_rows, rows.num_columns}, rows.data(), self);
           },
           "Return the rows themselves, columns of padding included.");
   py::class_<ActivationBuffer, ActivationPtr>(module, "Activation", "The input of products.")
@@ -44,18 +45,18 @@ void bind_buffers(py::module_& module) {
   py::class_<QueryBuffer, QueryPtr>(module, "Query", "Queries, as a cache wants them.")
       .def(
           "array",
-          [](const QueryPtr& self) {
-            return Array<uint8_t>({self->num_rows, self->row_bytes}, self->memory.get(),
-                                  py::cast(self));
+          [](const py::object& self) {
+            const auto& query = self.cast<const QueryBuffer&>();
+            return Array<uint8_t>({query.num_rows, query.row_bytes}, query.memory.get(), self);
           },
           "Return the bytes of each token's queries.");
   py::class_<Product>(module, "Product", "A product's operands.")
-      .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source"),
+      .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source").none(false),
            py::arg("bias").noconvert() = py::none(), py::keep_alive<1, 2>());
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
-                       double scale, double eps, MaybeFloats cosines, MaybeFloats sines,
-                       MaybeFloats q_norm, MaybeFloats k_norm) {
+                       std::optional<double> scale, double eps, MaybeFloats cosines,
+                       MaybeFloats sines, MaybeFloats q_norm, MaybeFloats k_norm) {
              return Heads{std::move(pool),
                           layer,
                           num_heads,
@@ -67,7 +68,7 @@ void bind_buffers(py::module_& module) {
                           std::move(q_norm),
                           std::move(k_norm)};
            }),
-           py::kw_only(), py::arg("pool"), py::arg("layer"), py::arg("num_heads"),
+           py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("true_dim"), py::arg("scale"), py::arg("eps") = 0.0,
            py::arg("cosines").noconvert() = py::none(), py::arg("sines").noconvert() = py::none(),
            py::arg("q_norm").noconvert() = py::none(), py::arg("k_norm").noconvert() = py::none());
@@ -75,6 +76,7 @@ void bind_buffers(py::module_& module) {
 
 }  // namespace
 
+// Operands that Python may not leave out are bound with none(false): None would be a null pointer.
 void bind_program(py::module_& module) {
   bind_buffers(module);
   py::class_<Program, std::shared_ptr<Program>>(module, "Program", "See csrc/bindings/program.h.")
@@ -85,29 +87,31 @@ void bind_program(py::module_& module) {
            py::kw_only(), py::arg("for_logits") = false)
       .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
       .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
-           py::arg("out"))
-      .def("norm", &Program::norm, py::kw_only(), py::arg("x"), py::arg("weight").noconvert(),
-           py::arg("width"), py::arg("eps"), py::arg("for_logits"), py::arg("is_private"),
-           py::arg("out"))
-      .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows"),
+           py::arg("out").none(false))
+      .def("norm", &Program::norm, py::kw_only(), py::arg("x").none(false),
+           py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("for_logits"),
+           py::arg("is_private"), py::arg("out").none(false))
+      .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows").none(false),
            py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("factor"),
-           py::arg("x"))
-      .def("pack", &Program::pack, py::kw_only(), py::arg("rows"), py::arg("out"))
-      .def("linear", &Program::linear, py::kw_only(), py::arg("product"), py::arg("out"),
-           py::arg("first_column") = 0)
+           py::arg("x").none(false))
+      .def("pack", &Program::pack, py::kw_only(), py::arg("rows").none(false),
+           py::arg("out").none(false))
+      .def("linear", &Program::linear, py::kw_only(), py::arg("product"),
+           py::arg("out").none(false), py::arg("first_column") = 0)
       .def("linear_add", &Program::linear_add, py::kw_only(), py::arg("product"), py::arg("factor"),
-           py::arg("x"))
+           py::arg("x").none(false))
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
-           py::arg("out"))
-      .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows"), py::arg("heads"),
-           py::arg("has_keys"), py::arg("is_whole_norm"), py::arg("out"))
-      .def("attention", &Program::attention, py::kw_only(), py::arg("q"), py::arg("pool"),
-           py::arg("layer"), py::arg("true_dim"), py::arg("window"),
+           py::arg("out").none(false))
+      .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows").none(false),
+           py::arg("heads"), py::arg("has_keys"), py::arg("is_whole_norm"),
+           py::arg("out").none(false))
+      .def("attention", &Program::attention, py::kw_only(), py::arg("q").none(false),
+           py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"), py::arg("window"),
            py::arg("out") = ActivationPtr(), py::arg("rows") = RowsPtr())
       .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
-           py::arg("out"))
-      .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate"), py::arg("up"),
-           py::arg("activation"), py::arg("out"))
+           py::arg("out").none(false))
+      .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate").none(false),
+           py::arg("up").none(false), py::arg("activation"), py::arg("out").none(false))
       .def("logits", &Program::logits, py::kw_only(), py::arg("product"), py::arg("vocab_size"),
            py::arg("scale"), py::arg("cap"))
       .def("end_cache_writes", &Program::end_cache_writes, py::kw_only(), py::arg("can_gather"),

@@ -29,14 +29,17 @@ step::StepHeader header_of(const FlatRows& batch, const std::vector<int32_t>& ro
 }  // namespace
 
 Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
-  batch_ = batch;  // `run_head` reads them again
-  rows_ = rows;
-  begin(header_of(batch_, rows_));
+  FlatRows kept = batch;
+  std::vector<int32_t> kept_rows = rows;
+  begin(header_of(kept, kept_rows));
+  batch_ = std::move(kept);  // the header's arrays stay where they are, for `run_head`
+  rows_ = std::move(kept_rows);
   {
     const py::gil_scoped_release release;
     cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
                      [&](int member, int num_members) { run_step(member, num_members); });
   }
+  can_run_head_ = true;
   return logits_view(header_.num_rows);
 }
 
@@ -56,10 +59,10 @@ py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
 }
 
 void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
-  begin(header);
   check(logits_ != nullptr, "nothing was recorded");
   check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
         "the draw must have the rows and the vocabulary of the step");
+  begin(header);
   call.set_logits(logits_->data());
   cpu::run_on_team(
       [&](int num_members) {
@@ -73,8 +76,8 @@ void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
 }
 
 std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {
+  check(!rows.empty(), "`rows` must not be empty");
   begin(header_of(batch, rows));
-  check(header_.num_rows > 0, "`rows` must not be empty");
   std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
   {
     const py::gil_scoped_release release;
@@ -90,11 +93,14 @@ std::vector<double> Program::profile(const FlatRows& batch, const std::vector<in
 }
 
 Floats Program::run_head(const std::vector<int32_t>& rows) {
-  check(!has_last_rows_ && !ends_early_, "`draw` has kept only what it drew after");
-  rows_ = rows;
-  header_.num_rows = static_cast<int64_t>(rows_.size());
-  header_.rows = rows_.data();
-  check_rows();
+  check(can_run_head_, "`run_head` is of a step that `run` has computed, and no other since");
+  std::vector<int32_t> kept = rows;
+  step::StepHeader header = header_;
+  header.num_rows = static_cast<int64_t>(kept.size());
+  header.rows = kept.data();
+  check_rows(header);
+  rows_ = std::move(kept);
+  header_ = header;
   if (header_.num_rows > 0) {
     const py::gil_scoped_release release;
     cpu::run_on_team([&](int num_members) { check_members(num_members); },
@@ -115,13 +121,13 @@ Floats Program::logits_view(int64_t rows) {
 void Program::begin(const step::StepHeader& header) {
   check_limit(header.num_tokens, max_tokens_, "ids");
   check_limit(header.num_sequences, max_sequences_, "context_len");
+  check_header(header);
+  check_rows(header);
   header_ = header;
-  check_header();
-  check_rows();
+  can_run_head_ = false;
 }
 
-void Program::check_header() const {
-  const step::StepHeader& h = header_;
+void Program::check_header(const step::StepHeader& h) const {
   if (num_ids_ > 0) check_range(h.ids, h.num_tokens, num_ids_, "ids");
   if (pool_ == nullptr) return;  // nothing reads more
   const int64_t block_size = pool_->block_size(), blocks = pool_->num_blocks();
@@ -141,9 +147,9 @@ void Program::check_header() const {
   }
 }
 
-void Program::check_rows() const {
-  check_limit(header_.num_rows, max_rows_, "rows");
-  check_range(header_.rows, header_.num_rows, header_.num_tokens, "rows");
+void Program::check_rows(const step::StepHeader& header) const {
+  check_limit(header.num_rows, max_rows_, "rows");
+  check_range(header.rows, header.num_rows, header.num_tokens, "rows");
 }
 
 void Program::check_members(int num_members) const {

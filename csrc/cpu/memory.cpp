@@ -15,10 +15,12 @@ namespace {
 constexpr int64_t kMappedBytes = 1 << 16;  // from here on by the system itself, which gives zeros
 constexpr int64_t kPieceBytes = 64 << 20;
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kMostBytes = int64_t{1} << 62;
 
 }  // namespace
 
 Memory allocate(int64_t bytes) {
+  if (bytes < 0) throw std::bad_alloc();
   const auto size = static_cast<size_t>(std::max<int64_t>(bytes, 1));
   if (bytes < kMappedBytes) {
     const size_t padded = (size + kAlignment - 1) / kAlignment * kAlignment;
@@ -32,6 +34,16 @@ Memory allocate(int64_t bytes) {
   if (data == MAP_FAILED) throw std::bad_alloc();
   advise_huge_pages(data, bytes);
   return {static_cast<uint8_t*>(data), [size](uint8_t* p) { munmap(p, size); }};
+}
+
+int64_t product_of_sizes(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    if (__builtin_mul_overflow(product, size, &product) || product < 0 || product > kMostBytes) {
+      throw std::bad_alloc();
+    }
+  }
+  return product;
 }
 
 Memory Arena::take(int64_t bytes) {

@@ -225,12 +225,6 @@ void configure_team(const TeamOptions& options) {
   state.options = options;
 }
 
-TeamOptions team_options() {
-  Shared& state = shared();
-  std::lock_guard<std::mutex> guard(state.lock);
-  return state.options;
-}
-
 void set_num_threads(int num_threads) {
   Shared& state = shared();
   std::lock_guard<std::mutex> guard(state.lock);
@@ -239,7 +233,11 @@ void set_num_threads(int num_threads) {
   state.options.num_threads = num_threads;
 }
 
-int num_threads() { return resolved(team_options().num_threads); }
+int num_threads() {
+  Shared& state = shared();
+  std::lock_guard<std::mutex> guard(state.lock);
+  return resolved(state.options.num_threads);
+}
 
 void join_team() {
   Shared& state = shared();

@@ -22,7 +22,6 @@ int default_num_threads();
 // Ends the present team, if any; the next run starts one with these options. Must not be called
 // inside a run; waits for a run on another thread to end.
 void configure_team(const TeamOptions& options);
-TeamOptions team_options();
 
 // configure_team() with another number of threads.
 void set_num_threads(int num_threads);

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 4) act_mul_kernel(ActMulParams p) {
   load8(row + p.intermediate + column, up);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    up[k] *= p.activation == Activation::kSilu ? silu(gate[k]) : gelu_tanh(gate[k]);
+    up[k] *= p.activation == MlpActivation::kSilu ? silu(gate[k]) : gelu_tanh(gate[k]);
   }
   store8(static_cast<Element*>(p.out) + token * p.intermediate + column, up);
 }

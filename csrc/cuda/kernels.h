@@ -53,7 +53,7 @@ struct ActMulParams {
   void* out;            // [num_tokens, intermediate] of type
   int64_t num_tokens;
   int64_t intermediate;  // multiple of 8
-  Activation activation;
+  MlpActivation activation;
   Type type;
 };
 cudaError_t act_mul(const ActMulParams& p, cudaStream_t stream);

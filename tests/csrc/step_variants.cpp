@@ -90,7 +90,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
                    1);
   kernels.logits({linear, logits.data(), kRows - 5, 0.5f, 20.0f}, step, 0, 1);
   Bytes found;
-  for (const MlpActivation activation : {MlpActivation::kSilu, MlpActivation::kGeluTanh}) {
+  for (const auto activation : {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh}) {
     const PackedMatrix gates = {weight.data, weight.format, kRows / 64 * 64, kColumns};
     Input gated(precision, gates.num_rows / 2, kTokens), multiplied(precision, kRows, kTokens);
     const LinearParams pairs = {gates, nullptr, input.view, 0, scratch.data(), 0};

@@ -142,6 +142,11 @@ def test_what_does_not_fit_is_refused(columns: int, order: np.ndarray, size: int
         _C.pack(
             sources=[data], format="Q8_0", columns=32, order=np.arange(32, dtype=np.int32), arena=_C.Arena()
         )
+    with pytest.raises(TypeError):  # bytes with gaps are not converted: that would copy a matrix
+        _C.pack(
+            sources=[np.zeros(2 * 32 * 34, np.uint8)[::2]],
+            format="Q8_0", columns=32, order=np.arange(32), arena=_C.Arena(),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])

@@ -14,7 +14,7 @@ _PLAIN: dict[str, type] = {
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
     "Type": ctypes.c_int32,
-    "Activation": ctypes.c_int32,
+    "MlpActivation": ctypes.c_int32,
 }
 _FIELD = re.compile(r"^  (?:const )?([\w:]+)(\*?)\s+(\w+);", re.MULTILINE)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support.kv import poisoned_pool, read_kv, write_kv
-from tgi_asgi import ops
+from tgi_asgi import _C, ops
 
 MIB = 1 << 20
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
@@ -30,6 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
         ({"dtype": torch.int8}, "an int8 cache would keep heads of 16 as 32: take bfloat16"),
         ({"num_layers": 0}, "`num_layers` must be positive, got 0"),
         ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, got 0"),
+        ({"num_kv_heads": 1 << 50}, "`num_kv_heads` must be at most"),
         ({"num_blocks": 0}, "`num_blocks` must be positive"),
         ({"num_blocks": 1 << 28}, r"all slots below 2\^31"),
     ],
@@ -78,6 +79,40 @@ def test_blocks_that_are_not_there_are_refused_before_any_is_copied() -> None:
         with pytest.raises(ValueError, match=r"blocks must be in \[0, 3\)"):
             pool.copy([(0, 1), bad])
     assert (pool.native.memory()[1:] == 0xFF).all()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(0, 2), (1, 2)], "block 2 is copied to twice"),
+        ([(0, 1), (1, 2)], "block 1 is copied both from and to"),
+        ([(1, 2), (0, 1)], "block 1 is copied both from and to"),
+        ([(0, 2), (1, 1)], "block 1 is copied both from and to"),
+    ],
+)
+def test_copies_that_depend_on_their_order_are_refused_before_any_is_made(
+    pairs: list[tuple[int, int]], message: str
+) -> None:
+    pool = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=3)
+    pool.native.memory()[:] = np.arange(3, dtype=np.uint8)[:, None]
+    before = pool.native.memory().copy()
+    with pytest.raises(ValueError, match=message):
+        pool.copy(pairs)
+    np.testing.assert_array_equal(pool.native.memory(), before)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 2**40, "num_blocks": 2**20, "num_kv_heads": 16},
+        {"num_layers": 2**62, "num_blocks": 1, "num_kv_heads": 1},
+        {"num_layers": 1, "num_blocks": 2**26, "num_kv_heads": 2**31 - 1},
+    ],
+    ids=str,
+)
+def test_a_pool_whose_bytes_no_number_counts_is_no_small_one(sizes: dict[str, int]) -> None:
+    with pytest.raises(MemoryError):
+        _C.KvPool(head_dim=256, block_size=16, precision="float32", **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, FAST, random_source
 from tests.ops.twin import Graph, Shape, Twin, draw_state
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.support.batches import flat_rows
 from tests.support.kv import poison, poisoned_pool
 from tgi_asgi import _C, ops
 
@@ -233,3 +234,33 @@ def layers_with_norms_behind(graph: Graph, x: Twin) -> ops.CpuProgram:
         x = graph.norm_add(graph.linear(graph.gate_up(graph.activation(x), "gelu_tanh")), x, 1.0)
     graph.head(x, 1.0, 0.0)
     return graph.program()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_query_that_was_given_is_that_of_the_rows_drawn_after(threads: int) -> None:
+    _C.set_num_threads(threads)
+    values = Values()
+    given = values.recorder.value(ops.Kind.QUERY, 48)
+    attended = ops.attention(given, values.layer, 0.25)
+    x = ops.linear_add(attended, values.square, values.residual)
+    ops.head(x, values.ones, 1e-5, values.square)
+    program = ops.CpuProgram(
+        values.recorder, max_tokens=9, max_sequences=1, max_rows=2, max_context=16, inputs=[given]
+    )
+    batch, query = flat_rows([(0, 9)], [[3]], 16, ids=range(9)), torch.randn(9, 48)
+    program.write(given, query)
+    logits = program.run(batch, [4, 8])
+    expected = ops.sample(logits, draw_state(2, 48), [0, 1])
+    program.write(given, query)
+    found = program.draw(batch, [4, 8], [0, 1], draw_state(2, 48))
+    for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+        assert_same_bits(getattr(found, name), getattr(expected, name))
+
+
+def test_a_value_that_nobody_wanted_cannot_be_read() -> None:
+    values = Values()
+    program = made(values.recorder)
+    with pytest.raises(LookupError, match="an activation has no buffer as float32"):
+        program.read(values.activation, 1)
+    with pytest.raises(LookupError, match="a query has no buffer as rows"):
+        program.write(values.query, torch.zeros(1, 48))

@@ -341,10 +341,25 @@ def test_a_draw_computes_of_its_rows_what_a_whole_step_does(
 def test_after_a_draw_there_are_no_logits_of_other_rows() -> None:
     cache = recorded_cache("Q4_1", is_exact=False)
     cache.draw([Piece(0, 0, 20)], [19])
-    with pytest.raises(ValueError, match="`draw` has kept only what it drew after"):
+    with pytest.raises(ValueError, match="`run_head` is of a step that `run` has computed"):
         cache.program.run_head([3])
     cache.draw([Piece(0, 20, 21)], [0])  # all of its tokens
-    assert cache.program.run_head([0]).shape == (1, CONFIG.vocab_size)
+    with pytest.raises(ValueError, match="`run_head` is of a step that `run` has computed"):
+        cache.program.run_head([0])
+
+
+def test_a_step_that_was_refused_leaves_the_logits_of_the_one_before() -> None:
+    cache = recorded_cache("Q4_1", is_exact=False)
+    with pytest.raises(ValueError, match="`run_head` is of a step that `run` has computed"):
+        cache.program.run_head([])
+    expected = cache.run([Piece(0, 0, 2)])
+    longer = cache.batch([Piece(0, 2, 7)])
+    for refused in (cache.program.run, cache.program.profile):
+        with pytest.raises(ValueError, match=r"`rows`\[0\] must be in \[0, 5\), got 5"):
+            refused(longer, [5])
+    with pytest.raises(ValueError, match=r"`rows`\[0\] must be in \[0, 2\), got 4"):
+        cache.program.run_head([4])
+    assert_same_bits(cache.program.run_head([0, 1]), expected)
 
 
 def test_steps_alternate_sizes_without_a_trace() -> None:

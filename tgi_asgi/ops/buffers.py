@@ -10,8 +10,6 @@ from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import KvPool
 from tgi_asgi.ops.values import Kind, Value
 
-_LOG2_E = 1.4426950408889634
-
 
 class Uses:
     """Who takes which value, in what precision, and until when.
@@ -33,6 +31,8 @@ class Uses:
         self._spans: dict[Value, tuple[int, int]] = {}  # by root: the first call and the last
         self._precisions: dict[Value, list[str]] = {}
         self._scales: dict[Value, float] = {}
+        for value in inputs:
+            self._touch(value, -1)
         for index, call in enumerate(recorded):
             for value in call.inputs:
                 self._touch(value, index)
@@ -62,9 +62,9 @@ class Uses:
         """Return the precisions that an activation is taken in; none if nobody takes it."""
         return self._precisions.get(value, [])
 
-    def query_scale(self, value: Value) -> float:
-        """Return what a query's scores are multiplied by; where nobody attends with it, it stays as it is."""
-        return self._scales.get(value, 1.0 / _LOG2_E)
+    def query_scale(self, value: Value) -> float | None:
+        """Return what a query's scores are multiplied by; None where nobody attends with it."""
+        return self._scales.get(value)
 
     def ending_at(self, index: int) -> list[Value]:
         """Return the values that no call behind this one reads."""
@@ -90,6 +90,17 @@ class Buffers:
         return buffer
 
     def of(self, value: Value, form: str) -> Any:
+        """Return the buffer of a value's form.
+
+        Raises:
+            LookupError: it has none: nothing has made the value in this form, or it has ended.
+        """
+        found = self.find(value, form)
+        if found is None:
+            raise LookupError(f"{value.kind.value} has no buffer as {form}")
+        return found
+
+    def find(self, value: Value, form: str) -> Any:
         """Return the buffer of a value's form; None if it has none."""
         found = self._held.get((value.root, form))
         return None if found is None else found[1]

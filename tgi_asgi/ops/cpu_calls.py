@@ -193,7 +193,7 @@ class CpuCalls:
 
     def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
         """Return the attention's queries; those that were given as rows are brought into their layout."""
-        found = self.buffers.of(call.q, "query")
+        found = self.buffers.find(call.q, "query")
         if found is not None:
             return found
         heads = call.q.columns // call.head_dim
@@ -213,8 +213,10 @@ class CpuCalls:
         """Say what the rest of a step reads of its tokens, so that it can go on with those drawn after."""
         alive = self._uses.alive_behind(index)
         can_gather = all(value.kind is not Kind.ACTIVATION for value in alive)
-        rows = [self.buffers.of(v, "rows") for v in alive if v.kind in (Kind.RESIDUAL, Kind.ROWS)]
-        queries = [self.buffers.of(v, "query") for v in alive if v.kind is Kind.QUERY]
+        kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]
+        queries = [query for query in kept if query is not None]  # others were given as rows
+        found = [self.buffers.find(value, "rows") for value in alive]
+        rows = [each for each in found if each is not None]
         self._native.end_cache_writes(
             can_gather=can_gather and len(queries) <= 1, rows=rows, query=queries[0] if queries else None
         )

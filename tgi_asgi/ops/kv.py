@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 
 from tgi_asgi import _C
+from tgi_asgi.ops.layout import STRIP
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
-_STRIP = 32  # dims of a token that share a scale, with int8
 _MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips
 _PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -29,7 +29,7 @@ def kept_dim(head_dim: int, dtype: torch.dtype) -> int:
         raise ValueError(f"`head_dim` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
     if dtype is not torch.int8:
         return head_dim
-    padded = -(-head_dim // _STRIP) * _STRIP
+    padded = -(-head_dim // STRIP) * STRIP
     if padded > head_dim * _MOST_GROWTH:
         raise ValueError(f"an int8 cache would keep heads of {head_dim} as {padded}: take bfloat16")
     return padded
@@ -42,7 +42,7 @@ def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype:
         ValueError: as `kept_dim`.
     """
     kept = kept_dim(head_dim, dtype)
-    scales = kept // _STRIP * 2 if dtype is torch.int8 else 0  # of float16
+    scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # of float16, one a strip
     return 2 * num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
 
 
@@ -103,7 +103,11 @@ class KvPool:
         self.layers = [KvLayer(self, index) for index in range(num_layers)]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in every layer, as if all at once: no block is both."""
+        """Copy blocks (from, to) in every layer, as if all at once.
+
+        Raises:
+            ValueError: a block is not there, is both, or is copied to twice; nothing has been copied.
+        """
         self.native.copy(pairs)
 
     def supply(self, num_bytes: int) -> None:

@@ -5,8 +5,6 @@ The list knows no device. `CpuProgram` and `CudaProgram` make their steps of it.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from tgi_asgi.ops.calls import Call
 from tgi_asgi.ops.values import Kind, Value
 
@@ -47,11 +45,3 @@ class Recorder:
         """Note a call; return what it makes."""
         self.calls.append(call)
         return call.out
-
-
-class Executor(Protocol):
-    """Runs a recorder's list on a device: what `CpuProgram` and `CudaProgram` have in common."""
-
-    @property
-    def num_calls(self) -> int:
-        """How many kernel calls a step is."""

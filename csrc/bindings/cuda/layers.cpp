@@ -1,8 +1,10 @@
 // CUDA adapters of the layers' operators: check, fill the parameters, launch.
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 
+#include "bindings/activation.h"
 #include "bindings/cuda/checks.h"
 
 namespace {
@@ -60,15 +62,11 @@ void act_mul(const Tensor& gate_up, c10::string_view activation, const Tensor& o
   const Type type = check_type(out, "out");
   check_tensor(out, "out", out.scalar_type(), {-1, -1});
   check_tensor(gate_up, "gate_up", out.scalar_type(), {out.size(0), 2 * out.size(1)});
-  const bool is_silu = activation == "silu";
-  TORCH_CHECK(is_silu || activation == "gelu_tanh", "`activation` must be silu or gelu_tanh, got ",
+  const std::optional<tgi::MlpActivation> found = tgi::find_activation(std::string(activation));
+  TORCH_CHECK(found.has_value(), "`activation` must be ", tgi::kActivationNames, ", got ",
               std::string(activation));
-  const ActMulParams params = {gate_up.const_data_ptr(),
-                               out.mutable_data_ptr(),
-                               out.size(0),
-                               out.size(1),
-                               is_silu ? tgi::Activation::kSilu : tgi::Activation::kGeluTanh,
-                               type};
+  const ActMulParams params = {
+      gate_up.const_data_ptr(), out.mutable_data_ptr(), out.size(0), out.size(1), *found, type};
   run(tgi::cuda::act_mul, params, out);
 }
 

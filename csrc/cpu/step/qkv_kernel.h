@@ -205,19 +205,20 @@ template <class S>
 inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
-  const int64_t slot = step.slots[token];
   if (head >= p.num_heads + num_kv_heads) {
-    const int64_t kv_head = head - p.num_heads - num_kv_heads;
+    const int64_t kv_head = head - p.num_heads - num_kv_heads, slot = step.slots[token];
     for (int64_t i = 0; i < num_strips; ++i) {
       store_value<S>(p.kv, kv_head, slot, strip + i, rows.first[i], rows.second[i]);
     }
     return;
   }
-  const bool is_query = head < p.num_heads;
-  const int64_t angles = step.positions[token] * p.kv.num_strips() * 16;
+  // Of what is not rotated or written a step need not have them: see LastRows.
+  const bool is_query = head < p.num_heads, is_rotated = p.cosines != nullptr;
+  const int64_t slot = is_query ? 0 : step.slots[token];
+  const int64_t angles = is_rotated ? step.positions[token] * p.kv.num_strips() * 16 : 0;
   for (int64_t i = 0; i < num_strips; ++i) {
     const int64_t at = angles + (strip + i) * 16;
-    if (p.cosines != nullptr) {
+    if (is_rotated) {
       rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
     }
     if (is_query) {

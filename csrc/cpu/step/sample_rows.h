@@ -7,6 +7,7 @@
 
 #include "../sample.h"
 #include "philox.h"
+#include "step.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -33,7 +34,7 @@ inline void each_sixteen(const float* x, int64_t begin, int64_t end, const Visit
 // Relative error about 1e-7 * (1 + |x| / 2).
 template <class S>
 inline typename S::F weight_of(const typename S::F& x) {
-  const auto y = S::max(S::mul(x, S::set1(1.44269504088896341f)), S::set1(-125.0f));
+  const auto y = S::max(S::mul(x, S::set1(static_cast<float>(kLog2E))), S::set1(-125.0f));
   const auto whole = S::nearest(y);
   const auto f = S::sub(y, whole);
   auto p = S::set1(1.535336188319500e-4f);

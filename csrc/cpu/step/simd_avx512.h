@@ -1,7 +1,8 @@
 // Sixteen lanes in one AVX-512 register: the vocabulary in which the kernels of this folder are
-// written. simd_avx2.h and simd_portable.h offer the same functions with the same rounding, so a
-// kernel is one template over them. Included only below a `#pragma GCC target` that enables AVX-512
-// F/BW/DQ/VL, VNNI and BF16.
+// written. simd_avx2.h and simd_portable.h offer the same functions, with the same rounding but
+// where a comment says otherwise, so a kernel is one template over them. Included only below a
+// `#pragma GCC target` that enables AVX-512 F/BW/DQ/VL and VNNI, and BF16 where TGI_HAS_BF16 is
+// defined.
 #pragma once
 
 #include <immintrin.h>

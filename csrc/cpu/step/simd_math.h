@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "packed.h"
+#include "step.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -35,12 +36,12 @@ inline typename S::F exp2(typename S::F x) {
   return S::scale_pow2(p, n, x);
 }
 
-constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kFloatLog2E = static_cast<float>(kLog2E);
 
 // x / (1 + e^-x).
 template <class S>
 inline typename S::F silu(typename S::F x) {
-  const auto e = exp2<S, false>(S::mul(x, S::set1(-kLog2E)));
+  const auto e = exp2<S, false>(S::mul(x, S::set1(-kFloatLog2E)));
   return S::div(x, S::add(S::set1(1.0f), e));
 }
 
@@ -48,7 +49,7 @@ inline typename S::F silu(typename S::F x) {
 template <class S>
 inline typename S::F gelu_tanh(typename S::F x) {
   const auto cubic = S::fma(S::mul(S::mul(x, x), S::set1(0.044715f)), x, x);
-  const auto e = exp2<S, false>(S::mul(cubic, S::set1(-kLog2E * 1.5957691216057308f)));
+  const auto e = exp2<S, false>(S::mul(cubic, S::set1(-kFloatLog2E * 1.5957691216057308f)));
   return S::div(x, S::add(S::set1(1.0f), e));
 }
 

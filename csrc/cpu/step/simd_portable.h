@@ -1,6 +1,6 @@
 // Sixteen lanes in plain C++: the reference of the other simd_*.h, for any compiler and processor.
-// Everything here rounds as the AVX-512 functions do, except dot_bf16, whose order of rounding
-// processors do not share.
+// Everything here rounds as the AVX-512 functions do, except mul_add, which rounds twice, and
+// dot_bf16, whose order of rounding processors do not share.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,8 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#include "block_reader.h"
 
 #define TGI_UNROLL(times)  // sixteen lanes of plain code are long enough
 
@@ -65,15 +67,9 @@ struct Portable {
     std::memcpy(&bits, &x, 4);
     return bits;
   }
-  static inline float half_to_float(uint16_t h) {
-    const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3FFu;
-    if (exponent == 0) {
-      const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-      return sign ? -magnitude : magnitude;
-    }
-    if (exponent == 31)
-      return from_bits(sign | 0x7F800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
-    return from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  // As processors have it: a NaN becomes a quiet one.
+  static inline uint16_t quiet_half(uint16_t h) {
+    return static_cast<uint16_t>((h & 0x7FFFu) > 0x7C00u ? h | 0x200u : h);
   }
   // To nearest, ties to even; denormals become zero, as in vcvtneps2bf16.
   static inline uint16_t float_to_bf16(float x) {
@@ -161,7 +157,7 @@ struct Portable {
   static inline F load_half(const void* p) {
     uint16_t h[16];
     std::memcpy(h, p, 32);
-    return each<F>([&](int i) { return half_to_float(h[i]); });
+    return each<F>([&](int i) { return half_to_float(quiet_half(h[i])); });
   }
   static inline float reduce_add(const F& a) {
     const F::Quarter sum = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);

@@ -142,7 +142,8 @@ struct LinearRowsParams {
   int64_t stride;
 };
 
-enum class MlpActivation : int32_t { kSilu, kGeluTanh };
+// Softmax and sigmoid are of powers of two.
+constexpr double kLog2E = 1.4426950408889634;
 
 // What is done with heads of queries, keys and values once they are computed. A head has
 // kv.num_strips() strips of 32 rows in packed order, zero where it has no dim.
@@ -154,7 +155,7 @@ struct HeadParams {
   const float* q_norm;   // in packed order: [strips * 32], or of all heads; null: no norm
   const float* k_norm;
   float eps;
-  float q_scale;  // softmax scale times log2(e)
+  float q_scale;  // softmax scale times log2(e), or 1
   void* q;        // [num_tokens, num_heads, kv.query_bytes()]
   KvLayerView kv;
 };
@@ -242,8 +243,6 @@ struct Kernels {
   StepFunction<GateUpParams> gate_up;
   StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;
-  void (*dequantise_panel)(const PackedMatrix& weight, int64_t panel,
-                           float* out);  // out: [columns][16]
   // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
   float (*spin)(Precision precision, int64_t times);
   RowPasses rows;  // what sampling is made of

@@ -1,0 +1,271 @@
+"""The extension's recorded step: what it refuses, before a kernel would write where nothing is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ops.helpers import EXACT, random_source
+from tests.support.batches import flat_rows
+from tgi_asgi import _C, ops
+
+MOST = 2**31 - 1
+ONES = np.ones(64, np.float32)
+TURNS = np.ones((16, 16), np.float32)
+
+Make = Callable[[_C.Program], Any]
+Call = Callable[..., object]
+
+
+def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
+    return _C.Program(max_tokens=max_tokens, max_sequences=1, max_rows=max_rows, max_context=16)
+
+
+@functools.cache
+def pool() -> _C.KvPool:
+    """Return a pool of one layer and one head of keys."""
+    return _C.KvPool(
+        num_layers=1, num_blocks=2, num_kv_heads=1, head_dim=32, block_size=16, precision="float32"
+    )
+
+
+@functools.cache
+def matrix(rows: int) -> Any:
+    """Return a weight of 64 columns."""
+    return ops.linear_weight(random_source(rows, 64)[1], EXACT).made.matrix
+
+
+def product(rows: int, source: Any) -> _C.Product:
+    return _C.Product(weight=matrix(rows), source=source)
+
+
+def heads(**change: Any) -> _C.Heads:
+    return _C.Heads(**{"pool": pool(), "layer": 0, "num_heads": 2, "true_dim": 32, "scale": 0.2, **change})
+
+
+def rows(program: _C.Program) -> Any:
+    return program.rows(64)
+
+
+def head_rows(program: _C.Program) -> Any:
+    return program.rows(128)
+
+
+def activation(program: _C.Program) -> Any:
+    return program.activation(64, "float32")
+
+
+def last_activation(program: _C.Program) -> Any:
+    return program.activation(64, "float32", for_logits=True)
+
+
+def query(program: _C.Program) -> Any:
+    return program.query(pool(), 2)
+
+
+def norm(p: _C.Program, x: Any, out: Any, **change: bool) -> None:
+    p.norm(
+        x=x, weight=ONES, width=64, eps=1e-5, out=out, **{"for_logits": False, "is_private": False, **change}
+    )
+
+
+def write_heads(p: _C.Program, rows: Any, out: Any, *, has_keys: bool = True, **change: Any) -> None:
+    p.head_rows(rows=rows, heads=heads(**change), has_keys=has_keys, is_whole_norm=False, out=out)
+
+
+def attend(p: _C.Program, q: Any, **out: Any) -> None:
+    p.attention(q=q, pool=pool(), layer=0, true_dim=32, window=None, **out)
+
+
+# Every operator with the buffers that it takes.
+OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
+    "embed": (lambda p, out: p.embed(table=matrix(32), factor=1.0, out=out), {"out": rows}),
+    "norm": (norm, {"x": rows, "out": activation}),
+    "norm of logits": (functools.partial(norm, for_logits=True), {"x": rows, "out": last_activation}),
+    "norm_add": (
+        lambda p, **given: p.norm_add(weight=ONES, width=64, eps=1e-5, factor=1.0, **given),
+        {"rows": rows, "x": rows},
+    ),
+    "pack": (lambda p, **given: p.pack(**given), {"rows": rows, "out": activation}),
+    "linear": (
+        lambda p, source, out: p.linear(product=product(64, source), out=out),
+        {"source": activation, "out": rows},
+    ),
+    "linear_add": (
+        lambda p, source, x: p.linear_add(product=product(64, source), factor=1.0, x=x),
+        {"source": activation, "x": rows},
+    ),
+    "qkv": (
+        lambda p, source, out: p.qkv(products=[product(128, source)], heads=heads(), out=out),
+        {"source": activation, "out": query},
+    ),
+    "head_rows": (write_heads, {"rows": head_rows, "out": query}),
+    "attention": (attend, {"q": query, "out": activation}),
+    "attention to rows": (attend, {"q": query, "rows": rows}),
+    "gate_up": (
+        lambda p, source, out: p.gate_up(product=product(128, source), activation="silu", out=out),
+        {"source": activation, "out": activation},
+    ),
+    "act_mul": (
+        lambda p, **given: p.act_mul(activation="silu", **given),
+        {"gate": rows, "up": rows, "out": activation},
+    ),
+    "logits": (
+        lambda p, source: p.logits(product=product(64, source), vocab_size=60, scale=1.0, cap=0.0),
+        {"source": last_activation},
+    ),
+    "end_cache_writes": (
+        lambda p, rows, query: p.end_cache_writes(can_gather=True, rows=[rows], query=query),
+        {"rows": rows, "query": query},
+    ),
+}
+OPERANDS = [(operator, name) for operator, (_, buffers) in OPERATORS.items() for name in buffers]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_buffers_of_the_program_are_taken(operator: str) -> None:
+    program = make_program()
+    call, buffers = OPERATORS[operator]
+    call(program, **{name: make(program) for name, make in buffers.items()})
+
+
+@pytest.mark.parametrize(("operator", "operand"), OPERANDS)
+@pytest.mark.parametrize("others", [(5, 1), (9, 3)], ids=str)
+def test_a_buffer_of_another_program_s_size_is_refused(
+    operator: str, operand: str, others: tuple[int, int]
+) -> None:
+    program, other = make_program(), make_program(*others)
+    call, buffers = OPERATORS[operator]
+    given = {name: make(other if name == operand else program) for name, make in buffers.items()}
+    with pytest.raises(ValueError, match=r"must have the program's \d rows of|must be \[8, "):
+        call(program, **given)
+
+
+@pytest.mark.parametrize(
+    ("operator", "operand"), [given for given in OPERANDS if given != ("end_cache_writes", "query")]
+)
+def test_a_buffer_that_is_none_is_refused(operator: str, operand: str) -> None:
+    program = make_program()
+    call, buffers = OPERATORS[operator]
+    given = {name: None if name == operand else make(program) for name, make in buffers.items()}
+    with pytest.raises((TypeError, ValueError)):
+        call(program, **given)
+
+
+def test_a_pool_that_is_none_is_refused() -> None:
+    program = make_program()
+    with pytest.raises(TypeError):
+        heads(pool=None)
+    with pytest.raises(TypeError):
+        program.attention(
+            q=query(program),
+            pool=None,  # type: ignore[arg-type]
+            layer=0,
+            true_dim=32,
+            window=None,
+            rows=rows(program),
+        )
+
+
+def test_what_is_for_the_rows_of_logits_has_no_room_for_all_tokens() -> None:
+    program = make_program(max_tokens=4096, max_rows=1)
+    for call, given in (
+        (program.pack, {"rows": program.rows(64)}),
+        (functools.partial(program.act_mul, activation="silu"), {"gate": rows(program), "up": rows(program)}),
+    ):
+        with pytest.raises(ValueError, match="`out` must have the program's 4096 rows of tokens, got 1"):
+            call(**given, out=last_activation(program))
+    with pytest.raises(ValueError, match="`source` must have the program's 1 rows of logits, got 4096"):
+        OPERATORS["logits"][0](program, source=activation(program))
+
+
+def test_a_private_norm_needs_room_for_every_thread() -> None:
+    few = make_program(max_tokens=1)
+    _C.set_num_threads(3)
+    program = make_program(max_tokens=1)
+    with pytest.raises(ValueError, match="`out` must have room for 3 threads' own copies, got 1"):
+        norm(program, rows(program), activation(few), is_private=True)
+    norm(program, rows(program), activation(program), is_private=True)
+    norm(program, rows(program), activation(few))
+
+
+@pytest.mark.parametrize("sizes", [(5, 11), (11, 5)], ids=str)
+def test_ids_are_held_to_every_table(sizes: tuple[int, int]) -> None:
+    program = make_program()
+    for size in sizes:
+        program.embed(table=matrix(size), factor=1.0, out=rows(program))
+    program.run(flat_rows([(0, 1)], [[0]], 16, ids=[4]), [])
+    with pytest.raises(ValueError, match=r"`ids`\[0\] must be in \[0, 5\), got 7"):
+        program.run(flat_rows([(0, 1)], [[0]], 16, ids=[7]), [])
+
+
+@pytest.mark.parametrize(
+    "order", [np.append(-1, np.arange(31)), np.full(32, -1, np.int64)], ids=["first", "nothing else"]
+)
+def test_a_table_with_padding_before_its_rows_is_refused(order: np.ndarray) -> None:
+    source = random_source(31, 64)[1]
+    table = _C.pack(sources=[source.data], format="F32", columns=64, order=order, arena=_C.Arena())
+    program = make_program()
+    with pytest.raises(ValueError, match="`table` must have its rows first"):
+        program.embed(table=table, factor=1.0, out=rows(program))
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_sequences", "max_rows", "max_context"])
+@pytest.mark.parametrize("size", [0, -1, 2**31, 2**58])
+def test_a_program_of_sizes_beyond_all_bounds_is_refused(name: str, size: int) -> None:
+    sizes = {"max_tokens": 1, "max_sequences": 1, "max_rows": 1, "max_context": 16, name: size}
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        _C.Program(**sizes)
+
+
+def test_buffers_whose_size_is_no_number_of_bytes_are_refused() -> None:
+    program = make_program(max_tokens=MOST, max_rows=MOST)
+    for make in (
+        lambda: program.rows(MOST),
+        lambda: program.rows(MOST, for_logits=True),
+        lambda: program.activation(MOST, "float32"),
+        lambda: program.query(pool(), MOST),
+    ):
+        with pytest.raises(MemoryError):
+            make()
+    for columns in (2**31, 2**58, 2**62):
+        with pytest.raises(ValueError, match="`columns` must be at most"):
+            program.rows(columns)
+        with pytest.raises(ValueError, match="`columns` must be at most"):
+            program.activation(columns, "int8")
+        with pytest.raises(ValueError, match="`columns` must be at most"):
+            _C.pack(
+                sources=[], format="F32", columns=columns, order=np.full(32, -1, np.int64), arena=_C.Arena()
+            )
+    with pytest.raises(ValueError, match="`num_heads` must be at most"):
+        program.query(pool(), 2**50)
+
+
+def test_behind_the_last_write_nothing_is_written_or_read_of_all_tokens() -> None:
+    program = make_program()
+    program.end_cache_writes(can_gather=True, rows=[], query=None)
+    for operator in ("embed", "qkv", "head_rows"):
+        call, buffers = OPERATORS[operator]
+        with pytest.raises(ValueError, match="`end_cache_writes` must come behind"):
+            call(program, **{name: make(program) for name, make in buffers.items()})
+    with pytest.raises(ValueError, match="`end_cache_writes` must come behind"):
+        write_heads(program, program.rows(64), query(program), has_keys=False, cosines=TURNS, sines=TURNS)
+    write_heads(program, program.rows(64), query(program), has_keys=False)
+
+
+def test_a_query_without_a_scale_stays_as_it_is() -> None:
+    values = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    found = []
+    for scale in (None, 1.0):
+        program = make_program()
+        given, out = program.rows(64), query(program)
+        given.array()[:] = values
+        write_heads(program, given, out, has_keys=False, scale=scale)
+        program.run(flat_rows([(0, 8)], [[0]], 16), [])
+        found.append(out.array().view(np.float32))
+    np.testing.assert_array_equal(found[0], values)
+    np.testing.assert_array_equal(found[1], values * np.float32(np.log2(np.e)))
