@@ -252,10 +252,11 @@ struct Portable {
   static inline void store_i8(int8_t* p, const I& a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a[i]);
   }
+  // Around the end, as registers add: INT32_MIN stands for what is not finite.
   static inline int32_t reduce_iadd(const I& a) {
-    int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += a[i];
-    return sum;
+    uint32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += static_cast<uint32_t>(a[i]);
+    return static_cast<int32_t>(sum);
   }
   static inline I abs_bits(const F& a) {
     return quarters<I>([&](int q) { return (I::Quarter)a.v[q] & 0x7FFFFFFF; });
