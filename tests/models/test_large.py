@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checkpoints import make_model, our_logits, save, save_gguf
+from tests.support.checkpoints import make_model, our_logits, save, save_gguf, save_tokenizer
 from tests.support.driving import Job, generate
-from tests.support.large import HOLE_BYTES, hollow_checkpoint, hollow_gguf, save_tokenizer, stretch
+from tests.support.large import HOLE_BYTES, hollow_checkpoint, hollow_gguf, stretch
 from tests.support.load_memory import measure
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError

@@ -1,7 +1,7 @@
 """The model families that are held against `transformers`: a row a family and variant, nothing computed here.
 
 `family_files` makes checkpoints, references and GGUF files of them, `family_scores` runs them.
-A new family is a row or two; what its configuration class does not default is in `_BASE`.
+A new family is a row or two; what its configuration class does not default is in `BASE`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FamilyCase:
     max_total_tokens: int | None = None  # the setting
 
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -86,9 +86,9 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 def _case(
     name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
 ) -> FamilyCase:
-    """Make a case; the name begins with the family's, and the configuration is laid over `_BASE`."""
+    """Make a case; the name begins with the family's, and the configuration is laid over `BASE`."""
     architecture = _ARCHITECTURES[name.partition("-")[0]]
-    return FamilyCase(name, architecture, {**_BASE, **(config or {})}, faults, **more)
+    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
 
 
 _ARCHITECTURES = {

@@ -21,28 +21,14 @@ import tokenizers
 import torch
 import transformers
 
-from tests.support.families import FamilyCase
+from tests.support.families import BASE, FamilyCase
 from tests.support.family_files import Reference
 from tests.support.gguf_blocks import GgufMatrix, random_matrix
 from tests.support.gguf_bytes import Tensor, gguf_bytes, write
 from tgi_asgi.formats.sources import ModelFiles
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 200, 4
-_CONFIG: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
+_CONFIG: dict[str, Any] = {**BASE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 LLAMA = FamilyCase("llama", "LlamaForCausalLM", _CONFIG, ())
 QWEN2 = FamilyCase(
     "qwen2", "Qwen2ForCausalLM", _CONFIG, ()

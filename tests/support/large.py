@@ -16,12 +16,11 @@ from typing import Any
 
 import gguf
 import safetensors.torch
-import tokenizers
 import torch
 import transformers
 
 from tests.support import gguf_bytes
-from tests.support.checkpoints import SHAPE
+from tests.support.checkpoints import SHAPE, save_tokenizer
 from tgi_asgi.formats.sources import ModelFiles
 
 HOLE_BYTES = 5 << 30
@@ -108,16 +107,6 @@ def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
         file.write(header)
         file.truncate(len(header) + at)
     return ModelFiles("hollow", None, "gguf", path)
-
-
-def save_tokenizer(path: Path) -> None:
-    """Write a tokenizer of the bytes, as far as the vocabulary of `SHAPE` goes."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[: SHAPE["vocab_size"]]
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.save(str(path / "tokenizer.json"))
 
 
 def _unused() -> _Tensor:
