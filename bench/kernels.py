@@ -79,6 +79,10 @@ class Bench:
         """Return each operator's median seconds a step, all layers together, in order of first use."""
         batch, rows = _batch(self.config, shape)
         names = ["embed", *LAYER * self.config.num_layers, "norm", "logits"]
+        if len(names) != self._program.num_calls:
+            raise SystemExit(
+                f"{self.config.architecture} does not have the {len(LAYER)} calls of Llama's layers"
+            )
         runs: list[dict[str, float]] = []
         for _ in range(repeats + 2):
             times = self._program.profile(batch, rows)

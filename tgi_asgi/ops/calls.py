@@ -1,7 +1,6 @@
 """The list that a recording is: one plain struct an operator, with its weights and the values it joins.
 
-`recorder.py` notes them, the executors of the CPU and of CUDA (`cpu_program.py`, `cuda.py`) turn them into
-kernels' calls in the same order.
+`recorder.py` notes them; `cpu_calls.py` and `cuda.py` turn them into calls of kernels, in the same order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """In which order the rows of weights lie in the CPU kernels' panels, and vectors beside them.
 
-A panel is 16 rows, a strip is two panels: the unit of work. docs/kernels.md has the drawing.
+A panel is 16 rows, a strip is two panels. docs/kernels.md has the drawing.
 """
 
 from __future__ import annotations

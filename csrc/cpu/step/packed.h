@@ -1,6 +1,6 @@
 // Weights and activations as the fast kernels read them: layouts and sizes, no arithmetic.
 //
-// Weights lie in panels of 16 rows; two panels are a strip, the unit of work. A panel is a sequence
+// Weights lie in panels of 16 rows; two panels are a strip. A panel is a sequence
 // of blocks of 32 columns, a block a sequence of 64-byte vectors whose dword r belongs to row r, so
 // that one vector times one broadcast dword of the activation is four columns of sixteen rows.
 // Quantised blocks keep the file's own codes and scales; nothing is rounded again.

@@ -33,7 +33,7 @@ void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_h
             [&](int64_t, int64_t, int64_t, int64_t seen) { total += seen + kTileOverhead; });
   int64_t done = 0;
   int next = 0;
-  // A member's part begins at the first chunk whose start is at or past its share.
+  // A member's part begins at the first chunk whose middle is at or past its share.
   each_tile(step, group, num_kv_heads, [&](int64_t s, int64_t head, int64_t tile, int64_t seen) {
     for (int64_t chunk = 0; chunk * kChunkTokens < seen; ++chunk) {
       const int64_t size =
