@@ -15,8 +15,12 @@ from tests.support.family_files import Reference, checkpoint, faulty_checkpoint,
 from tests.support.family_scores import differences, score
 from tgi_asgi.formats.sources import ModelFiles
 
-EXACT = 1e-3  # of a log-probability; what is right is within 1e-5
-LOOSE, LOOSE_MEAN = 0.3, 0.08  # int8 activations differ by 0.08 and 0.04, bfloat16 ones by 0.12 and 0.04
+EXACT = 5e-5  # of a log-probability; what is right is within 7e-6
+FLOATS = ("safetensors", "f32", "f16", "bf16")  # forms whose weights are multiplied as floats
+# The largest and the mean difference in default arithmetic: floats differ by 0.035 and 0.02, codes by more,
+# since their activations are int8.
+LOOSE_FLOATS, LOOSE_FLOATS_MEAN = 0.05, 0.03
+LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
 FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
@@ -62,8 +66,8 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
 def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
     found = reference(case)
     apart = differences(score(case, open_files(case, form), found, "auto"), found)
-    assert apart.max() <= LOOSE
-    assert apart.mean() <= LOOSE_MEAN
+    assert apart.max() <= (LOOSE_FLOATS if form in FLOATS else LOOSE_CODES)
+    assert apart.mean() <= (LOOSE_FLOATS_MEAN if form in FLOATS else LOOSE_CODES_MEAN)
 
 
 @pytest.mark.parametrize(

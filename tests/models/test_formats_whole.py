@@ -25,7 +25,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.ops.formats import FORMATS as READ
 
-EXACT = 1e-3  # of a log-probability; what is right is within 1e-4
+EXACT = 2e-4  # of a log-probability; what is right is within 1e-4
 MARGIN = 1.1  # of llama.cpp's errors
 MARGIN_OF_ONE = 1.5  # of its largest, which is chance: llama.cpp's own moves by 1.7 with the cache's type
 ERRORS = json.loads(Path(__file__).with_name("oracle").joinpath("llama-errors.json").read_text("utf-8"))
@@ -88,7 +88,9 @@ def test_default_arithmetic_errs_no_more_than_llama_cpp(made: Maker, case: Famil
     model = made(case, format)
     # llama.cpp multiplies by no Q8_1: its codes are Q8_0's, and so is the error that it may have.
     theirs = ERRORS["errors"][case.name]["Q8_0" if format == "Q8_1" else format]
-    assert format == "Q8_1" or model.digest == theirs["file"], "another file than llama.cpp's: record again"
+    assert format == "Q8_1" or model.digest == theirs["file"], (
+        "the file is not the recorded one: run tests/models/oracle/record_llama_errors.py"
+    )
     logits = our_logits(model.files, model.reference.all_ids, is_exact=False)
     apart = np.abs(logits.double().log_softmax(-1).numpy() - model.reference.logprobs)
     # Products by float16 are exact here, so that the cache's rounding is all that there is to see: it is

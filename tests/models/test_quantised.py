@@ -19,7 +19,7 @@ from tgi_asgi.models.decoder import Decoder
 
 IDS = torch.randint(0, 160, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-TOLERANCE = 5e-4  # worst element of float32 logits, as in test_llama.py, of layers twice as wide
+TOLERANCE = 2e-4  # worst element of float32 logits, as in test_decoder.py, of layers twice as wide
 
 RECIPES = [
     pytest.param("gptq", {}, "INT4_32", id="gptq"),

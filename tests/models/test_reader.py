@@ -81,7 +81,7 @@ def test_what_old_gguf_files_say_of_how_they_were_made_is_passed_over(key: str, 
     assert read_gguf({**GGUF, f"llama.{key}": value}, frozenset()) == read_gguf(GGUF, frozenset())
 
 
-def test_keys_of_other_rooms_of_a_gguf_file_are_left_alone() -> None:
+def test_keys_of_other_prefixes_are_left_alone() -> None:
     others = {
         "general.name": "x",
         "tokenizer.ggml.model": "gpt2",

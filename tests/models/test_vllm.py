@@ -44,7 +44,9 @@ def make_checkpoint(name: str, folder: Path) -> ModelFiles:
 def test_log_probabilities_are_those_of_vllm(tmp_path: Path, name: str) -> None:
     files = make_checkpoint(name, tmp_path)
     recorded = RECORDED["models"][name]
-    assert (digest(tmp_path), IDS) == (recorded["file"], RECORDED["ids"]), "other weights: record again"
+    assert (digest(tmp_path), IDS) == (recorded["file"], RECORDED["ids"]), (
+        "the checkpoint is not the recorded one: run tests/models/oracle/record_vllm.py"
+    )
     apart = differences(name, files)
     assert apart.mean() <= MEAN
     assert apart.max() <= LARGEST

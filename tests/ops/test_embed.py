@@ -7,14 +7,14 @@ import torch
 
 from tests.ops.helpers import EXACT, FAST, random_source
 from tests.support.batches import flat_rows
-from tests.support.blocks import FORMATS, meaning, random_weight
+from tests.support.blocks import FORMATS, QUANTISED, meaning, random_weight
 from tgi_asgi import _C, ops
 
 
 @pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (1, 3), (17, 129), (40, 576), (7, 72)])
 @pytest.mark.parametrize("factor", [1.0, 12.0])
-def test_rows_are_gathered(tokens: int, hidden: int, factor: float, format: str) -> None:
+def test_rows_are_gathered(kernel_set: str, tokens: int, hidden: int, factor: float, format: str) -> None:
     _C.set_num_threads(3)
     source = random_weight(format, 11, hidden, seed=0)
     ids = torch.randint(11, (tokens,)).tolist()
@@ -25,10 +25,16 @@ def test_rows_are_gathered(tokens: int, hidden: int, factor: float, format: str)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_rows_of_codes_are_what_they_mean(format: str) -> None:
+def test_rows_of_codes_are_what_they_mean(kernel_set: str, format: str) -> None:
     source = random_weight(format, 11, 256, seed=1)
     x = ops.embed(flat_rows([(0, 3)], [[0]], 16, ids=[7, 0, 10]), ops.linear_weight(source, FAST))
     torch.testing.assert_close(x, meaning(source)[[7, 0, 10]], rtol=1e-6, atol=1e-7)
+
+
+def test_every_code_format_of_gguf_files_is_made_here() -> None:
+    """`ops.FORMATS` is the truth: a format that is added to it must be added to tests/support/blocks.py."""
+    rows = [row for row in ops.FORMATS.values() if row.ggml_type is not None and row.has_kernel]
+    assert set(QUANTISED) == {row.name for row in rows if row.is_quantised}
 
 
 @pytest.mark.parametrize("bad", [-1, 11])

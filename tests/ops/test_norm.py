@@ -93,7 +93,7 @@ def test_a_product_takes_the_norm_in_its_own_precision(
     rows = torch.cat([alone.run(x[row : row + 1]) for row in range(20)])
     normed = rms_norm(x, norm, 1e-5).float()
     # A value halfway between two codes may go either way, by the last bit of the norm.
-    room = {"int8": 40, "bfloat16": 1000, "float32": 4}[alone.precision]
+    room = {"int8": 40, "bfloat16": 40, "float32": 4}[alone.precision]
     expected = linear(rounded(normed, alone.precision), alone.matrix)
     assert_close(rows, expected, length=hidden * room**2)
     for threads in (2, 5):

@@ -30,7 +30,7 @@ OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "gate_up", "qkv", "attention", "layer",
 ]  # fmt: skip
 # How far a graph's logits may be from float64's: rounding to int8 may go either way, and adds up.
-ROOM = {True: 1e-3, False: 6e-2}
+ROOM = {True: 2e-4, False: 2e-2}
 
 
 @dataclass

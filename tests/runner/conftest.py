@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.ops.conftest import kernel_set
 from tgi_asgi.models.family import Model
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.runner import CpuRunner
+
+__all__ = ["kernel_set", "make_runner", "runner"]
 
 
 @pytest.fixture

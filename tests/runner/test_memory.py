@@ -65,7 +65,7 @@ def test_a_weight_takes_what_it_is_packed_to(name: str, packing: ops.Packing, ex
 
 @pytest.mark.parametrize("quantise", [None, "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0"])
-def test_what_is_foretold_is_what_is_packed(tmp_path: Path, kind: str, quantise: str | None) -> None:
+def test_predicted_weight_bytes_are_those_packed(tmp_path: Path, kind: str, quantise: str | None) -> None:
     files = save_gguf(
         make_model(vocab_size=32, num_attention_heads=2, num_key_value_heads=2), tmp_path / "model.gguf", kind
     )
@@ -82,7 +82,7 @@ def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
     made = [model.embedding.made, model.head.made]
     for layer in model.layers:
         made += [*layer.qkv.made.parts, layer.output.made, *layer.gate_up.made.parts, layer.down.made]
-    assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.1)
+    assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.06)
 
 
 @pytest.mark.parametrize(

@@ -177,16 +177,6 @@ def recorded_cache(
     return Cache(config, format, ops.Packing(is_exact=is_exact), dtype)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx_vnni", "avx512_vnni", "avx512"])
-def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _C.kernel_sets():
-        pytest.skip(f"this machine does not run {request.param}")
-    before = _C.kernel_set()
-    _C.use_kernel_set(request.param)
-    yield request.param
-    _C.use_kernel_set(before)
-
-
 @pytest.mark.parametrize(
     ("format", "config"),
     [
@@ -207,17 +197,18 @@ def test_an_exact_step_is_what_float64_computes(format: str, config: ModelConfig
         found = exact.run(pieces)
         wanted = torch.cat([expected[piece.sequence][piece.start : piece.stop] for piece in pieces])
         assert torch.isfinite(found).all()
-        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
-def test_a_fast_step_is_close_to_the_exact_one(kv_dtype: torch.dtype, kernel_set: str) -> None:
+@pytest.mark.parametrize(("kv_dtype", "limit"), [(torch.bfloat16, 0.06), (torch.int8, 0.07)])
+def test_a_fast_step_is_close_to_the_exact_one(kv_dtype: torch.dtype, limit: float, kernel_set: str) -> None:
     exact = recorded_cache("Q8_0", is_exact=True)
     fast = recorded_cache("Q8_0", is_exact=False, kv_dtype=kv_dtype)
     pieces = [Piece(0, 0, 33), Piece(1, 0, 7)]
     expected, found = exact.run(pieces), fast.run(pieces)
     error = (found - expected).double().norm() / expected.double().norm()
-    assert 1e-6 < error < 0.05, f"{error}: eight bits and the cache's type, no more"
+    message = "the error must come from int8 activations and the cache's rounding alone"
+    assert 0.01 < error < limit, f"{error}: {message}"
 
 
 # Contexts on both sides of a chunk of 256 and of a block of 16; the last piece is alone in its step.

@@ -13,6 +13,7 @@ from tgi_asgi.ops import WeightSource, from_floats
 # Where a block has fp16 numbers: they are made small and normal, all other bytes are random.
 _HALVES = {
     "Q8_0": (0,),
+    "Q8_1": (0, 2),
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),
@@ -52,6 +53,10 @@ def meaning(source: WeightSource) -> Tensor:
     if source.format in _FLOATS:
         values = torch.from_numpy(source.data).view(_FLOATS[source.format])
         return values.view(source.shape).float()
+    if source.format == "Q8_1":  # of products inside ggml: `gguf` does not decode it
+        blocks = torch.from_numpy(source.data).view(-1, 36)
+        scales = blocks[:, :2].contiguous().view(torch.float16).float()
+        return (scales * blocks[:, 4:].view(torch.int8).float()).view(source.shape)
     kind = gguf.GGMLQuantizationType[source.format]
     decoded = gguf.quants.dequantize(source.data.reshape(source.shape[0], -1), kind)
     return torch.from_numpy(decoded).view(source.shape)
