@@ -5,6 +5,7 @@ Each is computed in one step, in two, and by `draw`, which goes on with the rows
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,8 +30,9 @@ SHAPES = [
 OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "gate_up", "qkv", "attention", "layer",
 ]  # fmt: skip
-# How far a graph's logits may be from float64's: rounding to int8 may go either way, and adds up.
-ROOM = {True: 2e-4, False: 2e-2}
+# How far logits may be from float64's: a value halfway between two codes may go either way, and that
+# adds up, but in few graphs.
+ROOM, USUAL_ROOM = {True: 2e-4, False: 6e-2}, 1e-4
 
 
 @dataclass
@@ -133,12 +135,13 @@ def run_in_steps(graph: Graph, program: ops.CpuProgram, cuts: list[int]) -> Tens
     return out
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan) -> float:
+    """Hold a graph to float64 and to itself in other steps; return its relative error."""
     _C.set_num_threads(plan.threads)
     graph, program = make(plan)
     logits = run_in_steps(graph, program, [0] * 3)
-    error = (logits.double() - graph.exact_logits).norm()
-    assert error <= ROOM[plan.is_exact] * graph.exact_logits.norm(), float(error)
+    error = float((logits.double() - graph.exact_logits).norm() / graph.exact_logits.norm().clamp_min(1e-30))
+    assert error <= ROOM[plan.is_exact]
     assert_same_bits(run_in_steps(graph, program, plan.cuts), logits)
     rows = sorted({row % len(logits) for row in plan.drawn})
     slots, vocab = list(range(len(rows))), graph.shape.vocab
@@ -148,12 +151,21 @@ def check(plan: Plan) -> None:
     drawn = program.draw(batch, rows, slots, draw_state(len(rows), vocab))
     assert torch.equal(drawn.top_ids, expected.top_ids)
     assert_same_bits(drawn.top_logprobs, expected.top_logprobs)
+    return error
 
 
 def test_a_graph_means_the_same_recorded_cut_and_drawn(scale: Scale) -> None:
     examples = scale(120, 3000)
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    settings(max_examples=examples, deadline=None, suppress_health_check=quiet)(given(PLANS)(check))()
+    errors: list[float] = []
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=quiet)
+    @given(PLANS)
+    def check_plan(plan: Plan) -> None:
+        errors.append(check(plan))
+
+    check_plan()
+    assert statistics.median(errors) <= USUAL_ROOM
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.hidden))
