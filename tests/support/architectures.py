@@ -1,0 +1,293 @@
+"""Makes a tiny random checkpoint of any architecture of `AutoModelForCausalLM`, and computes what it gives.
+
+`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a wrong
+model shows. `python -m tests.support.architectures [type ...]` makes all and says what they are like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from tests.support.architecture_table import CONFIG, NOT_BUILT, TYPES
+
+VOCAB_SIZE = 320
+_SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")  # beginning, end, padding
+_SPREAD = 3.0  # the standard deviation of the logits, about
+
+_LAYERS = 3
+_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
+    **dict.fromkeys(("hidden_size", "d_model", "embedding_size", "lru_width", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff", "n_inner"), 96),
+    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "ffn_hidden_size", "dim_ff"), 96),
+    **dict.fromkeys(("shared_intermediate_size", "feed_forward_size"), 96),
+    **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_heads", "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "linear_head_dim", "linear_key_head_dim"), 16),
+    **dict.fromkeys(("linear_value_head_dim", "index_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("max_position_embeddings", "max_target_positions", "max_seq_len", "n_ctx"), 512),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), 12),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 48),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_state", "mamba_d_head", "mamba_chunk_size"), 16),
+    **dict.fromkeys(("chunk_size", "block_size", "state_size", "ssm_state_size", "mamba_head_dim"), 16),
+    **dict.fromkeys(("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "index_topk"), 8),
+    **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("mamba_n_groups", "first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
+    **dict.fromkeys(("index_n_heads",), 4),
+}
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
+
+
+def config(model_type: str) -> transformers.PretrainedConfig:
+    """Return the configuration of a tiny model of this type, in which each kind of layer occurs."""
+    kind = CONFIG_MAPPING[model_type]
+    particular = copy.deepcopy(dict(CONFIG.get(model_type, {})))
+    default = kind(**particular.pop("default", {}))
+    known = vars(default)
+    other_names = dict(default.attribute_map)
+    values: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1}
+    values["pad_token_id"] = None if known.get("pad_token_id") is None else 2
+    for name, size in _SIZES.items():
+        name = other_names.get(name, name)
+        if known.get(name) or name == "num_key_value_heads":  # neither None nor switched off
+            values[name] = size
+    if "qk_rope_head_dim" in known:  # every head has keys and values of its own, of one latent vector
+        values["num_key_value_heads"] = 4
+        values.pop("head_dim", None)
+    for name in ("n_group", "num_expert_group"):
+        if (known.get(name) or 1) > 1:
+            values[name] = 2
+    if "is_decoder" in known:
+        values["is_decoder"] = True
+    for name in _KINDS:
+        if known.get(name):
+            kinds = list(dict.fromkeys(known[name]))
+            num_layers = particular.get("num_hidden_layers", _LAYERS)
+            values[name] = [kinds[index % len(kinds)] for index in range(num_layers)]
+    made: transformers.PretrainedConfig = kind(**{**values, **particular})
+    return made
+
+
+def make(model_type: str, folder: Path) -> None:
+    """Write a checkpoint with a tokenizer, always the same.
+
+    Raises:
+        ValueError: the table says why there is none.
+    """
+    if model_type in NOT_BUILT:
+        raise ValueError(f"{model_type}: {NOT_BUILT[model_type]}")
+    seed = zlib.crc32(model_type.encode())
+    torch.manual_seed(seed)
+    kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    made = config(model_type)
+    made._attn_implementation = "eager"
+    model: transformers.PreTrainedModel = kind(made).eval()
+    with torch.no_grad():
+        _draw(model)
+        _spread(model, random_ids(40, seed))
+    model.save_pretrained(folder)
+    _save_tokenizer(folder)
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    """Return ids without special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(len(_SPECIAL_TOKENS), VOCAB_SIZE, (length,), generator=generator).tolist()
+    return ids
+
+
+def open_reference(folder: Path) -> transformers.PreTrainedModel:
+    """Return transformers' own model: float32, eager attention, nothing of it missing in the checkpoint."""
+    opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model: transformers.PreTrainedModel = opened[0].eval()
+    assert not any(opened[1].values()), f"{folder} is not all of the model: {opened[1]}"
+    return model
+
+
+def reference(folder: Path, ids: list[int]) -> np.ndarray:
+    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once, no cache."""
+    return _logits(open_reference(folder), ids)
+
+
+def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
+    """Return the ids that follow, and the smallest gap between the best and the second logit on the way."""
+    model = open_reference(folder)
+    found, gap = list(ids), np.inf
+    for _ in range(num_tokens):
+        last = _logits(model, found)[-1]
+        second, best = np.sort(last)[-2:]
+        gap = min(gap, float(best - second))
+        found.append(int(last.argmax()))
+    return found[len(ids) :], gap
+
+
+def stepwise(folder: Path, ids: list[int], num_prompt: int) -> np.ndarray:
+    """Return the logits [n_tokens - num_prompt, vocab] of transformers' generation with its own cache.
+
+    They follow each token from the last of the prompt on; the last of `ids` is not looked at.
+    """
+
+    def force(given: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, ids[given.shape[1]]] = 0.0
+        return forced
+
+    with torch.inference_mode():
+        done: Any = open_reference(folder).generate(
+            torch.tensor([ids[:num_prompt]]),
+            attention_mask=torch.ones(1, num_prompt, dtype=torch.long),
+            max_new_tokens=len(ids) - num_prompt,
+            do_sample=False,
+            use_cache=True,
+            logits_processor=[force],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    found: np.ndarray = torch.cat(done.logits).float().numpy()
+    return found
+
+
+def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
+    with torch.inference_mode():
+        found: np.ndarray = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    return found
+
+
+def _draw(model: transformers.PreTrainedModel) -> None:
+    """Give every parameter, and every bias that is a buffer, a value that matters."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not value.is_floating_point():
+            continue
+        if id(value) in embeddings:
+            value.normal_(0, 0.5)
+        elif value.dim() < 2 or _is_constant(value) and min(value.shape) == 1:
+            value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
+        elif "A_log" not in name:
+            value.normal_(0, _fan_in(name, value, id(value) in transposed) ** -0.5)
+
+
+def _fan_in(name: str, value: Tensor, is_transposed: bool) -> int:
+    if "conv" in name:
+        return value[0].numel()
+    return value.shape[0 if is_transposed else -1]
+
+
+def _is_constant(value: Tensor) -> bool:
+    return bool((value == value.flatten()[0]).all())
+
+
+def _spread(model: transformers.PreTrainedModel, ids: list[int]) -> None:
+    """Scale the head until the logits are well spread."""
+    head: Any = model.get_output_embeddings()
+    for _ in range(8):
+        std = model(torch.tensor([ids]), use_cache=False).logits.std()
+        if head is None or 0.8 < std / _SPREAD < 1.25:
+            return
+        head.weight *= (_SPREAD / std).clamp(0.1, 10.0)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with a text for each id: special tokens, the 256 bytes, pairs of letters."""
+    letters = "etaoins"
+    pairs = [(first, second) for first in letters + "rh" for second in letters]
+    texts = [*_SPECIAL_TOKENS, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    pairs = pairs[: VOCAB_SIZE - len(texts)]
+    vocabulary = {text: index for index, text in enumerate([*texts, *map("".join, pairs)])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(_SPECIAL_TOKENS))
+    backend.save(str(folder / "tokenizer.json"))
+    options = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
+
+
+@dataclass(slots=True)
+class Row:
+    """What one architecture is like."""
+
+    model_type: str
+    class_name: str
+    problem: str = ""
+    std: float = 0.0
+    gap: float = 0.0  # the smallest between the two likeliest
+    prefix: float = 0.0  # difference to what a shorter sequence gives, of the largest logit: 0 if causal
+    cached: float | None = None  # difference of its own cached decoding, of the largest logit
+    cache_problem: str = ""
+    seconds: float = 0.0
+
+
+def examine(model_type: str) -> Row:
+    """Make a checkpoint and compare what transformers computes of it in several ways."""
+    began = time.perf_counter()
+    row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "-"))
+    ids = random_ids(40, 7)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            make(model_type, folder)
+            found = reference(folder, ids)
+            row.seconds = time.perf_counter() - began
+            assert np.isfinite(found).all(), "not finite"
+            assert found.shape == (len(ids), VOCAB_SIZE), f"shape {found.shape}"
+            largest = np.abs(found).max()
+            row.std = float(found.std())
+            row.gap = float(np.diff(np.sort(found)[:, -2:]).min())
+            row.prefix = float(np.abs(reference(folder, ids[:27]) - found[:27]).max() / largest)
+            try:
+                row.cached = float(np.abs(stepwise(folder, ids, 20) - found[19:-1]).max() / largest)
+            except Exception as error:
+                row.cache_problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
+    except Exception as error:
+        row.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:250]}"
+    return row
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Examine the types that are named, or all, and print a line each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("types", nargs="*", default=TYPES)
+    types = parser.parse_args(arguments).types
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for model_type in types:
+        row = examine(model_type)
+        cached = row.cache_problem or ("-" if row.cached is None else f"{row.cached:.1e}")
+        print(
+            f"{row.model_type:26} {row.class_name:40}",
+            row.problem
+            or f"std {row.std:5.2f} gap {row.gap:.1e} prefix {row.prefix:.0e} cached {cached} {row.seconds:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
