@@ -117,6 +117,13 @@ class Settings:
         None,
         _one_of("hermes qwen3_coder mistral mistral_args granite deepseek deepseek_v31 pythonic llama3_json"),
     )
+    model_impl: str = _model(
+        "Who computes the model: native is this server's own code, transformers any architecture of that "
+        "library (CPU only); auto takes native where there is one.",
+        "auto",
+        _one_of("auto native transformers"),
+    )
+    trust_remote_code: bool = _model("Run the code that a model's files bring, with all rights.", False)
     served_model_name: str | None = _model("Name to report instead of the model id.")
 
     hostname: str = _server(

@@ -220,5 +220,7 @@ class ModelInfo:
     kv_tokens: int = 0  # size of the KV cache
     kv_bytes: int = 0
     num_threads: int = 0
+    implementation: str = "native"  # or "transformers"
+    is_batch_invariant: bool = True  # same bits whatever runs beside a request
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)

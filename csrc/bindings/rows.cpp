@@ -93,6 +93,7 @@ FlatRows flatten(py::handle rows, const RowLimits& limits) {
     const int64_t slot = integer(attribute(row, names.slot).ptr(), "slot", limits.max_rows);
     if (is_taken[static_cast<size_t>(slot)]) throw PlanError("two rows of a step have one slot");
     is_taken[static_cast<size_t>(slot)] = true;
+    flat.row_slots.push_back(narrow(slot));
     const int64_t start =
         integer(attribute(row, names.start).ptr(), "position", limits.max_context);
     const py::object token_ids = attribute(row, names.token_ids);
@@ -164,7 +165,8 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
 // Arrays that others have laid out (tests); only their lengths are checked.
 FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
-                     std::vector<int32_t> context_len, const Array<int32_t>& block_table) {
+                     std::vector<int32_t> context_len, const Array<int32_t>& block_table,
+                     std::vector<int32_t> row_slots) {
   check(positions.size() == ids.size() && slots.size() == ids.size() &&
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
@@ -175,6 +177,9 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
   flat.slots = std::move(slots);
   flat.query_start = std::move(query_start);
   flat.context_len = std::move(context_len);
+  check(row_slots.empty() || row_slots.size() == flat.context_len.size(),
+        "`row_slots` has an entry a sequence");
+  flat.row_slots = std::move(row_slots);
   flat.block_table.assign(block_table.data(), block_table.data() + block_table.size());
   flat.table_width = block_table.shape(1);
   return flat;
@@ -206,7 +211,7 @@ void bind_rows(py::module_& module) {
                        "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
            py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
-           py::arg("block_table").noconvert())
+           py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>())
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",
                              [](const FlatRows& rows) { return copy_of(rows.positions); })
@@ -215,6 +220,8 @@ void bind_rows(py::module_& module) {
                              [](const FlatRows& rows) { return copy_of(rows.query_start); })
       .def_property_readonly("context_len",
                              [](const FlatRows& rows) { return copy_of(rows.context_len); })
+      .def_property_readonly("row_slots",
+                             [](const FlatRows& rows) { return copy_of(rows.row_slots); })
       .def_property_readonly("block_table", [](const FlatRows& rows) {
         return py::array_t<int32_t>({rows.num_rows(), rows.table_width}, rows.block_table.data());
       });

@@ -65,7 +65,8 @@ class ServingLoop:
             budget=self._budget,
             stats=stats,
             num_eager_blocks=num_eager_blocks,
-            prefix_cache=settings.prefix_cache,
+            prefix_cache=settings.prefix_cache and not runner.has_states,
+            can_fork=not runner.has_states,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
         )

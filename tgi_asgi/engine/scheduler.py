@@ -64,6 +64,7 @@ class Scheduler:
 
     Args:
         num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
+        can_fork: the choices of a prompt share what the first has computed of it.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
@@ -79,11 +80,14 @@ class Scheduler:
         stats: EngineStats,
         num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
+        can_fork: bool = True,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
-        self.tables = BlockTables(self.pool, block_size, prefix_cache=prefix_cache, stats=stats)
+        self.tables = BlockTables(
+            self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork, stats=stats
+        )
         self.block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget

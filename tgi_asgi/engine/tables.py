@@ -19,10 +19,12 @@ class BlockTables:
     `reserve` is how many free blocks a new sequence must leave to those that run already.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, *, prefix_cache: bool, stats: EngineStats) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, *, prefix_cache: bool, can_fork: bool = True, stats: EngineStats
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
-        self._prefix_cache = prefix_cache
+        self._prefix_cache, self._can_fork = prefix_cache, can_fork
         self._stats = stats
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -36,7 +38,7 @@ class BlockTables:
         if leader is not None and is_new and self._prefix_cache:
             num_prompt_blocks = sequence.prompt_len // self.block_size
             sequence.chain = leader.chain.fork(num_prompt_blocks, sequence.token_ids)
-        if leader is not None and is_new and leader.has_computed_prompt:
+        if leader is not None and is_new and leader.has_computed_prompt and self._can_fork:
             return self._fork(sequence, leader, reserve)
         return self._take(sequence, reserve)
 

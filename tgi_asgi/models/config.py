@@ -6,7 +6,9 @@ Everything downstream (buffers, kernels, limits) trusts these numbers, so each i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from tgi_asgi.errors import ModelLoadError
 
@@ -60,6 +62,41 @@ class LayerSpec:
     rope: RopeSpec | None  # None: positions do not matter
     window: int | None  # a query sees so many positions, its own included; None: all
     scale: float  # what scores are multiplied by
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Layers whose keys and values are of one shape: a pool of blocks has them."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class ServedConfig(Protocol):
+    """What the runner must know of a model, whoever computes it."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def caches(self) -> Sequence[CacheShape]:
+        """The shapes of keys and values; none where a model keeps all in states."""
+    @property
+    def other_bytes_per_token(self) -> int:
+        """What a token takes beside them."""
+    @property
+    def rotary_dims(self) -> Sequence[int]:
+        """The dims of the rotary tables that are made for every position."""
+    @property
+    def has_states(self) -> bool:
+        """A sequence has more than keys and values: nothing that it has computed can be shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +179,26 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def caches(self) -> tuple[CacheShape, ...]:
+        """The shape of keys and values, which all layers share."""
+        return (CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.head_dim),)
+
+    @property
+    def has_states(self) -> bool:
+        return False
+
+    @property
+    def other_bytes_per_token(self) -> int:
+        return 0
+
+    @property
+    def rotary_dims(self) -> tuple[int, ...]:
+        """The dims of each rotary table, and of its copy where heads are padded for the kernels."""
+        padded = -(-self.head_dim // 32) * 32
+        dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
+        return tuple(size for dim in dims for size in ((dim,) if dim == padded else (dim, padded)))
 
     @property
     def rotary_dim(self) -> int:

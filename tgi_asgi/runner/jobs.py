@@ -7,7 +7,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 
-from tgi_asgi import ops
+from tgi_asgi import _C, ops
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class JobQueue:
         program, limits: what computes rows alone, and the bounds of their integers.
     """
 
-    def __init__(self, program: ops.CpuProgram | None = None, limits: ops.RowLimits | None = None) -> None:
-        self.steps = ops.StepQueue(None if program is None else program.native, limits)
+    def __init__(self, program: _C.Program | None = None, limits: ops.RowLimits | None = None) -> None:
+        self.steps = ops.StepQueue(program, limits)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # not yet delivered
         self._loop: asyncio.AbstractEventLoop | None = None  # which watches

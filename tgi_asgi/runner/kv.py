@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import CacheShape, ServedConfig
 from tgi_asgi.settings import Settings
 
+_LEAST_BYTES = 64  # that a token is counted as, where a model keeps no keys and values
 _SHARE = 0.5  # of the free memory: the rest is the page cache's and the operating system's
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -43,7 +43,7 @@ class KvSize:
 
 
 def choose_size(
-    config: ModelConfig,
+    config: ServedConfig,
     settings: Settings,
     dtype: torch.dtype,
     max_total_tokens: int,
@@ -61,12 +61,15 @@ def choose_size(
         ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
             the cache cannot have the type that --kv-cache-dtype asks for.
     """
-    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
     if kv_dtype is None:
         kv_dtype = _choose_dtype(config, settings, dtype)
-        per_token = ops.kv_bytes_per_token(*shape, kv_dtype)
+        per_token = sum(_bytes_per_token(cache, kv_dtype) for cache in config.caches)
     else:  # a GPU's, which is plain
-        per_token = 2 * math.prod(shape) * kv_dtype.itemsize
+        per_token = sum(
+            cache.num_layers * cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
+            for cache in config.caches
+        )
+    per_token = max(per_token + config.other_bytes_per_token, _LEAST_BYTES)
     size = settings.block_size
     blocks_a_sequence = -(-max_total_tokens // size)
     if settings.max_batch_total_tokens is not None:
@@ -92,14 +95,24 @@ def choose_size(
     return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
 
 
-def _choose_dtype(config: ModelConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
+def _bytes_per_token(cache: CacheShape, dtype: torch.dtype) -> int:
+    keys, values = (
+        ops.kv_bytes_per_token(cache.num_layers, cache.num_kv_heads, dim, dtype)
+        for dim in (cache.head_dim, cache.value_dim)
+    )
+    return (keys + values) // 2  # each of both
+
+
+def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:
     """Return what keys and values are kept in: the arithmetic's type, unless the operator wants int8."""
     if settings.kv_cache_dtype != "int8":
         return torch.float32 if dtype is torch.float32 else torch.bfloat16
     if dtype is torch.float32:
         raise ModelLoadError("--kv-cache-dtype int8 contradicts --dtype float32, which is exact")
     try:
-        ops.kept_dim(config.head_dim, torch.int8)
+        for cache in config.caches:
+            ops.kept_dim(cache.head_dim, torch.int8)
+            ops.kept_dim(cache.value_dim, torch.int8)
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8

@@ -11,6 +11,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -19,10 +20,12 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
@@ -61,11 +64,18 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     device = cuda_load.find_device()
     num_threads = ops.configure_threads(settings.num_threads, nice=settings.thread_nice)
     with (
-        OpenModel(files, chat_template_path=settings.tokenizer_config_path) as opened,
+        OpenModel(
+            files,
+            chat_template_path=settings.tokenizer_config_path,
+            model_impl=settings.model_impl,
+            trusts_code=settings.trust_remote_code,
+        ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
+        if opened.is_generic:
+            _announce(config.architecture, device)
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
@@ -87,6 +97,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     if device is None:
         runner = _make_cpu_runner(model, kv_size, settings, longest)
     else:
+        assert not isinstance(model, GenericModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
     info = ModelInfo(
@@ -104,9 +115,22 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         num_threads=num_threads,
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
+        implementation="transformers" if opened.is_generic else "native",
     )
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
+
+
+def _announce(architecture: str, device: Device | None) -> None:
+    """Say in one line that the code of `transformers` computes the model."""
+    import transformers
+
+    if device is not None:
+        raise ModelLoadError(
+            f"{architecture} is computed by transformers' own code, which is served on a CPU only: set "
+            'CUDA_VISIBLE_DEVICES="" to serve it there'
+        )
+    logger.info("%s is computed by transformers %s, on our kernels", architecture, transformers.__version__)
 
 
 def _choose_cpu_cache(
@@ -121,7 +145,7 @@ def _choose_cpu_cache(
     return choose_size(opened.config, settings, dtype, longest, free)
 
 
-def _make_cpu_runner(model: Model, kv_size: KvSize, settings: Settings, longest: int) -> CpuRunner:
+def _make_cpu_runner(model: Model | GenericModel, kv_size: KvSize, settings: Settings, longest: int) -> CpuRunner:
     return CpuRunner(
         model,
         kv_size,
@@ -180,6 +204,14 @@ class _TrackedWeights:
         self._hash.update(source.data[:_SAMPLE_BYTES].data)
         self._hash.update(source.data[-_SAMPLE_BYTES:].data)
         return source
+
+    def names(self) -> list[str]:
+        """Return the names of all weights, as `NamedWeights.names` says."""
+        return cast(NamedWeights, self._weights).names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a weight's shape, as `NamedWeights.shape` says."""
+        return cast(NamedWeights, self._weights).shape(name)
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import ServedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def check_weights_fit(
     )
 
 
-def choose_context(config: ModelConfig, max_total_tokens: int | None, free_bytes: int) -> int:
+def choose_context(config: ServedConfig, max_total_tokens: int | None, free_bytes: int) -> int:
     """Return how many tokens a sequence may have: those of --max-total-tokens, or of the model.
 
     A configuration may claim millions, and the rotary tables of all are there from the start: what the model
@@ -89,7 +89,7 @@ def choose_context(config: ModelConfig, max_total_tokens: int | None, free_bytes
     return longest
 
 
-def check_rope_fits(config: ModelConfig, max_positions: int, free_bytes: int) -> None:
+def check_rope_fits(config: ServedConfig, max_positions: int, free_bytes: int) -> None:
     """Refuse a context whose rotary tables alone take most of the memory.
 
     Raises:
@@ -104,11 +104,6 @@ def check_rope_fits(config: ModelConfig, max_positions: int, free_bytes: int) ->
         )
 
 
-def _rope_bytes_per_position(config: ModelConfig) -> int:
+def _rope_bytes_per_position(config: ServedConfig) -> int:
     """Return what a position takes in all rotary tables: as made, and once more padded for the kernels."""
-    dims = [rope.dim for rope in {layer.rope for layer in config.layers} if rope is not None]
-    padded = -(-config.head_dim // 32) * 32
-    return sum(
-        ops.RopeTable.bytes_per_position(dim) + (dim != padded) * ops.RopeTable.bytes_per_position(padded)
-        for dim in dims
-    )
+    return sum(map(ops.RopeTable.bytes_per_position, config.rotary_dims))

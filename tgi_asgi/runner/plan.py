@@ -98,6 +98,7 @@ class Runner(Protocol):
     block_size: int
     max_batch_size: int
     max_step_tokens: int
+    has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

@@ -14,18 +14,18 @@ from collections.abc import Sequence
 import torch
 
 from tgi_asgi import ops
-from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import StepPlan, StepResult
+from tgi_asgi.runner.programs import Pools, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 
 logger = logging.getLogger(__name__)
-
-SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
 
 
 class CpuRunner:
@@ -36,10 +36,17 @@ class CpuRunner:
 
     Attributes:
         max_context: tokens that a sequence can have.
+        has_states: a sequence has more than keys and values: nothing that it has computed can be shared.
     """
 
     def __init__(
-        self, model: Model, kv_size: KvSize, *, max_batch_size: int, max_step_tokens: int, max_context: int
+        self,
+        model: Model | GenericModel,
+        kv_size: KvSize,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_context: int,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -47,15 +54,8 @@ class CpuRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self._pool = ops.KvPool(
-            num_layers=config.num_layers,
-            num_blocks=kv_size.num_blocks,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=kv_size.block_size,
-            dtype=kv_size.dtype,
-        )
-        self._pool.supply(SUPPLIED_BYTES)
+        self._pools = Pools(config, kv_size)
+        self.has_states = config.has_states
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -64,18 +64,18 @@ class CpuRunner:
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
         )
-        self._program = ops.CpuProgram(
-            record(model, self._pool.layers),
-            max_tokens=max_step_tokens,
-            max_sequences=max_batch_size,
-            max_rows=max_batch_size,
+        self._program = make_program(
+            model,
+            self._pools,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max_step_tokens,
             max_context=max_context,
         )
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, max_rows=max_batch_size)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
-        self._jobs = JobQueue(self._program, self._inputs.limits)
+        self._jobs = JobQueue(self._program.native, self._inputs.limits)
         self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
         self._thread.start()
 
@@ -95,14 +95,14 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
-        self._pool.close()
+        self._pools.close()
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
 
     def _is_rows_alone(self, plan: StepPlan) -> bool:
         """Tell whether a step needs nothing of Python: most steps of streams that decode."""
-        if plan.starts or plan.copies or not plan.rows:
+        if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
         constrained = self._constrained
         return not any(row.prompt_logprobs is not None or row.slot in constrained for row in plan.rows)
@@ -117,7 +117,7 @@ class CpuRunner:
             PlanError: the plan contradicts itself or the bounds.
         """
         self._inputs.check(plan)
-        self._pool.copy(plan.copies)
+        self._pools.copy(plan.copies)
         for start in plan.starts:
             self._sampling.start(
                 start.slot,

@@ -56,6 +56,8 @@ async def info(exchange: Exchange) -> None:
         "model_pipeline_tag": "text-generation",
         "model_dtype": model.dtype,
         "model_device_type": model.device.partition(":")[0],
+        "model_impl": model.implementation,
+        "batch_invariant": model.is_batch_invariant,
         "max_concurrent_requests": settings.max_concurrent_requests,
         "max_best_of": limits.best_of,
         "max_stop_sequences": limits.stops,

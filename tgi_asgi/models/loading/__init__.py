@@ -37,6 +37,16 @@ class Weights(Protocol):
         """Let go of the files; views that are still held stay valid."""
 
 
+class NamedWeights(Weights, Protocol):
+    """Those of a checkpoint directory, which says what it holds."""
+
+    def names(self) -> list[str]:
+        """Return the names of all weights: of a quantised one its own, not those of its parts."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a weight has once it is decoded."""
+
+
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Refuse a tensor that is not of the shape that the configuration says."""
     if found != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from tgi_asgi.formats.files import read_json
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
-from tgi_asgi.models.loading import Weights, matches, refuse_unread
+from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name
+from tgi_asgi.models.registry import all_families, find_by_architecture, find_by_gguf_name
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 
@@ -34,24 +36,44 @@ class OpenModel:
         ModelLoadError: a file is missing, damaged, or describes what is not supported.
     """
 
-    family: Family
-    config: ModelConfig
+    config: ServedConfig
     weights: Weights
 
-    def __init__(self, files: ModelFiles, *, chat_template_path: str | None = None) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        chat_template_path: str | None = None,
+        model_impl: str = "native",
+        trusts_code: bool = False,
+    ) -> None:
         self._override = Path(chat_template_path) if chat_template_path else None
         self._directory = files.path if files.kind == "directory" else None
         self._gguf: GgufFile | None = None
         if files.kind == "gguf":
             self._gguf = GgufFile.open(files.path)
-            self.family, self.config = read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
-            self.weights = GgufWeights(self._gguf, self.config, self.family)
+            if model_impl == "transformers":
+                raise ModelLoadError("--model-impl transformers needs a checkpoint directory, not a GGUF file")
+            self._model: _Native | OpenGeneric
+            self._model = native = _Native(*read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors)))
+            self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
             config = read_json(files.path / "config.json")
-            self.family, self.config = read_config(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
+            if model_impl == "native" or (model_impl == "auto" and is_native(config)):
+                self._model = _Native(*read_config(config))
+            else:
+                self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
+        self.config = self._model.config
 
-    def load(self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None) -> Model:
+    @property
+    def is_generic(self) -> bool:
+        """The model is computed by the code of `transformers`."""
+        return isinstance(self._model, OpenGeneric)
+
+    def load(
+        self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
+    ) -> Model | GenericModel:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
 
         Raises:
@@ -59,10 +81,11 @@ class OpenModel:
         """
         weights = self.weights if weights is None else weights
         try:
-            model = self.family.model(self.config, weights, arithmetic, max_positions)
+            model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # what is packed refuses values, which no header shows
             raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
-        refuse_unread(weights.unread(), self._unused())
+        if not self.is_generic:
+            refuse_unread(weights.unread(), self._unused())
         return model
 
     def stored(self) -> list[tuple[str, int]]:
@@ -71,8 +94,10 @@ class OpenModel:
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
     def _unused(self) -> list[str]:
-        has_no_head = self.config.has_tied_embeddings  # some files store the embedding twice
-        return [*self.family.unused, *(["lm_head.weight"] if has_no_head else [])]
+        if isinstance(self._model, OpenGeneric):
+            return []
+        has_no_head = self._model.config.has_tied_embeddings  # some files store the embedding twice
+        return [*self._model.family.unused, *(["lm_head.weight"] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""
@@ -96,6 +121,23 @@ class OpenModel:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Native:
+    """A model that a family of ours computes."""
+
+    family: Family
+    config: ModelConfig
+
+    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
+        return self.family.model(self.config, weights, arithmetic, max_positions)
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Tell whether a family of ours has the architecture of a config.json."""
+    name = (config.get("architectures") or [None])[0]
+    return any(family.architecture == name for family in all_families())
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:

@@ -82,6 +82,21 @@ def _is_decoded(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -
     return bool((checkpoint.raw(zeros) + np.uint8(quantisation.zero_shift) != 128).any())
 
 
+def quantised_shape(checkpoint: Checkpoint, name: str, quantisation: Quantisation) -> tuple[int, int]:
+    """Return the rows and columns of a quantised weight."""
+    if name in checkpoint:
+        rows, columns = checkpoint.tensor(name).shape
+        return rows, columns
+    stem = name.removesuffix("weight")
+    if f"{name}_packed" in checkpoint:
+        rows, words = checkpoint.tensor(f"{name}_packed").shape
+        return rows, words * 32 // quantisation.bits
+    first, second = checkpoint.tensor(f"{stem}qweight").shape
+    if quantisation.method == "gptq":
+        return second, first * 32 // quantisation.bits
+    return second * 32 // quantisation.bits, first
+
+
 def read_quantised(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantisation: Quantisation
 ) -> WeightSource:

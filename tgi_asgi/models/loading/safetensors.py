@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tgi_asgi.errors import ModelLoadError
@@ -12,6 +13,7 @@ from tgi_asgi.models.loading.quantised import (
     UNUSED,
     find_quantised,
     names_of,
+    quantised_shape,
     read_quantised,
     stored_format,
 )
@@ -50,7 +52,26 @@ class SafetensorsWeights:
                 f"tensor {name!r} is of dtype {info.dtype}; supported are {', '.join(_FORMATS)}"
             )
         check_shape(name, info.shape, shape)
-        return WeightSource(self._checkpoint.raw(name), info.dtype, info.shape)
+        rows = info.shape[0] if info.shape else 1
+        stored = info.shape if len(info.shape) in (1, 2) else (rows, math.prod(info.shape[1:]))
+        return WeightSource(self._checkpoint.raw(name), info.dtype, stored)
+
+    def names(self) -> list[str]:
+        """Return the names of all weights: of a quantised one its own, not those of its parts."""
+        if self._quantisation is None:
+            return list(self._checkpoint)
+        whole = {f"{name.removesuffix('qweight')}weight" for name in self._checkpoint if name.endswith(".qweight")}
+        whole |= {name.removesuffix("_packed") for name in self._checkpoint if name.endswith(".weight_packed")}
+        whole |= {name for name in self._checkpoint if find_quantised(self._checkpoint, name)}
+        parts = {part for name in whole for part in names_of(self._checkpoint, name)}
+        others = [name for name in self._checkpoint if name not in parts and not matches(name, UNUSED)]
+        return [*whole, *others]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a weight has once it is decoded."""
+        if self._quantisation is not None and find_quantised(self._checkpoint, name):
+            return quantised_shape(self._checkpoint, name, self._quantisation)
+        return self._checkpoint.tensor(name).shape
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""

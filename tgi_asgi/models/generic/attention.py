@@ -1,0 +1,114 @@
+"""Attention of `transformers` on the paged cache: the function that its models call, and the step it works for.
+
+`transformers` hands queries, keys and values of one sequence [1, heads, tokens, dims]; here it is the flat batch
+of a step. What the step is does not reach the function as an argument (models drop what they do not know): it is
+the thread's running step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi import ops
+from tgi_asgi.models.generic.discover import AttentionLayer
+
+NAME = "tgi"
+_running = threading.local()
+
+
+class PagedLayers:
+    """The attention layers of a model over pools of blocks; one pool a shape of keys and values.
+
+    Args:
+        layers: in the order in which a step calls them.
+        caches: of each.
+    """
+
+    def __init__(
+        self, layers: Sequence[AttentionLayer], caches: Sequence[ops.KvLayer], max_context: int
+    ) -> None:
+        self._layers, self._caches = layers, caches
+        self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
+        self._paged = ops.PagedAttention(max_context=max_context)
+        self._next = 0
+
+    def begin(self, batch: ops.FlatRows) -> None:
+        """Begin a step."""
+        self._paged.begin(batch)
+        self._next = 0
+
+    def end(self) -> None:
+        """End a step.
+
+        Raises:
+            RuntimeError: it was not of as many calls as discovery found.
+        """
+        if self._next != len(self._layers):
+            raise RuntimeError(f"a step called attention {self._next} times, not {len(self._layers)}")
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Write keys and values to the step's slots, and attend: [1, tokens, heads, value dims]."""
+        index = self._next
+        self._next += 1
+        spec = self._specs[index]
+        if spec is None:
+            spec = self._specs[index] = self._spec(index, query, kwargs)
+        rows = self._paged.run(
+            self._caches[index], query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+            spec,
+        )  # fmt: skip
+        return rows[None], None
+
+    def _spec(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> ops.AttentionSpec:
+        layer, scale = self._layers[index], kwargs.get("scaling")
+        sinks = kwargs.get("s_aux")
+        return ops.AttentionSpec(
+            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            window=layer.rule.window,
+            chunk=layer.rule.chunk,
+            soft_cap=kwargs.get("softcap"),
+            sinks=None if sinks is None else sinks.detach().float().reshape(-1),
+            slopes=kwargs.get("slopes"),
+        )
+
+
+class running:
+    """Have a thread's calls of attention go to these layers."""
+
+    def __init__(self, layers: Any) -> None:
+        self._layers = layers
+
+    def __enter__(self) -> None:
+        self._before = getattr(_running, "layers", None)
+        _running.layers = self._layers
+
+    def __exit__(self, *exception: object) -> None:
+        _running.layers = self._before
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    found: tuple[Tensor, None] = _running.layers.attend(module, query, key, value, attention_mask, **kwargs)
+    return found
+
+
+def _experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, **_: Any) -> Tensor:
+    found: Tensor = module.tgi_experts.forward(module, hidden, index, weights)
+    return found
+
+
+def register() -> None:
+    """Make the functions known to `transformers`. No mask function has this name: then it makes no masks."""
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    AttentionInterface.register(NAME, _attend)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)

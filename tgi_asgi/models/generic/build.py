@@ -1,0 +1,92 @@
+"""A module of `transformers` without weights: parameters on the meta device, buffers real.
+
+Buffers are computed when a module is made (rotary frequencies, multipliers, scales), so that building all of it
+on the meta device would lose them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tgi_asgi.errors import ModelLoadError
+
+
+def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = False) -> Any:
+    """Return a `PreTrainedModel` in evaluation mode, float32, all parameters on the meta device.
+
+    Args:
+        config: the model's config.json.
+        trusts_code: a checkpoint may bring its own code, which is run.
+
+    Raises:
+        ModelLoadError: `transformers` does not know the architecture, or cannot make it.
+    """
+    import transformers
+
+    architecture = str((config.get("architectures") or [None])[0])
+    has_code = "auto_map" in config
+    model_class = getattr(transformers, architecture, None)
+    try:
+        if model_class is None and not (has_code and trusts_code):
+            raise ModelLoadError(_unknown(architecture, has_code, transformers.__version__))
+        parsed = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+        for part in (parsed, parsed.get_text_config()):
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config  # our readers have it
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        with _without_weights():
+            if model_class is None:
+                model = transformers.AutoModelForCausalLM.from_config(
+                    parsed, trust_remote_code=True, **options
+                )
+            else:
+                model = model_class._from_config(parsed, **options)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # whatever a configuration makes a class of `transformers` raise
+        raise ModelLoadError(f"transformers cannot build {architecture}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _unknown(architecture: str, has_code: bool, version: str) -> str:
+    if has_code:
+        return (
+            f"models of architecture {architecture!r} bring code of their own: --trust-remote-code runs it, "
+            "with all rights of this process"
+        )
+    return (
+        f"models of architecture {architecture!r} are not supported: neither this server nor transformers "
+        f"{version} has it"
+    )
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            made = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+            made.__dict__.update(param.__dict__)
+            param = made
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"

@@ -1,0 +1,158 @@
+"""A loaded model checks itself: random tokens through its own eager forward and through the flat path.
+
+Both run on the packed weights, with activations and cache in float32, so that they differ by rounding alone. It
+catches what depends on the batch: states lost between chunks, positions that do not arrive, masks that are not
+what discovery found. What both sides share (a wrong weight) it does not see.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.discover import arguments, configurations
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.model import GenericModel
+
+_LENGTHS = (27, 14)  # of the sequences
+_CUT = 16  # where the first is cut
+_LARGEST = 2e-3  # difference of logits, of the largest logit
+_BLOCK = 16
+_LONGEST_WINDOW = 192  # that is worth a sequence longer than it
+_TRIES = 2  # a token whose experts are all but tied may go to another: once
+
+
+def check(model: GenericModel) -> None:
+    """Compare the two.
+
+    Raises:
+        ModelLoadError: they differ; the message says by how much.
+    """
+    worst, where = _smallest_difference(model)
+    if worst > _LARGEST and model.recurrent is not None:
+        model.recurrent.continues_by_token = True  # plain scans of Mamba forget the state that they are given
+        worst, where = _smallest_difference(model)
+    if worst <= _LARGEST:
+        return
+    raise ModelLoadError(
+        f"{model.config.architecture} does not compute here what its own code does: logits differ by "
+        f"{worst:.2g} of the largest ({where}), and 0.002 are allowed"
+    )
+
+
+def _smallest_difference(model: GenericModel) -> tuple[float, str]:
+    """Return the smallest of a few tries, and in which part it is."""
+    tried = []
+    for seed in range(_TRIES):
+        tried.append(_difference(model, seed))
+        if tried[-1][0] <= _LARGEST:
+            break
+    return min(tried)
+
+
+def _difference(model: GenericModel, seed: int) -> tuple[float, str]:
+    """Return the largest difference of logits, relative to the largest logit, and in which part it is."""
+    longest = _longest(model)
+    lengths = (longest, _LENGTHS[1])
+    generator = np.random.default_rng(seed)
+    sequences = [generator.integers(0, model.config.vocab_size, size=length) for length in lengths]
+    precision = model.replaced.precision
+    precision.is_exact = True
+    try:
+        expected = [_eager(model, ids) for ids in sequences]
+        found = _flat(model, sequences)
+    finally:
+        precision.is_exact = False
+    worst, where = 0.0, ""
+    for name, index, start, logits in found:
+        wanted = expected[index][start : start + len(logits)]
+        difference = float((logits - wanted).abs().max() / expected[index].abs().max())
+        if not difference <= worst:
+            worst, where = difference, name
+        if difference != difference:
+            return float("inf"), name
+    return worst, where
+
+
+def _longest(model: GenericModel) -> int:
+    """Return the first sequence's length: beyond the smallest window or chunk, where that costs little."""
+    sizes = [layer.rule.window or layer.rule.chunk or 0 for layer in model.config.layers]
+    windows = [size for size in sizes if 0 < size <= _LONGEST_WINDOW]
+    longest = max(_LENGTHS[0], min(windows, default=0) + 11)
+    return min(longest, model.config.context_length)
+
+
+def _eager(model: GenericModel, ids: Any) -> Tensor:
+    """Return the logits of one sequence by the model's own attention."""
+    configs = configurations(model.module)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        given = arguments(
+            model.module, input_ids=torch.from_numpy(ids)[None], use_cache=False
+        )  # without positions: they are what the model makes of them
+        with torch.inference_mode():
+            logits: Tensor = model.module(**given).logits
+            return logits[0, :, : model.config.vocab_size].float()
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int, Tensor]]:
+    """Return logits by steps of several sequences: (name of the part, sequence, first position, logits)."""
+    longest = max(map(len, sequences))
+    width = -(-longest // _BLOCK)
+    pools = [
+        ops.KvPool(
+            num_layers=cache.num_layers, num_blocks=2 * width, num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim, value_dim=cache.value_dim, block_size=_BLOCK, dtype=torch.float32,
+        )
+        for cache in model.config.caches
+    ]  # fmt: skip
+    program = model.program(pools, longest)
+    first, second = sequences
+    cut = min(_CUT, len(first) - 2)
+    steps = [
+        ("the beginning of a prompt", [(0, first[:cut], 0)]),
+        ("the rest of a prompt beside another", [(0, first[cut:-1], cut), (1, second, 0)]),
+        ("a single token", [(0, first[-1:], len(first) - 1)]),
+    ]
+    found = []
+    for name, rows in steps:
+        batch = _batch(rows, width)
+        logits = program.run(batch, range(len(batch.ids)))
+        at = 0
+        for index, ids, start in rows:
+            found.append((name, index, start, logits[at : at + len(ids)].clone()))
+            at += len(ids)
+    for pool in pools:
+        pool.close()
+    return found
+
+
+def _batch(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:
+    """Lay out rows of (slot, ids, start); a slot's blocks are in descending order."""
+    tables = {slot: list(range((slot + 1) * width - 1, slot * width - 1, -1)) for slot, _, _ in rows}
+    positions = [np.arange(start, start + len(ids)) for _, ids, start in rows]
+    slots = [
+        np.array(tables[slot])[at // _BLOCK] * _BLOCK + at % _BLOCK
+        for (slot, _, _), at in zip(rows, positions, strict=True)
+    ]
+    lengths = [len(ids) for _, ids, _ in rows]
+    return ops.FlatRows(
+        ids=np.concatenate([ids for _, ids, _ in rows]),
+        positions=np.concatenate(positions),
+        slots=np.concatenate(slots),
+        query_start=np.cumsum([0, *lengths]),
+        context_len=np.array([start + len(ids) for _, ids, start in rows]),
+        block_table=np.array([tables[slot] for slot, _, _ in rows], np.int32),
+        row_slots=np.array([slot for slot, _, _ in rows]),
+    )

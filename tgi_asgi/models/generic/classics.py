@@ -1,0 +1,155 @@
+"""Attention of six older architectures, whose code writes it inline: the same heads, handed to the interface.
+
+Only the place where scores are made is replaced; projections and rotary embeddings stay the model's own. The
+linear biases of BLOOM, Falcon and MPT (Press et al., ALiBi) become a slope a head: a bias that only depends on
+the key's position differs from it by a constant of each row, which the softmax drops.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Implementations of attention that are ours: the probe's, and that of steps.
+_PREFIX = "tgi"
+
+
+def adapt(model: Any) -> None:
+    """Let the inline attention of a model go through the interface, where it is asked to."""
+    for module in model.modules():
+        kind = type(module)
+        install = _KINDS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+        if install is not None:
+            install(module, model.config)
+    if type(model).__name__ == "MptForCausalLM":
+        _let_mpt_do_without_mask()
+
+
+def _is_ours(config: Any) -> bool:
+    return str(config._attn_implementation).startswith(_PREFIX)
+
+
+def _attend(
+    module: Any, config: Any, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int = 0,
+    slopes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return [1, tokens, heads, dims] of queries, keys and values [1, heads, tokens, dims]."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    rule = torch.full((1, 1, 1, 1), float(window))  # as the probe's masks say it
+    rows: Tensor = function(module, query, key, value, rule, scaling=scale, slopes=slopes)[0]
+    return rows
+
+
+def _with_scores(scale: Callable[[Any], float], window: Callable[[Any, Any], int]) -> Any:
+    """Make what replaces `_attn(query, key, value, mask)`, which returns [1, heads, tokens, dims]."""
+
+    def install(module: Any, config: Any) -> None:
+        own = module._attn
+
+        def attn(query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+            if not _is_ours(config):
+                return own(query, key, value, attention_mask)
+            rows = _attend(
+                module, config, query, key, value, scale=scale(module), window=window(module, config)
+            )
+            return rows.transpose(1, 2), None
+
+        module._attn = attn
+
+    return install
+
+
+def _neo_window(module: Any, config: Any) -> int:
+    return int(config.window_size) if module.attention_type == "local" else 0
+
+
+def _install_forward(forward: Callable[..., Any], module: Any, config: Any) -> None:
+    own = module.forward
+
+    @functools.wraps(own)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(config):
+            return own(*args, **kwargs)
+        return forward(module, config, *args, **kwargs)
+
+    module.forward = replaced
+
+
+def _bloom(module: Any, config: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> Any:
+    query, key, value = module._reshape(module.query_key_value(hidden_states))
+    slopes = alibi_slopes(module.num_heads)
+    rows = _attend(module, config, query, key, value, scale=module.inv_norm_factor, slopes=slopes)
+    return module.dense(rows.flatten(2)) + residual, None
+
+
+def _falcon(
+    module: Any, config: Any, hidden_states: Tensor, alibi: Tensor | None, *_: Any,
+    position_embeddings: Any = None, **__: Any,
+) -> Any:  # fmt: skip
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    query, key, value = (each.transpose(1, 2) for each in module._split_heads(module.query_key_value(hidden_states)))
+    slopes = None
+    if alibi is None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    else:  # Falcon scales the biases as well
+        slopes = alibi_slopes(module.num_heads) * module.inv_norm_factor
+    scale = 1 / math.sqrt(module.head_dim)
+    rows = _attend(module, config, query, key, value, scale=scale, slopes=slopes)
+    return module.dense(rows.flatten(2)), None
+
+
+def _mpt(module: Any, config: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    mixed = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        mixed = mixed.clamp(-module.clip_qkv, module.clip_qkv)
+    heads = (1, mixed.shape[1], module.n_heads, module.head_dim)
+    query, key, value = (each.reshape(heads).transpose(1, 2) for each in mixed.chunk(3, dim=2))
+    slopes = mpt_slopes(module.n_heads, 8)
+    rows = _attend(module, config, query, key, value, scale=module.softmax_scale, slopes=slopes)
+    return module.out_proj(rows.flatten(2)), None
+
+
+def _let_mpt_do_without_mask() -> None:
+    """MPT turns its mask into one of booleans; where there is none, let there be one that nobody reads."""
+    from transformers.masking_utils import create_causal_mask
+    from transformers.models.mpt import modeling_mpt
+
+    def create(config: Any, *args: Any, **kwargs: Any) -> Any:
+        return torch.zeros(1) if _is_ours(config) else create_causal_mask(config, *args, **kwargs)
+
+    modeling_mpt.create_causal_mask = create
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Return the slopes [num_heads] of Press et al.: a geometric series, doubled up beyond a power of two."""
+    power = 1 << int(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    between = [2 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]
+    return torch.tensor([*slopes, *between])
+
+
+def mpt_slopes(num_heads: int, largest: float) -> Tensor:
+    """Return those of MPT: of the next power of two, every second one first."""
+    power = 1 << math.ceil(math.log2(num_heads))
+    slopes = [2 ** (-largest * (head + 1) / power) for head in range(power)]
+    if power != num_heads:
+        slopes = (slopes[1::2] + slopes[::2])[:num_heads]
+    return torch.tensor(slopes)
+
+
+_KINDS: dict[str, Callable[[Any, Any], None]] = {
+    "BloomAttention": functools.partial(_install_forward, _bloom),
+    "FalconAttention": functools.partial(_install_forward, _falcon),
+    "MptAttention": functools.partial(_install_forward, _mpt),
+    "GPTJAttention": _with_scores(lambda module: 1 / float(module.scale_attn), lambda module, config: 0),
+    "CodeGenAttention": _with_scores(lambda module: 1 / float(module.scale_attn), lambda module, config: 0),
+    "GPTNeoSelfAttention": _with_scores(lambda module: 1.0, _neo_window),
+}

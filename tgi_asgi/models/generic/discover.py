@@ -1,0 +1,231 @@
+"""What each attention layer of a module is, found by running it once without weights.
+
+The module runs on the meta device with an attention function that notes its calls, and a mask function that
+reads the rule off the mask's predicate. A layer is known by the order of calls: one module may be called for
+several layers, and `layer_idx` is not everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.rules import Rule, UnknownRule, decode_rule, rule_of
+
+PROBE = "tgi_probe"
+_TOKENS = 3
+_LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
+# What attention functions are given beside queries, keys and values, and may ignore.
+_IGNORED = frozenset({
+    "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
+    "use_cache", "output_attentions", "output_hidden_states", "training", "cache_position", "layer_idx",
+    "past_key_values", "return_dict", "logits_to_keep", "head_mask", "output_router_logits", "deterministic",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids", "seq_idx",
+    "num_logits_to_keep", "labels", "inputs_embeds", "token_type_ids", "encoder_hidden_states",
+    "encoder_attention_mask", "position_embeddings", "target_dtype", "implementation", "cache_params", "slopes",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One call of attention in a step: the shape of its heads, and what its queries see."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    rule: Rule
+
+
+def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
+    """Run the module on three tokens without weights; return its attention layers in the order of calls.
+
+    Raises:
+        ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
+    """
+    probe = _Probe(min(max_positions, _LONGEST))
+    with probe.installed(), _implementation(model, PROBE), torch.no_grad():
+        try:
+            run_on_meta(model)
+        except NotProbed:
+            probe.forget()
+            try:
+                run_on_zeros(model)
+            except NotProbed as error:
+                raise ModelLoadError(f"{type(model).__name__} does not run without weights: {error}") from None
+    if not probe.layers and not probe.problems and _has_no_interface(model):
+        raise ModelLoadError(f"{type(model).__name__} writes its attention inline")
+    if probe.problems:
+        raise ModelLoadError(f"{type(model).__name__}: {probe.problems[0]}")
+    if probe.layers and not probe.has_slopes:
+        require_positions(model)
+    return probe.layers
+
+
+class NotProbed(Exception):
+    """The module cannot run without weights."""
+
+
+def run_on_meta(model: nn.Module) -> None:
+    """Call a module on three tokens of the meta device.
+
+    Raises:
+        NotProbed: it raised.
+    """
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    positions = torch.arange(_TOKENS, device="meta")[None]
+    buffers = [(owner, name, value) for owner in model.modules() for name, value in owner._buffers.items()]
+    try:
+        for owner, name, value in buffers:
+            owner._buffers[name] = None if value is None else value.to("meta")
+        model(**arguments(model, input_ids=ids, position_ids=positions, use_cache=False))
+    except Exception as error:
+        raise NotProbed(f"{type(error).__name__}: {error}") from error
+    finally:
+        for owner, name, value in buffers:
+            owner._buffers[name] = value
+
+
+def run_on_zeros(model: nn.Module) -> None:
+    """Call a module on three tokens, each parameter one zero that is seen as many.
+
+    For code that asks tensors for values (which experts are chosen); slower, as products copy their matrices.
+
+    Raises:
+        NotProbed: it raised.
+    """
+    parameters = [(owner, name, value) for owner in model.modules() for name, value in owner._parameters.items()]
+    zero = torch.zeros(1)
+    try:
+        for owner, name, value in parameters:
+            if value is not None:
+                owner._parameters[name] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
+        ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+        positions = torch.arange(_TOKENS)[None]
+        model(**arguments(model, input_ids=ids, position_ids=positions, use_cache=False))
+    except Exception as error:
+        raise NotProbed(f"{type(error).__name__}: {error}") from error
+    finally:
+        for owner, name, value in parameters:
+            owner._parameters[name] = value
+
+
+def arguments(model: nn.Module, **given: Any) -> dict[str, Any]:
+    """Return those of the arguments that a module's `forward` has, or may hand on to its decoder."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {name: value for name, value in given.items() if takes_any or name in parameters}
+
+
+def require_positions(model: Any) -> None:
+    """Refuse a module that would not hear of positions: several swallow what they do not know.
+
+    Raises:
+        ModelLoadError: neither it nor its decoder takes `position_ids` by name.
+    """
+    for part in (model, model.base_model, _decoder(model)):
+        if part is not None and "position_ids" in inspect.signature(part.forward).parameters:
+            return
+    raise ModelLoadError(f"positions do not reach the layers of {type(model).__name__}")
+
+
+def _decoder(model: Any) -> Any:
+    try:
+        return model.get_decoder()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _has_no_interface(model: Any) -> bool:
+    return not model._can_set_attn_implementation() and any(
+        "attention" in type(module).__name__.lower() for module in model.modules()
+    )
+
+
+class _Probe:
+    """Notes the calls of attention, and what their masks say."""
+
+    def __init__(self, length: int) -> None:
+        self.layers: list[AttentionLayer] = []
+        self.problems: list[str] = []
+        self.has_slopes = False  # linear biases: positions do not matter otherwise
+        self._length = length
+
+    def forget(self) -> None:
+        """Begin again."""
+        self.layers, self.problems, self.has_slopes = [], [], False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Be the attention and the mask function of this name, and keep experts from needing values."""
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        AttentionInterface.register(PROBE, self.attend)
+        AttentionMaskInterface.register(PROBE, self.mask)
+        ALL_EXPERTS_FUNCTIONS.register(PROBE, lambda module, hidden, *args, **kwargs: hidden)
+        packed, chunked = masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None  # asks for values
+        masking_utils.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay = packed, chunked
+
+    def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
+        """Return a mask filled with the number of its rule."""
+        return torch.full((1, 1, q_length, kv_length), float(rule_of(mask_function, self._length)))
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Note a call; return something of the shape of a result."""
+        heads, tokens = query.shape[1], query.shape[2]
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
+        if unknown:
+            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
+        self.has_slopes |= kwargs.get("slopes") is not None
+        rule = Rule()
+        if isinstance(attention_mask, Tensor):
+            try:
+                rule = decode_rule(int(attention_mask.reshape(-1)[0]))
+            except UnknownRule as error:
+                self.problems.append(f"a layer has {error}")
+        elif not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            self.problems.append("a layer has no mask, and is not causal")
+        self.layers.append(
+            AttentionLayer(heads, key.shape[1], query.shape[3], value.shape[3], rule)
+        )
+        return query.new_empty(query.shape[0], tokens, heads, value.shape[3]), None
+
+
+@contextlib.contextmanager
+def _implementation(model: Any, name: str) -> Iterator[None]:
+    """Have a module's attention and experts be those of this name."""
+    configs = configurations(model)
+    before = [(each, each._attn_implementation, each._experts_implementation) for each in configs]
+    try:
+        for each in configs:
+            each._attn_implementation_internal = each._experts_implementation_internal = name
+        yield
+    finally:
+        for each, attention, experts in before:
+            each._attn_implementation_internal = attention
+            each._experts_implementation_internal = experts
+
+
+def configurations(model: Any) -> list[Any]:
+    """Return the configurations that a module's parts read: each once."""
+    found = {id(each): each for each in (model.config, model.config.get_text_config())}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())

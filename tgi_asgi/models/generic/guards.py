@@ -1,0 +1,68 @@
+"""What is refused by name before any weight is read: models whose code would compute something else here.
+
+Each rule was met as a silent error: logits that were wrong, and nothing that said so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.recurrent import forward_source
+
+# What a module may ask of the cache that it is given: keys and values, how many there are, and whose they are.
+_ALLOWED = frozenset({
+    "update", "get_seq_length", "layers", "is_updated", "is_sliding", "self_attention_cache",
+    "cross_attention_cache", "get_mask_sizes", "get_query_offset", "is_compileable", "is_initialized",
+    "to_legacy_cache", "from_legacy_cache", "get_max_length", "get_max_cache_shape", "crop", "shape", "device",
+    "early_initialization",
+})  # fmt: skip
+_RECURRENT = frozenset({
+    "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "is_recording_past",
+    "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache", "value_cache", "conv_states",
+    "recurrent_states", "has_conv_state",
+})  # fmt: skip
+_USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
+
+
+def check_servable(model: Any) -> None:
+    """Refuse a module that this server would run wrongly.
+
+    Raises:
+        ModelLoadError: with the reason.
+    """
+    name = type(model).__name__
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadError(f"{name} is an encoder-decoder: it is not served")
+    if model.get_output_embeddings() is None:
+        raise ModelLoadError(f"{name} has no head that gives logits of tokens")
+    if getattr(config.get_text_config(), "is_decoder", None) is False and _is_encoder_by_default(model):
+        raise ModelLoadError(
+            f"{name} is an encoder here: its config.json does not say `is_decoder`; --pooling serves embeddings"
+        )
+
+
+def check_keeps_little(model: nn.Module) -> None:
+    """Refuse a module that keeps more of a sequence than keys, values and recurrent states.
+
+    Raises:
+        ModelLoadError: with what it asks of its cache.
+    """
+    for kind in {type(module) for module in model.modules()}:
+        used = {use for use in _USE.findall(forward_source(kind))}
+        unknown = used - _ALLOWED - _RECURRENT
+        if unknown:
+            raise ModelLoadError(
+                f"{kind.__name__} of transformers keeps more of a sequence than keys and values "
+                f"({', '.join(sorted(unknown))})"
+            )
+
+
+def _is_encoder_by_default(model: nn.Module) -> bool:
+    """Tell whether a class attends in both directions unless its configuration says otherwise."""
+    return "is_decoder" in inspect.getsource(type(model).__init__)

@@ -1,0 +1,172 @@
+"""A model of `transformers` as the runner has it: opened without weights, loaded, made into a program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, check
+from tgi_asgi.models.generic import attention, check as self_check
+from tgi_asgi.models.generic.attention import PagedLayers
+from tgi_asgi.models.generic.build import build
+from tgi_asgi.models.generic.classics import adapt
+from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
+from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
+from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
+from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
+from tgi_asgi.models.generic.replace import Replaced
+from tgi_asgi.models.generic.rope import fix_rotary_tables
+from tgi_asgi.models.generic.weights import Filler
+from tgi_asgi.models.loading import Weights
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 1 << 17  # of models that name no length
+_CONTEXT_NAMES = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions", "n_ctx", "context_length")
+
+
+@dataclass(frozen=True, slots=True)
+class GenericConfig:
+    """What the server must know of a model that `transformers` runs."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+    layers: tuple[AttentionLayer, ...]
+    has_states: bool  # a sequence has more than keys and values: nothing of it can be shared
+    num_layers: int
+    first_position: int = 0  # of a sequence's first token
+    floor_reason: str = ""  # why its sequences run one by one, on a cache of its own; empty: they do not
+
+    @property
+    def other_bytes_per_token(self) -> int:
+        """About what a token takes in a cache of the model's own."""
+        return 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
+
+    @property
+    def rotary_dims(self) -> tuple[int, ...]:
+        """None: angles are computed as they are needed."""
+        return ()
+
+    @property
+    def caches(self) -> tuple[CacheShape, ...]:
+        """The shapes of keys and values, each with the number of its layers."""
+        counts: dict[tuple[int, int, int], int] = {}
+        for layer in self.layers:
+            shape = (layer.num_kv_heads, layer.head_dim, layer.value_dim)
+            counts[shape] = counts.get(shape, 0) + 1
+        return tuple(CacheShape(count, *shape) for shape, count in counts.items())
+
+
+class OpenGeneric:
+    """A checkpoint directory's model, built without weights and found to be servable.
+
+    Raises:
+        ModelLoadError: it is not; nothing of the weights has been read.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
+        self._model = build(directory, config, trusts_code=trusts_code)
+        check_servable(self._model)
+        adapt(self._model)
+        text = self._model.config.get_text_config()
+        first = first_position(self._model)
+        context = _context_length(text) - first
+        self._recurrent = recurrent_modules(self._model)
+        layers: list[AttentionLayer] = []
+        reason = ""
+        try:
+            check_keeps_little(self._model)
+            layers = discover(self._model, context)
+        except ModelLoadError as error:
+            if cache_name(self._model) is None:
+                raise
+            reason = str(error)
+        self.config = GenericConfig(
+            architecture=type(self._model).__name__,
+            vocab_size=int(text.vocab_size),
+            hidden_size=int(self._model.get_input_embeddings().weight.shape[1]),
+            context_length=context,
+            layers=tuple(layers),
+            has_states=bool(self._recurrent) or bool(reason),
+            first_position=first,
+            floor_reason=reason,
+            num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
+        )
+
+    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel:
+        """Fill the module with its weights, packed; check that it computes what its own code does.
+
+        Raises:
+            ModelLoadError: a tensor is missing, does not fit or is not known, or the check fails.
+        """
+        model = self._model
+        made: list[Replaced] = []
+        filler = Filler(model, weights, lambda name, value: made[0].place(name, value))
+        made.append(Replaced(model, arithmetic))
+        filler.fill()
+        made[0].finish()
+        fix_rotary_tables(model, max_positions)
+        attention.register()
+        for config in configurations(model):
+            config._experts_implementation_internal = attention.NAME
+            if not self.config.floor_reason:
+                config._attn_implementation_internal = attention.NAME
+        recurrent = None
+        if self._recurrent and not self.config.floor_reason:
+            recurrent = RecurrentLayers(self._recurrent)
+        loaded = GenericModel(model, self.config, made[0], recurrent, max_positions)
+        self_check.check(loaded)
+        return loaded
+
+
+class GenericModel:
+    """A module with its weights.
+
+    Attributes:
+        config: what it is.
+    """
+
+    def __init__(
+        self, module: Any, config: GenericConfig, replaced: Replaced, recurrent: RecurrentLayers | None,
+        max_positions: int,
+    ) -> None:  # fmt: skip
+        self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
+        self._max_positions = max_positions
+
+    def program(self, pools: Sequence[ops.KvPool], max_context: int) -> GenericProgram | FloorProgram:
+        """Return what runs steps over these pools, one for each of the configuration's caches."""
+        if self.config.floor_reason:
+            return FloorProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
+        free = {
+            (cache.num_kv_heads, cache.head_dim, cache.value_dim): iter(pool.layers)
+            for cache, pool in zip(self.config.caches, pools, strict=True)
+        }
+        caches = [
+            next(free[layer.num_kv_heads, layer.head_dim, layer.value_dim]) for layer in self.config.layers
+        ]
+        layers = PagedLayers(self.config.layers, caches, max_context)
+        return GenericProgram(
+            self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
+            first_position=self.config.first_position,
+        )  # fmt: skip
+
+
+def first_position(model: Any) -> int:
+    """Return the position of a sequence's first token: RoBERTa and its kin count from behind the padding's id."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def _context_length(config: Any) -> int:
+    found = next((getattr(config, name) for name in _CONTEXT_NAMES if getattr(config, name, None)), _LONGEST)
+    check(type(found) is int and 1 <= found, f"the context must be a positive integer, got {found!r}")
+    return min(int(found), MAX_CONTEXT)

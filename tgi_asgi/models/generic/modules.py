@@ -1,0 +1,139 @@
+"""Modules of ours that take the place of a model's: products, embeddings and norms on packed weights.
+
+Each takes tensors of any leading dimensions, float32, and gives a row the same bits whatever rows are beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi.ops import LinearWeight, direct
+
+
+@dataclass(slots=True)
+class Precision:
+    """How a model's products compute now; all its modules share one.
+
+    Attributes:
+        is_exact: activations stay float32: how a model is checked when it is loaded.
+    """
+
+    is_exact: bool = False
+
+
+class PackedModule(nn.Module):
+    """A module whose weight is packed. Others may ask a weight's type, device or shape; its values are NaN.
+
+    Attributes:
+        made: the packed weight, once there is one.
+    """
+
+    def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+        self.made: LinearWeight | None = None
+        nothing = torch.full((1,), torch.nan)
+        self.weight = nn.Parameter(nothing.expand(rows, columns), requires_grad=False)
+        self.bias = nn.Parameter(nothing.expand(rows), requires_grad=False) if has_bias else None
+
+    @property
+    def packed(self) -> LinearWeight:
+        """The packed weight."""
+        if self.made is None:
+            raise RuntimeError("the weight has not been loaded")
+        return self.made
+
+
+class Linear(PackedModule):
+    """`nn.Linear`, and GPT-2's `Conv1D`."""
+
+    def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
+        super().__init__(rows, columns, has_bias=has_bias, precision=precision)
+        self.in_features, self.out_features = columns, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x @ W.T (+ bias)`."""
+        rows = direct.linear(self.packed, x.reshape(-1, self.in_features), is_exact=self.precision.is_exact)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+class Embedding(PackedModule):
+    """`nn.Embedding`, and subclasses that multiply its rows by a number."""
+
+    def __init__(self, rows: int, columns: int, *, factor: float, precision: Precision) -> None:
+        super().__init__(rows, columns, has_bias=False, precision=precision)
+        self.num_embeddings, self.embedding_dim, self.factor = rows, columns, factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of these ids."""
+        rows = direct.embed(self.packed, ids.reshape(-1), self.factor)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x / rms(x) * weight`."""
+        rows = direct.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.variance_epsilon)
+        return rows.view(x.shape)
+
+
+class Head(nn.Module):
+    """The head: of all rows that it is given it computes those that were asked for, and remembers the rest."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.rows: Tensor | None = None  # indices of tokens; None: all
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the rows that are asked for."""
+        return self.inner(x if self.rows is None else x[:, self.rows])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)  # `weight`, `bias`, `out_features`
+
+
+class PackedExperts:
+    """The experts of a layer that goes through `ExpertsInterface`: each has packed products.
+
+    Attributes:
+        up, down: of each expert; `up` has gate and up as the module's `_apply_gate` wants them.
+    """
+
+    def __init__(self, num_experts: int, precision: Precision) -> None:
+        self.up: list[LinearWeight | None] = [None] * num_experts
+        self.down: list[LinearWeight | None] = [None] * num_experts
+        self.precision = precision
+
+    def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, added in ascending order of experts.
+
+        hidden: [n_tokens, hidden]; index, weights: [n_tokens, k].
+        """
+        out = torch.zeros_like(hidden)
+        for expert in index.unique().tolist():
+            if expert >= len(self.up):
+                continue
+            tokens, place = (index == expert).nonzero(as_tuple=True)
+            up, down = self.up[expert], self.down[expert]
+            assert up is not None and down is not None
+            rows = direct.linear(up, hidden[tokens], is_exact=self.precision.is_exact)
+            rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+            rows = direct.linear(down, rows, is_exact=self.precision.is_exact)
+            if getattr(module, "has_post_expert_norm", False):
+                rows = module.post_expert_norm(rows)
+            out.index_add_(0, tokens, rows * weights[tokens, place, None])
+        return out

@@ -1,0 +1,211 @@
+"""Steps of a module of `transformers`: all tokens of all sequences at once, in Python, over our kernels.
+
+`FloorProgram` is what is left for models whose attention cannot be ours: one sequence after the other, each on
+the cache that the model's own code keeps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.models.generic.attention import PagedLayers, running
+from tgi_asgi.models.generic.discover import arguments
+from tgi_asgi.models.generic.modules import Head
+from tgi_asgi.models.generic.recurrent import RecurrentLayers
+from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
+
+CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+class Caller:
+    """Calls a whole module, and remembers what its decoder returned: a step's other logits come of that.
+
+    Args:
+        model: with its weights.
+        head: its head, which computes the rows that are asked for.
+    """
+
+    def __init__(self, model: Any, head: Head, vocab_size: int) -> None:
+        self._model, self._head, self._vocab_size = model, head, vocab_size
+        self._decoder = model.base_model if model.base_model is not model else model.get_decoder()
+        self._decode = type(self._decoder).forward.__get__(self._decoder)
+        self._known: Any = None
+        self._is_calling = False
+        self._decoder.forward = self._forward
+
+    def compute(self, rows: Iterable[int], **inputs: Any) -> tuple[Tensor, Any]:
+        """Return the logits [n_rows, vocab] of these tokens, and what `compute_more` wants for others."""
+        self._known, self._is_calling = None, True
+        try:
+            return self._call(rows, **inputs), self._known
+        finally:
+            self._known, self._is_calling = None, False
+
+    def compute_more(self, rows: Iterable[int], known: Any) -> Tensor:
+        """Return the logits of other tokens of a call."""
+        self._known, self._is_calling = known, True
+        try:
+            return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long))
+        finally:
+            self._known, self._is_calling = None, False
+
+    def _call(self, rows: Iterable[int], **inputs: Any) -> Tensor:
+        self._head.rows = torch.tensor(list(rows), dtype=torch.long)
+        try:
+            logits: Tensor = self._model(**arguments(self._model, **inputs)).logits
+        finally:
+            self._head.rows = None
+        return logits[0, :, : self._vocab_size].float().contiguous()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the decoder's `forward`."""
+        if not self._is_calling:
+            return self._decode(*args, **kwargs)
+        if self._known is None:
+            self._known = self._decode(*args, **kwargs)
+        return self._known
+
+
+class ModuleProgram(Protocol):
+    """A `Program` of the runner that is Python."""
+
+    native: None
+
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...
+
+    def run_head(self, rows: Sequence[int]) -> Tensor: ...
+
+    def draw(
+        self,
+        batch: ops.FlatRows,
+        rows: Sequence[int],
+        slots: Sequence[int],
+        state: ops.SampleState,
+        mask: npt.NDArray[np.int32] | None = None,
+    ) -> ops.SampleResult:
+        """Compute a step and draw a token after each of `rows`, as `CpuProgram.draw`."""
+        return ops.sample(self.run(batch, rows), state, slots, mask=mask)
+
+
+class GenericProgram(ModuleProgram):
+    """All sequences of a step in one call of the module.
+
+    Args:
+        caller: the module, its attention set to ours.
+        layers: its attention.
+        recurrent: its recurrent layers, if it has any.
+        first_position: what a sequence's first token has.
+    """
+
+    native = None
+
+    def __init__(
+        self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
+        vocab_size: int, first_position: int,
+    ) -> None:  # fmt: skip
+        self._caller = Caller(model, head, vocab_size)
+        self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
+        self._states = SlotStates(lambda: empty_cache(model))
+        self._known: Any = None
+
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+        """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
+        ids = torch.from_numpy(batch.ids.astype(np.int64))[None]
+        positions = torch.from_numpy(batch.positions.astype(np.int64))[None] + self._first_position
+        self._known = None
+        with torch.inference_mode(), running(self._layers):
+            self._begin(batch)
+            try:
+                logits, self._known = self._caller.compute(
+                    rows, input_ids=ids, position_ids=positions, use_cache=False
+                )
+                self._layers.end()
+                self._states.commit()
+            finally:
+                if self._recurrent is not None:
+                    self._recurrent.end()
+        return logits
+
+    def _begin(self, batch: ops.FlatRows) -> None:
+        self._layers.begin(batch)
+        if self._recurrent is not None:
+            starts, lengths = _spans(batch)
+            states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
+            self._recurrent.begin(starts, lengths, states)
+
+    def run_head(self, rows: Sequence[int]) -> Tensor:
+        """Compute the logits of other rows of the last step."""
+        if self._known is None:
+            raise RuntimeError("no step has been computed")
+        with torch.inference_mode():
+            return self._caller.compute_more(rows, self._known)
+
+
+class FloorProgram(ModuleProgram):
+    """One sequence after the other, on the model's own cache.
+
+    Args:
+        model: with its weights, its attention its own.
+    """
+
+    native = None
+
+    def __init__(self, model: Any, head: Head, *, vocab_size: int) -> None:
+        self._caller = Caller(model, head, vocab_size)
+        self._states = SlotStates(lambda: empty_cache(model))
+        self._cache_name = cache_name(model)
+        self._vocab_size = vocab_size
+        self._known: list[tuple[int, int, Any]] = []  # of each sequence: its tokens, what its decoder returned
+
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+        """Compute a step; as `GenericProgram.run`."""
+        wanted = list(rows)
+        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        starts, lengths = _spans(batch)
+        self._known = []
+        out = torch.empty(len(wanted), self._vocab_size)
+        with torch.inference_mode():
+            states = self._states.begin(batch.row_slots.tolist(), starts, lengths)
+            first = 0
+            for state, length in zip(states, lengths, strict=True):
+                places = [at for at, row in enumerate(wanted) if first <= row < first + length]
+                logits, known = self._compute(state, ids[first : first + length], [wanted[at] - first for at in places])
+                out[places] = logits
+                self._known.append((first, first + length, known))
+                first += length
+            self._states.commit()
+        return out
+
+    def _compute(self, state: SequenceState, ids: Tensor, rows: list[int]) -> tuple[Tensor, Any]:
+        given = {self._cache_name: state.cache, "use_cache": True}
+        return self._caller.compute(rows, input_ids=ids[None], **given)
+
+    def run_head(self, rows: Sequence[int]) -> Tensor:
+        """Compute the logits of other rows of the last step."""
+        out = torch.empty(len(rows), self._vocab_size)
+        with torch.inference_mode():
+            for first, stop, known in self._known:
+                places = [at for at, row in enumerate(rows) if first <= row < stop]
+                if places:
+                    out[places] = self._caller.compute_more([rows[at] - first for at in places], known)
+        return out
+
+
+def cache_name(model: Any) -> str | None:
+    """Return the name under which a module takes its cache; None where it takes none that is known."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def _spans(batch: ops.FlatRows) -> tuple[list[int], list[int]]:
+    """Return each sequence's first position of a step, and how many tokens it has in it."""
+    stops = batch.query_start
+    return batch.positions[stops[:-1]].tolist(), np.diff(stops).tolist()

@@ -1,0 +1,106 @@
+"""Recurrent layers, sequence by sequence: their code takes a cache of one sequence, and a step has many.
+
+Found by what their source calls. The innermost module that keeps a state is called once a sequence, with that
+sequence's tokens and cache, and the results are joined.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi.models.generic.states import SequenceState
+
+_STATE = re.compile(r"\b(update_conv_state|update_recurrent_state|get_linear_cache)\(")
+_CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value")
+
+
+def recurrent_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the innermost modules that keep a state of a sequence beside keys and values."""
+    found = [module for module in model.modules() if _STATE.search(forward_source(type(module)))]
+    return [
+        module for module in found if not any(other is not module and other in found for other in module.modules())
+    ]
+
+
+@functools.lru_cache(maxsize=512)
+def forward_source(kind: type) -> str:
+    """Return the source of a class of `transformers`; of any other nothing."""
+    if kind.__module__.startswith("torch."):
+        return ""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+class RecurrentLayers:
+    """Stands before the recurrent modules of a model; `begin` says what the next step's sequences are.
+
+    Attributes:
+        continues_by_token: what follows on a state goes in one token at a time.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._lengths: list[int] = []
+        self._starts: list[int] = []
+        self._states: list[SequenceState] = []
+        self._is_active = False
+        self.continues_by_token = False
+        for module in modules:
+            forward = module.forward
+            module.forward = functools.partial(self._run, module, forward)  # type: ignore[method-assign]
+
+    def begin(self, starts: list[int], lengths: list[int], states: list[SequenceState]) -> None:
+        """Let the next calls be of these sequences."""
+        self._starts, self._lengths, self._states = starts, lengths, states
+        self._is_active = True
+
+    def end(self) -> None:
+        """Let calls go to the modules as they are."""
+        self._is_active = False
+        self._states = []
+
+    def _run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._is_active:
+            return forward(*args, **kwargs)
+        names = list(inspect.signature(forward).parameters)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache_name = next(name for name in _CACHE_NAMES if name in names)
+        total = sum(self._lengths)
+        parts, first = [], 0
+        for start, length, state in zip(self._starts, self._lengths, self._states, strict=True):
+            steps = [1] * length if start and self.continues_by_token else [length]
+            for count in steps:
+                mine = {name: _cut(value, total, first, count) for name, value in given.items()}
+                mine[cache_name] = state.cache
+                parts.append(forward(**mine))
+                first += count
+        return _join(parts, total)
+
+
+def _cut(value: Any, total: int, first: int, count: int) -> Any:
+    """Return tokens [first, first + count) of what has all tokens in its second dimension."""
+    if isinstance(value, tuple):
+        return tuple(_cut(each, total, first, count) for each in value)
+    if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == total:
+        return value[:, first : first + count]
+    return value
+
+
+def _join(parts: list[Any], total: int) -> Any:
+    first = parts[0]
+    if isinstance(first, tuple):
+        return tuple(_join([part[index] for part in parts], total) for index in range(len(first)))
+    if not isinstance(first, Tensor):
+        return first
+    for dim in (1, 2, 0):
+        if dim < first.dim() and sum(part.shape[dim] for part in parts) == total:
+            return torch.cat(parts, dim)
+    return parts[-1]  # a state, which nobody reads

@@ -1,0 +1,227 @@
+"""Puts modules of ours where a model's are plain: products, the embedding, the head, experts, RMSNorms.
+
+What is replaced is asked, not guessed: a norm or an embedding is replaced where ours gives the same on random
+rows, a product where nobody reads its matrix otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi import ops
+from tgi_asgi.models.generic.modules import (
+    Embedding,
+    Head,
+    Linear,
+    PackedExperts,
+    PackedModule,
+    Precision,
+    RmsNorm,
+)
+from tgi_asgi.models.generic.weights import owner_of
+
+EXPERTS = "tgi"
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+_EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class Replaced:
+    """The modules that were put in, and what is still to come of their weights.
+
+        replaced = Replaced(model, arithmetic)     # without weights
+        Filler(model, weights, replaced.place).fill()
+        replaced.finish()                          # with weights
+
+    Attributes:
+        head: the module's head, which computes the rows that it is asked for.
+        precision: how all of them compute.
+    """
+
+    def __init__(self, model: Any, arithmetic: ops.Arithmetic) -> None:
+        self.precision = Precision()
+        self._model, self._arithmetic = model, arithmetic
+        self._waiting: dict[str, dict[str, Any]] = {}  # by path of a module: what has come, by leaf
+        self._modules: dict[str, PackedModule] = {}
+        self._is_transposed: set[str] = set()
+        self._experts: dict[str, nn.Module] = {}
+        self._vocabulary = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        for path, module in list(model.named_modules()):
+            self._replace(path, module)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        made: PackedModule | None = None
+        if _is_experts(module):
+            self._experts[path] = module
+        elif type(module) is nn.Linear and not reads_weight(self._model, path):
+            made = Linear(
+                module.out_features, module.in_features, has_bias=module.bias is not None,
+                precision=self.precision,
+            )  # fmt: skip
+        elif _is_conv1d(module) and not reads_weight(self._model, path):
+            columns, rows = module.weight.shape
+            made = Linear(rows, columns, has_bias=True, precision=self.precision)
+            self._is_transposed.add(path)
+        elif isinstance(module, nn.Embedding) and id(module) in self._vocabulary:
+            factor = _factor_of(module)
+            if factor is not None:
+                made = Embedding(*module.weight.shape, factor=factor, precision=self.precision)
+        if made is None:
+            return
+        if id(module) in self._vocabulary:
+            self._vocabulary.add(id(made))
+        self._modules[path] = made
+        owner, leaf = owner_of(self._model, path)
+        setattr(owner, leaf, made)
+
+    def _wrap_head(self) -> Head:
+        inner = self._model.get_output_embeddings()
+        for path, module in self._model.named_modules():
+            if module is inner:
+                head = Head(inner)
+                owner, leaf = owner_of(self._model, path)
+                owner._modules[leaf] = head
+                return head
+        raise ValueError("the model has no head")
+
+    def place(self, name: str, value: ops.WeightSource | Tensor) -> bool:
+        """Take a tensor that belongs to a module of ours; False where it belongs to none."""
+        path, _, leaf = name.rpartition(".")
+        if path in self._experts:
+            return self._place_expert(self._experts[path], leaf, value)
+        module = self._modules.get(path)
+        if module is None:
+            return False
+        source = value if isinstance(value, ops.WeightSource) else ops.from_floats(value)
+        if path in self._is_transposed and leaf == "weight":
+            source = ops.from_floats(ops.plain_tensor(source.in_order()).T.contiguous())
+        waiting = self._waiting.setdefault(path, {})
+        waiting[leaf] = source
+        if module.bias is None or len(waiting) == 2:
+            module.made = ops.linear_weight(
+                waiting["weight"], self._arithmetic, bias=waiting.get("bias"),
+                is_vocabulary=id(module) in self._vocabulary,
+            )  # fmt: skip
+            del self._waiting[path]
+        return True
+
+    def _place_expert(self, module: Any, leaf: str, value: ops.WeightSource | Tensor) -> bool:
+        name = leaf.removesuffix("_bias")
+        if name not in _EXPERT_LEAVES:
+            return False
+        tensor = value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+        tensor = tensor.reshape(getattr(module, leaf).shape)
+        waiting = self._waiting.setdefault(f"{id(module)}.{name}", {})
+        waiting["bias" if leaf.endswith("_bias") else "weight"] = tensor
+        if module.has_bias and len(waiting) < 2:
+            return True
+        weights, biases = waiting["weight"], waiting.get("bias")
+        experts = module.__dict__.setdefault("tgi_experts", PackedExperts(len(weights), self.precision))
+        kept = experts.down if name == "down_proj" else experts.up
+        for index, weight in enumerate(weights):
+            source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
+            bias = None if biases is None else ops.from_floats(biases[index].contiguous())
+            kept[index] = ops.linear_weight(source, self._arithmetic, bias=bias)
+        waiting.clear()
+        return True
+
+    def finish(self) -> None:
+        """Replace, once there are weights, the norms that compute what ours does; and stand before the head."""
+        for path, module in list(self._model.named_modules()):
+            made = _as_rms_norm(module)
+            if made is not None:
+                owner, leaf = owner_of(self._model, path)
+                setattr(owner, leaf, made)
+        self.head = self._wrap_head()
+
+
+def _is_experts(module: nn.Module) -> bool:
+    from transformers.integrations import moe
+
+    return (
+        hasattr(module, "is_transposed")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "down_proj")
+        and isinstance(module.down_proj, nn.Parameter)
+        and module.down_proj.dim() == 3
+        and hasattr(moe, "ALL_EXPERTS_FUNCTIONS")
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
+
+
+def reads_weight(model: nn.Module, path: str) -> bool:
+    """Tell whether the model's code reads this module's matrix by name, as more than its type and place."""
+    leaf = path.rpartition(".")[2]
+    pattern = re.compile(rf"\.{re.escape(leaf)}\.(weight|bias)\b(?!\.(dtype|device|shape))")
+    if leaf.isdigit():
+        return False
+    owner, _ = owner_of(model, path)
+    return any(pattern.search(source) for source in {_source_of(type(model)), _source_of(type(owner))})
+
+
+@functools.lru_cache(maxsize=256)
+def _source_of(kind: type) -> str:
+    """Return the source of the module that a class is written in."""
+    module = sys.modules.get(kind.__module__)
+    try:
+        return "" if module is None else inspect.getsource(module)
+    except OSError:
+        return ""
+
+
+def _factor_of(module: nn.Embedding) -> float | None:
+    """Return the number that an embedding multiplies its rows by; None where it does something else."""
+    weight, padding = module.weight, module.padding_idx
+    small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    try:
+        module.padding_idx = None
+        module.weight = nn.Parameter(small, requires_grad=False)
+        module._parameters["weight"] = nn.Parameter(small, requires_grad=False)  # meta while we build, not now
+        found = module(torch.arange(4)[None])[0]
+    except Exception:  # a class that wants other arguments, or more than a table
+        return None
+    finally:
+        module.weight, module.padding_idx = weight, padding
+    if found.shape != small.shape:
+        return None
+    factor = float((found * small).sum() / (small * small).sum())
+    return factor if torch.allclose(found, factor * small, rtol=1e-6, atol=0) else None
+
+
+def _as_rms_norm(module: nn.Module) -> RmsNorm | None:
+    """Return our norm that computes the same as a module; None where there is none."""
+    if "norm" not in type(module).__name__.lower() or isinstance(module, RmsNorm):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
+        return None
+    if any(value is not None for value in module._buffers.values()):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
+    if not isinstance(eps, float):
+        return None
+    rows = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0))
+    rows[1] *= 1e-3  # where eps shows
+    try:
+        found = module(rows)
+    except Exception:
+        return None
+    for scale in (weight, 1.0 + weight):
+        scale = scale.detach().float().clone()
+        made = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * scale
+        if found.shape == made.shape and torch.allclose(found, made, rtol=1e-5, atol=1e-7):
+            return RmsNorm(scale, eps)
+    return None

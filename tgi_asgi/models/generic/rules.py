@@ -1,0 +1,89 @@
+"""Which keys a query sees: read off the mask functions of `transformers`, never off a configuration.
+
+A mask function is a predicate (batch, head, query index, key index) -> bool. It is the authority: models carry
+`sliding_window` that they ignore, and windows that no field names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PAIRS = 4096  # random ones that a rule is held to
+_UNKNOWN, _BIDIRECTIONAL = -(1 << 30), -(1 << 29)
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A query at position q sees keys k <= q, of these:
+
+    Attributes:
+        window: those with q - k < window; None: all.
+        chunk: those with q // chunk == k // chunk; None: all.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        if self.window is not None:
+            return f"window {self.window}"
+        return "causal" if self.chunk is None else f"chunks of {self.chunk}"
+
+
+class UnknownRule(ValueError):
+    """A layer's mask is none that the kernels have."""
+
+
+def rule_of(sees: MaskFunction, length: int) -> int:
+    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads."""
+    everywhere = torch.arange(length)
+    first = _call(sees, everywhere, torch.zeros_like(everywhere))
+    ahead = _call(sees, everywhere[:-1], everywhere[1:])
+    if bool(ahead.all()) and bool(first.all()):
+        return _BIDIRECTIONAL
+    hidden = (~first).nonzero()
+    size = int(hidden[0]) if hidden.numel() else 0  # the first query that does not see the first key
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(length, (_PAIRS,), generator=generator)
+    near = (queries - torch.randint(min(2 * size + 2, length), (_PAIRS,), generator=generator)).clamp(min=0)
+    far = torch.randint(length, (_PAIRS,), generator=generator)
+    queries, keys = torch.cat([queries, queries]), torch.cat([near, far])
+    found = _call(sees, queries, keys)
+    for code in (size, -size):
+        if torch.equal(found, _sees(code, queries, keys)):
+            return code
+    return _UNKNOWN
+
+
+def decode_rule(code: int) -> Rule:
+    """Return the rule that a number stands for.
+
+    Raises:
+        UnknownRule: it stands for none that a decoder has.
+    """
+    if code == _UNKNOWN:
+        raise UnknownRule("a mask that is neither causal nor a window nor chunks")
+    if code == _BIDIRECTIONAL:
+        raise UnknownRule("attention in both directions")
+    return Rule(window=code if code > 0 else None, chunk=-code if code < 0 else None)
+
+
+def _sees(code: int, queries: Tensor, keys: Tensor) -> Tensor:
+    is_seen = keys <= queries
+    if code > 0:
+        is_seen &= queries - keys < code
+    elif code < 0:
+        is_seen &= queries // -code == keys // -code
+    return is_seen
+
+
+def _call(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=torch.long)
+    found = sees(zero, zero, queries, keys)
+    return torch.as_tensor(found, dtype=torch.bool).expand(queries.shape)

@@ -1,0 +1,178 @@
+"""Fills a module that has no weights: names and conversions are those of `transformers`, packing is ours.
+
+What `transformers` renames keeps the file's own bytes, also where they are quantised. What it converts (experts
+joined, projections split) goes through its own operations, one target at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.modules import PackedExperts, PackedModule
+from tgi_asgi.models.loading import Weights
+
+# What older checkpoints hold and nothing reads: it is computed, or was a mask.
+_UNUSED = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
+    r"|position_ids$|token_type_ids$"
+)
+
+
+@dataclass(slots=True)
+class _Target:
+    """One tensor of the module, and what it is made of."""
+
+    converter: Any = None
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (name, the converter's pattern)
+
+
+class Filler:
+    """Gives each tensor of a checkpoint to the module that wants it.
+
+        Filler(model, weights, packed).fill()
+
+    Made before any module is replaced: names are matched against those that the module has now.
+
+    Args:
+        packed: takes what belongs to a module of ours; returns False where it is none.
+    """
+
+    def __init__(
+        self, model: Any, weights: Weights, place: Callable[[str, ops.WeightSource | Tensor], bool]
+    ) -> None:
+        self._model, self._weights, self._place = model, weights, place
+        self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._targets = self._plan()
+
+    def _plan(self) -> dict[str, _Target]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        known = dict.fromkeys(self._shapes, True)
+        prefix = self._model.base_model_prefix
+        targets: dict[str, _Target] = {}
+        for name in sorted(self._weights.names(), key=dot_natural_key):
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if renamed not in known and name in known:
+                renamed, pattern = rename_source_key(name, [], [], prefix, known)
+            if renamed not in known:
+                self._check_unused(name)
+                continue
+            target = targets.setdefault(renamed, _Target())
+            if pattern is not None and target.converter is None:
+                target.converter = copy.deepcopy(by_pattern[pattern])
+            target.sources.append((name, pattern or name))
+        return targets
+
+    def _check_unused(self, name: str) -> None:
+        """Refuse a tensor that the module has no place for, unless its class says that it is of no use."""
+        ignored: Iterable[str] = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if _UNUSED.search(name) or any(re.search(pattern, name) for pattern in ignored):
+            return
+        raise ModelLoadError(
+            f"the model's files hold the tensor {name!r}, which {type(self._model).__name__} of transformers "
+            "has no place for: the model would compute something else"
+        )
+
+    def fill(self) -> None:
+        """Load everything.
+
+        Raises:
+            ModelLoadError: a tensor is missing, does not fit, or belongs nowhere.
+        """
+        given: set[str] = set()
+        for name, target in self._targets.items():
+            if target.converter is None:
+                if len(target.sources) > 1:
+                    raise ModelLoadError(f"{[each for each, _ in target.sources]} are all {name!r}")
+                self._give(name, self._weights.get(target.sources[0][0], self._shapes[name]))
+                given.add(name)
+                continue
+            for made, tensor in self._convert(name, target).items():
+                self._give(made, tensor)
+                given.add(made)
+        self._tie(given)
+        self._check_missing(given)
+
+    def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
+        for source, pattern in target.sources:
+            target.converter.add_tensor(name, source, pattern, lambda source=source: self._tensor(source))
+        try:
+            made = target.converter.convert(name, model=self._model, config=self._model.config)
+        except ModelLoadError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(f"{name!r} cannot be made of {target.sources[0][0]!r}: {error}") from error
+        found = {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        for key, value in found.items():
+            if key not in self._shapes or tuple(value.shape) != self._shapes[key]:
+                raise ModelLoadError(
+                    f"{key!r} becomes {list(value.shape)}, but the model has {list(self._shapes.get(key, ()))}"
+                )
+        return found
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor of the file, of the type that it has there."""
+        shape = self._weights.shape(name)
+        return ops.plain_tensor(self._weights.get(name, shape).in_order()).reshape(shape)
+
+    def _give(self, name: str, value: ops.WeightSource | Tensor) -> None:
+        if self._place(name, value):
+            return
+        tensor = value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+        owner, leaf = owner_of(self._model, name)
+        wanted = getattr(owner, leaf)
+        tensor = tensor.reshape(wanted.shape).to(wanted.dtype, copy=True)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _tie(self, given: set[str]) -> None:
+        """Let what the class ties, and the file does not have, be what it is tied to."""
+        for name, source in self._tied.items():
+            if name in given or source not in given:
+                continue
+            owner, leaf = owner_of(self._model, name)
+            other, other_leaf = owner_of(self._model, source)
+            both = isinstance(owner, PackedModule) and isinstance(other, PackedModule)
+            if both and leaf == "weight" and owner.bias is None and other.bias is None:
+                owner.made = other.made
+            elif not isinstance(owner, PackedModule) and not isinstance(other, PackedModule):
+                owner._parameters[leaf] = getattr(other, other_leaf)
+            else:
+                self._give(name, self._weights.get(self._targets[source].sources[0][0], self._shapes[name]))
+            given.add(name)
+
+    def _check_missing(self, given: set[str]) -> None:
+        ignored: Sequence[str] = getattr(self._model, "_keys_to_ignore_on_load_missing", None) or ()
+        buffers = {name for name, _ in self._model.named_buffers()}
+        for name in self._shapes:
+            if name in given or name in buffers or any(re.search(pattern, name) for pattern in ignored):
+                continue
+            raise ModelLoadError(f"there is no tensor {name!r} in the model's files, which the model needs")
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that a tensor belongs to, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

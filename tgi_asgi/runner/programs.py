@@ -1,0 +1,82 @@
+"""What a CPU runner runs: a program of steps and the pools that it writes to, of either kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from tgi_asgi import _C, ops
+from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.runner.kv import KvSize
+
+SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
+
+
+class Program(Protocol):
+    """Computes steps; the methods are those of `ops.CpuProgram`."""
+
+    @property
+    def native(self) -> _C.Program | None:
+        """The same in the extension, where steps need no Python."""
+
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...
+
+    def run_head(self, rows: Sequence[int]) -> Tensor: ...
+
+    def draw(
+        self,
+        batch: ops.FlatRows,
+        rows: Sequence[int],
+        slots: Sequence[int],
+        state: ops.SampleState,
+        mask: npt.NDArray[np.int32] | None = None,
+    ) -> ops.SampleResult: ...
+
+
+class Pools:
+    """The memory of keys and values: a pool a shape, of the same blocks."""
+
+    def __init__(self, config: ServedConfig, size: KvSize) -> None:
+        self.all = [
+            ops.KvPool(
+                num_layers=cache.num_layers,
+                num_blocks=size.num_blocks,
+                num_kv_heads=cache.num_kv_heads,
+                head_dim=cache.head_dim,
+                value_dim=cache.value_dim,
+                block_size=size.block_size,
+                dtype=size.dtype,
+            )
+            for cache in config.caches
+        ]
+        for pool in self.all:
+            pool.supply(SUPPLIED_BYTES // len(self.all))
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to), as `KvPool.copy`."""
+        for pool in self.all:
+            pool.copy(pairs)
+
+    def close(self) -> None:
+        """End the pools' threads. Idempotent."""
+        for pool in self.all:
+            pool.close()
+
+
+def make_program(
+    model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int
+) -> Program:
+    """Make what runs a model's steps over these pools."""
+    if isinstance(model, GenericModel):
+        return model.program(pools.all, max_context)
+    (pool,) = pools.all
+    return ops.CpuProgram(
+        record(model, pool.layers), max_tokens=max_step_tokens, max_sequences=max_batch_size,
+        max_rows=max_batch_size, max_context=max_context,
+    )  # fmt: skip
