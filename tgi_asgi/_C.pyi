@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 _Ints = npt.NDArray[np.int32]
 _Floats = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]  # of any strides, the last axis's elements side by side
 _Bytes = npt.NDArray[np.uint8]
 # Of `sample` and `Program.draw`: token ids, whether logits were finite, log-probabilities, the most probable
 # ids, theirs, and how many of these there are; an entry a row.
@@ -116,6 +117,7 @@ class KvPool:
         num_blocks: int,
         num_kv_heads: int,
         head_dim: int,
+        value_dim: int,
         block_size: int,
         precision: str,
     ) -> None: ...
@@ -129,6 +131,8 @@ class KvPool:
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
     @property
     def block_bytes(self) -> int: ...
     @property
@@ -256,6 +260,20 @@ class Heads:
         k_norm: _Floats | None = None,
     ) -> None: ...
 
+class AttentionSpec:
+    """How a layer attends, see `tgi_asgi.ops.AttentionSpec`."""
+
+    def __init__(
+        self,
+        *,
+        scale: float,
+        window: int | None = None,
+        chunk: int | None = None,
+        soft_cap: float | None = None,
+        sinks: _Floats | None = None,
+        slopes: _Floats | None = None,
+    ) -> None: ...
+
 class Program:
     """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
 
@@ -292,7 +310,7 @@ class Program:
         pool: KvPool,
         layer: int,
         true_dim: int,
-        window: int | None,
+        spec: AttentionSpec,
         out: Activation | None = None,
         rows: Rows | None = None,
     ) -> None: ...
@@ -323,6 +341,38 @@ class Program:
     def num_operators(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+
+# Operators on others' tensors.
+
+class PagedAttention:
+    """See `tgi_asgi.ops.PagedAttention`."""
+
+    def __init__(self, *, max_context: int) -> None: ...
+    def begin(self, batch: FlatRows, visible_until: _Ints | None = None) -> None: ...
+    def run(
+        self,
+        pool: KvPool,
+        layer: int,
+        q: FloatArray,
+        k: FloatArray | None,
+        v: FloatArray | None,
+        out: FloatArray,
+        spec: AttentionSpec,
+    ) -> None: ...
+
+def linear_rows(weight: Matrix, bias: _Floats | None, x: FloatArray, out: FloatArray, precision: str) -> None:
+    """Write x @ weight.T (+ bias) to out [n, stored rows]."""
+
+def gate_up_rows(
+    weight: Matrix, bias: _Floats | None, x: FloatArray, out: FloatArray, precision: str, activation: str
+) -> None:
+    """Write f(gate) * up to out [n, half the stored rows]."""
+
+def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> None:
+    """Write factor * table[ids] to out [n, stored columns]."""
+
+def norm_rows(x: FloatArray, weight: _Floats, eps: float, out: FloatArray) -> None:
+    """Write x / rms(x) * weight to out [n, columns]."""
 
 class StepQueue:
     """Steps on their way from the event loop to the thread that computes them, and back.

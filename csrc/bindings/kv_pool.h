@@ -17,7 +17,7 @@ namespace tgi {
 class KvPool {
  public:
   KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-         int64_t block_size, const std::string& precision);
+         int64_t value_dim, int64_t block_size, const std::string& precision);
 
   // A layer's part [block][keys, values][KV head].
   cpu::step::KvLayerView layer(int64_t index) const;
@@ -26,6 +26,7 @@ class KvPool {
   int64_t block_size() const { return view_.block_size; }
   int64_t num_kv_heads() const { return view_.num_heads; }
   int64_t head_dim() const { return view_.head_dim; }
+  int64_t value_dim() const { return view_.value_dim; }
   int64_t block_bytes() const { return view_.block_stride; }
   cpu::step::Precision precision() const { return view_.precision; }
 

@@ -116,6 +116,26 @@ const char* precision_name(step::Precision precision) {
                                                : "float32";
 }
 
+void check_product(const step::PackedMatrix& weight, step::Precision precision,
+                   int64_t unit_strips) {
+  check(
+      precision == step::Precision::kFloat32 ||
+          (precision == step::Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
+          (precision == step::Precision::kBF16 && weight.format == step::Format::kBF16),
+      "this weight's format cannot be multiplied in ", precision_name(precision));
+  check(weight.num_rows % (unit_strips * step::kStripRows) == 0,
+        "the weight must have a multiple of ", unit_strips * step::kStripRows, " rows, got ",
+        weight.num_rows);
+}
+
+int64_t scratch_floats(const step::PackedMatrix& weight, step::Precision precision,
+                       int64_t unit_strips) {
+  const bool is_widened = precision == step::Precision::kFloat32 &&
+                          weight.format != step::Format::kF32 &&
+                          weight.format != step::Format::kF16;
+  return is_widened ? unit_strips * step::kStripRows * weight.num_columns : 0;
+}
+
 void bind_matrices(py::module_& module) {
   py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
       .def(py::init<>());

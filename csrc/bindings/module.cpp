@@ -9,8 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "bindings/attention_spec.h"
+#include "bindings/direct.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
+#include "bindings/paged_attention.h"
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
@@ -120,6 +123,9 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_kv_pool(module);
   tgi::bind_sampling(module);
   tgi::bind_rows(module);
+  tgi::bind_attention_spec(module);
   tgi::bind_program(module);
+  tgi::bind_paged_attention(module);
+  tgi::bind_direct(module);
   tgi::bind_step_queue(module);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bindings/activation.h"
+#include "bindings/float_tensors.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -20,8 +21,6 @@ MlpActivation activation_of(const std::string& name) {
   return *found;
 }
 
-constexpr int64_t kFloatBytes = sizeof(float);
-
 // Operators that write an activation without copies of the members' own.
 const step::Activation& shared(const ActivationPtr& out) {
   out->is_private = false;
@@ -35,8 +34,7 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
       max_sequences_(max_sequences),
       max_rows_(max_rows),
       max_context_(max_context),
-      num_members_(cpu::num_threads()),
-      split_(static_cast<size_t>(num_members_) + 1) {
+      num_members_(cpu::num_threads()) {
   check_size(max_tokens, "max_tokens");
   check_size(max_sequences, "max_sequences");
   check_size(max_rows, "max_rows");
@@ -127,7 +125,8 @@ void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
   check_num_rows(*out, "out");
   keep(rows->memory);
   keep(out->memory);
-  forward_.add(step::kernels().pack, step::PackParams{rows->data(), shared(out)});
+  forward_.add(step::kernels().pack,
+               step::PackParams{rows->data(), rows->num_columns, rows->num_columns, shared(out)});
 }
 
 void Program::linear(const Product& product, const RowsPtr& out, int64_t first_column) {
@@ -157,7 +156,7 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
   check_before_end("qkv");
   check(products.size() == 1 || products.size() == 3, "`products` must be one or three");
   step::QkvParams params = {};
-  params.heads = head_params(heads, out);
+  params.heads = head_params(heads, true, out);
   params.num_parts = static_cast<int32_t>(products.size());
   const int64_t strips = params.heads.kv.num_strips();
   const int64_t unit_strips = heads.q_norm ? strips : 1;
@@ -181,7 +180,7 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, 
                         const QueryPtr& out) {
   if (has_keys || heads.cosines) check_before_end("rotated or written heads");
   step::HeadRowsParams params = {};
-  params.heads = head_params(heads, out);
+  params.heads = head_params(heads, has_keys, out);
   const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
   const int64_t num_kv_heads = params.heads.kv.num_heads;
   check_rows_buffer(rows, (heads.num_heads + (has_keys ? 2 * num_kv_heads : 0)) * width, "rows");
@@ -199,21 +198,24 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, 
 }
 
 void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
-                        std::optional<int64_t> window, const ActivationPtr& out,
-                        const RowsPtr& rows) {
+                        const SpecPtr& spec, const ActivationPtr& out, const RowsPtr& rows) {
   check_num_rows(*q, "q");
   const step::KvLayerView kv = use_pool(pool, layer, q->num_heads);
   check(q->row_bytes == q->num_heads * kv.query_bytes(), "`q` must be of this pool's kind");
-  check(true_dim > 0 && true_dim <= kv.head_dim, "`true_dim` must be in [1, ", kv.head_dim,
+  check(true_dim > 0 && true_dim <= kv.value_dim, "`true_dim` must be in [1, ", kv.value_dim,
         "], got ", true_dim);
-  check(!window || *window > 0, "`window` must be positive");
   const int64_t width = q->num_heads * true_dim;
   step::AttentionParams params = {};
   params.q = q->memory.get();
   params.kv = kv;
   params.num_heads = q->num_heads;
   params.true_dim = true_dim;
-  params.window = window.value_or(INT64_MAX);
+  params.rule = spec->rule();
+  const auto found = std::find(rules_.begin(), rules_.end(), params.rule);
+  params.split = found - rules_.begin();
+  if (found == rules_.end()) rules_.push_back(params.rule);
+  params.scores = spec->scores(q->num_heads);
+  specs_.push_back(spec);
   params.partials = workspace_->partials();
   check((out == nullptr) != (rows == nullptr), "either `out` or `rows` is written");
   if (out != nullptr) {
@@ -292,17 +294,10 @@ void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows
 step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips,
                                           bool for_logits) {
   const step::PackedMatrix& weight = product.weight.packed;
-  const Precision precision = product.in->view.precision;
   check(product.in->view.num_columns == weight.num_columns, "the input must have ",
         weight.num_columns, " columns, got ", product.in->view.num_columns);
   check_num_rows(*product.in, "source", for_logits);
-  check(precision == Precision::kFloat32 ||
-            (precision == Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
-            (precision == Precision::kBF16 && weight.format == step::Format::kBF16),
-        "this weight's format cannot be multiplied in ", precision_name(precision));
-  check(weight.num_rows % (unit_strips * step::kStripRows) == 0,
-        "the weight must have a multiple of ", unit_strips * step::kStripRows, " rows, got ",
-        weight.num_rows);
+  check_product(weight, product.in->view.precision, unit_strips);
   keep(product.weight.memory);
   keep(product.in->memory);
   step::LinearParams params = {};
@@ -313,17 +308,17 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
     check_shape(*product.bias, "bias", {weight.num_rows});
     params.bias = keep(*product.bias);
   }
-  if (precision == Precision::kFloat32 && weight.format != step::Format::kF32 &&
-      weight.format != step::Format::kF16) {
-    params.scratch_floats = unit_strips * step::kStripRows * weight.num_columns;
-    params.scratch = scratch_of(num_members_ * params.scratch_floats);
-  }
+  params.scratch_floats = scratch_floats(weight, params.in.precision, unit_strips);
+  if (params.scratch_floats > 0) params.scratch = scratch_of(num_members_ * params.scratch_floats);
   return params;
 }
 
-step::HeadParams Program::head_params(const Heads& heads, const QueryPtr& out) {
+step::HeadParams Program::head_params(const Heads& heads, bool has_values, const QueryPtr& out) {
   step::HeadParams params = {};
   params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
+  check(!has_values || params.kv.head_dim == params.kv.value_dim,
+        "a recorded step writes keys and values of one width, got ", params.kv.head_dim, " and ",
+        params.kv.value_dim);
   check(heads.true_dim > 0 && heads.true_dim <= params.kv.head_dim, "`true_dim` must be in [1, ",
         params.kv.head_dim, "], got ", heads.true_dim);
   check(out->num_heads == heads.num_heads &&
@@ -358,7 +353,7 @@ step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t 
     pool_ = pool;
     num_heads_ = num_heads;
     workspace_ =
-        std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, pool->head_dim());
+        std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, pool->value_dim());
   }
   check(pool == pool_ && num_heads == num_heads_,
         "all layers of a program must have one shape of attention");

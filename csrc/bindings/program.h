@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/attention_spec.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
 #include "bindings/rows.h"
@@ -94,9 +95,9 @@ class Program {
   // Of rows in packed order; a whole norm is over all heads of q, or of k, together.
   void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
                  const QueryPtr& out);
-  // To an activation, or to rows where a head is no multiple of 32.
+  // To an activation, or to rows where a head is no multiple of 32. The queries are scaled already.
   void attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
-                 std::optional<int64_t> window, const ActivationPtr& out, const RowsPtr& rows);
+                 const SpecPtr& spec, const ActivationPtr& out, const RowsPtr& rows);
   void gate_up(const Product& product, const std::string& activation, const ActivationPtr& out);
   void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
                const ActivationPtr& out);
@@ -127,7 +128,7 @@ class Program {
  private:
   step::LinearParams linear_params(const Product& product, int64_t unit_strips,
                                    bool for_logits = false);
-  step::HeadParams head_params(const Heads& heads, const QueryPtr& out);
+  step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   const float* keep(const Floats& array);
   void keep(const cpu::Memory& memory) { memories_.push_back(memory); }
@@ -158,6 +159,7 @@ class Program {
   PoolPtr pool_;
   step::Segment forward_, head_;
   step::StepHeader header_ = {};
+  std::vector<step::AttentionRule> rules_;  // of its layers, each once
   std::vector<step::AttentionPoint> split_;
   step::LastRows last_rows_;
   struct Gathered {
@@ -177,6 +179,7 @@ class Program {
   FlatRows batch_;             // and its arrays
   std::vector<cpu::Memory> memories_;
   std::vector<Floats> arrays_;
+  std::vector<SpecPtr> specs_;
   std::vector<std::pair<cpu::Memory, int64_t>> scratch_;
 };
 

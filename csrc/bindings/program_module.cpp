@@ -106,8 +106,9 @@ void bind_program(py::module_& module) {
            py::arg("heads"), py::arg("has_keys"), py::arg("is_whole_norm"),
            py::arg("out").none(false))
       .def("attention", &Program::attention, py::kw_only(), py::arg("q").none(false),
-           py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"), py::arg("window"),
-           py::arg("out") = ActivationPtr(), py::arg("rows") = RowsPtr())
+           py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"),
+           py::arg("spec").none(false), py::arg("out") = ActivationPtr(),
+           py::arg("rows") = RowsPtr())
       .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
            py::arg("out").none(false))
       .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate").none(false),

@@ -80,7 +80,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   step.rows = all.data();
   Input input(precision, kColumns, kTokens), packed(precision, kColumns, kTokens);
   kernels.norm({x.data(), norm_weight.data(), kColumns, 1e-5f, true, input.view, 0}, step, 0, 1);
-  kernels.pack({x.data(), packed.view}, step, 0, 1);
+  kernels.pack({x.data(), kColumns, kColumns, packed.view}, step, 0, 1);
   std::vector<float> scratch(2 * kStripRows * kColumns);
   const LinearParams linear = {weight, bias.data(), input.view, 0, scratch.data(), 0};
   std::vector<float> rows(kTokens * kRows), sums(kTokens * kRows, 3.0f), logits(kTokens * kRows);
@@ -123,8 +123,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
     cosines.push_back(static_cast<float>(i % 97 - 48) / 64.0f);
     sines.push_back(static_cast<float>(i % 89 - 44) / 64.0f);
   }
-  KvLayerView kv = {nullptr, c.precision, (kContext + 15) / 16, 0, 16, 1, c.head_dim};
-  kv.block_stride = 2 * kv.sub_block_bytes();
+  KvLayerView kv = {nullptr, c.precision, (kContext + 15) / 16, 0, 16, 1, c.head_dim, c.head_dim};
+  kv.block_stride = kv.layer_bytes();
   Bytes pool(static_cast<size_t>(kv.num_blocks * kv.block_stride + kPoolSlack), 0x7F);
   Bytes query(static_cast<size_t>(kContext * kv.query_bytes() + kPoolSlack));
   kv.data = pool.data();
@@ -144,7 +144,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   step.context_len = lengths;
   step.block_table = blocks.data();
   step.block_table_stride = kv.num_blocks;
-  split_attention(step, 1, 1, 1, split);
+  split_attention(step, {c.window}, 1, 1, 1, split);
   step.attention_split = split;
 
   kernels.norm({x.data(), ones.data(), kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);
@@ -164,7 +164,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   attention.kv = kv;
   attention.num_heads = 1;
   attention.true_dim = c.head_dim;
-  attention.window = c.window;
+  attention.rule.window = c.window;
   attention.out = out.view;
   if (c.head_dim % kBlockColumns != 0) {
     attention.rows = plain.data();

@@ -29,8 +29,9 @@ def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
 def pool() -> _C.KvPool:
     """Return a pool of one layer and one head of keys."""
     return _C.KvPool(
-        num_layers=1, num_blocks=2, num_kv_heads=1, head_dim=32, block_size=16, precision="float32"
-    )
+        num_layers=1, num_blocks=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16,
+        precision="float32",
+    )  # fmt: skip
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def write_heads(p: _C.Program, rows: Any, out: Any, *, has_keys: bool = True, **
 
 
 def attend(p: _C.Program, q: Any, **out: Any) -> None:
-    p.attention(q=q, pool=pool(), layer=0, true_dim=32, window=None, **out)
+    p.attention(q=q, pool=pool(), layer=0, true_dim=32, spec=_C.AttentionSpec(scale=1.0), **out)
 
 
 # Every operator with the buffers that it takes.
@@ -166,7 +167,7 @@ def test_a_pool_that_is_none_is_refused() -> None:
             pool=None,  # type: ignore[arg-type]
             layer=0,
             true_dim=32,
-            window=None,
+            spec=_C.AttentionSpec(scale=1.0),
             rows=rows(program),
         )
 

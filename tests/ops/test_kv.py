@@ -23,8 +23,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
     ("change", "message"),
     [
         ({"block_size": 24}, "`block_size` must be 16, 32 or 64, got 24"),
-        ({"head_dim": 15}, "`head_dim` must be even and at most 256, got 15"),
-        ({"head_dim": 258}, "`head_dim` must be even and at most 256, got 258"),
+        ({"head_dim": 15}, "`head_dim` must be even and at most 512, got 15"),
+        ({"head_dim": 514}, "`head_dim` must be even and at most 512, got 514"),
+        ({"value_dim": 7}, "`value_dim` must be even and at most 512, got 7"),
         ({"head_dim": 0}, "`head_dim` must be even"),
         ({"dtype": torch.float16}, r"`dtype` must be float32, bfloat16 or int8, got torch\.float16"),
         ({"dtype": torch.int8}, "an int8 cache would keep heads of 16 as 32: take bfloat16"),
@@ -99,15 +100,20 @@ def test_copies_that_depend_on_their_order_are_refused_before_any_is_made(
 )
 def test_a_pool_whose_bytes_no_number_counts_is_no_small_one(sizes: dict[str, int]) -> None:
     with pytest.raises(MemoryError):
-        _C.KvPool(head_dim=256, block_size=16, precision="float32", **sizes)
+        _C.KvPool(head_dim=256, value_dim=256, block_size=16, precision="float32", **sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 80, 112])
-def test_the_bytes_of_a_token_are_those_of_the_pool(dtype: torch.dtype, head_dim: int) -> None:
-    pool = poisoned_pool(num_layers=3, num_kv_heads=2, head_dim=head_dim, dtype=dtype, num_blocks=4)
+@pytest.mark.parametrize("value_dim", [None, 64])
+def test_the_bytes_of_a_token_are_those_of_the_pool(
+    dtype: torch.dtype, head_dim: int, value_dim: int | None
+) -> None:
+    pool = poisoned_pool(
+        num_layers=3, num_kv_heads=2, head_dim=head_dim, value_dim=value_dim, dtype=dtype, num_blocks=4
+    )
     held = pool.native.memory().nbytes
-    assert ops.kv_bytes_per_token(3, 2, head_dim, dtype) * 4 * 16 == held
+    assert ops.kv_bytes_per_token(3, 2, head_dim, dtype, value_dim) * 4 * 16 == held
 
 
 # Memory that the system supplies before it is written.

@@ -1,4 +1,4 @@
-"""Causal attention of each sequence in float64: slow and obvious."""
+"""Attention of a sequence in float64: slow and obvious."""
 
 from __future__ import annotations
 
@@ -6,18 +6,41 @@ import torch
 from torch import Tensor
 
 
-def attention(q: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Attend q [n, heads, dim], the last n positions, to key and value [context, kv_heads, dim].
+def attention(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    *,
+    chunk: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    visible_until: Tensor | None = None,
+) -> Tensor:
+    """Attend q [n, heads, dim], the last n positions, to key [context, kv_heads, dim] and value.
 
-    With a window, a query sees so many positions, its own the last. Returns [n, heads * dim].
+    A query sees positions up to its own, or those before visible_until [n]; with a window so many, its own
+    the last; with chunks those of its own. Returns [n, heads * value_dim].
     """
-    n, heads, dim = q.shape
+    n, heads, _ = q.shape
     context, group = key.shape[0], heads // key.shape[1]
     key, value = (part.double().repeat_interleave(group, dim=1) for part in (key, value))
     scores = torch.einsum("qhd,khd->hqk", q.double(), key) * scale
     query_position, position = torch.arange(context - n, context)[:, None], torch.arange(context)
-    is_hidden = position > query_position
+    end = query_position + 1 if visible_until is None else visible_until[:, None]
+    is_hidden = position >= end
     if window is not None:
         is_hidden |= position <= query_position - window
+    if chunk is not None:
+        is_hidden |= position < query_position // chunk * chunk
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if slopes is not None:
+        scores = scores + slopes.double()[:, None, None] * (position - query_position)
     scores = scores.masked_fill(is_hidden, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).reshape(n, heads * dim)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(heads, n, 1)], dim=-1)
+    weights = scores.softmax(-1)[..., :context]
+    return torch.einsum("hqk,khd->qhd", weights, value).reshape(n, -1)

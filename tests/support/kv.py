@@ -32,11 +32,12 @@ def poisoned_pool(
     num_layers: int = 1,
     num_blocks: int = 8,
     block_size: int = 16,
+    value_dim: int | None = None,
 ) -> KvPool:
     """Make a pool of which nothing has been written."""
     pool = KvPool(
         num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        block_size=block_size, dtype=dtype,
+        block_size=block_size, dtype=dtype, value_dim=value_dim,
     )  # fmt: skip
     poison(pool)
     return pool

@@ -6,8 +6,10 @@ line: their layout is the kernels' own affair.
 """
 
 from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.attention import attention
+from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
@@ -19,6 +21,7 @@ from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add
 from tgi_asgi.ops.packing import Packing
+from tgi_asgi.ops.paged import PagedAttention
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -42,6 +45,7 @@ from tgi_asgi.ops.weights import (
 __all__ = [
     "FORMATS",
     "Arithmetic",
+    "AttentionSpec",
     "Cache",
     "CpuProgram",
     "FlatRows",
@@ -52,6 +56,7 @@ __all__ = [
     "KvPool",
     "LinearWeight",
     "Packing",
+    "PagedAttention",
     "PlanError",
     "QkvWeight",
     "RecordedBatch",
@@ -68,6 +73,7 @@ __all__ = [
     "activation",
     "attention",
     "configure_threads",
+    "direct",
     "embed",
     "flatten_rows",
     "float8_source",

@@ -41,7 +41,7 @@ class Uses:
             self._touch(call.out, index)
             if (
                 isinstance(call, calls.Attention)
-                and self._scales.setdefault(call.q, call.scale) != call.scale
+                and self._scales.setdefault(call.q, call.spec.scale) != call.spec.scale
             ):
                 raise ValueError("a query can be attended with one scale only")
         for value in (*inputs, *outputs):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
@@ -75,14 +76,14 @@ class Qkv(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attention(Call):
-    """out = softmax(scale * q @ keys) @ values"""
+    """out = softmax(scores) @ values, of scores as the spec says"""
 
     q: Value
     cache: Cache
     head_dim: int
+    value_dim: int
     rotary_dim: int | None  # of queries that no `qkv` has made
-    scale: float
-    window: int | None
+    spec: AttentionSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)

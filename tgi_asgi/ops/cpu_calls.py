@@ -131,10 +131,10 @@ class CpuCalls:
         layer = _layer_of(call.cache)
         shape: dict[str, Any] = {
             "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
-            "true_dim": call.head_dim, "window": call.window,
+            "true_dim": call.value_dim, "spec": call.spec.native,
         }  # fmt: skip
         precisions = self._uses.precisions(call.out)
-        if call.head_dim % layout.STRIP == 0 and len(precisions) == 1:
+        if call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
             out = self.buffers.activation(call.out, precisions[0])
             self._native.attention(**shape, out=out)
             return
@@ -203,7 +203,7 @@ class CpuCalls:
             layer=layer.index,
             num_heads=heads,
             true_dim=call.head_dim,
-            scale=call.scale,
+            scale=call.spec.scale,
         )
         rows = self.buffers.of(call.q, "rows")
         self._native.head_rows(rows=rows, heads=shape, has_keys=False, is_whole_norm=False, out=query)

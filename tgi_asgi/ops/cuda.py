@@ -68,6 +68,11 @@ class CudaKvLayer:
         """Dims of a head."""
         return int(self.pool.shape[4])
 
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head of values."""
+        return self.head_dim
+
 
 def make_cuda_pools(
     num_layers: int,
@@ -258,7 +263,10 @@ class CudaProgram:
 
     def _attention(self, call: calls.Attention) -> None:
         """Sequences of one token by one kernel, the others by another."""
-        layer = _layer_of(call.cache)
+        layer, spec = _layer_of(call.cache), call.spec
+        for name in ("chunk", "soft_cap", "sinks", "slopes"):
+            if getattr(spec, name) is not None:
+                raise ValueError(f"attention with `{name}` is not among the CUDA kernels")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
         heads = call.q.columns // head_dim
         query = self._in(call.q).view(self._max_tokens, heads, head_dim)
@@ -267,7 +275,7 @@ class CudaProgram:
             self._max_sequences, self._max_blocks, block_size, heads, head_dim
         )
         workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
-        seen = call.window or 0  # as the kernels have it, 0 is all
+        seen = spec.window or 0  # as the kernels have it, 0 is all
         if self._planned is None:  # the first layer's plan serves all
             self._planned = (block_size, seen)
             self._launches.append(lambda batch: _plan(batch, block_size, seen, workspace))
@@ -276,7 +284,7 @@ class CudaProgram:
 
         def launch(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
-            scales = (call.scale, layer.key_scale, layer.value_scale)
+            scales = (spec.scale, layer.key_scale, layer.value_scale)
             if d > 0:
                 _kernels.attention_decode(
                     query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *scales,

@@ -12,13 +12,15 @@ from tgi_asgi import _C
 from tgi_asgi.ops.layout import STRIP
 
 BLOCK_SIZES = (16, 32, 64)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 _MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips
 _PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
-def kept_dim(head_dim: int, dtype: torch.dtype) -> int:
+def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
     """Return how many dims of a head the cache keeps: all that there are; int8 pads them to strips of 32.
+
+    `name` is what a message calls them.
 
     Raises:
         ValueError: the cache cannot have this head size, or this dtype.
@@ -26,7 +28,7 @@ def kept_dim(head_dim: int, dtype: torch.dtype) -> int:
     if dtype not in _PRECISIONS:
         raise ValueError(f"`dtype` must be float32, bfloat16 or int8, got {dtype}")
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"`head_dim` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"`{name}` must be even and at most {MAX_HEAD_DIM}, got {head_dim}")
     if dtype is not torch.int8:
         return head_dim
     padded = -(-head_dim // STRIP) * STRIP
@@ -35,15 +37,17 @@ def kept_dim(head_dim: int, dtype: torch.dtype) -> int:
     return padded
 
 
-def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return what a token takes in the caches of all layers.
+def kv_bytes_per_token(
+    num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, value_dim: int | None = None
+) -> int:
+    """Return what a token takes in the caches of all layers; values have `value_dim` dims, None: `head_dim`.
 
     Raises:
         ValueError: as `kept_dim`.
     """
-    kept = kept_dim(head_dim, dtype)
+    kept = kept_dim(head_dim, dtype) + kept_dim(value_dim or head_dim, dtype, "value_dim")
     scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # of float16, one a strip
-    return 2 * num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
+    return num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
 
 
 class Cache(Protocol):
@@ -51,7 +55,11 @@ class Cache(Protocol):
 
     @property
     def head_dim(self) -> int:
-        """Dims of a head, without padding."""
+        """Dims of a head of keys, without padding."""
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head of values, without padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,13 @@ class KvLayer:
 
     @property
     def head_dim(self) -> int:
-        """Dims of a head, without padding."""
+        """Dims of a head of keys, without padding."""
         return self.pool.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head of values, without padding."""
+        return self.pool.value_dim
 
 
 class KvPool:
@@ -74,7 +87,8 @@ class KvPool:
         q = ops.qkv(a, weight, pool.layers[0], rope)
 
     A block's keys and values of all layers lie together. Inside a layer [keys, values][KV head], in
-    sub-blocks of 16 tokens, see KvLayerView in csrc/cpu/step/step.h.
+    sub-blocks of 16 tokens, see KvLayerView in csrc/cpu/step/step.h. Values have `value_dim` dims a
+    head, None: as many as keys.
 
     Raises:
         ValueError: a size or dtype that the kernels do not have.
@@ -93,12 +107,15 @@ class KvPool:
         head_dim: int,
         block_size: int,
         dtype: torch.dtype,
+        value_dim: int | None = None,
     ) -> None:
         self.num_blocks, self.num_kv_heads, self.head_dim = num_blocks, num_kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
         self.block_size, self.dtype = block_size, dtype
         self.native = _C.KvPool(
             num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads,
-            head_dim=kept_dim(head_dim, dtype), block_size=block_size, precision=_PRECISIONS[dtype],
+            head_dim=kept_dim(head_dim, dtype), value_dim=kept_dim(self.value_dim, dtype, "value_dim"),
+            block_size=block_size, precision=_PRECISIONS[dtype],
         )  # fmt: skip
         self.layers = [KvLayer(self, index) for index in range(num_layers)]
 

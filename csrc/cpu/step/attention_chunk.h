@@ -22,28 +22,42 @@ constexpr int64_t ahead_of(Precision precision) {
 constexpr int64_t softmax_ahead_of(Precision precision) {
   return precision == Precision::kInt8 ? 8 : 6;
 }
-constexpr int64_t kMaxHeadDim = 256;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // A row tile of one sequence and KV head: rows [first, first + count) of its query tokens times
 // grouped heads.
 struct RowTile {
   const uint8_t* query[kAttentionRows];
-  int64_t visible[kAttentionRows];  // tokens of context that a row may see, ascending
-  int64_t hidden[kAttentionRows];   // and of these the first that its window hides
-  BlockSlot out[kAttentionRows];    // where the first 32 columns of its result go,
-  float* rows[kAttentionRows];      // or all of them as plain floats
+  int64_t position[kAttentionRows];  // of a row's token in its context
+  int64_t visible[kAttentionRows];   // tokens of context that a row may see,
+  int64_t hidden[kAttentionRows];    // and of these the first that its window or chunk hides
+  int64_t head[kAttentionRows];
+  BlockSlot out[kAttentionRows];  // where the first 32 columns of its result go,
+  float* rows[kAttentionRows];    // or all of them as plain floats
   int64_t count;
-  int64_t longest;      // the largest of `visible`
-  int64_t first_chunk;  // that is not hidden from all rows
-  bool is_cold;         // the tile before had other keys and values
+  int64_t longest, shortest;  // the largest and the smallest of `visible`
+  int64_t most_hidden;        // the largest of `hidden`
+  int64_t first_chunk;        // that is not hidden from all rows
+  bool is_cold;               // the tile before had other keys and values
 };
 
 // What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.
 struct RowState {
-  alignas(64) float sums[kAttentionRows][kMaxHeadDim];
+  alignas(64) float sums[kAttentionRows * kMaxHeadDim];
   float maximum[kAttentionRows];
   float total[kAttentionRows];
+  int64_t stride;  // sums of a row: whole vectors, and no more, or rows would share sets of L1
+
+  explicit RowState(int64_t value_dim) : stride((value_dim + 15) / 16 * 16) {}
+  float* row(int64_t r) { return sums + r * stride; }
+  const float* row(int64_t r) const { return sums + r * stride; }
+};
+
+// Of one layer.
+struct ChunkShape {
+  int64_t head_dim;  // of keys, as kept
+  int64_t value_dim;
+  const ScoreParams* scores;  // null where scores stay as they are
 };
 
 struct Chunk {
@@ -140,8 +154,8 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     }
   }
   float* const out = scores + 16 * b;
-  if (tile.visible[0] >= chunk.begin + 16 * (b + Blocks) &&
-      tile.hidden[Rows - 1] <= chunk.begin + 16 * b) {
+  if (tile.shortest >= chunk.begin + 16 * (b + Blocks) &&
+      tile.most_hidden <= chunk.begin + 16 * b) {
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       TGI_UNROLL(4)
@@ -178,18 +192,44 @@ void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, flo
   }
 }
 
+// Scores capped, and with what their distance adds; hidden ones stay so.
+template <class S, int Rows>
+void change_scores(const RowTile& tile, const Chunk& chunk, const ScoreParams& p, float* scores) {
+  alignas(64) static constexpr float kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                   8, 9, 10, 11, 12, 13, 14, 15};
+  const auto lanes = S::load(kLanes), one = S::set1(1.0f);
+  const auto cap = S::set1(p.cap), steepness = S::set1(p.cap == 0 ? 0 : 2 * kFloatLog2E / p.cap);
+  for (int64_t r = 0; r < Rows; ++r) {
+    const auto slope = S::set1(p.slopes == nullptr ? 0 : p.slopes[tile.head[r]]);
+    for (int64_t b = 0; b < chunk.num_blocks; ++b) {
+      const int64_t begin = chunk.begin + 16 * b;
+      float* const at = scores + r * kChunkTokens + 16 * b;
+      auto score = S::load(at);
+      if (p.cap != 0) {  // tanh(y) = 1 - 2 / (e^2y + 1)
+        const auto e = exp2<S, false>(S::mul(score, steepness));
+        score = S::mul(cap, S::sub(one, S::div(S::set1(2.0f), S::add(e, one))));
+      }
+      if (p.slopes != nullptr) {  // whole numbers below 2^24 are exact
+        const auto distance = S::set1(static_cast<float>(begin - tile.position[r]));
+        score = S::fma(slope, S::add(distance, lanes), score);
+      }
+      S::store(at, keep_visible<S>(tile, static_cast<int>(r), begin, score));
+    }
+  }
+}
+
 // Fetches the values that follow those which the scores' loop has fetched.
 template <class S, Precision precision>
 class ValueFetch {
  public:
-  ValueFetch(const Chunk& chunk, int64_t head_dim, int64_t num_steps) : chunk_(chunk) {
+  ValueFetch(const Chunk& chunk, int64_t value_dim, int64_t num_steps) : chunk_(chunk) {
     constexpr int64_t kBytes = precision == Precision::kInt8   ? 17  // of a dim in a sub-block
                                : precision == Precision::kBF16 ? 32
                                                                : 64;
     block_ = ahead_of(precision);
     const int64_t stop = block_ + softmax_ahead_of(precision);
     stop_ = stop < chunk.num_blocks ? stop : chunk.num_blocks;
-    lines_ = (kBytes * head_dim + 63) / 64;
+    lines_ = (kBytes * value_dim + 63) / 64;
     share_ = stop_ > block_ && chunk.is_cold
                  ? ((stop_ - block_) * lines_ + num_steps - 1) / num_steps
                  : 0;
@@ -212,10 +252,10 @@ class ValueFetch {
 // Scores to weights: maximum and total of each row; weights in the precision that the values are
 // multiplied in, or float32 before they become integers (which may take the place of the scores).
 template <class S, Precision precision, int Rows>
-void chunk_softmax(const Chunk& chunk, int64_t head_dim, float* scores, uint8_t* weights,
+void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t* weights,
                    RowState& state) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
-  ValueFetch<S, precision> values(chunk, head_dim, chunk.num_blocks);
+  ValueFetch<S, precision> values(chunk, value_dim, chunk.num_blocks);
   typename S::F largest[Rows];
   TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) largest[r] = S::set1(kMinusInfinity);
@@ -262,7 +302,7 @@ inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, in
 
 // Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>
-void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, int64_t first_dim,
+void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim, int64_t first_dim,
                   RowState& state) {
   using Kv = KvTraits<S, precision>;
   constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
@@ -281,7 +321,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
     const uint8_t* ahead = fetched_beside(chunk, precision, b);
     ahead = ahead == nullptr ? values : ahead + first_dim * 4;
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
-      const int64_t row_bytes = t / kStepTokens * head_dim * 4;
+      const int64_t row_bytes = t / kStepTokens * value_dim * 4;
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) {
         if (is_cold) fetch_stream<S>(ahead + row_bytes + 64 * v);
@@ -306,31 +346,34 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t head_dim, 
   TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(4)
-    for (int v = 0; v < Vectors; ++v) S::store(state.sums[r] + first_dim + 16 * v, sums[r][v]);
+    for (int v = 0; v < Vectors; ++v) S::store(state.row(r) + first_dim + 16 * v, sums[r][v]);
   }
 }
 
 template <class S, Precision precision, int Rows>
-void attend_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, RowState& state) {
+void attend_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
+                  RowState& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
-  chunk_scores<S, precision, Rows>(tile, chunk, head_dim, scores);
-  chunk_softmax<S, precision, Rows>(chunk, head_dim, scores, weights, state);
+  const int64_t value_dim = shape.value_dim;
+  chunk_scores<S, precision, Rows>(tile, chunk, shape.head_dim, scores);
+  if (shape.scores != nullptr) change_scores<S, Rows>(tile, chunk, *shape.scores, scores);
+  chunk_softmax<S, precision, Rows>(chunk, value_dim, scores, weights, state);
   // The last vector may go beyond the head, into what is the pool's, too.
   int64_t dim = 0;
-  for (; dim + 48 < head_dim; dim += 64) {
-    chunk_values<S, precision, Rows, 4>(chunk, weights, head_dim, dim, state);
+  for (; dim + 48 < value_dim; dim += 64) {
+    chunk_values<S, precision, Rows, 4>(chunk, weights, value_dim, dim, state);
   }
-  for (; dim + 16 < head_dim; dim += 32) {
-    chunk_values<S, precision, Rows, 2>(chunk, weights, head_dim, dim, state);
+  for (; dim + 16 < value_dim; dim += 32) {
+    chunk_values<S, precision, Rows, 2>(chunk, weights, value_dim, dim, state);
   }
-  if (dim < head_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, head_dim, dim, state);
+  if (dim < value_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, value_dim, dim, state);
 }
 
 // merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides
 // changes nothing.
 template <class S>
-void merge(RowState& merged, const RowState& next, int64_t num_rows, int64_t head_dim) {
+void merge(RowState& merged, const RowState& next, int64_t num_rows) {
   for (int64_t r = 0; r < num_rows; ++r) {
     if (next.total[r] == 0.0f) continue;
     const float maximum = next.maximum[r] > merged.maximum[r] ? next.maximum[r] : merged.maximum[r];
@@ -341,9 +384,9 @@ void merge(RowState& merged, const RowState& next, int64_t num_rows, int64_t hea
                            S::mul(S::set1(next.total[r]), new_factor)));
     merged.total[r] = total[0];
     merged.maximum[r] = maximum;
-    for (int64_t d = 0; d < head_dim; d += 16) {
-      const auto part = S::mul(S::load(next.sums[r] + d), new_factor);
-      S::store(merged.sums[r] + d, S::fma(S::load(merged.sums[r] + d), old_factor, part));
+    for (int64_t d = 0; d < merged.stride; d += 16) {
+      const auto part = S::mul(S::load(next.row(r) + d), new_factor);
+      S::store(merged.row(r) + d, S::fma(S::load(merged.row(r) + d), old_factor, part));
     }
   }
 }

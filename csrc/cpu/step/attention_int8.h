@@ -59,8 +59,9 @@ inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[B
 }
 
 template <class S, int Rows, int Blocks>
-inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
-                              float* scores) {
+inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
+                              int64_t b, float* scores) {
+  const int64_t head_dim = shape.head_dim, value_dim = shape.value_dim;
   const uint8_t* keys[Blocks];
   const uint8_t* ahead[Blocks];
   typename S::F sums[Rows][Blocks];
@@ -68,10 +69,12 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, int64_t h
     const int64_t next = b + i + ahead_of(Precision::kInt8);
     keys[i] = chunk.keys[b + i];
     ahead[i] = next < chunk.num_blocks ? chunk.keys[next] : chunk.values[next % chunk.num_blocks];
-    // Scales are read before codes: those of values in `chunk_weights`.
+    // Scales are read before codes: those of values in `int8_weights`.
     for (int64_t strip = 0; 32 * strip < head_dim; strip += 2) {
       fetch_stream<S>(ahead[i] + int8_scales(head_dim, strip));
-      fetch_stream<S>(chunk.values[b + i] + int8_scales(head_dim, strip));
+    }
+    for (int64_t strip = 0; 32 * strip < value_dim; strip += 2) {
+      fetch_stream<S>(chunk.values[b + i] + int8_scales(value_dim, strip));
     }
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
@@ -93,14 +96,14 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, int64_t h
 // bits against the chunk's largest. weights: [Rows][high, low][256]; factors: what one step of it
 // is. Tokens that a row does not see count as zero, whatever lies there.
 template <class S, int Rows>
-inline void int8_weights(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t strip,
+inline void int8_weights(const RowTile& tile, const Chunk& chunk, int64_t value_dim, int64_t strip,
                          const float* softmax, uint8_t* weights, float* factors) {
   alignas(64) float scaled[Rows * kChunkTokens];
   typename S::I largest[Rows];
   TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) largest[r] = S::izero();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    const auto scale = S::load_half(chunk.values[b] + int8_scales(head_dim, strip));
+    const auto scale = S::load_half(chunk.values[b] + int8_scales(value_dim, strip));
     TGI_UNROLL(6)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
@@ -128,8 +131,8 @@ inline void int8_weights(const RowTile& tile, const Chunk& chunk, int64_t head_d
 
 // A strip of the sums of weight times value. 256 tokens of 65,535 times 127 fit 31 bits.
 template <class S, int Rows>
-inline void int8_values(const Chunk& chunk, int64_t head_dim, int64_t strip, const uint8_t* weights,
-                        const float* factors, RowState& state) {
+inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
+                        const uint8_t* weights, const float* factors, RowState& state) {
   typename S::I high[Rows][2], low[Rows][2];
   TGI_UNROLL(6)
   for (int r = 0; r < Rows; ++r) {
@@ -145,8 +148,8 @@ inline void int8_values(const Chunk& chunk, int64_t head_dim, int64_t strip, con
       typename S::I codes[2];
       TGI_UNROLL(2)
       for (int v = 0; v < 2; ++v) {
-        fetch_stream<S>(ahead + t * head_dim + 64 * v);
-        codes[v] = S::iload(values + t * head_dim + 64 * v);
+        fetch_stream<S>(ahead + t * value_dim + 64 * v);
+        codes[v] = S::iload(values + t * value_dim + 64 * v);
       }
       TGI_UNROLL(6)
       for (int r = 0; r < Rows; ++r) {
@@ -166,28 +169,31 @@ inline void int8_values(const Chunk& chunk, int64_t head_dim, int64_t strip, con
     TGI_UNROLL(2)
     for (int v = 0; v < 2; ++v) {
       const auto total = S::to_float(S::iadd(S::ishl(high[r][v], 8), low[r][v]));
-      S::store(state.sums[r] + 32 * strip + 16 * v, S::mul(total, S::set1(factors[r])));
+      S::store(state.row(r) + 32 * strip + 16 * v, S::mul(total, S::set1(factors[r])));
     }
   }
 }
 
 template <class S, int Rows>
-void attend_int8_chunk(const RowTile& tile, const Chunk& chunk, int64_t head_dim, RowState& state) {
+void attend_int8_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
+                       RowState& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[2 * Rows * kChunkTokens];
   float factors[Rows];
   int64_t b = 0;
   for (; Rows <= 3 && b + 2 <= chunk.num_blocks; b += 2) {  // more sums have no registers
-    int8_block_scores<S, Rows, 2>(tile, chunk, head_dim, b, scores);
+    int8_block_scores<S, Rows, 2>(tile, chunk, shape, b, scores);
   }
   for (; b < chunk.num_blocks; ++b) {
-    int8_block_scores<S, Rows, 1>(tile, chunk, head_dim, b, scores);
+    int8_block_scores<S, Rows, 1>(tile, chunk, shape, b, scores);
   }
-  chunk_softmax<S, Precision::kInt8, Rows>(chunk, head_dim, scores,
+  if (shape.scores != nullptr) change_scores<S, Rows>(tile, chunk, *shape.scores, scores);
+  const int64_t value_dim = shape.value_dim;
+  chunk_softmax<S, Precision::kInt8, Rows>(chunk, value_dim, scores,
                                            reinterpret_cast<uint8_t*>(scores), state);
-  for (int64_t strip = 0; 32 * strip < head_dim; ++strip) {
-    int8_weights<S, Rows>(tile, chunk, head_dim, strip, scores, weights, factors);
-    int8_values<S, Rows>(chunk, head_dim, strip, weights, factors, state);
+  for (int64_t strip = 0; 32 * strip < value_dim; ++strip) {
+    int8_weights<S, Rows>(tile, chunk, value_dim, strip, scores, weights, factors);
+    int8_values<S, Rows>(chunk, value_dim, strip, weights, factors, state);
   }
 }
 

@@ -10,7 +10,7 @@ namespace tgi::cpu::step {
 namespace {
 
 template <class S>
-using ChunkFunction = void (*)(const RowTile&, const Chunk&, int64_t, RowState&);
+using ChunkFunction = void (*)(const RowTile&, const Chunk&, const ChunkShape&, RowState&);
 
 template <class S, Precision precision>
 inline ChunkFunction<S> float_chunk_function(int64_t rows) {
@@ -41,12 +41,20 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
   const int64_t first = at.tile * kAttentionRows, all = length * group;
   tile.count = all - first < kAttentionRows ? all - first : kAttentionRows;
   int64_t token = first / group, offset = first % group;
+  tile.longest = 0;
+  tile.shortest = INT64_MAX;
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t head = at.head * group + offset;
     tile.query[r] =
         static_cast<const uint8_t*>(p.q) + ((start + token) * p.num_heads + head) * row_bytes;
-    tile.visible[r] = before + token + 1;
-    tile.hidden[r] = tile.visible[r] > p.window ? tile.visible[r] - p.window : 0;
+    tile.head[r] = head;
+    tile.position[r] = before + token;
+    tile.hidden[r] = p.rule.first_seen(before + token);
+    const int64_t until = step.visible_until == nullptr ? 0 : step.visible_until[start + token];
+    const int64_t visible = until > before + token ? until : before + token + 1;
+    tile.visible[r] = visible;
+    tile.longest = visible > tile.longest ? visible : tile.longest;
+    tile.shortest = visible < tile.shortest ? visible : tile.shortest;
     if (p.rows != nullptr) {
       tile.rows[r] = p.rows + (start + token) * p.stride + head * p.true_dim;
     } else {
@@ -58,7 +66,7 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
       ++token;
     }
   }
-  tile.longest = tile.visible[tile.count - 1];
+  tile.most_hidden = tile.hidden[tile.count - 1];
   tile.first_chunk = tile.hidden[0] / kChunkTokens;
   tile.is_cold = is_cold;
   return tile;
@@ -68,7 +76,16 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
 inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
                               const AttentionPoint& at, int64_t token) {
   const int32_t* table = step.block_table + at.sequence * step.block_table_stride;
-  return p.kv.sub_block(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
+  return p.kv.keys(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
+}
+
+// Where the first chunk that a tile reads begins.
+inline int64_t first_read(const AttentionParams& p, const StepHeader& step,
+                          const AttentionPoint& at) {
+  const int64_t length = step.query_start[at.sequence + 1] - step.query_start[at.sequence];
+  const int64_t token = at.tile * kAttentionRows / (p.num_heads / p.kv.num_heads);
+  const int64_t first = p.rule.first_seen(step.context_len[at.sequence] - length + token);
+  return first / kChunkTokens * kChunkTokens;
 }
 
 // Looks up the chunk's sub-blocks and, where they are fetched ahead, the keys that are read next:
@@ -84,10 +101,9 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   const int32_t* table =
       step.block_table + at.sequence * step.block_table_stride + chunk.begin / p.kv.block_size;
   int64_t offset = chunk.begin % p.kv.block_size;
-  const int64_t values_after_keys = p.kv.values_after_keys();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    chunk.keys[b] = p.kv.sub_block(at.head, *table, offset);
-    chunk.values[b] = chunk.keys[b] + values_after_keys;
+    chunk.keys[b] = p.kv.keys(at.head, *table, offset);
+    chunk.values[b] = p.kv.values(at.head, *table, offset);
     offset += 16;
     if (offset == p.kv.block_size) {
       offset = 0;
@@ -97,7 +113,7 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   chunk.num_ahead = chunk.num_blocks;
   const bool is_last = chunk.begin + kChunkTokens >= longest;
   if (!chunk.is_cold || (is_last && next.sequence >= step.num_sequences)) return chunk;
-  const int64_t begin = is_last ? 0 : chunk.begin + kChunkTokens;
+  const int64_t begin = is_last ? first_read(p, step, next) : chunk.begin + kChunkTokens;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
   const int64_t ahead = ahead_of(p.kv.precision);
   for (int64_t token = begin; token < end && token < begin + 16 * ahead; token += 16) {
@@ -120,7 +136,7 @@ inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64
     typename S::F a[Count], b[Count];
     TGI_UNROLL(6)
     for (int64_t i = 0; i < Count; ++i) {
-      const float* sums = state.sums[first + i] + d;
+      const float* sums = state.row(first + i) + d;
       a[i] = S::mul(S::load(sums), factors[i]);
       b[i] = S::mul(S::load(sums + 16), factors[i]);
     }
@@ -135,15 +151,30 @@ void write_plain_rows(const AttentionParams& p, const RowTile& tile, const RowSt
   for (int64_t r = 0; r < tile.count; ++r) {
     alignas(64) float values[kMaxHeadDim];
     const auto factor = S::set1(1.0f / state.total[r]);
+    float* const to = p.true_dim % 16 == 0 ? tile.rows[r] : values;
     for (int64_t d = 0; d < p.true_dim; d += 16) {
-      S::store(values + d, S::mul(S::load(state.sums[r] + d), factor));
+      S::store(to + d, S::mul(S::load(state.row(r) + d), factor));
     }
-    std::memcpy(tile.rows[r], values, static_cast<size_t>(p.true_dim) * sizeof(float));
+    if (to == values) {
+      std::memcpy(tile.rows[r], values, static_cast<size_t>(p.true_dim) * sizeof(float));
+    }
+  }
+}
+
+// A sink's weight is part of the sum of weights, and has no value.
+template <class S>
+inline void add_sinks(const AttentionParams& p, const RowTile& tile, RowState& state) {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    alignas(64) float weight[16];
+    const float sink = p.scores.sinks[tile.head[r]];
+    S::store(weight, exp2<S, false>(S::set1(sink - state.maximum[r])));
+    state.total[r] += weight[0];
   }
 }
 
 template <class S>
-void write_rows(const AttentionParams& p, const RowTile& tile, const RowState& state) {
+void write_rows(const AttentionParams& p, const RowTile& tile, RowState& state) {
+  if (p.scores.sinks != nullptr) add_sinks<S>(p, tile, state);
   if (p.rows != nullptr) return write_plain_rows<S>(p, tile, state);
   static_assert(kBlocksAtOnce == kAttentionRows);
   if (tile.count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, tile, 0, state);
@@ -187,25 +218,32 @@ inline Sharers sharers(const AttentionPoint* split, const AttentionPoint& at, in
   return {first, count};
 }
 
-inline void store_partial(float* data, const RowState& state, int64_t head_dim) {
-  for (int64_t r = 0; r < kAttentionRows; ++r, data += head_dim + 2) {
-    std::memcpy(data, state.sums[r], head_dim * sizeof(float));
-    data[head_dim] = state.maximum[r];
-    data[head_dim + 1] = state.total[r];
+inline void store_partial(float* data, const RowState& state, int64_t value_dim) {
+  for (int64_t r = 0; r < kAttentionRows; ++r, data += value_dim + 2) {
+    std::memcpy(data, state.row(r), value_dim * sizeof(float));
+    data[value_dim] = state.maximum[r];
+    data[value_dim + 1] = state.total[r];
   }
 }
 
-inline void load_partial(const float* data, RowState& state, int64_t head_dim) {
-  for (int64_t r = 0; r < kAttentionRows; ++r, data += head_dim + 2) {
-    std::memcpy(state.sums[r], data, head_dim * sizeof(float));
-    state.maximum[r] = data[head_dim];
-    state.total[r] = data[head_dim + 1];
+inline void load_partial(const float* data, RowState& state, int64_t value_dim) {
+  for (int64_t r = 0; r < kAttentionRows; ++r, data += value_dim + 2) {
+    std::memcpy(state.row(r), data, value_dim * sizeof(float));
+    state.maximum[r] = data[value_dim];
+    state.total[r] = data[value_dim + 1];
   }
 }
 
 inline void clear(RowState& state) {
-  std::memset(static_cast<void*>(&state), 0, sizeof(state));
-  for (float& maximum : state.maximum) maximum = kMinusInfinity;
+  std::memset(state.sums, 0, kAttentionRows * state.stride * sizeof(float));
+  for (int64_t r = 0; r < kAttentionRows; ++r) {
+    state.maximum[r] = kMinusInfinity;
+    state.total[r] = 0;
+  }
+}
+
+inline ChunkShape chunk_shape(const AttentionParams& p) {
+  return {p.kv.head_dim, p.kv.value_dim, p.scores.changes_scores() ? &p.scores : nullptr};
 }
 
 // Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive
@@ -214,23 +252,24 @@ template <class S>
 void attend_shared(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                    const AttentionPoint& next, const RowTile& tile, int64_t begin, int64_t end,
                    int member, int num_members) {
-  const int64_t head_dim = p.kv.head_dim, size = kAttentionRows * (head_dim + 2);
+  const int64_t value_dim = p.kv.value_dim, size = kAttentionRows * (value_dim + 2);
   const auto function = chunk_function<S>(p.kv.precision, tile.count);
-  const Sharers all = sharers(step.attention_split, at, member, num_members);
+  const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
+  const Sharers all = sharers(split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
-  RowState state, merged;
+  RowState state(value_dim), merged(value_dim);
   clear(state);
   for (int64_t c = begin; c < end; ++c) {
     if (c < tile.first_chunk) continue;
-    function(tile, chunk_of(p, step, at, next, tile, c), head_dim, state);
-    store_partial(partial.data + c * size, state, head_dim);
+    function(tile, chunk_of(p, step, at, next, tile, c), chunk_shape(p), state);
+    store_partial(partial.data + c * size, state, value_dim);
   }
   if (partial.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 != all.count) return;
   partial.arrived->store(0, std::memory_order_relaxed);
   clear(merged);
   for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
-    load_partial(partial.data + c * size, state, head_dim);
-    merge<S>(merged, state, tile.count, head_dim);
+    load_partial(partial.data + c * size, state, value_dim);
+    merge<S>(merged, state, tile.count);
   }
   write_rows<S>(p, tile, merged);
 }
@@ -239,23 +278,25 @@ template <class S>
 void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                  const AttentionPoint& next, const RowTile& tile) {
   const auto function = chunk_function<S>(p.kv.precision, tile.count);
-  RowState state, merged;
+  const ChunkShape shape = chunk_shape(p);
+  RowState state(p.kv.value_dim), merged(p.kv.value_dim);
   if (tile.longest <= kChunkTokens) {
-    function(tile, chunk_of(p, step, at, next, tile, 0), p.kv.head_dim, state);
+    function(tile, chunk_of(p, step, at, next, tile, 0), shape, state);
     return write_rows<S>(p, tile, state);
   }
   clear(merged);
   for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
-    function(tile, chunk_of(p, step, at, next, tile, c), p.kv.head_dim, state);
-    merge<S>(merged, state, tile.count, p.kv.head_dim);
+    function(tile, chunk_of(p, step, at, next, tile, c), shape, state);
+    merge<S>(merged, state, tile.count);
   }
   write_rows<S>(p, tile, merged);
 }
 
 template <class S>
 void attention(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
-  AttentionPoint at = step.attention_split[member];
-  const AttentionPoint stop = step.attention_split[member + 1];
+  const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
+  AttentionPoint at = split[member];
+  const AttentionPoint stop = split[member + 1];
   bool is_cold = true;
   while (!same_point(at, stop)) {
     const RowTile tile = row_tile(p, step, at, is_cold);

@@ -10,7 +10,7 @@
 namespace tgi::cpu::step {
 namespace {
 
-constexpr int64_t kMaxUnitStrips = 8;  // a head of 256
+constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // a head
 constexpr int64_t kTileOutputs = kTileTokens * kStripRows;
 
 template <class S, class Fmt>
@@ -205,6 +205,22 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out
   write_blocks<S, Count>(p.out.precision, values[0], values[1], to);
 }
 
+// The same as plain rows.
+template <class S>
+inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int64_t count,
+                         const float* out) {
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t row = (2 * unit + i) * kStripRows;
+      const float* strip = out + i * kTileOutputs + 32 * t;
+      const auto gate = biased<S>(p.linear.bias, row, strip);
+      const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
+      S::store(p.rows + (token + t) * p.stride + unit * kStripRows + 16 * i,
+               S::mul(activate<S>(p.activation, gate), up));
+    }
+  }
+}
+
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
@@ -212,6 +228,7 @@ void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 2, member,
                 [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                  if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
                   uint8_t* block = p.out.block(token, unit);
                   if (count == kTileTokens) {
                     return finish_gate_up<S, kBlocksAtOnce>(p, unit, out, block, 0);

@@ -83,19 +83,60 @@ void norm(const NormParams& p, const StepHeader& step, int member, int num_membe
   }
 }
 
+// Columns [k, k + 32) of a row that ends at `width`, zeros behind it.
+template <class S>
+inline void load_end(const float* row, int64_t k, int64_t width, typename S::F& a,
+                     typename S::F& b) {
+  const auto left = static_cast<int>(width - k);
+  a = S::load_head(row + k, left < 16 ? left : 16, S::zero());
+  b = left > 16 ? S::load_head(row + k + 16, left - 16, S::zero()) : S::zero();
+}
+
 // Rows as the input of a product.
 template <class S>
 void pack(const PackParams& p, const StepHeader& step, int member, int num_members) {
-  const int64_t width = p.out.num_columns;
+  const int64_t whole = p.width / kBlockColumns * kBlockColumns;
   const Range rows = split(step.num_tokens, member, num_members, kTileTokens);
   constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const float* const from = p.rows + row * width;
+    const float* const from = p.rows + row * p.stride;
     int64_t k = 0;
-    for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
+    for (; k + kColumnsAtOnce <= whole; k += kColumnsAtOnce) {
       write_packed<S, kBlocksAtOnce>(from, k, row, p.out);
     }
-    for (; k < width; k += kBlockColumns) write_packed<S, 1>(from, k, row, p.out);
+    for (; k < whole; k += kBlockColumns) write_packed<S, 1>(from, k, row, p.out);
+    if (k == p.out.num_columns) continue;
+    typename S::F a[1], b[1];
+    load_end<S>(from, k, p.width, a[0], b[0]);
+    const BlockSlot to[1] = {{p.out.block(row, k / kBlockColumns), row % kTileTokens}};
+    write_blocks<S, 1>(p.out.precision, a, b, to);
+  }
+}
+
+// RMS norm of rows of any width, as rows.
+template <class S>
+void norm_rows(const NormRowsParams& p, const StepHeader& step, int member, int num_members) {
+  const int64_t whole = p.width / kBlockColumns * kBlockColumns;
+  const Range rows = split(step.num_tokens, member, num_members);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* const x = p.x + row * p.stride;
+    float* const out = p.out + row * p.width;
+    float squares = squares_of<S>(x, whole);
+    if (whole < p.width) {
+      typename S::F a, b;
+      load_end<S>(x, whole, p.width, a, b);
+      squares += S::reduce_add(S::fma(a, a, S::mul(b, b)));
+    }
+    const auto factor = S::set1(1.0f / std::sqrt(squares / static_cast<float>(p.width) + p.eps));
+    int64_t k = 0;
+    for (; k + 16 <= p.width; k += 16) {
+      S::store(out + k, S::mul(S::mul(S::load(x + k), factor), S::load(p.weight + k)));
+    }
+    if (k == p.width) continue;
+    const auto left = static_cast<int>(p.width - k);
+    const auto value = S::load_head(x + k, left, S::zero());
+    const auto weight = S::load_head(p.weight + k, left, S::zero());
+    S::store_head(out + k, left, S::mul(S::mul(value, factor), weight));
   }
 }
 

@@ -98,25 +98,25 @@ inline void join_pairs(typename S::F first, typename S::F second, int64_t dims, 
   std::memcpy(out + dims / 2, lanes + 16, static_cast<size_t>(dims / 2) * sizeof(float));
 }
 
-// Strip `strip` of a head's query; float32 keeps the pairs' halves apart as the keys do.
+// Strip `strip` of a query, the head `row` of `out`; float32 keeps the pairs' halves apart as the
+// keys do.
 template <class S>
-inline void store_query(const HeadParams& p, int64_t token, int64_t head, int64_t strip,
+inline void store_query(const KvLayerView& kv, float scale, void* out, int64_t row, int64_t strip,
                         typename S::F first, typename S::F second) {
-  const int64_t row = token * p.num_heads + head, dims = p.kv.strip_dims(strip);
-  const int64_t offset = row * p.kv.head_dim + strip * kStripRows;
-  first = S::mul(first, S::set1(p.q_scale));
-  second = S::mul(second, S::set1(p.q_scale));
-  if (p.kv.precision == Precision::kInt8) {
-    auto* const query = static_cast<uint8_t*>(p.q) + offset / kStripRows * kInt8QueryStrip;
+  const int64_t offset = row * kv.head_dim + strip * kStripRows, dims = kv.strip_dims(strip);
+  first = S::mul(first, S::set1(scale));
+  second = S::mul(second, S::set1(scale));
+  if (kv.precision == Precision::kInt8) {
+    auto* const query = static_cast<uint8_t*>(out) + offset / kStripRows * kInt8QueryStrip;
     store_int8_query<S>(first, second, query);
-  } else if (p.kv.precision == Precision::kBF16) {
-    auto* const query = static_cast<uint16_t*>(p.q) + offset;
+  } else if (kv.precision == Precision::kBF16) {
+    auto* const query = static_cast<uint16_t*>(out) + offset;
     if (dims == kStripRows) return S::istore(query, S::pair_bf16(first, second));
     alignas(64) int32_t lanes[16];
     S::istore(lanes, S::pair_bf16(first, second));
     std::memcpy(query, lanes, static_cast<size_t>(dims) * 2);
   } else {
-    join_pairs<S>(first, second, dims, static_cast<float*>(p.q) + offset);
+    join_pairs<S>(first, second, dims, static_cast<float*>(out) + offset);
   }
 }
 
@@ -138,7 +138,7 @@ inline void store_scale(uint8_t* block, int64_t head_dim, int64_t strip, int64_t
 template <class S>
 inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
                       typename S::F first, typename S::F second) {
-  uint8_t* const block = kv.sub_block(head, slot / kv.block_size, slot % kv.block_size);
+  uint8_t* const block = kv.keys(head, slot / kv.block_size, slot % kv.block_size);
   uint8_t* keys = block + slot % 16 * 4;
   alignas(64) int32_t lanes[32];
   const int64_t dims = kv.strip_dims(strip);
@@ -163,20 +163,19 @@ inline void store_key(const KvLayerView& kv, int64_t head, int64_t slot, int64_t
 template <class S>
 inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64_t strip,
                         typename S::F first, typename S::F second) {
-  uint8_t* block =
-      kv.sub_block(head, slot / kv.block_size, slot % kv.block_size) + kv.values_after_keys();
-  const int64_t offset = slot % 16, dim = strip * kStripRows, dims = kv.strip_dims(strip);
+  uint8_t* const block = kv.values(head, slot / kv.block_size, slot % kv.block_size);
+  const int64_t offset = slot % 16, dim = strip * kStripRows, dims = kv.value_strip_dims(strip);
   if (kv.precision == Precision::kInt8) {
     alignas(64) int8_t lanes[32];
-    store_scale(block, kv.head_dim, strip, slot, store_int8<S>(first, second, lanes));
+    store_scale(block, kv.value_dim, strip, slot, store_int8<S>(first, second, lanes));
     auto* out =
-        reinterpret_cast<int8_t*>(block) + (offset / 4 * kv.head_dim + dim) * 4 + offset % 4;
+        reinterpret_cast<int8_t*>(block) + (offset / 4 * kv.value_dim + dim) * 4 + offset % 4;
     for (int64_t i = 0; i < 32; ++i) out[4 * i] = lanes[i];
   } else if (kv.precision == Precision::kBF16) {
     // The other half of each lane is the other token of the pair, which this member writes, too.
     const int32_t half = offset % 2 == 0 ? 0xFFFF : static_cast<int32_t>(0xFFFF0000u);
     const auto mine = S::iset1(half), others = S::iset1(~half);
-    uint8_t* const out = block + (offset / 2 * kv.head_dim + dim) * 4;
+    uint8_t* const out = block + (offset / 2 * kv.value_dim + dim) * 4;
     const typename S::I pairs[2] = {S::pair_bf16(first, first), S::pair_bf16(second, second)};
     if (dims < kStripRows) {  // behind them lies what another member may be writing
       alignas(64) int32_t lanes[32];
@@ -190,7 +189,7 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
       S::istore(out + 64 * i, S::ior(kept, S::iand(pairs[i], mine)));
     }
   } else {
-    float* out = reinterpret_cast<float*>(block) + offset * kv.head_dim + dim;
+    float* out = reinterpret_cast<float*>(block) + offset * kv.value_dim + dim;
     alignas(64) float lanes[kStripRows];
     float* const to = dims == kStripRows ? out : lanes;
     S::store(to, first);
@@ -222,7 +221,8 @@ inline void place_head(const HeadParams& p, const StepHeader& step, int64_t toke
       rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
     }
     if (is_query) {
-      store_query<S>(p, token, head, strip + i, rows.first[i], rows.second[i]);
+      store_query<S>(p.kv, p.q_scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
+                     rows.second[i]);
     } else {
       store_key<S>(p.kv, head - p.num_heads, slot, strip + i, rows.first[i], rows.second[i]);
     }
@@ -327,6 +327,65 @@ void head_rows(const HeadRowsParams& p, const StepHeader& step, int member, int 
         scale_head<S>(values, strips, factors[is_query ? 0 : 1], weight);
       }
       place_head<S>(heads, step, token, head, 0, strips, values);
+    }
+  }
+}
+
+// A strip of a head of `dim` dims that lie in order, as `half` and `half`, zeros behind the last.
+template <class S>
+inline void load_strip(const float* head, int64_t dim, int64_t strip, int64_t half,
+                       typename S::F& first, typename S::F& second) {
+  const float* const from = head + strip * kStripRows;
+  const int64_t left = dim - strip * kStripRows;
+  if (left >= kStripRows) {
+    first = S::load(from);
+    second = S::load(from + 16);
+    return;
+  }
+  const int64_t count = left < half ? left : half, rest = left - count;
+  first = S::load_head(from, static_cast<int>(count), S::zero());
+  second = rest > 0 ? S::load_head(from + half, static_cast<int>(rest), S::zero()) : S::zero();
+}
+
+// A cache of floats has the two halves of a short strip of keys side by side; int8 has no such.
+inline int64_t key_half(const KvLayerView& kv, int64_t strip) {
+  return kv.precision == Precision::kInt8 ? 16 : kv.strip_dims(strip) / 2;
+}
+
+// Queries are shared out by rows; keys and values by heads, of all tokens: two tokens may share a
+// line of the cache, and a word of it.
+template <class S>
+void store_heads(const StoreHeadsParams& p, const StepHeader& step, int member, int num_members) {
+  const KvLayerView& kv = p.kv;
+  const auto head_of = [](const PlainHeads& heads, int64_t token, int64_t head) {
+    return heads.data + token * heads.token_stride + head * heads.head_stride;
+  };
+  typename S::F first, second;
+  const Range rows = split(step.num_tokens * p.num_heads, member, num_members);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* const from = head_of(p.q, row / p.num_heads, row % p.num_heads);
+    for (int64_t strip = 0; strip < kv.num_strips(); ++strip) {
+      load_strip<S>(from, p.q.dim, strip, key_half(kv, strip), first, second);
+      store_query<S>(kv, p.q_scale, p.out, row, strip, first, second);
+    }
+  }
+  if (p.k.data == nullptr) return;
+  const Range mine = split(2 * kv.num_heads, member, num_members);
+  for (int64_t head = mine.begin; head < mine.end; ++head) {
+    const bool is_key = head < kv.num_heads;
+    const int64_t kv_head = is_key ? head : head - kv.num_heads;
+    const PlainHeads& heads = is_key ? p.k : p.v;
+    const int64_t num_strips = is_key ? kv.num_strips() : kv.num_value_strips();
+    for (int64_t token = 0; token < step.num_tokens; ++token) {
+      const float* const from = head_of(heads, token, kv_head);
+      for (int64_t strip = 0; strip < num_strips; ++strip) {
+        load_strip<S>(from, heads.dim, strip, is_key ? key_half(kv, strip) : 16, first, second);
+        if (is_key) {
+          store_key<S>(kv, kv_head, step.slots[token], strip, first, second);
+        } else {
+          store_value<S>(kv, kv_head, step.slots[token], strip, first, second);
+        }
+      }
     }
   }
 }

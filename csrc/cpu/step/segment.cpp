@@ -26,8 +26,20 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
   }
 }
 
-bool LastRows::prepare(const StepHeader& step, int64_t block_size, int64_t num_heads,
-                       int64_t num_kv_heads, int num_members) {
+void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
+                    int64_t num_heads, int64_t num_kv_heads, int num_members,
+                    std::vector<AttentionPoint>& split) {
+  const auto points = static_cast<size_t>(num_members) + 1;
+  split.resize(rules.size() * points);
+  for (size_t i = 0; i < rules.size(); ++i) {
+    split_attention(step, rules[i], num_heads, num_kv_heads, num_members,
+                    split.data() + i * points);
+  }
+}
+
+bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
+                       int64_t block_size, int64_t num_heads, int64_t num_kv_heads,
+                       int num_members) {
   const int32_t* const rows = step.rows;
   const auto count = static_cast<size_t>(step.num_rows);
   if (step.num_rows == 0 || step.num_rows == step.num_tokens ||
@@ -40,7 +52,6 @@ bool LastRows::prepare(const StepHeader& step, int64_t block_size, int64_t num_h
   std::iota(counts_.begin(), counts_.end(), 0);
   context_len_.resize(count);
   block_table_.resize(count * stride);
-  split_.resize(static_cast<size_t>(num_members) + 1);
   int64_t s = 0;
   for (size_t i = 0; i < count; ++i) {
     while (step.query_start[s + 1] <= rows[i]) ++s;
@@ -56,7 +67,7 @@ bool LastRows::prepare(const StepHeader& step, int64_t block_size, int64_t num_h
   header_.block_table = block_table_.data();
   header_.ids = header_.positions = nullptr;  // done with
   header_.slots = nullptr;
-  split_attention(header_, num_heads, num_kv_heads, num_members, split_.data());
+  split_by_rules(header_, rules, num_heads, num_kv_heads, num_members, split_);
   header_.attention_split = split_.data();
   return true;
 }
@@ -68,9 +79,9 @@ void LastRows::gather(void* buffer, int64_t bytes) const {
   }
 }
 
-AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int64_t head_dim) {
+AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int64_t value_dim) {
   const int64_t chunks = (max_context + kChunkTokens - 1) / kChunkTokens;
-  const int64_t floats = chunks * kAttentionRows * (head_dim + 2);
+  const int64_t floats = chunks * kAttentionRows * (value_dim + 2);
   data_.resize(static_cast<size_t>(num_members * floats));
   for (int member = 0; member < num_members; ++member) {
     arrived_.emplace_back(0);

@@ -5,17 +5,26 @@ namespace tgi::cpu::step {
 
 namespace {
 
-// Calls visit(sequence, head, tile, seen) for every row tile, in the order of work.
+// Calls visit(sequence, head, tile, first, seen) for every row tile, in the order of work: of its
+// rows together the first position that one sees, and the end of those that any sees.
 template <class Visit>
-void each_tile(const StepHeader& step, int64_t group, int64_t num_kv_heads, const Visit& visit) {
+void each_tile(const StepHeader& step, const AttentionRule& rule, int64_t group,
+               int64_t num_kv_heads, const Visit& visit) {
   for (int64_t s = 0; s < step.num_sequences; ++s) {
-    const int64_t length = step.query_start[s + 1] - step.query_start[s];
+    const int64_t start = step.query_start[s], length = step.query_start[s + 1] - start;
     const int64_t before = step.context_len[s] - length;
     const int64_t rows = length * group;
     for (int64_t head = 0; head < num_kv_heads; ++head) {
-      for (int64_t first = 0; first < rows; first += kAttentionRows) {
-        const int64_t last = (first + kAttentionRows < rows ? first + kAttentionRows : rows) - 1;
-        visit(s, head, first / kAttentionRows, before + last / group + 1);
+      for (int64_t row = 0; row < rows; row += kAttentionRows) {
+        const int64_t first = row / group;
+        const int64_t last =
+            ((row + kAttentionRows < rows ? row + kAttentionRows : rows) - 1) / group;
+        int64_t seen = before + last + 1;
+        for (int64_t t = first; step.visible_until != nullptr && t <= last; ++t) {
+          const int64_t until = step.visible_until[start + t];
+          seen = until > seen ? until : seen;
+        }
+        visit(s, head, row / kAttentionRows, rule.first_seen(before + first), seen);
       }
     }
   }
@@ -25,27 +34,34 @@ constexpr int64_t kTileOverhead = 64;  // tokens of context that a tile's set-up
 
 }  // namespace
 
-void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads,
-                     int num_members, AttentionPoint* split) {
+void split_attention(const StepHeader& step, const AttentionRule& rule, int64_t num_heads,
+                     int64_t num_kv_heads, int num_members, AttentionPoint* split) {
   const int64_t group = num_heads / num_kv_heads;
+  // Chunks are read whole, but for the last.
+  const auto first_read = [](int64_t first) { return first / kChunkTokens * kChunkTokens; };
   int64_t total = 0;
-  each_tile(step, group, num_kv_heads,
-            [&](int64_t, int64_t, int64_t, int64_t seen) { total += seen + kTileOverhead; });
+  each_tile(step, rule, group, num_kv_heads,
+            [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
+              total += seen - first_read(first) + kTileOverhead;
+            });
   int64_t done = 0;
   int next = 0;
-  // A member's part begins at the first chunk whose middle is at or past its share.
-  each_tile(step, group, num_kv_heads, [&](int64_t s, int64_t head, int64_t tile, int64_t seen) {
-    for (int64_t chunk = 0; chunk * kChunkTokens < seen; ++chunk) {
-      const int64_t size =
-          seen - chunk * kChunkTokens < kChunkTokens ? seen - chunk * kChunkTokens : kChunkTokens;
-      const int64_t middle = done + (chunk == 0 ? size + kTileOverhead : size) / 2;
-      while (next < num_members && (next == 0 || middle * num_members >= total * next)) {
-        split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head),
-                         static_cast<int32_t>(tile), static_cast<int32_t>(chunk)};
-      }
-      done += chunk == 0 ? size + kTileOverhead : size;
-    }
-  });
+  // A member's part begins at the first chunk whose middle is at or past its share; a tile's first
+  // chunk is number 0, be it that chunks before it are hidden.
+  each_tile(step, rule, group, num_kv_heads,
+            [&](int64_t s, int64_t head, int64_t tile, int64_t first, int64_t seen) {
+              const int64_t begin = first_read(first);
+              for (int64_t at = begin; at < seen; at += kChunkTokens) {
+                const int64_t left = seen - at, overhead = at == begin ? kTileOverhead : 0;
+                const int64_t cost = (left < kChunkTokens ? left : kChunkTokens) + overhead;
+                const int64_t middle = done + cost / 2, chunk = at == begin ? 0 : at / kChunkTokens;
+                while (next < num_members && (next == 0 || middle * num_members >= total * next)) {
+                  split[next++] = {static_cast<int32_t>(s), static_cast<int32_t>(head),
+                                   static_cast<int32_t>(tile), static_cast<int32_t>(chunk)};
+                }
+                done += cost;
+              }
+            });
   const AttentionPoint end = {static_cast<int32_t>(step.num_sequences), 0, 0, 0};
   while (next <= num_members) split[next++] = end;
 }

@@ -33,7 +33,26 @@ struct StepHeader {
   const int32_t* block_table;  // [num_sequences, block_table_stride]
   int64_t block_table_stride;
   const int32_t* rows;                    // [num_rows], indices of tokens
-  const AttentionPoint* attention_split;  // [members + 1]
+  const AttentionPoint* attention_split;  // [rules][members + 1], see AttentionParams::split
+  // [num_tokens] or null: how many positions a token may see, where that is more than up to its own
+  // (tokens of an image see each other).
+  const int32_t* visible_until;
+};
+
+// Which positions of its sequence a token sees, its own among them.
+struct AttentionRule {
+  int64_t window = INT64_MAX;  // so many, its own the last
+  int64_t chunk = INT64_MAX;   // those of its chunk of so many positions
+
+  bool operator==(const AttentionRule& other) const {
+    return window == other.window && chunk == other.chunk;
+  }
+  // The first position that a token at this one sees.
+  int64_t first_seen(int64_t position) const {
+    const int64_t by_window = position >= window ? position - window + 1 : 0;
+    const int64_t by_chunk = position >= chunk ? position / chunk * chunk : 0;
+    return by_window > by_chunk ? by_window : by_chunk;
+  }
 };
 
 // Up to this many tokens every member makes its own copy of a norm's output: cheaper than a
@@ -66,31 +85,50 @@ struct KvLayerView {
   int64_t block_stride;  // bytes from a block to the next
   int64_t block_size;    // tokens, a multiple of 16
   int64_t num_heads;
-  int64_t head_dim;  // as kept: even; int8 keeps whole strips of 32
+  int64_t head_dim;   // of keys, as kept: even; int8 keeps whole strips of 32
+  int64_t value_dim;  // the same of values
 
-  int64_t num_strips() const { return (head_dim + kStripRows - 1) / kStripRows; }
-  // Dims of a strip.
-  int64_t strip_dims(int64_t strip) const {
-    const int64_t left = head_dim - strip * kStripRows;
-    return left < kStripRows ? left : kStripRows;
-  }
-  int64_t sub_block_bytes() const {
-    return precision == Precision::kInt8   ? head_dim * 17
-           : precision == Precision::kBF16 ? head_dim * 32
-                                           : head_dim * 64;
-  }
+  int64_t num_strips() const { return strips_of(head_dim); }
+  int64_t num_value_strips() const { return strips_of(value_dim); }
+  // Dims of a strip of keys, and of one of values.
+  int64_t strip_dims(int64_t strip) const { return dims_of(head_dim, strip); }
+  int64_t value_strip_dims(int64_t strip) const { return dims_of(value_dim, strip); }
   // Of a head of a token's query.
   int64_t query_bytes() const {
     return precision == Precision::kInt8   ? head_dim / kStripRows * kInt8QueryStrip
            : precision == Precision::kBF16 ? head_dim * 2
                                            : head_dim * 4;
   }
-  // Where the keys of the token at `offset` of a block begin, and how much further its values.
-  uint8_t* sub_block(int64_t head, int64_t block, int64_t offset) const {
-    return data + block * block_stride + (head * block_size + offset) / 16 * sub_block_bytes();
+  // The sub-block of keys, or of values, that holds the token at `offset` of a block.
+  uint8_t* keys(int64_t head, int64_t block, int64_t offset) const {
+    return data + block * block_stride +
+           (head * block_size + offset) / 16 * sub_block_bytes(head_dim);
   }
-  int64_t values_after_keys() const { return num_heads * block_size / 16 * sub_block_bytes(); }
+  uint8_t* values(int64_t head, int64_t block, int64_t offset) const {
+    return data + block * block_stride + key_bytes() +
+           (head * block_size + offset) / 16 * sub_block_bytes(value_dim);
+  }
+  // What a block has of this layer.
+  int64_t layer_bytes() const {
+    return key_bytes() + num_heads * block_size / 16 * sub_block_bytes(value_dim);
+  }
+
+ private:
+  static int64_t strips_of(int64_t dim) { return (dim + kStripRows - 1) / kStripRows; }
+  static int64_t dims_of(int64_t dim, int64_t strip) {
+    const int64_t left = dim - strip * kStripRows;
+    return left < kStripRows ? left : kStripRows;
+  }
+  int64_t sub_block_bytes(int64_t dim) const {
+    return precision == Precision::kInt8   ? dim * 17
+           : precision == Precision::kBF16 ? dim * 32
+                                           : dim * 64;
+  }
+  int64_t key_bytes() const { return num_heads * block_size / 16 * sub_block_bytes(head_dim); }
 };
+
+// Heads are at most so wide.
+constexpr int64_t kMaxHeadDim = 512;
 
 struct EmbedParams {
   PackedMatrix table;
@@ -121,8 +159,20 @@ struct NormAddParams {
 
 // Rows as the input of a product.
 struct PackParams {
-  const float* rows;  // [num_tokens, out.num_columns]
+  const float* rows;  // [num_tokens, stride]
+  int64_t stride;
+  int64_t width;  // columns that there are: zeros behind them, up to out.num_columns
   Activation out;
+};
+
+// The norm of rows, as rows.
+struct NormRowsParams {
+  const float* x;  // [num_tokens, stride]
+  int64_t stride;
+  const float* weight;  // [width]
+  int64_t width;
+  float eps;
+  float* out;  // [num_tokens, width]
 };
 
 struct LinearParams {
@@ -175,11 +225,38 @@ struct HeadRowsParams {
   HeadParams heads;
 };
 
+// Heads that others have computed and rotated, dims in their own order: [num_tokens, heads, dim].
+struct PlainHeads {
+  const float* data;
+  int64_t token_stride;  // floats
+  int64_t head_stride;
+  int64_t dim;
+};
+
+// Brings queries into the layout that attention wants, and keys and values, if there are any, into
+// the cache. Queries and keys keep one order of dims, which is all that their products need.
+struct StoreHeadsParams {
+  PlainHeads q, k, v;
+  float q_scale;  // softmax scale times log2(e)
+  void* out;      // [num_tokens, num_heads, kv.query_bytes()]
+  int64_t num_heads;
+  KvLayerView kv;
+};
+
 // A row tile's partial results, where its chunks are split over members: merged in order by who
 // arrives last.
 struct AttentionPartial {
-  float* data;  // [chunk][row]: head_dim sums, then maximum and total
+  float* data;  // [chunk][row]: value_dim sums, then maximum and total
   std::atomic<int32_t>* arrived;
+};
+
+// What is done with scores before their softmax, all in units of log2(e).
+struct ScoreParams {
+  float cap;            // score = cap * tanh(score / cap), 0: none
+  const float* slopes;  // [num_heads] score += slope * (position of key - of query), or null: ALiBi
+  const float* sinks;   // [num_heads] a score that takes part in the sum of weights alone, or null
+
+  bool changes_scores() const { return cap != 0 || slopes != nullptr; }
 };
 
 struct AttentionParams {
@@ -187,8 +264,9 @@ struct AttentionParams {
   KvLayerView kv;
   int64_t num_heads;
   int64_t true_dim;  // of a head's result; the kept head may be wider
-  // Each token sees so many positions, its own the last; INT64_MAX: all.
-  int64_t window;
+  AttentionRule rule;
+  int64_t split;  // which of the header's splits is of this rule
+  ScoreParams scores;
   Activation out;  // num_columns = num_heads * true_dim, where true_dim is a multiple of 32; else
   float* rows;     // [num_tokens, stride], and the activation is not written
   int64_t stride;
@@ -206,6 +284,8 @@ struct GateUpParams {
   LinearParams linear;  // strips of a gate panel and an up panel
   MlpActivation activation;
   Activation out;
+  float* rows;  // [num_tokens, stride] instead of the activation, or null
+  int64_t stride;
 };
 
 // The same from rows that are there: f(gate) * up.
@@ -235,9 +315,11 @@ struct Kernels {
   StepFunction<NormParams> norm;
   StepFunction<NormAddParams> norm_add;
   StepFunction<PackParams> pack;
+  StepFunction<NormRowsParams> norm_rows;
   StepFunction<LinearRowsParams> linear_rows;
   StepFunction<QkvParams> qkv;
   StepFunction<HeadRowsParams> head_rows;
+  StepFunction<StoreHeadsParams> store_heads;
   StepFunction<AttentionParams> attention;
   StepFunction<LinearAddParams> linear_add;
   StepFunction<GateUpParams> gate_up;
@@ -257,9 +339,9 @@ extern const bool kStreamsIntoL1;
 constexpr int64_t kAttentionRows = 6;
 constexpr int64_t kChunkTokens = 256;
 
-// Divides a step's attention among members by the blocks of context they read: `split` gets
-// num_members + 1 points.
-void split_attention(const StepHeader& step, int64_t num_heads, int64_t num_kv_heads,
-                     int num_members, AttentionPoint* split);
+// Divides a step's attention among members by the positions of context that they read under this
+// rule: `split` gets num_members + 1 points.
+void split_attention(const StepHeader& step, const AttentionRule& rule, int64_t num_heads,
+                     int64_t num_kv_heads, int num_members, AttentionPoint* split);
 
 }  // namespace tgi::cpu::step

@@ -53,9 +53,23 @@ float spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           embed<S>,   norm<S>,      norm_add<S>,  pack<S>,
-          linear_rows<S>, qkv<S>,     head_rows<S>, attention<S>, linear_add<S>,
-          gate_up<S>,     act_mul<S>, logits<S>,    spin<S>,      make_row_passes<S>()};
+  return {name,
+          embed<S>,
+          norm<S>,
+          norm_add<S>,
+          pack<S>,
+          norm_rows<S>,
+          linear_rows<S>,
+          qkv<S>,
+          head_rows<S>,
+          store_heads<S>,
+          attention<S>,
+          linear_add<S>,
+          gate_up<S>,
+          act_mul<S>,
+          logits<S>,
+          spin<S>,
+          make_row_passes<S>()};
 }
 
 }  // namespace

@@ -1,0 +1,171 @@
+#include "bindings/direct.h"
+
+#include <pybind11/stl.h>
+
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "bindings/activation.h"
+#include "bindings/float_tensors.h"
+#include "bindings/matrix.h"
+#include "cpu/step/kernel_sets.h"
+#include "cpu/team.h"
+
+namespace tgi {
+
+namespace {
+
+// Of all calls, which take turns.
+struct DirectMemory {
+  std::mutex mutex;
+  Workspace input, scratch;
+};
+
+DirectMemory& direct_memory() {
+  static DirectMemory memory;
+  return memory;
+}
+
+// Tensors [rows, columns]: the distance of rows.
+int64_t row_stride(const FloatArray& rows, const char* name) {
+  check_rows_of(rows, 2, name);
+  return float_stride(rows, 0, name);
+}
+
+void check_out(const FloatArray& out, int64_t num_rows, int64_t columns) {
+  check(out.ndim() == 2 && out.shape(0) == num_rows && out.shape(1) == columns &&
+            (out.flags() & py::array::c_style) != 0,
+        "`out` must be contiguous [", num_rows, ", ", columns, "]");
+}
+
+// A product of tensors: x is packed in `precision`, then `function(linear, header)` does the rest.
+template <class Function>
+void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,
+              const std::string& precision_name, int64_t unit_strips, const Function& function) {
+  const step::PackedMatrix& packed = weight.packed;
+  const step::Precision precision = precision_of(precision_name);
+  check_product(packed, precision, unit_strips);
+  step::PackParams pack = {};
+  pack.stride = row_stride(x, "x");
+  pack.rows = x.data();
+  pack.width = x.shape(1);
+  check(pack.width > 0 && step::padded_columns(pack.width) == packed.num_columns,
+        "`x` must have the weight's ", weight.num_columns, " columns, got ", pack.width);
+  step::LinearParams linear = {};
+  linear.weight = packed;
+  if (bias) {
+    check_shape(*bias, "bias", {packed.num_rows});
+    linear.bias = bias->data();
+  }
+  pack.out = {nullptr, precision, packed.num_columns};
+  step::StepHeader header = {};
+  header.num_tokens = x.shape(0);
+  if (header.num_tokens == 0) return;
+  const int64_t tiles = (header.num_tokens + step::kTileTokens - 1) / step::kTileTokens;
+  const py::gil_scoped_release release;
+  DirectMemory& memory = direct_memory();
+  const std::lock_guard<std::mutex> lock(memory.mutex);
+  pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, pack.out.tile_bytes()}));
+  linear.in = pack.out;
+  linear.scratch_floats = scratch_floats(packed, precision, unit_strips);
+  const step::Kernels& kernels = step::kernels();
+  cpu::run_on_team(
+      [&](int num_members) {
+        if (linear.scratch_floats == 0) return;
+        linear.scratch = reinterpret_cast<float*>(memory.scratch.reserve(
+            cpu::product_of_sizes({num_members, linear.scratch_floats, kFloatBytes})));
+      },
+      [&](int member, int num_members) {
+        kernels.pack(pack, header, member, num_members);
+        cpu::team_barrier();
+        function(kernels, linear, header, member, num_members);
+      });
+}
+
+void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,
+                 FloatArray& out, const std::string& precision) {
+  check_rows_of(x, 2, "x");
+  check_out(out, x.shape(0), weight.packed.num_rows);
+  float* const to = out.mutable_data();
+  multiply(weight, bias, x, precision, 1,
+           [&](const step::Kernels& kernels, const step::LinearParams& linear,
+               const step::StepHeader& header, int member, int num_members) {
+             kernels.linear_rows({linear, to, weight.packed.num_rows}, header, member, num_members);
+           });
+}
+
+void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
+                  const FloatArray& x, FloatArray& out, const std::string& precision,
+                  const std::string& activation_name) {
+  check_rows_of(x, 2, "x");
+  const int64_t columns = weight.packed.num_rows / 2;
+  check_out(out, x.shape(0), columns);
+  const std::optional<MlpActivation> activation = find_activation(activation_name);
+  check(activation.has_value(), "`activation` must be ", kActivationNames, ", got ",
+        activation_name);
+  float* const to = out.mutable_data();
+  multiply(weight, bias, x, precision, 2,
+           [&](const step::Kernels& kernels, const step::LinearParams& linear,
+               const step::StepHeader& header, int member, int num_members) {
+             kernels.gate_up({linear, *activation, {}, to, columns}, header, member, num_members);
+           });
+}
+
+void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, FloatArray& out) {
+  check(table.num_rows > 0 && table.has_padding_last,
+        "`table` must have its rows first, and padding behind them");
+  check_shape(ids, "ids", {-1});
+  check_out(out, ids.size(), table.packed.num_columns);
+  check_range(ids.data(), ids.size(), table.num_rows, "ids");
+  step::StepHeader header = {};
+  header.num_tokens = ids.size();
+  header.ids = ids.data();
+  const step::EmbedParams params = {table.packed, static_cast<float>(factor), out.mutable_data()};
+  const py::gil_scoped_release release;
+  const step::Kernels& kernels = step::kernels();
+  cpu::run_on_team(
+      [&](int member, int num_members) { kernels.embed(params, header, member, num_members); });
+}
+
+// A norm of few rows is not worth waking the team for.
+constexpr int64_t kAloneFloats = 16384;
+
+void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, FloatArray& out) {
+  const int64_t stride = row_stride(x, "x"), width = x.shape(1);
+  check(width > 0, "`x` must have columns");
+  check_shape(weight, "weight", {width});
+  check_out(out, x.shape(0), width);
+  step::StepHeader header = {};
+  header.num_tokens = x.shape(0);
+  const step::NormRowsParams params = {
+      x.data(), stride, weight.data(), width, static_cast<float>(eps), out.mutable_data()};
+  const py::gil_scoped_release release;
+  const step::Kernels& kernels = step::kernels();
+  const auto run = [&](int member, int num_members) {
+    kernels.norm_rows(params, header, member, num_members);
+  };
+  if (header.num_tokens * width <= kAloneFloats) {
+    cpu::run_alone(run);
+  } else {
+    cpu::run_on_team(run);
+  }
+}
+
+}  // namespace
+
+void bind_direct(py::module_& module) {
+  module.def("linear_rows", &linear_rows, py::arg("weight"), py::arg("bias").noconvert(),
+             py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
+             "Write x @ weight.T (+ bias) to out [n, stored rows].");
+  module.def("gate_up_rows", &gate_up_rows, py::arg("weight"), py::arg("bias").noconvert(),
+             py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
+             py::arg("activation"), "Write f(gate) * up to out [n, half the stored rows].");
+  module.def("embed_rows", &embed_rows, py::arg("table"), py::arg("ids").noconvert(),
+             py::arg("factor"), py::arg("out").noconvert(),
+             "Write factor * table[ids] to out [n, stored columns].");
+  module.def("norm_rows", &norm_rows, py::arg("x").noconvert(), py::arg("weight").noconvert(),
+             py::arg("eps"), py::arg("out").noconvert(), "Write x / rms(x) * weight to out.");
+}
+
+}  // namespace tgi

@@ -1,0 +1,46 @@
+// Float32 tensors of others, as numpy sees them: what the operators called directly read and write.
+#pragma once
+
+#include <cstdint>
+
+#include "bindings/checks.h"
+#include "cpu/memory.h"
+
+namespace tgi {
+
+// Of any strides. Arguments of this type are bound with noconvert().
+using FloatArray = py::array_t<float, 0>;
+
+constexpr int64_t kFloatBytes = sizeof(float);
+
+// How far elements along an axis are from each other, in floats.
+inline int64_t float_stride(const FloatArray& array, int64_t axis, const char* name) {
+  const int64_t bytes = array.strides(axis);
+  check(bytes % kFloatBytes == 0, "`", name, "` must be aligned to its elements");
+  return bytes / kFloatBytes;
+}
+
+// So many axes, elements of the last side by side.
+inline void check_rows_of(const FloatArray& array, int64_t num_axes, const char* name) {
+  check(array.ndim() == num_axes, "`", name, "` must have ", num_axes, " axes, got ", array.ndim());
+  check(array.shape(num_axes - 1) <= 1 || array.strides(num_axes - 1) == kFloatBytes, "`", name,
+        "` must have the elements of its last axis side by side");
+}
+
+// Memory for one call at a time: it grows, and is used again by the next.
+class Workspace {
+ public:
+  uint8_t* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_ = cpu::allocate(bytes);
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  cpu::Memory memory_;
+  int64_t size_ = 0;
+};
+
+}  // namespace tgi

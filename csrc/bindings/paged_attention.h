@@ -1,0 +1,68 @@
+// Attention for models that compute in torch: a call a layer, from heads as tensors, and back. What
+// one batch has in common for all layers is checked and shared out once.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "bindings/attention_spec.h"
+#include "bindings/float_tensors.h"
+#include "bindings/kv_pool.h"
+#include "bindings/rows.h"
+#include "cpu/step/segment.h"
+
+namespace tgi {
+
+class PagedAttention {
+ public:
+  explicit PagedAttention(int64_t max_context);
+
+  // Takes the batch that the next calls of `run` are of. visible_until: [num_tokens], positions
+  // that a token sees where these are more than up to its own.
+  void begin(const FlatRows& batch, const std::optional<Array<int32_t>>& visible_until);
+
+  // q: [num_tokens, heads, head_dim]; k, v: [num_tokens, KV heads, head_dim and value_dim], or
+  // none: they are in the cache; out: [num_tokens, heads, value_dim], contiguous.
+  void run(const KvPool& pool, int64_t layer, const FloatArray& q,
+           const std::optional<FloatArray>& k, const std::optional<FloatArray>& v, FloatArray& out,
+           const AttentionSpec& spec);
+
+ private:
+  // How the present batch's work is shared out for layers of one shape and rule.
+  struct Split {
+    cpu::step::AttentionRule rule;
+    int64_t num_heads, num_kv_heads;
+    int num_members;
+    std::vector<cpu::step::AttentionPoint> points;
+  };
+  struct Call {
+    cpu::step::StoreHeadsParams store;
+    cpu::step::AttentionParams attention;
+  };
+
+  void check_batch() const;
+  void check_pool(const KvPool& pool);
+  const cpu::step::AttentionPoint* split(const cpu::step::AttentionParams& params, int num_members);
+  void run_locked(const KvPool& pool, Call& call);
+
+  const int64_t max_context_;
+  std::mutex mutex_;
+  bool has_begun_ = false;
+  FlatRows batch_;
+  std::vector<int32_t> visible_until_;
+  cpu::step::StepHeader header_ = {};
+  int64_t checked_blocks_ = 0, checked_block_size_ = 0;  // of the pool that the batch fits
+  std::vector<Split> splits_;                            // memory of earlier batches is used again
+  size_t num_splits_ = 0;
+  Workspace queries_;
+  std::unique_ptr<cpu::step::AttentionWorkspace> partials_;
+  int64_t partials_dim_ = 0;
+  int partials_members_ = 0;
+};
+
+void bind_paged_attention(py::module_& module);
+
+}  // namespace tgi

@@ -1,0 +1,275 @@
+"""Attention called once a layer from torch: every rule, every change of scores, and bits that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference.attention import attention as reference
+from tests.reference.compare import assert_same_bits, assert_within
+from tests.support.batches import flat_rows, random_blocks
+from tests.support.kv import poisoned_pool
+from tgi_asgi import _C
+from tgi_asgi.ops import AttentionSpec, KvPool, PagedAttention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
+
+
+def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return heads as a cache of this dtype has them: int8 with a scale of float16 a strip of 32 dims."""
+    if dtype is not torch.int8:
+        return x.to(dtype).float()
+    dim = x.shape[-1]
+    strips = torch.nn.functional.pad(x, (0, -dim % 32)).unflatten(-1, (-1, 32))
+    scale = strips.abs().amax(-1, keepdim=True) / 127
+    codes = (strips / scale.clamp_min(1e-30)).round()
+    return (codes * scale.half().float()).flatten(-2)[..., :dim]
+
+
+@dataclass
+class Layer:
+    """One layer of some shape: computes steps of sequences, and what they should have given."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    block_size: int = 16
+    rules: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def pool(self, contexts: list[int]) -> KvPool:
+        blocks = sum(-(-context // self.block_size) for context in contexts) + 2
+        return poisoned_pool(
+            num_layers=3, num_blocks=blocks, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            value_dim=self.value_dim, block_size=self.block_size, dtype=self.dtype,
+        )  # fmt: skip
+
+    def heads_of(self, contexts: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return queries, keys and values of whole sequences."""
+        shapes = (
+            (self.heads, self.head_dim),
+            (self.kv_heads, self.head_dim),
+            (self.kv_heads, self.value_dim),
+        )
+        return [tuple(torch.randn(n, *shape) for shape in shapes) for n in contexts]  # type: ignore[misc]
+
+    def run(
+        self,
+        given: list[tuple[Tensor, Tensor, Tensor]],
+        steps: list[list[tuple[int, int]]],
+        visible_until: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Compute steps, each a span of every sequence (empty: not in it); return a sequence's rows."""
+        contexts = [len(q) for q, _, _ in given]
+        pool = self.pool(contexts)
+        blocks = random_blocks(contexts, pool.num_blocks, self.block_size)
+        attention = PagedAttention(max_context=max(contexts))
+        spec = AttentionSpec(self.scale, **self.rules)
+        found: list[list[Tensor]] = [[] for _ in given]
+        for spans in steps:
+            inside = [s for s, (start, stop) in enumerate(spans) if start < stop]
+            batch = flat_rows([spans[s] for s in inside], [blocks[s] for s in inside], self.block_size)
+            attention.begin(batch, visible_until)
+            q, k, v = (torch.cat([given[s][i][slice(*spans[s])] for s in inside]) for i in range(3))
+            out = attention.run(pool.layers[1], q, k, v, spec)
+            for s, part in zip(inside, out.split([spans[s][1] - spans[s][0] for s in inside]), strict=True):
+                found[s].append(part.flatten(1))
+        return [torch.cat(parts) for parts in found]
+
+    def expected(self, given: tuple[Tensor, Tensor, Tensor], visible_until: Tensor | None = None) -> Tensor:
+        q, k, v = given
+        return reference(
+            q, kept(k, self.dtype), kept(v, self.dtype), self.scale, visible_until=visible_until, **self.rules
+        )
+
+    def check(self, contexts: list[int], last: int = 1) -> None:
+        """Hold sequences, their last tokens in a step of their own, to the reference."""
+        given = self.heads_of(contexts)
+        steps = [[(0, n - last) for n in contexts], [(n - last, n) for n in contexts]]
+        found = torch.cat(self.run(given, steps))
+        room = ROOM[self.dtype]
+        assert_within(found, torch.cat([self.expected(each) for each in given]), whole=room, worst=2 * room)
+
+
+# Heads, KV heads, dims of keys and of values, block size.
+SHAPES = [
+    (9, 3, 64, 64, 16),
+    (4, 2, 80, 80, 32),
+    (4, 1, 192, 128, 64),
+    (2, 2, 96, 256, 16),
+    (2, 1, 512, 512, 32),
+    (2, 2, 288, 352, 16),
+]
+NARROW = [(1, 1, 16, 16, 16), (3, 1, 6, 2, 16), (6, 2, 24, 40, 64), (3, 3, 20, 52, 32), (2, 1, 50, 18, 16)]
+RULES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "window": {"window": 70},
+    "chunk": {"chunk": 48},
+    "chunk and window": {"chunk": 300, "window": 64},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks": {"sinks": torch.tensor([1.0, -2.0, 30.0, -torch.inf])},
+    "slopes": {"slopes": torch.tensor([0.5, 0.25, 0.125, 1.0])},
+    "everything": {
+        "window": 300, "chunk": 512, "soft_cap": 2.0, "sinks": torch.tensor([1.0, -2.0, 0.0, 3.0]),
+        "slopes": torch.tensor([0.01, 0.5, 0.1, 0.0]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim", "block_size", "dtype"),
+    [(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
+    + [(*shape, dtype) for shape in NARROW for dtype in DTYPES[:2]],
+)
+def test_heads_of_every_size_equal_the_reference(
+    kernel_set: str, heads: int, kv_heads: int, head_dim: int, value_dim: int, block_size: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    Layer(heads, kv_heads, head_dim, value_dim, dtype, block_size).check([2, 17, 33, 257, 300])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_what_a_layer_sees_and_does_with_scores_equals_the_reference(
+    kernel_set: str, rules: dict[str, Any], dtype: torch.dtype, threads: int
+) -> None:
+    _C.set_num_threads(threads)
+    Layer(4, 2, 64, 32, dtype, rules=rules).check([3, 49, 130, 600], last=2)
+
+
+@pytest.mark.parametrize("rules", [RULES["all"], RULES["window"], RULES["everything"]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_of_an_image_see_each_other(
+    kernel_set: str, dtype: torch.dtype, rules: dict[str, Any]
+) -> None:
+    layer = Layer(4, 2, 32, 32, dtype, rules=rules)
+    given = layer.heads_of([400, 20])
+    ends = [torch.arange(1, 401), torch.arange(1, 21)]
+    for first, stop in ((3, 9), (200, 290), (399, 400)):
+        ends[0][first:stop] = stop
+    ends[1][:20] = 20
+    found = layer.run(given, [[(0, 400), (0, 20)]], torch.cat(ends).int())
+    for each, end, out in zip(given, ends, found, strict=True):
+        room = ROOM[dtype]
+        assert_within(out, layer.expected(each, end), whole=room, worst=2 * room)
+
+
+@pytest.mark.parametrize("rules", [RULES["all"], RULES["window"], RULES["everything"]])
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_batch_chunking_and_team(
+    kernel_set: str, threads: int, dtype: torch.dtype, rules: dict[str, Any]
+) -> None:
+    layer = Layer(4, 2, 36 if dtype is torch.float32 else 96, 64, dtype, rules=rules)
+    given = layer.heads_of([700, 40, 1])
+    alone = [layer.run([each], [[(0, len(each[0]))]])[0] for each in given]
+    _C.set_num_threads(threads)
+    steps = [[(0, 300), (0, 0), (0, 0)], [(300, 699), (0, 39), (0, 1)], [(699, 700), (39, 40), (0, 0)]]
+    for found, expected in zip(layer.run(given, steps), alone, strict=True):
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_of_another_layer_and_strided_heads_are_attended(dtype: torch.dtype) -> None:
+    layer = Layer(4, 2, 64, 64, dtype)
+    pool = layer.pool([40])
+    packed = torch.randn(40, 8 * 64)
+    q, k, v = (part.unflatten(1, (-1, 64)) for part in packed.split([256, 128, 128], dim=1))
+    attention, spec = PagedAttention(max_context=40), AttentionSpec(layer.scale)
+    attention.begin(flat_rows([(0, 40)], [[2, 0, 1]], 16))
+    first = attention.run(pool.layers[0], q, k, v, spec)
+    across = torch.randn(4, 64, 40).permute(2, 0, 1)  # dims of a head are not side by side
+    second = attention.run(pool.layers[0], across, None, None, spec)
+    for found, queries in ((first, q), (second, across)):
+        expected = reference(queries, kept(k, dtype), kept(v, dtype), layer.scale)
+        assert_within(found.flatten(1), expected, whole=ROOM[dtype], worst=2 * ROOM[dtype])
+
+
+def call(visible_until: Any = None, spec: AttentionSpec | None = None, **changes: Any) -> Tensor:
+    layer = poisoned_pool(num_kv_heads=2, head_dim=16, value_dim=8, dtype=torch.float32, num_blocks=4).layers[
+        0
+    ]
+    arrays: dict[str, Any] = {
+        "ids": np.zeros(2, np.int32), "positions": np.array([18, 19]), "slots": np.array([18, 19]),
+        "query_start": np.array([0, 2]), "context_len": np.array([20]),
+        "block_table": np.array([[3, 1]], np.int32),
+    }  # fmt: skip
+    heads = {"q": torch.randn(2, 4, 16), "k": torch.randn(2, 2, 16), "v": torch.randn(2, 2, 8)}
+    batch = {name: value for name, value in changes.items() if name in arrays}
+    heads |= {name: value for name, value in changes.items() if name in heads}
+    attention = PagedAttention(max_context=changes.get("max_context", 64))
+    attention.begin(_C.FlatRows(**arrays | batch), visible_until)
+    return attention.run(layer, heads["q"], heads["k"], heads["v"], spec or AttentionSpec(1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_table": np.array([[3, 4]], np.int32)}, r"`block_table`\[1\].*\[0, 4\), got 4"),
+        ({"block_table": np.array([[-1, 0]], np.int32)}, r"`block_table`\[0\]"),
+        ({"block_table": np.array([[3]], np.int32)}, r"`context_len`\[0\] must be at most 16, got 20"),
+        ({"context_len": np.array([1])}, r"`context_len`\[0\] must be in \[2, 64\], got 1"),
+        ({"max_context": 19}, r"`context_len`\[0\] must be in \[2, 19\], got 20"),
+        ({"query_start": np.array([0, 3])}, "must run from 0 to 2"),
+        ({"slots": np.array([0, 64])}, r"`slots`\[1\] must be in \[0, 64\), got 64"),
+        ({"slots": np.array([-1, 0])}, r"`slots`\[0\]"),
+        ({"visible_until": torch.tensor([19, 21]).int()}, r"`visible_until`\[1\].* in \[20, 20\], got 21"),
+        ({"visible_until": torch.tensor([18, 20]).int()}, r"`visible_until`\[0\].* in \[19, 20\], got 18"),
+        ({"visible_until": torch.tensor([20]).int()}, "`visible_until` must have shape"),
+        ({"q": torch.randn(3, 4, 16)}, "`k` must have the batch's 3 tokens"),
+        ({"q": torch.randn(2, 3, 16)}, "`q` must have a multiple of 2 heads, got 3"),
+        ({"q": torch.randn(2, 4, 14)}, "heads of `q` must have 16 dims, got 14"),
+        ({"k": torch.randn(2, 1, 16)}, "`k` and `v` must have 2 heads"),
+        ({"k": torch.randn(2, 2, 14)}, "heads of `k` must have the 16 dims of `q`"),
+        ({"v": torch.randn(2, 2, 16)}, "heads of `v` must have 8 dims, got 16"),
+        ({"v": None}, "`k` and `v` come together"),
+        ({"spec": AttentionSpec(1.0, sinks=torch.zeros(2))}, "`sinks` must have 4 elements"),
+        ({"spec": AttentionSpec(1.0, slopes=torch.zeros(8))}, "`slopes` must have 4 elements"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    call()
+    with pytest.raises(ValueError, match=message):
+        call(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": float("nan")}, "`scale` must be finite"),
+        ({"window": 0}, "`window` must be positive, got 0"),
+        ({"chunk": -1}, "`chunk` must be positive, got -1"),
+        ({"soft_cap": 0.0}, "`soft_cap` must be positive, got 0"),
+        ({"sinks": torch.tensor([0.0, torch.nan])}, r"`sinks`\[1\] must be finite"),
+        ({"slopes": torch.tensor([torch.inf])}, r"`slopes`\[0\] must be finite"),
+        ({"slopes": torch.zeros(2, 2)}, "`slopes` must have shape"),
+    ],
+)
+def test_a_spec_that_means_nothing_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**{"scale": 1.0, **change})
+
+
+def test_tensors_of_another_dtype_are_refused() -> None:
+    with pytest.raises(TypeError):
+        call(q=torch.randn(2, 4, 16).double())
+    with pytest.raises(TypeError):
+        AttentionSpec(1.0, sinks=torch.zeros(4).double())
+
+
+def test_a_run_without_a_batch_is_refused() -> None:
+    layer = poisoned_pool(num_kv_heads=2, head_dim=16, dtype=torch.float32).layers[0]
+    with pytest.raises(ValueError, match="`begin` must have been given a batch"):
+        PagedAttention(max_context=8).run(layer, torch.randn(1, 2, 16), None, None, AttentionSpec(1.0))

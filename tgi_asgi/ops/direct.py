@@ -1,0 +1,82 @@
+"""Products, norms and embeddings of torch's tensors, one call each, for models that compute in torch.
+
+A row has the same bits whatever else is in the tensor. Memory of activations is kept and serves all calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgi_asgi import _C
+from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
+from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
+
+
+def linear(weight: LinearWeight, x: Tensor, is_exact: bool = False) -> Tensor:
+    """Return x @ W.T (+ bias), [n, rows] float32, of x [n, columns] float32.
+
+    x is rounded to the precision that the weight is multiplied in, unless `is_exact`. The result may be a
+    view of a wider tensor: rows are padded to whole strips.
+
+    Raises:
+        ValueError: x has another number of columns.
+        TypeError: x is not float32.
+    """
+    made: PackedLinear = weight.made
+    _check_columns(x, weight.columns)
+    out = torch.empty(x.shape[0], made.matrix.num_stored_rows, dtype=torch.float32)
+    precision = "float32" if is_exact else made.precision
+    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision)
+    return out if out.shape[1] == weight.rows else out[:, : weight.rows]
+
+
+def gate_up(weight: GateUpWeight, x: Tensor, activation: str, is_exact: bool = False) -> Tensor:
+    """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise as `linear`.
+
+    Raises:
+        ValueError: the two are of different formats, and no one matrix; or as `linear`.
+    """
+    parts = weight.made.parts if isinstance(weight.made, PackedGateUp) else ()
+    if len(parts) != 1:
+        raise ValueError("`gate_up` is of a gate and an up of one format: multiply by each")
+    made: PackedLinear = parts[0]
+    _check_columns(x, weight.columns)
+    out = torch.empty(x.shape[0], made.matrix.num_stored_rows // 2, dtype=torch.float32)
+    precision = "float32" if is_exact else made.precision
+    _C.gate_up_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, activation)
+    return out if out.shape[1] == weight.intermediate_size else out[:, : weight.intermediate_size]
+
+
+def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
+    """Return factor * W[ids], [n, columns] float32, of ids [n].
+
+    Raises:
+        ValueError: an id is not in the table.
+    """
+    made: PackedLinear = weight.made
+    columns = -(-weight.columns // 32) * 32
+    out = torch.empty(ids.shape[0], columns, dtype=torch.float32)
+    _C.embed_rows(made.matrix, ids.to(torch.int32).contiguous().numpy(), factor, out.numpy())
+    return out if columns == weight.columns else out[:, : weight.columns]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight, [n, columns] float32.
+
+    Raises:
+        ValueError: the weight has another number of elements than x has columns.
+        TypeError: one is not float32.
+    """
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _C.norm_rows(_array(x), weight.numpy(), eps, out.numpy())
+    return out
+
+
+def _check_columns(x: Tensor, columns: int) -> None:
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"`x` must be [n, {columns}], got {tuple(x.shape)}")
+
+
+def _array(x: Tensor) -> _C.FloatArray:
+    return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
