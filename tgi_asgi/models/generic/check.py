@@ -34,6 +34,17 @@ def check(model: GenericModel) -> None:
     Raises:
         ModelLoadError: they differ; the message says by how much.
     """
+    try:
+        _check(model)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # whatever the model's code raises on such a batch
+        raise ModelLoadError(
+            f"{model.config.architecture} does not run here: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+
+
+def _check(model: GenericModel) -> None:
     worst, where = _smallest_difference(model)
     if worst > _LARGEST and model.recurrent is not None:
         model.recurrent.continues_by_token = True  # plain scans of Mamba forget the state that they are given

@@ -10,7 +10,7 @@ from typing import Any
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, check
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.generic import attention, check as self_check
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
@@ -167,6 +167,6 @@ def first_position(model: Any) -> int:
 
 
 def _context_length(config: Any) -> int:
-    found = next((getattr(config, name) for name in _CONTEXT_NAMES if getattr(config, name, None)), _LONGEST)
-    check(type(found) is int and 1 <= found, f"the context must be a positive integer, got {found!r}")
-    return min(int(found), MAX_CONTEXT)
+    named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
+    found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
+    return min(found, MAX_CONTEXT)

@@ -58,7 +58,7 @@ class Linear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T (+ bias)`."""
         rows = direct.linear(self.packed, x.reshape(-1, self.in_features), is_exact=self.precision.is_exact)
-        return rows.view(*x.shape[:-1], self.out_features)
+        return rows.reshape(*x.shape[:-1], self.out_features)
 
 
 class Embedding(PackedModule):
@@ -71,7 +71,7 @@ class Embedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of these ids."""
         rows = direct.embed(self.packed, ids.reshape(-1), self.factor)
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.reshape(*ids.shape, self.embedding_dim)
 
 
 class RmsNorm(nn.Module):
