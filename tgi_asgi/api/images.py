@@ -16,7 +16,7 @@ from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, open_p
 from tgi_asgi.types import Image
 
 FETCH_TIMEOUT_S = 10.0  # for all images of a prompt
-_MAX_FETCHES = 4  # of a prompt at a time
+MAX_FETCHES = 4  # of a prompt at a time
 
 
 def check_images(prompts: Sequence[Images | None], most: int) -> None:
@@ -78,7 +78,7 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
     remote = [i for i, each in enumerate(sources) if not (each.is_base64 or each.content.startswith("data:"))]
     if not remote:
         return files
-    slots = asyncio.Semaphore(_MAX_FETCHES)
+    slots = asyncio.Semaphore(MAX_FETCHES)
     room = _Room(exchange)
 
     async def fetch(i: int) -> None:
