@@ -142,7 +142,7 @@ class Fetcher:
                 writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
                 return await _read(http, reader, param, room)
         except (OSError, h11.ProtocolError, ValueError):  # which tell of our network what nobody should know
-            _refuse(param, "its URL could not be fetched")
+            _refuse(param, "its URL gives no whole answer")
 
     @asynccontextmanager
     async def _connected(self, target: _Target, param: str) -> AsyncIterator[Connection]:
@@ -218,4 +218,4 @@ def _ascii(host: str) -> str:
 
 
 def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequest(f"`{param}` cannot be fetched: {why}", param=param, code="invalid_image_url")
+    raise InvalidRequest(f"`{param}` could not be fetched: {why}", param=param, code="invalid_image_url")
