@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "tgi_asgi"
 # What each room may import; `settings`, `errors`, `types` and a room's own modules always.
 _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED = {
-    "api": {"observe", "text"},
+    "api": {"images", "observe", "text"},
     "serve": {"app", "api", "observe"},
     "observe": {"engine"},  # its counters
     "engine": _BELOW_ENGINE,
@@ -23,6 +23,7 @@ ALLOWED = {
     "models": {"ops", "text", "formats"},
     "ops": {"_C"},
     "text": {"formats"},
+    "images": set(),
     "formats": {"_C"},  # its table of weight formats
     "settings": set(),
     "errors": set(),
@@ -127,7 +128,7 @@ def test_torch_stays_in_the_rooms_below_the_engine() -> None:
 @pytest.mark.parametrize(
     "module", ["tgi_asgi.app", "tgi_asgi.serve.server", "tgi_asgi.cli", "tgi_asgi.runner.plan"]
 )
-def test_importing_the_server_loads_no_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(len({{'torch', 'transformers'}} & set(sys.modules)))"
+def test_importing_the_server_loads_neither_torch_nor_pillow(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(len({{'torch', 'transformers', 'PIL'}} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tgi_asgi.api import asgi, limits, parse, sse
+from tgi_asgi.api import asgi, images, limits, parse, sse
 from tgi_asgi.api.openai import response_store, responses
 from tgi_asgi.engine import engine, loop, sequence
+from tgi_asgi.images import fetch, headers
 from tgi_asgi.serve import hypercorn, process
 from tgi_asgi.settings import MIB, Settings
 from tgi_asgi.text.chat import sandbox, time_limit
@@ -49,6 +50,16 @@ OPENAI, COMPAT = (limits.Limits.of(Settings(), is_tgi=is_tgi) for is_tgi in (Fal
         ("what `/v1/responses` repeats", [responses.MAX_ECHOED_BYTES // MIB]),
         ("a grammar as text", [source.MAX_CHARS]),
         ("a JSON schema", [source.MAX_DEPTH, source.MAX_PROPERTIES, source.MAX_REFERENCES]),
+        ("images of a request", [Settings().max_images]),
+        ("pixels of an image", [Settings().max_image_pixels]),
+        ("decoded, those of one request", [Settings().max_image_memory // MIB]),
+        ("decoded, those of all requests", [Settings().max_image_memory // MIB]),
+        ("bytes that a prompt has fetched", [Settings().payload_limit // MIB]),
+        ("time for all that a prompt has fetched", [images.FETCH_TIMEOUT_S]),
+        ("fetched at a time", [images.MAX_FETCHES]),
+        ("redirects of a URL", [fetch.MAX_REDIRECTS]),
+        ("characters of a URL", [fetch.MAX_URL_CHARS]),
+        ("scans of a JPEG", [headers.MAX_SCANS, headers.MAX_SEGMENTS]),
         ("answers of `/v1/responses`", [response_store.MAX_BYTES // MIB, Settings().response_store]),
     ],
 )

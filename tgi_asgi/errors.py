@@ -94,6 +94,14 @@ class TooManyPrompts(InvalidRequest, error_type="batch size exceeded"):
     """Raised for a completion with more prompts than a call may have; likewise."""
 
 
+class ImageTooLarge(InvalidRequest):
+    """Raised when the pictures that a request has fetched have more bytes than a body may have."""
+
+
+class ImageTimeout(InvalidRequest):
+    """Raised when the pictures of a request could not be fetched in time."""
+
+
 class Unauthorized(TgiError, error_type="unauthorized"):
     """Raised when an API key is configured and the request carries none, or another."""
 

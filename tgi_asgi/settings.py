@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,10 @@ _SECONDS, _RATIO = _AMOUNT._replace(metavar="SECONDS"), _AMOUNT._replace(metavar
 _TIMEOUT = _Kind("SECONDS", "be positive", lambda value: value > 0)
 _PERIOD = _TIMEOUT._replace(metavar="MS")
 _NICE = _Kind("0..19", "be in 0..19", lambda value: 0 <= value <= 19)
+_PIXELS = _Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_478_485)  # Pillow's own bound
+_HOSTS = _Kind(
+    "HOSTS", "be names of hosts", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
+)
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
 
 
@@ -140,6 +145,11 @@ class Settings:
     api_key_file: str | None = _server("File of keys: `KEY` or `NAME KEY` a line; # comments.", None, _FILE)
     admin_api_key: str | None = _server("Serve the admin routes to clients that send this key.", None, _KEY)
     cors_allow_origin: tuple[str, ...] = _server("Origin that browsers may call from, or * (repeatable).", ())
+    allowed_media_domains: tuple[str, ...] = _server(
+        "Host that images are fetched from, or several with commas (repeatable; default: any public one).",
+        (),
+        _HOSTS,
+    )
     payload_limit: int = _server("Largest request body, in bytes.", 16 * MIB, _BYTES)
     graceful_termination_timeout: int = _server(
         "Seconds that running requests get to finish after SIGTERM.", 90, _SECONDS, flag="-g"
@@ -170,6 +180,9 @@ class Settings:
     max_connections_per_client: int = _limit("Connections of one address; more get 429 (0: any).", 0, _AMOUNT)
     requests_per_minute: int = _limit("Requests a minute of one API key; more get 429 (0: any).", 0, _AMOUNT)
     max_body_memory: int = _limit("Bytes of request bodies held at once; more get 429.", 256 * MIB, _BYTES)
+    max_images: int = _limit("Most images of one request, for models that take any.", 16, _AMOUNT)
+    max_image_pixels: int = _limit("Most pixels of one image.", 32 * MIB, _PIXELS)
+    max_image_memory: int = _limit("Bytes of decoded images held at once; more get 429.", 1024 * MIB, _BYTES)
     max_priority: int = _limit("Largest priority, above and below 0; others are cut to it.", 10, _AMOUNT)
     clip_max_tokens: bool = _limit("Cut max_tokens to the room in the context instead of a 400.", False)
     max_input_tokens: int | None = _limit(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tgi_asgi.errors import TgiError
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from tgi_asgi.text.constrain.grammar import Grammar
 
 # Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is
@@ -70,6 +72,58 @@ class StopConditions:
     skip_special_tokens: bool = True  # special tokens give no text
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """A picture of a request, decoded."""
+
+    pixels: PIL.Image.Image  # RGB, upright
+    digest: bytes  # 32 bytes: of its size and pixels
+    param: str  # where it stands in the request, as the client's API calls it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """A picture as a model takes it."""
+
+    text: str  # what to write in the place of its placeholder
+    token_id: int  # the token that the model's view of it replaces
+    num_tokens: int  # how many of these `text` has, at least one
+    payload: Any  # the runner's; nobody else looks at it
+    num_bytes: int = 0  # of the payload: they are counted until the request ends
+
+
+class ImageProcessor(Protocol):
+    """What makes of pictures what a model takes, and of their placeholders what its prompts have for them.
+
+    `placeholder` is the text of one special token of the tokenizer. The chat template writes it once for each
+    `{"type": "image"}`, and HTTP into prompts that are no chats.
+    """
+
+    @property
+    def placeholder(self) -> str: ...
+
+    def process(self, images: Sequence[Image]) -> Sequence[ProcessedImage]:
+        """Return the images of one prompt, in order, as the model takes them. Called in a worker thread.
+
+        Raises:
+            InvalidRequest: the model cannot take one; with its `param`.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """A picture in a prompt's tokens.
+
+    Its `num_tokens` lie from `start` on, from the first that the model's view replaces to the last: tokens of
+    rows and tiles between them included.
+    """
+
+    digest: bytes
+    start: int
+    num_tokens: int
+    payload: Any
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One validated request: every integer in it is already within the model's bounds.
@@ -90,6 +144,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
+    images: tuple[ImageInput, ...] = ()  # in the prompt's order; they do not overlap
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that would cost four times as much, and one is made a token

@@ -59,7 +59,8 @@ def add_request(
     scheduler: Scheduler, request: GenerationRequest, arrival: int = 0, tenant: str | None = None
 ) -> list[Sequence]:
     """Queue a request's sequences as the engine does, and return them."""
-    chain = HashChain(root_digest(request.adapter, request.cache_salt), scheduler.block_size)
+    root = root_digest(request.adapter, request.cache_salt)
+    chain = HashChain(root, scheduler.block_size, request.images)
     sequences: list[Sequence] = []
     for choice in range(request.n):
         sequences.append(

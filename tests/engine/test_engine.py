@@ -31,7 +31,7 @@ from tgi_asgi.errors import (
     TgiError,
 )
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import EngineState, FinishReason, SamplingParams, TokenEvent
+from tgi_asgi.types import EngineState, FinishReason, ImageInput, SamplingParams, TokenEvent
 
 SEEDED = SamplingParams(seed=7)
 
@@ -235,6 +235,17 @@ async def test_what_would_hurt_others_is_refused(
     engine = make_engine()
     with pytest.raises(InvalidRequest):
         submit(engine, make_request(prompt, max_tokens, n=n))
+    assert engine.admission.num_taken == 0
+
+
+@pytest.mark.parametrize("places", [[(38, 3)], [(-1, 3)], [(0, 0)], [(0, 4), (3, 4)], [(8, 2), (0, 2)]])
+async def test_images_that_do_not_lie_in_the_prompt_are_refused(
+    make_engine: MakeEngine, places: list[tuple[int, int]]
+) -> None:
+    engine = make_engine()
+    images = tuple(ImageInput(b"a" * 32, start, num_tokens, payload=None) for start, num_tokens in places)
+    with pytest.raises(InvalidRequest, match="image"):
+        submit(engine, make_request(40, images=images))
     assert engine.admission.num_taken == 0
 
 

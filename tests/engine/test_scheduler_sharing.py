@@ -9,6 +9,7 @@ import pytest
 from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.sequence import SequenceState
+from tgi_asgi.types import ImageInput
 
 
 def test_a_second_prompt_takes_the_cached_prefix() -> None:
@@ -138,6 +139,22 @@ def test_who_must_not_share_does_not(fields: dict[str, Any]) -> None:
     run_all(scheduler, runner)
     add_request(scheduler, make_request(range(70), **fields), arrival=1)
     assert must_plan(scheduler).plan.rows[0].start == 0
+
+
+def test_prompts_with_different_images_share_what_comes_before_them() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    red, blue = (ImageInput(colour * 32, 20, 15, payload=None) for colour in (b"r", b"b"))
+    for arrival, image in enumerate((red, blue, red)):
+        add_request(scheduler, make_request(range(40), images=(image,)), arrival)
+    step = must_plan(scheduler)
+    assert [row.start for row in step.plan.rows] == [0, 16, 32]
+    run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    for arrival, image in enumerate((blue, red), 3):
+        add_request(scheduler, make_request(range(40), images=(image,)), arrival)
+    add_request(scheduler, make_request(range(40)), arrival=5)
+    assert [row.start for row in must_plan(scheduler).plan.rows] == [32, 32, 16]
+    assert runner.violations == []
 
 
 def test_without_the_prefix_cache_nothing_is_shared_or_counted() -> None:

@@ -29,6 +29,7 @@ from tgi_asgi.types import (
     EngineState,
     FinishReason,
     GenerationRequest,
+    ImageProcessor,
     ModelInfo,
     RequestStats,
     Sink,
@@ -142,8 +143,10 @@ class ScriptedPermit:
 class ScriptedEngine:
     """`types.Engine` with a script, and a record of what it was asked."""
 
-    def __init__(self, script: Script | None = None, *, num_permits: int = 128) -> None:
-        self.tokenizer = ToyTokenizer()
+    def __init__(
+        self, script: Script | None = None, *, num_permits: int = 128, has_eyes: bool = False
+    ) -> None:
+        self.tokenizer = ToyTokenizer(has_eyes=has_eyes)
         self.state = EngineState.READY
         self.script: Script = script or say("Hello", " world")
         self.num_permits = num_permits
@@ -263,10 +266,17 @@ def scripted_app(
     *,
     info: ModelInfo | None = None,
     chat_template: str | None = CHATML,
+    image_processor: ImageProcessor | None = None,
 ) -> App:
     """Return the real application around the engine, already loaded: a lifespan may follow, or not."""
     template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
-    served = Served(engine, engine.tokenizer, template, info or toy_info())  # type: ignore[arg-type]
+    served = Served(
+        engine,  # type: ignore[arg-type]
+        engine.tokenizer,  # type: ignore[arg-type]
+        template,
+        info or toy_info(),
+        image_processor=image_processor,
+    )
     app = create_app(settings or Settings(model_id="toy/model"), loader=lambda settings, progress: served)
     app.context.served = served
     return app

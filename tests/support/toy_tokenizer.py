@@ -8,30 +8,32 @@ from tgi_asgi.text.chat.guard import PromptGuard
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 VOCAB_SIZE = 1024
+IMAGE = VOCAB_SIZE - 1  # a special token, where the model has eyes
 _SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
 
 
 class ToyTokenizer:
     """Ids 0..255 are bytes, 256..259 special tokens, further ids are given out by `id_of`."""
 
-    def __init__(self, *, adds_bos: bool = False) -> None:
+    def __init__(self, *, adds_bos: bool = False, has_eyes: bool = False) -> None:
+        self._special = _SPECIAL | ({IMAGE: "<image>"} if has_eyes else {})
         self.vocab_size = VOCAB_SIZE
         self.bos_id: int | None = BOS
         self.eos_id: int | None = EOS
         self.eos_ids = frozenset({EOS, IM_END})
-        self.special_ids = frozenset(_SPECIAL)
+        self.special_ids = frozenset(self._special)
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.adds_bos = adds_bos
         self.chat_template: str | None = None
-        self.guard = PromptGuard(_SPECIAL.values())
-        self.longest_token = max(map(len, _SPECIAL.values()))
+        self.guard = PromptGuard(self._special.values())
+        self.longest_token = max(map(len, self._special.values()))
         self._longer: dict[bytes, int] = {}
 
     def id_of(self, data: bytes) -> int:
         """Return the token of these bytes; a new one for bytes that have none."""
         if len(data) == 1:
             return data[0]
-        for token_id, text in _SPECIAL.items():
+        for token_id, text in self._special.items():
             if text.encode() == data:
                 return token_id
         return self._longer.setdefault(data, 260 + len(self._longer))
@@ -48,12 +50,12 @@ class ToyTokenizer:
         at = skipped = 0
         while at < len(data):
             special = next(
-                (i for i, name in _SPECIAL.items() if data.startswith(mark + name.encode(), at)), None
+                (i for i, name in self._special.items() if data.startswith(mark + name.encode(), at)), None
             )
             if special is not None:
                 at += len(mark)
                 skipped += len(mark)
-            size = 1 if special is None else len(_SPECIAL[special])
+            size = 1 if special is None else len(self._special[special])
             start = at - skipped
             tokens.append((data[at] if special is None else special, start, start + size))
             at += size
@@ -62,13 +64,13 @@ class ToyTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:
             return bytes([token_id])
-        if token_id in _SPECIAL:
-            return _SPECIAL[token_id].encode()
+        if token_id in self._special:
+            return self._special[token_id].encode()
         return next((data for data, known in self._longer.items() if known == token_id), b"")
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        kept = (i for i in ids if not (skip_special_tokens and i in _SPECIAL))
+        kept = (i for i in ids if not (skip_special_tokens and i in self._special))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")

@@ -12,9 +12,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.api.limits import Room
+from tgi_asgi.api.parse import refuse_field
 from tgi_asgi.errors import Field, TgiError
 from tgi_asgi.text.constrain.source import GrammarSource, source_of
-from tgi_asgi.types import Channel, GenerationRequest, ModelInfo, SamplingParams, TokenEvent
+from tgi_asgi.types import (
+    Channel,
+    GenerationRequest,
+    ModelInfo,
+    ProcessedImage,
+    SamplingParams,
+    TokenEvent,
+)
 
 if TYPE_CHECKING:
     from tgi_asgi.api.answer import Reading
@@ -26,13 +34,45 @@ if TYPE_CHECKING:
 Choices = Sequence[Sequence[TokenEvent]]  # of one prompt: each choice's events
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image as a client gives it: a URL, or a file in base64; `param` is the field by its own name."""
+
+    content: str
+    param: str
+    is_base64: bool = False
+
+
+@dataclass(slots=True)
+class Images:
+    """The images of one prompt, in order; who reads its parts adds them, `api/images.py` loads them.
+
+    There is one only where the model has eyes.
+    """
+
+    sources: list[ImageSource] = field(default_factory=list)
+    loaded: list[tuple[bytes, ProcessedImage]] = field(default_factory=list)  # with their digests
+
+    def add(self, content: object, param: str, *, is_base64: bool = False) -> dict[str, str]:
+        """Take an image; return what stands for it in a message.
+
+        Raises:
+            InvalidRequest: it is no text.
+        """
+        if not isinstance(content, str):
+            refuse_field(param, "must be a string")
+        self.sources.append(ImageSource(content, param, is_base64))
+        return {"type": "image"}
+
+
 @dataclass(slots=True)
 class Conversation:
     """A chat, as chat templates take it.
 
     Attributes:
-        messages: plain dicts with `role`, `content` (a text, a list of texts, or None) and what else there
-            is; calls are `{"id", "type": "function", "function": {"name", "arguments"}}`.
+        messages: plain dicts with `role`, `content` (a text, None, or a list of texts and of `{"type":
+            "image"}` for each of the images) and what else there is; calls are `{"id", "type": "function",
+            "function": {"name", "arguments"}}`.
         tools: `{"type": "function", "function": {...}}` each.
         offers_tools: they may be called; templates are told of those that may not, too.
         variables: further ones of the template.
@@ -51,13 +91,15 @@ class Conversation:
     adds_special_tokens: bool = False
     echoes: bool = False
     tool_prompt: str | None = None
+    images: Images | None = None
 
 
 @dataclass(slots=True)
 class Text:
     """A prompt that is no chat: text, or token ids that have been checked.
 
-    `needs_text`: its text is wanted beside its tokens, also where it came as ids.
+    `needs_text`: its text is wanted beside its tokens, also where it came as ids. The text has the model's
+    placeholder for each of the images.
     """
 
     content: str | list[int]
@@ -66,6 +108,7 @@ class Text:
     echoes: bool = False
     shows_special_tokens: bool = False
     field: Field = ("prompt",)
+    images: Images | None = None
 
 
 @dataclass(slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import ssl
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from tgi_asgi.api.call import Images
 from tgi_asgi.errors import Overloaded, Unavailable
+from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Engine, EngineState, ModelInfo
+from tgi_asgi.types import Engine, EngineState, ImageProcessor, ModelInfo
 
 if TYPE_CHECKING:  # the last three import libraries that nobody needs before the model has loaded
     from tgi_asgi.api.openai.response_store import ResponseStore
@@ -51,6 +55,16 @@ class Served:
     chat_template: ChatTemplate | None
     info: ModelInfo
     stats: EngineStats | None = None  # the engine's counters, for `/metrics`
+    image_processor: ImageProcessor | None = None  # of a model with eyes
+
+    @property
+    def accepts_images(self) -> bool:
+        """Whether prompts may have images."""
+        return self.image_processor is not None
+
+    def new_images(self) -> Images | None:
+        """Return what takes a prompt's images, if the model has eyes."""
+        return Images() if self.accepts_images else None
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
@@ -74,7 +88,10 @@ class ServerContext:
         metrics: what `/metrics` shows.
         responses: the answers of `/v1/responses` that are kept.
         text, grammars, counting: threads for prompts, for grammars, and for what is only counted.
-        bodies: the bytes of all request bodies that are not answered yet.
+        pictures, names: threads for images, and for looking up the hosts that have them.
+        bodies: the bytes of all request bodies that are not answered yet, and of what they had fetched.
+        pixels: the bytes of all images of such requests, decoded or as the model takes them.
+        fetcher: fetches images.
         routes: all of the server's, for its documents.
         is_leaving: SIGTERM has come: `/readyz` says so, while requests are still taken.
     """
@@ -87,7 +104,8 @@ class ServerContext:
         self.failure: BaseException | None = None
         self.progress = LoadProgress()
         self.metrics = Metrics(settings.block_size)
-        self.bodies = ByteBudget(settings.max_body_memory)
+        self.bodies = ByteBudget(settings.max_body_memory, "request bodies")
+        self.pixels = ByteBudget(settings.max_image_memory, "images")
         self.is_leaving = False
         self.routes: Sequence[Route] = ()
         self._warned: set[str] = set()
@@ -96,6 +114,10 @@ class ServerContext:
         # A schema may take a second, a book's tokens too: templates and prompts must not wait for them.
         self.grammars = Pool(2, "grammar")
         self.counting = Pool(1, "count")
+        self.pictures = Pool(2, "image")
+        self.names = Pool(8, "dns")  # which may hold each for half a minute
+        hosts = ",".join(settings.allowed_media_domains).lower().split(",")
+        self.fetcher = Fetcher(frozenset(filter(None, hosts)), self._lookup, self._tls)
 
     @property
     def info(self) -> ModelInfo | None:
@@ -146,9 +168,16 @@ class ServerContext:
             self._unknown_models.add(name)
             logger.info("model %r was asked for; answering as the served one", name)
 
+    async def _lookup(self, name: str, port: int) -> list[str]:
+        found = await self.names.run(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
+        return [str(address[0]) for *_, address in found]
+
+    async def _tls(self) -> ssl.SSLContext:
+        return await self.names.run(ssl.create_default_context)
+
     def close(self) -> None:
         """Let the threads end."""
-        for pool in (self.text, self.grammars, self.counting):
+        for pool in (self.text, self.grammars, self.counting, self.pictures, self.names):
             pool.close()
 
 
@@ -183,20 +212,21 @@ def _cleared(work: Callable[[], T]) -> T:
 
 
 class ByteBudget:
-    """Bytes that may be held at a time, over all requests."""
+    """Bytes of `what` that may be held at a time, over all requests."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, what: str) -> None:
         self._most = most
+        self._what = what
         self.held = 0
 
     def take(self, size: int, own: int = 0) -> None:
-        """Hold so many more for a body of which `own` bytes are held already.
+        """Hold so many more for a request for which `own` bytes are held already.
 
         Raises:
             Overloaded: they are too many now.
         """
-        if self.held > own and self.held + size > self._most:  # one alone is bounded by the limit of a body
-            raise Overloaded("The server holds as many request bodies as it may")
+        if self.held > own and self.held + size > self._most:  # one request alone has limits of its own
+            raise Overloaded(f"The server holds as many {self._what} as it may")
         self.held += size
 
     def give_back(self, size: int) -> None:

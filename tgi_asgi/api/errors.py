@@ -37,6 +37,8 @@ RULES: dict[type[TgiError], Rule] = {
     errors.ToolError: Rule(422, "Tool error: ", 400, _REFUSED),
     errors.UnsupportedSuffix: Rule(422, "", 400, _REFUSED),
     errors.TooManyPrompts: Rule(422, "", 400, _REFUSED),
+    errors.ImageTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),
+    errors.ImageTimeout: Rule(408, "", 408, _REFUSED, "image_timeout"),
     errors.Unauthorized: Rule(401, "", 401, "authentication_error", "invalid_api_key"),
     errors.Forbidden: Rule(403, "", 403, "permission_error"),
     errors.NotFound: Rule(404, "", 404, _REFUSED, "unknown_url"),

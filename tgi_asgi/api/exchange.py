@@ -18,7 +18,7 @@ from tgi_asgi.api.asgi import JSON, ClientDisconnected, Header, Receive, Scope, 
 from tgi_asgi.api.context import ServerContext
 from tgi_asgi.api.errors import Dialect, headers_of
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.errors import UnsupportedMediaType
+from tgi_asgi.errors import InvalidRequest, UnsupportedMediaType
 from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Exchange:
     """
 
     __slots__ = (
-        "__weakref__", "_num_held", "channels", "context", "dialect", "error", "is_body_read",
-        "is_disconnected", "is_large", "receive", "remains", "request_id", "response_headers", "route",
-        "scope", "send", "started_s", "status", "tenant",
+        "__weakref__", "_num_held", "_num_image_bytes", "channels", "context", "dialect", "error",
+        "is_body_read", "is_disconnected", "is_large", "receive", "remains", "request_id",
+        "response_headers", "route", "scope", "send", "started_s", "status", "tenant",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +70,8 @@ class Exchange:
         self.route: Route | None = None
         self.channels: list[Channel] = []
         self.error: BaseException | None = None
-        self._num_held = 0  # bytes of the body that are counted as held
+        self._num_held = 0  # bytes of the body, and of what it had fetched, that are counted as held
+        self._num_image_bytes = 0  # likewise, of images that have been decoded
         self.is_body_read = False
         self.is_disconnected = False
         self.is_large = False
@@ -102,17 +103,40 @@ class Exchange:
             self.require_json()
         self.is_body_read = True  # from here on read_body drains what it refuses
         declared, most = self.header(b"content-length"), self.context.settings.payload_limit
-        parts = await asgi.read_body(self.receive, declared, most, self._hold)
+        parts = await asgi.read_body(self.receive, declared, most, self.hold)
         self.is_large |= sum(map(len, parts)) > LARGE_BODY
         return await self.work(b"".join, parts)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Count bytes that came for the request, before they are kept.
+
+        Raises:
+            Overloaded: all requests together hold too many.
+        """
         self.context.bodies.take(size, self._num_held)
         self._num_held += size
+
+    def hold_image(self, size: int, param: str) -> None:
+        """Count bytes of images before they are taken; fewer than none are given back.
+
+        Raises:
+            Overloaded: all requests together hold too many.
+            InvalidRequest: this one alone does.
+        """
+        most = self.context.settings.max_image_memory
+        if size > 0 and self._num_image_bytes + size > most:
+            message = f"`{param}`: decoded, the images of a request may take {most} bytes together"
+            raise InvalidRequest(message, param=param, code="image_too_large")
+        if size > 0:
+            self.context.pixels.take(size, self._num_image_bytes)
+        else:
+            self.context.pixels.give_back(-size)
+        self._num_image_bytes += size
 
     def close(self) -> None:
         """Let go of all that the request held, once; what is large is freed in a thread."""
         self.context.bodies.give_back(self._num_held)
+        self.context.pixels.give_back(self._num_image_bytes)
         remains = [*self.remains, *self.channels]
         self.remains.clear()
         self.channels.clear()  # their sinks know whom they render for, who knows this list

@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from tgi_asgi.api.answer import AnswerForm
-from tgi_asgi.api.call import Call, Choices, Generation, Job, Prepared, Text
+from tgi_asgi.api.call import Call, Choices, Generation, Images, Job, Prepared, Text
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
@@ -46,19 +48,36 @@ def generating(parse: Parse) -> Handler:
     return handle
 
 
-def counting(work: Callable[[bytes, Exchange], bytes]) -> Handler:
+@dataclass(frozen=True, slots=True)
+class WithImages:
+    """What is left of some work once a prompt's images have been loaded."""
+
+    images: Images
+    rest: Callable[[], bytes]
+
+
+def counting(work: Callable[[bytes, Exchange], bytes | WithImages]) -> Handler:
     """Return the handler of a route that tokenises, and generates nothing: `work` makes its answer of a body.
 
     It runs in a thread, under a permit: whoever tokenises takes part in admission.
     """
 
     async def handle(exchange: Exchange) -> None:
-        body = await exchange.read_body()
+        body, context = await exchange.read_body(), exchange.context
         with admitted(exchange, 1):
-            answer = await exchange.context.counting.run(work, body, exchange)
+            answer = await context.counting.run(work, body, exchange)
+            if isinstance(answer, WithImages):
+                check_images([answer.images], context.settings.max_images)
+                await load_images(exchange, context.ready(), answer.images)
+                answer = await context.counting.run(answer.rest)
         await exchange.respond(200, answer)
 
     return handle
+
+
+def counted(images: Images | None, count: Callable[[], bytes]) -> bytes | WithImages:
+    """Return what `count` does, at once or when images have been loaded."""
+    return WithImages(images, count) if images is not None and images.sources else count()
 
 
 async def generate(exchange: Exchange, parse: Parse) -> None:
@@ -76,6 +95,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     if not call.jobs:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
         return
+    check_images([job.prompt.images for job in call.jobs], exchange.context.settings.max_images)
     with admitted(exchange, call.num_choices) as permit:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
@@ -131,6 +151,8 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
     with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
+        if job.prompt.images is not None:
+            await load_images(exchange, served, job.prompt.images)
         prompt = await context.text.run(make_prompt, job, served, context.settings)
         budget = job.room.budget(served.info, len(prompt.ids), job.max_tokens, job.default_max_tokens)
         if job.min_tokens > budget:
@@ -162,6 +184,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,
         seeds=job.seeds,
+        images=prompt.images,
     )
     return Prepared(job, prompt, request, reading)
 

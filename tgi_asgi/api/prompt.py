@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tgi_asgi.api.call import Conversation, Job, Text
+from tgi_asgi.api.call import Conversation, Images, Job, Text
 from tgi_asgi.api.limits import check_characters
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.images import located, written_out
 from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
+from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
     from tgi_asgi.api.context import Served
@@ -34,6 +36,7 @@ class Prompt:
         text: the prompt as text, for text offsets; None where no one needs it.
         num_characters: of the prompt as text, where it came as text.
         tail: the end of a chat's prompt, which may open a reasoning section.
+        images: where in the tokens its images lie.
     """
 
     ids: list[int]
@@ -41,6 +44,7 @@ class Prompt:
     text: str | None = None
     num_characters: int = 0
     tail: str = ""
+    images: tuple[ImageInput, ...] = ()
 
 
 def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
@@ -56,12 +60,25 @@ def make_prompt(job: Job, served: Served, settings: Settings) -> Prompt:
         prompt = _text_prompt(job.prompt, served, keep)
     else:
         prompt = chat_prompt(job.prompt, served, settings, keep)
-    if keep is not None:
-        del prompt.ids[:-keep]
+    if keep is not None and len(prompt.ids) > keep:
+        prompt = _cut(prompt, len(prompt.ids) - keep, job.prompt)
     if not prompt.ids:
         field = job.prompt.field if isinstance(job.prompt, Text) else ("prompt",)
         raise InvalidRequest("`{field}` must not be empty", field=field)
     return prompt
+
+
+def _cut(prompt: Prompt, size: int, source: Conversation | Text) -> Prompt:
+    """Return a prompt without its first tokens; an image is never cut off: what follows may speak of it."""
+    if prompt.images and prompt.images[0].start < size:
+        assert source.images is not None, "images come from somewhere"
+        param = source.images.sources[0].param
+        raise InvalidRequest(f"`{param}` lies in the part of the prompt that was to be cut off", param=param)
+    del prompt.ids[:size]
+    moved = (
+        ImageInput(each.digest, each.start - size, each.num_tokens, each.payload) for each in prompt.images
+    )
+    return replace(prompt, images=tuple(moved))
 
 
 def chat_prompt(
@@ -79,6 +96,7 @@ def chat_prompt(
         is_bounded: it must fit into the context.
     """
     text = chat_text(chat, served, settings)
+    keep = None if _has(chat.images) else keep
     source = _bounded(text.source, len(text.shown), served, keep) if is_bounded else text.source
     ids = served.tokenizer.encode(
         source, add_special_tokens=chat.adds_special_tokens, is_marked=text.is_marked
@@ -88,7 +106,9 @@ def chat_prompt(
         assert served.chat_template is not None, "the messages were rendered"
         content = _content(chat.messages[-1], _separator(served.chat_template, settings) or "")
         echo = content if isinstance(content, str) else ""
-    return Prompt(ids, echo, num_characters=len(text.shown), tail=text.shown[-_TAIL_CHARS:])
+    images = _located(ids, chat.images)
+    tail = text.shown[-_TAIL_CHARS:]
+    return Prompt(ids, echo, num_characters=len(text.shown), tail=tail, images=images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +127,14 @@ class ChatText:
 
 
 def chat_text(chat: Conversation, served: Served, settings: Settings) -> ChatText:
-    """Render a conversation.
+    """Render a conversation, with what the model has for its images, which have been loaded.
 
     Raises:
-        InvalidRequest: there are no messages, or they are nested too deeply.
+        InvalidRequest: there are no messages, they are nested too deeply, or images have no place.
         TemplateError: there is no template, or it refused the messages.
     """
     try:
-        return _render(chat, served, settings)
+        return _with_images(_render(chat, served, settings), chat.images, served)
     except TemplateError as error:
         if error.param is None:
             error.field = ("prompt",)
@@ -142,6 +162,7 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
     messages = shorten_ids(messages, template.source)
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
+    messages = template.in_parts(messages)
     # What a client gives to the template, under the names that templates have for it.
     given = {"tools": chat.tools, **chat.variables}
     guard = served.tokenizer.guard
@@ -155,6 +176,28 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
         **given,
     )
     return ChatText(*guard.marks(text), is_marked=True) if is_marked else ChatText(text, text)
+
+
+def _has(images: Images | None) -> bool:
+    return images is not None and bool(images.sources)
+
+
+def _with_images(text: ChatText, images: Images | None, served: Served) -> ChatText:
+    """Return a prompt with what the model has for its images in the place of their placeholders."""
+    if images is None or not images.sources:
+        return text
+    assert served.image_processor is not None, "a model without eyes is given no images"
+    guard, placeholder = served.tokenizer.guard, served.image_processor.placeholder
+    texts = [image.text for _, image in images.loaded]
+    if not text.is_marked:
+        source = written_out(text.source, placeholder, texts)
+        return ChatText(source, source)
+    source = written_out(text.source, guard.mark + placeholder, list(map(guard.marked, texts)))
+    return ChatText(source.replace(guard.mark, ""), source, is_marked=True)
+
+
+def _located(ids: Sequence[int], images: Images | None) -> tuple[ImageInput, ...]:
+    return located(ids, images.loaded) if images is not None and images.loaded else ()
 
 
 def leaves_open(messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -180,24 +223,33 @@ def _content(message: dict[str, Any], separator: str | None) -> Any:
     content = message["content"]
     if not isinstance(content, list):
         return content
-    if len(content) == 1:  # the same tokens as for the plain string
+    if len(content) == 1 and isinstance(content[0], str):  # the same tokens as for the plain string
         return content[0]
-    if separator is None:
-        return [{"type": "text", "text": text} for text in content]
+    if separator is None or not all(isinstance(part, str) for part in content):  # images have no text
+        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     return separator.join(content)
+
+
+def plain_text(prompt: Text, served: Served) -> str:
+    """Return the text of a prompt that is given as text, with what the model has for its images."""
+    text = prompt.content
+    assert isinstance(text, str), "ids have no images"
+    return _with_images(ChatText(text, text), prompt.images, served).source
 
 
 def _text_prompt(prompt: Text, served: Served, keep: int | None) -> Prompt:
     given = prompt.content
     if isinstance(given, str):
-        source = _bounded(given, len(given), served, keep)
+        given = plain_text(prompt, served)
+        source = _bounded(given, len(given), served, None if _has(prompt.images) else keep)
         ids = served.tokenizer.encode(source, add_special_tokens=prompt.adds_special_tokens)
         text = given
     else:
         ids, text = list(given), ""
         if prompt.needs_text:
             text = served.tokenizer.decode(ids, skip_special_tokens=not prompt.shows_special_tokens)
-    return Prompt(ids, text if prompt.echoes else "", text if prompt.needs_text else None, len(text))
+    shown = text if prompt.needs_text else None
+    return Prompt(ids, text if prompt.echoes else "", shown, len(text), images=_located(ids, prompt.images))
 
 
 def _bounded(text: str, num_characters: int, served: Served, keep: int | None) -> str:

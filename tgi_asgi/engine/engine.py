@@ -197,6 +197,13 @@ class Engine:
         prompt, max_tokens = request.prompt_ids, request.stop.max_tokens
         if not prompt or min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise InvalidRequest(f"a prompt is one or more token ids in [0, {self._vocab_size})")
+        end = 0
+        for image in request.images:
+            if image.start < end or image.num_tokens < 1:
+                raise InvalidRequest("the images of a prompt must lie in it in order, each with a token")
+            end = image.start + image.num_tokens
+        if end > len(prompt):
+            raise InvalidRequest(f"an image ends at token {end} of a prompt of {len(prompt)}")
         if max_tokens < 1 or request.n < 1:
             raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
         num_tokens = len(prompt) + max_tokens

@@ -166,7 +166,8 @@ class ServingLoop:
 
     def _add(self, channel: RequestChannel) -> None:
         request = channel.request
-        chain = HashChain(root_digest(request.adapter, request.cache_salt), self._block_size)
+        root = root_digest(request.adapter, request.cache_salt)
+        chain = HashChain(root, self._block_size, request.images)
         for choice in range(request.n):
             sequence = Sequence(
                 request,

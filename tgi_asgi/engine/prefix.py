@@ -6,12 +6,16 @@ scheduler; knows nothing of blocks.
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from tgi_asgi.types import ImageInput
+
 _DIGEST_SIZE = 16
+_PLACE = struct.Struct("<qQ")  # where an image begins, counted from the block's first token, and its length
 
 
 def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
@@ -22,14 +26,19 @@ def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
 class HashChain:
     """The digests of one sequence's full blocks, computed as far as they are asked for, each once.
 
-    About 60 ns a token (`bench.scheduler`): 16 tokens a block are one blake2b of 80 bytes.
+    About 60 ns a token (`bench.scheduler`): 16 tokens a block are one blake2b of 80 bytes. All images have
+    the same tokens, so a block with some of one has the image's digest in its own, and where the image lies:
+
+        tokens    a b I I | I I I c        I: of an image that begins at 2 and has five
+        hashed    parent, tokens, (2, 5, image) | parent, tokens, (-2, 5, image)
     """
 
-    __slots__ = ("_block_size", "_digests", "_root")
+    __slots__ = ("_block_size", "_digests", "_images", "_root")
 
-    def __init__(self, root: bytes, block_size: int) -> None:
+    def __init__(self, root: bytes, block_size: int, images: Sequence[ImageInput] = ()) -> None:
         self._root = root
         self._block_size = block_size
+        self._images = images
         self._digests: list[bytes] = []
 
     def digest(self, index: int, token_ids: Sequence[int]) -> bytes:
@@ -43,12 +52,24 @@ class HashChain:
             assert len(tokens) == size, "the block is not full"
             if sys.byteorder == "big":
                 tokens.byteswap()
-            digests.append(blake2b(parent + tokens.tobytes(), digest_size=_DIGEST_SIZE).digest())
+            content = parent + tokens.tobytes()
+            if self._images:
+                content += self._seen(start)
+            digests.append(blake2b(content, digest_size=_DIGEST_SIZE).digest())
         return digests[index]
+
+    def _seen(self, start: int) -> bytes:
+        """Return what tells apart the images of which the block from `start` on has a token."""
+        end = start + self._block_size
+        return b"".join(
+            _PLACE.pack(image.start - start, image.num_tokens) + image.digest
+            for image in self._images
+            if image.start < end and image.start + image.num_tokens > start
+        )
 
     def fork(self, num_blocks: int, token_ids: Sequence[int]) -> HashChain:
         """Return a chain that shares the first `num_blocks` digests."""
-        chain = HashChain(self._root, self._block_size)
+        chain = HashChain(self._root, self._block_size, self._images)
         if num_blocks:
             self.digest(num_blocks - 1, token_ids)
             chain._digests = self._digests[:num_blocks]

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from tgi_asgi.api.anthropic.render import MessageRenderer
-from tgi_asgi.api.call import Call, Constraint, Conversation, Job, ToolChoice
+from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Room, check_stops
 from tgi_asgi.api.parse import (
@@ -89,7 +89,7 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
         refuse("thread", message, "thread_unsupported_request")
     tools = read_tools(request)
     job = Job(
-        prompt=read_conversation(request, tools),
+        prompt=read_conversation(request, tools, context.ready().new_images()),
         sampling=sampling(
             context.ready().info, temperature=request.temperature, top_p=request.top_p, top_k=request.top_k
         ),
@@ -102,8 +102,8 @@ def parse_messages(body: bytes, exchange: Exchange) -> Call:
     return Call(jobs=[job], render=MessageRenderer, model=request.model, stream=bool(request.stream))
 
 
-def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
-    """Return what makes a request's prompt.
+def read_conversation(request: CountRequest, tools: list[Tool], images: Images | None = None) -> Conversation:
+    """Return what makes a request's prompt; `images` takes its images, if the model has eyes.
 
     Raises:
         InvalidRequest: a block or a field is refused; `param` names it.
@@ -115,7 +115,7 @@ def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
             said = [block for block in said if not str(block.get("text")).startswith(_BILLING)]
         messages.append({"role": "system", "content": _text(said, "system")})
     for i, turn in enumerate(request.messages):
-        messages += _turn(turn, f"messages[{i}]")
+        messages += _turn(turn, f"messages[{i}]", images)
     thinking = request.thinking
     return Conversation(
         messages,
@@ -123,10 +123,11 @@ def read_conversation(request: CountRequest, tools: list[Tool]) -> Conversation:
         offers_tools=(request.tool_choice or {}).get("type") != "none",
         variables={} if thinking is None else thinking_variables(thinking.get("type") != "disabled"),
         is_continued=leaves_open(messages),
+        images=images,
     )
 
 
-def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
+def _turn(turn: Turn, path: str, images: Images | None) -> list[dict[str, Any]]:
     """Return a turn as messages: the results of tools are messages of their own, before the text."""
     role = turn.role
     if role not in ("user", "assistant", "system"):
@@ -134,14 +135,16 @@ def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
     if isinstance(turn.content, str):
         return [{"role": role, "content": turn.content}]
     results: list[dict[str, Any]] = []
-    texts: list[str] = []
+    parts: list[str | dict[str, str]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for j, block in enumerate(turn.content):
         where = f"{path}.content[{j}]"
         match role, block.get("type"):
             case _, "text":
-                texts.append(string_of(block, "text", where))
+                parts.append(string_of(block, "text", where))
+            case "user", "image" if images is not None:
+                parts.append(_image(block.get("source"), f"{where}.source", images))
             case "user", "tool_result":
                 text = _text(block.get("content") or "", f"{where}.content", _RESULT)
                 call_id = string_of(block, "tool_use_id", where)
@@ -159,16 +162,32 @@ def _turn(turn: Turn, path: str) -> list[dict[str, Any]]:
             case _, kind:
                 what = str(kind)[:40]
                 refuse(f"{where}.type", f"`{where}.type` {what!r} is not supported", "invalid_value")
-    message: dict[str, Any] = {"role": role, "content": "\n".join(texts) if texts else None}
+    texts = [part for part in parts if isinstance(part, str)]
+    content = "\n".join(texts) if len(texts) == len(parts) else parts
+    message: dict[str, Any] = {"role": role, "content": content or None}
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
     if calls:
         message["tool_calls"] = calls
-    if role != "assistant" and not texts:
+    if role != "assistant" and not parts:
         if not results:
             refuse(f"{path}.content", f"`{path}.content` must have at least one block")
         return results
     return [*results, message]
+
+
+def _image(source: Any, path: str, images: Images) -> dict[str, str]:
+    """Take an image, in base64 or at a URL; return what stands for it."""
+    kind = source.get("type") if isinstance(source, dict) else None
+    if kind == "url":
+        return images.add(string_of(source, "url", path), path)
+    if kind != "base64":
+        refuse(
+            f"{path}.type", f"`{path}.type` must be base64 or url, got {str(kind)[:40]!r}", "invalid_value"
+        )
+    if not string_of(source, "media_type", path).startswith("image/"):
+        refuse(f"{path}.media_type", f"`{path}.media_type` must be one of images", "invalid_value")
+    return images.add(string_of(source, "data", path), path, is_base64=True)
 
 
 def _text(content: Any, path: str, kinds: Sequence[str] = ("text",)) -> str:

@@ -16,7 +16,7 @@ from tgi_asgi.api.anthropic.request import (
     read_tools,
 )
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler, counting, generating
+from tgi_asgi.api.life import Handler, WithImages, counted, counting, generating
 from tgi_asgi.api.parse import check_ranges, decode_json
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.api.routes import Route
@@ -47,10 +47,15 @@ def _named(handle: Handler) -> Handler:
     return named
 
 
-def _count(body: bytes, exchange: Exchange) -> bytes:
+def _count(body: bytes, exchange: Exchange) -> bytes | WithImages:
     context = exchange.context
     request = decode_json(body, COUNT_DECODER)
     check_ranges(request)
-    chat = read_conversation(request, read_tools(request))
-    prompt = chat_prompt(chat, context.ready(), context.settings, is_bounded=False)
-    return orjson.dumps({"input_tokens": len(prompt.ids)})
+    served = context.ready()
+    chat = read_conversation(request, read_tools(request), served.new_images())
+
+    def count() -> bytes:
+        prompt = chat_prompt(chat, served, context.settings, is_bounded=False)
+        return orjson.dumps({"input_tokens": len(prompt.ids)})
+
+    return counted(chat.images, count)

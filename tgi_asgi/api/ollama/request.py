@@ -8,19 +8,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from tgi_asgi.api.call import Call, Constraint, Conversation, Job, Text, ToolChoice
+from tgi_asgi.api.call import Call, Constraint, Conversation, Images, Job, Text, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits, Room, check_stops
 from tgi_asgi.api.ollama.render import NDJSON, LineRenderer
 from tgi_asgi.api.openai.schema import ToolCall, ToolEntry
 from tgi_asgi.api.openai.tools import read_tools
-from tgi_asgi.api.parse import Fraction, Penalty, Share, check_ranges, decode_json, range_of, refuse
+from tgi_asgi.api.parse import (
+    Fraction,
+    Penalty,
+    Share,
+    check_ranges,
+    decode_json,
+    range_of,
+    refuse,
+    refuse_field,
+)
 from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.sampling import factor, sampling
 from tgi_asgi.api.tools import choose
 from tgi_asgi.errors import Forbidden
 
-_UNSUPPORTED = ("suffix", "context", "images", "logprobs")
+_UNSUPPORTED = ("suffix", "context", "logprobs")
 _AS_GIVEN = ("top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")
 
 
@@ -88,7 +97,8 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
     """Read a chat."""
     request = decode_json(body, _CHAT)
     tools = read_tools(request.tools)
-    messages = _messages(request.messages or [])
+    images = exchange.context.ready().new_images()
+    messages = _messages(request.messages or [], images)
     if not messages:
         return _call(request, exchange, None, is_chat=True)
     chat = Conversation(
@@ -96,6 +106,7 @@ def parse_chat(body: bytes, exchange: Exchange) -> Call:
         tools=[tool.for_template() for tool in tools] or None,
         variables=_variables(request),
         is_continued=leaves_open(messages),
+        images=images,
     )
     return _call(request, exchange, chat, choose(tools, "auto"), is_chat=True)
 
@@ -105,13 +116,18 @@ def parse_generate(body: bytes, exchange: Exchange) -> Call:
     request = decode_json(body, _GENERATE)
     if request.template:
         raise Forbidden("`template` is not accepted from requests")
-    if request.raw or exchange.context.ready().chat_template is None:
+    served = exchange.context.ready()
+    images = served.new_images()
+    parts = _images(request.images, "images", images)
+    if request.raw or served.chat_template is None:
         if request.system:
             refuse("system", "`system` needs a chat template: `raw` uses none, or the model has none")
-        return _call(request, exchange, Text(request.prompt) if request.prompt else None)
-    given = (("system", request.system), ("user", request.prompt))
-    messages = [{"role": role, "content": text} for role, text in given if text]
-    chat = Conversation(messages, variables=_variables(request))
+        before = served.image_processor.placeholder * len(parts) if served.image_processor else ""
+        text = Text(before + request.prompt, images=images) if request.prompt else None
+        return _call(request, exchange, text)
+    given = (("system", request.system), ("user", [*parts, request.prompt] if parts else request.prompt))
+    messages = [{"role": role, "content": content} for role, content in given if content]
+    chat = Conversation(messages, variables=_variables(request), images=images)
     return _call(request, exchange, chat if request.prompt else None)
 
 
@@ -166,14 +182,25 @@ def _variables(request: _Request) -> dict[str, Any]:
     return thinking_variables(think is not False, think) if think is not None else {}
 
 
-def _messages(given: list[OllamaMessage]) -> list[dict[str, Any]]:
+def _images(given: list[Any] | None, path: str, images: Images | None) -> list[dict[str, str]]:
+    """Take images in base64; return what stands for them, which comes before the text."""
+    if given and images is None:
+        refuse_field(path, "is not supported: the model reads nothing but text", "unsupported_parameter")
+    if images is None:
+        return []
+    return [images.add(image, f"{path}[{j}]", is_base64=True) for j, image in enumerate(given or ())]
+
+
+def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[str, Any]]:
     """Return messages as templates take them, some of which want ids of calls, which few clients give."""
     ids: dict[str | None, str] = {}  # by function
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(given):
-        if message.images:
-            refuse(f"messages[{i}].images", f"`messages[{i}].images`: the model reads nothing but text")
-        result: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        seen = images if message.role == "user" else None
+        parts: list[Any] = [*_images(message.images, f"messages[{i}].images", seen)]
+        if parts and message.content:
+            parts.append(message.content)
+        result: dict[str, Any] = {"role": message.role, "content": parts or message.content or ""}
         if message.thinking:
             result["reasoning_content"] = message.thinking
         for call in message.tool_calls or ():

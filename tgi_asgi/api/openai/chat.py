@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from tgi_asgi.api.call import Call, Conversation, Generation, Job, Renderer, ToolChoice
+from tgi_asgi.api.call import Call, Conversation, Generation, Images, Job, Renderer, ToolChoice
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.api.openai.choice import ChatChoice
 from tgi_asgi.api.openai.logprobs import ChatLogprobs, TokenNames
 from tgi_asgi.api.openai.params import check_common, job_of
 from tgi_asgi.api.openai.render import CompletionRenderer
-from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, Message
+from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
 from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
 from tgi_asgi.api.prompt import leaves_open
@@ -62,7 +62,7 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
     check_common(request, limits, info, is_compat=is_compat)
     max_tokens, logprobs = _check_chat(request, limits, is_compat=is_compat)
     return Job(
-        prompt=read_conversation(request, tools),
+        prompt=read_conversation(request, tools, exchange.context.ready().new_images()),
         n=request.n or 1,
         max_tokens=max_tokens,
         tools=choice,
@@ -72,8 +72,13 @@ def chat_job(request: ChatRequest, exchange: Exchange) -> Job:
     )
 
 
-def read_conversation(request: ChatRequest, tools: list[Tool] | None = None) -> Conversation:
+def read_conversation(
+    request: ChatRequest, tools: list[Tool] | None = None, images: Images | None = None
+) -> Conversation:
     """Return the messages of a chat and what belongs to them.
+
+    Args:
+        images: takes the images; None where the model has no eyes.
 
     Raises:
         InvalidRequest: a message, a tool or a template option is refused.
@@ -81,7 +86,7 @@ def read_conversation(request: ChatRequest, tools: list[Tool] | None = None) -> 
     tools = read_tools(request.tools) if tools is None else tools
     if not request.messages:
         refuse_field("messages", "must have at least one message")
-    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    messages = [_message(message, f"messages[{i}]", images) for i, message in enumerate(request.messages)]
     return Conversation(
         messages,
         tools=[tool.for_template() for tool in tools] or None,
@@ -92,6 +97,7 @@ def read_conversation(request: ChatRequest, tools: list[Tool] | None = None) -> 
         adds_special_tokens=bool(request.add_special_tokens),
         echoes=bool(request.echo),
         tool_prompt=request.tool_prompt,
+        images=images,
     )
 
 
@@ -132,7 +138,7 @@ def _check_chat(request: ChatRequest, limits: Limits, *, is_compat: bool) -> tup
     return max_tokens, top if request.logprobs else None
 
 
-def _message(message: Message, path: str) -> dict[str, Any]:
+def _message(message: Message, path: str, images: Images | None) -> dict[str, Any]:
     role, content = message.role, message.content
     if role not in ROLES:
         refuse_field(f"{path}.role", f"must be one of {', '.join(sorted(ROLES))}, got {role[:40]!r}")
@@ -145,7 +151,10 @@ def _message(message: Message, path: str) -> dict[str, Any]:
         refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
-        result["content"] = [_part(part, f"{path}.content[{i}]", role) for i, part in enumerate(content)]
+        seen = images if role == "user" else None
+        result["content"] = [
+            _part(part, f"{path}.content[{i}]", role, seen) for i, part in enumerate(content)
+        ]
     for name in _COPIED:
         if (value := getattr(message, name)) is not None:
             result[name] = value
@@ -154,14 +163,18 @@ def _message(message: Message, path: str) -> dict[str, Any]:
     return result
 
 
-def _part(part: ContentPart, path: str, role: str) -> str:
+def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str | dict[str, str]:
+    if part.type == "image_url" and images is not None:
+        given = part.image_url
+        return images.add(given.url if isinstance(given, ImageUrl) else given, f"{path}.image_url")
     if part.type == "text" and part.text is not None:
         return part.text
     if part.type == "refusal" and role == "assistant" and part.refusal is not None:
         return part.refusal
     if part.type in ("text", "refusal"):
         refuse_field(f"{path}.{part.type}", "is required")
-    rule = f"must be `text`: the model reads nothing else, got {part.type[:40]!r}"
+    known = "`text`: the model reads nothing else" if images is None else "`text` or `image_url`"
+    rule = f"must be {known}, got {part.type[:40]!r}"
     refuse_field(f"{path}.type", rule, "invalid_value")
 
 

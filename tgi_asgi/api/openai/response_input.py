@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from tgi_asgi.api.call import Images
 from tgi_asgi.api.openai.tools import grammar_of
 from tgi_asgi.api.parse import Fraction, Positive, kind_of, range_of, refuse, refuse_field, string_of
 from tgi_asgi.api.tools import CUSTOM_INPUT, Tool, check_tools, note_skipped
@@ -101,11 +102,14 @@ def referred(items: Sequence[Item], find: Callable[[str], bytes | None]) -> dict
     return found
 
 
-def read_items(items: Sequence[Item], num_before: int = 0) -> list[dict[str, Any]]:
+def read_items(
+    items: Sequence[Item], num_before: int = 0, images: Images | None = None
+) -> list[dict[str, Any]]:
     """Return items as messages.
 
     Args:
         num_before: how many of the items come from earlier responses, which have been read before.
+        images: takes the images of the user's messages; None where the model has no eyes.
 
     Raises:
         InvalidRequest: an item is refused; `param` names it.
@@ -132,7 +136,8 @@ def read_items(items: Sequence[Item], num_before: int = 0) -> list[dict[str, Any
                 role = string_of(item, "role", path)
                 if role not in _ROLES:
                     refuse_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}, got {role[:40]!r}")
-                messages.append({"role": role, "content": _texts(item.get("content"), f"{path}.content")})
+                content = _parts(item.get("content"), f"{path}.content", images if role == "user" else None)
+                messages.append({"role": role, "content": content})
                 if role == "assistant":
                     messages[-1] |= thought
                     thought = {}
@@ -194,6 +199,22 @@ def _call(item: Item, kind: str, path: str) -> dict[str, Any]:
         arguments = string_of(item, "arguments", path)
     function = {"name": string_of(item, "name", path), "arguments": arguments}
     return {"id": string_of(item, "call_id", path), "type": "function", "function": function}
+
+
+def _parts(content: Any, path: str, images: Images | None) -> str | list[str] | list[str | dict[str, str]]:
+    """Return a message's text, or its parts, which may be images."""
+    if images is None or not isinstance(content, list):
+        return _texts(content, path)
+    parts: list[str | dict[str, str]] = []
+    for j, part in enumerate(content):
+        where = f"{path}[{j}]"
+        if kind_of(part, where, (*_TEXTS, "input_image")) != "input_image":
+            parts += _texts([part], path)
+            continue
+        if part.get("file_id") is not None:
+            refuse_field(f"{where}.file_id", "is not supported: this server keeps no files")
+        parts.append(images.add(part.get("image_url"), f"{where}.image_url"))
+    return parts
 
 
 def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS) -> str | list[str]:

@@ -64,7 +64,8 @@ def _call(
     earlier = [item for said in history for item in decode_json(said, response_input.ITEMS)]
     given = enumerate(response_input.items_of(request.input))
     items = [decode_json(found[i], response_input.ITEMS)[0] if i in found else item for i, item in given]
-    messages = response_input.read_items([*earlier, *items], len(earlier))
+    images = context.ready().new_images()
+    messages = response_input.read_items([*earlier, *items], len(earlier), images)
     if request.instructions:
         messages.insert(0, {"role": "system", "content": request.instructions})
     num_offered, is_parallel = len(request.tools or ()), request.parallel_tool_calls is not False
@@ -76,6 +77,7 @@ def _call(
             tools=[tool.for_template() for tool in tools] or None,
             offers_tools=request.tool_choice != "none",
             variables=template_variables(effort, "reasoning.effort", request.chat_template_kwargs),
+            images=images,
         ),
         sampling=sampling(
             context.ready().info,

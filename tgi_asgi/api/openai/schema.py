@@ -100,12 +100,20 @@ class CommonRequest(Struct, kw_only=True):
     use_beam_search: bool | None = None
 
 
+class ImageUrl(Struct):
+    """Where an image is: an http(s) or `data:` URL."""
+
+    url: str
+    detail: str | None = None  # models have a size of their own
+
+
 class ContentPart(Struct):
-    """One part of a message's content; only text can be read."""
+    """One part of a message's content: text, or for models with eyes an image."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageUrl | str | None = None
 
 
 class CalledFunction(Struct, omit_defaults=True, frozen=True):

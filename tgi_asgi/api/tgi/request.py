@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
 
 _ABSENT = GenerateParameters()
+_MARKDOWN = re.compile(r"!\[\]\(([^)]*)\)")
 _GRAMMAR = "parameters.grammar.value"
 # What a value must be if it is given, in TGI's order and words.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -57,6 +59,26 @@ def parse_root(body: bytes, exchange: Exchange) -> Call:
     is_stream = bool(request.stream)
     job, shown = read_request(request, exchange.context, is_stream=is_stream, full_text=True)
     return Call(jobs=[job], render=partial(NativeRenderer, shown=shown, is_list=True), stream=is_stream)
+
+
+def read_inputs(inputs: str, context: ServerContext) -> Text:
+    """Return a prompt, of which `![](url)` is an image if the model has eyes.
+
+    Only `data:` URLs and those of hosts that the operator has listed: the prompt may be anybody's text, and
+    nothing in it says that the client means to have something fetched.
+    """
+    served = context.ready()
+    images, processor = served.new_images(), served.image_processor
+    if images is None or processor is None:
+        return Text(inputs)
+    pieces, end = [], 0
+    for found in _MARKDOWN.finditer(inputs):
+        url = found[1]
+        if url.startswith("data:") or context.fetcher.takes_host_of(url):
+            images.add(url, "inputs")
+            pieces += [inputs[end : found.start()], processor.placeholder]
+            end = found.end()
+    return Text("".join([*pieces, inputs[end:]]), images=images)
 
 
 def read_request(
@@ -100,7 +122,7 @@ def read_request(
     shows_prefill = bool(p.decoder_input_details) and context.settings.enable_prefill_logprobs
     info = context.ready().info
     job = Job(
-        prompt=Text(request.inputs),
+        prompt=read_inputs(request.inputs, context),
         sampling=sampling(
             info,
             temperature=max(factor(p.temperature), GREEDY_BELOW) if shown.is_sampled else 0.0,

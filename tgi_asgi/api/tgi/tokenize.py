@@ -8,31 +8,45 @@ import msgspec
 import orjson
 
 from tgi_asgi.api.call import Conversation
+from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import WithImages, counted
 from tgi_asgi.api.openai.chat import read_conversation
 from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.openai.schema import CHAT_DECODER
 from tgi_asgi.api.parse import decode_json
-from tgi_asgi.api.prompt import chat_prompt, chat_text
+from tgi_asgi.api.prompt import chat_prompt, chat_text, plain_text
 from tgi_asgi.api.tgi.by_key import speak
+from tgi_asgi.api.tgi.request import read_inputs
 from tgi_asgi.api.tgi.schema import DETOKENIZE, PROMPT_TOKENIZE, TOKENIZE, ChatTokenizeResponse, SimpleToken
 
 
-def tokenize(body: bytes, exchange: Exchange) -> bytes:
+def tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return TGI's array for `inputs`, ids and their count for `prompt` or `messages`."""
-    served = exchange.context.ready()
+    served, settings = exchange.context.ready(), exchange.context.settings
+
+    def listed(ids: list[int]) -> bytes:
+        return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
+
     match speak(body, exchange):
         case "inputs":
-            text = decode_json(body, TOKENIZE).inputs
-            tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
-            return msgspec.json.encode(_shown(text, tokens))
+            prompt = read_inputs(decode_json(body, TOKENIZE).inputs, exchange.context)
+
+            def shown() -> bytes:
+                text = plain_text(prompt, served)
+                tokens = served.tokenizer.encode_with_offsets(text, add_special_tokens=True)
+                return msgspec.json.encode(_shown(text, tokens))
+
+            return counted(prompt.images, shown)
         case "prompt":
             request = decode_json(body, PROMPT_TOKENIZE)
             adds = request.add_special_tokens is not False
-            ids = served.tokenizer.encode(request.prompt, add_special_tokens=adds)
+            return listed(served.tokenizer.encode(request.prompt, add_special_tokens=adds))
         case _:
-            ids = chat_prompt(_chat(body), served, exchange.context.settings, is_bounded=False).ids
-    return orjson.dumps({"tokens": ids, "count": len(ids), "max_model_len": served.info.max_total_tokens})
+            chat = _chat(body, served)
+            return counted(
+                chat.images, lambda: listed(chat_prompt(chat, served, settings, is_bounded=False).ids)
+            )
 
 
 def detokenize(body: bytes, exchange: Exchange) -> bytes:
@@ -43,18 +57,23 @@ def detokenize(body: bytes, exchange: Exchange) -> bytes:
     return orjson.dumps({"prompt": served.tokenizer.decode(ids, skip_special_tokens=False)})
 
 
-def chat_tokenize(body: bytes, exchange: Exchange) -> bytes:
+def chat_tokenize(body: bytes, exchange: Exchange) -> bytes | WithImages:
     """Return a chat's templated text and its tokens; none are added to it."""
     served = exchange.context.ready()
-    text = chat_text(_chat(body), served, exchange.context.settings)
-    tokens = served.tokenizer.encode_with_offsets(
-        text.source, add_special_tokens=False, is_marked=text.is_marked
-    )
-    return msgspec.json.encode(ChatTokenizeResponse(_shown(text.shown, tokens), text.shown))
+    chat = _chat(body, served)
+
+    def shown() -> bytes:
+        text = chat_text(chat, served, exchange.context.settings)
+        tokens = served.tokenizer.encode_with_offsets(
+            text.source, add_special_tokens=False, is_marked=text.is_marked
+        )
+        return msgspec.json.encode(ChatTokenizeResponse(_shown(text.shown, tokens), text.shown))
+
+    return counted(chat.images, shown)
 
 
-def _chat(body: bytes) -> Conversation:
-    return read_conversation(decode_json(body, CHAT_DECODER))
+def _chat(body: bytes, served: Served) -> Conversation:
+    return read_conversation(decode_json(body, CHAT_DECODER), images=served.new_images())
 
 
 def _shown(text: str, tokens: Iterable[tuple[int, int, int]]) -> list[SimpleToken]:

@@ -72,6 +72,10 @@ class PromptGuard:
             }
         return value
 
+    def marked(self, text: str) -> str:
+        """Return a text of ours with the mark before each special token: all of them are to act."""
+        return self._whole.sub(lambda match: self.mark + match[0], text)
+
     def marks(self, rendered: str) -> tuple[str, str]:
         """Return a rendered prompt as it reads, and the same with the mark before what is to act."""
         marked = self._open.sub(lambda match: self.mark + match[0], rendered)

@@ -50,6 +50,7 @@ class ChatTemplate:
         self._tool_use = self._compile(tool_use_source) if tool_use_source is not None else self._default
         self.iterates_parts = self._probe_parts()
         """Whether content may stay a list of parts; else the caller joins the texts."""
+        self._drops_texts = self.iterates_parts and not self._probe_text()
         self._takes_objects = self._probe_call({"PROBE": 1}) or not self._probe_call('{"PROBE": 1}')
         self._tolerates_none = self._probe_none()
         self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
@@ -63,6 +64,17 @@ class ChatTemplate:
         """Return messages in an order that the template takes: several system messages may become one."""
         is_refused = is_scattered(messages) and not self.takes_scattered_system
         return joined_system(messages) if is_refused else messages
+
+    def in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return messages with their texts as parts where the template shows no others (SmolVLM's)."""
+        if not self._drops_texts:
+            return messages
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
 
     def render(
         self,
@@ -128,6 +140,9 @@ class ChatTemplate:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         return message
 
+    def _probe_text(self) -> bool:
+        return "PROBE" in self._probe([{"role": "user", "content": "PROBE"}])
+
     def _probe_parts(self) -> bool:
         probe: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "PROBE"}]}]
         text = self._probe(probe)
@@ -166,7 +181,8 @@ def load_chat_template(
 
     The first of these that has one: the operator's `override` (a tokenizer_config.json, or a bare .jinja
     file), `chat_template.jinja` in `directory`, `additional_chat_templates/` there, `chat_template` of
-    its tokenizer_config.json, `tokenizer.chat_template` of a GGUF file's `metadata`.
+    its chat_template.json (of older models with eyes) or tokenizer_config.json, `tokenizer.chat_template` of
+    a GGUF file's `metadata`.
 
     Raises:
         ModelLoadError: a file cannot be read, or the override holds no template.
@@ -193,8 +209,9 @@ def _find_sources(
         }
         if (single := directory / "chat_template.jinja").is_file():
             named["default"] = _read(single)
-        if not named and (config := directory / "tokenizer_config.json").is_file():
-            named = _from_config(config)
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            if not named and (config := directory / name).is_file():
+                named = _from_config(config)
         if named:
             return named
     prefix = "tokenizer.chat_template"

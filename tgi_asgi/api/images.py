@@ -1,0 +1,127 @@
+"""The images of a request: fetched, decoded and made into what the model takes, all within bounds.
+
+`load_images` is called behind the permit and before the prompt is made (`life.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from tgi_asgi.api.call import Images, ImageSource
+from tgi_asgi.api.context import Served
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
+from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, open_picture
+from tgi_asgi.types import Image
+
+FETCH_TIMEOUT_S = 10.0  # for all images of a prompt
+MAX_FETCHES = 4  # of a prompt at a time
+
+
+def check_images(prompts: Sequence[Images | None], most: int) -> None:
+    """Count the images of a request's prompts, before anything is done for them.
+
+    Raises:
+        InvalidRequest: they are more than `most`.
+    """
+    sources = [source for images in prompts if images is not None for source in images.sources]
+    if len(sources) > most:
+        param = sources[most].param
+        message = f"`{param}`: a request may have {most} images, got {len(sources)}"
+        raise InvalidRequest(message, param=param, code="too_many_images")
+
+
+async def load_images(exchange: Exchange, served: Served, images: Images) -> None:
+    """Fetch and decode the images of a prompt, and have the model's processor make of them what it takes.
+
+    Raises:
+        InvalidRequest: one cannot be had, read or taken; `param` names it.
+        ImageTooLarge, ImageTimeout: those that are fetched are too long, or take too long.
+        Overloaded: all requests together hold too many bytes.
+    """
+    if not images.sources:
+        return
+    assert served.image_processor is not None, "a model without eyes is given no images"
+    files = await _fetch(exchange, images.sources)
+    num_bytes, decoded = 0, []
+    for i, source in enumerate(images.sources):
+        image, size = await _decode(exchange, source, files[i])
+        files[i] = None
+        num_bytes += size
+        decoded.append(image)
+    processed = await exchange.context.pictures.run(served.image_processor.process, decoded)
+    images.loaded = [(image.digest, made) for image, made in zip(decoded, processed, strict=True)]
+    exchange.hold_image(sum(made.num_bytes for made in processed) - num_bytes, images.sources[0].param)
+
+
+async def _decode(exchange: Exchange, source: ImageSource, file: bytes | None) -> tuple[Image, int]:
+    """Return an image, and how many bytes are held for it."""
+    context = exchange.context
+    opened = await context.pictures.run(_open, source, file, context.settings.max_image_pixels)
+    exchange.hold_image(opened.decoding_bytes, source.param)
+    image = await context.pictures.run(opened.decode)  # where it fails all is given back with the request
+    exchange.hold_image(opened.decoded_bytes - opened.decoding_bytes, source.param)
+    return image, opened.decoded_bytes
+
+
+def _open(source: ImageSource, file: bytes | None, max_pixels: int) -> Opened:
+    if file is None:
+        read = bytes_of_base64 if source.is_base64 else bytes_of_url
+        file = read(source.content, source.param)
+    return open_picture(file, max_pixels, source.param)
+
+
+async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[bytes | None]:
+    """Return the files of those images that lie elsewhere."""
+    files: list[bytes | None] = [None] * len(sources)
+    remote = [i for i, each in enumerate(sources) if not (each.is_base64 or each.content.startswith("data:"))]
+    if not remote:
+        return files
+    slots = asyncio.Semaphore(MAX_FETCHES)
+    room = _Room(exchange)
+
+    async def fetch(i: int) -> None:
+        async with slots:
+            source = sources[i]
+            try:
+                files[i] = await exchange.context.fetcher.fetch(source.content, source.param, room)
+            except _TooLong:
+                message = (
+                    f"`{source.param}`: the images that a request has fetched may have {room.most} bytes"
+                )
+                raise ImageTooLarge(message, param=source.param) from None
+
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT_S), asyncio.TaskGroup() as group:
+            for i in remote:
+                group.create_task(fetch(i))
+    except TimeoutError:
+        late = sources[next(i for i in remote if files[i] is None)].param
+        message = f"`{late}` could not be fetched within {FETCH_TIMEOUT_S:.0f} seconds"
+        raise ImageTimeout(message, param=late) from None
+    except ExceptionGroup as failed:  # the first of them has ended the others
+        raise failed.exceptions[0] from None
+    return files
+
+
+class _TooLong(Exception):
+    pass
+
+
+class _Room:
+    """Counts what is fetched for a prompt, against the limit of a body and all that requests hold."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._num_read = 0
+        self.most = exchange.context.settings.payload_limit
+
+    def expect(self, size: int) -> None:
+        if self._num_read + size > self.most:
+            raise _TooLong
+
+    def take(self, size: int) -> None:
+        self.expect(size)
+        self._exchange.hold(size)
+        self._num_read += size

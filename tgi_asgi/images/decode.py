@@ -1,0 +1,205 @@
+"""A picture's bytes to upright RGB pixels, as transformers' `load_image` has them; by Pillow, in two steps:
+
+    opened = open_picture(data, max_pixels, param)    # the header
+    ...                                               # room for `opened.decoding_bytes`
+    image = opened.decode()                           # the pixels
+
+Both belong in a worker thread. Pillow is imported here and by nobody else, when the first picture comes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+from io import BytesIO
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.images.headers import BadHeader, exif_orientation, jpeg_parts, webp_size, xmp_orientation
+from tgi_asgi.types import Image
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+FORMATS = {  # how files begin; those of other formats are no pictures
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "JPEG": b"\xff\xd8\xff",
+    "WEBP": b"RIFF",
+    "GIF": b"GIF8",
+    "BMP": b"BM",
+}
+PIXEL_BYTES = 4  # of an RGB picture in Pillow
+_DECODING_BYTES = {"WEBP": 16}  # a pixel, at the peak (measured); it has two canvases and a copy
+_OTHER_DECODING_BYTES = 8  # the file's mode and RGB, or two turned ways
+_DIGEST_SIZE = 32
+_DIGEST_ROWS = 64
+# What Pillow raises for bytes that are broken.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, EOFError,
+    RuntimeError, MemoryError, struct.error, zlib.error, Warning,
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Opened:
+    """A picture whose header has been read.
+
+    Attributes:
+        decoding_bytes: that `decode` takes at its peak.
+        decoded_bytes: that its result takes.
+    """
+
+    _picture: PIL.Image.Image
+    _orientation: int
+    _param: str
+    decoding_bytes: int
+
+    @property
+    def decoded_bytes(self) -> int:
+        return self._picture.width * self._picture.height * PIXEL_BYTES
+
+    def decode(self) -> Image:
+        """Return the pixels; of an animation, those of its first frame.
+
+        Raises:
+            InvalidRequest: the file is broken.
+        """
+        import PIL.Image
+
+        turn = PIL.Image.Transpose
+        turns = {
+            2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+            6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90,
+        }  # fmt: skip
+        picture = self._picture
+        try:
+            picture.load()
+            if self._orientation in turns:
+                picture = picture.transpose(turns[self._orientation])
+            if picture.mode != "RGB":
+                picture = picture.convert("RGB")
+        except _BROKEN as error:
+            raise _refusal(self._param, "it is broken or cut off") from error
+        return Image(picture, _digest_of(picture), self._param)
+
+
+def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
+    """Read a picture's header.
+
+    Args:
+        param: the field that it comes from, for errors.
+
+    Raises:
+        InvalidRequest: it is of no format that is read, too large, or broken.
+    """
+    import PIL.Image
+
+    kind = next((name for name, magic in FORMATS.items() if data.startswith(magic)), None)
+    if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
+        raise _refusal(param, "it is none of PNG, JPEG, WebP, GIF and BMP")
+    try:
+        orientation = 1
+        if kind == "WEBP":
+            _check_size(webp_size(data), max_pixels, param)
+        if kind == "JPEG":
+            data, orientation = jpeg_parts(data)
+        picture = _opened(data, kind)
+    except BadHeader as error:
+        raise _refusal(param, str(error)) from None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):  # beyond any `max_pixels`
+        raise _too_large(max_pixels, "more", param) from None
+    except _BROKEN as error:
+        raise _refusal(param, "its header is broken") from error
+    _check_size(picture.size, max_pixels, param)
+    if kind in ("PNG", "WEBP"):
+        orientation = _orientation_of(picture)
+    if kind == "BMP" and picture.info.get("compression") in (1, 2):
+        raise _refusal(param, "BMP is read without run-length encoding")  # Pillow decodes that in Python
+    per_pixel = _DECODING_BYTES.get(kind, _OTHER_DECODING_BYTES)
+    return Opened(picture, orientation, param, picture.width * picture.height * per_pixel)
+
+
+def bytes_of_url(url: str, param: str) -> bytes:
+    """Return the bytes that a `data:` URL holds.
+
+    Raises:
+        InvalidRequest: it is of no type of images, or not in base64.
+    """
+    head, comma, text = url[len("data:") :].partition(",")
+    media_type, *parameters = head.split(";")
+    if not comma or not parameters or parameters[-1].strip().lower() != "base64":
+        raise _refusal(param, "a `data:` URL must be in base64: data:image/png;base64,...")
+    if not media_type.strip().lower().startswith("image/"):
+        raise _refusal(param, f"its media type must be one of images, got {media_type[:40]!r}")
+    return bytes_of_base64(text, param)
+
+
+def bytes_of_base64(text: str, param: str) -> bytes:
+    """Return what is written in base64, with or without its padding, and in lines or not.
+
+    Raises:
+        InvalidRequest: it is not base64.
+    """
+    try:
+        data = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
+        data = data.translate(None, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (ValueError, binascii.Error):
+        raise _refusal(param, "its base64 is invalid") from None
+
+
+def _opened(data: bytes, kind: str) -> PIL.Image.Image:
+    import PIL.Image
+
+    # Else Pillow looks for the format's plugin among some fifty.
+    match kind:
+        case "PNG":
+            import PIL.PngImagePlugin
+        case "JPEG":
+            import PIL.JpegImagePlugin
+        case "WEBP":
+            import PIL.WebPImagePlugin
+        case "GIF":
+            import PIL.GifImagePlugin
+        case "BMP":
+            import PIL.BmpImagePlugin
+    return PIL.Image.open(BytesIO(data), formats=(kind,))
+
+
+def _orientation_of(picture: PIL.Image.Image) -> int:
+    """Return a picture's orientation, from what Pillow has found when it opened it."""
+    exif, xmp = picture.info.get("exif"), picture.info.get("xmp", b"")
+    found = exif_orientation(exif) if isinstance(exif, bytes) else None
+    return found or (xmp_orientation(xmp) if isinstance(xmp, bytes) else None) or 1
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, param: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise _refusal(param, "it has no pixels")
+    if width * height > max_pixels:
+        raise _too_large(max_pixels, f"{width} x {height}", param)
+
+
+def _too_large(max_pixels: int, given: str, param: str) -> InvalidRequest:
+    message = f"`{param}`: an image may have {max_pixels} pixels, got {given}"
+    return InvalidRequest(message, param=param, code="image_too_large")
+
+
+def _digest_of(picture: PIL.Image.Image) -> bytes:
+    """Return the digest of a picture's size and pixels, by strips: its bytes at once are a copy of it."""
+    width, height = picture.size
+    digest = blake2b(struct.pack("<QQ", width, height), digest_size=_DIGEST_SIZE)
+    for top in range(0, height, _DIGEST_ROWS):
+        strip = picture.crop((0, top, width, min(top + _DIGEST_ROWS, height)))
+        digest.update(strip.tobytes())
+    return digest.digest()
+
+
+def _refusal(param: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"`{param}` is no image that can be read: {why}", param=param, code="invalid_image")

@@ -1,0 +1,221 @@
+"""Fetch pictures by http(s) from public addresses, for clients that may name any URL.
+
+    fetcher = Fetcher(frozenset(), lookup, tls)
+    data = await fetcher.fetch("https://example.com/a.png", "messages[0].content[1].image_url", room)
+
+A name is looked up once; its addresses are checked, and the connection is made to one of them, for TLS under
+the URL's name. HTTP clients look names up themselves, behind such a check: hence h11, which only parses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+from urllib.parse import quote, urljoin, urlsplit
+
+import h11
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.images.addresses import is_public
+
+MAX_REDIRECTS = 5
+MAX_URL_CHARS = 8192
+_MAX_ADDRESSES = 4  # of a name that are tried
+_CONNECT_TIMEOUT_S = 3.0  # of one address
+_MAX_HEADER_BYTES = 64 << 10
+_READ_BYTES = 64 << 10
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_PORTS = {"http": 80, "https": 443}
+_PATH_SAFE = "%/:=&?~#+!$,;'@()*[]"  # what a path or a query may hold as it is
+
+Lookup = Callable[[str, int], Awaitable[Sequence[str]]]  # a name's addresses; raises OSError
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Room(Protocol):
+    """Counts what is read, for all pictures of a request; raises where that is too much."""
+
+    def expect(self, size: int) -> None:
+        """Learn how many bytes an answer says it has."""
+
+    def take(self, size: int) -> None:
+        """Learn of bytes before they are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a URL leads."""
+
+    url: str
+    is_tls: bool
+    host: str  # in ASCII
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS["https" if self.is_tls else "http"] else f"{host}:{self.port}"
+
+
+class Fetcher:
+    """Fetches what public servers answer with, or those of some hosts only.
+
+    Args:
+        allowed_hosts: lower-case names; none: any host.
+        lookup: finds a name's addresses.
+        tls: makes the context that certificates are checked with; called once.
+        is_allowed: tells whether an address may be connected to.
+    """
+
+    def __init__(
+        self,
+        allowed_hosts: frozenset[str],
+        lookup: Lookup,
+        tls: Callable[[], Awaitable[ssl.SSLContext]],
+        *,
+        is_allowed: Callable[[str], bool] = is_public,
+    ) -> None:
+        self._allowed_hosts = allowed_hosts
+        self._lookup = lookup
+        self._make_tls = tls
+        self._tls: ssl.SSLContext | None = None
+        self._is_allowed = is_allowed
+
+    async def fetch(self, url: str, param: str, room: Room) -> bytes:
+        """Return the body that a GET of the URL is answered with. The caller bounds the time.
+
+        Raises:
+            InvalidRequest: the URL may not be fetched, or there is nothing to be had.
+        """
+        for _ in range(MAX_REDIRECTS + 1):
+            target = self._target(url, param)
+            answer = await self._get(target, param, room)
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(target.url, answer.location)
+        _refuse(param, f"its URL redirects more than {MAX_REDIRECTS} times")
+
+    def takes_host_of(self, url: str) -> bool:
+        """Tell whether a URL's host is one of those that the operator has listed."""
+        try:
+            return bool(self._allowed_hosts) and bool(self._target(url, ""))
+        except InvalidRequest:
+            return False
+
+    def _target(self, url: str, param: str) -> _Target:
+        """Take a URL apart, and check all of it that can be checked by its looks."""
+        if len(url) > MAX_URL_CHARS:
+            _refuse(param, f"its URL has more than {MAX_URL_CHARS} characters")
+        try:
+            parts = urlsplit(url.strip())
+            host, port = _ascii(parts.hostname or ""), parts.port
+            path = quote(parts.path or "/", _PATH_SAFE) + (
+                f"?{quote(parts.query, _PATH_SAFE)}" if parts.query else ""
+            )
+        except ValueError:
+            _refuse(param, "its URL is invalid")
+        if parts.scheme not in _PORTS:
+            _refuse(param, "its URL must begin with https:, http: or data:")
+        if not host or port == 0 or parts.username is not None or parts.password is not None:
+            _refuse(param, "its URL must have a host, and neither a name nor a password")
+        if self._allowed_hosts and host not in self._allowed_hosts:
+            _refuse(param, f"this server does not fetch images from the host {host[:100]!r}")
+        return _Target(url, parts.scheme == "https", host, port or _PORTS[parts.scheme], path)
+
+    async def _get(self, target: _Target, param: str, room: Room) -> bytes | _Redirect:
+        try:
+            async with self._connected(target, param) as (reader, writer):
+                http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEADER_BYTES)
+                headers = [
+                    ("host", target.authority),
+                    ("user-agent", "tgi-asgi"),
+                    ("accept", "image/*"),
+                    ("accept-encoding", "identity"),
+                    ("connection", "close"),
+                ]
+                request = h11.Request(method="GET", target=target.path, headers=headers)
+                writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
+                return await _read(http, reader, param, room)
+        except (OSError, h11.ProtocolError, ValueError):  # which tell of our network what nobody should know
+            _refuse(param, "its URL gives no whole answer")
+
+    @asynccontextmanager
+    async def _connected(self, target: _Target, param: str) -> AsyncIterator[Connection]:
+        """Connect to an address of the target that has been checked."""
+        addresses = await self._lookup(target.host, target.port)
+        if not all(map(self._is_allowed, addresses)):  # one of several may be meant for us
+            _refuse(param, "its URL leads to an address that is not public")
+        context = await self._context() if target.is_tls else None
+        writer = None
+        for address in addresses[:_MAX_ADDRESSES]:
+            try:
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    reader, writer = await asyncio.open_connection(
+                        address,
+                        target.port,
+                        ssl=context,
+                        server_hostname=target.host if target.is_tls else None,
+                    )
+                break
+            except OSError:  # a TimeoutError is one
+                continue
+        if writer is None:
+            raise OSError("no address answers")
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()  # there is nothing to say goodbye for
+
+    async def _context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = await self._make_tls()
+        return self._tls
+
+
+@dataclass(frozen=True, slots=True)
+class _Redirect:
+    location: str
+
+
+async def _read(
+    http: h11.Connection, reader: asyncio.StreamReader, param: str, room: Room
+) -> bytes | _Redirect:
+    """Read an answer: its body, or where else to look."""
+    parts: list[bytes] = []
+    while True:
+        event = http.next_event()
+        if event is h11.NEED_DATA:
+            http.receive_data(await reader.read(_READ_BYTES))
+        elif isinstance(event, h11.Response):
+            headers = dict(event.headers)
+            if event.status_code in _REDIRECTS and b"location" in headers:
+                return _Redirect(headers[b"location"].decode("latin-1"))
+            if event.status_code != 200:
+                _refuse(param, f"its URL was answered with status {event.status_code}")
+            if headers.get(b"content-encoding", b"identity") not in (b"", b"identity"):
+                _refuse(param, "its URL was answered with compressed data")
+            length = headers.get(b"content-length", b"")
+            if length.isdigit():
+                room.expect(int(length))
+        elif isinstance(event, h11.Data):
+            room.take(len(event.data))
+            parts.append(bytes(event.data))
+        elif isinstance(event, h11.EndOfMessage):
+            return b"".join(parts)
+        elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+            raise OSError("the connection was closed")
+
+
+def _ascii(host: str) -> str:
+    """Return a host's name as DNS has it."""
+    host = host.rstrip(".").lower()
+    return host if host.isascii() else host.encode("idna").decode("ascii")
+
+
+def _refuse(param: str, why: str) -> NoReturn:
+    raise InvalidRequest(f"`{param}` could not be fetched: {why}", param=param, code="invalid_image_url")

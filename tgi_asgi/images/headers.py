@@ -1,0 +1,114 @@
+"""What is read of a picture's bytes before a library sees them: what that would do too late or at length.
+
+Pure; called by `decode.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+MAX_SCANS = 100  # of a JPEG; ten are usual, and of empty ones 300,000 fit into a body: minutes of decoding
+MAX_SEGMENTS = 1000  # of a JPEG: 16 MiB are 256 long ones
+
+_EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, restart or fill
+_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a segment
+_UNUSED = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})  # of the segments for applications only two matter
+_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+
+
+class BadHeader(ValueError):
+    """Raised when bytes are no picture that should be decoded; the message says why."""
+
+
+def jpeg_parts(data: bytes) -> tuple[bytes, int]:
+    """Return a JPEG with nothing but what its pixels need, and its orientation, 1 to 8.
+
+    What else is in it (EXIF, XMP, further pictures, a film behind the end) can be as long as the body, and
+    libraries read it when they open the file.
+
+    Raises:
+        BadHeader: it is cut off, or has more than `MAX_SCANS` scans.
+    """
+    kept, orientation, at, num_scans = [data[:2]], 1, 2, 0
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None:
+            raise BadHeader("it is cut off")
+        at, marker = found.start(), data[found.end() - 1]
+        if marker == _EOI:
+            return b"".join([*kept, b"\xff\xd9"]), orientation
+        if marker in _BARE:
+            at += 2
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _SOS:
+            num_scans += 1
+            if num_scans > MAX_SCANS:
+                raise BadHeader(f"it has more than {MAX_SCANS} scans")
+            found = _SCAN_END.search(data, end)
+            end = len(data) + 1 if found is None else found.start()
+        if end > len(data):
+            raise BadHeader("it is cut off")
+        if marker == _APP1:
+            orientation = _orientation_of(data[at + 4 : end]) or orientation
+        if marker not in _UNUSED:
+            kept.append(data[at:end])
+        at = end
+    raise BadHeader(f"it has more than {MAX_SEGMENTS} segments")
+
+
+def _orientation_of(segment: bytes) -> int | None:
+    if segment.startswith(b"Exif\0\0"):
+        return exif_orientation(segment)
+    return xmp_orientation(segment) if segment.startswith(b"http://ns.adobe.com/xap/1.0/\0") else None
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """Return the orientation in EXIF data, or None; of what is broken, too."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(order + "4xI", tiff)
+        (num_entries,) = struct.unpack_from(order + "H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * num_entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, at)
+            if tag == _ORIENTATION:
+                return value if 1 <= value <= 8 else None
+    except struct.error:
+        pass
+    return None
+
+
+def xmp_orientation(xmp: bytes) -> int | None:
+    """Return the orientation in XMP data, or None."""
+    found = _XMP_ORIENTATION.search(xmp)
+    return int(found[1]) if found else None
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Return a WebP's width and height: Pillow's decoder takes memory for them when it is made.
+
+    Raises:
+        BadHeader: its first chunk is none of WebP's.
+    """
+    try:
+        match data[12:16]:
+            case b"VP8 ":
+                width, height = struct.unpack_from("<HH", data, 26)
+                return width & 0x3FFF, height & 0x3FFF
+            case b"VP8L":
+                (bits,) = struct.unpack_from("<I", data, 21)
+                return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            case b"VP8X":
+                sizes = data[24:30]
+                if len(sizes) == 6:
+                    return int.from_bytes(sizes[:3], "little") + 1, int.from_bytes(sizes[3:], "little") + 1
+    except struct.error:
+        pass
+    raise BadHeader("its header is broken")

@@ -1,0 +1,47 @@
+"""Places of images in prompts: a placeholder in the text becomes what the model has for the image.
+
+"<user> <image> what is it?"  ──►  "<user> <image><image><image> what is it?"  ──►  ids, and where in them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.types import ImageInput, ProcessedImage
+
+
+def written_out(source: str, placeholder: str, texts: Sequence[str]) -> str:
+    """Return a prompt with a text in the place of each placeholder.
+
+    Raises:
+        InvalidRequest: there are more of one than of the other: the template drops images, or a client has
+            written a placeholder.
+    """
+    pieces = source.split(placeholder)
+    if len(pieces) != len(texts) + 1:
+        raise _mismatch(len(pieces) - 1, len(texts))
+    return "".join(part for pair in zip(pieces, (*texts, ""), strict=True) for part in pair)
+
+
+def located(ids: Sequence[int], images: Sequence[tuple[bytes, ProcessedImage]]) -> tuple[ImageInput, ...]:
+    """Return where in a prompt's tokens its images lie; each comes with its digest.
+
+    Raises:
+        InvalidRequest: a client has written tokens that stand for images.
+    """
+    kinds = {image.token_id for _, image in images}
+    places = [at for at, token_id in enumerate(ids) if token_id in kinds]
+    num_wanted = sum(image.num_tokens for _, image in images)
+    if len(places) != num_wanted:
+        raise _mismatch(len(places), num_wanted)
+    found, begin = [], 0
+    for digest, image in images:
+        first, begin = places[begin], begin + image.num_tokens
+        found.append(ImageInput(digest, first, places[begin - 1] - first + 1, image.payload))
+    return tuple(found)
+
+
+def _mismatch(num_places: int, num_wanted: int) -> InvalidRequest:
+    message = f"`{{field}}` has room for {num_places} images or parts of them, but there are {num_wanted}"
+    return InvalidRequest(message, field=("prompt",))
