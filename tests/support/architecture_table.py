@@ -182,6 +182,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "rotary_dim": 8,
+        "index_n_heads": 4,
         "index_block_size": 4,
         "index_topk_blocks": 3,
     },

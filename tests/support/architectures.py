@@ -56,8 +56,9 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "index_topk"), 8),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "qk_rope_head_dim"), 8),
     **dict.fromkeys(("mamba_n_groups", "first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
-    **dict.fromkeys(("index_n_heads",), 4),
+    **dict.fromkeys(("index_n_heads",), 16),
 }
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as models call them
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
 
 
@@ -146,30 +147,20 @@ def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], fl
     return found[len(ids) :], gap
 
 
-def stepwise(folder: Path, ids: list[int], num_prompt: int) -> np.ndarray:
-    """Return the logits [n_tokens - num_prompt, vocab] of transformers' generation with its own cache.
-
-    They follow each token from the last of the prompt on; the last of `ids` is not looked at.
-    """
-
-    def force(given: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, ids[given.shape[1]]] = 0.0
-        return forced
-
+def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarray:
+    """Return the logits as `reference` does, but computed in pieces of these lengths, with the model's own cache."""
+    model = open_reference(folder)
+    past: dict[str, Any] = {}
+    rows, at = [], 0
     with torch.inference_mode():
-        done: Any = open_reference(folder).generate(
-            torch.tensor([ids[:num_prompt]]),
-            attention_mask=torch.ones(1, num_prompt, dtype=torch.long),
-            max_new_tokens=len(ids) - num_prompt,
-            do_sample=False,
-            use_cache=True,
-            logits_processor=[force],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    found: np.ndarray = torch.cat(done.logits).float().numpy()
-    return found
+        for length in lengths:
+            found = model(torch.tensor([ids[at : at + length]]), use_cache=True, **past)
+            past = {name: found[name] for name in _CACHES if found.get(name) is not None}
+            assert past, "no cache comes back"
+            rows.append(found.logits[0].float().numpy())
+            at += length
+    assert at == len(ids)
+    return np.concatenate(rows)
 
 
 def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
@@ -183,7 +174,9 @@ def _draw(model: transformers.PreTrainedModel) -> None:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, value in model.state_dict(keep_vars=True).items():
-        if not value.is_floating_point():
+        if name.endswith("tid2eid"):  # the experts of each token
+            value.copy_(torch.rand(len(value), model.config.n_routed_experts).argsort()[:, : value.shape[1]])
+        if not isinstance(value, nn.Parameter) and not name.endswith(("bias", "biases", "layer_scalar")):
             continue
         if id(value) in embeddings:
             value.normal_(0, 0.5)
@@ -231,43 +224,67 @@ def _save_tokenizer(folder: Path) -> None:
 
 @dataclass(slots=True)
 class Row:
-    """What one architecture is like."""
+    """What one architecture is like; differences are to `reference`, divided by the largest logit."""
 
     model_type: str
     class_name: str
     problem: str = ""
     std: float = 0.0
     gap: float = 0.0  # the smallest between the two likeliest
-    prefix: float = 0.0  # difference to what a shorter sequence gives, of the largest logit: 0 if causal
-    cached: float | None = None  # difference of its own cached decoding, of the largest logit
-    cache_problem: str = ""
+    prefix: float = 0.0  # difference of a shorter sequence's: not 0 where a token depends on later ones
+    by_token: float | str = ""  # difference of its own cache, a prompt and then token by token; or what was raised
+    by_chunk: float | str = ""  # the same in three chunks
     seconds: float = 0.0
+
+    def __str__(self) -> str:
+        head = f"{self.model_type:25} {self.class_name:40}"
+        if self.problem:
+            return f"{head} {self.problem}"
+        caches = (f"{it:.0e}" if isinstance(it, float) else it for it in (self.by_token, self.by_chunk))
+        return (
+            f"{head} std {self.std:4.2f}  gap {self.gap:.0e}  prefix {self.prefix:.0e}"
+            f"  by token {next(caches)}  by chunk {next(caches)}  {self.seconds:.1f} s"
+        )
 
 
 def examine(model_type: str) -> Row:
     """Make a checkpoint and compare what transformers computes of it in several ways."""
-    began = time.perf_counter()
     row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "-"))
     ids = random_ids(40, 7)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        began = time.perf_counter()
+        try:
             make(model_type, folder)
             found = reference(folder, ids)
-            row.seconds = time.perf_counter() - began
-            assert np.isfinite(found).all(), "not finite"
-            assert found.shape == (len(ids), VOCAB_SIZE), f"shape {found.shape}"
-            largest = np.abs(found).max()
-            row.std = float(found.std())
-            row.gap = float(np.diff(np.sort(found)[:, -2:]).min())
-            row.prefix = float(np.abs(reference(folder, ids[:27]) - found[:27]).max() / largest)
-            try:
-                row.cached = float(np.abs(stepwise(folder, ids, 20) - found[19:-1]).max() / largest)
-            except Exception as error:
-                row.cache_problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-    except Exception as error:
-        row.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:250]}"
+            shorter = reference(folder, ids[:27])
+        except Exception as error:
+            row.problem = _short(error)
+            return row
+        row.seconds = time.perf_counter() - began
+        if found.shape != (len(ids), VOCAB_SIZE) or not np.isfinite(found).all():
+            row.problem = f"logits {found.shape}, finite: {np.isfinite(found).all()}"
+            return row
+        row.std = float(found.std())
+        row.gap = float(np.diff(np.sort(found)[:, -2:]).min())
+        row.prefix = _difference(shorter, found[:27])
+        row.by_token, row.by_chunk = (_cached(folder, ids, found, cut) for cut in ([20] + [1] * 20, [9, 17, 14]))
     return row
+
+
+def _cached(folder: Path, ids: list[int], found: np.ndarray, lengths: list[int]) -> float | str:
+    try:
+        return _difference(piecewise(folder, ids, lengths), found)
+    except Exception as error:
+        return _short(error)
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -279,14 +296,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for model_type in types:
-        row = examine(model_type)
-        cached = row.cache_problem or ("-" if row.cached is None else f"{row.cached:.1e}")
-        print(
-            f"{row.model_type:26} {row.class_name:40}",
-            row.problem
-            or f"std {row.std:5.2f} gap {row.gap:.1e} prefix {row.prefix:.0e} cached {cached} {row.seconds:.1f} s",
-            flush=True,
-        )
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            print(examine(model_type), flush=True)
 
 
 if __name__ == "__main__":
