@@ -1,7 +1,7 @@
 """Makes a tiny random checkpoint of any architecture of `AutoModelForCausalLM`, and computes what it gives.
 
-`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a wrong
-model shows. `python -m tests.support.architectures [type ...]` makes all and says what they are like.
+`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a
+wrong model shows. `python -m tests.support.architectures [type ...]` makes all and says what they are like.
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.architecture_table import CONFIG, NOT_BUILT, TYPES
+from tests.support.architecture_table import CONFIG, NO_REFERENCE, NOT_BUILT, TYPES
 
 VOCAB_SIZE = 320
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")  # beginning, end, padding
+_LEAST_GAP = 0.02  # between the best and the second logit, where an answer is clear
 _SPREAD = 3.0  # the standard deviation of the logits, about
 
 _LAYERS = 3
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
     **dict.fromkeys(("hidden_size", "d_model", "embedding_size", "lru_width", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff", "n_inner"), 96),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff", "n_inner"), 96
+    ),
     **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "ffn_hidden_size", "dim_ff"), 96),
     **dict.fromkeys(("shared_intermediate_size", "feed_forward_size"), 96),
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_heads", "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(
+        ("num_heads", "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads"), 4
+    ),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "linear_head_dim", "linear_key_head_dim"), 16),
     **dict.fromkeys(("linear_value_head_dim", "index_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
@@ -60,6 +65,16 @@ _SIZES: Mapping[str, int] = {
 }
 _CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as models call them
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
+
+
+def buildable() -> list[str]:
+    """Return the types that `make` makes, of those that the installed transformers has."""
+    return [name for name in TYPES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in NOT_BUILT]
+
+
+def servable() -> list[str]:
+    """Return those for which `reference` holds, however a sequence is cut."""
+    return [name for name in buildable() if name not in NO_REFERENCE]
 
 
 def config(model_type: str) -> transformers.PretrainedConfig:
@@ -131,24 +146,28 @@ def open_reference(folder: Path) -> transformers.PreTrainedModel:
 
 
 def reference(folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once, no cache."""
+    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once."""
     return _logits(open_reference(folder), ids)
 
 
 def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the ids that follow, and the smallest gap between the best and the second logit on the way."""
+    return _greedy(open_reference(folder), ids, num_tokens)
+
+
+def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
+    """Return a prompt's ids and those that follow greedily, which neither rounding nor a special id ends."""
     model = open_reference(folder)
-    found, gap = list(ids), np.inf
-    for _ in range(num_tokens):
-        last = _logits(model, found)[-1]
-        second, best = np.sort(last)[-2:]
-        gap = min(gap, float(best - second))
-        found.append(int(last.argmax()))
-    return found[len(ids) :], gap
+    for seed in range(100):
+        ids = random_ids(length, seed)
+        found, gap = _greedy(model, ids, num_tokens)
+        if gap > _LEAST_GAP and min(found) >= len(_SPECIAL_TOKENS):
+            return ids, found
+    raise AssertionError(f"{folder}: no prompt whose answer is clear")
 
 
 def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarray:
-    """Return the logits as `reference` does, but computed in pieces of these lengths, with the model's own cache."""
+    """Return the logits as `reference` does, computed in pieces of these lengths with the model's cache."""
     model = open_reference(folder)
     past: dict[str, Any] = {}
     rows, at = [], 0
@@ -161,6 +180,16 @@ def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarra
             at += length
     assert at == len(ids)
     return np.concatenate(rows)
+
+
+def _greedy(model: transformers.PreTrainedModel, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
+    found, gap = list(ids), np.inf
+    for _ in range(num_tokens):
+        last = _logits(model, found)[-1]
+        second, best = np.sort(last)[-2:]
+        gap = min(gap, float(best - second))
+        found.append(int(last.argmax()))
+    return found[len(ids) :], gap
 
 
 def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
@@ -180,7 +209,7 @@ def _draw(model: transformers.PreTrainedModel) -> None:
             continue
         if id(value) in embeddings:
             value.normal_(0, 0.5)
-        elif value.dim() < 2 or _is_constant(value) and min(value.shape) == 1:
+        elif value.dim() < 2 or (_is_constant(value) and min(value.shape) == 1):
             value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
         elif "A_log" not in name:
             value.normal_(0, _fan_in(name, value, id(value) in transposed) ** -0.5)
@@ -232,7 +261,9 @@ class Row:
     std: float = 0.0
     gap: float = 0.0  # the smallest between the two likeliest
     prefix: float = 0.0  # difference of a shorter sequence's: not 0 where a token depends on later ones
-    by_token: float | str = ""  # difference of its own cache, a prompt and then token by token; or what was raised
+    by_token: float | str = (
+        ""  # difference of its own cache, a prompt and then token by token; or what was raised
+    )
     by_chunk: float | str = ""  # the same in three chunks
     seconds: float = 0.0
 
@@ -268,7 +299,9 @@ def examine(model_type: str) -> Row:
         row.std = float(found.std())
         row.gap = float(np.diff(np.sort(found)[:, -2:]).min())
         row.prefix = _difference(shorter, found[:27])
-        row.by_token, row.by_chunk = (_cached(folder, ids, found, cut) for cut in ([20] + [1] * 20, [9, 17, 14]))
+        row.by_token, row.by_chunk = (
+            _cached(folder, ids, found, cut) for cut in ([20] + [1] * 20, [9, 17, 14])
+        )
     return row
 
 
