@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import tempfile
 import time
 import zlib
@@ -65,6 +66,9 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("index_n_heads",), 16),
 }
 _CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as models call them
+_LAST_NORM = re.compile(
+    r"^(?!.*(per_layer|\.(layers?|h|blocks)\.\d)).*(norm|ln|ln_f|norm_f)\.weight$", re.IGNORECASE
+)
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
 
 
@@ -216,7 +220,12 @@ def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
 
 
 def _draw(model: transformers.PreTrainedModel) -> None:
-    """Give every parameter, and every bias that is a buffer, a value that matters."""
+    """Give every parameter, and every bias that is a buffer, a value that matters.
+
+    Where the head is the embedding, a token's own logit is the largest while its embedding outweighs what the
+    layers add, whatever that is: so embeddings are small there, and matrices large.
+    """
+    embedding_size, gain = (0.1, 1.5) if _is_tied(model) else (0.5, 1.0)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -225,11 +234,11 @@ def _draw(model: transformers.PreTrainedModel) -> None:
         if not isinstance(value, nn.Parameter) and not name.endswith(("bias", "biases", "layer_scalar")):
             continue
         if id(value) in embeddings:
-            value.normal_(0, 0.5)
+            value.normal_(0, embedding_size)
         elif value.dim() < 2 or (_is_constant(value) and min(value.shape) == 1):
             value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
         elif "A_log" not in name:
-            value.normal_(0, _fan_in(name, value, id(value) in transposed) ** -0.5)
+            value.normal_(0, gain * _fan_in(name, value, id(value) in transposed) ** -0.5)
 
 
 def _fan_in(name: str, value: Tensor, is_transposed: bool) -> int:
@@ -242,14 +251,31 @@ def _is_constant(value: Tensor) -> bool:
     return bool((value == value.flatten()[0]).all())
 
 
+def _is_tied(model: transformers.PreTrainedModel) -> bool:
+    """Say whether the head is the embedding, and what enters the layers is as large as the embedding."""
+    head, names = model.get_output_embeddings(), (name for name, _ in model.named_parameters())
+    if any(
+        re.search(r"embeddings\.LayerNorm|embeddings_layer_norm|layernorm_embedding|layer_norm_emb", name)
+        for name in names
+    ):
+        return False
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def _spread(model: transformers.PreTrainedModel, ids: list[int]) -> None:
-    """Scale the head until the logits are well spread."""
+    """Scale the head, or the norm before a tied one, until the logits are well spread."""
     head: Any = model.get_output_embeddings()
-    for _ in range(8):
+    if head is None:
+        return
+    weight = head.weight
+    if _is_tied(model):
+        norms = [value for name, value in model.named_parameters() if _LAST_NORM.search(name)]
+        weight = norms[-1] if norms else weight
+    for _ in range(12):
         std = model(torch.tensor([ids]), use_cache=False).logits.std()
-        if head is None or 0.8 < std / _SPREAD < 1.25:
+        if 0.8 < std / _SPREAD < 1.25:
             return
-        head.weight *= (_SPREAD / std).clamp(0.1, 10.0)
+        weight *= (_SPREAD / std).clamp(0.1, 10.0)
 
 
 def _save_tokenizer(folder: Path) -> None:
