@@ -235,6 +235,8 @@ def _draw(model: transformers.PreTrainedModel) -> None:
             continue
         if id(value) in embeddings:
             value.normal_(0, embedding_size)
+        elif name.endswith("dt_bias"):
+            value.normal_(-1.0, 0.5)  # steps of a time in which the state changes
         elif value.dim() < 2 or (_is_constant(value) and min(value.shape) == 1):
             value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
         elif "A_log" not in name:
