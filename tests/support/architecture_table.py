@@ -1,6 +1,6 @@
 """What is particular about each architecture of `AutoModelForCausalLM`, as data: `architectures` builds them.
 
-A new architecture is a word in `TYPES`, and an entry in `CONFIG` where the rules of `architectures` do not do.
+A new one is a word in `TYPES`, and an entry in `CONFIG` where the rules of `architectures` do not do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES: tuple[str, ...] = tuple(
     recurrent_gemma reformer rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss smollm3
     solar_open stablelm starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet
     xlstm xmod youtu zamba zamba2 zaya
-""".split()
+""".split()  # noqa: SIM905 -- a paragraph, not a page
 )
 
 _GRANITE = {
@@ -69,7 +69,8 @@ _BLT_PART = {
     "max_position_embeddings": 512,
 }
 
-# Laid over what `architectures` takes for every type.
+# Laid over what `architectures` takes for every type. `time_step_min`: transformers limits time steps from
+# below when it scans, not when it steps (up to 6e-3 of the largest logit); so small, it limits none.
 CONFIG: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "blt": {
@@ -84,8 +85,8 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": _SLIDING_FULL,
         "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "full_attention": None,  # no positions
         },
     },
     "codegen": {"rotary_dim": 8},
@@ -158,7 +159,10 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     "granite_swa": _GRANITE,
     "granitemoe": _GRANITE,
     "granitemoe_swa": {**_GRANITE, "shared_intermediate_size": 48},
-    "granitemoehybrid": {**_GRANITE, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "granitemoehybrid": {
+        **_GRANITE,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 48},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
@@ -182,10 +186,15 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
         "rotary_dim": 8,
+        "index_n_heads": 4,
         "index_block_size": 4,
         "index_topk_blocks": 3,
     },
-    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 2},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "n_groups": 2,
+        "time_step_min": 1e-30,
+    },
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "phi4_multimodal": {
         "vision_config": {
@@ -255,7 +264,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     "rwkv": {"attention_hidden_size": 64},
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni", "d_inner": 96, "d_head": 16},
-    "xlstm": {"num_blocks": 2, "num_hidden_layers": 2},
+    "xlstm": {"num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0},  # its cache fits no other
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 5,
@@ -271,6 +280,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "adapter_rank": 8,
         "num_mem_blocks": 2,
+        "time_step_min": 1e-30,
     },
     "zaya": {
         "num_experts_per_tok": 1,
@@ -280,6 +290,7 @@ CONFIG: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Why there is no checkpoint.
 NOT_BUILT: Mapping[str, str] = {
     "dots3_note": "composite: its text model is dots3_note_text",
     "emu3": "composite: images are tokens here, its text model is llama's",
@@ -299,4 +310,28 @@ NOT_BUILT: Mapping[str, str] = {
     "qwen3_5": "composite: its text model is qwen3_5_text",
     "qwen3_5_moe": "composite: its text model is qwen3_5_moe_text",
     "qwen4_exp": "composite: its text model is qwen4_exp_text",
+}
+
+# Where logits depend on more than the tokens up to theirs: nothing can serve these token by token.
+NO_REFERENCE: Mapping[str, str] = {
+    "cpmant": "a prompt's tokens see each other both ways",
+    "prophetnet": "the logits change with the length of what follows, whatever it is",
+}
+
+# Where transformers' own cache, fed a prompt and then token by token, does not give what `reference` does.
+WRONG_CACHE: Mapping[str, str] = {
+    "bamba": "positions begin anew at each call, unless given",
+    "blt": "its cache cannot be made from its configuration",
+    "cpmant": NO_REFERENCE["cpmant"],
+    "moshi": "the cache slides, the mask does not",
+    "openai-gpt": "has none",
+    "prophetnet": "refuses its own positions",
+    "recurrent_gemma": "the state is in the modules, no cache comes back",
+    "xlm": "has none",
+}
+
+# Where it does, but not when the prompt comes in several chunks.
+WRONG_CHUNKS: Mapping[str, str] = {
+    **dict.fromkeys(("falcon_mamba", "jamba", "mamba", "zamba"), "the scan begins without the state"),
+    "reformer": "goes on with one token only",
 }

@@ -1,19 +1,17 @@
 """Makes a tiny random checkpoint of any architecture of `AutoModelForCausalLM`, and computes what it gives.
 
-`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a wrong
-model shows. `python -m tests.support.architectures [type ...]` makes all and says what they are like.
+`architecture_table` has what is particular about each. As in `family_maker`, the weights are such that a
+wrong model shows. `architecture_report` makes all of them and says what they are like.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import tempfile
-import time
+import re
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +24,27 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.architecture_table import CONFIG, NOT_BUILT, TYPES
+from tests.support.architecture_table import CONFIG, NO_REFERENCE, NOT_BUILT, TYPES
 
 VOCAB_SIZE = 320
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")  # beginning, end, padding
+_LEAST_GAP = 0.02  # between the best and the second logit, where an answer is clear
 _SPREAD = 3.0  # the standard deviation of the logits, about
 
 _LAYERS = 3
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
     **dict.fromkeys(("hidden_size", "d_model", "embedding_size", "lru_width", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff", "n_inner"), 96),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff", "n_inner"), 96
+    ),
     **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "ffn_hidden_size", "dim_ff"), 96),
     **dict.fromkeys(("shared_intermediate_size", "feed_forward_size"), 96),
     **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"), _LAYERS),
     **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_heads", "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(
+        ("num_heads", "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads"), 4
+    ),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "linear_head_dim", "linear_key_head_dim"), 16),
     **dict.fromkeys(("linear_value_head_dim", "index_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),
@@ -56,9 +59,34 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("mamba_n_heads", "n_mamba_heads", "mamba_num_heads", "index_topk"), 8),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "qk_rope_head_dim"), 8),
     **dict.fromkeys(("mamba_n_groups", "first_k_dense_replace", "num_dense_layers", "topk_group"), 1),
-    **dict.fromkeys(("index_n_heads",), 4),
+    **dict.fromkeys(("index_n_heads",), 16),
 }
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # as models call them
+_LAST_NORM = re.compile(
+    r"^(?!.*(per_layer|\.(layers?|h|blocks)\.\d)).*(norm|ln|ln_f|norm_f)\.weight$", re.IGNORECASE
+)
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")  # a word for each layer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave the other cores alone: threads that wait for each other make tiny models ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def buildable() -> list[str]:
+    """Return the types that `make` makes, of those that the installed transformers has."""
+    return [name for name in TYPES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in NOT_BUILT]
+
+
+def servable() -> list[str]:
+    """Return those for which `reference` holds, however a sequence is cut."""
+    return [name for name in buildable() if name not in NO_REFERENCE]
 
 
 def config(model_type: str) -> transformers.PretrainedConfig:
@@ -91,6 +119,7 @@ def config(model_type: str) -> transformers.PretrainedConfig:
     return made
 
 
+@_one_thread()
 def make(model_type: str, folder: Path) -> None:
     """Write a checkpoint with a tokenizer, always the same.
 
@@ -129,14 +158,48 @@ def open_reference(folder: Path) -> transformers.PreTrainedModel:
     return model
 
 
+@_one_thread()
 def reference(folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once, no cache."""
+    """Return the logits [n_tokens, vocab] float32 after each of the tokens, all computed at once."""
     return _logits(open_reference(folder), ids)
 
 
+@_one_thread()
 def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the ids that follow, and the smallest gap between the best and the second logit on the way."""
+    return _greedy(open_reference(folder), ids, num_tokens)
+
+
+@_one_thread()
+def clear_prompt(folder: Path, length: int, num_tokens: int) -> tuple[list[int], list[int]]:
+    """Return a prompt's ids and those that follow greedily, which neither rounding nor a special id ends."""
     model = open_reference(folder)
+    for seed in range(100):
+        ids = random_ids(length, seed)
+        found, gap = _greedy(model, ids, num_tokens)
+        if gap > _LEAST_GAP and min(found) >= len(_SPECIAL_TOKENS):
+            return ids, found
+    raise AssertionError(f"{folder}: no prompt whose answer is clear")
+
+
+@_one_thread()
+def piecewise(folder: Path, ids: list[int], lengths: Iterable[int]) -> np.ndarray:
+    """Return the logits as `reference` does, computed in pieces of these lengths with the model's cache."""
+    model = open_reference(folder)
+    past: dict[str, Any] = {}
+    rows, at = [], 0
+    with torch.inference_mode():
+        for length in lengths:
+            found = model(torch.tensor([ids[at : at + length]]), use_cache=True, **past)
+            past = {name: found[name] for name in _CACHES if found.get(name) is not None}
+            assert past, "no cache comes back"
+            rows.append(found.logits[0].float().numpy())
+            at += length
+    assert at == len(ids)
+    return np.concatenate(rows)
+
+
+def _greedy(model: transformers.PreTrainedModel, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     found, gap = list(ids), np.inf
     for _ in range(num_tokens):
         last = _logits(model, found)[-1]
@@ -146,32 +209,6 @@ def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], fl
     return found[len(ids) :], gap
 
 
-def stepwise(folder: Path, ids: list[int], num_prompt: int) -> np.ndarray:
-    """Return the logits [n_tokens - num_prompt, vocab] of transformers' generation with its own cache.
-
-    They follow each token from the last of the prompt on; the last of `ids` is not looked at.
-    """
-
-    def force(given: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, ids[given.shape[1]]] = 0.0
-        return forced
-
-    with torch.inference_mode():
-        done: Any = open_reference(folder).generate(
-            torch.tensor([ids[:num_prompt]]),
-            attention_mask=torch.ones(1, num_prompt, dtype=torch.long),
-            max_new_tokens=len(ids) - num_prompt,
-            do_sample=False,
-            use_cache=True,
-            logits_processor=[force],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    found: np.ndarray = torch.cat(done.logits).float().numpy()
-    return found
-
-
 def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     with torch.inference_mode():
         found: np.ndarray = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
@@ -179,18 +216,27 @@ def _logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
 
 
 def _draw(model: transformers.PreTrainedModel) -> None:
-    """Give every parameter, and every bias that is a buffer, a value that matters."""
+    """Give every parameter, and every bias that is a buffer, a value that matters.
+
+    Where the head is the embedding, a token's own logit is the largest while its embedding outweighs what the
+    layers add, whatever that is: so embeddings are small there, and matrices large.
+    """
+    embedding_size, gain = (0.1, 1.5) if _is_tied(model) else (0.5, 1.0)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for name, value in model.state_dict(keep_vars=True).items():
-        if not value.is_floating_point():
+        if name.endswith("tid2eid"):  # the experts of each token
+            value.copy_(torch.rand(len(value), model.config.n_routed_experts).argsort()[:, : value.shape[1]])
+        if not isinstance(value, nn.Parameter) and not name.endswith(("bias", "biases", "layer_scalar")):
             continue
         if id(value) in embeddings:
-            value.normal_(0, 0.5)
-        elif value.dim() < 2 or _is_constant(value) and min(value.shape) == 1:
+            value.normal_(0, embedding_size)
+        elif name.endswith("dt_bias"):
+            value.normal_(-1.0, 0.5)  # steps of a time in which the state changes
+        elif value.dim() < 2 or (_is_constant(value) and min(value.shape) == 1):
             value += torch.randn(value.shape) * 0.2  # round the ones or zeros of a norm or a bias
         elif "A_log" not in name:
-            value.normal_(0, _fan_in(name, value, id(value) in transposed) ** -0.5)
+            value.normal_(0, gain * _fan_in(name, value, id(value) in transposed) ** -0.5)
 
 
 def _fan_in(name: str, value: Tensor, is_transposed: bool) -> int:
@@ -203,14 +249,31 @@ def _is_constant(value: Tensor) -> bool:
     return bool((value == value.flatten()[0]).all())
 
 
+def _is_tied(model: transformers.PreTrainedModel) -> bool:
+    """Say whether the head is the embedding, and what enters the layers is as large as the embedding."""
+    head, names = model.get_output_embeddings(), (name for name, _ in model.named_parameters())
+    if any(
+        re.search(r"embeddings\.LayerNorm|embeddings_layer_norm|layernorm_embedding|layer_norm_emb", name)
+        for name in names
+    ):
+        return False
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def _spread(model: transformers.PreTrainedModel, ids: list[int]) -> None:
-    """Scale the head until the logits are well spread."""
+    """Scale the head, or the norm before a tied one, until the logits are well spread."""
     head: Any = model.get_output_embeddings()
-    for _ in range(8):
+    if head is None:
+        return
+    weight = head.weight
+    if _is_tied(model):
+        norms = [value for name, value in model.named_parameters() if _LAST_NORM.search(name)]
+        weight = norms[-1] if norms else weight
+    for _ in range(12):
         std = model(torch.tensor([ids]), use_cache=False).logits.std()
-        if head is None or 0.8 < std / _SPREAD < 1.25:
+        if 0.8 < std / _SPREAD < 1.25:
             return
-        head.weight *= (_SPREAD / std).clamp(0.1, 10.0)
+        weight *= (_SPREAD / std).clamp(0.1, 10.0)
 
 
 def _save_tokenizer(folder: Path) -> None:
@@ -227,67 +290,3 @@ def _save_tokenizer(folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     options = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(options), encoding="utf-8")
-
-
-@dataclass(slots=True)
-class Row:
-    """What one architecture is like."""
-
-    model_type: str
-    class_name: str
-    problem: str = ""
-    std: float = 0.0
-    gap: float = 0.0  # the smallest between the two likeliest
-    prefix: float = 0.0  # difference to what a shorter sequence gives, of the largest logit: 0 if causal
-    cached: float | None = None  # difference of its own cached decoding, of the largest logit
-    cache_problem: str = ""
-    seconds: float = 0.0
-
-
-def examine(model_type: str) -> Row:
-    """Make a checkpoint and compare what transformers computes of it in several ways."""
-    began = time.perf_counter()
-    row = Row(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "-"))
-    ids = random_ids(40, 7)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            make(model_type, folder)
-            found = reference(folder, ids)
-            row.seconds = time.perf_counter() - began
-            assert np.isfinite(found).all(), "not finite"
-            assert found.shape == (len(ids), VOCAB_SIZE), f"shape {found.shape}"
-            largest = np.abs(found).max()
-            row.std = float(found.std())
-            row.gap = float(np.diff(np.sort(found)[:, -2:]).min())
-            row.prefix = float(np.abs(reference(folder, ids[:27]) - found[:27]).max() / largest)
-            try:
-                row.cached = float(np.abs(stepwise(folder, ids, 20) - found[19:-1]).max() / largest)
-            except Exception as error:
-                row.cache_problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}"
-    except Exception as error:
-        row.problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:250]}"
-    return row
-
-
-def main(arguments: Iterable[str] | None = None) -> None:
-    """Examine the types that are named, or all, and print a line each."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("types", nargs="*", default=TYPES)
-    types = parser.parse_args(arguments).types
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for model_type in types:
-        row = examine(model_type)
-        cached = row.cache_problem or ("-" if row.cached is None else f"{row.cached:.1e}")
-        print(
-            f"{row.model_type:26} {row.class_name:40}",
-            row.problem
-            or f"std {row.std:5.2f} gap {row.gap:.1e} prefix {row.prefix:.0e} cached {cached} {row.seconds:.1f} s",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
