@@ -20,7 +20,13 @@ class BlockTables:
     """
 
     def __init__(
-        self, pool: BlockPool, block_size: int, *, prefix_cache: bool, can_fork: bool = True, stats: EngineStats
+        self,
+        pool: BlockPool,
+        block_size: int,
+        *,
+        prefix_cache: bool,
+        can_fork: bool = True,
+        stats: EngineStats,
     ) -> None:
         self.pool = pool
         self.block_size = block_size

@@ -88,12 +88,15 @@ class ServedConfig(Protocol):
     @property
     def caches(self) -> Sequence[CacheShape]:
         """The shapes of keys and values; none where a model keeps all in states."""
+
     @property
     def other_bytes_per_token(self) -> int:
         """What a token takes beside them."""
+
     @property
     def rotary_dims(self) -> Sequence[int]:
         """The dims of the rotary tables that are made for every position."""
+
     @property
     def has_states(self) -> bool:
         """A sequence has more than keys and values: nothing that it has computed can be shared."""

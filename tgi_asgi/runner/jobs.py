@@ -43,7 +43,7 @@ class JobQueue:
     """
 
     def __init__(self, program: _C.Program | None = None, limits: ops.RowLimits | None = None) -> None:
-        self.steps = ops.StepQueue(program, limits)
+        self.steps = ops.StepQueue(program, None if program is None else limits)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # not yet delivered
         self._loop: asyncio.AbstractEventLoop | None = None  # which watches

@@ -19,6 +19,7 @@ import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
@@ -87,6 +88,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
         else:
+            assert isinstance(config, ModelConfig)  # `_announce` has refused the others
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
@@ -145,7 +147,9 @@ def _choose_cpu_cache(
     return choose_size(opened.config, settings, dtype, longest, free)
 
 
-def _make_cpu_runner(model: Model | GenericModel, kv_size: KvSize, settings: Settings, longest: int) -> CpuRunner:
+def _make_cpu_runner(
+    model: Model | GenericModel, kv_size: KvSize, settings: Settings, longest: int
+) -> CpuRunner:
     return CpuRunner(
         model,
         kv_size,

@@ -1,8 +1,8 @@
-"""Attention of `transformers` on the paged cache: the function that its models call, and the step it works for.
+"""Attention of `transformers` on the paged cache: the function that its models call, and the running step.
 
-`transformers` hands queries, keys and values of one sequence [1, heads, tokens, dims]; here it is the flat batch
-of a step. What the step is does not reach the function as an argument (models drop what they do not know): it is
-the thread's running step.
+`transformers` hands queries, keys and values of one sequence [1, heads, tokens, dims]; here it is the flat
+batch of a step. What the step is does not reach the function as an argument (models drop what they do not
+know): it is the thread's running step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops

@@ -1,7 +1,7 @@
 """A module of `transformers` without weights: parameters on the meta device, buffers real.
 
-Buffers are computed when a module is made (rotary frequencies, multipliers, scales), so that building all of it
-on the meta device would lose them.
+Buffers are computed when a module is made (rotary frequencies, multipliers, scales), so that building all
+of it on the meta device would lose them.
 """
 
 from __future__ import annotations

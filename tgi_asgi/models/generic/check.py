@@ -1,8 +1,8 @@
 """A loaded model checks itself: random tokens through its own eager forward and through the flat path.
 
-Both run on the packed weights, with activations and cache in float32, so that they differ by rounding alone. It
-catches what depends on the batch: states lost between chunks, positions that do not arrive, masks that are not
-what discovery found. What both sides share (a wrong weight) it does not see.
+Both run on the packed weights, with activations and cache in float32, so that they differ by rounding
+alone. It catches what depends on the batch: states lost between chunks, positions that do not arrive,
+masks that are not what discovery found. What both sides share (a wrong weight) it does not see.
 """
 
 from __future__ import annotations

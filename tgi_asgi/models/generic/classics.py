@@ -1,8 +1,8 @@
 """Attention of six older architectures, whose code writes it inline: the same heads, handed to the interface.
 
-Only the place where scores are made is replaced; projections and rotary embeddings stay the model's own. The
-linear biases of BLOOM, Falcon and MPT (Press et al., ALiBi) become a slope a head: a bias that only depends on
-the key's position differs from it by a constant of each row, which the softmax drops.
+Only the place where scores are made is replaced; projections and rotary embeddings stay the model's own.
+The linear biases of BLOOM, Falcon and MPT (Press et al., ALiBi) become a slope a head: a bias that only
+depends on the key's position differs from it by a constant of each row, which the softmax drops.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _falcon(
 ) -> Any:  # fmt: skip
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
-    query, key, value = (each.transpose(1, 2) for each in module._split_heads(module.query_key_value(hidden_states)))
+    query, key, value = (
+        each.transpose(1, 2) for each in module._split_heads(module.query_key_value(hidden_states))
+    )
     slopes = None
     if alibi is None:
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -125,7 +127,8 @@ def _let_mpt_do_without_mask() -> None:
     def create(config: Any, *args: Any, **kwargs: Any) -> Any:
         return torch.zeros(1) if _is_ours(config) else create_causal_mask(config, *args, **kwargs)
 
-    modeling_mpt.create_causal_mask = create
+    module: Any = modeling_mpt
+    module.create_causal_mask = create
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

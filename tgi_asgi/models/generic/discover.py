@@ -29,7 +29,8 @@ _IGNORED = frozenset({
     "past_key_values", "return_dict", "logits_to_keep", "head_mask", "output_router_logits", "deterministic",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "mm_token_type_ids", "seq_idx",
     "num_logits_to_keep", "labels", "inputs_embeds", "token_type_ids", "encoder_hidden_states",
-    "encoder_attention_mask", "position_embeddings", "target_dtype", "implementation", "cache_params", "slopes",
+    "encoder_attention_mask", "position_embeddings", "target_dtype", "implementation", "cache_params",
+    "slopes",
 })  # fmt: skip
 
 
@@ -59,7 +60,9 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
             try:
                 run_on_zeros(model)
             except NotProbed as error:
-                raise ModelLoadError(f"{type(model).__name__} does not run without weights: {error}") from None
+                raise ModelLoadError(
+                    f"{type(model).__name__} does not run without weights: {error}"
+                ) from None
     if not probe.layers and not probe.problems and _has_no_interface(model):
         raise ModelLoadError(f"{type(model).__name__} writes its attention inline")
     if probe.problems:
@@ -101,7 +104,9 @@ def run_on_zeros(model: nn.Module) -> None:
     Raises:
         NotProbed: it raised.
     """
-    parameters = [(owner, name, value) for owner in model.modules() for name, value in owner._parameters.items()]
+    parameters = [
+        (owner, name, value) for owner in model.modules() for name, value in owner._parameters.items()
+    ]
     zero = torch.zeros(1)
     try:
         for owner, name, value in parameters:
@@ -172,12 +177,13 @@ class _Probe:
         AttentionMaskInterface.register(PROBE, self.mask)
         ALL_EXPERTS_FUNCTIONS.register(PROBE, lambda module, hidden, *args, **kwargs: hidden)
         packed, chunked = masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None  # asks for values
-        masking_utils.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
+        masking: Any = masking_utils
+        masking.find_packed_sequence_indices = lambda position_ids: None  # asks for values
+        masking.chunked_overlay = lambda size, padding: chunked(size, torch.zeros(1, dtype=torch.long))
         try:
             yield
         finally:
-            masking_utils.find_packed_sequence_indices, masking_utils.chunked_overlay = packed, chunked
+            masking.find_packed_sequence_indices, masking.chunked_overlay = packed, chunked
 
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number of its rule."""
@@ -200,9 +206,7 @@ class _Probe:
                 self.problems.append(f"a layer has {error}")
         elif not kwargs.get("is_causal", getattr(module, "is_causal", True)):
             self.problems.append("a layer has no mask, and is not causal")
-        self.layers.append(
-            AttentionLayer(heads, key.shape[1], query.shape[3], value.shape[3], rule)
-        )
+        self.layers.append(AttentionLayer(heads, key.shape[1], query.shape[3], value.shape[3], rule))
         return query.new_empty(query.shape[0], tokens, heads, value.shape[3]), None
 
 

@@ -14,17 +14,17 @@ from torch import nn
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.recurrent import forward_source
 
-# What a module may ask of the cache that it is given: keys and values, how many there are, and whose they are.
+# What a module may ask of the cache that it is given: keys, values, how many there are, and whose they are.
 _ALLOWED = frozenset({
     "update", "get_seq_length", "layers", "is_updated", "is_sliding", "self_attention_cache",
     "cross_attention_cache", "get_mask_sizes", "get_query_offset", "is_compileable", "is_initialized",
-    "to_legacy_cache", "from_legacy_cache", "get_max_length", "get_max_cache_shape", "crop", "shape", "device",
-    "early_initialization",
+    "to_legacy_cache", "from_legacy_cache", "get_max_length", "get_max_cache_shape", "crop", "shape",
+    "device", "early_initialization",
 })  # fmt: skip
 _RECURRENT = frozenset({
-    "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "is_recording_past",
-    "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache", "value_cache", "conv_states",
-    "recurrent_states", "has_conv_state",
+    "update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state",
+    "is_recording_past", "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache",
+    "value_cache", "conv_states", "recurrent_states", "has_conv_state",
 })  # fmt: skip
 _USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
 
@@ -42,9 +42,7 @@ def check_servable(model: Any) -> None:
     if model.get_output_embeddings() is None:
         raise ModelLoadError(f"{name} has no head that gives logits of tokens")
     if getattr(config.get_text_config(), "is_decoder", None) is False and _is_encoder_by_default(model):
-        raise ModelLoadError(
-            f"{name} is an encoder here: its config.json does not say `is_decoder`; --pooling serves embeddings"
-        )
+        raise ModelLoadError(f"{name} is an encoder here: its config.json does not say `is_decoder`")
 
 
 def check_keeps_little(model: nn.Module) -> None:
@@ -53,7 +51,8 @@ def check_keeps_little(model: nn.Module) -> None:
     Raises:
         ModelLoadError: with what it asks of its cache.
     """
-    for kind in {type(module) for module in model.modules()}:
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    for kind in kinds:
         used = {use for use in _USE.findall(forward_source(kind))}
         unknown = used - _ALLOWED - _RECURRENT
         if unknown:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
-from tgi_asgi.models.generic import attention, check as self_check
+from tgi_asgi.models.generic import attention
+from tgi_asgi.models.generic import check as self_check
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
@@ -22,12 +23,19 @@ from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.weights import Filler
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading import NamedWeights, Weights
 
 logger = logging.getLogger(__name__)
 
 _LONGEST = 1 << 17  # of models that name no length
-_CONTEXT_NAMES = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions", "n_ctx", "context_length")
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "seq_length",
+    "max_seq_len",
+    "n_positions",
+    "n_ctx",
+    "context_length",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +116,7 @@ class OpenGeneric:
         """
         model = self._model
         made: list[Replaced] = []
-        filler = Filler(model, weights, lambda name, value: made[0].place(name, value))
+        filler = Filler(model, cast(NamedWeights, weights), lambda name, value: made[0].place(name, value))
         made.append(Replaced(model, arithmetic))
         filler.fill()
         made[0].finish()
@@ -159,7 +167,7 @@ class GenericModel:
 
 
 def first_position(model: Any) -> int:
-    """Return the position of a sequence's first token: RoBERTa and its kin count from behind the padding's id."""
+    """Return the position of a sequence's first token: RoBERTa and its kin begin behind the padding's id."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
             return int(module.padding_idx) + 1

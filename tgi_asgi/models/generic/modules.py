@@ -1,6 +1,7 @@
 """Modules of ours that take the place of a model's: products, embeddings and norms on packed weights.
 
-Each takes tensors of any leading dimensions, float32, and gives a row the same bits whatever rows are beside it.
+Each takes tensors of any leading dimensions, float32, and gives a row the same bits whatever rows are
+beside it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class RmsNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """The head: of all rows that it is given it computes those that were asked for, and remembers the rest."""
+    """The head: of all rows that it is given it computes those that are asked for."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -97,7 +98,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of the rows that are asked for."""
-        return self.inner(x if self.rows is None else x[:, self.rows])
+        logits: Tensor = self.inner(x if self.rows is None else x[:, self.rows])
+        return logits
 
     def __getattr__(self, name: str) -> Any:
         try:

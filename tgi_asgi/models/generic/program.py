@@ -1,7 +1,7 @@
 """Steps of a module of `transformers`: all tokens of all sequences at once, in Python, over our kernels.
 
-`FloorProgram` is what is left for models whose attention cannot be ours: one sequence after the other, each on
-the cache that the model's own code keeps.
+`FloorProgram` is what is left for models whose attention cannot be ours: one sequence after the other,
+each on the cache that the model's own code keeps.
 """
 
 from __future__ import annotations
@@ -161,9 +161,11 @@ class FloorProgram(ModuleProgram):
     def __init__(self, model: Any, head: Head, *, vocab_size: int) -> None:
         self._caller = Caller(model, head, vocab_size)
         self._states = SlotStates(lambda: empty_cache(model))
-        self._cache_name = cache_name(model)
+        self._cache_name = str(cache_name(model))
         self._vocab_size = vocab_size
-        self._known: list[tuple[int, int, Any]] = []  # of each sequence: its tokens, what its decoder returned
+        self._known: list[
+            tuple[int, int, Any]
+        ] = []  # of each sequence: its tokens, what its decoder returned
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
         """Compute a step; as `GenericProgram.run`."""
@@ -177,7 +179,9 @@ class FloorProgram(ModuleProgram):
             first = 0
             for state, length in zip(states, lengths, strict=True):
                 places = [at for at, row in enumerate(wanted) if first <= row < first + length]
-                logits, known = self._compute(state, ids[first : first + length], [wanted[at] - first for at in places])
+                logits, known = self._compute(
+                    state, ids[first : first + length], [wanted[at] - first for at in places]
+                )
                 out[places] = logits
                 self._known.append((first, first + length, known))
                 first += length

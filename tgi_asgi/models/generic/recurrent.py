@@ -23,14 +23,17 @@ _CACHE_NAMES = ("cache_params", "past_key_values", "past_key_value")
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
     """Return the innermost modules that keep a state of a sequence beside keys and values."""
-    found = [module for module in model.modules() if _STATE.search(forward_source(type(module)))]
+    modules: list[tuple[nn.Module, Any]] = [(module, type(module)) for module in model.modules()]
+    found = [module for module, kind in modules if _STATE.search(forward_source(kind))]
     return [
-        module for module in found if not any(other is not module and other in found for other in module.modules())
+        module
+        for module in found
+        if not any(other is not module and other in found for other in module.modules())
     ]
 
 
 @functools.lru_cache(maxsize=512)
-def forward_source(kind: type) -> str:
+def forward_source(kind: Any) -> str:
     """Return the source of a class of `transformers`; of any other nothing."""
     if kind.__module__.startswith("torch."):
         return ""
@@ -55,7 +58,7 @@ class RecurrentLayers:
         self.continues_by_token = False
         for module in modules:
             forward = module.forward
-            module.forward = functools.partial(self._run, module, forward)  # type: ignore[method-assign]
+            module.forward = functools.partial(self._run, module, forward)
 
     def begin(self, starts: list[int], lengths: list[int], states: list[SequenceState]) -> None:
         """Let the next calls be of these sequences."""

@@ -55,7 +55,7 @@ class Replaced:
         for path, module in list(model.named_modules()):
             self._replace(path, module)
 
-    def _replace(self, path: str, module: nn.Module) -> None:
+    def _replace(self, path: str, module: Any) -> None:
         made: PackedModule | None = None
         if _is_experts(module):
             self._experts[path] = module
@@ -71,7 +71,8 @@ class Replaced:
         elif isinstance(module, nn.Embedding) and id(module) in self._vocabulary:
             factor = _factor_of(module)
             if factor is not None:
-                made = Embedding(*module.weight.shape, factor=factor, precision=self.precision)
+                rows, columns = module.weight.shape
+                made = Embedding(rows, columns, factor=factor, precision=self.precision)
         if made is None:
             return
         if id(module) in self._vocabulary:
@@ -132,7 +133,7 @@ class Replaced:
         return True
 
     def finish(self) -> None:
-        """Replace, once there are weights, the norms that compute what ours does; and stand before the head."""
+        """Replace, once there are weights, the norms that compute what ours does; stand before the head."""
         for path, module in list(self._model.named_modules()):
             made = _as_rms_norm(module)
             if made is not None:
@@ -167,13 +168,14 @@ def reads_weight(model: nn.Module, path: str) -> bool:
     if leaf.isdigit():
         return False
     owner, _ = owner_of(model, path)
-    return any(pattern.search(source) for source in {_source_of(type(model)), _source_of(type(owner))})
+    written_in = {type(model).__module__, type(owner).__module__}
+    return any(pattern.search(_source_of(name)) for name in written_in)
 
 
 @functools.lru_cache(maxsize=256)
-def _source_of(kind: type) -> str:
-    """Return the source of the module that a class is written in."""
-    module = sys.modules.get(kind.__module__)
+def _source_of(name: str) -> str:
+    """Return the source of a module of Python, by name."""
+    module = sys.modules.get(name)
     try:
         return "" if module is None else inspect.getsource(module)
     except OSError:
@@ -187,7 +189,9 @@ def _factor_of(module: nn.Embedding) -> float | None:
     try:
         module.padding_idx = None
         module.weight = nn.Parameter(small, requires_grad=False)
-        module._parameters["weight"] = nn.Parameter(small, requires_grad=False)  # meta while we build, not now
+        module._parameters["weight"] = nn.Parameter(
+            small, requires_grad=False
+        )  # meta while we build, not now
         found = module(torch.arange(4)[None])[0]
     except Exception:  # a class that wants other arguments, or more than a table
         return None

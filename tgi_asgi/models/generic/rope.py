@@ -13,6 +13,7 @@ from torch import nn
 
 def fix_rotary_tables(model: nn.Module, max_positions: int) -> None:
     """Have each rotary embedding of a model keep one table, whatever positions a step has."""
+    module: Any
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str) and hasattr(module, "inv_freq"):

@@ -1,7 +1,7 @@
 """Which keys a query sees: read off the mask functions of `transformers`, never off a configuration.
 
-A mask function is a predicate (batch, head, query index, key index) -> bool. It is the authority: models carry
-`sliding_window` that they ignore, and windows that no field names.
+A mask function is a predicate (batch, head, query index, key index) -> bool. It is the authority: models
+carry `sliding_window` that they ignore, and windows that no field names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a model keeps of a sequence beside paged keys and values: recurrent states, or a whole cache of its own.
+"""What a model keeps of a sequence beside paged keys and values: recurrent states, or a cache of its own.
 
-One a slot, made when a sequence begins. A step that fails leaves the states as they were before it, so that its
-rows can run again.
+One a slot, made when a sequence begins. A step that fails leaves the states as they were before it, so
+that its rows can run again.
 """
 
 from __future__ import annotations
@@ -96,6 +96,10 @@ def empty_cache(model: Any) -> Any:
 
     written_in = sys.modules[type(model).__module__]
     for value in vars(written_in).values():
-        if isinstance(value, type) and issubclass(value, DynamicCache) and value.__module__ == written_in.__name__:
+        if (
+            isinstance(value, type)
+            and issubclass(value, DynamicCache)
+            and value.__module__ == written_in.__name__
+        ):
             return value()
     return DynamicCache(config=model.config.get_text_config(decoder=True))

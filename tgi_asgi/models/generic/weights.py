@@ -1,7 +1,7 @@
 """Fills a module that has no weights: names and conversions are those of `transformers`, packing is ours.
 
-What `transformers` renames keeps the file's own bytes, also where they are quantised. What it converts (experts
-joined, projections split) goes through its own operations, one target at a time.
+What `transformers` renames keeps the file's own bytes, also where they are quantised. What it converts
+(experts joined, projections split) goes through its own operations, one target at a time.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.modules import PackedExperts, PackedModule
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.generic.modules import PackedModule
+from tgi_asgi.models.loading import NamedWeights
 
 # What older checkpoints hold and nothing reads: it is computed, or was a mask.
 _UNUSED = re.compile(
@@ -47,7 +46,7 @@ class Filler:
     """
 
     def __init__(
-        self, model: Any, weights: Weights, place: Callable[[str, ops.WeightSource | Tensor], bool]
+        self, model: Any, weights: NamedWeights, place: Callable[[str, ops.WeightSource | Tensor], bool]
     ) -> None:
         self._model, self._weights, self._place = model, weights, place
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -126,7 +125,7 @@ class Filler:
         for key, value in found.items():
             if key not in self._shapes or tuple(value.shape) != self._shapes[key]:
                 raise ModelLoadError(
-                    f"{key!r} becomes {list(value.shape)}, but the model has {list(self._shapes.get(key, ()))}"
+                    f"{key!r} becomes {list(value.shape)}, not {list(self._shapes.get(key, ()))}"
                 )
         return found
 

@@ -53,7 +53,9 @@ class OpenModel:
         if files.kind == "gguf":
             self._gguf = GgufFile.open(files.path)
             if model_impl == "transformers":
-                raise ModelLoadError("--model-impl transformers needs a checkpoint directory, not a GGUF file")
+                raise ModelLoadError(
+                    "--model-impl transformers needs a checkpoint directory, not a GGUF file"
+                )
             self._model: _Native | OpenGeneric
             self._model = native = _Native(*read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors)))
             self.weights = GgufWeights(self._gguf, native.config, native.family)

@@ -60,8 +60,12 @@ class SafetensorsWeights:
         """Return the names of all weights: of a quantised one its own, not those of its parts."""
         if self._quantisation is None:
             return list(self._checkpoint)
-        whole = {f"{name.removesuffix('qweight')}weight" for name in self._checkpoint if name.endswith(".qweight")}
-        whole |= {name.removesuffix("_packed") for name in self._checkpoint if name.endswith(".weight_packed")}
+        whole = {
+            f"{name.removesuffix('qweight')}weight" for name in self._checkpoint if name.endswith(".qweight")
+        }
+        whole |= {
+            name.removesuffix("_packed") for name in self._checkpoint if name.endswith(".weight_packed")
+        }
         whole |= {name for name in self._checkpoint if find_quantised(self._checkpoint, name)}
         parts = {part for name in whole for part in names_of(self._checkpoint, name)}
         others = [name for name in self._checkpoint if name not in parts and not matches(name, UNUSED)]

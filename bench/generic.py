@@ -1,0 +1,98 @@
+"""A model by both of its implementations in one process, interleaved: our own code, and that of transformers.
+
+    python -m bench.generic --model-id DIRECTORY --quantize Q8_0
+
+For every row the ratio of speeds, generic over native: median of the pairs, and the middle half of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.programs import Pools, Program, make_program
+
+_BLOCK = 16
+_CONTEXT = 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-id", type=Path, required=True)
+    parser.add_argument("--quantize")
+    parser.add_argument("--pairs", type=int, default=15)
+    arguments = parser.parse_args()
+    ops.configure_threads(None)
+    ops.join_threads()
+    programs = {
+        name: _load(arguments.model_id, name, arguments.quantize) for name in ("native", "transformers")
+    }
+    rows = {"decode x1": _decode(1), "decode x8": _decode(8), "prompt of 512": _prompt(512)}
+    for name, batch in rows.items():
+        _report(name, programs, batch, arguments.pairs)
+
+
+def _load(path: Path, implementation: str, quantise: str | None) -> Program:
+    with OpenModel(ModelFiles("bench", None, "directory", path), model_impl=implementation) as opened:
+        model = opened.load(ops.Packing(False, quantise), _CONTEXT)
+        config = opened.config
+    size = KvSize(16 * _CONTEXT // _BLOCK, _BLOCK, 0, torch.bfloat16)
+    return make_program(
+        model, Pools(config, size), max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT
+    )
+
+
+def _decode(num_sequences: int, context: int = 300) -> ops.FlatRows:
+    return _batch([1] * num_sequences, [context] * num_sequences)
+
+
+def _prompt(length: int) -> ops.FlatRows:
+    return _batch([length], [length])
+
+
+def _batch(lengths: list[int], contexts: list[int]) -> ops.FlatRows:
+    width = _CONTEXT // _BLOCK
+    tables = np.arange(len(lengths) * width, dtype=np.int32).reshape(len(lengths), width)
+    positions = [np.arange(end - length, end) for length, end in zip(lengths, contexts, strict=True)]
+    slots = [table[at // _BLOCK] * _BLOCK + at % _BLOCK for table, at in zip(tables, positions, strict=True)]
+    ids = np.random.default_rng(0).integers(5, 300, sum(lengths))
+    return ops.FlatRows(
+        ids=ids, positions=np.concatenate(positions), slots=np.concatenate(slots),
+        query_start=np.cumsum([0, *lengths]), context_len=np.array(contexts), block_table=tables,
+        row_slots=np.arange(len(lengths)),
+    )  # fmt: skip
+
+
+def _report(name: str, programs: dict[str, Program], batch: ops.FlatRows, num_pairs: int) -> None:
+    last = (batch.query_start[1:] - 1).tolist()
+    times: dict[str, list[float]] = {each: [] for each in programs}
+    for _ in range(num_pairs + 1):
+        for each, program in programs.items():
+            times[each].append(_time(lambda program=program: program.run(batch, last)))
+    ratios = sorted(a / b for a, b in zip(times["native"][1:], times["transformers"][1:], strict=True))
+    middle = (ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4])
+    each = "  ".join(f"{key} {1e3 * statistics.median(found[1:]):8.2f} ms" for key, found in times.items())
+    print(f"{name:<15} {each}  ratio {statistics.median(ratios):.3f} ({middle[0]:.3f}..{middle[1]:.3f})")
+
+
+def _time(run: Callable[[], object]) -> float:
+    ops.wake_threads()
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
