@@ -23,8 +23,9 @@ inline int64_t float_stride(const FloatArray& array, int64_t axis, const char* n
 // So many axes, elements of the last side by side.
 inline void check_rows_of(const FloatArray& array, int64_t num_axes, const char* name) {
   check(array.ndim() == num_axes, "`", name, "` must have ", num_axes, " axes, got ", array.ndim());
-  check(array.shape(num_axes - 1) <= 1 || array.strides(num_axes - 1) == kFloatBytes, "`", name,
-        "` must have the elements of its last axis side by side");
+  check(array.size() == 0 || array.shape(num_axes - 1) == 1 ||
+            array.strides(num_axes - 1) == kFloatBytes,
+        "`", name, "` must have the elements of its last axis side by side");
 }
 
 // Memory for one call at a time: it grows, and is used again by the next.

@@ -34,6 +34,7 @@ class Sequences:
     dtype: torch.dtype
     rotary_dim: int | None = None
     window: int | None = None
+    rules: dict[str, Any] = field(default_factory=dict)  # other arguments of `attention`
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -67,7 +68,7 @@ class Sequences:
         q = torch.cat([q for _, _, q in parts]).flatten(1)
         return attention(
             q, layer, self.head_dim**-0.5, window=self.window, rotary_dim=self.rotary_dim,
-            batch=flat_rows(spans, blocks, self.block_size),
+            batch=flat_rows(spans, blocks, self.block_size), **self.rules,
         )  # fmt: skip
 
     def queries(self, count: int) -> Tensor:
@@ -75,7 +76,7 @@ class Sequences:
 
     def expected(self, sequence: int, context: int, q: Tensor) -> Tensor:
         keys, values = self.keys[sequence][:context], self.values[sequence][:context]
-        return reference(q, keys, values, self.head_dim**-0.5, self.window)
+        return reference(q, keys, values, self.head_dim**-0.5, self.window, **self.rules)
 
     def check(self, cases: list[tuple[int, int]]) -> None:
         """Hold one step of cases (context, number of queries) to the reference."""
@@ -121,6 +122,25 @@ def test_a_window_hides_what_lies_before_it(
     _C.set_num_threads(threads)
     world = Sequences(heads, 2, head_dim, 16, dtype, window=window)
     world.check([(1, 1), (4, 4), (300, 1), (600, 30), (800, 2)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"chunk": 100},
+        {"soft_cap": 1.5, "sinks": torch.tensor([1.0, -2.0, 0.0, 3.0])},
+        {"slopes": torch.tensor([0.01, 0.5, 0.1, 1.0])},
+    ],
+    ids=lambda rules: " ".join(rules),
+)
+def test_chunks_caps_sinks_and_slopes_equal_the_reference(
+    kernel_set: str, rules: dict[str, Any], dtype: torch.dtype
+) -> None:
+    _C.set_num_threads(3)
+    for head_dim in (32, 80):  # to an activation, and to rows
+        world = Sequences(4, 2, head_dim, 16, dtype, rules=rules)
+        world.check([(1, 1), (101, 4), (600, 30), (800, 2)])
 
 
 def test_a_window_that_reaches_the_whole_context_changes_no_bit(kernel_set: str) -> None:

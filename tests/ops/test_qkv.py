@@ -102,6 +102,8 @@ CASES: dict[str, dict[str, Any]] = {
     "heads of 6": {"heads": 5, "kv_heads": 5, "head_dim": 6, "hidden": 33},
     "heads of 112": {"heads": 2, "kv_heads": 1, "head_dim": 112, "hidden": 64},
     "heads of 256": {"heads": 2, "kv_heads": 2, "head_dim": 256, "hidden": 40},
+    "heads of 512": {"heads": 2, "kv_heads": 1, "head_dim": 512, "hidden": 40},
+    "norms of heads of 512": {"heads": 2, "kv_heads": 1, "head_dim": 512, "hidden": 33, "norms": (512, 512)},
     "partly rotated": {"heads": 4, "kv_heads": 2, "head_dim": 80, "rotary_dim": 32},
     "two dims turn": {"head_dim": 24, "rotary_dim": 2},
     "no rotation": {"head_dim": 64, "has_rope": False, "has_bias": True},

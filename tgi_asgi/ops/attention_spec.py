@@ -32,7 +32,6 @@ class AttentionSpec:
     def __init__(
         self,
         scale: float,
-        *,
         window: int | None = None,
         chunk: int | None = None,
         soft_cap: float | None = None,

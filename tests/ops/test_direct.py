@@ -1,0 +1,127 @@
+"""Operators on torch's tensors, one call each: as the recorded ones, and a row's bits in any tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.helpers import EXACT, FAST, random_source, rounded
+from tests.reference.compare import assert_close, assert_same_bits
+from tgi_asgi import _C, ops
+from tgi_asgi.ops import Packing, direct
+
+COUNTS = [1, 3, 7, 50]
+QUANTISED = Packing(is_exact=False, quantise="Q8_0")
+
+
+def _weight(
+    packing: Packing, rows: int, columns: int, *, is_bfloat16: bool = False, has_bias: bool = False
+) -> tuple[Tensor, Tensor, ops.LinearWeight]:
+    """Return what a weight means, its bias, and the weight."""
+    tensor, _ = random_source(rows, columns, scale=columns**-0.5)
+    source = ops.from_floats(tensor.bfloat16() if is_bfloat16 else tensor)
+    bias, bias_source = random_source(rows)
+    made = ops.linear_weight(source, packing, bias=bias_source if has_bias else None)
+    means = torch.from_numpy(made.made.matrix.unpack())[:rows, :columns].double()
+    return means, bias if has_bias else torch.zeros(rows), made
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 96), (50, 72), (7, 33), (288, 32)])
+@pytest.mark.parametrize(
+    ("packing", "is_bfloat16"), [(EXACT, False), (FAST, True), (QUANTISED, False)], ids=["f32", "bf16", "q8"]
+)
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_linear_equals_the_reference(
+    kernel_set: str, packing: Packing, is_bfloat16: bool, rows: int, columns: int, threads: int,
+    is_exact: bool,
+) -> None:  # fmt: skip
+    _C.set_num_threads(threads)
+    means, bias, weight = _weight(packing, rows, columns, is_bfloat16=is_bfloat16, has_bias=True)
+    precision = "float32" if is_exact else weight.made.precision
+    for count in COUNTS:
+        x = torch.randn(count, columns + 5)[:, :columns]  # rows that are not side by side
+        found = direct.linear(weight, x, is_exact)
+        assert found.shape == (count, rows)
+        expected = rounded(x.contiguous(), precision) @ means.T + bias
+        assert_close(found, expected, length=columns, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("inter", "columns"), [(64, 96), (50, 72)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_up_equals_the_reference(kernel_set: str, inter: int, columns: int, activation: str) -> None:
+    gate, gate_source = random_source(inter, columns, scale=columns**-0.5)
+    up, up_source = random_source(inter, columns, scale=columns**-0.5)
+    weight = ops.gate_up_weight(gate_source, up_source, EXACT)
+    x = torch.randn(13, columns)
+    found = direct.gate_up(weight, x, activation)
+    f = torch.nn.functional.silu if activation == "silu" else _gelu
+    expected = f(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    assert found.shape == (13, inter)
+    assert_close(found, expected, length=columns, dtype=torch.float32)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def test_gate_and_up_of_two_formats_are_refused() -> None:
+    gate, up = random_source(32, 32)[1], ops.from_floats(torch.randn(32, 32).bfloat16())
+    with pytest.raises(ValueError, match="one format"):
+        direct.gate_up(ops.gate_up_weight(gate, up, FAST), torch.randn(1, 32), "silu")
+
+
+@pytest.mark.parametrize("columns", [64, 50])
+def test_embed_takes_rows_of_the_table(kernel_set: str, columns: int) -> None:
+    means, _, weight = _weight(QUANTISED, 40, columns)
+    ids = torch.tensor([39, 0, 7, 7])
+    assert torch.equal(direct.embed(weight, ids, 2.0), 2 * means[ids].float())
+    assert direct.embed(weight, ids[:0]).shape == (0, columns)
+    with pytest.raises(ValueError, match=r"`ids`\[1\] must be in \[0, 40\), got 40"):
+        direct.embed(weight, torch.tensor([3, 40]))
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 64, 100, 4096])
+def test_rms_norm_equals_the_reference(kernel_set: str, columns: int) -> None:
+    x, weight = torch.randn(9, columns + 3)[:, 3:], torch.rand(columns) + 0.5
+    expected = torch.nn.functional.rms_norm(x.double(), (columns,), weight.double(), 1e-5)
+    assert_close(direct.rms_norm(x, weight, 1e-5), expected, length=columns, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("packing", [EXACT, FAST, QUANTISED], ids=["exact", "fast", "q8"])
+def test_a_row_has_the_same_bits_in_any_tensor_and_team(
+    kernel_set: str, packing: Packing, threads: int
+) -> None:
+    _, _, weight = _weight(packing, 70, 100, is_bfloat16=packing is FAST)
+    x, norm = torch.randn(700, 100), torch.rand(100)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda part: direct.linear(weight, part),
+        lambda part: direct.linear(weight, part, is_exact=True),
+        lambda part: direct.rms_norm(part, norm, 1e-6),
+    ]
+    for compute in calls:
+        alone = torch.cat([compute(x[i : i + 1]) for i in range(20)])
+        _C.set_num_threads(threads)
+        assert_same_bits(compute(x)[:20], alone)
+        _C.set_num_threads(1)
+
+
+def test_a_product_has_the_bits_of_the_recorded_one(kernel_set: str) -> None:
+    _, _, weight = _weight(QUANTISED, 64, 96)
+    x = torch.randn(11, 96)
+    assert_same_bits(direct.linear(weight, x), ops.linear(x, weight))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    _, _, weight = _weight(EXACT, 64, 96)
+    with pytest.raises(ValueError, match=r"`x` must be \[n, 96\], got \(2, 95\)"):
+        direct.linear(weight, torch.randn(2, 95))
+    with pytest.raises(ValueError, match="`weight` must have shape"):
+        direct.rms_norm(torch.randn(2, 8), torch.ones(9), 1e-5)
+    with pytest.raises(TypeError):
+        direct.linear(weight, torch.randn(2, 96).double())
+    assert direct.linear(weight, torch.randn(0, 96)).shape == (0, 64)
