@@ -188,7 +188,9 @@ def load_model(settings: Settings, progress: Progress) -> Served:
 
     loaded = load(settings, files, progress)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
-    return Served(engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats)
+    return Served(
+        engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor
+    )
 
 
 def create_app(settings: Settings | None = None, loader: Loader | None = None) -> App:

@@ -211,6 +211,7 @@ class Settings:
     target_inter_token_ms: float = _engine(
         "Shrink prompt chunks to give streams tokens this often (half if a prompt waits 1 s).", 50.0, _PERIOD
     )
+    image_cache: int = _engine("Bytes of encoded images that are kept.", 256 * MIB, _BYTES)
     step_timeout_s: float = _engine(
         "A longer step is hung: the server exits (long prompts: ten times their estimate).", 60.0, _TIMEOUT
     )

@@ -124,6 +124,14 @@ class ImageInput:
     payload: Any
 
 
+class Eyes(enum.Enum):
+    """What of a prompt a step must compute as a whole, for a model that takes images."""
+
+    NOTHING = "nothing"
+    IMAGES = "images"  # the tokens of each
+    PROMPT = "prompt"  # and nothing of it can be shared with another
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One validated request: every integer in it is already within the model's bounds.
@@ -277,5 +285,6 @@ class ModelInfo:
     num_threads: int = 0
     implementation: str = "native"  # or "transformers"
     is_batch_invariant: bool = True  # same bits whatever runs beside a request
+    accepts_images: bool = False
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)

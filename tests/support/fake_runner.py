@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from tgi_asgi.runner.plan import PromptLogprobs, Sampled, SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import ModelInfo, SamplingParams
+from tgi_asgi.types import Eyes, ModelInfo, SamplingParams
 
 EOS_ID = 256
 BOS_ID = 257
@@ -125,6 +125,7 @@ class FakeRunner:
     max_batch_size: int = 64
     max_step_tokens: int = 4096
     has_states: bool = False
+    eyes: Eyes | None = None
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False

@@ -54,13 +54,17 @@ class TokenBudget:
             return min(_UNKNOWN_COST_TOKENS, self._max_tokens)
         if num_decode_rows == 0:
             return self._max_tokens
-        decode_s = self._time.predict_s(num_decode_rows, 0)
-        patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
-        share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
-        room_s = max(self._target_s * stretch - decode_s, decode_s * share)
+        room_s = self.room_s(num_decode_rows, waited_s)
         tokens = int(room_s / max(token_s, room_s / self._max_tokens))
         aligned = tokens - tokens % self._block_size
         return min(max(aligned, self._block_size), self._max_tokens)
+
+    def room_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
+        """Return how long the next step may take beside its decoding."""
+        decode_s = self._time.predict_s(num_decode_rows, 0)
+        patience = min(max(waited_s, 0.0) / _PATIENCE_S, 1.0)
+        share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
+        return max(self._target_s * stretch - decode_s, decode_s * share)
 
     def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float) -> None:
         """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then."""

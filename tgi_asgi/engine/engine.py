@@ -204,6 +204,13 @@ class Engine:
             end = image.start + image.num_tokens
         if end > len(prompt):
             raise InvalidRequest(f"an image ends at token {end} of a prompt of {len(prompt)}")
+        at_once = self.scheduler.cuts.longest(request.images, len(prompt))
+        if at_once and at_once > self._runner.max_step_tokens - self._runner.max_batch_size:
+            raise InvalidRequest(
+                f"the model must compute {at_once} tokens of the prompt at once, but a step has "
+                f"{self._runner.max_step_tokens - self._runner.max_batch_size} (--max-batch-prefill-tokens)",
+                code="context_length_exceeded",
+            )
         if max_tokens < 1 or request.n < 1:
             raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
         num_tokens = len(prompt) + max_tokens

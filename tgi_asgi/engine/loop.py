@@ -22,7 +22,7 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
 from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Permit
+from tgi_asgi.types import Eyes, Permit
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class ServingLoop:
             budget=self._budget,
             stats=stats,
             num_eager_blocks=num_eager_blocks,
-            prefix_cache=settings.prefix_cache and not runner.has_states,
+            eyes=runner.eyes,
+            prefix_cache=settings.prefix_cache and not runner.has_states and runner.eyes is not Eyes.PROMPT,
             can_fork=not runner.has_states,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
@@ -201,7 +202,7 @@ class ServingLoop:
     def submit(self, step: Step) -> Flight:
         predicted_s = self._budget.predict_s(step.num_decode_rows, step.num_prefill_tokens)
         flight = self.pipeline.submit(step, max(self._step_timeout_s, _LIMIT_FACTOR * predicted_s))
-        for sequence in step.sequences[step.num_decode_rows :]:
+        for sequence in step.sequences[step.num_decode_rows :] + [each.sequence for each in step.looks]:
             stats = sequence.owner.stats
             if stats.scheduled_s is None:
                 stats.scheduled_s = flight.begun_s
@@ -215,9 +216,11 @@ class ServingLoop:
         if error is not None:
             await self._recovery.recover(flight.step, error)
             return
-        step, duration_s = flight.step, flight.done_s - flight.begun_s
-        self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
-        self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
+        step, result = flight.step, flight.future.result()
+        duration_s = flight.done_s - flight.begun_s - result.view_s
+        if step.sequences:
+            self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
+            self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         # A decode row had its last token from the step before.
         self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
         self._last_done_s = flight.done_s
@@ -226,7 +229,7 @@ class ServingLoop:
         self._stats.steps += 1
         self._stats.batch_size = len(step.sequences)
         self._stats.prefill_tokens += step.num_prefill_tokens
-        await self._deliver(step, flight.future.result())
+        await self._deliver(step, result)
 
     async def _deliver(self, step: Step, result: StepResult) -> None:
         """Turn a result into events and end what has ended; `_flush` hands them on."""

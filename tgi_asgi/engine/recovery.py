@@ -90,6 +90,11 @@ class Recovery:
                 again = self._scheduler.retry(step, rows, max_tokens)
                 if again is None:
                     continue
+                if max_tokens is not None and again.num_prefill_tokens >= step.num_prefill_tokens:
+                    self._scheduler.rollback(again)  # an image, which is not cut
+                    for _, sequence in again.live():
+                        self._host.lose(sequence, "there is no memory for an image", error)
+                    continue
                 flight = await self._run(again)
                 if flight.error is not None:
                     pending.append((again, flight.error))

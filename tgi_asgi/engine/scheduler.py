@@ -26,12 +26,13 @@ from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.looks import ALONE_S, Cuts, Look, is_looking, looks_for, settle
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Eyes, SamplingParams
 
 _urgency = attrgetter("urgency")
 
@@ -39,10 +40,11 @@ _urgency = attrgetter("urgency")
 class Step:
     """A planned step: what the runner gets, and whom each row belongs to."""
 
-    __slots__ = ("epochs", "num_decode_rows", "num_prefill_tokens", "plan", "sequences")
+    __slots__ = ("epochs", "looks", "num_decode_rows", "num_prefill_tokens", "plan", "sequences")
 
     def __init__(self, step_id: int) -> None:
         self.plan = StepPlan(step_id, [])
+        self.looks: list[Look] = []  # images that it encodes
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
         self.num_decode_rows = 0
@@ -64,6 +66,7 @@ class Scheduler:
 
     Args:
         num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
+        eyes: of a model that takes images.
         can_fork: the choices of a prompt share what the first has computed of it.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
@@ -81,13 +84,16 @@ class Scheduler:
         num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
         can_fork: bool = True,
+        eyes: Eyes | None = None,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
+        self.cuts = Cuts(eyes)
         self.tables = BlockTables(
             self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork, stats=stats
         )
+        self._has_eyes = eyes is not None
         self.block_size = block_size
         self._max_step_tokens = max_step_tokens
         self._budget = budget
@@ -150,20 +156,34 @@ class Scheduler:
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
-        budget = 0
+        budget, waited_s = 0, 0.0
         if following is not None:
-            budget = self._budget.tokens(step.num_decode_rows, now - following.arrival_s)
+            waited_s = now - following.arrival_s
+            budget = self._budget.tokens(step.num_decode_rows, waited_s)
             budget = min(budget, self._max_step_tokens - step.num_decode_rows)
+            if self._has_eyes and step.num_decode_rows and any(map(is_looking, prefilling)):
+                budget = max(budget // 2, self.block_size)
         for sequence in prefilling:
             if sequence.state is SequenceState.RUNNING and budget > 0:
                 budget -= self._plan_chunk(step, sequence, budget)
         if self._may_admit(step):
             self._admit(step, budget)
-        if not step.sequences:
+        if step.looks:
+            self._plan_views(
+                step, waited_s, step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
+            )
+        if not step.sequences and not step.looks:
             return None
         self._end_prefills(step)
         self._next_step += 1
         return step
+
+    def _plan_views(self, step: Step, waited_s: float, used: float) -> None:
+        """Give the images of a step the time that its chunks leave, of which they use so much."""
+        step.plan.views = [look.image for look in step.looks]
+        step.plan.view_s = ALONE_S
+        if step.num_decode_rows:
+            step.plan.view_s = self._budget.room_s(step.num_decode_rows, waited_s) * (1.0 - used)
 
     def _new_step(self) -> Step:
         return Step(self._next_step)
@@ -249,8 +269,29 @@ class Scheduler:
             if aligned <= 0 and step.num_prefill_tokens:
                 return 0
             count = aligned if aligned > 0 else budget
+        if self._has_eyes:
+            count = self._before_images(step, sequence, count)
+            if count == 0:
+                return 0
         self._add_row(step, sequence, count, samples=count == remaining)
         return count
+
+    def _before_images(self, step: Step, sequence: Sequence, count: int) -> int:
+        """Return how many tokens of a chunk can be computed: up to an image that is to be encoded first.
+
+        What must not be cut is left to the next step where it is too much for this one.
+        """
+        start = sequence.num_computed
+        end = self.cuts.end(sequence, start, start + count)
+        looks = looks_for(sequence, end)
+        if looks:
+            step.looks += looks
+            reach = max(looks[0].image.start, start)
+            end = self.cuts.end(sequence, start, reach) if reach > start else start
+            if end > reach:
+                return 0
+        room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
+        return end - start if end - start <= room else 0
 
     def _add_row(self, step: Step, sequence: Sequence, count: int, *, samples: bool) -> None:
         """Add a row of `count` known tokens, with the slot's start and the block to copy where due."""
@@ -323,6 +364,7 @@ class Scheduler:
         A drawn token is appended unless its logits were not finite; ending sequences is the caller's part.
         """
         live = step.live()
+        settle(step.looks, result)
         for index, sequence in live:
             row = step.plan.rows[index]
             computed = row.start + row.num_tokens
@@ -382,6 +424,7 @@ class Scheduler:
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
                 end = min(end, sequence.num_computed + room)
+                end = self.cuts.end(sequence, sequence.num_computed, end)
                 is_whole = end == row.start + row.num_tokens
                 count = end - sequence.num_computed
                 if count == 0:

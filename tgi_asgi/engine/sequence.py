@@ -31,15 +31,16 @@ class Sequence:
     `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
     step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
     written or being written by a step in flight, `num_taken` those among them that are others' work: cached
-    ones, or a leader's; `num_pending` the tokens that steps in flight will draw.
+    ones, or a leader's; `num_pending` the tokens that steps in flight will draw; `num_seen` the first images
+    of the prompt, which are encoded.
     `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
     """
 
     __slots__ = (
         "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
         "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
-        "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "table",
-        "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "num_seen", "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids",
+        "table", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Sequence:
         self.num_computed = 0
         self.num_pending = 0
         self.num_registered = 0
+        self.num_seen = 0
         self.is_prefilling = True
         self.starts_slot = True
         self.copy_source: int | None = None
@@ -137,6 +139,7 @@ class Sequence:
             min_tokens=self.min_tokens if watch is None else self.max_tokens,
             masked_ids=masked_ids,
             grammar=self.request.grammar if watch is None else None,
+            images=self.request.images,
         )
 
     def __repr__(self) -> str:

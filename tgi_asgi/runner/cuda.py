@@ -32,6 +32,7 @@ from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.plan import DeviceLost, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.types import Eyes
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class CudaRunner:
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         self.has_states = False
+        self.eyes: Eyes | None = None
         self._device = device
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot

@@ -33,7 +33,7 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
-from tgi_asgi.types import ModelInfo, Progress
+from tgi_asgi.types import ImageProcessor, ModelInfo, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
+    image_processor: ImageProcessor | None = None  # of a model that takes images
 
     @property
     def num_blocks(self) -> int:
@@ -96,6 +97,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
+    image_processor = opened.read_image_processor()
     if device is None:
         runner = _make_cpu_runner(model, kv_size, settings, longest)
     else:
@@ -118,9 +120,10 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
         implementation="transformers" if opened.is_generic else "native",
+        accepts_images=image_processor is not None,
     )
     _return_freed_memory()
-    return LoadedModel(runner, tokenizer, chat_template, info)
+    return LoadedModel(runner, tokenizer, chat_template, info, image_processor)
 
 
 def _announce(architecture: str, device: Device | None) -> None:
@@ -156,6 +159,7 @@ def _make_cpu_runner(
         max_batch_size=settings.max_batch_size,
         max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
         max_context=longest,
+        image_cache=settings.image_cache,
     )
 
 

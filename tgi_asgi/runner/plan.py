@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Eyes, ImageInput, SamplingParams
 
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
@@ -32,6 +32,7 @@ class SlotStart:
     min_tokens: int = 0  # output tokens before which `masked_ids` cannot be sampled
     masked_ids: tuple[int, ...] = ()  # EOS and stop token ids
     grammar: Grammar | None = None  # what the output must match
+    images: tuple[ImageInput, ...] = ()  # of the prompt
 
 
 @dataclass(slots=True)
@@ -54,12 +55,15 @@ class StepRow:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step computes. In order: slots start, blocks are copied, rows run."""
+    """What one step computes. In order: slots start, blocks are copied, rows run, images are encoded."""
 
     step_id: int
     rows: list[StepRow]  # decode rows first, then prefill chunks
     starts: list[SlotStart] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
+    # Images to encode ahead of the steps that need them, in turn, as far as the time goes: at least a piece.
+    views: list[ImageInput] = field(default_factory=list)
+    view_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -85,6 +89,8 @@ class StepResult:
     step_id: int
     sampled: list[Sampled | None]  # one a row; None where the row does not sample
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
+    is_viewed: list[bool] = field(default_factory=list)  # one a view: it needs no more of this
+    view_s: float = 0.0  # what the views have taken of the step
 
 
 class DeviceLost(Exception):
@@ -99,6 +105,7 @@ class Runner(Protocol):
     max_batch_size: int
     max_step_tokens: int
     has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
+    eyes: Eyes | None  # of a model that takes images
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

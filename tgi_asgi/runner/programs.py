@@ -70,11 +70,12 @@ class Pools:
 
 
 def make_program(
-    model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int
-) -> Program:
+    model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int,
+    image_cache: int,
+) -> Program:  # fmt: skip
     """Make what runs a model's steps over these pools."""
     if isinstance(model, GenericModel):
-        return model.program(pools.all, max_context)
+        return model.program(pools.all, max_context, image_cache)
     (pool,) = pools.all
     return ops.CpuProgram(
         record(model, pool.layers), max_tokens=max_step_tokens, max_sequences=max_batch_size,

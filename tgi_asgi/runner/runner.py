@@ -16,6 +16,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
@@ -37,6 +38,7 @@ class CpuRunner:
     Attributes:
         max_context: tokens that a sequence can have.
         has_states: a sequence has more than keys and values: nothing that it has computed can be shared.
+        eyes: of a model that takes images.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CpuRunner:
         max_batch_size: int,
         max_step_tokens: int,
         max_context: int,
+        image_cache: int = 0,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -70,7 +73,10 @@ class CpuRunner:
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
             max_context=max_context,
+            image_cache=image_cache,
         )
+        self._seer = self._program if isinstance(self._program, VisionProgram) else None
+        self.eyes = None if self._seer is None else self._seer.eyes
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, max_rows=max_batch_size)
@@ -129,12 +135,15 @@ class CpuRunner:
                 masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
             )
             self._masks.start(start)
+            if self._seer is not None:
+                self._seer.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
         if plan.starts:
             self._jobs.steps.set_sampling(self._sampling.arrays)
-        if not plan.rows:
-            return StepResult(plan.step_id, [])
-        return self._compute(plan)
+        result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
+        if plan.views and self._seer is not None:
+            result.is_viewed, result.view_s = self._seer.advance(plan.views, plan.view_s)
+        return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]

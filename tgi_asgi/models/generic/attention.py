@@ -34,12 +34,30 @@ class PagedLayers:
         self._layers, self._caches = layers, caches
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
         self._paged = ops.PagedAttention(max_context=max_context)
+        self._paged_ahead: ops.PagedAttention | None = None  # made where one is needed
+        self._ahead: ops.PagedAttention | None = None  # of this step's layers with windows
+        self._max_context = max_context
         self._next = 0
 
     def begin(self, batch: ops.FlatRows) -> None:
         """Begin a step."""
         self._paged.begin(batch)
+        self._ahead = None
         self._next = 0
+
+    def look_ahead(self, batch: ops.FlatRows, visible_until: Tensor, *, in_windows: bool) -> None:
+        """Let a step's tokens see others behind them, as `PagedAttention.begin` says; after `begin`.
+
+        Args:
+            in_windows: only in layers that have a window.
+        """
+        if not in_windows:
+            self._paged.begin(batch, visible_until)
+            return
+        if self._paged_ahead is None:
+            self._paged_ahead = ops.PagedAttention(max_context=self._max_context)
+        self._ahead = self._paged_ahead
+        self._ahead.begin(batch, visible_until)
 
     def end(self) -> None:
         """End a step.
@@ -59,7 +77,8 @@ class PagedLayers:
         spec = self._specs[index]
         if spec is None:
             spec = self._specs[index] = self._spec(index, query, kwargs)
-        rows = self._paged.run(
+        paged = self._ahead if self._ahead is not None and spec.window is not None else self._paged
+        rows = paged.run(
             self._caches[index], query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
             spec,
         )  # fmt: skip

@@ -22,8 +22,15 @@ from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced
 from tgi_asgi.models.generic.rope import fix_rotary_tables
+from tgi_asgi.models.generic.vision.processor import load_processor
+from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
+from tgi_asgi.models.generic.vision.text import find as find_seeing
+from tgi_asgi.models.generic.vision.tower import Tower, input_names
+from tgi_asgi.models.generic.vision.views import Views
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +58,7 @@ class GenericConfig:
     num_layers: int
     first_position: int = 0  # of a sequence's first token
     floor_reason: str = ""  # why its sequences run one by one, on a cache of its own; empty: they do not
+    seeing: Seeing | None = None  # of a model that takes images
 
     @property
     def other_bytes_per_token(self) -> int:
@@ -81,8 +89,11 @@ class OpenGeneric:
 
     def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
         self._model = build(directory, config, trusts_code=trusts_code)
+        check_looks_through_rows(self._model)
         check_servable(self._model)
         adapt(self._model)
+        self._seeing = find_seeing(self._model)
+        self._text: Any = self._model if self._seeing is None else TextView(self._model)
         text = self._model.config.get_text_config()
         first = first_position(self._model)
         context = _context_length(text) - first
@@ -91,9 +102,9 @@ class OpenGeneric:
         reason = ""
         try:
             check_keeps_little(self._model)
-            layers = discover(self._model, context)
+            layers = discover(self._text, context)
         except ModelLoadError as error:
-            if cache_name(self._model) is None:
+            if cache_name(self._model) is None or self._seeing is not None:
                 raise
             reason = str(error)
         self.config = GenericConfig(
@@ -106,7 +117,19 @@ class OpenGeneric:
             first_position=first,
             floor_reason=reason,
             num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
+            seeing=self._seeing,
         )
+
+    def image_processor(self, directory: Path) -> ImageProcessor | None:
+        """Return what prepares images; None where none are taken.
+
+        Raises:
+            ModelLoadError: it cannot be made.
+        """
+        if self._seeing is None:
+            return None
+        config = self._model.config.to_dict()
+        return load_processor(directory, config, self._seeing.image_token_id, input_names(self._model))
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel:
         """Fill the module with its weights, packed; check that it computes what its own code does.
@@ -122,7 +145,7 @@ class OpenGeneric:
         made[0].finish()
         fix_rotary_tables(model, max_positions)
         attention.register()
-        for config in configurations(model):
+        for config in configurations(self._text):
             config._experts_implementation_internal = attention.NAME
             if not self.config.floor_reason:
                 config._attn_implementation_internal = attention.NAME
@@ -139,6 +162,7 @@ class GenericModel:
 
     Attributes:
         config: what it is.
+        tower: what makes rows of images, where it takes any.
     """
 
     def __init__(
@@ -147,9 +171,16 @@ class GenericModel:
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
+        self.tower = None if config.seeing is None else Tower(module)
 
-    def program(self, pools: Sequence[ops.KvPool], max_context: int) -> GenericProgram | FloorProgram:
-        """Return what runs steps over these pools, one for each of the configuration's caches."""
+    def program(
+        self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0
+    ) -> GenericProgram | FloorProgram:
+        """Return what runs steps over these pools, one for each of the configuration's caches.
+
+        Args:
+            image_cache: bytes of encoded images that are kept.
+        """
         if self.config.floor_reason:
             return FloorProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
         free = {
@@ -160,6 +191,11 @@ class GenericModel:
             next(free[layer.num_kv_heads, layer.head_dim, layer.value_dim]) for layer in self.config.layers
         ]
         layers = PagedLayers(self.config.layers, caches, max_context)
+        if self.tower is not None and self.config.seeing is not None:
+            return VisionProgram(
+                self.module, self.replaced.head, layers, self.recurrent, self.config.seeing,
+                Views(self.tower, image_cache), vocab_size=self.config.vocab_size,
+            )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
             first_position=self.config.first_position,

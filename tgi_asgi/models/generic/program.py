@@ -7,7 +7,7 @@ each on the cache that the model's own code keeps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,12 +31,16 @@ class Caller:
     Args:
         model: with its weights.
         head: its head, which computes the rows that are asked for.
+        decode: stands for the decoder, and all that comes before it.
     """
 
-    def __init__(self, model: Any, head: Head, vocab_size: int) -> None:
+    def __init__(
+        self, model: Any, head: Head, vocab_size: int, decode: Callable[..., Any] | None = None
+    ) -> None:
         self._model, self._head, self._vocab_size = model, head, vocab_size
         self._decoder = model.base_model if model.base_model is not model else model.get_decoder()
         self._decode = type(self._decoder).forward.__get__(self._decoder)
+        self._instead = decode or self._decode
         self._known: Any = None
         self._is_calling = False
         self._decoder.forward = self._forward
@@ -70,7 +74,7 @@ class Caller:
         if not self._is_calling:
             return self._decode(*args, **kwargs)
         if self._known is None:
-            self._known = self._decode(*args, **kwargs)
+            self._known = self._instead(*args, **kwargs)
         return self._known
 
 
@@ -103,15 +107,16 @@ class GenericProgram(ModuleProgram):
         layers: its attention.
         recurrent: its recurrent layers, if it has any.
         first_position: what a sequence's first token has.
+        decode: see `Caller`.
     """
 
     native = None
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
-        vocab_size: int, first_position: int,
+        vocab_size: int, first_position: int, decode: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
-        self._caller = Caller(model, head, vocab_size)
+        self._caller = Caller(model, head, vocab_size, decode)
         self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
         self._states = SlotStates(lambda: empty_cache(model))
         self._known: Any = None

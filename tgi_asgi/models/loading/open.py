@@ -23,6 +23,7 @@ from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import all_families, find_by_architecture, find_by_gguf_name
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
+from tgi_asgi.types import ImageProcessor
 
 
 class OpenModel:
@@ -113,6 +114,12 @@ class OpenModel:
             tokenizer.special_tokens, override=self._override, directory=self._directory, metadata=metadata
         )
         return tokenizer, template
+
+    def read_image_processor(self) -> ImageProcessor | None:
+        """Build what prepares images, of a model that takes any, once it has been made."""
+        if isinstance(self._model, OpenGeneric) and self._directory is not None:
+            return self._model.image_processor(self._directory)
+        return None
 
     def close(self) -> None:
         """Unmap the weights."""

@@ -1,0 +1,232 @@
+"""Makes tiny random checkpoints of models that see, with their processors, and computes what they give.
+
+    make("llava", folder)
+    prompt = prompt_of("llava", folder, ["what?", picture, "and", other])
+    reference(folder, prompt)                 # logits of transformers' own model, all at once
+
+`eyes_table` has what is particular about each family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tokenizers
+import torch
+import transformers
+from torch import nn
+
+from tests.support.architectures import _one_thread
+from tests.support.eyes_table import FAMILIES, VOCAB_SIZE, Family
+from tgi_asgi.models.generic.vision.processor import VisionProcessor, load_processor
+from tgi_asgi.text.images import located, written_out
+from tgi_asgi.types import Image, ImageInput
+
+_BASIC = ("<s>", "</s>", "<pad>", "<unk>")
+_CONFIG_NAMES = {
+    "boi_token": "boi_token_index",
+    "eoi_token": "eoi_token_index",
+    "audio_token": "audio_token_id",
+}
+_SPREAD = 3.0  # the standard deviation of the logits, about
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's tokens, and where in them its images are."""
+
+    ids: list[int]
+    images: tuple[ImageInput, ...]
+    pictures: tuple[PIL.Image.Image, ...]
+
+
+def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+    """Return a picture of smooth random colours."""
+    generator = np.random.default_rng(seed)
+    small = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+@_one_thread()
+def make(name: str, folder: Path) -> None:
+    """Write a checkpoint of a family, always the same."""
+    family = FAMILIES[name]
+    torch.manual_seed(zlib.crc32(name.encode()))
+    tokens = _tokens(family)
+    _save_tokenizer(family, tokens, folder)
+    kind = getattr(transformers, family.architecture)
+    model: Any = kind(_config(family, kind, tokens)).eval()
+    with torch.no_grad():
+        _draw(model)
+        _spread(model)
+    model.save_pretrained(folder)
+    preprocessor = {"image_processor_type": family.image_processor, **family.preprocessor}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    if family.processor:
+        (folder / "processor_config.json").write_text(json.dumps(dict(family.processor)))
+
+
+def _tokens(family: Family) -> list[str]:
+    """Return the special tokens, in the order of their ids."""
+    return list(dict.fromkeys([*_BASIC, *family.tokens.values(), *family.others]))
+
+
+def _config(family: Family, kind: Any, tokens: list[str]) -> Any:
+    values = copy.deepcopy(dict(family.config))
+    image_token = family.image_token or family.tokens[family.placeholder]
+    values[family.image_key] = tokens.index(image_token)
+    if "video_token" in family.tokens:
+        values[family.image_key.replace("image", "video")] = tokens.index(family.tokens["video_token"])
+    for key in ("boi_token", "eoi_token", "audio_token"):
+        if key in family.tokens:
+            values[_CONFIG_NAMES[key]] = tokens.index(family.tokens[key])
+    made = kind.config_class(**values)
+    made._attn_implementation = "eager"
+    return made
+
+
+def _save_tokenizer(family: Family, tokens: list[str], folder: Path) -> None:
+    """Write a tokenizer with a text for each id: special tokens, the 256 bytes, pairs of letters."""
+    letters = "etaoinsrhdlu"
+    texts = [*tokens, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    pairs = [(first, second) for first in letters for second in letters][: VOCAB_SIZE - len(texts)]
+    vocabulary = {text: index for index, text in enumerate([*texts, *map("".join, pairs)])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "pad_token": "<pad>", "unk_token": "<unk>", "extra_special_tokens": dict(family.tokens),
+        "chat_template": _template(family),
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+
+
+def _template(family: Family) -> str:
+    image = family.before + family.tokens[family.placeholder] + family.after
+    return (
+        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{% if p.type == 'image' %}" + image + "{% else %}{{ p.text }}{% endif %}"
+        "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+
+def _draw(model: Any) -> None:
+    """Give every parameter a value that matters."""
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    for name, value in model.named_parameters():
+        if id(value) in tables:
+            value.normal_(0, 0.3)
+        elif name.endswith("dt_bias"):
+            value.normal_(-1.0, 0.5)
+        elif value.dim() < 2:
+            if "A_log" not in name:
+                value += torch.randn(value.shape) * 0.2
+        else:
+            value.normal_(0, 1.2 * (value.numel() / value.shape[0]) ** -0.5)
+
+
+def _spread(model: Any) -> None:
+    head = model.get_output_embeddings().weight
+    if head is model.get_input_embeddings().weight:
+        decoder = model.get_decoder()
+        head = decoder.norm.weight if hasattr(decoder, "norm") else head
+    ids = torch.arange(60, 100)[None]
+    for _ in range(12):
+        std = model(input_ids=ids, use_cache=False).logits.std()
+        if 0.8 < std / _SPREAD < 1.25:
+            return
+        head *= (_SPREAD / std).clamp(0.1, 10.0)
+
+
+def processor_of(folder: Path) -> VisionProcessor:
+    """Return our processor of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    token_id = config.get("image_token_id", config.get("image_token_index"))
+    model = getattr(transformers, config["architectures"][0])
+    inner = model.__init__.__globals__[_inner_name(model)]
+    names = frozenset(inspect.signature(inner.get_image_features).parameters)
+    made = load_processor(folder, config, token_id, names)
+    assert made is not None
+    return made
+
+
+def _inner_name(model: Any) -> str:
+    return str(model.__name__).replace("ForConditionalGeneration", "Model")
+
+
+def prompt_of(name: str, folder: Path, parts: Sequence[str | PIL.Image.Image]) -> Prompt:
+    """Return a prompt of texts and pictures, by our processor and text half."""
+    family, processor = FAMILIES[name], processor_of(folder)
+    pictures = tuple(part for part in parts if not isinstance(part, str))
+    images = [Image(each, zlib.crc32(each.tobytes()).to_bytes(4, "big") * 8, "image") for each in pictures]
+    processed = processor.process(images)
+    image = family.before + processor.placeholder + family.after
+    text = "".join(part if isinstance(part, str) else image for part in parts)
+    text = written_out(text, processor.placeholder, [each.text for each in processed])
+    ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    pairs = [(image.digest, each) for image, each in zip(images, processed, strict=True)]
+    return Prompt(ids, located(ids, pairs), pictures)
+
+
+def open_reference(folder: Path) -> Any:
+    """Return transformers' own model: float32, eager attention, nothing of it missing in the checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), f"{folder} is not all of the model: {info}"
+    return model.eval()
+
+
+@_one_thread()
+def reference(folder: Path, prompt: Prompt, answer: Sequence[int] = (), model: Any = None) -> np.ndarray:
+    """Return the logits [n_tokens, vocab] float32 after each token of a prompt and an answer."""
+    model = model or open_reference(folder)
+    ids = torch.tensor([[*prompt.ids, *answer]])
+    given = _inputs(folder, prompt, model, ids)
+    with torch.inference_mode():
+        found: np.ndarray = model(input_ids=ids, use_cache=False, **given).logits[0].float().numpy()
+    return found
+
+
+def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapping[str, Any]:
+    """Return what the model is given beside ids: all images in one call of its image processor."""
+    made: dict[str, Any] = {}
+    config = model.config
+    token = getattr(config, "image_token_id", None) or config.image_token_index
+    kinds = (ids == token).long()
+    name = type(model).__name__
+    if name.startswith("PaliGemma"):  # 0: the prompt
+        made["token_type_ids"] = (torch.arange(ids.shape[1]) >= len(prompt.ids)).long()[None]
+    if not prompt.pictures:
+        return made
+    if name.startswith("Gemma3"):
+        made["token_type_ids"] = kinds
+    if name.startswith(("Qwen", "Glm4v", "Gemma4")):
+        made["mm_token_type_ids"] = kinds
+    processor = processor_of(folder)
+    pictures: list[Any] = list(prompt.pictures)
+    if any(each in name for each in ("Onevision", "Idefics", "SmolVLM")):
+        pictures = [pictures]
+    options = {**processor._options, "return_tensors": "pt"}
+    found = processor._processor.image_processor(pictures, **options)
+    known = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "spatial_shapes",
+             "image_position_ids", "batch_num_images")  # fmt: skip
+    made |= {key: found[key] for key in known if key in found}
+    if "image_sizes" in made and not ("Llava" in name or "Mistral3" in name):
+        del made["image_sizes"]
+    return made

@@ -1,0 +1,174 @@
+"""What `transformers` has for torchvision alone: the same with Pillow's and torch's means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+
+class PixtralHalf:
+    """The image half of `PixtralProcessor`, whose module needs torchvision.
+
+    An image becomes its rows of tokens, with a break behind each but the last, which an end follows.
+    """
+
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, *, patch_size: int = 16, spatial_merge_size: int = 1,
+        image_token: str = "[IMG]", image_break_token: str = "[IMG_BREAK]",
+        image_end_token: str = "[IMG_END]",
+    ) -> None:  # fmt: skip
+        self.image_processor, self.tokenizer, self.image_token = image_processor, tokenizer, image_token
+        self._side = patch_size * spatial_merge_size
+        self._row_end, self._end = image_break_token, image_end_token
+
+    def _merge_kwargs(self, **_: Any) -> dict[str, dict[str, Any]]:
+        return {"images_kwargs": {"patch_size": self._side}}
+
+    def _process_images(self, images: Sequence[Any], **options: Any) -> tuple[Any, list[str]]:
+        found = self.image_processor(images, **options)
+        return found, [self._text(*map(int, size)) for size in found["image_sizes"]]
+
+    def _text(self, height: int, width: int) -> str:
+        row = self.image_token * (width // self._side)
+        return self._row_end.join([row] * (height // self._side)) + self._end
+
+
+_LFM2 = {
+    "downsample_factor": 2,
+    "do_image_splitting": True,
+    "min_tiles": 2,
+    "max_tiles": 10,
+    "use_thumbnail": True,
+    "min_image_tokens": 64,
+    "max_image_tokens": 256,
+    "encoder_patch_size": 16,
+    "tile_size": 512,
+    "max_pixels_tolerance": 2.0,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+
+
+class Lfm2Images:
+    """`Lfm2VlImageProcessor`: an image of any size in patches, a large one as tiles and a small view of all.
+
+    Args:
+        options: of the checkpoint's preprocessor_config.json.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        values = {name: options.get(name, default) for name, default in _LFM2.items()}
+        self._values = values
+        self.tile_size: int = values["tile_size"]
+        self.encoder_patch_size: int = values["encoder_patch_size"]
+        self.downsample_factor: int = values["downsample_factor"]
+        self.use_thumbnail: bool = values["use_thumbnail"]
+        self._least, self._most = values["min_image_tokens"], values["max_image_tokens"]
+        self._has_tiles = values["do_image_splitting"] and values["max_tiles"] > 1
+        self._token_side = self.encoder_patch_size * self.downsample_factor
+        tile_patches = (self.tile_size // self.encoder_patch_size) ** 2 if values["do_image_splitting"] else 0
+        self._num_patches = max(self._most * self.downsample_factor**2, tile_patches)
+
+    def fetch_images(self, images: Any) -> Any:
+        """Return the images, which are none of the network's."""
+        return images
+
+    def __call__(self, images: Sequence[Any], **_: Any) -> dict[str, Any]:
+        """Return patches [tiles, patches, values] of all images, which of them are there, and their grids."""
+        patches, masks, shapes = [], [], []
+        layout: dict[str, list[Any]] = {"image_rows": [], "image_cols": [], "image_sizes": []}
+        for image in images:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+            tiles, rows, columns, size = self._tiles(pixels)
+            for tile in tiles:
+                made, mask, shape = self._patches(tile)
+                patches.append(made)
+                masks.append(mask)
+                shapes.append(shape)
+            for name, value in zip(layout, (rows, columns, size), strict=True):
+                layout[name].append(value)
+        return {
+            "pixel_values": torch.stack(patches),
+            "pixel_attention_mask": torch.stack(masks),
+            "spatial_shapes": torch.tensor(shapes),
+            **layout,
+        }
+
+    def _tiles(self, pixels: Tensor) -> tuple[list[Tensor], int, int, tuple[int, int]]:
+        """Return the parts of an image, in how many rows and columns they are, and the size of all of it."""
+        height, width = pixels.shape[-2:]
+        size = self._fitting(height, width)
+        if not (self._has_tiles and self._is_large(height, width)):
+            return [_resized(pixels, size)], 1, 1, size
+        columns, rows = self._grid(height, width)
+        side = self.tile_size
+        whole = _resized(pixels, (side * rows, side * columns))
+        tiles = [
+            whole[..., row * side : (row + 1) * side, column * side : (column + 1) * side]
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        if self.use_thumbnail and rows * columns > 1:
+            tiles.append(_resized(pixels, size))
+        return tiles, rows, columns, size
+
+    def _is_large(self, height: int, width: int) -> bool:
+        side = self._token_side
+        area = math.prod(max(self.encoder_patch_size, round(each / side) * side) for each in (height, width))
+        return bool(area > self._most * side**2 * self._values["max_pixels_tolerance"])
+
+    def _fitting(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that an image is given which is seen at once: of whole tokens, not too many."""
+        side = self._token_side
+        least, most = self._least * side**2, self._most * side**2
+        high, wide = (max(side, round(each / side) * side) for each in (height, width))
+        if high * wide > most:
+            factor = math.sqrt(height * width / most)
+            high, wide = (max(side, math.floor(each / factor / side) * side) for each in (height, width))
+        elif high * wide < least:
+            factor = math.sqrt(least / (height * width))
+            high, wide = (math.ceil(each * factor / side) * side for each in (height, width))
+        return high, wide
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the columns and rows of tiles whose proportions are most alike to the image's."""
+        best, least = (1, 1), math.inf
+        for columns, rows in self._grids():
+            difference = abs(width / height - columns / rows)
+            fills = height * width > 0.5 * self.tile_size**2 * columns * rows
+            if difference < least or (difference == least and fills):
+                best, least = (columns, rows), difference
+        return best
+
+    def _grids(self) -> list[tuple[int, int]]:
+        low, high = self._values["min_tiles"], self._values["max_tiles"]
+        sides = range(1, high + 1)
+        # Among grids of one area the first one wins, and the original's order is that of a set.
+        found = {
+            (w, h) for n in sides for w in sides[:n] for h in sides[:n] if low <= w * h <= high and n >= low
+        }
+        return sorted(found, key=lambda grid: grid[0] * grid[1])
+
+    def _patches(self, tile: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return the patches of a tile, filled up, which of them are there, and their rows and columns."""
+        values, side = self._values, self.encoder_patch_size
+        mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+        normal = (tile[0] * values["rescale_factor"] - mean) / std
+        rows, columns = normal.shape[1] // side, normal.shape[2] // side
+        cut = normal.reshape(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
+        patches = cut.reshape(rows * columns, -1)
+        mask = torch.zeros(self._num_patches, dtype=torch.int32)
+        mask[: len(patches)] = 1
+        return pad(patches, (0, 0, 0, self._num_patches - len(patches))), mask, (rows, columns)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    made = interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return made.round().clamp(0, 255)

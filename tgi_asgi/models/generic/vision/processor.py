@@ -1,0 +1,182 @@
+"""A checkpoint's own image processor of `transformers`, and the text that stands for an image in prompts.
+
+Of a processor's class only its image half is used: how images are prepared, and what a placeholder becomes.
+torchvision is not needed where the image processor has a form for Pillow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.models.generic.vision.own import Lfm2Images, PixtralHalf
+from tgi_asgi.types import Image, ProcessedImage
+
+logger = logging.getLogger(__name__)
+
+_OWN = {"PixtralProcessor": PixtralHalf}
+_TOGETHER = frozenset({"LlavaOnevisionProcessor"})  # which see an image otherwise where it is one of several
+
+
+class VisionProcessor:
+    """A `types.ImageProcessor`.
+
+    Args:
+        processor: of `transformers`.
+        token_id: of the tokens that an image's rows replace.
+        input_names: what the model's tower takes.
+    """
+
+    def __init__(self, processor: Any, token_id: int, input_names: frozenset[str]) -> None:
+        self._processor, self._token_id, self._input_names = processor, token_id, input_names
+        self._token: str = processor.tokenizer.convert_ids_to_tokens(token_id)
+        self._options = _image_options(processor)
+        self._is_together = any(kind.__name__ in _TOGETHER for kind in type(processor).__mro__)
+
+    @property
+    def placeholder(self) -> str:
+        """What chat templates write for an image."""
+        return str(self._processor.image_token)
+
+    def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
+        """Return the images of one prompt as the tower takes them.
+
+        Raises:
+            InvalidRequest: the processor does not take one.
+        """
+        num_images = len(images) if self._is_together else 1
+        return [self._process(image, num_images) for image in images]
+
+    def _process(self, image: Image, num_images: int) -> ProcessedImage:
+        try:
+            # As often as there are images: then the processor knows how many, and prepares this one so.
+            given = [image.pixels] * num_images
+            found, texts = self._processor._process_images(
+                [given] if self._is_together else given, **self._options
+            )
+        except ValueError as error:  # as for a strip that is too narrow
+            raise InvalidRequest(
+                f"`{image.param}` is an image that the model does not take: {error}", param=image.param
+            ) from error
+        inputs = {name: _tensor(found[name]) for name in self._input_names if name in found}
+        if num_images > 1:
+            inputs = {name: each[:1] for name, each in inputs.items()}
+        text = str(texts[0])
+        num_bytes = sum(each.numel() * each.element_size() for each in inputs.values())
+        return ProcessedImage(text, self._token_id, text.count(self._token), inputs, num_bytes)
+
+
+def load_processor(
+    directory: Path, config: Mapping[str, Any], token_id: int, input_names: frozenset[str]
+) -> VisionProcessor | None:
+    """Return the processor of a checkpoint's files; None, with a line in the log, where they have none.
+
+    Raises:
+        ModelLoadError: it needs a library that is not installed, or its files are damaged.
+    """
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((directory / name).exists() for name in names):
+        logger.warning("the model takes images, but its files have no preprocessor_config.json: none are")
+        return None
+    try:
+        return VisionProcessor(_build(directory, config, names), token_id, input_names)
+    except Exception as error:  # whatever a file makes a class of `transformers` raise
+        reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        raise ModelLoadError(f"the model's image processor cannot be made: {reason}") from error
+
+
+def _build(directory: Path, config: Mapping[str, Any], names: Sequence[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {}
+    for name in names:
+        if (directory / name).exists():
+            options.update(json.loads((directory / name).read_text(encoding="utf-8")))
+    kind = _OWN.get(_class_name(options, config)) or _image_half(_processor_class(options, config))
+    parameters = inspect.signature(kind.__init__).parameters
+    given: dict[str, Any] = {
+        name: None for name in ("video_processor", "feature_extractor") if name in parameters
+    }
+    given |= {name: options[name] for name in parameters if name in options and name not in given}
+    given["image_processor"] = load_image_processor(directory, options)
+    given["tokenizer"] = AutoTokenizer.from_pretrained(directory)
+    return kind(**given)
+
+
+def load_image_processor(directory: Path, options: Mapping[str, Any]) -> Any:
+    """Return the image processor: the one for Pillow, which gives the same on any machine."""
+    from transformers import AutoImageProcessor
+
+    if options.get("image_processor_type", "").startswith("Lfm2Vl"):
+        return Lfm2Images(options)
+    return AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+
+def _processor_class(options: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    name = _class_name(options, config)
+    owners = [key for key, value in _known_classes().items() if value == name]
+    for owner in dict.fromkeys([str(config.get("model_type")), *owners]):
+        module = owner.replace("-", "_")
+        try:
+            found = importlib.import_module(f"transformers.models.{module}.processing_{module}")
+        except ModuleNotFoundError:
+            continue
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise ValueError(f"transformers has no {name}, or needs torchvision for it")
+
+
+def _known_classes() -> dict[str, str]:
+    """Return the names of processors' classes by types of models."""
+    from transformers.models.auto import processing_auto
+
+    found: Any = processing_auto
+    return dict(found.PROCESSOR_MAPPING_NAMES)
+
+
+def _class_name(options: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    name = _known_classes().get(str(config.get("model_type"))) or options.get("processor_class")
+    if name is None:
+        raise ValueError(f"no processor is known for {config.get('model_type')}")
+    return str(name)
+
+
+def _image_half(kind: Any) -> Any:
+    """Return a processor's class that can be made without what it has for videos and sounds."""
+    written_in: Any = inspect.getmodule(kind)
+    if getattr(written_in, "num2words", "") is None:
+        written_in.num2words = str  # which spells numbers of a video's frames
+    return type(f"{kind.__name__}ForImages", (kind,), {"check_argument_for_proper_class": _accept})
+
+
+def _accept(self: Any, name: str, value: Any) -> None:
+    return None
+
+
+def _image_options(processor: Any) -> dict[str, Any]:
+    """Return what the processor's class says of images."""
+    merged = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)
+    options: dict[str, Any] = dict(merged["images_kwargs"])
+    named = inspect.signature(processor._process_images).parameters
+    options |= {name: merged[name] for name in named if name in merged}
+    options.pop("return_tensors", None)
+    return options
+
+
+def _tensor(value: Any) -> Tensor:
+    """Return a tensor of arrays, or of a list of them for each image."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (np.ndarray, Tensor)):
+        return torch.stack([torch.as_tensor(each) for each in value])
+    return torch.as_tensor(np.asarray(value))

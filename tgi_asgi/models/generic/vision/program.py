@@ -1,0 +1,137 @@
+"""Steps of a model that sees: as those of any module, but its decoder is given rows instead of ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.models.generic.attention import PagedLayers
+from tgi_asgi.models.generic.discover import arguments
+from tgi_asgi.models.generic.modules import Head
+from tgi_asgi.models.generic.program import GenericProgram
+from tgi_asgi.models.generic.recurrent import RecurrentLayers
+from tgi_asgi.models.generic.vision.sight import NOTHING_SEEN, Sight, sight_of
+from tgi_asgi.models.generic.vision.text import Ahead, DecoderOutput, Seeing
+from tgi_asgi.models.generic.vision.views import Views
+from tgi_asgi.types import Eyes, ImageInput
+
+_EYES = {
+    Ahead.NOTHING: Eyes.NOTHING,
+    Ahead.IMAGES: Eyes.IMAGES,
+    Ahead.IMAGES_IN_WINDOWS: Eyes.IMAGES,
+    Ahead.PROMPT: Eyes.PROMPT,
+}
+
+
+class VisionProgram(GenericProgram):
+    """All sequences of a step in one call of the decoder, images' rows in the places of their tokens.
+
+    Attributes:
+        views: what the tower has made of images.
+        eyes: what of a prompt a step must have as a whole.
+    """
+
+    def __init__(
+        self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, seeing: Seeing,
+        views: Views, *, vocab_size: int,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            model, head, layers, recurrent, vocab_size=vocab_size, first_position=seeing.first_position,
+            decode=self._decode,
+        )  # fmt: skip
+        self.views = views
+        self.eyes = _EYES[seeing.ahead]
+        self._model, self._seeing = model, seeing
+        self._decoder, self._embed = model.get_decoder(), model.get_input_embeddings()
+        self._sights: dict[int, Sight] = {}
+        self._inputs: dict[str, Any] = {}
+
+    def start(self, slot: int, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> None:
+        """Let a slot be of a sequence with these images."""
+        self._sights[slot] = sight_of(self._model, self._seeing, prompt_ids, images)
+
+    def advance(self, images: Sequence[ImageInput], seconds: float) -> tuple[list[bool], float]:
+        """Encode images ahead of the steps that need them; see `Views.advance`. Also returns what it took."""
+        begun = time.monotonic()
+        return self.views.advance(images, seconds), time.monotonic() - begun
+
+    def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
+        """Compute a step; as `GenericProgram.run`."""
+        with torch.inference_mode():
+            self._inputs = self._look(batch)
+        return super().run(batch, rows)
+
+    def _begin(self, batch: ops.FlatRows) -> None:
+        super()._begin(batch)
+        if self._seeing.ahead is not Ahead.NOTHING:
+            ends = np.concatenate([
+                sight.ends(self._seeing.ahead, positions) for _, sight, positions in self._parts(batch)
+            ])  # fmt: skip
+            in_windows = self._seeing.ahead is Ahead.IMAGES_IN_WINDOWS
+            self._layers.look_ahead(batch, torch.from_numpy(ends.astype(np.int32)), in_windows=in_windows)
+
+    def _decode(self, *_: Any, **__: Any) -> DecoderOutput:
+        """Stand for the part of the model that has the tower and the decoder."""
+        return DecoderOutput(self._decoder(**self._inputs).last_hidden_state)
+
+    def _parts(self, batch: ops.FlatRows) -> list[tuple[int, Sight, Any]]:
+        """Return of each row of a step its first token in it, what its sequence sees, and its positions."""
+        stops = batch.query_start.tolist()
+        positions = batch.positions.astype(np.int64)
+        return [
+            (first, self._sights.get(slot, NOTHING_SEEN), positions[first:stop])
+            for slot, first, stop in zip(batch.row_slots.tolist(), stops[:-1], stops[1:], strict=True)
+        ]
+
+    def _look(self, batch: ops.FlatRows) -> dict[str, Any]:
+        """Return what the decoder is given of a step."""
+        ids = torch.from_numpy(batch.ids.astype(np.int64))
+        axes: list[Tensor] = []
+        places: list[Tensor] = []  # of rows, in the step
+        rows: list[Tensor] = []
+        deep: list[tuple[Tensor, ...]] = []
+        for first, sight, positions in self._parts(batch):
+            begin, end = int(positions[0]), int(positions[-1]) + 1
+            for seen in sight.images:
+                low, high = np.searchsorted(seen.places, (begin, end)).tolist()
+                if low == high:
+                    continue
+                view = self.views.get(seen.image)
+                if len(view.rows) != len(seen.places):
+                    raise ValueError(f"an image has {len(view.rows)} rows for {len(seen.places)} tokens")
+                places.append(torch.from_numpy(seen.places[low:high] - begin + first))
+                rows.append(view.rows[low:high])
+                deep.append(tuple(each[low:high] for each in view.deep))
+            axes.append(_positions(sight, begin, end))
+        at = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
+        ids[at] = self._seeing.pad_token_id
+        embeds = self._embed(ids[None]).clone()
+        if rows:
+            embeds[0, at] = torch.cat(rows)
+        flat = torch.cat(axes, dim=-1) + self._seeing.first_position
+        given: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False}
+        given["position_ids"] = flat[:, None] if self._seeing.has_axes else flat[:1]
+        if self._seeing.has_layer_inputs:
+            given["per_layer_inputs"] = self._decoder.get_per_layer_inputs(ids[None], None)
+        given = arguments(self._decoder, **given)
+        if deep and deep[0]:
+            mask = torch.zeros(1, len(ids), dtype=torch.bool)
+            mask[0, at] = True
+            given["visual_pos_masks"] = mask
+            given["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deep, strict=True)]
+        return given
+
+
+def _positions(sight: Sight, begin: int, end: int) -> Tensor:
+    """Return the positions [3, end - begin] of a sequence's tokens, all axes alike where there is one."""
+    split = min(max(sight.num_prompt, begin), end) if sight.positions is not None else begin
+    behind = (torch.arange(split, end) + sight.delta).expand(3, -1)
+    if sight.positions is None or split == begin:
+        return behind
+    return torch.cat([sight.positions[:, begin:split], behind], dim=-1)

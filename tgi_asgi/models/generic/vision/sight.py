@@ -1,0 +1,89 @@
+"""What each running sequence sees, and where: places of its images' rows, and positions with several axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi.models.generic.vision.text import Ahead, Seeing
+from tgi_asgi.types import ImageInput
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImage:
+    """An image in a prompt."""
+
+    image: ImageInput
+    places: Ints  # the positions of its rows, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a sequence sees.
+
+    Attributes:
+        num_prompt: tokens of its prompt.
+        positions: [axes, num_prompt] of the prompt's tokens; None where each is its index.
+        delta: what is added to the index of a token behind the prompt.
+    """
+
+    num_prompt: int
+    images: tuple[SeenImage, ...] = ()
+    positions: Tensor | None = None
+    delta: int = 0
+
+    def ends(self, ahead: Ahead, positions: Ints) -> Ints:
+        """Return where what each of these tokens sees ends, at least behind itself."""
+        ends = positions + 1
+        if ahead is Ahead.PROMPT:
+            return np.where(positions < self.num_prompt, self.num_prompt, ends)
+        for seen in self.images if ahead is not Ahead.NOTHING else ():
+            for first, stop in runs(seen.places):
+                ends[(positions >= first) & (positions < stop)] = stop
+        return ends
+
+
+NOTHING_SEEN = Sight(0)
+
+
+def runs(places: Ints) -> list[tuple[int, int]]:
+    """Return the runs [first, stop) of successive numbers among ascending ones."""
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, cuts) if len(part)]
+
+
+def sight_of(model: Any, seeing: Seeing, prompt_ids: Sequence[int], images: Sequence[ImageInput]) -> Sight:
+    """Return what a sequence of this prompt sees."""
+    num_prompt = len(prompt_ids)
+    if not images:
+        return Sight(num_prompt)
+    ids = np.asarray(prompt_ids, np.int64)
+    seen = []
+    for image in images:
+        stop = image.start + image.num_tokens
+        places = np.flatnonzero(ids[image.start : stop] == seeing.image_token_id) + image.start
+        seen.append(SeenImage(image, places))
+    positions, delta = None, 0
+    if seeing.has_axes:
+        positions, delta = _axes(model, ids, seen)
+    return Sight(num_prompt, tuple(seen), positions, delta)
+
+
+def _axes(model: Any, ids: Ints, seen: Sequence[SeenImage]) -> tuple[Tensor, int]:
+    """Return the positions [axes, n] that the model's own function gives a prompt, and its delta."""
+    kinds = np.zeros((1, len(ids)), np.int32)
+    for each in seen:
+        kinds[0, each.places] = 1
+    grids = torch.cat([each.image.payload["image_grid_thw"] for each in seen])
+    positions, deltas = model.model.get_rope_index(
+        torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), image_grid_thw=grids
+    )
+    return positions[:, 0], int(deltas.reshape(-1)[0])

@@ -1,0 +1,195 @@
+"""Runs a vision tower piece by piece, so that steps of streams come between.
+
+The tower's code is called as it is. What it is made of (embeddings, the layers of its encoder, what comes
+behind them) remembers the results of a picture: where time is up the call is broken off, and the next one
+comes through what is known at once.
+
+    embed ─ layer ─ layer ─ ✗             first call: three pieces, then time is up
+    known   known   known   layer ─ ✗     second call
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the tower makes of a picture.
+
+    Attributes:
+        rows: [n, hidden]: what takes the place of its tokens.
+        deep: of each of the decoder's first layers, [n, hidden]: what is added behind it (Qwen3-VL).
+    """
+
+    rows: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(each.numel() * each.element_size() for each in (self.rows, *self.deep))
+
+
+class _TimeIsUp(BaseException):
+    """Breaks off a call of the tower; no code of the tower's catches it."""
+
+
+class Tower:
+    """A model's vision tower, with what brings its rows to the width of the decoder.
+
+        tower.begin(inputs)
+        while (view := tower.go_on(seconds)) is None: ...
+
+    Attributes:
+        num_pieces: computed so far, of all pictures.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._inner = getattr(model, "model", model)
+        self._features = self._inner.get_image_features
+        self._inputs: Mapping[str, Any] = {}
+        self._known: list[Any] = []
+        self._parts: list[Any] = []  # of the piece under way: its tiles
+        self._next = 0
+        self._ends_at: float | None = None
+        self._piece_s = 0.0  # what the last piece has taken
+        self._has_computed = False
+        self._is_inside = False
+        self.num_pieces = 0
+        decoder = model.get_decoder()
+        for piece, is_layer in pieces(self._inner, decoder):
+            piece.forward = functools.partial(self._run, piece.forward, is_layer)
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Take a picture; what is known of another one is forgotten."""
+        self._inputs, self._known, self._parts = inputs, [], []
+
+    def go_on(self, seconds: float | None) -> View | None:
+        """Compute pieces, at least one, as long as another is likely to be done in time; None: any time.
+
+        Returns None while it is not done.
+        """
+        self._next, self._has_computed = 0, False
+        self._ends_at = None if seconds is None else time.monotonic() + seconds
+        self._is_inside = True
+        try:
+            with torch.inference_mode():
+                found = self._features(**self._inputs, return_dict=True)
+        except _TimeIsUp:
+            return None
+        finally:
+            self._is_inside = False
+        self._known = []
+        return _view(found)
+
+    def encode(self, inputs: Mapping[str, Any]) -> View:
+        """Compute a picture at once."""
+        self.begin(inputs)
+        view = self.go_on(None)
+        assert view is not None
+        return view
+
+    def _run(self, forward: Callable[..., Any], is_layer: bool, *args: Any, **kwargs: Any) -> Any:
+        """Stand for a piece's `forward`."""
+        if not self._is_inside:
+            return forward(*args, **kwargs)
+        index, self._next = self._next, self._next + 1
+        if index < len(self._known):
+            return self._known[index]
+        num_tiles = _num_tiles(args, kwargs) if is_layer else 1
+        while len(self._parts) < num_tiles:
+            self._stop_if_late()
+            begun = time.monotonic()
+            tile = len(self._parts)
+            given = (args, kwargs) if num_tiles == 1 else _tile((args, kwargs), tile, num_tiles)
+            self._parts.append(forward(*given[0], **given[1]))
+            self._piece_s = time.monotonic() - begun
+            self._has_computed = True
+            self.num_pieces += 1
+        self._known.append(_stacked(self._parts))
+        self._parts = []
+        return self._known[-1]
+
+    def _stop_if_late(self) -> None:
+        is_bounded = self._ends_at is not None and self._has_computed
+        if is_bounded and time.monotonic() + self._piece_s > (self._ends_at or 0.0):
+            raise _TimeIsUp
+
+
+def input_names(model: Any) -> frozenset[str]:
+    """Return what of an image processor's output a model's tower takes."""
+    found = inspect.signature(getattr(model, "model", model).get_image_features).parameters.values()
+    return frozenset(each.name for each in found if each.kind is not each.VAR_KEYWORD)
+
+
+def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
+    """Return the parts of a model beside its decoder that are called one after the other, finely cut.
+
+    A list of at least two modules is cut into them, what has such a list in it into its children. With each
+    comes whether it is of a list, that is, a layer.
+    """
+    found: list[tuple[Any, bool]] = []
+    for child in root.children():
+        if child is decoder:
+            continue
+        if _is_list(child):
+            found.extend((each, True) for each in child.children())
+        elif any(map(_is_list, child.modules())):
+            found.extend(pieces(child, decoder))
+        else:
+            found.append((child, False))
+    return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) > 1
+
+
+def _num_tiles(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return how many pictures [tiles, patches, width] a layer is given, which do not see each other."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[0] == hidden.shape[1]:
+        return 1
+    return max(hidden.shape[0], 1)
+
+
+def _tile(value: Any, tile: int, num_tiles: int) -> Any:
+    """Return what one of the tiles has of a layer's arguments."""
+    if isinstance(value, tuple):
+        return tuple(_tile(each, tile, num_tiles) for each in value)
+    if isinstance(value, dict):
+        return {name: _tile(each, tile, num_tiles) for name, each in value.items()}
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == num_tiles:
+        return value[tile : tile + 1]
+    return value
+
+
+def _stacked(parts: list[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], tuple):
+        return tuple(_stacked([part[index] for part in parts]) for index in range(len(parts[0])))
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def _view(found: Any) -> View:
+    return View(_joined(found.pooler_output), tuple(map(_joined, _deep(found))))
+
+
+def _deep(found: Any) -> Any:
+    return getattr(found, "deepstack_features", None) or ()
+
+
+def _joined(rows: Any) -> Tensor:
+    """Return rows [n, hidden] of a tensor of any leading dimensions, or of a list of them."""
+    parts = [rows] if isinstance(rows, Tensor) else list(rows)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().contiguous()
