@@ -20,9 +20,21 @@ from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.runner.plan import StepResult
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Eyes, ImageInput, SamplingParams
 
 BLOCK = 4
+
+
+def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInput, ...]:
+    """Return images that lie one after the other, each so far behind the last and so long."""
+    images, end = [], 0
+    for number, (gap, size) in enumerate(places):
+        if end + gap + size <= prompt_len:
+            images.append(ImageInput(bytes([number]) * 32, end + gap, size, payload=None))
+            end += gap + size
+    return tuple(images)
+
+
 SELDOM = st.sampled_from((False, False, False, True))
 
 
@@ -33,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill=st.sampled_from([4, 16, 64]),
         is_forgetful=SELDOM,
         num_eager=st.none() | st.integers(1, 8),
+        eyes=st.none() | st.sampled_from(Eyes),
     )
     def start(
         self,
@@ -41,6 +54,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_prefill: int,
         is_forgetful: bool,
         num_eager: int | None,
+        eyes: Eyes | None,
     ) -> None:
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
@@ -48,9 +62,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=BLOCK,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,
-            prefix_cache=not is_forgetful,
+            prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT,
+            eyes=eyes,
         )
-        self.runner = FakeRunner(num_blocks=num_blocks, block_size=BLOCK, max_batch_size=max_batch_size)
+        self.runner = FakeRunner(
+            num_blocks=num_blocks, block_size=BLOCK, max_batch_size=max_batch_size, eyes=eyes
+        )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []
         self.flights: deque[tuple[Step, list[StepResult]]] = deque()
@@ -69,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_private=SELDOM,
         wants_prompt_logprobs=SELDOM,
         is_watched=SELDOM,
+        places=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=3),
     )
     def submit(
         self,
@@ -83,6 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_private: bool,
         wants_prompt_logprobs: bool,
         is_watched: bool,
+        places: list[tuple[int, int]],
     ) -> None:
         prompt = [family * 50 + position for position in range(prompt_len)]
         if turn is not None and self.answers:
@@ -100,6 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 is_prefix_cached=not is_private,
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
+                images=images_at(places, len(tokens)) if self.runner.eyes is not None else (),
             )
             self.open += add_request(self.scheduler, request, self.num_arrived, tenant)
             self.num_arrived += 1

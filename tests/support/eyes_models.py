@@ -119,23 +119,25 @@ def _template(family: Family) -> str:
     return (
         "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{% if p.type == 'image' %}" + image + "{% else %}{{ p.text }}{% endif %}"
-        "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
 
 
 def _draw(model: Any) -> None:
-    """Give every parameter a value that matters."""
+    """Give every parameter a value that matters; small embeddings where they are the head as well."""
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    size, gain = (0.1, 1.5) if is_tied else (0.3, 1.2)
     tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     for name, value in model.named_parameters():
         if id(value) in tables:
-            value.normal_(0, 0.3)
+            value.normal_(0, size)
         elif name.endswith("dt_bias"):
             value.normal_(-1.0, 0.5)
         elif value.dim() < 2:
             if "A_log" not in name:
                 value += torch.randn(value.shape) * 0.2
         else:
-            value.normal_(0, 1.2 * (value.numel() / value.shape[0]) ** -0.5)
+            value.normal_(0, gain * (value.numel() / value.shape[0]) ** -0.5)
 
 
 def _spread(model: Any) -> None:
@@ -230,3 +232,9 @@ def _inputs(folder: Path, prompt: Prompt, model: Any, ids: torch.Tensor) -> Mapp
     if "image_sizes" in made and not ("Llava" in name or "Mistral3" in name):
         del made["image_sizes"]
     return made
+
+
+def text_of(folder: Path, ids: Sequence[int]) -> str:
+    """Return the text of tokens, as a client gets it."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return str(backend.decode(list(ids)))

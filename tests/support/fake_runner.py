@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -115,6 +115,8 @@ class _Queued:
 class FakeRunner:
     """Run plans on the simulated cache, in order, one a turn of the event loop (or `step_s` apart).
 
+    With `eyes` an image is encoded once `view_steps` steps have had it first; no row may come before that.
+
     With `is_manual` a step runs when `run_next` is called. Hooks, all settable at any time: `fault(plan)` may
     return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits not finite,
     `next_token` draws.
@@ -126,6 +128,7 @@ class FakeRunner:
     max_step_tokens: int = 4096
     has_states: bool = False
     eyes: Eyes | None = None
+    view_steps: int = 2
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -140,6 +143,7 @@ class FakeRunner:
         size = self.num_blocks * self.block_size
         self._store: list[tuple[int, int]] = [(GARBAGE, GARBAGE)] * size
         self._slots: dict[int, _Slot] = {}
+        self._num_views: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
         self._has_failed = False
@@ -212,6 +216,7 @@ class FakeRunner:
                 source * size : (source + 1) * size
             ]
         for row in plan.rows:
+            self._check_sight(row)
             self._write(row, is_tainted)
         if error is not None:
             raise error
@@ -220,7 +225,23 @@ class FakeRunner:
             result.sampled.append(self._row(row, is_tainted))
             if row.prompt_logprobs is not None and not is_tainted:
                 result.prompt_logprobs[index] = self._score(row)
+        for image in plan.views:
+            if self._num_views[image.digest] < self.view_steps:
+                self._num_views[image.digest] += 1
+                break
+        result.is_viewed = [self._num_views[image.digest] >= self.view_steps for image in plan.views]
         return result
+
+    def _check_sight(self, row: StepRow) -> None:
+        start, end = row.start, row.start + row.num_tokens
+        slot = self._slots[row.slot].start
+        if self.eyes is Eyes.PROMPT:
+            self._require(end >= len(slot.prompt_ids), "a prompt is cut")
+        for image in slot.images if self.eyes is not None else ():
+            first, stop = image.start, image.start + image.num_tokens
+            if first < end and stop > start:
+                self._require(self._num_views[image.digest] >= self.view_steps, "an image is not encoded")
+                self._require(self.eyes is not Eyes.IMAGES or end >= stop, "an image is cut")
 
     def _score(self, row: StepRow) -> PromptLogprobs:
         slot, tokens = self._slots[row.slot], row.token_ids or ()
@@ -232,7 +253,7 @@ class FakeRunner:
         ]
 
     def _check_plan(self, plan: StepPlan) -> None:
-        self._require(bool(plan.rows), "an empty step")
+        self._require(bool(plan.rows or plan.views), "an empty step")
         slots = [row.slot for row in plan.rows]
         self._require(len(slots) <= self.max_batch_size, "too many rows")
         self._require(len(set(slots)) == len(slots), "a slot twice in a step")

@@ -1,0 +1,294 @@
+"""Models that see, of every family: their logits are those of transformers, however steps are cut."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import PIL.Image
+import pytest
+import torch
+
+from tests.support import eyes_models as eyes
+from tests.support.eyes_models import Prompt, picture
+from tests.support.eyes_runs import load, program_of, run, served
+from tests.support.eyes_table import FAMILIES
+from tgi_asgi import ops
+from tgi_asgi.app import App
+from tgi_asgi.errors import InvalidRequest, ModelLoadError
+from tgi_asgi.models.generic.model import OpenGeneric
+from tgi_asgi.models.generic.vision import tower
+from tgi_asgi.types import Image
+
+TOLERANCE = 1e-3  # of the largest logit
+# One of each kind: tiles, a class token, axes and deepstack, both directions, other inputs, states.
+FEW = ("smolvlm", "llava", "qwen2_vl", "qwen3_vl", "gemma3", "gemma4", "paligemma", "lfm2_vl")
+ANSWER = list(range(120, 126))
+Part = str | PIL.Image.Image
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own code
+
+
+def of_each(names: Sequence[str]) -> list[Any]:
+    """Return all of these families; those that are not among the few belong to `make test-models`."""
+    return [pytest.param(name, marks=() if name in FEW else pytest.mark.models) for name in names]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> None:
+    ops.configure_threads(1, nice=0, pin=False)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what makes a family's checkpoint, each once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            eyes.make(name, made[name])
+        return made[name]
+
+    return folder
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    assert found.shape == wanted.shape
+    assert np.isfinite(found).all()
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+def test_logits_are_those_of_transformers_however_prompts_are_cut(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(name)
+    parts: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture here, is there"],
+        ["one ", picture(130, 33, 2), "?"],
+    ]
+    prompts = [eyes.prompt_of(name, folder, each) for each in parts]
+    reference = eyes.open_reference(folder)
+    wanted = [eyes.reference(folder, prompt, ANSWER, reference) for prompt in prompts]
+    model = load(folder)
+    for chunks in ([1000, 1000, 1000], [7, 5, 16], [1, 1000, 3]):
+        found, program = run(model, [(prompt, ANSWER) for prompt in prompts], chunks)
+        for logits, expected in zip(found, wanted, strict=True):
+            assert distance(logits, expected) < TOLERANCE
+        assert program.views.num_encoded == 3
+
+
+@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+def test_an_image_matters_and_which_one_it_is(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    model = load(folder)
+    prompts = [eyes.prompt_of(name, folder, ["a ", picture(50, 30, seed), "?"]) for seed in (3, 4)]
+    (one, other), _ = run(model, [(prompt, []) for prompt in prompts], [1000, 1000])
+    assert distance(one[-1:], other[-1:]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    tower = load(folder).tower
+    assert tower is not None
+    (image,) = eyes.prompt_of(name, folder, [picture(130, 90)]).images
+    whole = tower.encode(image.payload)
+    tower.begin(image.payload)
+    num_calls, before = 1, tower.num_pieces
+    while (view := tower.go_on(0.0)) is None:
+        num_calls += 1
+    assert num_calls == tower.num_pieces - before >= 5
+    for found, wanted in zip((view.rows, *view.deep), (whole.rows, *whole.deep), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+# Those whose classes transformers makes without torchvision.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llava", "Llava"), ("llava_next", "LlavaNext"), ("idefics3", "Idefics3"), ("gemma3", "Gemma3"),
+     ("aya_vision", "AyaVision")],
+)  # fmt: skip
+def test_prompts_are_those_of_the_processor_of_transformers(
+    name: str, kind: str, folder_of: Callable[[str], Path]
+) -> None:
+    import transformers
+
+    folder = folder_of(name)
+    parts: list[Part] = ["a ", picture(50, 30), " b ", picture(40, 90, 1), " c"]
+    prompt = eyes.prompt_of(name, folder, parts)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    options = dict(FAMILIES[name].processor)
+    processor = getattr(transformers, f"{kind}Processor")(images, tokenizer, **options)
+    text = "".join(part if isinstance(part, str) else processor.image_token for part in parts)
+    pictures = [part for part in parts if not isinstance(part, str)]
+    given = processor(images=[pictures] if name == "idefics3" else pictures, text=[text])
+    assert list(given["input_ids"][0]) == prompt.ids
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_one_of_several_images_is_seen_otherwise_by_onevision(
+    num_images: int, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of("llava_onevision")
+    parts = [part for seed in range(num_images) for part in ("a ", picture(50, 80, seed))]
+    prompt = eyes.prompt_of("llava_onevision", folder, parts)
+    wanted = eyes.reference(folder, prompt)
+    (found,), _ = run(load(folder), [(prompt, [])], [1000])
+    assert distance(found, wanted) < TOLERANCE
+    assert prompt.images[0].num_tokens == (17 if num_images > 1 else 72)
+
+
+@pytest.mark.parametrize("options", [{"is_exact": False}, {"quantised": "Q8_0", "is_exact": False}])
+def test_packed_towers_are_close(options: dict[str, Any], folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("llava")
+    prompt = eyes.prompt_of("llava", folder, [picture(50, 30)])
+    exact, packed = (load(folder, **each).tower for each in ({}, options))
+    assert exact is not None
+    assert packed is not None
+    payload = prompt.images[0].payload
+    wanted, found = exact.encode(payload).rows, packed.encode(payload).rows
+    assert float((found - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": 99, "cross_attention_layers": [1],
+            "pad_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
+              "attention_heads": 2, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0],
+              "vision_output_dim": 64}  # fmt: skip
+    config = {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "text_config": text,
+        "vision_config": vision,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match="MllamaForConditionalGeneration attends to images by layers"):
+        OpenGeneric(tmp_path, config, trusts_code=False)
+
+
+def test_a_strip_that_the_processor_refuses_is_a_client_s_mistake(folder_of: Callable[[str], Path]) -> None:
+    processor = eyes.processor_of(folder_of("qwen2_vl"))
+    with pytest.raises(InvalidRequest, match="`image_url` is an image that the model does not take"):
+        processor.process([Image(picture(4000, 3), b"d" * 32, "image_url")])
+
+
+def url_of(made: PIL.Image.Image) -> str:
+    file = BytesIO()
+    made.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def content_of(parts: Sequence[Part]) -> list[Any]:
+    return [
+        {"type": "text", "text": part} if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": url_of(part)}}
+        for part in parts
+    ]  # fmt: skip
+
+
+@asynccontextmanager
+async def chatting(folder: Path, **options: Any) -> AsyncIterator[tuple[Any, App]]:
+    """Yield a function that asks a served model, and the app."""
+    async with (
+        served(folder, **options) as (url, app),
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        async def ask(*turns: Sequence[Part], **given: Any) -> Any:
+            roles = ("user", "assistant")
+            messages: Any = [
+                {"role": roles[i % 2], "content": content_of(turn) if i % 2 == 0 else "".join(map(str, turn))}
+                for i, turn in enumerate(turns)
+            ]
+            values = {"max_tokens": 6, "temperature": 0, **given}
+            return await client.chat.completions.create(model="m", messages=messages, **values)
+
+        yield ask, app
+
+
+def greedy(name: str, folder: Path, parts: Sequence[Part], num_tokens: int) -> str:
+    """Return what transformers' own model answers to one turn, as the checkpoint's template writes it."""
+    prompt: Prompt = eyes.prompt_of(name, folder, ["user: ", *parts, "\nassistant: "])
+    model, answer = eyes.open_reference(folder), list[int]()
+    for _ in range(num_tokens):
+        answer.append(int(eyes.reference(folder, prompt, answer, model)[-1].argmax()))
+    return eyes.text_of(folder, answer)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "llava", "qwen2_vl"])
+async def test_a_client_gets_what_transformers_would_answer(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(name)
+    turns: list[list[Part]] = [
+        ["what is ", picture(50, 30), " and ", picture(40, 70, 1), " this?"],
+        ["no picture"],
+        [picture(130, 33, 2)],
+    ]
+    wanted = [greedy(name, folder, parts, 6) for parts in turns]
+    async with chatting(folder, max_batch_prefill_tokens=48) as (ask, _):
+        found = await asyncio.gather(*(ask(parts) for parts in turns), ask(turns[0], n=2))
+    assert [each.choices[0].message.content for each in found] == [*wanted, wanted[0]]
+    assert found[-1].choices[1].message.content == wanted[0]
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+async def test_an_image_of_the_turn_before_is_not_encoded_again(
+    has_cache: bool, folder_of: Callable[[str], Path]
+) -> None:
+    async with chatting(folder_of("llava"), prefix_cache=has_cache) as (ask, app):
+        first: list[Part] = ["what is ", picture(50, 30)]
+        answer = (await ask(first)).choices[0].message.content
+        assert program_of(app).views.num_encoded == 1
+        again = await ask(first, [answer], ["and now?"])
+        assert program_of(app).views.num_encoded == 1
+        assert (again.usage.prompt_tokens_details.cached_tokens > 16) == has_cache
+        await ask(["what is ", picture(50, 30, 1)])
+        assert program_of(app).views.num_encoded == 2
+
+
+async def test_streams_have_tokens_while_an_image_is_encoded(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = tower._stacked
+
+    def slowly(parts: list[Any]) -> Any:
+        time.sleep(0.005)
+        return stacked(parts)
+
+    async with chatting(folder_of("llava"), target_inter_token_ms=1.0) as (ask, app):
+        monkeypatch.setattr(tower, "_stacked", slowly)
+        stream = await ask(["tell"], max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+        await anext(aiter(stream))
+        asked = asyncio.ensure_future(ask(["what is ", picture(50, 30, 7)]))
+        seen = [program_of(app).views._tower.num_pieces async for _ in stream]
+        assert (await asked).choices[0].message.content is not None
+    assert len(set(seen)) >= 4  # tokens came between the tower's seven pieces
+
+
+async def test_without_a_processor_the_model_takes_text_alone(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folder_of("llava"), tmp_path / "copy")
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").unlink()
+    async with chatting(folder) as (ask, _):
+        assert (await ask(["no picture"])).choices
+        with pytest.raises(openai.BadRequestError, match="image"):
+            await ask([picture(9, 9)])

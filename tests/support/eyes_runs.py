@@ -1,0 +1,118 @@
+"""Runs tiny models that see: a model's logits by steps, and a server over a socket.
+
+model = load(folder)
+logits, program = run(model, [(prompt, answer), ...], chunks=[7, 1000])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.support.eyes_models import Prompt
+from tests.support.serving import serving
+from tgi_asgi import ops
+from tgi_asgi.app import App, create_app
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.models.generic.check import _batch
+from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
+from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import Eyes
+
+BLOCK = 16
+_MIB = 1 << 20
+
+
+def load(folder: Path, quantised: str | None = None, *, is_exact: bool = True) -> GenericModel:
+    """Load a checkpoint, in float32 unless told otherwise."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = SafetensorsWeights(folder, Quantisation.from_json(config))
+    opened = OpenGeneric(folder, config, trusts_code=False)
+    return opened.load(weights, ops.Packing(is_exact, quantised), 2048)
+
+
+def run(
+    model: GenericModel, sequences: Sequence[tuple[Prompt, list[int]]], chunks: Sequence[int]
+) -> tuple[list[np.ndarray], VisionProgram]:
+    """Return the logits [n_tokens, vocab] of each sequence of prompt and answer, all in one batch.
+
+    Prompts are computed in chunks of these sizes, but for what must not be cut; answers token by token.
+    """
+    longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
+    width = -(-longest // BLOCK)
+    pools = [
+        ops.KvPool(
+            num_layers=cache.num_layers, num_blocks=width * len(sequences), num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim, value_dim=cache.value_dim, block_size=BLOCK, dtype=torch.float32,
+        )
+        for cache in model.config.caches
+    ]  # fmt: skip
+    program = model.program(pools, longest, _MIB)
+    assert isinstance(program, VisionProgram)
+    for slot, (prompt, _) in enumerate(sequences):
+        program.start(slot, prompt.ids, prompt.images)
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while True:
+        rows = []
+        for slot, (prompt, answer) in enumerate(sequences):
+            start = sum(map(len, found[slot]))
+            ids = [*prompt.ids, *answer]
+            if start < len(ids):
+                end = _end(program.eyes, prompt, start, chunks[slot])
+                rows.append((slot, np.array(ids[start:end]), start))
+        if not rows:
+            break
+        batch = _batch(rows, width)
+        logits = program.run(batch, range(len(batch.ids)))
+        for (slot, _, _), part in zip(rows, logits.split([len(ids) for _, ids, _ in rows]), strict=True):
+            found[slot].append(part.clone())
+    for pool in pools:
+        pool.close()
+    return [torch.cat(parts).numpy() for parts in found], program
+
+
+def _end(eyes: Eyes, prompt: Prompt, start: int, chunk: int) -> int:
+    """Return where a chunk of a prompt ends."""
+    if start >= len(prompt.ids):
+        return start + 1
+    end = min(start + chunk, len(prompt.ids))
+    if eyes is Eyes.PROMPT:
+        return len(prompt.ids)
+    for image in prompt.images if eyes is Eyes.IMAGES else ():
+        stop = image.start + image.num_tokens
+        end = stop if image.start < end < stop else end
+    return end
+
+
+@asynccontextmanager
+async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[str, App]]:
+    """Serve a checkpoint in this process; yield its URL and the app."""
+    values = {"dtype": "float32", "num_threads": 1, "max_batch_total_tokens": 4096, **options}
+    app = create_app(Settings(model_id=str(folder), hostname="127.0.0.1", port=0, **values))
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    app.on_ready = lambda _: ready.set_result(None)
+    app.on_fatal = ready.set_exception
+    async with serving(app) as url:
+        app.start()
+        try:
+            await asyncio.wait_for(ready, 60)
+            yield url, app
+        finally:
+            await app.stop()
+
+
+def program_of(app: App) -> VisionProgram:
+    """Return what runs a served model's steps."""
+    assert app.context.served is not None
+    engine: Any = app.context.served.engine
+    program: VisionProgram = engine._runner._program
+    return program
