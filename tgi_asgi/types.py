@@ -285,6 +285,5 @@ class ModelInfo:
     num_threads: int = 0
     implementation: str = "native"  # or "transformers"
     is_batch_invariant: bool = True  # same bits whatever runs beside a request
-    accepts_images: bool = False
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)

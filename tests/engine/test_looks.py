@@ -108,3 +108,12 @@ async def test_an_image_for_which_there_is_no_memory_fails_alone() -> None:
     assert answer.error is not None
     first.cancel()
     await engine.stop()
+
+
+def test_an_image_is_not_taken_for_encoded_because_one_behind_it_is() -> None:
+    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING)
+    add_request(scheduler, make_request(20, 1, images=(image(10, 5, b"b"),)))
+    run_all(scheduler, runner)
+    add_request(scheduler, make_request(30, 1, images=(image(2, 5), image(10, 5, b"b"))), arrival=1)
+    run_all(scheduler, runner)
+    assert runner.violations == []

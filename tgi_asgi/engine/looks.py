@@ -46,11 +46,14 @@ def is_looking(sequence: Sequence) -> bool:
 
 
 def settle(looks: Many[Look], result: StepResult) -> None:
-    """Learn which images a step has encoded."""
+    """Learn which images a step has encoded: of each sequence the first ones."""
+    waiting: set[Sequence] = set()
     for look, is_viewed in zip(looks, result.is_viewed, strict=False):
         sequence = look.sequence
-        if is_viewed and sequence.epoch == look.epoch and look.index >= sequence.num_seen:
-            sequence.num_seen = look.index + 1
+        if not is_viewed:
+            waiting.add(sequence)
+        elif sequence.epoch == look.epoch and sequence not in waiting:
+            sequence.num_seen = max(sequence.num_seen, look.index + 1)
 
 
 class Cuts:

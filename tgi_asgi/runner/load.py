@@ -120,7 +120,6 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
         implementation="transformers" if opened.is_generic else "native",
-        accepts_images=image_processor is not None,
     )
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info, image_processor)

@@ -48,12 +48,13 @@ async def _report(exchange: Exchange, is_well: bool) -> None:
 
 async def info(exchange: Exchange) -> None:
     """Answer with the model and the limits."""
-    model, settings = exchange.context.ready().info, exchange.context.settings
+    served, settings = exchange.context.ready(), exchange.context.settings
+    model = served.info
     limits = Limits.of(settings, is_tgi=True)
     payload = {
         "model_id": model.model_id,
         "model_sha": model.revision,
-        "model_pipeline_tag": "text-generation",
+        "model_pipeline_tag": "image-text-to-text" if served.accepts_images else "text-generation",
         "model_dtype": model.dtype,
         "model_device_type": model.device.partition(":")[0],
         "model_impl": model.implementation,
