@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def _report(name: str, programs: dict[str, Program], batch: ops.FlatRows, num_pa
     times: dict[str, list[float]] = {each: [] for each in programs}
     for _ in range(num_pairs + 1):
         for each, program in programs.items():
-            times[each].append(_time(lambda program=program: program.run(batch, last)))
+            times[each].append(_time(partial(program.run, batch, last)))
     ratios = sorted(a / b for a, b in zip(times["native"][1:], times["transformers"][1:], strict=True))
     middle = (ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4])
     each = "  ".join(f"{key} {1e3 * statistics.median(found[1:]):8.2f} ms" for key, found in times.items())
