@@ -20,9 +20,10 @@ def all_families() -> tuple[Family, ...]:
 
 
 def find_by_architecture(name: str) -> Family:
-    """Look up the family of a config.json's architecture."""
+    """Look up the family of a config.json's architecture, be it without a head or with a classifier's."""
+    stem = name.removesuffix("Model").removesuffix("ForSequenceClassification")
     for family in all_families():
-        if family.architecture == name:
+        if family.architecture in (name, f"{stem}ForCausalLM"):
             return family
     known = ", ".join(family.architecture for family in all_families())
     raise ModelLoadError(f"models of architecture {name!r} are not supported; supported are {known}")

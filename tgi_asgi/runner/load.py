@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,9 +22,11 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
+from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
@@ -84,8 +87,9 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
+        pooling = opened.read_pooling()
     if device is None:
-        runner = _make_cpu_runner(model, kv_size, settings, longest)
+        runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)
     else:
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
@@ -105,6 +109,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
     )
+    info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
 
@@ -121,13 +126,16 @@ def _choose_cpu_cache(
     return choose_size(opened.config, settings, dtype, longest, free)
 
 
-def _make_cpu_runner(model: Model, kv_size: KvSize, settings: Settings, longest: int) -> CpuRunner:
+def _make_cpu_runner(
+    model: Model, kv_size: KvSize, settings: Settings, longest: int, dense: Sequence[Dense]
+) -> CpuRunner:
     return CpuRunner(
         model,
         kv_size,
         max_batch_size=settings.max_batch_size,
         max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
         max_context=longest,
+        dense=dense,
     )
 
 

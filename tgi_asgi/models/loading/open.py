@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.loading import Weights, matches, refuse_unread
+from tgi_asgi.models.loading.bare import BareWeights, with_prefix
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
@@ -49,7 +52,10 @@ class OpenModel:
         else:
             config = read_json(files.path / "config.json")
             self.family, self.config = read_config(config)
-            self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
+            self.weights = with_prefix(SafetensorsWeights(files.path, Quantisation.from_json(config)))
+            is_bare = isinstance(self.weights, BareWeights) or self.config.architecture.endswith("Model")
+            if is_bare and not self.config.has_tied_embeddings and "lm_head.weight" not in self.weights:
+                self.config = replace(self.config, has_head=False)
 
     def load(self, arithmetic: ops.Arithmetic, max_positions: int, weights: Weights | None = None) -> Model:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
@@ -87,6 +93,13 @@ class OpenModel:
         )
         return tokenizer, template
 
+    def read_pooling(self) -> PoolingFiles:
+        """Return what the files say of embedding."""
+        if self._gguf is not None:
+            return read_gguf_pooling(self._gguf.metadata)
+        assert self._directory is not None
+        return read_pooling(self._directory)
+
     def close(self) -> None:
         """Unmap the weights."""
         self.weights.close()
@@ -109,7 +122,24 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         isinstance(architectures, list) and isinstance(architectures[0], str),
         "config.json names no architecture",
     )
-    return _read(find_by_architecture(architectures[0]), Reader.of_json(config))
+    name = architectures[0]
+    check(
+        config.get("is_causal") is not False and config.get("use_bidirectional_attention") in (None, False),
+        "config.json says that tokens see those that follow, which this architecture's code does not do here",
+    )
+    family, found = _read(find_by_architecture(name), Reader.of_json(config))
+    labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
+    return family, replace(found, architecture=name, num_labels=labels)
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """Return how many labels a classifier has, as transformers reads it."""
+    names = config.get("id2label")
+    count = config.get("num_labels") or (len(names) if isinstance(names, dict) else 2)
+    check(
+        type(count) is int and count > 0, f"`num_labels` must be a positive integer, got {str(count)[:100]}"
+    )
+    return int(count)
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:
