@@ -122,8 +122,8 @@ class GenerationRequest:
     prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
-    # A vector is wanted, in `RequestStats.vector`, and no token: n and max_tokens are 1, and the one event says
-    # that it is there.
+    # A vector is wanted, in `RequestStats.vector`, and no token: n and max_tokens are 1, and the one event
+    # says that it is there.
     pooling: Pooling | None = None
 
 

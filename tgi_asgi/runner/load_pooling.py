@@ -14,7 +14,7 @@ from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
 
 # As Qwen3-Reranker's model card has it; of models that are asked for a "yes".
-_RANKING = """\
+RANKING = """\
 {%- set ns = namespace(instruct="Given a web search query, retrieve relevant passages that answer the query",
  query="", document="") -%}
 {%- for message in messages -%}
@@ -94,4 +94,4 @@ def _score_tokens(
 def _score_template(config: ModelConfig, template: ChatTemplate | None) -> str | None:
     if template is not None and template.mentions("query") and template.mentions("document"):
         return template.source
-    return None if config.num_labels else _RANKING
+    return None if config.num_labels else RANKING

@@ -47,8 +47,8 @@ class StepRow:
     block_table: Sequence[int]
     samples: bool  # draw a token after the last one
     prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
-    # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the row
-    # gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
+    # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
+    # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
     pools: Pooling | None = None
 
     @property
