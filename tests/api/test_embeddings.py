@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,21 @@ import openai
 import pytest
 import torch
 
-from tests.support.pooled import EOS, pooled, save_embedder, states
+from tests.support.pooled import (
+    EOS,
+    QUERIES,
+    RECORDED,
+    pooled,
+    save_embedder,
+    save_recorded,
+    save_recorded_classifier,
+    states,
+)
+from tests.support.pooled import TEXTS as SAID
 from tests.support.pooled_server import PooledServer, pooled_server
 from tgi_asgi.text.tokenizer import Tokenizer
 
+ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers.json"
 TEXTS = ["short", "a-much-longer-text-" * 8, "another", "x"]
 
 
@@ -332,3 +344,23 @@ async def test_cosines_stand_in_for_scores(embedder: Embedder, server: PooledSer
     answer = (await server.post("/rerank", query="query", documents=["one", "two", "three"])).json()
     for result in answer["results"]:
         assert result["relevance_score"] == pytest.approx(cosines[result["index"]], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+async def test_vectors_are_those_of_sentence_transformers(tmp_path: Path, name: str) -> None:
+    save_recorded(name, tmp_path)
+    recorded = json.loads(ORACLE.read_text())[name]
+    async with pooled_server(tmp_path) as server:
+        answer = await server.post("/v1/embeddings", input=list(SAID))
+    for entry, vector in zip(answer.json()["data"], recorded, strict=True):
+        np.testing.assert_allclose(entry["embedding"], vector, atol=2e-4)
+
+
+async def test_scores_are_those_of_its_cross_encoder(tmp_path: Path) -> None:
+    save_recorded_classifier(tmp_path)
+    recorded = json.loads(ORACLE.read_text())["classifier"]
+    async with pooled_server(tmp_path) as server:
+        for query, scores in zip(QUERIES, recorded, strict=True):
+            answer = await server.post("/score", text_1=query, text_2=list(SAID))
+            found = [entry["score"] for entry in answer.json()["data"]]
+            np.testing.assert_allclose(found, scores, atol=1e-4)

@@ -19,6 +19,16 @@ from tgi_asgi.formats.sources import ModelFiles
 EOS = 5  # what the tokenizer puts behind a text, as Qwen3-Embedding's does
 _MODULES = "sentence_transformers.models."
 Vector = npt.NDArray[np.float32]
+# What `oracle/sentence-transformers.json` has the vectors of: the pooling and what follows it.
+TEXTS, QUERIES = ("short", "a-much-longer-text-" * 8, "x"), ("what-is-it", "y")
+RECORDED: dict[str, tuple[str, ...]] = {
+    "lasttoken": ("Normalize",),
+    "mean_tokens": ("Dense", "Normalize"),
+    "cls_token": (),
+    "weightedmean_tokens": (),
+    "mean_sqrt_len_tokens": (),
+    "max_tokens": (),
+}
 
 
 def save_embedder(
@@ -148,3 +158,26 @@ def dense(directory: Path, vector: torch.Tensor) -> torch.Tensor:
     """Return what a `Dense` of `save_embedder` makes of a vector."""
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
     return torch.tanh(tensors["linear.weight"] @ vector + tensors["linear.bias"])
+
+
+def fix_weights(directory: Path) -> None:
+    """Write weights that no library's version decides, for vectors that are recorded."""
+    for path in sorted(directory.rglob("model.safetensors")):
+        tensors = safetensors.torch.load_file(path)
+        generator = np.random.default_rng(5)
+        for name in sorted(tensors):
+            drawn = generator.standard_normal(tuple(tensors[name].shape)).astype(np.float32) * 0.15
+            tensors[name] = torch.from_numpy(drawn + (1 if "norm" in name else 0))
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def save_recorded(name: str, directory: Path) -> None:
+    """Write a checkpoint of which vectors are recorded."""
+    save_embedder(directory, name, modules=RECORDED[name])
+    fix_weights(directory)
+
+
+def save_recorded_classifier(directory: Path) -> None:
+    """Write the one of which scores are recorded."""
+    save_classifier(directory, 1)
+    fix_weights(directory)
