@@ -261,6 +261,8 @@ async def test_tei_answers_a_plain_array(embedder: Embedder, server: PooledServe
         np.testing.assert_allclose(vector, embedder.expected(text), atol=1e-4)
     [asked] = (await server.post("/embed", inputs="one", prompt_name="query")).json()
     np.testing.assert_allclose(asked, embedder.expected("find-one"), atol=1e-4)
+    [plain] = (await server.post("/embed", inputs="one", prompt_name="empty")).json()
+    assert plain == answer.json()[0]
     [raw] = (await server.post("/embed", inputs="one", normalize=False)).json()
     raw_expected = pooled(states(embedder.model, embedder.ids("one")), embedder.mode)
     np.testing.assert_allclose(raw, raw_expected, atol=1e-4 * float(raw_expected.abs().max()))

@@ -234,3 +234,15 @@ async def test_a_classifier_may_embed_if_the_operator_says_how(tmp_path: Path) -
     async with pooled_server(tmp_path, pooling="mean") as server:
         answer = (await server.post("/v1/embeddings", input="a")).json()
         assert len(answer["data"][0]["embedding"]) == 64
+
+
+async def test_a_long_query_times_many_documents_is_bounded(
+    server: PooledServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.api.pooled.MAX_TOKENS", 1000)
+    answer = await server.post("/rerank", query="q" * 300, documents=["b"] * 10)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents")
+    answer = await server.post(
+        "/rerank", query="q" * 100_000, documents=["b"] * 10, truncate_prompt_tokens=-1
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[0]")

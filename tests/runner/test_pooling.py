@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.checkpoints import make_model, save_gguf
 from tests.support.pooled import (
     Vector,
     dense,
@@ -22,6 +23,9 @@ from tests.support.pooled import (
     states,
 )
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.models.loading.open import read_gguf
+from tgi_asgi.models.pooling import read_gguf_pooling
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.runner.plan import SlotStart, StepPlan, StepRow
 from tgi_asgi.runner.runner import CpuRunner
@@ -155,6 +159,15 @@ def test_only_the_operator_says_how_a_chat_model_embeds(tmp_path: Path) -> None:
         assert found.info.embedding is not None
         assert found.info.generates
         assert found.info.embedding.pooling.kind is PoolingKind.CLS
+
+
+@pytest.mark.parametrize(("number", "kind"), [(1, PoolingKind.MEAN), (3, PoolingKind.LAST), (0, None)])
+def test_a_gguf_file_says_how_it_pools(tmp_path: Path, number: int, kind: PoolingKind | None) -> None:
+    metadata = {"pooling_type": number, "rope.dimension_count": 16}
+    path = save_gguf(make_model("Qwen3", head_dim=16), tmp_path / "tiny.gguf", "F32", metadata=metadata)
+    family, _ = read_gguf(GgufFile.open(path.path).metadata, frozenset())
+    assert family.architecture == "Qwen3ForCausalLM"
+    assert read_gguf_pooling(GgufFile.open(path.path).metadata).kind is kind
 
 
 def test_a_pooling_that_is_not_known_is_a_reason_and_no_failure(tmp_path: Path) -> None:

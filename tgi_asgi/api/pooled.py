@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tgi_asgi.types import Vector
 
 MAX_INPUTS = 2048  # of a call: OpenAI's bound
+MAX_TOKENS = 1 << 21  # of a call: they wait as lists, some 36 bytes each; a query counts for each document
 _SHARE = 4  # a call runs at most this part of `--max-concurrent-requests` at a time
 _SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
 _CUTS = 8  # attempts to cut a document to its room; each is a rendering
@@ -196,8 +197,14 @@ async def _requests(exchange: Exchange, served: Served, call: PoolCall) -> list[
     """Tokenise the inputs in threads, some at a time: others wait there, too."""
     context = exchange.context
     ids: list[list[int]] = []
+    num_tokens = 0
     while len(ids) < len(call.inputs):
-        ids += await context.text.run(_tokenise, call, len(ids), served, context.settings)
+        found = await context.text.run(_tokenise, call, len(ids), served, context.settings)
+        num_tokens += sum(map(len, found))
+        if num_tokens > MAX_TOKENS:
+            where = call.inputs[len(ids)].where.partition("[")[0]
+            raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
+        ids += found
     most = context.settings.max_priority
     salt = cache_salt_of(exchange, None)
     return [
@@ -238,8 +245,10 @@ def _ids_of(call: PoolCall, given: Input, served: Served, settings: Settings) ->
     room = call.how.max_tokens
     keep = room if cut is None else min(cut.keep or room, room)
     most_characters = (keep + _SLACK_TOKENS) * tokenizer.longest_token
-    if cut is None and _num_characters(given) > room * tokenizer.longest_token:
-        least = -(-_num_characters(given) // tokenizer.longest_token)
+    # Of a pair only the document is cut.
+    num_whole = len(content.query) if isinstance(content, Pair) and cut else _num_characters(given)
+    if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
+        least = -(-num_whole // tokenizer.longest_token)
         raise _too_long(given.where, f"at least {least}", least, room)
     if isinstance(content, Pair):
         ids = _pair_ids(content, served, settings, keep, most_characters, is_cut=cut is not None)

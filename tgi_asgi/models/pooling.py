@@ -104,7 +104,7 @@ def read_pooling(directory: Path) -> PoolingFiles:
         "prompts": {
             name: text
             for name, text in (prompts.items() if isinstance(prompts, dict) else ())
-            if isinstance(text, str) and text
+            if isinstance(text, str)
         },
         "is_normalized": not modules,
     }

@@ -69,6 +69,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
+        if device is not None and not config.generates:
+            raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
