@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi.runner.plan import PromptLogprobs, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import ModelInfo, SamplingParams
 
@@ -97,6 +100,7 @@ def expected_tokens(
 class _Slot:
     start: SlotStart
     tokens: list[int]  # prompt and output, sampled ones included
+    num_pooled: int = 0  # prompt tokens that were given chunk after chunk
     num_scored: int = 0  # prompt tokens whose log-probabilities were given, chunk after chunk
 
     @property
@@ -219,6 +223,8 @@ class FakeRunner:
             result.sampled.append(self._row(row, is_tainted))
             if row.prompt_logprobs is not None and not is_tainted:
                 result.prompt_logprobs[index] = self._score(row)
+            if row.pools is not None and row.samples and not is_tainted:
+                result.pooled[index] = fake_vector(self._slots[row.slot].tokens)
         return result
 
     def _score(self, row: StepRow) -> PromptLogprobs:
@@ -254,13 +260,18 @@ class FakeRunner:
         slot = self._slots[row.slot]
         end = row.start + row.num_tokens
         if is_tainted:
+            if row.pools is not None:
+                return None
             if row.samples:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         seen = [self._store[self._place(row, position)] for position in range(end)]
         wanted = [(token, position) for position, token in enumerate(slot.tokens[:end])]
         self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
-        if not row.samples:
+        if row.pools is not None and row.pools.needs_all:
+            self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")
+            slot.num_pooled = end
+        if not row.samples or row.pools is not None:
             return None
         self._require(end == len(slot.tokens), f"slot {row.slot} draws before its last token")
         return self._draw(slot)
@@ -288,6 +299,11 @@ class FakeRunner:
         if not holds:
             self.violations.append(message)
             raise AssertionError(message)
+
+
+def fake_vector(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the vector that FakeRunner makes of a prompt, whatever its pooling."""
+    return np.array([len(tokens), crc32(array("q", tokens).tobytes()) % 4096], np.float32)
 
 
 def fake_logprob(token: int) -> float:

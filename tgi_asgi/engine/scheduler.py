@@ -262,7 +262,8 @@ class Scheduler:
             plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
-        plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted))
+        pools = sequence.pooling
+        plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted, pools))
         step.sequences.append(sequence)
         step.epochs.append(sequence.epoch)
         step.num_prefill_tokens += count
@@ -353,8 +354,8 @@ class Scheduler:
             begin = row.start
             sequence = live.get(index)
             if sequence is not None:
-                # The runner keeps a prompt's scores from chunk to chunk: they begin again at the beginning.
-                begin = 0 if sequence.wants_prompt_logprobs else row.start
+                # What the runner keeps of a prompt from chunk to chunk begins again at the beginning.
+                begin = 0 if sequence.needs_all else row.start
                 sequence.num_computed = begin
                 sequence.num_registered = min(sequence.num_registered, begin // self.block_size)
                 sequence.num_pending -= row.samples

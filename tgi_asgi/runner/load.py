@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
@@ -24,10 +25,12 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
+from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
@@ -77,6 +80,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         config = opened.config
         if opened.is_generic:
             _announce(config.architecture, device)
+        if device is not None and not config.generates:
+            raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
@@ -96,8 +101,9 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         tokenizer, chat_template = text.result()
+        pooling = opened.read_pooling()
     if device is None:
-        runner = _make_cpu_runner(model, kv_size, settings, longest)
+        runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)
     else:
         assert not isinstance(model, GenericModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
@@ -119,6 +125,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         fingerprint=weights.fingerprint(arithmetic, kv_size),
         implementation="transformers" if opened.is_generic else "native",
     )
+    info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
 
@@ -148,7 +155,11 @@ def _choose_cpu_cache(
 
 
 def _make_cpu_runner(
-    model: Model | GenericModel, kv_size: KvSize, settings: Settings, longest: int
+    model: Model | GenericModel,
+    kv_size: KvSize,
+    settings: Settings,
+    longest: int,
+    dense: Sequence[Dense],
 ) -> CpuRunner:
     return CpuRunner(
         model,
@@ -156,6 +167,7 @@ def _make_cpu_runner(
         max_batch_size=settings.max_batch_size,
         max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
         max_context=longest,
+        dense=dense,
     )
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tgi_asgi.types import SamplingParams
+from tgi_asgi.types import Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
+    from tgi_asgi.types import Vector
 
 
 @dataclass(slots=True)
@@ -46,6 +47,9 @@ class StepRow:
     block_table: Sequence[int]
     samples: bool  # draw a token after the last one
     prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
+    # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
+    # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
+    pools: Pooling | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +89,7 @@ class StepResult:
     step_id: int
     sampled: list[Sampled | None]  # one a row; None where the row does not sample
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
+    pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
 
 
 class DeviceLost(Exception):

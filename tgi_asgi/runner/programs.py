@@ -29,6 +29,8 @@ class Program(Protocol):
 
     def run_head(self, rows: Sequence[int]) -> Tensor: ...
 
+    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]: ...
+
     def draw(
         self,
         batch: ops.FlatRows,

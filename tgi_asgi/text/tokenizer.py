@@ -147,6 +147,29 @@ class Tokenizer:
             return [self._acting.get(token_id, token_id) for token_id in ids]
         return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
 
+    def encode_cut(
+        self, text: str, keep: int, *, add_special_tokens: bool, from_left: bool = False
+    ) -> list[int]:
+        """Turn text into at most `keep` ids: of its beginning, or its end; what is put around it is not cut.
+
+        Raises:
+            InvalidRequest: as `encode`.
+        """
+        encoding = self._encode(self._backend.encode_batch_fast, text, False)
+        around = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding.truncate(max(keep - around, 0), direction="left" if from_left else "right")
+        if add_special_tokens:
+            encoding = self._backend.post_process(encoding, None, True)
+        return encoding.ids[:keep]
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Turn two texts into the ids of one pair, with what the tokenizer puts around and between them.
+
+        Raises:
+            InvalidRequest: as `encode`.
+        """
+        return self._encode(self._backend.encode_batch_fast, (first, second), True).ids
+
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False
     ) -> list[tuple[int, int, int]]:
@@ -213,7 +236,9 @@ class Tokenizer:
                 self._marked_backend = backend
             return self._marked_backend
 
-    def _encode(self, encode_batch: Any, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+    def _encode(
+        self, encode_batch: Any, text: str | tuple[str, str], add_special_tokens: bool
+    ) -> tokenizers.Encoding:
         try:
             encoding: tokenizers.Encoding = encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError:  # said of a string that has no UTF-8

@@ -58,6 +58,14 @@ class GenericConfig:
         return 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
 
     @property
+    def generates(self) -> bool:
+        return True
+
+    @property
+    def num_labels(self) -> int:
+        return 0
+
+    @property
     def rotary_dims(self) -> tuple[int, ...]:
         """None: angles are computed as they are needed."""
         return ()

@@ -148,6 +148,11 @@ class GenericProgram(ModuleProgram):
         with torch.inference_mode():
             return self._caller.compute_more(rows, self._known)
 
+    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return the states [n_tokens, hidden] behind the last norm of tokens of the last step."""
+        states: npt.NDArray[np.float32] = self._known.last_hidden_state[0, start:stop].numpy()
+        return states
+
 
 class FloorProgram(ModuleProgram):
     """One sequence after the other, on the model's own cache.
@@ -201,6 +206,16 @@ class FloorProgram(ModuleProgram):
                 if places:
                     out[places] = self._caller.compute_more([rows[at] - first for at in places], known)
         return out
+
+    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return states of the last step; as `GenericProgram.hidden`."""
+        parts = [
+            known.last_hidden_state[0, max(start - first, 0) : stop - first]
+            for first, last, known in self._known
+            if start < last and first < stop
+        ]
+        states: npt.NDArray[np.float32] = torch.cat(parts).numpy()
+        return states
 
 
 def cache_name(model: Any) -> str | None:

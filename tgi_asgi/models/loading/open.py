@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
+from tgi_asgi.models.loading.bare import BareWeights, with_prefix
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.registry import all_families, find_by_architecture, find_by_gguf_name
+from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_architecture
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 
@@ -63,10 +65,18 @@ class OpenModel:
             config = read_json(files.path / "config.json")
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
-                self._model = _Native(*read_config(config))
+                self._model = self._open_native(config)
             else:
                 self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
         self.config = self._model.config
+
+    def _open_native(self, config: Mapping[str, Any]) -> _Native:
+        family, read = read_config(config)
+        self.weights = with_prefix(self.weights)
+        is_bare = isinstance(self.weights, BareWeights) or read.architecture.endswith("Model")
+        if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
+            read = replace(read, has_head=False)
+        return _Native(family, read)
 
     @property
     def is_generic(self) -> bool:
@@ -114,6 +124,13 @@ class OpenModel:
         )
         return tokenizer, template
 
+    def read_pooling(self) -> PoolingFiles:
+        """Return what the files say of embedding."""
+        if self._gguf is not None:
+            return read_gguf_pooling(self._gguf.metadata)
+        assert self._directory is not None
+        return read_pooling(self._directory)
+
     def close(self) -> None:
         """Unmap the weights."""
         self.weights.close()
@@ -139,7 +156,7 @@ class _Native:
 def is_native(config: Mapping[str, Any]) -> bool:
     """Tell whether a family of ours has the architecture of a config.json."""
     name = (config.get("architectures") or [None])[0]
-    return any(family.architecture == name for family in all_families())
+    return isinstance(name, str) and has_architecture(name)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -153,7 +170,24 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         isinstance(architectures, list) and isinstance(architectures[0], str),
         "config.json names no architecture",
     )
-    return _read(find_by_architecture(architectures[0]), Reader.of_json(config))
+    name = architectures[0]
+    check(
+        config.get("is_causal") is not False and config.get("use_bidirectional_attention") in (None, False),
+        "config.json says that tokens see those that follow, which this architecture's code does not do here",
+    )
+    family, found = _read(find_by_architecture(name), Reader.of_json(config))
+    labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
+    return family, replace(found, architecture=name, num_labels=labels)
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """Return how many labels a classifier has, as transformers reads it."""
+    names = config.get("id2label")
+    count = config.get("num_labels") or (len(names) if isinstance(names, dict) else 2)
+    check(
+        type(count) is int and count > 0, f"`num_labels` must be a positive integer, got {str(count)[:100]}"
+    )
+    return int(count)
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:
