@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.rules import Rule, UnknownRule, decode_rule, rule_of
+from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rule, rule_of
 
 PROBE = "tgi_probe"
 _TOKENS = 3
-_LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
 # What attention functions are given beside queries, keys and values, and may ignore.
 _IGNORED = frozenset({
     "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
@@ -51,7 +50,7 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
     Raises:
         ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
     """
-    probe = _Probe(min(max_positions, _LONGEST))
+    probe = _Probe(min(max_positions, LONGEST))
     with probe.installed(), _implementation(model, PROBE), torch.no_grad():
         try:
             run_on_meta(model)

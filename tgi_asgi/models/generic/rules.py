@@ -14,6 +14,10 @@ from torch import Tensor
 
 _PAIRS = 4096  # random ones that a rule is held to
 _UNKNOWN, _BIDIRECTIONAL = -(1 << 30), -(1 << 29)
+# The number of "causal": a window's size is added, a chunk's taken off. Exact in float32, and far from what a
+# model's own code would fill a mask with: zeros that it made are no rule.
+_CAUSAL = 1 << 22
+LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -41,7 +45,10 @@ class UnknownRule(ValueError):
 
 
 def rule_of(sees: MaskFunction, length: int) -> int:
-    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads."""
+    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads.
+
+    `length` is at most `LONGEST`.
+    """
     everywhere = torch.arange(length)
     first = _call(sees, everywhere, torch.zeros_like(everywhere))
     ahead = _call(sees, everywhere[:-1], everywhere[1:])
@@ -57,8 +64,13 @@ def rule_of(sees: MaskFunction, length: int) -> int:
     found = _call(sees, queries, keys)
     for code in (size, -size):
         if torch.equal(found, _sees(code, queries, keys)):
-            return code
+            return _CAUSAL + code
     return _UNKNOWN
+
+
+def window_rule(window: int | None) -> int:
+    """Return the number of a window, or of none."""
+    return _CAUSAL + (window or 0)
 
 
 def decode_rule(code: int) -> Rule:
@@ -71,7 +83,10 @@ def decode_rule(code: int) -> Rule:
         raise UnknownRule("a mask that is neither causal nor a window nor chunks")
     if code == _BIDIRECTIONAL:
         raise UnknownRule("attention in both directions")
-    return Rule(window=code if code > 0 else None, chunk=-code if code < 0 else None)
+    size = code - _CAUSAL
+    if abs(size) > LONGEST:
+        raise UnknownRule("a mask that its own code makes")
+    return Rule(window=size if size > 0 else None, chunk=-size if size < 0 else None)
 
 
 def _sees(code: int, queries: Tensor, keys: Tensor) -> Tensor:
