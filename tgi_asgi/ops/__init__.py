@@ -14,7 +14,7 @@ from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.gate_up import gate_up
+from tgi_asgi.ops.gate_up import ACTIVATIONS, gate_up
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
 from tgi_asgi.ops.linear import linear, linear_add
@@ -43,6 +43,7 @@ from tgi_asgi.ops.weights import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMATS",
     "Arithmetic",
     "AttentionSpec",

@@ -58,18 +58,17 @@ class PagedLayers:
         self._next += 1
         spec = self._specs[index]
         if spec is None:
-            spec = self._specs[index] = self._spec(index, query, kwargs)
+            spec = self._specs[index] = self._spec(index, kwargs)
         rows = self._paged.run(
             self._caches[index], query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
             spec,
         )  # fmt: skip
         return rows[None], None
 
-    def _spec(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> ops.AttentionSpec:
-        layer, scale = self._layers[index], kwargs.get("scaling")
-        sinks = kwargs.get("s_aux")
+    def _spec(self, index: int, kwargs: dict[str, Any]) -> ops.AttentionSpec:
+        layer, sinks = self._layers[index], kwargs.get("s_aux")
         return ops.AttentionSpec(
-            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            scale=layer.scale,
             window=layer.rule.window,
             chunk=layer.rule.chunk,
             soft_cap=kwargs.get("softcap"),
