@@ -6,6 +6,7 @@ line: their layout is the kernels' own affair.
 """
 
 from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.attention import attention
@@ -56,6 +57,7 @@ __all__ = [
     "KvLayer",
     "KvPool",
     "LinearWeight",
+    "NativeProgram",
     "Packing",
     "PagedAttention",
     "PlanError",
