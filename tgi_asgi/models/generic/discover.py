@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class AttentionLayer:
     head_dim: int
     value_dim: int
     rule: Rule
+    scale: float  # what scores are multiplied by
+    is_plain: bool  # no soft cap, no sinks, no slopes
 
 
 def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
@@ -205,8 +207,24 @@ class _Probe:
                 self.problems.append(f"a layer has {error}")
         elif not kwargs.get("is_causal", getattr(module, "is_causal", True)):
             self.problems.append("a layer has no mask, and is not causal")
-        self.layers.append(AttentionLayer(heads, key.shape[1], query.shape[3], value.shape[3], rule))
+        self.layers.append(
+            AttentionLayer(
+                num_heads=heads,
+                num_kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[3],
+                rule=rule,
+                scale=scale_of(query, kwargs),
+                is_plain=all(kwargs.get(name) is None for name in ("softcap", "s_aux", "slopes")),
+            )
+        )
         return query.new_empty(query.shape[0], tokens, heads, value.shape[3]), None
+
+
+def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
+    """Return what scores are multiplied by: what the call says, or the root of the heads' size."""
+    scale = kwargs.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Replaced:
             made = Linear(rows, columns, has_bias=True, precision=self.precision)
             self._is_transposed.add(path)
         elif isinstance(module, nn.Embedding) and id(module) in self._vocabulary:
-            factor = _factor_of(module)
+            factor = factor_of(module)
             if factor is not None:
                 rows, columns = module.weight.shape
                 made = Embedding(rows, columns, factor=factor, precision=self.precision)
@@ -129,16 +129,19 @@ class Replaced:
             source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
             bias = None if biases is None else ops.from_floats(biases[index].contiguous())
             kept[index] = ops.linear_weight(source, self._arithmetic, bias=bias)
+        module._parameters[leaf.removesuffix("_bias")] = None  # what would read it fails loudly
         waiting.clear()
         return True
 
     def finish(self) -> None:
         """Replace, once there are weights, the norms that compute what ours does; stand before the head."""
         for path, module in list(self._model.named_modules()):
-            made = _as_rms_norm(module)
-            if made is not None:
+            offset = norm_offset(module) if "norm" in type(module).__name__.lower() else None
+            if offset is not None:
+                weight, eps = module.get_parameter("weight").float() + offset, eps_of(module)
+                assert eps is not None
                 owner, leaf = owner_of(self._model, path)
-                setattr(owner, leaf, made)
+                setattr(owner, leaf, RmsNorm(weight, eps))
         self.head = self._wrap_head()
 
 
@@ -182,7 +185,7 @@ def _source_of(name: str) -> str:
         return ""
 
 
-def _factor_of(module: nn.Embedding) -> float | None:
+def factor_of(module: nn.Embedding) -> float | None:
     """Return the number that an embedding multiplies its rows by; None where it does something else."""
     weight, padding = module.weight, module.padding_idx
     small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -203,29 +206,44 @@ def _factor_of(module: nn.Embedding) -> float | None:
     return factor if torch.allclose(found, factor * small, rtol=1e-6, atol=0) else None
 
 
-def _as_rms_norm(module: nn.Module) -> RmsNorm | None:
-    """Return our norm that computes the same as a module; None where there is none."""
-    if "norm" not in type(module).__name__.lower() or isinstance(module, RmsNorm):
-        return None
-    weight = module._parameters.get("weight")
+def all_products_are_ours(model: nn.Module) -> bool:
+    """Tell whether no matrix is left that torch would multiply by."""
+    return all(
+        isinstance(module, (PackedModule, nn.Embedding))
+        or not any(value is not None and value.dim() > 1 for value in module._parameters.values())
+        for module in model.modules()
+    )
+
+
+def eps_of(module: nn.Module) -> float | None:
+    """Return a norm's epsilon; None where it names none."""
+    found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
+    return found if isinstance(found, float) else None
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """Ask a module whether it is an RMSNorm: return what it adds to its weight; None where it is none."""
+    weight, eps = module._parameters.get("weight"), eps_of(module)
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
         return None
-    if any(value is not None for value in module._buffers.values()):
+    if eps is None or any(value is not None for value in module._buffers.values()):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:
         return None
-    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
-    if not isinstance(eps, float):
-        return None
-    rows = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, weight.numel(), generator=generator)
     rows[1] *= 1e-3  # where eps shows
+    scale = torch.rand(weight.shape, generator=generator)
     try:
+        module._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
         found = module(rows)
-    except Exception:
+    except Exception:  # whatever a class that is no such norm makes of rows
         return None
-    for scale in (weight, 1.0 + weight):
-        scale = scale.detach().float().clone()
-        made = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * scale
+    finally:
+        module._parameters["weight"] = weight
+    normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
+    for offset in (0.0, 1.0):
+        made = normed * (scale + offset)
         if found.shape == made.shape and torch.allclose(found, made, rtol=1e-5, atol=1e-7):
-            return RmsNorm(scale, eps)
+            return offset
     return None

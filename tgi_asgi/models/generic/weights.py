@@ -112,6 +112,22 @@ class Filler:
         self._tie(given)
         self._check_missing(given)
 
+    def names(self) -> list[str]:
+        """Return the module's names of the tensors that the files have, be it under what they are tied to."""
+        tied = [name for name, other in self._tied.items() if other in self._targets]
+        return list(dict.fromkeys([*self._targets, *tied]))
+
+    def source(self, name: str) -> ops.WeightSource:
+        """Return what the files have for a tensor of the module, or for the one that it is tied to.
+
+        Raises:
+            ModelLoadError: there is none, or it is made of others.
+        """
+        target = self._targets.get(name) or self._targets.get(self._tied.get(name, ""))
+        if target is None or target.converter is not None or len(target.sources) > 1:
+            raise ModelLoadError(f"there is no tensor that is {name!r}")
+        return self._weights.get(target.sources[0][0], self._shapes[name])
+
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
         for source, pattern in target.sources:
             target.converter.add_tensor(name, source, pattern, lambda source=source: self._tensor(source))
