@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,7 @@ import torch
 from tests.support import architectures
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.programs import Program
@@ -37,10 +39,13 @@ class Outcome:
     """How a checkpoint is served.
 
     Attributes:
-        reason: of the floor; empty: all sequences of a step at once, on the paged cache.
+        tier: "common": a decoder of ours; "generic": the module's code, all sequences of a step at once;
+            "floor": one after the other, on a cache of its own.
+        reason: of the floor.
         difference: the largest difference of a logit, relative to the largest logit of its sequence.
     """
 
+    tier: str
     reason: str
     difference: float
 
@@ -53,24 +58,25 @@ def open_generic(folder: Path, *, trusts_code: bool = False) -> OpenModel:
 
 def load_generic(
     folder: Path, *, max_context: int = MAX_CONTEXT, arithmetic: ops.Arithmetic | None = None
-) -> GenericModel:
+) -> Model | GenericModel:
     """Load a checkpoint, float32 where no arithmetic is given."""
     with open_generic(folder) as opened:
-        model = opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
-    assert isinstance(model, GenericModel)
-    return model
+        return opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
 
 
 def measure(folder: Path) -> Outcome:
     """Load a checkpoint, run `STEPS`, and compare the logits of every token with those of `transformers`."""
     model = load_generic(folder)
     ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    expected = architectures.references(folder, ids)
-    return Outcome(model.config.floor_reason, run_steps(model, ids, expected))
+    difference = run_steps(model, ids, architectures.references(folder, ids))
+    if not isinstance(model, GenericModel):
+        return Outcome("common", "", difference)
+    reason = model.config.floor_reason
+    return Outcome("floor" if reason else "generic", reason, difference)
 
 
 def run_steps(
-    model: GenericModel,
+    model: Model | GenericModel,
     ids: Sequence[Sequence[int]],
     expected: Sequence[np.ndarray],
     steps: Sequence[Sequence[tuple[int, int, int]]] = STEPS,
@@ -78,25 +84,25 @@ def run_steps(
     max_context: int = MAX_CONTEXT,
 ) -> float:
     """Run sequences in these steps; return `Outcome.difference`, NaN as infinite."""
-    pools = pools_of(model, num_sequences=len(ids), max_context=max_context)
-    program = cast(Program, model.program(pools, max_context))
-    worst = 0.0
-    for step in steps:
-        batch = batch_of(step, ids, max_context)
-        logits, at = program.run(batch, range(len(batch.ids))).numpy(), 0
-        for sequence, start, count in step:
-            wanted = expected[sequence]
-            apart = np.abs(logits[at : at + count] - wanted[start : start + count]).max()
-            worst = max(worst, float(np.nan_to_num(apart / np.abs(wanted).max(), nan=np.inf)))
-            at += count
-    for pool in pools:
-        pool.close()
+    with program_of(model, num_sequences=len(ids), max_context=max_context) as program:
+        worst = 0.0
+        for step in steps:
+            batch = batch_of(step, ids, max_context)
+            logits, at = program.run(batch, range(len(batch.ids))).numpy(), 0
+            for sequence, start, count in step:
+                wanted = expected[sequence]
+                apart = np.abs(logits[at : at + count] - wanted[start : start + count]).max()
+                worst = max(worst, float(np.nan_to_num(apart / np.abs(wanted).max(), nan=np.inf)))
+                at += count
     return worst
 
 
-def pools_of(model: GenericModel, *, num_sequences: int, max_context: int = MAX_CONTEXT) -> list[ops.KvPool]:
-    """Return a pool of float32 for each shape of the model's keys and values."""
-    return [
+@contextmanager
+def program_of(
+    model: Model | GenericModel, *, num_sequences: int, max_context: int = MAX_CONTEXT
+) -> Iterator[Program]:
+    """Make a model's program, over pools of float32 that have `max_context` tokens of each sequence."""
+    pools = [
         ops.KvPool(
             num_layers=cache.num_layers,
             num_blocks=num_sequences * _width(max_context),
@@ -108,6 +114,22 @@ def pools_of(model: GenericModel, *, num_sequences: int, max_context: int = MAX_
         )
         for cache in model.config.caches
     ]
+    try:
+        if isinstance(model, GenericModel):
+            yield cast(Program, model.program(pools, max_context))
+            return
+        (pool,) = pools
+        num_tokens = num_sequences * max_context
+        yield ops.CpuProgram(
+            record(model, pool.layers),
+            max_tokens=num_tokens,
+            max_sequences=num_sequences,
+            max_rows=num_tokens,
+            max_context=max_context,
+        )
+    finally:
+        for pool in pools:
+            pool.close()
 
 
 def batch_of(

@@ -13,6 +13,12 @@ _POSITIONS = "positions do not reach the layers"
 _MORE = "keeps more of a sequence than keys and values"
 _ARGUMENTS = "which the kernels do not have"
 
+# Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
+COMMON: tuple[str, ...] = (
+    "cwm", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "qwen2",
+    "qwen3", "seed_oss", "smollm3",
+)  # fmt: skip
+
 # One sequence after the other, on the cache of the model's own code.
 FLOOR: Mapping[str, str] = {
     **dict.fromkeys(
@@ -58,3 +64,9 @@ USUAL: tuple[str, ...] = tuple(
     bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )
+
+
+def tier_of(model_type: str) -> str:
+    """Return "common", "generic", "floor", "refused" or "refused late"."""
+    tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED, "refused late": REFUSED_LATE}
+    return next((tier for tier, names in tiers.items() if model_type in names), "generic")

@@ -16,6 +16,7 @@ from tests.support import generic_table as table
 from tests.support.architecture_table import NOT_BUILT, TYPES
 from tests.support.generic import measure, open_generic
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.common import CommonDecoder
 
 # Of the largest logit of a sequence, over every token of three sequences that are cut in chunks, mixed in
 # steps and continued token by token; in float32. Most are within 1e-6, recurrent layers within 1e-4.
@@ -25,7 +26,7 @@ Checkpoint = Callable[[str], Path]
 
 
 def is_served(model_type: str) -> bool:
-    return model_type not in table.REFUSED and model_type not in table.REFUSED_LATE
+    return table.tier_of(model_type) not in ("refused", "refused late")
 
 
 def rows(names: list[str]) -> list[Any]:
@@ -37,7 +38,13 @@ BUILDABLE = architectures.buildable()
 
 
 def test_the_table_names_architectures_once() -> None:
-    groups = [set(table.FLOOR), set(table.REFUSED), set(table.REFUSED_LATE), set(NOT_BUILT)]
+    groups = [
+        set(table.COMMON),
+        set(table.FLOOR),
+        set(table.REFUSED),
+        set(table.REFUSED_LATE),
+        set(NOT_BUILT),
+    ]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert set.union(*groups) | set(table.USUAL) <= set(TYPES)
 
@@ -46,8 +53,18 @@ def test_the_table_names_architectures_once() -> None:
 def test_all_tokens_have_the_logits_of_transformers(model_type: str, checkpoint: Checkpoint) -> None:
     found = measure(checkpoint(model_type))
     assert found.difference < EQUAL
+    assert found.tier == table.tier_of(model_type), found.reason
     assert table.FLOOR.get(model_type, "") in found.reason
-    assert bool(found.reason) == (model_type in table.FLOOR), found.reason
+
+
+@pytest.mark.parametrize("model_type", rows([name for name in BUILDABLE if name in table.COMMON]))
+def test_the_code_of_transformers_runs_decoders_of_the_common_shape_as_well(
+    model_type: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
+    found = measure(checkpoint(model_type))
+    assert found.difference < EQUAL
+    assert found.tier == "generic"
 
 
 @pytest.mark.parametrize("model_type", rows([name for name in BUILDABLE if name in table.REFUSED]))
