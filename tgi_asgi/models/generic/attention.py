@@ -89,7 +89,8 @@ def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
     """
 
     def factor(at: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        logs = torch.log1p(torch.floor((at.float() + 1.0) / float(module.floor_scale)))
+        return logs * float(module.attn_scale) + 1.0
 
     return factor(positions) / factor(torch.arange(len(positions)))
 

@@ -9,7 +9,7 @@ Only where they are equal the model is computed like a family of ours: as one re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.discover import AttentionLayer, arguments
-from tgi_asgi.models.generic.replace import eps_of, norm_offset
+from tgi_asgi.models.generic.replace import ACTIVATIONS, eps_of, norm_offset
 from tgi_asgi.models.generic.weights import Filler, owner_of
 from tgi_asgi.models.loading import NamedWeights
 
@@ -37,11 +37,6 @@ _LENGTH = 29  # tokens that both run
 _SOME_ROWS = 512  # of the embedding and the head are enough to compare
 _BLOCK = 16
 _LARGEST = 1e-3  # difference of logits, of the largest logit
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 class CommonDecoder:
@@ -316,8 +311,8 @@ def _activation(mlp: Any) -> str:
     """Return the name of an MLP's activation, by what it computes."""
     x = torch.linspace(-6, 6, 97)
     found = mlp.act_fn(x)
-    for name, function in _ACTIVATIONS.items():
-        if name in ops.ACTIVATIONS and torch.allclose(found, function(x), atol=1e-6):
+    for name, function in ACTIVATIONS.items():
+        if torch.allclose(found, function(x), atol=1e-6):
             return name
     raise _Other("another activation")
 
