@@ -212,6 +212,7 @@ class CommonDecoder:
                     logits: Tensor = self._module(**given).logits[0].float()
             finally:
                 hook.remove()
+            self._check_positions(given, logits)
             return seen[0][0], logits
         finally:
             decoder.layers = kept
@@ -219,6 +220,28 @@ class CommonDecoder:
                 config.__dict__["layer_types"] = types
             for owner, name, value in parameters:
                 owner._parameters[name] = value
+
+    def _check_positions(self, given: dict[str, Any], logits: Tensor) -> None:
+        """Refuse a module in which positions do more than turn queries and keys, as the last that are served show.
+
+        Ministral 3 multiplies queries by a number that is one up to position 16,384.
+
+        Raises:
+            ValueError: the logits are others where tokens are the last ones, but are turned as the first.
+        """
+        shift = max(self._max_positions - len(logits), 0)
+        rotary, rotate = self._decoder.rotary_emb, self._decoder.rotary_emb.forward
+        last = torch.arange(len(logits))[None] + shift
+        rotary.forward = lambda x, position_ids, *args, **kwargs: rotate(
+            x, position_ids - shift, *args, **kwargs
+        )
+        try:
+            with torch.inference_mode():
+                found = self._module(**given, position_ids=last).logits[0].float()
+        finally:
+            del rotary.forward
+        if not torch.allclose(found, logits, rtol=1e-5, atol=1e-6 * float(logits.abs().max())):
+            raise ValueError("positions do more than turn queries and keys")
 
 
 class _Canonical:
