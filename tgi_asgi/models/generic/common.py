@@ -222,7 +222,7 @@ class CommonDecoder:
                 owner._parameters[name] = value
 
     def _check_positions(self, given: dict[str, Any], logits: Tensor) -> None:
-        """Refuse a module in which positions do more than turn queries and keys, as the last that are served show.
+        """Refuse a module in which positions do more than turn queries and keys: the last ones served tell.
 
         Ministral 3 multiplies queries by a number that is one up to position 16,384.
 
