@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _PAIRS = 4096  # random ones that a rule is held to
+_DENSE = 48  # positions of which all pairs are: prefixes that all may see lie there
 _UNKNOWN, _BIDIRECTIONAL = -(1 << 30), -(1 << 29)
 # The number of "causal": a window's size is added, a chunk's taken off. Exact in float32, and far from what a
 # model's own code would fill a mask with: zeros that it made are no rule.
@@ -60,7 +61,8 @@ def rule_of(sees: MaskFunction, length: int) -> int:
     queries = torch.randint(length, (_PAIRS,), generator=generator)
     near = (queries - torch.randint(min(2 * size + 2, length), (_PAIRS,), generator=generator)).clamp(min=0)
     far = torch.randint(length, (_PAIRS,), generator=generator)
-    queries, keys = torch.cat([queries, queries]), torch.cat([near, far])
+    begin = torch.cartesian_prod(*2 * [torch.arange(min(_DENSE, length))]).reshape(-1, 2)
+    queries, keys = torch.cat([queries, queries, begin[:, 0]]), torch.cat([near, far, begin[:, 1]])
     found = _call(sees, queries, keys)
     for code in (size, -size):
         if torch.equal(found, _sees(code, queries, keys)):
