@@ -124,8 +124,10 @@ class Filler:
             ModelLoadError: there is none, or it is made of others.
         """
         target = self._targets.get(name) or self._targets.get(self._tied.get(name, ""))
-        if target is None or target.converter is not None or len(target.sources) > 1:
-            raise ModelLoadError(f"there is no tensor that is {name!r}")
+        if target is None:
+            raise ModelLoadError(_missing(name))
+        if target.converter is not None or len(target.sources) > 1:
+            raise ModelLoadError(f"{name!r} is made of {[each for each, _ in target.sources]}")
         return self._weights.get(target.sources[0][0], self._shapes[name])
 
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
@@ -184,7 +186,11 @@ class Filler:
         for name in self._shapes:
             if name in given or name in buffers or any(re.search(pattern, name) for pattern in ignored):
                 continue
-            raise ModelLoadError(f"there is no tensor {name!r} in the model's files, which the model needs")
+            raise ModelLoadError(_missing(name))
+
+
+def _missing(name: str) -> str:
+    return f"there is no tensor {name!r} in the model's files, which the model needs"
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
