@@ -11,7 +11,6 @@ from collections.abc import Mapping
 _OWN_ATTENTION = "writes its attention inline"
 _POSITIONS = "positions do not reach the layers"
 _MORE = "keeps more of a sequence than keys and values"
-_ARGUMENTS = "which the kernels do not have"
 
 # Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
 COMMON: tuple[str, ...] = (
@@ -29,7 +28,9 @@ FLOOR: Mapping[str, str] = {
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"),
         _POSITIONS,
     ),
-    **dict.fromkeys(("inkling_text", "inkling2_text", "minimax_m3_vl_text"), _ARGUMENTS),
+    "inkling_text": "attention takes position_bias",
+    "inkling2_text": "attention takes position_bias, sinks",
+    "minimax_m3_vl_text": "attention takes block_indices",
     "doge": "a mask that its own code makes",
     "git": "does not run without weights",
 }
@@ -55,6 +56,24 @@ REFUSED_LATE: Mapping[str, str] = {
     "xlstm": "does not run here",
 }
 
+# What the reason of a refusal comes from.
+WHY: Mapping[str, str] = {
+    **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to go on from"),
+    "reformer": "hashes tokens into buckets that change with the length",
+    "rwkv": "has a state of its own kind",
+    "xlnet": "goes on from its own memories",
+    "blt": "groups bytes into patches, of which attention sees fewer than tokens",
+    "cpmant": "lets a prompt's tokens see each other both ways",
+    "deepseek_v4": "holds tables of integers, and keeps compressed keys",
+    "prophetnet": "predicts several tokens at once, by a table of positions",
+    "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
+    "xlstm": "has a cache of its own kind",
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
+        "keeps an index of keys, which changes with how a prompt is cut",
+    ),
+}
+
 # The table's rows in a usual run; `make test-models` has all. One a kind of layer, at least.
 USUAL: tuple[str, ...] = tuple(
     """
@@ -65,8 +84,10 @@ USUAL: tuple[str, ...] = tuple(
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )
 
+TIERS = ("common", "generic", "floor", "refused", "refused late")
+
 
 def tier_of(model_type: str) -> str:
-    """Return "common", "generic", "floor", "refused" or "refused late"."""
+    """Return which of `TIERS` an architecture is of where the code of `transformers` is asked for."""
     tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED, "refused late": REFUSED_LATE}
     return next((tier for tier, names in tiers.items() if model_type in names), "generic")

@@ -15,6 +15,7 @@ from tests.support import architectures
 from tests.support import generic_table as table
 from tests.support.architecture_table import NOT_BUILT, TYPES
 from tests.support.generic import measure, open_generic
+from tests.support.generic_page import page
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.common import CommonDecoder
 
@@ -22,6 +23,7 @@ from tgi_asgi.models.generic.common import CommonDecoder
 # steps and continued token by token; in float32. Most are within 1e-6, recurrent layers within 1e-4.
 EQUAL = 1e-3
 
+ROOT = Path(__file__).parents[3]
 Checkpoint = Callable[[str], Path]
 
 
@@ -47,6 +49,11 @@ def test_the_table_names_architectures_once() -> None:
     ]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert set.union(*groups) | set(table.USUAL) <= set(TYPES)
+
+
+def test_the_page_has_the_table_as_it_is() -> None:
+    text = (ROOT / "docs/generic.md").read_text(encoding="utf-8")
+    assert page() in text, "docs/generic.md wants what `python -m tests.support.generic_page` prints"
 
 
 @pytest.mark.parametrize("model_type", rows([name for name in BUILDABLE if is_served(name)]))
