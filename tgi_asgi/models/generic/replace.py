@@ -133,13 +133,17 @@ class Replaced:
         return True
 
     def finish(self) -> None:
-        """Replace, once there are weights, the norms that compute what ours does; stand before the head."""
+        """Replace norms; stand before the head."""
+        self.finish_norms()
+        self.head = self._wrap_head()
+
+    def finish_norms(self) -> None:
+        """Replace, once there are weights, the norms that compute what ours does."""
         for path, module in list(self._model.named_modules()):
             made = _as_rms_norm(module)
             if made is not None:
                 owner, leaf = owner_of(self._model, path)
                 setattr(owner, leaf, made)
-        self.head = self._wrap_head()
 
 
 def _is_experts(module: nn.Module) -> bool:
