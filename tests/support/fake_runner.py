@@ -129,6 +129,7 @@ class FakeRunner:
     max_batch_size: int = 64
     max_step_tokens: int = 4096
     has_states: bool = False
+    takes_whole_prompts: bool = False
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
