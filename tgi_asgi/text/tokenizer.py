@@ -68,6 +68,8 @@ class Tokenizer:
         self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
         self.longest_token = max(map(len, self._bytes), default=1)  # bytes, and so no fewer than characters
+        if isinstance(backend.model, tokenizers.models.WordPiece):  # an unknown word is one token
+            self.longest_token = max(self.longest_token, backend.model.max_input_chars_per_word)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}
