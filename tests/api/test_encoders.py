@@ -52,7 +52,8 @@ async def test_a_cross_encoder_scores_pairs_with_their_segments(tmp_path: Path, 
     model = save_encoder(tmp_path, "Bert", "ForSequenceClassification", None, num_labels=num_labels)
     tokenizer = Tokenizer.from_directory(tmp_path)
     documents = ["a fit", "another document", "z"]
-    wanted, unmarked = [], []
+    wanted: list[float] = []
+    unmarked: list[float] = []
     for document in documents:
         ids, second = tokenizer.encode_pair("what", document)
         assert second == 6

@@ -220,6 +220,13 @@ def test_what_does_not_embed_is_refused_before_weights_are_read(
         pass
 
 
+def test_a_gpu_is_no_place_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_encoder(tmp_path, "Bert")
+    monkeypatch.setattr("tgi_asgi.runner.cuda_load.find_device", object)
+    with pytest.raises(ModelLoadError, match="served on a CPU only"), loaded(tmp_path):
+        pass
+
+
 def test_three_labels_are_no_score(tmp_path: Path) -> None:
     save_encoder(tmp_path, "Bert", "ForSequenceClassification", None, num_labels=3)
     with loaded(tmp_path) as (found, _):
