@@ -78,23 +78,21 @@ async def test_a_cross_encoder_scores_pairs_with_their_segments(tmp_path: Path, 
         assert refused.json()["error"]["code"] == "model_not_supported"
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
+async def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    save_encoder(tmp_path, "Bert")
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"input": "y " * 129}, "input"),
         ({"input": ["a", "y " * 200]}, "input[1]"),
         ({"input": [[5] * 131]}, "input[0]"),
         ({"input": [160]}, "input[0]"),
         ({"input": ""}, "input"),
         ({"input": "a", "dimensions": 65}, "dimensions"),
-    ],
-)
-async def test_what_is_wrong_is_named(tmp_path: Path, body: dict[str, Any], param: str) -> None:
-    save_encoder(tmp_path, "Bert")
+    ]
     async with pooled_server(tmp_path) as server:
-        answer = await server.post("/v1/embeddings", **body)
-        assert answer.status_code == 400, answer.text
-        assert answer.json()["error"]["param"] == param
+        for body, param in wrong:
+            answer = await server.post("/v1/embeddings", **body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == param
         fits = await server.post("/v1/embeddings", input="y " * 128)
         assert fits.json()["usage"]["prompt_tokens"] == 130
 
