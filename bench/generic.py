@@ -1,6 +1,8 @@
 """A model by both of its implementations in one process, interleaved: our own code, and that of transformers.
 
-    python -m bench.generic --model-id DIRECTORY --quantize Q8_0
+    python -m bench.generic --model-id DIRECTORY --quantize Q8_0 [--unrecognised]
+
+With `--unrecognised` the module's own code runs also where it has the common shape.
 
 For every row the ratio of speeds, generic over native: median of the pairs, and the middle half of them.
 """
@@ -11,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.programs import Pools, Program, make_program
@@ -33,7 +38,10 @@ def main() -> None:
     parser.add_argument("--model-id", type=Path, required=True)
     parser.add_argument("--quantize")
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--unrecognised", action="store_true")
     arguments = parser.parse_args()
+    if arguments.unrecognised:
+        CommonDecoder.find = classmethod(lambda cls, *_: None)  # type: ignore[assignment]
     ops.configure_threads(None)
     ops.join_threads()
     programs = {
@@ -48,6 +56,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
     with OpenModel(ModelFiles("bench", None, "directory", path), model_impl=implementation) as opened:
         model = opened.load(ops.Packing(False, quantise), _CONTEXT)
         config = opened.config
+    assert not isinstance(model, EncoderModel)
     size = KvSize(16 * _CONTEXT // _BLOCK, _BLOCK, 0, torch.bfloat16)
     return make_program(
         model, Pools(config, size), max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT
@@ -80,7 +89,7 @@ def _report(name: str, programs: dict[str, Program], batch: ops.FlatRows, num_pa
     times: dict[str, list[float]] = {each: [] for each in programs}
     for _ in range(num_pairs + 1):
         for each, program in programs.items():
-            times[each].append(_time(lambda program=program: program.run(batch, last)))
+            times[each].append(_time(partial(program.run, batch, last)))
     ratios = sorted(a / b for a, b in zip(times["native"][1:], times["transformers"][1:], strict=True))
     middle = (ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4])
     each = "  ".join(f"{key} {1e3 * statistics.median(found[1:]):8.2f} ms" for key, found in times.items())

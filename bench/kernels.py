@@ -191,7 +191,7 @@ def main() -> None:
     with OpenModel(files) as opened:
         positions = max(shape.context for shape in shapes)
         model = opened.load(ops.Packing(is_exact=False), positions)
-        if not isinstance(model, Decoder):
+        if not isinstance(model, Decoder) or not isinstance(opened.config, ModelConfig):
             raise SystemExit(f"{opened.config.architecture} is not timed by operator")
         bench = Bench(opened.config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
     peaks = {

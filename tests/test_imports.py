@@ -31,9 +31,10 @@ ALLOWED = {
 }
 COMMON = {"settings", "errors", "types"}
 # Rooms and files of it that know one dialect each; what they share lies beside them.
-DIALECTS = {"openai", "anthropic", "tgi", "ollama"}
+DIALECTS = {"openai", "anthropic", "tgi", "tei", "ollama"}
 MAY_KNOW = {  # TGI's clouds and tokenizer take OpenAI's chats; Ollama's tools are written as OpenAI's
     "tgi": {"openai"},
+    "tei": {"openai"},  # whose path of rankings it shares
     "ollama": {"openai"},
 }
 MOST_MODULES_OF_A_CHAT = 25

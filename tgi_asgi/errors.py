@@ -86,6 +86,10 @@ class ToolError(InvalidRequest, error_type="tool_error"):
     """Raised when tools, tool_choice or response_format cannot be honoured together or at all."""
 
 
+class ModelNotSupported(InvalidRequest, error_type="model_not_supported"):
+    """Raised for what the served model cannot do: to embed, to score, or to generate."""
+
+
 class UnsupportedSuffix(InvalidRequest, error_type="suffix not supported"):
     """Raised for a completion with a `suffix`; TGI has a name of its own for it."""
 

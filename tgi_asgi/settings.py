@@ -129,6 +129,16 @@ class Settings:
         _one_of("auto native transformers"),
     )
     trust_remote_code: bool = _model("Run the code that a model's files bring, with all rights.", False)
+    pooling: str | None = _model(
+        "How prompts become embeddings (default: as sentence-transformers' files or the GGUF file say).",
+        None,
+        _one_of("last mean cls"),
+    )
+    score_tokens: str | None = _model(
+        "Score pairs by these words' logits: of no and yes, or yes alone (Qwen3-Reranker: no,yes).",
+        None,
+        _Kind("NO,YES", "not be empty", str.strip),
+    )
     served_model_name: str | None = _model("Name to report instead of the model id.")
 
     hostname: str = _server(

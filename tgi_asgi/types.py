@@ -7,16 +7,20 @@ Values only: no torch, no Starlette, no asyncio. `GenerationRequest` is built by
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.errors import TgiError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import PIL.Image
 
     from tgi_asgi.text.constrain.grammar import Grammar
+
+    Vector = npt.NDArray[np.float32]
 
 # Hears how far loading has come: the stage, what is done of it (bytes, tensors), and of how much if that is
 # known. Called from any thread.
@@ -130,6 +134,31 @@ class Eyes(enum.Enum):
     NOTHING = "nothing"
     IMAGES = "images"  # the tokens of each
     PROMPT = "prompt"  # and nothing of it can be shared with another
+class PoolingKind(enum.Enum):
+    """How a prompt's hidden states, behind the last norm, become one vector."""
+
+    LAST = "last"  # of the last token
+    CLS = "cls"  # of the first
+    MEAN = "mean"
+    MEAN_SQRT_LEN = "mean_sqrt_len"  # their sum over the root of their number
+    WEIGHTED_MEAN = "weighted_mean"  # the n-th token counts n times
+    MAX = "max"  # of each dimension
+    LOGITS = (
+        "logits"  # no state: the logits of some tokens, or of a classifier's labels, after the last token
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What is wanted of a prompt in the place of an answer: a vector."""
+
+    kind: PoolingKind
+    token_ids: tuple[int, ...] = ()  # of LOGITS: which of them
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every token must be computed: none of them may come from the prefix cache."""
+        return self.kind not in (PoolingKind.LAST, PoolingKind.LOGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +182,10 @@ class GenerationRequest:
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)
     seeds: tuple[int, ...] = ()  # n of them, in the place of `sampling.seed`, or none
     images: tuple[ImageInput, ...] = ()  # in the prompt's order; they do not overlap
+    # A vector is wanted, in `RequestStats.vector`, and no token: n and max_tokens are 1, and the one event
+    # says that it is there.
+    pooling: Pooling | None = None
+    second_start: int | None = None  # of a pair of texts: where in the prompt the second one begins
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that would cost four times as much, and one is made a token
@@ -187,6 +220,7 @@ class RequestStats:
     finishes: list[FinishReason] = field(default_factory=list)  # of the choices, in the order they ended
     # Per prompt token: (logprob or None for the first, the k best), when `prompt_logprobs` asked for them.
     prompt_logprobs: list[tuple[float | None, Sequence[tuple[int, float]]]] | None = None
+    vector: Vector | None = None  # what `pooling` asked for: float32
 
 
 class Sink(Protocol):
@@ -268,6 +302,38 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """How a model turns texts into vectors.
+
+    Attributes:
+        dimensions: of a vector.
+        max_tokens: of a text.
+        is_normalized: vectors have the length 1, unless a request says otherwise.
+        prompts: what requests may have put before their texts, by name.
+    """
+
+    pooling: Pooling
+    dimensions: int
+    max_tokens: int
+    is_normalized: bool = True
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a model scores a pair of texts: by one logit, or by how far the second of two exceeds the first.
+
+    Attributes:
+        template: a chat template with the roles `query`, `document` and `system` (the instruction), or None:
+            the pair is tokenised as one.
+    """
+
+    pooling: Pooling
+    max_tokens: int
+    template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the API says of the model that is served."""
 
@@ -287,3 +353,7 @@ class ModelInfo:
     is_batch_invariant: bool = True  # same bits whatever runs beside a request
     created: int = 0  # seconds since the epoch, constant for the process
     fingerprint: str = "fp_0"  # constant for (weights, dtype, code version, kernel options)
+    generates: bool = True  # text; what only embeds or scores does not
+    embedding: Embedding | None = None  # None: it does not embed
+    scoring: Scoring | None = None  # None: it scores by its embeddings, if it has any
+    why_no_pooling: str = ""  # where both are None: what the operator can do about it

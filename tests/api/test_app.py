@@ -105,7 +105,7 @@ async def test_an_engine_that_drains_or_died_answers_503(state: EngineState) -> 
     assert engine.channels == []
 
 
-@pytest.mark.parametrize("path", ["/v1/nope", "/v1", "/v1/embeddings", "/v1/audio/speech"])
+@pytest.mark.parametrize("path", ["/v1/nope", "/v1", "/v1/images/edits", "/v1/audio/speech"])
 async def test_unknown_v1_paths_get_openais_envelope(path: str) -> None:
     call = await send(scripted_app(ScriptedEngine()), request("POST", path, HI))
     assert call.status == 404
@@ -122,7 +122,7 @@ async def test_a_forgotten_v1_gets_a_hint(path: str) -> None:
     assert "/v1" + path in error["message"]
 
 
-@pytest.mark.parametrize("path", ["/nope", "/generate/x", "/v2/models", "/v1x"])
+@pytest.mark.parametrize("path", ["/nope", "/generate/x", "/v3/models", "/v1x"])
 async def test_other_unknown_paths_get_the_flat_envelope(path: str) -> None:
     call = await send(scripted_app(ScriptedEngine()), request("GET", path))
     assert call.status == 404

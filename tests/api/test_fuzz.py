@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 
 from tests.support.asgi import events_of
 from tests.support.fuzzing import survive
-from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
+from tests.support.scripted_engine import ScriptedEngine, give_vector, say, scripted_app, toy_info
+from tgi_asgi.api.ollama.embed import OllamaEmbed
+from tgi_asgi.api.openai.embeddings import EmbeddingRequest
+from tgi_asgi.api.openai.ranking import RerankRequest, ScoreRequest
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
+from tgi_asgi.api.tei.request import EmbedRequest, TeiRerankRequest
 from tgi_asgi.settings import Settings
+from tgi_asgi.types import Embedding, Pooling, PoolingKind, Scoring
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 30), st.floats(allow_nan=False),
@@ -76,6 +81,41 @@ def test_random_chats(app_settings: Settings, body: Any) -> None:
 @given(APPS, COMPLETIONS)
 def test_random_completions(app_settings: Settings, body: Any) -> None:
     asyncio.run(post(app_settings, "/v1/completions", body))
+
+
+TEXTS = st.lists(st.text(max_size=5) | st.integers(-1, 1100) | ANYTHING, max_size=4) | st.text(max_size=5)
+VECTORS = {
+    "/v1/embeddings": bodies(EmbeddingRequest, {"input": TEXTS}),
+    "/embed": bodies(EmbedRequest, {"inputs": TEXTS}),
+    "/api/embed": bodies(OllamaEmbed, {"input": TEXTS}),
+    "/rerank": bodies(RerankRequest, {"query": st.text(max_size=5) | ANYTHING, "documents": TEXTS}),
+    "/v2/rerank": bodies(TeiRerankRequest, {"query": st.text(max_size=5), "texts": TEXTS}),
+    "/score": bodies(ScoreRequest, {"text_1": TEXTS, "text_2": TEXTS}),
+}
+MODELS = st.sampled_from(
+    [
+        {"embedding": Embedding(Pooling(PoolingKind.MEAN), 2, 30, prompts={"a": "b"})},
+        {"scoring": Scoring(Pooling(PoolingKind.LOGITS, (0, 1)), 30), "generates": False},
+        {},
+    ]
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.sampled_from(list(VECTORS)).flatmap(lambda path: st.tuples(st.just(path), VECTORS[path] | ANYTHING)),
+    MODELS,
+)
+def test_random_requests_for_vectors(asked: tuple[str, Any], model: dict[str, Any]) -> None:
+    async def ask() -> None:
+        engine = ScriptedEngine(give_vector(0.5, -2.0))
+        app = scripted_app(engine, info=toy_info(**model))
+        call = await survive(app, engine, *asked)
+        answer = call.json()
+        assert (isinstance(answer, dict) and "error" in answer) == (call.status >= 400)
+        assert model or call.status >= 400
+
+    asyncio.run(ask())
 
 
 @settings(max_examples=100, deadline=None)

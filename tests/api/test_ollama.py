@@ -337,7 +337,7 @@ async def test_errors_become_the_packages_exceptions() -> None:
 async def test_an_unknown_path_is_refused_in_ollamas_envelope() -> None:
     for chosen, status in ((Settings(), 404), (Settings(api_key=("right",)), 401)):
         async with client_of(app_of(ScriptedEngine(), settings=chosen)) as client:
-            answer = await client.post("/api/embed")
+            answer = await client.post("/api/push")
         assert (answer.status_code, list(answer.json())) == (status, ["error"])
 
 

@@ -29,7 +29,8 @@ def kept(x: Tensor, dtype: torch.dtype) -> Tensor:
     strips = torch.nn.functional.pad(x, (0, -dim % 32)).unflatten(-1, (-1, 32))
     scale = strips.abs().amax(-1, keepdim=True) / 127
     codes = (strips / scale.clamp_min(1e-30)).round()
-    return (codes * scale.half().float()).flatten(-2)[..., :dim]
+    kept: Tensor = (codes * scale.half().float()).flatten(-2)[..., :dim]
+    return kept
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Layer:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
     def pool(self, contexts: list[int]) -> KvPool:
         blocks = sum(-(-context // self.block_size) for context in contexts) + 2

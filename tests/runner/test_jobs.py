@@ -176,7 +176,7 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(starting(1))
-    runner._pool.native.memory()[:2] = 0xFF  # NaN
+    runner._pools.all[0].native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled
     assert ill is not None and healthy is not None

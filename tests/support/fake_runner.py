@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi.runner.plan import PromptLogprobs, Sampled, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import Eyes, ModelInfo, SamplingParams
 
@@ -97,6 +100,7 @@ def expected_tokens(
 class _Slot:
     start: SlotStart
     tokens: list[int]  # prompt and output, sampled ones included
+    num_pooled: int = 0  # prompt tokens that were given chunk after chunk
     num_scored: int = 0  # prompt tokens whose log-probabilities were given, chunk after chunk
 
     @property
@@ -129,6 +133,7 @@ class FakeRunner:
     has_states: bool = False
     eyes: Eyes | None = None
     view_steps: int = 2
+    takes_whole_prompts: bool = False
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -225,6 +230,8 @@ class FakeRunner:
             result.sampled.append(self._row(row, is_tainted))
             if row.prompt_logprobs is not None and not is_tainted:
                 result.prompt_logprobs[index] = self._score(row)
+            if row.pools is not None and row.samples and not is_tainted:
+                result.pooled[index] = fake_vector(self._slots[row.slot].tokens)
         for image in plan.views:
             if self._num_views[image.digest] < self.view_steps:
                 self._num_views[image.digest] += 1
@@ -259,6 +266,9 @@ class FakeRunner:
         self._require(len(set(slots)) == len(slots), "a slot twice in a step")
         self._require(all(0 <= slot < self.max_batch_size for slot in slots), "no such slot")
         self._require(sum(row.num_tokens for row in plan.rows) <= self.max_step_tokens, "too many tokens")
+        if self.takes_whole_prompts:
+            are_whole = all(row.samples and row.start == 0 and row.token_ids for row in plan.rows)
+            self._require(are_whole, "a prompt does not come whole")
         sizes = [row.num_tokens for row in plan.rows]
         first_chunk = next((at for at, size in enumerate(sizes) if size > 1), len(sizes))
         late = [row for row in plan.rows[first_chunk:] if row.token_ids is None]
@@ -276,13 +286,18 @@ class FakeRunner:
         slot = self._slots[row.slot]
         end = row.start + row.num_tokens
         if is_tainted:
+            if row.pools is not None:
+                return None
             if row.samples:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         seen = [self._store[self._place(row, position)] for position in range(end)]
         wanted = [(token, position) for position, token in enumerate(slot.tokens[:end])]
         self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
-        if not row.samples:
+        if row.pools is not None and row.pools.needs_all:
+            self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")
+            slot.num_pooled = end
+        if not row.samples or row.pools is not None:
             return None
         self._require(end == len(slot.tokens), f"slot {row.slot} draws before its last token")
         return self._draw(slot)
@@ -310,6 +325,11 @@ class FakeRunner:
         if not holds:
             self.violations.append(message)
             raise AssertionError(message)
+
+
+def fake_vector(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the vector that FakeRunner makes of a prompt, whatever its pooling."""
+    return np.array([len(tokens), crc32(array("q", tokens).tobytes()) % 4096], np.float32)
 
 
 def fake_logprob(token: int) -> float:

@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
+
 from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, create_app
@@ -214,6 +216,17 @@ def say(*tokens: str | bytes, finish: FinishReason | None = FinishReason.EOS) ->
             outputs = [output for output, event in events.items() if event.finish is None]
             yield list(events.values())
             step += 1
+
+    return script
+
+
+def give_vector(*numbers: float) -> Script:
+    """Return a script by which every prompt becomes this vector."""
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        await asyncio.sleep(0)
+        channel.stats.vector = np.array(numbers, np.float32)
+        yield [TokenEvent(0, 0, finish=FinishReason.STOP)]
 
     return script
 

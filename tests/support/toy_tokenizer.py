@@ -42,6 +42,16 @@ class ToyTokenizer:
         tokens = self.encode_with_offsets(text, add_special_tokens=add_special_tokens, is_marked=is_marked)
         return [start[0] for start in tokens]
 
+    def encode_cut(
+        self, text: str, keep: int, *, add_special_tokens: bool, from_left: bool = False
+    ) -> list[int]:
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        return ids[-keep:] if from_left else ids[:keep]
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+        ids = self.encode(first, add_special_tokens=True)
+        return [*ids, *self.encode(second, add_special_tokens=False)], None
+
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False
     ) -> list[tuple[int, int, int]]:

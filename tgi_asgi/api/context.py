@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -70,6 +70,16 @@ class Served:
     def special_ids(self) -> dict[str, int]:
         """The model's special tokens by their text."""
         return {self.tokenizer.token_text(i): i for i in sorted(self.tokenizer.special_ids)}
+
+    @cached_property
+    def for_scores(self) -> Served:
+        """The same model with the template for the pairs that it scores."""
+        from tgi_asgi.text.chat.template import ChatTemplate
+
+        source = self.info.scoring.template if self.info.scoring is not None else None
+        if source is None:
+            return self
+        return replace(self, chat_template=ChatTemplate(source, self.tokenizer.special_tokens))
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

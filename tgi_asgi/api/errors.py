@@ -35,6 +35,7 @@ RULES: dict[type[TgiError], Rule] = {
     errors.ContextExceeded: Rule(422, "Input validation error: ", 400, _REFUSED),
     errors.TemplateError: Rule(422, "Template error: ", 400, _REFUSED),
     errors.ToolError: Rule(422, "Tool error: ", 400, _REFUSED),
+    errors.ModelNotSupported: Rule(400, "", 400, _REFUSED, "model_not_supported"),
     errors.UnsupportedSuffix: Rule(422, "", 400, _REFUSED),
     errors.TooManyPrompts: Rule(422, "", 400, _REFUSED),
     errors.ImageTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),

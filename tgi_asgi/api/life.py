@@ -21,7 +21,7 @@ from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.images import check_images, load_images
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
-from tgi_asgi.errors import InvalidRequest, TgiError, UnknownModel
+from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
 from tgi_asgi.types import Engine, GenerationRequest, Permit, StopConditions, TokenEvent
@@ -96,6 +96,9 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         await exchange.respond(200, call.render(Generation(served, model, [], [])).whole([]))
         return
     check_images([job.prompt.images for job in call.jobs], exchange.context.settings.max_images)
+    if not served.info.generates:
+        can = "embeds" if served.info.embedding is not None else "scores"
+        raise ModelNotSupported(f"The model {can} texts, and generates none", param="model")
     with admitted(exchange, call.num_choices) as permit:
         jobs = [await prepare(exchange, served, job) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
@@ -179,7 +182,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         ),
         n=job.n,
         priority=min(max(job.priority, -most), most),
-        cache_salt=_cache_salt(exchange, job.cache_salt),
+        cache_salt=cache_salt_of(exchange, job.cache_salt),
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,
@@ -219,7 +222,7 @@ async def _grammar(exchange: Exchange, job: Job, form: AnswerForm) -> Grammar:
     return grammar
 
 
-def _cache_salt(exchange: Exchange, salt: str | None) -> str | None:
+def cache_salt_of(exchange: Exchange, salt: str | None) -> str | None:
     """Return what keeps one client's cached prefixes from telling another what it has sent."""
     tenant = exchange.tenant
     if tenant is None or exchange.context.settings.share_prefix_cache:

@@ -14,17 +14,22 @@ from tgi_asgi.api.ollama import routes as ollama
 from tgi_asgi.api.openai import responses
 from tgi_asgi.api.openai.chat import parse_chat
 from tgi_asgi.api.openai.completions import parse_completion
+from tgi_asgi.api.openai.embeddings import EmbeddingRequest, parse_embeddings
+from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
 from tgi_asgi.api.openai.response_input import ResponsesRequest
 from tgi_asgi.api.openai.responses import RESPONSES, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
+from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Access, Route
+from tgi_asgi.api.tei import routes as tei
+from tgi_asgi.api.tei.request import embedding_or
 from tgi_asgi.api.tgi import routes as tgi
 from tgi_asgi.settings import Settings
 
 
 def routes(settings: Settings) -> list[Route]:
     """Return the routes that a server with these settings has."""
-    rows = [*tgi.rows(), *_openai(), *anthropic.rows(), *ollama.rows(), *_server()]
+    rows = [*_tgi(), *_openai(), *tei.rows(), *anthropic.rows(), *ollama.rows(), *_server()]
     # Requests have lost their trailing slash by the time they are routed.
     for path, twin in ((settings.aip_predict_route, "/vertex"), (settings.aip_health_route, "/health")):
         if path:
@@ -37,6 +42,14 @@ def routes(settings: Settings) -> list[Route]:
     return rows
 
 
+def _tgi() -> list[Route]:
+    """Return TGI's; at the root, which TEI has as well, a model that only embeds does so."""
+    return [
+        replace(row, handle=embedding_or(row.handle)) if (row.method, row.path) == ("POST", "/") else row
+        for row in tgi.rows()
+    ]
+
+
 def _openai() -> list[Route]:
     row = partial(Route, tag="OpenAI", dialect=OPENAI)
 
@@ -44,10 +57,14 @@ def _openai() -> list[Route]:
         handle, kinds = generating(parse), (kind,)
         return row("POST", path, handle, summary, dialect=dialect, requests=kinds, generates=True, event=str)
 
+    pooled = partial(row, "POST", tag="Embeddings", generates=True)
     return [
         made("/v1/chat/completions", parse_chat, "Chat", ChatRequest, CHAT),
         made("/v1/completions", parse_completion, "Text", CompletionRequest),
         made("/v1/responses", parse_response, "Responses", ResponsesRequest, RESPONSES),
+        pooled("/v1/embeddings", pooling(parse_embeddings), "Embeddings", requests=(EmbeddingRequest,)),
+        pooled("/v1/score", pooling(parse_score), "Score pairs of texts: vLLM", requests=(ScoreRequest,)),
+        pooled("/score", pooling(parse_score), "The same", requests=(ScoreRequest,)),
         row("GET", "/v1/responses/{response}", responses.retrieve, "A response that is kept"),
         row("DELETE", "/v1/responses/{response}", responses.delete, "Forget a response"),
         row("GET", "/v1/models", status.list_models, "List the served model"),

@@ -213,6 +213,8 @@ class Engine:
             )
         if max_tokens < 1 or request.n < 1:
             raise InvalidRequest(f"max_tokens and n must be at least 1, got {max_tokens} and {request.n}")
+        if request.pooling is not None:
+            max_tokens = 0  # none is drawn
         num_tokens = len(prompt) + max_tokens
         if num_tokens > self._max_total_tokens:
             raise InvalidRequest(

@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
@@ -22,7 +25,10 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
 from tgi_asgi.runner.plan import Runner, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Eyes, Permit
+from tgi_asgi.types import Eyes, FinishReason, Permit, TokenEvent
+
+if TYPE_CHECKING:
+    from tgi_asgi.types import Vector
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,7 @@ class ServingLoop:
             eyes=runner.eyes,
             prefix_cache=settings.prefix_cache and not runner.has_states and runner.eyes is not Eyes.PROMPT,
             can_fork=not runner.has_states,
+            takes_whole_prompts=runner.takes_whole_prompts,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
         )
@@ -240,6 +247,9 @@ class ServingLoop:
             channel: RequestChannel = sequence.owner
             if row in result.prompt_logprobs:
                 self._keep_prompt_logprobs(channel, step, row, result)
+            if row in result.pooled:
+                self._end_pooled(sequence, result.pooled[row], now)
+                continue
             sampled = result.sampled[row]
             if sampled is None:
                 continue
@@ -275,6 +285,22 @@ class ServingLoop:
                     self._end(channel, None)
             if self._clock() > self._yield_at:
                 await self._breathe()
+
+    def _end_pooled(self, sequence: Sequence, vector: Vector, now: float) -> None:
+        """End a request that wants a vector; its one event says no more than that."""
+        channel: RequestChannel = sequence.owner
+        if not bool(np.isfinite(vector).all()):
+            self._recovery.num_lost_rows += 1
+            self.lose(sequence, "the model's hidden states were not finite")
+            return
+        stats = channel.stats
+        stats.vector, stats.first_token_s = vector, now
+        stats.cached_tokens = sequence.num_cached or 0
+        self._recovery.num_lost_rows = 0
+        channel.push(TokenEvent(0, 0, finish=FinishReason.STOP))
+        self._touched[channel] = None
+        self.scheduler.remove(sequence)
+        self._end(channel, None)
 
     def _keep_prompt_logprobs(
         self, channel: RequestChannel, step: Step, row: int, result: StepResult

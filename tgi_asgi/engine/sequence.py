@@ -39,7 +39,8 @@ class Sequence:
     __slots__ = (
         "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
         "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
-        "num_seen", "num_taken", "owner", "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids",
+        "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot", "starts_slot", "state",
+        "stop_ids",
         "table", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class Sequence:
         self.max_tokens = stop.max_tokens
         self.min_tokens = stop.min_tokens
         self.wants_prompt_logprobs = request.prompt_logprobs is not None and leader is None
+        self.pooling = request.pooling
         # While it writes free text it needs no grammar; `min_tokens` needs its list of masked ids.
         self.watch = request.grammar.watch() if request.grammar and not stop.min_tokens else None
         self.token_ids = list(request.prompt_ids)
@@ -97,6 +99,11 @@ class Sequence:
         self.state = state
         self.epoch += 1
         self._reset()
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the runner keeps something of each prompt token: none is cached, all come in order."""
+        return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property
     def num_output(self) -> int:

@@ -63,7 +63,7 @@ class BlockTables:
         return True
 
     def _may_look_up(self, sequence: Sequence) -> bool:
-        return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.wants_prompt_logprobs
+        return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.needs_all
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Return the blocks of the longest cached prefix; at least one token is left to compute."""

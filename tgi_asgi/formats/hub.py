@@ -13,7 +13,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
 # Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
-_PATTERNS = ["*.json", "*.jinja", "model*.safetensors"]
+_PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors"]
 _IGNORED = ["original/*", "onnx/*", "openvino/*", "metal/*"]
 
 

@@ -26,6 +26,7 @@ _BOUNDS = {
     "context_length": (1, MAX_CONTEXT),
 }
 MAX_LAYERS = 1 << 10
+MAX_LABELS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class RopeSpec:
     dim: int
     theta: float
     scaling: RopeScaling | None = None
+    frequencies: tuple[float, ...] | None = None  # of each pair, where no formula gives them
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,14 @@ class ServedConfig(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def generates(self) -> bool:
+        """Whether the model gives text."""
+
+    @property
+    def num_labels(self) -> int:
+        """Those of a classifier; 0: it is none."""
+
     @property
     def caches(self) -> Sequence[CacheShape]:
         """The shapes of keys and values; none where a model keeps all in states."""
@@ -129,6 +139,13 @@ class ModelConfig:
     embedding_factor: float = 1.0  # on the embedding
     residual_factor: float = 1.0  # on what a layer's parts add to the residual
     logits_scale: float = 1.0
+    has_head: bool = True  # False: the embedding stands in for a head that there is not
+    num_labels: int = 0  # of a classifier, whose head has a row for each; 0: it is none
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model gives text."""
+        return self.has_head and not self.num_labels
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -148,6 +165,9 @@ class ModelConfig:
         check(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        check(
+            0 <= self.num_labels <= MAX_LABELS, f"num_labels must be 0..{MAX_LABELS}, got {self.num_labels}"
         )
         check(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
         for layer in set(self.layers):

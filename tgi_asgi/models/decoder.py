@@ -155,7 +155,10 @@ class Decoder:
         ]
         self.norm = ops.vector(weights.get("model.norm.weight", (config.hidden_size,)))
         self.head = self.embedding
-        if not config.has_tied_embeddings:
+        if config.num_labels:
+            labels = weights.get("score.weight", (config.num_labels, config.hidden_size))
+            self.head = ops.linear_weight(labels, arithmetic, is_vocabulary=True)
+        elif config.has_head and not config.has_tied_embeddings:
             head = weights.get("lm_head.weight", shape)
             self.head = ops.linear_weight(head, arithmetic, is_vocabulary=True)
 

@@ -128,7 +128,7 @@ class Reader:
 
     def _matters(self, key: str, value: Any) -> bool:
         if self.is_gguf:
-            return not (key.startswith("expert_") and value == 0)
+            return key != "pooling_type" and not (key.startswith("expert_") and value == 0)
         if key in _HARMLESS or not any(part in key for part in _SUSPICIOUS):
             return False
         return not (value is None or value is False or (type(value) in (int, float) and value in (0, 1)))

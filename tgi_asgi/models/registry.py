@@ -19,13 +19,24 @@ def all_families() -> tuple[Family, ...]:
     return tuple(family for module in imported for family in module.FAMILIES)
 
 
+def has_architecture(name: str) -> bool:
+    """Tell whether there is a family of a config.json's architecture."""
+    return _find(name) is not None
+
+
 def find_by_architecture(name: str) -> Family:
-    """Look up the family of a config.json's architecture."""
-    for family in all_families():
-        if family.architecture == name:
-            return family
+    """Look up the family of a config.json's architecture, be it without a head or with a classifier's."""
+    found = _find(name)
+    if found is not None:
+        return found
     known = ", ".join(family.architecture for family in all_families())
     raise ModelLoadError(f"models of architecture {name!r} are not supported; supported are {known}")
+
+
+def _find(name: str) -> Family | None:
+    stem = name.removesuffix("Model").removesuffix("ForSequenceClassification")
+    names = (name, f"{stem}ForCausalLM")
+    return next((family for family in all_families() if family.architecture in names), None)
 
 
 def find_by_gguf_name(name: str) -> Family:

@@ -104,6 +104,17 @@ class CpuProgram:
         """Compute the logits of other rows of the last step, which `run` computed; as it."""
         return torch.from_numpy(self.native.run_head(rows))
 
+    def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return the states [n_tokens, hidden] behind the last norm of tokens of a step that `run` computed.
+
+        A token's bits depend on nothing else in the step.
+        """
+        head = next(call for call in reversed(self._recorded) if isinstance(call, calls.Head))
+        x = self.residual[start:stop, : head.norm.numel()].astype(np.float64)
+        x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True) + head.eps)
+        states: npt.NDArray[np.float32] = (x * head.norm.numpy()).astype(np.float32)
+        return states
+
     def write(self, value: Value, rows: Tensor) -> None:
         """Give an input its rows [n_tokens, columns] float32."""
         array = self._calls.buffers.of(value, "rows").array()

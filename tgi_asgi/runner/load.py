@@ -9,8 +9,9 @@ import ctypes
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -21,13 +22,17 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
+from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
@@ -46,7 +51,7 @@ _SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
 class LoadedModel:
     """All that serving a model takes."""
 
-    runner: CpuRunner | CudaRunner
+    runner: CpuRunner | CudaRunner | EncoderRunner
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
@@ -76,12 +81,17 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
-        if opened.is_generic:
-            _announce(config.architecture, device)
+        if opened.is_generic and device is not None:
+            raise ModelLoadError(
+                f"{config.architecture} is computed by transformers' code, which is served on a CPU only: "
+                'set CUDA_VISIBLE_DEVICES="" to serve it there'
+            )
+        if device is not None and not config.generates:
+            raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
-        runner: CpuRunner | CudaRunner
+        runner: CpuRunner | CudaRunner | EncoderRunner
         if device is None:
             dtype = _choose_dtype(name)
             packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
@@ -89,19 +99,22 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
         else:
-            assert isinstance(config, ModelConfig)  # `_announce` has refused the others
+            assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
         with cuda_load.must_fit():
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
+        if opened.is_generic:
+            _announce(model)
         tokenizer, chat_template = text.result()
-    image_processor = opened.read_image_processor()
+        image_processor = opened.read_image_processor()
+        pooling = opened.read_pooling()
     if device is None:
-        runner = _make_cpu_runner(model, kv_size, settings, longest)
+        runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)
     else:
-        assert not isinstance(model, GenericModel)
+        assert not isinstance(model, GenericModel | EncoderModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
     info = ModelInfo(
@@ -120,21 +133,38 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
         implementation="transformers" if opened.is_generic else "native",
+        is_batch_invariant=_is_batch_invariant(model, settings, device),
     )
+    info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info, image_processor)
 
 
-def _announce(architecture: str, device: Device | None) -> None:
-    """Say in one line that the code of `transformers` computes the model."""
+def _announce(model: Model | GenericModel | EncoderModel) -> None:
+    """Say in one line how the code of `transformers` computes the model."""
     import transformers
 
-    if device is not None:
-        raise ModelLoadError(
-            f"{architecture} is computed by transformers' own code, which is served on a CPU only: set "
-            'CUDA_VISIBLE_DEVICES="" to serve it there'
-        )
-    logger.info("%s is computed by transformers %s, on our kernels", architecture, transformers.__version__)
+    architecture, version = model.config.architecture, transformers.__version__
+    if not isinstance(model, GenericModel | EncoderModel):
+        logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
+    elif model.config.floor_reason:
+        logger.warning(
+            "%s runs one sequence at a time, by the code of transformers %s alone, slowly: %s",
+            architecture, version, model.config.floor_reason,
+        )  # fmt: skip
+    else:
+        logger.info(
+            "%s runs by the code of transformers %s, on our kernels%s",
+            architecture, version, "" if model.is_batch_invariant else "; batch_invariant: false",
+        )  # fmt: skip
+
+
+def _is_batch_invariant(
+    model: Model | GenericModel | EncoderModel, settings: Settings, device: Device | None
+) -> bool:
+    if isinstance(model, GenericModel | EncoderModel):
+        return model.is_batch_invariant
+    return device is None or settings.batch_invariant
 
 
 def _choose_cpu_cache(
@@ -146,12 +176,27 @@ def _choose_cpu_cache(
     free = free_memory()
     vocabulary = opened.config.vocab_size * opened.config.hidden_size
     free -= check_weights_fit(opened.stored(), packing, vocabulary, free)
-    return choose_size(opened.config, settings, dtype, longest, free)
+    size = choose_size(opened.config, settings, dtype, longest, free)
+    return replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
 
 
 def _make_cpu_runner(
-    model: Model | GenericModel, kv_size: KvSize, settings: Settings, longest: int
-) -> CpuRunner:
+    model: Model | GenericModel | EncoderModel,
+    kv_size: KvSize,
+    settings: Settings,
+    longest: int,
+    dense: Sequence[Dense],
+) -> CpuRunner | EncoderRunner:
+    if isinstance(model, EncoderModel):
+        return EncoderRunner(
+            model,
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens,
+            max_context=longest,
+            dense=dense,
+        )
     return CpuRunner(
         model,
         kv_size,
@@ -159,6 +204,7 @@ def _make_cpu_runner(
         max_step_tokens=settings.max_batch_prefill_tokens + settings.max_batch_size,
         max_context=longest,
         image_cache=settings.image_cache,
+        dense=dense,
     )
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from tgi_asgi.types import Eyes, ImageInput, SamplingParams
+from tgi_asgi.types import Eyes, ImageInput, Pooling, SamplingParams
 
 if TYPE_CHECKING:
     from tgi_asgi.text.constrain.grammar import Grammar
+    from tgi_asgi.types import Vector
 
 
 @dataclass(slots=True)
@@ -47,6 +48,10 @@ class StepRow:
     block_table: Sequence[int]
     samples: bool  # draw a token after the last one
     prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
+    # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
+    # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
+    pools: Pooling | None = None
+    second_start: int | None = None  # as `GenerationRequest.second_start`
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +96,7 @@ class StepResult:
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
     is_viewed: list[bool] = field(default_factory=list)  # one a view: it needs no more of this
     view_s: float = 0.0  # what the views have taken of the step
+    pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
 
 
 class DeviceLost(Exception):
@@ -106,6 +112,9 @@ class Runner(Protocol):
     max_step_tokens: int
     has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
     eyes: Eyes | None  # of a model that takes images
+    takes_whole_prompts: (
+        bool  # a prompt is one row of one step, and nothing follows; `max_step_tokens` hold it
+    )
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

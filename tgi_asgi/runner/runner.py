@@ -17,14 +17,17 @@ from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision.program import VisionProgram
+from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.masks import SlotMasks
-from tgi_asgi.runner.plan import StepPlan, StepResult
+from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import Pools, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.types import PoolingKind
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ class CpuRunner:
 
         runner = CpuRunner(model, kv_size, max_batch_size=128, max_step_tokens=4096, max_context=8192)
         result = await runner.submit(StepPlan(0, rows))
+
+    Args:
+        dense: what pooled vectors go through.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -50,6 +56,7 @@ class CpuRunner:
         max_step_tokens: int,
         max_context: int,
         image_cache: int = 0,
+        dense: Sequence[Dense] = (),
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -59,6 +66,7 @@ class CpuRunner:
         self.max_context = max_context
         self._pools = Pools(config, kv_size)
         self.has_states = config.has_states
+        self.takes_whole_prompts = False
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -80,6 +88,8 @@ class CpuRunner:
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
         self._scorer = PromptScorer(self._program.run_head, max_rows=max_batch_size)
+        self._generates = config.generates
+        self._pooler = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
         self._jobs = JobQueue(self._program.native, self._inputs.limits)
         self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
@@ -111,7 +121,10 @@ class CpuRunner:
         if self._program.native is None or plan.starts or plan.copies or not plan.rows:
             return False
         constrained = self._constrained
-        return not any(row.prompt_logprobs is not None or row.slot in constrained for row in plan.rows)
+        return not any(
+            row.prompt_logprobs is not None or row.pools is not None or row.slot in constrained
+            for row in plan.rows
+        )
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute a step in the calling thread, which must be the only one that does (tests, benchmarks).
@@ -138,6 +151,7 @@ class CpuRunner:
             if self._seer is not None:
                 self._seer.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
+            self._pooler.forget(start.slot)
         if plan.starts:
             self._jobs.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
@@ -146,7 +160,7 @@ class CpuRunner:
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples]
+        sampling = [index for index, row in enumerate(plan.rows) if row.samples and row.pools is None]
         slots = [plan.rows[index].slot for index in sampling]
         # Before the step and not beside it: the team has every core, and a thread that computed masks then
         # would hold up a member, and with it all the others at the next barrier.
@@ -156,13 +170,21 @@ class CpuRunner:
         result = StepResult(plan.step_id, [None] * len(plan.rows))
         stops = batch.query_start.tolist()
         rows = [stops[index + 1] - 1 for index in sampling]  # each row's last token
-        if slots and all(row.prompt_logprobs is None for row in plan.rows):
+        if (
+            slots
+            and self._generates
+            and all(row.prompt_logprobs is None and row.pools is None for row in plan.rows)
+        ):
             drawn = unpack(self._program.draw(batch, rows, slots, self._sampling, mask))
         else:
             logits = self._program.run(batch, rows)
-            if self._score(plan, stops, result):
+            has_pooled = self._pool_rows(plan, stops, result)
+            if self._score(plan, stops, result) or has_pooled:
                 logits = self._program.run_head(rows)  # the scorer's logits took the place of these
-            drawn = unpack(ops.sample(logits, self._sampling, slots, mask=mask)) if slots else []
+            if self._generates:
+                drawn = unpack(ops.sample(logits, self._sampling, slots, mask=mask)) if slots else []
+            else:  # only the engine's probe asks for a token
+                drawn = [Sampled(0) for _ in slots]
         self._masks.accept(slots, drawn)
         for index, sampled in zip(sampling, drawn, strict=True):
             result.sampled[index] = sampled
@@ -175,6 +197,22 @@ class CpuRunner:
                 result.prompt_logprobs[index] = self._scorer.score(stops[index], row)
         return bool(result.prompt_logprobs)
 
+    def _pool_rows(self, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
+        """Pool the rows that want it; tell whether logits were computed for one."""
+        has_logits = False
+        for index, row in enumerate(plan.rows):
+            if row.pools is None:
+                continue
+            vector = None
+            if row.pools.kind is not PoolingKind.LOGITS:
+                vector = self._pooler.take(stops[index], row)
+            elif row.samples:
+                logits = self._program.run_head([stops[index + 1] - 1])[0].numpy()
+                vector, has_logits = logits[list(row.pools.token_ids)], True  # a copy
+            if vector is not None:
+                result.pooled[index] = vector
+        return has_logits
+
     def _work(self) -> None:
         """Run jobs until closed: the runner thread's whole life."""
         ops.join_threads()
@@ -183,10 +221,10 @@ class CpuRunner:
                 outcome: StepResult | Exception = self.run(job.plan)
             except Exception as error:
                 logger.exception("step %s failed", job.plan.step_id)
-                outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
+                outcome = MemoryError(str(error)) if is_out_of_memory(error) else error
             self._jobs.finish(job, outcome)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell torch's ways of saying that there is no memory from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -14,9 +14,11 @@ import tgi_asgi
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import generating
+from tgi_asgi.api.ollama.embed import OllamaEmbed, OllamaEmbeddings, parse_embed, parse_embeddings
 from tgi_asgi.api.ollama.render import CHAT, GENERATE, NDJSON
 from tgi_asgi.api.ollama.request import OllamaChat, OllamaGenerate, parse_chat, parse_generate
 from tgi_asgi.api.parse import check_ranges
+from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Route
 from tgi_asgi.errors import UnknownModel
 from tgi_asgi.text.tools.reasoning import style_of
@@ -35,14 +37,22 @@ def rows() -> list[Route]:
     """Return the routes."""
     row = partial(Route, tag="Ollama", dialect=GENERATE)
     stream = partial(row, "POST", generates=True, event=str, stream_type=NDJSON.decode())
+    pooled = partial(row, "POST", generates=True)
     return [
         stream("/api/chat", generating(parse_chat), "Chat", dialect=CHAT, requests=(OllamaChat,)),
         stream("/api/generate", generating(parse_generate), "Generate", requests=(OllamaGenerate,)),
+        pooled(
+            "/api/embed", pooling(parse_embed), "Embed texts", requests=(OllamaEmbed,),
+        ),
+        pooled(
+            "/api/embeddings", pooling(parse_embeddings), "Embed a text: the older form",
+            requests=(OllamaEmbeddings,),
+        ),
         row("POST", "/api/show", show, "Describe the served model", requests=(OllamaShow,)),
         row("GET", "/api/tags", list_models, "List the served model"),
         row("GET", "/api/ps", list_models, "The same: it is always loaded"),
         row("GET", "/api/version", version, "The server's version"),
-    ]
+    ]  # fmt: skip
 
 
 async def list_models(exchange: Exchange) -> None:
@@ -88,7 +98,8 @@ def _known(served: Served) -> dict[str, Any]:
     """Return what `/api/tags` and `/api/show` say alike; "" is not known."""
     info, template = served.info, served.chat_template
     can = {
-        "completion": True,
+        "completion": served.info.generates,
+        "embedding": served.info.embedding is not None,
         "tools": template is not None and template.mentions("tools"),
         "thinking": template is not None and style_of(template.source) is not None,
         "vision": served.accepts_images,

@@ -11,16 +11,18 @@ from typing import Any, cast
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
+from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
@@ -66,6 +68,14 @@ class GenericConfig:
         return 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
 
     @property
+    def generates(self) -> bool:
+        return True
+
+    @property
+    def num_labels(self) -> int:
+        return 0
+
+    @property
     def rotary_dims(self) -> tuple[int, ...]:
         """None: angles are computed as they are needed."""
         return ()
@@ -96,7 +106,7 @@ class OpenGeneric:
         self._text: Any = self._model if self._seeing is None else TextView(self._model)
         text = self._model.config.get_text_config()
         first = first_position(self._model)
-        context = _context_length(text) - first
+        context = context_length(text) - first
         self._recurrent = recurrent_modules(self._model)
         layers: list[AttentionLayer] = []
         reason = ""
@@ -131,13 +141,24 @@ class OpenGeneric:
         config = self._model.config.to_dict()
         return load_processor(directory, config, self._seeing.image_token_id, input_names(self._model))
 
-    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel:
+    def _common(self, max_positions: int) -> CommonDecoder | None:
+        if self._recurrent or self.config.floor_reason or self.config.first_position or self._seeing:
+            return None
+        fix_rotary_tables(self._model, max_positions)
+        return CommonDecoder.find(self._model, self.config.layers, max_positions)
+
+    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel | Model:
         """Fill the module with its weights, packed; check that it computes what its own code does.
+
+        A decoder of the common shape becomes one of ours.
 
         Raises:
             ModelLoadError: a tensor is missing, does not fit or is not known, or the check fails.
         """
         model = self._model
+        common = self._common(max_positions)
+        if common is not None and common.is_equal(cast(NamedWeights, weights)):
+            return common.load(cast(NamedWeights, weights), arithmetic)
         made: list[Replaced] = []
         filler = Filler(model, cast(NamedWeights, weights), lambda name, value: made[0].place(name, value))
         made.append(Replaced(model, arithmetic))
@@ -163,6 +184,8 @@ class GenericModel:
     Attributes:
         config: what it is.
         tower: what makes rows of images, where it takes any.
+        is_batch_invariant: a token has the same bits whatever runs beside it. Products that are torch's may
+            round differently with the number of rows, and so may scans with the cut of a prompt.
     """
 
     def __init__(
@@ -172,6 +195,7 @@ class GenericModel:
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
         self.tower = None if config.seeing is None else Tower(module)
+        self.is_batch_invariant = not config.has_states and all_products_are_ours(module)
 
     def program(
         self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0
@@ -210,7 +234,8 @@ def first_position(model: Any) -> int:
     return 0
 
 
-def _context_length(config: Any) -> int:
+def context_length(config: Any) -> int:
+    """Return how many positions a configuration names."""
     named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
     return min(found, MAX_CONTEXT)

@@ -42,13 +42,19 @@ class Filler:
     Made before any module is replaced: names are matched against those that the module has now.
 
     Args:
-        packed: takes what belongs to a module of ours; returns False where it is none.
+        place: takes what belongs to a module of ours; returns False where it is none.
+        is_unused: says of a tensor that has no place, by its name in the file, that it needs none.
     """
 
     def __init__(
-        self, model: Any, weights: NamedWeights, place: Callable[[str, ops.WeightSource | Tensor], bool]
+        self,
+        model: Any,
+        weights: NamedWeights,
+        place: Callable[[str, ops.WeightSource | Tensor], bool],
+        *,
+        is_unused: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self._model, self._weights, self._place = model, weights, place
+        self._model, self._weights, self._place, self._is_unused = model, weights, place, is_unused
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._targets = self._plan()
@@ -87,6 +93,8 @@ class Filler:
         ignored: Iterable[str] = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         if _UNUSED.search(name) or any(re.search(pattern, name) for pattern in ignored):
             return
+        if self._is_unused(name):
+            return
         raise ModelLoadError(
             f"the model's files hold the tensor {name!r}, which {type(self._model).__name__} of transformers "
             "has no place for: the model would compute something else"
@@ -111,6 +119,24 @@ class Filler:
                 given.add(made)
         self._tie(given)
         self._check_missing(given)
+
+    def names(self) -> list[str]:
+        """Return the module's names of the tensors that the files have, be it under what they are tied to."""
+        tied = [name for name, other in self._tied.items() if other in self._targets]
+        return list(dict.fromkeys([*self._targets, *tied]))
+
+    def source(self, name: str) -> ops.WeightSource:
+        """Return what the files have for a tensor of the module, or for the one that it is tied to.
+
+        Raises:
+            ModelLoadError: there is none, or it is made of others.
+        """
+        target = self._targets.get(name) or self._targets.get(self._tied.get(name, ""))
+        if target is None:
+            raise ModelLoadError(_missing(name))
+        if target.converter is not None or len(target.sources) > 1:
+            raise ModelLoadError(f"{name!r} is made of {[each for each, _ in target.sources]}")
+        return self._weights.get(target.sources[0][0], self._shapes[name])
 
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
         for source, pattern in target.sources:
@@ -168,7 +194,11 @@ class Filler:
         for name in self._shapes:
             if name in given or name in buffers or any(re.search(pattern, name) for pattern in ignored):
                 continue
-            raise ModelLoadError(f"there is no tensor {name!r} in the model's files, which the model needs")
+            raise ModelLoadError(_missing(name))
+
+
+def _missing(name: str) -> str:
+    return f"there is no tensor {name!r} in the model's files, which the model needs"
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
+from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, gives_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
+from tgi_asgi.models.loading.bare import BareWeights, with_prefix
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
+from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.registry import all_families, find_by_architecture, find_by_gguf_name
+from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_architecture
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
@@ -57,26 +60,36 @@ class OpenModel:
                 raise ModelLoadError(
                     "--model-impl transformers needs a checkpoint directory, not a GGUF file"
                 )
-            self._model: _Native | OpenGeneric
+            self._model: _Native | OpenGeneric | OpenEncoder
             self._model = native = _Native(*read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors)))
             self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
             config = read_json(files.path / "config.json")
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
-                self._model = _Native(*read_config(config))
+                self._model = self._open_native(config)
+            elif gives_vectors(config):
+                self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
                 self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
         self.config = self._model.config
 
+    def _open_native(self, config: Mapping[str, Any]) -> _Native:
+        family, read = read_config(config)
+        self.weights = with_prefix(self.weights)
+        is_bare = isinstance(self.weights, BareWeights) or read.architecture.endswith("Model")
+        if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
+            read = replace(read, has_head=False)
+        return _Native(family, read)
+
     @property
     def is_generic(self) -> bool:
         """The model is computed by the code of `transformers`."""
-        return isinstance(self._model, OpenGeneric)
+        return not isinstance(self._model, _Native)
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
-    ) -> Model | GenericModel:
+    ) -> Model | GenericModel | EncoderModel:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
 
         Raises:
@@ -97,7 +110,7 @@ class OpenModel:
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
     def _unused(self) -> list[str]:
-        if isinstance(self._model, OpenGeneric):
+        if not isinstance(self._model, _Native):
             return []
         has_no_head = self._model.config.has_tied_embeddings  # some files store the embedding twice
         return [*self._model.family.unused, *(["lm_head.weight"] if has_no_head else [])]
@@ -120,6 +133,12 @@ class OpenModel:
         if isinstance(self._model, OpenGeneric) and self._directory is not None:
             return self._model.image_processor(self._directory)
         return None
+    def read_pooling(self) -> PoolingFiles:
+        """Return what the files say of embedding."""
+        if self._gguf is not None:
+            return read_gguf_pooling(self._gguf.metadata)
+        assert self._directory is not None
+        return read_pooling(self._directory)
 
     def close(self) -> None:
         """Unmap the weights."""
@@ -146,7 +165,7 @@ class _Native:
 def is_native(config: Mapping[str, Any]) -> bool:
     """Tell whether a family of ours has the architecture of a config.json."""
     name = (config.get("architectures") or [None])[0]
-    return any(family.architecture == name for family in all_families())
+    return isinstance(name, str) and has_architecture(name)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -160,7 +179,24 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         isinstance(architectures, list) and isinstance(architectures[0], str),
         "config.json names no architecture",
     )
-    return _read(find_by_architecture(architectures[0]), Reader.of_json(config))
+    name = architectures[0]
+    check(
+        config.get("is_causal") is not False and config.get("use_bidirectional_attention") in (None, False),
+        "config.json says that tokens see those that follow, which this architecture's code does not do here",
+    )
+    family, found = _read(find_by_architecture(name), Reader.of_json(config))
+    labels = _num_labels(config) if name.endswith("ForSequenceClassification") else 0
+    return family, replace(found, architecture=name, num_labels=labels)
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    """Return how many labels a classifier has, as transformers reads it."""
+    names = config.get("id2label")
+    count = config.get("num_labels") or (len(names) if isinstance(names, dict) else 2)
+    check(
+        type(count) is int and count > 0, f"`num_labels` must be a positive integer, got {str(count)[:100]}"
+    )
+    return int(count)
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Family, ModelConfig]:

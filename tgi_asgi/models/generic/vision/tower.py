@@ -1,11 +1,11 @@
 """Runs a vision tower piece by piece, so that steps of streams come between.
 
 The tower's code is called as it is. What it is made of (embeddings, the layers of its encoder, what comes
-behind them) remembers the results of a picture: where time is up the call is broken off, and the next one
-comes through what is known at once.
+behind them) remembers the results of a picture, and so do the products of the layer under way: where time is
+up the call is broken off, and the next one comes through what is known at once.
 
-    embed ─ layer ─ layer ─ ✗             first call: three pieces, then time is up
-    known   known   known   layer ─ ✗     second call
+    embed ─ layer ─ layer(q k v ✗                 first call: then time is up
+    known   known   layer(known  attention o ✗    second call
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tgi_asgi.models.generic.modules import PackedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +61,29 @@ class Tower:
         self._inputs: Mapping[str, Any] = {}
         self._known: list[Any] = []
         self._parts: list[Any] = []  # of the piece under way: its tiles
+        self._products = _Products()
         self._next = 0
         self._ends_at: float | None = None
-        self._piece_s = 0.0  # what the last piece has taken
-        self._has_computed = False
         self._is_inside = False
         self.num_pieces = 0
         decoder = model.get_decoder()
         for piece, is_layer in pieces(self._inner, decoder):
+            if is_layer:
+                for product in products(piece):
+                    product.forward = functools.partial(self._multiply, product.forward)
             piece.forward = functools.partial(self._run, piece.forward, is_layer)
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Take a picture; what is known of another one is forgotten."""
         self._inputs, self._known, self._parts = inputs, [], []
+        self._products.forget()
 
     def go_on(self, seconds: float | None) -> View | None:
         """Compute pieces, at least one, as long as another is likely to be done in time; None: any time.
 
         Returns None while it is not done.
         """
-        self._next, self._has_computed = 0, False
+        self._next = 0
         self._ends_at = None if seconds is None else time.monotonic() + seconds
         self._is_inside = True
         try:
@@ -107,22 +112,81 @@ class Tower:
             return self._known[index]
         num_tiles = _num_tiles(args, kwargs) if is_layer else 1
         while len(self._parts) < num_tiles:
-            self._stop_if_late()
-            begun = time.monotonic()
             tile = len(self._parts)
             given = (args, kwargs) if num_tiles == 1 else _tile((args, kwargs), tile, num_tiles)
+            self._products.begin()
             self._parts.append(forward(*given[0], **given[1]))
-            self._piece_s = time.monotonic() - begun
-            self._has_computed = True
-            self.num_pieces += 1
+            has_products = self._products.end()
+            if not has_products:
+                self.num_pieces += 1
+                if tile + 1 < num_tiles:
+                    self._stop_if_late(0.0)
         self._known.append(_stacked(self._parts))
         self._parts = []
+        if not has_products:
+            self._stop_if_late(0.0)
         return self._known[-1]
 
-    def _stop_if_late(self) -> None:
-        is_bounded = self._ends_at is not None and self._has_computed
-        if is_bounded and time.monotonic() + self._piece_s > (self._ends_at or 0.0):
+    def _multiply(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand for the `forward` of a product in a layer."""
+        if not self._is_inside:
+            return forward(*args, **kwargs)
+        known = self._products.next()
+        if known is not None:
+            return known
+        found = forward(*args, **kwargs)
+        self.num_pieces += 1
+        self._stop_if_late(self._products.add(found))
+        return found
+
+    def _stop_if_late(self, next_s: float) -> None:
+        """Break off behind a piece where the next one, of about so many seconds, would be late."""
+        if self._ends_at is not None and time.monotonic() + next_s > self._ends_at:
             raise _TimeIsUp
+
+
+class _Products:
+    """The results of a layer's products so far, and how long they took: as those of the layer before."""
+
+    def __init__(self) -> None:
+        self._known: list[Any] = []
+        self._taken_s: list[float] = []
+        self._before_s: list[float] = []  # in the last layer: each with what comes before it
+        self._next = 0
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Begin a layer, or come back to it."""
+        self._next, self._since = 0, time.monotonic()
+
+    def next(self) -> Any:
+        """Return the result of the next product if it is known, else None."""
+        index, self._next = self._next, self._next + 1
+        if index < len(self._known):
+            self._since = time.monotonic()
+            return self._known[index]
+        return None
+
+    def add(self, found: Any) -> float:
+        """Keep a result; return how long the next one is likely to take."""
+        now = time.monotonic()
+        self._known.append(found)
+        self._taken_s.append(now - self._since)
+        self._since = now
+        at = len(self._known)
+        return self._before_s[at] if at < len(self._before_s) else 0.0
+
+    def end(self) -> bool:
+        """End a layer, and forget its results; tell whether there were any."""
+        had_any = bool(self._known)
+        if had_any:
+            self._before_s = self._taken_s
+        self.forget()
+        return had_any
+
+    def forget(self) -> None:
+        """Forget the results."""
+        self._known, self._taken_s = [], []
 
 
 def input_names(model: Any) -> frozenset[str]:
@@ -147,6 +211,16 @@ def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
             found.extend(pieces(child, decoder))
         else:
             found.append((child, False))
+    return found
+
+
+def products(layer: nn.Module) -> list[Any]:
+    """Return the products of a layer."""
+    found: list[Any] = []
+    for module in layer.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, PackedModule)) and weight is not None and weight.dim() == 2:
+            found.append(module)
     return found
 
 

@@ -1,0 +1,248 @@
+"""Rankings and scores over sockets: classifiers and models that answer yes or no, against `transformers`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.pooled import edit, save_classifier, save_embedder
+from tests.support.pooled_server import PooledServer, pooled_server
+from tgi_asgi.runner.load_pooling import RANKING
+from tgi_asgi.text.chat.template import ChatTemplate
+from tgi_asgi.text.tokenizer import Tokenizer
+
+QUERY, DOCUMENTS = "what-is-it", ["a-thing", "no-idea", "it-is-what-it-is" * 3]
+# The format of Qwen3-Reranker's model card.
+CARD = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the "
+    'Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n"
+)
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[str, str], float]]:
+    directory = tmp_path_factory.mktemp("classifier")
+    model = save_classifier(directory, 1)
+    tokenizer = Tokenizer.from_directory(directory)
+
+    def expected(query: str, document: str) -> float:
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokenizer.encode_pair(query, document)[0]])).logits[0]
+        return float(logits[0])
+
+    return directory, expected
+
+
+@pytest.fixture
+async def server(classifier: tuple[Path, Any]) -> AsyncIterator[PooledServer]:
+    async with pooled_server(classifier[0]) as found:
+        yield found
+
+
+def sigmoid(logit: float) -> float:
+    return float(torch.sigmoid(torch.tensor(logit, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+async def test_documents_come_back_best_first(
+    classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer, path: str
+) -> None:
+    answer = (await server.post(path, model="tiny", query=QUERY, documents=DOCUMENTS)).json()
+    scores = [sigmoid(classifier[1](QUERY, document)) for document in DOCUMENTS]
+    order = sorted(range(3), key=lambda index: -scores[index])
+    assert [result["index"] for result in answer["results"]] == order
+    for result in answer["results"]:
+        assert result["relevance_score"] == pytest.approx(scores[result["index"]], abs=1e-4)
+        assert result["document"] == {"text": DOCUMENTS[result["index"]]}
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
+    assert answer["model"] == "tiny"
+
+
+async def test_what_a_ranking_shows_is_asked_for(server: PooledServer) -> None:
+    body = {"query": QUERY, "documents": [{"text": text} for text in DOCUMENTS]}
+    answer = (await server.post("/rerank", **body, top_n=2, return_documents=False)).json()
+    assert len(answer["results"]) == 2
+    assert all(list(result) == ["index", "relevance_score"] for result in answer["results"])
+    assert len((await server.post("/rerank", **body, top_n=0)).json()["results"]) == 3
+
+
+async def test_tei_s_ranking_is_told_by_its_texts(
+    classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer
+) -> None:
+    body: dict[str, Any] = {"query": QUERY, "texts": DOCUMENTS}
+    logits = [classifier[1](QUERY, document) for document in DOCUMENTS]
+    plain = (await server.post("/rerank", **body)).json()
+    raw = (await server.post("/rerank", **body, raw_scores=True, return_text=True)).json()
+    for one, other in zip(plain, raw, strict=True):
+        assert list(one) == ["index", "score"]
+        assert one["index"] == other["index"]
+        assert other["text"] == DOCUMENTS[one["index"]]
+        assert other["score"] == pytest.approx(logits[one["index"]], abs=1e-3)
+        assert one["score"] == pytest.approx(sigmoid(logits[one["index"]]), abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+async def test_pairs_are_scored_one_by_one_or_one_against_all(
+    classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer, path: str
+) -> None:
+    expected = classifier[1]
+    for first, second in (("a", "b"), ("a", ["b", "c"]), (["a", "d"], ["b", "c"])):
+        answer = (await server.post(path, text_1=first, text_2=second)).json()
+        firsts = [first] * len(second) if isinstance(first, str) else first
+        scores = [sigmoid(expected(a, b)) for a, b in zip(firsts, second, strict=True)]
+        assert [entry["score"] for entry in answer["data"]] == pytest.approx(scores, abs=1e-4)
+        assert [(entry["index"], entry["object"]) for entry in answer["data"]] == [
+            (index, "score") for index in range(len(scores))
+        ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/rerank", {"query": "a"}, 400, "documents"),
+        ("/rerank", {"query": "a", "documents": []}, 400, "documents"),
+        ("/rerank", {"query": "", "documents": ["b"]}, 400, "query"),
+        ("/rerank", {"query": "a", "documents": ["b", ""]}, 400, "documents[1]"),
+        ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, 400, "top_n"),
+        ("/rerank", {"query": "a", "documents": ["b"] * 2049}, 400, "documents"),
+        ("/rerank", {"query": "a", "documents": ["b" * 600]}, 400, "documents[0]"),
+        ("/rerank", {"query": "a", "documents": [{"image": "b"}]}, 400, "documents[0].text"),
+        ("/rerank", {"query": "a", "documents": ["b"], "truncate_prompt_tokens": 0}, 400, None),
+        ("/score", {"text_1": ["a", "b"], "text_2": ["c"]}, 400, "text_1"),
+        ("/score", {"text_1": "a", "text_2": []}, 400, "text_2"),
+        ("/score", {"text_1": "a"}, 400, "text_2"),
+        ("/v1/embeddings", {"input": "a"}, 400, "model"),
+        ("/rerank", {"query": "a", "texts": []}, 422, None),
+        ("/rerank", {"query": "a", "texts": ["b" * 600]}, 413, None),
+        ("/rerank", {"query": 1, "texts": ["b"]}, 422, None),
+    ],
+)
+async def test_what_is_wrong_is_named(
+    server: PooledServer, path: str, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    answer = await server.post(path, **body)
+    assert answer.status_code == status, answer.text
+    if "texts" in body:
+        assert list(answer.json()) == ["error", "error_type"]
+    elif param is not None:
+        assert answer.json()["error"]["param"] == param
+
+
+async def test_of_a_long_document_the_beginning_counts(
+    classifier: tuple[Path, Callable[[str, str], float]], server: PooledServer
+) -> None:
+    document = "b" * 900
+    room = 512 - 2  # the query has one token, and one follows the pair
+    expected = sigmoid(classifier[1]("a", "b" * room))
+    answer = await server.post("/score", text_1="a", text_2=document, truncate_prompt_tokens=-1)
+    assert answer.json()["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
+    answer = await server.post("/rerank", query="a", texts=[document], truncate=True)
+    assert answer.json()[0]["score"] == pytest.approx(expected, abs=1e-4)
+    answer = await server.post("/rerank", query="a" * 600, texts=["b"], truncate=True)
+    assert answer.status_code == 413
+
+
+async def test_two_labels_are_weighed_against_each_other(tmp_path: Path) -> None:
+    model = save_classifier(tmp_path, 2)
+    ids = Tokenizer.from_directory(tmp_path).encode_pair("a", "b")[0]
+    with torch.inference_mode():
+        expected = float(torch.softmax(model(torch.tensor([ids])).logits[0], 0)[1])
+    async with pooled_server(tmp_path) as server:
+        answer = (await server.post("/score", text_1="a", text_2="b")).json()
+    assert answer["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("by", ["setting", "modules"])
+async def test_yes_is_weighed_against_no_behind_the_model_cards_prompt(tmp_path: Path, by: str) -> None:
+    model = save_embedder(tmp_path, None, is_bare=False)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    settings: dict[str, Any] = {"score_tokens": "n,y"}
+    if by == "modules":
+        [no], [yes] = (tokenizer.encode(word, add_special_tokens=False) for word in "ny")
+        modules = [
+            {"idx": 0, "path": "", "type": "a.Transformer"},
+            {"idx": 1, "path": "1_L", "type": "a.LogitScore"},
+        ]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        (tmp_path / "1_L").mkdir()
+        (tmp_path / "1_L/config.json").write_text(json.dumps({"true_token_id": yes, "false_token_id": no}))
+        settings = {}
+
+    def expected(document: str, instruction: str = INSTRUCTION) -> float:
+        text = CARD.format(instruction=instruction, query=QUERY, document=document)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        [no], [yes] = (tokenizer.encode(word, add_special_tokens=False) for word in "ny")
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        return float(torch.softmax(logits[[no, yes]], 0)[1])
+
+    async with pooled_server(tmp_path, **settings) as server:
+        answer = (await server.post("/rerank", query=QUERY, documents=DOCUMENTS)).json()
+        for result in answer["results"]:
+            score = expected(DOCUMENTS[result["index"]])
+            assert result["relevance_score"] == pytest.approx(score, abs=1e-4)
+        told = (await server.post("/score", text_1=QUERY, text_2="b", instruction="Find")).json()
+        assert told["data"][0]["score"] == pytest.approx(expected("b", "Find"), abs=1e-4)
+        cut = await server.post("/score", text_1=QUERY, text_2="b" * 900, truncate_prompt_tokens=-1)
+        assert cut.status_code == 200
+        assert cut.json()["usage"]["prompt_tokens"] <= 512
+
+
+def test_the_prompt_is_the_model_cards_to_the_last_newline() -> None:
+    messages = [{"role": "query", "content": "q?"}, {"role": "document", "content": "d.\nd"}]
+    template = ChatTemplate(RANKING, {})
+    for instruction in (None, "Find"):
+        system = [] if instruction is None else [{"role": "system", "content": instruction}]
+        expected = CARD.format(instruction=instruction or INSTRUCTION, query="q?", document="d.\nd")
+        assert template.render([*system, *messages]) == expected
+
+
+async def test_a_model_s_own_template_makes_the_prompt(tmp_path: Path) -> None:
+    model = save_classifier(tmp_path, 1)
+    template = (
+        "{%- for m in messages if m.role == 'query' -%}Q{{ m.content }}{%- endfor -%}"
+        "{%- for m in messages if m.role == 'document' -%}D{{ m.content }}{%- endfor -%}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ids = Tokenizer.from_directory(tmp_path).encode("QaDb", add_special_tokens=False)
+    with torch.inference_mode():
+        expected = sigmoid(float(model(torch.tensor([ids])).logits[0, 0]))
+    async with pooled_server(tmp_path) as server:
+        answer = (await server.post("/score", text_1="a", text_2="b")).json()
+    assert answer["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
+
+
+async def test_more_than_two_labels_are_no_score(tmp_path: Path) -> None:
+    save_classifier(tmp_path, 3)
+    async with pooled_server(tmp_path) as server:
+        answer = await server.post("/score", text_1="a", text_2="b")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_not_supported")
+        assert "3 labels" in answer.json()["error"]["message"]
+
+
+async def test_a_classifier_may_embed_if_the_operator_says_how(tmp_path: Path) -> None:
+    save_classifier(tmp_path, 1)
+    edit(tmp_path / "config.json", num_labels=1)
+    async with pooled_server(tmp_path, pooling="mean") as server:
+        answer = (await server.post("/v1/embeddings", input="a")).json()
+        assert len(answer["data"][0]["embedding"]) == 64
+
+
+async def test_a_long_query_times_many_documents_is_bounded(
+    server: PooledServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tgi_asgi.api.pooled.MAX_TOKENS", 1000)
+    answer = await server.post("/rerank", query="q" * 300, documents=["b"] * 10)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents")
+    answer = await server.post(
+        "/rerank", query="q" * 100_000, documents=["b"] * 10, truncate_prompt_tokens=-1
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[0]")

@@ -1,0 +1,52 @@
+"""A server of this process with a tiny model that embeds or ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.serving import serving
+from tgi_asgi.app import App, create_app
+from tgi_asgi.settings import Settings
+
+
+@dataclass(slots=True)
+class PooledServer:
+    """A running server."""
+
+    url: str
+    app: App
+    http: httpx.AsyncClient
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        return await self.http.post(path, json=body)
+
+
+@asynccontextmanager
+async def pooled_server(directory: Path, **settings: Any) -> AsyncIterator[PooledServer]:
+    """Load the model of a directory and serve it, with its weights as they are."""
+    values = {
+        "model_id": str(directory),
+        "served_model_name": "tiny",
+        "dtype": "float32",
+        "num_threads": 2,
+        "thread_nice": 0,
+        "max_batch_total_tokens": 4096,
+        "max_batch_prefill_tokens": 64,
+    }
+    app = create_app(Settings(**{**values, **settings}))
+    is_ready = asyncio.Event()
+    app.on_ready = lambda served: is_ready.set()
+    app.start()
+    await asyncio.wait_for(is_ready.wait(), 60)
+    try:
+        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=60) as http:
+            yield PooledServer(url, app, http)
+    finally:
+        await app.stop()

@@ -1,0 +1,89 @@
+"""`/api/embed`, and the older `/api/embeddings` of one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import orjson
+from msgspec import Struct
+
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
+from tgi_asgi.api.pooled import Cut, Input, PoolCall, Pooled, check_num_inputs, embedding_of
+from tgi_asgi.api.vectors import as_json, check_dimensions, shaped
+from tgi_asgi.observe.course import Course
+
+
+class OllamaEmbed(Struct, kw_only=True):
+    """The body of `POST /api/embed`; without an input it asks for the model to be loaded."""
+
+    model: str | None = None
+    input: str | list[str] | None = None
+    truncate: bool | None = None  # unless false, what is too long is cut
+    dimensions: Positive | None = None
+    options: dict[str, Any] | None = None
+
+
+class OllamaEmbeddings(Struct, kw_only=True):
+    """The body of `POST /api/embeddings`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    options: dict[str, Any] | None = None
+
+
+_EMBED = msgspec.json.Decoder(OllamaEmbed)
+_EMBEDDINGS = msgspec.json.Decoder(OllamaEmbeddings)
+
+
+def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request for the embeddings of one text or several, of length 1."""
+    request = decode_json(body, _EMBED)
+    check_ranges(request)
+    embedding = embedding_of(exchange.context.ready().info)
+    check_dimensions(request.dimensions, embedding)
+    texts = [request.input] if isinstance(request.input, str) else request.input or []
+    if texts and texts != [""]:
+        check_num_inputs(len(texts), "input", exchange.context.settings)
+    else:
+        texts = []
+    inputs = [Input(text, f"input[{at}]" if len(texts) > 1 else "input") for at, text in enumerate(texts)]
+    for given in inputs:
+        if not given.content:
+            refuse_field(given.where, "must not be empty")
+
+    def answer(pooled: Pooled) -> bytes:
+        course = Course.of(exchange)
+        vectors = [shaped(each, request.dimensions, is_normalized=True) for each in pooled.vectors]
+        shown = {
+            "total_duration": int(course.total_s * 1e9),
+            "load_duration": int((course.validation_s + course.queue_s) * 1e9),
+            "prompt_eval_count": pooled.num_tokens,
+        }
+        head = orjson.dumps({"model": pooled.model})[:-1]
+        tail = orjson.dumps(shown)[1:]
+        return b'%b,"embeddings":[%b],%b' % (head, b",".join(map(as_json, vectors)), tail)
+
+    return PoolCall(
+        inputs=inputs,
+        how=embedding,
+        answer=answer,
+        model=request.model,
+        cut=None if request.truncate is False else Cut(),
+        num_numbers=embedding.dimensions,
+    )
+
+
+def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request for the embedding of one text, as the model's files have it."""
+    request = decode_json(body, _EMBEDDINGS)
+    check_ranges(request)
+    embedding = embedding_of(exchange.context.ready().info)
+
+    def answer(pooled: Pooled) -> bytes:
+        vectors = [shaped(each, None, is_normalized=embedding.is_normalized) for each in pooled.vectors]
+        return b'{"embedding":%b}' % (as_json(vectors[0]) if vectors else b"[]")
+
+    inputs = [Input(request.prompt, "prompt")] if request.prompt else []
+    return PoolCall(inputs=inputs, how=embedding, answer=answer, model=request.model, cut=Cut())

@@ -1,0 +1,172 @@
+"""`/rerank`, as Cohere, Jina and vLLM have it, and vLLM's `/score`: how well documents fit a query."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from secrets import token_hex
+
+import msgspec
+import orjson
+from msgspec import Struct
+
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.openai.embeddings import usage
+from tgi_asgi.api.parse import Int, Natural, check_ranges, decode_json, refuse, refuse_field
+from tgi_asgi.api.pooled import Input, Pair, PoolCall, Pooled, check_num_inputs, read_cut, scoring_of
+from tgi_asgi.api.vectors import cosine, logit_of, probability, ranked
+from tgi_asgi.types import Embedding, ModelInfo
+
+
+class Document(Struct):
+    """A document that is an object."""
+
+    text: str
+
+
+class RerankRequest(Struct, kw_only=True):
+    """The body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+
+    query: str | Document
+    documents: list[str | Document]
+    model: str | None = None
+    top_n: Natural | None = None  # 0: all
+    return_documents: bool | None = None  # unless false they are in the answer
+    instruction: str | None = None
+    truncate_prompt_tokens: Int | None = None
+    priority: Int | None = None
+
+
+class ScoreRequest(Struct, kw_only=True):
+    """The body of `POST /score` and `/v1/score`."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+    model: str | None = None
+    instruction: str | None = None
+    truncate_prompt_tokens: Int | None = None
+    priority: Int | None = None
+
+
+_RERANK = msgspec.json.Decoder(RerankRequest)
+_SCORE = msgspec.json.Decoder(ScoreRequest)
+
+
+def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request to rank documents."""
+    request = decode_json(body, _RERANK)
+    check_ranges(request)
+    check_num_inputs(len(request.documents), "documents", exchange.context.settings)
+    documents = [each if isinstance(each, str) else each.text for each in request.documents]
+    query = request.query if isinstance(request.query, str) else request.query.text
+    scored = Scored(exchange.context.ready().info, [query], documents, ("query", "documents"))
+
+    def answer(pooled: Pooled) -> bytes:
+        scores = scored.scores(pooled)
+        results = []
+        for index in ranked(scores, request.top_n or None):
+            entry: dict[str, object] = {"index": index, "relevance_score": scores[index]}
+            if request.return_documents is not False:
+                entry["document"] = {"text": documents[index]}
+            results.append(entry)
+        units = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
+        shown = {
+            "id": f"rerank-{token_hex(16)}",
+            "model": pooled.model,
+            "usage": usage(pooled.num_tokens),
+            "results": results,
+            "meta": units,
+        }
+        return orjson.dumps(shown)
+
+    return PoolCall(
+        inputs=scored.inputs(request.instruction),
+        how=scored.how,
+        answer=answer,
+        model=request.model,
+        cut=read_cut(request.truncate_prompt_tokens),
+        priority=request.priority or 0,
+    )
+
+
+def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request to score pairs of texts."""
+    request = decode_json(body, _SCORE)
+    check_ranges(request)
+    first, second = _texts(request.text_1), _texts(request.text_2)
+    for name, texts in (("text_1", first), ("text_2", second)):
+        check_num_inputs(len(texts), name, exchange.context.settings)
+    if len(first) not in (1, len(second)):
+        refuse("text_1", f"`text_1` must be one text, or as many as `text_2`: {len(first)}, {len(second)}")
+    names = ("text_1", "text_2")
+    scored = Scored(exchange.context.ready().info, first, second, names)
+
+    def answer(pooled: Pooled) -> bytes:
+        scores = scored.scores(pooled)
+        shown = {
+            "id": f"score-{token_hex(16)}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": pooled.model,
+            "data": [{"index": at, "object": "score", "score": each} for at, each in enumerate(scores)],
+            "usage": usage(pooled.num_tokens),
+        }
+        return orjson.dumps(shown)
+
+    return PoolCall(
+        inputs=scored.inputs(request.instruction),
+        how=scored.how,
+        answer=answer,
+        model=request.model,
+        cut=read_cut(request.truncate_prompt_tokens),
+        priority=request.priority or 0,
+    )
+
+
+class Scored:
+    """Pairs of texts: by the model's own scores, or else by the cosines of their embeddings.
+
+    Args:
+        first: one text, or as many as the second ones.
+        names: what the API calls both.
+    """
+
+    def __init__(
+        self, info: ModelInfo, first: Sequence[str], second: Sequence[str], names: tuple[str, str]
+    ) -> None:
+        self.how = scoring_of(info)
+        self._first, self._second, self._names = first, second, names
+
+    def inputs(self, instruction: str | None = None) -> list[Input]:
+        """Return what vectors are made of: pairs, or the first texts and then the second ones."""
+        first = [(text, self._where(0, at)) for at, text in enumerate(self._first)]
+        second = [(text, self._where(1, at)) for at, text in enumerate(self._second)]
+        for text, where in (*first, *second):
+            if not text:
+                refuse_field(where, "must not be empty")
+        if isinstance(self.how, Embedding):
+            return [Input(text, where) for text, where in (*first, *second)]
+        own = [text for text, _ in first] * (len(second) if len(first) == 1 else 1)
+        return [
+            Input(Pair(query, document, instruction), where)
+            for query, (document, where) in zip(own, second, strict=True)
+        ]
+
+    def scores(self, pooled: Pooled, *, is_raw: bool = False) -> list[float]:
+        """Return a score for each pair: from 0 to 1, unless it is raw; a cosine is from -1 to 1."""
+        vectors = pooled.vectors
+        if isinstance(self.how, Embedding):
+            count = len(self._first)
+            first = vectors[:count] * (len(self._second) if count == 1 else 1)
+            return [cosine(a, b) for a, b in zip(first, vectors[count:], strict=True)]
+        logits = [logit_of(vector) for vector in vectors]
+        return logits if is_raw else [probability(logit) for logit in logits]
+
+    def _where(self, side: int, at: int) -> str:
+        texts = (self._first, self._second)[side]
+        is_list = len(texts) > 1 or self._names[side] in ("documents", "texts")
+        return f"{self._names[side]}[{at}]" if is_list else self._names[side]
+
+
+def _texts(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given

@@ -1,0 +1,397 @@
+"""The life of a request that wants vectors: read, check, take room, tokenise, compute, answer.
+
+    route = Route("POST", "/v1/embeddings", pooling(parse_embeddings), ...)
+
+A dialect brings `parse`, a function from a body to a `PoolCall`. Each of its inputs is a request of the
+engine's; those of a call run a few at a time, so that a thousand of them leave room for others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tgi_asgi.api.call import Conversation
+from tgi_asgi.api.context import Served
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import Handler, admitted, cache_salt_of, served_name
+from tgi_asgi.api.parse import refuse, refuse_field
+from tgi_asgi.api.prompt import chat_prompt
+from tgi_asgi.errors import ContextExceeded, ModelNotSupported, Overloaded, TgiError, TooManyPrompts
+from tgi_asgi.observe.course import sync_headers
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import (
+    Embedding,
+    Engine,
+    GenerationRequest,
+    ModelInfo,
+    Permit,
+    Pooling,
+    SamplingParams,
+    Scoring,
+    StopConditions,
+    TokenEvent,
+)
+
+if TYPE_CHECKING:
+    from tgi_asgi.types import Vector
+
+MAX_INPUTS = 2048  # of a call: OpenAI's bound
+MAX_TOKENS = 1 << 21  # of a call: they wait as lists, some 36 bytes each; a query counts for each document
+_SHARE = 4  # a call runs at most this part of `--max-concurrent-requests` at a time
+_SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
+_CUTS = 8  # attempts to cut a document to its room; each is a rendering
+_RETRY_S = 0.1
+_LARGE = 16 * 1024  # numbers of an answer; writing one takes some 50 ns
+_BATCH_CHARACTERS = 32 * 1024  # of texts that a thread takes at a time: some 10 ms
+_Prompt = tuple[list[int], int | None]  # ids; of a pair, where its second text begins, if that is marked
+_SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that are scored together."""
+
+    query: str
+    document: str
+    instruction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What one vector is made of, and its place in the body: `input[3]`."""
+
+    content: str | list[int] | Pair
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How many tokens of an input that is too long are kept; None: as many as there is room for."""
+
+    keep: int | None = None
+    from_left: bool = False
+
+
+@dataclass(slots=True)
+class Pooled:
+    """The vectors of a call's inputs, in order."""
+
+    model: str
+    vectors: list[Vector]
+    num_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolCall:
+    """One request of a client for vectors.
+
+    Attributes:
+        answer: makes the body of the answer; in a thread where that takes long.
+        cut: None: what is too long is refused.
+        num_numbers: in the answer, for each input.
+    """
+
+    inputs: Sequence[Input]
+    how: Embedding | Scoring
+    answer: Callable[[Pooled], bytes]
+    model: str | None = None
+    cut: Cut | None = None
+    adds_special_tokens: bool = True
+    priority: int = 0
+    num_numbers: int = 1
+
+    @property
+    def pooling(self) -> Pooling:
+        return self.how.pooling
+
+
+Parse = Callable[[bytes, Exchange], PoolCall]
+
+
+def pooling(parse: Parse) -> Handler:
+    """Return the handler of a route whose bodies `parse` reads; it runs in a thread where one is large."""
+
+    async def handle(exchange: Exchange) -> None:
+        await answer(exchange, parse)
+
+    return handle
+
+
+async def answer(exchange: Exchange, parse: Parse) -> None:
+    """Answer a request for vectors.
+
+    Raises:
+        TgiError: it is refused, or failed.
+        ClientDisconnected: its client went away.
+    """
+    context = exchange.context
+    served = context.ready()
+    call = await exchange.work(parse, await exchange.read_body(), exchange)
+    exchange.remains.append(call)
+    model = served_name(exchange, call.model)
+    if not call.inputs:
+        await exchange.respond(200, call.answer(Pooled(model, [], 0)))
+        return
+    num_together = min(len(call.inputs), max(context.settings.max_concurrent_requests // _SHARE, 1))
+    with admitted(exchange, num_together) as permit:
+        requests = await _requests(exchange, served, call)
+        vectors = await _compute(exchange, served.engine, requests, permit)
+    pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
+    exchange.is_large |= call.num_numbers * len(vectors) > _LARGE
+    body = await exchange.work(call.answer, pooled)
+    characters = sum(_num_characters(each) for each in call.inputs)
+    headers = sync_headers(exchange, served.info, characters=characters, is_sum=len(vectors) > 1)
+    await exchange.respond(200, body, headers=headers)
+
+
+def embedding_of(info: ModelInfo) -> Embedding:
+    """Return how the served model embeds.
+
+    Raises:
+        ModelNotSupported: it does not.
+    """
+    if info.embedding is None:
+        why = info.why_no_pooling if info.scoring is None else "it scores pairs of texts"
+        raise ModelNotSupported(f"The model does not embed: {why}", param="model")
+    return info.embedding
+
+
+def scoring_of(info: ModelInfo) -> Scoring | Embedding:
+    """Return how the served model scores pairs: as such, or by the cosines of their embeddings.
+
+    Raises:
+        ModelNotSupported: it does neither.
+    """
+    if info.scoring is None and info.embedding is None:
+        raise ModelNotSupported(f"The model does not score: {info.why_no_pooling}", param="model")
+    return info.scoring or embedding_of(info)
+
+
+def check_num_inputs(num_inputs: int, name: str, settings: Settings) -> None:
+    """Refuse no inputs, and too many."""
+    if not num_inputs:
+        refuse_field(name, "must not be empty")
+    most = settings.max_client_batch_size or MAX_INPUTS
+    if num_inputs > most:
+        message = f"`{name}` takes at most {most} inputs, got {num_inputs}"
+        raise TooManyPrompts(message, param=name)
+
+
+def read_cut(tokens: int | None, *, name: str = "truncate_prompt_tokens") -> Cut | None:
+    """Return what vLLM's field asks for: -1 keeps what there is room for."""
+    if tokens is not None and tokens < 1 and tokens != -1:
+        refuse_field(name, f"must be -1 or at least 1, got {tokens}")
+    return None if tokens is None else Cut(None if tokens == -1 else tokens)
+
+
+def _num_characters(given: Input) -> int:
+    content = given.content
+    if isinstance(content, Pair):
+        return len(content.query) + len(content.document)
+    return len(content) if isinstance(content, str) else 0
+
+
+async def _requests(exchange: Exchange, served: Served, call: PoolCall) -> list[GenerationRequest]:
+    """Tokenise the inputs in threads, some at a time: others wait there, too."""
+    context = exchange.context
+    prompts: list[_Prompt] = []
+    num_tokens = 0
+    while len(prompts) < len(call.inputs):
+        found = await context.text.run(_tokenise, call, len(prompts), served, context.settings)
+        num_tokens += sum(len(ids) for ids, _ in found)
+        if num_tokens > MAX_TOKENS:
+            where = call.inputs[len(prompts)].where.partition("[")[0]
+            raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
+        prompts += found
+    most = context.settings.max_priority
+    salt = cache_salt_of(exchange, None)
+    return [
+        GenerationRequest(
+            request_id=exchange.request_id,
+            prompt_ids=ids,
+            sampling=_SAMPLING,
+            stop=_STOP,
+            priority=min(max(call.priority, -most), most),
+            cache_salt=salt,
+            is_prefix_cached=not call.pooling.needs_all,
+            pooling=call.pooling,
+            second_start=second_start,
+        )
+        for ids, second_start in prompts
+    ]
+
+
+def _tokenise(call: PoolCall, begin: int, served: Served, settings: Settings) -> list[_Prompt]:
+    """Tokenise inputs from a number on, until there is enough for one turn."""
+    found: list[_Prompt] = []
+    left = _BATCH_CHARACTERS
+    for given in call.inputs[begin:]:
+        found.append(_prompt_of(call, given, served, settings))
+        left -= _num_characters(given) + len(found[-1][0])
+        if left <= 0:
+            break
+    return found
+
+
+def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings) -> _Prompt:
+    """Return the tokens of an input, and of a pair where the second text begins.
+
+    Raises:
+        ContextExceeded: they are too many.
+        InvalidRequest: there are none.
+    """
+    tokenizer, content, cut = served.tokenizer, given.content, call.cut
+    room = call.how.max_tokens
+    keep = room if cut is None else min(cut.keep or room, room)
+    most_characters = (keep + _SLACK_TOKENS) * tokenizer.longest_token
+    # Of a pair only the document is cut.
+    num_whole = len(content.query) if isinstance(content, Pair) and cut else _num_characters(given)
+    if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
+        least = -(-num_whole // tokenizer.longest_token)
+        raise _too_long(given.where, f"at least {least}", least, room)
+    second_start = None
+    if isinstance(content, Pair):
+        ids, second_start = _pair_prompt(
+            content, served, settings, keep, most_characters, is_cut=cut is not None
+        )
+    elif isinstance(content, list):
+        ids = content if cut is None or len(content) <= keep else _kept(content, keep, cut)
+    elif cut is None:
+        ids = tokenizer.encode(content, add_special_tokens=call.adds_special_tokens)
+    else:
+        text = content[-most_characters:] if cut.from_left else content[:most_characters]
+        ids = tokenizer.encode_cut(
+            text, keep, add_special_tokens=call.adds_special_tokens, from_left=cut.from_left
+        )
+    if len(ids) > keep:
+        raise _too_long(given.where, str(len(ids)), len(ids), room)
+    if not ids:
+        refuse(given.where, f"`{given.where}` must not be empty")
+    return ids, second_start
+
+
+def _kept(ids: list[int], keep: int, cut: Cut) -> list[int]:
+    return ids[-keep:] if cut.from_left else ids[:keep]
+
+
+def _pair_prompt(
+    pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, *, is_cut: bool
+) -> _Prompt:
+    """Return the tokens of a pair; where it is to be cut, of as much of its document as there is room for."""
+    document = pair.document[:most_characters] if is_cut else pair.document
+    tokenizer = served.tokenizer
+    found = _whole_pair(pair, document, served, settings)
+    for _ in range(_CUTS if is_cut else 0):
+        over = len(found[0]) - keep
+        if over <= 0 or not document:
+            break
+        own = tokenizer.encode(document, add_special_tokens=False)
+        document = tokenizer.decode(own[: max(len(own) - over, 0)], skip_special_tokens=False)
+        found = _whole_pair(pair, document, served, settings)
+    return found
+
+
+def _whole_pair(pair: Pair, document: str, served: Served, settings: Settings) -> _Prompt:
+    scoring = served.info.scoring
+    if scoring is None or scoring.template is None:
+        return served.tokenizer.encode_pair(pair.query, document)
+    messages = [{"role": "query", "content": pair.query}, {"role": "document", "content": document}]
+    if pair.instruction is not None:
+        messages.insert(0, {"role": "system", "content": pair.instruction})
+    return chat_prompt(Conversation(messages), served.for_scores, settings, is_bounded=False).ids, None
+
+
+def _too_long(where: str, given: str, num_tokens: int, most: int) -> ContextExceeded:
+    error = ContextExceeded(
+        f"This model's maximum context length is {most} tokens. However, `{where}` has {given}. Please "
+        "shorten it, or have it cut. (context_length_exceeded)",
+        num_tokens,
+        most,
+    )
+    error.param, error.field = where, None
+    return error
+
+
+async def _compute(
+    exchange: Exchange, engine: Engine, requests: Sequence[GenerationRequest], permit: Permit
+) -> list[Vector]:
+    """Run all requests, as many together as there is room for; give all up if one fails."""
+    watch = asyncio.ensure_future(exchange.wait_for_disconnect())
+    work = asyncio.ensure_future(_Window(exchange, engine, permit).run(requests))
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise exchange.disconnect()
+        return work.result()
+    finally:
+        watch.cancel()
+        work.cancel()
+        exchange.give_up()
+
+
+class _Window:
+    """The requests of one call that run together: when one ends, the next takes its room."""
+
+    def __init__(self, exchange: Exchange, engine: Engine, permit: Permit) -> None:
+        self._exchange = exchange
+        self._engine = engine
+        self._permit = permit
+        self._most = permit.n
+        self._num_running = 0
+        self._error: TgiError | None = None
+        self._changed = asyncio.Event()
+
+    async def run(self, requests: Sequence[GenerationRequest]) -> list[Vector]:
+        """Return the requests' vectors.
+
+        Raises:
+            TgiError: one has failed.
+        """
+        channels = self._exchange.channels
+        for request in requests:
+            channel = self._engine.submit(request, await self._room())
+            channels.append(channel)
+            self._num_running += 1
+            channel.attach(self)
+        while self._num_running:
+            await self._next_end()
+        vectors = []
+        for channel in channels:
+            assert channel.stats.vector is not None
+            vectors.append(channel.stats.vector)
+        return vectors
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        """Learn that a vector is there."""
+        self._num_running -= sum(event.finish is not None for event in events)
+        self._changed.set()
+
+    def on_error(self, error: TgiError) -> None:
+        """Learn that a request has failed, and with it the call."""
+        self._error = self._error or error
+        self._changed.set()
+
+    async def _room(self) -> Permit:
+        """Return room for one more: what was taken at first, then what one of ours has given back."""
+        if self._permit.n:
+            return self._permit.split(1)
+        while self._num_running >= self._most:
+            await self._next_end()
+        while True:
+            try:
+                return self._engine.acquire(1, self._exchange.tenant)
+            except Overloaded:  # somebody else was faster; the call was accepted, so it waits
+                if self._num_running:
+                    await self._next_end()
+                else:
+                    await asyncio.sleep(_RETRY_S)
+
+    async def _next_end(self) -> None:
+        if self._error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,150 @@
+"""TEI's requests and answers, and the handlers of the paths that it shares with others."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import orjson
+from msgspec import Struct
+
+from tgi_asgi.api.errors import NATIVE, Dialect
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.life import Handler
+from tgi_asgi.api.openai.embeddings import listed
+from tgi_asgi.api.openai.params import check_ids
+from tgi_asgi.api.openai.ranking import Scored, parse_rerank
+from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
+from tgi_asgi.api.pooled import Cut, Input, PoolCall, Pooled, answer, check_num_inputs, embedding_of
+from tgi_asgi.api.vectors import as_json, check_dimensions, ranked, shaped
+from tgi_asgi.errors import ContextExceeded, TooManyPrompts
+
+
+def _status(error: BaseException) -> int:
+    """Return TEI's status: what is too long, or too much at once, is 413 there."""
+    return 413 if isinstance(error, ContextExceeded | TooManyPrompts) else NATIVE.status(error)
+
+
+TEI = Dialect("tei", NATIVE.envelope, _status, NATIVE.names, is_json_only=True)
+Side = Literal["left", "right", "Left", "Right"]
+
+
+class EmbedRequest(Struct, kw_only=True):
+    """The body of `POST /embed`."""
+
+    inputs: str | list[str | int | list[int]]
+    normalize: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Side | None = None
+    prompt_name: str | None = None
+    dimensions: Positive | None = None
+
+
+class TeiRerankRequest(Struct, kw_only=True):
+    """The body of TEI's `POST /rerank`."""
+
+    query: str
+    texts: list[str]
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Side | None = None
+
+
+class _Keys(Struct):
+    texts: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_EMBED = msgspec.json.Decoder(EmbedRequest)
+_RERANK = msgspec.json.Decoder(TeiRerankRequest)
+_KEYS = msgspec.json.Decoder(_Keys)
+
+
+def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request for embeddings; the answer is an array of them."""
+    request = decode_json(body, _EMBED)
+    check_ranges(request)
+    info = exchange.context.ready().info
+    embedding = embedding_of(info)
+    check_dimensions(request.dimensions, embedding)
+    prefix = ""
+    if request.prompt_name is not None:
+        if request.prompt_name not in embedding.prompts:
+            known = ", ".join(sorted(embedding.prompts)) or "none"
+            refuse_field("prompt_name", f"must be one of the model's prompts ({known})")
+        prefix = embedding.prompts[request.prompt_name]
+    given = listed(request.inputs)
+    check_num_inputs(len(given), "inputs", exchange.context.settings)
+    inputs = []
+    for at, item in enumerate(given):
+        where = f"inputs[{at}]" if given is not request.inputs and len(given) > 1 else "inputs"
+        if isinstance(item, int) or not item:
+            refuse_field(where, "must be a text or a list of token ids, and not empty")
+        if isinstance(item, list):
+            check_ids(item, where, info.vocab_size)
+        inputs.append(Input(prefix + item if isinstance(item, str) else item, where))
+    is_normalized = request.normalize is not False
+
+    def answer(pooled: Pooled) -> bytes:
+        vectors = [
+            shaped(vector, request.dimensions, is_normalized=is_normalized) for vector in pooled.vectors
+        ]
+        return b"[" + b",".join(map(as_json, vectors)) + b"]"
+
+    return PoolCall(
+        inputs=inputs,
+        how=embedding,
+        answer=answer,
+        cut=_cut(request.truncate, request.truncation_direction),
+        num_numbers=embedding.dimensions,
+    )
+
+
+def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read a request to rank texts; the answer is an array."""
+    request = decode_json(body, _RERANK)
+    texts = request.texts
+    check_num_inputs(len(texts), "texts", exchange.context.settings)
+    scored = Scored(exchange.context.ready().info, [request.query], texts, ("query", "texts"))
+
+    def answer(pooled: Pooled) -> bytes:
+        scores = scored.scores(pooled, is_raw=request.raw_scores is True)
+        shown = [
+            {
+                "index": index,
+                "score": scores[index],
+                **({"text": texts[index]} if request.return_text else {}),
+            }
+            for index in ranked(scores)
+        ]
+        return orjson.dumps(shown)
+
+    cut = _cut(request.truncate, request.truncation_direction)
+    return PoolCall(inputs=scored.inputs(), how=scored.how, answer=answer, cut=cut)
+
+
+def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
+    """Read TEI's request if it has `texts`, else the others'."""
+    if bytes(decode_json(body, _KEYS).texts) == b"null":
+        return parse_rerank(body, exchange)
+    exchange.dialect = TEI
+    exchange.require_json()
+    return parse_tei_rerank(body, exchange)
+
+
+def embedding_or(handle: Handler) -> Handler:
+    """Return the handler of a path at which models that only embed do so, and others what `handle` does."""
+
+    async def either(exchange: Exchange) -> None:
+        info = exchange.context.ready().info
+        if info.generates or info.embedding is None:
+            await handle(exchange)
+            return
+        exchange.dialect = TEI
+        await answer(exchange, parse_embed)
+
+    return either
+
+
+def _cut(truncate: bool | None, side: Side | None) -> Cut | None:
+    return Cut(from_left=side in ("left", "Left")) if truncate else None

@@ -1,0 +1,66 @@
+"""What answers make of vectors: shorter ones, their length, their bytes, and scores of pairs."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+
+from tgi_asgi.api.parse import refuse_field
+from tgi_asgi.types import Embedding
+
+if TYPE_CHECKING:
+    from tgi_asgi.types import Vector
+
+
+def check_dimensions(dimensions: int | None, embedding: Embedding) -> None:
+    """Refuse more dimensions than there are."""
+    if dimensions is not None and not 1 <= dimensions <= embedding.dimensions:
+        refuse_field("dimensions", f"must be in 1..{embedding.dimensions}, got {dimensions}")
+
+
+def shaped(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Vector:
+    """Return a vector's first dimensions (Matryoshka embeddings: Kusupati et al., 2022), of length 1.
+
+    A vector that is neither cut nor to be normalised stays as it is.
+    """
+    is_cut = dimensions is not None and dimensions < len(vector)
+    if not (is_cut or is_normalized):
+        return vector
+    wide = vector[:dimensions].astype(np.float64)
+    length = math.sqrt(float(wide @ wide))
+    short: Vector = (wide / length if length else wide).astype(np.float32)
+    return short
+
+
+def as_json(vector: Vector, *, is_base64: bool = False) -> bytes:
+    """Return a vector as JSON's numbers, or a string of base64 of its float32 in little-endian order."""
+    if is_base64:
+        return b'"' + base64.b64encode(vector.astype("<f4").tobytes()) + b'"'
+    return orjson.dumps(np.ascontiguousarray(vector), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """Return the cosine of the angle between two vectors; 0 where one has no length."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / lengths if lengths else 0.0
+
+
+def logit_of(values: Vector) -> float:
+    """Return the one logit of a score, or by how much the second exceeds the first."""
+    return float(values[-1]) - (float(values[0]) if len(values) > 1 else 0.0)
+
+
+def probability(logit: float) -> float:
+    """Return the sigmoid; of the difference of two logits that is the softmax."""
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
+
+
+def ranked(scores: Sequence[float], most: int | None = None) -> list[int]:
+    """Return the indices of scores, best first, the first of equal ones before the others."""
+    return sorted(range(len(scores)), key=lambda index: -scores[index])[:most]

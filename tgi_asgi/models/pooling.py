@@ -1,0 +1,207 @@
+"""What a checkpoint's files say of pooling: those of sentence-transformers, or a GGUF file's key.
+
+Read once, by `runner/load_pooling.py`. What cannot be done is a reason and no error: the model may generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.safetensors import SafetensorsFile
+from tgi_asgi.types import PoolingKind
+
+Floats = npt.NDArray[np.float32]
+
+ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
+    "Identity": lambda x: x,
+    "Tanh": np.tanh,
+    "ReLU": lambda x: np.maximum(x, np.float32(0)),
+    "Sigmoid": lambda x: np.float32(1) / (np.float32(1) + np.exp(-x)),
+}
+_GGUF_KINDS = {
+    1: PoolingKind.MEAN,
+    2: PoolingKind.CLS,
+    3: PoolingKind.LAST,
+}  # llama.cpp's; 0: none, 4: a rank
+# The flags of `1_Pooling/config.json`; since version 5.4 `pooling_mode` has the name.
+_MODES = {
+    "cls": ("pooling_mode_cls_token", PoolingKind.CLS),
+    "mean": ("pooling_mode_mean_tokens", PoolingKind.MEAN),
+    "max": ("pooling_mode_max_tokens", PoolingKind.MAX),
+    "mean_sqrt_len_tokens": ("pooling_mode_mean_sqrt_len_tokens", PoolingKind.MEAN_SQRT_LEN),
+    "weightedmean": ("pooling_mode_weightedmean_tokens", PoolingKind.WEIGHTED_MEAN),
+    "lasttoken": ("pooling_mode_lasttoken", PoolingKind.LAST),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A linear layer behind the pooling."""
+
+    weight: Floats  # [out, in]
+    bias: Floats | None  # [out]
+    activation: str  # one of `ACTIVATIONS`
+
+    def apply(self, x: Floats) -> Floats:
+        """Return what it makes of x [in]."""
+        out = self.weight @ x
+        if self.bias is not None:
+            out = out + self.bias
+        return ACTIVATIONS[self.activation](out)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingFiles:
+    """What the files say.
+
+    Attributes:
+        kind: None: nothing, or what cannot be done, for a `reason`.
+        max_tokens: of a text.
+        score_tokens: whose logits score a pair: of "yes", or of "no" and "yes".
+        is_told: the files are an embedding's or a ranking's: the model is not for generating.
+    """
+
+    kind: PoolingKind | None = None
+    reason: str = ""
+    dense: tuple[Dense, ...] = ()
+    is_normalized: bool = True
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    max_tokens: int | None = None
+    score_tokens: tuple[int, ...] = ()
+
+    @property
+    def is_told(self) -> bool:
+        return self.kind is not None or bool(self.score_tokens)
+
+
+def read_gguf_pooling(metadata: Mapping[str, Any]) -> PoolingFiles:
+    """Read what a GGUF file says."""
+    kind = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
+    return PoolingFiles(_GGUF_KINDS.get(kind) if type(kind) is int else None)
+
+
+def read_pooling(directory: Path) -> PoolingFiles:
+    """Read the files of sentence-transformers, if there are any.
+
+    Raises:
+        ModelLoadError: one of them is damaged.
+    """
+    modules = _read_list(directory / "modules.json")
+    found = _read_optional(directory / "sentence_bert_config.json")
+    about = _read_optional(directory / "config_sentence_transformers.json")
+    longest = found.get("max_seq_length")
+    prompts = about.get("prompts")
+    result: dict[str, Any] = {
+        "max_tokens": longest if type(longest) is int and longest > 0 else None,
+        "prompts": {
+            name: text
+            for name, text in (prompts.items() if isinstance(prompts, dict) else ())
+            if isinstance(text, str)
+        },
+        "is_normalized": not modules,
+    }
+    dense: list[Dense] = []
+    try:
+        for kind, path in modules:
+            match kind:
+                case "Transformer":
+                    pass
+                case "Pooling":
+                    config = _read_optional(path / "config.json")
+                    result["kind"] = _pooling_kind(config)
+                    if config.get("include_prompt") is False:
+                        result["prompts"] = {}  # whose tokens would have to be left out of the pooling
+                case "Dense":
+                    dense.append(_read_dense(path))
+                case "Normalize":
+                    result["is_normalized"] = True
+                case "LogitScore":
+                    result["score_tokens"] = _score_tokens(_read_optional(path / "config.json"))
+                case _:
+                    raise _Unsupported(f"the module {kind[:100]} of modules.json is not known")
+    except _Unsupported as error:
+        return PoolingFiles(reason=str(error))
+    return PoolingFiles(dense=tuple(dense), **result)
+
+
+class _Unsupported(Exception):
+    """Raised for what sentence-transformers can do and this server cannot."""
+
+
+def _read_list(path: Path) -> list[tuple[str, Path]]:
+    """Return the modules' kinds and folders, in order."""
+    if not path.is_file():
+        return []
+    import json
+
+    try:
+        entries = json.loads(path.read_bytes())
+        return [
+            (str(entry["type"]).rpartition(".")[2], _inside(path.parent, str(entry["path"])))
+            for entry in sorted(entries, key=lambda entry: int(entry["idx"]))
+        ]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is damaged: {error!r}") from None
+
+
+def _inside(directory: Path, name: str) -> Path:
+    path = (directory / name).absolute()
+    if ".." in Path(name).parts or not path.is_relative_to(directory.absolute()):
+        raise ModelLoadError(f"{directory}/modules.json names a folder outside: {name[:100]!r}")
+    return path
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _pooling_kind(config: Mapping[str, Any]) -> PoolingKind:
+    named = config.get("pooling_mode")
+    if isinstance(named, str):
+        kinds = [_MODES[named][1]] if named in _MODES else []
+    else:
+        kinds = [kind for flag, kind in _MODES.values() if config.get(flag) is True]
+    if len(kinds) != 1:
+        raise _Unsupported(f"the pooling {str(named or [kind.value for kind in kinds])[:100]} is not known")
+    return kinds[0]
+
+
+def _read_dense(path: Path) -> Dense:
+    config = _read_optional(path / "config.json")
+    activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+    if activation not in ACTIVATIONS:
+        raise _Unsupported(f"the activation {activation[:100]} of {path.name} is not known")
+    if not (path / "model.safetensors").is_file():
+        raise _Unsupported(f"{path.name} has no model.safetensors (pickled weights are never read)")
+    file = SafetensorsFile.open(path / "model.safetensors")
+    weight = _floats(file, "linear.weight")
+    bias = _floats(file, "linear.bias") if "linear.bias" in file.tensors else None
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ModelLoadError(f"{path}: `linear` must be a matrix, and a bias of its rows")
+    file.close()
+    return Dense(weight, bias, activation)
+
+
+def _floats(file: SafetensorsFile, name: str) -> Floats:
+    info = file.tensor(name)
+    raw = file.raw(name)
+    if info.dtype == "BF16":
+        wide = raw.view("<u2").astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(info.shape)
+    kinds = {"F32": "<f4", "F16": "<f2"}
+    if info.dtype not in kinds:
+        raise ModelLoadError(f"{file.path}: tensor {name!r} is of dtype {info.dtype}")
+    return raw.view(kinds[info.dtype]).astype(np.float32).reshape(info.shape)
+
+
+def _score_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = [config.get("false_token_id"), config.get("true_token_id")]
+    return tuple(token_id for token_id in ids if type(token_id) is int)

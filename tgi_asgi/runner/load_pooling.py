@@ -1,0 +1,97 @@
+"""Find out how a model that is being loaded embeds and scores, from its files and the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.pooling import PoolingFiles
+from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat.template import ChatTemplate
+from tgi_asgi.text.tokenizer import Tokenizer
+from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
+
+# As Qwen3-Reranker's model card has it; of models that are asked for a "yes".
+RANKING = """\
+{%- set ns = namespace(instruct="Given a web search query, retrieve relevant passages that answer the query",
+ query="", document="") -%}
+{%- for message in messages -%}
+{%- if message.role == "system" -%}{%- set ns.instruct = message.content -%}
+{%- elif message.role == "query" -%}{%- set ns.query = message.content -%}
+{%- elif message.role == "document" -%}{%- set ns.document = message.content -%}{%- endif -%}
+{%- endfor -%}
+<|im_start|>system
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that \
+the answer can only be "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: {{ ns.instruct }}
+<Query>: {{ ns.query }}
+<Document>: {{ ns.document }}<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+{{ "" }}"""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedText:
+    """What a model reads with."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+
+def with_pooling(
+    info: ModelInfo, config: ServedConfig, files: PoolingFiles, settings: Settings, text: LoadedText
+) -> ModelInfo:
+    """Return what the API says of a model, with how it embeds and scores.
+
+    Raises:
+        ModelLoadError: `--score-tokens` are no tokens of the model.
+    """
+    if info.device != "cpu":
+        reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
+        return replace(info, generates=config.generates, why_no_pooling=reason)
+    kind = files.kind if settings.pooling is None else PoolingKind(settings.pooling)
+    longest = min(settings.max_input_tokens or info.max_total_tokens, info.max_total_tokens)
+    longest = min(longest, files.max_tokens or longest)
+    given: dict[str, Any] = {}
+    if kind is not None:
+        dimensions = files.dense[-1].weight.shape[0] if files.dense else config.hidden_size
+        given["embedding"] = Embedding(Pooling(kind), dimensions, longest, files.is_normalized, files.prompts)
+    tokens = _score_tokens(config, files, settings, text.tokenizer)
+    if tokens:
+        given["scoring"] = Scoring(
+            Pooling(PoolingKind.LOGITS, tokens), longest, _score_template(config, text.chat_template)
+        )
+    reason = files.reason or "its files do not say how; start the server with --pooling last, mean or cls"
+    if config.num_labels > 2:
+        reason = f"it has {config.num_labels} labels, and a score is of one or two"
+    return replace(info, generates=config.generates and not files.is_told, why_no_pooling=reason, **given)
+
+
+def _score_tokens(
+    config: ServedConfig, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Return whose logits make a score: a classifier's labels, or tokens that the files or settings name."""
+    if config.num_labels:
+        return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
+    if settings.score_tokens is None:
+        return tuple(token for token in files.score_tokens if token < config.vocab_size)
+    words = settings.score_tokens.split(",")
+    found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
+    if len(found) > 2 or any(len(ids) != 1 for ids in found):
+        raise ModelLoadError(
+            f"--score-tokens {settings.score_tokens}: takes one or two words, each a token of the model"
+        )
+    return tuple(token for [token] in found)
+
+
+def _score_template(config: ServedConfig, template: ChatTemplate | None) -> str | None:
+    if template is not None and template.mentions("query") and template.mentions("document"):
+        return template.source
+    return None if config.num_labels else RANKING

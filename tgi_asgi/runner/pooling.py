@@ -1,0 +1,110 @@
+"""Hidden states of prompts become vectors, chunk by chunk; an encoder's, which come at once, by `pool`.
+
+Sums are in float64, token after token, so that a vector's bits do not tell how its prompt was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tgi_asgi.models.pooling import Dense
+from tgi_asgi.runner.plan import StepRow
+from tgi_asgi.types import PoolingKind
+
+Floats = npt.NDArray[np.float32]
+_ROWS = 256  # of hidden states at a time, in float64: 8 MiB of a hidden size of 4,096
+
+
+class Accumulator:
+    """Pools the hidden states of one prompt as they come.
+
+    accumulator = Accumulator(PoolingKind.MEAN)
+    accumulator.add(states)              # [n_tokens, hidden], in order
+    vector = accumulator.result()        # [hidden]
+    """
+
+    def __init__(self, kind: PoolingKind) -> None:
+        self.kind = kind
+        self.num_tokens = 0
+        self._value: npt.NDArray[np.float64] | None = None
+
+    def add(self, states: Floats) -> None:
+        """Take the states of the tokens that follow."""
+        kind = self.kind
+        if kind is PoolingKind.LAST or (kind is PoolingKind.CLS and not self.num_tokens):
+            self._value = states[-1 if kind is PoolingKind.LAST else 0].astype(np.float64)
+        elif kind is PoolingKind.MAX:
+            highest = states.max(axis=0).astype(np.float64)
+            self._value = highest if self._value is None else np.maximum(self._value, highest)
+        elif kind is not PoolingKind.CLS:
+            total = np.zeros(states.shape[1]) if self._value is None else self._value
+            for at, row in enumerate(states, self.num_tokens + 1):  # 1 us each
+                total += row * np.float64(at) if kind is PoolingKind.WEIGHTED_MEAN else row
+            self._value = total
+        self.num_tokens += len(states)
+
+    def result(self) -> Floats:
+        """Return the vector of all tokens so far."""
+        assert self._value is not None, "there was no token"
+        n = self.num_tokens
+        divisor: float = {
+            PoolingKind.MEAN: n,
+            PoolingKind.MEAN_SQRT_LEN: n**0.5,
+            PoolingKind.WEIGHTED_MEAN: n * (n + 1) / 2,
+        }.get(self.kind, 1)
+        return (self._value / divisor).astype(np.float32)
+
+
+def pool(kind: PoolingKind, states: Floats, dense: Sequence[Dense] = ()) -> Floats:
+    """Return the vector of a prompt whose states [n_tokens, hidden] are all there."""
+    accumulator = Accumulator(kind)
+    accumulator.add(states)
+    return _through(dense, accumulator.result())
+
+
+class Pooler:
+    """Pools rows of a runner's steps.
+
+    Args:
+        hidden: returns states [n, hidden] of tokens [start, stop) of the last step, behind the last norm.
+        dense: what vectors go through.
+    """
+
+    def __init__(self, hidden: Callable[[int, int], Floats], dense: Sequence[Dense] = ()) -> None:
+        self._hidden = hidden
+        self._dense = dense
+        self._open: dict[int, Accumulator] = {}  # by slot: prompts of which more chunks follow
+
+    def forget(self, slot: int) -> None:
+        """Drop what is kept of a slot: another sequence takes it."""
+        self._open.pop(slot, None)
+
+    def take(self, first: int, row: StepRow) -> Floats | None:
+        """Pool a row, whose tokens are first, first + 1, ... of the last step; return a vector at its end.
+
+        Raises:
+            ValueError: tokens before this chunk are wanted, and were not pooled.
+        """
+        assert row.pools is not None
+        kind, stop = row.pools.kind, first + row.num_tokens
+        if kind is PoolingKind.LAST:
+            return _through(self._dense, self._hidden(stop - 1, stop)[0]) if row.samples else None
+        found = self._open.pop(row.slot, None)
+        accumulator = Accumulator(kind) if row.start == 0 or found is None else found
+        if accumulator.num_tokens != row.start:
+            raise ValueError(f"the tokens before position {row.start} have not been pooled")
+        for start in range(first, stop, _ROWS):
+            accumulator.add(self._hidden(start, min(start + _ROWS, stop)))
+        if row.samples:
+            return _through(self._dense, accumulator.result())
+        self._open[row.slot] = accumulator
+        return None
+
+
+def _through(dense: Sequence[Dense], vector: Floats) -> Floats:
+    for layer in dense:
+        vector = layer.apply(vector)
+    return vector
