@@ -22,6 +22,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.programs import Pools, Program, make_program
@@ -55,6 +56,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
     with OpenModel(ModelFiles("bench", None, "directory", path), model_impl=implementation) as opened:
         model = opened.load(ops.Packing(False, quantise), _CONTEXT)
         config = opened.config
+    assert not isinstance(model, EncoderModel)
     size = KvSize(16 * _CONTEXT // _BLOCK, _BLOCK, 0, torch.bfloat16)
     return make_program(
         model, Pools(config, size), max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT

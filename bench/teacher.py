@@ -18,6 +18,7 @@ from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import record
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
@@ -44,7 +45,7 @@ class Teacher:
         with OpenModel(files) as opened:
             config = opened.config
             model = opened.load(ops.Packing(is_exact=is_exact), max_tokens)
-        assert isinstance(config, ModelConfig) and not isinstance(model, GenericModel)
+        assert isinstance(config, ModelConfig) and not isinstance(model, GenericModel | EncoderModel)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         pool = ops.KvPool(
             num_layers=config.num_layers,

@@ -179,6 +179,7 @@ class GenerationRequest:
     # A vector is wanted, in `RequestStats.vector`, and no token: n and max_tokens are 1, and the one event
     # says that it is there.
     pooling: Pooling | None = None
+    second_start: int | None = None  # of a pair of texts: where in the prompt the second one begins
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that would cost four times as much, and one is made a token

@@ -35,7 +35,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable
 
     def expected(query: str, document: str) -> float:
         with torch.inference_mode():
-            logits = model(torch.tensor([tokenizer.encode_pair(query, document)])).logits[0]
+            logits = model(torch.tensor([tokenizer.encode_pair(query, document)[0]])).logits[0]
         return float(logits[0])
 
     return directory, expected
@@ -152,7 +152,7 @@ async def test_of_a_long_document_the_beginning_counts(
 
 async def test_two_labels_are_weighed_against_each_other(tmp_path: Path) -> None:
     model = save_classifier(tmp_path, 2)
-    ids = Tokenizer.from_directory(tmp_path).encode_pair("a", "b")
+    ids = Tokenizer.from_directory(tmp_path).encode_pair("a", "b")[0]
     with torch.inference_mode():
         expected = float(torch.softmax(model(torch.tensor([ids])).logits[0], 0)[1])
     async with pooled_server(tmp_path) as server:

@@ -14,7 +14,7 @@ class HeldRunner:
     """Keeps every step until the test lets it go."""
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
-    has_states = False
+    has_states = takes_whole_prompts = False
 
     def __init__(self) -> None:
         self.held: deque[asyncio.Future[StepResult]] = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,3 +135,41 @@ async def test_a_prompt_may_fill_the_context_and_no_more(make_engine: MakeEngine
     assert channel.stats.vector is not None
     with pytest.raises(InvalidRequest):
         engine.submit(_pooled(65), engine.acquire(1))
+
+
+async def test_prompts_that_come_whole_share_steps_up_to_the_budget(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(num_blocks=512, max_step_tokens=300, takes_whole_prompts=True, has_states=True)
+    engine = make_engine(runner, max_batch_prefill_tokens=96)
+    sizes = [10, 200, 90, 7, 40, 41, 300, 1, 33, 20, 10, 96, 2]
+    requests = [_pooled(bytes([at]) * size, MEAN) for at, size in enumerate(sizes)]
+    channels = await _run(engine, *requests)
+    for request, channel in zip(requests, channels, strict=True):
+        np.testing.assert_array_equal(channel.stats.vector, fake_vector(request.prompt_ids))
+    steps = [[row.num_tokens for row in plan.rows] for plan in runner.plans]
+    assert sorted(size for step in steps for size in step) == sorted(sizes)
+    assert all(sum(step) <= 96 or len(step) == 1 for step in steps), steps
+    assert any(len(step) > 2 for step in steps), steps
+    assert engine.scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bad"), MemoryError("none")])
+async def test_a_prompt_that_fails_whole_is_not_cut(make_engine: MakeEngine, error: Exception) -> None:
+    runner = FakeRunner(num_blocks=512, takes_whole_prompts=True, has_states=True)
+    engine = make_engine(runner, max_batch_prefill_tokens=200)
+    runner.fault = lambda plan: error if any(row.num_tokens == 150 for row in plan.rows) else None
+    good = [_pooled(size, MEAN) for size in (20, 30, 40, 3)]
+    bad = _pooled(150, MEAN)
+    results = await asyncio.gather(
+        *(_run(engine, request) for request in (*good, bad)), return_exceptions=True
+    )
+    assert isinstance(results[-1], GenerationFailed)
+    for request, found in zip(good, results[:-1], strict=True):
+        assert not isinstance(found, BaseException)
+        np.testing.assert_array_equal(found[0].stats.vector, fake_vector(request.prompt_ids))
+    assert {row.num_tokens for plan in runner.plans for row in plan.rows} <= {20, 30, 40, 3, 150}
+
+
+async def test_where_the_second_text_begins_reaches_the_runner(make_engine: MakeEngine) -> None:
+    runner = FakeRunner(takes_whole_prompts=True, has_states=True)
+    await _run(make_engine(runner), replace(_pooled(9, MEAN), second_start=4))
+    assert [row.second_start for plan in runner.plans for row in plan.rows] == [4]

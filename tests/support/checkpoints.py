@@ -15,6 +15,7 @@ from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model as OurModel
 from tgi_asgi.models.family import record
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.inputs import StepInputs
@@ -86,7 +87,7 @@ def load_model(
     """Load a model for the CPU, in exact arithmetic if no other is given; its files are closed again."""
     with OpenModel(files) as opened:
         model = opened.load(ops.Packing(is_exact=True) if arithmetic is None else arithmetic, max_positions)
-    assert not isinstance(model, GenericModel)
+    assert not isinstance(model, GenericModel | EncoderModel)
     return model
 
 

@@ -129,6 +129,7 @@ class FakeRunner:
     max_batch_size: int = 64
     max_step_tokens: int = 4096
     has_states: bool = False
+    takes_whole_prompts: bool = False
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -243,6 +244,9 @@ class FakeRunner:
         self._require(len(set(slots)) == len(slots), "a slot twice in a step")
         self._require(all(0 <= slot < self.max_batch_size for slot in slots), "no such slot")
         self._require(sum(row.num_tokens for row in plan.rows) <= self.max_step_tokens, "too many tokens")
+        if self.takes_whole_prompts:
+            are_whole = all(row.samples and row.start == 0 and row.token_ids for row in plan.rows)
+            self._require(are_whole, "a prompt does not come whole")
         sizes = [row.num_tokens for row in plan.rows]
         first_chunk = next((at for at, size in enumerate(sizes) if size > 1), len(sizes))
         late = [row for row in plan.rows[first_chunk:] if row.token_ids is None]

@@ -15,6 +15,7 @@ from tests.support import architectures
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.programs import Program
@@ -61,7 +62,9 @@ def load_generic(
 ) -> Model | GenericModel:
     """Load a checkpoint, float32 where no arithmetic is given."""
     with open_generic(folder) as opened:
-        return opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
+        model = opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
+    assert not isinstance(model, EncoderModel)
+    return model
 
 
 def measure(folder: Path) -> Outcome:

@@ -48,8 +48,9 @@ class ToyTokenizer:
         ids = self.encode(text, add_special_tokens=add_special_tokens)
         return ids[-keep:] if from_left else ids[:keep]
 
-    def encode_pair(self, first: str, second: str) -> list[int]:
-        return [*self.encode(first, add_special_tokens=True), *self.encode(second, add_special_tokens=False)]
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+        ids = self.encode(first, add_special_tokens=True)
+        return [*ids, *self.encode(second, add_special_tokens=False)], None
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False

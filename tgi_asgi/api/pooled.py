@@ -46,6 +46,7 @@ _CUTS = 8  # attempts to cut a document to its room; each is a rendering
 _RETRY_S = 0.1
 _LARGE = 16 * 1024  # numbers of an answer; writing one takes some 50 ns
 _BATCH_CHARACTERS = 32 * 1024  # of texts that a thread takes at a time: some 10 ms
+_Prompt = tuple[list[int], int | None]  # ids; of a pair, where its second text begins, if that is marked
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
 
@@ -196,46 +197,47 @@ def _num_characters(given: Input) -> int:
 async def _requests(exchange: Exchange, served: Served, call: PoolCall) -> list[GenerationRequest]:
     """Tokenise the inputs in threads, some at a time: others wait there, too."""
     context = exchange.context
-    ids: list[list[int]] = []
+    prompts: list[_Prompt] = []
     num_tokens = 0
-    while len(ids) < len(call.inputs):
-        found = await context.text.run(_tokenise, call, len(ids), served, context.settings)
-        num_tokens += sum(map(len, found))
+    while len(prompts) < len(call.inputs):
+        found = await context.text.run(_tokenise, call, len(prompts), served, context.settings)
+        num_tokens += sum(len(ids) for ids, _ in found)
         if num_tokens > MAX_TOKENS:
-            where = call.inputs[len(ids)].where.partition("[")[0]
+            where = call.inputs[len(prompts)].where.partition("[")[0]
             raise TooManyPrompts(f"`{where}` takes at most {MAX_TOKENS} tokens together", param=where)
-        ids += found
+        prompts += found
     most = context.settings.max_priority
     salt = cache_salt_of(exchange, None)
     return [
         GenerationRequest(
             request_id=exchange.request_id,
-            prompt_ids=each,
+            prompt_ids=ids,
             sampling=_SAMPLING,
             stop=_STOP,
             priority=min(max(call.priority, -most), most),
             cache_salt=salt,
             is_prefix_cached=not call.pooling.needs_all,
             pooling=call.pooling,
+            second_start=second_start,
         )
-        for each in ids
+        for ids, second_start in prompts
     ]
 
 
-def _tokenise(call: PoolCall, begin: int, served: Served, settings: Settings) -> list[list[int]]:
+def _tokenise(call: PoolCall, begin: int, served: Served, settings: Settings) -> list[_Prompt]:
     """Tokenise inputs from a number on, until there is enough for one turn."""
-    found: list[list[int]] = []
+    found: list[_Prompt] = []
     left = _BATCH_CHARACTERS
     for given in call.inputs[begin:]:
-        found.append(_ids_of(call, given, served, settings))
-        left -= _num_characters(given) + len(found[-1])
+        found.append(_prompt_of(call, given, served, settings))
+        left -= _num_characters(given) + len(found[-1][0])
         if left <= 0:
             break
     return found
 
 
-def _ids_of(call: PoolCall, given: Input, served: Served, settings: Settings) -> list[int]:
-    """Return the tokens of an input.
+def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings) -> _Prompt:
+    """Return the tokens of an input, and of a pair where the second text begins.
 
     Raises:
         ContextExceeded: they are too many.
@@ -250,8 +252,11 @@ def _ids_of(call: PoolCall, given: Input, served: Served, settings: Settings) ->
     if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
         least = -(-num_whole // tokenizer.longest_token)
         raise _too_long(given.where, f"at least {least}", least, room)
+    second_start = None
     if isinstance(content, Pair):
-        ids = _pair_ids(content, served, settings, keep, most_characters, is_cut=cut is not None)
+        ids, second_start = _pair_prompt(
+            content, served, settings, keep, most_characters, is_cut=cut is not None
+        )
     elif isinstance(content, list):
         ids = content if cut is None or len(content) <= keep else _kept(content, keep, cut)
     elif cut is None:
@@ -265,38 +270,38 @@ def _ids_of(call: PoolCall, given: Input, served: Served, settings: Settings) ->
         raise _too_long(given.where, str(len(ids)), len(ids), room)
     if not ids:
         refuse(given.where, f"`{given.where}` must not be empty")
-    return ids
+    return ids, second_start
 
 
 def _kept(ids: list[int], keep: int, cut: Cut) -> list[int]:
     return ids[-keep:] if cut.from_left else ids[:keep]
 
 
-def _pair_ids(
+def _pair_prompt(
     pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, *, is_cut: bool
-) -> list[int]:
+) -> _Prompt:
     """Return the tokens of a pair; where it is to be cut, of as much of its document as there is room for."""
     document = pair.document[:most_characters] if is_cut else pair.document
     tokenizer = served.tokenizer
-    ids = _whole_pair(pair, document, served, settings)
+    found = _whole_pair(pair, document, served, settings)
     for _ in range(_CUTS if is_cut else 0):
-        over = len(ids) - keep
+        over = len(found[0]) - keep
         if over <= 0 or not document:
             break
         own = tokenizer.encode(document, add_special_tokens=False)
         document = tokenizer.decode(own[: max(len(own) - over, 0)], skip_special_tokens=False)
-        ids = _whole_pair(pair, document, served, settings)
-    return ids
+        found = _whole_pair(pair, document, served, settings)
+    return found
 
 
-def _whole_pair(pair: Pair, document: str, served: Served, settings: Settings) -> list[int]:
+def _whole_pair(pair: Pair, document: str, served: Served, settings: Settings) -> _Prompt:
     scoring = served.info.scoring
     if scoring is None or scoring.template is None:
         return served.tokenizer.encode_pair(pair.query, document)
     messages = [{"role": "query", "content": pair.query}, {"role": "document", "content": document}]
     if pair.instruction is not None:
         messages.insert(0, {"role": "system", "content": pair.instruction})
-    return chat_prompt(Conversation(messages), served.for_scores, settings, is_bounded=False).ids
+    return chat_prompt(Conversation(messages), served.for_scores, settings, is_bounded=False).ids, None
 
 
 def _too_long(where: str, given: str, num_tokens: int, most: int) -> ContextExceeded:

@@ -73,6 +73,7 @@ class ServingLoop:
             num_eager_blocks=num_eager_blocks,
             prefix_cache=settings.prefix_cache and not runner.has_states,
             can_fork=not runner.has_states,
+            takes_whole_prompts=runner.takes_whole_prompts,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
         )

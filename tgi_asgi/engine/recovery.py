@@ -77,7 +77,8 @@ class Recovery:
                 self._budget.shrink(step.num_prefill_tokens)
             if num_rows == 1:
                 num_tokens = step.plan.rows[0].num_tokens
-                if not isinstance(error, MemoryError) or num_tokens <= self._scheduler.block_size:
+                is_least = num_tokens <= self._scheduler.block_size or self._scheduler.takes_whole_prompts
+                if not isinstance(error, MemoryError) or is_least:
                     for _, sequence in step.live():
                         self.num_lost_rows += 1
                         self._host.lose(sequence, "the model failed on this request", error)

@@ -65,6 +65,7 @@ class Scheduler:
     Args:
         num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
         can_fork: the choices of a prompt share what the first has computed of it.
+        takes_whole_prompts: no prompt is cut; one that exceeds the budget is a step of its own.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
@@ -81,6 +82,7 @@ class Scheduler:
         num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
         can_fork: bool = True,
+        takes_whole_prompts: bool = False,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
@@ -89,6 +91,7 @@ class Scheduler:
             self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork, stats=stats
         )
         self.block_size = block_size
+        self.takes_whole_prompts = takes_whole_prompts
         self._max_step_tokens = max_step_tokens
         self._budget = budget
         self._stats = stats
@@ -240,11 +243,14 @@ class Scheduler:
         """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
 
         A chunk that does not finish them ends at a block boundary; a sliver is left to the next step, unless
-        it is all that this one has.
+        it is all that this one has. So is a prompt that may not be cut.
         """
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
-        if count > budget:
+        if count > budget and self.takes_whole_prompts:
+            if step.num_prefill_tokens:
+                return 0
+        elif count > budget:
             aligned = budget - (start + budget) % self.block_size
             if aligned <= 0 and step.num_prefill_tokens:
                 return 0
@@ -262,8 +268,12 @@ class Scheduler:
             plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
-        pools = sequence.pooling
-        plan.rows.append(StepRow(sequence.slot, tokens, start, sequence.table, samples, wanted, pools))
+        second_start = sequence.request.second_start
+        plan.rows.append(
+            StepRow(
+                sequence.slot, tokens, start, sequence.table, samples, wanted, sequence.pooling, second_start
+            )
+        )
         step.sequences.append(sequence)
         step.epochs.append(sequence.epoch)
         step.num_prefill_tokens += count
@@ -307,6 +317,8 @@ class Scheduler:
         """
         while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(self._num_running_of)
+            if sequence is not None and not self._fits(step, sequence, budget):
+                return
             # Each that runs needs its next block soon: without a reserve one of them would be preempted.
             if sequence is None or not self.tables.start(sequence, reserve=len(self._running)):
                 return
@@ -317,6 +329,11 @@ class Scheduler:
             self._num_running_of[sequence.tenant] += 1
             self._num_waiting -= 1
             budget -= self._plan_chunk(step, sequence, budget)
+
+    def _fits(self, step: Step, sequence: Sequence, budget: int) -> bool:
+        """Tell whether some of a sequence can be computed: where prompts come whole, all of it."""
+        is_small = sequence.prompt_len <= budget or not step.num_prefill_tokens
+        return is_small or not self.takes_whole_prompts
 
     def apply(self, step: Step, result: StepResult) -> list[tuple[int, Sequence]]:
         """Take over a step's result; return (row, sequence) of the rows that still matter.

@@ -105,7 +105,7 @@ class CudaRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self.has_states = False
+        self.has_states = self.takes_whole_prompts = False
         self._device = device
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -22,6 +22,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
@@ -29,6 +30,7 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
@@ -49,7 +51,7 @@ _SAMPLE_BYTES = 256  # of each tensor's head and tail go into the fingerprint
 class LoadedModel:
     """All that serving a model takes."""
 
-    runner: CpuRunner | CudaRunner
+    runner: CpuRunner | CudaRunner | EncoderRunner
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     info: ModelInfo
@@ -88,7 +90,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
-        runner: CpuRunner | CudaRunner
+        runner: CpuRunner | CudaRunner | EncoderRunner
         if device is None:
             dtype = _choose_dtype(name)
             packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
@@ -96,7 +98,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
         else:
-            assert isinstance(config, ModelConfig)  # `_announce` has refused the others
+            assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
@@ -110,7 +112,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     if device is None:
         runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)
     else:
-        assert not isinstance(model, GenericModel)
+        assert not isinstance(model, GenericModel | EncoderModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
     info = ModelInfo(
@@ -136,16 +138,16 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     return LoadedModel(runner, tokenizer, chat_template, info)
 
 
-def _announce(model: Model | GenericModel) -> None:
+def _announce(model: Model | GenericModel | EncoderModel) -> None:
     """Say in one line how the code of `transformers` computes the model."""
     import transformers
 
     architecture, version = model.config.architecture, transformers.__version__
-    if not isinstance(model, GenericModel):
+    if not isinstance(model, GenericModel | EncoderModel):
         logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
     elif model.config.floor_reason:
         logger.warning(
-            "%s runs one sequence at a time, on the cache of transformers %s, slowly: %s",
+            "%s runs one sequence at a time, by the code of transformers %s alone, slowly: %s",
             architecture, version, model.config.floor_reason,
         )  # fmt: skip
     else:
@@ -155,8 +157,10 @@ def _announce(model: Model | GenericModel) -> None:
         )  # fmt: skip
 
 
-def _is_batch_invariant(model: Model | GenericModel, settings: Settings, device: Device | None) -> bool:
-    if isinstance(model, GenericModel):
+def _is_batch_invariant(
+    model: Model | GenericModel | EncoderModel, settings: Settings, device: Device | None
+) -> bool:
+    if isinstance(model, GenericModel | EncoderModel):
         return model.is_batch_invariant
     return device is None or settings.batch_invariant
 
@@ -170,16 +174,27 @@ def _choose_cpu_cache(
     free = free_memory()
     vocabulary = opened.config.vocab_size * opened.config.hidden_size
     free -= check_weights_fit(opened.stored(), packing, vocabulary, free)
-    return choose_size(opened.config, settings, dtype, longest, free)
+    size = choose_size(opened.config, settings, dtype, longest, free)
+    return replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
 
 
 def _make_cpu_runner(
-    model: Model | GenericModel,
+    model: Model | GenericModel | EncoderModel,
     kv_size: KvSize,
     settings: Settings,
     longest: int,
     dense: Sequence[Dense],
-) -> CpuRunner:
+) -> CpuRunner | EncoderRunner:
+    if isinstance(model, EncoderModel):
+        return EncoderRunner(
+            model,
+            num_blocks=kv_size.num_blocks,
+            block_size=kv_size.block_size,
+            max_batch_size=settings.max_batch_size,
+            max_step_tokens=settings.max_batch_prefill_tokens,
+            max_context=longest,
+            dense=dense,
+        )
     return CpuRunner(
         model,
         kv_size,

@@ -50,6 +50,7 @@ class StepRow:
     # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
     # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
     pools: Pooling | None = None
+    second_start: int | None = None  # as `GenerationRequest.second_start`
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +105,9 @@ class Runner(Protocol):
     max_batch_size: int
     max_step_tokens: int
     has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
+    takes_whole_prompts: (
+        bool  # a prompt is one row of one step, and nothing follows; `max_step_tokens` hold it
+    )
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

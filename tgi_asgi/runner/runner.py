@@ -63,6 +63,7 @@ class CpuRunner:
         self.max_context = max_context
         self._pools = Pools(config, kv_size)
         self.has_states = config.has_states
+        self.takes_whole_prompts = False
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,
@@ -211,10 +212,10 @@ class CpuRunner:
                 outcome: StepResult | Exception = self.run(job.plan)
             except Exception as error:
                 logger.exception("step %s failed", job.plan.step_id)
-                outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
+                outcome = MemoryError(str(error)) if is_out_of_memory(error) else error
             self._jobs.finish(job, outcome)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell torch's ways of saying that there is no memory from other errors."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

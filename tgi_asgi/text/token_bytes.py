@@ -1,7 +1,7 @@
 """The bytes that each token stands for in running text, so that a stream needs no decoder.
 
-Two families are known: byte-level vocabularies (GPT-2's alphabet, a printable character a byte) and
-sentencepiece ones ("▁" for a space, "<0x0A>" for a byte).
+Three families are known: byte-level vocabularies (GPT-2's alphabet, a printable character a byte),
+sentencepiece ones ("▁" for a space, "<0x0A>" for a byte) and BERT's word pieces ("##" where no word begins).
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ def token_byte_table(backend: tokenizers.Tokenizer, added: Mapping[int, str]) ->
         _fill_byte_level(table, pieces)
     elif steps & {"ByteFallback", "Metaspace"}:
         _fill_sentencepiece(table, pieces)
+    elif "WordPiece" in steps:
+        for token_id, text in pieces.items():
+            table[token_id] = (text[2:] if text.startswith("##") else f" {text}").encode("utf-8", "replace")
     else:
         raise ModelLoadError(
             f"the tokenizer's decoder ({', '.join(sorted(steps)) or 'none'}) is not supported; "
-            "byte-level and sentencepiece vocabularies are"
+            "byte-level and sentencepiece vocabularies and word pieces are"
         )
     return table
 

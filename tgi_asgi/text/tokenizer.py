@@ -68,10 +68,13 @@ class Tokenizer:
         self._lock = threading.Lock()
         self.vocab_size = len(self._bytes)
         self.longest_token = max(map(len, self._bytes), default=1)  # bytes, and so no fewer than characters
+        if isinstance(backend.model, tokenizers.models.WordPiece):  # an unknown word is one token
+            self.longest_token = max(self.longest_token, backend.model.max_input_chars_per_word)
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         known = {token_id for token_id in eos_ids if 0 <= token_id < self.vocab_size}
         self.eos_ids = frozenset(known | ({self.eos_id} if self.eos_id is not None else set()))
+        self._has_token_types = True
         self.adds_bos = self.bos_id in self.encode("", add_special_tokens=True)[:1]
 
     @classmethod
@@ -118,7 +121,10 @@ class Tokenizer:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ModelLoadError(f"the tokenizer_config.json of {path} is damaged: {error}") from error
-        return cls(backend, named, eos_ids)
+        made = cls(backend, named, eos_ids)
+        inputs = config.get("model_input_names")  # what transformers gives a model of the tokenizer's output
+        made._has_token_types = not isinstance(inputs, list) or "token_type_ids" in inputs
+        return made
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -162,13 +168,18 @@ class Tokenizer:
             encoding = self._backend.post_process(encoding, None, True)
         return encoding.ids[:keep]
 
-    def encode_pair(self, first: str, second: str) -> list[int]:
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
         """Turn two texts into the ids of one pair, with what the tokenizer puts around and between them.
+
+        With the ids comes where the second segment begins, which is marked for models that have token types;
+        None where the tokenizer marks none.
 
         Raises:
             InvalidRequest: as `encode`.
         """
-        return self._encode(self._backend.encode_batch_fast, (first, second), True).ids
+        encoding = self._encode(self._backend.encode_batch_fast, (first, second), True)
+        types = encoding.type_ids if self._has_token_types else []
+        return encoding.ids, types.index(1) if 1 in types else None
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False

@@ -23,6 +23,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
@@ -227,6 +228,7 @@ def test_code_of_a_checkpoint_is_run_on_request(own_code: Path, checkpoint: Chec
     expected = [0.5 * logits for logits in architectures.references(checkpoint("llama"), ids)]
     with open_generic(own_code, trusts_code=True) as opened:
         loaded = opened.load(ops.Packing(is_exact=True), 64)
+    assert not isinstance(loaded, EncoderModel)
     assert (own_code.parent / "mark").exists()
     steps = [[(0, 0, 20)], [(0, 20, 16), (1, 0, 17)], [(0, 36, 1)]]
     assert run_steps(loaded, ids, expected, steps) < EQUAL

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import sentence_transformers  # type: ignore[import-not-found]
 
+from tests.support import encoders
 from tests.support.pooled import QUERIES, RECORDED, TEXTS, save_recorded, save_recorded_classifier
 
 _TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "!", "model_max_length": 512}
@@ -36,6 +37,27 @@ def main() -> None:
         ]
     path = Path(__file__).with_name("sentence-transformers.json")
     path.write_text(json.dumps(found))
+    path = path.with_name("sentence-transformers-encoders.json")
+    path.write_text(json.dumps(record_encoders()))
+
+
+def record_encoders() -> dict[str, object]:
+    """Return the vectors and scores of encoders."""
+    found: dict[str, object] = {"version": sentence_transformers.__version__}
+    for name, (_, _, mode) in encoders.RECORDED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            encoders.save_recorded(name, Path(folder))
+            if mode is not None:
+                model = sentence_transformers.SentenceTransformer(folder, device="cpu")
+                found[name] = [
+                    model.encode([text])[0].astype(float).round(6).tolist() for text in encoders.TEXTS
+                ]
+                continue
+            ranker = sentence_transformers.CrossEncoder(folder, device="cpu")
+            found[name] = [
+                [float(ranker.predict([(query, text)])[0]) for text in encoders.TEXTS] for query in QUERIES
+            ]
+    return found
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rul
 PROBE = "tgi_probe"
 _TOKENS = 3
 # What attention functions are given beside queries, keys and values, and may ignore.
-_IGNORED = frozenset({
+IGNORED = frozenset({
     "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
     "use_cache", "output_attentions", "output_hidden_states", "training", "cache_position", "layer_idx",
     "past_key_values", "return_dict", "logits_to_keep", "head_mask", "output_router_logits", "deterministic",
@@ -53,7 +53,7 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
         ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
     """
     probe = _Probe(min(max_positions, LONGEST))
-    with probe.installed(), _implementation(model, PROBE), torch.no_grad():
+    with probe.installed(), implementation(model, PROBE), torch.no_grad():
         try:
             run_on_meta(model)
         except NotProbed:
@@ -195,7 +195,7 @@ class _Probe:
     ) -> tuple[Tensor, None]:
         """Note a call; return something of the shape of a result."""
         heads, tokens = query.shape[1], query.shape[2]
-        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED)
         if unknown:
             self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
         self.has_slopes |= kwargs.get("slopes") is not None
@@ -228,7 +228,7 @@ def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _implementation(model: Any, name: str) -> Iterator[None]:
+def implementation(model: Any, name: str) -> Iterator[None]:
     """Have a module's attention and experts be those of this name."""
     configs = configurations(model)
     before = [(each, each._attn_implementation, each._experts_implementation) for each in configs]

@@ -95,7 +95,7 @@ class OpenGeneric:
         adapt(self._model)
         text = self._model.config.get_text_config()
         first = first_position(self._model)
-        context = _context_length(text) - first
+        context = context_length(text) - first
         self._recurrent = recurrent_modules(self._model)
         layers: list[AttentionLayer] = []
         reason = ""
@@ -198,7 +198,8 @@ def first_position(model: Any) -> int:
     return 0
 
 
-def _context_length(config: Any) -> int:
+def context_length(config: Any) -> int:
+    """Return how many positions a configuration names."""
     named = (getattr(config, name, None) for name in _CONTEXT_NAMES)
     found = next((value for value in named if type(value) is int and value > 0), _LONGEST)
     return min(found, MAX_CONTEXT)

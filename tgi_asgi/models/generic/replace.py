@@ -166,7 +166,12 @@ class Replaced:
         return True
 
     def finish(self) -> None:
-        """Replace, once there are weights, the norms that compute what ours does; stand before the head."""
+        """Replace norms; stand before the head."""
+        self.finish_norms()
+        self.head = self._wrap_head()
+
+    def finish_norms(self) -> None:
+        """Replace, once there are weights, the norms that compute what ours does."""
         for path, module in list(self._model.named_modules()):
             offset = norm_offset(module) if "norm" in type(module).__name__.lower() else None
             if offset is not None:
@@ -174,7 +179,6 @@ class Replaced:
                 assert eps is not None
                 owner, leaf = owner_of(self._model, path)
                 setattr(owner, leaf, RmsNorm(weight, eps))
-        self.head = self._wrap_head()
 
 
 def _tensor(value: ops.WeightSource | Tensor) -> Tensor:

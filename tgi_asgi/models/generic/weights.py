@@ -42,13 +42,19 @@ class Filler:
     Made before any module is replaced: names are matched against those that the module has now.
 
     Args:
-        packed: takes what belongs to a module of ours; returns False where it is none.
+        place: takes what belongs to a module of ours; returns False where it is none.
+        is_unused: says of a tensor that has no place, by its name in the file, that it needs none.
     """
 
     def __init__(
-        self, model: Any, weights: NamedWeights, place: Callable[[str, ops.WeightSource | Tensor], bool]
+        self,
+        model: Any,
+        weights: NamedWeights,
+        place: Callable[[str, ops.WeightSource | Tensor], bool],
+        *,
+        is_unused: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self._model, self._weights, self._place = model, weights, place
+        self._model, self._weights, self._place, self._is_unused = model, weights, place, is_unused
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._targets = self._plan()
@@ -86,6 +92,8 @@ class Filler:
         """Refuse a tensor that the module has no place for, unless its class says that it is of no use."""
         ignored: Iterable[str] = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         if _UNUSED.search(name) or any(re.search(pattern, name) for pattern in ignored):
+            return
+        if self._is_unused(name):
             return
         raise ModelLoadError(
             f"the model's files hold the tensor {name!r}, which {type(self._model).__name__} of transformers "

@@ -15,6 +15,7 @@ from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.config import ModelConfig, ServedConfig, check
 from tgi_asgi.models.family import Family, Model
+from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, gives_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
 from tgi_asgi.models.loading.bare import BareWeights, with_prefix
@@ -58,7 +59,7 @@ class OpenModel:
                 raise ModelLoadError(
                     "--model-impl transformers needs a checkpoint directory, not a GGUF file"
                 )
-            self._model: _Native | OpenGeneric
+            self._model: _Native | OpenGeneric | OpenEncoder
             self._model = native = _Native(*read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors)))
             self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
@@ -66,6 +67,8 @@ class OpenModel:
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
                 self._model = self._open_native(config)
+            elif gives_vectors(config):
+                self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
                 self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
         self.config = self._model.config
@@ -81,11 +84,11 @@ class OpenModel:
     @property
     def is_generic(self) -> bool:
         """The model is computed by the code of `transformers`."""
-        return isinstance(self._model, OpenGeneric)
+        return not isinstance(self._model, _Native)
 
     def load(
         self, arithmetic: ops.Arithmetic, max_positions: int, weights: NamedWeights | Weights | None = None
-    ) -> Model | GenericModel:
+    ) -> Model | GenericModel | EncoderModel:
         """Make the model; `weights` may stand for the files' own (to watch them being read).
 
         Raises:
@@ -106,7 +109,7 @@ class OpenModel:
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
     def _unused(self) -> list[str]:
-        if isinstance(self._model, OpenGeneric):
+        if not isinstance(self._model, _Native):
             return []
         has_no_head = self._model.config.has_tied_embeddings  # some files store the embedding twice
         return [*self._model.family.unused, *(["lm_head.weight"] if has_no_head else [])]

@@ -1,0 +1,114 @@
+"""A loaded encoder checks itself: random prompts side by side, and each through the model's own forward.
+
+As `check.py` does for decoders: on the packed weights, in float32. Prompts that see each other, positions or
+a pair's segments that do not arrive, and windows that are not what discovery found show here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.discover import arguments, configurations
+from tgi_asgi.models.generic.encoder_program import Floats, Prompt
+
+if TYPE_CHECKING:
+    from tgi_asgi.models.generic.encoder import EncoderModel
+
+_LENGTHS = (27, 14)
+_LARGEST = 2e-3  # difference, of the largest value
+_LONGEST_WINDOW = 192  # that is worth a prompt longer than it
+
+
+def check(model: EncoderModel) -> None:
+    """Compare the two.
+
+    Raises:
+        ModelLoadError: they differ; the message says by how much.
+    """
+    name = model.config.architecture
+    try:
+        worst, what = _difference(model)
+    except Exception as error:  # whatever the model's code raises on such a batch
+        raise ModelLoadError(
+            f"{name} does not run here: {type(error).__name__}: {str(error)[:300]}"
+        ) from error
+    if not worst <= _LARGEST:
+        raise ModelLoadError(
+            f"{name} does not compute here what its own code does: {what} differ by {worst:.2g} of the "
+            "largest, and 0.002 are allowed"
+        )
+
+
+def _difference(model: EncoderModel) -> tuple[float, str]:
+    """Return the largest relative difference, and of what."""
+    prompts = _prompts(model)
+    program = model.program(max_tokens=1024, max_rows=len(prompts), max_context=512)
+    model.replaced.precision.is_exact = True
+    try:
+        found = [
+            (states.copy(), None if logits is None else logits.copy())
+            for states, logits in program.run(prompts)
+        ]
+        pairs: list[tuple[str, Floats, Floats]] = []
+        for prompt, (states, logits) in zip(prompts, found, strict=True):
+            wanted_states, wanted_logits = _eager(model, prompt)
+            pairs.append(("states", states, wanted_states))
+            if logits is not None and wanted_logits is not None:
+                pairs.append(("logits", logits, wanted_logits))
+    finally:
+        model.replaced.precision.is_exact = False
+        program.close()
+    differences = [(_relative(one, other), what) for what, one, other in pairs]
+    return max(differences)
+
+
+def _relative(found: Floats, wanted: Floats) -> float:
+    if found.shape != wanted.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-9))
+
+
+def _prompts(model: EncoderModel) -> list[Prompt]:
+    """Return random prompts, each a pair; the first is longer than the smallest window, if that is small."""
+    reaches = [layer.reach for layer in model.config.layers]
+    sizes = [size for each in reaches for size in (each.before, each.after) if size is not None]
+    longest = max(_LENGTHS[0], min((size for size in sizes if 0 < size <= _LONGEST_WINDOW), default=0) + 11)
+    generator = np.random.default_rng(0)
+    padding = model.module.config.get_text_config().pad_token_id
+    prompts = []
+    for length in (longest, _LENGTHS[1]):
+        ids = generator.integers(0, model.config.vocab_size, size=min(length, model.config.context_length))
+        ids[ids == padding] = (padding + 1) % model.config.vocab_size if padding is not None else 0
+        prompts.append(Prompt(ids.tolist(), len(ids) // 3))
+    return prompts
+
+
+def _eager(model: EncoderModel, prompt: Prompt) -> tuple[Floats, Floats | None]:
+    """Return a prompt's states and logits by the model's own attention, positions left to it."""
+    configs = configurations(model.module)
+    before = [config._attn_implementation for config in configs]
+    kept: list[Any] = []
+    base = model.module.base_model
+    hook = base.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    types = None
+    if model.config.num_token_types > 1 and prompt.second_start is not None:
+        num_tokens, num_first = len(prompt.ids), prompt.second_start
+        types = torch.tensor([[0] * num_first + [1] * (num_tokens - num_first)])
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        given = {"input_ids": torch.tensor([list(prompt.ids)]), "use_cache": False}
+        with torch.inference_mode():
+            output = model.module(
+                **arguments(model.module, **given), **({} if types is None else {"token_type_ids": types})
+            )
+    finally:
+        hook.remove()
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+    states = kept[-1].last_hidden_state[0].float().numpy()
+    return states, output.logits[0].float().numpy() if model.config.num_labels else None

@@ -1,0 +1,124 @@
+"""Steps of whole prompts through a module of `transformers`: states of their tokens, or labels' logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi.models.generic.attention import running
+from tgi_asgi.models.generic.whole import WholeLayers
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The tokens of a prompt.
+
+    Attributes:
+        second_start: of a pair: where its second text begins.
+    """
+
+    ids: Sequence[int]
+    second_start: int | None = None
+
+
+class EncoderProgram:
+    """Computes prompts, each as if it were alone.
+
+    Args:
+        module: with its weights; its attention is ours if there are `layers`.
+        layers: None: prompts run one after the other.
+        first_position: what a prompt's first token has.
+        num_token_types: as `EncoderConfig`.
+        is_classifier: the module has labels.
+    """
+
+    def __init__(
+        self, module: Any, layers: WholeLayers | None, *, first_position: int, num_token_types: int,
+        is_classifier: bool,
+    ) -> None:  # fmt: skip
+        self._module, self._base, self._layers = module, module.base_model, layers
+        self._forward = type(self._base).forward.__get__(self._base)
+        self._parameters = inspect.signature(self._forward).parameters
+        self._first_position, self._num_types = first_position, num_token_types
+        self._is_classifier = is_classifier
+        self._given: Any = None
+        if is_classifier:
+            self._base.forward = self._stand_in
+
+    def run(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Floats, Floats | None]]:
+        """Yield each prompt's states [n_tokens, hidden] behind the last norm, and a classifier's logits.
+
+        Both may share memory with the next step's.
+        """
+        with torch.inference_mode():
+            for part in [prompts] if self._layers is not None else [[each] for each in prompts]:
+                found = self._compute(part)
+                start = 0
+                for prompt in part:
+                    stop = start + len(prompt.ids)
+                    yield (
+                        found.last_hidden_state[0, start:stop].float().numpy(),
+                        self._logits(found, prompt, start, stop) if self._is_classifier else None,
+                    )
+                    start = stop
+
+    def close(self) -> None:
+        """Give memory back. Idempotent."""
+        if self._layers is not None:
+            self._layers.close()
+
+    def _compute(self, prompts: Sequence[Prompt]) -> Any:
+        """Return what the model without its head makes of prompts, all in one row."""
+        inputs = {"input_ids": _row([each.ids for each in prompts])}
+        if self._num_types:  # by default some models take as many as they had positions
+            inputs["token_type_ids"] = _row([self._types(each) for each in prompts])
+        if "use_cache" in self._parameters:
+            inputs["use_cache"] = False  # type: ignore[assignment]
+        if self._layers is None:
+            return self._forward(**inputs)
+        first = self._first_position
+        lengths = [len(each.ids) for each in prompts]
+        inputs["position_ids"] = _row([range(first, first + length) for length in lengths])
+        with running(self._layers):
+            self._layers.begin(lengths)
+            found = self._forward(**inputs)
+            self._layers.end()
+        return found
+
+    def _types(self, prompt: Prompt) -> list[int]:
+        num_tokens = len(prompt.ids)
+        num_first = num_tokens if prompt.second_start is None or self._num_types < 2 else prompt.second_start
+        return [0] * num_first + [1] * (num_tokens - num_first)
+
+    def _logits(self, found: Any, prompt: Prompt, start: int, stop: int) -> Floats:
+        """Return the labels' logits of one of the prompts, whose states stand for the model's."""
+        self._given = self._part(found, start, stop) if self._layers is not None else found
+        try:
+            logits = self._module(input_ids=_row([prompt.ids])).logits[0]
+        finally:
+            self._given = None
+        made: Floats = logits.float().numpy()
+        return made
+
+    def _part(self, found: Any, start: int, stop: int) -> Any:
+        states = found.last_hidden_state[:, start:stop]
+        pooler = getattr(self._base, "pooler", None)
+        pooled = {} if pooler is None else {"pooler_output": pooler(states)}
+        return type(found)(last_hidden_state=states, **pooled)
+
+    def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the `forward` of the model without its head."""
+        return self._forward(*args, **kwargs) if self._given is None else self._given
+
+
+def _row(parts: Sequence[Sequence[int]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(part, np.int64) for part in parts]))[None]

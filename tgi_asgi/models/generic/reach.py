@@ -1,0 +1,62 @@
+"""How far a token of a whole prompt sees, in both directions: read off mask functions as in `rules.py`.
+
+For models that compute prompts whole, without a cache: encoders, and decoders that only embed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tgi_asgi.models.generic.rules import MaskFunction
+
+_PAIRS = 4096  # random ones that a reach is held to
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """A token at position p sees those at p - before ... p + after; None: all there are."""
+
+    before: int | None = None
+    after: int | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Positions up to a token's own that it sees."""
+        return None if self.before is None else self.before + 1
+
+    @property
+    def ahead(self) -> float:
+        """`after` as a number."""
+        return math.inf if self.after is None else self.after
+
+
+def reach_of(sees: MaskFunction, length: int) -> Reach | None:
+    """Return the reach of a mask function among positions below `length`; None where it has none."""
+    everywhere = torch.arange(length)
+    after = _num_seen(_call(sees, torch.zeros_like(everywhere), everywhere))
+    before = _num_seen(_call(sees, torch.full_like(everywhere, length - 1), everywhere.flip(0)))
+    found = Reach(None if before == length else before - 1, None if after == length else after - 1)
+    generator = torch.Generator().manual_seed(0)
+    queries, far, near = (
+        torch.randint(bound, (_PAIRS,), generator=generator)
+        for bound in (length, length, min(4 * max(before, after), length))
+    )
+    keys = torch.cat([far, (queries + near - int(near.max()) // 2).clamp(0, length - 1)])
+    queries = torch.cat([queries, queries])
+    is_seen = queries - keys <= (length if found.before is None else found.before)
+    is_seen &= keys - queries <= (length if found.after is None else found.after)
+    return found if torch.equal(is_seen, _call(sees, queries, keys)) else None
+
+
+def _num_seen(seen: torch.Tensor) -> int:
+    """Return how many are seen before the first that is not."""
+    hidden = (~seen).nonzero()
+    return int(hidden[0]) if hidden.numel() else len(seen)
+
+
+def _call(sees: MaskFunction, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    zero = torch.zeros((), dtype=torch.long)
+    return torch.as_tensor(sees(zero, zero, queries, keys), dtype=torch.bool).expand(queries.shape)

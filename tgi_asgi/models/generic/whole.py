@@ -1,0 +1,226 @@
+"""Attention of `transformers` over whole prompts that lie side by side: what each layer is, and the layers.
+
+No cache is kept: a layer writes its keys and values to a scratch of one step, which all layers share, and
+reads them with the kernel that decoders have. What `attention.py` and `discover.py` do for decoders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.discover import (
+    IGNORED,
+    NotProbed,
+    implementation,
+    require_positions,
+    run_on_meta,
+    run_on_zeros,
+)
+from tgi_asgi.models.generic.reach import Reach, reach_of
+
+_PROBE = "tgi_whole_probe"
+_LONGEST = 1 << 17  # positions among which masks are read
+_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class WholeLayer:
+    """One call of attention in a step: the shape of its heads, and what its tokens see."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    reach: Reach
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of its keys and values."""
+        return self.num_kv_heads, self.head_dim, self.value_dim
+
+
+def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
+    """Run a module without weights; return its attention layers in the order of calls.
+
+    Raises:
+        ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
+    """
+    probe = _Probe(min(max_positions, _LONGEST))
+    name = type(model).__name__
+    with probe.installed(), implementation(model, _PROBE), torch.no_grad():
+        try:
+            run_on_meta(model)
+        except NotProbed:
+            probe.layers, probe.problems = [], []
+            try:
+                run_on_zeros(model)
+            except NotProbed as error:
+                raise ModelLoadError(f"{name} does not run without weights: {error}") from None
+    if probe.problems:
+        raise ModelLoadError(f"{name}: {probe.problems[0]}")
+    if not probe.layers:
+        raise ModelLoadError(f"{name} writes its attention inline")
+    require_positions(model)
+    return probe.layers
+
+
+class _Probe:
+    """Notes the calls of attention, and what their masks say."""
+
+    def __init__(self, length: int) -> None:
+        self.layers: list[WholeLayer] = []
+        self.problems: list[str] = []
+        self._length = length
+        self._reaches: list[Reach | None] = []
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Be the attention and the mask function of this name; no experts run."""
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        AttentionInterface.register(_PROBE, self.attend)
+        AttentionMaskInterface.register(_PROBE, self.mask)
+        ALL_EXPERTS_FUNCTIONS.register(_PROBE, lambda module, hidden, *args, **kwargs: hidden)
+        masking: Any = masking_utils
+        packed = masking.find_packed_sequence_indices
+        masking.find_packed_sequence_indices = lambda position_ids: None  # asks for values
+        try:
+            yield
+        finally:
+            masking.find_packed_sequence_indices = packed
+
+    def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
+        """Return a mask filled with the number that its reach has here."""
+        self._reaches.append(reach_of(mask_function, self._length))
+        return torch.full((1, 1, q_length, kv_length), float(len(self._reaches) - 1))
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Note a call; return something of the shape of a result."""
+        unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED)
+        if unknown:
+            self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
+        if key.shape[2] != query.shape[2]:
+            self.problems.append("a layer attends to something other than the prompt")
+        reach: Reach | None = Reach()
+        if isinstance(attention_mask, Tensor):
+            reach = self._reaches[int(attention_mask.reshape(-1)[0])]
+        elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            reach = Reach(after=0)
+        if reach is None:
+            self.problems.append("a layer has a mask that is no window")
+        self.layers.append(
+            WholeLayer(query.shape[1], key.shape[1], query.shape[3], value.shape[3], reach or Reach())
+        )
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+class WholeLayers:
+    """The attention layers of a model over the prompts of one step.
+
+        layers = WholeLayers(found, max_tokens=4096, max_rows=128, max_context=512)
+        layers.begin([17, 200])                # prompts' lengths
+        with running(layers):
+            ...                                # the model calls each layer once
+        layers.end()
+
+    Args:
+        layers: in the order in which a step calls them.
+        max_tokens, max_rows, max_context: of a step, and the longest prompt.
+    """
+
+    def __init__(
+        self, layers: Sequence[WholeLayer], *, max_tokens: int, max_rows: int, max_context: int
+    ) -> None:
+        self._layers = layers
+        self._pools = {
+            shape: ops.KvPool(
+                num_layers=1, num_blocks=max_tokens // _BLOCK + max_rows, num_kv_heads=shape[0],
+                head_dim=shape[1], value_dim=shape[2], block_size=_BLOCK, dtype=torch.float32,
+            )
+            for shape in {layer.shape for layer in layers}
+        }  # fmt: skip
+        self._paged = {
+            reach: ops.PagedAttention(max_context=max_context) for reach in {layer.reach for layer in layers}
+        }
+        self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
+        self._next = 0
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """Begin a step of prompts of these lengths."""
+        batch = _batch(lengths)
+        ends = np.repeat(lengths, lengths)
+        for reach, paged in self._paged.items():
+            until = np.minimum(batch.positions + (1 + reach.ahead), ends).astype(np.int32)
+            paged.begin(batch, torch.from_numpy(until))
+        self._next = 0
+
+    def end(self) -> None:
+        """End a step.
+
+        Raises:
+            RuntimeError: it was not of as many calls as discovery found.
+        """
+        if self._next != len(self._layers):
+            raise RuntimeError(f"a step called attention {self._next} times, not {len(self._layers)}")
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attend within each prompt: [1, tokens, heads, value dims]."""
+        index = self._next
+        self._next += 1
+        layer = self._layers[index]
+        spec = self._specs[index]
+        if spec is None:
+            spec = self._specs[index] = _spec(layer, kwargs)
+        rows = self._paged[layer.reach].run(
+            self._pools[layer.shape].layers[0], query[0].transpose(0, 1), key[0].transpose(0, 1),
+            value[0].transpose(0, 1), spec,
+        )  # fmt: skip
+        return rows[None], None
+
+    def close(self) -> None:
+        """Give the scratch back. Idempotent."""
+        for pool in self._pools.values():
+            pool.close()
+
+
+def _spec(layer: WholeLayer, kwargs: dict[str, Any]) -> ops.AttentionSpec:
+    scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+    return ops.AttentionSpec(
+        scale=float(layer.head_dim**-0.5 if scale is None else scale),
+        window=layer.reach.window,
+        soft_cap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.detach().float().reshape(-1),
+        slopes=kwargs.get("slopes"),
+    )
+
+
+def _batch(lengths: Sequence[int]) -> ops.FlatRows:
+    """Lay prompts out one behind the other, each from a block of its own on."""
+    sizes = np.asarray(lengths)
+    blocks = -(-sizes // _BLOCK)
+    first = np.cumsum(blocks) - blocks
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    table = first[:, None] + np.minimum(np.arange(int(blocks.max())), blocks[:, None] - 1)
+    return ops.FlatRows(
+        ids=np.zeros(len(positions), np.int64),  # the module has them
+        positions=positions,
+        slots=np.repeat(first * _BLOCK, sizes) + positions,
+        query_start=np.cumsum([0, *lengths]),
+        context_len=sizes,
+        block_table=table.astype(np.int32),
+        row_slots=np.arange(len(lengths)),
+    )

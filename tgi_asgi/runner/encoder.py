@@ -1,0 +1,128 @@
+"""Runs steps of models that give vectors, on the CPU: whole prompts in, pooled vectors out, nothing kept.
+
+What `CpuRunner` is for models that generate. Blocks are counted for the scheduler; no memory is behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Sequence
+
+from tgi_asgi import ops
+from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.encoder_program import Floats, Prompt
+from tgi_asgi.models.pooling import Dense
+from tgi_asgi.runner.jobs import JobQueue
+from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.pooling import pool
+from tgi_asgi.runner.runner import is_out_of_memory
+from tgi_asgi.types import PoolingKind
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderRunner:
+    """A `Runner` of prompts that come whole.
+
+        runner = EncoderRunner(model, num_blocks=4096, block_size=16, max_batch_size=128,
+                               max_step_tokens=4096, max_context=512)
+        result = await runner.submit(StepPlan(0, rows))
+
+    Args:
+        max_step_tokens: raised to `max_context`: the longest prompt is a step.
+        dense: what pooled vectors go through.
+
+    Attributes:
+        max_context: tokens that a prompt can have.
+    """
+
+    has_states = True
+    takes_whole_prompts = True
+
+    def __init__(
+        self,
+        model: EncoderModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_context: int,
+        dense: Sequence[Dense] = (),
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.max_batch_size, self.max_context = max_batch_size, max_context
+        self.max_step_tokens = max(max_step_tokens, max_context)
+        self._vocab_size = model.config.vocab_size
+        self._dense = dense
+        self._program = model.program(
+            max_tokens=self.max_step_tokens, max_rows=max_batch_size, max_context=max_context
+        )
+        self._jobs = JobQueue()
+        self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Queue a step, as `CpuRunner.submit`."""
+        return self._jobs.submit(plan)
+
+    def close(self) -> None:
+        """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
+        self._jobs.close()
+        self._thread.join()
+        self._jobs.end()
+        self._program.close()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute a step in the calling thread, which must be the only one that does.
+
+        Raises:
+            PlanError: the plan contradicts itself or the bounds.
+        """
+        result = StepResult(plan.step_id, [None] * len(plan.rows))
+        if not plan.rows:
+            return result
+        prompts = [self._prompt(row) for row in plan.rows]
+        if len(prompts) > self.max_batch_size or sum(row.num_tokens for row in plan.rows) > (
+            self.max_step_tokens
+        ):
+            raise ops.PlanError("more prompts or tokens than a step has")
+        ops.wake_threads()
+        for index, (row, found) in enumerate(zip(plan.rows, self._program.run(prompts), strict=True)):
+            if row.pools is None:  # only the engine's probe asks for a token
+                result.sampled[index] = Sampled(0)
+            else:
+                result.pooled[index] = self._vector(row, *found)
+        return result
+
+    def _vector(self, row: StepRow, states: Floats, logits: Floats | None) -> Floats:
+        assert row.pools is not None
+        if row.pools.kind is not PoolingKind.LOGITS:
+            return pool(row.pools.kind, states, self._dense)
+        if logits is None:
+            raise ops.PlanError("the model has no labels")
+        return logits[list(row.pools.token_ids)]  # a copy
+
+    def _prompt(self, row: StepRow) -> Prompt:
+        """Return a row's prompt, checked."""
+        ids = row.token_ids
+        if not ids or row.start or not row.samples or len(ids) > self.max_context:
+            raise ops.PlanError(f"a prompt must come whole, and have 1..{self.max_context} tokens")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise ops.PlanError(f"a token id must be in [0, {self._vocab_size})")
+        if row.second_start is not None and not 0 <= row.second_start <= len(ids):
+            raise ops.PlanError(f"a second text begins at {row.second_start} of {len(ids)} tokens")
+        return Prompt(ids, row.second_start)
+
+    def _work(self) -> None:
+        """Run jobs until closed: the runner thread's whole life."""
+        ops.join_threads()
+        while (job := self._jobs.take()) is not None:
+            try:
+                outcome: StepResult | Exception = self.run(job.plan)
+            except Exception as error:
+                logger.exception("step %s failed", job.plan.step_id)
+                outcome = MemoryError(str(error)) if is_out_of_memory(error) else error
+            self._jobs.finish(job, outcome)
