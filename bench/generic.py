@@ -1,6 +1,8 @@
 """A model by both of its implementations in one process, interleaved: our own code, and that of transformers.
 
-    python -m bench.generic --model-id DIRECTORY --quantize Q8_0
+    python -m bench.generic --model-id DIRECTORY --quantize Q8_0 [--unrecognised]
+
+With `--unrecognised` the module's own code runs also where it has the common shape.
 
 For every row the ratio of speeds, generic over native: median of the pairs, and the middle half of them.
 """
@@ -19,6 +21,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.kv import KvSize
@@ -35,7 +38,10 @@ def main() -> None:
     parser.add_argument("--model-id", type=Path, required=True)
     parser.add_argument("--quantize")
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--unrecognised", action="store_true")
     arguments = parser.parse_args()
+    if arguments.unrecognised:
+        CommonDecoder.find = classmethod(lambda cls, *_: None)  # type: ignore[assignment]
     ops.configure_threads(None)
     ops.join_threads()
     programs = {

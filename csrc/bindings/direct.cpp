@@ -70,17 +70,17 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   linear.in = pack.out;
   linear.scratch_floats = scratch_floats(packed, precision, unit_strips);
   const step::Kernels& kernels = step::kernels();
-  cpu::run_on_team(
-      [&](int num_members) {
-        if (linear.scratch_floats == 0) return;
-        linear.scratch = reinterpret_cast<float*>(memory.scratch.reserve(
-            cpu::product_of_sizes({num_members, linear.scratch_floats, kFloatBytes})));
-      },
-      [&](int member, int num_members) {
-        kernels.pack(pack, header, member, num_members);
-        cpu::team_barrier();
-        function(kernels, linear, header, member, num_members);
-      });
+  const auto prepare = [&](int num_members) {
+    if (linear.scratch_floats == 0) return;
+    linear.scratch = reinterpret_cast<float*>(memory.scratch.reserve(
+        cpu::product_of_sizes({num_members, linear.scratch_floats, kFloatBytes})));
+  };
+  const auto run = [&](int member, int num_members) {
+    kernels.pack(pack, header, member, num_members);
+    cpu::team_barrier();
+    function(kernels, linear, header, member, num_members);
+  };
+  cpu::run_small(header.num_tokens * packed.num_rows * packed.num_columns, prepare, run);
 }
 
 void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,

@@ -50,6 +50,11 @@ void PagedAttention::begin(const FlatRows& batch,
   check_batch();
   checked_blocks_ = checked_block_size_ = 0;
   num_splits_ = 0;
+  num_pairs_ = 0;
+  for (int64_t s = 0; s < header_.num_sequences; ++s) {
+    num_pairs_ += static_cast<int64_t>(header_.context_len[s]) *
+                  (header_.query_start[s + 1] - header_.query_start[s]);
+  }
   has_begun_ = true;
 }
 
@@ -136,7 +141,10 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
   call.store.out = queries_.reserve(bytes);
   call.attention.q = call.store.out;
   const step::Kernels& kernels = step::kernels();
-  cpu::run_on_team(
+  const int64_t work = num_pairs_ * call.attention.num_heads *
+                       (call.attention.kv.head_dim + call.attention.kv.value_dim);
+  cpu::run_small(
+      work,
       [&](int num_members) {
         const int64_t value_dim = call.attention.kv.value_dim;
         if (num_members > partials_members_ || value_dim > partials_dim_) {

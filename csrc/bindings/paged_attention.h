@@ -57,6 +57,7 @@ class PagedAttention {
   int64_t checked_blocks_ = 0, checked_block_size_ = 0;  // of the pool that the batch fits
   std::vector<Split> splits_;                            // memory of earlier batches is used again
   size_t num_splits_ = 0;
+  int64_t num_pairs_ = 0;  // of a query and a key, at most
   Workspace queries_;
   std::unique_ptr<cpu::step::AttentionWorkspace> partials_;
   int64_t partials_dim_ = 0;

@@ -106,6 +106,17 @@ void run_alone(Callable&& callable) {
             const_cast<void*>(static_cast<const void*>(&callable)));
 }
 
+// Products of numbers that one core has done before a parked member has woken up.
+constexpr int64_t kSmallWork = 1 << 19;
+
+// run_on_team(prepare, callable), or on the caller alone where the work is so small.
+template <typename Prepare, typename Callable>
+void run_small(int64_t work, Prepare&& prepare, Callable&& callable) {
+  if (work > kSmallWork) return run_on_team(prepare, callable);
+  prepare(1);
+  run_alone(callable);
+}
+
 // kernel(begin, end) over [0, size), split over the team; on the caller alone below `serial_below`
 // grains.
 template <typename Kernel>

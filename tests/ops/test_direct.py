@@ -68,10 +68,16 @@ def _gelu(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-def test_gate_and_up_of_two_formats_are_refused() -> None:
-    gate, up = random_source(32, 32)[1], ops.from_floats(torch.randn(32, 32).bfloat16())
-    with pytest.raises(ValueError, match="one format"):
-        direct.gate_up(ops.gate_up_weight(gate, up, FAST), torch.randn(1, 32), "silu")
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_gate_and_up_may_be_of_two_formats(activation: str) -> None:
+    gate, up = random_source(32, 64)[1], ops.from_floats(torch.randn(32, 64).bfloat16())
+    x = torch.randn(3, 64)
+    found = direct.gate_up(ops.gate_up_weight(gate, up, EXACT), x, activation)
+    first, second = (x @ ops.plain_tensor(each).float().T for each in (gate, up))
+    exact = torch.nn.functional.silu(first)
+    if activation == "gelu_tanh":
+        exact = torch.nn.functional.gelu(first, approximate="tanh")
+    torch.testing.assert_close(found, exact * second, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [64, 50])

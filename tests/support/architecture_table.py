@@ -39,7 +39,12 @@ _GRANITE = {
     "logits_scaling": 4.0,
 }
 _SLIDING_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
-_QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+_QWEN2_WINDOW = {
+    "use_sliding_window": True,
+    "sliding_window": 12,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+}
 _GATED_DELTA = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],

@@ -165,6 +165,13 @@ def reference(folder: Path, ids: list[int]) -> np.ndarray:
 
 
 @_one_thread()
+def references(folder: Path, sequences: Iterable[list[int]]) -> list[np.ndarray]:
+    """Return what `reference` does of each of several sequences; the model is opened once."""
+    model = open_reference(folder)
+    return [_logits(model, ids) for ids in sequences]
+
+
+@_one_thread()
 def greedy(folder: Path, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the ids that follow, and the smallest gap between the best and the second logit on the way."""
     return _greedy(open_reference(folder), ids, num_tokens)

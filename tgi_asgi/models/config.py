@@ -54,6 +54,7 @@ class RopeSpec:
     dim: int
     theta: float
     scaling: RopeScaling | None = None
+    frequencies: tuple[float, ...] | None = None  # of each pair, where no formula gives them
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
 
 def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None) -> Tensor:
     """Return what a position is multiplied by to give each pair's angle: [dim / 2] float32."""
+    if spec.frequencies is not None:
+        return torch.tensor(spec.frequencies, dtype=torch.float32)
     exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
     powers = spec.theta**exponents
     if spec.scaling is not None and spec.scaling.kind == "longrope" and divisors is not None:

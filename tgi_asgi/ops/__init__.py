@@ -6,6 +6,7 @@ line: their layout is the kernels' own affair.
 """
 
 from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
 from tgi_asgi.ops.attention import attention
@@ -14,7 +15,7 @@ from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.gate_up import gate_up
+from tgi_asgi.ops.gate_up import ACTIVATIONS, gate_up
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
 from tgi_asgi.ops.linear import linear, linear_add
@@ -43,6 +44,7 @@ from tgi_asgi.ops.weights import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMATS",
     "Arithmetic",
     "AttentionSpec",
@@ -55,6 +57,7 @@ __all__ = [
     "KvLayer",
     "KvPool",
     "LinearWeight",
+    "NativeProgram",
     "Packing",
     "PagedAttention",
     "PlanError",

@@ -5,12 +5,19 @@ A row has the same bits whatever else is in the tensor. Memory of activations is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 def linear(weight: LinearWeight, x: Tensor, is_exact: bool = False) -> Tensor:
@@ -23,29 +30,29 @@ def linear(weight: LinearWeight, x: Tensor, is_exact: bool = False) -> Tensor:
         ValueError: x has another number of columns.
         TypeError: x is not float32.
     """
-    made: PackedLinear = weight.made
     _check_columns(x, weight.columns)
-    out = torch.empty(x.shape[0], made.matrix.num_stored_rows, dtype=torch.float32)
-    precision = "float32" if is_exact else made.precision
-    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision)
-    return out if out.shape[1] == weight.rows else out[:, : weight.rows]
+    return _product(weight.made, weight.rows, x, is_exact)
 
 
 def gate_up(weight: GateUpWeight, x: Tensor, activation: str, is_exact: bool = False) -> Tensor:
-    """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise as `linear`.
-
-    Raises:
-        ValueError: the two are of different formats, and no one matrix; or as `linear`.
-    """
-    parts = weight.made.parts if isinstance(weight.made, PackedGateUp) else ()
-    if len(parts) != 1:
-        raise ValueError("`gate_up` is of a gate and an up of one format: multiply by each")
-    made: PackedLinear = parts[0]
+    """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise as `linear`."""
+    made: PackedGateUp = weight.made
     _check_columns(x, weight.columns)
-    out = torch.empty(x.shape[0], made.matrix.num_stored_rows // 2, dtype=torch.float32)
-    precision = "float32" if is_exact else made.precision
-    _C.gate_up_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, activation)
+    if len(made.parts) == 2:  # of different formats
+        gate, up = (_product(part, weight.intermediate_size, x, is_exact) for part in made.parts)
+        return _ACTIVATIONS[activation](gate) * up
+    (part,) = made.parts
+    out = torch.empty(x.shape[0], part.matrix.num_stored_rows // 2, dtype=torch.float32)
+    precision = "float32" if is_exact else part.precision
+    _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation)
     return out if out.shape[1] == weight.intermediate_size else out[:, : weight.intermediate_size]
+
+
+def _product(made: PackedLinear, num_rows: int, x: Tensor, is_exact: bool) -> Tensor:
+    out = torch.empty(x.shape[0], made.matrix.num_stored_rows, dtype=torch.float32)
+    precision = "float32" if is_exact else made.precision
+    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision)
+    return out if out.shape[1] == num_rows else out[:, :num_rows]
 
 
 def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import logging
 from dataclasses import dataclass
 
-from tgi_asgi import _C, ops
+from tgi_asgi import ops
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class JobQueue:
         program, limits: what computes rows alone, and the bounds of their integers.
     """
 
-    def __init__(self, program: _C.Program | None = None, limits: ops.RowLimits | None = None) -> None:
+    def __init__(self, program: ops.NativeProgram | None = None, limits: ops.RowLimits | None = None) -> None:
         self.steps = ops.StepQueue(program, None if program is None else limits)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # not yet delivered

@@ -80,8 +80,11 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     ):
         text = executor.submit(opened.read_text)  # beside the weights: both take about as long
         config = opened.config
-        if opened.is_generic:
-            _announce(config.architecture, device)
+        if opened.is_generic and device is not None:
+            raise ModelLoadError(
+                f"{config.architecture} is computed by transformers' code, which is served on a CPU only: "
+                'set CUDA_VISIBLE_DEVICES="" to serve it there'
+            )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
         longest = choose_context(config, settings.max_total_tokens, free_memory())
@@ -102,6 +105,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         with cuda_load.must_fit():
             model = opened.load(arithmetic, longest, weights)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
+        if opened.is_generic:
+            _announce(model)
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()
     if device is None:
@@ -126,22 +131,43 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         created=int(time.time()),
         fingerprint=weights.fingerprint(arithmetic, kv_size),
         implementation="transformers" if opened.is_generic else "native",
+        is_batch_invariant=_is_batch_invariant(model, settings, device),
     )
     info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info)
 
 
-def _announce(architecture: str, device: Device | None) -> None:
-    """Say in one line that the code of `transformers` computes the model."""
+def _announce(model: Model | GenericModel | EncoderModel) -> None:
+    """Say in one line how the code of `transformers` computes the model."""
     import transformers
 
-    if device is not None:
-        raise ModelLoadError(
-            f"{architecture} is computed by transformers' own code, which is served on a CPU only: set "
-            'CUDA_VISIBLE_DEVICES="" to serve it there'
-        )
-    logger.info("%s is computed by transformers %s, on our kernels", architecture, transformers.__version__)
+    architecture, version = model.config.architecture, transformers.__version__
+    if isinstance(model, EncoderModel) and model.config.floor_reason:
+        logger.warning(
+            "%s runs one text at a time, by the code of transformers %s, slowly: %s",
+            architecture, version, model.config.floor_reason,
+        )  # fmt: skip
+    elif not isinstance(model, GenericModel | EncoderModel):
+        logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
+    elif model.config.floor_reason:
+        logger.warning(
+            "%s runs one sequence at a time, on the cache of transformers %s, slowly: %s",
+            architecture, version, model.config.floor_reason,
+        )  # fmt: skip
+    else:
+        logger.info(
+            "%s runs by the code of transformers %s, on our kernels%s",
+            architecture, version, "" if model.is_batch_invariant else "; batch_invariant: false",
+        )  # fmt: skip
+
+
+def _is_batch_invariant(
+    model: Model | GenericModel | EncoderModel, settings: Settings, device: Device | None
+) -> bool:
+    if isinstance(model, GenericModel | EncoderModel):
+        return model.is_batch_invariant
+    return device is None or settings.batch_invariant
 
 
 def _choose_cpu_cache(

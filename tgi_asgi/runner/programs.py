@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from tgi_asgi import _C, ops
+from tgi_asgi import ops
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.model import GenericModel
@@ -22,7 +22,7 @@ class Program(Protocol):
     """Computes steps; the methods are those of `ops.CpuProgram`."""
 
     @property
-    def native(self) -> _C.Program | None:
+    def native(self) -> ops.NativeProgram | None:
         """The same in the extension, where steps need no Python."""
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor: ...

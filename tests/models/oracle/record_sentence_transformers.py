@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import sentence_transformers
+import sentence_transformers  # type: ignore[import-not-found]
 
 from tests.support import encoders
 from tests.support.pooled import QUERIES, RECORDED, TEXTS, save_recorded, save_recorded_classifier

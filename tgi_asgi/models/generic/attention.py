@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
@@ -34,11 +35,13 @@ class PagedLayers:
         self._layers, self._caches = layers, caches
         self._specs: list[ops.AttentionSpec | None] = [None] * len(layers)
         self._paged = ops.PagedAttention(max_context=max_context)
+        self._positions = torch.empty(0)
         self._next = 0
 
     def begin(self, batch: ops.FlatRows) -> None:
         """Begin a step."""
         self._paged.begin(batch)
+        self._positions = torch.from_numpy(batch.positions)
         self._next = 0
 
     def end(self) -> None:
@@ -56,26 +59,40 @@ class PagedLayers:
         """Write keys and values to the step's slots, and attend: [1, tokens, heads, value dims]."""
         index = self._next
         self._next += 1
+        if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+            query = query * _temperature_correction(module, self._positions)[:, None]
         spec = self._specs[index]
         if spec is None:
-            spec = self._specs[index] = self._spec(index, query, kwargs)
+            spec = self._specs[index] = self._spec(index, kwargs)
         rows = self._paged.run(
             self._caches[index], query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
             spec,
         )  # fmt: skip
         return rows[None], None
 
-    def _spec(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> ops.AttentionSpec:
-        layer, scale = self._layers[index], kwargs.get("scaling")
-        sinks = kwargs.get("s_aux")
+    def _spec(self, index: int, kwargs: dict[str, Any]) -> ops.AttentionSpec:
+        layer, sinks = self._layers[index], kwargs.get("s_aux")
         return ops.AttentionSpec(
-            scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+            scale=layer.scale,
             window=layer.rule.window,
             chunk=layer.rule.chunk,
             soft_cap=kwargs.get("softcap"),
             sinks=None if sinks is None else sinks.detach().float().reshape(-1),
             slopes=kwargs.get("slopes"),
         )
+
+
+def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
+    """Return what makes of Llama 4's temperature of a token's place in the batch that of its position.
+
+    Its layers without rotary embedding multiply queries by a factor that they take from the place.
+    """
+
+    def factor(at: Tensor) -> Tensor:
+        logs = torch.log1p(torch.floor((at.float() + 1.0) / float(module.floor_scale)))
+        return logs * float(module.attn_scale) + 1.0
+
+    return factor(positions) / factor(torch.arange(len(positions)))
 
 
 class running:

@@ -29,6 +29,7 @@ def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = Fal
     """
     import transformers
 
+    transformers.logging.set_verbosity_error()  # it tells of kernels that a CPU would not have
     architecture = str((config.get("architectures") or [None])[0])
     has_code = "auto_map" in config
     model_class = getattr(transformers, architecture, None)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tgi_asgi.models.generic.rules import window_rule
+
 # Implementations of attention that are ours: the probe's, and that of steps.
 _PREFIX = "tgi"
 
@@ -42,7 +44,7 @@ def _attend(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     function = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
-    rule = torch.full((1, 1, 1, 1), float(window))  # as the probe's masks say it
+    rule = torch.full((1, 1, 1, 1), float(window_rule(window)))  # as the probe's masks say it
     rows: Tensor = function(module, query, key, value, rule, scaling=scale, slopes=slopes)[0]
     return rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.generic.rules import Rule, UnknownRule, decode_rule, rule_of
+from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rule, rule_of
 
 PROBE = "tgi_probe"
 _TOKENS = 3
-_LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
 # What attention functions are given beside queries, keys and values, and may ignore.
 IGNORED = frozenset({
     "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids",
@@ -43,6 +42,8 @@ class AttentionLayer:
     head_dim: int
     value_dim: int
     rule: Rule
+    scale: float  # what scores are multiplied by
+    is_plain: bool  # no soft cap, no sinks, no slopes
 
 
 def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
@@ -51,7 +52,7 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
     Raises:
         ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
     """
-    probe = _Probe(min(max_positions, _LONGEST))
+    probe = _Probe(min(max_positions, LONGEST))
     with probe.installed(), implementation(model, PROBE), torch.no_grad():
         try:
             run_on_meta(model)
@@ -206,8 +207,24 @@ class _Probe:
                 self.problems.append(f"a layer has {error}")
         elif not kwargs.get("is_causal", getattr(module, "is_causal", True)):
             self.problems.append("a layer has no mask, and is not causal")
-        self.layers.append(AttentionLayer(heads, key.shape[1], query.shape[3], value.shape[3], rule))
+        self.layers.append(
+            AttentionLayer(
+                num_heads=heads,
+                num_kv_heads=key.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[3],
+                rule=rule,
+                scale=scale_of(query, kwargs),
+                is_plain=all(kwargs.get(name) is None for name in ("softcap", "s_aux", "slopes")),
+            )
+        )
         return query.new_empty(query.shape[0], tokens, heads, value.shape[3]), None
+
+
+def scale_of(query: Tensor, kwargs: Mapping[str, Any]) -> float:
+    """Return what scores are multiplied by: what the call says, or the root of the heads' size."""
+    scale = kwargs.get("scaling")
+    return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @contextlib.contextmanager

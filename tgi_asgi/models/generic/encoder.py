@@ -8,7 +8,6 @@ by side; else one after the other, by the model's own code.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,15 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
-from tgi_asgi.models.generic.replace import Replaced
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
 from tgi_asgi.models.loading import NamedWeights, Weights
 
-logger = logging.getLogger(__name__)
-
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # which give tokens: states are what comes before
+_PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
@@ -154,8 +152,6 @@ class OpenEncoder:
             config._experts_implementation_internal = attention.NAME
             if not self.config.floor_reason:
                 config._attn_implementation_internal = attention.NAME
-        if self.config.floor_reason:
-            logger.info("texts are computed one by one: %s", self.config.floor_reason)
         loaded = EncoderModel(model, self.config, made[0])
         encoder_check.check(loaded)
         return loaded
@@ -177,10 +173,16 @@ class EncoderModel:
 
     Attributes:
         config: what it is.
+        is_batch_invariant: a vector has the same bits whatever runs beside it. Not so where torch multiplies
+            rows of several prompts, or takes their sines: a number's place then matters.
     """
 
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
+        base = module.base_model
+        self.is_batch_invariant = bool(config.floor_reason) or (
+            all_products_are_ours(base) and not _takes_sines(base)
+        )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
         """Return what runs steps of so many tokens and prompts at most."""
@@ -203,6 +205,15 @@ def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # which vectors are not made of; many checkpoints lack it
     return model
+
+
+def _takes_sines(base: nn.Module) -> bool:
+    """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several prompts."""
+    for path, module in base.named_modules():
+        used = set(inspect.unwrap(type(module).forward).__code__.co_names)
+        if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
+            return True
+    return False
 
 
 def _first_position(model: nn.Module) -> int:

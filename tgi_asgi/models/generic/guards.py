@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,8 @@ _RECURRENT = frozenset({
     "is_recording_past", "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache",
     "value_cache", "conv_states", "recurrent_states", "has_conv_state",
 })  # fmt: skip
+# What changes with how a prompt is cut, also in the model's own cache.
+_REFUSED = frozenset({"update_indexer"})
 _USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
 
 
@@ -43,6 +46,7 @@ def check_servable(model: Any) -> None:
         raise ModelLoadError(f"{name} has no head that gives logits of tokens")
     if getattr(config.get_text_config(), "is_decoder", None) is False and _is_encoder_by_default(model):
         raise ModelLoadError(f"{name} is an encoder here: its config.json does not say `is_decoder`")
+    _refuse_uses(model, _REFUSED.__contains__)
 
 
 def check_keeps_little(model: nn.Module) -> None:
@@ -51,14 +55,17 @@ def check_keeps_little(model: nn.Module) -> None:
     Raises:
         ModelLoadError: with what it asks of its cache.
     """
+    _refuse_uses(model, lambda use: use not in _ALLOWED and use not in _RECURRENT)
+
+
+def _refuse_uses(model: nn.Module, is_refused: Callable[[str], bool]) -> None:
     kinds: set[Any] = {type(module) for module in model.modules()}
-    for kind in kinds:
-        used = {use for use in _USE.findall(forward_source(kind))}
-        unknown = used - _ALLOWED - _RECURRENT
-        if unknown:
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        found = sorted({use for use in _USE.findall(forward_source(kind)) if is_refused(use)})
+        if found:
             raise ModelLoadError(
                 f"{kind.__name__} of transformers keeps more of a sequence than keys and values "
-                f"({', '.join(sorted(unknown))})"
+                f"({', '.join(found)})"
             )
 
 

@@ -11,16 +11,18 @@ from typing import Any, cast
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
+from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.discover import AttentionLayer, configurations, discover
 from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
@@ -116,13 +118,24 @@ class OpenGeneric:
             num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
         )
 
-    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel:
+    def _common(self, max_positions: int) -> CommonDecoder | None:
+        if self._recurrent or self.config.floor_reason or self.config.first_position:
+            return None
+        fix_rotary_tables(self._model, max_positions)
+        return CommonDecoder.find(self._model, self.config.layers, max_positions)
+
+    def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> GenericModel | Model:
         """Fill the module with its weights, packed; check that it computes what its own code does.
+
+        A decoder of the common shape becomes one of ours.
 
         Raises:
             ModelLoadError: a tensor is missing, does not fit or is not known, or the check fails.
         """
         model = self._model
+        common = self._common(max_positions)
+        if common is not None and common.is_equal(cast(NamedWeights, weights)):
+            return common.load(cast(NamedWeights, weights), arithmetic)
         made: list[Replaced] = []
         filler = Filler(model, cast(NamedWeights, weights), lambda name, value: made[0].place(name, value))
         made.append(Replaced(model, arithmetic))
@@ -147,6 +160,8 @@ class GenericModel:
 
     Attributes:
         config: what it is.
+        is_batch_invariant: a token has the same bits whatever runs beside it. Products that are torch's may
+            round differently with the number of rows, and so may scans with the cut of a prompt.
     """
 
     def __init__(
@@ -155,6 +170,7 @@ class GenericModel:
     ) -> None:  # fmt: skip
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
+        self.is_batch_invariant = not config.has_states and all_products_are_ours(module)
 
     def program(self, pools: Sequence[ops.KvPool], max_context: int) -> GenericProgram | FloorProgram:
         """Return what runs steps over these pools, one for each of the configuration's caches."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.ops import LinearWeight, direct
+from tgi_asgi.ops import GateUpWeight, LinearWeight, direct
 
 
 @dataclass(slots=True)
@@ -60,6 +60,23 @@ class Linear(PackedModule):
         """Return `x @ W.T (+ bias)`."""
         rows = direct.linear(self.packed, x.reshape(-1, self.in_features), is_exact=self.precision.is_exact)
         return rows.reshape(*x.shape[:-1], self.out_features)
+
+
+class GatedMlp(nn.Module):
+    """`down(f(gate(x)) * up(x))`, of which gate and up are one product."""
+
+    def __init__(self, activation: str, precision: Precision) -> None:
+        super().__init__()
+        self.activation, self.precision = activation, precision
+        self.gate_up: GateUpWeight | None = None
+        self.down: LinearWeight | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP's rows."""
+        assert self.gate_up is not None and self.down is not None
+        is_exact, rows = self.precision.is_exact, x.reshape(-1, x.shape[-1])
+        rows = direct.gate_up(self.gate_up, rows, self.activation, is_exact=is_exact)
+        return direct.linear(self.down, rows, is_exact=is_exact).reshape(x.shape)
 
 
 class Embedding(PackedModule):

@@ -6,8 +6,9 @@ each on the cache that the model's own code keeps.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,11 +36,10 @@ class Caller:
 
     def __init__(self, model: Any, head: Head, vocab_size: int) -> None:
         self._model, self._head, self._vocab_size = model, head, vocab_size
-        self._decoder = model.base_model if model.base_model is not model else model.get_decoder()
-        self._decode = type(self._decoder).forward.__get__(self._decoder)
         self._known: Any = None
         self._is_calling = False
-        self._decoder.forward = self._forward
+        for decoder in decoders_of(model):
+            decoder.forward = functools.partial(self._forward, type(decoder).forward.__get__(decoder))
 
     def compute(self, rows: Iterable[int], **inputs: Any) -> tuple[Tensor, Any]:
         """Return the logits [n_rows, vocab] of these tokens, and what `compute_more` wants for others."""
@@ -50,7 +50,13 @@ class Caller:
             self._known, self._is_calling = None, False
 
     def compute_more(self, rows: Iterable[int], known: Any) -> Tensor:
-        """Return the logits of other tokens of a call."""
+        """Return the logits of other tokens of a call.
+
+        Raises:
+            RuntimeError: the module's decoder is none of those that it names.
+        """
+        if known is None:
+            raise RuntimeError("nothing is known of the last step but its logits")
         self._known, self._is_calling = known, True
         try:
             return self._call(rows, input_ids=torch.zeros(1, 1, dtype=torch.long))
@@ -65,13 +71,28 @@ class Caller:
             self._head.rows = None
         return logits[0, :, : self._vocab_size].float().contiguous()
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand for the decoder's `forward`."""
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand for the `forward` of a decoder: that which the module calls itself counts."""
         if not self._is_calling:
-            return self._decode(*args, **kwargs)
+            return forward(*args, **kwargs)
         if self._known is None:
-            self._known = self._decode(*args, **kwargs)
+            self._is_calling = False
+            self._known = forward(*args, **kwargs)
         return self._known
+
+
+def decoders_of(model: Any) -> list[Any]:
+    """Return what a module may call for the states that its head takes: the models that have its embedding.
+
+    `get_decoder` is not to be trusted: Llama 4 returns itself, ModernBERT a product.
+    """
+    from transformers import PreTrainedModel
+
+    embedding = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    parts = path.split(".")[:-1]
+    around = (model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts)))
+    return [module for module in around if isinstance(module, PreTrainedModel)]
 
 
 class ModuleProgram(Protocol):

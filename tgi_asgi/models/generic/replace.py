@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tgi_asgi import ops
 from tgi_asgi.models.generic.modules import (
     Embedding,
+    GatedMlp,
     Head,
     Linear,
     PackedExperts,
@@ -30,6 +32,12 @@ from tgi_asgi.models.generic.weights import owner_of
 EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+# What `ops.gate_up` has, as torch has it.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 class Replaced:
@@ -51,9 +59,19 @@ class Replaced:
         self._modules: dict[str, PackedModule] = {}
         self._is_transposed: set[str] = set()
         self._experts: dict[str, nn.Module] = {}
+        self._mlps: dict[str, GatedMlp] = {}
         self._vocabulary = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
         for path, module in list(model.named_modules()):
+            self._replace_mlp(path, module)
+        for path, module in list(model.named_modules()):
             self._replace(path, module)
+
+    def _replace_mlp(self, path: str, module: nn.Module) -> None:
+        activation = gated_activation(module)
+        if activation is not None:
+            self._mlps[path] = GatedMlp(activation, self.precision)
+            owner, leaf = owner_of(self._model, path)
+            setattr(owner, leaf, self._mlps[path])
 
     def _replace(self, path: str, module: Any) -> None:
         made: PackedModule | None = None
@@ -69,7 +87,7 @@ class Replaced:
             made = Linear(rows, columns, has_bias=True, precision=self.precision)
             self._is_transposed.add(path)
         elif isinstance(module, nn.Embedding) and id(module) in self._vocabulary:
-            factor = _factor_of(module)
+            factor = factor_of(module)
             if factor is not None:
                 rows, columns = module.weight.shape
                 made = Embedding(rows, columns, factor=factor, precision=self.precision)
@@ -97,9 +115,14 @@ class Replaced:
         if path in self._experts:
             return self._place_expert(self._experts[path], leaf, value)
         module = self._modules.get(path)
+        source = value if isinstance(value, ops.WeightSource) else None
+        owner, _, product = path.rpartition(".")
+        if owner in self._mlps:
+            self._place_mlp(owner, product, source or ops.from_floats(_tensor(value)))
+            return True
         if module is None:
             return False
-        source = value if isinstance(value, ops.WeightSource) else ops.from_floats(value)
+        source = source or ops.from_floats(_tensor(value))
         if path in self._is_transposed and leaf == "weight":
             source = ops.from_floats(ops.plain_tensor(source.in_order()).T.contiguous())
         waiting = self._waiting.setdefault(path, {})
@@ -112,12 +135,21 @@ class Replaced:
             del self._waiting[path]
         return True
 
+    def _place_mlp(self, path: str, product: str, source: ops.WeightSource) -> None:
+        mlp, waiting = self._mlps[path], self._waiting.setdefault(path, {})
+        if product == "down_proj":
+            mlp.down = ops.linear_weight(source, self._arithmetic)
+            return
+        waiting[product] = source
+        if len(waiting) == 2:
+            mlp.gate_up = ops.gate_up_weight(waiting["gate_proj"], waiting["up_proj"], self._arithmetic)
+            del self._waiting[path]
+
     def _place_expert(self, module: Any, leaf: str, value: ops.WeightSource | Tensor) -> bool:
         name = leaf.removesuffix("_bias")
         if name not in _EXPERT_LEAVES:
             return False
-        tensor = value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
-        tensor = tensor.reshape(getattr(module, leaf).shape)
+        tensor = _tensor(value).reshape(getattr(module, leaf).shape)
         waiting = self._waiting.setdefault(f"{id(module)}.{name}", {})
         waiting["bias" if leaf.endswith("_bias") else "weight"] = tensor
         if module.has_bias and len(waiting) < 2:
@@ -129,6 +161,7 @@ class Replaced:
             source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
             bias = None if biases is None else ops.from_floats(biases[index].contiguous())
             kept[index] = ops.linear_weight(source, self._arithmetic, bias=bias)
+        module._parameters[leaf.removesuffix("_bias")] = None  # what would read it fails loudly
         waiting.clear()
         return True
 
@@ -140,10 +173,50 @@ class Replaced:
     def finish_norms(self) -> None:
         """Replace, once there are weights, the norms that compute what ours does."""
         for path, module in list(self._model.named_modules()):
-            made = _as_rms_norm(module)
-            if made is not None:
+            offset = norm_offset(module) if "norm" in type(module).__name__.lower() else None
+            if offset is not None:
+                weight, eps = module.get_parameter("weight").float() + offset, eps_of(module)
+                assert eps is not None
                 owner, leaf = owner_of(self._model, path)
-                setattr(owner, leaf, made)
+                setattr(owner, leaf, RmsNorm(weight, eps))
+
+
+def _tensor(value: ops.WeightSource | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+
+
+def gated_activation(module: nn.Module) -> str | None:
+    """Ask a module whether it is an MLP with a gate: return its activation's name; None where it is none.
+
+    It runs with three small products in the place of its own.
+    """
+    children = dict(module.named_children())
+    if not _MLP <= set(children) <= {*_MLP, "act_fn"}:
+        return None
+    own: list[Any] = [children[name] for name in _MLP]
+    if any(type(child) is not nn.Linear or child.bias is not None for child in own):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    x = torch.randn(1, 5, 16, generator=generator)
+    try:
+        for name, weight in weights.items():
+            small = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            small._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            module._modules[name] = small
+        with torch.no_grad():
+            found = module(x)
+    except Exception:  # a class that wants more than rows, or other sizes
+        return None
+    finally:
+        module._modules.update(children)
+    gate, up = x @ weights["gate_proj"].T, x @ weights["up_proj"].T
+    for name, function in ACTIVATIONS.items():
+        made = (function(gate) * up) @ weights["down_proj"].T
+        if isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, atol=1e-4):
+            return name
+    return None
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -186,7 +259,7 @@ def _source_of(name: str) -> str:
         return ""
 
 
-def _factor_of(module: nn.Embedding) -> float | None:
+def factor_of(module: nn.Embedding) -> float | None:
     """Return the number that an embedding multiplies its rows by; None where it does something else."""
     weight, padding = module.weight, module.padding_idx
     small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
@@ -207,29 +280,44 @@ def _factor_of(module: nn.Embedding) -> float | None:
     return factor if torch.allclose(found, factor * small, rtol=1e-6, atol=0) else None
 
 
-def _as_rms_norm(module: nn.Module) -> RmsNorm | None:
-    """Return our norm that computes the same as a module; None where there is none."""
-    if "norm" not in type(module).__name__.lower() or isinstance(module, RmsNorm):
-        return None
-    weight = module._parameters.get("weight")
+def all_products_are_ours(model: nn.Module) -> bool:
+    """Tell whether no matrix is left that torch would multiply by."""
+    return all(
+        isinstance(module, (PackedModule, nn.Embedding))
+        or not any(value is not None and value.dim() > 1 for value in module._parameters.values())
+        for module in model.modules()
+    )
+
+
+def eps_of(module: nn.Module) -> float | None:
+    """Return a norm's epsilon; None where it names none."""
+    found = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
+    return found if isinstance(found, float) else None
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """Ask a module whether it is an RMSNorm: return what it adds to its weight; None where it is none."""
+    weight, eps = module._parameters.get("weight"), eps_of(module)
     if weight is None or weight.dim() != 1 or len(module._parameters) > 1 or list(module.children()):
         return None
-    if any(value is not None for value in module._buffers.values()):
+    if eps is None or any(value is not None for value in module._buffers.values()):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:
         return None
-    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
-    if not isinstance(eps, float):
-        return None
-    rows = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, weight.numel(), generator=generator)
     rows[1] *= 1e-3  # where eps shows
+    scale = torch.rand(weight.shape, generator=generator)
     try:
+        module._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
         found = module(rows)
-    except Exception:
+    except Exception:  # whatever a class that is no such norm makes of rows
         return None
-    for scale in (weight, 1.0 + weight):
-        scale = scale.detach().float().clone()
-        made = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * scale
+    finally:
+        module._parameters["weight"] = weight
+    normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps)
+    for offset in (0.0, 1.0):
+        made = normed * (scale + offset)
         if found.shape == made.shape and torch.allclose(found, made, rtol=1e-5, atol=1e-7):
-            return RmsNorm(scale, eps)
+            return offset
     return None

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 _PAIRS = 4096  # random ones that a rule is held to
+_DENSE = 48  # positions of which all pairs are: prefixes that all may see lie there
 _UNKNOWN, _BIDIRECTIONAL = -(1 << 30), -(1 << 29)
+# The number of "causal": a window's size is added, a chunk's taken off. Exact in float32, and far from what a
+# model's own code would fill a mask with: zeros that it made are no rule.
+_CAUSAL = 1 << 22
+LONGEST = 1 << 17  # positions among which masks are read; a window beyond them is none
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -41,7 +46,10 @@ class UnknownRule(ValueError):
 
 
 def rule_of(sees: MaskFunction, length: int) -> int:
-    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads."""
+    """Return a mask function's rule among positions below `length`, as a number that `decode_rule` reads.
+
+    `length` is at most `LONGEST`.
+    """
     everywhere = torch.arange(length)
     first = _call(sees, everywhere, torch.zeros_like(everywhere))
     ahead = _call(sees, everywhere[:-1], everywhere[1:])
@@ -53,12 +61,18 @@ def rule_of(sees: MaskFunction, length: int) -> int:
     queries = torch.randint(length, (_PAIRS,), generator=generator)
     near = (queries - torch.randint(min(2 * size + 2, length), (_PAIRS,), generator=generator)).clamp(min=0)
     far = torch.randint(length, (_PAIRS,), generator=generator)
-    queries, keys = torch.cat([queries, queries]), torch.cat([near, far])
+    begin = torch.cartesian_prod(*2 * [torch.arange(min(_DENSE, length))]).reshape(-1, 2)
+    queries, keys = torch.cat([queries, queries, begin[:, 0]]), torch.cat([near, far, begin[:, 1]])
     found = _call(sees, queries, keys)
     for code in (size, -size):
         if torch.equal(found, _sees(code, queries, keys)):
-            return code
+            return _CAUSAL + code
     return _UNKNOWN
+
+
+def window_rule(window: int | None) -> int:
+    """Return the number of a window, or of none."""
+    return _CAUSAL + (window or 0)
 
 
 def decode_rule(code: int) -> Rule:
@@ -71,7 +85,10 @@ def decode_rule(code: int) -> Rule:
         raise UnknownRule("a mask that is neither causal nor a window nor chunks")
     if code == _BIDIRECTIONAL:
         raise UnknownRule("attention in both directions")
-    return Rule(window=code if code > 0 else None, chunk=-code if code < 0 else None)
+    size = code - _CAUSAL
+    if abs(size) > LONGEST:
+        raise UnknownRule("a mask that its own code makes")
+    return Rule(window=size if size > 0 else None, chunk=-size if size < 0 else None)
 
 
 def _sees(code: int, queries: Tensor, keys: Tensor) -> Tensor:

@@ -120,6 +120,24 @@ class Filler:
         self._tie(given)
         self._check_missing(given)
 
+    def names(self) -> list[str]:
+        """Return the module's names of the tensors that the files have, be it under what they are tied to."""
+        tied = [name for name, other in self._tied.items() if other in self._targets]
+        return list(dict.fromkeys([*self._targets, *tied]))
+
+    def source(self, name: str) -> ops.WeightSource:
+        """Return what the files have for a tensor of the module, or for the one that it is tied to.
+
+        Raises:
+            ModelLoadError: there is none, or it is made of others.
+        """
+        target = self._targets.get(name) or self._targets.get(self._tied.get(name, ""))
+        if target is None:
+            raise ModelLoadError(_missing(name))
+        if target.converter is not None or len(target.sources) > 1:
+            raise ModelLoadError(f"{name!r} is made of {[each for each, _ in target.sources]}")
+        return self._weights.get(target.sources[0][0], self._shapes[name])
+
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
         for source, pattern in target.sources:
             target.converter.add_tensor(name, source, pattern, lambda source=source: self._tensor(source))
@@ -176,7 +194,11 @@ class Filler:
         for name in self._shapes:
             if name in given or name in buffers or any(re.search(pattern, name) for pattern in ignored):
                 continue
-            raise ModelLoadError(f"there is no tensor {name!r} in the model's files, which the model needs")
+            raise ModelLoadError(_missing(name))
+
+
+def _missing(name: str) -> str:
+    return f"there is no tensor {name!r} in the model's files, which the model needs"
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

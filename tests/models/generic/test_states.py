@@ -1,0 +1,102 @@
+"""States of sequences that run: each its own, as they were before a step that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import architectures
+from tests.support.generic import batch_of, load_generic, program_of
+from tgi_asgi.models.generic.states import SlotStates
+
+
+class Layer:
+    """A layer's state, as `transformers` keeps it: one that changes in place, and keys that are made anew."""
+
+    def __init__(self) -> None:
+        self.state = torch.zeros(2)
+        self.keys = torch.zeros(0)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.layers = [Layer()]
+        self.seen: list[torch.Tensor] = [torch.zeros(1)]
+
+
+def advance(states: SlotStates, slot: int, start: int, length: int) -> Any:
+    (state,) = states.begin([slot], [start], [length])
+    state.cache.layers[0].state += length
+    state.cache.seen[0] += length
+    return state.cache
+
+
+def test_a_state_goes_on_where_it_was() -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    assert advance(states, 3, 4, 1).layers[0].state.tolist() == [5, 5]
+
+
+def test_a_step_that_fails_leaves_states_as_they_were() -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    advance(states, 3, 4, 2)  # and no commit
+    cache = advance(states, 3, 4, 1)
+    assert cache.layers[0].state.tolist() == [5, 5]
+    assert cache.seen[0].tolist() == [5]
+
+
+def test_a_slot_that_is_given_to_another_sequence_begins_anew() -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    assert advance(states, 3, 0, 2).layers[0].state.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(("slot", "start"), [(3, 5), (3, 3), (2, 4)])
+def test_a_row_that_does_not_go_on_from_its_state_is_refused(slot: int, start: int) -> None:
+    states = SlotStates(Cache)
+    advance(states, 3, 0, 4)
+    states.commit()
+    with pytest.raises(RuntimeError, match=f"slot {slot} has no state of {start} tokens"):
+        states.begin([slot], [start], [1])
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "rembert"])
+def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callable[[str], Path]) -> None:
+    """The second of two sequences fails when the first is done; rows of a slot's last owner are gone."""
+    folder = checkpoint(model_type)
+    ids = [architectures.random_ids(20, 0), architectures.random_ids(9, 1)]
+    expected = architectures.reference(folder, ids[0])
+    with program_of(load_generic(folder), num_sequences=2) as program:
+        program.run(batch_of([(0, 0, 5), (1, 0, 7)], ids), [0])  # another's tokens: slot 0 is reused
+        program.run(batch_of([(0, 0, 12)], ids), [0])
+        with pytest.raises(RuntimeError, match="slot 1 has no state of 3 tokens"):
+            program.run(batch_of([(0, 12, 8), (1, 3, 1)], ids), [0])
+        found = program.run(batch_of([(0, 12, 8)], ids), range(8)).numpy()
+    assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_rows_may_fail_in_the_middle_of_a_model(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("lfm2")
+    ids = [architectures.random_ids(20, 0)]
+    expected = architectures.reference(folder, ids[0])
+    model = cast(Any, load_generic(folder))
+    with program_of(model, num_sequences=1) as program:
+        program.run(batch_of([(0, 0, 12)], ids), [0])
+        last = model.module.model.layers[2]
+        with monkeypatch.context() as patch:
+            patch.setattr(last.feed_forward, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                program.run(batch_of([(0, 12, 8)], ids), [0])
+        found = program.run(batch_of([(0, 12, 8)], ids), range(8)).numpy()
+    assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()

@@ -1,0 +1,161 @@
+"""Runs checkpoints on the generic path, in steps as an engine plans them, beside `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from tests.support import architectures
+from tgi_asgi import ops
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner.programs import Program
+
+BLOCK_SIZE, MAX_CONTEXT = 16, 64
+# Beyond each window and chunk of the tiny models (12), over a block's end, and one that lies in one block.
+LENGTHS = (37, 29, 11)
+
+# (sequence, first position, tokens) of each row; sequences begin in different steps, and go on in any order.
+STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
+    ((0, 0, 20),),
+    ((0, 20, 13), (1, 0, 17)),
+    ((1, 17, 12), (2, 0, 11), (0, 33, 1)),
+    ((0, 34, 1),),
+    ((0, 35, 1),),
+    ((0, 36, 1),),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a checkpoint is served.
+
+    Attributes:
+        tier: "common": a decoder of ours; "generic": the module's code, all sequences of a step at once;
+            "floor": one after the other, on a cache of its own.
+        reason: of the floor.
+        difference: the largest difference of a logit, relative to the largest logit of its sequence.
+    """
+
+    tier: str
+    reason: str
+    difference: float
+
+
+def open_generic(folder: Path, *, trusts_code: bool = False) -> OpenModel:
+    """Open a checkpoint as the server does with `--model-impl transformers`."""
+    files = ModelFiles("tiny", None, "directory", folder)
+    return OpenModel(files, model_impl="transformers", trusts_code=trusts_code)
+
+
+def load_generic(
+    folder: Path, *, max_context: int = MAX_CONTEXT, arithmetic: ops.Arithmetic | None = None
+) -> Model | GenericModel:
+    """Load a checkpoint, float32 where no arithmetic is given."""
+    with open_generic(folder) as opened:
+        model = opened.load(arithmetic or ops.Packing(is_exact=True), max_context)
+    assert not isinstance(model, EncoderModel)
+    return model
+
+
+def measure(folder: Path) -> Outcome:
+    """Load a checkpoint, run `STEPS`, and compare the logits of every token with those of `transformers`."""
+    model = load_generic(folder)
+    ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    difference = run_steps(model, ids, architectures.references(folder, ids))
+    if not isinstance(model, GenericModel):
+        return Outcome("common", "", difference)
+    reason = model.config.floor_reason
+    return Outcome("floor" if reason else "generic", reason, difference)
+
+
+def run_steps(
+    model: Model | GenericModel,
+    ids: Sequence[Sequence[int]],
+    expected: Sequence[np.ndarray],
+    steps: Sequence[Sequence[tuple[int, int, int]]] = STEPS,
+    *,
+    max_context: int = MAX_CONTEXT,
+) -> float:
+    """Run sequences in these steps; return `Outcome.difference`, NaN as infinite."""
+    with program_of(model, num_sequences=len(ids), max_context=max_context) as program:
+        worst = 0.0
+        for step in steps:
+            batch = batch_of(step, ids, max_context)
+            logits, at = program.run(batch, range(len(batch.ids))).numpy(), 0
+            for sequence, start, count in step:
+                wanted = expected[sequence]
+                apart = np.abs(logits[at : at + count] - wanted[start : start + count]).max()
+                worst = max(worst, float(np.nan_to_num(apart / np.abs(wanted).max(), nan=np.inf)))
+                at += count
+    return worst
+
+
+@contextmanager
+def program_of(
+    model: Model | GenericModel, *, num_sequences: int, max_context: int = MAX_CONTEXT
+) -> Iterator[Program]:
+    """Make a model's program, over pools of float32 that have `max_context` tokens of each sequence."""
+    pools = [
+        ops.KvPool(
+            num_layers=cache.num_layers,
+            num_blocks=num_sequences * _width(max_context),
+            num_kv_heads=cache.num_kv_heads,
+            head_dim=cache.head_dim,
+            value_dim=cache.value_dim,
+            block_size=BLOCK_SIZE,
+            dtype=torch.float32,
+        )
+        for cache in model.config.caches
+    ]
+    try:
+        if isinstance(model, GenericModel):
+            yield cast(Program, model.program(pools, max_context))
+            return
+        (pool,) = pools
+        num_tokens = num_sequences * max_context
+        yield ops.CpuProgram(
+            record(model, pool.layers),
+            max_tokens=num_tokens,
+            max_sequences=num_sequences,
+            max_rows=num_tokens,
+            max_context=max_context,
+        )
+    finally:
+        for pool in pools:
+            pool.close()
+
+
+def batch_of(
+    step: Sequence[tuple[int, int, int]], ids: Sequence[Sequence[int]], max_context: int = MAX_CONTEXT
+) -> ops.FlatRows:
+    """Return a step's rows; a sequence's slot is its number, and its blocks lie backwards."""
+    width = _width(max_context)
+    tables = {row[0]: np.arange((row[0] + 1) * width - 1, row[0] * width - 1, -1) for row in step}
+    positions = [np.arange(start, start + count) for _, start, count in step]
+    slots = [
+        tables[sequence][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        for (sequence, _, _), at in zip(step, positions, strict=True)
+    ]
+    return ops.FlatRows(
+        ids=np.concatenate([ids[sequence][start : start + count] for sequence, start, count in step]),
+        positions=np.concatenate(positions),
+        slots=np.concatenate(slots),
+        query_start=np.cumsum([0, *(count for _, _, count in step)]),
+        context_len=np.array([start + count for _, start, count in step]),
+        block_table=np.array([tables[sequence] for sequence, _, _ in step], np.int32),
+        row_slots=np.array([sequence for sequence, _, _ in step]),
+    )
+
+
+def _width(max_context: int) -> int:
+    return -(-max_context // BLOCK_SIZE)

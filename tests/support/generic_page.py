@@ -1,0 +1,57 @@
+"""What `docs/generic.md` has of `generic_table`; `python -m tests.support.generic_page` prints it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.support import generic_table as table
+from tests.support.architecture_table import NOT_BUILT, TYPES
+from tgi_asgi.models.registry import has_architecture
+
+_WIDTH = 118
+
+
+def is_native(model_type: str) -> bool:
+    """Tell whether a family of ours has an architecture."""
+    return has_architecture(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ""))
+
+
+def page() -> str:
+    """Return the text."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    others = [name for name in TYPES if not is_native(name) and name not in NOT_BUILT]
+    by_tier = {tier: [name for name in others if table.tier_of(name) == tier] for tier in table.TIERS}
+    num_served = len(TYPES) - len(NOT_BUILT) - len(by_tier["refused"]) - len(by_tier["refused late"])
+    yield f"Of {len(TYPES)} architectures {num_served} are served."
+    yield from _paragraph("By a family of ours", [name for name in TYPES if is_native(name)])
+    yield from _paragraph("Of the common shape", by_tier["common"])
+    yield from _paragraph("By the code of transformers, on our kernels", by_tier["generic"])
+    yield from _rows("One sequence at a time", table.FLOOR)
+    yield from _rows("Refused before weights are read", table.REFUSED)
+    yield from _rows("Refused while they are loaded", table.REFUSED_LATE)
+    yield from _rows("Not tried", NOT_BUILT)
+
+
+def _paragraph(title: str, names: list[str]) -> Iterator[str]:
+    yield from ("", f"### {title} ({len(names)})", "")
+    yield from textwrap.wrap(", ".join(names), _WIDTH, break_on_hyphens=False)
+
+
+def _rows(title: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    yield from ("", f"### {title} ({len(reasons)})", "", "| architectures | reason |", "|---|---|")
+    named = {
+        name: f'"{reason}": {table.WHY[name]}' if name in table.WHY else reason
+        for name, reason in reasons.items()
+    }
+    for reason in dict.fromkeys(named.values()):
+        yield f"| {', '.join(name for name in named if named[name] == reason)} | {reason} |"
+
+
+if __name__ == "__main__":
+    print(page())

@@ -1,0 +1,93 @@
+"""How each architecture of `AutoModelForCausalLM` is served, as data that `tests/models/generic` holds.
+
+What stands in none of the tables is served by the generic path, all sequences of a step at once. The reasons
+are phrases of what the server says; `docs/generic.md` has them as they stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_OWN_ATTENTION = "writes its attention inline"
+_POSITIONS = "positions do not reach the layers"
+_MORE = "keeps more of a sequence than keys and values"
+
+# Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
+COMMON: tuple[str, ...] = (
+    "cwm", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "qwen2",
+    "qwen3", "seed_oss", "smollm3",
+)  # fmt: skip
+
+# One sequence after the other, on the cache of the model's own code.
+FLOOR: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("big_bird", "gpt_neox_japanese", "megatron-bert", "mvp", "rembert", "roformer", "trocr", "xglm"),
+        _OWN_ATTENTION,
+    ),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"),
+        _POSITIONS,
+    ),
+    "inkling_text": "attention takes position_bias",
+    "inkling2_text": "attention takes position_bias, sinks",
+    "minimax_m3_vl_text": "attention takes block_indices",
+    "doge": "a mask that its own code makes",
+    "git": "does not run without weights",
+}
+
+# Refused when the model is opened: nothing of its weights has been read.
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("openai-gpt", "reformer", "rwkv", "xlm"), _OWN_ATTENTION),
+    **dict.fromkeys(
+        (
+            "axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text", "xlnet",
+        ),
+        _MORE,
+    ),
+}  # fmt: skip
+
+# Refused when the model is loaded: by its tensors, or because it does not compute what its own code does.
+REFUSED_LATE: Mapping[str, str] = {
+    "blt": "does not run here",
+    "cpmant": "does not run here",
+    "deepseek_v4": "is of dtype I64",
+    "prophetnet": "does not run here",
+    "recurrent_gemma": "does not compute here what its own code does",
+    "xlstm": "does not run here",
+}
+
+# What the reason of a refusal comes from.
+WHY: Mapping[str, str] = {
+    **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to go on from"),
+    "reformer": "hashes tokens into buckets that change with the length",
+    "rwkv": "has a state of its own kind",
+    "xlnet": "goes on from its own memories",
+    "blt": "groups bytes into patches, of which attention sees fewer than tokens",
+    "cpmant": "lets a prompt's tokens see each other both ways",
+    "deepseek_v4": "holds tables of integers, and keeps compressed keys",
+    "prophetnet": "predicts several tokens at once, by a table of positions",
+    "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
+    "xlstm": "has a cache of its own kind",
+    **dict.fromkeys(
+        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
+        "keeps an index of keys, which changes with how a prompt is cut",
+    ),
+}
+
+# The table's rows in a usual run; `make test-models` has all. One a kind of layer, at least.
+USUAL: tuple[str, ...] = tuple(
+    """
+    llama qwen2 gemma2 gemma3n_text gemma4_text gpt_oss llama4_text deepseek_v3 granitemoe_swa ernie4_5_moe
+    longcat_flash dbrx bloom falcon mpt gpt_neo gptj gpt2 gpt_bigcode opt roberta lfm2 jamba mamba mamba2
+    falcon_h1 zamba2 qwen3_next minimax hrm_text phi3 cohere2 nemotron mimo_v2_flash modernbert-decoder
+    bart rembert doge openai-gpt xlnet recurrent_gemma deepseek_v4
+""".split()  # noqa: SIM905 -- a paragraph, not a page
+)
+
+TIERS = ("common", "generic", "floor", "refused", "refused late")
+
+
+def tier_of(model_type: str) -> str:
+    """Return which of `TIERS` an architecture is of where the code of `transformers` is asked for."""
+    tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED, "refused late": REFUSED_LATE}
+    return next((tier for tier, names in tiers.items() if model_type in names), "generic")

@@ -1,0 +1,362 @@
+"""Decoders of the common shape: found in a module, built of our own operators, and held against its code.
+
+The shape is that of `models/decoder.py`. Nothing is taken from a configuration: sizes are the module's,
+rotary frequencies its buffers, windows and scales what discovery saw; norms are asked what they compute. Then
+both run: a layer of each kind with its true weights, between the model's own embedding, last norm and head.
+Only where they are equal the model is computed like a family of ours: as one recorded program.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Model, record
+from tgi_asgi.models.generic.discover import AttentionLayer, arguments
+from tgi_asgi.models.generic.replace import ACTIVATIONS, eps_of, norm_offset
+from tgi_asgi.models.generic.weights import Filler, owner_of
+from tgi_asgi.models.loading import NamedWeights
+
+logger = logging.getLogger(__name__)
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+_LENGTH = 29  # tokens that both run
+_SOME_ROWS = 512  # of the embedding and the head are enough to compare
+_BLOCK = 16
+_LARGEST = 1e-3  # difference of logits, of the largest logit
+
+
+class CommonDecoder:
+    """A module that looks like a decoder of the common shape.
+
+    common = CommonDecoder.find(module, layers, max_positions)
+    if common is not None and common.is_equal(weights):
+        model = common.load(weights, arithmetic)
+
+    Attributes:
+        config: what its sizes and buffers say.
+    """
+
+    def __init__(self, module: Any, layers: Sequence[AttentionLayer], max_positions: int) -> None:
+        self._module, self._max_positions = module, max_positions
+        self._decoder = module.get_decoder()
+        self._offset = self._norm_offset()
+        self.config = self._read(layers)
+
+    @classmethod
+    def find(cls, module: Any, layers: Sequence[AttentionLayer], max_positions: int) -> CommonDecoder | None:
+        """Return a module as such a decoder; None where it is none."""
+        try:
+            return cls(module, layers, max_positions)
+        except (_Other, AttributeError, ModelLoadError, NotImplementedError) as reason:
+            logger.debug("%s is not of the common shape: %s", type(module).__name__, reason)
+            return None
+
+    def _read(self, layers: Sequence[AttentionLayer]) -> ModelConfig:
+        decoder, head = self._decoder, self._module.get_output_embeddings()
+        _need({"embed_tokens", "layers", "norm"} <= set(dict(decoder.named_children())), "other parts")
+        _need(len(decoder.layers) == len(layers), "a layer has not one call of attention")
+        _need(type(head) is nn.Linear and head.bias is None, "another head")
+        kinds = [self._read_layer(layer) for layer in decoder.layers]
+        _need(len(set(kinds)) == 1, "layers of several shapes")
+        shape = dict(kinds[0])
+        for found in layers:
+            _need(
+                (found.num_heads, found.num_kv_heads, found.head_dim)
+                == (shape["num_heads"], shape["num_kv_heads"], shape["head_dim"]),
+                "heads that are not those of the products",
+            )
+            _need(found.is_plain and found.rule.chunk is None, "another attention")
+        rope = self._rope(shape["head_dim"])
+        specs = tuple(LayerSpec(rope, found.rule.window, found.scale) for found in layers)
+        rows, hidden = decoder.embed_tokens.weight.shape
+        return ModelConfig(
+            architecture=type(self._module).__name__,
+            vocab_size=rows,
+            hidden_size=hidden,
+            context_length=self._max_positions,
+            layers=specs,
+            has_tied_embeddings=self._is_tied(),
+            **shape,
+        )
+
+    def _read_layer(self, layer: nn.Module) -> tuple[tuple[str, Any], ...]:
+        children = dict(layer.named_children())
+        _need(set(children) == _LAYER, "layers of other parts")
+        attention: Any = children["self_attn"]
+        mlp: Any = children["mlp"]
+        products = {name for name, child in attention.named_children() if type(child) is nn.Linear}
+        others = {name for name, _ in attention.named_children()} - products
+        _need(products == _ATTENTION and others in (set(), _HEAD_NORMS), "another attention")
+        _need(
+            {name for name, child in mlp.named_children() if type(child) is nn.Linear} == _MLP, "another MLP"
+        )
+        biases = [attention.get_submodule(name).bias is not None for name in ("q_proj", "k_proj", "v_proj")]
+        mlp_biases = [mlp.get_submodule(name).bias is not None for name in _MLP]
+        _need(len(set(biases)) == 1 and len(set(mlp_biases)) == 1, "biases here and there")
+        eps = {eps_of(module) for name, module in layer.named_modules() if name.endswith("norm")}
+        eps.add(eps_of(self._decoder.norm))
+        _need(len(eps) == 1, "norms of several eps")
+        head_dim = int(attention.head_dim)
+        shape = {
+            "intermediate_size": mlp.gate_proj.out_features,
+            "num_heads": attention.q_proj.out_features // head_dim,
+            "num_kv_heads": attention.k_proj.out_features // head_dim,
+            "head_dim": head_dim,
+            "norm_eps": eps.pop(),
+            "activation": _activation(mlp),
+            "has_qkv_bias": biases[0],
+            "has_output_bias": attention.o_proj.bias is not None,
+            "has_mlp_bias": mlp_biases[0],
+            "has_qk_norm": bool(others),
+        }
+        return tuple(shape.items())
+
+    def _rope(self, head_dim: int) -> RopeSpec:
+        rotary = self._decoder.rotary_emb
+        frequencies = tuple(rotary.inv_freq.float().tolist())
+        factor = float(rotary.attention_scaling)
+        scaling = None if factor == 1 else RopeScaling("linear", attention_factor=factor)
+        return RopeSpec(2 * len(frequencies), 1.0, scaling, frequencies)
+
+    def _norm_offset(self) -> float:
+        """Return what norms add to their weights, 0 or 1; the same in all of them."""
+        norms = [module for name, module in self._decoder.named_modules() if name.endswith("norm")]
+        offsets = {norm_offset(module) for module in norms}
+        _need(len(offsets) == 1 and None not in offsets, "norms that are not RMSNorm")
+        return float(offsets.pop() or 0)
+
+    def _is_tied(self) -> bool:
+        tied: dict[str, str] = getattr(self._module, "all_tied_weights_keys", None) or {}
+        return any(name.startswith("lm_head.") for name in tied)
+
+    def is_equal(self, weights: NamedWeights) -> bool:
+        """Run a layer of each kind by both codes, on random tokens; tell whether they give the same."""
+        chosen = self._kinds()
+        rows = min(_SOME_ROWS, self.config.vocab_size)
+        source = _Canonical(self._module, weights, chosen, self._offset, rows)
+        ids = np.random.default_rng(0).integers(0, rows, _LENGTH)
+        config = replace(
+            self.config, layers=tuple(self.config.layers[index] for index in chosen), vocab_size=rows
+        )
+        try:
+            first, expected = self._own(source, chosen, ids)
+            table = ops.plain_tensor(source.get("model.embed_tokens.weight", (rows, config.hidden_size)))
+            factor = _ratio(first, table[torch.from_numpy(ids)].float())
+            self.config = replace(self.config, embedding_factor=factor)
+            config = replace(config, embedding_factor=factor)
+            found = _run(Decoder(config, source, ops.Packing(is_exact=True), self._max_positions), ids)
+        except (ModelLoadError, LookupError, RuntimeError, TypeError, ValueError) as reason:
+            logger.debug("%s is not of the common shape: %s", config.architecture, reason)
+            return False
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        logger.debug("%s differs from the common shape by %.2g", config.architecture, difference)
+        return difference <= _LARGEST
+
+    def load(self, weights: NamedWeights, arithmetic: ops.Arithmetic) -> Model:
+        """Make the model of our own operators, of all layers."""
+        everything = list(range(self.config.num_layers))
+        source = _Canonical(self._module, weights, everything, self._offset, self.config.vocab_size)
+        return Decoder(self.config, source, arithmetic, self._max_positions)
+
+    def _kinds(self) -> list[int]:
+        """Return the index of the first layer of each kind."""
+        found: dict[Any, int] = {}
+        for index, (layer, spec) in enumerate(zip(self._decoder.layers, self.config.layers, strict=True)):
+            plain = [
+                (path, name, value)
+                for path, module in layer.named_modules()
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, int, float, str, type(None))) and name != "layer_idx"
+            ]
+            found.setdefault((spec, tuple(sorted(plain, key=str))), index)
+        return list(found.values())
+
+    def _own(self, source: _Canonical, chosen: Sequence[int], ids: Any) -> tuple[Tensor, Tensor]:
+        """Run the module's own code, of these layers alone; return the first's input, and the logits."""
+        seen: list[Tensor] = []
+        decoder, config = self._decoder, self._decoder.config
+        kept, types = decoder.layers, getattr(config, "layer_types", None)
+        parameters = [
+            (owner, name, value)
+            for owner in self._module.modules()
+            for name, value in owner._parameters.items()
+        ]
+        try:
+            for name, tensor in source.own_tensors():
+                owner, leaf = owner_of(self._module, name)
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            decoder.layers = nn.ModuleList(kept[index] for index in chosen)
+            if types is not None:
+                config.__dict__["layer_types"] = [types[index] for index in chosen]
+            given = arguments(self._module, input_ids=torch.from_numpy(ids)[None], use_cache=False)
+            hook = decoder.layers[0].register_forward_pre_hook(
+                lambda layer, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            try:
+                with torch.inference_mode():
+                    logits: Tensor = self._module(**given).logits[0].float()
+            finally:
+                hook.remove()
+            self._check_positions(given, logits)
+            return seen[0][0], logits
+        finally:
+            decoder.layers = kept
+            if types is not None:
+                config.__dict__["layer_types"] = types
+            for owner, name, value in parameters:
+                owner._parameters[name] = value
+
+    def _check_positions(self, given: dict[str, Any], logits: Tensor) -> None:
+        """Refuse a module in which positions do more than turn queries and keys: the last ones served tell.
+
+        Ministral 3 multiplies queries by a number that is one up to position 16,384.
+
+        Raises:
+            ValueError: the logits are others where tokens are the last ones, but are turned as the first.
+        """
+        shift = max(self._max_positions - len(logits), 0)
+        rotary, rotate = self._decoder.rotary_emb, self._decoder.rotary_emb.forward
+        last = torch.arange(len(logits))[None] + shift
+        rotary.forward = lambda x, position_ids, *args, **kwargs: rotate(
+            x, position_ids - shift, *args, **kwargs
+        )
+        try:
+            with torch.inference_mode():
+                found = self._module(**given, position_ids=last).logits[0].float()
+        finally:
+            del rotary.forward
+        if not torch.allclose(found, logits, rtol=1e-5, atol=1e-6 * float(logits.abs().max())):
+            raise ValueError("positions do more than turn queries and keys")
+
+
+class _Canonical:
+    """A module's weights by the names that `Decoder` asks for.
+
+    Args:
+        chosen: which layers stand for layers 0, 1, ...
+        offset: what its norms add to their weights.
+        rows: of the embedding and the head, from the first on.
+    """
+
+    def __init__(
+        self, module: Any, weights: NamedWeights, chosen: Sequence[int], offset: float, rows: int
+    ) -> None:
+        self._filler = Filler(module, weights, lambda name, value: False)
+        self._module, self._chosen, self._offset, self._rows = module, chosen, offset, rows
+        decoder = module.get_decoder()
+        self._prefix = next(path for path, each in module.named_modules() if each is decoder)
+        self._head = next(
+            path for path, each in module.named_modules() if each is module.get_output_embeddings()
+        )
+        self.num_bytes = weights.num_bytes
+
+    def __contains__(self, name: object) -> bool:
+        return False  # of tensors that only some files have
+
+    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+        """Return a tensor, as `Weights.get` says."""
+        source = self._filler.source(self._own_name(name))
+        if name.endswith("norm.weight") and self._offset:
+            return ops.from_floats(ops.plain_tensor(source).float() + self._offset)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            source = source.rows(0, self._rows)
+        if source.shape != shape:
+            raise ModelLoadError(f"tensor {name!r} has the shape {source.shape}, not {shape}")
+        return source
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the module itself needs for its chosen layers, as float32, by its own names."""
+        layers = {f"{self._prefix}.layers.{index}." for index in self._chosen}
+        vocabulary = {f"{self._prefix}.embed_tokens.weight", f"{self._head}.weight"}
+        for name in self._filler.names():
+            is_of_layer = ".layers." in name
+            if is_of_layer and not any(name.startswith(layer) for layer in layers):
+                continue
+            source = self._filler.source(name)
+            if name in vocabulary:
+                source = source.rows(0, self._rows)
+            yield name, ops.plain_tensor(source.in_order()).float()
+
+    def unread(self) -> list[str]:
+        """None: the filler has refused what nobody wants."""
+        return []
+
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Nothing: memory has been counted."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing: the files are another's."""
+
+    def _own_name(self, name: str) -> str:
+        if name.startswith("lm_head."):
+            return name.replace("lm_head", self._head, 1)
+        rest = name.removeprefix("model.")
+        if rest.startswith("layers."):
+            _, index, leaf = rest.split(".", 2)
+            rest = f"layers.{self._chosen[int(index)]}.{leaf}"
+        return f"{self._prefix}.{rest}"
+
+
+def _ratio(found: Tensor, rows: Tensor) -> float:
+    """Return the number that rows were multiplied by."""
+    factor = float((found * rows).sum() / (rows * rows).sum())
+    if not torch.allclose(found, factor * rows, rtol=1e-5, atol=1e-7):
+        raise ValueError("the embedding is not a number times its rows")
+    return factor
+
+
+class _Other(Exception):
+    """A module is not of the common shape."""
+
+
+def _need(holds: object, reason: str) -> None:
+    if not holds:
+        raise _Other(reason)
+
+
+def _activation(mlp: Any) -> str:
+    """Return the name of an MLP's activation, by what it computes."""
+    x = torch.linspace(-6, 6, 97)
+    found = mlp.act_fn(x)
+    for name, function in ACTIVATIONS.items():
+        if torch.allclose(found, function(x), atol=1e-6):
+            return name
+    raise _Other("another activation")
+
+
+def _run(model: Model, ids: Any) -> Tensor:
+    """Return the logits of a model of ours for these tokens."""
+    config = model.config
+    num_blocks = -(-len(ids) // _BLOCK)
+    pool = ops.KvPool(
+        num_layers=config.num_layers, num_blocks=num_blocks, num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim, block_size=_BLOCK, dtype=torch.float32,
+    )  # fmt: skip
+    program = ops.CpuProgram(
+        record(model, pool.layers), max_tokens=len(ids), max_sequences=1, max_rows=len(ids),
+        max_context=num_blocks * _BLOCK,
+    )  # fmt: skip
+    positions = np.arange(len(ids))
+    batch = ops.FlatRows(
+        ids=ids, positions=positions, slots=positions, query_start=[0, len(ids)], context_len=[len(ids)],
+        block_table=np.arange(num_blocks, dtype=np.int32)[None],
+    )  # fmt: skip
+    logits = program.run(batch, range(len(ids))).clone()
+    pool.close()
+    return logits
