@@ -98,7 +98,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
         else:
-            assert isinstance(config, ModelConfig)  # `_announce` has refused the others
+            assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
@@ -152,7 +152,7 @@ def _announce(model: Model | GenericModel | EncoderModel) -> None:
         logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
     elif model.config.floor_reason:
         logger.warning(
-            "%s runs one sequence at a time, on the cache of transformers %s, slowly: %s",
+            "%s runs one sequence at a time, by the code of transformers %s alone, slowly: %s",
             architecture, version, model.config.floor_reason,
         )  # fmt: skip
     else:
