@@ -31,6 +31,7 @@ from tgi_asgi.models.loading import NamedWeights, Weights
 
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # which give tokens: states are what comes before
+_PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
@@ -172,12 +173,16 @@ class EncoderModel:
 
     Attributes:
         config: what it is.
-        is_batch_invariant: a vector has the same bits whatever is computed beside it.
+        is_batch_invariant: a vector has the same bits whatever runs beside it. Not so where torch multiplies
+            rows of several prompts, or takes their sines: a number's place then matters.
     """
 
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
-        self.is_batch_invariant = bool(config.floor_reason) or all_products_are_ours(module)
+        base = module.base_model
+        self.is_batch_invariant = bool(config.floor_reason) or (
+            all_products_are_ours(base) and not _takes_sines(base)
+        )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
         """Return what runs steps of so many tokens and prompts at most."""
@@ -200,6 +205,15 @@ def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # which vectors are not made of; many checkpoints lack it
     return model
+
+
+def _takes_sines(base: nn.Module) -> bool:
+    """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several prompts."""
+    for path, module in base.named_modules():
+        used = set(inspect.unwrap(type(module).forward).__code__.co_names)
+        if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
+            return True
+    return False
 
 
 def _first_position(model: nn.Module) -> int:
