@@ -23,7 +23,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
@@ -31,7 +31,6 @@ from tgi_asgi.models.loading import NamedWeights, Weights
 
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # which give tokens: states are what comes before
-_PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
@@ -181,7 +180,7 @@ class EncoderModel:
         self.module, self.config, self.replaced = module, config, replaced
         base = module.base_model
         self.is_batch_invariant = bool(config.floor_reason) or (
-            all_products_are_ours(base) and not _takes_sines(base)
+            all_products_are_ours(base) and not takes_sines(base)
         )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
@@ -205,15 +204,6 @@ def _built(directory: Path, config: Mapping[str, Any], name: str, *, trusts_code
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None  # which vectors are not made of; many checkpoints lack it
     return model
-
-
-def _takes_sines(base: nn.Module) -> bool:
-    """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several prompts."""
-    for path, module in base.named_modules():
-        used = set(inspect.unwrap(type(module).forward).__code__.co_names)
-        if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
-            return True
-    return False
 
 
 def _first_position(model: nn.Module) -> int:
