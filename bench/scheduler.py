@@ -23,7 +23,7 @@ from tgi_asgi.engine.sequence import Sequence as EngineSequence
 from tgi_asgi.errors import TgiError
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams, StopConditions, TokenEvent
+from tgi_asgi.types import Eyes, GenerationRequest, ModelInfo, SamplingParams, StopConditions, TokenEvent
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 50_000
@@ -51,6 +51,7 @@ class InstantRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
         self.has_states = self.takes_whole_prompts = False
+        self.eyes: Eyes | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0
 

@@ -134,6 +134,8 @@ class Eyes(enum.Enum):
     NOTHING = "nothing"
     IMAGES = "images"  # the tokens of each
     PROMPT = "prompt"  # and nothing of it can be shared with another
+
+
 class PoolingKind(enum.Enum):
     """How a prompt's hidden states, behind the last norm, become one vector."""
 

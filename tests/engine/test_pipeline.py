@@ -8,6 +8,7 @@ from tests.engine.helpers import until
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.runner.plan import StepPlan, StepResult
+from tgi_asgi.types import Eyes
 
 
 class HeldRunner:
@@ -15,7 +16,7 @@ class HeldRunner:
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
     has_states = takes_whole_prompts = False
-    eyes = None
+    eyes: Eyes | None = None
 
     def __init__(self) -> None:
         self.held: deque[asyncio.Future[StepResult]] = deque()

@@ -93,7 +93,8 @@ def test_vectors_of_one_step_are_those_of_transformers(
         for ids, vector in zip(prompts, together, strict=True):
             agree(vector, pooled(states_of(model, ids), mode))
             [alone] = vectors(runner, found.info.embedding.pooling, [ids])
-            if kind in SAME_BITS:
+            assert found.info.is_batch_invariant == (kind in SAME_BITS)
+            if found.info.is_batch_invariant:
                 np.testing.assert_array_equal(alone, vector)
             else:
                 np.testing.assert_allclose(alone, vector, rtol=0, atol=2e-6 * np.abs(vector).max())

@@ -37,7 +37,9 @@ def load(folder: Path, quantised: str | None = None, *, is_exact: bool = True) -
     config = json.loads((folder / "config.json").read_text())
     weights = SafetensorsWeights(folder, Quantisation.from_json(config))
     opened = OpenGeneric(folder, config, trusts_code=False)
-    return opened.load(weights, ops.Packing(is_exact, quantised), 2048)
+    model = opened.load(weights, ops.Packing(is_exact, quantised), 2048)
+    assert isinstance(model, GenericModel)
+    return model
 
 
 def run(

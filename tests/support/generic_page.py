@@ -5,18 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from tests.support import generic_table as table
 from tests.support.architecture_table import NOT_BUILT, TYPES
-from tgi_asgi.models.registry import has_architecture
 
 _WIDTH = 118
-
-
-def is_native(model_type: str) -> bool:
-    """Tell whether a family of ours has an architecture."""
-    return has_architecture(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ""))
 
 
 def page() -> str:
@@ -25,11 +17,11 @@ def page() -> str:
 
 
 def _lines() -> Iterator[str]:
-    others = [name for name in TYPES if not is_native(name) and name not in NOT_BUILT]
+    others = [name for name in TYPES if name not in table.NATIVE and name not in NOT_BUILT]
     by_tier = {tier: [name for name in others if table.tier_of(name) == tier] for tier in table.TIERS}
     num_served = len(TYPES) - len(NOT_BUILT) - len(by_tier["refused"]) - len(by_tier["refused late"])
     yield f"Of {len(TYPES)} architectures {num_served} are served."
-    yield from _paragraph("By a family of ours", [name for name in TYPES if is_native(name)])
+    yield from _paragraph("By a family of ours", list(table.NATIVE))
     yield from _paragraph("Of the common shape", by_tier["common"])
     yield from _paragraph("By the code of transformers, on our kernels", by_tier["generic"])
     yield from _rows("One sequence at a time", table.FLOOR)

@@ -12,6 +12,11 @@ _OWN_ATTENTION = "writes its attention inline"
 _POSITIONS = "positions do not reach the layers"
 _MORE = "keeps more of a sequence than keys and values"
 
+# Computed by a family of ours, unless the code of `transformers` is asked for: then as the other tables say.
+NATIVE: tuple[str, ...] = (
+    "granite", "internlm3", "iquestcoder", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
+
 # Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
 COMMON: tuple[str, ...] = (
     "cwm", "gemma", "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "qwen2",

@@ -145,7 +145,12 @@ def _announce(model: Model | GenericModel | EncoderModel) -> None:
     import transformers
 
     architecture, version = model.config.architecture, transformers.__version__
-    if not isinstance(model, GenericModel | EncoderModel):
+    if isinstance(model, EncoderModel) and model.config.floor_reason:
+        logger.warning(
+            "%s runs one text at a time, by the code of transformers %s, slowly: %s",
+            architecture, version, model.config.floor_reason,
+        )  # fmt: skip
+    elif not isinstance(model, GenericModel | EncoderModel):
         logger.info("%s of transformers %s has the common shape: our own code runs it", architecture, version)
     elif model.config.floor_reason:
         logger.warning(

@@ -73,7 +73,7 @@ class Pools:
 
 def make_program(
     model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int,
-    image_cache: int,
+    image_cache: int = 0,
 ) -> Program:  # fmt: skip
     """Make what runs a model's steps over these pools."""
     if isinstance(model, GenericModel):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.support import architectures
 from tests.support import generic_table as table
@@ -18,6 +19,10 @@ from tests.support.generic import measure, open_generic
 from tests.support.generic_page import page
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.registry import has_architecture
+
+# The modules of GPT-BigCode until 5.22.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 # Of the largest logit of a sequence, over every token of three sequences that are cut in chunks, mixed in
 # steps and continued token by token; in float32. Most are within 1e-6, recurrent layers within 1e-4.
@@ -49,6 +54,12 @@ def test_the_table_names_architectures_once() -> None:
     ]
     assert sum(map(len, groups)) == len(set.union(*groups))
     assert set.union(*groups) | set(table.USUAL) <= set(TYPES)
+
+
+def test_the_table_knows_which_have_a_family() -> None:
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    native = {name for name in BUILDABLE if has_architecture(names[name])}
+    assert native == set(table.NATIVE) & set(BUILDABLE)
 
 
 def test_the_page_has_the_table_as_it_is() -> None:

@@ -23,7 +23,7 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
@@ -172,12 +172,16 @@ class EncoderModel:
 
     Attributes:
         config: what it is.
-        is_batch_invariant: a vector has the same bits whatever is computed beside it.
+        is_batch_invariant: a vector has the same bits whatever runs beside it. Not so where torch multiplies
+            rows of several prompts, or takes their sines: a number's place then matters.
     """
 
     def __init__(self, module: Any, config: EncoderConfig, replaced: Replaced) -> None:
         self.module, self.config, self.replaced = module, config, replaced
-        self.is_batch_invariant = bool(config.floor_reason) or all_products_are_ours(module)
+        base = module.base_model
+        self.is_batch_invariant = bool(config.floor_reason) or (
+            all_products_are_ours(base) and not takes_sines(base)
+        )
 
     def program(self, *, max_tokens: int, max_rows: int, max_context: int) -> EncoderProgram:
         """Return what runs steps of so many tokens and prompts at most."""

@@ -22,7 +22,7 @@ from tgi_asgi.models.generic.discover import AttentionLayer, configurations, dis
 from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
 from tgi_asgi.models.generic.rope import fix_rotary_tables
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
@@ -185,7 +185,7 @@ class GenericModel:
         config: what it is.
         tower: what makes rows of images, where it takes any.
         is_batch_invariant: a token has the same bits whatever runs beside it. Products that are torch's may
-            round differently with the number of rows, and so may scans with the cut of a prompt.
+            round differently with the number of rows, its sines with a number's place, scans with the cut.
     """
 
     def __init__(
@@ -195,7 +195,9 @@ class GenericModel:
         self.module, self.config, self.replaced, self.recurrent = module, config, replaced, recurrent
         self._max_positions = max_positions
         self.tower = None if config.seeing is None else Tower(module)
-        self.is_batch_invariant = not config.has_states and all_products_are_ours(module)
+        self.is_batch_invariant = (
+            not config.has_states and all_products_are_ours(module) and not takes_sines(module)
+        )
 
     def program(
         self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0

@@ -13,6 +13,7 @@ import torch
 from tgi_asgi.models.generic.rules import MaskFunction
 
 _PAIRS = 4096  # random ones that a reach is held to
+_DENSE = 48  # positions of which all pairs are: those that all may see lie there
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,9 @@ def reach_of(sees: MaskFunction, length: int) -> Reach | None:
         torch.randint(bound, (_PAIRS,), generator=generator)
         for bound in (length, length, min(4 * max(before, after), length))
     )
-    keys = torch.cat([far, (queries + near - int(near.max()) // 2).clamp(0, length - 1)])
-    queries = torch.cat([queries, queries])
+    near = (queries + near - int(near.max()) // 2).clamp(0, length - 1)
+    begin = torch.cartesian_prod(*2 * [torch.arange(min(_DENSE, length))]).reshape(-1, 2)
+    queries, keys = torch.cat([queries, queries, begin[:, 0]]), torch.cat([far, near, begin[:, 1]])
     is_seen = queries - keys <= (length if found.before is None else found.before)
     is_seen &= keys - queries <= (length if found.after is None else found.after)
     return found if torch.equal(is_seen, _call(sees, queries, keys)) else None

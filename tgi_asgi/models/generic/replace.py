@@ -33,6 +33,7 @@ EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+_PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
 # What `ops.gate_up` has, as torch has it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -287,6 +288,15 @@ def all_products_are_ours(model: nn.Module) -> bool:
         or not any(value is not None and value.dim() > 1 for value in module._parameters.values())
         for module in model.modules()
     )
+
+
+def takes_sines(base: nn.Module) -> bool:
+    """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several sequences."""
+    for path, module in base.named_modules():
+        used = set(inspect.unwrap(type(module).forward).__code__.co_names)
+        if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
+            return True
+    return False
 
 
 def eps_of(module: nn.Module) -> float | None:

@@ -24,11 +24,14 @@ from tgi_asgi.models.generic.discover import (
     require_positions,
     run_on_meta,
     run_on_zeros,
+    scale_of,
 )
 from tgi_asgi.models.generic.reach import Reach, reach_of
+from tgi_asgi.models.generic.rules import LONGEST
 
 _PROBE = "tgi_whole_probe"
-_LONGEST = 1 << 17  # positions among which masks are read
+# The number of the first reach: exact in float32, and nothing that a model's own code would fill a mask with.
+_FIRST = 1 << 22
 _BLOCK = 16
 
 
@@ -54,7 +57,7 @@ def discover_whole(model: Any, max_positions: int) -> list[WholeLayer]:
     Raises:
         ModelLoadError: a layer is none that the kernels have, or positions do not reach it.
     """
-    probe = _Probe(min(max_positions, _LONGEST))
+    probe = _Probe(min(max_positions, LONGEST))
     name = type(model).__name__
     with probe.installed(), implementation(model, _PROBE), torch.no_grad():
         try:
@@ -102,7 +105,7 @@ class _Probe:
     def mask(self, *, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
         """Return a mask filled with the number that its reach has here."""
         self._reaches.append(reach_of(mask_function, self._length))
-        return torch.full((1, 1, q_length, kv_length), float(len(self._reaches) - 1))
+        return torch.full((1, 1, q_length, kv_length), float(_FIRST + len(self._reaches) - 1))
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -115,11 +118,12 @@ class _Probe:
             self.problems.append("a layer attends to something other than the prompt")
         reach: Reach | None = Reach()
         if isinstance(attention_mask, Tensor):
-            reach = self._reaches[int(attention_mask.reshape(-1)[0])]
+            number = int(attention_mask.reshape(-1)[0]) - _FIRST
+            reach = self._reaches[number] if 0 <= number < len(self._reaches) else None
         elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
             reach = Reach(after=0)
         if reach is None:
-            self.problems.append("a layer has a mask that is no window")
+            self.problems.append("a layer has a mask that is no window, or that its own code makes")
         self.layers.append(
             WholeLayer(query.shape[1], key.shape[1], query.shape[3], value.shape[3], reach or Reach())
         )
@@ -184,7 +188,7 @@ class WholeLayers:
         layer = self._layers[index]
         spec = self._specs[index]
         if spec is None:
-            spec = self._specs[index] = _spec(layer, kwargs)
+            spec = self._specs[index] = _spec(layer, query, kwargs)
         rows = self._paged[layer.reach].run(
             self._pools[layer.shape].layers[0], query[0].transpose(0, 1), key[0].transpose(0, 1),
             value[0].transpose(0, 1), spec,
@@ -197,10 +201,10 @@ class WholeLayers:
             pool.close()
 
 
-def _spec(layer: WholeLayer, kwargs: dict[str, Any]) -> ops.AttentionSpec:
-    scale, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
+def _spec(layer: WholeLayer, query: Tensor, kwargs: dict[str, Any]) -> ops.AttentionSpec:
+    sinks = kwargs.get("s_aux")
     return ops.AttentionSpec(
-        scale=float(layer.head_dim**-0.5 if scale is None else scale),
+        scale=scale_of(query, kwargs),
         window=layer.reach.window,
         soft_cap=kwargs.get("softcap"),
         sinks=None if sinks is None else sinks.detach().float().reshape(-1),
