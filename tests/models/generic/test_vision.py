@@ -28,6 +28,7 @@ from tgi_asgi.app import App
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.models.generic.model import OpenGeneric
 from tgi_asgi.models.generic.vision import tower
+from tgi_asgi.models.generic.vision.own import Lfm2Images
 from tgi_asgi.types import Image
 
 TOLERANCE = 1e-3  # of the largest logit
@@ -292,3 +293,24 @@ async def test_without_a_processor_the_model_takes_text_alone(
         assert (await ask(["no picture"])).choices
         with pytest.raises(openai.BadRequestError, match="image"):
             await ask([picture(9, 9)])
+
+
+def test_pixtral_s_rows_end_with_a_break_and_the_image_with_an_end(folder_of: Callable[[str], Path]) -> None:
+    (made,) = eyes.processor_of(folder_of("mistral3")).process([Image(picture(50, 30), b"d" * 32, "image")])
+    row = "[IMG]" * 4
+    assert made.text == f"{row}[IMG_BREAK]{row}[IMG_BREAK]{row}[IMG_END]"
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "seen"),  # as Lfm2VlImageProcessor of transformers 5.23 has them
+    [((50, 30), (1, 1), (224, 352)), ((800, 600), (1, 1), (416, 576)), ((33, 1200), (1, 1), (1568, 64)),
+     ((3000, 2000), (2, 3), (416, 608))],
+)  # fmt: skip
+def test_lfm2_s_images_are_cut_as_its_own_processor_does(
+    size: tuple[int, int], grid: tuple[int, int], seen: tuple[int, int]
+) -> None:
+    made = Lfm2Images({})([picture(*size)])
+    assert (made["image_rows"], made["image_cols"], made["image_sizes"]) == ([grid[0]], [grid[1]], [seen])
+    num_tiles = grid[0] * grid[1] + (grid != (1, 1))
+    assert made["pixel_values"].shape == (num_tiles, 1024, 768)
+    assert made["spatial_shapes"][-1].tolist() == [seen[0] // 16, seen[1] // 16]

@@ -157,13 +157,19 @@ class Lfm2Images:
         return sorted(found, key=lambda grid: grid[0] * grid[1])
 
     def _patches(self, tile: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return the patches of a tile, filled up, which of them are there, and their rows and columns."""
+        """Return the patches of a tile, filled up, which of them are there, and their rows and columns.
+
+        Raises:
+            ValueError: they are more than the tower takes.
+        """
         values, side = self._values, self.encoder_patch_size
         mean, std = (torch.tensor(values[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
         normal = (tile[0] * values["rescale_factor"] - mean) / std
         rows, columns = normal.shape[1] // side, normal.shape[2] // side
         cut = normal.reshape(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
         patches = cut.reshape(rows * columns, -1)
+        if len(patches) > self._num_patches:
+            raise ValueError("it is too long and narrow")
         mask = torch.zeros(self._num_patches, dtype=torch.int32)
         mask[: len(patches)] = 1
         return pad(patches, (0, 0, 0, self._num_patches - len(patches))), mask, (rows, columns)
