@@ -88,6 +88,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
+        image_processor = opened.read_image_processor()
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
@@ -109,7 +110,6 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         if opened.is_generic:
             _announce(model)
         tokenizer, chat_template = text.result()
-        image_processor = opened.read_image_processor()
         pooling = opened.read_pooling()
     if device is None:
         runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)

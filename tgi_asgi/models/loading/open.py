@@ -129,10 +129,11 @@ class OpenModel:
         return tokenizer, template
 
     def read_image_processor(self) -> ImageProcessor | None:
-        """Build what prepares images, of a model that takes any, once it has been made."""
+        """Build what prepares images, of a model that takes any; before its weights are loaded."""
         if isinstance(self._model, OpenGeneric) and self._directory is not None:
             return self._model.image_processor(self._directory)
         return None
+
     def read_pooling(self) -> PoolingFiles:
         """Return what the files say of embedding."""
         if self._gguf is not None:

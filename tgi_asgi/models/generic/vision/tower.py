@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi.models.generic.modules import PackedModule
+
+NAME = "tgi_tower"
+_running = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Tower:
         self._is_inside = False
         self.num_pieces = 0
         decoder = model.get_decoder()
+        _take_attention(self._inner, decoder)
         for piece, is_layer in pieces(self._inner, decoder):
             if is_layer:
                 for product in products(piece):
@@ -86,6 +91,7 @@ class Tower:
         self._next = 0
         self._ends_at = None if seconds is None else time.monotonic() + seconds
         self._is_inside = True
+        _running.tower = self
         try:
             with torch.inference_mode():
                 found = self._features(**self._inputs, return_dict=True)
@@ -93,6 +99,7 @@ class Tower:
             return None
         finally:
             self._is_inside = False
+            _running.tower = None
         self._known = []
         return _view(found)
 
@@ -128,7 +135,7 @@ class Tower:
         return self._known[-1]
 
     def _multiply(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stand for the `forward` of a product in a layer."""
+        """Stand for a product in a layer, or its attention."""
         if not self._is_inside:
             return forward(*args, **kwargs)
         known = self._products.next()
@@ -212,6 +219,32 @@ def pieces(root: nn.Module, decoder: nn.Module) -> list[tuple[Any, bool]]:
         else:
             found.append((child, False))
     return found
+
+
+def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Attend as `transformers` does by torch's own function; a tower that runs remembers the result."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    tower: Tower | None = getattr(_running, "tower", None)
+    if tower is None:
+        return function(module, *args, **kwargs)
+    return tower._multiply(function, module, *args, **kwargs)
+
+
+def _take_attention(root: nn.Module, decoder: nn.Module) -> None:
+    """Have the attention of a tower be ours, where its code can do with torch's own."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    inside = set(decoder.modules())
+    module: Any
+    for module in root.modules():
+        is_tower = isinstance(module, PreTrainedModel) and module not in inside and module is not root
+        if is_tower and module._supports_sdpa:
+            module.config._attn_implementation_internal = NAME
 
 
 def products(layer: nn.Module) -> list[Any]:
