@@ -23,7 +23,7 @@ from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables
+from tgi_asgi.models.generic.rope import fix_rotary_tables, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
 
@@ -142,6 +142,7 @@ class OpenGeneric:
         filler.fill()
         made[0].finish()
         fix_rotary_tables(model, max_positions)
+        tabulate(model, max_positions)
         attention.register()
         for config in configurations(model):
             config._experts_implementation_internal = attention.NAME
