@@ -25,7 +25,10 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import Pooling, PoolingKind
 
 # torch's sine and tanh, which other models' code calls, depend on a number's place among the others.
-SAME_BITS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "T5")
+SAME_BITS = {
+    "Bert", "Roberta", "XLMRoberta", "DistilBert", "Electra", "MPNet", "DebertaV2", "T5",
+    "NomicBert", "EuroBert", "Gemma3Text", "Gte",
+}  # fmt: skip
 LENGTHS = (5, 1, 100, 33, 128)
 PAIRS = (Pooling(PoolingKind.LOGITS, (0,)), Pooling(PoolingKind.LOGITS, (0, 1)))
 

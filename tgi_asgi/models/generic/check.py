@@ -133,6 +133,8 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     ]  # fmt: skip
     program = model.program(pools, longest)
     first, second = sequences
+    if model.is_batch_invariant:
+        model.is_batch_invariant = _has_same_bits(program, first, second, width)
     cut = min(_CUT, len(first) - 2)
     steps = [
         ("the beginning of a prompt", [(0, first[:cut], 0)]),
@@ -150,6 +152,16 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     for pool in pools:
         pool.close()
     return found
+
+
+def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:
+    """Tell whether a sequence has the logits that it has alone, bit for bit, in several places of a step."""
+    alone = program.run(_batch([(0, first, 0)], width), range(len(first))).clone()
+    for before in (1, 2, 5):
+        batch = _batch([(1, second[:before], 0), (0, first, 0)], width)
+        if not torch.equal(program.run(batch, range(before, before + len(first))), alone):
+            return False
+    return True
 
 
 def _batch(rows: list[tuple[int, Any, int]], width: int) -> ops.FlatRows:

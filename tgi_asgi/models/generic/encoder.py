@@ -24,7 +24,7 @@ from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables
+from tgi_asgi.models.generic.rope import fix_rotary_tables, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
 from tgi_asgi.models.loading import NamedWeights, Weights
@@ -146,6 +146,7 @@ class OpenEncoder:
         filler.fill()
         made[0].finish_norms()
         fix_rotary_tables(model, max_positions)
+        tabulate(model, max_positions)
         attention.register()
         for config in configurations(model):
             config._experts_implementation_internal = attention.NAME

@@ -70,10 +70,10 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
 
 
 def _has_same_bits(model: EncoderModel) -> bool:
-    """Tell whether prompts have the states that they have alone, bit for bit, in three places of a step."""
+    """Tell whether prompts have the states that they have alone, bit for bit, in several places of a step."""
     first, second = _prompts(model)
-    prompts = [Prompt(first.ids[:5]), second, first]
-    program = model.program(max_tokens=1024, max_rows=3, max_context=512)
+    prompts = [Prompt(first.ids[:5]), Prompt(first.ids[:1]), second, Prompt(second.ids[:2]), first]
+    program = model.program(max_tokens=1024, max_rows=5, max_context=512)
     together = [states.copy() for states, _ in program.run(prompts)]
     alone = [states.copy() for prompt in prompts for states, _ in program.run([prompt])]
     program.close()

@@ -23,7 +23,7 @@ from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables
+from tgi_asgi.models.generic.rope import fix_rotary_tables, tabulate
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
@@ -165,6 +165,7 @@ class OpenGeneric:
         filler.fill()
         made[0].finish()
         fix_rotary_tables(model, max_positions)
+        tabulate(self._text, max_positions)
         attention.register()
         for config in configurations(self._text):
             config._experts_implementation_internal = attention.NAME

@@ -27,6 +27,7 @@ from tgi_asgi.models.generic.modules import (
     Precision,
     RmsNorm,
 )
+from tgi_asgi.models.generic.rope import RotaryLookup
 from tgi_asgi.models.generic.weights import owner_of
 
 EXPERTS = "tgi"
@@ -293,6 +294,8 @@ def all_products_are_ours(model: nn.Module) -> bool:
 def takes_sines(base: nn.Module) -> bool:
     """Tell whether torch's sine, cosine or hyperbolic tangent run over the rows of several sequences."""
     for path, module in base.named_modules():
+        if isinstance(module.__dict__.get("forward"), RotaryLookup):
+            continue
         used = set(inspect.unwrap(type(module).forward).__code__.co_names)
         if not path.startswith("pooler") and (used & _PLACED or "tanh" in type(module).__name__.lower()):
             return True
