@@ -59,6 +59,14 @@ async def expected(url: str) -> dict[str, Any]:
     }
 
 
+def run_clients(url: str) -> Any:
+    """Run the calls in the clients' own environment; return the JSON that they print."""
+    command = [str(require_client("python")), str(SCRIPT), url, url_of_picture()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def agree(found: Any, wanted: Any) -> None:
     """SDKs read vectors from base64 of float32, or from decimals."""
     np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=0, atol=1e-6)
@@ -77,12 +85,7 @@ async def test_openai_node_sends_pictures_and_asks_for_vectors(url: str, expecte
 async def test_langchain_and_litellm_send_pictures_and_ask_for_vectors(
     url: str, expected: dict[str, Any]
 ) -> None:
-    command = [require_client("python"), SCRIPT, url, url_of_picture()]
-    run = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = await asyncio.to_thread(run_clients, url)
     assert found["langchain"]["chat"] == found["litellm"]["chat"] == expected["chat"]
     agree(found["langchain"]["vectors"], expected["vectors"])
     agree(found["langchain"]["query"], expected["vectors"][0])

@@ -42,27 +42,6 @@ FLOOR: Mapping[str, str] = {
 
 # Refused when the model is opened: nothing of its weights has been read.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("openai-gpt", "reformer", "rwkv", "xlm"), _OWN_ATTENTION),
-    **dict.fromkeys(
-        (
-            "axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text", "xlnet",
-        ),
-        _MORE,
-    ),
-}  # fmt: skip
-
-# Refused when the model is loaded: by its tensors, or because it does not compute what its own code does.
-REFUSED_LATE: Mapping[str, str] = {
-    "blt": "does not run here",
-    "cpmant": "does not run here",
-    "deepseek_v4": "is of dtype I64",
-    "prophetnet": "does not run here",
-    "recurrent_gemma": "does not compute here what its own code does",
-    "xlstm": "does not run here",
-}
-
-# What the reason of a refusal comes from.
-WHY: Mapping[str, str] = {
     **dict.fromkeys(("openai-gpt", "xlm"), "has no cache to go on from"),
     "reformer": "hashes tokens into buckets that change with the length",
     "rwkv": "has a state of its own kind",
@@ -74,10 +53,15 @@ WHY: Mapping[str, str] = {
     "recurrent_gemma": "keeps its state in its modules, where one sequence has a place",
     "xlstm": "has a cache of its own kind",
     **dict.fromkeys(
-        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
-        "keeps an index of keys, which changes with how a prompt is cut",
+        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"), _MORE
     ),
 }
+
+# What the reason of a refusal comes from.
+WHY: Mapping[str, str] = dict.fromkeys(
+    ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "qwen4_exp_text"),
+    "an index of them, which changes with how a prompt is cut",
+)
 
 # The table's rows in a usual run; `make test-models` has all. One a kind of layer, at least.
 USUAL: tuple[str, ...] = tuple(
@@ -89,10 +73,10 @@ USUAL: tuple[str, ...] = tuple(
 """.split()  # noqa: SIM905 -- a paragraph, not a page
 )
 
-TIERS = ("common", "generic", "floor", "refused", "refused late")
+TIERS = ("common", "generic", "floor", "refused")
 
 
 def tier_of(model_type: str) -> str:
     """Return which of `TIERS` an architecture is of where the code of `transformers` is asked for."""
-    tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED, "refused late": REFUSED_LATE}
+    tiers = {"common": COMMON, "floor": FLOOR, "refused": REFUSED}
     return next((tier for tier, names in tiers.items() if model_type in names), "generic")

@@ -31,7 +31,7 @@ START_TIMEOUT_S = 120.0
 SERVED = [
     pytest.param(name, marks=() if name in USUAL else pytest.mark.models)
     for name in architectures.servable()
-    if table.tier_of(name) not in ("refused", "refused late")
+    if table.tier_of(name) != "refused"
 ]
 
 

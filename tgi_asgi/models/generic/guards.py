@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,20 @@ _RECURRENT = frozenset({
     "is_recording_past", "has_previous_state", "get_linear_cache", "set_linear_cache", "key_cache",
     "value_cache", "conv_states", "recurrent_states", "has_conv_state",
 })  # fmt: skip
+# Architectures of `transformers` whose code cannot be served in steps, each for a reason of its own.
+_KNOWN: Mapping[str, str] = {
+    "BltForCausalLM": "groups bytes into patches, of which attention sees fewer than tokens",
+    "CpmAntForCausalLM": "lets a prompt's tokens see each other both ways",
+    "DeepseekV4ForCausalLM": "holds tables of integers, and keeps compressed keys",
+    "OpenAIGPTLMHeadModel": "has no cache to go on from",
+    "ProphetNetForCausalLM": "predicts several tokens at once, by a table of positions",
+    "RecurrentGemmaForCausalLM": "keeps its state in its modules, where one sequence has a place",
+    "ReformerModelWithLMHead": "hashes tokens into buckets that change with the length",
+    "RwkvForCausalLM": "has a state of its own kind",
+    "XLMWithLMHeadModel": "has no cache to go on from",
+    "XLNetLMHeadModel": "goes on from its own memories",
+    "xLSTMForCausalLM": "has a cache of its own kind",
+}
 # What changes with how a prompt is cut, also in the model's own cache.
 _REFUSED = frozenset({"update_indexer"})
 _USE = re.compile(r"\b(?:past_key_values?|cache_params|layer_past|past_key_value)\.(\w+)")
@@ -40,6 +54,8 @@ def check_servable(model: Any) -> None:
     """
     name = type(model).__name__
     config = model.config
+    if name in _KNOWN:
+        raise ModelLoadError(f"{name} cannot be served: it {_KNOWN[name]}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"{name} is an encoder-decoder: it is not served")
     if model.get_output_embeddings() is None:
