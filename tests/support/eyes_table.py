@@ -52,6 +52,15 @@ _QWEN_SIZES = {
     "temporal_patch_size": 2,
 }
 _QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+# What all of Qwen's kin have of images.
+_QWEN_IMAGES: dict[str, Any] = {
+    "image_processor": "Qwen2VLImageProcessor",
+    "preprocessor": _QWEN_SIZES,
+    "tokens": _QWEN_TOKENS,
+    "others": ("<|vision_start|>", "<|vision_end|>"),
+    "before": "<|vision_start|>",
+    "after": "<|vision_end|>",
+}
 _TILES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
 _IMAGE = {"image_token": "<image>"}
 
@@ -241,12 +250,7 @@ FAMILIES: Mapping[str, Family] = {
                 "temporal_patch_size": 2,
             },
         },
-        "Qwen2VLImageProcessor",
-        _QWEN_SIZES,
-        tokens=_QWEN_TOKENS,
-        others=("<|vision_start|>", "<|vision_end|>"),
-        before="<|vision_start|>",
-        after="<|vision_end|>",
+        **_QWEN_IMAGES,
     ),
     "qwen2_5_vl": Family(
         "Qwen2_5_VLForConditionalGeneration",
@@ -254,12 +258,7 @@ FAMILIES: Mapping[str, Family] = {
             "text_config": {**_LLAMA, "model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
             "vision_config": {**_QWEN_VIT, "window_size": 16, "fullatt_block_indexes": [1]},
         },
-        "Qwen2VLImageProcessor",
-        _QWEN_SIZES,
-        tokens=_QWEN_TOKENS,
-        others=("<|vision_start|>", "<|vision_end|>"),
-        before="<|vision_start|>",
-        after="<|vision_end|>",
+        **_QWEN_IMAGES,
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -271,12 +270,7 @@ FAMILIES: Mapping[str, Family] = {
             },
             "vision_config": {**_QWEN_VIT, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
         },
-        "Qwen2VLImageProcessor",
-        _QWEN_SIZES,
-        tokens=_QWEN_TOKENS,
-        others=("<|vision_start|>", "<|vision_end|>"),
-        before="<|vision_start|>",
-        after="<|vision_end|>",
+        **_QWEN_IMAGES,
     ),
     "glm4v": Family(
         "Glm4vForConditionalGeneration",
@@ -315,12 +309,7 @@ FAMILIES: Mapping[str, Family] = {
             },
             "vision_config": {**_QWEN_VIT, "num_position_embeddings": 64},
         },
-        "Qwen2VLImageProcessor",
-        _QWEN_SIZES,
-        tokens=_QWEN_TOKENS,
-        others=("<|vision_start|>", "<|vision_end|>"),
-        before="<|vision_start|>",
-        after="<|vision_end|>",
+        **_QWEN_IMAGES,
     ),
     "lfm2_vl": Family(
         "Lfm2VlForConditionalGeneration",

@@ -6,7 +6,6 @@ What `CpuRunner` is for models that generate. Blocks are counted for the schedul
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Sequence
 
@@ -17,10 +16,7 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
-from tgi_asgi.runner.runner import is_out_of_memory
 from tgi_asgi.types import Eyes, PoolingKind
-
-logger = logging.getLogger(__name__)
 
 
 class EncoderRunner:
@@ -62,7 +58,9 @@ class EncoderRunner:
             max_tokens=self.max_step_tokens, max_rows=max_batch_size, max_context=max_context
         )
         self._jobs = JobQueue()
-        self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
+        self._thread = threading.Thread(
+            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True
+        )
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -116,14 +114,3 @@ class EncoderRunner:
         if row.second_start is not None and not 0 <= row.second_start <= len(ids):
             raise ops.PlanError(f"a second text begins at {row.second_start} of {len(ids)} tokens")
         return Prompt(ids, row.second_start)
-
-    def _work(self) -> None:
-        """Run jobs until closed: the runner thread's whole life."""
-        ops.join_threads()
-        while (job := self._jobs.take()) is not None:
-            try:
-                outcome: StepResult | Exception = self.run(job.plan)
-            except Exception as error:
-                logger.exception("step %s failed", job.plan.step_id)
-                outcome = MemoryError(str(error)) if is_out_of_memory(error) else error
-            self._jobs.finish(job, outcome)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from tgi_asgi import ops
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
@@ -82,6 +85,17 @@ class JobQueue:
         number = self.steps.compute_rows()
         return None if number is None else self._jobs[number]
 
+    def serve(self, compute: Callable[[StepPlan], StepResult]) -> None:
+        """Compute jobs one after the other until closed: a runner thread's whole life."""
+        ops.join_threads()
+        while (job := self.take()) is not None:
+            try:
+                outcome: StepResult | Exception = compute(job.plan)
+            except Exception as error:
+                logger.exception("step %s failed", job.plan.step_id)
+                outcome = MemoryError(str(error)) if _is_out_of_memory(error) else error
+            self.finish(job, outcome)
+
     def finish(self, job: Job, outcome: StepResult | Exception) -> None:
         """Hand a step's outcome to the event loop that waits for it."""
         job.outcome = outcome
@@ -134,3 +148,8 @@ def _end(job: Job, outcome: StepResult | Exception) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's ways of saying that there is no memory from other errors."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

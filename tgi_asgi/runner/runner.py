@@ -7,11 +7,8 @@ step leaves for the next (KV blocks, sampling state, the token drawn last) stays
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Sequence
-
-import torch
 
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
@@ -28,8 +25,6 @@ from tgi_asgi.runner.programs import Pools, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.types import PoolingKind
-
-logger = logging.getLogger(__name__)
 
 
 class CpuRunner:
@@ -92,7 +87,9 @@ class CpuRunner:
         self._pooler = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
         self._jobs = JobQueue(self._program.native, self._inputs.limits)
-        self._thread = threading.Thread(target=self._work, name="tgi-runner", daemon=True)
+        self._thread = threading.Thread(
+            target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True
+        )
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
@@ -212,19 +209,3 @@ class CpuRunner:
             if vector is not None:
                 result.pooled[index] = vector
         return has_logits
-
-    def _work(self) -> None:
-        """Run jobs until closed: the runner thread's whole life."""
-        ops.join_threads()
-        while (job := self._jobs.take()) is not None:
-            try:
-                outcome: StepResult | Exception = self.run(job.plan)
-            except Exception as error:
-                logger.exception("step %s failed", job.plan.step_id)
-                outcome = MemoryError(str(error)) if is_out_of_memory(error) else error
-            self._jobs.finish(job, outcome)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's ways of saying that there is no memory from other errors."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

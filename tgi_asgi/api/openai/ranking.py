@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from secrets import token_hex
 
 import msgspec
@@ -79,14 +79,7 @@ def parse_rerank(body: bytes, exchange: Exchange) -> PoolCall:
         }
         return orjson.dumps(shown)
 
-    return PoolCall(
-        inputs=scored.inputs(request.instruction),
-        how=scored.how,
-        answer=answer,
-        model=request.model,
-        cut=read_cut(request.truncate_prompt_tokens),
-        priority=request.priority or 0,
-    )
+    return _call(scored, request, answer)
 
 
 def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
@@ -113,6 +106,12 @@ def parse_score(body: bytes, exchange: Exchange) -> PoolCall:
         }
         return orjson.dumps(shown)
 
+    return _call(scored, request, answer)
+
+
+def _call(
+    scored: Scored, request: RerankRequest | ScoreRequest, answer: Callable[[Pooled], bytes]
+) -> PoolCall:
     return PoolCall(
         inputs=scored.inputs(request.instruction),
         how=scored.how,

@@ -7,8 +7,9 @@ know): it is the thread's running step.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,24 +82,12 @@ class PagedLayers:
             query = query * _temperature_correction(module, self._positions)[:, None]
         spec = self._specs[index]
         if spec is None:
-            spec = self._specs[index] = self._spec(index, kwargs)
+            layer = self._layers[index]
+            spec = spec_of(kwargs, scale=layer.scale, window=layer.rule.window, chunk=layer.rule.chunk)
+            self._specs[index] = spec
         paged = self._ahead if self._ahead is not None and spec.window is not None else self._paged
-        rows = paged.run(
-            self._caches[index], query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
-            spec,
-        )  # fmt: skip
+        rows = paged.run(self._caches[index], by_token(query), by_token(key), by_token(value), spec)
         return rows[None], None
-
-    def _spec(self, index: int, kwargs: dict[str, Any]) -> ops.AttentionSpec:
-        layer, sinks = self._layers[index], kwargs.get("s_aux")
-        return ops.AttentionSpec(
-            scale=layer.scale,
-            window=layer.rule.window,
-            chunk=layer.rule.chunk,
-            soft_cap=kwargs.get("softcap"),
-            sinks=None if sinks is None else sinks.detach().float().reshape(-1),
-            slopes=kwargs.get("slopes"),
-        )
 
 
 def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
@@ -114,18 +103,35 @@ def _temperature_correction(module: Any, positions: Tensor) -> Tensor:
     return factor(positions) / factor(torch.arange(len(positions)))
 
 
-class running:
+def spec_of(
+    kwargs: Mapping[str, Any], *, scale: float, window: int | None, chunk: int | None = None
+) -> ops.AttentionSpec:
+    """Return how a layer attends, of what its calls are given."""
+    sinks = kwargs.get("s_aux")
+    return ops.AttentionSpec(
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        soft_cap=kwargs.get("softcap"),
+        sinks=None if sinks is None else sinks.detach().float().reshape(-1),
+        slopes=kwargs.get("slopes"),
+    )
+
+
+def by_token(heads: Tensor) -> Tensor:
+    """Return [tokens, heads, dims] of what `transformers` hands over, [1, heads, tokens, dims]."""
+    return heads[0].transpose(0, 1)
+
+
+@contextlib.contextmanager
+def running(layers: Any) -> Iterator[None]:
     """Have a thread's calls of attention go to these layers."""
-
-    def __init__(self, layers: Any) -> None:
-        self._layers = layers
-
-    def __enter__(self) -> None:
-        self._before = getattr(_running, "layers", None)
-        _running.layers = self._layers
-
-    def __exit__(self, *exception: object) -> None:
-        _running.layers = self._before
+    before = getattr(_running, "layers", None)
+    _running.layers = layers
+    try:
+        yield
+    finally:
+        _running.layers = before
 
 
 def _attend(

@@ -77,7 +77,7 @@ class GenericConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """None: angles are computed as they are needed."""
+        """None that are counted: tables of at most 256 MiB are kept, see `rope.py`."""
         return ()
 
     @property

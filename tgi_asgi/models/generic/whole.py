@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.attention import by_token, spec_of
 from tgi_asgi.models.generic.discover import (
     IGNORED,
     NotProbed,
@@ -188,28 +189,16 @@ class WholeLayers:
         layer = self._layers[index]
         spec = self._specs[index]
         if spec is None:
-            spec = self._specs[index] = _spec(layer, query, kwargs)
-        rows = self._paged[layer.reach].run(
-            self._pools[layer.shape].layers[0], query[0].transpose(0, 1), key[0].transpose(0, 1),
-            value[0].transpose(0, 1), spec,
-        )  # fmt: skip
+            spec = spec_of(kwargs, scale=scale_of(query, kwargs), window=layer.reach.window)
+            self._specs[index] = spec
+        scratch, paged = self._pools[layer.shape].layers[0], self._paged[layer.reach]
+        rows = paged.run(scratch, by_token(query), by_token(key), by_token(value), spec)
         return rows[None], None
 
     def close(self) -> None:
         """Give the scratch back. Idempotent."""
         for pool in self._pools.values():
             pool.close()
-
-
-def _spec(layer: WholeLayer, query: Tensor, kwargs: dict[str, Any]) -> ops.AttentionSpec:
-    sinks = kwargs.get("s_aux")
-    return ops.AttentionSpec(
-        scale=scale_of(query, kwargs),
-        window=layer.reach.window,
-        soft_cap=kwargs.get("softcap"),
-        sinks=None if sinks is None else sinks.detach().float().reshape(-1),
-        slopes=kwargs.get("slopes"),
-    )
 
 
 def _batch(lengths: Sequence[int]) -> ops.FlatRows:

@@ -77,7 +77,7 @@ class Views:
                 self.num_encoded += 1
                 self._tower.begin(_inputs(image))
             view = self._tower.go_on(seconds)
-        except Exception:
+        except Exception:  # a picture that the tower cannot take fails its own request, when its rows are due
             logger.exception("an image could not be encoded")
             self._under_way = None
             self._failed[key] = None
