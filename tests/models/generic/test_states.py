@@ -53,6 +53,30 @@ def test_a_step_that_fails_leaves_states_as_they_were() -> None:
     assert cache.seen[0].tolist() == [5]
 
 
+def test_a_step_that_was_void_is_taken_back() -> None:
+    """It was in flight when the one before it woke a grammar, or failed."""
+    states = SlotStates(Cache)
+    for start, length in ((0, 4), (4, 1), (5, 1)):
+        advance(states, 3, start, length)
+        states.commit()
+    for _ in range(2):
+        cache = advance(states, 3, 5, 1)
+        assert cache.layers[0].state.tolist() == [6, 6]
+        assert cache.seen[0].tolist() == [6]
+        states.commit()
+    with pytest.raises(RuntimeError, match="slot 3 has no state of 4 tokens"):
+        states.begin([3], [4], [1])
+
+
+def test_a_slot_s_new_sequence_does_not_go_on_from_the_state_of_the_last() -> None:
+    states = SlotStates(Cache)
+    for start, length in ((0, 4), (0, 2)):
+        advance(states, 3, start, length)
+        states.commit()
+    with pytest.raises(RuntimeError, match="slot 3 has no state of 4 tokens"):
+        states.begin([3], [4], [1])
+
+
 def test_a_slot_that_is_given_to_another_sequence_begins_anew() -> None:
     states = SlotStates(Cache)
     advance(states, 3, 0, 4)
@@ -82,6 +106,21 @@ def test_a_step_that_fails_may_be_run_again(model_type: str, checkpoint: Callabl
             program.run(batch_of([(0, 12, 8), (1, 3, 1)], ids), [0])
         found = program.run(batch_of([(0, 12, 8)], ids), range(8)).numpy()
     assert np.abs(found - expected[12:]).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "kimi_linear", "rembert"])
+def test_a_row_may_be_computed_again_once_its_step_was_void(
+    model_type: str, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = checkpoint(model_type)
+    ids = [architectures.random_ids(20, 0)]
+    other = [[*ids[0][:13], 7, *ids[0][14:]]]
+    expected = architectures.reference(folder, ids[0])
+    with program_of(load_generic(folder), num_sequences=1) as program:
+        program.run(batch_of([(0, 0, 13)], ids), [0])
+        program.run(batch_of([(0, 13, 1)], other), [0])
+        found = program.run(batch_of([(0, 13, 7)], ids), range(7)).numpy()
+    assert np.abs(found - expected[13:]).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_rows_may_fail_in_the_middle_of_a_model(

@@ -64,8 +64,8 @@ class GenericConfig:
 
     @property
     def other_bytes_per_token(self) -> int:
-        """About what a token takes in a cache of the model's own."""
-        return 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
+        """About what a token takes in a cache of the model's own: keys and values in float32, of two states."""
+        return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
 
     @property
     def generates(self) -> bool:

@@ -1,7 +1,8 @@
 """What a model keeps of a sequence beside paged keys and values: recurrent states, or a cache of its own.
 
-One a slot, made when a sequence begins. A step that fails leaves the states as they were before it, so
-that its rows can run again.
+One a slot, made when a sequence begins. Rows can run again: those of a step that failed, which leaves the
+states as they were before it, and those of one that was in flight when it became void, behind one that failed
+or behind a token that woke a grammar.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ class SlotStates:
         of_rows = states.begin(slots, starts, lengths)   # they may be changed
         states.commit()                                  # once the step is done
 
+    Of each slot the last two states are kept, as a step may have to be taken back while the next is in flight.
+
     Args:
         make: makes an empty cache.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
-        self._states: dict[int, SequenceState] = {}
-        self._under_way: dict[int, SequenceState] = {}
+        self._states: dict[int, list[SequenceState]] = {}  # by slot: at most two, the last one behind
+        self._under_way: dict[int, list[SequenceState]] = {}
 
     def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[SequenceState]:
         """Return the states of a step's rows, which compute `lengths` tokens from positions `starts` on.
@@ -54,11 +57,13 @@ class SlotStates:
         self._under_way = {}
         found = []
         for slot, start, length in zip(slots, starts, lengths, strict=True):
-            state = SequenceState(self._make()) if start == 0 else self._states.get(slot)
-            if state is None or state.num_tokens != start:
+            known = [state for state in self._states.get(slot, ()) if start and state.num_tokens == start]
+            if start and not known:
                 raise RuntimeError(f"slot {slot} has no state of {start} tokens")
-            state = SequenceState(_copy(state.cache) if start else state.cache, start + length)
-            self._under_way[slot] = state
+            self._states[slot] = known
+            cache = _copy(known[0].cache) if known else self._make()
+            state = SequenceState(cache, start + length)
+            self._under_way[slot] = [*known, state]
             found.append(state)
         return found
 
