@@ -76,7 +76,7 @@ def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
     """Hold what the weights of a model take to what is foretold of its files."""
     with OpenModel(files) as opened:
         vocabulary = opened.config.vocab_size * opened.config.hidden_size
-        foretold = packed_bytes(opened.stored(), packing, vocabulary)
+        foretold = packed_bytes(opened.held(), packing, vocabulary)
     model = load_model(files, packing, max_positions=16)
     assert isinstance(model, Decoder)
     made = [model.embedding.made, model.head.made]

@@ -28,7 +28,14 @@ from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
-from tgi_asgi.ops.sources import WeightSource, float8_source, from_floats, integer_source, plain_tensor
+from tgi_asgi.ops.sources import (
+    WeightSource,
+    float8_source,
+    from_floats,
+    integer_source,
+    one_below_another,
+    plain_tensor,
+)
 from tgi_asgi.ops.team import configure_threads, join_threads, num_threads, wake_threads
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import (
@@ -94,6 +101,7 @@ __all__ = [
     "norm",
     "norm_add",
     "num_threads",
+    "one_below_another",
     "plain_tensor",
     "qkv",
     "qkv_weight",

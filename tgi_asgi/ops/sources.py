@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +112,24 @@ def plain_tensor(source: WeightSource) -> Tensor:
     """Return a source of floats as they are stored, a view; of another format decoded."""
     plain = _PLAIN.get(source.format)
     return decode(source) if plain is None else as_tensor(source.data).view(plain).view(source.shape)
+
+
+def one_below_another(sources: Sequence[WeightSource]) -> WeightSource:
+    """Return the rows of several matrices as one; of one format they keep their bytes.
+
+    Raises:
+        ValueError: they have different columns.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    sources = [source.in_order() for source in sources]
+    if len({source.shape[1] for source in sources}) > 1:
+        raise ValueError(f"the matrices must have the same columns, got {[each.shape for each in sources]}")
+    if len({source.format for source in sources}) > 1:
+        return from_floats(torch.cat([decode(source) for source in sources]))
+    data = np.concatenate([source.data for source in sources])
+    rows = sum(source.shape[0] for source in sources)
+    return WeightSource(data, sources[0].format, (rows, sources[0].shape[1]))
 
 
 def from_floats(values: Tensor) -> WeightSource:

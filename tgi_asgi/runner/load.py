@@ -178,9 +178,9 @@ def _choose_cpu_cache(
     """Choose the cache's size before anything is read: what is free once the weights are there."""
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
-    free = free_memory()
+    free = max(free_memory() - opened.table_bytes(longest), 0)
     vocabulary = opened.config.vocab_size * opened.config.hidden_size
-    free -= check_weights_fit(opened.stored(), packing, vocabulary, free)
+    free -= check_weights_fit(opened.held(), packing, vocabulary, free)
     size = choose_size(opened.config, settings, dtype, longest, free)
     return replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
 
@@ -270,6 +270,10 @@ class _TrackedWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape, as `NamedWeights.shape` says."""
         return cast(NamedWeights, self._weights).shape(name)
+
+    def parts(self, name: str) -> list[str]:
+        """Return a weight's tensors, as `NamedWeights.parts` says."""
+        return cast(NamedWeights, self._weights).parts(name)
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""

@@ -31,7 +31,7 @@ def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocab
 
 def _bytes_each(name: str, packing: ops.Packing, is_vocabulary: bool) -> float:
     info = ops.FORMATS.get(name)
-    if info is None:  # a part of a quantised matrix: words of codes, zero points
+    if info is None:  # `KEPT`, or a part of a quantised matrix: words of codes, zero points
         return 4.0
     if info.has_kernel and (info.is_quantised or packing.quantise is None):
         return info.block_bytes / info.block_columns

@@ -23,8 +23,8 @@ from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
 from tgi_asgi.models.generic.encoder_program import EncoderProgram
 from tgi_asgi.models.generic.model import context_length
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables, tabulate
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
+from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.generic.whole import WholeLayer, WholeLayers, discover_whole
 from tgi_asgi.models.loading import NamedWeights, Weights
@@ -63,7 +63,7 @@ class EncoderConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """None: angles are computed as they are needed."""
+        """None: `OpenEncoder.table_bytes` counts what is kept of them."""
         return ()
 
     @property
@@ -129,6 +129,17 @@ class OpenEncoder:
             layers=tuple(layers),
             floor_reason=reason,
         )
+
+    def held(self, weights: Weights) -> list[tuple[str, int]]:
+        """Return formats and elements of what the module will hold, as `OpenGeneric.held` says."""
+        filler = Filler(
+            self._model, cast(NamedWeights, weights), lambda name, value: False, is_unused=self._is_unused
+        )
+        return filler.held(packed_names(self._model))
+
+    def table_bytes(self, max_positions: int) -> int:
+        """Return about what rotary tables will take."""
+        return table_bytes(self._model, max_positions)
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> EncoderModel:
         """Fill the module with its weights, packed; check that it computes what its own code does.

@@ -22,8 +22,8 @@ from tgi_asgi.models.generic.discover import AttentionLayer, configurations, dis
 from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
-from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables, tabulate
+from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
+from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
@@ -64,7 +64,7 @@ class GenericConfig:
 
     @property
     def other_bytes_per_token(self) -> int:
-        """About what a token takes in a cache of the model's own: keys and values in float32, of two states."""
+        """About what a token takes in a cache of the model's own: float32, of two states."""
         return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
 
     @property
@@ -77,7 +77,7 @@ class GenericConfig:
 
     @property
     def rotary_dims(self) -> tuple[int, ...]:
-        """None that are counted: tables of at most 256 MiB are kept, see `rope.py`."""
+        """None: `OpenGeneric.table_bytes` counts what is kept of them."""
         return ()
 
     @property
@@ -140,6 +140,19 @@ class OpenGeneric:
             return None
         config = self._model.config.to_dict()
         return load_processor(directory, config, self._seeing.image_token_id, input_names(self._model))
+
+    def held(self, weights: Weights) -> list[tuple[str, int]]:
+        """Return formats and elements of what the module will hold of these weights; before they are loaded.
+
+        Raises:
+            ModelLoadError: it has no place for a tensor.
+        """
+        filler = Filler(self._model, cast(NamedWeights, weights), lambda name, value: False)
+        return filler.held(packed_names(self._model))
+
+    def table_bytes(self, max_positions: int) -> int:
+        """Return about what rotary tables will take."""
+        return table_bytes(self._text, max_positions)
 
     def _common(self, max_positions: int) -> CommonDecoder | None:
         if self._recurrent or self.config.floor_reason or self.config.first_position or self._seeing:

@@ -6,11 +6,12 @@ rows, a product where nobody reads its matrix otherwise.
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from tgi_asgi.models.generic.modules import (
     RmsNorm,
 )
 from tgi_asgi.models.generic.rope import RotaryLookup
-from tgi_asgi.models.generic.weights import owner_of
+from tgi_asgi.models.generic.weights import Placed, owner_of
 
 EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
@@ -62,7 +63,7 @@ class Replaced:
         self._is_transposed: set[str] = set()
         self._experts: dict[str, nn.Module] = {}
         self._mlps: dict[str, GatedMlp] = {}
-        self._vocabulary = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        self._vocabulary = _vocabulary_of(model)
         for path, module in list(model.named_modules()):
             self._replace_mlp(path, module)
         for path, module in list(model.named_modules()):
@@ -77,21 +78,22 @@ class Replaced:
 
     def _replace(self, path: str, module: Any) -> None:
         made: PackedModule | None = None
-        if _is_experts(module):
-            self._experts[path] = module
-        elif type(module) is nn.Linear and not reads_weight(self._model, path):
-            made = Linear(
-                module.out_features, module.in_features, has_bias=module.bias is not None,
-                precision=self.precision,
-            )  # fmt: skip
-        elif _is_conv1d(module) and not reads_weight(self._model, path):
-            columns, rows = module.weight.shape
-            made = Linear(rows, columns, has_bias=True, precision=self.precision)
-            self._is_transposed.add(path)
-        elif isinstance(module, nn.Embedding) and id(module) in self._vocabulary:
-            factor = factor_of(module)
-            if factor is not None:
+        match _part_of(self._model, path, module, self._vocabulary):
+            case _Part.EXPERTS:
+                self._experts[path] = module
+            case _Part.LINEAR:
+                made = Linear(
+                    module.out_features, module.in_features, has_bias=module.bias is not None,
+                    precision=self.precision,
+                )  # fmt: skip
+            case _Part.CONV1D:
+                columns, rows = module.weight.shape
+                made = Linear(rows, columns, has_bias=True, precision=self.precision)
+                self._is_transposed.add(path)
+            case _Part.EMBEDDING:
                 rows, columns = module.weight.shape
+                factor = factor_of(module)
+                assert factor is not None
                 made = Embedding(rows, columns, factor=factor, precision=self.precision)
         if made is None:
             return
@@ -111,22 +113,23 @@ class Replaced:
                 return head
         raise ValueError("the model has no head")
 
-    def place(self, name: str, value: ops.WeightSource | Tensor) -> bool:
+    def place(self, name: str, value: Placed) -> bool:
         """Take a tensor that belongs to a module of ours; False where it belongs to none."""
         path, _, leaf = name.rpartition(".")
         if path in self._experts:
             return self._place_expert(self._experts[path], leaf, value)
-        module = self._modules.get(path)
-        source = value if isinstance(value, ops.WeightSource) else None
+        if isinstance(value, Iterator):
+            return False
         owner, _, product = path.rpartition(".")
         if owner in self._mlps:
-            self._place_mlp(owner, product, source or ops.from_floats(_tensor(value)))
+            self._place_mlp(owner, product, _source(value))
             return True
+        module = self._modules.get(path)
         if module is None:
             return False
-        source = source or ops.from_floats(_tensor(value))
+        source = _source(value)
         if path in self._is_transposed and leaf == "weight":
-            source = ops.from_floats(ops.plain_tensor(source.in_order()).T.contiguous())
+            source = ops.from_floats(_tensor(source).T.contiguous())
         waiting = self._waiting.setdefault(path, {})
         waiting[leaf] = source
         if module.bias is None or len(waiting) == 2:
@@ -147,23 +150,27 @@ class Replaced:
             mlp.gate_up = ops.gate_up_weight(waiting["gate_proj"], waiting["up_proj"], self._arithmetic)
             del self._waiting[path]
 
-    def _place_expert(self, module: Any, leaf: str, value: ops.WeightSource | Tensor) -> bool:
+    def _place_expert(self, module: Any, leaf: str, value: Placed) -> bool:
         name = leaf.removesuffix("_bias")
-        if name not in _EXPERT_LEAVES:
+        if name not in _EXPERT_LEAVES or (isinstance(value, Iterator) and module.is_transposed):
             return False
-        tensor = _tensor(value).reshape(getattr(module, leaf).shape)
+        shape = getattr(module, leaf).shape
         waiting = self._waiting.setdefault(f"{id(module)}.{name}", {})
-        waiting["bias" if leaf.endswith("_bias") else "weight"] = tensor
+        waiting["bias" if leaf.endswith("_bias") else "weight"] = (
+            value if isinstance(value, Iterator) else _tensor(value).reshape(shape)
+        )
         if module.has_bias and len(waiting) < 2:
             return True
         weights, biases = waiting["weight"], waiting.get("bias")
-        experts = module.__dict__.setdefault("tgi_experts", PackedExperts(len(weights), self.precision))
+        experts = module.__dict__.setdefault("tgi_experts", PackedExperts(shape[0], self.precision))
         kept = experts.down if name == "down_proj" else experts.up
         for index, weight in enumerate(weights):
-            source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
+            source = weight
+            if isinstance(weight, Tensor):
+                source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
             bias = None if biases is None else ops.from_floats(biases[index].contiguous())
             kept[index] = ops.linear_weight(source, self._arithmetic, bias=bias)
-        module._parameters[leaf.removesuffix("_bias")] = None  # what would read it fails loudly
+        module._parameters[name] = None  # what would read it fails loudly
         waiting.clear()
         return True
 
@@ -185,6 +192,48 @@ class Replaced:
 
 def _tensor(value: ops.WeightSource | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else ops.plain_tensor(value.in_order())
+
+
+def _source(value: ops.WeightSource | Tensor) -> ops.WeightSource:
+    return value if isinstance(value, ops.WeightSource) else ops.from_floats(value)
+
+
+class _Part(enum.Enum):
+    """What a module is replaced as."""
+
+    EXPERTS = "experts"
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+    EMBEDDING = "embedding"
+
+
+def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part | None:
+    if _is_experts(module):
+        return _Part.EXPERTS
+    if type(module) is nn.Linear:
+        return None if reads_weight(model, path) else _Part.LINEAR
+    if _is_conv1d(module):
+        return None if reads_weight(model, path) else _Part.CONV1D
+    is_table = isinstance(module, nn.Embedding) and id(module) in vocabulary
+    return _Part.EMBEDDING if is_table and factor_of(module) is not None else None
+
+
+def _vocabulary_of(model: Any) -> set[int]:
+    """Return which modules are the embedding and the head."""
+    return {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+
+
+def packed_names(model: Any) -> set[str]:
+    """Return the names of the matrices that `Replaced` would pack, of a model that it has not seen."""
+    vocabulary = _vocabulary_of(model)
+    parts = {path: _part_of(model, path, module, vocabulary) for path, module in model.named_modules()}
+    leaves = {_Part.EXPERTS: _EXPERT_LEAVES}
+    return {
+        f"{path}.{leaf}"
+        for path, part in parts.items()
+        if part is not None
+        for leaf in leaves.get(part, ("weight",))
+    }
 
 
 def gated_activation(module: nn.Module) -> str | None:
@@ -263,19 +312,17 @@ def _source_of(name: str) -> str:
 
 def factor_of(module: nn.Embedding) -> float | None:
     """Return the number that an embedding multiplies its rows by; None where it does something else."""
-    weight, padding = module.weight, module.padding_idx
+    weight, padding = module._parameters["weight"], module.padding_idx
+    assert weight is not None
     small = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
     try:
         module.padding_idx = None
-        module.weight = nn.Parameter(small, requires_grad=False)
-        module._parameters["weight"] = nn.Parameter(
-            small, requires_grad=False
-        )  # meta while we build, not now
+        module._parameters["weight"] = nn.Parameter(small, requires_grad=False)
         found = module(torch.arange(4)[None])[0]
     except Exception:  # a class that wants other arguments, or more than a table
         return None
     finally:
-        module.weight, module.padding_idx = weight, padding
+        module._parameters["weight"], module.padding_idx = weight, padding
     if found.shape != small.shape:
         return None
     factor = float((found * small).sum() / (small * small).sum())

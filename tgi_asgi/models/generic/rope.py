@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MOST_BYTES = 256 << 20  # of tables that are kept
+_MOST_BYTES = 256 << 20  # of all tables of a model
 _AT_ONCE = 4096  # positions whose angles are computed in one call
 # The arguments of rotary embeddings that depend on nothing but positions.
 _FORMS = (["x", "position_ids"], ["x", "position_ids", "layer_type"])
@@ -51,18 +51,39 @@ def tabulate(model: nn.Module, max_positions: int) -> None:
     Beside being faster, a token then has the same angles bit for bit wherever it stands in a batch: torch
     rounds sines otherwise at the end of a tensor than in its middle.
     """
-    module: Any
-    for module in model.modules():
-        if "Rotary" not in type(module).__name__:
-            continue
-        if list(inspect.signature(module.forward).parameters) not in _FORMS:
-            continue
-        kinds = getattr(module, "rope_type", None)
-        layer_types = list(kinds) if isinstance(kinds, dict) else [None]
-        made = {each: _tables(module.forward, max_positions, each) for each in layer_types}
+    room = _MOST_BYTES
+    for module in _embeddings(model):
+        made = {each: _tables(module.forward, max_positions, each, room) for each in _kinds(module)}
         tables = {each: found for each, found in made.items() if found is not None}
-        if len(tables) == len(made):
+        needed = sum(table.nbytes for found in tables.values() for table in found)
+        if len(tables) == len(made) and needed <= room:
             module.forward = RotaryLookup(module.forward, tables)
+            room -= needed
+
+
+def table_bytes(model: nn.Module, max_positions: int) -> int:
+    """Return about what `tabulate` keeps: a cosine and a sine for each number of a head that turns."""
+    each = 0
+    for module in _embeddings(model):
+        for kind in _kinds(module):
+            frequencies = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
+            each += 0 if frequencies is None else 2 * 4 * 2 * frequencies.numel()  # of half of the numbers
+    return min(each * max_positions, _MOST_BYTES)
+
+
+def _embeddings(model: nn.Module) -> list[Any]:
+    """Return the rotary embeddings that could be looked up."""
+    return [
+        module
+        for module in model.modules()
+        if "Rotary" in type(module).__name__ and list(inspect.signature(module.forward).parameters) in _FORMS
+    ]
+
+
+def _kinds(module: Any) -> list[str | None]:
+    """Return the kinds of layers that an embedding has tables for; None: there is one kind."""
+    kinds = getattr(module, "rope_type", None)
+    return list(kinds) if isinstance(kinds, dict) else [None]
 
 
 class RotaryLookup:
@@ -84,12 +105,14 @@ class RotaryLookup:
         return found if len(found) > 1 else found[0]
 
 
-def _tables(own: Callable[..., Any], max_positions: int, layer_type: Any) -> tuple[Tensor, ...] | None:
+def _tables(
+    own: Callable[..., Any], max_positions: int, layer_type: Any, most_bytes: int
+) -> tuple[Tensor, ...] | None:
     """Return what `own` gives for each position; None where that is too large, or no tensor a position."""
     given = () if layer_type is None else (layer_type,)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, max_positions, _AT_ONCE):
-        positions = torch.arange(start, start + _AT_ONCE)[None]
+        positions = torch.arange(start, min(start + _AT_ONCE, max_positions))[None]
         try:
             made = own(torch.zeros(1), positions, *given)
         except Exception:  # whatever a class makes of such a call
@@ -97,7 +120,7 @@ def _tables(own: Callable[..., Any], max_positions: int, layer_type: Any) -> tup
         rows = made if isinstance(made, tuple) else (made,)
         if not all(isinstance(row, Tensor) and row.shape[:2] == positions.shape for row in rows):
             return None
-        if sum(row.nbytes for row in rows) / _AT_ONCE * max_positions > _MOST_BYTES:
+        if sum(row.nbytes for row in rows) / positions.shape[1] * max_positions > most_bytes:
             return None
         parts.append(tuple(row[0] for row in rows))
-    return tuple(torch.cat(each)[:max_positions] for each in zip(*parts, strict=True))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))

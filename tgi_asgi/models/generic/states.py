@@ -37,7 +37,7 @@ class SlotStates:
         of_rows = states.begin(slots, starts, lengths)   # they may be changed
         states.commit()                                  # once the step is done
 
-    Of each slot the last two states are kept, as a step may have to be taken back while the next is in flight.
+    Of each slot the last two states are kept: a step that is in flight may turn out to be void.
 
     Args:
         make: makes an empty cache.

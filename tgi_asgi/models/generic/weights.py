@@ -1,14 +1,16 @@
 """Fills a module that has no weights: names and conversions are those of `transformers`, packing is ours.
 
-What `transformers` renames keeps the file's own bytes, also where they are quantised. What it converts
-(experts joined, projections split) goes through its own operations, one target at a time.
+What `transformers` renames keeps the file's own bytes, also where they are quantised; so do experts that it
+stacks. What it converts otherwise (projections joined or split) goes through its own operations, as floats,
+one target at a time.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.modules import PackedModule
-from tgi_asgi.models.loading import NamedWeights
+from tgi_asgi.models.loading import KEPT, NamedWeights
 
 # What older checkpoints hold and nothing reads: it is computed, or was a mask.
 _UNUSED = re.compile(
@@ -26,12 +28,33 @@ _UNUSED = re.compile(
 )
 
 
+Placed = ops.WeightSource | Tensor | Iterator[ops.WeightSource]
+
+
 @dataclass(slots=True)
 class _Target:
     """One tensor of the module, and what it is made of."""
 
     converter: Any = None
     sources: list[tuple[str, str]] = field(default_factory=list)  # (name, the converter's pattern)
+
+    @property
+    def is_stack(self) -> bool:
+        """It is [n, rows, columns], made of matrices: one for each of n, or several one below another."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        if self.converter is None or len(self.converter.target_patterns) > 1:
+            return False
+        steps = [(type(each), getattr(each, "dim", None)) for each in self.converter.operations]
+        return steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+    def stacked(self) -> list[tuple[str, ...]]:
+        """Return the names that make up each matrix of a stack; none where they are not equally many."""
+        names: dict[str, list[str]] = {pattern: [] for pattern in self.converter.source_patterns}
+        for name, pattern in self.sources:
+            names[pattern].append(name)
+        columns = [found for found in names.values() if found]
+        return list(zip(*columns, strict=True)) if len({len(each) for each in columns}) == 1 else []
 
 
 class Filler:
@@ -42,7 +65,8 @@ class Filler:
     Made before any module is replaced: names are matched against those that the module has now.
 
     Args:
-        place: takes what belongs to a module of ours; returns False where it is none.
+        place: takes what belongs to a module of ours; returns False where it is none. Of a stack of matrices
+            it is given an iterator over them, each as the file has it, and may leave it alone.
         is_unused: says of a tensor that has no place, by its name in the file, that it needs none.
     """
 
@@ -50,7 +74,7 @@ class Filler:
         self,
         model: Any,
         weights: NamedWeights,
-        place: Callable[[str, ops.WeightSource | Tensor], bool],
+        place: Callable[[str, Placed], bool],
         *,
         is_unused: Callable[[str], bool] = lambda name: False,
     ) -> None:
@@ -114,6 +138,9 @@ class Filler:
                 self._give(name, self._weights.get(target.sources[0][0], self._shapes[name]))
                 given.add(name)
                 continue
+            if self._fits_stack(name, target) and self._place(name, self._matrices(target)):
+                given.add(name)
+                continue
             for made, tensor in self._convert(name, target).items():
                 self._give(made, tensor)
                 given.add(made)
@@ -137,6 +164,49 @@ class Filler:
         if target.converter is not None or len(target.sources) > 1:
             raise ModelLoadError(f"{name!r} is made of {[each for each, _ in target.sources]}")
         return self._weights.get(target.sources[0][0], self._shapes[name])
+
+    def held(self, packed: Container[str]) -> list[tuple[str, int]]:
+        """Return formats and elements of what the module will hold: `Weights.stored`, but of its own tensors.
+
+        Args:
+            packed: the names of those that are packed; torch keeps the others as float32.
+        """
+        stored = self._weights.stored()
+        found: list[tuple[str, int]] = []
+        for name, target in self._targets.items():
+            keeps_bytes = target.converter is None or target.is_stack
+            for source, _ in target.sources:
+                parts = self._weights.parts(source)
+                if name in packed and (keeps_bytes or parts == [source]):
+                    found += [stored[part] for part in parts]
+                else:  # what is converted is decoded before
+                    found.append(("F32" if name in packed else KEPT, math.prod(self._weights.shape(source))))
+        for name, source in self._tied.items():  # packed here and kept there, it is held twice
+            if (
+                name not in self._targets
+                and source in self._targets
+                and (name in packed) != (source in packed)
+            ):
+                found.append(("F32" if name in packed else KEPT, math.prod(self._shapes[name])))
+        return found
+
+    def _fits_stack(self, name: str, target: _Target) -> bool:
+        """Tell whether a target is a stack of matrices that fit: `_convert` says of others why not."""
+        if not target.is_stack:
+            return False
+        found = set()
+        rows = target.stacked()
+        for each in rows:
+            shapes = [self._weights.shape(source) for source in each]
+            if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+                return False
+            found.add((len(rows), sum(shape[0] for shape in shapes), shapes[0][1]))
+        return found == {self._shapes[name]}
+
+    def _matrices(self, target: _Target) -> Iterator[ops.WeightSource]:
+        for names in target.stacked():
+            parts = [self._weights.get(name, self._weights.shape(name)) for name in names]
+            yield ops.one_below_another(parts)
 
     def _convert(self, name: str, target: _Target) -> dict[str, Tensor]:
         for source, pattern in target.sources:

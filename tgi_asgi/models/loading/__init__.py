@@ -12,6 +12,9 @@ from typing import Protocol
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.ops import WeightSource
 
+# The format of what torch keeps, be it stored otherwise: float32.
+KEPT = "kept"
+
 
 class Weights(Protocol):
     """Where a model takes its weights from."""
@@ -45,6 +48,9 @@ class NamedWeights(Weights, Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that a weight has once it is decoded."""
+
+    def parts(self, name: str) -> list[str]:
+        """Return the file's names of the tensors that make up a weight: its own if it is not quantised."""
 
 
 def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -100,20 +100,28 @@ class OpenModel:
             model = self._model.load(weights, arithmetic, max_positions)
         except ValueError as error:  # what is packed refuses values, which no header shows
             raise ModelLoadError(f"a weight of the model cannot be used: {error}") from error
-        if not self.is_generic:
-            refuse_unread(weights.unread(), self._unused())
+        if isinstance(self._model, _Native):
+            refuse_unread(weights.unread(), self._unused(self._model))
         return model
 
-    def stored(self) -> list[tuple[str, int]]:
-        """Return the format and the elements of each tensor, but those that nothing will read."""
-        unused = self._unused()
+    def held(self) -> list[tuple[str, int]]:
+        """Return the format and the elements of each tensor that will be held; before `load`.
+
+        Raises:
+            ModelLoadError: the code of `transformers` has no place for a tensor.
+        """
+        if not isinstance(self._model, _Native):
+            return self._model.held(self.weights)
+        unused = self._unused(self._model)
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
 
-    def _unused(self) -> list[str]:
-        if not isinstance(self._model, _Native):
-            return []
-        has_no_head = self._model.config.has_tied_embeddings  # some files store the embedding twice
-        return [*self._model.family.unused, *(["lm_head.weight"] if has_no_head else [])]
+    def table_bytes(self, max_positions: int) -> int:
+        """Return about what the code of `transformers` keeps of rotary tables; a family's: `rotary_dims`."""
+        return 0 if isinstance(self._model, _Native) else self._model.table_bytes(max_positions)
+
+    def _unused(self, model: _Native) -> list[str]:
+        has_no_head = model.config.has_tied_embeddings  # some files store the embedding twice
+        return [*model.family.unused, *(["lm_head.weight"] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""

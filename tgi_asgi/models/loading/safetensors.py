@@ -77,6 +77,12 @@ class SafetensorsWeights:
             return quantised_shape(self._checkpoint, name, self._quantisation)
         return self._checkpoint.tensor(name).shape
 
+    def parts(self, name: str) -> list[str]:
+        """Return the names of the tensors that make up a weight, as `NamedWeights.parts` says."""
+        if self._quantisation is not None and find_quantised(self._checkpoint, name):
+            return names_of(self._checkpoint, name)
+        return [name]
+
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""
         unused = () if self._quantisation is None else UNUSED

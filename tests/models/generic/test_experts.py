@@ -1,0 +1,108 @@
+"""Experts of quantised checkpoints: the weights that their codes mean, and no floats in their place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.support import architectures
+from tests.support.generic import load_generic, run_steps
+from tests.support.quantised import (
+    awq_tensors,
+    compressed_tensors,
+    float8_tensors,
+    gptq_tensors,
+    random_codes,
+)
+from tgi_asgi import ops
+
+Checkpoint = Callable[[str], Path]
+
+EQUAL = 1e-3  # of the largest logit
+ROUNDED = 5e-3  # where codes are out of order: they become float16, as in AutoGPTQ
+IDS = [architectures.random_ids(length, seed) for seed, length in enumerate((37, 17))]
+STEPS = [[(0, 0, 20)], [(0, 20, 16), (1, 0, 17)], [(0, 36, 1)]]
+
+
+def _integers(pack: Callable[[Any], dict[str, Tensor]], **options: Any) -> Any:
+    def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        matrix = random_codes(*weight.shape, 32, **options)
+        return pack(matrix), matrix.weights()
+
+    return quantise
+
+
+# Of each recipe: what config.json says, how a matrix is written, and the bytes of each element as packed.
+CODES: dict[str, tuple[dict[str, Any], Any, float]] = {
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+        _integers(gptq_tensors),
+        20 / 32,
+    ),
+    "act-order": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq", "desc_act": True},
+        _integers(gptq_tensors, order_seed=3),
+        2,
+    ),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        _integers(awq_tensors),
+        20 / 32,
+    ),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        _integers(lambda matrix: compressed_tensors(matrix, is_centred=True), is_centred=True),
+        20 / 32,
+    ),
+    "fp8": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+        lambda weight: float8_tensors(weight, "block"),
+        4,
+    ),
+}
+
+
+def with_quantised_experts(source: Path, folder: Path, recipe: str) -> tuple[Path, Path]:
+    """Copy a checkpoint twice: its experts quantised, and as what their codes mean."""
+    torch.manual_seed(0)
+    config, quantise, _ = CODES[recipe]
+    tensors = load_file(source / "model.safetensors")
+    codes, floats = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if ".experts." not in name:
+            continue
+        made, floats[name] = quantise(weight)
+        del codes[name]
+        stem = name.removesuffix("weight")
+        codes |= {stem + part: tensor.contiguous() for part, tensor in made.items()}
+    for name, kept, extra in (("codes", codes, {"quantization_config": config}), ("floats", floats, {})):
+        (folder / name).mkdir()
+        for file in source.iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+        save_file(kept, folder / name / "model.safetensors", {"format": "pt"})
+        path = folder / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    return folder / "codes", folder / "floats"
+
+
+@pytest.mark.parametrize("recipe", list(CODES))
+@pytest.mark.parametrize("model_type", ["olmoe", "mixtral"])
+def test_quantised_experts_keep_their_codes(
+    model_type: str, recipe: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    codes, floats = with_quantised_experts(checkpoint(model_type), tmp_path, recipe)
+    loaded: Any = load_generic(codes, arithmetic=ops.Packing(is_exact=True))
+    distance = run_steps(loaded, IDS, architectures.references(floats, IDS), STEPS)
+    assert distance < (ROUNDED if recipe == "act-order" else EQUAL)
+    experts = next(
+        found for module in loaded.module.modules() if (found := module.__dict__.get("tgi_experts"))
+    )
+    for each in (*experts.up, *experts.down):
+        assert each.made.matrix.nbytes == pytest.approx(each.rows * each.columns * CODES[recipe][2], rel=0.1)

@@ -1,0 +1,122 @@
+"""What a module of `transformers` will hold is known before its weights are read: packed, kept, looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from tests.models.generic.test_experts import CODES, with_quantised_experts
+from tests.support.generic import open_generic
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.generic import rope
+from tgi_asgi.models.generic.common import CommonDecoder
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
+from tgi_asgi.models.generic.rope import RotaryLookup
+from tgi_asgi.models.loading.open import OpenModel
+from tgi_asgi.runner import load as loading
+from tgi_asgi.runner.memory import packed_bytes
+from tgi_asgi.settings import Settings
+
+Checkpoint = Callable[[str], Path]
+
+EXACT, FAST, SMALL = ops.Packing(True), ops.Packing(False), ops.Packing(False, "Q8_0")
+
+
+@pytest.fixture(autouse=True)
+def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the code of `transformers` run what our own decoder would else."""
+    monkeypatch.setattr(CommonDecoder, "find", lambda *_: None)
+
+
+def made_by(model: nn.Module) -> Iterator[Any]:
+    """Yield the packed weights of a module."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            yield module.packed.made
+        elif isinstance(module, GatedMlp):
+            assert module.gate_up is not None and module.down is not None
+            yield from (*module.gate_up.made.parts, module.down.made)
+        experts: Any = module.__dict__.get("tgi_experts")
+        if experts is not None:
+            yield from (each.made for each in (*experts.up, *experts.down))
+
+
+def kept_by(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that torch has."""
+    for module in model.modules():
+        if not isinstance(module, PackedModule):
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            yield from (each for each in tensors if each is not None)
+        if isinstance(module.__dict__.get("forward"), RotaryLookup):
+            for tables in module.forward._tables.values():
+                yield from tables
+
+
+def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) -> tuple[int, int]:
+    """Load a model; return the bytes that were foretold, and those that there are."""
+    with open_generic(folder) as opened:
+        vocabulary = opened.config.vocab_size * opened.config.hidden_size
+        foretold = packed_bytes(opened.held(), arithmetic, vocabulary) + opened.table_bytes(context)
+        loaded = opened.load(arithmetic, context)
+    assert isinstance(loaded, GenericModel)
+    held = {id(each.matrix): each.matrix.nbytes for each in made_by(loaded.module)}
+    kept = {each.data_ptr(): each.untyped_storage().nbytes() for each in kept_by(loaded.module)}
+    return foretold, sum(held.values()) + sum(kept.values())
+
+
+@pytest.mark.parametrize("arithmetic", [EXACT, FAST, SMALL], ids=["exact", "fast", "q8_0"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gpt2",  # a table of positions
+        "mixtral",  # experts of ours, and a router
+        "dbrx",  # experts of its own
+        "gpt_oss",  # experts of one tensor
+        "mamba2",
+        "gemma3_text",  # two kinds of tables
+    ],
+)
+def test_what_a_module_holds_is_foretold(
+    model_type: str, arithmetic: ops.Packing, checkpoint: Checkpoint
+) -> None:
+    foretold, held = foretold_and_held(checkpoint(model_type), arithmetic)
+    assert foretold == pytest.approx(held, rel=0.06)
+
+
+@pytest.mark.parametrize("recipe", list(CODES))
+def test_what_quantised_experts_take_is_foretold(recipe: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, _ = with_quantised_experts(checkpoint("mixtral"), tmp_path, recipe)
+    foretold, held = foretold_and_held(folder, EXACT)
+    assert foretold == pytest.approx(held, rel=0.06)
+
+
+def test_a_model_that_fits_but_for_what_torch_keeps_is_refused_before_it_is_read(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of dbrx `--quantize` reaches all but the experts."""
+    monkeypatch.setattr(loading, "free_memory", lambda: 400_000)
+    monkeypatch.setattr(OpenModel, "load", lambda *_: pytest.fail("weights were read"))
+    settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2, quantize="q8_0")
+    with pytest.raises(ModelLoadError, match="the model's weights take"):
+        loading.load(settings, ModelFiles("tiny", None, "directory", checkpoint("dbrx")), lambda *_: None)
+
+
+@pytest.mark.parametrize(("most", "count"), [(2 * 64 * 64 * 2, 1), (2 * 64 * 64 * 2 - 1, 0)])
+def test_tables_of_a_model_take_no_more_than_is_allowed_together(
+    most: int, count: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rope, "_MOST_BYTES", most)
+    with open_generic(checkpoint("gemma3_text")) as opened:
+        assert opened.table_bytes(64) == most
+        loaded = opened.load(EXACT, 64)
+    assert isinstance(loaded, GenericModel)
+    found = [module for module in loaded.module.modules() if "forward" in vars(module)]
+    assert sum(isinstance(module.forward, RotaryLookup) for module in found) == count
