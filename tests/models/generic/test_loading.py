@@ -24,6 +24,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.modules import PackedModule
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.load import load
@@ -161,6 +162,36 @@ def test_checkpoints_of_compressed_tensors_are_read(form: str, tmp_path: Path) -
     save_compressed(model, tmp_path, form, **weights)
     expected = [reference_logits(model, ids).numpy() for ids in IDS]
     assert run_steps(load_generic(tmp_path), IDS, expected, STEPS) < EQUAL
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kept"),
+    [
+        ("falcon", set()),  # by a class of its own
+        ("gpt2", {"wpe"}),  # of which two are named where weights are drawn
+        ("roberta", {"position_embeddings", "token_type_embeddings"}),  # whose head is named in a string
+        ("mamba", {"conv1d", "dt_proj", "mixer", "out_proj", "x_proj"}),  # which its own code multiplies by
+    ],
+)
+def test_every_matrix_that_no_other_code_reads_is_packed(
+    model_type: str, kept: set[str], checkpoint: Checkpoint
+) -> None:
+    loaded: Any = load_generic(checkpoint(model_type))
+    found = {
+        path.rpartition(".")[2]
+        for path, module in loaded.module.named_modules()
+        if not isinstance(module, PackedModule)
+        for value in module._parameters.values()
+        if value is not None and value.dim() > 1
+    }
+    assert found == kept
+
+
+def test_a_decoder_s_positions_are_those_that_it_has_a_table_of(checkpoint: Checkpoint) -> None:
+    """Whisper counts those of sound as well, by another name."""
+    with open_generic(checkpoint("whisper")) as opened:
+        table = json.loads((checkpoint("whisper") / "config.json").read_text())["max_target_positions"]
+        assert opened.config.context_length == table
 
 
 @pytest.mark.parametrize(("method", "distance"), [("Q8_0", 0.05), ("Q4_0", 0.6)])

@@ -43,6 +43,7 @@ _CONTEXT_NAMES = (
     "max_seq_len",
     "n_positions",
     "n_ctx",
+    "max_target_positions",
     "context_length",
 )
 

@@ -6,10 +6,10 @@ rows, a product where nobody reads its matrix otherwise.
 
 from __future__ import annotations
 
+import ast
 import enum
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +35,7 @@ EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+_ASKED = frozenset({"dtype", "device", "shape"})  # which `PackedModule` answers
 _PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
 # What `ops.gate_up` has, as torch has it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -210,7 +211,7 @@ class _Part(enum.Enum):
 def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part | None:
     if _is_experts(module):
         return _Part.EXPERTS
-    if type(module) is nn.Linear:
+    if _is_linear(module):
         return None if reads_weight(model, path) else _Part.LINEAR
     if _is_conv1d(module):
         return None if reads_weight(model, path) else _Part.CONV1D
@@ -283,6 +284,28 @@ def _is_experts(module: nn.Module) -> bool:
     )
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Ask a module whether it is `nn.Linear`, be it by another name (Falcon)."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return type(module) is nn.Linear
+    parameters = module._parameters
+    if not set(parameters) <= {"weight", "bias"} or module._buffers or list(module.children()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(2, 16, generator=generator), torch.randn(24, 16, generator=generator)
+    bias = None if module.bias is None else nn.Parameter(torch.randn(24, generator=generator))
+    try:
+        module._parameters = {"weight": nn.Parameter(weight), "bias": bias}
+        with torch.no_grad():
+            found = module(rows)
+    except Exception:  # a class that wants more than rows, or other sizes
+        return False
+    finally:
+        module._parameters = parameters
+    made = nn.functional.linear(rows, weight, bias)
+    return isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, atol=1e-4)
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -292,22 +315,41 @@ def _is_conv1d(module: nn.Module) -> bool:
 def reads_weight(model: nn.Module, path: str) -> bool:
     """Tell whether the model's code reads this module's matrix by name, as more than its type and place."""
     leaf = path.rpartition(".")[2]
-    pattern = re.compile(rf"\.{re.escape(leaf)}\.(weight|bias)\b(?!\.(dtype|device|shape))")
-    if leaf.isdigit():
-        return False
     owner, _ = owner_of(model, path)
-    written_in = {type(model).__module__, type(owner).__module__}
-    return any(pattern.search(_source_of(name)) for name in written_in)
+    return any(leaf in _read_by(name) for name in {type(model).__module__, type(owner).__module__})
 
 
 @functools.lru_cache(maxsize=256)
-def _source_of(name: str) -> str:
-    """Return the source of a module of Python, by name."""
+def _read_by(name: str) -> frozenset[str]:
+    """Return the names of modules whose `weight` or `bias` the code of a module of Python reads."""
     module = sys.modules.get(name)
     try:
-        return "" if module is None else inspect.getsource(module)
+        source = "" if module is None else inspect.getsource(module)
     except OSError:
-        return ""
+        source = ""
+    reads = _Reads()
+    reads.visit(ast.parse(source))
+    return frozenset(reads.names)
+
+
+class _Reads(ast.NodeVisitor):
+    """Finds `x.name.weight` and `x.name.bias`, but where weights are drawn: here they are loaded."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name != "_init_weights":
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        inner = node.value
+        if node.attr in _ASKED and isinstance(inner, ast.Attribute):
+            self.visit(inner.value)
+            return
+        if node.attr in ("weight", "bias") and isinstance(inner, ast.Attribute):
+            self.names.add(inner.attr)
+        self.generic_visit(node)
 
 
 def factor_of(module: nn.Embedding) -> float | None:

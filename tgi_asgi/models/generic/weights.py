@@ -181,12 +181,11 @@ class Filler:
                     found += [stored[part] for part in parts]
                 else:  # what is converted is decoded before
                     found.append(("F32" if name in packed else KEPT, math.prod(self._weights.shape(source))))
-        for name, source in self._tied.items():  # packed here and kept there, it is held twice
-            if (
-                name not in self._targets
-                and source in self._targets
-                and (name in packed) != (source in packed)
-            ):
+        for name, source in self._tied.items():
+            if name in self._targets or source not in self._targets:
+                continue
+            has_bias = any(f"{each.removesuffix('weight')}bias" in self._shapes for each in (name, source))
+            if (name in packed) != (source in packed) or (name in packed and has_bias):  # see `_tie`
                 found.append(("F32" if name in packed else KEPT, math.prod(self._shapes[name])))
         return found
 
