@@ -9,7 +9,7 @@ import torch
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import CacheShape, ServedConfig
+from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.settings import Settings
 
 _LEAST_BYTES = 64  # that a token is counted as, where a model keeps no keys and values
@@ -63,7 +63,12 @@ def choose_size(
     """
     if kv_dtype is None:
         kv_dtype = _choose_dtype(config, settings, dtype)
-        per_token = sum(_bytes_per_token(cache, kv_dtype) for cache in config.caches)
+        per_token = sum(
+            ops.kv_bytes_per_token(
+                cache.num_layers, cache.num_kv_heads, cache.head_dim, kv_dtype, cache.value_dim
+            )
+            for cache in config.caches
+        )
     else:  # a GPU's, which is plain
         per_token = sum(
             cache.num_layers * cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
@@ -93,14 +98,6 @@ def choose_size(
             )
         )
     return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
-
-
-def _bytes_per_token(cache: CacheShape, dtype: torch.dtype) -> int:
-    keys, values = (
-        ops.kv_bytes_per_token(cache.num_layers, cache.num_kv_heads, dim, dtype)
-        for dim in (cache.head_dim, cache.value_dim)
-    )
-    return (keys + values) // 2  # each of both
 
 
 def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:

@@ -94,9 +94,9 @@ class StepResult:
     step_id: int
     sampled: list[Sampled | None]  # one a row; None where the row does not sample
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
+    pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
     is_viewed: list[bool] = field(default_factory=list)  # one a view: it needs no more of this
     view_s: float = 0.0  # what the views have taken of the step
-    pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
 
 
 class DeviceLost(Exception):
@@ -112,9 +112,8 @@ class Runner(Protocol):
     max_step_tokens: int
     has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
     eyes: Eyes | None  # of a model that takes images
-    takes_whole_prompts: (
-        bool  # a prompt is one row of one step, and nothing follows; `max_step_tokens` hold it
-    )
+    # A prompt is one row of one step, and nothing follows; `max_step_tokens` hold the longest.
+    takes_whole_prompts: bool
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

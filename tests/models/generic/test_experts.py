@@ -33,7 +33,8 @@ STEPS = [[(0, 0, 20)], [(0, 20, 16), (1, 0, 17)], [(0, 36, 1)]]
 
 def _integers(pack: Callable[[Any], dict[str, Tensor]], **options: Any) -> Any:
     def quantise(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        matrix = random_codes(*weight.shape, 32, **options)
+        rows, columns = weight.shape
+        matrix = random_codes(rows, columns, 32, **options)
         return pack(matrix), matrix.weights()
 
     return quantise

@@ -54,8 +54,9 @@ def kept_by(model: nn.Module) -> Iterator[Tensor]:
         if not isinstance(module, PackedModule):
             tensors = (*module._parameters.values(), *module._buffers.values())
             yield from (each for each in tensors if each is not None)
-        if isinstance(module.__dict__.get("forward"), RotaryLookup):
-            for tables in module.forward._tables.values():
+        lookup = module.__dict__.get("forward")
+        if isinstance(lookup, RotaryLookup):
+            for tables in lookup._tables.values():
                 yield from tables
 
 

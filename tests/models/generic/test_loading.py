@@ -24,6 +24,7 @@ from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.generic import guards
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.model import GenericConfig
 from tgi_asgi.models.generic.modules import PackedModule
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner import cuda_load
@@ -187,6 +188,23 @@ def test_every_matrix_that_no_other_code_reads_is_packed(
     assert found == kept
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"n_embd": 60, "n_head": 4}, "`head_dim` must be even and at most 512, got 15"),
+        ({"n_embd": 1200, "n_head": 2}, "got 600"),
+    ],
+    ids=["odd", "wide"],
+)
+def test_heads_that_the_cache_cannot_have_run_alone(
+    sizes: dict[str, int], reason: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with open_generic(with_config(checkpoint("gpt2"), tmp_path, **sizes)) as opened:
+        assert isinstance(opened.config, GenericConfig)
+        assert reason in opened.config.floor_reason
+        assert opened.config.caches == ()
+
+
 def test_a_decoder_s_positions_are_those_that_it_has_a_table_of(checkpoint: Checkpoint) -> None:
     """Whisper counts those of sound as well, by another name."""
     with open_generic(checkpoint("whisper")) as opened:
@@ -280,12 +298,12 @@ def with_config(source: Path, folder: Path, **changes: Any) -> Path:
             {"architectures": ["NobodyForCausalLM"]},
             "'NobodyForCausalLM' are not supported: neither this server nor",
         ),
-        ({"architectures": []}, "not supported"),
+        *(({"architectures": names}, "names no architecture") for names in ([], {"a": 1}, 5, [None], None)),
         ({"hidden_size": "wide"}, "transformers cannot build LlamaForCausalLM"),
         ({"hidden_act": "wave"}, "transformers cannot build LlamaForCausalLM: KeyError"),
         ({"architectures": ["AutoTokenizer"]}, "cannot build|not supported"),
     ],
-    ids=["unknown", "nothing", "wrong-type", "unknown-activation", "not-a-model"],
+    ids=str,
 )
 def test_what_transformers_cannot_build_is_refused(
     changes: dict[str, Any], reason: str, checkpoint: Checkpoint, tmp_path: Path

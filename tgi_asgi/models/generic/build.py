@@ -21,7 +21,7 @@ def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = Fal
     """Return a `PreTrainedModel` in evaluation mode, float32, all parameters on the meta device.
 
     Args:
-        config: the model's config.json.
+        config: the model's config.json, which names an architecture.
         trusts_code: a checkpoint may bring its own code, which is run.
 
     Raises:
@@ -30,7 +30,7 @@ def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = Fal
     import transformers
 
     transformers.logging.set_verbosity_error()  # it tells of kernels that a CPU would not have
-    architecture = str((config.get("architectures") or [None])[0])
+    architecture = str(config["architectures"][0])
     has_code = "auto_map" in config
     model_class = getattr(transformers, architecture, None)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.rules import LONGEST, Rule, UnknownRule, decode_rule, rule_of
 
@@ -198,6 +199,11 @@ class _Probe:
         unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in IGNORED)
         if unknown:
             self.problems.append(f"attention takes {', '.join(unknown)}, which the kernels do not have")
+        for name, dim in (("head_dim", query.shape[3]), ("value_dim", value.shape[3])):
+            try:
+                ops.kept_dim(dim, torch.float32, name)
+            except ValueError as error:
+                self.problems.append(f"the cache cannot have a layer's heads: {error}")
         self.has_slopes |= kwargs.get("slopes") is not None
         rule = Rule()
         if isinstance(attention_mask, Tensor):

@@ -73,7 +73,7 @@ class EncoderConfig:
 
 def gives_vectors(config: Mapping[str, Any]) -> bool:
     """Tell whether a config.json is of a model without a head that gives the tokens of a text."""
-    name = str((config.get("architectures") or [None])[0])
+    name = str(config["architectures"][0])
     return name.endswith(("Model", _CLASSIFIER, *_HEADS)) and not name.endswith(("LMHeadModel", "HeadsModel"))
 
 

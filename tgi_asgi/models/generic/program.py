@@ -124,7 +124,8 @@ class GenericProgram(ModuleProgram):
     """All sequences of a step in one call of the module.
 
     Args:
-        caller: the module, its attention set to ours.
+        model: with its weights, its attention set to ours.
+        head: what computes the rows that are asked for.
         layers: its attention.
         recurrent: its recurrent layers, if it has any.
         first_position: what a sequence's first token has.
@@ -194,9 +195,8 @@ class FloorProgram(ModuleProgram):
         self._states = SlotStates(lambda: empty_cache(model))
         self._cache_name = str(cache_name(model))
         self._vocab_size = vocab_size
-        self._known: list[
-            tuple[int, int, Any]
-        ] = []  # of each sequence: its tokens, what its decoder returned
+        # Of the last step's sequences: the first token, the one behind the last, what the decoder returned.
+        self._known: list[tuple[int, int, Any]] = []
 
     def run(self, batch: ops.FlatRows, rows: Iterable[int]) -> Tensor:
         """Compute a step; as `GenericProgram.run`."""

@@ -66,7 +66,8 @@ class OpenModel:
         else:
             config = read_json(files.path / "config.json")
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
-            if model_impl == "native" or (model_impl == "auto" and is_native(config)):
+            is_native = has_architecture(architecture_of(config))
+            if model_impl == "native" or (model_impl == "auto" and is_native):
                 self._model = self._open_native(config)
             elif gives_vectors(config):
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
@@ -171,10 +172,16 @@ class _Native:
         return self.family.model(self.config, weights, arithmetic, max_positions)
 
 
-def is_native(config: Mapping[str, Any]) -> bool:
-    """Tell whether a family of ours has the architecture of a config.json."""
-    name = (config.get("architectures") or [None])[0]
-    return isinstance(name, str) and has_architecture(name)
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Return the first architecture that a config.json names.
+
+    Raises:
+        ModelLoadError: it names none.
+    """
+    names = config.get("architectures")
+    is_named = isinstance(names, list) and bool(names) and isinstance(names[0], str)
+    check(is_named, "config.json names no architecture")
+    return str(config["architectures"][0])
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -183,12 +190,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     Raises:
         ModelLoadError: it names no known architecture, or says what cannot be computed.
     """
-    architectures = config.get("architectures") or [None]
-    check(
-        isinstance(architectures, list) and isinstance(architectures[0], str),
-        "config.json names no architecture",
-    )
-    name = architectures[0]
+    name = architecture_of(config)
     check(
         config.get("is_causal") is not False and config.get("use_bidirectional_attention") in (None, False),
         "config.json says that tokens see those that follow, which this architecture's code does not do here",
