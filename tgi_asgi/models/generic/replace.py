@@ -291,6 +291,8 @@ def _is_linear(module: nn.Module) -> bool:
     parameters = module._parameters
     if not set(parameters) <= {"weight", "bias"} or module._buffers or list(module.children()):
         return False
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return False
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(2, 16, generator=generator), torch.randn(24, 16, generator=generator)
     bias = None if module.bias is None else nn.Parameter(torch.randn(24, generator=generator))

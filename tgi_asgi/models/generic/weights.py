@@ -52,7 +52,7 @@ class _Target:
         """Return the names that make up each matrix of a stack; none where they are not equally many."""
         names: dict[str, list[str]] = {pattern: [] for pattern in self.converter.source_patterns}
         for name, pattern in self.sources:
-            names[pattern].append(name)
+            names.setdefault(pattern, []).append(name)
         columns = [found for found in names.values() if found]
         return list(zip(*columns, strict=True)) if len({len(each) for each in columns}) == 1 else []
 
@@ -172,21 +172,23 @@ class Filler:
             packed: the names of those that are packed; torch keeps the others as float32.
         """
         stored = self._weights.stored()
-        found: list[tuple[str, int]] = []
-        for name, target in self._targets.items():
+
+        def counted(name: str, target: _Target) -> Iterator[tuple[str, int]]:
             keeps_bytes = target.converter is None or target.is_stack
             for source, _ in target.sources:
                 parts = self._weights.parts(source)
                 if name in packed and (keeps_bytes or parts == [source]):
-                    found += [stored[part] for part in parts]
+                    yield from (stored[part] for part in parts)
                 else:  # what is converted is decoded before
-                    found.append(("F32" if name in packed else KEPT, math.prod(self._weights.shape(source))))
+                    yield "F32" if name in packed else KEPT, math.prod(self._weights.shape(source))
+
+        found = [each for name, target in self._targets.items() for each in counted(name, target)]
         for name, source in self._tied.items():
             if name in self._targets or source not in self._targets:
                 continue
             has_bias = any(f"{each.removesuffix('weight')}bias" in self._shapes for each in (name, source))
             if (name in packed) != (source in packed) or (name in packed and has_bias):  # see `_tie`
-                found.append(("F32" if name in packed else KEPT, math.prod(self._shapes[name])))
+                found += counted(name, self._targets[source])
         return found
 
     def _fits_stack(self, name: str, target: _Target) -> bool:
