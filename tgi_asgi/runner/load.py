@@ -175,7 +175,7 @@ def _is_batch_invariant(
 def _choose_cpu_cache(
     opened: OpenModel, settings: Settings, packing: ops.Packing, dtype: torch.dtype, longest: int
 ) -> KvSize:
-    """Choose the cache's size before anything is read: what is free once the weights are there."""
+    """Choose the cache's size before anything is read: of what is free once weights and tables are there."""
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
     free = max(free_memory() - opened.table_bytes(longest), 0)

@@ -42,9 +42,9 @@ _LARGEST = 1e-3  # difference of logits, of the largest logit
 class CommonDecoder:
     """A module that looks like a decoder of the common shape.
 
-    common = CommonDecoder.find(module, layers, max_positions)
-    if common is not None and common.is_equal(weights):
-        model = common.load(weights, arithmetic)
+        common = CommonDecoder.find(module, layers, max_positions)
+        if common is not None and common.is_equal(weights):
+            model = common.load(weights, arithmetic)
 
     Attributes:
         config: what its sizes and buffers say.
