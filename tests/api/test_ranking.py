@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from tests.support.pooled import edit, save_classifier, save_embedder
 from tests.support.pooled_server import PooledServer, pooled_server
+from tgi_asgi.api.vectors import probability
 from tgi_asgi.runner.load_pooling import RANKING
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -146,8 +148,30 @@ async def test_of_a_long_document_the_beginning_counts(
     assert answer.json()["data"][0]["score"] == pytest.approx(expected, abs=1e-4)
     answer = await server.post("/rerank", query="a", texts=[document], truncate=True)
     assert answer.json()[0]["score"] == pytest.approx(expected, abs=1e-4)
+    expected = sigmoid(classifier[1]("a", "c" * 9 + "b" * (room - 9)))
+    text = "b" * 500 + "c" * 9 + "b" * (room - 9)
+    body = {"query": "a", "texts": [text], "truncate": True, "truncation_direction": "Left"}
+    answer = await server.post("/rerank", **body)
+    assert answer.json()[0]["score"] == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_query_that_leaves_no_room_is_what_is_too_long(server: PooledServer) -> None:
     answer = await server.post("/rerank", query="a" * 600, texts=["b"], truncate=True)
     assert answer.status_code == 413
+    assert "At most 512 tokens are kept" in answer.json()["error"]
+    answer = await server.post("/rerank", query="abc", documents=["b"], truncate_prompt_tokens=2)
+    assert answer.status_code == 400
+    assert "At most 2 tokens are kept of `documents[0]` with its query" in answer.json()["error"]["message"]
+    assert "shorten the query" in answer.json()["error"]["message"]
+    answer = await server.post("/rerank", query="abc", documents=["b" * 509])
+    assert "`documents[0]` has 513 with its query" in answer.json()["error"]["message"]
+
+
+def test_bad_scores_are_told_apart() -> None:
+    scores = [probability(logit) for logit in (-700.0, -60.0, -50.0, -40.0, 0.0, 30.0, 800.0)]
+    assert scores == sorted(set(scores))
+    assert scores[2] == pytest.approx(math.exp(-50), rel=1e-12, abs=0)
+    assert (probability(-800), scores[-1]) == (0, 1)
 
 
 async def test_two_labels_are_weighed_against_each_other(tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ def logit_of(values: Vector) -> float:
 
 def probability(logit: float) -> float:
     """Return the sigmoid; of the difference of two logits that is the softmax."""
-    return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    odds = math.exp(logit)  # of a number below 0: never too large, and none is taken from 1
+    return odds / (1 + odds)
 
 
 def ranked(scores: Sequence[float], most: int | None = None) -> list[int]:
