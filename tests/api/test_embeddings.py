@@ -98,6 +98,11 @@ async def test_fewer_dimensions_have_length_one_again(embedder: Embedder, server
         answer = await client.embeddings.create(model="tiny", input="cut", dimensions=10)
         assert len(answer.data[0].embedding) == 10
         np.testing.assert_allclose(answer.data[0].embedding, embedder.expected("cut", 10), atol=1e-4)
+        raw = await client.embeddings.create(
+            model="tiny", input="cut", dimensions=10, extra_body={"normalize": False}
+        )
+        wanted = pooled(states(embedder.model, embedder.ids("cut")), embedder.mode)[:10]
+        np.testing.assert_allclose(raw.data[0].embedding, wanted, atol=1e-4 * float(wanted.abs().max()))
         with pytest.raises(openai.BadRequestError) as caught:
             await client.embeddings.create(model="tiny", input="cut", dimensions=65)
     assert caught.value.param == "dimensions"
@@ -266,6 +271,8 @@ async def test_tei_answers_a_plain_array(embedder: Embedder, server: PooledServe
     [raw] = (await server.post("/embed", inputs="one", normalize=False)).json()
     raw_expected = pooled(states(embedder.model, embedder.ids("one")), embedder.mode)
     np.testing.assert_allclose(raw, raw_expected, atol=1e-4 * float(raw_expected.abs().max()))
+    [short] = (await server.post("/embed", inputs="one", normalize=False, dimensions=4)).json()
+    assert short == raw[:4]
     assert len((await server.post("/embed", inputs=[1, 2, 3])).json()) == 1
     assert len((await server.post("/embed", inputs="one", dimensions=4)).json()[0]) == 4
 
@@ -286,6 +293,8 @@ async def test_tei_s_statuses(server: PooledServer) -> None:
         answer = await server.post("/embed", **body)
         assert answer.status_code == status, answer.text
         assert status == 200 or list(answer.json()) == ["error", "error_type"]
+    named = (await server.post("/embed", inputs=[long])).json()["error"]
+    assert "`inputs[0]`" in named
     assert (await server.http.post("/embed", content=b'{"inputs": "a"}')).status_code == 415
 
 

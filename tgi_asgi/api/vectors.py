@@ -24,13 +24,12 @@ def check_dimensions(dimensions: int | None, embedding: Embedding) -> None:
 
 
 def shaped(vector: Vector, dimensions: int | None, *, is_normalized: bool) -> Vector:
-    """Return a vector's first dimensions (Matryoshka embeddings: Kusupati et al., 2022), of length 1.
+    """Return a vector's first dimensions (Matryoshka embeddings: Kusupati et al., 2022), or all of them.
 
-    A vector that is neither cut nor to be normalised stays as it is.
+    `is_normalized`: of length 1; a vector without any length stays as it is.
     """
-    is_cut = dimensions is not None and dimensions < len(vector)
-    if not (is_cut or is_normalized):
-        return vector
+    if not is_normalized:
+        return vector[:dimensions]
     wide = vector[:dimensions].astype(np.float64)
     length = math.sqrt(float(wide @ wide))
     short: Vector = (wide / length if length else wide).astype(np.float32)

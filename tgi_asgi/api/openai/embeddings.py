@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, cast
 
 import msgspec
 import orjson
@@ -13,6 +13,8 @@ from tgi_asgi.api.openai.params import check_ids
 from tgi_asgi.api.parse import Int, Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pooled import Input, PoolCall, Pooled, check_num_inputs, embedding_of, read_cut
 from tgi_asgi.api.vectors import as_json, check_dimensions, shaped
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import ModelInfo
 
 
 class EmbeddingRequest(Struct, kw_only=True):
@@ -39,10 +41,11 @@ def parse_embeddings(body: bytes, exchange: Exchange) -> PoolCall:
     info, settings = exchange.context.ready().info, exchange.context.settings
     embedding = embedding_of(info)
     check_dimensions(request.dimensions, embedding)
-    given = listed(request.input)
-    check_num_inputs(len(given), "input", settings)
-    inputs = [_input(item, _place(at, request.input), info.vocab_size) for at, item in enumerate(given)]
-    is_normalized = embedding.is_normalized if request.normalize is None else request.normalize
+    inputs = inputs_of(request.input, "input", info, settings)
+    is_cut = request.dimensions is not None and request.dimensions < embedding.dimensions
+    is_normalized = request.normalize
+    if is_normalized is None:
+        is_normalized = embedding.is_normalized or is_cut
     is_base64 = request.encoding_format == "base64"
 
     def answer(pooled: Pooled) -> bytes:
@@ -71,22 +74,27 @@ def usage(num_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
-def listed(given: str | list[Any]) -> list[Any]:
-    """Return the inputs: a text and a list of ids are one."""
+def inputs_of(
+    given: str | list[str | int | list[int]], name: str, info: ModelInfo, settings: Settings
+) -> list[Input]:
+    """Return what vectors are made of: a text and a list of ids are one input.
+
+    Raises:
+        InvalidRequest: there are none, too many, an empty one, or one of what is no token.
+    """
     is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-    return [given] if is_one else list(given)
-
-
-def _place(at: int, given: str | list[Any]) -> str:
-    is_list = isinstance(given, list) and not isinstance(given[0], int)
-    return f"input[{at}]" if is_list else "input"
-
-
-def _input(item: Any, where: str, vocab_size: int) -> Input:
-    if not isinstance(item, str | list):
-        refuse_field(where, "must be a string or a list of token ids")
-    if not item:
-        refuse_field(where, "must not be empty")
-    if isinstance(item, list):
-        check_ids(item, where, vocab_size)
-    return Input(item, where)
+    items = [given] if is_one else given
+    check_num_inputs(len(items), name, settings)
+    inputs = []
+    for at, item in enumerate(items):
+        where = name if is_one else f"{name}[{at}]"
+        if not isinstance(item, str | list):
+            refuse_field(where, "must be a string or a list of token ids")
+        if not item:
+            refuse_field(where, "must not be empty")
+        if isinstance(item, str):
+            inputs.append(Input(item, where))
+        else:
+            check_ids(item, where, info.vocab_size)
+            inputs.append(Input(cast(list[int], item), where))
+    return inputs

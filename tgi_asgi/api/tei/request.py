@@ -11,8 +11,7 @@ from msgspec import Struct
 from tgi_asgi.api.errors import NATIVE, Dialect
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.life import Handler
-from tgi_asgi.api.openai.embeddings import listed
-from tgi_asgi.api.openai.params import check_ids
+from tgi_asgi.api.openai.embeddings import inputs_of
 from tgi_asgi.api.openai.ranking import Scored, parse_rerank
 from tgi_asgi.api.parse import Positive, check_ranges, decode_json, refuse_field
 from tgi_asgi.api.pooled import Cut, Input, PoolCall, Pooled, answer, check_num_inputs, embedding_of
@@ -73,16 +72,10 @@ def parse_embed(body: bytes, exchange: Exchange) -> PoolCall:
             known = ", ".join(sorted(embedding.prompts)) or "none"
             refuse_field("prompt_name", f"must be one of the model's prompts ({known})")
         prefix = embedding.prompts[request.prompt_name]
-    given = listed(request.inputs)
-    check_num_inputs(len(given), "inputs", exchange.context.settings)
-    inputs = []
-    for at, item in enumerate(given):
-        where = f"inputs[{at}]" if given is not request.inputs and len(given) > 1 else "inputs"
-        if isinstance(item, int) or not item:
-            refuse_field(where, "must be a text or a list of token ids, and not empty")
-        if isinstance(item, list):
-            check_ids(item, where, info.vocab_size)
-        inputs.append(Input(prefix + item if isinstance(item, str) else item, where))
+    inputs = [
+        Input(prefix + each.content, each.where) if isinstance(each.content, str) else each
+        for each in inputs_of(request.inputs, "inputs", info, exchange.context.settings)
+    ]
     is_normalized = request.normalize is not False
 
     def answer(pooled: Pooled) -> bytes:
