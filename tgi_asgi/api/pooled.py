@@ -44,8 +44,9 @@ _SHARE = 4  # a call runs at most this part of `--max-concurrent-requests` at a 
 _SLACK_TOKENS = 64  # beyond those that are kept of a long text: where it is cut, tokens begin elsewhere
 _CUTS = 8  # attempts to cut a document to its room; each is a rendering
 _RETRY_S = 0.1
-_LARGE = 16 * 1024  # numbers of an answer; writing one takes some 50 ns
+_LARGE = 16 * 1024  # numbers that an answer is made of; writing one takes some 50 ns
 _BATCH_CHARACTERS = 32 * 1024  # of texts that a thread takes at a time: some 10 ms
+_Content = TypeVar("_Content", str, list[int])
 _Prompt = tuple[list[int], int | None]  # ids; of a pair, where its second text begins, if that is marked
 _SAMPLING, _STOP = SamplingParams(temperature=0.0), StopConditions(max_tokens=1)
 
@@ -91,7 +92,7 @@ class PoolCall:
     Attributes:
         answer: makes the body of the answer; in a thread where that takes long.
         cut: None: what is too long is refused.
-        num_numbers: in the answer, for each input.
+        num_numbers: that the answer is made of, for each input.
     """
 
     inputs: Sequence[Input]

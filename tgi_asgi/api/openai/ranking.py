@@ -119,6 +119,7 @@ def _call(
         model=request.model,
         cut=read_cut(request.truncate_prompt_tokens),
         priority=request.priority or 0,
+        num_numbers=scored.num_numbers,
     )
 
 
@@ -150,6 +151,11 @@ class Scored:
             Input(Pair(query, document, instruction), where)
             for query, (document, where) in zip(own, second, strict=True)
         ]
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers a score is made of, at each of its texts."""
+        return self.how.dimensions if isinstance(self.how, Embedding) else 1
 
     def scores(self, pooled: Pooled, *, is_raw: bool = False) -> list[float]:
         """Return a score for each pair: from 0 to 1, unless it is raw; a cosine is from -1 to 1."""

@@ -113,7 +113,9 @@ def parse_tei_rerank(body: bytes, exchange: Exchange) -> PoolCall:
         return orjson.dumps(shown)
 
     cut = _cut(request.truncate, request.truncation_direction)
-    return PoolCall(inputs=scored.inputs(), how=scored.how, answer=answer, cut=cut)
+    return PoolCall(
+        inputs=scored.inputs(), how=scored.how, answer=answer, cut=cut, num_numbers=scored.num_numbers
+    )
 
 
 def parse_either_rerank(body: bytes, exchange: Exchange) -> PoolCall:
