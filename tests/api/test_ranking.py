@@ -217,7 +217,14 @@ async def test_yes_is_weighed_against_no_behind_the_model_cards_prompt(tmp_path:
         assert told["data"][0]["score"] == pytest.approx(expected("b", "Find"), abs=1e-4)
         cut = await server.post("/score", text_1=QUERY, text_2="b" * 900, truncate_prompt_tokens=-1)
         assert cut.status_code == 200
-        assert cut.json()["usage"]["prompt_tokens"] <= 512
+        assert cut.json()["usage"]["prompt_tokens"] == 512
+        # Each of the characters has two tokens, and half of one is none.
+        text = CARD.format(instruction=INSTRUCTION, query=QUERY, document="")
+        room = 512 - len(tokenizer.encode(text, add_special_tokens=False))
+        for more in range(2):
+            body = {"text_1": QUERY + "a" * more, "text_2": "\u00a3" * 900}
+            cut = await server.post("/score", **body, truncate_prompt_tokens=-1)
+            assert cut.json()["usage"]["prompt_tokens"] == 512 - (room - more) % 2
 
 
 def test_the_prompt_is_the_model_cards_to_the_last_newline() -> None:

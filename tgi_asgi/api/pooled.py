@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
@@ -251,68 +251,82 @@ def _prompt_of(call: PoolCall, given: Input, served: Served, settings: Settings)
     # Of a pair only the document is cut.
     num_whole = len(content.query) if isinstance(content, Pair) and cut else _num_characters(given)
     if (cut is None or isinstance(content, Pair)) and num_whole > room * tokenizer.longest_token:
-        least = -(-num_whole // tokenizer.longest_token)
-        raise _too_long(given.where, f"at least {least}", least, room)
+        raise _too_long(given, cut, -(-num_whole // tokenizer.longest_token), keep, is_least=True)
     second_start = None
     if isinstance(content, Pair):
-        ids, second_start = _pair_prompt(
-            content, served, settings, keep, most_characters, is_cut=cut is not None
-        )
+        ids, second_start = _pair_prompt(content, served, settings, keep, most_characters, cut)
     elif isinstance(content, list):
         ids = content if cut is None or len(content) <= keep else _kept(content, keep, cut)
     elif cut is None:
         ids = tokenizer.encode(content, add_special_tokens=call.adds_special_tokens)
     else:
-        text = content[-most_characters:] if cut.from_left else content[:most_characters]
         ids = tokenizer.encode_cut(
-            text, keep, add_special_tokens=call.adds_special_tokens, from_left=cut.from_left
+            _kept(content, most_characters, cut),
+            keep,
+            add_special_tokens=call.adds_special_tokens,
+            from_left=cut.from_left,
         )
     if len(ids) > keep:
-        raise _too_long(given.where, str(len(ids)), len(ids), room)
+        raise _too_long(given, cut, len(ids), keep)
     if not ids:
         refuse(given.where, f"`{given.where}` must not be empty")
     return ids, second_start
 
 
-def _kept(ids: list[int], keep: int, cut: Cut) -> list[int]:
-    return ids[-keep:] if cut.from_left else ids[:keep]
+def _kept(content: _Content, keep: int, cut: Cut) -> _Content:
+    return content[-keep:] if cut.from_left else content[:keep]
 
 
 def _pair_prompt(
-    pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, *, is_cut: bool
+    pair: Pair, served: Served, settings: Settings, keep: int, most_characters: int, cut: Cut | None
 ) -> _Prompt:
-    """Return the tokens of a pair; where it is to be cut, of as much of its document as there is room for."""
-    document = pair.document[:most_characters] if is_cut else pair.document
-    tokenizer = served.tokenizer
-    found = _whole_pair(pair, document, served, settings)
-    for _ in range(_CUTS if is_cut else 0):
-        over = len(found[0]) - keep
-        if over <= 0 or not document:
+    """Return the tokens of a pair; if it may be cut, with as much of its document as there is room for."""
+    document = pair.document if cut is None else _kept(pair.document, most_characters, cut)
+    scoring, tokenizer = served.info.scoring, served.tokenizer
+    if scoring is None or scoring.template is None:
+        if cut is None:
+            return tokenizer.encode_pair(pair.query, document)
+        return tokenizer.encode_pair(pair.query, document, keep=keep, from_left=cut.from_left)
+    for attempt in range(_CUTS):
+        ids = _templated_pair(pair, document, served, settings)
+        over = len(ids) - keep
+        if cut is None or over <= 0 or not document:
             break
         own = tokenizer.encode(document, add_special_tokens=False)
-        document = tokenizer.decode(own[: max(len(own) - over, 0)], skip_special_tokens=False)
-        found = _whole_pair(pair, document, served, settings)
-    return found
+        num_kept = max(len(own) - over, 0) if attempt < _CUTS - 2 else 0
+        if not num_kept:
+            document = ""
+            continue
+        # Half a character is none.
+        document = tokenizer.decode(_kept(own, num_kept, cut), skip_special_tokens=False).strip("\ufffd")
+    return ids, None
 
 
-def _whole_pair(pair: Pair, document: str, served: Served, settings: Settings) -> _Prompt:
-    scoring = served.info.scoring
-    if scoring is None or scoring.template is None:
-        return served.tokenizer.encode_pair(pair.query, document)
+def _templated_pair(pair: Pair, document: str, served: Served, settings: Settings) -> list[int]:
     messages = [{"role": "query", "content": pair.query}, {"role": "document", "content": document}]
     if pair.instruction is not None:
         messages.insert(0, {"role": "system", "content": pair.instruction})
-    return chat_prompt(Conversation(messages), served.for_scores, settings, is_bounded=False).ids, None
+    return chat_prompt(Conversation(messages), served.for_scores, settings, is_bounded=False).ids
 
 
-def _too_long(where: str, given: str, num_tokens: int, most: int) -> ContextExceeded:
-    error = ContextExceeded(
-        f"This model's maximum context length is {most} tokens. However, `{where}` has {given}. Please "
-        "shorten it, or have it cut. (context_length_exceeded)",
-        num_tokens,
-        most,
-    )
-    error.param, error.field = where, None
+def _too_long(
+    given: Input, cut: Cut | None, num_tokens: int, most: int, *, is_least: bool = False
+) -> ContextExceeded:
+    """Return the refusal of an input; of one that was to be cut it is the query that is too long."""
+    number = f"at least {num_tokens}" if is_least else str(num_tokens)
+    if cut is None:
+        with_query = " with its query" if isinstance(given.content, Pair) else ""
+        message = (
+            f"This model's maximum context length is {most} tokens. However, `{given.where}` has {number}"
+            f"{with_query}. Please shorten it, or have it cut. (context_length_exceeded)"
+        )
+    else:
+        message = (
+            f"At most {most} tokens are kept of `{given.where}` with its query. However, without any of the "
+            f"document there are {number}. Please shorten the query. (context_length_exceeded)"
+        )
+    error = ContextExceeded(message, num_tokens, most)
+    error.param, error.field = given.where, None
     return error
 
 

@@ -168,18 +168,31 @@ class Tokenizer:
             encoding = self._backend.post_process(encoding, None, True)
         return encoding.ids[:keep]
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], int | None]:
+    def encode_pair(
+        self, first: str, second: str, *, keep: int | None = None, from_left: bool = False
+    ) -> tuple[list[int], int | None]:
         """Turn two texts into the ids of one pair, with what the tokenizer puts around and between them.
 
         With the ids comes where the second segment begins, which is marked for models that have token types;
         None where the tokenizer marks none.
 
+        Args:
+            keep: cut the second text, at its end or its beginning, so that there are no more ids than that;
+                there may be nevertheless, without any of it.
+
         Raises:
             InvalidRequest: as `encode`.
         """
         encoding = self._encode(self._backend.encode_batch_fast, (first, second), True)
+        ids = encoding.ids
         types = encoding.type_ids if self._has_token_types else []
-        return encoding.ids, types.index(1) if 1 in types else None
+        over = 0 if keep is None else len(ids) - keep
+        span = _span(encoding.sequence_ids, 1) if over > 0 else None
+        if span is not None:
+            begin, end = span
+            cut = slice(begin, min(begin + over, end)) if from_left else slice(max(end - over, begin), end)
+            del ids[cut], types[cut]
+        return ids, types.index(1) if 1 in types else None
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool, is_marked: bool = False
@@ -255,6 +268,14 @@ class Tokenizer:
         except TypeError:  # said of a string that has no UTF-8
             raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
         return encoding
+
+
+def _span(sequence_ids: Sequence[int | None], wanted: int) -> tuple[int, int] | None:
+    """Return where in a pair's tokens the first or the second text begins and ends; None: it has none."""
+    if wanted not in sequence_ids:
+        return None
+    begin = sequence_ids.index(wanted)
+    return begin, begin + sequence_ids.count(wanted)
 
 
 def _without_marks(offsets: list[tuple[int, int]], text: str, mark: str) -> list[tuple[int, int]]:
