@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,6 +177,42 @@ def test_a_pooling_that_is_not_known_is_a_reason_and_no_failure(tmp_path: Path) 
     with loaded(tmp_path) as (found, _):
         assert found.info.embedding is None
         assert "pooling" in found.info.why_no_pooling
+
+
+def test_layers_behind_the_pooling_must_fit(tmp_path: Path) -> None:
+    save_embedder(tmp_path, modules=("Dense", "Dense"))
+    shutil.copytree(tmp_path / "2_Dense", tmp_path / "3_Dense")
+    with pytest.raises(ModelLoadError, match="takes 64 numbers, and is given 24"), loaded(tmp_path):
+        pass
+
+
+def test_a_dense_layer_behind_the_last_length_is_a_reason(tmp_path: Path) -> None:
+    save_embedder(tmp_path, modules=("Normalize", "Dense"))
+    with loaded(tmp_path) as (found, _):
+        assert found.info.embedding is None
+        assert "not between Pooling and Normalize" in found.info.why_no_pooling
+
+
+@pytest.mark.parametrize("config", [{"false_token_id": 3}, {"true_token_id": -1}, {"true_token_id": "9"}, {}])
+def test_a_score_without_a_yes_is_none(tmp_path: Path, config: dict[str, Any]) -> None:
+    _save_logit_score(tmp_path, config)
+    with loaded(tmp_path) as (found, _):
+        assert found.info.scoring is None
+        assert "LogitScore" in found.info.why_no_pooling
+
+
+def test_tokens_of_a_score_must_be_the_model_s(tmp_path: Path) -> None:
+    _save_logit_score(tmp_path, {"true_token_id": 1000, "false_token_id": 3})
+    with pytest.raises(ModelLoadError, match="tokens that the model lacks"), loaded(tmp_path):
+        pass
+
+
+def _save_logit_score(directory: Path, config: dict[str, Any]) -> None:
+    save_embedder(directory, None, is_bare=False)
+    modules = [{"idx": 0, "path": "1_L", "type": "a.LogitScore"}]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_L").mkdir()
+    (directory / "1_L/config.json").write_text(json.dumps(config))
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:

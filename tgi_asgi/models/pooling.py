@@ -120,6 +120,8 @@ def read_pooling(directory: Path) -> PoolingFiles:
                     if config.get("include_prompt") is False:
                         result["prompts"] = {}  # whose tokens would have to be left out of the pooling
                 case "Dense":
+                    if "kind" not in result or result["is_normalized"]:
+                        raise _Unsupported("a Dense of modules.json is not between Pooling and Normalize")
                     dense.append(_read_dense(path))
                 case "Normalize":
                     result["is_normalized"] = True
@@ -203,5 +205,10 @@ def _floats(file: SafetensorsFile, name: str) -> Floats:
 
 
 def _score_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = [config.get("false_token_id"), config.get("true_token_id")]
-    return tuple(token_id for token_id in ids if type(token_id) is int)
+    """Return the ids of "no", if that is given, and "yes"."""
+    no, yes = config.get("false_token_id"), config.get("true_token_id")
+    given = (yes,) if no is None else (no, yes)
+    ids = tuple(token_id for token_id in given if type(token_id) is int and token_id >= 0)
+    if len(ids) < len(given):
+        raise _Unsupported(f"the tokens {str(given)[:100]} of LogitScore are none")
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import Embedding, ModelInfo, Pooling, PoolingKind, Scoring
+
+logger = logging.getLogger(__name__)
 
 # As Qwen3-Reranker's model card has it; of models that are asked for a "yes".
 RANKING = """\
@@ -51,17 +54,20 @@ def with_pooling(
     """Return what the API says of a model, with how it embeds and scores.
 
     Raises:
-        ModelLoadError: `--score-tokens` are no tokens of the model.
+        ModelLoadError: `--score-tokens` or those of the files are no tokens of the model, or a `Dense` does
+            not fit.
     """
     if info.device != "cpu":
         reason = "embeddings and scores are computed on CPUs only, and this server runs on a GPU"
         return replace(info, generates=config.generates, why_no_pooling=reason)
     kind = files.kind if settings.pooling is None else PoolingKind(settings.pooling)
+    if kind is not None and files.reason:
+        logger.warning("--pooling %s stands for all that the files ask for: %s", kind.value, files.reason)
     longest = min(settings.max_input_tokens or info.max_total_tokens, info.max_total_tokens)
     longest = min(longest, files.max_tokens or longest)
     given: dict[str, Any] = {}
     if kind is not None:
-        dimensions = files.dense[-1].weight.shape[0] if files.dense else config.hidden_size
+        dimensions = _dimensions(config, files)
         given["embedding"] = Embedding(Pooling(kind), dimensions, longest, files.is_normalized, files.prompts)
     tokens = _score_tokens(config, files, settings, text.tokenizer)
     if tokens:
@@ -74,6 +80,17 @@ def with_pooling(
     return replace(info, generates=config.generates and not files.is_told, why_no_pooling=reason, **given)
 
 
+def _dimensions(config: ServedConfig, files: PoolingFiles) -> int:
+    """Return how many numbers a vector has; refuse layers behind the pooling that do not fit together."""
+    dimensions = config.hidden_size
+    for dense in files.dense:
+        num_out, num_in = dense.weight.shape
+        if num_in != dimensions:
+            raise ModelLoadError(f"a Dense of modules.json takes {num_in} numbers, and is given {dimensions}")
+        dimensions = num_out
+    return dimensions
+
+
 def _score_tokens(
     config: ServedConfig, files: PoolingFiles, settings: Settings, tokenizer: Tokenizer
 ) -> tuple[int, ...]:
@@ -81,7 +98,9 @@ def _score_tokens(
     if config.num_labels:
         return tuple(range(config.num_labels)) if config.num_labels <= 2 else ()
     if settings.score_tokens is None:
-        return tuple(token for token in files.score_tokens if token < config.vocab_size)
+        if any(token >= config.vocab_size for token in files.score_tokens):
+            raise ModelLoadError(f"LogitScore names tokens that the model lacks: {files.score_tokens}")
+        return files.score_tokens
     words = settings.score_tokens.split(",")
     found = [tokenizer.encode(word, add_special_tokens=False) for word in words]
     if len(found) > 2 or any(len(ids) != 1 for ids in found):
