@@ -81,7 +81,7 @@ def _has_same_bits(model: EncoderModel) -> bool:
 
 
 def _relative(found: Floats, wanted: Floats) -> float:
-    if found.shape != wanted.shape or not np.isfinite(found).all():
+    if found.shape != wanted.shape or not (np.isfinite(found).all() and np.isfinite(wanted).all()):
         return float("inf")
     return float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-9))
 

@@ -119,8 +119,8 @@ class _Probe:
             self.problems.append("a layer attends to something other than the prompt")
         reach: Reach | None = Reach()
         if isinstance(attention_mask, Tensor):
-            number = int(attention_mask.reshape(-1)[0]) - _FIRST
-            reach = self._reaches[number] if 0 <= number < len(self._reaches) else None
+            number = attention_mask.reshape(-1)[0].item() - _FIRST  # infinite, where it is the model's own
+            reach = self._reaches[int(number)] if 0 <= number < len(self._reaches) else None
         elif kwargs.get("is_causal", getattr(module, "is_causal", True)):
             reach = Reach(after=0)
         if reach is None:
