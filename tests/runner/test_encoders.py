@@ -226,6 +226,21 @@ def test_what_does_not_embed_is_refused_before_weights_are_read(
         pass
 
 
+def test_states_have_the_width_that_the_api_tells(tmp_path: Path) -> None:
+    sizes = {"attn_layers": ["local", "local"], "attention_head_size": 16, "axial_pos_embds": False}
+    save_encoder(tmp_path, "Reformer", is_decoder=False, local_attn_chunk_length=32, **sizes)
+    with pytest.raises(ModelLoadError, match=r"\(27, 128\), and its hidden size is 64"), loaded(tmp_path):
+        pass
+
+
+def test_code_that_attends_by_itself_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
+    save_encoder(tmp_path, "T5", "EncoderModel")
+    edit(tmp_path / "config.json", max_position_embeddings=None)
+    with loaded(tmp_path) as (found, runner):
+        assert found.info.embedding is not None
+        assert found.info.embedding.max_tokens == runner.max_context == 8192  # of four heads: 1 GiB
+
+
 def test_a_gpu_is_no_place_for_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_encoder(tmp_path, "Bert")
     monkeypatch.setattr("tgi_asgi.runner.cuda_load.find_device", object)

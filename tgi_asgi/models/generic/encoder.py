@@ -8,6 +8,7 @@ by side; else one after the other, by the model's own code.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from tgi_asgi.models.loading import NamedWeights, Weights
 
 _CLASSIFIER = "ForSequenceClassification"
 _HEADS = ("ForMaskedLM", "ForPreTraining")  # which give tokens: states are what comes before
+_MOST_SCORES = 1 << 28  # of one layer's [heads, tokens, tokens], where a model's own code attends: 1 GiB
 _POSITIONS = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
 
 
@@ -117,6 +119,8 @@ class OpenEncoder:
                 raise ModelLoadError(f"{self.architecture} pools within its own code")
         except ModelLoadError as error:
             layers, reason = [], str(error)
+            num_heads = int(getattr(text, "num_attention_heads", 0)) or 16
+            context = min(context, math.isqrt(_MOST_SCORES // num_heads))
         has_types = "token_type_ids" in inspect.signature(base.forward).parameters
         return EncoderConfig(
             architecture=self.architecture,

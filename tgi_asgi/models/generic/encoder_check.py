@@ -58,6 +58,11 @@ def _difference(model: EncoderModel) -> tuple[float, str]:
         ]
         pairs: list[tuple[str, Floats, Floats]] = []
         for prompt, (states, logits) in zip(prompts, found, strict=True):
+            if states.shape != (len(prompt.ids), model.config.hidden_size):
+                raise ValueError(
+                    f"{len(prompt.ids)} tokens have states of shape {states.shape}, and its hidden size is "
+                    f"{model.config.hidden_size}"
+                )
             wanted_states, wanted_logits = _eager(model, prompt)
             pairs.append(("states", states, wanted_states))
             if logits is not None and wanted_logits is not None:
