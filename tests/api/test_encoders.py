@@ -108,7 +108,7 @@ async def test_an_encoder_does_not_generate(tmp_path: Path) -> None:
             assert answer.status_code == 400
             assert answer.json()["error"]["code"] == "model_not_supported"
         info = (await server.http.get("/info")).json()
-        assert info["model_id"] == "tiny"
+        assert (info["model_id"], info["model_pipeline_tag"]) == ("tiny", "feature-extraction")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, mode) in RECORDED.items() if mode])

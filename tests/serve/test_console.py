@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 
 from tgi_asgi.serve.console import Console, describe, example
 from tgi_asgi.settings import MIB, Settings
-from tgi_asgi.types import ModelInfo
+from tgi_asgi.types import ModelInfo, Pooling, PoolingKind, Scoring
 
 INFO = ModelInfo(
     model_id="org/name",
@@ -39,9 +40,17 @@ def test_the_summary_has_what_a_person_wants_to_know() -> None:
 
 
 def test_the_example_fits_the_model_and_the_keys() -> None:
-    assert "/v1/chat/completions" in example("http://h:1", has_chat=True, has_key=False)
-    assert "/generate" in example("http://h:1", has_chat=False, has_key=False)
-    assert "Bearer $API_KEY" in example("http://h:1", has_chat=True, has_key=True)
+    assert "/v1/chat/completions" in example(INFO, "http://h:1", has_chat=True, has_key=False)
+    assert "/generate" in example(INFO, "http://h:1", has_chat=False, has_key=False)
+    assert "Bearer $API_KEY" in example(INFO, "http://h:1", has_chat=True, has_key=True)
+    embeds = replace(INFO, generates=False)
+    assert "/v1/embeddings" in example(embeds, "http://h:1", has_chat=True, has_key=False)
+    scores = replace(embeds, scoring=Scoring(Pooling(PoolingKind.LOGITS, (0,)), 512))
+    assert "/rerank" in example(scores, "http://h:1", has_chat=False, has_key=False)
+
+
+def test_a_model_that_keeps_nothing_has_no_cache_to_tell_of() -> None:
+    assert "KV cache" not in describe(replace(INFO, kv_bytes=0), "http://h:1", 1)
 
 
 def test_the_example_has_the_key_where_keys_come_from_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ class Console:
             return
         print(describe(info, url, seconds), end="\n\n")
         has_key = bool(self._settings.api_key or self._settings.api_key_file)
-        print("Try it:", example(url, has_chat=has_chat, has_key=has_key), sep="\n")
+        print("Try it:", example(info, url, has_chat=has_chat, has_key=has_key), sep="\n")
         sys.stdout.flush()
 
     def _draw(self, stage: str, done: int, total: int | None) -> None:
@@ -86,16 +86,20 @@ def describe(info: ModelInfo, url: str, seconds: float) -> str:
         "Architecture": info.architecture,
         "Arithmetic": f"{info.dtype} on {info.device}, {info.num_threads} threads",
         "Context": f"{info.max_total_tokens:,} tokens",
-        "KV cache": f"{info.kv_tokens:,} tokens, {size}",
+        **({"KV cache": f"{info.kv_tokens:,} tokens, {size}"} if info.kv_bytes else {}),  # an encoder's: none
         "Ready": f"{url} after {seconds:.1f} s",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
-def example(url: str, *, has_chat: bool, has_key: bool) -> str:
+def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:
     """Return a curl line that works as it stands."""
     path, body = "/generate", '{"inputs": "The sky is", "parameters": {"max_new_tokens": 20}}'
-    if has_chat:
+    if not info.generates and info.scoring is not None:
+        path, body = "/rerank", '{"query": "deep learning", "documents": ["cooking", "neural networks"]}'
+    elif not info.generates:
+        path, body = "/v1/embeddings", '{"input": "What is deep learning?"}'
+    elif has_chat:
         path = "/v1/chat/completions"
         body = (
             '{"model": "tgi", "messages": [{"role": "user", "content": "What is deep learning?"}], '

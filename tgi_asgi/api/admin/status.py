@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 import tgi_asgi
+from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.api.limits import Limits
 from tgi_asgi.errors import UnknownModel
@@ -54,7 +55,7 @@ async def info(exchange: Exchange) -> None:
     payload = {
         "model_id": model.model_id,
         "model_sha": model.revision,
-        "model_pipeline_tag": "image-text-to-text" if served.accepts_images else "text-generation",
+        "model_pipeline_tag": _task(served),
         "model_dtype": model.dtype,
         "model_device_type": model.device.partition(":")[0],
         "model_impl": model.implementation,
@@ -75,6 +76,13 @@ async def info(exchange: Exchange) -> None:
         "docker_label": os.environ.get("DOCKER_LABEL"),
     }
     await exchange.respond_json(payload)
+
+
+def _task(served: Served) -> str:
+    """Return what the model is for, by the Hub's name of it."""
+    if served.info.generates:
+        return "image-text-to-text" if served.accepts_images else "text-generation"
+    return "text-ranking" if served.info.scoring is not None else "feature-extraction"
 
 
 async def tokenizer_info(exchange: Exchange) -> None:
