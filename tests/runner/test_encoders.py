@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.support.encoders import logits_of, random_ids, save_encoder, states_of
-from tests.support.pooled import edit, files_of, pooled
+from tests.support.pooled import edit, files_of, pooled, save_embedder, states
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.generic.reach import Reach, reach_of
 from tgi_asgi.models.generic.whole import WholeLayers
@@ -293,6 +293,18 @@ def test_a_config_may_make_a_decoder_of_an_encoder(tmp_path: Path) -> None:
         [short] = vectors(runner, Pooling(PoolingKind.CLS), [[5, 6]])
         [longer] = vectors(runner, Pooling(PoolingKind.CLS), [[5, 7, 8]])
     np.testing.assert_allclose(short, longer, atol=1e-5)
+
+
+def test_a_decoder_may_look_ahead_if_it_only_embeds(tmp_path: Path) -> None:
+    model = save_embedder(tmp_path, "mean_tokens", architecture="Qwen3Model")
+    edit(tmp_path / "config.json", is_causal=False)
+    model.config.is_causal = False
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    prompts = [random_ids(length, length) for length in (5, 1, 100)]
+    with loaded(tmp_path, model_impl="auto") as (_, runner):
+        for ids, vector in zip(prompts, vectors(runner, Pooling(PoolingKind.MEAN), prompts), strict=True):
+            agree(vector, pooled(states(model, ids), "mean_tokens"))
 
 
 @pytest.mark.parametrize("before", [None, 0, 4, 300])

@@ -66,8 +66,7 @@ class OpenModel:
         else:
             config = read_json(files.path / "config.json")
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
-            is_native = has_architecture(architecture_of(config))
-            if model_impl == "native" or (model_impl == "auto" and is_native):
+            if model_impl == "native" or (model_impl == "auto" and is_native(config)):
                 self._model = self._open_native(config)
             elif gives_vectors(config):
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
@@ -184,6 +183,22 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return str(config["architectures"][0])
 
 
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Tell whether a family of ours has the architecture of a config.json, and does what that says.
+
+    One that embeds with tokens that see those that follow is left to the code of `transformers`.
+
+    Raises:
+        ModelLoadError: it names no architecture.
+    """
+    is_ours = has_architecture(architecture_of(config))
+    return is_ours and not (_sees_ahead(config) and gives_vectors(config))
+
+
+def _sees_ahead(config: Mapping[str, Any]) -> bool:
+    return config.get("is_causal") is False or config.get("use_bidirectional_attention") not in (None, False)
+
+
 def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     """Read a `config.json`: which family it is of, and what it says.
 
@@ -192,7 +207,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     """
     name = architecture_of(config)
     check(
-        config.get("is_causal") is not False and config.get("use_bidirectional_attention") in (None, False),
+        not _sees_ahead(config),
         "config.json says that tokens see those that follow, which this architecture's code does not do here",
     )
     family, found = _read(find_by_architecture(name), Reader.of_json(config))
