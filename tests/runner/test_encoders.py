@@ -15,8 +15,9 @@ import torch
 from tests.support.encoders import logits_of, random_ids, save_encoder, states_of
 from tests.support.pooled import edit, files_of, pooled, save_embedder, states
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic import encoder_check
 from tgi_asgi.models.generic.reach import Reach, reach_of
-from tgi_asgi.models.generic.whole import WholeLayers
+from tgi_asgi.models.generic.whole import WholeLayers, _Probe
 from tgi_asgi.ops import PlanError
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.load import LoadedModel, load
@@ -196,6 +197,20 @@ def test_a_fault_of_ours_does_not_pass_the_check(
         loaded(tmp_path),
     ):
         pass
+
+
+def test_what_is_no_number_does_not_pass_the_check() -> None:
+    good, bad = np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
+    assert encoder_check._relative(good, good) == 0
+    for found, wanted in ((bad, good), (good, bad), (bad, bad)):
+        assert encoder_check._relative(found, wanted) == float("inf")
+
+
+def test_a_mask_of_the_model_s_own_is_a_reason_to_leave_it_to_its_code() -> None:
+    probe = _Probe(16)
+    states = torch.zeros(1, 2, 4, 8)
+    probe.attend(torch.nn.Identity(), states, states, states, torch.full((1, 1, 4, 4), float("-inf")))
+    assert probe.problems == ["a layer has a mask that is no window, or that its own code makes"]
 
 
 def test_the_layers_of_a_step_must_be_those_that_were_found() -> None:

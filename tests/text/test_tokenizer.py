@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
 from tgi_asgi.formats.gguf import GgufFile
@@ -221,3 +221,29 @@ class TestConfiguration:
         Backend(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ModelLoadError, match=r"decoder \(none\) is not supported"):
             Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("has_types", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_pair_loses_of_its_second_text_what_tokenizers_cuts(has_types: bool, side: str) -> None:
+    words = {word: at for at, word in enumerate(["[CLS]", "[SEP]", "a", "b", "c", "d"])}
+    backend = Backend(models.WordPiece(words, unk_token="[CLS]"))
+    backend.decoder = decoders.WordPiece()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = int(has_types)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair=f"[CLS] $A [SEP] $B:{second} [SEP]:{second}",
+        special_tokens=[("[CLS]", 0), ("[SEP]", 1)],
+    )
+    tokenizer = Tokenizer(Backend.from_str(backend.to_str()), {})
+    texts = ("a b", "c d d c d")
+    whole = backend.encode(*texts).ids
+    for keep in range(6, 13):
+        backend.enable_truncation(keep, strategy="only_second", direction=side)
+        wanted = backend.encode(*texts)
+        ids, start = tokenizer.encode_pair(*texts, keep=keep, from_left=side == "left")
+        assert ids == wanted.ids
+        assert start == (4 if has_types else None)
+    assert tokenizer.encode_pair(*texts, keep=None)[0] == whole
+    assert tokenizer.encode_pair(*texts, keep=2)[0] == [0, 2, 3, 1, 1]
