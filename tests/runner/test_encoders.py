@@ -242,7 +242,11 @@ def test_what_does_not_embed_is_refused_before_weights_are_read(
 
 
 def test_states_have_the_width_that_the_api_tells(tmp_path: Path) -> None:
-    sizes = {"attn_layers": ["local", "local"], "attention_head_size": 16, "axial_pos_embds": False}
+    sizes: dict[str, Any] = {
+        "attn_layers": ["local", "local"],
+        "attention_head_size": 16,
+        "axial_pos_embds": False,
+    }
     save_encoder(tmp_path, "Reformer", is_decoder=False, local_attn_chunk_length=32, **sizes)
     with pytest.raises(ModelLoadError, match=r"\(27, 128\), and its hidden size is 64"), loaded(tmp_path):
         pass
