@@ -73,10 +73,10 @@ class EncoderConfig:
         return True
 
 
-def gives_vectors(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json is of a model without a head that gives the tokens of a text."""
-    name = str(config["architectures"][0])
-    return name.endswith(("Model", _CLASSIFIER, *_HEADS)) and not name.endswith(("LMHeadModel", "HeadsModel"))
+def gives_vectors(architecture: str) -> bool:
+    """Tell whether an architecture is of a model without a head that gives the tokens of a text."""
+    is_head = architecture.endswith(("LMHeadModel", "HeadsModel"))
+    return architecture.endswith(("Model", _CLASSIFIER, *_HEADS)) and not is_head
 
 
 class OpenEncoder:

@@ -65,10 +65,11 @@ class OpenModel:
             self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
             config = read_json(files.path / "config.json")
+            architecture = architecture_of(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
                 self._model = self._open_native(config)
-            elif gives_vectors(config):
+            elif gives_vectors(architecture):
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
                 self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
@@ -191,8 +192,8 @@ def is_native(config: Mapping[str, Any]) -> bool:
     Raises:
         ModelLoadError: it names no architecture.
     """
-    is_ours = has_architecture(architecture_of(config))
-    return is_ours and not (_sees_ahead(config) and gives_vectors(config))
+    architecture = architecture_of(config)
+    return has_architecture(architecture) and not (_sees_ahead(config) and gives_vectors(architecture))
 
 
 def _sees_ahead(config: Mapping[str, Any]) -> bool:
