@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.support import at_once
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.packing import PackedLinear
@@ -101,9 +102,9 @@ def packed(data: _Bytes, name: str, rows: int, columns: int) -> _C.Matrix:
 
 
 def product(a: Tensor, matrix: _C.Matrix, precision: str, bias: Tensor | None = None) -> Tensor:
-    """Return `a @ W.T (+ bias)` by the operator at once; the bias has an element for each stored row."""
+    """Return `a @ W.T (+ bias)` by the operator; the bias has an element for each stored row."""
     made = PackedLinear(matrix, precision, None if bias is None else bias.numpy())
-    return ops.linear(a, ops.LinearWeight(matrix.num_rows, matrix.num_columns, made))
+    return at_once.linear(a, ops.LinearWeight(matrix.num_rows, matrix.num_columns, made))
 
 
 def rounded(x: Tensor, precision: str) -> Tensor:

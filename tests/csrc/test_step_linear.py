@@ -10,6 +10,7 @@ import torch
 
 from tests.ops.helpers import FAST, as_int8, with_each_kernel_set
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.support import at_once
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
@@ -24,19 +25,19 @@ def weight_of(format: str, rows: int = HIDDEN) -> tuple[ops.LinearWeight, torch.
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_1", "Q5_K", "BF16", "F16"])
 def test_a_row_has_the_same_bits_in_any_batch_and_team(format: str, kernel_set: str) -> None:
     a, (weight, _) = torch.randn(20, HIDDEN), weight_of(format, rows=100)
-    alone = torch.cat([ops.linear(a[row : row + 1], weight) for row in range(20)])
+    alone = torch.cat([at_once.linear(a[row : row + 1], weight) for row in range(20)])
     order = torch.randperm(20)
     for threads in (1, 2, 3):
         _C.set_num_threads(threads)
         for size in (2, 3, 4, 5, 6, 7, 8, 13, 20):
-            assert_same_bits(ops.linear(a[:size], weight), alone[:size])
-        assert_same_bits(ops.linear(a[order], weight), alone[order])
+            assert_same_bits(at_once.linear(a[:size], weight), alone[:size])
+        assert_same_bits(at_once.linear(a[order], weight), alone[order])
 
 
 @pytest.mark.parametrize("format", ["Q8_0", "Q4_0", "Q6_K", "F32"])
 def test_products_have_the_same_bits_with_every_set_of_kernels(format: str) -> None:
     a, (weight, _) = torch.randn(7, HIDDEN), weight_of(format)
-    results = list(with_each_kernel_set(lambda: ops.linear(a, weight)))
+    results = list(with_each_kernel_set(lambda: at_once.linear(a, weight)))
     for _, result in results[1:]:
         assert_same_bits(result, results[0][1])
 
@@ -45,7 +46,7 @@ def test_products_have_the_same_bits_with_every_set_of_kernels(format: str) -> N
 def test_what_is_not_finite_is_not_hidden_by_eight_bits(value: float, kernel_set: str) -> None:
     a, (weight, _) = torch.randn(3, HIDDEN), weight_of("Q4_1")
     a[1, 40] = value
-    found = ops.linear(a, weight)
+    found = at_once.linear(a, weight)
     assert not torch.isfinite(found[1]).any()
     assert torch.isfinite(found[[0, 2]]).all()
 
@@ -54,7 +55,7 @@ def test_values_of_any_size_are_rounded_block_by_block(kernel_set: str) -> None:
     a, (weight, matrix) = torch.randn(6, HIDDEN), weight_of("Q8_0")
     a *= torch.tensor([1e-25, 1e-6, 1.0, 1e4, 1e12, 1e25])[:, None]
     a[:, 32:64] *= 1e-5  # a block of small values beside large ones
-    found = ops.linear(a, weight)
+    found = at_once.linear(a, weight)
     for row in range(6):
         assert_close(found[row], as_int8(a[row : row + 1])[0] @ matrix.double().T, length=HIDDEN)
 
@@ -63,4 +64,4 @@ def test_a_row_of_zeros_gives_the_bias_alone(kernel_set: str) -> None:
     bias = torch.randn(100)
     source = random_weight("Q4_0", 100, HIDDEN, seed=1)
     weight = ops.linear_weight(source, FAST, bias=ops.from_floats(bias))
-    assert torch.equal(ops.linear(torch.zeros(1, HIDDEN), weight)[0], bias)
+    assert torch.equal(at_once.linear(torch.zeros(1, HIDDEN), weight)[0], bias)

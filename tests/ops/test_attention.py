@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tests.reference.attention import attention as reference
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
+from tests.support import at_once
 from tests.support.batches import flat_rows, random_blocks, slots_of
 from tests.support.kv import poisoned_pool, read_kv, write_kv
 from tgi_asgi import _C
-from tgi_asgi.ops import FlatRows, attention
+from tgi_asgi.ops import FlatRows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # Queries and weights of bfloat16 are rounded; queries for an int8 cache have 16 bits, weights 15.
@@ -66,7 +67,7 @@ class Sequences:
             write_kv(layer, slots, keys, values, self.rotary_dim)
         spans = [(context - len(q), context) for _, context, q in parts]
         q = torch.cat([q for _, _, q in parts]).flatten(1)
-        return attention(
+        return at_once.attention(
             q, layer, self.head_dim**-0.5, window=self.window, rotary_dim=self.rotary_dim,
             batch=flat_rows(spans, blocks, self.block_size), **self.rules,
         )  # fmt: skip
@@ -198,7 +199,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kernel_set: str, dtype: to
     assert_close(world.run([(0, 600, q)]), expected, length=20000, dtype=dtype)
 
 
-def call(q: Tensor | None = None, *, window: int | None = None, **changes: Any) -> Tensor:
+def call(*, window: int | None = None, **changes: Any) -> Tensor:
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32, num_blocks=4).layers[0]
     operands: dict[str, Any] = {
         "ids": np.zeros(2, np.int32), "positions": np.array([18, 19]), "slots": np.array([18, 19]),
@@ -206,7 +207,7 @@ def call(q: Tensor | None = None, *, window: int | None = None, **changes: Any) 
         "block_table": np.array([[3, 1]], np.int32),
     }  # fmt: skip
     batch = FlatRows(**operands | changes)
-    return attention(torch.randn(2, 32) if q is None else q, layer, 1.0, window=window, batch=batch)
+    return at_once.attention(torch.randn(2, 32), layer, 1.0, window=window, batch=batch)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +224,6 @@ def call(q: Tensor | None = None, *, window: int | None = None, **changes: Any) 
         ({"positions": np.array([1])}, "`positions` and `slots` have an entry a token"),
         ({"slots": np.array([0, 64])}, r"`slots`\[1\] must be in \[0, 64\), got 64"),
         ({"window": 0}, "`window` must be positive, got 0"),
-        ({"q": torch.randn(3, 32)}, "the same number of tokens"),
-        ({"q": torch.randn(2, 32).double()}, r"must be float32 \[n_tokens, columns\]"),
-        ({"q": torch.randn(2, 2, 16)}, r"must be float32 \[n_tokens, columns\]"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import activate, linear
+from tests.support import at_once
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
@@ -28,7 +29,7 @@ def test_the_activation_equals_the_reference(
     assert weight.intermediate_size == size
     a = torch.randn(tokens, hidden)
     expected = activate(linear(a, gate, biases[0]), activation) * linear(a, up, biases[1])
-    assert_close(ops.gate_up(a, weight, activation), expected, length=2 * hidden)
+    assert_close(at_once.gate_up(a, weight, activation), expected, length=2 * hidden)
 
 
 @pytest.mark.parametrize("packing", [EXACT, FAST], ids=["exact", "fast"])
@@ -49,7 +50,7 @@ def test_gate_and_up_may_be_of_different_formats(
         linear(rounded(a, part.precision), meaning(source), bias)
         for part, source, bias in zip((parts[0], parts[-1]), sources, biases, strict=True)
     )
-    assert_close(ops.gate_up(a, weight), activate(gate, "silu") * up, length=4 * 96)
+    assert_close(at_once.gate_up(a, weight), activate(gate, "silu") * up, length=4 * 96)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -60,7 +61,7 @@ def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats:
         ops.from_floats(values.to(torch.bfloat16 if format == "BF16" else torch.float32))
         for values, format in zip((gate, torch.ones_like(gate)), formats, strict=True)
     ]
-    out = ops.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)
+    out = at_once.gate_up(torch.ones(1, 1), ops.gate_up_weight(sources[0], sources[1], EXACT), activation)
     torch.testing.assert_close(out, gate.T.clamp_min(0), atol=1e-30, rtol=1e-6)
 
 
@@ -68,18 +69,18 @@ def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats:
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads: int) -> None:
     weight = ops.gate_up_weight(random_source(100, 72)[1], random_source(100, 72)[1], FAST)
     a = torch.randn(20, 72)
-    alone = torch.cat([ops.gate_up(a[row : row + 1], weight) for row in range(20)])
+    alone = torch.cat([at_once.gate_up(a[row : row + 1], weight) for row in range(20)])
     _C.set_num_threads(threads)
     for size in (1, 2, 7, 20):
-        assert_same_bits(ops.gate_up(a[:size], weight), alone[:size])
+        assert_same_bits(at_once.gate_up(a[:size], weight), alone[:size])
 
 
 def test_an_unknown_activation_and_unequal_halves_are_refused() -> None:
     source = random_source(4, 8)[1]
     weight = ops.gate_up_weight(source, source, EXACT)
     with pytest.raises(ValueError, match="`activation` must be one of silu, gelu_tanh, got relu"):
-        ops.gate_up(torch.randn(1, 8), weight, "relu")
+        at_once.gate_up(torch.randn(1, 8), weight, "relu")
     with pytest.raises(ValueError, match="must have one shape"):
         ops.gate_up_weight(source, random_source(5, 8)[1], EXACT)
     with pytest.raises(ValueError, match="`gate_up` takes 8 columns as `a`, not 7"):
-        ops.gate_up(torch.randn(1, 7), weight)
+        at_once.gate_up(torch.randn(1, 7), weight)

@@ -8,6 +8,7 @@ import torch
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear
+from tests.support import at_once
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
@@ -27,11 +28,9 @@ def test_products_of_any_size_equal_the_reference(
     weight = ops.linear_weight(source, packing, bias=bias_source)
     assert (weight.rows, weight.columns) == (rows, columns)
     a, x = torch.randn(tokens, columns), torch.randn(tokens, rows)
-    before = x.clone()
     expected = linear(rounded(a, weight.made.precision), meaning(source), bias)
-    assert_close(ops.linear(a, weight), expected, length=columns + 2)
-    assert ops.linear_add(a, weight, x, -0.4) is x
-    assert_close(x, before.double() - 0.4 * expected, length=columns + 3)
+    assert_close(at_once.linear(a, weight), expected, length=columns + 2)
+    assert_close(at_once.linear_add(a, weight, x, -0.4), x.double() - 0.4 * expected, length=columns + 3)
 
 
 @pytest.mark.parametrize(("format", "columns"), [("Q8_0", 96), ("Q4_0", 32), ("Q5_1", 224), ("Q6_K", 512)])
@@ -44,8 +43,8 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
     assert weight.made.precision == "int8"
     a = torch.randn(9, columns)
     expected = linear(rounded(a, "int8"), meaning(source))
-    assert_close(ops.linear(a, weight), expected, length=columns)
-    assert_close(ops.linear(a, biased), expected + bias.double(), length=columns)
+    assert_close(at_once.linear(a, weight), expected, length=columns)
+    assert_close(at_once.linear(a, biased), expected + bias.double(), length=columns)
 
 
 @pytest.mark.parametrize("format", ["F32", "BF16", "Q4_1"])
@@ -53,17 +52,17 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads: int, format: str) -> None:
     weight = ops.linear_weight(random_weight(format, 100, 96, seed=1), FAST)
     a, x = torch.randn(20, 96), torch.randn(20, 100)
-    alone = torch.cat([ops.linear_add(a[r : r + 1], weight, x[r : r + 1].clone()) for r in range(20)])
+    alone = torch.cat([at_once.linear_add(a[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
     _C.set_num_threads(threads)
     for size in (1, 2, 3, 6, 7, 20):
-        assert_same_bits(ops.linear_add(a[:size], weight, x[:size].clone()), alone[:size])
+        assert_same_bits(at_once.linear_add(a[:size], weight, x[:size]), alone[:size])
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(5, 7)[1], EXACT)
     with pytest.raises(ValueError, match="`linear_add` takes 7 columns as `a`, not 6"):
-        ops.linear_add(torch.randn(2, 6), weight, torch.randn(2, 5))
+        at_once.linear_add(torch.randn(2, 6), weight, torch.randn(2, 5))
     with pytest.raises(ValueError, match="`linear_add` takes 5 columns as `x`, not 7"):
-        ops.linear_add(torch.randn(2, 7), weight, torch.randn(2, 7))
+        at_once.linear_add(torch.randn(2, 7), weight, torch.randn(2, 7))
     with pytest.raises(ValueError, match="`linear` takes 7 columns as `a`, not 5"):
-        ops.linear(torch.randn(2, 5), weight)
+        at_once.linear(torch.randn(2, 5), weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.ops.helpers import EXACT, random_source, rope_table
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.layers import linear, rms_norm, rotate
+from tests.support import at_once
 from tests.support.batches import flat_rows
 from tests.support.blocks import meaning, random_weight
 from tests.support.kv import poisoned_pool, read_kv
@@ -82,7 +83,7 @@ class Case:
         free = torch.randperm(NUM_BLOCKS).tolist()
         blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
         batch = flat_rows(spans, blocks, block_size)
-        q = ops.qkv(a, self.weight, layer, self.rope, batch)
+        q = at_once.qkv(a, self.weight, layer, self.rope, batch)
         return q.view(len(a), self.heads, self.head_dim), layer, torch.from_numpy(batch.slots)
 
 
@@ -169,7 +170,7 @@ def test_only_the_slots_asked_for_are_written(
 def run_without_queries(
     case: Case, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int
 ) -> tuple[ops.KvLayer, Tensor]:
-    """Record qkv alone: at once the queries for an int8 cache could not be returned."""
+    """Run qkv without a look at its queries: those for an int8 cache cannot be read."""
     layer = poisoned_pool(
         num_layers=2, num_blocks=NUM_BLOCKS, num_kv_heads=case.kv_heads, head_dim=case.head_dim,
         block_size=block_size, dtype=dtype,
@@ -226,7 +227,7 @@ def test_bfloat16_rounds_to_the_nearest_even_and_keeps_nan(kernel_set: str) -> N
 def test_no_tokens_write_nothing() -> None:
     case = Case()
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
-    assert ops.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
+    assert at_once.qkv(torch.empty(0, 37), case.weight, layer, case.rope).shape == (0, 48)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_places_out_of_range_are_refused_before_anything_is_written(
     names = ("ids", "positions", "slots", "query_start", "context_len", "block_table")
     batch = ops.FlatRows(**{name: getattr(good, name) for name in names} | change)
     with pytest.raises(ValueError, match=message):
-        ops.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
+        at_once.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
     assert (pool.native.memory() == 0xFF).all()
 
 
@@ -265,7 +266,7 @@ def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
     weight = ops.qkv_weight(query, key, key, EXACT, **sizes)
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
     with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
-        ops.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
+        at_once.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))
 
 
 def test_a_rope_table_has_the_angles_of_transformers() -> None:

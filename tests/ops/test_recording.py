@@ -86,11 +86,11 @@ def test_what_is_no_value_is_refused(operator: str, given: object) -> None:
 def test_tensors_and_values_do_not_mix() -> None:
     values = Values()
     with pytest.raises(TypeError, match="`linear_add` takes a residual as `x`, not Tensor"):
-        ops.linear_add(values.activation, values.square, torch.randn(2, 48))  # type: ignore[type-var]
+        ops.linear_add(values.activation, values.square, torch.randn(2, 48))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`norm_add` takes a residual as `x`, not Tensor"):
-        ops.norm_add(values.rows, values.ones, 1e-5, torch.randn(2, 48))  # type: ignore[type-var]
+        ops.norm_add(values.rows, values.ones, 1e-5, torch.randn(2, 48))  # type: ignore[arg-type]
     with pytest.raises((TypeError, AttributeError)):
-        ops.linear_add(torch.randn(2, 48), values.square, values.residual)  # type: ignore[type-var]
+        ops.linear_add(torch.randn(2, 48), values.square, values.residual)  # type: ignore[arg-type]
 
 
 def test_a_value_fails_where_torch_would_compute() -> None:

@@ -1,8 +1,8 @@
 """The public operators, and the constructors of what they work on. All that `models/` knows of arithmetic.
 
-An operator is given values while a model is recorded (`Recorder`), or tensors, and then runs at once. Each
-has one file here, a float64 reference in tests/reference and a test. Weights and caches are opaque above this
-line: their layout is the kernels' own affair.
+An operator is given values while a model is recorded (`Recorder`). Each has one file here, a float64
+reference in tests/reference and a test. Models that compute in torch call `direct` and `PagedAttention` with
+tensors. Weights and caches are opaque above this line: their layout is the kernels' own affair.
 """
 
 from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows

@@ -124,8 +124,6 @@ class CpuProgram:
 
     def read(self, value: Value, num_tokens: int) -> Tensor:
         """Return an output [n_tokens, columns] float32, a copy."""
-        if value.kind is Kind.LOGITS:
-            return torch.from_numpy(self.native.run_head(range(num_tokens)).copy())
         if value.kind is Kind.QUERY:
             return self._read_query(value, num_tokens)
         if value.kind is Kind.ACTIVATION:
@@ -148,13 +146,13 @@ class CpuProgram:
         array = torch.from_numpy(self._calls.buffers.of(value, "query").array()[:num_tokens])
         dtype = {4: torch.float32, 2: torch.bfloat16}.get(array.shape[1] // (heads * head_dim))
         if dtype is None or array.shape[1] != heads * head_dim * dtype.itemsize:
-            raise ValueError("queries for an int8 cache are integers: at once, take a cache of floats")
+            raise ValueError("queries for an int8 cache are integers: take a cache of floats")
         dims = layout.kept_dims(head_dim, rotary, is_paired=dtype is torch.bfloat16)
         out = torch.empty(num_tokens, heads, head_dim)
         out[..., torch.from_numpy(dims)] = (
             array.contiguous().view(dtype).view(num_tokens, heads, head_dim).float()
         )
-        return out.view(num_tokens, -1)
+        return out.flatten(1)
 
     def _columns(self, value: Value) -> int:
         """Return what an input has as rows: of queries whole strips a head."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.at_once import at_once
-from tgi_asgi.ops.values import Kind, Operand, recorder_of
+from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import GateUpWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def gate_up(a: Operand, weight: GateUpWeight, activation: str = "silu") -> Operand:
+def gate_up(a: Value, weight: GateUpWeight, activation: str = "silu") -> Value:
     """Return the activation f(a @ gate.T) * (a @ up.T), [n_tokens, intermediate].
 
     Source: Shazeer, GLU Variants Improve Transformer, equation 5 and following.
@@ -22,8 +19,6 @@ def gate_up(a: Operand, weight: GateUpWeight, activation: str = "silu") -> Opera
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation}")
-    if isinstance(a, Tensor):
-        return at_once(lambda _, a: gate_up(a, weight, activation), (a, Kind.ACTIVATION))
     recorder = recorder_of("gate_up", a=(a, Kind.ACTIVATION, weight.columns))
     out = recorder.value(Kind.ACTIVATION, weight.intermediate_size)
     return recorder.note(calls.GateUp(out, a, weight, activation))

@@ -5,30 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.at_once import at_once
-from tgi_asgi.ops.values import Kind, Operand, recorder_of
+from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
-def norm(x: Operand, weight: Tensor, eps: float) -> Operand:
+def norm(x: Value, weight: Tensor, eps: float) -> Value:
     """Normalise the residual x [n_tokens, hidden] to the activation `x / rms(x) * weight`.
 
     weight: [hidden] float32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4.
     """
-    if isinstance(x, Tensor):
-        return at_once(lambda _, x: norm(x, weight, eps), (x, Kind.RESIDUAL))
     recorder = recorder_of("norm", x=(x, Kind.RESIDUAL, weight.numel()))
     return recorder.note(calls.Norm(recorder.value(Kind.ACTIVATION, x.columns), x, weight, eps))
 
 
-def norm_add(rows: Operand, weight: Tensor, eps: float, x: Operand, factor: float = 1.0) -> Operand:
+def norm_add(rows: Value, weight: Tensor, eps: float, x: Value, factor: float = 1.0) -> Value:
     """Add `factor * rows / rms(rows) * weight` to the residual x in place, and return it.
 
     rows: [n_tokens, hidden], of `linear`: the norm behind a product that OLMo 2 and Gemma 2 have.
     """
-    if isinstance(rows, Tensor):
-        return at_once(
-            lambda _, rows, x: norm_add(rows, weight, eps, x, factor), (rows, Kind.ROWS), (x, Kind.RESIDUAL)
-        )
     recorder = recorder_of(
         "norm_add", rows=(rows, Kind.ROWS, weight.numel()), x=(x, Kind.RESIDUAL, weight.numel())
     )

@@ -1,16 +1,13 @@
 """What passes between operators while a step is recorded: values that know their kind, size and recorder.
 
-An operator says which kinds it takes; anything else is a TypeError that names both. Outside a recording the
-same operators take and return tensors (`at_once.py`).
+An operator says which kinds it takes; anything else is a TypeError that names both.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tgi_asgi.ops.recorder import Recorder
@@ -46,9 +43,6 @@ class Value:
     def root(self) -> Value:
         """The value whose memory this one has."""
         return self if self.storage is None else self.storage
-
-
-Operand = TypeVar("Operand", Value, Tensor)  # recorded, or at once
 
 
 def recorder_of(operator: str, **given: tuple[object, Kind, int | None]) -> Recorder:

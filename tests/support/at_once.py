@@ -1,0 +1,95 @@
+"""Operators on tensors: each call here is a program of one operator, of which the tensors are the inputs.
+
+The names and arguments are those of `tgi_asgi.ops`; values are tensors [n_tokens, columns] float32, and
+`batch` is the step, where the operator reads or writes a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.ops import Cache, FlatRows, GateUpWeight, Kind, LinearWeight, QkvWeight, RopeTable, Value
+
+
+def activation(x: Tensor) -> Tensor:
+    return _run(lambda _, x: ops.activation(x), (x, Kind.RESIDUAL))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _run(lambda _, x: ops.norm(x, weight, eps), (x, Kind.RESIDUAL))
+
+
+def norm_add(rows: Tensor, weight: Tensor, eps: float, x: Tensor, factor: float = 1.0) -> Tensor:
+    return _run(
+        lambda _, rows, x: ops.norm_add(rows, weight, eps, x, factor), (rows, Kind.ROWS), (x, Kind.RESIDUAL)
+    )
+
+
+def linear(a: Tensor, weight: LinearWeight) -> Tensor:
+    return _run(lambda _, a: ops.linear(a, weight), (a, Kind.ACTIVATION))
+
+
+def linear_add(a: Tensor, weight: LinearWeight, x: Tensor, factor: float = 1.0) -> Tensor:
+    return _run(
+        lambda _, a, x: ops.linear_add(a, weight, x, factor), (a, Kind.ACTIVATION), (x, Kind.RESIDUAL)
+    )
+
+
+def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor:
+    return _run(lambda _, a: ops.gate_up(a, weight, activation), (a, Kind.ACTIVATION))
+
+
+def head(x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, **options: float) -> Tensor:
+    return _run(lambda _, x: ops.head(x, norm, eps, weight, **options), (x, Kind.RESIDUAL))
+
+
+def embed(batch: FlatRows, table: LinearWeight, factor: float = 1.0) -> Tensor:
+    return _run(lambda recorder: ops.embed(recorder.batch, table, factor), batch=batch)
+
+
+def qkv(
+    a: Tensor, weight: QkvWeight, cache: Cache, rope: RopeTable | None, batch: FlatRows | None = None
+) -> Tensor:
+    return _run(lambda _, a: ops.qkv(a, weight, cache, rope), (a, Kind.ACTIVATION), batch=batch)
+
+
+def attention(q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, **rules: Any) -> Tensor:
+    """q [n_tokens, num_heads * head_dim] is rotated already; `rotary_dim` is that of the keys."""
+    return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
+
+
+def _run(
+    operator: Callable[..., Value], *inputs: tuple[Tensor, Kind], batch: FlatRows | None = None
+) -> Tensor:
+    """Record `operator(recorder, *values)`, run it, and return what it makes; no input is written to."""
+    recorder = ops.Recorder()
+    values = [recorder.value(kind, tensor.shape[1]) for tensor, kind in inputs]
+    out = operator(recorder, *values)
+    batch = _no_cache(len(inputs[0][0])) if batch is None else batch
+    num_tokens = len(batch.ids)
+    assert all(len(tensor) == num_tokens and tensor.dtype is torch.float32 for tensor, _ in inputs)
+    room = max(num_tokens, 1)
+    program = ops.CpuProgram(
+        recorder, max_tokens=room, max_sequences=max(len(batch.context_len), 1), max_rows=room,
+        max_context=max([1, *batch.context_len]), inputs=values, outputs=[out],
+    )  # fmt: skip
+    for value, (tensor, _) in zip(values, inputs, strict=True):
+        program.write(value, tensor)
+    logits = program.run(batch, range(num_tokens) if out.kind is Kind.LOGITS else ())
+    return logits.clone() if out.kind is Kind.LOGITS else program.read(out, num_tokens)
+
+
+def _no_cache(num_tokens: int) -> FlatRows:
+    """Return a step for operators that need nothing of it but how many tokens there are."""
+    zeros, num_sequences = np.zeros(num_tokens, np.int32), min(num_tokens, 1)
+    return FlatRows(
+        ids=zeros, positions=zeros, slots=zeros.astype(np.int64),
+        query_start=np.arange(num_sequences + 1) * num_tokens, context_len=np.full(num_sequences, num_tokens),
+        block_table=np.zeros((num_sequences, 1), np.int32),
+    )  # fmt: skip
