@@ -30,8 +30,14 @@ def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute alone unless the test asks for a team, and leave the process as it was."""
-    before = _C.num_threads()
+    """Compute alone unless the test asks for a team, and leave the process as it was.
+
+    So does torch, of which references are made, as in a server: where other processes are busy its threads
+    wait for each other, and small products take ten times as long.
+    """
+    before, of_torch = _C.num_threads(), torch.get_num_threads()
     _C.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     _C.set_num_threads(before)
+    torch.set_num_threads(of_torch)
