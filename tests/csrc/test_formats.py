@@ -5,6 +5,7 @@ A format that is added to the table is tested here without a line more, if the `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import gguf
@@ -69,6 +70,7 @@ def meaning(data: _Bytes, name: str, columns: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(weights)).reshape(-1, columns)
 
 
+@functools.cache  # `gguf` decodes blocks one by one: as much time as all the rest
 def random_rows(name: str, rows: int, columns: int, least: float = 0.0, most: float = np.inf) -> _Bytes:
     """Make rows of random bytes; a block is drawn again until its largest weight is in range."""
     rng = np.random.default_rng(rows * columns)

@@ -18,6 +18,7 @@ from tests.support.kv import poisoned_pool, read_kv
 from tgi_asgi import ops
 
 HEADS, KV_HEADS = 4, 2
+HIDDEN = 96
 NUM_BLOCKS, EPS = 60, 1e-5
 SCALE = 0.17
 DTYPES = [torch.int8, torch.bfloat16, torch.float32]
@@ -37,10 +38,9 @@ class World:
             block_size,
             length,
         )
-        width = HEADS * head_dim
-        self.x, self.norm = torch.randn(length, width), torch.rand(width) + 0.5
+        self.x, self.norm = torch.randn(length, HIDDEN), torch.rand(HIDDEN) + 0.5
         counts = (HEADS, KV_HEADS, KV_HEADS)
-        sources = [random_source(count * head_dim, width, scale=width**-0.5) for count in counts]
+        sources = [random_source(count * head_dim, HIDDEN, scale=HIDDEN**-0.5) for count in counts]
         self.parts = [part for part, _ in sources]
         self.rope = rope_table(rotary_dim, length)
         self.pool = poisoned_pool(
@@ -56,7 +56,7 @@ class World:
             head_dim=head_dim, rotary_dim=rotary_dim,
         )  # fmt: skip
         recorder = ops.Recorder()
-        self.given = recorder.value(ops.Kind.RESIDUAL, width)
+        self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
         q = ops.qkv(ops.norm(self.given, self.norm, EPS), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, SCALE)
         self.program = ops.CpuProgram(
