@@ -87,8 +87,9 @@ def test_embed_takes_rows_of_the_table(kernel_set: str, columns: int) -> None:
     ids = torch.tensor([39, 0, 7, 7])
     assert torch.equal(direct.embed(weight, ids, 2.0), 2 * means[ids].float())
     assert direct.embed(weight, ids[:0]).shape == (0, columns)
-    with pytest.raises(ValueError, match=r"`ids`\[1\] must be in \[0, 40\), got 40"):
-        direct.embed(weight, torch.tensor([3, 40]))
+    for bad in (40, -1, 2**32, 2**32 + 1, -(2**32)):  # some have the low 32 bits of a good one
+        with pytest.raises(ValueError, match=r"`ids`\[1\] must be in \[0, 40\), got"):
+            direct.embed(weight, torch.tensor([3, bad]))
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 33, 64, 100, 4096])

@@ -14,6 +14,7 @@ from tgi_asgi import _C
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
 
+_MAX_ID = torch.iinfo(torch.int32).max
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -64,7 +65,8 @@ def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:
     made: PackedLinear = weight.made
     columns = -(-weight.columns // 32) * 32
     out = torch.empty(ids.shape[0], columns, dtype=torch.float32)
-    _C.embed_rows(made.matrix, ids.to(torch.int32).contiguous().numpy(), factor, out.numpy())
+    narrow = ids.clamp(-1, _MAX_ID).to(torch.int32)  # not around the end: 2^32 + 1 is no 1
+    _C.embed_rows(made.matrix, narrow.contiguous().numpy(), factor, out.numpy())
     return out if columns == weight.columns else out[:, : weight.columns]
 
 
