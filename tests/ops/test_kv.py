@@ -170,9 +170,9 @@ def test_a_supply_that_is_closed_ends_soon() -> None:
 
 def test_a_process_can_end_while_memory_is_supplied() -> None:
     code = (
-        "from tgi_asgi import ops; import torch;"
-        "pool = ops.KvPool(num_layers=2, num_blocks=16384, num_kv_heads=4, head_dim=64, block_size=16,"
-        " dtype=torch.bfloat16); pool.supply(1 << 40)"
+        "from tgi_asgi import _C;"
+        "pool = _C.KvPool(num_layers=2, num_blocks=16384, num_kv_heads=4, head_dim=64, value_dim=64,"
+        " block_size=16, precision='bfloat16'); pool.supply(1 << 40)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
