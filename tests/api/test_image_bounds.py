@@ -237,6 +237,13 @@ async def test_what_cannot_be_fetched_is_refused_by_its_path(
     assert word in body["error"]["message"]
 
 
+async def test_many_beginnings_of_images_are_read_once() -> None:
+    """Were each to look for its end in all that follows, these would take some minutes."""
+    body = {"inputs": "![](" * 100_000, "parameters": {"truncate": 5, "max_new_tokens": 1}}
+    status, _ = await post("/generate", body)
+    assert status in (200, 422)
+
+
 async def test_all_that_a_request_fetches_counts_together() -> None:
     app, _ = seeing_app(ScriptedEngine(has_eyes=True), Settings(payload_limit=1000))
     reaching(app)

@@ -33,7 +33,7 @@ from tgi_asgi.text.constrain.source import GrammarSource
 from tgi_asgi.types import LogprobsMode
 
 _ABSENT = GenerateParameters()
-_MARKDOWN = re.compile(r"!\[\]\(([^)]*)\)")
+_MARKDOWN = re.compile(r"!\[\]\(([^()]*)\)")  # no "(" inside: else each of many would search to the end
 _GRAMMAR = "parameters.grammar.value"
 # What a value must be if it is given, in TGI's order and words.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
