@@ -237,6 +237,18 @@ async def test_what_cannot_be_fetched_is_refused_by_its_path(
     assert word in body["error"]["message"]
 
 
+async def test_an_image_may_come_just_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "FETCH_TIMEOUT_S", 0.0)
+    app, _ = seeing_app(ScriptedEngine(has_eyes=True))
+
+    async def fetch(*_: Any) -> bytes:
+        return encoded()
+
+    monkeypatch.setattr(app.context.fetcher, "fetch", fetch)
+    status, body = await post("/v1/chat/completions", chat("http://a.example/"), app=app)
+    assert (status, body["error"]["param"]) == (408, "messages[0].content[0].image_url")
+
+
 async def test_many_beginnings_of_images_are_read_once() -> None:
     """Were each to look for its end in all that follows, these would take some minutes."""
     body = {"inputs": "![](" * 100_000, "parameters": {"truncate": 5, "max_new_tokens": 1}}

@@ -143,6 +143,7 @@ async def test_each_redirect_is_looked_up_and_checked(internet: Internet) -> Non
         "/inside": answer(b"", "301 Moved", location="http://inside.example/"),
         "/literal": answer(b"", "307 Moved", location="http://169.254.169.254/latest/meta-data/"),
         "/file": answer(b"", "302 Found", location="file:///etc/passwd"),
+        "/odd": answer(b"", "302 Found", location="http://[x/"),
         "/nowhere": answer(b"", "302 Found"),
         "/loop": answer(b"", "302 Found", location="/loop"),
         "/end": answer(b"data"),
@@ -154,6 +155,7 @@ async def test_each_redirect_is_looked_up_and_checked(internet: Internet) -> Non
         assert "not public" in await internet.refusal(f"{base}/inside")
         assert "not public" in await internet.refusal(f"{base}/literal")
         assert "must begin with" in await internet.refusal(f"{base}/file")
+        assert "invalid" in await internet.refusal(f"{base}/odd")
         assert "status 302" in await internet.refusal(f"{base}/nowhere")
         heads.clear()
         assert "redirects more than" in await internet.refusal(f"{base}/loop")

@@ -97,7 +97,7 @@ async def _fetch(exchange: Exchange, sources: Sequence[ImageSource]) -> list[byt
             for i in remote:
                 group.create_task(fetch(i))
     except TimeoutError:
-        late = sources[next(i for i in remote if files[i] is None)].param
+        late = sources[next((i for i in remote if files[i] is None), remote[-1])].param
         message = f"`{late}` could not be fetched within {FETCH_TIMEOUT_S:.0f} seconds"
         raise ImageTimeout(message, param=late) from None
     except ExceptionGroup as failed:  # the first of them has ended the others

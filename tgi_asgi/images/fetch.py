@@ -97,7 +97,10 @@ class Fetcher:
             answer = await self._get(target, param, room)
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(target.url, answer.location)
+            try:
+                url = urljoin(target.url, answer.location)
+            except ValueError:
+                _refuse(param, "its URL redirects to one that is invalid")
         _refuse(param, f"its URL redirects more than {MAX_REDIRECTS} times")
 
     def takes_host_of(self, url: str) -> bool:
