@@ -81,6 +81,11 @@ async def test_what_is_no_image_is_refused_by_its_path(url: str) -> None:
         ("/v1/responses", response({"type": "input_image"}), "input[0].content[0].image_url"),
         ("/v1/responses", response({"type": "input_image", "file_id": "f"}), "input[0].content[0].file_id"),
         ("/v1/responses", response({"type": "input_file"}), "input[0].content[0].type"),
+        (
+            "/v1/responses",
+            response({"type": "input_text", "text": "a"}, {"type": "input_text"}),
+            "input[0].content[1].text",
+        ),
         ("/v1/messages", claude({"type": "image"}), "messages[0].content[0].source.type"),
         (
             "/v1/messages",

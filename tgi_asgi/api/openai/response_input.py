@@ -209,7 +209,7 @@ def _parts(content: Any, path: str, images: Images | None) -> str | list[str] | 
     for j, part in enumerate(content):
         where = f"{path}[{j}]"
         if kind_of(part, where, (*_TEXTS, "input_image")) != "input_image":
-            parts += _texts([part], path)
+            parts.append(_text(part, where, _TEXTS))
             continue
         if part.get("file_id") is not None:
             refuse_field(f"{where}.file_id", "is not supported: this server keeps no files")
@@ -223,10 +223,12 @@ def _texts(content: Any, path: str, kinds: Sequence[str] = _TEXTS) -> str | list
         return content
     if not isinstance(content, list):
         refuse_field(path, "must be a string or a list of parts")
-    texts = []
-    for j, part in enumerate(content):
-        where = f"{path}[{j}]"
-        kind = kind_of(part, where, kinds)
-        field = "refusal" if kind == "refusal" else "text"
-        texts.append("[image omitted]" if kind in _OMITTED else string_of(part, field, where))
-    return texts
+    return [_text(part, f"{path}[{j}]", kinds) for j, part in enumerate(content)]
+
+
+def _text(part: Any, path: str, kinds: Sequence[str]) -> str:
+    """Return a part's text."""
+    kind = kind_of(part, path, kinds)
+    if kind in _OMITTED:
+        return "[image omitted]"
+    return string_of(part, "refusal" if kind == "refusal" else "text", path)
