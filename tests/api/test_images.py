@@ -237,9 +237,13 @@ async def test_for_models_without_eyes_markdown_is_text() -> None:
 
 @pytest.mark.parametrize("role", ["system", "assistant", "tool", "developer"])
 async def test_only_users_show_images(role: str) -> None:
-    message = {"role": role, "content": [openai_part(URL)], "tool_call_id": "a"}
+    message: dict[str, Any] = {"role": role, "content": [openai_part(URL)], "tool_call_id": "a"}
     status, body = await post("/v1/chat/completions", {"messages": [message]})
     assert (status, body["error"]["param"]) == (400, "messages[0].content[0].type")
+    assert "only the user's messages may have images" in body["error"]["message"]
+    message = {"role": role, "content": "hi", "images": [text_of()]}
+    status, body = await post("/api/chat", {"messages": [message]})
+    assert status == 400 and "`messages[0].images` is not supported: only the user's" in body["error"]
 
 
 async def test_images_in_the_results_of_tools_are_a_note() -> None:

@@ -196,8 +196,11 @@ def _messages(given: list[OllamaMessage], images: Images | None) -> list[dict[st
     ids: dict[str | None, str] = {}  # by function
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(given):
-        seen = images if message.role == "user" else None
-        parts: list[Any] = [*_images(message.images, f"messages[{i}].images", seen)]
+        where = f"messages[{i}].images"
+        if message.images and images is not None and message.role != "user":
+            rule = "is not supported: only the user's messages may have images"
+            refuse_field(where, rule, "unsupported_parameter")
+        parts: list[Any] = [*_images(message.images, where, images)]
         if parts and message.content:
             parts.append(message.content)
         result: dict[str, Any] = {"role": message.role, "content": parts or message.content or ""}

@@ -151,9 +151,8 @@ def _message(message: Message, path: str, images: Images | None) -> dict[str, An
         refuse_field(f"{path}.tool_call_id", "is required with role `tool`")
     result: dict[str, Any] = {"role": "tool" if role == "function" else role, "content": content}
     if isinstance(content, list):
-        seen = images if role == "user" else None
         result["content"] = [
-            _part(part, f"{path}.content[{i}]", role, seen) for i, part in enumerate(content)
+            _part(part, f"{path}.content[{i}]", role, images) for i, part in enumerate(content)
         ]
     for name in _COPIED:
         if (value := getattr(message, name)) is not None:
@@ -164,7 +163,7 @@ def _message(message: Message, path: str, images: Images | None) -> dict[str, An
 
 
 def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str | dict[str, str]:
-    if part.type == "image_url" and images is not None:
+    if part.type == "image_url" and images is not None and role == "user":
         given = part.image_url
         return images.add(given.url if isinstance(given, ImageUrl) else given, f"{path}.image_url")
     if part.type == "text" and part.text is not None:
@@ -173,7 +172,12 @@ def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str
         return part.refusal
     if part.type in ("text", "refusal"):
         refuse_field(f"{path}.{part.type}", "is required")
-    known = "`text`: the model reads nothing else" if images is None else "`text` or `image_url`"
+    if images is None:
+        known = "`text`: the model reads nothing else"
+    elif role == "user":
+        known = "`text` or `image_url`"
+    else:
+        known = "`text`: only the user's messages may have images"
     rule = f"must be {known}, got {part.type[:40]!r}"
     refuse_field(f"{path}.type", rule, "invalid_value")
 
