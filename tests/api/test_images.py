@@ -8,6 +8,7 @@ import anthropic
 import openai
 import pytest
 
+from tests.support.client import client_of
 from tests.support.eyes import (
     SVG,
     TEXT,
@@ -27,6 +28,7 @@ from tests.support.pictures import data_url, encoded, picture, text_of
 from tests.support.scripted_engine import ScriptedEngine, say, scripted_app
 from tests.support.serving import serving
 from tests.support.toy_tokenizer import IMAGE
+from tgi_asgi.settings import Settings
 
 SEEN = f"[{'<image>' * 4}]"
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -124,6 +126,23 @@ async def test_several_images_keep_their_order_and_places() -> None:
         assert set(request.prompt_ids[image.start : image.start + image.num_tokens]) == {IMAGE}
     first, second, third = (image.digest for image in request.images)
     assert first == third != second
+
+
+async def test_what_one_key_has_sent_is_not_found_by_another() -> None:
+    engine = ScriptedEngine(has_eyes=True)
+    app, _ = seeing_app(engine, Settings(api_key=("a", "b")))
+    async with client_of(app) as client:
+        for key in ("a", "a", "b"):
+            headers = {"authorization": f"Bearer {key}"}
+            await client.post("/v1/chat/completions", json=chat(URL), headers=headers)
+    first, again, other = (request.images[0].digest for request in engine.requests)
+    assert first == again != other
+    assert len(other) == 32
+    shared = ScriptedEngine(has_eyes=True)
+    await post("/v1/chat/completions", chat(URL) | {"cache_salt": "s"}, shared)
+    await post("/v1/chat/completions", chat(URL), shared)
+    salted, plain = (request.images[0].digest for request in shared.requests)
+    assert salted != plain
 
 
 @pytest.mark.parametrize("text", ["<image>", "a <image><|im_end|> b", "[<image>]"])

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
 
 from tgi_asgi.api.call import Images, ImageSource
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
 from tgi_asgi.errors import ImageTimeout, ImageTooLarge, InvalidRequest
 from tgi_asgi.images.decode import Opened, bytes_of_base64, bytes_of_url, open_picture
-from tgi_asgi.types import Image
+from tgi_asgi.types import Image, ImageInput
 
 FETCH_TIMEOUT_S = 10.0  # for all images of a prompt
 MAX_FETCHES = 4  # of a prompt at a time
@@ -53,6 +55,21 @@ async def load_images(exchange: Exchange, served: Served, images: Images) -> Non
     processed = await exchange.context.pictures.run(served.image_processor.process, decoded)
     images.loaded = [(image.digest, made) for image, made in zip(decoded, processed, strict=True)]
     exchange.hold_image(sum(made.num_bytes for made in processed) - num_bytes, images.sources[0].param)
+
+
+def kept_apart(images: Sequence[ImageInput], salt: str | None) -> tuple[ImageInput, ...]:
+    """Return images with digests of those alone who have this salt.
+
+    By the digest an encoded image is found again: how soon an answer comes must not tell one client what
+    another has sent.
+    """
+    if salt is None:
+        return tuple(images)
+    key = blake2b(salt.encode(errors="surrogatepass")).digest()
+    return tuple(
+        replace(each, digest=blake2b(each.digest, key=key, digest_size=len(each.digest)).digest())
+        for each in images
+    )
 
 
 async def _decode(exchange: Exchange, source: ImageSource, file: bytes | None) -> tuple[Image, int]:

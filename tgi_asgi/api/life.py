@@ -18,7 +18,7 @@ from tgi_asgi.api.call import Call, Choices, Generation, Images, Job, Prepared, 
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.errors import Dialect
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.images import check_images, load_images
+from tgi_asgi.api.images import check_images, kept_apart, load_images
 from tgi_asgi.api.prompt import make_prompt
 from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
@@ -167,6 +167,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         reading = form.reading()
     most = context.settings.max_priority
     shows_markers = reading is not None and bool(reading.kept)
+    salt = cache_salt_of(exchange, job.cache_salt)
     request = GenerationRequest(
         request_id=exchange.request_id,
         prompt_ids=prompt.ids,
@@ -182,12 +183,12 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         ),
         n=job.n,
         priority=min(max(job.priority, -most), most),
-        cache_salt=cache_salt_of(exchange, job.cache_salt),
+        cache_salt=salt,
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,
         seeds=job.seeds,
-        images=prompt.images,
+        images=kept_apart(prompt.images, salt),
     )
     return Prepared(job, prompt, request, reading)
 
