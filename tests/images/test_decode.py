@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.support.pictures import data_url, encoded, picture, text_of
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.images.decode import bytes_of_base64, bytes_of_url, open_picture
-from tgi_asgi.images.headers import MAX_SCANS, MAX_SEGMENTS, exif_orientation
+from tgi_asgi.images.headers import MAX_CHUNKS, MAX_SCANS, MAX_SEGMENTS, exif_orientation
 from tgi_asgi.types import Image
 
 MAX_PIXELS = 10_000
@@ -102,18 +102,15 @@ def test_size_is_judged_by_the_header() -> None:
         assert peak < 1 << 20
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png(width: int, height: int, body: bytes = b"") -> bytes:
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", body or zlib.compress(bytes(1000))),
-        (b"IEND", b""),
-    ]
-    made = b"\x89PNG\r\n\x1a\n"
-    for kind, content in chunks:
-        made += (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-    return made
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body or zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def webp_canvas(width: int, height: int) -> bytes:
@@ -206,6 +203,29 @@ def test_what_else_is_in_a_jpeg_is_not_looked_at() -> None:
     extra = [segment(0xE1, exif)] * 30 + [segment(0xE2, b"MPF\0" + bytes(99)), segment(0xFE, b"x" * 60_000)]
     data = plain[:2] + b"".join(extra) + plain[2:] + b"ftyp" + bytes(100_000) + b"\xff\xda" * 1000
     assert decode(data).digest == decode(plain).digest
+
+
+def test_what_else_is_in_a_png_is_not_unpacked() -> None:
+    """Colour profiles, texts: each may be a megabyte, in a thousand bytes."""
+    plain = encoded(picture(40, 30))
+    extra = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) + chunk(b"zTXt", b"a\0\0!")
+    for at in (33, len(plain) - 12):
+        data = plain[:at] + extra * 2000 + plain[at:]
+        assert decode(data).digest == decode(plain).digest
+    assert f"more than {MAX_CHUNKS} chunks" in refusal(plain[:33] + chunk(b"abCd", b"") * MAX_CHUNKS)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_png_is_turned_wherever_it_says_so(is_late: bool) -> None:
+    plain = encoded(picture(21, 10))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='6' tiff:Orientation=\"6\"/>"
+    at = len(plain) - 12 if is_late else 33
+    for kind, content in ((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")), (b"iTXt", xmp)):
+        data = plain[:at] + chunk(kind, content) + plain[at:]
+        assert decode(data).pixels.tobytes() == reference(data).tobytes()
+        assert decode(data).pixels.size == (10, 21)
 
 
 def test_scans_and_segments_of_a_jpeg_are_bounded() -> None:

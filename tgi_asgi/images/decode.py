@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.images.headers import BadHeader, exif_orientation, jpeg_parts, webp_size, xmp_orientation
+from tgi_asgi.images.headers import (
+    BadHeader,
+    exif_orientation,
+    jpeg_parts,
+    png_parts,
+    webp_size,
+    xmp_orientation,
+)
 from tgi_asgi.types import Image
 
 if TYPE_CHECKING:
@@ -108,6 +115,8 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
             _check_size(webp_size(data), max_pixels, param)
         if kind == "JPEG":
             data, orientation = jpeg_parts(data)
+        if kind == "PNG":
+            data, orientation = png_parts(data)
         picture = _opened(data, kind)
     except BadHeader as error:
         raise _refusal(param, str(error)) from None
@@ -116,7 +125,7 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
     except _BROKEN as error:
         raise _refusal(param, "its header is broken") from error
     _check_size(picture.size, max_pixels, param)
-    if kind in ("PNG", "WEBP"):
+    if kind == "WEBP":
         orientation = _orientation_of(picture)
     if kind == "BMP" and picture.info.get("compression") in (1, 2):
         raise _refusal(param, "BMP is read without run-length encoding")  # Pillow decodes that in Python
