@@ -301,6 +301,13 @@ def test_pixtral_s_rows_end_with_a_break_and_the_image_with_an_end(folder_of: Ca
     assert made.text == f"{row}[IMG_BREAK]{row}[IMG_BREAK]{row}[IMG_END]"
 
 
+def test_an_image_that_mistral_s_code_fails_on_is_a_client_s_mistake(
+    folder_of: Callable[[str], Path],
+) -> None:
+    with pytest.raises(InvalidRequest, match="it is too small"):
+        eyes.processor_of(folder_of("mistral3")).process([Image(picture(1, 1), b"d" * 32, "image")])
+
+
 @pytest.mark.parametrize(
     ("size", "grid", "seen"),  # as Lfm2VlImageProcessor of transformers 5.23 has them
     [((50, 30), (1, 1), (224, 352)), ((800, 600), (1, 1), (416, 576)), ((33, 1200), (1, 1), (1568, 64)),

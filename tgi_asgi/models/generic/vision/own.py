@@ -35,6 +35,8 @@ class PixtralHalf:
         return found, [self._text(*map(int, size)) for size in found["image_sizes"]]
 
     def _text(self, height: int, width: int) -> str:
+        if height * width <= self._side**2:
+            raise ValueError("it is too small: the model's code fails where an image is one token")
         row = self.image_token * (width // self._side)
         return self._row_end.join([row] * (height // self._side)) + self._end
 
