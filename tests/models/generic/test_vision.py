@@ -116,6 +116,24 @@ def test_a_tower_that_is_broken_off_gives_the_same(name: str, folder_of: Callabl
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", of_each(list(FAMILIES)))
+def test_attention_in_pieces_gives_the_same(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(name)
+    encoder = load(folder).tower
+    assert encoder is not None
+    (image,) = eyes.prompt_of(name, folder, [picture(130, 90)]).images
+    whole = encoder.encode(image.payload)
+    num_whole = encoder.num_pieces
+    monkeypatch.setattr(tower, "ATTENTION_SIZE", 1)
+    monkeypatch.setattr(tower, "_LEAST_QUERIES", 3)
+    cut = encoder.encode(image.payload)
+    assert encoder.num_pieces - num_whole > num_whole
+    for found, wanted in zip((cut.rows, *cut.deep), (whole.rows, *whole.deep), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 # Those whose classes transformers makes without torchvision.
 @pytest.mark.parametrize(
     ("name", "kind"),
