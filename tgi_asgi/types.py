@@ -114,7 +114,7 @@ class ImageProcessor(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ImageInput:
     """A picture in a prompt's tokens.
 

@@ -152,7 +152,7 @@ class CpuRunner:
         if plan.starts:
             self._jobs.steps.set_sampling(self._sampling.arrays)
         result = self._compute(plan) if plan.rows else StepResult(plan.step_id, [])
-        if plan.views and self._seer is not None:
+        if self._seer is not None:
             result.is_viewed, result.view_s = self._seer.advance(plan.views, plan.view_s)
         return result
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import shutil
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -89,6 +91,17 @@ def test_logits_are_those_of_transformers_however_prompts_are_cut(
         for logits, expected in zip(found, wanted, strict=True):
             assert distance(logits, expected) < TOLERANCE
         assert program.views.num_encoded == 3
+
+
+def test_a_slot_keeps_no_pixels_when_its_request_has_gone(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("qwen2_vl")
+    prompt = eyes.prompt_of("qwen2_vl", folder, ["a ", picture(50, 30)])
+    pixels = weakref.ref(prompt.images[0].payload["pixel_values"])
+    _, program = run(load(folder), [(prompt, ANSWER)], [7])
+    del prompt
+    gc.collect()
+    assert program.views.num_encoded == 1
+    assert pixels() is None
 
 
 @pytest.mark.parametrize("name", of_each(list(FAMILIES)))

@@ -102,7 +102,9 @@ class VisionProgram(GenericProgram):
                 low, high = np.searchsorted(seen.places, (begin, end)).tolist()
                 if low == high:
                     continue
-                view = self.views.get(seen.image)
+                image = seen.image()
+                assert image is not None, "the engine holds a request while a step has a row of it"
+                view = self.views.get(image)
                 if len(view.rows) != len(seen.places):
                     raise ValueError(f"an image has {len(view.rows)} rows for {len(seen.places)} tokens")
                 places.append(torch.from_numpy(seen.places[low:high] - begin + first))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,9 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class SeenImage:
-    """An image in a prompt."""
+    """An image in a prompt. The request has it: a slot that nobody has taken since keeps no pixels."""
 
-    image: ImageInput
+    image: weakref.ref[ImageInput]
     places: Ints  # the positions of its rows, ascending
 
 
@@ -66,23 +67,26 @@ def sight_of(model: Any, seeing: Seeing, prompt_ids: Sequence[int], images: Sequ
     if not images:
         return Sight(num_prompt)
     ids = np.asarray(prompt_ids, np.int64)
-    seen = []
+    seen: list[SeenImage] = []
     for image in images:
         stop = image.start + image.num_tokens
         places = np.flatnonzero(ids[image.start : stop] == seeing.image_token_id) + image.start
-        seen.append(SeenImage(image, places))
+        seen.append(SeenImage(weakref.ref(image), places))
     positions, delta = None, 0
     if seeing.has_axes:
-        positions, delta = _axes(model, ids, seen)
+        grids = torch.cat([image.payload["image_grid_thw"] for image in images])
+        positions, delta = _axes(model, ids, seen, grids)
     return Sight(num_prompt, tuple(seen), positions, delta)
 
 
-def _axes(model: Any, ids: Ints, seen: Sequence[SeenImage]) -> tuple[Tensor, int]:
-    """Return the positions [axes, n] that the model's own function gives a prompt, and its delta."""
+def _axes(model: Any, ids: Ints, seen: Sequence[SeenImage], grids: Tensor) -> tuple[Tensor, int]:
+    """Return the positions [axes, n] that the model's own function gives a prompt, and its delta.
+
+    grids: [images, 3]: of each, its patches in time, height and width.
+    """
     kinds = np.zeros((1, len(ids)), np.int32)
     for each in seen:
         kinds[0, each.places] = 1
-    grids = torch.cat([each.image.payload["image_grid_thw"] for each in seen])
     positions, deltas = model.model.get_rope_index(
         torch.from_numpy(ids)[None], mm_token_type_ids=torch.from_numpy(kinds), image_grid_thw=grids
     )

@@ -84,7 +84,12 @@ class Tower:
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Take a picture; what is known of another one is forgotten."""
-        self._inputs, self._known, self._parts = inputs, [], []
+        self.forget()
+        self._inputs = inputs
+
+    def forget(self) -> None:
+        """Let go of a picture, and of what is known of it."""
+        self._inputs, self._known, self._parts = {}, [], []
         self._products.forget()
 
     def go_on(self, seconds: float | None) -> View | None:
@@ -104,13 +109,15 @@ class Tower:
         finally:
             self._is_inside = False
             _running.tower = None
-        self._known = []
         return _view(found)
 
     def encode(self, inputs: Mapping[str, Any]) -> View:
         """Compute a picture at once."""
         self.begin(inputs)
-        view = self.go_on(None)
+        try:
+            view = self.go_on(None)
+        finally:
+            self.forget()
         assert view is not None
         return view
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -31,21 +32,27 @@ class Views:
         self._kept: OrderedDict[Key, View] = OrderedDict()
         self._num_bytes = 0
         self._under_way: Key | None = None
+        self._wanted_by: weakref.ref[ImageInput] | None = None  # of a request: the one under way
         self._failed: OrderedDict[Key, None] = OrderedDict()
         self.num_encoded = 0
 
     def advance(self, images: Sequence[ImageInput], seconds: float) -> list[bool]:
         """Encode in turn until time is up, one piece at least; tell which need no more of this.
 
-        One that fails needs no more: `get` will raise what it did.
+        One that fails needs no more: `get` will raise what it did. To be called in every step, also for no
+        images: then what is known of one that nobody waits for any more is let go of.
         """
+        is_unwanted = self._wanted_by is not None and self._wanted_by() is None
+        if is_unwanted and self._under_way not in [key_of(image) for image in images]:
+            self._end()
         ends_at = time.monotonic() + seconds
-        is_first = True
         for image in images:
-            left_s = ends_at - time.monotonic()
-            if not self._is_done(image) and (is_first or left_s > 0):
-                is_first = False
-                self._go_on(image, max(left_s, 0.0))
+            if self._is_done(image):
+                continue
+            self._go_on(image, max(ends_at - time.monotonic(), 0.0))
+            # The tower has one under way: to begin the next would be to forget this one.
+            if not self._is_done(image) or time.monotonic() >= ends_at:
+                break
         return [self._is_done(image) for image in images]
 
     def get(self, image: ImageInput) -> View:
@@ -58,7 +65,7 @@ class Views:
         view = self._kept.get(key)
         if view is None:
             logger.debug("an image is encoded within a step")
-            self._under_way = None
+            self._end()
             self.num_encoded += 1
             view = self._tower.encode(_inputs(image))
             self._keep(key, view)
@@ -71,6 +78,7 @@ class Views:
 
     def _go_on(self, image: ImageInput, seconds: float) -> None:
         key = key_of(image)
+        self._wanted_by = weakref.ref(image)
         try:
             if self._under_way != key:
                 self._under_way = key
@@ -79,16 +87,22 @@ class Views:
             view = self._tower.go_on(seconds)
         except Exception:  # a picture that the tower cannot take fails its own request, when its rows are due
             logger.exception("an image could not be encoded")
-            self._under_way = None
+            self._end()
             self._failed[key] = None
             if len(self._failed) > 100:
                 self._failed.popitem(last=False)
             return
         if view is not None:
-            self._under_way = None
+            self._end()
             self._keep(key, view)
 
+    def _end(self) -> None:
+        """Let go of all that is known of the picture under way."""
+        self._under_way = self._wanted_by = None
+        self._tower.forget()
+
     def _keep(self, key: Key, view: View) -> None:
+        self._failed.pop(key, None)
         self._kept[key] = view
         self._num_bytes += view.num_bytes
         while self._num_bytes > self._max_bytes and len(self._kept) > 1:
