@@ -165,8 +165,14 @@ def _accept(self: Any, name: str, value: Any) -> None:
 
 def _image_options(processor: Any) -> dict[str, Any]:
     """Return what the processor's class says of images."""
-    merged = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs)
+    merge = processor._merge_kwargs
+    kinds = inspect.signature(merge).parameters.get("ModelProcessorKwargs")
+    # 5.19 wants to be given what later versions ask the processor for.
+    given = [processor.valid_processor_kwargs] if kinds is not None and kinds.default is kinds.empty else []
+    merged = merge(*given, tokenizer_init_kwargs=processor.tokenizer.init_kwargs)
     options: dict[str, Any] = dict(merged["images_kwargs"])
+    texts = merged.get("text_kwargs", {})  # where LFM2-VL has one of them, in 5.19
+    options |= {name: texts[name] for name in ("use_image_special_tokens",) if name in texts}
     named = inspect.signature(processor._process_images).parameters
     options |= {name: merged[name] for name in named if name in merged}
     options.pop("return_tensors", None)
