@@ -16,6 +16,7 @@ from tests.engine.helpers import (
 )
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, fake_info
 from tgi_asgi.engine import Engine
+from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.looks import ALONE_S
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
@@ -48,6 +49,17 @@ def test_streams_go_on_while_an_image_is_encoded() -> None:
     assert [step.num_decode_rows for step in steps] == [1] * 7
     assert [bool(step.plan.views) for step in steps] == [True] * 5 + [False] * 2
     assert [step.num_prefill_tokens for step in steps] == [0] * 5 + [60, 0]
+
+
+def test_a_first_token_does_not_wait_for_an_image_of_another() -> None:
+    scheduler, runner = make_scheduler(eyes=Eyes.NOTHING), FakeRunner(eyes=Eyes.NOTHING, view_steps=9)
+    add_request(scheduler, make_request(60, 1, images=(image(0, 10),)))
+    run(scheduler, runner, must_plan(scheduler))
+    add_request(scheduler, make_request(8, 20), arrival=1)
+    scheduler._budget = TokenBudget(max_tokens=512, block_size=16, target_s=0.05)
+    step = must_plan(scheduler)
+    assert step.num_decode_rows == 0 and [row.samples for row in step.plan.rows] == [True]
+    assert step.plan.views and 0.0 < step.plan.view_s <= 0.05
 
 
 def test_an_image_in_the_cache_is_not_encoded() -> None:

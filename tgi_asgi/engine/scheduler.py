@@ -185,8 +185,9 @@ class Scheduler:
         """Give the images of a step the time that its chunks leave, of which they use so much."""
         step.plan.views = [look.image for look in step.looks]
         step.plan.view_s = ALONE_S
-        if step.num_decode_rows:
-            step.plan.view_s = self._budget.room_s(step.num_decode_rows, waited_s) * (1.0 - used)
+        if any(row.samples for row in step.plan.rows):  # whose tokens wait for the end of the step
+            room_s = self._budget.room_s(step.num_decode_rows, waited_s)
+            step.plan.view_s = min(room_s * (1.0 - used), ALONE_S)
 
     def _new_step(self) -> Step:
         return Step(self._next_step)
