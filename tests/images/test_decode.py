@@ -144,7 +144,7 @@ def test_a_frame_larger_than_its_screen_counts() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", b"%PDF-1.7",
+        b"hello", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", b"%PDF-1.7",
         b"II*\0", b"MM\0*", b"P6 4 4 255 " + bytes(48), b"RIFF\x10\0\0\0WAVEfmt ",
         b"\x00\x00\x00\x1cftypavif", b"8BPS",
         encoded(format="TIFF"), encoded(format="PPM"), encoded(format="ICO"), encoded(format="TGA"),
@@ -152,6 +152,10 @@ def test_a_frame_larger_than_its_screen_counts() -> None:
 )  # fmt: skip
 def test_other_formats_are_refused_by_their_first_bytes(data: bytes) -> None:
     assert "none of PNG, JPEG, WebP, GIF and BMP" in refusal(data)
+
+
+def test_no_bytes_are_called_so() -> None:
+    assert "it is empty" in refusal(b"")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

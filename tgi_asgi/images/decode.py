@@ -106,6 +106,8 @@ def open_picture(data: bytes, max_pixels: int, param: str) -> Opened:
     """
     import PIL.Image
 
+    if not data:
+        raise _refusal(param, "it is empty")
     kind = next((name for name, magic in FORMATS.items() if data.startswith(magic)), None)
     if kind is None or (kind == "WEBP" and data[8:12] != b"WEBP"):
         raise _refusal(param, "it is none of PNG, JPEG, WebP, GIF and BMP")

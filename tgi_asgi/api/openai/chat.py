@@ -165,6 +165,8 @@ def _message(message: Message, path: str, images: Images | None) -> dict[str, An
 def _part(part: ContentPart, path: str, role: str, images: Images | None) -> str | dict[str, str]:
     if part.type == "image_url" and images is not None and role == "user":
         given = part.image_url
+        if given is None:
+            refuse_field(f"{path}.image_url", "is required")
         return images.add(given.url if isinstance(given, ImageUrl) else given, f"{path}.image_url")
     if part.type == "text" and part.text is not None:
         return part.text
