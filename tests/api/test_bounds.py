@@ -218,6 +218,8 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
         async for events in after(channel):
             yield events
 
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     engine = ScriptedEngine(script)
     app = scripted_app(engine, BUDGET)
     body = orjson.dumps({"messages": HI, "stream": stream})
@@ -236,6 +238,8 @@ async def test_a_body_is_held_until_its_request_is_answered(how: str, stream: bo
     await asyncio.gather(task, return_exceptions=True)
     assert app.context.bodies.held == 0
     assert engine.num_permits == 128
+    gc.collect()
+    assert complaints == []  # of futures that nobody asked how they ended
 
 
 # Texts before they are tokenised.

@@ -264,6 +264,8 @@ async def collect(exchange: Exchange) -> list[Choices]:
         ended.result()
     finally:
         watch.cancel()
+        # Cancelled, it ends with an error that asyncio would log if nobody looked at it.
+        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
         ended.cancel()
         exchange.give_up()
     return [sink.events for sink in sinks]
