@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# torch's threads wait for each other by spinning: on two cores, beside servers and teams of their own,
+# references took up to ten times as long. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.support.scale import Scale
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import resolve

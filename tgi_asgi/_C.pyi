@@ -36,6 +36,9 @@ def configure_team(num_threads: int = 0, nice: int = 0, pin: bool = False, spin_
 def join_team() -> None:
     """Give the calling thread the team's nice value and member 0's core, for good."""
 
+def team_spin(spin_us: int) -> None:
+    """Have idle members spin so long from now on; 0: as the team is configured."""
+
 def wake_team() -> None:
     """Unpark the team ahead of a step."""
 

@@ -112,6 +112,9 @@ void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
            });
 }
 
+// Few rows that are looked up or normalised are not worth waking the team for.
+constexpr int64_t kAloneFloats = 16384;
+
 void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, FloatArray& out) {
   check(table.num_rows > 0 && table.has_padding_last,
         "`table` must have its rows first, and padding behind them");
@@ -124,12 +127,15 @@ void embed_rows(const Matrix& table, const Array<int32_t>& ids, double factor, F
   const step::EmbedParams params = {table.packed, static_cast<float>(factor), out.mutable_data()};
   const py::gil_scoped_release release;
   const step::Kernels& kernels = step::kernels();
-  cpu::run_on_team(
-      [&](int member, int num_members) { kernels.embed(params, header, member, num_members); });
+  const auto run = [&](int member, int num_members) {
+    kernels.embed(params, header, member, num_members);
+  };
+  if (ids.size() * params.table.num_columns <= kAloneFloats) {
+    cpu::run_alone(run);
+  } else {
+    cpu::run_on_team(run);
+  }
 }
-
-// A norm of few rows is not worth waking the team for.
-constexpr int64_t kAloneFloats = 16384;
 
 void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, FloatArray& out) {
   const int64_t stride = row_stride(x, "x"), width = x.shape(1);

@@ -52,10 +52,14 @@ void check_threads(int num_threads) {
         "`num_threads` must be in [0, 1024] (0: the default), got ", num_threads);
 }
 
+void check_spin(int spin_us) {
+  check(spin_us >= 0 && spin_us <= 1000000, "`spin_us` must be in [0, 1000000], got ", spin_us);
+}
+
 void configure_team(int num_threads, int nice, bool pin, int spin_us) {
   check_threads(num_threads);
   check(nice >= -20 && nice <= 19, "`nice` must be in [-20, 19], got ", nice);
-  check(spin_us >= 0 && spin_us <= 1000000, "`spin_us` must be in [0, 1000000], got ", spin_us);
+  check_spin(spin_us);
   cpu::configure_team({num_threads, nice, pin, spin_us});
 }
 
@@ -98,6 +102,14 @@ void bind_team(py::module_& module) {
              "Restart the team with these options.");
   module.def("join_team", &cpu::join_team, release(),
              "Give the calling thread the team's nice value and member 0's core, for good.");
+  module.def(
+      "team_spin",
+      [](int spin_us) {
+        check_spin(spin_us);
+        cpu::team_spin(spin_us);
+      },
+      py::arg("spin_us"),
+      "Have idle members spin so long from now on; 0: as the team is configured.");
   module.def("wake_team", &cpu::team_wake, release(), "Unpark the team ahead of a step.");
   module.def("arithmetic_peak", &arithmetic_peak, py::arg("precision"), release(),
              "Measure the operations a second of the team's inner product, two a multiply-add.");

@@ -66,6 +66,8 @@ class Barrier {
   int num_members_ = 1;
 };
 
+std::atomic<int> other_spin_us{0};  // see team_spin
+
 class Team;
 thread_local Team* current_team = nullptr;  // whose run this thread is inside of; null in run_alone
 
@@ -149,7 +151,9 @@ class Team {
   uint32_t next_run(uint32_t seen) {
     for (;;) {
       const uint32_t signal = signal_.load(std::memory_order_seq_cst);
-      const auto deadline = Clock::now() + std::chrono::microseconds(options_.spin_us);
+      const int other = other_spin_us.load(std::memory_order_relaxed);
+      const auto deadline =
+          Clock::now() + std::chrono::microseconds(other > 0 ? other : options_.spin_us);
       do {
         for (int spins = 0; spins < kSpinsPerClockRead; ++spins) {
           const uint32_t number = run_number_.load(std::memory_order_acquire);
@@ -263,6 +267,8 @@ void run_alone(TeamFunction fn, void* context) {
   FlushDenormals flush;
   fn(context, 0, 1);
 }
+
+void team_spin(int spin_us) { other_spin_us.store(spin_us, std::memory_order_relaxed); }
 
 void team_wake() {
   Shared& state = shared();

@@ -53,6 +53,10 @@ void team_barrier();
 // preparations.
 void team_wake();
 
+// How long idle members of any team spin from now on, in the place of TeamOptions::spin_us; 0: as
+// that says. For steps between whose runs the caller does something short.
+void team_spin(int spin_us);
+
 // team_run for a callable: run_on_team([&](int member, int num_members) { ... }).
 template <typename Callable>
 void run_on_team(Callable&& callable) {

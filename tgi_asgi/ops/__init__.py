@@ -36,7 +36,13 @@ from tgi_asgi.ops.sources import (
     one_below_another,
     plain_tensor,
 )
-from tgi_asgi.ops.team import configure_threads, join_threads, num_threads, wake_threads
+from tgi_asgi.ops.team import (
+    configure_threads,
+    join_threads,
+    num_threads,
+    threads_kept_awake,
+    wake_threads,
+)
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import (
     Arithmetic,
@@ -106,6 +112,7 @@ __all__ = [
     "qkv",
     "qkv_weight",
     "sample",
+    "threads_kept_awake",
     "token_logprobs",
     "vector",
     "wake_threads",

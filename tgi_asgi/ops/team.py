@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -11,6 +13,9 @@ from tgi_asgi import _C
 # Lets a waking event loop go first. At 19 nothing more is won on an idle machine, and beside one busy program
 # 16 streams got 88 tokens/s instead of 114, with an inter-token p99 of 168 ms instead of 73.
 _NICE_ON_FEW_CORES = 5
+
+# What Python does between two operators of a layer takes less, most of the time.
+_SPIN_US = 1000
 
 
 def num_threads() -> int:
@@ -41,6 +46,20 @@ def configure_threads(
 def wake_threads() -> None:
     """Wake the team ahead of a step, so that its 20 us pass while the step's arrays are written."""
     _C.wake_team()
+
+
+@contextlib.contextmanager
+def threads_kept_awake() -> Iterator[None]:
+    """Keep the team from parking between operators that Python calls one by one.
+
+    Each wake-up costs 16 to 25 us; a model of 16 layers that computes in torch calls some hundred operators
+    for a token, and decodes a tenth faster so.
+    """
+    _C.team_spin(_SPIN_US)
+    try:
+        yield
+    finally:
+        _C.team_spin(0)
 
 
 def join_threads() -> None:
