@@ -62,14 +62,15 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
   if (header.num_tokens == 0) return;
-  const int64_t tiles = (header.num_tokens + step::kTileTokens - 1) / step::kTileTokens;
+  const step::Kernels& kernels = step::kernels();
+  const int64_t tiles = (header.num_tokens + kernels.tile_tokens - 1) / kernels.tile_tokens;
   const py::gil_scoped_release release;
   DirectMemory& memory = direct_memory();
   const std::lock_guard<std::mutex> lock(memory.mutex);
-  pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, pack.out.tile_bytes()}));
+  const int64_t tile_bytes = pack.out.tile_bytes(kernels.tile_tokens);
+  pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
   linear.in = pack.out;
   linear.scratch_floats = scratch_floats(packed, precision, unit_strips);
-  const step::Kernels& kernels = step::kernels();
   const auto prepare = [&](int num_members) {
     if (linear.scratch_floats == 0) return;
     linear.scratch = reinterpret_cast<float*>(memory.scratch.reserve(

@@ -143,18 +143,20 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
   const step::Kernels& kernels = step::kernels();
   const int64_t work = num_pairs_ * call.attention.num_heads *
                        (call.attention.kv.head_dim + call.attention.kv.value_dim);
+  const int64_t rows = kernels.attention_rows(call.attention.kv.precision);
   cpu::run_small(
       work,
       [&](int num_members) {
         const int64_t value_dim = call.attention.kv.value_dim;
-        if (num_members > partials_members_ || value_dim > partials_dim_) {
+        if (num_members > partials_members_ || value_dim > partials_dim_ || rows > partials_rows_) {
           partials_members_ = std::max(num_members, partials_members_);
           partials_dim_ = std::max(value_dim, partials_dim_);
+          partials_rows_ = std::max(rows, partials_rows_);
           partials_ = std::make_unique<step::AttentionWorkspace>(partials_members_, max_context_,
-                                                                 partials_dim_);
+                                                                 partials_rows_, partials_dim_);
         }
         call.attention.partials = partials_->partials();
-        header_.attention_split = split(call.attention, num_members);
+        header_.attention_split = split(call.attention, rows, num_members);
       },
       [&](int member, int num_members) {
         kernels.store_heads(call.store, header_, member, num_members);
@@ -164,24 +166,21 @@ void PagedAttention::run_locked(const KvPool& pool, Call& call) {
 }
 
 const step::AttentionPoint* PagedAttention::split(const step::AttentionParams& params,
-                                                  int num_members) {
-  const int64_t num_heads = params.num_heads, num_kv_heads = params.kv.num_heads;
+                                                  int64_t tile_rows, int num_members) {
+  const step::HeadSplit heads = {params.num_heads, params.kv.num_heads, tile_rows};
   for (size_t i = 0; i < num_splits_; ++i) {
     const Split& each = splits_[i];
-    if (each.rule == params.rule && each.num_heads == num_heads &&
-        each.num_kv_heads == num_kv_heads && each.num_members == num_members) {
+    if (each.rule == params.rule && each.heads == heads && each.num_members == num_members) {
       return each.points.data();
     }
   }
   if (num_splits_ == splits_.size()) splits_.emplace_back();
   Split& made = splits_[num_splits_];
   made.rule = params.rule;
-  made.num_heads = num_heads;
-  made.num_kv_heads = num_kv_heads;
+  made.heads = heads;
   made.num_members = num_members;
   made.points.resize(static_cast<size_t>(num_members) + 1);
-  step::split_attention(header_, made.rule, num_heads, num_kv_heads, num_members,
-                        made.points.data());
+  step::split_attention(header_, made.rule, heads, num_members, made.points.data());
   ++num_splits_;
   return made.points.data();
 }

@@ -34,7 +34,7 @@ class PagedAttention {
   // How the present batch's work is shared out for layers of one shape and rule.
   struct Split {
     cpu::step::AttentionRule rule;
-    int64_t num_heads, num_kv_heads;
+    cpu::step::HeadSplit heads;
     int num_members;
     std::vector<cpu::step::AttentionPoint> points;
   };
@@ -45,7 +45,8 @@ class PagedAttention {
 
   void check_batch() const;
   void check_pool(const KvPool& pool);
-  const cpu::step::AttentionPoint* split(const cpu::step::AttentionParams& params, int num_members);
+  const cpu::step::AttentionPoint* split(const cpu::step::AttentionParams& params,
+                                         int64_t tile_rows, int num_members);
   void run_locked(const KvPool& pool, Call& call);
 
   const int64_t max_context_;
@@ -60,7 +61,7 @@ class PagedAttention {
   int64_t num_pairs_ = 0;  // of a query and a key, at most
   Workspace queries_;
   std::unique_ptr<cpu::step::AttentionWorkspace> partials_;
-  int64_t partials_dim_ = 0;
+  int64_t partials_rows_ = 0, partials_dim_ = 0;
   int partials_members_ = 0;
 };
 

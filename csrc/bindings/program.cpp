@@ -53,12 +53,13 @@ ActivationPtr Program::activation(int64_t columns, const std::string& precision,
                                   bool for_logits) const {
   check_size(columns, "columns");
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
+  const int64_t tile_tokens = step::kernels().tile_tokens;
   const int64_t tiles =
-      std::max<int64_t>((count + step::kTileTokens - 1) / step::kTileTokens, num_members_);
+      std::max<int64_t>((count + tile_tokens - 1) / tile_tokens, num_members_);
   step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
-  const cpu::Memory memory = cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes()}));
+  const cpu::Memory memory = cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes(tile_tokens)}));
   view.data = memory.get();
-  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, tiles, false});
+  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, tile_tokens, tiles, false});
 }
 
 QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
@@ -99,7 +100,7 @@ void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double
                                    static_cast<float>(eps),
                                    for_logits,
                                    out->view,
-                                   is_private ? out->view.tile_bytes() : 0};
+                                   is_private ? out->tile_bytes() : 0};
   const Sync sync = !is_private  ? Sync::kAlways
                     : for_logits ? Sync::kUnlessPrivateRows
                                  : Sync::kUnlessPrivateTokens;
@@ -303,7 +304,7 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
   step::LinearParams params = {};
   params.weight = weight;
   params.in = product.in->view;
-  if (product.in->is_private) params.private_bytes = params.in.tile_bytes();
+  if (product.in->is_private) params.private_bytes = product.in->tile_bytes();
   if (product.bias) {
     check_shape(*product.bias, "bias", {weight.num_rows});
     params.bias = keep(*product.bias);
@@ -350,12 +351,13 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
 
 step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads) {
   if (pool_ == nullptr) {
+    const int64_t tile_rows = step::kernels().attention_rows(pool->layer(layer).precision);
     pool_ = pool;
-    num_heads_ = num_heads;
-    workspace_ =
-        std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, pool->value_dim());
+    heads_ = {num_heads, pool->num_kv_heads(), tile_rows};
+    workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, tile_rows,
+                                                            pool->value_dim());
   }
-  check(pool == pool_ && num_heads == num_heads_,
+  check(pool == pool_ && num_heads == heads_.num_heads,
         "all layers of a program must have one shape of attention");
   check(num_heads % pool->num_kv_heads() == 0, "`num_heads` must be a multiple of ",
         pool->num_kv_heads(), ", got ", num_heads);

@@ -31,9 +31,12 @@ struct ActivationBuffer {
   cpu::Memory memory;
   int64_t num_rows;
   step::Activation view;
+  int64_t tile_tokens;
   int64_t num_tiles;
   // What was written last are copies of the members' own, see kPrivateTokens.
   bool is_private = false;
+
+  int64_t tile_bytes() const { return view.tile_bytes(tile_tokens); }
 };
 
 // Queries, as a cache wants them.
@@ -154,9 +157,10 @@ class Program {
 
   const int64_t max_tokens_, max_sequences_, max_rows_, max_context_;
   const int num_members_;
-  int64_t num_ids_ = 0, num_heads_ = 0, vocab_ = 0;
+  int64_t num_ids_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;
   PoolPtr pool_;
+  step::HeadSplit heads_ = {};
   step::Segment forward_, head_;
   step::StepHeader header_ = {};
   std::vector<step::AttentionRule> rules_;  // of its layers, each once

@@ -21,7 +21,8 @@ Floats rows_of_tiles(const ActivationBuffer& a) {
   Floats out({a.num_rows, a.view.num_columns});
   for (int64_t row = 0; row < a.num_rows; ++row) {
     for (int64_t block = 0; block < a.view.num_columns / step::kBlockColumns; ++block) {
-      const uint8_t* const from = a.view.block(row, block) + row % step::kTileTokens * 128;
+      const uint8_t* const from =
+          a.view.block(row, block, a.tile_tokens) + row % a.tile_tokens * 128;
       std::memcpy(out.mutable_data(row, block * step::kBlockColumns), from, 128);
     }
   }

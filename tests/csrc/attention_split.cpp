@@ -30,17 +30,18 @@ bool sees(const AttentionRule& rule, int64_t query, int64_t key, int64_t until) 
   return rule.chunk == INT64_MAX || key >= query / rule.chunk * rule.chunk;
 }
 
-std::vector<Piece> all_pieces(const StepHeader& step, const AttentionRule& rule, int64_t group,
-                              int64_t kv_heads) {
+std::vector<Piece> all_pieces(const StepHeader& step, const AttentionRule& rule,
+                              const HeadSplit& heads) {
+  const int64_t group = heads.group(), tile_rows = heads.tile_rows;
   std::vector<Piece> pieces;
   for (int32_t s = 0; s < step.num_sequences; ++s) {
     const int64_t start = step.query_start[s], length = step.query_start[s + 1] - start;
     const int64_t context = step.context_len[s];
-    for (int32_t head = 0; head < kv_heads; ++head) {
-      for (int32_t tile = 0; tile * kAttentionRows < length * group; ++tile) {
+    for (int32_t head = 0; head < heads.num_kv_heads; ++head) {
+      for (int32_t tile = 0; tile * tile_rows < length * group; ++tile) {
         int64_t first = context, end = 0;
-        for (int64_t row = tile * kAttentionRows;
-             row < std::min(length * group, (tile + 1) * kAttentionRows); ++row) {
+        for (int64_t row = tile * tile_rows;
+             row < std::min(length * group, (tile + 1) * tile_rows); ++row) {
           const int64_t query = context - length + row / group;
           const int64_t until =
               step.visible_until == nullptr ? query + 1 : step.visible_until[start + row / group];
@@ -72,6 +73,7 @@ int main() {
     if (below(2)) rule.window = 1 + below(600);
     if (below(3) == 0) rule.chunk = 1 + below(700);
     const int64_t kv_heads = 1 + below(3), group = 1 + below(7);
+    const HeadSplit heads = {group * kv_heads, kv_heads, below(2) ? 6 : 16};
     std::vector<int32_t> starts = {0}, contexts, until;
     for (int64_t s = 0; s < 1 + below(4); ++s) {
       const int64_t length = below(2) ? 1 : 1 + below(40), context = length + below(1500);
@@ -87,12 +89,12 @@ int main() {
     step.query_start = starts.data();
     step.context_len = contexts.data();
     if (below(2)) step.visible_until = until.data();
-    const std::vector<Piece> pieces = all_pieces(step, rule, group, kv_heads);
+    const std::vector<Piece> pieces = all_pieces(step, rule, heads);
     int64_t total = 0;
     for (const Piece& piece : pieces) total += piece.size + 64;
     const int members = static_cast<int>(1 + below(9));
     std::vector<AttentionPoint> split(members + 1);
-    split_attention(step, rule, group * kv_heads, kv_heads, members, split.data());
+    split_attention(step, rule, heads, members, split.data());
     size_t next = 0;
     for (int m = 0; m < members; ++m) {
       int64_t work = 0;

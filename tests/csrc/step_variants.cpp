@@ -51,18 +51,33 @@ std::vector<int32_t> count_up(int64_t size) {
 
 // A tiled input of products, aligned as the kernels want it.
 struct Input {
-  Input(Precision precision, int64_t columns, int64_t tokens) {
+  Input(const Kernels& kernels, Precision precision, int64_t columns, int64_t tokens)
+      : tile_tokens(kernels.tile_tokens), num_tokens(tokens) {
     view = {nullptr, precision, columns};
-    const int64_t tiles = (tokens + kTileTokens - 1) / kTileTokens;
-    bytes.resize(static_cast<size_t>(tiles * view.tile_bytes() + 64));
+    const int64_t tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    bytes.resize(static_cast<size_t>(tiles * view.tile_bytes(tile_tokens) + 64));
     view.data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
   }
+  // What each token has, whatever the size of a tile.
   void append_to(Bytes& out) const {
-    const auto size = bytes.size() - 64;
-    out.insert(out.end(), view.data, view.data + size);
+    const Int8Tile tile = {tile_tokens};
+    const bool is_int8 = view.precision == Precision::kInt8;
+    const int64_t size = is_int8 ? kBlockColumns : tile_block_bytes(view.precision, 1);
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      for (int64_t b = 0; b < view.num_columns / kBlockColumns; ++b) {
+        const uint8_t* const block = view.block(token, b, tile_tokens);
+        const int64_t slot = token % tile_tokens;
+        out.insert(out.end(), block + slot * size, block + (slot + 1) * size);
+        if (!is_int8) continue;
+        for (const int64_t place : {tile.scale(), tile.sum(), tile.zero(), tile.zero_first()}) {
+          out.insert(out.end(), block + place + 4 * slot, block + place + 4 * slot + 4);
+        }
+      }
+    }
   }
   Bytes bytes;
   Activation view;
+  int64_t tile_tokens, num_tokens;
 };
 
 void append(Bytes& out, const std::vector<float>& values) {
@@ -78,7 +93,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   StepHeader step = {};
   step.num_tokens = step.num_rows = kTokens;
   step.rows = all.data();
-  Input input(precision, kColumns, kTokens), packed(precision, kColumns, kTokens);
+  Input input(kernels, precision, kColumns, kTokens), packed(kernels, precision, kColumns, kTokens);
   kernels.norm({x.data(), norm_weight.data(), kColumns, 1e-5f, true, input.view, 0}, step, 0, 1);
   kernels.pack({x.data(), kColumns, kColumns, packed.view}, step, 0, 1);
   std::vector<float> scratch(2 * kStripRows * kColumns);
@@ -92,7 +107,8 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   Bytes found;
   for (const auto activation : {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh}) {
     const PackedMatrix gates = {weight.data, weight.format, kRows / 64 * 64, kColumns};
-    Input gated(precision, gates.num_rows / 2, kTokens), multiplied(precision, kRows, kTokens);
+    Input gated(kernels, precision, gates.num_rows / 2, kTokens);
+    Input multiplied(kernels, precision, kRows, kTokens);
     const LinearParams pairs = {gates, nullptr, input.view, 0, scratch.data(), 0};
     kernels.gate_up({pairs, activation, gated.view}, step, 0, 1);
     kernels.act_mul({rows.data(), sums.data(), activation, multiplied.view}, step, 0, 1);
@@ -128,7 +144,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   Bytes pool(static_cast<size_t>(kv.num_blocks * kv.block_stride + kPoolSlack), 0x7F);
   Bytes query(static_cast<size_t>(kContext * kv.query_bytes() + kPoolSlack));
   kv.data = pool.data();
-  Input input(Precision::kInt8, kColumns, kContext), out(Precision::kInt8, kStripRows, kContext);
+  Input input(kernels, Precision::kInt8, kColumns, kContext);
+  Input out(kernels, Precision::kInt8, kStripRows, kContext);
   std::vector<float> plain(kContext * kStripRows);
 
   const std::vector<int32_t> places = count_up(kContext), blocks = count_up(kv.num_blocks);
@@ -144,7 +161,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   step.context_len = lengths;
   step.block_table = blocks.data();
   step.block_table_stride = kv.num_blocks;
-  split_attention(step, {c.window}, 1, 1, 1, split);
+  split_attention(step, {c.window}, {1, 1, kernels.attention_rows(c.precision)}, 1, split);
   step.attention_split = split;
 
   kernels.norm({x.data(), ones.data(), kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);

@@ -1,5 +1,5 @@
-// A chunk of paged attention: six query rows against up to 256 tokens of context, grouped heads
-// sharing each read of keys and values. The context may be split over members; chunk results are
+// A chunk of paged attention: a tile of query rows against up to 256 tokens of context, grouped
+// heads sharing each read of keys and values. The context may be split over members; chunk results are
 // merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867. Included
 // by the step_<isa>.cpp files only.
 #pragma once
@@ -26,14 +26,15 @@ constexpr float kMinusInfinity = -__builtin_inff();
 
 // A row tile of one sequence and KV head: rows [first, first + count) of its query tokens times
 // grouped heads.
+template <int MaxRows>
 struct RowTile {
-  const uint8_t* query[kAttentionRows];
-  int64_t position[kAttentionRows];  // of a row's token in its context
-  int64_t visible[kAttentionRows];   // tokens of context that a row may see,
-  int64_t hidden[kAttentionRows];    // and of these the first that its window or chunk hides
-  int64_t head[kAttentionRows];
-  BlockSlot out[kAttentionRows];  // where the first 32 columns of its result go,
-  float* rows[kAttentionRows];    // or all of them as plain floats
+  const uint8_t* query[MaxRows];
+  int64_t position[MaxRows];  // of a row's token in its context
+  int64_t visible[MaxRows];   // tokens of context that a row may see,
+  int64_t hidden[MaxRows];    // and of these the first that its window or chunk hides
+  int64_t head[MaxRows];
+  BlockSlot out[MaxRows];  // where the first 32 columns of its result go,
+  float* rows[MaxRows];    // or all of them as plain floats
   int64_t count;
   int64_t longest, shortest;  // the largest and the smallest of `visible`
   int64_t most_hidden;        // the largest of `hidden`
@@ -42,16 +43,22 @@ struct RowTile {
 };
 
 // What is known of a tile's rows after some chunks: sums of p * v, the maximum score, the sum of p.
+template <int MaxRows>
 struct RowState {
-  alignas(64) float sums[kAttentionRows * kMaxHeadDim];
-  float maximum[kAttentionRows];
-  float total[kAttentionRows];
+  alignas(64) float sums[MaxRows * kMaxHeadDim];
+  float maximum[MaxRows];
+  float total[MaxRows];
   int64_t stride;  // sums of a row: whole vectors, and no more, or rows would share sets of L1
 
   explicit RowState(int64_t value_dim) : stride((value_dim + 15) / 16 * 16) {}
   float* row(int64_t r) { return sums + r * stride; }
   const float* row(int64_t r) const { return sums + r * stride; }
 };
+
+template <class S, Precision precision>
+using Tile = RowTile<S::attention_rows(precision)>;
+template <class S, Precision precision>
+using State = RowState<S::attention_rows(precision)>;
 
 // Of one layer.
 struct ChunkShape {
@@ -109,8 +116,8 @@ inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) 
 }
 
 // Scores of sixteen tokens from `begin` on, -inf where a row may not look.
-template <class S>
-inline typename S::F keep_visible(const RowTile& tile, int r, int64_t begin, typename S::F scores) {
+template <class S, int MaxRows>
+inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t begin, typename S::F scores) {
   const int64_t hidden = tile.hidden[r] - begin;
   if (hidden > 0) {
     scores = S::select_head(static_cast<int>(hidden < 16 ? hidden : 16), S::set1(kMinusInfinity),
@@ -121,7 +128,7 @@ inline typename S::F keep_visible(const RowTile& tile, int r, int64_t begin, typ
 
 // Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
 template <class S, Precision precision, int Rows, int Blocks>
-inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
+inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
                          float* scores) {
   using Kv = KvTraits<S, precision>;
   const int64_t steps = Kv::key_steps(head_dim);
@@ -136,7 +143,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
     } else if (is_cold) {
       ahead[i] = chunk.values[next % chunk.num_blocks];
     }
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
   }
   for (int64_t k = 0; k < steps; ++k) {
@@ -146,7 +153,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
       if (is_cold) fetch_stream<S>(ahead[i] + 64 * k);
       keys[i] = Kv::load(chunk.keys[b + i] + 64 * k);
     }
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const auto value = Kv::broadcast(tile.query[r] + 4 * k);
       TGI_UNROLL(4)
@@ -156,7 +163,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   float* const out = scores + 16 * b;
   if (tile.shortest >= chunk.begin + 16 * (b + Blocks) &&
       tile.most_hidden <= chunk.begin + 16 * b) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       TGI_UNROLL(4)
       for (int i = 0; i < Blocks; ++i) S::store(out + r * kChunkTokens + 16 * i, sums[r][i]);
@@ -166,7 +173,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
   TGI_UNROLL(4)
   for (int i = 0; i < Blocks; ++i) {
     const int64_t begin = chunk.begin + 16 * (b + i);
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       S::store(scores + r * kChunkTokens + 16 * (b + i),
                keep_visible<S>(tile, r, begin, sums[r][i]));
@@ -177,7 +184,7 @@ inline void block_scores(const RowTile& tile, const Chunk& chunk, int64_t head_d
 // scores: [Rows][256]. Several sub-blocks at a time, to have enough sums in flight: products are
 // six cycles late, two begin in each.
 template <class S, Precision precision, int Rows>
-void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
+void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
   int64_t b = 0;
   if constexpr (S::kNumRegisters >= 32) {
     for (; b + 4 <= chunk.num_blocks; b += 4) {
@@ -193,8 +200,8 @@ void chunk_scores(const RowTile& tile, const Chunk& chunk, int64_t head_dim, flo
 }
 
 // Scores capped, and with what their distance adds; hidden ones stay so.
-template <class S, int Rows>
-void change_scores(const RowTile& tile, const Chunk& chunk, const ScoreParams& p, float* scores) {
+template <class S, Precision precision, int Rows>
+void change_scores(const Tile<S, precision>& tile, const Chunk& chunk, const ScoreParams& p, float* scores) {
   alignas(64) static constexpr float kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                    8, 9, 10, 11, 12, 13, 14, 15};
   const auto lanes = S::load(kLanes), one = S::set1(1.0f);
@@ -253,20 +260,20 @@ class ValueFetch {
 // multiplied in, or float32 before they become integers (which may take the place of the scores).
 template <class S, Precision precision, int Rows>
 void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t* weights,
-                   RowState& state) {
+                   State<S, precision>& state) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
   ValueFetch<S, precision> values(chunk, value_dim, chunk.num_blocks);
   typename S::F largest[Rows];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) largest[r] = S::set1(kMinusInfinity);
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       largest[r] = S::max(S::load(scores + r * kChunkTokens + 16 * b), largest[r]);
     }
   }
   typename S::F shift[Rows], total[Rows];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     const float maximum = S::reduce_max(largest[r]);
     state.maximum[r] = maximum;
@@ -275,7 +282,7 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t
   }
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     values.step();
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
       const auto p =
@@ -288,7 +295,7 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t
       }
     }
   }
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) state.total[r] = S::reduce_add(total[r]);
 }
 
@@ -303,13 +310,13 @@ inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, in
 // Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>
 void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim, int64_t first_dim,
-                  RowState& state) {
+                  State<S, precision>& state) {
   using Kv = KvTraits<S, precision>;
   constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
   constexpr int64_t kWeightBytes = Kv::kIsBF16 ? 2 : 4;
   typename S::F sums[Rows][Vectors];
   const bool is_cold = chunk.is_cold;
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(4)
     for (int v = 0; v < Vectors; ++v) sums[r][v] = S::zero();
@@ -335,7 +342,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim,
         TGI_UNROLL(4)
         for (int v = 0; v < Vectors; ++v) vector[v] = S::iand(vector[v], mask);
       }
-      TGI_UNROLL(6)
+      TGI_UNROLL(16)
       for (int r = 0; r < Rows; ++r) {
         const auto p = Kv::broadcast(weight + (r * kChunkTokens + t) * kWeightBytes);
         TGI_UNROLL(4)
@@ -343,7 +350,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim,
       }
     }
   }
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(4)
     for (int v = 0; v < Vectors; ++v) S::store(state.row(r) + first_dim + 16 * v, sums[r][v]);
@@ -351,13 +358,13 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim,
 }
 
 template <class S, Precision precision, int Rows>
-void attend_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
-                  RowState& state) {
+void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
+                  State<S, precision>& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
   const int64_t value_dim = shape.value_dim;
   chunk_scores<S, precision, Rows>(tile, chunk, shape.head_dim, scores);
-  if (shape.scores != nullptr) change_scores<S, Rows>(tile, chunk, *shape.scores, scores);
+  if (shape.scores != nullptr) change_scores<S, precision, Rows>(tile, chunk, *shape.scores, scores);
   chunk_softmax<S, precision, Rows>(chunk, value_dim, scores, weights, state);
   // The last vector may go beyond the head, into what is the pool's, too.
   int64_t dim = 0;
@@ -372,8 +379,8 @@ void attend_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape& sha
 
 // merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides
 // changes nothing.
-template <class S>
-void merge(RowState& merged, const RowState& next, int64_t num_rows) {
+template <class S, int MaxRows>
+void merge(RowState<MaxRows>& merged, const RowState<MaxRows>& next, int64_t num_rows) {
   for (int64_t r = 0; r < num_rows; ++r) {
     if (next.total[r] == 0.0f) continue;
     const float maximum = next.maximum[r] > merged.maximum[r] ? next.maximum[r] : merged.maximum[r];

@@ -13,11 +13,11 @@ constexpr int64_t query_strip(int64_t strip) { return strip * kInt8QueryStrip; }
 
 // Sub-blocks [b, b + Blocks) times one strip of a row's query, to be scaled and summed over strips.
 template <class S, int Rows, int Blocks>
-inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[Blocks],
+inline void add_strip_scores(const Tile<S, Precision::kInt8>& tile, const uint8_t* const (&keys)[Blocks],
                              const uint8_t* const (&ahead)[Blocks], int64_t head_dim, int64_t strip,
                              typename S::F (&sums)[Rows][Blocks]) {
   typename S::I high[Rows][Blocks], low[Rows][Blocks];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     const auto start = S::ibroadcast(tile.query[r] + query_strip(strip) + kInt8QueryStart);
     TGI_UNROLL(2)
@@ -34,7 +34,7 @@ inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[B
       fetch_stream<S>(ahead[i] + 64 * (8 * strip + j));
       codes[i] = S::iload(keys[i] + 64 * (8 * strip + j));
     }
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const uint8_t* query = tile.query[r] + query_strip(strip) + 4 * j;
       const auto high_bytes = S::ibroadcast(query), low_bytes = S::ibroadcast(query + 32);
@@ -48,7 +48,7 @@ inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[B
   TGI_UNROLL(2)
   for (int i = 0; i < Blocks; ++i) {
     const auto scale = S::load_half(keys[i] + int8_scales(head_dim, strip));
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       float factor;
       std::memcpy(&factor, tile.query[r] + query_strip(strip) + kInt8QueryScale, 4);
@@ -59,7 +59,7 @@ inline void add_strip_scores(const RowTile& tile, const uint8_t* const (&keys)[B
 }
 
 template <class S, int Rows, int Blocks>
-inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
+inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, const ChunkShape& shape,
                               int64_t b, float* scores) {
   const int64_t head_dim = shape.head_dim, value_dim = shape.value_dim;
   const uint8_t* keys[Blocks];
@@ -76,7 +76,7 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, const Chu
     for (int64_t strip = 0; 32 * strip < value_dim; strip += 2) {
       fetch_stream<S>(chunk.values[b + i] + int8_scales(value_dim, strip));
     }
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) sums[r][i] = S::zero();
   }
   for (int64_t strip = 0; 32 * strip < head_dim; ++strip) {
@@ -84,7 +84,7 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, const Chu
   }
   TGI_UNROLL(2)
   for (int i = 0; i < Blocks; ++i) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       S::store(scores + r * kChunkTokens + 16 * (b + i),
                keep_visible<S>(tile, r, chunk.begin + 16 * (b + i), sums[r][i]));
@@ -96,15 +96,15 @@ inline void int8_block_scores(const RowTile& tile, const Chunk& chunk, const Chu
 // bits against the chunk's largest. weights: [Rows][high, low][256]; factors: what one step of it
 // is. Tokens that a row does not see count as zero, whatever lies there.
 template <class S, int Rows>
-inline void int8_weights(const RowTile& tile, const Chunk& chunk, int64_t value_dim, int64_t strip,
+inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, int64_t value_dim, int64_t strip,
                          const float* softmax, uint8_t* weights, float* factors) {
   alignas(64) float scaled[Rows * kChunkTokens];
   typename S::I largest[Rows];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) largest[r] = S::izero();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     const auto scale = S::load_half(chunk.values[b] + int8_scales(value_dim, strip));
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
       const int64_t seen = tile.visible[r] - chunk.begin - 16 * b;
@@ -132,9 +132,9 @@ inline void int8_weights(const RowTile& tile, const Chunk& chunk, int64_t value_
 // A strip of the sums of weight times value. 256 tokens of 65,535 times 127 fit 31 bits.
 template <class S, int Rows>
 inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
-                        const uint8_t* weights, const float* factors, RowState& state) {
+                        const uint8_t* weights, const float* factors, State<S, Precision::kInt8>& state) {
   typename S::I high[Rows][2], low[Rows][2];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(2)
     for (int v = 0; v < 2; ++v) high[r][v] = low[r][v] = S::izero();
@@ -151,7 +151,7 @@ inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
         fetch_stream<S>(ahead + t * value_dim + 64 * v);
         codes[v] = S::iload(values + t * value_dim + 64 * v);
       }
-      TGI_UNROLL(6)
+      TGI_UNROLL(16)
       for (int r = 0; r < Rows; ++r) {
         const uint8_t* weight = weights + 2 * r * kChunkTokens + 16 * b + t;
         const auto high_bytes = S::ibroadcast(weight);
@@ -164,7 +164,7 @@ inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
       }
     }
   }
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     TGI_UNROLL(2)
     for (int v = 0; v < 2; ++v) {
@@ -175,8 +175,8 @@ inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
 }
 
 template <class S, int Rows>
-void attend_int8_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape& shape,
-                       RowState& state) {
+void attend_int8_chunk(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, const ChunkShape& shape,
+                       State<S, Precision::kInt8>& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[2 * Rows * kChunkTokens];
   float factors[Rows];
@@ -187,7 +187,7 @@ void attend_int8_chunk(const RowTile& tile, const Chunk& chunk, const ChunkShape
   for (; b < chunk.num_blocks; ++b) {
     int8_block_scores<S, Rows, 1>(tile, chunk, shape, b, scores);
   }
-  if (shape.scores != nullptr) change_scores<S, Rows>(tile, chunk, *shape.scores, scores);
+  if (shape.scores != nullptr) change_scores<S, Precision::kInt8, Rows>(tile, chunk, *shape.scores, scores);
   const int64_t value_dim = shape.value_dim;
   chunk_softmax<S, Precision::kInt8, Rows>(chunk, value_dim, scores,
                                            reinterpret_cast<uint8_t*>(scores), state);

@@ -3,43 +3,48 @@
 // bit. Included by the step_<isa>.cpp files only.
 #pragma once
 
+#include <utility>
+
 #include "attention_chunk.h"
 #include "attention_int8.h"
 
 namespace tgi::cpu::step {
 namespace {
 
-template <class S>
-using ChunkFunction = void (*)(const RowTile&, const Chunk&, const ChunkShape&, RowState&);
+template <class S, Precision precision>
+using ChunkFunction = void (*)(const Tile<S, precision>&, const Chunk&, const ChunkShape&,
+                               State<S, precision>&);
+
+template <class S, Precision precision, int... Before>
+inline ChunkFunction<S, precision> chunk_function(int64_t rows,
+                                                  std::integer_sequence<int, Before...>) {
+  if constexpr (precision == Precision::kInt8) {
+    constexpr ChunkFunction<S, precision> table[] = {attend_int8_chunk<S, Before + 1>...};
+    return table[rows - 1];
+  } else {
+    constexpr ChunkFunction<S, precision> table[] = {attend_chunk<S, precision, Before + 1>...};
+    return table[rows - 1];
+  }
+}
 
 template <class S, Precision precision>
-inline ChunkFunction<S> float_chunk_function(int64_t rows) {
-  constexpr ChunkFunction<S> table[] = {
-      attend_chunk<S, precision, 1>, attend_chunk<S, precision, 2>, attend_chunk<S, precision, 3>,
-      attend_chunk<S, precision, 4>, attend_chunk<S, precision, 5>, attend_chunk<S, precision, 6>};
-  return table[rows - 1];
+inline ChunkFunction<S, precision> chunk_function(int64_t rows) {
+  return chunk_function<S, precision>(
+      rows, std::make_integer_sequence<int, S::attention_rows(precision)>());
 }
 
-template <class S>
-inline ChunkFunction<S> chunk_function(Precision precision, int64_t rows) {
-  if (precision == Precision::kBF16) return float_chunk_function<S, Precision::kBF16>(rows);
-  if (precision == Precision::kFloat32) return float_chunk_function<S, Precision::kFloat32>(rows);
-  constexpr ChunkFunction<S> table[] = {attend_int8_chunk<S, 1>, attend_int8_chunk<S, 2>,
-                                        attend_int8_chunk<S, 3>, attend_int8_chunk<S, 4>,
-                                        attend_int8_chunk<S, 5>, attend_int8_chunk<S, 6>};
-  return table[rows - 1];
-}
-
-inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                        bool is_cold) {
+template <class S, Precision precision>
+inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& step,
+                                   const AttentionPoint& at, bool is_cold) {
+  constexpr int64_t kRows = S::attention_rows(precision);
   const int64_t group = p.num_heads / p.kv.num_heads;
   const int64_t start = step.query_start[at.sequence];
   const int64_t length = step.query_start[at.sequence + 1] - start;
   const int64_t before = step.context_len[at.sequence] - length;
   const int64_t row_bytes = p.kv.query_bytes();
-  RowTile tile;
-  const int64_t first = at.tile * kAttentionRows, all = length * group;
-  tile.count = all - first < kAttentionRows ? all - first : kAttentionRows;
+  Tile<S, precision> tile;
+  const int64_t first = at.tile * kRows, all = length * group;
+  tile.count = all - first < kRows ? all - first : kRows;
   int64_t token = first / group, offset = first % group;
   tile.longest = 0;
   tile.shortest = INT64_MAX;
@@ -58,8 +63,7 @@ inline RowTile row_tile(const AttentionParams& p, const StepHeader& step, const 
     if (p.rows != nullptr) {
       tile.rows[r] = p.rows + (start + token) * p.stride + head * p.true_dim;
     } else {
-      tile.out[r] = {p.out.block(start + token, head * p.true_dim / kBlockColumns),
-                     (start + token) % kTileTokens};
+      tile.out[r] = slot_of<S>(p.out, start + token, head * p.true_dim / kBlockColumns);
     }
     if (++offset == group) {
       offset = 0;
@@ -80,18 +84,20 @@ inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
 }
 
 // Where the first chunk that a tile reads begins.
+template <class S, Precision precision>
 inline int64_t first_read(const AttentionParams& p, const StepHeader& step,
                           const AttentionPoint& at) {
   const int64_t length = step.query_start[at.sequence + 1] - step.query_start[at.sequence];
-  const int64_t token = at.tile * kAttentionRows / (p.num_heads / p.kv.num_heads);
+  const int64_t token = at.tile * S::attention_rows(precision) / (p.num_heads / p.kv.num_heads);
   const int64_t first = p.rule.first_seen(step.context_len[at.sequence] - length + token);
   return first / kChunkTokens * kChunkTokens;
 }
 
 // Looks up the chunk's sub-blocks and, where they are fetched ahead, the keys that are read next:
 // of this tile, then of the tile `next`.
+template <class S, Precision precision>
 inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                      const AttentionPoint& next, const RowTile& tile, int64_t index) {
+                      const AttentionPoint& next, const Tile<S, precision>& tile, int64_t index) {
   const int64_t longest = tile.longest;
   Chunk chunk;
   chunk.is_cold = tile.is_cold;
@@ -113,9 +119,9 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   chunk.num_ahead = chunk.num_blocks;
   const bool is_last = chunk.begin + kChunkTokens >= longest;
   if (!chunk.is_cold || (is_last && next.sequence >= step.num_sequences)) return chunk;
-  const int64_t begin = is_last ? first_read(p, step, next) : chunk.begin + kChunkTokens;
+  const int64_t begin = is_last ? first_read<S, precision>(p, step, next) : chunk.begin + kChunkTokens;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
-  const int64_t ahead = ahead_of(p.kv.precision);
+  const int64_t ahead = ahead_of(precision);
   for (int64_t token = begin; token < end && token < begin + 16 * ahead; token += 16) {
     chunk.keys[chunk.num_ahead++] = keys_at(p, step, is_last ? next : at, token);
   }
@@ -123,9 +129,9 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
 }
 
 // Writes `Count` rows of a tile's results, from `first` on, into the next product's input.
-template <class S, int Count>
-inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64_t first,
-                            const RowState& state) {
+template <class S, int Count, int MaxRows>
+inline void write_some_rows(const AttentionParams& p, const RowTile<MaxRows>& tile, int64_t first,
+                            const RowState<MaxRows>& state) {
   typename S::F factors[Count];
   BlockSlot to[Count];
   for (int64_t i = 0; i < Count; ++i) {
@@ -134,20 +140,21 @@ inline void write_some_rows(const AttentionParams& p, const RowTile& tile, int64
   }
   for (int64_t d = 0; d < p.true_dim; d += kBlockColumns) {
     typename S::F a[Count], b[Count];
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int64_t i = 0; i < Count; ++i) {
       const float* sums = state.row(first + i) + d;
       a[i] = S::mul(S::load(sums), factors[i]);
       b[i] = S::mul(S::load(sums + 16), factors[i]);
     }
     write_blocks<S, Count>(p.out.precision, a, b, to);
-    for (BlockSlot& slot : to) slot.block += tile_block_bytes(p.out.precision);
+    for (BlockSlot& slot : to) slot.block += tile_block_bytes(p.out.precision, S::kTileTokens);
   }
 }
 
 // The same as plain rows, of any number of columns: lanes behind a head's last dim hold anything.
-template <class S>
-void write_plain_rows(const AttentionParams& p, const RowTile& tile, const RowState& state) {
+template <class S, int MaxRows>
+void write_plain_rows(const AttentionParams& p, const RowTile<MaxRows>& tile,
+                      const RowState<MaxRows>& state) {
   for (int64_t r = 0; r < tile.count; ++r) {
     alignas(64) float values[kMaxHeadDim];
     const auto factor = S::set1(1.0f / state.total[r]);
@@ -162,8 +169,9 @@ void write_plain_rows(const AttentionParams& p, const RowTile& tile, const RowSt
 }
 
 // A sink's weight is part of the sum of weights, and has no value.
-template <class S>
-inline void add_sinks(const AttentionParams& p, const RowTile& tile, RowState& state) {
+template <class S, int MaxRows>
+inline void add_sinks(const AttentionParams& p, const RowTile<MaxRows>& tile,
+                      RowState<MaxRows>& state) {
   for (int64_t r = 0; r < tile.count; ++r) {
     alignas(64) float weight[16];
     const float sink = p.scores.sinks[tile.head[r]];
@@ -172,21 +180,24 @@ inline void add_sinks(const AttentionParams& p, const RowTile& tile, RowState& s
   }
 }
 
-template <class S>
-void write_rows(const AttentionParams& p, const RowTile& tile, RowState& state) {
+template <class S, int MaxRows>
+void write_rows(const AttentionParams& p, const RowTile<MaxRows>& tile, RowState<MaxRows>& state) {
   if (p.scores.sinks != nullptr) add_sinks<S>(p, tile, state);
   if (p.rows != nullptr) return write_plain_rows<S>(p, tile, state);
-  static_assert(kBlocksAtOnce == kAttentionRows);
-  if (tile.count == kAttentionRows) return write_some_rows<S, kBlocksAtOnce>(p, tile, 0, state);
-  for (int64_t r = 0; r < tile.count; ++r) write_some_rows<S, 1>(p, tile, r, state);
+  int64_t r = 0;
+  for (; r + S::kBlocksAtOnce <= tile.count; r += S::kBlocksAtOnce) {
+    write_some_rows<S, S::kBlocksAtOnce>(p, tile, r, state);
+  }
+  for (; r < tile.count; ++r) write_some_rows<S, 1>(p, tile, r, state);
 }
 
+template <class S, Precision precision>
 inline AttentionPoint tile_after(const AttentionParams& p, const StepHeader& step,
                                  AttentionPoint at) {
   const int64_t group = p.num_heads / p.kv.num_heads;
   const int64_t rows = (step.query_start[at.sequence + 1] - step.query_start[at.sequence]) * group;
   at.chunk = 0;
-  if (++at.tile * kAttentionRows < rows) return at;
+  if (++at.tile * S::attention_rows(precision) < rows) return at;
   at.tile = 0;
   if (++at.head < p.kv.num_heads) return at;
   at.head = 0;
@@ -218,25 +229,28 @@ inline Sharers sharers(const AttentionPoint* split, const AttentionPoint& at, in
   return {first, count};
 }
 
-inline void store_partial(float* data, const RowState& state, int64_t value_dim) {
-  for (int64_t r = 0; r < kAttentionRows; ++r, data += value_dim + 2) {
+template <int MaxRows>
+inline void store_partial(float* data, const RowState<MaxRows>& state, int64_t value_dim) {
+  for (int64_t r = 0; r < MaxRows; ++r, data += value_dim + 2) {
     std::memcpy(data, state.row(r), value_dim * sizeof(float));
     data[value_dim] = state.maximum[r];
     data[value_dim + 1] = state.total[r];
   }
 }
 
-inline void load_partial(const float* data, RowState& state, int64_t value_dim) {
-  for (int64_t r = 0; r < kAttentionRows; ++r, data += value_dim + 2) {
+template <int MaxRows>
+inline void load_partial(const float* data, RowState<MaxRows>& state, int64_t value_dim) {
+  for (int64_t r = 0; r < MaxRows; ++r, data += value_dim + 2) {
     std::memcpy(state.row(r), data, value_dim * sizeof(float));
     state.maximum[r] = data[value_dim];
     state.total[r] = data[value_dim + 1];
   }
 }
 
-inline void clear(RowState& state) {
-  std::memset(state.sums, 0, kAttentionRows * state.stride * sizeof(float));
-  for (int64_t r = 0; r < kAttentionRows; ++r) {
+template <int MaxRows>
+inline void clear(RowState<MaxRows>& state) {
+  std::memset(state.sums, 0, MaxRows * state.stride * sizeof(float));
+  for (int64_t r = 0; r < MaxRows; ++r) {
     state.maximum[r] = kMinusInfinity;
     state.total[r] = 0;
   }
@@ -248,20 +262,21 @@ inline ChunkShape chunk_shape(const AttentionParams& p) {
 
 // Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive
 // merges them all.
-template <class S>
+template <class S, Precision precision>
 void attend_shared(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                   const AttentionPoint& next, const RowTile& tile, int64_t begin, int64_t end,
-                   int member, int num_members) {
-  const int64_t value_dim = p.kv.value_dim, size = kAttentionRows * (value_dim + 2);
-  const auto function = chunk_function<S>(p.kv.precision, tile.count);
+                   const AttentionPoint& next, const Tile<S, precision>& tile, int64_t begin,
+                   int64_t end, int member, int num_members) {
+  const int64_t value_dim = p.kv.value_dim;
+  const int64_t size = S::attention_rows(precision) * (value_dim + 2);
+  const auto function = chunk_function<S, precision>(tile.count);
   const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
   const Sharers all = sharers(split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
-  RowState state(value_dim), merged(value_dim);
+  State<S, precision> state(value_dim), merged(value_dim);
   clear(state);
   for (int64_t c = begin; c < end; ++c) {
     if (c < tile.first_chunk) continue;
-    function(tile, chunk_of(p, step, at, next, tile, c), chunk_shape(p), state);
+    function(tile, chunk_of<S, precision>(p, step, at, next, tile, c), chunk_shape(p), state);
     store_partial(partial.data + c * size, state, value_dim);
   }
   if (partial.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 != all.count) return;
@@ -274,43 +289,55 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
   write_rows<S>(p, tile, merged);
 }
 
-template <class S>
+template <class S, Precision precision>
 void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
-                 const AttentionPoint& next, const RowTile& tile) {
-  const auto function = chunk_function<S>(p.kv.precision, tile.count);
+                 const AttentionPoint& next, const Tile<S, precision>& tile) {
+  const auto function = chunk_function<S, precision>(tile.count);
   const ChunkShape shape = chunk_shape(p);
-  RowState state(p.kv.value_dim), merged(p.kv.value_dim);
+  State<S, precision> state(p.kv.value_dim), merged(p.kv.value_dim);
   if (tile.longest <= kChunkTokens) {
-    function(tile, chunk_of(p, step, at, next, tile, 0), shape, state);
+    function(tile, chunk_of<S, precision>(p, step, at, next, tile, 0), shape, state);
     return write_rows<S>(p, tile, state);
   }
   clear(merged);
   for (int64_t c = tile.first_chunk; c * kChunkTokens < tile.longest; ++c) {
-    function(tile, chunk_of(p, step, at, next, tile, c), shape, state);
+    function(tile, chunk_of<S, precision>(p, step, at, next, tile, c), shape, state);
     merge<S>(merged, state, tile.count);
   }
   write_rows<S>(p, tile, merged);
 }
 
-template <class S>
-void attention(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
+template <class S, Precision precision>
+void attend(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
   const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
   AttentionPoint at = split[member];
   const AttentionPoint stop = split[member + 1];
   bool is_cold = true;
   while (!same_point(at, stop)) {
-    const RowTile tile = row_tile(p, step, at, is_cold);
-    const AttentionPoint next = tile_after(p, step, at);
+    const RowTile tile = row_tile<S, precision>(p, step, at, is_cold);
+    const AttentionPoint next = tile_after<S, precision>(p, step, at);
     const int64_t num_chunks = (tile.longest + kChunkTokens - 1) / kChunkTokens;
     const int64_t end = same_tile(at, stop) ? stop.chunk : num_chunks;
     if (at.chunk == 0 && end == num_chunks) {
-      attend_tile<S>(p, step, at, next, tile);
+      attend_tile<S, precision>(p, step, at, next, tile);
     } else {
-      attend_shared<S>(p, step, at, next, tile, at.chunk, end, member, num_members);
+      attend_shared<S, precision>(p, step, at, next, tile, at.chunk, end, member, num_members);
     }
     if (same_tile(at, stop)) return;
     is_cold = next.tile == 0;
     at = next;
+  }
+}
+
+template <class S>
+void attention(const AttentionParams& p, const StepHeader& step, int member, int num_members) {
+  switch (p.kv.precision) {
+    case Precision::kInt8:
+      return attend<S, Precision::kInt8>(p, step, member, num_members);
+    case Precision::kBF16:
+      return attend<S, Precision::kBF16>(p, step, member, num_members);
+    case Precision::kFloat32:
+      return attend<S, Precision::kFloat32>(p, step, member, num_members);
   }
 }
 

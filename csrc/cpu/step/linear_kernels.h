@@ -2,6 +2,9 @@
 // times up, logits. Included by the step_<isa>.cpp files only.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "../team.h"
 #include "linear_tile.h"
 #include "simd_math.h"
@@ -11,22 +14,22 @@ namespace tgi::cpu::step {
 namespace {
 
 constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // a head
-constexpr int64_t kTileOutputs = kTileTokens * kStripRows;
+// Of a strip, for all tokens of a group.
+template <class S>
+constexpr int64_t kGroupOutputs = S::kGroupTokens * kStripRows;
 
-template <class S, class Fmt>
-inline TileFunction int8_function(int64_t tokens) {
-  constexpr TileFunction table[] = {int8_strip<S, Fmt, 1>, int8_strip<S, Fmt, 2>,
-                                    int8_strip<S, Fmt, 3>, int8_strip<S, Fmt, 4>,
-                                    int8_strip<S, Fmt, 5>, int8_strip<S, Fmt, 6>};
-  return table[tokens - 1];
+// By a group's number of tokens, less one.
+template <class S>
+using GroupFunctions = std::array<GroupFunction<S>, S::kGroupTokens>;
+
+template <class S, class Fmt, int... Before>
+constexpr GroupFunctions<S> int8_functions(std::integer_sequence<int, Before...>) {
+  return {int8_strip<S, Fmt, Before + 1>...};
 }
 
-template <class S, class Fmt>
-inline TileFunction float_function(int64_t tokens) {
-  constexpr TileFunction table[] = {float_strip<S, Fmt, 1>, float_strip<S, Fmt, 2>,
-                                    float_strip<S, Fmt, 3>, float_strip<S, Fmt, 4>,
-                                    float_strip<S, Fmt, 5>, float_strip<S, Fmt, 6>};
-  return table[tokens - 1];
+template <class S, class Fmt, int... Before>
+constexpr GroupFunctions<S> float_functions(std::integer_sequence<int, Before...>) {
+  return {float_strip<S, Fmt, Before + 1>...};
 }
 
 // Whether a product with float32 activations reads its weights widened to float32.
@@ -35,19 +38,20 @@ inline bool is_widened(Format format, Precision precision) {
 }
 
 template <class S>
-inline TileFunction tile_function(Format format, Precision precision, int64_t tokens) {
-  if (is_widened(format, precision)) return float_function<S, F32<S>>(tokens);
+inline GroupFunctions<S> group_functions(Format format, Precision precision) {
+  constexpr std::make_integer_sequence<int, S::kGroupTokens> kBefore;
+  if (is_widened(format, precision)) return float_functions<S, F32<S>>(kBefore);
   switch (format) {
 #define TGI_FLOAT_FORMAT(name, ...) \
   case Format::k##name:             \
-    return float_function<S, name<S>>(tokens);
+    return float_functions<S, name<S>>(kBefore);
 #define TGI_CODE_FORMAT(name, ...) \
   case Format::k##name:            \
-    return int8_function<S, name<S>>(tokens);
+    return int8_functions<S, name<S>>(kBefore);
 #define TGI_DECODED_FORMAT(...)
 #include "../../formats.def"
     default:
-      return nullptr;
+      return {};
   }
 }
 
@@ -74,32 +78,53 @@ void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
   }
 }
 
+// The tokens of a group that begins at `token`, of those before `end`: a tile's last group may be
+// short.
+template <class S>
+inline int64_t group_size(int64_t token, int64_t end) {
+  const int64_t tile_left = S::kTileTokens - token % S::kTileTokens;
+  const int64_t left = end - token < tile_left ? end - token : tile_left;
+  return left < S::kGroupTokens ? left : S::kGroupTokens;
+}
+
+template <class S>
+inline int64_t num_groups(int64_t num_tokens) {
+  const auto groups_of = [](int64_t tokens) {
+    return (tokens + S::kGroupTokens - 1) / S::kGroupTokens;
+  };
+  return num_tokens / S::kTileTokens * groups_of(S::kTileTokens) +
+         groups_of(num_tokens % S::kTileTokens);
+}
+
+// Tokens whose activations stay in the second level of cache.
+template <class S>
+inline int64_t cached_tokens(const LinearParams& p) {
+  const bool is_wide = p.in.precision == Precision::kFloat32 || p.weight.num_columns > 1024;
+  return (is_wide ? 192 : 576) / S::kTileTokens * S::kTileTokens;
+}
+
 // A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
-// count, out) gets count tokens from `token` on; out: [strip of the unit][6][32], in L1;
-// prologue(unit, token, count) comes before their product. Units outside, so that weights are read
-// from memory once; tokens in groups that leave the activations in L2.
+// count, out) gets a group of tokens from `token` on; out: [strip of the unit][kGroupTokens][32], in
+// L1; prologue(unit, token, count) comes before their product. Units outside, so that weights are
+// read from memory once, but for what the cached tokens leave.
 template <class S, class Prologue, class Epilogue>
 void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
-  const bool is_float = p.in.precision == Precision::kFloat32;
   const bool is_scratch = is_widened(p.weight.format, p.in.precision);
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t panel_size = is_scratch ? p.weight.num_columns * 64 : p.weight.panel_size();
   const int64_t block_lines = (2 * panel_size / num_blocks + 63) / 64;
-  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t group = is_float || p.weight.num_columns > 1024 ? 32 : 96;  // tiles
+  const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(S::kTileTokens);
   const uint8_t* input = p.in.data;
   if (num_tokens <= kPrivateTokens) input += member * p.private_bytes;
   float* const scratch = p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
-  const TileFunction full = tile_function<S>(p.weight.format, p.in.precision, kTileTokens);
-  const int64_t rest = num_tokens % kTileTokens;
-  const TileFunction tail =
-      rest == 0 ? full : tile_function<S>(p.weight.format, p.in.precision, rest);
-  alignas(64) float out[kMaxUnitStrips * kTileOutputs];
+  const GroupFunctions<S> functions = group_functions<S>(p.weight.format, p.in.precision);
+  alignas(64) float out[kMaxUnitStrips * kGroupOutputs<S>];
 
-  for (int64_t first = 0; first < num_tiles; first += group) {
-    const int64_t last = first + group < num_tiles ? first + group : num_tiles;
-    const int64_t lines = is_scratch ? 0 : (block_lines + last - first - 1) / (last - first);
+  for (int64_t first = 0; first < num_tokens; first += at_once) {
+    const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
+    const int64_t groups = num_groups<S>(end - first);
+    const int64_t lines = is_scratch ? 0 : (block_lines + groups - 1) / groups;
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       const uint8_t* weights = p.weight.panel(2 * unit * unit_strips);
       if (is_scratch) {
@@ -108,18 +133,21 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
         }
         weights = reinterpret_cast<const uint8_t*>(scratch);
       }
-      for (int64_t tile = first; tile < last; ++tile) {
-        const bool is_tail = rest != 0 && tile == num_tiles - 1;
-        const int64_t fetched = (tile - first) * lines;  // of a block's lines, by earlier tiles
-        prologue(unit, tile * kTileTokens, is_tail ? rest : kTileTokens);
+      int64_t fetched = 0;  // of a block's lines, by earlier groups
+      for (int64_t token = first; token < end; fetched += lines) {
+        const int64_t count = group_size<S>(token, end);
+        const TokenGroup<S> group = {input + token / S::kTileTokens * tile_bytes,
+                                     token % S::kTileTokens};
+        prologue(unit, token, count);
         for (int64_t strip = 0; strip < unit_strips; ++strip) {
           const uint8_t* panel = weights + 2 * strip * panel_size;
           const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
                                fetched < block_lines ? lines : 0};
-          (is_tail ? tail : full)(panel, panel + panel_size, input + tile * p.in.tile_bytes(),
-                                  num_blocks, out + strip * kTileOutputs, ahead);
+          functions[count - 1](panel, panel + panel_size, group, num_blocks,
+                               out + strip * kGroupOutputs<S>, ahead);
         }
-        epilogue(unit, tile * kTileTokens, is_tail ? rest : kTileTokens, out);
+        epilogue(unit, token, count, out);
+        token += count;
       }
     }
   }
@@ -184,19 +212,20 @@ inline typename S::F activate(MlpActivation activation, typename S::F x) {
   return activation == MlpActivation::kSilu ? silu<S>(x) : gelu_tanh<S>(x);
 }
 
-// Activation times up of `Count` tokens of a tile, from `slot` on. out: their outputs.
+// Activation times up of `Count` tokens of a group, from `slot` of their tile on. out: their
+// outputs.
 template <class S, int Count>
 inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out, uint8_t* block,
                            int64_t slot) {
   typename S::F values[2][Count];
   BlockSlot to[Count];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int t = 0; t < Count; ++t) {
     to[t] = {block, slot + t};
     TGI_UNROLL(2)
     for (int i = 0; i < 2; ++i) {
       const int64_t row = (2 * unit + i) * kStripRows;
-      const float* strip = out + i * kTileOutputs + 32 * t;
+      const float* strip = out + i * kGroupOutputs<S> + 32 * t;
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
       values[i][t] = S::mul(activate<S>(p.activation, gate), up);
@@ -212,7 +241,7 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t row = (2 * unit + i) * kStripRows;
-      const float* strip = out + i * kTileOutputs + 32 * t;
+      const float* strip = out + i * kGroupOutputs<S> + 32 * t;
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
       S::store(p.rows + (token + t) * p.stride + unit * kStripRows + 16 * i,
@@ -224,17 +253,17 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
-  static_assert(kBlocksAtOnce == kTileTokens);
+  static_assert(S::kBlocksAtOnce == S::kGroupTokens);
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 2, member,
                 [&](int64_t unit, int64_t token, int64_t count, const float* out) {
                   if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
-                  uint8_t* block = p.out.block(token, unit);
-                  if (count == kTileTokens) {
-                    return finish_gate_up<S, kBlocksAtOnce>(p, unit, out, block, 0);
+                  const auto [block, slot] = slot_of<S>(p.out, token, unit);
+                  if (count == S::kBlocksAtOnce) {
+                    return finish_gate_up<S, S::kBlocksAtOnce>(p, unit, out, block, slot);
                   }
                   for (int64_t t = 0; t < count; ++t) {
-                    finish_gate_up<S, 1>(p, unit, out + 32 * t, block, t);
+                    finish_gate_up<S, 1>(p, unit, out + 32 * t, block, slot + t);
                   }
                 });
 }
@@ -243,7 +272,7 @@ void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_
 template <class S>
 void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.out.num_columns;
-  const Range rows = split(step.num_tokens, member, num_members, kTileTokens);
+  const Range rows = split(step.num_tokens, member, num_members, S::kTileTokens);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float *gate = p.gate + row * width, *up = p.up + row * width;
     for (int64_t k = 0; k < width; k += kBlockColumns) {
@@ -252,7 +281,7 @@ void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_
         values[i][0] =
             S::mul(activate<S>(p.activation, S::load(gate + k + 16 * i)), S::load(up + k + 16 * i));
       }
-      const BlockSlot to[1] = {{p.out.block(row, k / kBlockColumns), row % kTileTokens}};
+      const BlockSlot to[1] = {slot_of<S>(p.out, row, k / kBlockColumns)};
       write_blocks<S, 1>(p.out.precision, values[0], values[1], to);
     }
   }

@@ -1,4 +1,4 @@
-// The inner products: 32 rows times up to six tokens over all columns, accumulators in registers.
+// The inner products: 32 rows times a group of tokens over all columns, accumulators in registers.
 //
 // Whatever the number of tokens, an output is the same sequence of roundings: integer sums within a
 // block are exact; across blocks one float accumulator, blocks ascending, explicit fma. So a
@@ -32,13 +32,36 @@ inline void fetch_ahead(Ahead& ahead) {
   }
 }
 
+template <class S>
+constexpr Int8Tile kTile = {S::kTileTokens};
+
+// Tokens of a tile of which the first is at `first`: a block of their values.
+template <class S>
+struct TokenGroup {
+  const uint8_t* tile;
+  int64_t first;
+
+  const uint8_t* values(int t) const { return tile + kBlockColumns * (offset() + t); }
+  // Of the numbers of each token that lie at `place`, token t's.
+  const uint8_t* numbers(int64_t place, int t) const { return tile + place + 4 * (offset() + t); }
+  float scale(int t) const { return number(kTile<S>.scale(), t); }
+  float sum(int t) const { return number(kTile<S>.sum(), t); }
+
+  int64_t offset() const { return S::kTileTokens == S::kGroupTokens ? 0 : first; }
+
+ private:
+  float number(int64_t place, int t) const {
+    return *reinterpret_cast<const float*>(numbers(place, t));
+  }
+};
+
 // Where sums of a zero point of one begin: -128 times the sum of token t's values over quads
 // [First, Last).
 template <class S, int First, int Last>
-inline typename S::I sum_start(const uint8_t* x, int t) {
-  const auto first = S::ibroadcast(x + kTileZeroFirst + 4 * t);
+inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
+  const auto first = S::ibroadcast(x.numbers(kTile<S>.zero_first(), t));
   if constexpr (First == 0 && Last == 4) return first;
-  const auto whole = S::ibroadcast(x + kTileZero + 4 * t);
+  const auto whole = S::ibroadcast(x.numbers(kTile<S>.zero(), t));
   if constexpr (First == 0) return whole;
   return S::isub(whole, first);
 }
@@ -46,12 +69,12 @@ inline typename S::I sum_start(const uint8_t* x, int t) {
 // One block's integer sums of Panels x Tokens outputs over quads [First, Last), from the zero
 // point's start values.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void block_sums(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                        typename S::I (&sums)[Panels][Tokens]) {
   typename S::I zeros[Panels];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) zeros[p] = Fmt::zeros(w[p]);
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int t = 0; t < Tokens; ++t) {
     auto start = S::izero();
     if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
@@ -69,9 +92,9 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
     typename S::I codes[Panels];
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) codes[p] = Fmt::quad(w[p].codes, j);
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) {
-      const auto values = S::ibroadcast(x + 32 * t + 4 * j);
+      const auto values = S::ibroadcast(x.values(t) + 4 * j);
       TGI_UNROLL(2)
       for (int p = 0; p < Panels; ++p) sums[p][t] = Fmt::dot(sums[p][t], codes[p], values);
     }
@@ -79,88 +102,84 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
 }
 
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void add_block(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+inline void add_block(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                       typename S::F (&out)[Panels][Tokens]) {
   typename S::I sums[Panels][Tokens];
   block_sums<S, Fmt, Panels, Tokens, First, Last>(w, x, sums);
-  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     const auto scale = Fmt::scale(w[p], First / 4);
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) {
-      out[p][t] = S::fma(S::mul(S::to_float(sums[p][t]), S::set1(scales[t])), scale, out[p][t]);
+      out[p][t] = S::fma(S::mul(S::to_float(sums[p][t]), S::set1(x.scale(t))), scale, out[p][t]);
     }
   }
 }
 
 // Both halves, added up as integers: their scales are small, and the sums below 2^24.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void add_halves(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+inline void add_halves(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                        typename S::F (&out)[Panels][Tokens]) {
   typename S::I first[Panels][Tokens], second[Panels][Tokens];
   block_sums<S, Fmt, Panels, Tokens, 0, 4>(w, x, first);
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     const auto scale = Fmt::integer_scale(w[p], 0);
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) first[p][t] = S::imul_short(first[p][t], scale);
   }
   block_sums<S, Fmt, Panels, Tokens, 4, 8>(w, x, second);
-  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     const auto d = Fmt::half(w[p], 0);
     const auto scale = Fmt::integer_scale(w[p], 1);
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) {
       const auto sum = S::iadd(first[p][t], S::imul_short(second[p][t], scale));
-      out[p][t] = S::fma(S::mul(S::to_float(sum), S::set1(scales[t])), d, out[p][t]);
+      out[p][t] = S::fma(S::mul(S::to_float(sum), S::set1(x.scale(t))), d, out[p][t]);
     }
   }
 }
 
 // The block's mins times the scaled sums of the values.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void add_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+inline void add_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                      typename S::F (&out)[Panels][Tokens]) {
-  const auto* sums = reinterpret_cast<const float*>(x + kTileSum);
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     const auto min = Fmt::min(w[p], 0);
-    TGI_UNROLL(6)
-    for (int t = 0; t < Tokens; ++t) out[p][t] = S::fma(min, S::set1(sums[t]), out[p][t]);
+    TGI_UNROLL(16)
+    for (int t = 0; t < Tokens; ++t) out[p][t] = S::fma(min, S::set1(x.sum(t)), out[p][t]);
   }
 }
 
 // The same of a half, both factors negative: its sum comes from where sums with a zero point begin.
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
-inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const uint8_t* x,
+inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                           typename S::F (&out)[Panels][Tokens]) {
-  const auto* scales = reinterpret_cast<const float*>(x + kTileScale);
   typename S::F mins[Panels];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) mins[p] = Fmt::negative_min(w[p], First / 4);
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int t = 0; t < Tokens; ++t) {
     const auto start = S::to_float(sum_start<S, First, Last>(x, t));
-    const auto sum = S::mul(start, S::set1(scales[t] * (1.0f / 128.0f)));
+    const auto sum = S::mul(start, S::set1(x.scale(t) * (1.0f / 128.0f)));
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) out[p][t] = S::fma(mins[p], sum, out[p][t]);
   }
 }
 
-// out: [Tokens][32], panel p at columns 16p. x: an int8 tile.
+// out: [Tokens][32], panel p at columns 16p. x: of an int8 tile.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64_t num_blocks,
+inline void int8_tile(const uint8_t* const (&w)[Panels], TokenGroup<S> x, int64_t num_blocks,
                       float* out, Ahead ahead) {
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
   }
-  for (int64_t b = 0; b < num_blocks; ++b, x += tile_block_bytes(Precision::kInt8)) {
+  for (int64_t b = 0; b < num_blocks; ++b, x.tile += kTile<S>.bytes()) {
     typename Fmt::Block block[Panels];
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) block[p] = Fmt::block(w[p], b);
@@ -183,23 +202,25 @@ inline void int8_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64
   }
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) S::store(out + 32 * t + 16 * p, total[p][t]);
   }
 }
 
-// The same of floats. x: a tile of the format's precision.
+// The same of floats. x: of a tile of the format's precision.
 template <class S, class Fmt, int Panels, int Tokens>
-inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int64_t num_blocks,
-                       float* out, Ahead ahead) {
+inline void float_tile(const uint8_t* const (&w)[Panels], const TokenGroup<S>& group,
+                       int64_t num_blocks, float* out, Ahead ahead) {
+  constexpr int64_t kBlockBytes = tile_block_bytes(Fmt::kPrecision, S::kTileTokens);
   constexpr int kTokenBytes = 4 * Fmt::kSteps;  // of a token in a tile's block
+  const uint8_t* x = group.tile + group.offset() * kTokenBytes;
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
   }
-  for (int64_t b = 0; b < num_blocks; ++b, x += tile_block_bytes(Fmt::kPrecision)) {
+  for (int64_t b = 0; b < num_blocks; ++b, x += kBlockBytes) {
     const int64_t offset = b * Fmt::kSteps * Fmt::kStepBytes;
     fetch_ahead<S, Tokens>(ahead);
     TGI_UNROLL(4)
@@ -207,7 +228,7 @@ inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int6
       typename Fmt::Vector weights[Panels];
       TGI_UNROLL(2)
       for (int p = 0; p < Panels; ++p) weights[p] = Fmt::load(w[p] + offset + Fmt::kStepBytes * k);
-      TGI_UNROLL(6)
+      TGI_UNROLL(16)
       for (int t = 0; t < Tokens; ++t) {
         const uint8_t* value = x + t * kTokenBytes + 4 * k;
         TGI_UNROLL(2)
@@ -218,14 +239,15 @@ inline void float_tile(const uint8_t* const (&w)[Panels], const uint8_t* x, int6
   }
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
-    TGI_UNROLL(6)
+    TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) S::store(out + 32 * t + 16 * p, total[p][t]);
   }
 }
 
 // Strip kernels: 32 rows from two panels, out [tokens][32].
-using TileFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x,
-                              int64_t num_blocks, float* out, Ahead ahead);
+template <class S>
+using GroupFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x,
+                               int64_t num_blocks, float* out, Ahead ahead);
 
 // One token, where streams are fetched into the second level of cache: panel after panel, each
 // fetched 5 KiB ahead of its use, as two streams at once are slower. (In the first level they are 4
@@ -233,7 +255,7 @@ using TileFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, cons
 constexpr int64_t kStreamDistance = 5120;
 
 template <class S, class Fmt, int Tokens>
-void int8_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, int64_t num_blocks,
+void int8_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, int64_t num_blocks,
                 float* out, Ahead ahead) {
   if (Tokens == 1 && !kStreamsIntoL1) {
     constexpr int64_t kLines = Fmt::kLines;
@@ -245,7 +267,7 @@ void int8_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, 
 }
 
 template <class S, class Fmt, int Tokens>
-void float_strip(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x, int64_t num_blocks,
+void float_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, int64_t num_blocks,
                  float* out, Ahead ahead) {
   float_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
 }

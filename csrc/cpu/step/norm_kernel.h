@@ -28,12 +28,12 @@ inline void write_norm(const NormParams& p, const float* x, typename S::F factor
                        int64_t row, const Activation& out) {
   typename S::F a[Count], b[Count];
   BlockSlot to[Count];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
     const int64_t at = k + i * kBlockColumns;
     a[i] = S::mul(S::mul(S::load(x + at), factor), S::load(p.weight + at));
     b[i] = S::mul(S::mul(S::load(x + at + 16), factor), S::load(p.weight + at + 16));
-    to[i] = {out.block(row, at / kBlockColumns), row % kTileTokens};
+    to[i] = slot_of<S>(out, row, at / kBlockColumns);
   }
   write_blocks<S, Count>(out.precision, a, b, to);
 }
@@ -44,25 +44,25 @@ inline void norm_row(const NormParams& p, const float* x, int64_t row, const Act
   const int64_t width = p.out.num_columns;
   const float mean = squares_of<S>(x, width) / static_cast<float>(p.width);
   const auto factor = S::set1(1.0f / std::sqrt(mean + p.eps));
-  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
+  constexpr int64_t kColumnsAtOnce = S::kBlocksAtOnce * kBlockColumns;
   int64_t k = 0;
   for (; k + kColumnsAtOnce <= width; k += kColumnsAtOnce) {
-    write_norm<S, kBlocksAtOnce>(p, x, factor, k, row, out);
+    write_norm<S, S::kBlocksAtOnce>(p, x, factor, k, row, out);
   }
   for (; k < width; k += kBlockColumns) write_norm<S, 1>(p, x, factor, k, row, out);
 }
 
 // The same as they are.
 template <class S, int Count>
-inline void write_packed(const float* row, int64_t k, int64_t slot, const Activation& out) {
+inline void write_packed(const float* from, int64_t k, int64_t row, const Activation& out) {
   typename S::F a[Count], b[Count];
   BlockSlot to[Count];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
     const int64_t at = k + i * kBlockColumns;
-    a[i] = S::load(row + at);
-    b[i] = S::load(row + at + 16);
-    to[i] = {out.block(slot, at / kBlockColumns), slot % kTileTokens};
+    a[i] = S::load(from + at);
+    b[i] = S::load(from + at + 16);
+    to[i] = slot_of<S>(out, row, at / kBlockColumns);
   }
   write_blocks<S, Count>(out.precision, a, b, to);
 }
@@ -71,7 +71,7 @@ inline void write_packed(const float* row, int64_t k, int64_t slot, const Activa
 template <class S>
 void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
-  Range rows = split(num_rows, member, num_members, kTileTokens);
+  Range rows = split(num_rows, member, num_members, S::kTileTokens);
   Activation out = p.out;
   if (p.private_bytes != 0 && num_rows <= kPrivateTokens) {
     rows = {0, num_rows};
@@ -96,19 +96,19 @@ inline void load_end(const float* row, int64_t k, int64_t width, typename S::F& 
 template <class S>
 void pack(const PackParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;
-  const Range rows = split(step.num_tokens, member, num_members, kTileTokens);
-  constexpr int64_t kColumnsAtOnce = kBlocksAtOnce * kBlockColumns;
+  const Range rows = split(step.num_tokens, member, num_members, S::kTileTokens);
+  constexpr int64_t kColumnsAtOnce = S::kBlocksAtOnce * kBlockColumns;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const from = p.rows + row * p.stride;
     int64_t k = 0;
     for (; k + kColumnsAtOnce <= whole; k += kColumnsAtOnce) {
-      write_packed<S, kBlocksAtOnce>(from, k, row, p.out);
+      write_packed<S, S::kBlocksAtOnce>(from, k, row, p.out);
     }
     for (; k < whole; k += kBlockColumns) write_packed<S, 1>(from, k, row, p.out);
     if (k == p.out.num_columns) continue;
     typename S::F a[1], b[1];
     load_end<S>(from, k, p.width, a[0], b[0]);
-    const BlockSlot to[1] = {{p.out.block(row, k / kBlockColumns), row % kTileTokens}};
+    const BlockSlot to[1] = {slot_of<S>(p.out, row, k / kBlockColumns)};
     write_blocks<S, 1>(p.out.precision, a, b, to);
   }
 }

@@ -5,7 +5,8 @@
 // that one vector times one broadcast dword of the activation is four columns of sixteen rows.
 // Quantised blocks keep the file's own codes and scales; nothing is rounded again.
 //
-// Activations lie in tiles of six tokens, block by block, so that a kernel has one base register.
+// Activations lie in tiles of as many tokens as the kernel set says, block by block, so that a kernel
+// has one base register.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,6 @@ namespace tgi::cpu::step {
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kStripRows = 32;
 constexpr int64_t kBlockColumns = 32;
-constexpr int64_t kTileTokens = 6;
 
 // Columns of a panel: the last block of floats is filled up with zeros. Blocks of codes are whole.
 constexpr int64_t padded_columns(int64_t columns) {
@@ -71,31 +71,38 @@ struct PackedMatrix {
 
 enum class Precision : int32_t { kInt8, kBF16, kFloat32 };
 
-// A block of an int8 tile: values[6][32], then of each token d, s = d * sum, and two start values
-// of the integer accumulators of formats with a zero point: -128 times the sum over the block and
-// over its first half.
-constexpr int64_t kTileScale = 192;
-constexpr int64_t kTileSum = 216;
-constexpr int64_t kTileZero = 240;
-constexpr int64_t kTileZeroFirst = 264;
+// A block of an int8 tile: values[tokens][32], then of each token d, s = d * sum, and two start
+// values of the integer accumulators of formats with a zero point: -128 times the sum over the
+// block and over its first half. Here are their places.
+struct Int8Tile {
+  int64_t tokens;
+  constexpr int64_t scale() const { return tokens * kBlockColumns; }
+  constexpr int64_t sum() const { return scale() + 4 * tokens; }
+  constexpr int64_t zero() const { return scale() + 8 * tokens; }
+  constexpr int64_t zero_first() const { return scale() + 12 * tokens; }
+  constexpr int64_t bytes() const { return (scale() + 16 * tokens + 63) / 64 * 64; }
+};
 
-constexpr int64_t tile_block_bytes(Precision precision) {
-  return precision == Precision::kInt8   ? 320
-         : precision == Precision::kBF16 ? 6 * 32 * 2
-                                         : 6 * 32 * 4;
+constexpr int64_t tile_block_bytes(Precision precision, int64_t tile_tokens) {
+  return precision == Precision::kInt8   ? Int8Tile{tile_tokens}.bytes()
+         : precision == Precision::kBF16 ? tile_tokens * kBlockColumns * 2
+                                         : tile_tokens * kBlockColumns * 4;
 }
 
 // Rows of `num_columns` values each, written by norm, attention or gate_up, read by the next
-// product.
+// product; in tiles of the kernel set's size.
 struct Activation {
   uint8_t* data;  // tile after tile, 64-byte aligned
   Precision precision;
   int64_t num_columns;
 
-  int64_t tile_bytes() const { return num_columns / kBlockColumns * tile_block_bytes(precision); }
-  uint8_t* tile(int64_t index) const { return data + index * tile_bytes(); }
-  uint8_t* block(int64_t token, int64_t block) const {
-    return tile(token / kTileTokens) + block * tile_block_bytes(precision);
+  int64_t tile_bytes(int64_t tile_tokens) const {
+    return num_columns / kBlockColumns * tile_block_bytes(precision, tile_tokens);
+  }
+  // The block of the tile that holds a token.
+  uint8_t* block(int64_t token, int64_t block, int64_t tile_tokens) const {
+    return data + token / tile_tokens * tile_bytes(tile_tokens) +
+           block * tile_block_bytes(precision, tile_tokens);
   }
 };
 

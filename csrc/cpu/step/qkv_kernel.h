@@ -279,7 +279,7 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
                         HeadRows<S> rows;
                         for (int64_t s = 0; s < unit_strips; ++s) {
                           const int64_t row = (unit * unit_strips + s) * kStripRows;
-                          const float* values = out + s * kTileOutputs + 32 * t;
+                          const float* values = out + s * kGroupOutputs<S> + 32 * t;
                           rows.first[s] = biased<S>(part.bias, row, values);
                           rows.second[s] = biased<S>(part.bias, row + 16, values + 16);
                         }

@@ -27,19 +27,17 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
 }
 
 void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                    int64_t num_heads, int64_t num_kv_heads, int num_members,
+                    const HeadSplit& heads, int num_members,
                     std::vector<AttentionPoint>& split) {
   const auto points = static_cast<size_t>(num_members) + 1;
   split.resize(rules.size() * points);
   for (size_t i = 0; i < rules.size(); ++i) {
-    split_attention(step, rules[i], num_heads, num_kv_heads, num_members,
-                    split.data() + i * points);
+    split_attention(step, rules[i], heads, num_members, split.data() + i * points);
   }
 }
 
 bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                       int64_t block_size, int64_t num_heads, int64_t num_kv_heads,
-                       int num_members) {
+                       const HeadSplit& heads, int64_t block_size, int num_members) {
   const int32_t* const rows = step.rows;
   const auto count = static_cast<size_t>(step.num_rows);
   if (step.num_rows == 0 || step.num_rows == step.num_tokens ||
@@ -67,7 +65,7 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   header_.block_table = block_table_.data();
   header_.ids = header_.positions = nullptr;  // done with
   header_.slots = nullptr;
-  split_by_rules(header_, rules, num_heads, num_kv_heads, num_members, split_);
+  split_by_rules(header_, rules, heads, num_members, split_);
   header_.attention_split = split_.data();
   return true;
 }
@@ -79,9 +77,10 @@ void LastRows::gather(void* buffer, int64_t bytes) const {
   }
 }
 
-AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int64_t value_dim) {
+AttentionWorkspace::AttentionWorkspace(int num_members, int64_t max_context, int64_t tile_rows,
+                                       int64_t value_dim) {
   const int64_t chunks = (max_context + kChunkTokens - 1) / kChunkTokens;
-  const int64_t floats = chunks * kAttentionRows * (value_dim + 2);
+  const int64_t floats = chunks * tile_rows * (value_dim + 2);
   data_.resize(static_cast<size_t>(num_members * floats));
   for (int member = 0; member < num_members; ++member) {
     arrived_.emplace_back(0);

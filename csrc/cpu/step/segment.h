@@ -56,8 +56,8 @@ class LastRows {
  public:
   // Makes the header of the rest of `step`. Returns false where that is the step itself: its rows
   // are all tokens, or do not ascend.
-  bool prepare(const StepHeader& step, const std::vector<AttentionRule>& rules, int64_t block_size,
-               int64_t num_heads, int64_t num_kv_heads, int num_members);
+  bool prepare(const StepHeader& step, const std::vector<AttentionRule>& rules,
+               const HeadSplit& heads, int64_t block_size, int num_members);
 
   const StepHeader& header() const { return header_; }
 
@@ -75,13 +75,12 @@ class LastRows {
 
 // Divides a step's attention, rule by rule, for its header: into [rules][members + 1] points.
 void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                    int64_t num_heads, int64_t num_kv_heads, int num_members,
-                    std::vector<AttentionPoint>& split);
+                    const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split);
 
 // Room for the partial results of row tiles that several members share: one tile a member.
 class AttentionWorkspace {
  public:
-  AttentionWorkspace(int num_members, int64_t max_context, int64_t value_dim);
+  AttentionWorkspace(int num_members, int64_t max_context, int64_t tile_rows, int64_t value_dim);
   const AttentionPartial* partials() const { return partials_.data(); }
 
  private:

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "packed.h"
+
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
 
@@ -14,6 +16,11 @@ namespace {
 
 struct Avx2 {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
+  static constexpr int kGroupTokens = 6;           // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
+  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+  // Rows of queries that attend together, in a cache of this precision.
+  static constexpr int attention_rows(Precision) { return 6; }
 #if defined(TGI_HAS_AVX_VNNI)
   static constexpr bool kHasSignedDot = false;
 #else

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "packed.h"
+
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
 
@@ -17,6 +19,11 @@ namespace {
 
 struct Avx512 {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
+  static constexpr int kGroupTokens = 6;           // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
+  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+  // Rows of queries that attend together, in a cache of this precision.
+  static constexpr int attention_rows(Precision) { return 6; }
   // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
   using F = __m512;   // 16 float

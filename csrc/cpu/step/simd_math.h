@@ -59,19 +59,23 @@ struct BlockSlot {
   int64_t slot;
 };
 
-// Blocks that are quantised together: their reductions share instructions, their divisions one.
-constexpr int kBlocksAtOnce = 6;
+template <class S>
+inline BlockSlot slot_of(const Activation& to, int64_t token, int64_t block) {
+  return {to.block(token, block, S::kTileTokens), token % S::kTileTokens};
+}
 
-// Of `Count` blocks (one or six) the sum, or the largest, of each one's lanes, in lane i.
+// Blocks that are quantised together: their reductions share instructions, their divisions one.
+// Here is of `Count` of them (one or S::kBlocksAtOnce) the sum, or the largest, of each one's lanes,
+// in lane i.
 template <class S, int Count>
 inline typename S::I sums_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count == kBlocksAtOnce) return S::reduce_iadd_each(a);
+  if constexpr (Count == S::kBlocksAtOnce) return S::reduce_iadd_each(a);
   return S::iset1(S::reduce_iadd(a[0]));
 }
 
 template <class S, int Count>
 inline typename S::I largest_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count == kBlocksAtOnce) return S::reduce_imax_each(a);
+  if constexpr (Count == S::kBlocksAtOnce) return S::reduce_imax_each(a);
   return S::iset1(S::reduce_imax(a[0]));
 }
 
@@ -82,7 +86,7 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
                               const BlockSlot (&to)[Count]) {
   constexpr int32_t kTiny = 0x0DA24260;  // the bits of 1e-30
   typename S::I magnitudes[Count], sums[Count];
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) magnitudes[i] = S::imax(S::abs_bits(a[i]), S::abs_bits(b[i]));
   const auto bits = largest_of<S, Count>(magnitudes);
   const auto is_kept = S::isar(S::isub(S::iset1(kTiny - 1), bits), 31);
@@ -91,7 +95,7 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
   const auto scale = kept(S::mul(largest, S::set1(1.0f / 127.0f)));
   alignas(64) float inverses[16], scales[16], scaled_sums[16];
   S::store(inverses, kept(S::div(S::set1(127.0f), largest)));
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
     const auto inverse = S::set1(inverses[i]);
     const auto low = S::round(S::mul(a[i], inverse)), high = S::round(S::mul(b[i], inverse));
@@ -109,23 +113,24 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
   S::store(scaled_sums, S::mul(scale, S::to_float(sum)));
   S::istore(zeros, S::isub(S::izero(), S::ishl(sum, 7)));
   S::istore(first_zeros, S::isub(S::izero(), S::ishl(first, 7)));
-  TGI_UNROLL(6)
+  constexpr Int8Tile kTile = {S::kTileTokens};
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
     uint8_t* const out = to[i].block + 4 * to[i].slot;
-    std::memcpy(out + kTileScale, scales + i, 4);
-    std::memcpy(out + kTileSum, scaled_sums + i, 4);
-    std::memcpy(out + kTileZero, zeros + i, 4);
-    std::memcpy(out + kTileZeroFirst, first_zeros + i, 4);
+    std::memcpy(out + kTile.scale(), scales + i, 4);
+    std::memcpy(out + kTile.sum(), scaled_sums + i, 4);
+    std::memcpy(out + kTile.zero(), zeros + i, 4);
+    std::memcpy(out + kTile.zero_first(), first_zeros + i, 4);
   }
 }
 
-// Writes one or six blocks of the next product's input; a: the first sixteen values of each.
+// Writes one block or S::kBlocksAtOnce of the next product's input; a: the first sixteen values of each.
 template <class S, int Count>
 inline void write_blocks(Precision precision, const typename S::F (&a)[Count],
                          const typename S::F (&b)[Count], const BlockSlot (&to)[Count]) {
-  static_assert(Count == 1 || Count == kBlocksAtOnce);
+  static_assert(Count == 1 || Count == S::kBlocksAtOnce);
   if (precision == Precision::kInt8) return write_int8_blocks<S, Count>(a, b, to);
-  TGI_UNROLL(6)
+  TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
     if (precision == Precision::kBF16) {
       uint8_t* const values = to[i].block + 64 * to[i].slot;

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "packed.h"
+
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
 
@@ -17,6 +19,11 @@ namespace {
 
 struct Neon {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
+  static constexpr int kGroupTokens = 6;           // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
+  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+  // Rows of queries that attend together, in a cache of this precision.
+  static constexpr int attention_rows(Precision) { return 6; }
   static constexpr bool kHasSignedDot = true;
   struct F {
     float32x4_t v[4];

@@ -13,6 +13,8 @@
 
 #include "block_reader.h"
 
+#include "packed.h"
+
 #define TGI_UNROLL(times)  // sixteen lanes of plain code are long enough
 
 namespace tgi::cpu::step {
@@ -20,6 +22,11 @@ namespace {
 
 struct Portable {
   static constexpr int kNumRegisters = 4;  // of sixteen lanes
+  static constexpr int kGroupTokens = 6;           // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
+  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+  // Rows of queries that attend together, in a cache of this precision.
+  static constexpr int attention_rows(Precision) { return 6; }
   static constexpr bool kHasSignedDot = true;
   template <class Lane>
   static inline Lane lane(const void* lanes, int i) {

@@ -8,23 +8,23 @@ namespace {
 // Calls visit(sequence, head, tile, first, seen) for every row tile, in the order of work: of its
 // rows together the first position that one sees, and the end of those that any sees.
 template <class Visit>
-void each_tile(const StepHeader& step, const AttentionRule& rule, int64_t group,
-               int64_t num_kv_heads, const Visit& visit) {
+void each_tile(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
+               const Visit& visit) {
+  const int64_t group = heads.group(), tile_rows = heads.tile_rows;
   for (int64_t s = 0; s < step.num_sequences; ++s) {
     const int64_t start = step.query_start[s], length = step.query_start[s + 1] - start;
     const int64_t before = step.context_len[s] - length;
     const int64_t rows = length * group;
-    for (int64_t head = 0; head < num_kv_heads; ++head) {
-      for (int64_t row = 0; row < rows; row += kAttentionRows) {
+    for (int64_t head = 0; head < heads.num_kv_heads; ++head) {
+      for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t first = row / group;
-        const int64_t last =
-            ((row + kAttentionRows < rows ? row + kAttentionRows : rows) - 1) / group;
+        const int64_t last = ((row + tile_rows < rows ? row + tile_rows : rows) - 1) / group;
         int64_t seen = before + last + 1;
         for (int64_t t = first; step.visible_until != nullptr && t <= last; ++t) {
           const int64_t until = step.visible_until[start + t];
           seen = until > seen ? until : seen;
         }
-        visit(s, head, row / kAttentionRows, rule.first_seen(before + first), seen);
+        visit(s, head, row / tile_rows, rule.first_seen(before + first), seen);
       }
     }
   }
@@ -34,13 +34,12 @@ constexpr int64_t kTileOverhead = 64;  // tokens of context that a tile's set-up
 
 }  // namespace
 
-void split_attention(const StepHeader& step, const AttentionRule& rule, int64_t num_heads,
-                     int64_t num_kv_heads, int num_members, AttentionPoint* split) {
-  const int64_t group = num_heads / num_kv_heads;
+void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
+                     int num_members, AttentionPoint* split) {
   // Chunks are read whole, but for the last.
   const auto first_read = [](int64_t first) { return first / kChunkTokens * kChunkTokens; };
   int64_t total = 0;
-  each_tile(step, rule, group, num_kv_heads,
+  each_tile(step, rule, heads,
             [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
               total += seen - first_read(first) + kTileOverhead;
             });
@@ -48,7 +47,7 @@ void split_attention(const StepHeader& step, const AttentionRule& rule, int64_t 
   int next = 0;
   // A member's part begins at the first chunk whose middle is at or past its share; a tile's first
   // chunk is number 0, be it that chunks before it are hidden.
-  each_tile(step, rule, group, num_kv_heads,
+  each_tile(step, rule, heads,
             [&](int64_t s, int64_t head, int64_t tile, int64_t first, int64_t seen) {
               const int64_t begin = first_read(first);
               for (int64_t at = begin; at < seen; at += kChunkTokens) {

@@ -304,13 +304,17 @@ struct LogitsParams {
   float cap;    // logits = cap * tanh(logits / cap), 0: none
 };
 
-// The kernels of one instruction set. Each does the member's part of the operator.
+// A set of kernels: what one instruction set does, in which pieces. Each kernel does the member's
+// part of the operator.
 template <class Params>
 using StepFunction = void (*)(const Params& params, const StepHeader& step, int member,
                               int num_members);
 
 struct Kernels {
   const char* name;
+  int64_t tile_tokens;  // of an activation
+  // Rows of queries that attend together, by the cache's precision.
+  int64_t (*attention_rows)(Precision precision);
   StepFunction<EmbedParams> embed;
   StepFunction<NormParams> norm;
   StepFunction<NormAddParams> norm_add;
@@ -333,15 +337,26 @@ struct Kernels {
 // Whether what is read from memory is best fetched into the first level of cache, see stream.h.
 extern const bool kStreamsIntoL1;
 
-// Rows of queries that are attended together, and tokens of context whose softmax is taken at once.
-// Chunks begin at multiples of kChunkTokens whatever the batch, which is why a split does not
-// change a bit.
-constexpr int64_t kAttentionRows = 6;
+// Tokens of context whose softmax is taken at once. Chunks begin at multiples of it whatever the
+// batch, which is why a split does not change a bit.
 constexpr int64_t kChunkTokens = 256;
+
+// How a model's heads attend: queries share KV heads, and `tile_rows` of them each read.
+struct HeadSplit {
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t tile_rows;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  bool operator==(const HeadSplit& other) const {
+    return num_heads == other.num_heads && num_kv_heads == other.num_kv_heads &&
+           tile_rows == other.tile_rows;
+  }
+};
 
 // Divides a step's attention among members by the positions of context that they read under this
 // rule: `split` gets num_members + 1 points.
-void split_attention(const StepHeader& step, const AttentionRule& rule, int64_t num_heads,
-                     int64_t num_kv_heads, int num_members, AttentionPoint* split);
+void split_attention(const StepHeader& step, const AttentionRule& rule, const HeadSplit& heads,
+                     int num_members, AttentionPoint* split);
 
 }  // namespace tgi::cpu::step

@@ -3,10 +3,12 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../team.h"
 #include "pack.h"

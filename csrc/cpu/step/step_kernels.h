@@ -13,7 +13,7 @@ namespace {
 
 template <class S>
 void embed(const EmbedParams& p, const StepHeader& step, int member, int num_members) {
-  const Range tokens = split(step.num_tokens, member, num_members, kTileTokens);
+  const Range tokens = split(step.num_tokens, member, num_members, S::kTileTokens);
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
     unpack_row(p.table, step.ids[t], p.factor, p.x + t * p.table.num_columns);
   }
@@ -54,6 +54,8 @@ float spin(Precision precision, int64_t times) {
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
+          S::kTileTokens,
+          [](Precision precision) -> int64_t { return S::attention_rows(precision); },
           embed<S>,
           norm<S>,
           norm_add<S>,
