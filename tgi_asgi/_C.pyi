@@ -27,6 +27,9 @@ def num_threads() -> int:
 def set_num_threads(num_threads: int) -> None:
     """Set the number of compute threads; 0 means the default."""
 
+def num_cores() -> int:
+    """Return the cores that the process may use by affinity, each once whatever its SMT."""
+
 def default_num_threads() -> int:
     """Return the cores that the process may use, by affinity and by cgroup quota."""
 
@@ -48,8 +51,14 @@ def arithmetic_peak(precision: str) -> float:
 def kernel_set() -> str:
     """Return the name of the set of kernels in use: an instruction set's."""
 
+def kernel_arithmetic() -> str:
+    """Return how the set in use rounds products of bfloat16."""
+
 def kernel_sets() -> list[str]:
     """Return the names of the sets that this machine runs, best last."""
+
+def refused_kernel_set() -> str | None:
+    """Return why a set that the processor has is not used, or None."""
 
 def use_kernel_set(name: str) -> None:
     """Use this set from now on (for tests)."""

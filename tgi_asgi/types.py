@@ -351,6 +351,7 @@ class ModelInfo:
     kv_tokens: int = 0  # size of the KV cache
     kv_bytes: int = 0
     num_threads: int = 0
+    kernel_set: str | None = None  # of the CPU's kernels
     implementation: str = "native"  # or "transformers"
     is_batch_invariant: bool = True  # same bits whatever runs beside a request
     created: int = 0  # seconds since the epoch, constant for the process

@@ -70,7 +70,7 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   const int64_t tile_bytes = pack.out.tile_bytes(kernels.tile_tokens);
   pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
   linear.in = pack.out;
-  linear.scratch_floats = scratch_floats(packed, precision, unit_strips);
+  linear.scratch_floats = kernels.scratch_floats(packed, precision, unit_strips);
   const auto prepare = [&](int num_members) {
     if (linear.scratch_floats == 0) return;
     linear.scratch = reinterpret_cast<float*>(memory.scratch.reserve(

@@ -128,14 +128,6 @@ void check_product(const step::PackedMatrix& weight, step::Precision precision,
         weight.num_rows);
 }
 
-int64_t scratch_floats(const step::PackedMatrix& weight, step::Precision precision,
-                       int64_t unit_strips) {
-  const bool is_widened = precision == step::Precision::kFloat32 &&
-                          weight.format != step::Format::kF32 &&
-                          weight.format != step::Format::kF16;
-  return is_widened ? unit_strips * step::kStripRows * weight.num_columns : 0;
-}
-
 void bind_matrices(py::module_& module) {
   py::class_<cpu::Arena>(module, "Arena", "Memory of packed weights, in the order of packing.")
       .def(py::init<>());

@@ -31,9 +31,6 @@ const char* precision_name(step::Precision precision);
 // Throws where no product in this precision, of units of so many strips, reads this weight.
 void check_product(const step::PackedMatrix& weight, step::Precision precision,
                    int64_t unit_strips);
-// Floats that a member needs to have a unit's weights widened, 0 where they are read as they are.
-int64_t scratch_floats(const step::PackedMatrix& weight, step::Precision precision,
-                       int64_t unit_strips);
 
 // Packing, and the table of formats with its readers, as parts of tgi_asgi._C.
 void bind_matrices(py::module_& module);

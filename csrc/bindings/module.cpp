@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "bindings/rows.h"
 #include "bindings/sample.h"
 #include "bindings/step_queue.h"
+#include "cpu/platform.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -41,10 +43,15 @@ void use_kernel_set(const std::string& name) {
 // A wish that cannot be met is an error: whoever sets TGI_ISA compares sets.
 void check_wish() {
   const char* wanted = std::getenv("TGI_ISA");
+  // Now, as the system grants AMX's tiles only to a process whose threads have no small signal
+  // stacks.
+  const std::vector<std::string> names = kernel_set_names();
   if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == step::kernels().name) return;
   std::string known;
-  for (const std::string& name : kernel_set_names()) known += (known.empty() ? "" : ", ") + name;
-  throw py::import_error("TGI_ISA must be one of " + known + " on this machine, got " + wanted);
+  for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
+  const char* const refused = step::refused_kernel_set();
+  throw py::import_error("TGI_ISA must be one of " + known + " on this machine, got " + wanted +
+                         (refused == nullptr ? "" : std::string("; ") + refused));
 }
 
 void check_threads(int num_threads) {
@@ -66,22 +73,21 @@ void configure_team(int num_threads, int nice, bool pin, int spin_us) {
 // Operations a second of the whole team at the instruction behind products of this precision, two a
 // multiply-add: the floor that benchmarks hold products against.
 double arithmetic_peak(const std::string& precision_name) {
-  constexpr int64_t kTimes = 4000000, kRegisters = 12, kLanes = 16;
+  constexpr int64_t kTimes = 20000;
+  constexpr auto kLength = std::chrono::milliseconds(100);
   const step::Precision precision = precision_of(precision_name);
-  const int64_t terms = precision == step::Precision::kInt8   ? 4
-                        : precision == step::Precision::kBF16 ? 2
-                                                              : 1;
-  int members = 1;
-  volatile float sink = 0;  // or the compiler would leave the loop out
-  const auto start = std::chrono::steady_clock::now();
+  double speed = 0;
   cpu::run_on_team([&](int member, int num_members) {
-    const float sum = step::kernels().spin(precision, kTimes);
-    if (member != 0) return;
-    members = num_members;
-    sink = sum;
+    const auto start = std::chrono::steady_clock::now();
+    std::chrono::duration<double> taken{};
+    double operations = 0;
+    while (taken < kLength) {
+      operations += step::kernels().spin(precision, kTimes);
+      taken = std::chrono::steady_clock::now() - start;
+    }
+    if (member == 0) speed = operations / taken.count() * num_members;
   });
-  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-  return 2.0 * static_cast<double>(kTimes * kRegisters * kLanes * terms * members) / taken.count();
+  return speed;
 }
 
 void bind_team(py::module_& module) {
@@ -95,8 +101,12 @@ void bind_team(py::module_& module) {
         cpu::set_num_threads(num_threads);
       },
       py::arg("num_threads"), release(), "Set the number of compute threads; 0 means the default.");
+  module.def(
+      "num_cores", [] { return cpu::usable_cores().size(); }, release(),
+      "Return the cores that the process may use by affinity, each once whatever its SMT.");
   module.def("default_num_threads", &cpu::default_num_threads, release(),
-             "Return the cores that the process may use, by affinity and by cgroup quota.");
+             "Return the cores that the process may use, by affinity (SMT not counted) and by "
+             "cgroup quota.");
   module.def("configure_team", &configure_team, py::arg("num_threads") = 0, py::arg("nice") = 0,
              py::arg("pin") = false, py::arg("spin_us") = 75, release(),
              "Restart the team with these options.");
@@ -125,8 +135,18 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "kernel_set", [] { return std::string(tgi::step::kernels().name); },
       "Return the name of the set of kernels in use: an instruction set's.");
+  module.def(
+      "kernel_arithmetic", [] { return std::string(tgi::step::kernels().arithmetic); },
+      "Return how the set in use rounds products of bfloat16.");
   module.def("kernel_sets", &tgi::kernel_set_names,
              "Return the names of the sets that this machine runs, best last.");
+  module.def(
+      "refused_kernel_set",
+      []() -> std::optional<std::string> {
+        const char* const refused = tgi::step::refused_kernel_set();
+        return refused == nullptr ? std::nullopt : std::optional<std::string>(refused);
+      },
+      "Return why a set that the processor has is not used, or None.");
   module.def("use_kernel_set", &tgi::use_kernel_set, pybind11::arg("name"),
              "Use this set from now on (for tests).");
   tgi::bind_team(module);

@@ -54,12 +54,13 @@ ActivationPtr Program::activation(int64_t columns, const std::string& precision,
   check_size(columns, "columns");
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tile_tokens = step::kernels().tile_tokens;
-  const int64_t tiles =
-      std::max<int64_t>((count + tile_tokens - 1) / tile_tokens, num_members_);
+  const int64_t tiles = std::max<int64_t>((count + tile_tokens - 1) / tile_tokens, num_members_);
   step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
-  const cpu::Memory memory = cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes(tile_tokens)}));
+  const cpu::Memory memory =
+      cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes(tile_tokens)}));
   view.data = memory.get();
-  return std::make_shared<ActivationBuffer>(ActivationBuffer{memory, count, view, tile_tokens, tiles, false});
+  return std::make_shared<ActivationBuffer>(
+      ActivationBuffer{memory, count, view, tile_tokens, tiles, false});
 }
 
 QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
@@ -166,6 +167,7 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
     params.parts[i] = linear_params(products[i], unit_strips);
     num_rows += params.parts[i].weight.num_rows;
   }
+  share_scratch(params);
   const int64_t expected =
       (heads.num_heads + 2 * params.heads.kv.num_heads) * strips * step::kStripRows;
   check(num_rows == expected, "`products` must have the rows of the heads, ", expected, ", got ",
@@ -309,7 +311,7 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
     check_shape(*product.bias, "bias", {weight.num_rows});
     params.bias = keep(*product.bias);
   }
-  params.scratch_floats = scratch_floats(weight, params.in.precision, unit_strips);
+  params.scratch_floats = step::kernels().scratch_floats(weight, params.in.precision, unit_strips);
   if (params.scratch_floats > 0) params.scratch = scratch_of(num_members_ * params.scratch_floats);
   return params;
 }
@@ -347,6 +349,19 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
   params.q = out->memory.get();
   keep(out->memory);
   return params;
+}
+
+void Program::share_scratch(step::QkvParams& params) {
+  // Members may be in different parts at once: all have their work memory at the same distance.
+  int64_t floats = 0;
+  for (const step::LinearParams& part : params.parts) {
+    floats = std::max(floats, part.scratch_floats);
+  }
+  for (step::LinearParams& part : params.parts) {
+    if (part.scratch_floats == 0) continue;
+    part.scratch_floats = floats;
+    part.scratch = scratch_of(num_members_ * floats);
+  }
 }
 
 step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads) {

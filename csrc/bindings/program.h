@@ -144,6 +144,7 @@ class Program {
     check(buffer.num_rows == wanted, "`", name, "` must have the program's ", wanted, " ",
           for_logits ? "rows of logits" : "rows of tokens", ", got ", buffer.num_rows);
   }
+  void share_scratch(step::QkvParams& params);
   // What a step reads of its tokens alone is not there once it goes on with its last rows.
   void check_before_end(const char* name) const;
 

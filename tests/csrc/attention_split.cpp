@@ -40,8 +40,8 @@ std::vector<Piece> all_pieces(const StepHeader& step, const AttentionRule& rule,
     for (int32_t head = 0; head < heads.num_kv_heads; ++head) {
       for (int32_t tile = 0; tile * tile_rows < length * group; ++tile) {
         int64_t first = context, end = 0;
-        for (int64_t row = tile * tile_rows;
-             row < std::min(length * group, (tile + 1) * tile_rows); ++row) {
+        for (int64_t row = tile * tile_rows; row < std::min(length * group, (tile + 1) * tile_rows);
+             ++row) {
           const int64_t query = context - length + row / group;
           const int64_t until =
               step.visible_until == nullptr ? query + 1 : step.visible_until[start + row / group];

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import EXACT, random_source, rope_table
+from tests.ops.helpers import EXACT, FAST, random_source, rope_table
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
 from tests.reference.layers import linear, rms_norm, rotate
 from tests.support import at_once
@@ -34,6 +34,7 @@ class Case:
     has_bias: bool = False
     norms: ops.HeadNorms | None = None
     formats: tuple[str, str, str] = ("F32", "F32", "F32")
+    packing: ops.Packing = EXACT
     parts: list[Tensor] = field(init=False)
     biases: list[Tensor] = field(init=False)
 
@@ -47,7 +48,7 @@ class Case:
         self.biases = [torch.randn(len(part)) * self.has_bias for part in self.parts]
         self.rope = rope_table(self.rotary_dim or self.head_dim, POSITIONS) if self.has_rope else None
         self.weight = ops.qkv_weight(
-            sources[0], sources[1], sources[2], EXACT, num_heads=self.heads,
+            sources[0], sources[1], sources[2], self.packing, num_heads=self.heads,
             num_kv_heads=self.kv_heads, head_dim=self.head_dim,
             rotary_dim=self.rotary_dim, norms=self.norms,
             biases=[ops.from_floats(bias) for bias in self.biases] if self.has_bias else None,
@@ -274,3 +275,20 @@ def test_a_rope_table_has_the_angles_of_transformers() -> None:
     angle = torch.tensor(1999.0) * torch.tensor(0.1234567)  # rounded to float32, as there
     assert rope.cos[1999, 1] == angle.double().cos().float()
     assert rope.sin[1999, 1] == angle.double().sin().float()
+
+
+@pytest.mark.parametrize("formats", [("Q8_0", "Q8_0", "BF16"), ("BF16", "Q4_1", "Q8_0")], ids=str)
+def test_parts_of_several_precisions_do_not_meet_in_memory(
+    kernel_set: str, formats: tuple[str, str, str]
+) -> None:
+    # Members are in different parts at once, each with work memory of another size.
+    case = Case(heads=6, kv_heads=6, head_dim=64, hidden=512, formats=formats, packing=FAST)
+    a, found = torch.randn(40, 512), []
+    for threads in (1, 2, 5):
+        _C.set_num_threads(threads)
+        torch.manual_seed(1)
+        q, layer, slots = case.run(a, [(0, 40)], torch.float32)
+        found.append((q, *read_kv(layer, slots, 64)))
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            assert_same_bits(theirs, mine)

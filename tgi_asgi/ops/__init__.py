@@ -17,6 +17,7 @@ from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import ACTIVATIONS, gate_up
 from tgi_asgi.ops.head import head
+from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
@@ -66,6 +67,7 @@ __all__ = [
     "FlatRows",
     "GateUpWeight",
     "HeadNorms",
+    "KernelSet",
     "Kind",
     "KvLayer",
     "KvPool",
@@ -100,6 +102,7 @@ __all__ = [
     "integer_source",
     "join_threads",
     "kept_dim",
+    "kernel_set",
     "kv_bytes_per_token",
     "linear",
     "linear_add",

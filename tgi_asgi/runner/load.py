@@ -70,6 +70,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     """
     device = cuda_load.find_device()
     num_threads = ops.configure_threads(settings.num_threads, nice=settings.thread_nice)
+    if device is None and (refused := ops.kernel_set().refused) is not None:
+        logger.warning("%s; %s kernels serve", refused, ops.kernel_set().name)
     with (
         OpenModel(
             files,
@@ -117,6 +119,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         assert not isinstance(model, GenericModel | EncoderModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
+    kernels = ops.kernel_set() if device is None else None
     info = ModelInfo(
         model_id=settings.served_model_name or files.model_id,
         revision=files.revision,
@@ -130,8 +133,9 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         kv_tokens=kv_size.num_tokens,
         kv_bytes=kv_size.num_bytes,
         num_threads=num_threads,
+        kernel_set=kernels.name if kernels is not None else None,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(arithmetic, kv_size),
+        fingerprint=weights.fingerprint(arithmetic, kv_size, kernels),
         implementation="transformers" if opened.is_generic else "native",
         is_batch_invariant=_is_batch_invariant(model, settings, device),
     )
@@ -287,8 +291,9 @@ class _TrackedWeights:
         """Unmap the files."""
         self._weights.close()
 
-    def fingerprint(self, arithmetic: ops.Arithmetic, kv_size: KvSize) -> str:
+    def fingerprint(self, arithmetic: ops.Arithmetic, kv_size: KvSize, kernels: ops.KernelSet | None) -> str:
         """Name what decides the output's bits: weights, arithmetic, code version."""
-        options = f"{arithmetic} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
+        rounding = "" if kernels is None else kernels.arithmetic
+        options = f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
         self._hash.update(options.encode())
         return f"fp_{self._hash.hexdigest()}"

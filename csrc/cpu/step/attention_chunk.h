@@ -1,7 +1,7 @@
 // A chunk of paged attention: a tile of query rows against up to 256 tokens of context, grouped
-// heads sharing each read of keys and values. The context may be split over members; chunk results are
-// merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867. Included
-// by the step_<isa>.cpp files only.
+// heads sharing each read of keys and values. The context may be split over members; chunk results
+// are merged in order all the same. Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+// Included by the step_<isa>.cpp files only.
 #pragma once
 
 #include "simd_math.h"
@@ -117,7 +117,8 @@ inline typename S::F keep_seen(typename S::F values, int64_t seen, float other) 
 
 // Scores of sixteen tokens from `begin` on, -inf where a row may not look.
 template <class S, int MaxRows>
-inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t begin, typename S::F scores) {
+inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t begin,
+                                  typename S::F scores) {
   const int64_t hidden = tile.hidden[r] - begin;
   if (hidden > 0) {
     scores = S::select_head(static_cast<int>(hidden < 16 ? hidden : 16), S::set1(kMinusInfinity),
@@ -128,8 +129,8 @@ inline typename S::F keep_visible(const RowTile<MaxRows>& tile, int r, int64_t b
 
 // Scores of sub-blocks [b, b + Blocks) of a chunk, masked with -inf beyond what a row may see.
 template <class S, Precision precision, int Rows, int Blocks>
-inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim, int64_t b,
-                         float* scores) {
+inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
+                         int64_t b, float* scores) {
   using Kv = KvTraits<S, precision>;
   const int64_t steps = Kv::key_steps(head_dim);
   const bool is_cold = chunk.is_cold;
@@ -184,7 +185,8 @@ inline void block_scores(const Tile<S, precision>& tile, const Chunk& chunk, int
 // scores: [Rows][256]. Several sub-blocks at a time, to have enough sums in flight: products are
 // six cycles late, two begin in each.
 template <class S, Precision precision, int Rows>
-void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim, float* scores) {
+void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t head_dim,
+                  float* scores) {
   int64_t b = 0;
   if constexpr (S::kNumRegisters >= 32) {
     for (; b + 4 <= chunk.num_blocks; b += 4) {
@@ -200,13 +202,14 @@ void chunk_scores(const Tile<S, precision>& tile, const Chunk& chunk, int64_t he
 }
 
 // Scores capped, and with what their distance adds; hidden ones stay so.
-template <class S, Precision precision, int Rows>
-void change_scores(const Tile<S, precision>& tile, const Chunk& chunk, const ScoreParams& p, float* scores) {
+template <class S, Precision precision>
+void change_scores(const Tile<S, precision>& tile, int64_t num_rows, const Chunk& chunk,
+                   const ScoreParams& p, float* scores) {
   alignas(64) static constexpr float kLanes[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                    8, 9, 10, 11, 12, 13, 14, 15};
   const auto lanes = S::load(kLanes), one = S::set1(1.0f);
   const auto cap = S::set1(p.cap), steepness = S::set1(p.cap == 0 ? 0 : 2 * kFloatLog2E / p.cap);
-  for (int64_t r = 0; r < Rows; ++r) {
+  for (int64_t r = 0; r < num_rows; ++r) {
     const auto slope = S::set1(p.slopes == nullptr ? 0 : p.slopes[tile.head[r]]);
     for (int64_t b = 0; b < chunk.num_blocks; ++b) {
       const int64_t begin = chunk.begin + 16 * b;
@@ -256,12 +259,22 @@ class ValueFetch {
   int64_t block_, stop_, lines_, share_, line_ = 0;
 };
 
-// Scores to weights: maximum and total of each row; weights in the precision that the values are
-// multiplied in, or float32 before they become integers (which may take the place of the scores).
+// Some rows' scores [row][256], and what the softmax makes of them: weights in the precision that
+// the values are multiplied in, or float32 before they become integers (which may take the place of
+// the scores).
+struct RowResults {
+  const float* scores;
+  uint8_t* weights;
+  float* maximum;
+  float* total;
+};
+
+// is_fetching: the chunk's values, if they are cold.
 template <class S, Precision precision, int Rows>
-void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t* weights,
-                   State<S, precision>& state) {
+void chunk_softmax(const Chunk& chunk, int64_t value_dim, const RowResults& out, bool is_fetching) {
   constexpr bool kIsBF16 = precision == Precision::kBF16;
+  const float* const scores = out.scores;
+  uint8_t* const weights = out.weights;
   ValueFetch<S, precision> values(chunk, value_dim, chunk.num_blocks);
   typename S::F largest[Rows];
   TGI_UNROLL(16)
@@ -276,12 +289,12 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t
   TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
     const float maximum = S::reduce_max(largest[r]);
-    state.maximum[r] = maximum;
+    out.maximum[r] = maximum;
     shift[r] = S::set1(maximum == kMinusInfinity ? 0.0f : maximum);
     total[r] = S::zero();
   }
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
-    values.step();
+    if (is_fetching) values.step();
     TGI_UNROLL(16)
     for (int r = 0; r < Rows; ++r) {
       const int64_t at = r * kChunkTokens + 16 * b;
@@ -296,7 +309,7 @@ void chunk_softmax(const Chunk& chunk, int64_t value_dim, float* scores, uint8_t
     }
   }
   TGI_UNROLL(16)
-  for (int r = 0; r < Rows; ++r) state.total[r] = S::reduce_add(total[r]);
+  for (int r = 0; r < Rows; ++r) out.total[r] = S::reduce_add(total[r]);
 }
 
 // What is fetched while the values of sub-block b are read: values further on, and behind the last
@@ -364,8 +377,10 @@ void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const Chun
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
   const int64_t value_dim = shape.value_dim;
   chunk_scores<S, precision, Rows>(tile, chunk, shape.head_dim, scores);
-  if (shape.scores != nullptr) change_scores<S, precision, Rows>(tile, chunk, *shape.scores, scores);
-  chunk_softmax<S, precision, Rows>(chunk, value_dim, scores, weights, state);
+  if (shape.scores != nullptr)
+    change_scores<S, precision>(tile, Rows, chunk, *shape.scores, scores);
+  chunk_softmax<S, precision, Rows>(chunk, value_dim, {scores, weights, state.maximum, state.total},
+                                    true);
   // The last vector may go beyond the head, into what is the pool's, too.
   int64_t dim = 0;
   for (; dim + 48 < value_dim; dim += 64) {

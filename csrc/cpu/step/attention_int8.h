@@ -13,7 +13,8 @@ constexpr int64_t query_strip(int64_t strip) { return strip * kInt8QueryStrip; }
 
 // Sub-blocks [b, b + Blocks) times one strip of a row's query, to be scaled and summed over strips.
 template <class S, int Rows, int Blocks>
-inline void add_strip_scores(const Tile<S, Precision::kInt8>& tile, const uint8_t* const (&keys)[Blocks],
+inline void add_strip_scores(const Tile<S, Precision::kInt8>& tile,
+                             const uint8_t* const (&keys)[Blocks],
                              const uint8_t* const (&ahead)[Blocks], int64_t head_dim, int64_t strip,
                              typename S::F (&sums)[Rows][Blocks]) {
   typename S::I high[Rows][Blocks], low[Rows][Blocks];
@@ -59,8 +60,8 @@ inline void add_strip_scores(const Tile<S, Precision::kInt8>& tile, const uint8_
 }
 
 template <class S, int Rows, int Blocks>
-inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, const ChunkShape& shape,
-                              int64_t b, float* scores) {
+inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk,
+                              const ChunkShape& shape, int64_t b, float* scores) {
   const int64_t head_dim = shape.head_dim, value_dim = shape.value_dim;
   const uint8_t* keys[Blocks];
   const uint8_t* ahead[Blocks];
@@ -96,8 +97,9 @@ inline void int8_block_scores(const Tile<S, Precision::kInt8>& tile, const Chunk
 // bits against the chunk's largest. weights: [Rows][high, low][256]; factors: what one step of it
 // is. Tokens that a row does not see count as zero, whatever lies there.
 template <class S, int Rows>
-inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, int64_t value_dim, int64_t strip,
-                         const float* softmax, uint8_t* weights, float* factors) {
+inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk,
+                         int64_t value_dim, int64_t strip, const float* softmax, uint8_t* weights,
+                         float* factors) {
   alignas(64) float scaled[Rows * kChunkTokens];
   typename S::I largest[Rows];
   TGI_UNROLL(16)
@@ -132,7 +134,8 @@ inline void int8_weights(const Tile<S, Precision::kInt8>& tile, const Chunk& chu
 // A strip of the sums of weight times value. 256 tokens of 65,535 times 127 fit 31 bits.
 template <class S, int Rows>
 inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
-                        const uint8_t* weights, const float* factors, State<S, Precision::kInt8>& state) {
+                        const uint8_t* weights, const float* factors,
+                        State<S, Precision::kInt8>& state) {
   typename S::I high[Rows][2], low[Rows][2];
   TGI_UNROLL(16)
   for (int r = 0; r < Rows; ++r) {
@@ -175,8 +178,8 @@ inline void int8_values(const Chunk& chunk, int64_t value_dim, int64_t strip,
 }
 
 template <class S, int Rows>
-void attend_int8_chunk(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk, const ChunkShape& shape,
-                       State<S, Precision::kInt8>& state) {
+void attend_int8_chunk(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk,
+                       const ChunkShape& shape, State<S, Precision::kInt8>& state) {
   alignas(64) float scores[Rows * kChunkTokens];
   alignas(64) uint8_t weights[2 * Rows * kChunkTokens];
   float factors[Rows];
@@ -187,10 +190,12 @@ void attend_int8_chunk(const Tile<S, Precision::kInt8>& tile, const Chunk& chunk
   for (; b < chunk.num_blocks; ++b) {
     int8_block_scores<S, Rows, 1>(tile, chunk, shape, b, scores);
   }
-  if (shape.scores != nullptr) change_scores<S, Precision::kInt8, Rows>(tile, chunk, *shape.scores, scores);
+  if (shape.scores != nullptr)
+    change_scores<S, Precision::kInt8>(tile, Rows, chunk, *shape.scores, scores);
   const int64_t value_dim = shape.value_dim;
-  chunk_softmax<S, Precision::kInt8, Rows>(chunk, value_dim, scores,
-                                           reinterpret_cast<uint8_t*>(scores), state);
+  chunk_softmax<S, Precision::kInt8, Rows>(
+      chunk, value_dim, {scores, reinterpret_cast<uint8_t*>(scores), state.maximum, state.total},
+      true);
   for (int64_t strip = 0; 32 * strip < value_dim; ++strip) {
     int8_weights<S, Rows>(tile, chunk, value_dim, strip, scores, weights, factors);
     int8_values<S, Rows>(chunk, value_dim, strip, weights, factors, state);

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "amx_attention.h"
 #include "attention_chunk.h"
 #include "attention_int8.h"
 
@@ -27,10 +28,18 @@ inline ChunkFunction<S, precision> chunk_function(int64_t rows,
   }
 }
 
+// Whether a cache of this precision is attended to by tiles.
+template <class S, Precision precision>
+constexpr bool kAttendsByTiles = S::kHasTiles && precision == Precision::kBF16;
+
 template <class S, Precision precision>
 inline ChunkFunction<S, precision> chunk_function(int64_t rows) {
-  return chunk_function<S, precision>(
-      rows, std::make_integer_sequence<int, S::attention_rows(precision)>());
+  if constexpr (kAttendsByTiles<S, precision>) {
+    return attend_tiles_chunk<S>;
+  } else {
+    return chunk_function<S, precision>(
+        rows, std::make_integer_sequence<int, S::attention_rows(precision)>());
+  }
 }
 
 template <class S, Precision precision>
@@ -119,7 +128,8 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   chunk.num_ahead = chunk.num_blocks;
   const bool is_last = chunk.begin + kChunkTokens >= longest;
   if (!chunk.is_cold || (is_last && next.sequence >= step.num_sequences)) return chunk;
-  const int64_t begin = is_last ? first_read<S, precision>(p, step, next) : chunk.begin + kChunkTokens;
+  const int64_t begin =
+      is_last ? first_read<S, precision>(p, step, next) : chunk.begin + kChunkTokens;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
   const int64_t ahead = ahead_of(precision);
   for (int64_t token = begin; token < end && token < begin + 16 * ahead; token += 16) {
@@ -184,11 +194,8 @@ template <class S, int MaxRows>
 void write_rows(const AttentionParams& p, const RowTile<MaxRows>& tile, RowState<MaxRows>& state) {
   if (p.scores.sinks != nullptr) add_sinks<S>(p, tile, state);
   if (p.rows != nullptr) return write_plain_rows<S>(p, tile, state);
-  int64_t r = 0;
-  for (; r + S::kBlocksAtOnce <= tile.count; r += S::kBlocksAtOnce) {
-    write_some_rows<S, S::kBlocksAtOnce>(p, tile, r, state);
-  }
-  for (; r < tile.count; ++r) write_some_rows<S, 1>(p, tile, r, state);
+  by_blocks<S>(tile.count,
+               [&](auto n, int64_t first) { write_some_rows<S, n>(p, tile, first, state); });
 }
 
 template <class S, Precision precision>
@@ -335,7 +342,12 @@ void attention(const AttentionParams& p, const StepHeader& step, int member, int
     case Precision::kInt8:
       return attend<S, Precision::kInt8>(p, step, member, num_members);
     case Precision::kBF16:
-      return attend<S, Precision::kBF16>(p, step, member, num_members);
+      if constexpr (S::kHasTiles) {
+        const TileScope<typename S::Tiles> scope(kAttentionTiles);
+        return attend<S, Precision::kBF16>(p, step, member, num_members);
+      } else {
+        return attend<S, Precision::kBF16>(p, step, member, num_members);
+      }
     case Precision::kFloat32:
       return attend<S, Precision::kFloat32>(p, step, member, num_members);
   }

@@ -1,11 +1,18 @@
 #include "kernel_sets.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -19,6 +26,8 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+extern const Kernels kAmxModelKernels;
 #endif
 #if defined(__aarch64__)
 extern const Kernels kNeonKernels;
@@ -48,8 +57,47 @@ bool is_zen5_or_later() {
   return false;
 }
 
-std::vector<const Kernels*> find() {
-  std::vector<const Kernels*> found = {&kPortableKernels};
+struct Found {
+  std::vector<const Kernels*> sets;
+  const char* refused = nullptr;
+};
+
+#if defined(__x86_64__)
+// Whether the processor has AMX for bf16 and bytes, and for Linux alone: why its tiles are not ours
+// to use. They are state that each thread's context grows by, so the kernel gives them to those who
+// ask, once for all threads that are and will be.
+bool can_use_tiles(const char** refused) {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25,
+                     kAll = kBF16 | kTile | kInt8;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return false;
+  constexpr unsigned kXsave = 1u << 27, kTileState = 3u << 17;
+  unsigned enabled = 0, upper = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kXsave) != 0) {
+    asm volatile("xgetbv" : "=a"(enabled), "=d"(upper) : "c"(0));
+  }
+  if ((enabled & kTileState) != kTileState) {
+    *refused = "amx: the system does not keep the tiles of its threads";
+    return false;
+  }
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequest, kTileData) == 0) return true;
+  *refused = errno == ENOSPC
+                 ? "amx: a thread's signal stack is too small for its tiles (sigaltstack)"
+                 : "amx: the system refused its tiles (arch_prctl)";
+#endif
+  return false;
+}
+#endif
+
+// In the order of their speed, as a rule; the last one's arithmetic is this machine's. So which
+// bits a text has is a question of the processor, and of what its system grants, not of a
+// measurement: a restart and a second replica give the same.
+Found find() {
+  Found found;
+  std::vector<const Kernels*>& sets = found.sets;
+  sets.push_back(&kPortableKernels);
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -58,23 +106,74 @@ std::vector<const Kernels*> find() {
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni");
-  if (has_avx2) found.push_back(&kAvx2Kernels);
-  if (has_avx2 && has_avx_vnni()) found.push_back(&kAvxVnniKernels);
-  if (has_avx512) found.push_back(&kAvx512VnniKernels);
-  // Intel's VDPBF16PS does fewer products than two FMAs, by a sixth (Sapphire Rapids); AMD's twice as
-  // many (Zen 4 and 5). So the set that has it is the best on AMD alone.
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    found.insert(found.end() - (__builtin_cpu_is("intel") ? 1 : 0), &kAvx512Kernels);
-  }
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16) sets.push_back(&kAmxModelKernels);  // for tests
+  if (has_avx2) sets.push_back(&kAvx2Kernels);
+  if (has_avx2 && has_avx_vnni()) sets.push_back(&kAvxVnniKernels);
+  // Intel's VDPBF16PS does fewer products than two FMAs, by a sixth (Sapphire Rapids); AMD's twice
+  // as many (Zen 4 and 5).
+  const bool is_intel = __builtin_cpu_is("intel") != 0;
+  if (has_bf16 && is_intel) sets.push_back(&kAvx512Kernels);
+  if (has_avx512) sets.push_back(&kAvx512VnniKernels);
+  if (has_bf16 && !is_intel) sets.push_back(&kAvx512Kernels);
+  if (has_bf16 && can_use_tiles(&found.refused)) sets.push_back(&kAmxKernels);
 #endif
 #if defined(__aarch64__) && defined(__linux__)
   // Bits of the kernel's asm/hwcap.h, which old headers lack.
   const bool has_dot = (getauxval(AT_HWCAP) >> 20 & 1) != 0;
   const bool has_i8mm = (getauxval(AT_HWCAP2) >> 13 & 3) == 3;  // and BF16
-  if (has_dot) found.push_back(&kNeonKernels);
-  if (has_dot && has_i8mm) found.push_back(&kI8mmKernels);
+  if (has_dot) sets.push_back(&kNeonKernels);
+  if (has_dot && has_i8mm) sets.push_back(&kI8mmKernels);
 #endif
   return found;
+}
+
+const Found& found() {
+  static const Found all = find();
+  return all;
+}
+
+// Multiply-adds of int8 a second, of some 30 us.
+double int8_speed(const Kernels& set) {
+  constexpr int64_t kTimes = 10000;
+  const auto start = std::chrono::steady_clock::now();
+  const double operations = set.spin(Precision::kInt8, kTimes);
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  return operations / taken.count();
+}
+
+// Whether a set may serve by itself: the portable one and the model are slower whatever is
+// measured.
+bool may_serve(const Kernels* set) {
+#if defined(__x86_64__)
+  if (set == &kAmxModelKernels) return false;
+#endif
+  return set != &kPortableKernels;
+}
+
+// Of sets with the same bits the fastest may serve. One that is wider does more beside its
+// products, so an earlier one must be faster by a good part.
+const Kernels* fastest_like(const Kernels* best) {
+  constexpr double kMargin = 1.3;
+  constexpr int kRounds = 5;
+  std::vector<const Kernels*> alike = {best};
+  for (const Kernels* set : kernel_sets()) {
+    const bool is_alike = std::strcmp(set->arithmetic, best->arithmetic) == 0;
+    if (set != best && is_alike && may_serve(set)) alike.push_back(set);
+  }
+  if (alike.size() == 1) return best;
+  // In turns, so that a clock that rises while they are measured favours none.
+  std::vector<double> speeds(alike.size());
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < alike.size(); ++i) {
+      speeds[i] = std::max(speeds[i], int8_speed(*alike[i]));
+    }
+  }
+  size_t chosen = 0;
+  for (size_t i = 1; i < alike.size(); ++i) {
+    if (speeds[i] > kMargin * speeds[chosen]) chosen = i;
+  }
+  return alike[chosen];
 }
 
 const Kernels* choose() {
@@ -82,7 +181,7 @@ const Kernels* choose() {
   for (const Kernels* set : kernel_sets()) {
     if (wanted != nullptr && std::strcmp(wanted, set->name) == 0) return set;
   }
-  return kernel_sets().back();
+  return fastest_like(kernel_sets().back());
 }
 
 std::atomic<const Kernels*>& chosen() {
@@ -94,10 +193,9 @@ std::atomic<const Kernels*>& chosen() {
 
 const bool kStreamsIntoL1 = is_zen5_or_later();
 
-const std::vector<const Kernels*>& kernel_sets() {
-  static const std::vector<const Kernels*> sets = find();
-  return sets;
-}
+const std::vector<const Kernels*>& kernel_sets() { return found().sets; }
+
+const char* refused_kernel_set() { return found().refused; }
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 

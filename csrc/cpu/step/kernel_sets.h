@@ -11,6 +11,9 @@ namespace tgi::cpu::step {
 // Those that this machine runs, best last.
 const std::vector<const Kernels*>& kernel_sets();
 
+// Why a set that the processor has is not among them, or null.
+const char* refused_kernel_set();
+
 // The set in use: the best, or what the environment variable TGI_ISA names, if this machine runs
 // that.
 const Kernels& kernels();

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../team.h"
+#include "amx_linear.h"
 #include "linear_tile.h"
 #include "simd_math.h"
 #include "step.h"
@@ -14,9 +15,17 @@ namespace tgi::cpu::step {
 namespace {
 
 constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // a head
-// Of a strip, for all tokens of a group.
-template <class S>
-constexpr int64_t kGroupOutputs = S::kGroupTokens * kStripRows;
+
+// What a unit's product gives of some tokens: of each strip [tokens][32].
+struct UnitOutputs {
+  const float* data;
+  int64_t strip_floats;  // from a strip to the next
+
+  const float* row(int64_t strip, int64_t token) const {
+    return data + strip * strip_floats + token * kStripRows;
+  }
+  UnitOutputs from(int64_t token) const { return {row(0, token), strip_floats}; }
+};
 
 // By a group's number of tokens, less one.
 template <class S>
@@ -103,23 +112,32 @@ inline int64_t cached_tokens(const LinearParams& p) {
   return (is_wide ? 192 : 576) / S::kTileTokens * S::kTileTokens;
 }
 
+// A product's input, as a member reads it.
+inline const uint8_t* input_of(const LinearParams& p, int64_t num_tokens, int member) {
+  return p.in.data + (num_tokens <= kPrivateTokens ? member * p.private_bytes : 0);
+}
+
+inline float* scratch_of(const LinearParams& p, int member) {
+  return p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
+}
+
 // A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
-// count, out) gets a group of tokens from `token` on; out: [strip of the unit][kGroupTokens][32], in
-// L1; prologue(unit, token, count) comes before their product. Units outside, so that weights are
-// read from memory once, but for what the cached tokens leave.
+// count, outputs) gets a group of tokens from `token` on, in L1; prologue(unit, token, count) comes
+// before their product. Units outside, so that weights are read from memory once, but for what the
+// cached tokens leave.
 template <class S, class Prologue, class Epilogue>
-void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
   const bool is_scratch = is_widened(p.weight.format, p.in.precision);
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t panel_size = is_scratch ? p.weight.num_columns * 64 : p.weight.panel_size();
   const int64_t block_lines = (2 * panel_size / num_blocks + 63) / 64;
   const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(S::kTileTokens);
-  const uint8_t* input = p.in.data;
-  if (num_tokens <= kPrivateTokens) input += member * p.private_bytes;
-  float* const scratch = p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
+  const uint8_t* const input = input_of(p, num_tokens, member);
+  float* const scratch = scratch_of(p, member);
   const GroupFunctions<S> functions = group_functions<S>(p.weight.format, p.in.precision);
-  alignas(64) float out[kMaxUnitStrips * kGroupOutputs<S>];
+  constexpr int64_t kStripFloats = S::kGroupTokens * kStripRows;
+  alignas(64) float out[kMaxUnitStrips * kStripFloats];
 
   for (int64_t first = 0; first < num_tokens; first += at_once) {
     const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
@@ -144,13 +162,119 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
           const Ahead ahead = {panel + 2 * unit_strips * panel_size + fetched * num_blocks * 64,
                                fetched < block_lines ? lines : 0};
           functions[count - 1](panel, panel + panel_size, group, num_blocks,
-                               out + strip * kGroupOutputs<S>, ahead);
+                               out + strip * kStripFloats, ahead);
         }
-        epilogue(unit, token, count, out);
+        epilogue(unit, token, count, UnitOutputs{out, kStripFloats});
         token += count;
       }
     }
   }
+}
+
+// Hands the outputs of tokens [begin, end) to the epilogue, group by group.
+template <class S, class Epilogue>
+inline void finish_groups(int64_t unit, int64_t begin, int64_t end, UnitOutputs outputs,
+                          const Epilogue& epilogue) {
+  for (int64_t token = begin; token < end;) {
+    const int64_t count = group_size<S>(token, end);
+    epilogue(unit, token, count, outputs.from(token - begin));
+    token += count;
+  }
+}
+
+// The same by tiles, of bf16.
+template <class S, class Prologue, class Epilogue>
+void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+                    int member, const Prologue& prologue, const Epilogue& epilogue) {
+  const TileScope<typename S::Tiles> scope(bf16_tiles(num_tokens));
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  const int64_t at_once = tile_tokens_at_once(p.weight.num_columns);
+  const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
+  const uint8_t* const input = input_of(p, num_tokens, member);
+  float* const out = scratch_of(p, member);
+  for (int64_t first = 0; first < num_tokens; first += at_once) {
+    const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
+    const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
+    const uint8_t* const x = input + first / kTileRows * tile_bytes;
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      prologue(unit, first, end - first < 2 * kTileRows ? end - first : 2 * kTileRows);
+      for (int64_t strip = 0; strip < unit_strips; ++strip) {
+        const int64_t panel = 2 * (unit * unit_strips + strip);
+        bf16_tiles_strip<S>({{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes},
+                            num_blocks, num_tiles, out + strip * num_tiles * kTileFloats);
+      }
+      finish_groups<S>(unit, first, end, {out, num_tiles * kTileFloats}, epilogue);
+    }
+  }
+}
+
+// The same by tiles, of codes.
+template <class S, class Prologue, class Epilogue>
+void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions,
+                    int64_t num_tokens, Range units, int64_t unit_strips, int member,
+                    const Prologue& prologue, const Epilogue& epilogue) {
+  const TileScope<typename S::Tiles> scope(kInt8Tiles);
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(kTileRows);
+  const int64_t decoded_bytes = num_blocks * kDecodedBytes;  // of a panel
+  const int64_t block_lines = (p.weight.panel_size() / num_blocks + 63) / 64;
+  const uint8_t* const input = input_of(p, num_tokens, member);
+  auto* const decoded = reinterpret_cast<uint8_t*>(scratch_of(p, member));
+  alignas(64) float out[kMaxUnitStrips * kTileFloats];
+  for (int64_t first = 0; first < num_tokens; first += at_once) {
+    const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
+    const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
+    const int64_t lines = (block_lines + num_tiles - 1) / num_tiles;
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
+        functions.decode(p.weight.panel(2 * unit * unit_strips + panel), num_blocks,
+                         decoded + panel * decoded_bytes);
+      }
+      for (int64_t token = first; token < end; token += kTileRows) {
+        const int64_t last = token + kTileRows < end ? token + kTileRows : end;
+        const TokenGroup<S> x = {input + token / kTileRows * tile_bytes, 0};
+        const int64_t fetched =
+            (token - first) / kTileRows * lines;  // of a block, by earlier tiles
+        prologue(unit, token, last - token);
+        for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
+          const uint8_t* const next = p.weight.panel(2 * (unit + 1) * unit_strips + panel);
+          functions.multiply(decoded + panel * decoded_bytes, x, num_blocks,
+                             out + panel / 2 * kTileFloats + panel % 2 * kPanelRows,
+                             {next + fetched * num_blocks * 64, fetched < block_lines ? lines : 0});
+        }
+        finish_groups<S>(unit, token, last, {out, kTileFloats}, epilogue);
+      }
+    }
+  }
+}
+
+template <class S, class Prologue, class Epilogue>
+void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+                int member, const Prologue& prologue, const Epilogue& epilogue) {
+  if (units.begin >= units.end) return;
+  if constexpr (S::kHasTiles) {
+    if (p.in.precision == Precision::kBF16) {
+      return run_bf16_tiles<S>(p, num_tokens, units, unit_strips, member, prologue, epilogue);
+    }
+    if (p.in.precision == Precision::kInt8 && is_for_tiles(num_tokens)) {
+      const auto functions = int8_tile_functions<S>(p.weight.format);
+      if (functions.decode != nullptr) {
+        return run_int8_tiles<S>(p, functions, num_tokens, units, unit_strips, member, prologue,
+                                 epilogue);
+      }
+    }
+  }
+  run_groups<S>(p, num_tokens, units, unit_strips, member, prologue, epilogue);
+}
+
+// Work memory of a member, in floats, for units of so many strips.
+template <class S>
+int64_t scratch_floats(const PackedMatrix& weight, Precision precision, int64_t unit_strips) {
+  if (is_widened(weight.format, precision)) {
+    return unit_strips * kStripRows * weight.num_columns;
+  }
+  if constexpr (S::kHasTiles) return tile_scratch_floats<S>(weight, precision, unit_strips);
+  return 0;
 }
 
 template <class S, class Epilogue>
@@ -178,12 +302,12 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
     }
   };
   run_linear<S>(p.linear, step.num_tokens, units, 1, member, fetch,
-                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   for (int64_t t = 0; t < count; ++t) {
                     float* x = p.x + (token + t) * width + unit * kStripRows;
                     for (int64_t half = 0; half < 32; half += 16) {
                       auto sum =
-                          biased<S>(p.linear.bias, unit * kStripRows + half, out + 32 * t + half);
+                          biased<S>(p.linear.bias, unit * kStripRows + half, out.row(0, t) + half);
                       if (p.factor != 1.0f) sum = S::mul(sum, S::set1(p.factor));
                       S::store(x + half, S::add(S::load(x + half), sum));
                     }
@@ -195,13 +319,13 @@ template <class S>
 void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 1, member,
-                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   for (int64_t t = 0; t < count; ++t) {
                     const int64_t row = unit * kStripRows;
                     float* to = p.out + (token + t) * p.stride + row;
                     for (int64_t half = 0; half < 32; half += 16) {
                       S::store(to + half,
-                               biased<S>(p.linear.bias, row + half, out + 32 * t + half));
+                               biased<S>(p.linear.bias, row + half, out.row(0, t) + half));
                     }
                   }
                 });
@@ -215,8 +339,8 @@ inline typename S::F activate(MlpActivation activation, typename S::F x) {
 // Activation times up of `Count` tokens of a group, from `slot` of their tile on. out: their
 // outputs.
 template <class S, int Count>
-inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out, uint8_t* block,
-                           int64_t slot) {
+inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutputs& out,
+                           uint8_t* block, int64_t slot) {
   typename S::F values[2][Count];
   BlockSlot to[Count];
   TGI_UNROLL(16)
@@ -225,7 +349,7 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out
     TGI_UNROLL(2)
     for (int i = 0; i < 2; ++i) {
       const int64_t row = (2 * unit + i) * kStripRows;
-      const float* strip = out + i * kGroupOutputs<S> + 32 * t;
+      const float* strip = out.row(i, t);
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
       values[i][t] = S::mul(activate<S>(p.activation, gate), up);
@@ -237,11 +361,11 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const float* out
 // The same as plain rows.
 template <class S>
 inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int64_t count,
-                         const float* out) {
+                         const UnitOutputs& out) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t row = (2 * unit + i) * kStripRows;
-      const float* strip = out + i * kGroupOutputs<S> + 32 * t;
+      const float* strip = out.row(i, t);
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
       S::store(p.rows + (token + t) * p.stride + unit * kStripRows + 16 * i,
@@ -253,26 +377,22 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
-  static_assert(S::kBlocksAtOnce == S::kGroupTokens);
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
   run_linear<S>(p.linear, step.num_tokens, units, 2, member,
-                [&](int64_t unit, int64_t token, int64_t count, const float* out) {
+                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
                   const auto [block, slot] = slot_of<S>(p.out, token, unit);
-                  if (count == S::kBlocksAtOnce) {
-                    return finish_gate_up<S, S::kBlocksAtOnce>(p, unit, out, block, slot);
-                  }
-                  for (int64_t t = 0; t < count; ++t) {
-                    finish_gate_up<S, 1>(p, unit, out + 32 * t, block, slot + t);
-                  }
+                  by_blocks<S>(count, [&, to = block, at = slot](auto n, int64_t first) {
+                    finish_gate_up<S, n>(p, unit, out.from(first), to, at + first);
+                  });
                 });
 }
 
-// Rows are shared out in whole tiles: two members never write to one cache line.
+// Rows are shared out so that two members never write to one cache line.
 template <class S>
 void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t width = p.out.num_columns;
-  const Range rows = split(step.num_tokens, member, num_members, S::kTileTokens);
+  const Range rows = split(step.num_tokens, member, num_members, S::kSharedTokens);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float *gate = p.gate + row * width, *up = p.up + row * width;
     for (int64_t k = 0; k < width; k += kBlockColumns) {
@@ -292,13 +412,13 @@ void logits(const LogitsParams& p, const StepHeader& step, int member, int num_m
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
   run_linear<S>(
       p.linear, step.num_rows, units, 1, member,
-      [&](int64_t unit, int64_t row, int64_t count, const float* out) {
+      [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
         const int64_t column = unit * kStripRows;
         for (int64_t t = 0; t < count; ++t) {
           float* logits = p.logits + (row + t) * p.vocab_size + column;
           alignas(64) float values[32];
           for (int64_t half = 0; half < 32; half += 16) {
-            auto value = biased<S>(p.linear.bias, column + half, out + 32 * t + half);
+            auto value = biased<S>(p.linear.bias, column + half, out.row(0, t) + half);
             if (p.scale != 1.0f) value = S::mul(value, S::set1(p.scale));
             if (p.cap != 0) {  // cap * tanh(x / cap), tanh(y) = 1 - 2 / (e^2y + 1)
               const auto e = exp2<S, false>(S::mul(value, S::set1(2 * kFloatLog2E / p.cap)));

@@ -32,9 +32,6 @@ inline void fetch_ahead(Ahead& ahead) {
   }
 }
 
-template <class S>
-constexpr Int8Tile kTile = {S::kTileTokens};
-
 // Tokens of a tile of which the first is at `first`: a block of their values.
 template <class S>
 struct TokenGroup {
@@ -42,26 +39,22 @@ struct TokenGroup {
   int64_t first;
 
   const uint8_t* values(int t) const { return tile + kBlockColumns * (offset() + t); }
-  // Of the numbers of each token that lie at `place`, token t's.
-  const uint8_t* numbers(int64_t place, int t) const { return tile + place + 4 * (offset() + t); }
-  float scale(int t) const { return number(kTile<S>.scale(), t); }
-  float sum(int t) const { return number(kTile<S>.sum(), t); }
-
-  int64_t offset() const { return S::kTileTokens == S::kGroupTokens ? 0 : first; }
-
- private:
-  float number(int64_t place, int t) const {
-    return *reinterpret_cast<const float*>(numbers(place, t));
+  // One of token t's numbers.
+  const uint8_t* number(int64_t place, int t) const {
+    return tile + token_numbers(S::kTileTokens) + kTokenNumbers * (offset() + t) + place;
   }
+  float scale(int t) const { return *reinterpret_cast<const float*>(number(kTokenScale, t)); }
+  float sum(int t) const { return *reinterpret_cast<const float*>(number(kTokenSum, t)); }
+  int64_t offset() const { return S::kTileTokens == S::kGroupTokens ? 0 : first; }
 };
 
 // Where sums of a zero point of one begin: -128 times the sum of token t's values over quads
 // [First, Last).
 template <class S, int First, int Last>
 inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
-  const auto first = S::ibroadcast(x.numbers(kTile<S>.zero_first(), t));
+  const auto first = S::ibroadcast(x.number(kTokenZeroFirst, t));
   if constexpr (First == 0 && Last == 4) return first;
-  const auto whole = S::ibroadcast(x.numbers(kTile<S>.zero(), t));
+  const auto whole = S::ibroadcast(x.number(kTokenZero, t));
   if constexpr (First == 0) return whole;
   return S::isub(whole, first);
 }
@@ -173,13 +166,14 @@ inline void add_half_mins(const typename Fmt::Block (&w)[Panels], const TokenGro
 template <class S, class Fmt, int Panels, int Tokens>
 inline void int8_tile(const uint8_t* const (&w)[Panels], TokenGroup<S> x, int64_t num_blocks,
                       float* out, Ahead ahead) {
+  constexpr int64_t kBlockBytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
   typename S::F total[Panels][Tokens];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) {
     TGI_UNROLL(16)
     for (int t = 0; t < Tokens; ++t) total[p][t] = S::zero();
   }
-  for (int64_t b = 0; b < num_blocks; ++b, x.tile += kTile<S>.bytes()) {
+  for (int64_t b = 0; b < num_blocks; ++b, x.tile += kBlockBytes) {
     typename Fmt::Block block[Panels];
     TGI_UNROLL(2)
     for (int p = 0; p < Panels; ++p) block[p] = Fmt::block(w[p], b);

@@ -67,11 +67,11 @@ inline void write_packed(const float* from, int64_t k, int64_t row, const Activa
   write_blocks<S, Count>(out.precision, a, b, to);
 }
 
-// Rows are shared out in whole tiles: two members never write to one cache line.
+// Rows are shared out so that two members never write to one cache line.
 template <class S>
 void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
-  Range rows = split(num_rows, member, num_members, S::kTileTokens);
+  Range rows = split(num_rows, member, num_members, S::kSharedTokens);
   Activation out = p.out;
   if (p.private_bytes != 0 && num_rows <= kPrivateTokens) {
     rows = {0, num_rows};
@@ -96,7 +96,7 @@ inline void load_end(const float* row, int64_t k, int64_t width, typename S::F& 
 template <class S>
 void pack(const PackParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;
-  const Range rows = split(step.num_tokens, member, num_members, S::kTileTokens);
+  const Range rows = split(step.num_tokens, member, num_members, S::kSharedTokens);
   constexpr int64_t kColumnsAtOnce = S::kBlocksAtOnce * kBlockColumns;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const from = p.rows + row * p.stride;

@@ -5,8 +5,8 @@
 // that one vector times one broadcast dword of the activation is four columns of sixteen rows.
 // Quantised blocks keep the file's own codes and scales; nothing is rounded again.
 //
-// Activations lie in tiles of as many tokens as the kernel set says, block by block, so that a kernel
-// has one base register.
+// Activations lie in tiles of as many tokens as the kernel set says, block by block, so that a
+// kernel has one base register.
 #pragma once
 
 #include <cstdint>
@@ -71,20 +71,22 @@ struct PackedMatrix {
 
 enum class Precision : int32_t { kInt8, kBF16, kFloat32 };
 
-// A block of an int8 tile: values[tokens][32], then of each token d, s = d * sum, and two start
-// values of the integer accumulators of formats with a zero point: -128 times the sum over the
-// block and over its first half. Here are their places.
-struct Int8Tile {
-  int64_t tokens;
-  constexpr int64_t scale() const { return tokens * kBlockColumns; }
-  constexpr int64_t sum() const { return scale() + 4 * tokens; }
-  constexpr int64_t zero() const { return scale() + 8 * tokens; }
-  constexpr int64_t zero_first() const { return scale() + 12 * tokens; }
-  constexpr int64_t bytes() const { return (scale() + 16 * tokens + 63) / 64 * 64; }
-};
+// A block of an int8 tile: values[tokens][32], then of each token four numbers side by side: d,
+// s = d * sum, and two start values of the integer accumulators of formats with a zero point: -128
+// times the sum over the block and over its first half. So one token has two lines, and four of
+// them have theirs to themselves.
+constexpr int64_t kTokenNumbers = 16;  // bytes
+constexpr int64_t kTokenScale = 0;
+constexpr int64_t kTokenSum = 4;
+constexpr int64_t kTokenZero = 8;
+constexpr int64_t kTokenZeroFirst = 12;
+
+// Where they begin.
+constexpr int64_t token_numbers(int64_t tile_tokens) { return tile_tokens * kBlockColumns; }
 
 constexpr int64_t tile_block_bytes(Precision precision, int64_t tile_tokens) {
-  return precision == Precision::kInt8   ? Int8Tile{tile_tokens}.bytes()
+  return precision == Precision::kInt8
+             ? (token_numbers(tile_tokens) + tile_tokens * kTokenNumbers + 63) / 64 * 64
          : precision == Precision::kBF16 ? tile_tokens * kBlockColumns * 2
                                          : tile_tokens * kBlockColumns * 4;
 }

@@ -27,8 +27,7 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
 }
 
 void split_by_rules(const StepHeader& step, const std::vector<AttentionRule>& rules,
-                    const HeadSplit& heads, int num_members,
-                    std::vector<AttentionPoint>& split) {
+                    const HeadSplit& heads, int num_members, std::vector<AttentionPoint>& split) {
   const auto points = static_cast<size_t>(num_members) + 1;
   split.resize(rules.size() * points);
   for (size_t i = 0; i < rules.size(); ++i) {

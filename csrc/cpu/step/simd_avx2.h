@@ -16,9 +16,12 @@ namespace {
 
 struct Avx2 {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
-  static constexpr int kGroupTokens = 6;           // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
-  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+  static constexpr const char* kArithmetic = "fma";
+  static constexpr bool kHasTiles = false;
+  static constexpr int kGroupTokens = 6;             // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
+  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
+  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
   // Rows of queries that attend together, in a cache of this precision.
   static constexpr int attention_rows(Precision) { return 6; }
 #if defined(TGI_HAS_AVX_VNNI)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "packed.h"
 #include "step.h"
@@ -64,18 +65,46 @@ inline BlockSlot slot_of(const Activation& to, int64_t token, int64_t block) {
   return {to.block(token, block, S::kTileTokens), token % S::kTileTokens};
 }
 
+// Calls visit(n, first) for n of `count` things at a time, as many as are quantised together, or
+// one; four of a tile's last.
+template <class S, class Visit>
+inline void by_blocks(int64_t count, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + S::kBlocksAtOnce <= count; i += S::kBlocksAtOnce) {
+    visit(std::integral_constant<int, S::kBlocksAtOnce>(), i);
+  }
+  if constexpr (S::kTileTokens % S::kBlocksAtOnce == 4) {
+    for (; i + 4 <= count; i += 4) visit(std::integral_constant<int, 4>(), i);
+  }
+  for (; i < count; ++i) visit(std::integral_constant<int, 1>(), i);
+}
+
+template <class S>
+struct Blocks {
+  typename S::I blocks[S::kBlocksAtOnce];
+};
+
+// The first once more in the place of those that there are not.
+template <class S, int Count>
+inline Blocks<S> filled_up(const typename S::I (&a)[Count]) {
+  Blocks<S> all;
+  TGI_UNROLL(16)
+  for (int i = 0; i < S::kBlocksAtOnce; ++i) all.blocks[i] = a[i < Count ? i : 0];
+  return all;
+}
+
 // Blocks that are quantised together: their reductions share instructions, their divisions one.
-// Here is of `Count` of them (one or S::kBlocksAtOnce) the sum, or the largest, of each one's lanes,
-// in lane i.
+// Here is of `Count` of them (one or several) the sum, or the largest, of each one's lanes, in lane
+// i.
 template <class S, int Count>
 inline typename S::I sums_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count == S::kBlocksAtOnce) return S::reduce_iadd_each(a);
+  if constexpr (Count > 1) return S::reduce_iadd_each(filled_up<S>(a).blocks);
   return S::iset1(S::reduce_iadd(a[0]));
 }
 
 template <class S, int Count>
 inline typename S::I largest_of(const typename S::I (&a)[Count]) {
-  if constexpr (Count == S::kBlocksAtOnce) return S::reduce_imax_each(a);
+  if constexpr (Count > 1) return S::reduce_imax_each(filled_up<S>(a).blocks);
   return S::iset1(S::reduce_imax(a[0]));
 }
 
@@ -113,22 +142,22 @@ inline void write_int8_blocks(const typename S::F (&a)[Count], const typename S:
   S::store(scaled_sums, S::mul(scale, S::to_float(sum)));
   S::istore(zeros, S::isub(S::izero(), S::ishl(sum, 7)));
   S::istore(first_zeros, S::isub(S::izero(), S::ishl(first, 7)));
-  constexpr Int8Tile kTile = {S::kTileTokens};
   TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {
-    uint8_t* const out = to[i].block + 4 * to[i].slot;
-    std::memcpy(out + kTile.scale(), scales + i, 4);
-    std::memcpy(out + kTile.sum(), scaled_sums + i, 4);
-    std::memcpy(out + kTile.zero(), zeros + i, 4);
-    std::memcpy(out + kTile.zero_first(), first_zeros + i, 4);
+    uint8_t* const out = to[i].block + token_numbers(S::kTileTokens) + kTokenNumbers * to[i].slot;
+    std::memcpy(out + kTokenScale, scales + i, 4);
+    std::memcpy(out + kTokenSum, scaled_sums + i, 4);
+    std::memcpy(out + kTokenZero, zeros + i, 4);
+    std::memcpy(out + kTokenZeroFirst, first_zeros + i, 4);
   }
 }
 
-// Writes one block or S::kBlocksAtOnce of the next product's input; a: the first sixteen values of each.
+// Writes one block or S::kBlocksAtOnce of the next product's input; a: the first sixteen values of
+// each.
 template <class S, int Count>
 inline void write_blocks(Precision precision, const typename S::F (&a)[Count],
                          const typename S::F (&b)[Count], const BlockSlot (&to)[Count]) {
-  static_assert(Count == 1 || Count == S::kBlocksAtOnce);
+  static_assert(Count <= S::kBlocksAtOnce);
   if (precision == Precision::kInt8) return write_int8_blocks<S, Count>(a, b, to);
   TGI_UNROLL(16)
   for (int i = 0; i < Count; ++i) {

@@ -19,9 +19,16 @@ namespace {
 
 struct Neon {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
-  static constexpr int kGroupTokens = 6;           // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;  // of an activation: one group or several
-  static constexpr int kBlocksAtOnce = 6;          // blocks that are quantised together
+#if defined(TGI_NEON_I8MM)
+  static constexpr const char* kArithmetic = "bfdot";
+#else
+  static constexpr const char* kArithmetic = "fma";
+#endif
+  static constexpr bool kHasTiles = false;
+  static constexpr int kGroupTokens = 6;             // multiplied together
+  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
+  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
+  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
   // Rows of queries that attend together, in a cache of this precision.
   static constexpr int attention_rows(Precision) { return 6; }
   static constexpr bool kHasSignedDot = true;

@@ -39,10 +39,9 @@ void split_attention(const StepHeader& step, const AttentionRule& rule, const He
   // Chunks are read whole, but for the last.
   const auto first_read = [](int64_t first) { return first / kChunkTokens * kChunkTokens; };
   int64_t total = 0;
-  each_tile(step, rule, heads,
-            [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
-              total += seen - first_read(first) + kTileOverhead;
-            });
+  each_tile(step, rule, heads, [&](int64_t, int64_t, int64_t, int64_t first, int64_t seen) {
+    total += seen - first_read(first) + kTileOverhead;
+  });
   int64_t done = 0;
   int next = 0;
   // A member's part begins at the first chunk whose middle is at or past its share; a tile's first

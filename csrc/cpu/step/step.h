@@ -180,7 +180,8 @@ struct LinearParams {
   const float* bias;  // [num_rows] in packed order, or null
   Activation in;
   int64_t private_bytes;  // of the input, 0: it is not private
-  // A unit's weights as float32, a member each; null where the product reads them as they are.
+  // A member's work memory: a unit's weights taken apart or as float32, or sums of tiles; null
+  // where the product needs none.
   float* scratch;
   int64_t scratch_floats;  // between members
 };
@@ -312,6 +313,8 @@ using StepFunction = void (*)(const Params& params, const StepHeader& step, int 
 
 struct Kernels {
   const char* name;
+  // How products of bf16 round: sets that have the same agree to the bit in all that they compute.
+  const char* arithmetic;
   int64_t tile_tokens;  // of an activation
   // Rows of queries that attend together, by the cache's precision.
   int64_t (*attention_rows)(Precision precision);
@@ -329,8 +332,11 @@ struct Kernels {
   StepFunction<GateUpParams> gate_up;
   StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;
-  // Does the inner product's instruction on twelve registers so many times, for measuring its peak.
-  float (*spin)(Precision precision, int64_t times);
+  // Work memory of a member, in floats, for a product's units of so many strips.
+  int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);
+  // Does the inner product's instruction so many times on all registers, for measuring its peak;
+  // returns the operations, two a multiply-add.
+  double (*spin)(Precision precision, int64_t times);
   RowPasses rows;  // what sampling is made of
 };
 

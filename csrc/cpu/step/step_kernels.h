@@ -13,7 +13,7 @@ namespace {
 
 template <class S>
 void embed(const EmbedParams& p, const StepHeader& step, int member, int num_members) {
-  const Range tokens = split(step.num_tokens, member, num_members, S::kTileTokens);
+  const Range tokens = split(step.num_tokens, member, num_members);
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
     unpack_row(p.table, step.ids[t], p.factor, p.x + t * p.table.num_columns);
   }
@@ -22,7 +22,7 @@ void embed(const EmbedParams& p, const StepHeader& step, int member, int num_mem
 constexpr int kSpinRegisters = 12;  // more than latency times throughput of any
 
 template <class S>
-float spin(Precision precision, int64_t times) {
+double spin_vectors(Precision precision, int64_t times) {
   typename S::I sums[kSpinRegisters];
   typename S::F totals[kSpinRegisters];
   TGI_UNROLL(12)
@@ -48,12 +48,42 @@ float spin(Precision precision, int64_t times) {
   for (int i = 0; i < kSpinRegisters; ++i) {
     all = S::add(all, S::add(totals[i], S::to_float(sums[i])));
   }
-  return S::reduce_add(all);
+  volatile const float sink = S::reduce_add(all);  // or the compiler would leave the loop out
+  static_cast<void>(sink);
+  const int terms = precision == Precision::kInt8 ? 4 : precision == Precision::kBF16 ? 2 : 1;
+  return 2.0 * static_cast<double>(times) * kSpinRegisters * 16 * terms;
+}
+
+// The same by tiles: products of sixteen tokens by sixteen rows and 32 columns.
+template <class S>
+double spin_tiles(Precision precision, int64_t times) {
+  using T = typename S::Tiles;
+  const bool is_bf16 = precision == Precision::kBF16;
+  const TileScope<T> scope(is_bf16 ? bf16_tiles(kTileRows) : kInt8Tiles);
+  for (int64_t n = 0; n < times; ++n) {
+    if (is_bf16) {
+      T::template dot_bf16<0, 4, 6>();
+      T::template dot_bf16<1, 5, 7>();
+    } else {
+      T::template dot_int8<0, 4, 6>();
+      T::template dot_int8<1, 5, 7>();
+    }
+  }
+  return 2.0 * static_cast<double>(times) * 2 * kTileRows * kPanelRows * kBlockColumns;
+}
+
+template <class S>
+double spin(Precision precision, int64_t times) {
+  if constexpr (S::kHasTiles) {
+    if (precision != Precision::kFloat32) return spin_tiles<S>(precision, times);
+  }
+  return spin_vectors<S>(precision, times);
 }
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
+          S::kArithmetic,
           S::kTileTokens,
           [](Precision precision) -> int64_t { return S::attention_rows(precision); },
           embed<S>,
@@ -70,6 +100,7 @@ constexpr Kernels make_kernels(const char* name) {
           gate_up<S>,
           act_mul<S>,
           logits<S>,
+          scratch_floats<S>,
           spin<S>,
           make_row_passes<S>()};
 }

@@ -60,6 +60,7 @@ async def info(exchange: Exchange) -> None:
         "model_device_type": model.device.partition(":")[0],
         "model_impl": model.implementation,
         "batch_invariant": model.is_batch_invariant,
+        "kernel_set": model.kernel_set,
         "max_concurrent_requests": settings.max_concurrent_requests,
         "max_best_of": limits.best_of,
         "max_stop_sequences": limits.stops,

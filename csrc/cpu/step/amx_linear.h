@@ -1,0 +1,265 @@
+// Products by tiles: 16 tokens times 16 rows at once. A panel's block is a tile as it lies, a tile
+// of tokens the other. Included by linear_kernels.h, for kernel sets that have tiles.
+#pragma once
+
+#include "amx_tiles.h"
+#include "linear_tile.h"
+#include "step.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+// bf16. Tiles 0 to 3 are sums of two tiles of tokens (4, 5) by two panels (6, 7). Of fewer than
+// sixteen tokens no more are read.
+constexpr TileConfig bf16_tiles(int64_t num_tokens) {
+  const int rows = static_cast<int>(num_tokens < kTileRows ? num_tokens : kTileRows);
+  TileConfig config;
+  for (int tile = 0; tile < 6; ++tile) config.set(tile, rows, 64);
+  for (const int tile : {6, 7}) config.set(tile, 16, 64);
+  return config;
+}
+
+constexpr int64_t kTileFloats = kTileRows * kStripRows;  // of a strip's sums
+// Blocks whose part of two panels stays in the first level of cache, beside the sums.
+constexpr int64_t kChunkBlocks = 8;
+constexpr int64_t kFetchedAhead = 4096;  // bytes of each panel
+
+// Tokens at once: their activations in half of the second level of cache, beside a strip's sums.
+constexpr int64_t kMostTileTokens = 512;
+inline int64_t tile_tokens_at_once(int64_t num_columns) {
+  const int64_t fitting = (1 << 20) / (2 * num_columns) / 32 * 32;
+  return fitting < 32 ? 32 : fitting > kMostTileTokens ? kMostTileTokens : fitting;
+}
+
+// A strip's weights and the activations that meet them.
+struct TileOperands {
+  const uint8_t* panels[2];
+  const uint8_t* x;    // a tile of tokens
+  int64_t tile_bytes;  // to the next
+};
+
+// Adds blocks [begin, end) to out, [16 or 32 tokens][32], whose sums begin with block 0. Sums that
+// are stored and loaded again keep their bits.
+template <class S, bool HasTwo, bool IsFetched>
+inline void add_bf16_blocks(const TileOperands& in, int64_t begin, int64_t end, int64_t num_blocks,
+                            float* out) {
+  using T = typename S::Tiles;
+  constexpr int64_t kStride = kStripRows * sizeof(float);
+  float* const second = out + kTileFloats;
+  if (begin == 0) {
+    T::template zero<0>();
+    T::template zero<1>();
+    if constexpr (HasTwo) T::template zero<2>();
+    if constexpr (HasTwo) T::template zero<3>();
+  } else {
+    T::template load<0>(out, kStride);
+    T::template load<1>(out + kPanelRows, kStride);
+    if constexpr (HasTwo) T::template load<2>(second, kStride);
+    if constexpr (HasTwo) T::template load<3>(second + kPanelRows, kStride);
+  }
+  // Pointers of their own: of a base plus an offset GCC 12 makes a base for each of 32 prefetches.
+  const uint8_t* x = in.x + begin * kTileBytes;
+  const uint8_t* panel0 = in.panels[0] + begin * kTileBytes;
+  const uint8_t* panel1 = in.panels[1] + begin * kTileBytes;
+  for (int64_t b = begin; b < end; ++b) {
+    if constexpr (IsFetched) {
+      // Behind a panel's end comes the other of its strip: the same panel of the next is one
+      // further.
+      const bool is_last = (b + 1) * kTileBytes + kFetchedAhead > num_blocks * kTileBytes;
+      const int64_t ahead = kFetchedAhead + (is_last ? num_blocks * kTileBytes : 0);
+      for (int64_t line = ahead; line < ahead + kTileBytes; line += 64) {
+        S::prefetch_l2(panel0 + line);
+        S::prefetch_l2(panel1 + line);
+      }
+    }
+    T::template load<4>(x, kTileRowBytes);
+    T::template load<6>(panel0, kTileRowBytes);
+    T::template dot_bf16<0, 4, 6>();
+    T::template load<7>(panel1, kTileRowBytes);
+    T::template dot_bf16<1, 4, 7>();
+    if constexpr (HasTwo) {
+      T::template load<5>(x + in.tile_bytes, kTileRowBytes);
+      T::template dot_bf16<2, 5, 6>();
+      T::template dot_bf16<3, 5, 7>();
+    }
+    x += kTileBytes;
+    panel0 += kTileBytes;
+    panel1 += kTileBytes;
+  }
+  T::template store<0>(out, kStride);
+  T::template store<1>(out + kPanelRows, kStride);
+  if constexpr (HasTwo) T::template store<2>(second, kStride);
+  if constexpr (HasTwo) T::template store<3>(second + kPanelRows, kStride);
+}
+
+// A strip of `num_tiles` tiles of tokens: out [tokens][32].
+template <class S>
+void bf16_tiles_strip(TileOperands in, int64_t num_blocks, int64_t num_tiles, float* out) {
+  if (num_tiles == 1) return add_bf16_blocks<S, false, true>(in, 0, num_blocks, num_blocks, out);
+  if (num_tiles == 2) return add_bf16_blocks<S, true, true>(in, 0, num_blocks, num_blocks, out);
+  const uint8_t* const x = in.x;
+  for (int64_t begin = 0; begin < num_blocks; begin += kChunkBlocks) {
+    const int64_t end = begin + kChunkBlocks < num_blocks ? begin + kChunkBlocks : num_blocks;
+    int64_t tile = 0;
+    for (; tile + 2 <= num_tiles; tile += 2) {
+      in.x = x + tile * in.tile_bytes;
+      add_bf16_blocks<S, true, false>(in, begin, end, num_blocks, out + tile * kTileFloats);
+    }
+    in.x = x + tile * in.tile_bytes;
+    if (tile < num_tiles) {
+      add_bf16_blocks<S, false, false>(in, begin, end, num_blocks, out + tile * kTileFloats);
+    }
+  }
+}
+
+// int8, with the bits of the vector kernels: integer sums of a block of 32 columns are exact, and
+// what is done with them is the same. Tiles 0 and 1 are the sums of blocks in turn, 4 and 5 their
+// tokens, 6 and 7 their codes.
+constexpr TileConfig int8_tiles() {
+  TileConfig config;
+  for (const int tile : {0, 1}) config.set(tile, 16, 64);
+  for (const int tile : {4, 5}) config.set(tile, 16, 32);
+  for (const int tile : {6, 7}) config.set(tile, 8, 64);
+  return config;
+}
+constexpr TileConfig kInt8Tiles = int8_tiles();
+
+// Whether tiles beat the vector kernels: from 32 tokens on, where the last tile is not mostly
+// empty.
+inline bool is_for_tiles(int64_t num_tokens) {
+  const int64_t whole = (num_tokens + kTileRows - 1) / kTileRows * kTileRows;
+  return num_tokens >= 32 && 5 * num_tokens >= 4 * whole;
+}
+
+// A block of a panel taken apart, once for all tokens: a byte a code, then of each row the scale
+// and the min or the zero point.
+constexpr int64_t kDecodedScale = 512, kDecodedOther = 576, kDecodedBytes = 640;
+
+// Whether a format's codes are summed up by tiles. Those with a scale for each half of a block
+// would take two products of half a tile, and gain nothing.
+template <class Fmt>
+constexpr bool kIsByTiles = Fmt::kNumHalves == 1;
+
+template <class S, class Fmt>
+void decode_panel(const uint8_t* panel, int64_t num_blocks, uint8_t* out) {
+  for (int64_t b = 0; b < num_blocks; ++b, out += kDecodedBytes) {
+    const auto block = Fmt::block(panel, b);
+    TGI_UNROLL(8)
+    for (int j = 0; j < 8; ++j) S::istore(out + 64 * j, Fmt::quad(block.codes, j));
+    S::store(reinterpret_cast<float*>(out + kDecodedScale), Fmt::scale(block, 0));
+    if constexpr (Fmt::kHasMin) {
+      S::store(reinterpret_cast<float*>(out + kDecodedOther), Fmt::min(block, 0));
+    }
+    if constexpr (Fmt::kHasZeros) S::istore(out + kDecodedOther, Fmt::zeros(block));
+  }
+}
+
+// As add_block and add_mins do, of one panel and sixteen tokens. sums: [16 tokens][16 rows].
+template <class S, class Fmt>
+inline void add_tile_sums(const uint8_t* decoded, const TokenGroup<S>& x, const int32_t* sums,
+                          typename S::F (&out)[kTileRows]) {
+  const auto scale = S::load(reinterpret_cast<const float*>(decoded + kDecodedScale));
+  TGI_UNROLL(16)
+  for (int t = 0; t < kTileRows; ++t) {
+    auto sum = S::iload(sums + kPanelRows * t);
+    if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
+      constexpr int kShift = Fmt::kHasZeros ? 7 : Fmt::kZeroShift;
+      auto start = sum_start<S, 0, 8>(x, t);
+      if constexpr (kShift > 0) start = S::isar(start, kShift);
+      if constexpr (Fmt::kHasZeros) start = S::imul_short(start, S::iload(decoded + kDecodedOther));
+      sum = S::iadd(sum, start);
+    }
+    out[t] = S::fma(S::mul(S::to_float(sum), S::set1(x.scale(t))), scale, out[t]);
+  }
+  if constexpr (Fmt::kHasMin) {
+    const auto min = S::load(reinterpret_cast<const float*>(decoded + kDecodedOther));
+    TGI_UNROLL(16)
+    for (int t = 0; t < kTileRows; ++t) out[t] = S::fma(min, S::set1(x.sum(t)), out[t]);
+  }
+}
+
+template <class S, int Turn>
+inline void multiply_codes(const uint8_t* decoded, const TokenGroup<S>& x) {
+  using T = typename S::Tiles;
+  T::template load<6 + Turn>(decoded, kTileRowBytes);
+  T::template load<4 + Turn>(x.tile, kBlockColumns);
+  T::template zero<Turn>();
+  T::template dot_int8<Turn, 4 + Turn, 6 + Turn>();
+}
+
+// A panel times a tile of tokens: out [16 tokens][32], the panel's sixteen columns. After each
+// block lines of a later panel are fetched.
+template <class S, class Fmt>
+void int8_tiles_panel(const uint8_t* decoded, TokenGroup<S> x, int64_t num_blocks, float* out,
+                      Ahead ahead) {
+  static_assert(!Fmt::kIsSigned, "codes are multiplied as unsigned bytes");
+  using T = typename S::Tiles;
+  constexpr int64_t kBytes = tile_block_bytes(Precision::kInt8, S::kTileTokens);
+  alignas(64) int32_t sums[2][kTileRows * kPanelRows];
+  typename S::F total[kTileRows];
+  TGI_UNROLL(16)
+  for (int t = 0; t < kTileRows; ++t) total[t] = S::zero();
+  multiply_codes<S, 0>(decoded, x);
+  // While a block's sums are stored and added up, the next block is multiplied.
+  for (int64_t b = 0; b < num_blocks; b += 2) {
+    const TokenGroup<S> next = {x.tile + kBytes, 0};
+    const bool has_next = b + 1 < num_blocks;
+    for (int64_t i = 0; i < 2 * ahead.lines; ++i, ahead.next += 64) S::prefetch_l2(ahead.next);
+    if (has_next) multiply_codes<S, 1>(decoded + kDecodedBytes, next);
+    T::template store<0>(sums[0], kTileRowBytes);
+    add_tile_sums<S, Fmt>(decoded, x, sums[0], total);
+    if (!has_next) break;
+    const TokenGroup<S> after = {next.tile + kBytes, 0};
+    if (b + 2 < num_blocks) multiply_codes<S, 0>(decoded + 2 * kDecodedBytes, after);
+    T::template store<1>(sums[1], kTileRowBytes);
+    add_tile_sums<S, Fmt>(decoded + kDecodedBytes, next, sums[1], total);
+    x = after;
+    decoded += 2 * kDecodedBytes;
+  }
+  TGI_UNROLL(16)
+  for (int t = 0; t < kTileRows; ++t) S::store(out + kStripRows * t, total[t]);
+}
+
+// How a format's weights meet tiles of tokens; null where they do not.
+template <class S>
+struct Int8TileFunctions {
+  void (*decode)(const uint8_t* panel, int64_t num_blocks, uint8_t* out) = nullptr;
+  void (*multiply)(const uint8_t* decoded, TokenGroup<S> x, int64_t num_blocks, float* out,
+                   Ahead ahead) = nullptr;
+};
+
+template <class S, class Fmt>
+constexpr Int8TileFunctions<S> int8_tile_functions() {
+  if constexpr (kIsByTiles<Fmt>) return {decode_panel<S, Fmt>, int8_tiles_panel<S, Fmt>};
+  return {};
+}
+
+template <class S>
+inline Int8TileFunctions<S> int8_tile_functions(Format format) {
+  switch (format) {
+#define TGI_FLOAT_FORMAT(...)
+#define TGI_CODE_FORMAT(name, ...) \
+  case Format::k##name:            \
+    return int8_tile_functions<S, name<S>>();
+#define TGI_DECODED_FORMAT(...)
+#include "../../formats.def"
+    default:
+      return {};
+  }
+}
+
+// Work memory of a member, in floats, for units of so many strips.
+template <class S>
+inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precision,
+                                   int64_t unit_strips) {
+  if (precision == Precision::kBF16) {
+    return unit_strips * tile_tokens_at_once(weight.num_columns) * kStripRows;
+  }
+  if (precision == Precision::kFloat32 || int8_tile_functions<S>(weight.format).decode == nullptr) {
+    return 0;
+  }
+  return unit_strips * 2 * (weight.num_columns / kBlockColumns) * kDecodedBytes / 4;
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

@@ -1,0 +1,36 @@
+// The step's kernels by AMX's tiles, with AVX-512 for the rest (Sapphire Rapids and later).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "../platform.h"
+#include "../team.h"
+#include "pack.h"
+#include "step.h"
+
+// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC push_options
+// No tune=: GCC does not inline functions of the headers above into those of another tuning.
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prfchw,fma,f16c,avx2,bmi2")
+#define TGI_HAS_BF16
+#include "simd_avx512.h"
+// After the simd type.
+#include "amx_set.h"
+
+namespace tgi::cpu::step {
+extern const Kernels kAmxKernels;
+const Kernels kAmxKernels = make_kernels<WithTiles<HardwareTiles>>("amx");
+}  // namespace tgi::cpu::step
+#pragma GCC pop_options
+#endif
