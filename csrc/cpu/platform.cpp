@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -80,17 +81,29 @@ double tightest(const std::string& root, std::string path, double (*limit)(const
 }
 #endif
 
+#if defined(__linux__)
+// The first hardware thread of a thread's core: "3,67" and "6-7" are lists of them, ascending.
+int first_sibling(const std::string& topology, int thread) {
+  std::ifstream file(topology + "/cpu" + std::to_string(thread) + "/topology/thread_siblings_list");
+  int first = thread;
+  return file >> first ? first : thread;
+}
+#endif
+
 }  // namespace
 
 #if defined(__linux__)
 
-std::vector<int> usable_cores() {
+std::vector<int> usable_cores(const char* topology) {
   std::vector<int> cores;
+  std::set<int> seen;  // cores, by their first hardware thread
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(getpid(), sizeof(set), &set) == 0) {
-    for (int core = 0; core < CPU_SETSIZE; ++core) {
-      if (CPU_ISSET(core, &set)) cores.push_back(core);
+    for (int thread = 0; thread < CPU_SETSIZE; ++thread) {
+      if (CPU_ISSET(thread, &set) && seen.insert(first_sibling(topology, thread)).second) {
+        cores.push_back(thread);
+      }
     }
   }
   if (cores.empty()) {
@@ -148,7 +161,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 #else
 
-std::vector<int> usable_cores() {
+std::vector<int> usable_cores(const char*) {
   std::vector<int> cores;
   const int count = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   for (int core = 0; core < count; ++core) cores.push_back(core);

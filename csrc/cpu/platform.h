@@ -9,7 +9,9 @@
 namespace tgi::cpu {
 
 // Cores that the process's main thread may run on, ascending. (Team threads may be pinned to one.)
-std::vector<int> usable_cores();
+// Of the hardware threads of one core (SMT) the first alone: two share its vector units and caches,
+// and a step ends when the slower of them does. Tests give it a topology of their own.
+std::vector<int> usable_cores(const char* topology = "/sys/devices/system/cpu");
 
 // Cores worth of CPU time that the control group grants (version 1 or 2, the tightest level), or
 // `fallback` where there is no limit. At least 1. Tests give it a hierarchy of their own.

@@ -28,16 +28,17 @@ def configure_threads(
 ) -> int:
     """Start the compute team; return how many threads it has, the launching one included.
 
-    By default as many as the process may use by affinity and cgroup quota; nice 5 where these are four or
-    fewer, so that the event loop is not kept waiting (at equal priority 4-11 ms); pinned to
-    their cores if they are as many as these (a smaller team would take the cores of another process's).
+    By default as many as the process may use of cores, by affinity and cgroup quota, not their SMT siblings;
+    nice 5 where these are four or fewer, so that the event loop is not kept waiting (at equal priority
+    4-11 ms); pinned to their cores if they are as many as these (a smaller team would take the cores of
+    another process's).
     torch's own threads would fight the team for the cores: they are switched off for the process.
     """
     count = num_threads or _C.default_num_threads()
     if nice is None:
         nice = _NICE_ON_FEW_CORES if count <= 4 else 0
     if pin is None:
-        pin = hasattr(os, "sched_getaffinity") and count == len(os.sched_getaffinity(os.getpid()))
+        pin = hasattr(os, "sched_getaffinity") and count == _C.num_cores()
     torch.set_num_threads(1)
     _C.configure_team(count, nice, pin)
     return count
