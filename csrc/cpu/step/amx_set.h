@@ -1,4 +1,4 @@
-// The simd type of kernel sets that have tiles. Included by the step_amx*.cpp files only, after
+// The simd type of kernel sets that have tiles. Included by step_amx.cpp only, after
 // simd_avx512.h.
 #pragma once
 

@@ -1,7 +1,7 @@
 // AMX's tile registers: eight of up to 16 rows of 64 bytes, and products of two that are added to a
 // third. Two types offer the same functions: HardwareTiles is the instructions, ModelTiles says in
 // plain code what they do, so that every kernel of tiles runs in tests on any machine. Included by
-// the step_amx*.cpp files only.
+// step_amx.cpp only.
 #pragma once
 
 #include <cstdint>

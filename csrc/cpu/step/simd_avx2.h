@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "packed.h"
+#include "set_sizes.h"
 
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
@@ -14,16 +14,9 @@
 namespace tgi::cpu::step {
 namespace {
 
-struct Avx2 {
+struct Avx2 : SetSizes {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
   static constexpr const char* kArithmetic = "fma";
-  static constexpr bool kHasTiles = false;
-  static constexpr int kGroupTokens = 6;             // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
-  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
-  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
-  // Rows of queries that attend together, in a cache of this precision.
-  static constexpr int attention_rows(Precision) { return 6; }
 #if defined(TGI_HAS_AVX_VNNI)
   static constexpr bool kHasSignedDot = false;
 #else

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "packed.h"
+#include "set_sizes.h"
 
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
@@ -17,20 +17,13 @@
 namespace tgi::cpu::step {
 namespace {
 
-struct Avx512 {
+struct Avx512 : SetSizes {
   static constexpr int kNumRegisters = 32;  // of sixteen lanes
 #if defined(TGI_HAS_BF16)
   static constexpr const char* kArithmetic = "vdpbf16ps";
 #else
   static constexpr const char* kArithmetic = "fma";
 #endif
-  static constexpr bool kHasTiles = false;
-  static constexpr int kGroupTokens = 6;             // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
-  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
-  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
-  // Rows of queries that attend together, in a cache of this precision.
-  static constexpr int attention_rows(Precision) { return 6; }
   // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
   using F = __m512;   // 16 float

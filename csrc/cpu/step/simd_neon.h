@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "packed.h"
+#include "set_sizes.h"
 
 #define TGI_PRAGMA(text) _Pragma(#text)
 #define TGI_UNROLL(times) TGI_PRAGMA(GCC unroll times)
@@ -17,20 +17,13 @@
 namespace tgi::cpu::step {
 namespace {
 
-struct Neon {
+struct Neon : SetSizes {
   static constexpr int kNumRegisters = 8;  // of sixteen lanes
 #if defined(TGI_NEON_I8MM)
   static constexpr const char* kArithmetic = "bfdot";
 #else
   static constexpr const char* kArithmetic = "fma";
 #endif
-  static constexpr bool kHasTiles = false;
-  static constexpr int kGroupTokens = 6;             // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
-  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
-  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
-  // Rows of queries that attend together, in a cache of this precision.
-  static constexpr int attention_rows(Precision) { return 6; }
   static constexpr bool kHasSignedDot = true;
   struct F {
     float32x4_t v[4];

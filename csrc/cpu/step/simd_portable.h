@@ -12,23 +12,16 @@
 #endif
 
 #include "block_reader.h"
-#include "packed.h"
+#include "set_sizes.h"
 
 #define TGI_UNROLL(times)  // sixteen lanes of plain code are long enough
 
 namespace tgi::cpu::step {
 namespace {
 
-struct Portable {
+struct Portable : SetSizes {
   static constexpr int kNumRegisters = 4;  // of sixteen lanes
   static constexpr const char* kArithmetic = "fma";
-  static constexpr bool kHasTiles = false;
-  static constexpr int kGroupTokens = 6;             // multiplied together
-  static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
-  static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
-  static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
-  // Rows of queries that attend together, in a cache of this precision.
-  static constexpr int attention_rows(Precision) { return 6; }
   static constexpr bool kHasSignedDot = true;
   template <class Lane>
   static inline Lane lane(const void* lanes, int i) {

@@ -1,4 +1,6 @@
-// The step's kernels by AMX's tiles, with AVX-512 for the rest (Sapphire Rapids and later).
+// The step's kernels by AMX's tiles, with AVX-512 for the rest (Sapphire Rapids and later); and the
+// same by a model of the tiles in plain code: their bits, at a hundredth of the speed, on any
+// machine with AVX-512 and BF16. For tests.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -30,7 +32,9 @@
 
 namespace tgi::cpu::step {
 extern const Kernels kAmxKernels;
+extern const Kernels kAmxModelKernels;
 const Kernels kAmxKernels = make_kernels<WithTiles<HardwareTiles>>("amx");
+const Kernels kAmxModelKernels = make_kernels<WithTiles<ModelTiles<Avx512>>>("amx_model");
 }  // namespace tgi::cpu::step
 #pragma GCC pop_options
 #endif
