@@ -66,13 +66,8 @@ void SampleArrays::check_record(int32_t slot) const {
 
 void SampleArrays::reserve(int num_members) {
   if (num_scratch_ >= num_members) return;
-  scratch_ = cpu::allocate(num_members * cpu::kSampleScratchRows * vocab() *
-                           static_cast<int64_t>(sizeof(float)));
+  scratch_ = cpu::allocate(cpu::sample_scratch_bytes(vocab(), num_members));
   num_scratch_ = num_members;
-}
-
-float* SampleArrays::scratch(int member) {
-  return reinterpret_cast<float*>(scratch_.get()) + member * cpu::kSampleScratchRows * vocab();
 }
 
 void Draws::prepare(const SampleArrays& state) {
@@ -116,8 +111,7 @@ SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
 }
 
 void SampleCall::run(int member, int num_members) const {
-  const cpu::Range rows = cpu::split(num_rows_, member, num_members);
-  cpu::sample(params_, state_.scratch(member), rows.begin, rows.end);
+  cpu::sample(params_, num_rows_, state_.scratch(), member, num_members);
 }
 
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
@@ -128,6 +122,9 @@ const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_
 }
 
 namespace {
+
+// A token of a row costs a draw about as much as so many products of numbers.
+constexpr int64_t kTokenWork = 16;
 
 py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, SampleArrays& state,
                  const std::optional<Array<int32_t>>& mask) {
@@ -140,12 +137,8 @@ py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, 
     const py::gil_scoped_release release;
     const auto reserve = [&](int num_members) { call.reserve(num_members); };
     const auto body = [&](int member, int num_members) { call.run(member, num_members); };
-    if (draws.num_rows() > 1) {
-      cpu::run_on_team(reserve, body);
-    } else if (draws.num_rows() == 1) {
-      reserve(1);
-      cpu::run_alone(body);
-    }
+    if (draws.num_rows() > 0)
+      cpu::run_small(kTokenWork * draws.num_rows() * state.vocab(), reserve, body);
   }
   return draws.arrays();
 }

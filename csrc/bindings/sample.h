@@ -26,9 +26,9 @@ class SampleArrays {
   const SampleParams& params() const { return params_; }
   // Throws unless `slots` are all different, in range, and their records within their lists.
   void check_slots(const std::vector<int32_t>& slots) const;
-  // Makes work memory for so many members; they get theirs by `scratch`.
+  // Makes work memory for so many members.
   void reserve(int num_members);
-  float* scratch(int member);
+  uint8_t* scratch() const { return scratch_.get(); }
 
  private:
   void check_record(int32_t slot) const;
@@ -68,7 +68,7 @@ class SampleCall {
   int64_t num_rows() const { return num_rows_; }
   int64_t vocab() const { return params_.vocab; }
   void reserve(int num_members) const { state_.reserve(num_members); }
-  // A member's rows.
+  // A member's part.
   void run(int member, int num_members) const;
 
  private:

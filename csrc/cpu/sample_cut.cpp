@@ -76,37 +76,57 @@ void keep_typical(float* scores, int64_t vocab, float floor, float typical_p, fl
   }
 }
 
+// The scores among which the cut is looked for.
+struct Candidates {
+  int64_t count;
+  double mass;  // of all scores; of no use where top-k comes first
+};
+
+Candidates gather(RowTeam& team, const SampleSlot& slot, const float* scores, int64_t vocab,
+                  float* room) {
+  if (slot.top_k > 0) {
+    int64_t count = team.compact(scores, vocab, kNear, room);
+    if (count < slot.top_k) count = team.compact(scores, vocab, -FLT_MAX, room);
+    return {count, 0};
+  }
+  const double mass = team.mass(scores, vocab, 0.0f, -FLT_MAX);
+  const bool is_near = team.mass(scores, vocab, 0.0f, kNear) >= mass * slot.top_p;
+  return {team.compact(scores, vocab, is_near ? kNear : -FLT_MAX, room), mass};
+}
+
+// The least score that top-k and top-p leave of those in room; reorders them.
+float least_of(const RowPasses& rows, const SampleSlot& slot, Candidates found, float* room) {
+  float floor = -FLT_MAX;
+  if (slot.top_k > 0) {
+    if (slot.top_k < found.count) {
+      floor = kth_largest(room, found.count, slot.top_k);
+      const auto is_kept = [=](float score) { return score >= floor; };
+      found.count = std::partition(room, room + found.count, is_kept) - room;
+    }
+    found.mass = rows.mass(room, found.count, 0.0f, floor);
+  }
+  if (slot.top_p >= 1.0f) return floor;
+  const auto weigh = [&](const float* part, int64_t n) {
+    return rows.mass(part, n, 0.0f, -FLT_MAX);
+  };
+  const double target = found.mass * slot.top_p;
+  return std::max(floor, value_at_mass(room, found.count, target, std::greater<float>(), weigh));
+}
+
 }  // namespace
 
-float cut_off(const RowPasses& rows, const SampleSlot& slot, float* scores, int64_t vocab,
-              float* room) {
+float cut_off(RowTeam& team, const SampleSlot& slot, float* scores, int64_t vocab, float* room) {
   float floor = -FLT_MAX;
-  int64_t count = 0;  // of the candidates in room, once they are there
-  double mass = 0;
-  if (slot.top_k > 0) {
-    count = rows.compact(scores, vocab, kNear, room);
-    if (count < slot.top_k) count = rows.compact(scores, vocab, floor, room);
-    if (slot.top_k < count) {
-      floor = kth_largest(room, count, slot.top_k);
-      count =
-          std::partition(room, room + count, [=](float score) { return score >= floor; }) - room;
-    }
-    mass = rows.mass(room, count, 0.0f, floor);
-  }
-  if (slot.top_p < 1.0f) {
-    if (count == 0) {
-      mass = rows.mass(scores, vocab, 0.0f, floor);
-      const bool is_near = rows.mass(scores, vocab, 0.0f, kNear) >= mass * slot.top_p;
-      count = rows.compact(scores, vocab, is_near ? kNear : floor, room);
-    }
-    const auto weigh = [&](const float* part, int64_t n) {
-      return rows.mass(part, n, 0.0f, -FLT_MAX);
-    };
-    const float least = value_at_mass(room, count, mass * slot.top_p, std::greater<float>(), weigh);
-    floor = std::max(floor, least);
+  if (slot.top_k > 0 || slot.top_p < 1.0f) {
+    const Candidates found = gather(team, slot, scores, vocab, room);
+    floor = static_cast<float>(
+        team.once([&] { return double(least_of(team.passes(), slot, found, room)); }));
   }
   if (slot.min_p > 0.0f) floor = std::max(floor, std::log(slot.min_p));
-  if (slot.typical_p < 1.0f) keep_typical(scores, vocab, floor, slot.typical_p, room);
+  if (slot.typical_p < 1.0f) {
+    if (team.is_first()) keep_typical(scores, vocab, floor, slot.typical_p, room);
+    team.meet();
+  }
   return floor;
 }
 

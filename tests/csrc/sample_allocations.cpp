@@ -51,6 +51,10 @@ const Kernels& kernels() {
 }
 }  // namespace tgi::cpu::step
 
+namespace tgi::cpu {
+void team_barrier() {}  // rows are drawn alone here
+}  // namespace tgi::cpu
+
 namespace {
 
 using tgi::SampleParams;
@@ -100,7 +104,8 @@ int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector
   const std::vector<float> biases(num_rows * 2, 1.5f);
   std::vector<int32_t> top_ids(num_rows * kVocab), num_top(num_rows);
   std::vector<float> logprobs(num_rows), top_logprobs(num_rows * kVocab);
-  std::vector<float> scratch(tgi::cpu::kSampleScratchRows * kVocab);
+  std::vector<uint8_t> scratch(tgi::cpu::sample_scratch_bytes(kVocab, 1) + 64);
+  uint8_t* const aligned = scratch.data() + 64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64;
   bool is_finite[16] = {};
   const SampleParams params = {logits.data(),
                                rows.data(),
@@ -121,7 +126,7 @@ int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector
                                2,
                                kVocab};
   const int64_t before = num_allocations;
-  tgi::cpu::sample(params, scratch.data(), 0, num_rows);
+  tgi::cpu::sample(params, num_rows, aligned, 0, 1);
   const int64_t during = num_allocations - before;
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t first = row * kVocab;

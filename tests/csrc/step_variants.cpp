@@ -234,8 +234,8 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
       differences += !std::equal(kept_a.begin(), kept_a.begin() + count, kept_b.begin());
       for (uint64_t seed = 0; seed < 8; ++seed) {
         const DrawKey key = {seed << 30, 3, seed * 1000};
-        differences +=
-            a.race(scores_a.data(), n, floor, key) != b.race(scores_b.data(), n, floor, key);
+        differences += a.race(scores_a.data(), 0, n, floor, key).index !=
+                       b.race(scores_b.data(), 0, n, floor, key).index;
       }
     }
   }

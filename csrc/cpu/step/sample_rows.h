@@ -12,9 +12,6 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Sums of this many values are made in float32, their sum in double: relative error below 1e-6.
-constexpr int64_t kSumBlock = 16 * 64;
-
 // The next sixteen of a row of which `left` remain; -infinity behind its end.
 template <class S>
 inline typename S::F load_row(const float* x, int64_t left) {
@@ -93,25 +90,40 @@ void row_scale(const float* x, int64_t n, float max, float factor, float* out) {
   S::store_head(out + i, left, S::mul(S::sub(S::load_head(x + i, left, shift), shift), scale));
 }
 
+// Of at most kSumBlock values.
+template <class S>
+inline double block_mass(const float* x, int64_t n, float max, float floor) {
+  const auto shift = S::set1(max), least = S::set1(floor);
+  auto sum = S::zero();
+  if (floor <= -FLT_MAX) {  // only -infinity is below, and weighs nothing
+    each_sixteen<S>(x, 0, n, [&](int64_t, typename S::F v) {
+      sum = S::add(sum, weight_of<S>(S::sub(v, shift)));
+    });
+  } else {
+    each_sixteen<S>(x, 0, n, [&](int64_t, typename S::F v) {
+      sum = S::add_less_equal(sum, least, v, weight_of<S>(S::sub(v, shift)));
+    });
+  }
+  return double(S::reduce_add(sum));
+}
+
+template <class S, class Visit>
+inline void each_block_mass(const float* x, int64_t n, float max, float floor, const Visit& visit) {
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    visit(block_mass<S>(x + begin, n - begin < kSumBlock ? n - begin : kSumBlock, max, floor));
+  }
+}
+
 template <class S>
 double row_mass(const float* x, int64_t n, float max, float floor) {
-  const auto shift = S::set1(max), least = S::set1(floor);
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = begin + kSumBlock < n ? begin + kSumBlock : n;
-    auto sum = S::zero();
-    if (floor <= -FLT_MAX) {  // only -infinity is below, and weighs nothing
-      each_sixteen<S>(x, begin, end, [&](int64_t, typename S::F v) {
-        sum = S::add(sum, weight_of<S>(S::sub(v, shift)));
-      });
-    } else {
-      each_sixteen<S>(x, begin, end, [&](int64_t, typename S::F v) {
-        sum = S::add_less_equal(sum, least, v, weight_of<S>(S::sub(v, shift)));
-      });
-    }
-    total += double(S::reduce_add(sum));
-  }
+  each_block_mass<S>(x, n, max, floor, [&](double sum) { total += sum; });
   return total;
+}
+
+template <class S>
+void row_masses(const float* x, int64_t n, float max, float floor, double* sums) {
+  each_block_mass<S>(x, n, max, floor, [&](double sum) { *sums++ = sum; });
 }
 
 template <class S>
@@ -126,12 +138,13 @@ int64_t row_compact(const float* x, int64_t n, float floor, float* out) {
 }
 
 template <class S>
-int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key) {
+RaceWinner row_race(const float* scores, int64_t begin, int64_t n, float floor,
+                    const DrawKey& key) {
   const auto least = S::set1(floor);
   double best = INFINITY;  // of log E - score
   int64_t winner = n;
   auto reach = S::set1(INFINITY);  // e^best, and some more than the error of e^score below
-  for (int64_t first = 0; first < n; first += kDraws) {
+  for (int64_t first = begin; first < n; first += kDraws) {
     uint32_t runs = 0;  // bit k: token first + k may be drawn
     for (int k = 0; k < kDraws && first + k < n; k += 16) {
       runs |= S::less_equal(least, load_row<S>(scores + first + k, n - first - k)) << k;
@@ -157,12 +170,13 @@ int64_t row_race(const float* scores, int64_t n, float floor, const DrawKey& key
       }
     }
   }
-  return winner;
+  return {winner, best};
 }
 
 template <class S>
 constexpr RowPasses make_row_passes() {
-  return {row_stats<S>, row_find<S>, row_scale<S>, row_mass<S>, row_compact<S>, row_race<S>};
+  return {row_stats<S>,  row_find<S>,    row_scale<S>, row_mass<S>,
+          row_masses<S>, row_compact<S>, row_race<S>};
 }
 
 }  // namespace
