@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import make_model, save, save_tokenizer
+from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
@@ -82,6 +83,17 @@ def test_quantize_is_not_ignored_without_a_word(files: ModelFiles, caplog: pytes
     assert not caplog.text
     load_closed(files, settings(quantize="eetq"))
     assert "--quantize eetq is ignored: q8_0 and q4_0 are known" in caplog.text
+
+
+def test_kernels_that_the_system_refused_are_said(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "amx: the system refused its tiles (arch_prctl)"
+    refused = ops.KernelSet("avx512_vnni", "fma", reason)
+    monkeypatch.setattr(ops, "kernel_set", lambda: refused)
+    info = load_closed(files, settings()).info
+    assert f"{reason}; avx512_vnni kernels serve" in caplog.text
+    assert info.kernel_set == "avx512_vnni"
 
 
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:

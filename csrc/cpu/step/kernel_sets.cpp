@@ -2,17 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 
+#include "amx_grant.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -62,35 +59,6 @@ struct Found {
   const char* refused = nullptr;
 };
 
-#if defined(__x86_64__)
-// Whether the processor has AMX for bf16 and bytes, and for Linux alone: why its tiles are not ours
-// to use. They are state that each thread's context grows by, so the kernel gives them to those who
-// ask, once for all threads that are and will be.
-bool can_use_tiles(const char** refused) {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25,
-                     kAll = kBF16 | kTile | kInt8;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return false;
-  constexpr unsigned kXsave = 1u << 27, kTileState = 3u << 17;
-  unsigned enabled = 0, upper = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kXsave) != 0) {
-    asm volatile("xgetbv" : "=a"(enabled), "=d"(upper) : "c"(0));
-  }
-  if ((enabled & kTileState) != kTileState) {
-    *refused = "amx: the system does not keep the tiles of its threads";
-    return false;
-  }
-#if defined(__linux__)
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  if (syscall(SYS_arch_prctl, kRequest, kTileData) == 0) return true;
-  *refused = errno == ENOSPC
-                 ? "amx: a thread's signal stack is too small for its tiles (sigaltstack)"
-                 : "amx: the system refused its tiles (arch_prctl)";
-#endif
-  return false;
-}
-#endif
-
 // In the order of their speed, as a rule; the last one's arithmetic is this machine's. So which
 // bits a text has is a question of the processor, and of what its system grants, not of a
 // measurement: a restart and a second replica give the same.
@@ -116,7 +84,7 @@ Found find() {
   if (has_bf16 && is_intel) sets.push_back(&kAvx512Kernels);
   if (has_avx512) sets.push_back(&kAvx512VnniKernels);
   if (has_bf16 && !is_intel) sets.push_back(&kAvx512Kernels);
-  if (has_bf16 && can_use_tiles(&found.refused)) sets.push_back(&kAmxKernels);
+  if (has_bf16 && request_tiles(read_amx_state(), &found.refused)) sets.push_back(&kAmxKernels);
 #endif
 #if defined(__aarch64__) && defined(__linux__)
   // Bits of the kernel's asm/hwcap.h, which old headers lack.

@@ -1,0 +1,86 @@
+"""Where AMX is there but may not be used, the next set serves and says why.
+
+On any machine with AVX-512 and BF16: a processor that says it has AMX, and a seccomp filter that answers for
+the system, in a small program.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tgi_asgi import _C
+
+ROOT = Path(__file__).parents[2]
+OWN_ANSWER = -1  # the system's
+HAS_AMX = "amx" in _C.kernel_sets()
+pytestmark = pytest.mark.skipif(
+    "amx_model" not in _C.kernel_sets(), reason="kernels for AMX need AVX-512 and BF16 beside it"
+)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The choice of kernels with sets that are names alone, and a processor that says what it is told to."""
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    program = tmp_path_factory.mktemp("amx") / "amx_grant"
+    sources = [f"csrc/cpu/step/{name}.cpp" for name in ("amx_grant", "kernel_sets")]
+    command = [compiler, "-std=c++17", "-Icsrc", "tests/csrc/amx_grant.cpp", *sources, "-o", str(program)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    return program
+
+
+def choice(
+    program: Path, *, is_there: bool, is_kept: bool, answer: int, wish: str = ""
+) -> tuple[list[str], str, str, str]:
+    """Return the sets, the one that serves, a forked child's, and what was refused."""
+    environ = {**os.environ, "TGI_ISA": wish}
+    environ.pop("LD_PRELOAD", None)  # a sanitizer's, which the program is not built with
+    command = [str(program), str(int(is_there)), str(int(is_kept)), str(answer)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode == 77:
+        pytest.skip("this system has no seccomp filters")
+    assert done.returncode == 0, done.stderr
+    sets, serving, child, refused = done.stdout.splitlines()
+    return sets.split(), serving, child, refused
+
+
+def test_tiles_that_are_granted_serve_and_serve_a_forked_child(program: Path) -> None:
+    sets, serving, child, refused = choice(program, is_there=True, is_kept=True, answer=0)
+    assert sets[-1] == serving == child == "amx"
+    assert refused == ""
+
+
+@pytest.mark.parametrize(
+    ("is_kept", "answer", "reason"),
+    [
+        (False, 0, "amx: the system does not keep the tiles of its threads"),
+        (True, errno.EPERM, "amx: the system refused its tiles (arch_prctl)"),
+        (True, errno.EINVAL, "amx: the system refused its tiles (arch_prctl)"),  # Linux before 5.16
+        (True, errno.ENOSPC, "amx: a thread's signal stack is too small for its tiles (sigaltstack)"),
+        pytest.param(
+            True, OWN_ANSWER, "amx: the system refused its tiles (arch_prctl)",
+            marks=pytest.mark.skipif(HAS_AMX, reason="this machine has AMX, and grants it"),
+        ),
+    ],
+)  # fmt: skip
+def test_tiles_that_are_refused_leave_the_next_set(
+    program: Path, is_kept: bool, answer: int, reason: str
+) -> None:
+    without = choice(program, is_there=False, is_kept=False, answer=OWN_ANSWER)
+    found = choice(program, is_there=True, is_kept=is_kept, answer=answer)
+    assert without[3] == ""
+    assert "amx" not in without[0]
+    assert found == (*without[:3], reason)
+    assert found[1] not in ("portable", "amx_model")
+
+
+def test_a_wish_for_tiles_that_are_refused_is_not_met(program: Path) -> None:
+    _, serving, _, refused = choice(program, is_there=True, is_kept=True, answer=errno.EPERM, wish="amx")
+    assert serving != "amx"
+    assert refused
