@@ -268,10 +268,24 @@ inline AheadInStream ahead_in(const uint8_t* panel) {
   return {panel + kDistance, kDistance};
 }
 
+// A strip panel after panel, each fetching its part of what is ahead.
+template <class Tile>
+inline void each_panel(const uint8_t* panel0, const uint8_t* panel1, int64_t num_blocks, float* out,
+                       Ahead ahead, const Tile& tile) {
+  const int64_t first = (ahead.lines + 1) / 2;
+  tile(panel0, out, Ahead{ahead.next, first});
+  tile(panel1, out + kPanelRows, Ahead{ahead.next + first * num_blocks * 64, ahead.lines - first});
+}
+
 template <class S, class Fmt, int Tokens>
 void int8_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, int64_t num_blocks,
                 float* out, Ahead ahead) {
-  if (Tokens == 1 && !kStreamsIntoL1) {
+  if constexpr (Tokens > S::paired_tokens(Precision::kInt8)) {
+    each_panel(panel0, panel1, num_blocks, out, ahead,
+               [&](const uint8_t* panel, float* to, Ahead its) {
+                 int8_tile<S, Fmt, 1, Tokens>({panel}, x, num_blocks, to, its);
+               });
+  } else if (Tokens == 1 && !kStreamsIntoL1) {
     int8_tile<S, Fmt, 1, 1>({panel0}, x, num_blocks, out, ahead_in<Fmt>(panel0));
     int8_tile<S, Fmt, 1, 1>({panel1}, x, num_blocks, out + 16, ahead_in<Fmt>(panel1));
   } else {
@@ -282,7 +296,14 @@ void int8_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, i
 template <class S, class Fmt, int Tokens>
 void float_strip(const uint8_t* panel0, const uint8_t* panel1, TokenGroup<S> x, int64_t num_blocks,
                  float* out, Ahead ahead) {
-  float_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
+  if constexpr (Tokens > S::paired_tokens(Fmt::kPrecision)) {
+    each_panel(panel0, panel1, num_blocks, out, ahead,
+               [&](const uint8_t* panel, float* to, Ahead its) {
+                 float_tile<S, Fmt, 1, Tokens>({panel}, x, num_blocks, to, its);
+               });
+  } else {
+    float_tile<S, Fmt, 2, Tokens>({panel0, panel1}, x, num_blocks, out, ahead);
+  }
 }
 
 // Byte i of each dword, as the number that the product takes it for.

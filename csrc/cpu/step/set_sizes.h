@@ -13,6 +13,9 @@ struct SetSizes {
   static constexpr int kTileTokens = kGroupTokens;   // of an activation: one group or several
   static constexpr int kSharedTokens = kTileTokens;  // of which one member writes all
   static constexpr int kBlocksAtOnce = 6;            // blocks that are quantised together
+  // Up to so many tokens of a group are multiplied by both panels of a strip at once, more by one
+  // after the other.
+  static constexpr int paired_tokens(Precision) { return kGroupTokens; }
   // Rows of queries that attend together, in a cache of this precision.
   static constexpr int attention_rows(Precision) { return 6; }
 };
