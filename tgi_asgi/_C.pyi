@@ -110,7 +110,16 @@ class Matrix:
         """Return all rows as stored, padding included, as float32."""
 
 def pack(
-    *, sources: Sequence[_Bytes], format: str, columns: int, order: npt.NDArray[np.int64], arena: Arena
+    *,
+    sources: Sequence[_Bytes],
+    format: str,
+    columns: int,
+    order: npt.NDArray[np.int64],
+    arena: Arena,
+    unit_strips: int = 1,
+    query_strips: int = 0,
+    all_strips: int = 0,
+    first_strip: int = 0,
 ) -> Matrix:
     """Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1."""
 

@@ -26,8 +26,29 @@ std::vector<const uint8_t*> rows_of(const std::vector<Bytes>& sources, int64_t r
   return rows;
 }
 
+void check_shares(const step::Shares& shares, int64_t num_strips) {
+  constexpr int64_t kMostUnitStrips = 1 << 16, kMostStrips = int64_t{1} << 40;
+  const int64_t unit = shares.unit_strips, all = shares.all_strips;
+  check(unit > 0 && unit <= kMostUnitStrips && num_strips % unit == 0,
+        "`unit_strips` must divide the matrix's ", num_strips, ", got ", unit);
+  if (all == 0) {
+    check(shares.query_strips == 0 && shares.first_strip == 0,
+          "`query_strips` and `first_strip` must be 0 where `all_strips` is");
+    return;
+  }
+  check(all >= num_strips && all <= kMostStrips && all % unit == 0,
+        "`all_strips` must be whole units, no less than the matrix's ", num_strips, ", got ", all);
+  check(shares.query_strips >= 0 && shares.query_strips <= all && shares.query_strips % unit == 0,
+        "`query_strips` must be whole units in [0, ", all, "], got ", shares.query_strips);
+  check(shares.first_strip >= 0 && shares.first_strip <= all - num_strips &&
+            shares.first_strip % unit == 0,
+        "`first_strip` must be whole units in [0, ", all - num_strips, "], got ",
+        shares.first_strip);
+}
+
 Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, int64_t columns,
-            const Array<int64_t>& order, cpu::Arena& arena) {
+            const Array<int64_t>& order, cpu::Arena& arena, int64_t unit_strips,
+            int64_t query_strips, int64_t all_strips, int64_t first_strip) {
   const step::Format format = format_of(format_name);
   const step::FormatInfo& info = step::format_info(format);
   check(info.has_kernel, "`format` must be one that the CPU multiplies by, got ", format_name);
@@ -38,6 +59,8 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   const int64_t num_rows = order.size(), padded = step::padded_columns(columns);
   check(num_rows > 0 && num_rows % step::kStripRows == 0, "`order` must be a multiple of 32, got ",
         num_rows);
+  const step::Shares shares = {unit_strips, query_strips, all_strips, first_strip};
+  check_shares(shares, num_rows / step::kStripRows);
   const std::vector<const uint8_t*> rows = rows_of(sources, step::file_row_bytes(format, columns));
   std::vector<const uint8_t*> ordered;
   int64_t num_true = 0, end = 0;  // rows that are no padding, and where the last of them ends
@@ -56,9 +79,7 @@ Matrix pack(const std::vector<Bytes>& sources, const std::string& format_name, i
   uint8_t* const out = matrix.memory.get();
   matrix.packed.data = out;
   const py::gil_scoped_release release;
-  cpu::parallel_range(num_rows / step::kPanelRows, 1, [&](int64_t begin, int64_t end) {
-    step::pack_panels(format, columns, ordered.data(), begin, end, out);
-  });
+  step::pack_matrix(format, columns, ordered.data(), num_rows, shares, out);
   return matrix;
 }
 
@@ -142,7 +163,10 @@ void bind_matrices(py::module_& module) {
   module.def(
       "pack", &pack, py::kw_only(), py::arg("sources").noconvert(), py::arg("format"),
       py::arg("columns"), py::arg("order").noconvert(), py::arg("arena"),
-      "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1.");
+      py::arg("unit_strips") = 1, py::arg("query_strips") = 0, py::arg("all_strips") = 0,
+      py::arg("first_strip") = 0,
+      "Pack rows: row i of the result is row order[i] of the sources, zeros where that is -1. Each "
+      "member packs what it will read; see csrc/cpu/step/shares.h.");
   module.def("quantise", &quantise, py::arg("values").noconvert(), py::arg("format"),
              "Quantise float32 rows to the file format Q8_0 or Q4_0.");
 }

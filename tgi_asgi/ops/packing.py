@@ -43,6 +43,27 @@ class PackedGateUp:
 
 
 @dataclass(frozen=True, slots=True)
+class _Shares:
+    """How a product shares a matrix's strips out: csrc/cpu/step/shares.h."""
+
+    unit_strips: int = 1
+    query_strips: int = 0
+    all_strips: int = 0
+
+
+_ALONE = _Shares()
+
+
+def _qkv_shares(shape: QkvWeight) -> _Shares:
+    """Return how `qkv` shares its rows out: by heads where these are normalised, else by strips."""
+    if shape.norms is not None and shape.norms.is_whole:  # products of their own come first
+        return _ALONE
+    strips = -(-shape.head_dim // layout.STRIP)
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    return _Shares(1 if shape.norms is None else strips, shape.num_heads * strips, heads * strips)
+
+
+@dataclass(frozen=True, slots=True)
 class Packing:
     """How a model's products compute on a CPU: an `Arithmetic`.
 
@@ -76,7 +97,7 @@ class Packing:
                 layout.ordered(norm, order if shape.norms.is_whole else one)
                 for norm, order in zip((shape.norms.query, shape.norms.key), orders, strict=False)
             ]
-        return PackedQkv(self._pack_parts(sources, biases, orders), *norms)
+        return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), *norms)
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> PackedGateUp:
         """Pack gate and up, as `Arithmetic.gate_up` says."""
@@ -86,39 +107,56 @@ class Packing:
             order = layout.row_order(rows)
             return PackedGateUp(self._pack_each(stored, biases, [order, order]))
         bias = None if biases is None else torch.cat(list(biases))
-        return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows)),))
+        return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
 
     def _pack_parts(
-        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
+        self,
+        sources: Sequence[WeightSource],
+        biases: Sequence[Tensor] | None,
+        orders: Sequence[Order],
+        shares: _Shares,
     ) -> tuple[PackedLinear, ...]:
         """Pack matrices into one, each with an order of its own, if they have one format."""
         stored = [self._stored(source) for source in sources]
         if len({source.format for source in stored}) > 1:
-            return self._pack_each(stored, biases, orders)
+            return self._pack_each(stored, biases, orders, shares)
         first, joined = 0, []
         for source, order in zip(stored, orders, strict=True):
             joined.append(np.where(order >= 0, order + first, -1))
             first += source.shape[0]
         bias = None if biases is None else torch.cat(list(biases))
-        return (self._pack(stored, bias, np.concatenate(joined)),)
+        return (self._pack(stored, bias, np.concatenate(joined), shares),)
 
     def _pack_each(
-        self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, orders: Sequence[Order]
+        self,
+        sources: Sequence[WeightSource],
+        biases: Sequence[Tensor] | None,
+        orders: Sequence[Order],
+        shares: _Shares = _ALONE,
     ) -> tuple[PackedLinear, ...]:
         given: Sequence[Tensor | None] = biases or [None] * len(sources)
-        return tuple(
-            self._pack([source], bias, order)
-            for source, bias, order in zip(sources, given, orders, strict=True)
-        )
+        packed, strips = [], 0
+        for source, bias, order in zip(sources, given, orders, strict=True):
+            packed.append(self._pack([source], bias, order, shares, strips if shares.all_strips else 0))
+            strips += len(order) // layout.STRIP
+        return tuple(packed)
 
-    def _pack(self, sources: Sequence[WeightSource], bias: Tensor | None, order: Order) -> PackedLinear:
+    def _pack(
+        self,
+        sources: Sequence[WeightSource],
+        bias: Tensor | None,
+        order: Order,
+        shares: _Shares = _ALONE,
+        first_strip: int = 0,
+    ) -> PackedLinear:
         """Pack rows of one format: row i of the result is row order[i] of the sources."""
         name, columns = sources[0].format, sources[0].shape[1]
         if any(source.shape[1] != columns for source in sources):
             raise ValueError(f"the matrices must have {columns} columns each")
         matrix = _C.pack(
             sources=[source.data for source in sources], format=name, columns=columns, order=order,
-            arena=self.arena,
+            arena=self.arena, unit_strips=shares.unit_strips, query_strips=shares.query_strips,
+            all_strips=shares.all_strips, first_strip=first_strip,
         )  # fmt: skip
         return PackedLinear(
             matrix, self._precision(name), None if bias is None else layout.ordered(bias, order)

@@ -107,7 +107,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             arithmetic = ops.Repacking(dtype, device.device)
         check_rope_fits(config, longest, free_memory())
         with cuda_load.must_fit():
-            model = opened.load(arithmetic, longest, weights)
+            model = _load_weights(opened, arithmetic, longest, weights, is_by_team=device is None)
         progress("loading weights", weights.num_bytes, weights.num_bytes)
         if opened.is_generic:
             _announce(model)
@@ -142,6 +142,24 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
     return LoadedModel(runner, tokenizer, chat_template, info, image_processor)
+
+
+def _load_weights(
+    opened: OpenModel, arithmetic: ops.Arithmetic, longest: int, weights: _TrackedWeights, *, is_by_team: bool
+) -> Model | GenericModel | EncoderModel:
+    """Load the model; for a CPU in a thread with member 0's core, whose memory its weights are to lie in.
+
+    A thread of its own, as it keeps core and nice value for good: the caller's is its executor's.
+    """
+    if not is_by_team:
+        return opened.load(arithmetic, longest, weights)
+
+    def as_member() -> Model | GenericModel | EncoderModel:
+        ops.join_threads()
+        return opened.load(arithmetic, longest, weights)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tgi-pack") as executor:
+        return executor.submit(as_member).result()
 
 
 def _announce(model: Model | GenericModel | EncoderModel) -> None:

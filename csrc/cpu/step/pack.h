@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "packed.h"
+#include "shares.h"
 
 namespace tgi::cpu::step {
 
@@ -13,6 +14,11 @@ namespace tgi::cpu::step {
 // number of columns, those behind the last one are zero; of codes they have whole blocks.
 void pack_panels(Format format, int64_t columns, const uint8_t* const* rows, int64_t begin,
                  int64_t end, uint8_t* out);
+
+// The same of all panels, by the team: each member packs those that it will read, so that it is the
+// first to touch their pages.
+void pack_matrix(Format format, int64_t columns, const uint8_t* const* rows, int64_t num_rows,
+                 const Shares& shares, uint8_t* out);
 
 // Quantises a row of float32 to the file's format, kQ8_0 or kQ4_0, rounding as llama.cpp's
 // reference does. The last block is filled up with zeros. False: a value is not finite, or too

@@ -240,18 +240,6 @@ inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t tok
   place_head<S>(p, step, token, head, strip, num_strips, rows);
 }
 
-// Where a member's share of the units begins. Sequences that decode write keys a few bytes a line,
-// so that a unit of keys or values takes half as long again; tokens of a prompt write to the same
-// lines.
-inline int64_t qkv_share(const StepHeader& step, int64_t query_units, int64_t num_units, int member,
-                         int num_members) {
-  const int64_t query_cost = 2, cost = step.num_tokens == step.num_sequences ? 3 : 2;
-  const int64_t queries = query_cost * query_units;
-  const int64_t before = (queries + cost * (num_units - query_units)) * member / num_members;
-  if (before <= queries) return (before + query_cost / 2) / query_cost;
-  return query_units + (before - queries + cost / 2) / cost;
-}
-
 // A unit is a strip, or a whole head where heads are normalised.
 template <class S>
 void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members) {
@@ -261,8 +249,9 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
   for (int32_t i = 0; i < p.num_parts; ++i)
     num_units += p.parts[i].weight.num_strips() / unit_strips;
   const int64_t query_units = p.heads.num_heads * head_strips / unit_strips;
-  const Range all = {qkv_share(step, query_units, num_units, member, num_members),
-                     qkv_share(step, query_units, num_units, member + 1, num_members)};
+  const bool is_decode = step.num_tokens == step.num_sequences;
+  const Range all = {qkv_share(is_decode, query_units, num_units, member, num_members),
+                     qkv_share(is_decode, query_units, num_units, member + 1, num_members)};
   int64_t before = 0;
   for (int32_t i = 0; i < p.num_parts; ++i) {
     const LinearParams& part = p.parts[i];

@@ -8,6 +8,7 @@
 
 #include "../sample.h"
 #include "packed.h"
+#include "shares.h"
 
 namespace tgi::cpu::step {
 

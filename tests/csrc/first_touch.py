@@ -1,0 +1,99 @@
+"""Pack weights, then multiply by them; print who touched their pages first. With page_watch.cpp preloaded.
+
+python -m tests.csrc.first_touch page_watch.so <case> <threads>
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from tests.ops.helpers import rope_table
+from tests.support import at_once
+from tests.support.batches import flat_rows
+from tests.support.blocks import random_weight
+from tests.support.kv import poisoned_pool
+from tgi_asgi import _C, ops
+
+COLUMNS = 1024
+NUM_PAGES = (64 << 20) // 4096
+
+
+class Watch:
+    """Who touched the pages of the arena first, since the last question."""
+
+    def __init__(self, library: str) -> None:
+        self._library = ctypes.CDLL(library)
+        self._library.begin_watch()
+
+    def take(self) -> list[int]:
+        """Return each page's thread, 0 for none, and forget them."""
+        touches = (ctypes.c_int32 * NUM_PAGES)()
+        self._library.take_touches(touches)
+        return list(touches)
+
+
+def linear(watch: Watch, packing: ops.Packing) -> list[int]:
+    """A plain product."""
+    weight = ops.linear_weight(random_weight("Q8_0", 2080, COLUMNS, seed=1), packing)
+    packed = watch.take()
+    at_once.linear(torch.randn(1, COLUMNS), weight)
+    return packed
+
+
+def gate_up(watch: Watch, packing: ops.Packing) -> list[int]:
+    """Gate and up in one matrix."""
+    sources = [random_weight("Q8_0", 992, COLUMNS, seed=seed) for seed in (1, 2)]
+    weight = ops.gate_up_weight(sources[0], sources[1], packing)
+    packed = watch.take()
+    at_once.gate_up(torch.randn(1, COLUMNS), weight)
+    return packed
+
+
+def qkv(
+    watch: Watch, packing: ops.Packing, formats: tuple[str, str, str] = ("Q8_0", "Q8_0", "Q8_0"),
+    head_dim: int = 64, *, has_norms: bool = False,
+) -> list[int]:  # fmt: skip
+    """Queries, keys and values of one token that is decoded."""
+    heads, kv_heads = 9, 3
+    sources = [
+        random_weight(format, count * head_dim, COLUMNS, seed=count)
+        for format, count in zip(formats, (heads, kv_heads, kv_heads), strict=True)
+    ]
+    norms = ops.HeadNorms(torch.ones(head_dim), torch.ones(head_dim), 1e-5) if has_norms else None
+    weight = ops.qkv_weight(
+        sources[0], sources[1], sources[2], packing, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, norms=norms,
+    )  # fmt: skip
+    packed = watch.take()
+    layer = poisoned_pool(num_kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16).layers[0]
+    at_once.qkv(
+        torch.randn(1, COLUMNS), weight, layer, rope_table(head_dim, 64), flat_rows([(3, 4)], [[0]], 16)
+    )
+    return packed
+
+
+CASES: dict[str, Callable[[Watch, ops.Packing], list[int]]] = {
+    "linear": linear,
+    "gate_up": gate_up,
+    "qkv": qkv,
+    "qkv of three formats": lambda watch, packing: qkv(watch, packing, ("Q4_1", "Q4_0", "Q8_0")),
+    "qkv with norms": lambda watch, packing: qkv(watch, packing, head_dim=128, has_norms=True),
+}
+
+
+def main() -> None:
+    """Print the pages' threads, when they were packed and when they were read."""
+    library, case, threads = sys.argv[1:]
+    _C.configure_team(int(threads), 0, False)
+    watch = Watch(library)
+    packed = CASES[case](watch, ops.Packing(is_exact=False))
+    print(json.dumps([packed, watch.take()]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Weights' pages are first touched by the member that reads them: the system puts them in its memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.first_touch import CASES
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux",
+    reason="pages are watched as x86 Linux has them",
+)
+
+
+@pytest.fixture(scope="module")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that notes first touches."""
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    library = tmp_path_factory.mktemp("watch") / "page_watch.so"
+    source = ROOT / "tests" / "csrc" / "page_watch.cpp"
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=120)
+    return library
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_member_that_reads_a_page_has_written_it_first(watch: Path, case: str, threads: int) -> None:
+    preloaded = f"{os.environ.get('LD_PRELOAD', '')} {watch}".strip()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.csrc.first_touch", str(watch), case, str(threads)],
+        cwd=ROOT, env={**os.environ, "LD_PRELOAD": preloaded}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    packed, read = json.loads(done.stdout)
+    pages = [(writer, reader) for writer, reader in zip(packed, read, strict=True) if reader]
+    assert len(pages) > 100
+    assert len({reader for _, reader in pages}) == threads
+    moved = sum(writer != reader for writer, reader in pages)
+    # A page on a border between members, or between two matrices, belongs to two.
+    assert moved <= threads - 1 + 2, f"{moved} of {len(pages)} pages"
