@@ -1,0 +1,50 @@
+"""Each set of kernels that this machine runs serves the default model, as TGI_ISA asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.server_process import ServerProcess
+from tgi_asgi import _C
+
+# By integers alone (codes of weights, an int8 cache), so that all sets have the same logits.
+INTEGERS = ("--kv-cache-dtype", "int8", "--max-batch-total-tokens", "4096")
+PROMPT = "The capital of France is"
+SETS = [name for name in _C.kernel_sets() if name != "amx_model"]  # the model of AMX takes minutes
+
+
+def answer_of(name: str) -> Any:
+    """Return the text that a server with this set of kernels gives, with its log-probabilities."""
+    with ServerProcess("tgi_asgi", "--hostname", "127.0.0.1", *INTEGERS, environ={"TGI_ISA": name}) as server:
+        server.wait_until_healthy()
+        assert f"on cpu ({name})" in server.output()
+        with httpx.Client(base_url=server.url, timeout=120) as client:
+            assert client.get("/info").json()["kernel_set"] == name
+            asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "logprobs": 3}
+            answer = client.post("/v1/completions", json=asked)
+            assert answer.status_code == 200
+            choice = answer.json()["choices"][0]
+            return choice["text"], choice["logprobs"]
+
+
+@pytest.fixture(scope="module")
+def portable() -> Any:
+    """What plain C++ gives."""
+    return answer_of("portable")
+
+
+def test_plain_kernels_give_a_sensible_text(portable: Any) -> None:
+    text, logprobs = portable
+    assert "Paris" in text
+    assert len(logprobs["tokens"]) == 12
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name != "portable"])
+def test_each_set_serves_the_default_model_alike(name: str, portable: Any) -> None:
+    (text, found), (expected_text, expected) = answer_of(name), portable
+    assert (text, found["tokens"]) == (expected_text, expected["tokens"])
+    # Logits have the same bits; the sum of their exponentials does not.
+    assert found["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=2e-6)
