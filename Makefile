@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models soak sanitize install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -46,6 +46,13 @@ sanitize: $(VENV)/.test-tools
 	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/csrc \
 	  tests/runner/test_inputs.py tests/runner/test_jobs.py \
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
+
+# All that takes too long for `make test`, one after the other: storms, the kernels of x86-64 and, under qemu, of Arm
+# (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models, the sanitizers.
+nightly:
+	CI=1 $(MAKE) soak
+	CI=1 $(MAKE) test-models
+	CI=1 $(MAKE) sanitize
 
 install: $(VENV)/.installed
 
