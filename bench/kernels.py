@@ -1,10 +1,12 @@
 """Each operator of the recorded step, its time beside its floor: of memory or of arithmetic.
 
     python -m bench.kernels [--model-id model.gguf] [--decode 1,16,64] [--context 100,4000] [--prefill 512]
+    python -m bench.kernels --shape 1b-q4_k_m       # random weights
 
 A step is run with a clock read by one thread after each operator, so a time has the operator's barrier in it.
 The floor is the longer of two: bytes read (weights once a step, each sequence's KV) over the bandwidth, and
-multiply-adds over the peak of their instruction on all threads, both measured just before.
+multiply-adds over the peak of their instruction on all threads, both measured just before. Shares of the
+one and of the other are said beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 
 from bench.bandwidth import read_bandwidth
 from bench.report import emit, machine, numbers, table
+from bench.shapes import SHAPES, load_shape
 from tgi_asgi import _C, ops
 from tgi_asgi.formats.sources import resolve
 from tgi_asgi.models.config import ModelConfig
@@ -164,6 +167,8 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
                 "ms": seconds * 1e3,
                 "floor_ms": floor * 1e3,
                 "share_of_floor": floor / seconds if floor else None,
+                "share_of_peak": work / peak / 1e12 / seconds if work else None,
+                "share_of_bandwidth": size / bandwidth / 1e9 / seconds if size else None,
                 "gb_per_s": size / seconds / 1e9 if size else None,
                 "top_per_s": work / seconds / 1e12 if work else None,
                 "bandwidth_gb_per_s": bandwidth,
@@ -172,10 +177,22 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
     return rows
 
 
+def _load(model_id: str, positions: int) -> tuple[ModelConfig, Decoder]:
+    files = resolve(Settings(model_id=model_id), lambda stage, done, total: None)
+    with OpenModel(files) as opened:
+        model = opened.load(ops.Packing(is_exact=False), positions)
+        if not isinstance(model, Decoder) or not isinstance(opened.config, ModelConfig):
+            raise SystemExit(f"{opened.config.architecture} is not timed by operator")
+        return opened.config, model
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model-id", default=DEMO_MODEL)
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="random weights of this shape, in the place of a model"
+    )
     parser.add_argument("--decode", type=numbers(int), default=[1, 16, 64], help="sequences of a decode step")
     parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
     parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
@@ -187,13 +204,12 @@ def main() -> None:
     threads = ops.configure_threads(arguments.threads, nice=0)
     shapes = [Shape(count, 1, context) for context in arguments.context for count in arguments.decode]
     shapes += [Shape(1, tokens, tokens) for tokens in arguments.prefill]
-    files = resolve(Settings(model_id=arguments.model_id), lambda stage, done, total: None)
-    with OpenModel(files) as opened:
-        positions = max(shape.context for shape in shapes)
-        model = opened.load(ops.Packing(is_exact=False), positions)
-        if not isinstance(model, Decoder) or not isinstance(opened.config, ModelConfig):
-            raise SystemExit(f"{opened.config.architecture} is not timed by operator")
-        bench = Bench(opened.config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
+    positions = max(shape.context for shape in shapes)
+    if arguments.shape is not None:
+        config, model = load_shape(arguments.shape, ops.Packing(is_exact=False), positions)
+    else:
+        config, model = _load(arguments.model_id, positions)
+    bench = Bench(config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
     peaks = {
         name: max(_C.arithmetic_peak(name) for _ in range(5)) / 1e12
         for name in ("int8", "bfloat16", "float32")
@@ -204,6 +220,7 @@ def main() -> None:
         rows += report(bench, shape, repeats, peaks)
     record = {
         "bench": "kernels",
+        "model": arguments.shape or Path(arguments.model_id).name,
         "machine": machine(),
         "isa": _C.kernel_set(),
         "threads": threads,
@@ -212,7 +229,7 @@ def main() -> None:
         "operators": rows,
     }
     emit(record, arguments.out)
-    columns = ("operator", "ms", "floor_ms", "share_of_floor", "gb_per_s", "top_per_s")
+    columns = ("operator", "ms", "floor_ms", "share_of_peak", "share_of_bandwidth", "gb_per_s", "top_per_s")
     for shape in shapes:
         mine = [row for row in rows if row["shape"] == shape.name]
         print(f"\n{shape.name} ({mine[0]['bandwidth_gb_per_s']:.0f} GB/s before)")

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -86,6 +87,12 @@ def command_line() -> str:
     module = Path(sys.argv[0]).stem
     words = [Path(word).name if "/" in word and "://" not in word else word for word in sys.argv[1:]]
     return " ".join(["python -m", f"bench.{module}", *words])
+
+
+def commit(tree: Path) -> str:
+    """Return which commit a tree is at, and whether it has changes beside."""
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:

@@ -127,7 +127,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2:])
         return
-    from bench.report import command_line, emit, machine, table
+    from bench.report import command_line, commit, emit, machine, table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("other", type=Path, help="the other tree, built in place")
@@ -138,18 +138,13 @@ def main() -> None:
     other = options.other.resolve()
     with version(ROOT, arguments) as here, version(other, arguments) as there:
         rows = [compare(here, there, row, options.turns) for row in options.rows]
-    commits = {name: _commit(tree) for name, tree in (("commit", ROOT), ("other_commit", other))}
+    commits = {name: commit(tree) for name, tree in (("commit", ROOT), ("other_commit", other))}
     record = {"bench": "versions", "command": command_line(), **commits, "machine": machine(), "rows": rows}
     emit(record, options.out)
     keys = ("what", "tokens_per_s", "other_tokens_per_s", "ratio", "ratio_p25", "ratio_p75")
     print(
         table(("what", "tok/s", "of the other", "ratio", "p25", "p75"), ([r[k] for k in keys] for r in rows))
     )
-
-
-def _commit(tree: Path) -> str:
-    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

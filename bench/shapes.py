@@ -1,0 +1,75 @@
+"""Models of random weights in the shapes that benchmarks need and no small download has.
+
+`bench.kernels --shape 1b-q8_0`: Llama 3.2 1B's layers, with SmolLM2's vocabulary, as llama.cpp would have
+quantised them. What is multiplied takes the same time whatever it says.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+from tgi_asgi.models.decoder import Decoder
+
+_LAYERS = 16
+SHAPES = ("1b-q8_0", "1b-q4_k_m")
+
+
+def load_shape(name: str, packing: ops.Packing, positions: int) -> tuple[ModelConfig, Decoder]:
+    """Make the model of a shape."""
+    layer = LayerSpec(RopeSpec(64, 500000.0), None, 64**-0.5)
+    config = ModelConfig(
+        architecture="LlamaForCausalLM", vocab_size=49152, hidden_size=2048, intermediate_size=8192,
+        num_heads=32, num_kv_heads=8, head_dim=64, context_length=8192, norm_eps=1e-5,
+        layers=(layer,) * _LAYERS, has_tied_embeddings=True,
+    )  # fmt: skip
+    return config, Decoder(config, _RandomWeights(name.removeprefix("1b-")), packing, positions)
+
+
+class _RandomWeights:
+    """Weights that are made as they are asked for."""
+
+    num_bytes = 0
+
+    def __init__(self, file_type: str) -> None:
+        self._file_type = file_type
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def get(self, name: str, shape: tuple[int, ...]) -> ops.WeightSource:
+        """Return random rows, or a norm's weight of ones."""
+        if len(shape) == 1:
+            return _random("F32", 1, shape[0])
+        return _random("Q8_0" if self._file_type == "q8_0" else _k_format(name), *shape)
+
+    def unread(self) -> list[str]:
+        """Return none."""
+        return []
+
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Return nothing: there is no file."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _k_format(name: str) -> str:
+    """Return what llama.cpp's Q4_K_M has of a tensor: six bits where they matter most."""
+    if name.startswith(("model.embed", "lm_head")):
+        return "Q6_K"
+    if not name.endswith(("v_proj.weight", "down_proj.weight")):
+        return "Q4_K"
+    layer, eighth = int(name.split(".")[2]), _LAYERS // 8
+    is_more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
+    return "Q6_K" if is_more else "Q4_K"
+
+
+@functools.cache
+def _random(format: str, rows: int, columns: int) -> ops.WeightSource:
+    from tests.support.blocks import random_weight
+
+    made = random_weight(format, rows, columns, seed=rows + columns)
+    return ops.WeightSource(made.data, format, (columns,)) if rows == 1 else made
