@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models test-page picture soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -29,6 +29,14 @@ test-install: $(VENV)/.test-tools
 # Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
 test-agents: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/agents -m agents $(PYTEST_ARGS)
+
+# The pages in Debian's Chromium (`apt-get install chromium`, or name another in CHROMIUM).
+test-page: $(VENV)/.page-tools
+	$(BIN)/python -m pytest tests/page -m page $(PYTEST_ARGS)
+
+# The README's picture, from the chat page before the demonstration model.
+picture: $(VENV)/.page-tools
+	$(BIN)/python -m tests.page.picture docs/page.webp
 
 # Small models of every family and of every weight format against independent readers, of which the normal run has some.
 test-models: $(VENV)/.test-tools
@@ -75,7 +83,7 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -92,6 +100,10 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	$(PYTHON) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
 	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock; fi
+	touch $@
+
+$(VENV)/.page-tools: $(VENV)/.test-tools
+	$(PIP) install --no-build-isolation --editable '.[page]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

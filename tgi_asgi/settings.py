@@ -177,6 +177,7 @@ class Settings:
     chat_special_tokens: bool = _server("Let special tokens in the text of chat messages act as such.", False)
     tgi_compat: bool = _server("Answer /v1 exactly as TGI did, for its old strict clients.", False)
     strict_model_names: bool = _server("Answer 404 to requests that name another model.", False)
+    web_pages: bool = _server("Serve the chat page at / to browsers, and /docs.", True)
     debug_endpoints: bool = _server("Serve /debug/engine: requests, sequences and blocks now.", False)
     json_output: bool = _server("Write logs as JSON lines.", False)
     otlp_endpoint: str | None = _server("Where OpenTelemetry spans go, by gRPC (`otel` extra).", None, _URL)

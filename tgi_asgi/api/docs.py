@@ -1,4 +1,4 @@
-"""The API's description: `/api-doc/openapi.json` for programs, `/docs` for people.
+"""The API's description: `/api-doc/openapi.json`, which the page at `/docs` shows.
 
 It is made from the route table and from the very structs that requests are decoded with, so it cannot drift.
 """
@@ -6,7 +6,6 @@ It is made from the route table and from the very structs that requests are deco
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import msgspec
@@ -23,25 +22,10 @@ from tgi_asgi.types import ModelInfo
 
 Schema = dict[str, Any]
 
-_PAGE = """<!doctype html><html lang=en><meta charset=utf-8><title>tgi-asgi</title>
-<style>body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-td{padding:.1em 1.5em .1em 0}</style><h1>tgi-asgi</h1>
-<p>Every field is in the <a href=api-doc/openapi.json>OpenAPI document</a>.</p><table>"""
-
 
 async def openapi_json(exchange: Exchange) -> None:
     """Answer with the OpenAPI document."""
     await exchange.respond_json(_document(exchange.context))
-
-
-async def page(exchange: Exchange) -> None:
-    """Answer with a table of the routes: without scripts, for a browser has no key to fetch more with."""
-    rows = [
-        f"<tr><td>{row.tag}<td>{row.method}<td><code>{escape(row.path)}</code><td>{escape(row.summary)}"
-        for row in exchange.context.routes
-        if row.summary
-    ]
-    await exchange.respond(200, (_PAGE + "\n".join(rows)).encode(), b"text/html; charset=utf-8")
 
 
 def _document(context: ServerContext) -> Schema:

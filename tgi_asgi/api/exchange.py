@@ -172,12 +172,12 @@ class Exchange:
     async def respond(
         self, status: int, body: bytes, content_type: bytes = JSON, headers: Iterable[Header] = ()
     ) -> None:
-        """Send the whole response; a HEAD request gets the headers alone."""
+        """Send the whole response; a HEAD request, and who has the body (304), get the headers alone."""
         self.status = status
         size = (b"content-length", b"%d" % len(body))
         all_headers = [(b"content-type", content_type), size, *headers, *self.response_headers]
         await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
-        shown = b"" if self.method == "HEAD" else body
+        shown = b"" if self.method == "HEAD" or status == 304 else body
         await self.send({"type": "http.response.body", "body": shown, "more_body": False})
 
     async def respond_json(self, payload: object, status: int = 200, headers: Iterable[Header] = ()) -> None:

@@ -19,6 +19,7 @@ from tgi_asgi.api.openai.ranking import ScoreRequest, parse_score
 from tgi_asgi.api.openai.response_input import ResponsesRequest
 from tgi_asgi.api.openai.responses import RESPONSES, parse_response
 from tgi_asgi.api.openai.schema import ChatRequest, CompletionRequest
+from tgi_asgi.api.page.files import Pages
 from tgi_asgi.api.pooled import pooling
 from tgi_asgi.api.routes import Access, Route
 from tgi_asgi.api.tei import routes as tei
@@ -30,6 +31,8 @@ from tgi_asgi.settings import Settings
 def routes(settings: Settings) -> list[Route]:
     """Return the routes that a server with these settings has."""
     rows = [*_tgi(), *_openai(), *tei.rows(), *anthropic.rows(), *ollama.rows(), *_server()]
+    if settings.web_pages:
+        rows = _with_pages(rows)
     # Requests have lost their trailing slash by the time they are routed.
     for path, twin in ((settings.aip_predict_route, "/vertex"), (settings.aip_health_route, "/health")):
         if path:
@@ -81,8 +84,23 @@ def _server() -> list[Route]:
         probe("/livez", status.live, "Whether the process is alive"),
         probe("/readyz", status.ready, "Whether requests should be sent here"),
         probe("/metrics", status.metrics, "Prometheus metrics", response=str, media_type="text/plain"),
-        Route("GET", "/docs", docs.page, "This document, to read", response=str, media_type="text/html"),
         Route("GET", "/api-doc/openapi.json", docs.openapi_json, "This document"),
+    ]
+
+
+def _with_pages(rows: list[Route]) -> list[Route]:
+    """Return the routes with the pages for people; at the root, browsers get the chat."""
+    pages = Pages()
+    shown = partial(
+        Route, "GET", access=Access.OPEN, is_quiet=True, response=str, media_type="text/html"
+    )  # for a browser that opens a page has no key to send
+    return [
+        *(
+            replace(row, handle=pages.chat_or(row.handle)) if (row.method, row.path) == ("GET", "/") else row
+            for row in rows
+        ),
+        shown("/docs", pages.docs, "This document, to read and to try"),
+        shown("/page/{name}", pages.file, "A file of the pages", media_type="text/javascript"),
     ]
 
 

@@ -1,0 +1,120 @@
+"""The files of the pages, served from memory, and which clients get the chat at `/`.
+
+They hold no secret and need no key: what they show they fetch as any client would, with the key that the
+user gave them. `static/` is plain JavaScript and CSS that is served as it lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.routes import Handler
+from tgi_asgi.errors import NotFound
+
+FOLDER = Path(__file__).parent / "static"
+TYPES = {
+    ".css": b"text/css; charset=utf-8",
+    ".html": b"text/html; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+# Own files and own requests alone; images only from the page itself. Text cannot become HTML: where trusted
+# types are known, the browser refuses every way to that.
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data: blob:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+_HEADERS = (
+    (b"cache-control", b"no-cache"),  # kept, and asked for again: an upgrade is seen at the next visit
+    (b"content-security-policy", POLICY.encode()),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticFile:
+    """A file's bytes, and what is told of them."""
+
+    body: bytes
+    content_type: bytes
+    etag: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> StaticFile:
+        """Read a file of one of the types that the pages have."""
+        body = path.read_bytes()
+        return cls(body, TYPES[path.suffix], b'"%b"' % hashlib.sha256(body).hexdigest()[:32].encode())
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Answer with the file, or with 304 if the client has this very one."""
+        status = 304 if _has(exchange.header(b"if-none-match"), self.etag) else 200
+        await exchange.respond(status, self.body, self.content_type, [(b"etag", self.etag), *_HEADERS])
+
+
+class Pages:
+    """All files of the pages; they are read once, when the server starts."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._files: Mapping[str, StaticFile] = {
+            path.name: StaticFile.read(path) for path in folder.iterdir() if path.suffix in TYPES
+        }
+
+    async def file(self, exchange: Exchange) -> None:
+        """Answer with the file that the path names.
+
+        Raises:
+            NotFound: there is none.
+        """
+        name = exchange.scope["path_params"]["name"]
+        if name not in self._files:
+            raise NotFound(f"No route {exchange.method} {exchange.path}")
+        await self._files[name].answer(exchange)
+
+    async def docs(self, exchange: Exchange) -> None:
+        """Answer with the page of the API's description."""
+        await self._files["docs.html"].answer(exchange)
+
+    def chat_or(self, other: Handler) -> Handler:
+        """Return a handler that shows the chat to who asks for HTML by name; `other` answers the rest."""
+
+        async def handle(exchange: Exchange) -> None:
+            exchange.response_headers.append((b"vary", b"accept"))
+            if wants_html(exchange.header(b"accept")):
+                await self._files["index.html"].answer(exchange)
+            else:
+                await other(exchange)
+
+        return handle
+
+
+def wants_html(accept: bytes | None) -> bool:
+    """Return whether an `Accept` names text/html, as browsers do and probes do not; `*/*` does not count."""
+    for each in (accept or b"").lower().split(b","):
+        kind, *parameters = [part.strip() for part in each.split(b";")]
+        if kind == b"text/html":
+            weight = next((part[2:] for part in parameters if part.startswith(b"q=")), b"1")
+            return weight.strip(b"0.") != b""
+    return False
+
+
+def _has(if_none_match: bytes | None, etag: bytes) -> bool:
+    """Compare weakly: proxies that compress mark what they pass on as `W/`."""
+    tags = [tag.strip().removeprefix(b"W/") for tag in (if_none_match or b"").split(b",")]
+    return etag in tags or b"*" in tags

@@ -1,0 +1,89 @@
+// The messages on the page: shown anew when another branch is chosen, followed while one grows, and spoken.
+import { byId, h } from "./dom.js";
+import { MessageView } from "./message.js";
+import { branches, pathTo } from "./tree.js";
+
+const NEAR_PX = 90;
+
+export class Transcript {
+  constructor(actions) {
+    this.actions = actions;
+    this.element = byId("messages");
+    this.scroller = byId("scroll");
+    this.toEnd = byId("to-end");
+    this.views = new Map();
+    this.isFollowing = true;
+    this.frame = null;
+    this.numSpoken = 0;
+    this.scroller.addEventListener("scroll", () => this.noteScroll());
+    this.toEnd.addEventListener("click", () => this.goToEnd());
+  }
+
+  /** Show a conversation from its first message to its leaf. */
+  show(conversation) {
+    const path = pathTo(conversation);
+    this.views = new Map(
+      path.map((node, i) => [node.id, new MessageView(node, branches(conversation, node), this.actions, i === path.length - 1)]),
+    );
+    this.element.replaceChildren(...Array.from(this.views.values(), (view) => view.element));
+    byId("welcome").hidden = path.length > 0;
+    this.goToEnd();
+  }
+
+  /** Show what a message has become, in the next frame. */
+  grow(node) {
+    if (this.frame !== null) return;
+    this.frame = requestAnimationFrame(() => {
+      const began = performance.now();
+      this.refresh(node, true);
+      // A very long answer may take longer than a frame: then it is shown less often, not ever later.
+      const rest = performance.now() - began > 16 ? 4 * (performance.now() - began) : 0;
+      setTimeout(() => { this.frame = null; }, rest);
+    });
+  }
+
+  /** Say that a message begins to grow. */
+  begin(node) {
+    byId("spoken").replaceChildren();
+    this.numSpoken = 0;
+    this.refresh(node, true);
+    this.goToEnd();
+  }
+
+  /** Show a message that has ended. */
+  end(node) {
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
+    this.refresh(node, false);
+  }
+
+  refresh(node, isRunning) {
+    const view = this.views.get(node.id);
+    if (!view) return; // another conversation is shown
+    view.refresh(isRunning);
+    this.speak(view, isRunning);
+    if (this.isFollowing) this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.noteScroll();
+  }
+
+  /** Let screen readers read each paragraph once, when it is complete: a text that changes is read in pieces. */
+  speak(view, isRunning) {
+    const blocks = [...view.body.children];
+    const whole = isRunning ? blocks.slice(0, -1) : blocks;
+    for (const block of whole.slice(this.numSpoken)) byId("spoken").append(h("p", {}, block.textContent));
+    this.numSpoken = Math.max(this.numSpoken, whole.length);
+    if (!isRunning) byId("spoken").append(h("p", {}, view.node.error ?? "End of the answer"));
+  }
+
+  goToEnd() {
+    this.isFollowing = true;
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.noteScroll();
+  }
+
+  noteScroll() {
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    this.isFollowing = scrollHeight - scrollTop - clientHeight < NEAR_PX;
+    this.toEnd.hidden = this.isFollowing;
+  }
+}
