@@ -82,7 +82,7 @@ class ChatPage:
     def serve(self, settings: Settings | None = None, **app: Any) -> None:
         """Serve the engine's model."""
         sizes = {"max_input_tokens": 65_535, "max_total_tokens": 65_536, "kv_tokens": 65_536}
-        chosen = {"info": toy_info(**sizes), "chat_template": THINKING} | app
+        chosen: dict[str, Any] = {"info": toy_info(**sizes), "chat_template": THINKING} | app
         self.serve_app(scripted_app(self.engine, settings, **chosen))
 
     def serve_app(self, app: App) -> None:

@@ -19,14 +19,14 @@ def export(chat: ChatPage, tmp_path: Path, kind: str) -> str:
     chat.button("Export this conversation").click()
     with chat.page.expect_download() as started:
         chat.button(kind).click()
-    path = tmp_path / started.value.suggested_filename
+    path: Path = tmp_path / started.value.suggested_filename
     started.value.save_as(path)
     return path.read_text("utf-8")
 
 
 def choose(chat: ChatPage, text: str) -> None:
     file = {"name": "it.json", "mimeType": "application/json", "buffer": text.encode()}
-    chat.page.locator("#import-file").set_input_files(file)  # type: ignore[arg-type]
+    chat.page.locator("#import-file").set_input_files(file)
 
 
 def test_conversations_outlive_the_page(chat: ChatPage) -> None:

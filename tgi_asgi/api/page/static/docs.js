@@ -16,6 +16,7 @@ start();
 
 async function start() {
   let description;
+  let model;
   try {
     description = await (await server.request("api-doc/openapi.json")).json();
   } catch (error) {
@@ -23,13 +24,18 @@ async function start() {
     byId("state").replaceChildren(`${error.message}. `, again);
     return;
   }
-  show(description);
+  try {
+    model = (await server.models())[0].id;
+  } catch {
+    model = "tgi"; // while the model loads: the name that is always taken
+  }
+  show(description, model);
 }
 
-function show({ info, paths, components }) {
+function show({ info, paths, components }, model) {
   document.title = byId("title").textContent = `${info.title} ${info.version}`;
   byId("about").textContent = info.description;
-  const schemas = new Schemas(components.schemas);
+  const schemas = new Schemas(components.schemas, model);
   const groups = new Map();
   for (const [path, own] of Object.entries(paths)) {
     for (const method of METHODS.filter((name) => own[name])) {

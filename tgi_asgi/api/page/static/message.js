@@ -20,6 +20,7 @@ export class MessageView {
     this.actions = actions;
     this.siblings = siblings;
     this.isLast = isLast;
+    this.isWaiting = false; // the mark of an answer that is coming is shown
     const isUser = node.role === "user";
     const name = { user: "You", tool: "Tool result", assistant: "Answer" }[node.role];
     this.body = h("div", { class: "body" });
@@ -60,7 +61,8 @@ export class MessageView {
       this.text.show(node.content);
       this.showCalls(isRunning);
     }
-    if (!isRunning || !this.tail.childElementCount) this.showTail(isRunning);
+    if (!isRunning || !this.isWaiting) this.showTail(isRunning);
+    this.isWaiting = isRunning;
   }
 
   showReasoning(isRunning) {

@@ -7,18 +7,19 @@ const BOUNDS = [
 ];
 // Values with which a route does something, by the names that its fields have.
 const EXAMPLES = {
-  model: "tgi", messages: [{ role: "user", content: "What is deep learning?" }], max_tokens: 60, stream: true,
+  messages: [{ role: "user", content: "What is deep learning?" }], max_tokens: 60, stream: true,
   inputs: "What is deep learning?", prompt: "Deep learning is", input: "What is deep learning?",
   parameters: { max_new_tokens: 60 }, query: "deep learning", documents: ["cooking", "neural networks"],
   texts: ["cooking", "neural networks"], text_1: "deep learning", text_2: ["cooking", "neural networks"],
   instances: [{ inputs: "What is deep learning?", parameters: { max_new_tokens: 20 } }], tokens: [1, 2, 3],
 };
-const OFFERED = ["max_tokens", "stream", "parameters"]; // of what is not required
+const OFFERED = ["model", "max_tokens", "stream", "parameters"]; // of what is not required
 
-/** The named schemas of one document. */
+/** The named schemas of one document; `model` is the name that examples give the model. */
 export class Schemas {
-  constructor(named) {
+  constructor(named, model) {
     this.named = named;
+    this.examples = { ...EXAMPLES, model };
   }
 
   /** Return the schema that a reference means. */
@@ -105,10 +106,10 @@ export class Schemas {
     if (own.anyOf || own.oneOf) return this.example(own, name);
     if (own.properties) {
       const required = own.required ?? [];
-      const wanted = Object.keys(own.properties).filter((each) => required.includes(each) || OFFERED.includes(each) || (each === "model" && own.properties.messages));
-      return Object.fromEntries(wanted.map((each) => [each, EXAMPLES[each] ?? this.example(own.properties[each], each)]));
+      const wanted = Object.keys(own.properties).filter((each) => required.includes(each) || OFFERED.includes(each));
+      return Object.fromEntries(wanted.map((each) => [each, this.examples[each] ?? this.example(own.properties[each], each)]));
     }
-    if (EXAMPLES[name] !== undefined) return EXAMPLES[name];
+    if (this.examples[name] !== undefined) return this.examples[name];
     const kind = [own.type].flat()[0];
     return { array: [], boolean: false, integer: own.minimum ?? 1, number: own.minimum ?? 1, object: {} }[kind] ?? own.enum?.[0] ?? "";
   }
