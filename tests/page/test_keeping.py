@@ -99,24 +99,54 @@ def test_markdown_is_what_is_seen(chat: ChatPage, tmp_path: Path) -> None:
     assert export(chat, tmp_path, "Markdown") == "# Hi\n\n## You\n\nHi\n\n## Model\n\nHello *you*\n\n"
 
 
-GOOD: dict[str, Any] = {"id": "a", "parent": None, "role": "user", "content": "x"}
+A, B = "a" * 24, "b" * 24
+GOOD: dict[str, Any] = {"id": A, "parent": None, "role": "user", "content": "x"}
+
+
+def whole(*nodes: dict[str, Any], **changes: Any) -> str:
+    """Return a file with one conversation."""
+    conversation = {
+        "id": B,
+        "title": "t",
+        "updated": 1,
+        "leaf": A,
+        "nodes": {node["id"]: node for node in nodes},
+    }
+    return json.dumps({"format": "tgi-asgi conversations 1", "conversations": [conversation | changes]})
+
+
+def test_what_a_file_holds_beside_messages_is_left_out(chat: ChatPage, tmp_path: Path) -> None:
+    chat.open()
+    choose(chat, whole(GOOD | {"state": "done", "other": {"x": 1}}, more=1))
+    chat.page.get_by_text("t", exact=True).click()
+    chat.expect("article.user .body").to_have_text("x")
+    [kept] = json.loads(export(chat, tmp_path, "JSON"))["conversations"]
+    assert kept["nodes"] == {A: GOOD | {"state": "done"}}
+    assert kept.keys() == {"id", "title", "updated", "leaf", "nodes"}
 
 
 @pytest.mark.parametrize(
-    "nodes",
+    "text",
     [
-        {"a": GOOD | {"parent": "a"}},
-        {"a": GOOD | {"role": "system"}},
-        {"a": GOOD | {"content": {"x": 1}}},
-        {"a": GOOD | {"images": ["https://example.org/spy.png"]}},
-        {"a": GOOD | {"id": "b"}},
-        {"a": GOOD | {"parent": "b"}, "b": GOOD | {"id": "b", "parent": "a"}},
+        "no JSON",
+        "[]",
+        '{"format": "another", "conversations": []}',
+        whole(GOOD | {"parent": A}),
+        whole(GOOD | {"parent": B}, GOOD | {"id": B, "parent": A}),
+        whole(GOOD | {"role": "system"}),
+        whole(GOOD | {"content": {"x": 1}}),
+        whole(GOOD | {"images": ["https://example.org/spy.png"]}),
+        whole(GOOD | {"calls": [{"name": "f"}]}),
+        whole(GOOD | {"speed": {"firstMs": "x", "numTokens": 1, "perSecond": None}}),
+        whole(GOOD, GOOD | {"id": "__proto__"}),
+        whole(GOOD, leaf=B),
+        whole(GOOD, id="<b>"),
+        whole(GOOD, updated="now"),
     ],
 )
-def test_a_file_that_is_none_of_ours_is_refused(chat: ChatPage, nodes: dict[str, Any]) -> None:
+def test_a_file_that_is_none_of_ours_is_refused(chat: ChatPage, text: str) -> None:
     chat.open()
-    whole = {"id": "c", "title": "t", "updated": 1, "nodes": nodes, "leaf": "a"}
-    choose(chat, json.dumps({"format": "tgi-asgi conversations 1", "conversations": [whole]}))
+    choose(chat, text)
     chat.expect("#status .notice").to_contain_text("cannot be imported")
     chat.expect("#conversations").to_be_empty()
 

@@ -1,6 +1,7 @@
 // Conversations as files: JSON, which can be imported again, and Markdown, which can be read.
 import { save } from "./dom.js";
-import { isConversation, pathTo } from "./tree.js";
+import { restored } from "./restore.js";
+import { pathTo } from "./tree.js";
 
 const FORMAT = "tgi-asgi conversations 1";
 const NAMES = { user: "You", assistant: "Model", tool: "Tool" };
@@ -22,10 +23,8 @@ export function saveMarkdown(conversation) {
 /** Return the conversations in a file's text; throws where it is none of this page's files. */
 export function readJson(text) {
   const { format, conversations } = JSON.parse(text);
-  if (format !== FORMAT || !Array.isArray(conversations) || !conversations.every(isConversation)) {
-    throw new Error("This is no file of conversations.");
-  }
-  return conversations;
+  if (format !== FORMAT || !Array.isArray(conversations)) throw new Error("It is no file of conversations.");
+  return conversations.map(restored);
 }
 
 function fileName(title) {

@@ -170,6 +170,7 @@ async function importFile(event) {
     for (const conversation of conversations) {
       deleted.delete(conversation.id);
       await store.keep(conversation);
+      if (conversation.id === chat.conversation.id) chat.open(conversation);
     }
     status.notice(`${conversations.length} imported.`);
     showList();

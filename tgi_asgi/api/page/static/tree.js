@@ -39,27 +39,6 @@ export function select(conversation, node) {
   conversation.leaf = last.id;
 }
 
-/** Return whether a value, from a file, can be shown as a conversation. */
-export function isConversation(value) {
-  const nodes = value?.nodes;
-  if (typeof value?.id !== "string" || typeof value.title !== "string" || typeof nodes !== "object" || !nodes) return false;
-  if (value.leaf !== null && !Object.hasOwn(nodes, value.leaf)) return false;
-  // Each message stands behind its parent, as this page writes them: so there are no circles.
-  const known = new Set([null]);
-  return Object.entries(nodes).every(([id, node]) => {
-    const isRight =
-      node?.id === id &&
-      known.has(node.parent) &&
-      ["user", "assistant", "tool"].includes(node.role) &&
-      typeof node.content === "string" &&
-      (node.images ?? []).every?.((image) => typeof image === "string" && image.startsWith("data:image/")) &&
-      (node.calls ?? []).every?.((call) => typeof call?.name === "string" && typeof call.arguments === "string") &&
-      typeof (node.reasoning ?? "") === "string";
-    known.add(id);
-    return isRight;
-  });
-}
-
 function titleOf(text) {
   const line = text.trim().split("\n", 1)[0];
   return line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1)}…` : line || "Images";
