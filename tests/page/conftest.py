@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 THINKING = CHATML + "{# <think> </think> #}"  # a template that shows that the model thinks
 
 
+TIMEOUT_MS = 30_000  # of every wait: the machine may be busy
+
+
 def words(text: str) -> list[str]:
     """Cut a text into tokens."""
     return re.findall(r"\S+\s*|\s+", text)
@@ -74,7 +77,7 @@ class ChatPage:
         self.bodies: list[Any] = []  # of the chats that were asked for
         self._stack = stack
         self.page: Page = browser.new_page(viewport={"width": 1200, "height": 800})
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(TIMEOUT_MS)
         self.page.on("request", self._note_request)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", self._note_console)
@@ -136,7 +139,7 @@ class ChatPage:
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds in this process, while the browser goes on."""
-        give_up_s = time.monotonic() + 10
+        give_up_s = time.monotonic() + TIMEOUT_MS / 1000
         while not holds():
             assert time.monotonic() < give_up_s
             self.page.wait_for_timeout(10)
@@ -161,8 +164,9 @@ class ChatPage:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium, or the one of the variable CHROMIUM."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=TIMEOUT_MS)
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     assert path is not None, "no Chromium: apt-get install chromium, or name one in CHROMIUM"
     with sync_playwright() as playwright:

@@ -34,7 +34,11 @@ export class Answer {
     if (content) node.content += content;
     for (const call of calls ?? []) {
       node.calls ??= [];
-      const known = (node.calls[call.index] ??= { id: call.id, name: call.function?.name ?? "", arguments: "" });
+      const known = (node.calls[call.index] ??= {
+        id: call.id,
+        name: call.function?.name ?? "",
+        arguments: "",
+      });
       known.arguments += call.function?.arguments ?? "";
     }
   }

@@ -20,7 +20,12 @@ async function start() {
   try {
     description = await (await server.request("api-doc/openapi.json")).json();
   } catch (error) {
-    const again = h("button", { type: "button", onclick: () => location.reload() }, icon("redo"), "Try again");
+    const again = h(
+      "button",
+      { type: "button", onclick: () => location.reload() },
+      icon("redo"),
+      "Try again",
+    );
     byId("state").replaceChildren(`${error.message}. `, again);
     return;
   }
@@ -46,11 +51,19 @@ function show({ info, paths, components }, model) {
   }
   const server = groups.get("Server"); // probes and the like interest few: last
   if (groups.delete("Server")) groups.set("Server", server);
-  byId("tags").append(...Array.from(groups.keys(), (tag) => h("a", { class: "quiet", href: `#tag-${tag}` }, tag)));
-  byId("routes").replaceChildren(...Array.from(groups, ([tag, operations]) =>
-    h("section", { id: `tag-${tag}`, "aria-labelledby": `name-${tag}` },
-      h("h2", { id: `name-${tag}` }, tag),
-      operations.map((operation) => route(operation, schemas)))));
+  byId("tags").append(
+    ...Array.from(groups.keys(), (tag) => h("a", { class: "quiet", href: `#tag-${tag}` }, tag)),
+  );
+  byId("routes").replaceChildren(
+    ...Array.from(groups, ([tag, operations]) =>
+      h(
+        "section",
+        { id: `tag-${tag}`, "aria-labelledby": `name-${tag}` },
+        h("h2", { id: `name-${tag}` }, tag),
+        operations.map((operation) => route(operation, schemas)),
+      ),
+    ),
+  );
   showTarget();
   addEventListener("hashchange", showTarget);
 }
@@ -60,9 +73,19 @@ function route(operation, schemas) {
   const { method, path, summary, operationId, security } = operation;
   const lock = security && h("span", { class: "lock", title: "Needs a key" }, "key");
   const inner = h("div", { class: "inner" });
-  const fold = h("details", { class: "route", id: operationId },
-    h("summary", {}, h("span", { class: `method ${method}` }, method.toUpperCase()), h("code", {}, path), h("span", { class: "about" }, summary), lock),
-    inner);
+  const fold = h(
+    "details",
+    { class: "route", id: operationId },
+    h(
+      "summary",
+      {},
+      h("span", { class: `method ${method}` }, method.toUpperCase()),
+      h("code", {}, path),
+      h("span", { class: "about" }, summary),
+      lock,
+    ),
+    inner,
+  );
   fold.addEventListener("toggle", () => {
     if (fold.open && !inner.childElementCount) inner.append(...parts(operation, schemas));
   });
@@ -73,10 +96,20 @@ function parts(operation, schemas) {
   const body = operation.requestBody?.content["application/json"].schema;
   const answers = Object.entries(operation.responses["200"].content ?? {});
   return [
-    h("section", {}, h("h3", {}, "Try it"), tryForm(operation, schemas, operation.tags?.[0] === "Admin" ? operator : server)),
+    h(
+      "section",
+      {},
+      h("h3", {}, "Try it"),
+      tryForm(operation, schemas, operation.tags?.[0] === "Admin" ? operator : server),
+    ),
     body && h("section", {}, h("h3", {}, "Request"), schemas.view(body)),
-    answers.length > 0 && h("section", {}, h("h3", {}, "Answer"),
-      answers.map(([type, { schema }]) => [h("p", { class: "type" }, type), schemas.view(schema)])),
+    answers.length > 0 &&
+      h(
+        "section",
+        {},
+        h("h3", {}, "Answer"),
+        answers.map(([type, { schema }]) => [h("p", { class: "type" }, type), schemas.view(schema)]),
+      ),
   ].filter(Boolean);
 }
 

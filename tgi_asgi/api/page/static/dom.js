@@ -11,7 +11,9 @@ export function h(tag, attributes = {}, ...children) {
     if (typeof value === "function") element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false),
+  );
   return element;
 }
 
@@ -29,7 +31,11 @@ export function icon(name) {
 
 /** Return a button that shows an icon alone, with its name for the pointer and for screen readers. */
 export function iconButton(name, label, onclick, more = {}) {
-  return h("button", { type: "button", class: "quiet", title: label, "aria-label": label, onclick, ...more }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "quiet", title: label, "aria-label": label, onclick, ...more },
+    icon(name),
+  );
 }
 
 /** Put icons where the HTML has `<i data-icon="name">`, and let `data-close` buttons close their dialogs. */

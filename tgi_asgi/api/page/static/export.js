@@ -8,16 +8,27 @@ const NAMES = { user: "You", assistant: "Model", tool: "Tool" };
 
 /** Save conversations with all their branches. */
 export function saveJson(conversations, name) {
-  save(`${fileName(name)}.json`, JSON.stringify({ format: FORMAT, conversations }, null, 1), "application/json");
+  save(
+    `${fileName(name)}.json`,
+    JSON.stringify({ format: FORMAT, conversations }, null, 1),
+    "application/json",
+  );
 }
 
 /** Save the branch that is shown. */
 export function saveMarkdown(conversation) {
   const parts = pathTo(conversation).map(({ role, content, calls = [], images = [] }) => {
-    const notes = [...images.map(() => "*(an image)*"), ...calls.map((call) => `\`${call.name}(${call.arguments})\``)];
+    const notes = [
+      ...images.map(() => "*(an image)*"),
+      ...calls.map((call) => `\`${call.name}(${call.arguments})\``),
+    ];
     return [`## ${NAMES[role]}`, content, ...notes].filter(Boolean).join("\n\n");
   });
-  save(`${fileName(conversation.title)}.md`, [`# ${conversation.title}`, ...parts, ""].join("\n\n"), "text/markdown");
+  save(
+    `${fileName(conversation.title)}.md`,
+    [`# ${conversation.title}`, ...parts, ""].join("\n\n"),
+    "text/markdown",
+  );
 }
 
 /** Return the conversations in a file's text; throws where it is none of this page's files. */
@@ -28,5 +39,11 @@ export function readJson(text) {
 }
 
 function fileName(title) {
-  return title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50).toLowerCase() || "conversation";
+  return (
+    title
+      .replace(/[^\p{L}\p{N}]+/gu, "-")
+      .replace(/^-|-$/g, "")
+      .slice(0, 50)
+      .toLowerCase() || "conversation"
+  );
 }

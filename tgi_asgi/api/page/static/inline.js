@@ -74,7 +74,7 @@ class Reader {
     const size = this.run("`");
     const mark = "`".repeat(size);
     if (this.unclosed.has(mark)) return this.literal(mark);
-    for (let end = this.at + size; ; ) {
+    for (let end = this.at + size; ;) {
       end = this.text.indexOf(mark, end);
       if (end < 0) break;
       let after = end + size;
@@ -247,8 +247,18 @@ class Reader {
 }
 
 const SPECIAL = {
-  "\\": "escape", "`": "code", $: "math", "\n": "newline", "<": "pointed", h: "bare",
-  "*": "emphasis", _: "emphasis", "~": "emphasis", "[": "bracket", "!": "bracket", "]": "endBracket",
+  "\\": "escape",
+  "`": "code",
+  $: "math",
+  "\n": "newline",
+  "<": "pointed",
+  h: "bare",
+  "*": "emphasis",
+  _: "emphasis",
+  "~": "emphasis",
+  "[": "bracket",
+  "!": "bracket",
+  "]": "endBracket",
 };
 
 /** Join neighbouring strings. */

@@ -21,10 +21,14 @@ export function askKey(wasWrong) {
       if (key) dialog.close();
     };
     form.addEventListener("submit", submit);
-    dialog.addEventListener("close", () => {
-      form.removeEventListener("submit", submit);
-      field.value = "";
-      resolve(key);
-    }, { once: true });
+    dialog.addEventListener(
+      "close",
+      () => {
+        form.removeEventListener("submit", submit);
+        field.value = "";
+        resolve(key);
+      },
+      { once: true },
+    );
   });
 }

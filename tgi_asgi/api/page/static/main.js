@@ -48,21 +48,37 @@ byId("as-markdown").addEventListener("click", () => exportAs(saveMarkdown));
 byId("export-all").addEventListener("click", async () => saveJson(await store.loadAll(), "conversations"));
 byId("import").addEventListener("click", () => byId("import-file").click());
 byId("import-file").addEventListener("change", importFile);
-byId("models").addEventListener("change", (event) => { chat.model = event.target.value; });
-byId("settings").addEventListener("click", () => { byId("forget-key").hidden = !server.key; });
+byId("models").addEventListener("change", (event) => {
+  chat.model = event.target.value;
+});
+byId("settings").addEventListener("click", () => {
+  byId("forget-key").hidden = !server.key;
+});
 byId("forget-key").addEventListener("click", () => {
   server.keep(null);
   byId("forget-key").hidden = true;
   status.notice("The key is forgotten.");
 });
-byId("ideas").append(...IDEAS.map((text) => h("li", {}, h("button", {
-  type: "button",
-  onclick: () => {
-    composer.field.value = text;
-    composer.fit();
-    composer.field.focus();
-  },
-}, text))));
+byId("ideas").append(
+  ...IDEAS.map((text) =>
+    h(
+      "li",
+      {},
+      h(
+        "button",
+        {
+          type: "button",
+          onclick: () => {
+            composer.field.value = text;
+            composer.fit();
+            composer.field.focus();
+          },
+        },
+        text,
+      ),
+    ),
+  ),
+);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
 });
@@ -98,7 +114,9 @@ function showModels(names) {
   byId("model").textContent = chat.model;
   document.title = `Chat with ${chat.model}`;
   const select = byId("models");
-  select.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === chat.model }, name)));
+  select.replaceChildren(
+    ...names.map((name) => h("option", { value: name, selected: name === chat.model }, name)),
+  );
   select.hidden = names.length < 2;
   byId("model").classList.toggle("unseen", names.length > 1);
 }

@@ -45,7 +45,10 @@ function fence(lines, at) {
   const indent = indentOf(lines[at]);
   let end = at + 1;
   while (end < lines.length && !closes(lines[end], mark)) end += 1;
-  const text = lines.slice(at + 1, end).map((line) => dedent(line, indent)).join("\n");
+  const text = lines
+    .slice(at + 1, end)
+    .map((line) => dedent(line, indent))
+    .join("\n");
   const block = { type: "code", language: words.trim().split(/\s/, 1)[0], text };
   return { block, end: Math.min(end + 1, lines.length) }; // one that is still being written has no end
 }
@@ -68,7 +71,12 @@ function math(lines, at) {
     end += 1;
   }
   if (end === lines.length || isBlank(lines[end])) return null;
-  const text = lines.slice(at, end + 1).join("\n").trim().slice(2, -2).trim();
+  const text = lines
+    .slice(at, end + 1)
+    .join("\n")
+    .trim()
+    .slice(2, -2)
+    .trim();
   return { block: { type: "math", text }, end: end + 1 };
 }
 
@@ -122,7 +130,8 @@ function itemAt(lines, at, indent) {
     const next = afterBlanks(lines, end);
     if (next === lines.length) break;
     const belongs = indentOf(lines[next]) >= indent + 2;
-    const isLazy = next === end && !isBlank(own.at(-1)) && !markerOf(lines[next]) && !startsBlock(lines[next]);
+    const isLazy =
+      next === end && !isBlank(own.at(-1)) && !markerOf(lines[next]) && !startsBlock(lines[next]);
     if (!belongs && !isLazy) break;
     while (end < next) own.push(lines[end++]);
     own.push(dedent(lines[end++], width));
@@ -187,7 +196,13 @@ function paragraph(lines, at) {
 function startsBlock(line) {
   const mark = markerOf(line);
   if (mark) return !mark.isOrdered || mark.start === 1;
-  return FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || Boolean(rule([line], 0)) || /^\s*(\\\[|\$\$)/.test(line);
+  return (
+    FENCE.test(line) ||
+    HEADING.test(line) ||
+    QUOTE.test(line) ||
+    Boolean(rule([line], 0)) ||
+    /^\s*(\\\[|\$\$)/.test(line)
+  );
 }
 
 function afterBlanks(lines, at) {

@@ -25,7 +25,11 @@ export class MessageView {
     const name = { user: "You", tool: "Tool result", assistant: "Answer" }[node.role];
     this.body = h("div", { class: "body" });
     this.tail = h("div", { class: "tail" });
-    this.element = h("article", { class: node.role, "aria-label": name, tabindex: -1 }, h("h2", { class: "unseen" }, name));
+    this.element = h(
+      "article",
+      { class: node.role, "aria-label": name, tabindex: -1 },
+      h("h2", { class: "unseen" }, name),
+    );
     if (isUser) this.showImages();
     if (node.role === "assistant") this.makeParts();
     else this.body.textContent = node.content;
@@ -38,7 +42,9 @@ export class MessageView {
   showImages() {
     const { images = [] } = this.node;
     if (!images.length) return;
-    const row = images.map((url, i) => h("img", { src: url, alt: `Attached image ${i + 1}`, loading: "lazy" }));
+    const row = images.map((url, i) =>
+      h("img", { src: url, alt: `Attached image ${i + 1}`, loading: "lazy" }),
+    );
     this.element.append(h("div", { class: "images" }, row));
   }
 
@@ -72,16 +78,27 @@ export class MessageView {
     this.thought.textContent = reasoning.trim();
     const isThinking = isRunning && !content && !calls;
     this.reasoning.classList.toggle("thinking", isThinking);
-    this.summary.textContent = isThinking ? "Thinking" : reasoningMs ? `Thought for ${seconds(reasoningMs)}` : "Thoughts";
+    this.summary.textContent = isThinking
+      ? "Thinking"
+      : reasoningMs
+        ? `Thought for ${seconds(reasoningMs)}`
+        : "Thoughts";
   }
 
   showCalls(isRunning) {
     const { calls = [] } = this.node;
     if (!calls.length) return;
     const cards = calls.map((call) =>
-      h("div", { class: "call" },
+      h(
+        "div",
+        { class: "call" },
         h("p", {}, icon("tool"), "Calls ", h("code", {}, call.name)),
-        h("pre", { tabindex: 0, "aria-label": `Arguments of ${call.name}` }, isRunning ? call.arguments : pretty(call.arguments))),
+        h(
+          "pre",
+          { tabindex: 0, "aria-label": `Arguments of ${call.name}` },
+          isRunning ? call.arguments : pretty(call.arguments),
+        ),
+      ),
     );
     if (!isRunning && this.isLast && this.node.state === "done") cards.push(this.resultForm(calls));
     this.calls.replaceChildren(...cards);
@@ -90,14 +107,23 @@ export class MessageView {
   /** Return a form for what the called functions gave: this page runs none. */
   resultForm(calls) {
     const fields = calls.map((call) =>
-      h("label", {}, `Result of ${call.name}`, h("textarea", { rows: 2, spellcheck: "false" })));
-    return h("form", {
-      class: "results",
-      onsubmit: (event) => {
-        event.preventDefault();
-        this.actions.answerCalls(this.node, fields.map((field) => field.querySelector("textarea").value));
+      h("label", {}, `Result of ${call.name}`, h("textarea", { rows: 2, spellcheck: "false" })),
+    );
+    return h(
+      "form",
+      {
+        class: "results",
+        onsubmit: (event) => {
+          event.preventDefault();
+          this.actions.answerCalls(
+            this.node,
+            fields.map((field) => field.querySelector("textarea").value),
+          );
+        },
       },
-    }, fields, h("button", {}, "Send the results"));
+      fields,
+      h("button", {}, "Send the results"),
+    );
   }
 
   showTail(isRunning) {
@@ -105,7 +131,8 @@ export class MessageView {
     const parts = [];
     if (!isRunning) {
       if (node.state === "failed") parts.push(this.failure());
-      else if (ENDS[node.state]) parts.push(h("p", { class: "end" }, ENDS[node.state], this.canProceed() && this.proceedButton()));
+      else if (ENDS[node.state])
+        parts.push(h("p", { class: "end" }, ENDS[node.state], this.canProceed() && this.proceedButton()));
       const speed = node.speed && h("span", { class: "speed" }, describeSpeed(node.speed));
       parts.push(h("div", { class: "tools" }, this.branchButtons(), this.buttons(), speed));
     } else {
@@ -115,8 +142,18 @@ export class MessageView {
   }
 
   failure() {
-    const again = h("button", { type: "button", onclick: () => this.actions.regenerate(this.node) }, icon("redo"), "Try again");
-    return h("div", { class: "failure" }, h("p", {}, this.node.error || "The answer failed."), h("div", { class: "row" }, again, this.canProceed() && this.proceedButton()));
+    const again = h(
+      "button",
+      { type: "button", onclick: () => this.actions.regenerate(this.node) },
+      icon("redo"),
+      "Try again",
+    );
+    return h(
+      "div",
+      { class: "failure" },
+      h("p", {}, this.node.error || "The answer failed."),
+      h("div", { class: "row" }, again, this.canProceed() && this.proceedButton()),
+    );
   }
 
   canProceed() {
@@ -124,29 +161,44 @@ export class MessageView {
   }
 
   proceedButton() {
-    return h("button", { type: "button", onclick: () => this.actions.proceed(this.node) }, icon("forward"), "Continue");
+    return h(
+      "button",
+      { type: "button", onclick: () => this.actions.proceed(this.node) },
+      icon("forward"),
+      "Continue",
+    );
   }
 
   branchButtons() {
     const { siblings, node } = this;
     if (siblings.length < 2) return [];
     const at = siblings.indexOf(node);
-    const go = (name, label, to) => iconButton(name, label, () => this.actions.select(siblings[to]), { disabled: !siblings[to] });
-    return h("span", { class: "branches", role: "group", "aria-label": "Branches" },
-      go("left", "Earlier branch", at - 1), h("span", {}, `${at + 1} / ${siblings.length}`), go("right", "Later branch", at + 1));
+    const go = (name, label, to) =>
+      iconButton(name, label, () => this.actions.select(siblings[to]), { disabled: !siblings[to] });
+    return h(
+      "span",
+      { class: "branches", role: "group", "aria-label": "Branches" },
+      go("left", "Earlier branch", at - 1),
+      h("span", {}, `${at + 1} / ${siblings.length}`),
+      go("right", "Later branch", at + 1),
+    );
   }
 
   buttons() {
     const { node, actions } = this;
     const copying = node.content && copyButton(() => node.content, "Copy the message");
     if (node.role === "user") return [copying, iconButton("edit", "Edit the message", () => this.edit())];
-    if (node.role === "assistant") return [copying, iconButton("redo", "Answer again", () => actions.regenerate(node))];
+    if (node.role === "assistant")
+      return [copying, iconButton("redo", "Answer again", () => actions.regenerate(node))];
     return [copying];
   }
 
   /** Put a field in the place of the text; what is sent begins a branch. */
   edit() {
-    const field = h("textarea", { "aria-label": "Edit the message", rows: Math.min(12, this.node.content.split("\n").length + 1) });
+    const field = h("textarea", {
+      "aria-label": "Edit the message",
+      rows: Math.min(12, this.node.content.split("\n").length + 1),
+    });
     field.value = this.node.content;
     const close = () => {
       form.replaceWith(this.body);
@@ -157,8 +209,17 @@ export class MessageView {
       event.preventDefault();
       if (field.value.trim() || this.node.images?.length) this.actions.edit(this.node, field.value);
     };
-    const form = h("form", { class: "edit", onsubmit: submit }, field,
-      h("div", { class: "row end" }, h("button", { type: "button", class: "quiet", onclick: close }, "Cancel"), h("button", { class: "strong" }, "Send")));
+    const form = h(
+      "form",
+      { class: "edit", onsubmit: submit },
+      field,
+      h(
+        "div",
+        { class: "row end" },
+        h("button", { type: "button", class: "quiet", onclick: close }, "Cancel"),
+        h("button", { class: "strong" }, "Send"),
+      ),
+    );
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         event.stopPropagation();

@@ -5,17 +5,68 @@ const NAME = "tgi-asgi.options";
 
 // Empty means that the server decides. `help` says what a value does, in few words.
 const FIELDS = [
-  { name: "system", label: "System prompt", kind: "text", rows: 4, help: "Said to the model before the conversation." },
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, help: "0 takes the likeliest token; more is more varied." },
-  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, help: "Only the likeliest tokens that have this share together." },
+  {
+    name: "system",
+    label: "System prompt",
+    kind: "text",
+    rows: 4,
+    help: "Said to the model before the conversation.",
+  },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    help: "0 takes the likeliest token; more is more varied.",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    help: "Only the likeliest tokens that have this share together.",
+  },
   { name: "top_k", label: "Top k", min: 1, step: 1, help: "Only so many of the likeliest tokens." },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, help: "Only tokens with this share of the likeliest one's." },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.05, step: 0.05, help: "Above 1, what was said becomes less likely." },
-  { name: "max_tokens", label: "Maximum tokens", min: 1, step: 1, help: "Of an answer. Empty: what the context holds." },
+  {
+    name: "min_p",
+    label: "Min p",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    help: "Only tokens with this share of the likeliest one's.",
+  },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    min: 0.05,
+    step: 0.05,
+    help: "Above 1, what was said becomes less likely.",
+  },
+  {
+    name: "max_tokens",
+    label: "Maximum tokens",
+    min: 1,
+    step: 1,
+    help: "Of an answer. Empty: what the context holds.",
+  },
   { name: "seed", label: "Seed", min: 0, step: 1, help: "The same seed gives the same answer." },
   { name: "stop", label: "Stop at", kind: "lines", rows: 2, help: "Texts that end an answer, one a line." },
-  { name: "reasoning_effort", label: "Reasoning", kind: "choice", choices: ["", "none", "low", "medium", "high"], help: "For models that think first, where their template knows it." },
-  { name: "tools", label: "Tools", kind: "json", rows: 5, help: "OpenAI's list of functions, as JSON. You are asked for what they give: this page runs none." },
+  {
+    name: "reasoning_effort",
+    label: "Reasoning",
+    kind: "choice",
+    choices: ["", "none", "low", "medium", "high"],
+    help: "For models that think first, where their template knows it.",
+  },
+  {
+    name: "tools",
+    label: "Tools",
+    kind: "json",
+    rows: 5,
+    help: "OpenAI's list of functions, as JSON. You are asked for what they give: this page runs none.",
+  },
 ];
 
 /** Return the options that are set. */
@@ -56,7 +107,9 @@ export function setUpOptions(onChange) {
     const options = collect();
     try {
       localStorage.setItem(NAME, JSON.stringify(options));
-    } catch { /* for this visit */ }
+    } catch {
+      /* for this visit */
+    }
     onChange(options);
     dialog.close();
   });
@@ -65,18 +118,42 @@ export function setUpOptions(onChange) {
 function inputOf({ name, kind, rows, min, max, step, choices }) {
   const id = `option-${name}`;
   const described = { id, "aria-describedby": `${id}-help` };
-  if (kind === "choice") return h("select", described, choices.map((each) => h("option", { value: each }, each || "as the model does")));
+  if (kind === "choice")
+    return h(
+      "select",
+      described,
+      choices.map((each) => h("option", { value: each }, each || "as the model does")),
+    );
   if (kind) {
-    const area = h("textarea", { ...described, rows, spellcheck: kind === "text" ? null : "false", class: kind === "json" ? "code" : null });
+    const area = h("textarea", {
+      ...described,
+      rows,
+      spellcheck: kind === "text" ? null : "false",
+      class: kind === "json" ? "code" : null,
+    });
     if (kind === "json") area.addEventListener("input", () => area.setCustomValidity(faultOf(area.value)));
     return area;
   }
-  return h("input", { ...described, type: "number", min, max, step: step < 1 ? "any" : step, placeholder: "default", inputmode: "decimal" });
+  return h("input", {
+    ...described,
+    type: "number",
+    min,
+    max,
+    step: step < 1 ? "any" : step,
+    placeholder: "default",
+    inputmode: "decimal",
+  });
 }
 
 function labelled({ label, help }, input) {
   const isShort = input.type === "number" || input.tagName === "SELECT";
-  return h("div", { class: isShort ? "field short" : "field" }, h("label", { for: input.id }, label), input, h("p", { id: `${input.id}-help` }, help));
+  return h(
+    "div",
+    { class: isShort ? "field short" : "field" },
+    h("label", { for: input.id }, label),
+    input,
+    h("p", { id: `${input.id}-help` }, help),
+  );
 }
 
 function written({ kind }, value) {

@@ -53,8 +53,17 @@ function codeBlock({ language, text }) {
   return h(
     "figure",
     { class: "code" },
-    h("figcaption", {}, h("span", {}, language || "text"), copyButton(() => text, "Copy the code")),
-    h("pre", { tabindex: 0, "aria-label": language ? `Code: ${language}` : "Code" }, h("code", {}, highlight(text, language))),
+    h(
+      "figcaption",
+      {},
+      h("span", {}, language || "text"),
+      copyButton(() => text, "Copy the code"),
+    ),
+    h(
+      "pre",
+      { tabindex: 0, "aria-label": language ? `Code: ${language}` : "Code" },
+      h("code", {}, highlight(text, language)),
+    ),
   );
 }
 
@@ -64,7 +73,15 @@ function listOf({ isOrdered, start, isLoose, items }) {
     const inner = blocks.flatMap((block) =>
       block.type === "paragraph" && !isLoose ? inline(block.text) : [elementOf(block)],
     );
-    const box = isDone === null ? null : h("input", { type: "checkbox", disabled: true, checked: isDone, "aria-label": isDone ? "Done" : "Not done" });
+    const box =
+      isDone === null
+        ? null
+        : h("input", {
+            type: "checkbox",
+            disabled: true,
+            checked: isDone,
+            "aria-label": isDone ? "Done" : "Not done",
+          });
     return h("li", { class: box && "task" }, box, inner);
   });
   return h(isOrdered ? "ol" : "ul", { start: isOrdered && start !== 1 ? start : null }, rows);
@@ -72,15 +89,34 @@ function listOf({ isOrdered, start, isLoose, items }) {
 
 function tableOf({ align, head, rows }) {
   const sides = { l: "left", r: "right", lr: "center" };
-  const cell = (tag, text, i) => h(tag, { class: sides[align[i]], scope: tag === "th" ? "col" : null }, inline(text ?? ""));
+  const cell = (tag, text, i) =>
+    h(tag, { class: sides[align[i]], scope: tag === "th" ? "col" : null }, inline(text ?? ""));
   return h(
     "div",
     { class: "table", tabindex: 0, role: "region", "aria-label": "Table" },
     h(
       "table",
       {},
-      h("thead", {}, h("tr", {}, head.map((text, i) => cell("th", text, i)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, head.map((_, i) => cell("td", row[i], i))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((text, i) => cell("th", text, i)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            head.map((_, i) => cell("td", row[i], i)),
+          ),
+        ),
+      ),
     ),
   );
 }

@@ -25,7 +25,9 @@ function messageOf({ id, role, content, images, reasoning, calls, callId }) {
   if (reasoning) message.reasoning_content = reasoning;
   if (calls?.length) {
     message.tool_calls = calls.map((call) => ({
-      id: call.id, type: "function", function: { name: call.name, arguments: call.arguments },
+      id: call.id,
+      type: "function",
+      function: { name: call.name, arguments: call.arguments },
     }));
   }
   return message;

@@ -21,18 +21,22 @@ const FIELDS = {
   state: (value) => STATES.includes(value),
   error: isText,
   speed: (value) =>
-    isNumber(value?.firstMs) && isNumber(value.numTokens) && (value.perSecond === null || isNumber(value.perSecond)),
+    isNumber(value?.firstMs) &&
+    isNumber(value.numTokens) &&
+    (value.perSecond === null || isNumber(value.perSecond)),
 };
 
 /** Return the conversation that a value holds; throws where it holds none. */
 export function restored(value) {
   const { id, title, updated, nodes, leaf } = value ?? {};
-  if (!ID.test(id) || !isText(title) || !isNumber(updated) || typeof nodes !== "object" || !nodes) throw new Error("It is no conversation.");
+  if (!ID.test(id) || !isText(title) || !isNumber(updated) || typeof nodes !== "object" || !nodes)
+    throw new Error("It is no conversation.");
   const whole = { id, title, updated, nodes: {}, leaf };
   // Each message stands behind its parent, as this page writes them: so there are no circles.
   for (const node of Object.values(nodes)) {
     const isKnown = node?.parent === null || Object.hasOwn(whole.nodes, node?.parent);
-    if (!isKnown || !ID.test(node.id) || !ROLES.includes(node.role) || !isText(node.content)) throw new Error("A message in it is none.");
+    if (!isKnown || !ID.test(node.id) || !ROLES.includes(node.role) || !isText(node.content))
+      throw new Error("A message in it is none.");
     whole.nodes[node.id] = restoredNode(node);
   }
   if (!Object.hasOwn(whole.nodes, leaf)) throw new Error("Its last message is missing.");

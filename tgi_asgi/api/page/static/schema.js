@@ -2,16 +2,31 @@
 import { h } from "./dom.js";
 
 const BOUNDS = [
-  ["minimum", "≥"], ["maximum", "≤"], ["exclusiveMinimum", ">"], ["exclusiveMaximum", "<"],
-  ["minLength", "characters ≥"], ["maxLength", "characters ≤"], ["minItems", "items ≥"], ["maxItems", "items ≤"],
+  ["minimum", "≥"],
+  ["maximum", "≤"],
+  ["exclusiveMinimum", ">"],
+  ["exclusiveMaximum", "<"],
+  ["minLength", "characters ≥"],
+  ["maxLength", "characters ≤"],
+  ["minItems", "items ≥"],
+  ["maxItems", "items ≤"],
 ];
 // Values with which a route does something, by the names that its fields have.
 const EXAMPLES = {
-  messages: [{ role: "user", content: "What is deep learning?" }], max_tokens: 60, stream: true,
-  inputs: "What is deep learning?", prompt: "Deep learning is", input: "What is deep learning?",
-  parameters: { max_new_tokens: 60 }, query: "deep learning", documents: ["cooking", "neural networks"],
-  texts: ["cooking", "neural networks"], text_1: "deep learning", text_2: ["cooking", "neural networks"],
-  instances: [{ inputs: "What is deep learning?", parameters: { max_new_tokens: 20 } }], tokens: [1, 2, 3],
+  messages: [{ role: "user", content: "What is deep learning?" }],
+  max_tokens: 60,
+  stream: true,
+  inputs: "What is deep learning?",
+  prompt: "Deep learning is",
+  input: "What is deep learning?",
+  parameters: { max_new_tokens: 60 },
+  query: "deep learning",
+  documents: ["cooking", "neural networks"],
+  texts: ["cooking", "neural networks"],
+  text_1: "deep learning",
+  text_2: ["cooking", "neural networks"],
+  instances: [{ inputs: "What is deep learning?", parameters: { max_new_tokens: 20 } }],
+  tokens: [1, 2, 3],
 };
 const OFFERED = ["model", "max_tokens", "stream", "parameters"]; // of what is not required
 
@@ -37,19 +52,36 @@ export class Schemas {
   view(schema) {
     const all = this.alternatives(schema);
     if (all.length > 1) {
-      return h("div", { class: "one-of" }, h("p", { class: "type" }, "One of"), all.map((each) => this.folded(each, this.typeOf(each))));
+      return h(
+        "div",
+        { class: "one-of" },
+        h("p", { class: "type" }, "One of"),
+        all.map((each) => this.folded(each, this.typeOf(each))),
+      );
     }
     const own = this.resolve(all[0] ?? {});
     if (own !== all[0] && (own.anyOf || own.oneOf)) return this.view(own);
-    if (own.type === "array" && own.items) return h("div", {}, h("p", { class: "type" }, this.typeOf(own)), this.hasFields(own.items) && this.view(own.items));
+    if (own.type === "array" && own.items)
+      return h(
+        "div",
+        {},
+        h("p", { class: "type" }, this.typeOf(own)),
+        this.hasFields(own.items) && this.view(own.items),
+      );
     const fields = Object.entries(own.properties ?? {});
     if (!fields.length) return h("p", { class: "type" }, this.typeOf(own));
-    return h("dl", { class: "fields" }, fields.map(([name, field]) => this.row(name, field, own.required?.includes(name))));
+    return h(
+      "dl",
+      { class: "fields" },
+      fields.map(([name, field]) => this.row(name, field, own.required?.includes(name))),
+    );
   }
 
   row(name, field, isRequired) {
     const own = this.resolve(field);
-    const inner = this.alternatives(field).map((each) => this.inner(each)).find(Boolean);
+    const inner = this.alternatives(field)
+      .map((each) => this.inner(each))
+      .find(Boolean);
     const details = [
       isRequired && h("strong", {}, "required"),
       ...this.bounds(field),
@@ -57,8 +89,18 @@ export class Schemas {
     ].filter(Boolean);
     return [
       h("dt", {}, h("code", {}, name), " ", h("span", { class: "type" }, this.typeOf(field))),
-      h("dd", {}, own.description ?? field.description, details.length > 0 && h("span", { class: "bounds" }, details.flatMap((each, i) => (i ? [", ", each] : [each]))),
-        inner && this.folded(inner, "Fields")),
+      h(
+        "dd",
+        {},
+        own.description ?? field.description,
+        details.length > 0 &&
+          h(
+            "span",
+            { class: "bounds" },
+            details.flatMap((each, i) => (i ? [", ", each] : [each])),
+          ),
+        inner && this.folded(inner, "Fields"),
+      ),
     ];
   }
 
@@ -66,7 +108,8 @@ export class Schemas {
   inner(schema) {
     const own = this.resolve(schema);
     if (own.properties) return schema;
-    if (own.items && this.hasFields(own.items)) return this.alternatives(own.items).find((each) => this.hasFields(each));
+    if (own.items && this.hasFields(own.items))
+      return this.alternatives(own.items).find((each) => this.hasFields(each));
     return null;
   }
 
@@ -106,11 +149,19 @@ export class Schemas {
     if (own.anyOf || own.oneOf) return this.example(own, name);
     if (own.properties) {
       const required = own.required ?? [];
-      const wanted = Object.keys(own.properties).filter((each) => required.includes(each) || OFFERED.includes(each));
-      return Object.fromEntries(wanted.map((each) => [each, this.examples[each] ?? this.example(own.properties[each], each)]));
+      const wanted = Object.keys(own.properties).filter(
+        (each) => required.includes(each) || OFFERED.includes(each),
+      );
+      return Object.fromEntries(
+        wanted.map((each) => [each, this.examples[each] ?? this.example(own.properties[each], each)]),
+      );
     }
     if (this.examples[name] !== undefined) return this.examples[name];
     const kind = [own.type].flat()[0];
-    return { array: [], boolean: false, integer: own.minimum ?? 1, number: own.minimum ?? 1, object: {} }[kind] ?? own.enum?.[0] ?? "";
+    return (
+      { array: [], boolean: false, integer: own.minimum ?? 1, number: own.minimum ?? 1, object: {} }[kind] ??
+      own.enum?.[0] ??
+      ""
+    );
   }
 }

@@ -25,7 +25,10 @@ export class Server {
   /** Return how the server does: { state, progress }, where `progress` is there while the model loads. */
   async health() {
     try {
-      const response = await fetch(new URL("health", ROOT), { cache: "no-store", signal: AbortSignal.timeout(8000) });
+      const response = await fetch(new URL("health", ROOT), {
+        cache: "no-store",
+        signal: AbortSignal.timeout(8000),
+      });
       if (response.ok) return { state: "ready" };
       const { state, progress } = await response.json();
       return { state: state ?? "unreachable", progress };
@@ -53,7 +56,9 @@ export class Server {
         yield chunk;
       }
     } catch (error) {
-      throw signal.aborted || error instanceof ServerError ? error : new ServerError("The connection was lost", 0);
+      throw signal.aborted || error instanceof ServerError
+        ? error
+        : new ServerError("The connection was lost", 0);
     }
     throw new ServerError("The connection was lost", 0);
   }
@@ -91,7 +96,9 @@ export class Server {
   /** Ask for a key, once for all requests that want one; return whether there is another than `used` now. */
   async newKey(used) {
     if (this.key !== used) return true;
-    this.asking ??= this.askKey(Boolean(used)).finally(() => { this.asking = null; });
+    this.asking ??= this.askKey(Boolean(used)).finally(() => {
+      this.asking = null;
+    });
     const key = await this.asking;
     if (key === null) return false;
     this.keep(key);
@@ -105,7 +112,9 @@ export class Server {
     try {
       if (key === null) localStorage.removeItem(this.keyName);
       else localStorage.setItem(this.keyName, key);
-    } catch { /* a browser that keeps nothing: for this visit */ }
+    } catch {
+      /* a browser that keeps nothing: for this visit */
+    }
   }
 }
 
@@ -127,7 +136,9 @@ async function refusal(response) {
   let message = text.slice(0, 500) || response.statusText;
   try {
     message = messageOf(JSON.parse(text));
-  } catch { /* a proxy's page, or nothing */ }
+  } catch {
+    /* a proxy's page, or nothing */
+  }
   return new ServerError(message, response.status);
 }
 

@@ -39,7 +39,9 @@ export class Sidebar {
     if (NARROW.matches) return;
     try {
       localStorage.setItem(NAME, isShown ? "shown" : "hidden");
-    } catch { /* for this visit */ }
+    } catch {
+      /* for this visit */
+    }
   }
 
   /** Go back to the messages where the list lies over them. */
@@ -49,11 +51,24 @@ export class Sidebar {
 
   /** Show the conversations, of which one is open. */
   show(heads, openId) {
-    this.list.replaceChildren(...heads.map(({ id, title }) => {
-      const open = h("button", {
-        class: "quiet title", "aria-current": id === openId ? "page" : null, onclick: () => this.onOpen(id),
-      }, title);
-      return h("li", {}, open, iconButton("trash", `Delete “${title}”`, () => this.onDelete(id)));
-    }));
+    this.list.replaceChildren(
+      ...heads.map(({ id, title }) => {
+        const open = h(
+          "button",
+          {
+            class: "quiet title",
+            "aria-current": id === openId ? "page" : null,
+            onclick: () => this.onOpen(id),
+          },
+          title,
+        );
+        return h(
+          "li",
+          {},
+          open,
+          iconButton("trash", `Delete “${title}”`, () => this.onDelete(id)),
+        );
+      }),
+    );
   }
 }

@@ -30,7 +30,8 @@ export class Status {
     this.state = state;
     this.show(progress);
     if (hasChanged) this.onChange(state);
-    if (state !== "ready") this.timer = setTimeout(() => this.check(), state === "loading" ? LOADING_MS : AWAY_MS);
+    if (state !== "ready")
+      this.timer = setTimeout(() => this.check(), state === "loading" ? LOADING_MS : AWAY_MS);
   }
 
   /** Tell something for a while. */
@@ -48,11 +49,20 @@ export class Status {
     }
     let box = place.querySelector(".state");
     if (!box) {
-      box = h("div", { class: "state" }, h("p", { id: "state-text" }), h("p", { class: "share", "aria-hidden": "true" }), h("progress", { "aria-labelledby": "state-text" }));
+      box = h(
+        "div",
+        { class: "state" },
+        h("p", { id: "state-text" }),
+        h("p", { class: "share", "aria-hidden": "true" }),
+        h("progress", { "aria-labelledby": "state-text" }),
+      );
       place.prepend(box);
     }
     const [text, share, bar] = box.children;
-    const words = this.state === "loading" ? `The model is loading${progress ? `: ${progress.stage}` : ""}` : (WORDS[this.state] ?? this.state);
+    const words =
+      this.state === "loading"
+        ? `The model is loading${progress ? `: ${progress.stage}` : ""}`
+        : (WORDS[this.state] ?? this.state);
     if (text.textContent !== words) text.textContent = words; // said aloud, so only what is new
     share.textContent = progress?.total ? `${Math.floor((100 * progress.done) / progress.total)} %` : "";
     bar.hidden = this.state !== "loading";

@@ -12,14 +12,20 @@
     }
   };
 
-  const show = (theme) => { document.documentElement.dataset.theme = theme; };
+  const show = (theme) => {
+    document.documentElement.dataset.theme = theme;
+  };
   show(read());
 
   /** Go on to the next theme and return its name. */
   window.nextTheme = () => {
     const theme = THEMES[(THEMES.indexOf(document.documentElement.dataset.theme) + 1) % THEMES.length];
     show(theme);
-    try { localStorage.setItem(NAME, theme); } catch { /* it holds for this visit */ }
+    try {
+      localStorage.setItem(NAME, theme);
+    } catch {
+      /* it holds for this visit */
+    }
     return theme;
   };
 })();

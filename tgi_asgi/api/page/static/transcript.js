@@ -14,6 +14,7 @@ export class Transcript {
     this.views = new Map();
     this.isFollowing = true;
     this.frame = null;
+    this.growing = null; // the message that is to be shown in the next frame
     this.numSpoken = 0;
     this.scroller.addEventListener("scroll", () => this.noteScroll());
     this.toEnd.addEventListener("click", () => this.goToEnd());
@@ -23,7 +24,10 @@ export class Transcript {
   show(conversation) {
     const path = pathTo(conversation);
     this.views = new Map(
-      path.map((node, i) => [node.id, new MessageView(node, branches(conversation, node), this.actions, i === path.length - 1)]),
+      path.map((node, i) => [
+        node.id,
+        new MessageView(node, branches(conversation, node), this.actions, i === path.length - 1),
+      ]),
     );
     this.element.replaceChildren(...Array.from(this.views.values(), (view) => view.element));
     byId("welcome").hidden = path.length > 0;
@@ -32,14 +36,23 @@ export class Transcript {
 
   /** Show what a message has become, in the next frame. */
   grow(node) {
-    if (this.frame !== null) return;
-    this.frame = requestAnimationFrame(() => {
-      const began = performance.now();
-      this.refresh(node, true);
-      // A very long answer may take longer than a frame: then it is shown less often, not ever later.
-      const rest = performance.now() - began > 16 ? 4 * (performance.now() - began) : 0;
-      setTimeout(() => { this.frame = null; }, rest);
-    });
+    this.growing = node;
+    this.frame ??= requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    const [node, began] = [this.growing, performance.now()];
+    this.growing = null;
+    if (node) this.refresh(node, true);
+    // A very long answer may take longer than a frame: then it is shown less often, not ever later.
+    const took = performance.now() - began;
+    setTimeout(
+      () => {
+        this.frame = null;
+        if (this.growing) this.grow(this.growing); // what came meanwhile
+      },
+      took > 16 ? 4 * took : 0,
+    );
   }
 
   /** Say that a message begins to grow. */
@@ -54,6 +67,7 @@ export class Transcript {
   end(node) {
     cancelAnimationFrame(this.frame);
     this.frame = null;
+    this.growing = null;
     this.refresh(node, false);
   }
 

@@ -33,7 +33,11 @@ export function branches(conversation, node) {
 /** Show the newest end of another branch. */
 export function select(conversation, node) {
   let last = node;
-  for (let next = node; next; next = Object.values(conversation.nodes).findLast((each) => each.parent === last.id)) {
+  for (
+    let next = node;
+    next;
+    next = Object.values(conversation.nodes).findLast((each) => each.parent === last.id)
+  ) {
     last = next;
   }
   conversation.leaf = last.id;
