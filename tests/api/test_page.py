@@ -126,6 +126,11 @@ async def test_a_file_that_the_browser_has_is_not_sent_again(path: str) -> None:
     assert (await get(path, accept=CHROME, if_none_match='"other"')).status_code == 200
 
 
+async def test_the_docs_below_their_own_path_are_sent_beside_it() -> None:
+    response = await get("/docs/")
+    assert (response.status_code, response.headers["location"]) == (308, "../docs")
+
+
 async def test_head_gets_the_headers_alone() -> None:
     whole = await get("/page/main.js")
     head = await get("/page/main.js", method="HEAD")

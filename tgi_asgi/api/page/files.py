@@ -88,7 +88,10 @@ class Pages:
         await self._files[name].answer(exchange)
 
     async def docs(self, exchange: Exchange) -> None:
-        """Answer with the page of the API's description."""
+        """Answer with the page of the API's description; its files are named from beside it, not below."""
+        if exchange.scope.get("raw_path", b"").endswith(b"/"):
+            await exchange.respond(308, b"", headers=[(b"location", b"../docs")])
+            return
         await self._files["docs.html"].answer(exchange)
 
     def chat_or(self, other: Handler) -> Handler:
