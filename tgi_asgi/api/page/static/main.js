@@ -80,7 +80,7 @@ byId("ideas").append(
   ),
 );
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
+  if (event.key === "Escape" && !event.isComposing && !document.querySelector("dialog[open]")) chat.stop();
 });
 
 let isLearning = false;
