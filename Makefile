@@ -56,10 +56,12 @@ sanitize: $(VENV)/.test-tools
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
 # All that takes too long for `make test`, one after the other: storms, the kernels of x86-64 and, under qemu, of Arm
-# (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models, the sanitizers.
+# (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models,
+# the pages in Chromium, the sanitizers.
 nightly:
 	CI=1 $(MAKE) soak
 	CI=1 $(MAKE) test-models
+	CI=1 $(MAKE) test-page
 	CI=1 $(MAKE) sanitize
 
 install: $(VENV)/.installed
