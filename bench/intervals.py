@@ -1,0 +1,68 @@
+"""Medians and ratios of a few rounds, with the interval that a bootstrap gives them.
+
+Rounds are what is drawn again (Efron and Tibshirani, An Introduction to the Bootstrap,
+1993, chapter 13: the percentile interval). A ratio is taken within a round, of two contenders that were
+measured within minutes of each other, so that a machine that is faster in one round than in another does
+not widen it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A median over rounds, and the interval that holds the true one with `CONFIDENCE`."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def rounded(self) -> dict[str, float]:
+        """Return it for a record: four significant digits."""
+        return {
+            **{name: float(f"{getattr(self, name):.4g}") for name in ("median", "low", "high")},
+            "rounds": self.rounds,
+        }
+
+
+def estimate(values: Sequence[float], *, resamples: int = RESAMPLES) -> Estimate:
+    """Return the median of values, one a round, with its bootstrap interval. Repeatable: the seed is fixed.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("an estimate needs at least one value")
+    drawn = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    medians = np.median(np.asarray(values, np.float64)[drawn], axis=1)
+    low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return Estimate(statistics.median(values), float(low), float(high), len(values))
+
+
+def advantage(
+    ours: Mapping[int, float], theirs: Mapping[int, float], *, is_lower_better: bool
+) -> Estimate | None:
+    """Return how many times better ours is (above 1: ours is better), paired by round.
+
+    Args:
+        ours, theirs: a figure by round. Rounds that one of them lacks do not count.
+        is_lower_better: it is a time or a size: theirs over ours.
+
+    Returns:
+        None if no round has both, or a divisor is zero: nothing is so many times better than nothing.
+    """
+    above, below = (theirs, ours) if is_lower_better else (ours, theirs)
+    rounds = sorted(ours.keys() & theirs.keys())
+    if not rounds or any(below[index] <= 0 for index in rounds):
+        return None
+    return estimate([above[index] / below[index] for index in rounds])

@@ -1,0 +1,122 @@
+"""What each contender of bench.peers is asked, and the figures that are taken from its answers.
+
+All through the API, with one client: engines that have no benchmark of their own are measured as those that
+have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.client import Answer
+from bench.loads import ClosedLoop, Prompts, run
+from bench.report import percentile
+
+MIN_REQUESTS = 3  # of a load
+TPOT_TARGETS_MS = (25, 50, 100)
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Prompts alone by their lengths, and clients that chat side by side.
+
+    Attributes:
+        prompts: tokens of each prompt whose first token is waited for, on an idle server.
+        clients: of each load; all start at once.
+        prompt_tokens, max_tokens: of a chat.
+    """
+
+    prompts: Sequence[int]
+    clients: Sequence[int]
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def most_clients(self) -> int:
+        return max(1, *self.clients)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The loads that one server gets: all with as many clients.
+
+    Attributes:
+        tokens: of the longest request, prompt and answer.
+    """
+
+    clients: int
+    prompts: Sequence[int]
+    has_chats: bool
+    tokens: int
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """Return the stages of a turn, by number of clients: prompts alone are of one client."""
+    found = []
+    for clients in sorted({*plan.clients, *([1] if plan.prompts else [])}):
+        prompts = plan.prompts if clients == 1 else ()
+        tokens = max(plan.prompt_tokens + plan.max_tokens, *(length + 8 for length in prompts), 0)
+        found.append(Stage(clients, prompts, clients in plan.clients, tokens))
+    return found
+
+
+def measure(url: str, model: str, plan: Plan, stage: Stage) -> Figures:
+    """Run a stage's loads, after two requests that warm the server up and calibrate the prompts.
+
+    Raises:
+        SystemExit: a request failed.
+    """
+    return asyncio.run(_measure(url, model, plan, stage))
+
+
+async def _measure(url: str, model: str, plan: Plan, stage: Stage) -> Figures:
+    async def answers(clients: int, requests: int, prompts: Prompts, max_tokens: int) -> list[Answer]:
+        load = ClosedLoop(clients, requests)
+        measured = await run(load, prompts, url, max_tokens=max_tokens, model=model)
+        if measured.errors:
+            raise SystemExit(f"{model}: {len(measured.errors)} requests failed: {measured.errors[0]}")
+        return measured.answers
+
+    prompts, figures = Prompts(plan.prompt_tokens), Figures()
+    await answers(1, 2, prompts, 8)
+    for length in stage.prompts:
+        (alone,) = await answers(1, 1, prompts.resized(length), 2)
+        figures[f"prompt of {length}: TTFT, ms"] = alone.ttft_s * 1e3
+    if stage.has_chats:
+        requests = max(stage.clients, MIN_REQUESTS)
+        figures |= chat_figures(
+            stage.clients, await answers(stage.clients, requests, prompts, plan.max_tokens)
+        )
+    return figures
+
+
+def chat_figures(clients: int, answers: Sequence[Answer]) -> Figures:
+    """Return the figures of a load of chats.
+
+    "decode" is what all streams get between prompts: clients over the median gap between tokens. Goodput
+    counts the requests whose mean time of a token after the first meets a target; what the first token took
+    has rows of its own.
+    """
+    seconds = max(each.end_s for each in answers) - min(each.due_s for each in answers)
+    tokens = sum(each.num_tokens for each in answers)
+    gaps = [gap for each in answers for gap in each.itl_s]
+    ttft_s = [each.ttft_s for each in answers]
+    name = "1 client: " if clients == 1 else f"{clients} clients: "
+    figures = Figures()
+    if gaps:  # none where answers come in one piece
+        joined = (tokens - len(answers)) / len(gaps)  # tokens that come in a chunk
+        figures[f"decode x{clients}: tokens/s"] = clients * joined / percentile(gaps, 0.5)
+        figures[name + "ITL p99, ms"] = percentile(gaps, 0.99) * 1e3
+    figures |= {
+        name + "tokens/s": tokens / seconds,
+        name + "TTFT p50, ms": percentile(ttft_s, 0.5) * 1e3,
+        name + "TTFT p99, ms": percentile(ttft_s, 0.99) * 1e3,
+    }
+    for target_ms in TPOT_TARGETS_MS:
+        good = sum(each.tpot_s * 1e3 <= target_ms for each in answers)
+        figures[name + f"share within {target_ms} ms a token"] = good / len(answers)
+        figures[name + f"requests/s within {target_ms} ms a token"] = good / seconds
+    return figures
