@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -251,6 +252,7 @@ def main() -> None:
     options, arguments = command.parse_known_args()
     if options.llama_source and not options.llama_dir:
         command.error("--llama-source needs --llama-dir")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers must not outlive the run
     record = Record(options.out, is_anew=options.anew)
     with tempfile.TemporaryDirectory() as scratch:
         for match in matches_of(options, arguments, options.work_dir or Path(scratch)):
