@@ -28,11 +28,9 @@ class Estimate:
     rounds: int
 
     def rounded(self) -> dict[str, float]:
-        """Return it for a record: four significant digits."""
-        return {
-            **{name: float(f"{getattr(self, name):.4g}") for name in ("median", "low", "high")},
-            "rounds": self.rounds,
-        }
+        """Return it for a record: four significant digits, and no interval of a single round."""
+        names = ("median", "low", "high") if self.rounds > 1 else ("median",)
+        return {**{name: float(f"{getattr(self, name):.4g}") for name in names}, "rounds": self.rounds}
 
 
 def estimate(values: Sequence[float], *, resamples: int = RESAMPLES) -> Estimate:

@@ -162,7 +162,8 @@ def cells(row: dict[str, Any], names: Sequence[str]) -> list[Any]:
         if over:
             best = min(over, key=lambda name: over[name]["median"])
             value = over[best]
-            advantages.append(f"{value['median']:.3g} ({value['low']:.3g}–{value['high']:.3g}) {best}")  # noqa: RUF001
+            interval = f" ({value['low']:.3g}–{value['high']:.3g})" if "low" in value else ""  # noqa: RUF001
+            advantages.append(f"{value['median']:.3g}{interval} {best}")
         else:
             advantages.append(None)
     return [row["figure"], *medians, *advantages]

@@ -84,6 +84,8 @@ def test_a_median_has_the_interval_of_all_resamples() -> None:
     assert (found.median, found.low, found.high, found.rounds) == (3.0, low, high, 5)
     assert estimate(values) == found  # the seed is fixed
     assert estimate([7.0]).low == estimate([7.0]).high == 7.0
+    assert found.rounded() == {"median": 3.0, "low": low, "high": high, "rounds": 5}
+    assert estimate([7.0]).rounded() == {"median": 7.0, "rounds": 1}  # one round has no interval
     with pytest.raises(ValueError, match="at least one"):
         estimate([])
 
@@ -131,6 +133,7 @@ def test_tokens_that_come_together_count_as_many() -> None:
     assert joined["decode x2: tokens/s"] == pytest.approx(100)
     alone = chat_figures(1, [answer(0.1, 0.02, 1)])
     assert "decode x1: tokens/s" not in alone  # one chunk has no gap
+    assert not any("within" in figure for figure in alone)
 
 
 def test_prompts_alone_share_the_server_of_one_client() -> None:
