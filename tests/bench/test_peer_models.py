@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from bench import billion, export_w8a8
-from tests.support.checkpoints import make_model, save
+from tests.support.checkpoints import make_model, save, save_tokenizer
 
 
 def test_the_billion_is_what_transformers_makes_of_its_configuration() -> None:
@@ -40,6 +40,7 @@ def test_a_small_one_of_its_kind_is_served(tmp_path: Path) -> None:
 def test_int8_weights_are_within_half_a_step_and_the_rest_is_kept(tmp_path: Path) -> None:
     model = make_model()
     save(model, tmp_path / "whole")
+    save_tokenizer(tmp_path / "whole")
     export_w8a8.export(tmp_path / "whole", tmp_path / "small")
     found = load_file(tmp_path / "small" / "model.safetensors")
     for name, weight in model.named_parameters():
