@@ -102,12 +102,6 @@ def command_line() -> str:
     return " ".join(["python -m", f"bench.{module}", *words])
 
 
-def commit(tree: Path) -> str:
-    """Return which commit a tree is at, and whether it has changes beside."""
-    command = ["git", "-C", str(tree), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def emit(record: dict[str, Any], out: Path | None) -> None:
     """Print a run's JSON object on one line; keep it in a file too, if one is named."""
     print(json.dumps(record))

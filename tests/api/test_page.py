@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from setuptools import Distribution
+from setuptools.dist import Distribution
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedEngine, scripted_app

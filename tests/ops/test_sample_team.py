@@ -31,9 +31,9 @@ def drawn(
     """Return all that three draws of these rows give, and the slots' records behind them."""
     vocab = logits.shape[1]
     state = ops.SampleState(len(params), vocab)
-    for slot, row in enumerate(params):
-        held = {"min_tokens": 2, "masked_ids": [5, vocab - 1]}
-        state.start(slot, row, choice=slot, prompt_ids=[1, 2, 2, vocab - 1], **held)
+    for slot, kind in enumerate(params):
+        prompt, held = [1, 2, 2, vocab - 1], [5, vocab - 1]
+        state.start(slot, kind, choice=slot, prompt_ids=prompt, min_tokens=2, masked_ids=held)
     _C.set_num_threads(threads)
     found: list[np.ndarray] = []
     for _ in range(3):
