@@ -153,9 +153,6 @@ struct CodeReader : CodesOf {
   static constexpr bool kHasMin = false;
   static constexpr int kNumHalves = 1;
   static constexpr bool kHasIntegerScales = false;
-  static constexpr int64_t kGroupBytes =  // of a header and the blocks that share it, or of a block
-      kPanel.header_bytes() +
-      (kPanel.header_blocks > 0 ? kPanel.header_blocks : 1) * kPanel.block_bytes();
   static_assert(CodesOf::kCodeBytes == 64 * kPanel.code_bits, "these are the codes of the table");
 
   struct Block {

@@ -256,16 +256,11 @@ using GroupFunction = void (*)(const uint8_t* panel0, const uint8_t* panel1, Tok
                                int64_t num_blocks, float* out, Ahead ahead);
 
 // One token, where streams are fetched into the second level of cache: panel after panel, as two
-// streams at once are slower. (In the first level they are 4 to 8 % faster than this.) K-quants are
-// fetched one header's blocks ahead, 2.4 KB (on an Intel core 0.82 to 0.87 of a plain read; 0.79
-// with 5 KB), all else 5 KiB.
-constexpr int64_t kStreamDistance = 5120;
-
+// streams at once are slower. (In the first level they are 4 to 8 % faster than this.)
 template <class Fmt>
 inline AheadInStream ahead_in(const uint8_t* panel) {
-  constexpr bool kIsSuper = Fmt::kPanel.header_blocks == 8;
-  constexpr int64_t kDistance = kIsSuper ? Fmt::kGroupBytes : kStreamDistance;
-  return {panel + kDistance, kDistance};
+  const int64_t distance = Fmt::kPanel.header_blocks == 8 ? kSuperDistance : kStreamDistance;
+  return {panel + distance, distance};
 }
 
 // A strip panel after panel, each fetching its part of what is ahead.

@@ -344,6 +344,10 @@ struct Kernels {
 // Whether what is read from memory is best fetched into the first level of cache, see stream.h.
 extern const bool kStreamsIntoL1;
 
+// How far ahead of its use a panel is fetched into the second level, in bytes; a K-quant's apart.
+constexpr int64_t kStreamDistance = 5120;
+extern const int64_t kSuperDistance;
+
 // Tokens of context whose softmax is taken at once. Chunks begin at multiples of it whatever the
 // batch, which is why a split does not change a bit.
 constexpr int64_t kChunkTokens = 256;
