@@ -50,7 +50,7 @@ class InstantRunner:
         self.block_size = BLOCK_SIZE
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
-        self.has_states = self.takes_whole_prompts = False
+        self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.eyes: Eyes | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0

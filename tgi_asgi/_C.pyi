@@ -211,7 +211,10 @@ class FlatRows:
         context_len: Sequence[int] | npt.NDArray[np.integer[Any]],
         block_table: _Ints,
         row_slots: Sequence[int] | npt.NDArray[np.integer[Any]] = ...,
+        num_generated: int = ...,
     ) -> None: ...
+    @property
+    def num_generated(self) -> int: ...
     @property
     def ids(self) -> _Ints: ...
     @property

@@ -111,6 +111,13 @@ class Settings:
         "auto",
         _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
+    prompt_precision: str = _model(
+        "Arithmetic of prompts by quantised weights: auto is that of generated tokens (int8); bfloat16 (CPU "
+        "only) decodes the weights, faster where AMX is, slower elsewhere (the start says which). Generated "
+        "tokens keep int8, and are not found in the prefix cache.",
+        "auto",
+        _one_of("auto bfloat16"),
+    )
     batch_invariant: bool = _model(
         "On a GPU, give a token the same logits whatever runs beside it and however its prompt is cut, as a "
         "CPU does; prompts take longer, of quantised models by far. Not after a preemption, a failed step or "

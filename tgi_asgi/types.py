@@ -352,6 +352,7 @@ class ModelInfo:
     kv_bytes: int = 0
     num_threads: int = 0
     kernel_set: str | None = None  # of the CPU's kernels
+    prompt_precision: str | None = None  # of prompts, where it is not that of generated tokens
     implementation: str = "native"  # or "transformers"
     is_batch_invariant: bool = True  # same bits whatever runs beside a request
     created: int = 0  # seconds since the epoch, constant for the process

@@ -58,7 +58,7 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
     check_shape(*bias, "bias", {packed.num_rows});
     linear.bias = bias->data();
   }
-  pack.out = {nullptr, precision, packed.num_columns};
+  pack.out = {nullptr, precision, packed.num_columns, nullptr};
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
   if (header.num_tokens == 0) return;

@@ -139,11 +139,10 @@ const char* precision_name(step::Precision precision) {
 
 void check_product(const step::PackedMatrix& weight, step::Precision precision,
                    int64_t unit_strips) {
-  check(
-      precision == step::Precision::kFloat32 ||
-          (precision == step::Precision::kInt8 && step::format_info(weight.format).is_quantised) ||
-          (precision == step::Precision::kBF16 && weight.format == step::Format::kBF16),
-      "this weight's format cannot be multiplied in ", precision_name(precision));
+  const bool has_codes = step::format_info(weight.format).is_quantised;
+  check(precision == step::Precision::kFloat32 || has_codes ||
+            (precision == step::Precision::kBF16 && weight.format == step::Format::kBF16),
+        "this weight's format cannot be multiplied in ", precision_name(precision));
   check(weight.num_rows % (unit_strips * step::kStripRows) == 0,
         "the weight must have a multiple of ", unit_strips * step::kStripRows, " rows, got ",
         weight.num_rows);

@@ -55,12 +55,19 @@ ActivationPtr Program::activation(int64_t columns, const std::string& precision,
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tile_tokens = step::kernels().tile_tokens;
   const int64_t tiles = std::max<int64_t>((count + tile_tokens - 1) / tile_tokens, num_members_);
-  step::Activation view = {nullptr, precision_of(precision), step::padded_columns(columns)};
-  const cpu::Memory memory =
-      cpu::allocate(cpu::product_of_sizes({tiles, view.tile_bytes(tile_tokens)}));
+  const bool is_by_kind = precision == "by_kind";
+  check(!is_by_kind || !for_logits, "rows of logits are of one kind");
+  step::Activation view = {nullptr, is_by_kind ? Precision::kInt8 : precision_of(precision),
+                           step::padded_columns(columns), nullptr};
+  const auto allocate = [&](const step::Activation& part) {
+    return cpu::allocate(cpu::product_of_sizes({tiles, part.tile_bytes(tile_tokens)}));
+  };
+  const cpu::Memory memory = allocate(view);
+  const cpu::Memory prompt_memory = is_by_kind ? allocate(view.of_prompts()) : nullptr;
   view.data = memory.get();
+  view.prompt_data = prompt_memory.get();
   return std::make_shared<ActivationBuffer>(
-      ActivationBuffer{memory, count, view, tile_tokens, tiles, false});
+      ActivationBuffer{memory, prompt_memory, count, view, tile_tokens, tiles, false});
 }
 
 QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
@@ -93,15 +100,10 @@ void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double
   check(!is_private || out->num_tiles >= num_members_, "`out` must have room for ", num_members_,
         " threads' own copies, got ", out->num_tiles);
   keep(x->memory);
-  keep(out->memory);
+  keep(*out);
   out->is_private = is_private;
-  const step::NormParams params = {x->data(),
-                                   keep(weight),
-                                   width,
-                                   static_cast<float>(eps),
-                                   for_logits,
-                                   out->view,
-                                   is_private ? out->tile_bytes() : 0};
+  const step::NormParams params = {x->data(),  keep(weight), width,     static_cast<float>(eps),
+                                   for_logits, out->view,    is_private};
   const Sync sync = !is_private  ? Sync::kAlways
                     : for_logits ? Sync::kUnlessPrivateRows
                                  : Sync::kUnlessPrivateTokens;
@@ -126,7 +128,7 @@ void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
   check_rows_buffer(rows, out->view.num_columns, "rows");
   check_num_rows(*out, "out");
   keep(rows->memory);
-  keep(out->memory);
+  keep(*out);
   forward_.add(step::kernels().pack,
                step::PackParams{rows->data(), rows->num_columns, rows->num_columns, shared(out)});
 }
@@ -225,7 +227,7 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
     check(true_dim % step::kBlockColumns == 0 && out->view.num_columns == width, "`out` must have ",
           width, " columns, in heads of a multiple of 32");
     check_num_rows(*out, "out");
-    keep(out->memory);
+    keep(*out);
     params.out = shared(out);
   } else {
     check_rows_buffer(rows, step::padded_columns(width), "rows");
@@ -243,7 +245,7 @@ void Program::gate_up(const Product& product, const std::string& activation,
   check(rows == 2 * out->view.num_columns, "`weight` must have twice the columns of `out`, ",
         out->view.num_columns, ", got ", rows);
   check_num_rows(*out, "out");
-  keep(out->memory);
+  keep(*out);
   const step::LinearParams linear = linear_params(product, 2);
   forward_.add(step::kernels().gate_up,
                step::GateUpParams{linear, activation_of(activation), shared(out)});
@@ -256,7 +258,7 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
   check_num_rows(*out, "out");
   keep(gate->memory);
   keep(up->memory);
-  keep(out->memory);
+  keep(*out);
   forward_.add(step::kernels().act_mul, step::ActMulParams{gate->data(), up->data(),
                                                            activation_of(activation), shared(out)});
 }
@@ -300,18 +302,24 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
   check(product.in->view.num_columns == weight.num_columns, "the input must have ",
         weight.num_columns, " columns, got ", product.in->view.num_columns);
   check_num_rows(*product.in, "source", for_logits);
-  check_product(weight, product.in->view.precision, unit_strips);
+  const step::Activation& in = product.in->view;
+  check_product(weight, in.precision, unit_strips);
+  if (in.is_by_kind()) check_product(weight, in.of_prompts().precision, unit_strips);
   keep(product.weight.memory);
-  keep(product.in->memory);
+  keep(*product.in);
   step::LinearParams params = {};
   params.weight = weight;
-  params.in = product.in->view;
-  if (product.in->is_private) params.private_bytes = product.in->tile_bytes();
+  params.in = in;
+  params.is_private = product.in->is_private;
   if (product.bias) {
     check_shape(*product.bias, "bias", {weight.num_rows});
     params.bias = keep(*product.bias);
   }
-  params.scratch_floats = step::kernels().scratch_floats(weight, params.in.precision, unit_strips);
+  const auto scratch_floats = [&](const step::Activation& part) {
+    return step::kernels().scratch_floats(weight, part.precision, unit_strips);
+  };
+  params.scratch_floats = params.prompt_scratch = scratch_floats(in);
+  if (in.is_by_kind()) params.scratch_floats += scratch_floats(in.of_prompts());
   if (params.scratch_floats > 0) params.scratch = scratch_of(num_members_ * params.scratch_floats);
   return params;
 }
@@ -377,6 +385,11 @@ step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t 
   check(num_heads % pool->num_kv_heads() == 0, "`num_heads` must be a multiple of ",
         pool->num_kv_heads(), ", got ", num_heads);
   return pool->layer(layer);
+}
+
+void Program::keep(const ActivationBuffer& activation) {
+  keep(activation.memory);
+  if (activation.prompt_memory != nullptr) keep(activation.prompt_memory);
 }
 
 const float* Program::keep(const Floats& array) {

@@ -29,6 +29,7 @@ struct RowsBuffer {
 // The input of products.
 struct ActivationBuffer {
   cpu::Memory memory;
+  cpu::Memory prompt_memory;  // of tokens of prompts, where these are multiplied otherwise, or null
   int64_t num_rows;
   step::Activation view;
   int64_t tile_tokens;
@@ -76,7 +77,8 @@ class Program {
  public:
   Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context);
 
-  // Buffers, for all tokens, or for the rows of logits.
+  // Buffers, for all tokens, or for the rows of logits. An activation's precision may be "by_kind":
+  // int8 of tokens that were drawn, bfloat16 of those of prompts.
   RowsPtr rows(int64_t columns, bool for_logits) const;
   ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits) const;
   QueryPtr query(const KvPool& pool, int64_t num_heads) const;
@@ -134,6 +136,7 @@ class Program {
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   const float* keep(const Floats& array);
+  void keep(const ActivationBuffer& activation);
   void keep(const cpu::Memory& memory) { memories_.push_back(memory); }
   float* scratch_of(int64_t floats);
   void check_rows_buffer(const RowsPtr& rows, int64_t columns, const char* name) const;

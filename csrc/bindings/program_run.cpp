@@ -135,6 +135,8 @@ void Program::check_header(const step::StepHeader& h) const {
   check_range(h.slots, h.num_tokens, blocks * block_size, "slots");
   check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
         "`query_start` must run from 0 to ", h.num_tokens);
+  check(std::binary_search(h.query_start, h.query_start + h.num_sequences + 1, h.num_generated),
+        "`num_generated` must be where a sequence begins, or all tokens, got ", h.num_generated);
   for (int64_t s = 0; s < h.num_sequences; ++s) {
     const int64_t length = int64_t{h.query_start[s + 1]} - h.query_start[s];
     const int64_t longest = std::min(max_context_, h.block_table_stride * block_size);

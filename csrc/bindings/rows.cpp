@@ -20,6 +20,7 @@ struct Names {
   PyObject* start = PyUnicode_InternFromString("start");
   PyObject* block_table = PyUnicode_InternFromString("block_table");
   PyObject* samples = PyUnicode_InternFromString("samples");
+  PyObject* is_generated = PyUnicode_InternFromString("is_generated");
 };
 
 py::object attribute(PyObject* object, PyObject* name) {
@@ -61,6 +62,12 @@ class Items {
   py::object items_;
 };
 
+bool is_true(const py::object& value) {
+  const int found = PyObject_IsTrue(value.ptr());
+  if (found < 0) throw py::error_already_set();
+  return found != 0;
+}
+
 int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 
 }  // namespace
@@ -68,6 +75,7 @@ int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 cpu::step::StepHeader FlatRows::header() const {
   cpu::step::StepHeader header = {};
   header.num_tokens = static_cast<int64_t>(ids.size());
+  header.num_generated = num_generated;
   header.num_sequences = num_rows();
   header.num_rows = static_cast<int64_t>(draws.size());
   header.ids = ids.data();
@@ -123,9 +131,12 @@ FlatRows flatten(py::handle rows, const RowLimits& limits) {
       throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
                       std::to_string(tables.back().size()));
     flat.table_width = std::max(flat.table_width, num_blocks);
-    const int samples = PyObject_IsTrue(attribute(row, names.samples).ptr());
-    if (samples < 0) throw py::error_already_set();
-    if (samples != 0) {
+    if (is_true(attribute(row, names.is_generated))) {
+      if (flat.num_generated != flat.query_start[flat.query_start.size() - 2])
+        throw PlanError("rows of generated tokens come first");
+      flat.num_generated = stop;
+    }
+    if (is_true(attribute(row, names.samples))) {
       flat.draws.push_back(narrow(stop - 1));
       flat.draw_slots.push_back(narrow(slot));
       flat.draw_rows.push_back(narrow(index));
@@ -166,7 +177,7 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
 FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
                      std::vector<int32_t> context_len, const Array<int32_t>& block_table,
-                     std::vector<int32_t> row_slots) {
+                     std::vector<int32_t> row_slots, int64_t num_generated) {
   check(positions.size() == ids.size() && slots.size() == ids.size() &&
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
@@ -180,6 +191,7 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
   check(row_slots.empty() || row_slots.size() == flat.context_len.size(),
         "`row_slots` has an entry a sequence");
   flat.row_slots = std::move(row_slots);
+  flat.num_generated = num_generated;
   flat.block_table.assign(block_table.data(), block_table.data() + block_table.size());
   flat.table_width = block_table.shape(1);
   return flat;
@@ -211,7 +223,9 @@ void bind_rows(py::module_& module) {
                        "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
            py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
-           py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>())
+           py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>(),
+           py::arg("num_generated") = 0)
+      .def_readonly("num_generated", &FlatRows::num_generated)
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",
                              [](const FlatRows& rows) { return copy_of(rows.positions); })

@@ -36,6 +36,7 @@ struct FlatRows {
   std::vector<int32_t> context_len;  // [num_rows]
   std::vector<int32_t> block_table;  // [num_rows, table_width], 0 behind a row's blocks
   int64_t table_width = 0;
+  int64_t num_generated = 0;        // the first so many tokens were drawn
   std::vector<int32_t> row_slots;   // [num_rows]
   std::vector<int32_t> from_slot;   // [num_rows] the slot whose last id is the row's; -1: none
   std::vector<int32_t> draws;       // tokens that are drawn after

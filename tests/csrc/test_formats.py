@@ -222,10 +222,22 @@ def test_a_product_is_that_of_the_rounded_activations(
 @pytest.mark.parametrize("name", PACKED)
 def test_a_row_has_the_same_bits_in_any_batch(name: str, kernel_set: str) -> None:
     a, matrix = torch.randn(13, 256), packed(sound_rows(name, 32, 256), name, 32, 256)
-    for precision in dict.fromkeys(_precisions(name)):
+    decoded = ("bfloat16",) if TABLE[name].is_quantised else ()
+    for precision in dict.fromkeys((*_precisions(name), *decoded)):
         alone = torch.cat([product(row[None], matrix, precision) for row in a])
         for size in (2, 3, 4, 5, 6, 7, 13):
             assert_same_bits(product(a[:size].contiguous(), matrix, precision), alone[:size])
+
+
+@pytest.mark.parametrize("name", [name for name in CODES if name in PACKED])
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(48, 256, 13), (33, 768, 70), (17, 1280, 1)])
+def test_codes_by_bfloat16_have_the_bits_of_the_decoded_weight(
+    name: str, rows: int, columns: int, tokens: int, kernel_set: str
+) -> None:
+    matrix, a = packed(sound_rows(name, rows, columns), name, rows, columns), torch.randn(tokens, columns)
+    weights = torch.from_numpy(matrix.unpack()[:rows]).bfloat16()
+    decoded = packed(weights.view(torch.uint8).reshape(-1).numpy(), "BF16", rows, columns)
+    assert_same_bits(product(a, matrix, "bfloat16"), product(a, decoded, "bfloat16"))
 
 
 @pytest.mark.parametrize("name", [name for name in CODES if name in PACKED])

@@ -15,7 +15,7 @@ class HeldRunner:
     """Keeps every step until the test lets it go."""
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
-    has_states = takes_whole_prompts = False
+    has_states = takes_whole_prompts = has_prompt_arithmetic = False
     eyes: Eyes | None = None
 
     def __init__(self) -> None:

@@ -46,6 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_forgetful=SELDOM,
         num_eager=st.none() | st.integers(1, 8),
         eyes=st.none() | st.sampled_from(Eyes),
+        has_prompt_arithmetic=st.booleans(),
     )
     def start(
         self,
@@ -55,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         is_forgetful: bool,
         num_eager: int | None,
         eyes: Eyes | None,
+        has_prompt_arithmetic: bool,
     ) -> None:
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
@@ -64,9 +66,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prefill_tokens=max_prefill,
             prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT,
             eyes=eyes,
+            has_prompt_arithmetic=has_prompt_arithmetic,
         )
         self.runner = FakeRunner(
-            num_blocks=num_blocks, block_size=BLOCK, max_batch_size=max_batch_size, eyes=eyes
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_batch_size=max_batch_size,
+            eyes=eyes,
+            has_prompt_arithmetic=has_prompt_arithmetic,
         )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []

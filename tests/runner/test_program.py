@@ -98,8 +98,18 @@ def tokens_of(sequence: int, length: int = 700) -> list[int]:
 class Cache:
     """A program with its cache: gives each sequence blocks of its own, in any order."""
 
-    def __init__(self, config: ModelConfig, format: str, packing: ops.Packing, dtype: torch.dtype) -> None:
-        model = Decoder(config, RandomWeights(format), packing, max_positions=1024)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: str | RandomWeights,
+        packing: ops.Packing,
+        dtype: torch.dtype,
+        prompt_lens: dict[int, int] | None = None,  # of sequences: what comes behind was drawn
+    ) -> None:
+        if isinstance(weights, str):
+            weights = RandomWeights(weights)
+        model = Decoder(config, weights, packing, max_positions=1024)
+        self.prompt_lens = prompt_lens or {}
         pool = ops.KvPool(
             num_layers=config.num_layers,
             num_blocks=NUM_BLOCKS,
@@ -138,6 +148,7 @@ class Cache:
         positions: list[int] = []
         slots: list[int] = []
         starts = [0]
+        num_generated = 0
         for piece in pieces:
             table = self.tables.setdefault(piece.sequence, [])
             while len(table) * 16 < piece.stop:
@@ -147,9 +158,12 @@ class Cache:
             positions += span
             slots += [table[position // 16] * 16 + position % 16 for position in span]
             starts.append(len(ids))
+            if piece.start >= self.prompt_lens.get(piece.sequence, piece.stop):
+                num_generated = len(ids)
         return ops.FlatRows(
             ids=ids, positions=positions, slots=slots, query_start=starts,
             context_len=[piece.stop for piece in pieces], block_table=self._block_table(pieces),
+            num_generated=num_generated,
         )  # fmt: skip
 
     def _block_table(self, pieces: Sequence[Piece]) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -381,6 +395,8 @@ ONE_TOKEN: dict[str, Any] = {
             "ascend",
         ),
         ({"block_table": np.full((1, 1), NUM_BLOCKS, np.int32)}, "`block_table`"),
+        ({"num_generated": 2}, "`num_generated`"),
+        ({"num_generated": -1}, "`num_generated`"),
     ],
 )
 def test_what_is_out_of_range_is_refused_before_anything_is_computed(

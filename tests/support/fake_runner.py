@@ -5,9 +5,10 @@
 
 Its KV cache is a table of (token, position) entries, written and read through the block tables as a real one
 is. Each row checks that what it reads is exactly its own sequence's tokens at their positions, so a block
-shared, reused or copied wrongly fails the step, and is kept in `violations`. The next token is a function of
-the tokens read, the seed and the choice: `expected_tokens` says what a request must produce, whatever else is
-running beside it.
+shared, reused or copied wrongly fails the step, and is kept in `violations`; where prompts have an arithmetic
+of their own, also that a prompt's tokens were computed by it, and drawn ones by the other. The next token is
+a function of the tokens read, the seed and the choice: `expected_tokens` says what a request must produce,
+whatever else is running beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ EOS_ID = 256
 BOS_ID = 257
 VOCAB_SIZE = 258
 GARBAGE = -1
+_NOTHING = (GARBAGE, GARBAGE, False)
 
 NextToken = Callable[[Sequence[int], SamplingParams, int], int]
 
@@ -134,6 +136,7 @@ class FakeRunner:
     eyes: Eyes | None = None
     view_steps: int = 2
     takes_whole_prompts: bool = False
+    has_prompt_arithmetic: bool = False
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -146,7 +149,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         size = self.num_blocks * self.block_size
-        self._store: list[tuple[int, int]] = [(GARBAGE, GARBAGE)] * size
+        self._store: list[tuple[int, int, bool]] = [_NOTHING] * size
         self._slots: dict[int, _Slot] = {}
         self._num_views: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
@@ -273,6 +276,9 @@ class FakeRunner:
         first_chunk = next((at for at, size in enumerate(sizes) if size > 1), len(sizes))
         late = [row for row in plan.rows[first_chunk:] if row.token_ids is None]
         self._require(not late, "decode rows do not come first")
+        if self.has_prompt_arithmetic:
+            kinds = [not row.is_generated for row in plan.rows]
+            self._require(kinds == sorted(kinds), "rows of generated tokens do not come first")
 
     def _write(self, row: StepRow, is_tainted: bool) -> None:
         slot = self._slots[row.slot]
@@ -280,7 +286,8 @@ class FakeRunner:
         self._require(bool(tokens), "a row without tokens")
         for at, token in enumerate(tokens):
             place = self._place(row, row.start + at)
-            self._store[place] = (GARBAGE, GARBAGE) if is_tainted else (token, row.start + at)
+            is_generated = self.has_prompt_arithmetic and row.is_generated
+            self._store[place] = _NOTHING if is_tainted else (token, row.start + at, is_generated)
 
     def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
         slot = self._slots[row.slot]
@@ -292,7 +299,8 @@ class FakeRunner:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         seen = [self._store[self._place(row, position)] for position in range(end)]
-        wanted = [(token, position) for position, token in enumerate(slot.tokens[:end])]
+        num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
+        wanted = [(token, at, at >= num_prompt) for at, token in enumerate(slot.tokens[:end])]
         self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
         if row.pools is not None and row.pools.needs_all:
             self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")

@@ -75,6 +75,7 @@ class ServingLoop:
             prefix_cache=settings.prefix_cache and not runner.has_states and runner.eyes is not Eyes.PROMPT,
             can_fork=not runner.has_states,
             takes_whole_prompts=runner.takes_whole_prompts,
+            has_prompt_arithmetic=runner.has_prompt_arithmetic,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
         )

@@ -40,7 +40,9 @@ _urgency = attrgetter("urgency")
 class Step:
     """A planned step: what the runner gets, and whom each row belongs to."""
 
-    __slots__ = ("epochs", "looks", "num_decode_rows", "num_prefill_tokens", "plan", "sequences")
+    __slots__ = (
+        "epochs", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan", "sequences",
+    )  # fmt: skip
 
     def __init__(self, step_id: int) -> None:
         self.plan = StepPlan(step_id, [])
@@ -48,6 +50,7 @@ class Step:
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
         self.num_decode_rows = 0
+        self.num_generated_rows = 0  # these, and those that compute drawn tokens again
         self.num_prefill_tokens = 0
 
     def live(self) -> list[tuple[int, Sequence]]:
@@ -69,6 +72,9 @@ class Scheduler:
         eyes: of a model that takes images.
         can_fork: the choices of a prompt share what the first has computed of it.
         takes_whole_prompts: no prompt is cut; one that exceeds the budget is a step of its own.
+        has_prompt_arithmetic: tokens of prompts have other bits than the same tokens drawn. Then a row has
+            the one or the other, and a block with drawn tokens is its sequence's alone: so the bits of a
+            text depend on what is prompt in it, and not on what others have asked, or on a preemption.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
@@ -87,14 +93,17 @@ class Scheduler:
         can_fork: bool = True,
         eyes: Eyes | None = None,
         takes_whole_prompts: bool = False,
+        has_prompt_arithmetic: bool = False,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
         self.cuts = Cuts(eyes)
         self.tables = BlockTables(
-            self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork, stats=stats
-        )
+            self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork,
+            shares_prompts_alone=has_prompt_arithmetic, stats=stats,
+        )  # fmt: skip
+        self._has_prompt_arithmetic = has_prompt_arithmetic
         self._has_eyes = eyes is not None
         self.block_size = block_size
         self.takes_whole_prompts = takes_whole_prompts
@@ -157,7 +166,7 @@ class Scheduler:
         """
         step = self._new_step()
         prefilling = self._plan_decodes(step)
-        step.num_decode_rows = len(step.sequences)
+        step.num_decode_rows = step.num_generated_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
         budget, waited_s = 0, 0.0
         if following is not None:
@@ -214,9 +223,8 @@ class Scheduler:
                 self.tables.grow(sequence)
             if sequence.starts_slot:
                 self._start_slot(step.plan, sequence)
-            rows.append(
-                StepRow(sequence.slot, None if pending else token_ids[start:], start, sequence.table, True)
-            )
+            known = None if pending else token_ids[start:]
+            rows.append(StepRow(sequence.slot, known, start, sequence.table, True, is_generated=True))
             sequences.append(sequence)
             epochs.append(sequence.epoch)
             sequence.num_computed = start + 1
@@ -276,12 +284,19 @@ class Scheduler:
             if aligned <= 0 and step.num_prefill_tokens:
                 return 0
             count = aligned if aligned > 0 else budget
+        count = self._end_of_kind(sequence, start + count) - start
         if self._has_eyes:
             count = self._before_images(step, sequence, count)
             if count == 0:
                 return 0
         self._add_row(step, sequence, count, samples=count == remaining)
         return count
+
+    def _end_of_kind(self, sequence: Sequence, end: int) -> int:
+        """Return where a row that is to end there must end: a prompt's before tokens that were drawn."""
+        if not self._has_prompt_arithmetic or sequence.is_behind_prompt:
+            return end
+        return min(end, sequence.prompt_len)
 
     def _before_images(self, step: Step, sequence: Sequence, count: int) -> int:
         """Return how many tokens of a chunk can be computed: up to an image that is to be encoded first.
@@ -311,13 +326,16 @@ class Scheduler:
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         second_start = sequence.request.second_start
-        plan.rows.append(
-            StepRow(
-                sequence.slot, tokens, start, sequence.table, samples, wanted, sequence.pooling, second_start
-            )
-        )
-        step.sequences.append(sequence)
-        step.epochs.append(sequence.epoch)
+        is_generated = self._has_prompt_arithmetic and sequence.is_behind_prompt
+        at = step.num_generated_rows if is_generated else len(plan.rows)
+        step.num_generated_rows += is_generated
+        row = StepRow(
+            sequence.slot, tokens, start, sequence.table, samples, wanted, sequence.pooling, second_start,
+            is_generated,
+        )  # fmt: skip
+        plan.rows.insert(at, row)
+        step.sequences.insert(at, sequence)
+        step.epochs.insert(at, sequence.epoch)
         step.num_prefill_tokens += count
         sequence.num_computed = start + count
         sequence.num_pending += samples
@@ -443,6 +461,7 @@ class Scheduler:
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
                 end = min(end, sequence.num_computed + room)
+                end = self._end_of_kind(sequence, end)
                 end = self.cuts.end(sequence, sequence.num_computed, end)
                 is_whole = end == row.start + row.num_tokens
                 count = end - sequence.num_computed

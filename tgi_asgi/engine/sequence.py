@@ -106,6 +106,11 @@ class Sequence:
         return self.wants_prompt_logprobs or (self.pooling is not None and self.pooling.needs_all)
 
     @property
+    def is_behind_prompt(self) -> bool:
+        """Whether the next token to compute is one that was drawn."""
+        return self.num_computed >= self.prompt_len
+
+    @property
     def num_output(self) -> int:
         """Tokens drawn and known."""
         return len(self.token_ids) - self.prompt_len

@@ -17,6 +17,10 @@ class BlockTables:
 
     A table covers all tokens of a prompt from the start; when a sequence decodes it grows block by block.
     `reserve` is how many free blocks a new sequence must leave to those that run already.
+
+    Args:
+        shares_prompts_alone: blocks with tokens that were drawn are neither found nor left to be found: the
+            same tokens of a prompt would fill them otherwise.
     """
 
     def __init__(
@@ -26,11 +30,13 @@ class BlockTables:
         *,
         prefix_cache: bool,
         can_fork: bool = True,
+        shares_prompts_alone: bool = False,
         stats: EngineStats,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
         self._prefix_cache, self._can_fork = prefix_cache, can_fork
+        self._shares_prompts_alone = shares_prompts_alone
         self._stats = stats
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -69,7 +75,7 @@ class BlockTables:
         """Return the blocks of the longest cached prefix; at least one token is left to compute."""
         blocks: list[int] = []
         tokens = sequence.token_ids
-        num_blocks = (len(tokens) - 1) // self.block_size
+        num_blocks = self._num_shared(sequence, len(tokens) - 1)
         for index in range(num_blocks):
             block = self.pool.find(sequence.chain.digest(index, tokens))
             if block is None:
@@ -79,6 +85,12 @@ class BlockTables:
             if not self.pool.miss(sequence.chain.digest(index, tokens)):
                 break
         return blocks
+
+    def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
+        """Return how many blocks the first `num_tokens` tokens fill that others may share."""
+        if self._shares_prompts_alone:
+            num_tokens = min(num_tokens, sequence.prompt_len)
+        return num_tokens // self.block_size
 
     def _fork(self, sequence: Sequence, leader: Sequence, reserve: int) -> bool:
         """Share the leader's full blocks before the last prompt token, and copy the partial one.
@@ -107,7 +119,7 @@ class BlockTables:
 
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Make what the first `num_tokens` tokens fill findable: the steps planned so far write it."""
-        num_full = num_tokens // self.block_size
+        num_full = self._num_shared(sequence, num_tokens)
         if num_full <= sequence.num_registered:
             return
         if self._prefix_cache:

@@ -24,6 +24,7 @@ from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add
 from tgi_asgi.ops.packing import Packing
 from tgi_asgi.ops.paged import PagedAttention
+from tgi_asgi.ops.prompt_time import bfloat16_time
 from tgi_asgi.ops.qkv import qkv
 from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
@@ -90,6 +91,7 @@ __all__ = [
     "WeightSource",
     "activation",
     "attention",
+    "bfloat16_time",
     "configure_threads",
     "direct",
     "embed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +17,16 @@ from tgi_asgi.ops.layout import Floats, Order
 from tgi_asgi.ops.sources import WeightSource, decode, from_floats
 from tgi_asgi.ops.weights import QkvWeight
 
+# A product's precision where that is the tokens': int8 for generated ones, bfloat16 for those of prompts.
+BY_KIND = "by_kind"
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
     """A matrix in panels, and how it is multiplied."""
 
     matrix: _C.Matrix
-    precision: str  # of the activation: int8, bfloat16 or float32
+    precision: str  # of the activation: int8, bfloat16 or float32, or by kind of token
     bias: Floats | None  # in the order of the packed rows
 
 
@@ -69,16 +73,24 @@ class Packing:
 
     `is_exact` keeps activations in float32. Otherwise quantised weights are multiplied by activations of
     8 bits in blocks of 32, bfloat16 weights by bfloat16; float16 and float32 weights by float32 in both.
+    With `has_float_prompts` tokens of prompts meet quantised weights decoded to bfloat16, in bfloat16; but
+    not a vocabulary's, whose products are of few tokens.
+
+    Attributes:
+        by_kind: bytes of the weights that tokens of prompts meet in another precision, by format.
     """
 
     is_exact: bool
     quantise: str | None = None  # Q8_0 or Q4_0: what float weights become; a vocabulary stays at eight bits
+    has_float_prompts: bool = field(default=False, repr=False)
+    by_kind: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
     arena: _C.Arena = field(default_factory=_C.Arena, compare=False, repr=False)
 
     def linear(self, source: WeightSource, bias: Tensor | None, *, is_vocabulary: bool) -> PackedLinear:
         """Pack a matrix, as `Arithmetic.linear` says."""
         order = layout.row_order(source.shape[0])
-        return self._pack([self._stored(source, is_vocabulary=is_vocabulary)], bias, order)
+        stored = self._stored(source, is_vocabulary=is_vocabulary)
+        return self._pack([stored], bias, order, is_vocabulary=is_vocabulary)
 
     def qkv(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
@@ -148,6 +160,8 @@ class Packing:
         order: Order,
         shares: _Shares = _ALONE,
         first_strip: int = 0,
+        *,
+        is_vocabulary: bool = False,
     ) -> PackedLinear:
         """Pack rows of one format: row i of the result is row order[i] of the sources."""
         name, columns = sources[0].format, sources[0].shape[1]
@@ -158,15 +172,16 @@ class Packing:
             arena=self.arena, unit_strips=shares.unit_strips, query_strips=shares.query_strips,
             all_strips=shares.all_strips, first_strip=first_strip,
         )  # fmt: skip
-        return PackedLinear(
-            matrix, self._precision(name), None if bias is None else layout.ordered(bias, order)
-        )
+        precision = self._precision(name, is_vocabulary)
+        if precision == BY_KIND:
+            self.by_kind[name] += matrix.nbytes
+        return PackedLinear(matrix, precision, None if bias is None else layout.ordered(bias, order))
 
-    def _precision(self, name: str) -> str:
+    def _precision(self, name: str, is_vocabulary: bool) -> str:
         if self.is_exact:
             return "float32"
         if FORMATS[name].is_quantised:
-            return "int8"
+            return BY_KIND if self.has_float_prompts and not is_vocabulary else "int8"
         return "bfloat16" if name == "BF16" else "float32"
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:

@@ -106,7 +106,7 @@ class CudaRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self.has_states = self.takes_whole_prompts = False
+        self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.eyes: Eyes | None = None
         self._device = device
         self._is_batch_invariant = is_batch_invariant

@@ -36,6 +36,7 @@ class EncoderRunner:
 
     has_states = True
     takes_whole_prompts = True
+    has_prompt_arithmetic = False
     eyes: Eyes | None = None
 
     def __init__(

@@ -27,7 +27,7 @@ from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.loading import NamedWeights, Weights
 from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.models.pooling import Dense
-from tgi_asgi.runner import cuda_load
+from tgi_asgi.runner import cuda_load, prompt_precision
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.encoder import EncoderRunner
@@ -90,6 +90,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
+        if settings.prompt_precision != "auto":
+            prompt_precision.check_served(opened, is_on_gpu=device is not None)
         image_processor = opened.read_image_processor()
         longest = choose_context(config, settings.max_total_tokens, free_memory())
         weights = _TrackedWeights(opened.weights, progress)
@@ -97,7 +99,11 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         runner: CpuRunner | CudaRunner | EncoderRunner
         if device is None:
             dtype = _choose_dtype(name)
-            packing = ops.Packing(dtype is torch.float32, _quantised(settings.quantize))
+            packing = ops.Packing(
+                dtype is torch.float32,
+                _quantised(settings.quantize),
+                has_float_prompts=settings.prompt_precision == "bfloat16",
+            )
             arithmetic: ops.Arithmetic = packing
             kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
@@ -113,8 +119,12 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             _announce(model)
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()
+    has_float_prompts = False
     if device is None:
-        runner = _make_cpu_runner(model, kv_size, settings, longest, pooling.dense)
+        has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
+        runner = _make_cpu_runner(
+            model, kv_size, settings, longest, pooling.dense, has_prompt_arithmetic=has_float_prompts
+        )
     else:
         assert not isinstance(model, GenericModel | EncoderModel)
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
@@ -134,8 +144,9 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         kv_bytes=kv_size.num_bytes,
         num_threads=num_threads,
         kernel_set=kernels.name if kernels is not None else None,
+        prompt_precision="bfloat16" if has_float_prompts else None,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(arithmetic, kv_size, kernels),
+        fingerprint=weights.fingerprint(arithmetic, kv_size, kernels, has_float_prompts=has_float_prompts),
         implementation="transformers" if opened.is_generic else "native",
         is_batch_invariant=_is_batch_invariant(model, settings, device),
     )
@@ -213,6 +224,8 @@ def _make_cpu_runner(
     settings: Settings,
     longest: int,
     dense: Sequence[Dense],
+    *,
+    has_prompt_arithmetic: bool,
 ) -> CpuRunner | EncoderRunner:
     if isinstance(model, EncoderModel):
         return EncoderRunner(
@@ -232,6 +245,7 @@ def _make_cpu_runner(
         max_context=longest,
         image_cache=settings.image_cache,
         dense=dense,
+        has_prompt_arithmetic=has_prompt_arithmetic,
     )
 
 
@@ -309,9 +323,16 @@ class _TrackedWeights:
         """Unmap the files."""
         self._weights.close()
 
-    def fingerprint(self, arithmetic: ops.Arithmetic, kv_size: KvSize, kernels: ops.KernelSet | None) -> str:
+    def fingerprint(
+        self,
+        arithmetic: ops.Arithmetic,
+        kv_size: KvSize,
+        kernels: ops.KernelSet | None,
+        *,
+        has_float_prompts: bool,
+    ) -> str:
         """Name what decides the output's bits: weights, arithmetic, code version."""
         rounding = "" if kernels is None else kernels.arithmetic
         options = f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
-        self._hash.update(options.encode())
+        self._hash.update(f"{options}{' prompts bfloat16' if has_float_prompts else ''}".encode())
         return f"fp_{self._hash.hexdigest()}"

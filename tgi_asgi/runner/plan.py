@@ -52,6 +52,8 @@ class StepRow:
     # row gives one in the place of a draw. Chunks come in order, from position 0 on if `pools.needs_all`.
     pools: Pooling | None = None
     second_start: int | None = None  # as `GenerationRequest.second_start`
+    # Its tokens were drawn. (Computed again, also in rows without this, unless prompts have an arithmetic.)
+    is_generated: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +65,7 @@ class StepPlan:
     """What one step computes. In order: slots start, blocks are copied, rows run, images are encoded."""
 
     step_id: int
-    rows: list[StepRow]  # decode rows first, then prefill chunks
+    rows: list[StepRow]  # decode rows first, then prefill chunks; those of generated tokens before the others
     starts: list[SlotStart] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
     # Images to encode ahead of the steps that need them, in turn, as far as the time goes: at least a piece.
@@ -114,6 +116,8 @@ class Runner(Protocol):
     eyes: Eyes | None  # of a model that takes images
     # A prompt is one row of one step, and nothing follows; `max_step_tokens` hold the longest.
     takes_whole_prompts: bool
+    # Keys and values of a prompt's tokens have other bits than those of the same tokens drawn.
+    has_prompt_arithmetic: bool
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

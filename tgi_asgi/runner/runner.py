@@ -35,6 +35,7 @@ class CpuRunner:
 
     Args:
         dense: what pooled vectors go through.
+        has_prompt_arithmetic: the model's weights are packed so that prompts are computed otherwise.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -52,6 +53,7 @@ class CpuRunner:
         max_context: int,
         image_cache: int = 0,
         dense: Sequence[Dense] = (),
+        has_prompt_arithmetic: bool = False,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -62,6 +64,7 @@ class CpuRunner:
         self._pools = Pools(config, kv_size)
         self.has_states = config.has_states
         self.takes_whole_prompts = False
+        self.has_prompt_arithmetic = has_prompt_arithmetic
         self._inputs = StepInputs(
             vocab_size=config.vocab_size,
             num_blocks=kv_size.num_blocks,

@@ -82,10 +82,11 @@ def describe(info: ModelInfo, url: str, seconds: float) -> str:
     revision = f" ({info.revision[:12]})" if info.revision else ""
     size = f"{info.kv_bytes / GIB:.1f} GiB" if info.kv_bytes >= GIB else f"{info.kv_bytes / MIB:.0f} MiB"
     kernels = f" ({info.kernel_set})" if info.kernel_set else ""
+    prompts = f", prompts in {info.prompt_precision}" if info.prompt_precision else ""
     rows = {
         "Model": f"{info.model_id}{revision}",
         "Architecture": info.architecture,
-        "Arithmetic": f"{info.dtype} on {info.device}{kernels}, {info.num_threads} threads",
+        "Arithmetic": f"{info.dtype} on {info.device}{kernels}{prompts}, {info.num_threads} threads",
         "Context": f"{info.max_total_tokens:,} tokens",
         **({"KV cache": f"{info.kv_tokens:,} tokens, {size}"} if info.kv_bytes else {}),  # an encoder's: none
         "Ready": f"{url} after {seconds:.1f} s",

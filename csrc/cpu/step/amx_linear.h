@@ -3,6 +3,7 @@
 #pragma once
 
 #include "amx_tiles.h"
+#include "decode_bf16.h"
 #include "linear_tile.h"
 #include "step.h"
 
@@ -31,22 +32,21 @@ inline int64_t tile_tokens_at_once(int64_t num_columns) {
   return fitting < 32 ? 32 : fitting > kMostTileTokens ? kMostTileTokens : fitting;
 }
 
-// A strip's weights and the activations that meet them.
+// A strip's weights and the activations that meet them, both from the same block on.
 struct TileOperands {
   const uint8_t* panels[2];
   const uint8_t* x;    // a tile of tokens
   int64_t tile_bytes;  // to the next
 };
 
-// Adds blocks [begin, end) to out, [16 or 32 tokens][32], whose sums begin with block 0. Sums that
-// are stored and loaded again keep their bits.
+// Adds so many blocks to out, [16 or 32 tokens][32], or begins with them. Sums that are stored and
+// loaded again keep their bits.
 template <class S, bool HasTwo, bool IsFetched>
-inline void add_bf16_blocks(const TileOperands& in, int64_t begin, int64_t end, int64_t num_blocks,
-                            float* out) {
+inline void add_bf16_blocks(const TileOperands& in, int64_t num_blocks, bool is_first, float* out) {
   using T = typename S::Tiles;
   constexpr int64_t kStride = kStripRows * sizeof(float);
   float* const second = out + kTileFloats;
-  if (begin == 0) {
+  if (is_first) {
     T::template zero<0>();
     T::template zero<1>();
     if constexpr (HasTwo) T::template zero<2>();
@@ -58,10 +58,10 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t begin, int64_t end, 
     if constexpr (HasTwo) T::template load<3>(second + kPanelRows, kStride);
   }
   // Pointers of their own: of a base plus an offset GCC 12 makes a base for each of 32 prefetches.
-  const uint8_t* x = in.x + begin * kTileBytes;
-  const uint8_t* panel0 = in.panels[0] + begin * kTileBytes;
-  const uint8_t* panel1 = in.panels[1] + begin * kTileBytes;
-  for (int64_t b = begin; b < end; ++b) {
+  const uint8_t* x = in.x;
+  const uint8_t* panel0 = in.panels[0];
+  const uint8_t* panel1 = in.panels[1];
+  for (int64_t b = 0; b < num_blocks; ++b) {
     if constexpr (IsFetched) {
       // Behind a panel's end comes the other of its strip: the same panel of the next is one
       // further.
@@ -92,23 +92,45 @@ inline void add_bf16_blocks(const TileOperands& in, int64_t begin, int64_t end, 
   if constexpr (HasTwo) T::template store<3>(second + kPanelRows, kStride);
 }
 
-// A strip of `num_tiles` tiles of tokens: out [tokens][32].
+// The same of all pairs of tiles.
 template <class S>
-void bf16_tiles_strip(TileOperands in, int64_t num_blocks, int64_t num_tiles, float* out) {
-  if (num_tiles == 1) return add_bf16_blocks<S, false, true>(in, 0, num_blocks, num_blocks, out);
-  if (num_tiles == 2) return add_bf16_blocks<S, true, true>(in, 0, num_blocks, num_blocks, out);
-  const uint8_t* const x = in.x;
+void add_bf16_chunk(TileOperands in, int64_t num_blocks, bool is_first, int64_t num_tiles,
+                    float* out) {
+  for (; num_tiles >= 2; num_tiles -= 2) {
+    add_bf16_blocks<S, true, false>(in, num_blocks, is_first, out);
+    in.x += 2 * in.tile_bytes;
+    out += 2 * kTileFloats;
+  }
+  if (num_tiles > 0) add_bf16_blocks<S, false, false>(in, num_blocks, is_first, out);
+}
+
+// A strip of `num_tiles` tiles of tokens: out [tokens][32]. Codes are decoded chunk by chunk, once
+// for all tokens, into two panels' part that stays in the first level of cache; `decode` is null
+// for weights of bf16.
+template <class S>
+void bf16_tiles_strip(const TileOperands& in, const PackedMatrix& weight, DecodeBF16 decode,
+                      int64_t num_tiles, uint8_t* decoded, float* out) {
+  const int64_t num_blocks = weight.num_columns / kBlockColumns;
+  if (decode == nullptr && num_tiles == 1) {
+    return add_bf16_blocks<S, false, true>(in, num_blocks, true, out);
+  }
+  if (decode == nullptr && num_tiles == 2) {
+    return add_bf16_blocks<S, true, true>(in, num_blocks, true, out);
+  }
   for (int64_t begin = 0; begin < num_blocks; begin += kChunkBlocks) {
     const int64_t end = begin + kChunkBlocks < num_blocks ? begin + kChunkBlocks : num_blocks;
-    int64_t tile = 0;
-    for (; tile + 2 <= num_tiles; tile += 2) {
-      in.x = x + tile * in.tile_bytes;
-      add_bf16_blocks<S, true, false>(in, begin, end, num_blocks, out + tile * kTileFloats);
+    TileOperands chunk = in;
+    chunk.x += begin * kTileBytes;
+    for (int64_t i = 0; i < 2; ++i) {
+      if (decode == nullptr) {
+        chunk.panels[i] += begin * kTileBytes;
+      } else {
+        uint8_t* const to = decoded + i * kChunkBlocks * kTileBytes;
+        decode(in.panels[i], begin, end, to);
+        chunk.panels[i] = to;
+      }
     }
-    in.x = x + tile * in.tile_bytes;
-    if (tile < num_tiles) {
-      add_bf16_blocks<S, false, false>(in, begin, end, num_blocks, out + tile * kTileFloats);
-    }
+    add_bf16_chunk<S>(chunk, end - begin, begin == 0, num_tiles, out);
   }
 }
 
@@ -253,7 +275,9 @@ template <class S>
 inline int64_t tile_scratch_floats(const PackedMatrix& weight, Precision precision,
                                    int64_t unit_strips) {
   if (precision == Precision::kBF16) {
-    return unit_strips * tile_tokens_at_once(weight.num_columns) * kStripRows;
+    const int64_t decoded_bytes =
+        is_decoded_to_bf16(weight.format, precision) ? 2 * kChunkBlocks * kTileBytes : 0;
+    return unit_strips * tile_tokens_at_once(weight.num_columns) * kStripRows + decoded_bytes / 4;
   }
   if (precision == Precision::kFloat32 || int8_tile_functions<S>(weight.format).decode == nullptr) {
     return 0;

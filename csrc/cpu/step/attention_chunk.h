@@ -35,6 +35,7 @@ struct RowTile {
   int64_t head[MaxRows];
   BlockSlot out[MaxRows];  // where the first 32 columns of its result go,
   float* rows[MaxRows];    // or all of them as plain floats
+  Precision precision;     // of `out`
   int64_t count;
   int64_t longest, shortest;  // the largest and the smallest of `visible`
   int64_t most_hidden;        // the largest of `hidden`

@@ -51,10 +51,12 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
   const int64_t length = step.query_start[at.sequence + 1] - start;
   const int64_t before = step.context_len[at.sequence] - length;
   const int64_t row_bytes = p.kv.query_bytes();
+  const ActivationRow out = row_of(p.out, step, start);  // a sequence's tokens are of one kind
   Tile<S, precision> tile;
   const int64_t first = at.tile * kRows, all = length * group;
   tile.count = all - first < kRows ? all - first : kRows;
   int64_t token = first / group, offset = first % group;
+  tile.precision = out.part.precision;
   tile.longest = 0;
   tile.shortest = INT64_MAX;
   for (int64_t r = 0; r < tile.count; ++r) {
@@ -72,7 +74,7 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
     if (p.rows != nullptr) {
       tile.rows[r] = p.rows + (start + token) * p.stride + head * p.true_dim;
     } else {
-      tile.out[r] = slot_of<S>(p.out, start + token, head * p.true_dim / kBlockColumns);
+      tile.out[r] = slot_of<S>(out.part, out.row + token, head * p.true_dim / kBlockColumns);
     }
     if (++offset == group) {
       offset = 0;
@@ -156,8 +158,8 @@ inline void write_some_rows(const AttentionParams& p, const RowTile<MaxRows>& ti
       a[i] = S::mul(S::load(sums), factors[i]);
       b[i] = S::mul(S::load(sums + 16), factors[i]);
     }
-    write_blocks<S, Count>(p.out.precision, a, b, to);
-    for (BlockSlot& slot : to) slot.block += tile_block_bytes(p.out.precision, S::kTileTokens);
+    write_blocks<S, Count>(tile.precision, a, b, to);
+    for (BlockSlot& slot : to) slot.block += tile_block_bytes(tile.precision, S::kTileTokens);
   }
 }
 

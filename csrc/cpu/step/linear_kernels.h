@@ -50,6 +50,7 @@ template <class S>
 inline GroupFunctions<S> group_functions(Format format, Precision precision) {
   constexpr std::make_integer_sequence<int, S::kGroupTokens> kBefore;
   if (is_widened(format, precision)) return float_functions<S, F32<S>>(kBefore);
+  if (is_decoded_to_bf16(format, precision)) return float_functions<S, BF16<S>>(kBefore);
   switch (format) {
 #define TGI_FLOAT_FORMAT(name, ...) \
   case Format::k##name:             \
@@ -64,6 +65,7 @@ inline GroupFunctions<S> group_functions(Format format, Precision precision) {
   }
 }
 
+// A panel as float32.
 template <class S>
 void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
   const uint8_t* data = weight.panel(panel);
@@ -112,13 +114,24 @@ inline int64_t cached_tokens(const LinearParams& p) {
   return (is_wide ? 192 : 576) / S::kTileTokens * S::kTileTokens;
 }
 
-// A product's input, as a member reads it.
-inline const uint8_t* input_of(const LinearParams& p, int64_t num_tokens, int member) {
-  return p.in.data + (num_tokens <= kPrivateTokens ? member * p.private_bytes : 0);
-}
-
 inline float* scratch_of(const LinearParams& p, int member) {
   return p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
+}
+
+// Bytes of a panel in the form that a product reads, where that is not the panel as it lies; else
+// 0.
+inline int64_t scratch_panel_size(const PackedMatrix& weight, Precision precision) {
+  if (is_widened(weight.format, precision)) return weight.num_columns * 64;
+  return is_decoded_to_bf16(weight.format, precision) ? weight.num_columns * 32 : 0;
+}
+
+// Brings a panel into that form.
+template <class S>
+inline void fill_scratch(const LinearParams& p, int64_t panel, float* out) {
+  if (p.in.precision == Precision::kFloat32) return dequantise<S>(p.weight, panel, out);
+  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
+  decode_bf16_function<S>(p.weight.format)(p.weight.panel(panel), 0, num_blocks,
+                                           reinterpret_cast<uint8_t*>(out));
 }
 
 // A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
@@ -128,12 +141,12 @@ inline float* scratch_of(const LinearParams& p, int member) {
 template <class S, class Prologue, class Epilogue>
 void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                 int member, const Prologue& prologue, const Epilogue& epilogue) {
-  const bool is_scratch = is_widened(p.weight.format, p.in.precision);
+  const int64_t scratch_size = scratch_panel_size(p.weight, p.in.precision);
+  const bool is_scratch = scratch_size > 0;
   const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
-  const int64_t panel_size = is_scratch ? p.weight.num_columns * 64 : p.weight.panel_size();
+  const int64_t panel_size = is_scratch ? scratch_size : p.weight.panel_size();
   const int64_t block_lines = (2 * panel_size / num_blocks + 63) / 64;
   const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(S::kTileTokens);
-  const uint8_t* const input = input_of(p, num_tokens, member);
   float* const scratch = scratch_of(p, member);
   const GroupFunctions<S> functions = group_functions<S>(p.weight.format, p.in.precision);
   constexpr int64_t kStripFloats = S::kGroupTokens * kStripRows;
@@ -147,14 +160,14 @@ void run_groups(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
       const uint8_t* weights = p.weight.panel(2 * unit * unit_strips);
       if (is_scratch) {
         for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
-          dequantise<S>(p.weight, 2 * unit * unit_strips + panel, scratch + panel * panel_size / 4);
+          fill_scratch<S>(p, 2 * unit * unit_strips + panel, scratch + panel * panel_size / 4);
         }
         weights = reinterpret_cast<const uint8_t*>(scratch);
       }
       int64_t fetched = 0;  // of a block's lines, by earlier groups
       for (int64_t token = first; token < end; fetched += lines) {
         const int64_t count = group_size<S>(token, end);
-        const TokenGroup<S> group = {input + token / S::kTileTokens * tile_bytes,
+        const TokenGroup<S> group = {p.in.data + token / S::kTileTokens * tile_bytes,
                                      token % S::kTileTokens};
         prologue(unit, token, count);
         for (int64_t strip = 0; strip < unit_strips; ++strip) {
@@ -187,21 +200,22 @@ template <class S, class Prologue, class Epilogue>
 void run_bf16_tiles(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
                     int member, const Prologue& prologue, const Epilogue& epilogue) {
   const TileScope<typename S::Tiles> scope(bf16_tiles(num_tokens));
-  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
   const int64_t at_once = tile_tokens_at_once(p.weight.num_columns);
   const int64_t tile_bytes = p.in.tile_bytes(kTileRows);
-  const uint8_t* const input = input_of(p, num_tokens, member);
   float* const out = scratch_of(p, member);
+  const DecodeBF16 decode = decode_bf16_function<S>(p.weight.format);  // null: it is bf16
+  auto* const decoded = reinterpret_cast<uint8_t*>(out + unit_strips * at_once * kStripRows);
   for (int64_t first = 0; first < num_tokens; first += at_once) {
     const int64_t end = first + at_once < num_tokens ? first + at_once : num_tokens;
     const int64_t num_tiles = (end - first + kTileRows - 1) / kTileRows;
-    const uint8_t* const x = input + first / kTileRows * tile_bytes;
+    const uint8_t* const x = p.in.data + first / kTileRows * tile_bytes;
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
       prologue(unit, first, end - first < 2 * kTileRows ? end - first : 2 * kTileRows);
       for (int64_t strip = 0; strip < unit_strips; ++strip) {
         const int64_t panel = 2 * (unit * unit_strips + strip);
-        bf16_tiles_strip<S>({{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes},
-                            num_blocks, num_tiles, out + strip * num_tiles * kTileFloats);
+        const TileOperands in = {{p.weight.panel(panel), p.weight.panel(panel + 1)}, x, tile_bytes};
+        float* const sums = out + strip * num_tiles * kTileFloats;
+        bf16_tiles_strip<S>(in, p.weight, decode, num_tiles, decoded, sums);
       }
       finish_groups<S>(unit, first, end, {out, num_tiles * kTileFloats}, epilogue);
     }
@@ -218,7 +232,6 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   const int64_t at_once = cached_tokens<S>(p), tile_bytes = p.in.tile_bytes(kTileRows);
   const int64_t decoded_bytes = num_blocks * kDecodedBytes;  // of a panel
   const int64_t block_lines = (p.weight.panel_size() / num_blocks + 63) / 64;
-  const uint8_t* const input = input_of(p, num_tokens, member);
   auto* const decoded = reinterpret_cast<uint8_t*>(scratch_of(p, member));
   alignas(64) float out[kMaxUnitStrips * kTileFloats];
   for (int64_t first = 0; first < num_tokens; first += at_once) {
@@ -232,7 +245,7 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
       }
       for (int64_t token = first; token < end; token += kTileRows) {
         const int64_t last = token + kTileRows < end ? token + kTileRows : end;
-        const TokenGroup<S> x = {input + token / kTileRows * tile_bytes, 0};
+        const TokenGroup<S> x = {p.in.data + token / kTileRows * tile_bytes, 0};
         const int64_t fetched =
             (token - first) / kTileRows * lines;  // of a block, by earlier tiles
         prologue(unit, token, last - token);
@@ -248,10 +261,10 @@ void run_int8_tiles(const LinearParams& p, const Int8TileFunctions<S>& functions
   }
 }
 
+// Of tokens that are multiplied alike.
 template <class S, class Prologue, class Epilogue>
-void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
-                int member, const Prologue& prologue, const Epilogue& epilogue) {
-  if (units.begin >= units.end) return;
+void run_one_kind(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+                  int member, const Prologue& prologue, const Epilogue& epilogue) {
   if constexpr (S::kHasTiles) {
     if (p.in.precision == Precision::kBF16) {
       return run_bf16_tiles<S>(p, num_tokens, units, unit_strips, member, prologue, epilogue);
@@ -267,21 +280,69 @@ void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t 
   run_groups<S>(p, num_tokens, units, unit_strips, member, prologue, epilogue);
 }
 
+// The tokens of a product; the first so many were drawn.
+struct TokenCount {
+  int64_t all, generated;
+};
+
+inline TokenCount tokens_of(const StepHeader& step) {
+  return {step.num_tokens, step.num_generated};
+}
+
+// Where tokens of prompts have an arithmetic of their own, each unit is multiplied first by those
+// that were drawn: its weights come from memory once.
+template <class S, class Prologue, class Epilogue>
+void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t unit_strips,
+                int member, const Prologue& prologue, const Epilogue& epilogue) {
+  if (units.begin >= units.end) return;
+  const bool is_private = p.is_private && tokens.all <= kPrivateTokens;
+  const auto of_member = [&](const Activation& in) {
+    LinearParams mine = p;
+    mine.in = in;
+    if (is_private) mine.in.data += member * in.tile_bytes(S::kTileTokens);
+    return mine;
+  };
+  const LinearParams drawn = of_member(p.in);
+  const int64_t first = p.in.is_by_kind() ? tokens.generated : tokens.all;
+  const int64_t num_prompt = tokens.all - first;
+  if (num_prompt == 0) {
+    return run_one_kind<S>(drawn, first, units, unit_strips, member, prologue, epilogue);
+  }
+  LinearParams prompts = of_member(p.in.of_prompts());
+  if (p.scratch != nullptr) prompts.scratch += p.prompt_scratch;
+  const auto before = [&](int64_t unit, int64_t token, int64_t count) {
+    if (token == 0 && first > 0) {
+      run_one_kind<S>(drawn, first, {unit, unit + 1}, unit_strips, member, prologue, epilogue);
+      if constexpr (S::kHasTiles) S::Tiles::configure(bf16_tiles(num_prompt));
+    }
+    prologue(unit, first + token, count);
+  };
+  const auto behind = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    epilogue(unit, first + token, count, out);
+  };
+  if constexpr (S::kHasTiles) {
+    run_bf16_tiles<S>(prompts, num_prompt, units, unit_strips, member, before, behind);
+  } else {
+    run_groups<S>(prompts, num_prompt, units, unit_strips, member, before, behind);
+  }
+}
+
 // Work memory of a member, in floats, for units of so many strips.
 template <class S>
 int64_t scratch_floats(const PackedMatrix& weight, Precision precision, int64_t unit_strips) {
-  if (is_widened(weight.format, precision)) {
-    return unit_strips * kStripRows * weight.num_columns;
+  if constexpr (S::kHasTiles) {
+    if (precision != Precision::kFloat32) {
+      return tile_scratch_floats<S>(weight, precision, unit_strips);
+    }
   }
-  if constexpr (S::kHasTiles) return tile_scratch_floats<S>(weight, precision, unit_strips);
-  return 0;
+  return 2 * unit_strips * scratch_panel_size(weight, precision) / 4;
 }
 
 template <class S, class Epilogue>
-void run_linear(const LinearParams& p, int64_t num_tokens, Range units, int64_t unit_strips,
+void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t unit_strips,
                 int member, const Epilogue& epilogue) {
   const auto nothing = [](int64_t, int64_t, int64_t) {};
-  run_linear<S>(p, num_tokens, units, unit_strips, member, nothing, epilogue);
+  run_linear<S>(p, tokens, units, unit_strips, member, nothing, epilogue);
 }
 
 template <class S>
@@ -301,7 +362,7 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
       S::prefetch_write(x + 16);
     }
   };
-  run_linear<S>(p.linear, step.num_tokens, units, 1, member, fetch,
+  run_linear<S>(p.linear, tokens_of(step), units, 1, member, fetch,
                 [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   for (int64_t t = 0; t < count; ++t) {
                     float* x = p.x + (token + t) * width + unit * kStripRows;
@@ -318,7 +379,7 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
 template <class S>
 void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
-  run_linear<S>(p.linear, step.num_tokens, units, 1, member,
+  run_linear<S>(p.linear, tokens_of(step), units, 1, member,
                 [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   for (int64_t t = 0; t < count; ++t) {
                     const int64_t row = unit * kStripRows;
@@ -340,7 +401,7 @@ inline typename S::F activate(MlpActivation activation, typename S::F x) {
 // outputs.
 template <class S, int Count>
 inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutputs& out,
-                           uint8_t* block, int64_t slot) {
+                           Precision precision, uint8_t* block, int64_t slot) {
   typename S::F values[2][Count];
   BlockSlot to[Count];
   TGI_UNROLL(16)
@@ -355,7 +416,7 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutput
       values[i][t] = S::mul(activate<S>(p.activation, gate), up);
     }
   }
-  write_blocks<S, Count>(p.out.precision, values[0], values[1], to);
+  write_blocks<S, Count>(precision, values[0], values[1], to);
 }
 
 // The same as plain rows.
@@ -374,17 +435,37 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
   }
 }
 
+// Calls visit(to, begin, count) for `count` tokens, as many at a time as lie in one tile of one
+// part: all of them, but where the input's tiles begin with another token than the output's.
+template <class S, class Visit>
+inline void each_run(const Activation& out, const StepHeader& step, int64_t token, int64_t count,
+                     const Visit& visit) {
+  for (int64_t begin = 0, run; begin < count; begin += run) {
+    const ActivationRow to = row_of(out, step, token + begin);
+    const int64_t tile_left = S::kTileTokens - to.row % S::kTileTokens;
+    run = count - begin < tile_left ? count - begin : tile_left;
+    const int64_t drawn_left = step.num_generated - (token + begin);
+    if (out.is_by_kind() && drawn_left > 0 && drawn_left < run) run = drawn_left;
+    visit(to, begin, run);
+  }
+}
+
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
-  run_linear<S>(p.linear, step.num_tokens, units, 2, member,
+  run_linear<S>(p.linear, tokens_of(step), units, 2, member,
                 [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                   if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
-                  const auto [block, slot] = slot_of<S>(p.out, token, unit);
-                  by_blocks<S>(count, [&, to = block, at = slot](auto n, int64_t first) {
-                    finish_gate_up<S, n>(p, unit, out.from(first), to, at + first);
-                  });
+                  each_run<S>(p.out, step, token, count,
+                              [&](const ActivationRow& to, int64_t begin, int64_t run) {
+                                const BlockSlot at = slot_of<S>(to.part, to.row, unit);
+                                by_blocks<S>(run, [&](auto n, int64_t first) {
+                                  finish_gate_up<S, n>(p, unit, out.from(begin + first),
+                                                       to.part.precision, at.block,
+                                                       at.slot + first);
+                                });
+                              });
                 });
 }
 
@@ -395,14 +476,15 @@ void act_mul(const ActMulParams& p, const StepHeader& step, int member, int num_
   const Range rows = split(step.num_tokens, member, num_members, S::kSharedTokens);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float *gate = p.gate + row * width, *up = p.up + row * width;
+    const ActivationRow out = row_of(p.out, step, row);
     for (int64_t k = 0; k < width; k += kBlockColumns) {
       typename S::F values[2][1];
       for (int64_t i = 0; i < 2; ++i) {
         values[i][0] =
             S::mul(activate<S>(p.activation, S::load(gate + k + 16 * i)), S::load(up + k + 16 * i));
       }
-      const BlockSlot to[1] = {slot_of<S>(p.out, row, k / kBlockColumns)};
-      write_blocks<S, 1>(p.out.precision, values[0], values[1], to);
+      const BlockSlot to[1] = {slot_of<S>(out.part, out.row, k / kBlockColumns)};
+      write_blocks<S, 1>(out.part.precision, values[0], values[1], to);
     }
   }
 }
@@ -411,7 +493,7 @@ template <class S>
 void logits(const LogitsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
   run_linear<S>(
-      p.linear, step.num_rows, units, 1, member,
+      p.linear, {step.num_rows, 0}, units, 1, member,
       [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
         const int64_t column = unit * kStripRows;
         for (int64_t t = 0; t < count; ++t) {

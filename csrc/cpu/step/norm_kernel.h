@@ -72,14 +72,13 @@ template <class S>
 void norm(const NormParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t num_rows = p.for_logits ? step.num_rows : step.num_tokens;
   Range rows = split(num_rows, member, num_members, S::kSharedTokens);
-  Activation out = p.out;
-  if (p.private_bytes != 0 && num_rows <= kPrivateTokens) {
-    rows = {0, num_rows};
-    out.data += member * p.private_bytes;
-  }
+  const bool is_private = p.is_private && num_rows <= kPrivateTokens;
+  if (is_private) rows = {0, num_rows};
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t token = p.for_logits ? step.rows[row] : row;
-    norm_row<S>(p, p.x + token * p.out.num_columns, row, out);
+    ActivationRow to = row_of(p.out, step, row);
+    if (is_private) to.part.data += member * to.part.tile_bytes(S::kTileTokens);
+    norm_row<S>(p, p.x + token * p.out.num_columns, to.row, to.part);
   }
 }
 
@@ -100,16 +99,17 @@ void pack(const PackParams& p, const StepHeader& step, int member, int num_membe
   constexpr int64_t kColumnsAtOnce = S::kBlocksAtOnce * kBlockColumns;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const from = p.rows + row * p.stride;
+    const ActivationRow out = row_of(p.out, step, row);
     int64_t k = 0;
     for (; k + kColumnsAtOnce <= whole; k += kColumnsAtOnce) {
-      write_packed<S, S::kBlocksAtOnce>(from, k, row, p.out);
+      write_packed<S, S::kBlocksAtOnce>(from, k, out.row, out.part);
     }
-    for (; k < whole; k += kBlockColumns) write_packed<S, 1>(from, k, row, p.out);
+    for (; k < whole; k += kBlockColumns) write_packed<S, 1>(from, k, out.row, out.part);
     if (k == p.out.num_columns) continue;
     typename S::F a[1], b[1];
     load_end<S>(from, k, p.width, a[0], b[0]);
-    const BlockSlot to[1] = {slot_of<S>(p.out, row, k / kBlockColumns)};
-    write_blocks<S, 1>(p.out.precision, a, b, to);
+    const BlockSlot to[1] = {slot_of<S>(out.part, out.row, k / kBlockColumns)};
+    write_blocks<S, 1>(out.part.precision, a, b, to);
   }
 }
 

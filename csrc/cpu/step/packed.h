@@ -92,12 +92,16 @@ constexpr int64_t tile_block_bytes(Precision precision, int64_t tile_tokens) {
 }
 
 // Rows of `num_columns` values each, written by norm, attention or gate_up, read by the next
-// product; in tiles of the kernel set's size.
+// product; in tiles of the kernel set's size. Where prompts have an arithmetic of their own, their
+// tokens' rows lie apart, in tiles of bf16.
 struct Activation {
   uint8_t* data;  // tile after tile, 64-byte aligned
   Precision precision;
   int64_t num_columns;
+  uint8_t* prompt_data;  // the same of tokens of prompts, or null: they lie with the others
 
+  bool is_by_kind() const { return prompt_data != nullptr; }
+  Activation of_prompts() const { return {prompt_data, Precision::kBF16, num_columns, nullptr}; }
   int64_t tile_bytes(int64_t tile_tokens) const {
     return num_columns / kBlockColumns * tile_block_bytes(precision, tile_tokens);
   }

@@ -260,7 +260,7 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
     units.begin = units.begin > 0 ? units.begin : 0;
     units.end = units.end < part_units ? units.end : part_units;
     if (units.begin < units.end) {
-      run_linear<S>(part, step.num_tokens, units, unit_strips, member,
+      run_linear<S>(part, tokens_of(step), units, unit_strips, member,
                     [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
                       const int64_t head = (before + unit) * unit_strips / head_strips;
                       const int64_t strip = (before + unit) * unit_strips % head_strips;

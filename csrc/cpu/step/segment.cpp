@@ -59,6 +59,7 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   }
   header_ = step;
   header_.num_tokens = header_.num_sequences = step.num_rows;
+  header_.num_generated = std::lower_bound(rows, rows + count, step.num_generated) - rows;
   header_.query_start = header_.rows = counts_.data();
   header_.context_len = context_len_.data();
   header_.block_table = block_table_.data();

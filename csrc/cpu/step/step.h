@@ -24,6 +24,7 @@ struct AttentionPoint {
 // What changes from step to step. The arrays are written before the step starts and not during it.
 struct StepHeader {
   int64_t num_tokens;
+  int64_t num_generated;  // the first so many tokens were drawn; the others are prompts'
   int64_t num_sequences;
   int64_t num_rows;            // rows of logits
   const int32_t* ids;          // [num_tokens]
@@ -39,6 +40,17 @@ struct StepHeader {
   // (tokens of an image see each other).
   const int32_t* visible_until;
 };
+
+// A row of an activation, in the part that is for its token's kind.
+struct ActivationRow {
+  Activation part;
+  int64_t row;
+};
+
+inline ActivationRow row_of(const Activation& activation, const StepHeader& step, int64_t token) {
+  if (!activation.is_by_kind() || token < step.num_generated) return {activation, token};
+  return {activation.of_prompts(), token - step.num_generated};
+}
 
 // Which positions of its sequence a token sees, its own among them.
 struct AttentionRule {
@@ -144,7 +156,7 @@ struct NormParams {
   float eps;
   bool for_logits;  // rows of the header's `rows` instead of all tokens
   Activation out;
-  int64_t private_bytes;  // between the members' copies, see kPrivateTokens
+  bool is_private;  // few rows: each member has a copy, in a tile of its own, see kPrivateTokens
 };
 
 // Adds the norm of rows to the residual: x += factor * norm(rows).
@@ -180,11 +192,12 @@ struct LinearParams {
   PackedMatrix weight;
   const float* bias;  // [num_rows] in packed order, or null
   Activation in;
-  int64_t private_bytes;  // of the input, 0: it is not private
+  bool is_private;  // of few tokens each member has a copy of the input
   // A member's work memory: a unit's weights taken apart or as float32, or sums of tiles; null
   // where the product needs none.
   float* scratch;
   int64_t scratch_floats;  // between members
+  int64_t prompt_scratch;  // floats of a member's that come before what prompts' tokens need
 };
 
 // A product as rows: out = in @ W.T (+ bias).

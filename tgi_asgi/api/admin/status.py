@@ -61,6 +61,7 @@ async def info(exchange: Exchange) -> None:
         "model_impl": model.implementation,
         "batch_invariant": model.is_batch_invariant,
         "kernel_set": model.kernel_set,
+        "prompt_precision": model.prompt_precision,
         "max_concurrent_requests": settings.max_concurrent_requests,
         "max_best_of": limits.best_of,
         "max_stop_sequences": limits.stops,

@@ -1,0 +1,45 @@
+"""`--prompt-precision bfloat16`: whom it serves, whether it changes anything, and what it brings here."""
+
+from __future__ import annotations
+
+import logging
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.loading.open import OpenModel
+
+logger = logging.getLogger(__name__)
+
+
+def check_served(opened: OpenModel, *, is_on_gpu: bool) -> None:
+    """Check that prompts of a model can have an arithmetic of their own.
+
+    Raises:
+        ModelLoadError: they cannot.
+    """
+    if is_on_gpu:
+        raise ModelLoadError(
+            "--prompt-precision bfloat16 is for CPUs: on a GPU prompts meet decoded weights anyway"
+        )
+    if opened.is_generic:
+        raise ModelLoadError(
+            "--prompt-precision bfloat16 is for models that this server's own code computes: "
+            f"{opened.config.architecture} is computed by transformers' code, all of its tokens alike"
+        )
+
+
+def announce(packing: ops.Packing) -> bool:
+    """Say what prompts in bfloat16 bring for the weights that were packed; return whether they differ."""
+    if not packing.by_kind:
+        logger.info("--prompt-precision bfloat16 changes nothing: no weight is multiplied as codes")
+        return False
+    [(name, _)] = packing.by_kind.most_common(1)
+    ratio = ops.bfloat16_time(name)
+    if ratio < 1.0:
+        logger.info("prompts in bfloat16: a product of %s takes %.2f of its time in int8", name, ratio)
+    else:
+        logger.warning(
+            "--prompt-precision bfloat16 slows prompts down on this machine: with %s kernels a product of %s "
+            "takes %.1f times as long as in int8", ops.kernel_set().name, name, ratio,
+        )  # fmt: skip
+    return True
