@@ -57,9 +57,16 @@ class Bench:
     """A model recorded for steps of any of these shapes."""
 
     def __init__(
-        self, config: ModelConfig, model: Decoder, shapes: list[Shape], kv_dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        model: Decoder,
+        shapes: list[Shape],
+        kv_dtype: torch.dtype,
+        *,
+        has_float_prompts: bool,
     ) -> None:
         self.config, self.model, self.kv_dtype = config, model, kv_dtype
+        self.has_float_prompts = has_float_prompts
         blocks = max(shape.sequences * -(-shape.context // BLOCK) for shape in shapes)
         pool = ops.KvPool(
             num_layers=config.num_layers,
@@ -148,6 +155,7 @@ def _batch(config: ModelConfig, shape: Shape) -> tuple[ops.FlatRows, list[int]]:
         query_start=starts,
         context_len=np.full(shape.sequences, shape.context),
         block_table=blocks,
+        num_generated=shape.num_tokens if shape.tokens == 1 else 0,
     )
     return batch, (starts[1:] - 1).tolist()
 
@@ -158,7 +166,9 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
     rows = []
     for name, seconds in bench.seconds(shape, repeats):
         size, work = bench.bytes_read(name, shape), bench.operations(name, shape)
-        peak = peaks["bfloat16" if name == "attention" and bench.kv_dtype is torch.bfloat16 else "int8"]
+        is_bfloat16 = name == "attention" and bench.kv_dtype is torch.bfloat16
+        is_bfloat16 |= name != "logits" and shape.tokens > 1 and bench.has_float_prompts
+        peak = peaks["bfloat16" if is_bfloat16 else "int8"]
         floor = max(size / bandwidth / 1e9, work / peak / 1e12)
         rows.append(
             {
@@ -177,10 +187,10 @@ def report(bench: Bench, shape: Shape, repeats: int, peaks: dict[str, float]) ->
     return rows
 
 
-def _load(model_id: str, positions: int) -> tuple[ModelConfig, Decoder]:
+def _load(model_id: str, packing: ops.Packing, positions: int) -> tuple[ModelConfig, Decoder]:
     files = resolve(Settings(model_id=model_id), lambda stage, done, total: None)
     with OpenModel(files) as opened:
-        model = opened.load(ops.Packing(is_exact=False), positions)
+        model = opened.load(packing, positions)
         if not isinstance(model, Decoder) or not isinstance(opened.config, ModelConfig):
             raise SystemExit(f"{opened.config.architecture} is not timed by operator")
         return opened.config, model
@@ -197,6 +207,7 @@ def main() -> None:
     parser.add_argument("--context", type=numbers(int), default=[100], help="their tokens of context")
     parser.add_argument("--prefill", type=numbers(int), default=[512], help="tokens of one prompt in a step")
     parser.add_argument("--kv-cache-dtype", choices=("bfloat16", "int8"), default="bfloat16")
+    parser.add_argument("--prompt-precision", choices=("auto", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=40, help="of a decode step; a tenth of it for prefill")
     parser.add_argument("--out", type=Path, default=None, help="write the JSON object here too")
@@ -205,11 +216,14 @@ def main() -> None:
     shapes = [Shape(count, 1, context) for context in arguments.context for count in arguments.decode]
     shapes += [Shape(1, tokens, tokens) for tokens in arguments.prefill]
     positions = max(shape.context for shape in shapes)
+    has_float_prompts = arguments.prompt_precision == "bfloat16"
+    packing = ops.Packing(is_exact=False, has_float_prompts=has_float_prompts)
     if arguments.shape is not None:
-        config, model = load_shape(arguments.shape, ops.Packing(is_exact=False), positions)
+        config, model = load_shape(arguments.shape, packing, positions)
     else:
-        config, model = _load(arguments.model_id, positions)
-    bench = Bench(config, model, shapes, getattr(torch, arguments.kv_cache_dtype))
+        config, model = _load(arguments.model_id, packing, positions)
+    kv_dtype = getattr(torch, arguments.kv_cache_dtype)
+    bench = Bench(config, model, shapes, kv_dtype, has_float_prompts=has_float_prompts)
     peaks = {
         name: max(_C.arithmetic_peak(name) for _ in range(5)) / 1e12
         for name in ("int8", "bfloat16", "float32")
@@ -225,6 +239,7 @@ def main() -> None:
         "isa": _C.kernel_set(),
         "threads": threads,
         "kv_cache_dtype": arguments.kv_cache_dtype,
+        "prompt_precision": arguments.prompt_precision,
         "peak_top_per_s": peaks,
         "operators": rows,
     }

@@ -102,9 +102,17 @@ def oracle_logits(checkpoint: Path, texts: Texts) -> list[Tensor]:
         return [model(torch.tensor([ids])).logits[0] for _, ids in texts]
 
 
-def our_logits(files: ModelFiles, dtype: str, kv_cache_dtype: str, texts: Texts) -> Iterator[Tensor]:
-    """Compute every text with this project's kernels."""
-    teacher = Teacher(files, dtype, max(len(ids) for _, ids in texts), kv_cache_dtype=kv_cache_dtype)
+def our_logits(
+    files: ModelFiles,
+    dtype: str,
+    texts: Texts,
+    *,
+    kv_cache_dtype: str = "auto",
+    prompt_precision: str = "auto",
+) -> Iterator[Tensor]:
+    """Compute every text with this project's kernels, all of it as a prompt."""
+    longest = max(len(ids) for _, ids in texts)
+    teacher = Teacher(files, dtype, longest, kv_cache_dtype=kv_cache_dtype, prompt_precision=prompt_precision)
     for _, ids in texts:
         yield teacher.logits(ids)
 
@@ -156,9 +164,12 @@ def main() -> None:
         texts = make_texts(files, options.drawn_tokens)
         oracle = oracle_logits(checkpoint, texts)
         contenders: dict[str, Callable[[], Iterator[Tensor]]] = {
-            "ours, --dtype float32": lambda: our_logits(files, "float32", "auto", texts),
-            "ours, --dtype auto": lambda: our_logits(files, "auto", "auto", texts),
-            "ours, --kv-cache-dtype int8": lambda: our_logits(files, "auto", "int8", texts),
+            "ours, --dtype float32": lambda: our_logits(files, "float32", texts),
+            "ours, --dtype auto": lambda: our_logits(files, "auto", texts),
+            "ours, --kv-cache-dtype int8": lambda: our_logits(files, "auto", texts, kv_cache_dtype="int8"),
+            "ours, --prompt-precision bfloat16": lambda: our_logits(
+                files, "auto", texts, prompt_precision="bfloat16"
+            ),
         }
         if options.llama_python:
             contenders["llama.cpp, same file"] = lambda: llama_logits(files.path, options, texts)

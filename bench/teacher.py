@@ -34,17 +34,25 @@ class Teacher:
     Args:
         dtype: "float32" for the exact arithmetic, "auto" for the fast one; as --dtype.
         kv_cache_dtype: "auto" or "int8"; as --kv-cache-dtype.
+        prompt_precision: "auto" or "bfloat16"; as --prompt-precision. All tokens count as a prompt's.
     """
 
     def __init__(
-        self, files: ModelFiles, dtype: str, max_tokens: int, *, kv_cache_dtype: str = "auto"
+        self,
+        files: ModelFiles,
+        dtype: str,
+        max_tokens: int,
+        *,
+        kv_cache_dtype: str = "auto",
+        prompt_precision: str = "auto",
     ) -> None:
         is_exact = dtype == "float32"
         floats = torch.float32 if is_exact else torch.bfloat16
         ops.configure_threads()
+        packing = ops.Packing(is_exact=is_exact, has_float_prompts=prompt_precision == "bfloat16")
         with OpenModel(files) as opened:
             config = opened.config
-            model = opened.load(ops.Packing(is_exact=is_exact), max_tokens)
+            model = opened.load(packing, max_tokens)
         assert isinstance(config, ModelConfig) and not isinstance(model, GenericModel | EncoderModel)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         pool = ops.KvPool(

@@ -17,7 +17,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
         "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "kv_cache_dtype": "int8", "pooling": "mean",
-        "model_impl": "native",
+        "model_impl": "native", "prompt_precision": "bfloat16",
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         if spec.name == "ssl_keyfile":

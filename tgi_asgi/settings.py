@@ -112,9 +112,9 @@ class Settings:
         _one_of("auto int8 fp8_e4m3fn fp8_e5m2"),
     )
     prompt_precision: str = _model(
-        "Arithmetic of prompts by quantised weights: auto is that of generated tokens (int8); bfloat16 (CPU "
-        "only) decodes the weights, faster where AMX is, slower elsewhere (the start says which). Generated "
-        "tokens keep int8, and are not found in the prefix cache.",
+        "Arithmetic of prompts on quantised weights, on a CPU: auto is that of generated tokens (int8); "
+        "bfloat16 decodes the weights: made for AMX, slower on other processors, which the start measures. "
+        "Generated tokens keep int8, and are not found in the prefix cache.",
         "auto",
         _one_of("auto bfloat16"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from tests.support.checkpoints import make_model, save, save_tokenizer
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.loading.open import OpenModel
 from tgi_asgi.runner.load import LoadedModel, load
+from tgi_asgi.runner.prompt_precision import check_served
 from tgi_asgi.settings import Settings
 
 
@@ -94,6 +97,40 @@ def test_kernels_that_the_system_refused_are_said(
     info = load_closed(files, settings()).info
     assert f"{reason}; avx512_vnni kernels serve" in caplog.text
     assert info.kernel_set == "avx512_vnni"
+
+
+def test_prompts_in_bfloat16_are_told_and_have_a_fingerprint(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_closed(files, settings(quantize="q8_0"))
+    assert plain.info.prompt_precision is None and not plain.runner.has_prompt_arithmetic
+    caplog.set_level(logging.INFO)
+    found = load_closed(files, settings(quantize="q8_0", prompt_precision="bfloat16"))
+    assert found.info.prompt_precision == "bfloat16" and found.runner.has_prompt_arithmetic
+    assert found.info.fingerprint != plain.info.fingerprint
+    assert "a product of Q8_0 takes" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32", "quantize": "q8_0"}])
+def test_prompts_in_bfloat16_change_nothing_of_floats(
+    files: ModelFiles, changes: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_closed(files, settings(**changes))
+    caplog.set_level(logging.INFO)
+    found = load_closed(files, settings(**changes, prompt_precision="bfloat16"))
+    assert "--prompt-precision bfloat16 changes nothing" in caplog.text
+    assert found.info.prompt_precision is None and not found.runner.has_prompt_arithmetic
+    assert found.info.fingerprint == plain.info.fingerprint
+
+
+def test_prompts_in_bfloat16_are_refused_of_models_by_transformers_code(files: ModelFiles) -> None:
+    with pytest.raises(ModelLoadError, match="LlamaForCausalLM is computed by transformers' code"):
+        load_closed(files, settings(model_impl="transformers", prompt_precision="bfloat16"))
+
+
+def test_prompts_in_bfloat16_are_refused_on_a_gpu(files: ModelFiles) -> None:
+    with OpenModel(files) as opened, pytest.raises(ModelLoadError, match="is for CPUs"):
+        check_served(opened, is_on_gpu=True)
 
 
 def test_float16_is_refused_with_a_cure(files: ModelFiles) -> None:

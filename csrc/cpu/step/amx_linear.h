@@ -3,7 +3,7 @@
 #pragma once
 
 #include "amx_tiles.h"
-#include "decode_bf16.h"
+#include "decode_weights.h"
 #include "linear_tile.h"
 #include "step.h"
 

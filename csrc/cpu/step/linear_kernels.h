@@ -7,6 +7,7 @@
 
 #include "../team.h"
 #include "amx_linear.h"
+#include "decode_weights.h"
 #include "linear_tile.h"
 #include "simd_math.h"
 #include "step.h"
@@ -41,11 +42,6 @@ constexpr GroupFunctions<S> float_functions(std::integer_sequence<int, Before...
   return {float_strip<S, Fmt, Before + 1>...};
 }
 
-// Whether a product with float32 activations reads its weights widened to float32.
-inline bool is_widened(Format format, Precision precision) {
-  return precision == Precision::kFloat32 && format != Format::kF32 && format != Format::kF16;
-}
-
 template <class S>
 inline GroupFunctions<S> group_functions(Format format, Precision precision) {
   constexpr std::make_integer_sequence<int, S::kGroupTokens> kBefore;
@@ -62,30 +58,6 @@ inline GroupFunctions<S> group_functions(Format format, Precision precision) {
 #include "../../formats.def"
     default:
       return {};
-  }
-}
-
-// A panel as float32.
-template <class S>
-void dequantise(const PackedMatrix& weight, int64_t panel, float* out) {
-  const uint8_t* data = weight.panel(panel);
-  const int64_t blocks = weight.num_columns / kBlockColumns;
-  switch (weight.format) {
-    case Format::kF32:
-      std::memcpy(out, data, weight.panel_size());
-      return;
-    case Format::kF16:
-      return widen_half_panel<S>(data, blocks, out);
-    case Format::kBF16:
-      return widen_bf16_panel<S>(data, blocks, out);
-#define TGI_FLOAT_FORMAT(...)
-#define TGI_CODE_FORMAT(name, ...) \
-  case Format::k##name:            \
-    return dequantise_panel<S, name<S>>(data, blocks, out);
-#define TGI_DECODED_FORMAT(...)
-#include "../../formats.def"
-    default:
-      return;
   }
 }
 
@@ -116,22 +88,6 @@ inline int64_t cached_tokens(const LinearParams& p) {
 
 inline float* scratch_of(const LinearParams& p, int member) {
   return p.scratch == nullptr ? nullptr : p.scratch + member * p.scratch_floats;
-}
-
-// Bytes of a panel in the form that a product reads, where that is not the panel as it lies; else
-// 0.
-inline int64_t scratch_panel_size(const PackedMatrix& weight, Precision precision) {
-  if (is_widened(weight.format, precision)) return weight.num_columns * 64;
-  return is_decoded_to_bf16(weight.format, precision) ? weight.num_columns * 32 : 0;
-}
-
-// Brings a panel into that form.
-template <class S>
-inline void fill_scratch(const LinearParams& p, int64_t panel, float* out) {
-  if (p.in.precision == Precision::kFloat32) return dequantise<S>(p.weight, panel, out);
-  const int64_t num_blocks = p.weight.num_columns / kBlockColumns;
-  decode_bf16_function<S>(p.weight.format)(p.weight.panel(panel), 0, num_blocks,
-                                           reinterpret_cast<uint8_t*>(out));
 }
 
 // A member's units [begin, end) of `unit_strips` strips each, for all tokens. epilogue(unit, token,
