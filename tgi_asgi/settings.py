@@ -113,8 +113,8 @@ class Settings:
     )
     prompt_precision: str = _model(
         "Arithmetic of prompts on quantised weights, on a CPU: auto is that of generated tokens (int8); "
-        "bfloat16 decodes the weights: made for AMX, slower on other processors, which the start measures. "
-        "Generated tokens keep int8, and are not found in the prefix cache.",
+        "bfloat16 decodes the weights: more exact, made for AMX, slower on other processors, which the start "
+        "measures. Generated tokens keep int8, and are not found in the prefix cache.",
         "auto",
         _one_of("auto bfloat16"),
     )
