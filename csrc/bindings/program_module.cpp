@@ -120,7 +120,8 @@ void bind_program(py::module_& module) {
            py::arg("rows"), py::arg("query"))
       .def("run", &Program::run, py::arg("batch"), py::arg("rows"))
       .def("draw", &Program::draw, py::arg("batch"), py::arg("rows"), py::arg("slots"),
-           py::arg("state"), py::arg("mask").noconvert() = py::none())
+           py::arg("state"), py::arg("mask").noconvert() = py::none(),
+           py::arg("drafts") = std::vector<int32_t>())
       .def("profile", &Program::profile, py::arg("batch"), py::arg("rows"))
       .def("run_head", &Program::run_head, py::arg("rows"))
       .def_property_readonly("num_operators", &Program::num_operators)

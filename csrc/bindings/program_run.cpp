@@ -45,11 +45,12 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
 
 py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
                         std::vector<int32_t> slots, SampleArrays& state,
-                        const std::optional<Array<int32_t>>& mask) {
+                        const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts) {
   check(!rows.empty() && rows.size() == slots.size(),
         "`rows` must not be empty, and have a slot each");
   Draws draws;
   draws.slots = std::move(slots);
+  draws.drafts = std::move(drafts);
   SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
   {
     const py::gil_scoped_release release;
@@ -73,6 +74,7 @@ void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
         run_step(member, num_members);
         call.run(member, num_members);
       });
+  call.finish();
 }
 
 std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {

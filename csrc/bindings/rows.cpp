@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "bindings/checks.h"
@@ -21,6 +22,8 @@ struct Names {
   PyObject* block_table = PyUnicode_InternFromString("block_table");
   PyObject* samples = PyUnicode_InternFromString("samples");
   PyObject* is_generated = PyUnicode_InternFromString("is_generated");
+  PyObject* stop = PyUnicode_InternFromString("stop");
+  PyObject* num_drafts = PyUnicode_InternFromString("num_drafts");
 };
 
 py::object attribute(PyObject* object, PyObject* name) {
@@ -89,66 +92,132 @@ cpu::step::StepHeader FlatRows::header() const {
   return header;
 }
 
-FlatRows flatten(py::handle rows, const RowLimits& limits) {
+PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
   static const Names names;
   const Items items(rows);
-  FlatRows flat;
-  std::vector<Items> tables;
+  PlannedRows planned;
+  planned.rows.reserve(static_cast<size_t>(items.size()));
   std::vector<bool> is_taken(static_cast<size_t>(limits.max_rows));
-  flat.query_start.push_back(0);
+  int64_t num_tokens = 0;
   for (int64_t index = 0; index < items.size(); ++index) {
-    PyObject* const row = items[index];
-    const int64_t slot = integer(attribute(row, names.slot).ptr(), "slot", limits.max_rows);
+    PyObject* const item = items[index];
+    const int64_t slot = integer(attribute(item, names.slot).ptr(), "slot", limits.max_rows);
     if (is_taken[static_cast<size_t>(slot)]) throw PlanError("two rows of a step have one slot");
     is_taken[static_cast<size_t>(slot)] = true;
-    flat.row_slots.push_back(narrow(slot));
+    PlannedRows::Row row = {};
+    row.slot = narrow(slot);
     const int64_t start =
-        integer(attribute(row, names.start).ptr(), "position", limits.max_context);
-    const py::object token_ids = attribute(row, names.token_ids);
-    if (token_ids.is_none()) {
-      flat.ids.push_back(0);
-      flat.from_slot.push_back(narrow(slot));
+        integer(attribute(item, names.start).ptr(), "position", limits.max_context);
+    row.start = narrow(start);
+    row.first_id = planned.ids.size();
+    row.first_block = planned.blocks.size();
+    const py::object token_ids = attribute(item, names.token_ids);
+    row.is_from_slot = token_ids.is_none();
+    int64_t most_tokens = 1, stop = start + 1;
+    if (row.is_from_slot) {
+      const py::object given = attribute(item, names.stop);
+      row.is_floating = !given.is_none();
+      if (row.is_floating) {
+        stop = integer(given.ptr(), "position behind a row", limits.max_context + 1);
+        const int64_t most_drafts =
+            integer(attribute(item, names.num_drafts).ptr(), "number of drafts", limits.max_tokens);
+        if (stop < start) throw PlanError("a row stops before it starts");
+        row.most_drafts = narrow(most_drafts);
+        most_tokens += most_drafts;
+      }
     } else {
       const Items ids(token_ids);
       for (int64_t i = 0; i < ids.size(); ++i)
-        flat.ids.push_back(narrow(integer(ids[i], "token id", limits.vocab_size)));
-      flat.from_slot.push_back(-1);
+        planned.ids.push_back(narrow(integer(ids[i], "token id", limits.vocab_size)));
+      most_tokens = ids.size();
+      stop = start + most_tokens;
     }
-    const auto stop = static_cast<int64_t>(flat.ids.size());
-    const int64_t context = start + stop - flat.query_start.back();
-    if (stop > limits.max_tokens)
+    row.num_ids = planned.ids.size() - row.first_id;
+    row.stop = narrow(stop);
+    num_tokens += most_tokens;
+    if (num_tokens > limits.max_tokens)
       throw PlanError("a step has at most " + std::to_string(limits.max_tokens) + " tokens");
-    if (context == start || context > limits.max_context)
+    if (most_tokens == 0 || stop > limits.max_context)
       throw PlanError("a row has no token, or leaves the context of " +
                       std::to_string(limits.max_context));
+    const Items table(attribute(item, names.block_table));
+    const int64_t num_blocks = (stop + limits.block_size - 1) / limits.block_size;
+    if (table.size() < num_blocks)
+      throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
+                      std::to_string(table.size()));
+    for (int64_t i = 0; i < num_blocks; ++i)
+      planned.blocks.push_back(narrow(integer(table[i], "block", limits.num_blocks)));
+    row.num_blocks = static_cast<size_t>(num_blocks);
+    row.samples = is_true(attribute(item, names.samples));
+    row.is_generated = is_true(attribute(item, names.is_generated));
+    planned.rows.push_back(row);
+  }
+  return planned;
+}
+
+int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place) {
+  if (!row.is_floating) return row.start;
+  const int64_t start = place.position - 1;
+  if (start < row.start || start > row.stop)
+    throw PlanError("slot " + std::to_string(row.slot) + " is at " + std::to_string(start) +
+                    ", not in [" + std::to_string(row.start) + ", " + std::to_string(row.stop) +
+                    "]");
+  return start;
+}
+
+FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
+                 const std::vector<SlotPlace>& places,
+                 const std::vector<std::vector<int32_t>>& drafts) {
+  FlatRows flat;
+  std::vector<const PlannedRows::Row*> taken;
+  flat.query_start.push_back(0);
+  for (size_t index = 0; index < planned.rows.size(); ++index) {
+    const PlannedRows::Row& row = planned.rows[index];
+    const int64_t start = start_of(row, places[index]);
+    const auto first = static_cast<int64_t>(flat.ids.size());
+    if (row.is_from_slot) {
+      if (start >= row.stop) continue;  // its sequence has all its tokens
+      flat.ids.push_back(places[index].last_id);
+      if (!drafts.empty()) {
+        const std::vector<int32_t>& list = drafts[index];
+        flat.ids.insert(flat.ids.end(), list.begin(), list.end());
+      }
+    } else {
+      const auto ids = planned.ids.begin() + static_cast<std::ptrdiff_t>(row.first_id);
+      flat.ids.insert(flat.ids.end(), ids, ids + static_cast<std::ptrdiff_t>(row.num_ids));
+    }
+    const auto stop = static_cast<int64_t>(flat.ids.size());
+    const int64_t context = start + stop - first;
+    if (context > row.stop || (row.is_from_slot && stop - first > 1 + row.most_drafts))
+      throw PlanError("a row has more drafts than it may have");
     for (int64_t position = start; position < context; ++position)
       flat.positions.push_back(narrow(position));
     flat.query_start.push_back(narrow(stop));
     flat.context_len.push_back(narrow(context));
-    tables.emplace_back(attribute(row, names.block_table));
-    const int64_t num_blocks = (context + limits.block_size - 1) / limits.block_size;
-    if (tables.back().size() < num_blocks)
-      throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
-                      std::to_string(tables.back().size()));
-    flat.table_width = std::max(flat.table_width, num_blocks);
-    if (is_true(attribute(row, names.is_generated))) {
-      if (flat.num_generated != flat.query_start[flat.query_start.size() - 2])
-        throw PlanError("rows of generated tokens come first");
+    if (row.is_generated) {
+      if (flat.num_generated != first) throw PlanError("rows of generated tokens come first");
       flat.num_generated = stop;
     }
-    if (is_true(attribute(row, names.samples))) {
-      flat.draws.push_back(narrow(stop - 1));
-      flat.draw_slots.push_back(narrow(slot));
-      flat.draw_rows.push_back(narrow(index));
+    flat.row_slots.push_back(row.slot);
+    flat.row_of_plan.push_back(narrow(static_cast<int64_t>(index)));
+    taken.push_back(&row);
+    flat.table_width =
+        std::max(flat.table_width, (context + limits.block_size - 1) / limits.block_size);
+    if (!row.samples) continue;
+    for (int64_t token = row.is_from_slot ? first : stop - 1; token < stop; ++token) {
+      const bool is_draft = row.is_from_slot && token > first;
+      flat.draws.push_back(narrow(token));
+      flat.draw_slots.push_back(row.slot);
+      flat.draw_rows.push_back(narrow(static_cast<int64_t>(index)));
+      flat.drafts.push_back(is_draft ? flat.ids[static_cast<size_t>(token)] : -1);
     }
   }
-  flat.block_table.resize(tables.size() * static_cast<size_t>(flat.table_width));
+  flat.block_table.resize(taken.size() * static_cast<size_t>(flat.table_width));
   flat.slots.resize(flat.ids.size());
-  for (size_t row = 0; row < tables.size(); ++row) {
+  for (size_t row = 0; row < taken.size(); ++row) {
     int32_t* const table = flat.block_table.data() + row * static_cast<size_t>(flat.table_width);
-    const int64_t context = flat.context_len[row];
-    for (int64_t i = 0; i * limits.block_size < context; ++i)
-      table[i] = narrow(integer(tables[row][i], "block", limits.num_blocks));
+    const int64_t num_blocks = (flat.context_len[row] + limits.block_size - 1) / limits.block_size;
+    std::copy_n(planned.blocks.data() + taken[row]->first_block, num_blocks, table);
     for (int32_t token = flat.query_start[row]; token < flat.query_start[row + 1]; ++token) {
       const int64_t position = flat.positions[static_cast<size_t>(token)];
       flat.slots[static_cast<size_t>(token)] =
@@ -160,17 +229,30 @@ FlatRows flatten(py::handle rows, const RowLimits& limits) {
 
 namespace {
 
-// last_ids: of the slots, with any stride.
+// last_ids, positions: of the slots, with any stride. drafts: a list a row, or none at all.
 FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
-                          const py::array_t<int32_t, 0>& last_ids) {
-  FlatRows flat = flatten(rows, limits);
-  check(last_ids.ndim() == 1, "`last_ids` must have one dimension");
-  const auto ids = last_ids.unchecked<1>();
-  flat.take_last_ids([&](int32_t slot) {
-    if (slot >= ids.shape(0)) throw PlanError("a row's slot has no last id");
-    return ids(slot);
-  });
-  return flat;
+                          const py::array_t<int32_t, 0>& last_ids,
+                          const std::optional<py::array_t<int64_t, 0>>& positions,
+                          const std::vector<std::vector<int32_t>>& drafts) {
+  const PlannedRows planned = read_rows(rows, limits);
+  check(last_ids.ndim() == 1 && (!positions || positions->ndim() == 1),
+        "`last_ids` and `positions` must have one dimension");
+  check(drafts.empty() || drafts.size() == planned.rows.size(), "`drafts` must have a list a row");
+  for (const std::vector<int32_t>& list : drafts) {
+    check_range(list.data(), static_cast<int64_t>(list.size()), limits.vocab_size, "drafts");
+  }
+  std::vector<SlotPlace> places(planned.rows.size());
+  for (size_t index = 0; index < places.size(); ++index) {
+    const PlannedRows::Row& row = planned.rows[index];
+    if (!row.is_from_slot) continue;
+    if (row.slot >= last_ids.shape(0)) throw PlanError("a row's slot has no last id");
+    places[index].last_id = last_ids.unchecked<1>()(row.slot);
+    if (!row.is_floating) continue;
+    if (!positions || row.slot >= positions->shape(0))
+      throw PlanError("a row's slot has no position");
+    places[index].position = positions->unchecked<1>()(row.slot);
+  }
+  return lay_out(planned, limits, places, drafts);
 }
 
 // Arrays that others have laid out (tests); only their lengths are checked.
@@ -236,11 +318,20 @@ void bind_rows(py::module_& module) {
                              [](const FlatRows& rows) { return copy_of(rows.context_len); })
       .def_property_readonly("row_slots",
                              [](const FlatRows& rows) { return copy_of(rows.row_slots); })
+      .def_property_readonly("row_of_plan",
+                             [](const FlatRows& rows) { return copy_of(rows.row_of_plan); })
+      .def_property_readonly("draws", [](const FlatRows& rows) { return copy_of(rows.draws); })
+      .def_property_readonly("draw_slots",
+                             [](const FlatRows& rows) { return copy_of(rows.draw_slots); })
+      .def_property_readonly("draw_rows",
+                             [](const FlatRows& rows) { return copy_of(rows.draw_rows); })
+      .def_property_readonly("drafts", [](const FlatRows& rows) { return copy_of(rows.drafts); })
       .def_property_readonly("block_table", [](const FlatRows& rows) {
         return py::array_t<int32_t>({rows.num_rows(), rows.table_width}, rows.block_table.data());
       });
   module.def("flatten_rows", &flatten_with_ids, py::arg("rows"), py::arg("limits"),
-             py::arg("last_ids").noconvert(),
+             py::arg("last_ids").noconvert(), py::arg("positions").noconvert() = py::none(),
+             py::arg("drafts") = std::vector<std::vector<int32_t>>(),
              "Return a plan's rows as arrays, each integer checked.");
 }
 

@@ -27,37 +27,67 @@ struct RowLimits {
   int64_t max_tokens;  // of a step
 };
 
-// What a step's header points to, and which rows draw.
+// A plan's rows as they were given, each integer checked. Where a row begins, and with which
+// tokens, may be known only once the step before is done.
+struct PlannedRows {
+  struct Row {
+    int32_t slot;
+    int32_t start;  // or the first position that it may begin at, where its slot says which
+    int32_t stop;   // behind the last position that it may have
+    int32_t most_drafts;
+    bool is_from_slot;  // its token is the one that its slot drew last
+    bool is_floating;   // and its position, too
+    bool samples;
+    bool is_generated;  // its tokens were drawn
+    size_t first_id, num_ids;        // of `ids`
+    size_t first_block, num_blocks;  // of `blocks`
+  };
+  std::vector<Row> rows;
+  std::vector<int32_t> ids;
+  std::vector<int32_t> blocks;
+};
+
+// What a step's header points to, and which rows draw. Rows that have nothing left to compute are
+// not in it.
 struct FlatRows {
-  std::vector<int32_t> ids;          // [num_tokens]; 0 where the slot has it
+  std::vector<int32_t> ids;          // [num_tokens]
   std::vector<int32_t> positions;    // [num_tokens]
   std::vector<int64_t> slots;        // [num_tokens]
   std::vector<int32_t> query_start;  // [num_rows + 1]
   std::vector<int32_t> context_len;  // [num_rows]
   std::vector<int32_t> block_table;  // [num_rows, table_width], 0 behind a row's blocks
   int64_t table_width = 0;
-  int64_t num_generated = 0;        // the first so many tokens were drawn
-  std::vector<int32_t> row_slots;   // [num_rows]
-  std::vector<int32_t> from_slot;   // [num_rows] the slot whose last id is the row's; -1: none
-  std::vector<int32_t> draws;       // tokens that are drawn after
-  std::vector<int32_t> draw_slots;  // and their slots
-  std::vector<int32_t> draw_rows;   // and their rows
+  int64_t num_generated = 0;         // the first so many tokens were drawn
+  std::vector<int32_t> row_slots;    // [num_rows]
+  std::vector<int32_t> row_of_plan;  // [num_rows] which row of the plan it is
+  std::vector<int32_t> draws;        // tokens that are drawn after
+  std::vector<int32_t> draw_slots;   // and their slots
+  std::vector<int32_t> draw_rows;    // and their rows of the plan
+  std::vector<int32_t> drafts;       // and which they are, where they are drafts; else -1
 
   int64_t num_rows() const { return static_cast<int64_t>(context_len.size()); }
-  // Puts the last ids of slots in their rows' place. `last_id(slot)` returns one.
-  template <class LastId>
-  void take_last_ids(const LastId& last_id) {
-    for (size_t row = 0; row < from_slot.size(); ++row) {
-      if (from_slot[row] >= 0) ids[static_cast<size_t>(query_start[row])] = last_id(from_slot[row]);
-    }
-  }
   // The arrays of a step; they are this struct's own.
   cpu::step::StepHeader header() const;
 };
 
+// What a slot drew last, and where the next token will stand.
+struct SlotPlace {
+  int32_t last_id;
+  int64_t position;
+};
+
 // Reads a sequence of `StepRow`; needs the GIL. Throws PlanError where a row names what does not
 // exist, or two rows have one slot.
-FlatRows flatten(pybind11::handle rows, const RowLimits& limits);
+PlannedRows read_rows(pybind11::handle rows, const RowLimits& limits);
+
+// Where a row begins, given its slot's place. Throws PlanError where the slot is not there.
+int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place);
+
+// Lays out rows. `places` has one for each row that is from its slot, any for others; `drafts` is
+// empty, or has a list a row, each at most as long as the row allows. Throws PlanError.
+FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
+                 const std::vector<SlotPlace>& places,
+                 const std::vector<std::vector<int32_t>>& drafts);
 
 void bind_rows(pybind11::module_& module);
 

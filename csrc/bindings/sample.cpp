@@ -35,10 +35,19 @@ void SampleArrays::set_lists(Array<int32_t> biased_ids, Array<float> biased_valu
   params_.masked_stride = masked_ids_.shape(1);
 }
 
-void SampleArrays::check_slots(const std::vector<int32_t>& slots) const {
+void SampleArrays::check_slots(const std::vector<int32_t>& slots,
+                               const std::vector<int32_t>& drafts) const {
   check_range(slots.data(), static_cast<int64_t>(slots.size()), num_slots(), "slots");
+  check(drafts.empty() || drafts.size() == slots.size(), "`drafts` must have ", slots.size(),
+        " elements, got ", drafts.size());
   std::vector<bool> is_taken(static_cast<size_t>(num_slots()));
-  for (const int32_t slot : slots) {
+  for (size_t row = 0; row < slots.size(); ++row) {
+    const int32_t slot = slots[row];
+    if (!drafts.empty() && drafts[row] >= 0) {
+      check(row > 0 && slots[row - 1] == slot && drafts[row] < vocab(), "`drafts`[", row,
+            "] must be in [0, ", vocab(), "), behind a row of its slot, got ", drafts[row]);
+      continue;
+    }
     check(!is_taken[static_cast<size_t>(slot)], "`slots` must differ, got ", slot, " twice");
     is_taken[static_cast<size_t>(slot)] = true;
     check_record(slot);
@@ -71,7 +80,11 @@ void SampleArrays::reserve(int num_members) {
 }
 
 void Draws::prepare(const SampleArrays& state) {
-  state.check_slots(slots);
+  state.check_slots(slots, drafts);
+  ahead.resize(drafts.size());
+  for (size_t row = 0; row < drafts.size(); ++row) {
+    ahead[row] = drafts[row] < 0 ? 0 : ahead[row - 1] + 1;
+  }
   for (const int32_t slot : slots) {
     max_top =
         std::max<int64_t>(max_top, std::min<int64_t>(state.record(slot).num_top, state.vocab()));
@@ -79,6 +92,7 @@ void Draws::prepare(const SampleArrays& state) {
   const size_t rows = slots.size(), top = rows * static_cast<size_t>(max_top);
   token_ids.resize(rows);
   is_finite = std::make_unique<bool[]>(rows);
+  is_kept = std::make_unique<bool[]>(rows);
   logprobs.resize(rows);
   top_ids.resize(top);
   top_logprobs.resize(top);
@@ -87,17 +101,18 @@ void Draws::prepare(const SampleArrays& state) {
 
 py::tuple Draws::arrays() const {
   const int64_t rows = num_rows();
-  py::array_t<bool> finite(rows);
+  py::array_t<bool> finite(rows), kept(rows);
   std::copy_n(is_finite.get(), rows, finite.mutable_data());
+  std::copy_n(is_kept.get(), rows, kept.mutable_data());
   return py::make_tuple(py::array_t<int32_t>(rows, token_ids.data()), std::move(finite),
                         py::array_t<float>(rows, logprobs.data()),
                         py::array_t<int32_t>({rows, max_top}, top_ids.data()),
                         py::array_t<float>({rows, max_top}, top_logprobs.data()),
-                        py::array_t<int32_t>(rows, num_top.data()));
+                        py::array_t<int32_t>(rows, num_top.data()), std::move(kept));
 }
 
 SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
-    : state_(state), params_(state.params()), num_rows_(draws.num_rows()) {
+    : state_(state), draws_(draws), params_(state.params()), num_rows_(draws.num_rows()) {
   draws.prepare(state);
   params_.slots = draws.slots.data();
   params_.mask = mask;
@@ -111,7 +126,11 @@ SampleCall::SampleCall(SampleArrays& state, Draws& draws, const int32_t* mask)
 }
 
 void SampleCall::run(int member, int num_members) const {
-  cpu::sample(params_, num_rows_, state_.scratch(), member, num_members);
+  cpu::sample(params_, draws_.draft_rows(), num_rows_, state_.scratch(), member, num_members);
+}
+
+void SampleCall::finish() {
+  cpu::keep_drawn(params_, draws_.draft_rows(), num_rows_, draws_.is_kept.get());
 }
 
 const int32_t* mask_data(const std::optional<Array<int32_t>>& mask, int64_t num_rows,
@@ -127,9 +146,10 @@ namespace {
 constexpr int64_t kTokenWork = 16;
 
 py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, SampleArrays& state,
-                 const std::optional<Array<int32_t>>& mask) {
+                 const std::optional<Array<int32_t>>& mask, const std::vector<int32_t>& drafts) {
   Draws draws;
   draws.slots = slots;
+  draws.drafts = drafts;
   check_shape(logits, "logits", {draws.num_rows(), state.vocab()});
   SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
   call.set_logits(logits.data());
@@ -139,6 +159,7 @@ py::tuple sample(const Array<float>& logits, const std::vector<int32_t>& slots, 
     const auto body = [&](int member, int num_members) { call.run(member, num_members); };
     if (draws.num_rows() > 0)
       cpu::run_small(kTokenWork * draws.num_rows() * state.vocab(), reserve, body);
+    call.finish();
   }
   return draws.arrays();
 }
@@ -176,7 +197,8 @@ void bind_sampling(py::module_& module) {
       .def("set_lists", &SampleArrays::set_lists, py::arg("biased_ids").noconvert(),
            py::arg("biased_values").noconvert(), py::arg("masked_ids").noconvert());
   module.def("sample", &sample, py::arg("logits").noconvert(), py::arg("slots"), py::arg("state"),
-             py::arg("mask").noconvert() = py::none(), "See tgi_asgi.ops.sample.");
+             py::arg("mask").noconvert() = py::none(), py::arg("drafts") = std::vector<int32_t>(),
+             "See tgi_asgi.ops.sample.");
   module.def("token_logprobs", &token_logprobs, py::arg("logits").noconvert(),
              py::arg("token_ids").noconvert(), py::arg("num_top"),
              "See tgi_asgi.ops.token_logprobs.");

@@ -9,6 +9,7 @@
 
 #include "bindings/checks.h"
 #include "cpu/memory.h"
+#include "cpu/sample.h"
 #include "params.h"
 
 namespace tgi {
@@ -24,8 +25,9 @@ class SampleArrays {
   const SampleSlot& record(int32_t slot) const { return params_.records[slot]; }
   // A call's parameters without rows, logits and results.
   const SampleParams& params() const { return params_; }
-  // Throws unless `slots` are all different, in range, and their records within their lists.
-  void check_slots(const std::vector<int32_t>& slots) const;
+  // Throws unless `slots` are in range, all different but for rows that follow drafts, and their
+  // records within their lists.
+  void check_slots(const std::vector<int32_t>& slots, const std::vector<int32_t>& drafts) const;
   // Makes work memory for so many members.
   void reserve(int num_members);
   uint8_t* scratch() const { return scratch_.get(); }
@@ -44,8 +46,10 @@ class SampleArrays {
 // What one call draws: a row each.
 struct Draws {
   std::vector<int32_t> slots;
+  std::vector<int32_t> drafts;  // see cpu::DraftRows; empty: no row follows one
+  std::vector<int32_t> ahead;
   std::vector<int32_t> token_ids;
-  std::unique_ptr<bool[]> is_finite;
+  std::unique_ptr<bool[]> is_finite, is_kept;
   std::vector<float> logprobs;
   std::vector<int32_t> top_ids;  // [num_rows, max_top]
   std::vector<float> top_logprobs;
@@ -55,7 +59,10 @@ struct Draws {
   int64_t num_rows() const { return static_cast<int64_t>(slots.size()); }
   // Makes room for the slots' results.
   void prepare(const SampleArrays& state);
-  // As numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top.
+  cpu::DraftRows draft_rows() const {
+    return drafts.empty() ? cpu::DraftRows{} : cpu::DraftRows{drafts.data(), ahead.data()};
+  }
+  // As numpy arrays: token_ids, is_finite, logprobs, top_ids, top_logprobs, num_top, is_kept.
   py::tuple arrays() const;
 };
 
@@ -70,9 +77,12 @@ class SampleCall {
   void reserve(int num_members) const { state_.reserve(num_members); }
   // A member's part.
   void run(int member, int num_members) const;
+  // Moves the slots on, once all members have run.
+  void finish();
 
  private:
   SampleArrays& state_;
+  Draws& draws_;
   SampleParams params_;
   int64_t num_rows_;
 };

@@ -20,11 +20,12 @@ StepQueue::StepQueue(std::shared_ptr<Program> program, std::optional<RowLimits> 
 
 void StepQueue::push(int64_t number) { enqueue({number, nullptr}); }
 
-void StepQueue::push_rows(int64_t number, py::handle rows) {
+void StepQueue::push_rows(int64_t number, py::handle rows, double cost_base, double cost_token) {
   check(program_ != nullptr, "this queue computes nothing");
   auto step = std::make_unique<Step>();
-  step->rows = flatten(rows, *limits_);
-  check(step->rows.num_rows() > 0, "a step has rows");
+  step->planned = read_rows(rows, *limits_);
+  step->cost = {cost_base, cost_token};
+  check(!step->planned.rows.empty(), "a step has rows");
   enqueue({number, std::move(step)});
 }
 
@@ -84,15 +85,22 @@ void StepQueue::compute(Step& step) {
   step.has_failed = true;
 }
 
+void StepQueue::set_drafter(std::shared_ptr<cpu::Drafter> drafter) {
+  drafter_ = std::move(drafter);
+}
+
 void StepQueue::draw(Step& step) {
   check(sampling_ != nullptr, "no slot was ever started");
+  const std::vector<SlotPlace> places = places_of(step.planned, *sampling_);
+  std::vector<std::vector<int32_t>> drafts;
+  if (drafter_ != nullptr) drafts = drafts_of(step.planned, places, *drafter_, step.cost);
+  step.rows = lay_out(step.planned, *limits_, places, drafts);
+  if (step.rows.num_rows() == 0) return;
   step.draws.slots = step.rows.draw_slots;
+  if (!drafts.empty()) step.draws.drafts = step.rows.drafts;
   SampleCall call(*sampling_, step.draws, nullptr);
-  step.rows.take_last_ids([&](int32_t slot) {
-    check(slot < sampling_->num_slots(), "slot ", slot, " of ", sampling_->num_slots());
-    return sampling_->record(slot).last_id;
-  });
   program_->draw_batch(step.rows.header(), call);
+  if (drafter_ != nullptr) tell(*drafter_, step.draws);
 }
 
 py::list StepQueue::done() {
@@ -117,6 +125,25 @@ py::list StepQueue::done() {
   return found;
 }
 
+namespace {
+
+py::object drawn_of(const Draws& draws, size_t i) {
+  py::object logprob = py::none(), top = py::none();
+  if (!std::isnan(draws.logprobs[i])) {  // the slot wants them
+    logprob = py::float_(draws.logprobs[i]);
+    py::list pairs(draws.num_top[i]);
+    for (size_t k = 0; k < pairs.size(); ++k) {
+      const size_t at = i * static_cast<size_t>(draws.max_top) + k;
+      pairs[k] = py::make_tuple(draws.top_ids[at], draws.top_logprobs[at]);
+    }
+    top = std::move(pairs);
+  }
+  return py::make_tuple(draws.token_ids[i], std::move(logprob), std::move(top),
+                        bool{draws.is_finite[i]});
+}
+
+}  // namespace
+
 py::object StepQueue::outcome_of(const Item& item) {
   if (item.step == nullptr) return py::none();
   const Step& step = *item.step;
@@ -124,24 +151,28 @@ py::object StepQueue::outcome_of(const Item& item) {
     PyObject* const kind = step.is_out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError;
     return py::reinterpret_borrow<py::object>(kind)(step.error);
   }
-  py::list rows(step.rows.num_rows());
+  py::list rows(step.planned.rows.size());
   for (size_t row = 0; row < rows.size(); ++row) rows[row] = py::none();
+  py::dict further;
+  int64_t num_drafted_rows = 0, num_drafts = 0;
   const Draws& draws = step.draws;
   for (size_t i = 0; i < draws.token_ids.size(); ++i) {
-    py::object logprob = py::none(), top = py::none();
-    if (!std::isnan(draws.logprobs[i])) {  // the slot wants them
-      logprob = py::float_(draws.logprobs[i]);
-      py::list pairs(draws.num_top[i]);
-      for (size_t k = 0; k < pairs.size(); ++k) {
-        const size_t at = i * static_cast<size_t>(draws.max_top) + k;
-        pairs[k] = py::make_tuple(draws.top_ids[at], draws.top_logprobs[at]);
-      }
-      top = std::move(pairs);
+    const bool is_draft = step.rows.drafts[i] >= 0;
+    num_drafts += is_draft;
+    num_drafted_rows += is_draft && step.rows.drafts[i - 1] < 0;
+    if (!draws.is_kept[i]) continue;
+    py::object drawn = drawn_of(draws, i);
+    const int32_t row = step.rows.draw_rows[i];
+    if (!is_draft) {
+      rows[static_cast<size_t>(row)] = std::move(drawn);
+      continue;
     }
-    rows[static_cast<size_t>(step.rows.draw_rows[i])] =
-        py::make_tuple(draws.token_ids[i], std::move(logprob), std::move(top), draws.is_finite[i]);
+    const py::int_ key(row);
+    if (!further.contains(key)) further[key] = py::list();
+    further[key].cast<py::list>().append(std::move(drawn));
   }
-  return rows;
+  return py::make_tuple(std::move(rows), std::move(further),
+                        py::make_tuple(num_drafted_rows, num_drafts));
 }
 
 void bind_step_queue(py::module_& module) {
@@ -151,12 +182,14 @@ void bind_step_queue(py::module_& module) {
            py::arg("program") = nullptr, py::arg("limits") = std::nullopt)
       .def("fileno", &StepQueue::fileno)
       .def("push", &StepQueue::push)
-      .def("push_rows", &StepQueue::push_rows)
+      .def("push_rows", &StepQueue::push_rows, py::arg("number"), py::arg("rows"),
+           py::arg("cost_base") = 0.0, py::arg("cost_token") = 0.0)
       .def("close", &StepQueue::close)
       .def("done", &StepQueue::done)
       .def("compute_rows", &StepQueue::compute_rows, release())
       .def("finish", &StepQueue::finish)
-      .def("set_sampling", &StepQueue::set_sampling);
+      .def("set_sampling", &StepQueue::set_sampling)
+      .def("set_drafter", &StepQueue::set_drafter);
 }
 
 }  // namespace tgi

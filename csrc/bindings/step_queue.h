@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/drafting.h"
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
@@ -34,13 +35,15 @@ class StepQueue {
   // Queues a step that `compute_rows` returns.
   void push(int64_t number);
   // Queues a step that `compute_rows` computes: no slot of it starts, and no row has a grammar.
-  // Throws PlanError.
-  void push_rows(int64_t number, pybind11::handle rows);
+  // What its tokens cost says how many drafts pay. Throws PlanError.
+  void push_rows(int64_t number, pybind11::handle rows, double cost_base, double cost_token);
   // Takes nothing more; `compute_rows` returns none behind what is queued.
   void close();
   // What is done since the last call: (number, outcome), where the outcome is None of a step that
-  // `compute_rows` returned, an exception, or for each row None or what was drawn: (token id,
-  // log-probability or None, the most probable or None, whether the logits were finite).
+  // `compute_rows` returned, an exception, or (rows, further, drafted): for each row None or what
+  // was drawn first, a dict of what rows have drawn behind that, and how many rows had drafts, and
+  // how many. What was drawn is (token id, log-probability or None, the most probable or None,
+  // whether the logits were finite).
   pybind11::list done();
 
   // Computes steps that were pushed as rows, until one comes that was not: returns its number.
@@ -50,10 +53,14 @@ class StepQueue {
   void finish(int64_t number);
   // What the next steps draw with.
   void set_sampling(std::shared_ptr<SampleArrays> state);
+  // What drafts their rows; before the first step.
+  void set_drafter(std::shared_ptr<cpu::Drafter> drafter);
 
  private:
   // A step with its results, a row each.
   struct Step {
+    PlannedRows planned;
+    cpu::StepCost cost = {};
     FlatRows rows;
     Draws draws;
     std::string error;  // why it failed
@@ -74,6 +81,7 @@ class StepQueue {
   const std::shared_ptr<Program> program_;
   const std::optional<RowLimits> limits_;
   std::shared_ptr<SampleArrays> sampling_;
+  std::shared_ptr<cpu::Drafter> drafter_;  // or null
   cpu::Signal signal_;
   std::mutex lock_;  // of what follows
   std::condition_variable has_more_;

@@ -22,14 +22,21 @@ bool has_penalties(const SampleSlot& slot) {
          slot.presence_penalty != 0.0f;
 }
 
+float penalised(const SampleSlot& slot, int32_t count, float x) {
+  const float reduced = x > 0 ? x / slot.repetition_penalty : x * slot.repetition_penalty;
+  const int32_t in_output = count >> 1;
+  if (in_output == 0) return reduced;
+  return reduced - (slot.frequency_penalty * float(in_output) + slot.presence_penalty);
+}
+
 void apply_penalties(const SampleSlot& slot, const int32_t* counts, float* x, Range part) {
   for (int64_t i = part.begin; i < part.end; ++i) {
-    if (counts[i] == 0) continue;
-    x[i] = x[i] > 0 ? x[i] / slot.repetition_penalty : x[i] * slot.repetition_penalty;
-    const int32_t in_output = counts[i] >> 1;
-    if (in_output == 0) continue;
-    x[i] -= slot.frequency_penalty * float(in_output) + slot.presence_penalty;
+    if (counts[i] != 0) x[i] = penalised(slot, counts[i], x[i]);
   }
+}
+
+int64_t ahead_of(const DraftRows& drafts, int64_t row) {
+  return drafts.ahead == nullptr ? 0 : drafts.ahead[row];
 }
 
 void apply_mask(const int32_t* mask, float* x, Range part) {
@@ -45,16 +52,26 @@ void apply_mask(const int32_t* mask, float* x, Range part) {
 
 // The row's logits after penalties, bias and masks: in `room` where anything applies, else where
 // they are. Each member changes its own part.
-const float* modified(const RowTeam& team, const SampleParams& p, int64_t row, float* room) {
-  const int64_t slot_index = p.slots[row];
+const float* modified(const RowTeam& team, const SampleParams& p, const DraftRows& drafts,
+                      int64_t row, float* room) {
+  const int64_t slot_index = p.slots[row], ahead = ahead_of(drafts, row);
   const SampleSlot& slot = p.records[slot_index];
   const float* logits = p.logits + row * p.vocab;
-  const bool is_held = slot.num_masked > 0 && slot.position < slot.masked_until;
+  const bool is_held = slot.num_masked > 0 && slot.position + ahead < slot.masked_until;
   if (!has_penalties(slot) && slot.num_biased == 0 && !is_held && p.mask == nullptr) return logits;
   const Range part = team.part(p.vocab);
   const auto is_mine = [=](int64_t id) { return part.begin <= id && id < part.end; };
   std::copy(logits + part.begin, logits + part.end, room + part.begin);
-  if (has_penalties(slot)) apply_penalties(slot, p.counts + slot_index * p.vocab, room, part);
+  if (has_penalties(slot)) {
+    const int32_t* const counts = p.counts + slot_index * p.vocab;
+    apply_penalties(slot, counts, room, part);
+    for (int64_t i = 0; i < ahead; ++i) {  // of the drafts before, which are not counted yet
+      const int32_t* const end = drafts.drafts + row + 1;
+      const int32_t id = end[i - ahead];
+      const auto in_drafts = static_cast<int32_t>(std::count(end - ahead, end, id));
+      if (is_mine(id)) room[id] = penalised(slot, counts[id] + 2 * in_drafts, logits[id]);
+    }
+  }
   for (int64_t i = 0; i < slot.num_biased; ++i) {
     const int32_t id = p.biased_ids[slot_index * p.biased_stride + i];
     if (is_mine(id)) room[id] += p.biased_values[slot_index * p.biased_stride + i];
@@ -82,8 +99,9 @@ int64_t describe(const RowPasses& rows, const float* values, int64_t n, float ma
 }
 
 // scratch: kScratchRows rows, in common. Results are written by the first member.
-void sample_row(RowTeam& team, const SampleParams& p, int64_t row, float* scratch) {
-  SampleSlot& slot = p.records[p.slots[row]];
+void sample_row(RowTeam& team, const SampleParams& p, const DraftRows& drafts, int64_t row,
+                float* scratch) {
+  const SampleSlot& slot = p.records[p.slots[row]];
   const float* logits = p.logits + row * p.vocab;
   if (team.is_first()) {
     p.token_ids[row] = 0;
@@ -93,7 +111,7 @@ void sample_row(RowTeam& team, const SampleParams& p, int64_t row, float* scratc
   }
   const RowStats raw = team.stats(logits, p.vocab);
   if (!raw.is_finite) return;
-  const float* values = modified(team, p, row, scratch);
+  const float* values = modified(team, p, drafts, row, scratch);
   const RowStats stats = values == logits ? raw : team.stats(values, p.vocab);
   if (!stats.is_finite || stats.max == -INFINITY) return;
 
@@ -108,7 +126,7 @@ void sample_row(RowTeam& team, const SampleParams& p, int64_t row, float* scratc
     team.scale(values, p.vocab, stats.max, factor, scores);
     floor = cut_off(team, slot, scores, p.vocab, scratch + 2 * p.vocab);
     const DrawKey key = {slot.seed, static_cast<uint32_t>(slot.choice),
-                         static_cast<uint64_t>(slot.position)};
+                         static_cast<uint64_t>(slot.position + ahead_of(drafts, row))};
     id = team.race(scores, p.vocab, floor, key);
     if (id == p.vocab) return;  // nothing can be drawn
     values = scores;
@@ -121,8 +139,6 @@ void sample_row(RowTeam& team, const SampleParams& p, int64_t row, float* scratc
     floor = -FLT_MAX;
   }
   const double mass = wants_logprobs ? team.mass(values, p.vocab, max, floor) : 0;
-  // All that lies behind is the first member's: the others have what they need of the slot.
-  team.meet();
   if (!team.is_first()) return;
   if (wants_logprobs) {
     const int64_t wanted = std::min<int64_t>(slot.num_top, p.max_top);
@@ -132,9 +148,6 @@ void sample_row(RowTeam& team, const SampleParams& p, int64_t row, float* scratc
   }
   p.token_ids[row] = static_cast<int32_t>(id);
   p.is_finite[row] = true;
-  slot.last_id = static_cast<int32_t>(id);
-  slot.position += 1;
-  if (has_penalties(slot)) p.counts[p.slots[row] * p.vocab + id] += 2;
 }
 
 // A member's rows of work memory, each a whole number of cache lines from the others' beginning.
@@ -149,20 +162,33 @@ int64_t sample_scratch_bytes(int64_t vocab, int num_members) {
   return num_members * member_bytes(vocab) + SampleBoard::num_bytes(vocab, num_members);
 }
 
-void sample(const SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,
-            int num_members) {
+void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, uint8_t* scratch,
+            int member, int num_members) {
   const RowPasses& rows = step::kernels().rows;
   const int64_t shared = num_members > 1 ? num_rows % num_members : 0;
   const Range own = split(num_rows - shared, member, num_members);
   RowTeam alone(rows);
   auto* const room = reinterpret_cast<float*>(scratch + member * member_bytes(p.vocab));
-  for (int64_t row = own.begin; row < own.end; ++row) sample_row(alone, p, row, room);
+  for (int64_t row = own.begin; row < own.end; ++row) sample_row(alone, p, drafts, row, room);
   // The first member's room serves all: it is written when all have met in the row's first pass.
   const auto board =
       SampleBoard::at(scratch + num_members * member_bytes(p.vocab), p.vocab, num_members);
   RowTeam together(rows, board, member, num_members);
   for (int64_t row = num_rows - shared; row < num_rows; ++row) {
-    sample_row(together, p, row, reinterpret_cast<float*>(scratch));
+    sample_row(together, p, drafts, row, reinterpret_cast<float*>(scratch));
+  }
+}
+
+void keep_drawn(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, bool* is_kept) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const bool follows = ahead_of(drafts, row) > 0;
+    is_kept[row] = !follows || (is_kept[row - 1] && p.is_finite[row - 1] &&
+                                p.token_ids[row - 1] == drafts.drafts[row]);
+    if (!is_kept[row] || !p.is_finite[row]) continue;
+    SampleSlot& slot = p.records[p.slots[row]];
+    slot.last_id = p.token_ids[row];
+    slot.position += 1;
+    if (has_penalties(slot)) p.counts[p.slots[row] * p.vocab + slot.last_id] += 2;
   }
 }
 

@@ -19,7 +19,7 @@ from tests.engine.helpers import WatchedGrammar, add_request, make_request, make
 from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
-from tgi_asgi.runner.plan import StepResult
+from tgi_asgi.runner.plan import DraftLimits, StepResult
 from tgi_asgi.types import Eyes, ImageInput, SamplingParams
 
 BLOCK = 4
@@ -47,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_eager=st.none() | st.integers(1, 8),
         eyes=st.none() | st.sampled_from(Eyes),
         has_prompt_arithmetic=st.booleans(),
+        num_drafts=st.sampled_from([0, 0, 1, 3, 9]),
     )
     def start(
         self,
@@ -57,7 +58,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_eager: int | None,
         eyes: Eyes | None,
         has_prompt_arithmetic: bool,
+        num_drafts: int,
     ) -> None:
+        drafts = DraftLimits(num_drafts, 16) if num_drafts else None
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
             num_eager_blocks=num_eager,
@@ -67,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT,
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
+            drafts=drafts,
         )
         self.runner = FakeRunner(
             num_blocks=num_blocks,
@@ -74,6 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_size=max_batch_size,
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
+            drafts=drafts,
         )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []
@@ -215,7 +220,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _apply(self, step: Step, result: StepResult) -> None:
         for _, sequence in self.scheduler.apply(step, result):
-            if sequence.num_output >= sequence.max_tokens:
+            assert sequence.num_output <= sequence.max_tokens
+            if sequence.num_output == sequence.max_tokens:
                 self.scheduler.remove(sequence)
                 self.open.remove(sequence)
                 self.answers.append(sequence.token_ids)

@@ -23,7 +23,15 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from tgi_asgi.runner.plan import PromptLogprobs, Sampled, SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import (
+    DraftLimits,
+    PromptLogprobs,
+    Sampled,
+    SlotStart,
+    StepPlan,
+    StepResult,
+    StepRow,
+)
 from tgi_asgi.types import Eyes, ModelInfo, SamplingParams
 
 EOS_ID = 256
@@ -123,6 +131,8 @@ class FakeRunner:
 
     With `eyes` an image is encoded once `view_steps` steps have had it first; no row may come before that.
 
+    With `drafts` a row that may have some guesses as many as a hash says, of which the first few are right.
+
     With `is_manual` a step runs when `run_next` is called. Hooks, all settable at any time: `fault(plan)` may
     return the exception that a step fails with, `is_poisoned(tokens)` makes a row's logits not finite,
     `next_token` draws.
@@ -137,6 +147,7 @@ class FakeRunner:
     view_steps: int = 2
     takes_whole_prompts: bool = False
     has_prompt_arithmetic: bool = False
+    drafts: DraftLimits | None = None
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -151,6 +162,7 @@ class FakeRunner:
         size = self.num_blocks * self.block_size
         self._store: list[tuple[int, int, bool]] = [_NOTHING] * size
         self._slots: dict[int, _Slot] = {}
+        self._guesses: dict[int, list[int]] = {}  # of the present step, by slot
         self._num_views: Counter[bytes] = Counter()  # by digest
         self._queue: deque[_Queued] = deque()
         self._is_pumping = False
@@ -223,6 +235,9 @@ class FakeRunner:
             self._store[target * size : (target + 1) * size] = self._store[
                 source * size : (source + 1) * size
             ]
+        self._guesses = {
+            row.slot: [] if is_tainted else self._guess(row) for row in plan.rows if row.stop is not None
+        }
         for row in plan.rows:
             self._check_sight(row)
             self._write(row, is_tainted)
@@ -230,6 +245,9 @@ class FakeRunner:
             raise error
         result = StepResult(plan.step_id, [])
         for index, row in enumerate(plan.rows):
+            if row.stop is not None:
+                self._drafted_row(index, row, is_tainted, result)
+                continue
             result.sampled.append(self._row(row, is_tainted))
             if row.prompt_logprobs is not None and not is_tainted:
                 result.prompt_logprobs[index] = self._score(row)
@@ -268,7 +286,11 @@ class FakeRunner:
         self._require(len(slots) <= self.max_batch_size, "too many rows")
         self._require(len(set(slots)) == len(slots), "a slot twice in a step")
         self._require(all(0 <= slot < self.max_batch_size for slot in slots), "no such slot")
-        self._require(sum(row.num_tokens for row in plan.rows) <= self.max_step_tokens, "too many tokens")
+        num_drafts = sum(row.num_drafts for row in plan.rows)
+        num_tokens = sum(row.num_tokens for row in plan.rows)
+        self._require(num_tokens + num_drafts <= self.max_step_tokens, "too many tokens")
+        self._require(self.drafts is not None or not num_drafts, "drafts that nobody asked for")
+        self._require(self.drafts is None or num_drafts <= self.drafts.per_step, "too many drafts")
         if self.takes_whole_prompts:
             are_whole = all(row.samples and row.start == 0 and row.token_ids for row in plan.rows)
             self._require(are_whole, "a prompt does not come whole")
@@ -280,14 +302,67 @@ class FakeRunner:
             kinds = [not row.is_generated for row in plan.rows]
             self._require(kinds == sorted(kinds), "rows of generated tokens do not come first")
 
+    def _guess(self, row: StepRow) -> list[int]:
+        """Return drafts for a row, some of the first right and the others wrong."""
+        slot = self._slots[row.slot]
+        begin, stop = len(slot.tokens) - 1, row.end
+        self._require(row.token_ids is None, "a row with a stop has its tokens given")
+        self._require(row.start <= begin <= stop, f"slot {row.slot} is at {begin}: {row.start}..{stop}")
+        most = min(row.num_drafts, stop - begin - 1)
+        if most <= 0:
+            return []
+        count, num_right = divmod(crc32(array("q", slot.tokens).tobytes()), 7)
+        tokens = list(slot.tokens)
+        for at in range(count % (most + 1)):
+            token = self._next(slot, tokens)
+            tokens.append(token if at < num_right else (token + 1) % 256)
+        return tokens[len(slot.tokens) :]
+
+    def _drafted_row(self, index: int, row: StepRow, is_tainted: bool, result: StepResult) -> None:
+        """Draw the tokens of a row with a `stop`, up to the first that is not its draft."""
+        slot, guesses = self._slots[row.slot], self._guesses[row.slot]
+        result.sampled.append(None)
+        if is_tainted:
+            slot.tokens.append(0)
+            result.sampled[index] = Sampled(0)
+            return
+        if len(slot.tokens) - 1 >= row.end:
+            return
+        result.num_drafts += len(guesses)
+        result.num_drafted_rows += bool(guesses)
+        for at in range(len(guesses) + 1):
+            seen = [self._store[self._place(row, position)] for position in range(len(slot.tokens))]
+            wanted = self._wanted(slot, len(slot.tokens))
+            self._require(seen == wanted, f"slot {row.slot}: reads {seen}, wants {wanted}")
+            sampled = self._draw(slot)
+            if at == 0:
+                result.sampled[index] = sampled
+            else:
+                result.further.setdefault(index, []).append(sampled)
+            if at == len(guesses) or sampled.token_id != guesses[at] or not sampled.is_finite:
+                return
+
     def _write(self, row: StepRow, is_tainted: bool) -> None:
         slot = self._slots[row.slot]
+        is_generated = self.has_prompt_arithmetic and row.is_generated
+        if row.stop is not None:
+            begin = len(slot.tokens) - 1
+            tokens = [slot.tokens[-1], *self._guesses[row.slot]] if begin < row.stop else []
+            for position in range(row.start, row.stop) if is_tainted else ():
+                self._store[self._place(row, position)] = _NOTHING
+            for at, token in enumerate(() if is_tainted else tokens):
+                self._store[self._place(row, begin + at)] = (token, begin + at, is_generated)
+            return
         tokens = slot.tokens[-1:] if row.token_ids is None else list(row.token_ids)
         self._require(bool(tokens), "a row without tokens")
         for at, token in enumerate(tokens):
             place = self._place(row, row.start + at)
-            is_generated = self.has_prompt_arithmetic and row.is_generated
             self._store[place] = _NOTHING if is_tainted else (token, row.start + at, is_generated)
+
+    def _wanted(self, slot: _Slot, end: int) -> list[tuple[int, int, bool]]:
+        """Return what a sequence's first tokens must have written."""
+        num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
+        return [(token, at, at >= num_prompt) for at, token in enumerate(slot.tokens[:end])]
 
     def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
         slot = self._slots[row.slot]
@@ -299,8 +374,7 @@ class FakeRunner:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         seen = [self._store[self._place(row, position)] for position in range(end)]
-        num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
-        wanted = [(token, at, at >= num_prompt) for at, token in enumerate(slot.tokens[:end])]
+        wanted = self._wanted(slot, end)
         self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
         if row.pools is not None and row.pools.needs_all:
             self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")
@@ -312,15 +386,20 @@ class FakeRunner:
 
     def _draw(self, slot: _Slot) -> Sampled:
         sampling = slot.start.sampling
-        token = self.next_token(slot.tokens, sampling, slot.start.choice)
-        while slot.num_output < slot.start.min_tokens and token in slot.start.masked_ids:
-            token = (token + 1) % VOCAB_SIZE
+        token = self._next(slot, slot.tokens)
         is_finite = self.is_poisoned is None or not self.is_poisoned(slot.tokens)
         slot.tokens.append(token)
         if sampling.logprobs is None:
             return Sampled(token, is_finite=is_finite)
         top = [((token + rank) % VOCAB_SIZE, -0.5 - rank) for rank in range(sampling.logprobs)]
         return Sampled(token, fake_logprob(token), top, is_finite)
+
+    def _next(self, slot: _Slot, tokens: Sequence[int]) -> int:
+        token = self.next_token(tokens, slot.start.sampling, slot.start.choice)
+        num_output = len(tokens) - len(slot.start.prompt_ids)
+        while num_output < slot.start.min_tokens and token in slot.start.masked_ids:
+            token = (token + 1) % VOCAB_SIZE
+        return token
 
     def _place(self, row: StepRow, position: int) -> int:
         index, offset = divmod(position, self.block_size)

@@ -66,6 +66,11 @@ class TokenBudget:
         share, stretch = (first + patience * (last - first) for first, last in (_SHARE, _STRETCH))
         return max(self._target_s * stretch - decode_s, decode_s * share)
 
+    @property
+    def cost_s(self) -> tuple[float, float]:
+        """The seconds of a step that decodes, and of each of its tokens; zeros while nothing is known."""
+        return self._time.predict_s(0, 0), self._time.predict_s(1, 0) - self._time.predict_s(0, 0)
+
     def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float) -> None:
         """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then."""
         size = (num_decode_rows, num_prefill_tokens)

@@ -23,7 +23,7 @@ from tgi_asgi.engine.scheduler import Scheduler, Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
-from tgi_asgi.runner.plan import Runner, StepResult
+from tgi_asgi.runner.plan import Runner, Sampled, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Eyes, FinishReason, Permit, TokenEvent
 
@@ -76,6 +76,7 @@ class ServingLoop:
             can_fork=not runner.has_states,
             takes_whole_prompts=runner.takes_whole_prompts,
             has_prompt_arithmetic=runner.has_prompt_arithmetic,
+            drafts=runner.drafts,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
         )
@@ -227,10 +228,13 @@ class ServingLoop:
         step, result = flight.step, flight.future.result()
         duration_s = flight.done_s - flight.begun_s - result.view_s
         if step.sequences:
-            self._budget.observe(step.num_decode_rows, step.num_prefill_tokens, duration_s)
+            num_decoded = step.num_decode_rows + result.num_drafts
+            self._budget.observe(num_decoded, step.num_prefill_tokens, duration_s)
             self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         # A decode row had its last token from the step before.
         self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)
+        if result.num_drafts:
+            self._count_drafts(result)
         self._last_done_s = flight.done_s
         if step.num_prefill_tokens:
             self._stats.prefill_size.observe(len(step.sequences) - step.num_decode_rows)
@@ -238,6 +242,14 @@ class ServingLoop:
         self._stats.batch_size = len(step.sequences)
         self._stats.prefill_tokens += step.num_prefill_tokens
         await self._deliver(step, result)
+
+    def _count_drafts(self, result: StepResult) -> None:
+        stats = self._stats
+        stats.drafted_rows += result.num_drafted_rows
+        stats.draft_tokens += result.num_drafts
+        num_accepted = sum(map(len, result.further.values()))
+        stats.accepted_draft_tokens += num_accepted
+        stats.inter_token_s.observe(0.0, num_accepted)  # they came with the token before
 
     async def _deliver(self, step: Step, result: StepResult) -> None:
         """Turn a result into events and end what has ended; `_flush` hands them on."""
@@ -254,38 +266,54 @@ class ServingLoop:
             sampled = result.sampled[row]
             if sampled is None:
                 continue
-            if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
-                self.scheduler.remove(sequence)
-                self._end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
-                continue
-            if not sampled.is_finite:
-                self._recovery.num_lost_rows += 1
-                self.lose(sequence, "the model's logits were not finite")
-                continue
-            if sampled.failure is not None:
-                self.lose(sequence, f"the grammar cannot go on: {sampled.failure}")
-                continue
-            stats = channel.stats
-            stats.generated_tokens += 1
-            if stats.first_token_s is None:
-                stats.first_token_s = now
-                stats.cached_tokens = sequence.num_cached or 0
-            try:
-                event = channel.outputs[sequence.choice].push(sampled)
-            except Exception as error:
-                log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
-                self.lose(sequence, f"token {sampled.token_id} has no text", error)
-                continue
-            channel.push(event)
-            self._touched[channel] = None
-            self._stats.sampled_tokens += 1
-            self._recovery.num_lost_rows = 0
-            if event.finish is not None:
-                self.scheduler.remove(sequence)
-                if channel.is_ended:
-                    self._end(channel, None)
+            self._deliver_token(sequence, sampled, now)
+            if row in result.further:
+                self._deliver_further(sequence, result.further[row], now)
             if self._clock() > self._yield_at:
                 await self._breathe()
+
+    def _deliver_further(self, sequence: Sequence, further: list[Sampled], now: float) -> None:
+        """Turn the tokens that came of drafts into events, up to the one that ends the sequence."""
+        for count, sampled in enumerate(further):
+            if sequence.state is SequenceState.FINISHED:
+                further = further[:count]
+                break
+            self._deliver_token(sequence, sampled, now)
+        self._stats.skipped_tokens.observe(len(further))
+
+    def _deliver_token(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        """Turn a token into an event, and end what ends with it."""
+        channel: RequestChannel = sequence.owner
+        if not sampled.is_finite and sequence.request.grammar and sequence.request.sampling.logit_bias:
+            self.scheduler.remove(sequence)
+            self._end(channel, InvalidRequest("`logit_bias` leaves no token that the grammar allows"))
+            return
+        if not sampled.is_finite:
+            self._recovery.num_lost_rows += 1
+            self.lose(sequence, "the model's logits were not finite")
+            return
+        if sampled.failure is not None:
+            self.lose(sequence, f"the grammar cannot go on: {sampled.failure}")
+            return
+        stats = channel.stats
+        stats.generated_tokens += 1
+        if stats.first_token_s is None:
+            stats.first_token_s = now
+            stats.cached_tokens = sequence.num_cached or 0
+        try:
+            event = channel.outputs[sequence.choice].push(sampled)
+        except Exception as error:
+            log.exception("request %s: token %d", channel.request.request_id, sampled.token_id)
+            self.lose(sequence, f"token {sampled.token_id} has no text", error)
+            return
+        channel.push(event)
+        self._touched[channel] = None
+        self._stats.sampled_tokens += 1
+        self._recovery.num_lost_rows = 0
+        if event.finish is not None:
+            self.scheduler.remove(sequence)
+            if channel.is_ended:
+                self._end(channel, None)
 
     def _end_pooled(self, sequence: Sequence, vector: Vector, now: float) -> None:
         """End a request that wants a vector; its one event says no more than that."""

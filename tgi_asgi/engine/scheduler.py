@@ -26,12 +26,13 @@ from operator import attrgetter
 
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.engine.drafting import plan_drafts, settle_row
 from tgi_asgi.engine.looks import ALONE_S, Cuts, Look, is_looking, looks_for, settle
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
-from tgi_asgi.runner.plan import SlotStart, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import Eyes, SamplingParams
 
 _urgency = attrgetter("urgency")
@@ -75,6 +76,7 @@ class Scheduler:
         has_prompt_arithmetic: tokens of prompts have other bits than the same tokens drawn. Then a row has
             the one or the other, and a block with drawn tokens is its sequence's alone: so the bits of a
             text depend on what is prompt in it, and not on what others have asked, or on a preemption.
+        drafts: how many the runner takes.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
     """
@@ -94,6 +96,7 @@ class Scheduler:
         eyes: Eyes | None = None,
         takes_whole_prompts: bool = False,
         has_prompt_arithmetic: bool = False,
+        drafts: DraftLimits | None = None,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
     ) -> None:
@@ -108,6 +111,7 @@ class Scheduler:
         self.block_size = block_size
         self.takes_whole_prompts = takes_whole_prompts
         self._max_step_tokens = max_step_tokens
+        self._drafts = drafts
         self._budget = budget
         self._stats = stats
         self._running: list[Sequence] = []  # most urgent first
@@ -186,6 +190,10 @@ class Scheduler:
             )
         if not step.sequences and not step.looks:
             return None
+        if self._drafts is not None and len(step.sequences) == step.num_decode_rows > 0:
+            room = self._max_step_tokens - step.num_decode_rows
+            plan_drafts(step.plan.rows, step.sequences, self.tables, self._drafts, room)
+            step.plan.cost = self._budget.cost_s
         self._end_prefills(step)
         self._next_step += 1
         return step
@@ -218,13 +226,17 @@ class Scheduler:
             token_ids, pending = sequence.token_ids, sequence.num_pending
             if len(token_ids) + pending >= sequence.prompt_len + sequence.max_tokens:
                 continue
-            start = sequence.num_computed
-            if start == len(sequence.table) * size:
+            start, ahead = sequence.num_computed, sequence.num_ahead
+            stop = min(start + ahead + 1, sequence.last_end)
+            if stop > len(sequence.table) * size:
                 self.tables.grow(sequence)
             if sequence.starts_slot:
                 self._start_slot(step.plan, sequence)
             known = None if pending else token_ids[start:]
-            rows.append(StepRow(sequence.slot, known, start, sequence.table, True, is_generated=True))
+            row = StepRow(sequence.slot, known, start, sequence.table, True, is_generated=True)
+            if ahead:
+                row.stop = stop
+            rows.append(row)
             sequences.append(sequence)
             epochs.append(sequence.epoch)
             sequence.num_computed = start + 1
@@ -237,7 +249,8 @@ class Scheduler:
             sequence
             for sequence in self._running
             if not sequence.is_prefilling
-            and sequence.num_computed == len(sequence.table) * self.block_size
+            and min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
+            > len(sequence.table) * self.block_size
             and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
         ]
         while len(growing) > self.pool.num_free:
@@ -404,24 +417,45 @@ class Scheduler:
         settle(step.looks, result)
         for index, sequence in live:
             row = step.plan.rows[index]
+            sampled = result.sampled[index]
+            if row.stop is not None:
+                self._apply_drafted(row, sequence, result, index)
+                continue
             computed = row.start + row.num_tokens
             self.tables.settle(sequence, computed)
             if sequence.wants_prompt_logprobs and computed >= sequence.prompt_len:
                 sequence.wants_prompt_logprobs = False
-            sampled = result.sampled[index]
             if sampled is not None:
                 sequence.num_pending -= 1
                 if sampled.is_finite:
-                    sequence.token_ids.append(sampled.token_id)
-                    if sequence.watch is not None and sequence.follow(sequence.watch):
-                        self._restart_slot(sequence)
+                    self._append(sequence, sampled.token_id)
         return live
+
+    def _append(self, sequence: Sequence, token_id: int) -> bool:
+        """Append a drawn token; tell whether what was drawn behind it is void, as the slot starts again."""
+        sequence.token_ids.append(token_id)
+        if sequence.watch is None or not sequence.follow(sequence.watch):
+            return False
+        self._restart_slot(sequence)
+        return True
+
+    def _apply_drafted(self, row: StepRow, sequence: Sequence, result: StepResult, index: int) -> None:
+        """Take over what a row with a `stop` has drawn, which may be nothing where its sequence has ended."""
+        first, further = result.sampled[index], result.further.get(index, [])
+        drawn = [] if first is None else [first, *further]
+        sequence.num_pending -= 1
+        settle_row(row, sequence, len(drawn))
+        for at, sampled in enumerate(drawn):
+            if sampled.is_finite and self._append(sequence, sampled.token_id):
+                del further[at:]
+                break
+        self.tables.settle(sequence, min(sequence.num_computed, len(sequence.token_ids) - 1))
 
     def _restart_slot(self, sequence: Sequence) -> None:
         """Have the next row start the slot again behind the token known last; one in flight is void."""
         sequence.epoch += 1
         sequence.num_computed = len(sequence.token_ids) - 1
-        sequence.num_pending = 0
+        sequence.num_pending = sequence.num_ahead = 0
         sequence.starts_slot = True
 
     def rollback(self, step: Step) -> None:
@@ -433,13 +467,14 @@ class Scheduler:
             sequence = live.get(index)
             if sequence is not None:
                 # What the runner keeps of a prompt from chunk to chunk begins again at the beginning.
-                begin = 0 if sequence.needs_all else row.start
+                begin = 0 if sequence.needs_all else sequence.num_computed - row.num_tokens
                 sequence.num_computed = begin
+                sequence.num_ahead -= row.num_drafts
                 sequence.num_registered = min(sequence.num_registered, begin // self.block_size)
                 sequence.num_pending -= row.samples
                 sequence.is_prefilling = True
                 sequence.starts_slot = True
-            for at in range(begin // self.block_size, self.tables.blocks_for(row.start + row.num_tokens)):
+            for at in range(begin // self.block_size, self.tables.blocks_for(row.end)):
                 lost[row.block_table[at]] = max(begin, at * self.block_size)
         self.pool.forget(lost)
         for sequence in self.running:
@@ -457,13 +492,14 @@ class Scheduler:
         for index, sequence in failed.live():
             if index in rows:
                 row = failed.plan.rows[index]
-                end = row.start + row.num_tokens
+                # A row that decodes may begin later than it was planned to.
+                whole_end = end = max(row.start + row.num_tokens, sequence.num_computed + 1)
                 if max_tokens is not None:
                     end = min(end, sequence.num_computed + max_tokens)
                 end = min(end, sequence.num_computed + room)
                 end = self._end_of_kind(sequence, end)
                 end = self.cuts.end(sequence, sequence.num_computed, end)
-                is_whole = end == row.start + row.num_tokens
+                is_whole = end == whole_end
                 count = end - sequence.num_computed
                 if count == 0:
                     continue

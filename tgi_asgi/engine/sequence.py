@@ -31,17 +31,17 @@ class Sequence:
     `urgency` is fixed at arrival and orders sequences everywhere, smallest first: the queue, the rows of a
     step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
     written or being written by a step in flight, `num_taken` those among them that are others' work: cached
-    ones, or a leader's; `num_pending` the tokens that steps in flight will draw; `num_seen` the first images
-    of the prompt, which are encoded.
+    ones, or a leader's; `num_pending` the tokens that steps in flight will draw at the least, `num_ahead` how
+    many more they may draw and compute; `num_seen` the first images of the prompt, which are encoded.
     `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
     """
 
     __slots__ = (
         "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
-        "max_tokens", "min_tokens", "num_cached", "num_computed", "num_pending", "num_registered",
-        "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot", "starts_slot", "state",
-        "stop_ids",
-        "table", "tenant", "token_ids", "urgency", "wants_prompt_logprobs", "watch",
+        "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_pending",
+        "num_registered", "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot",
+        "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
+        "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +88,7 @@ class Sequence:
         self.num_taken = 0
         self.num_computed = 0
         self.num_pending = 0
+        self.num_ahead = 0
         self.num_registered = 0
         self.num_seen = 0
         self.is_prefilling = True
@@ -114,6 +115,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens drawn and known."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def last_end(self) -> int:
+        """Behind the last position that is ever computed: the last token is only drawn."""
+        return self.prompt_len + self.max_tokens - 1
 
     @property
     def was_preempted(self) -> bool:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 # Upper bounds of histograms, here and in metrics, as TGI has them.
 DURATION_BUCKETS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # seconds: 0.15 ms to 145.6 s
 BATCH_BUCKETS = tuple(float(size) for size in range(1, 1025))
+SKIPPED_BUCKETS = tuple(float(count) for count in range(65))
 
 
 class Histogram:
@@ -40,14 +41,18 @@ class EngineStats:
         inter_token_s: time between two tokens of a sequence, each counted.
         prefill_size: sequences that a step with prompt tokens read them for.
         batch_size: rows of the newest step.
+        drafted_rows, draft_tokens, accepted_draft_tokens: rows with drafts, these, and those that were drawn.
+        skipped_tokens: tokens that a row drew beyond its first, where it drew any.
         running, waiting: sequences with a slot, and without.
         blocks_used, blocks_total: of the KV cache.
     """
 
     __slots__ = (
-        "accepted", "batch_size", "blocks_total", "blocks_used", "cancelled", "failed", "failed_steps",
+        "accepted", "accepted_draft_tokens", "batch_size", "blocks_total", "blocks_used", "cancelled",
+        "draft_tokens", "drafted_rows",
+        "failed", "failed_steps",
         "finished", "inter_token_s", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
-        "prefix_query_tokens", "running", "sampled_tokens", "step_s", "steps", "waiting",
+        "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens", "step_s", "steps", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -64,6 +69,10 @@ class EngineStats:
         self.preemptions = 0
         self.step_s = {"prefill": Histogram(DURATION_BUCKETS), "decode": Histogram(DURATION_BUCKETS)}
         self.inter_token_s = Histogram(DURATION_BUCKETS)
+        self.drafted_rows = 0
+        self.draft_tokens = 0
+        self.accepted_draft_tokens = 0
+        self.skipped_tokens = Histogram(SKIPPED_BUCKETS)
         self.prefill_size = Histogram(BATCH_BUCKETS)
         self.batch_size = 0
         self.running = 0

@@ -40,6 +40,9 @@ _VLLM = {
     "num_preemptions_total": "tgi_preemptions_total",
     "prompt_tokens_total": "tgi_prompt_tokens_total",
     "generation_tokens_total": "tgi_generation_tokens_total",
+    "spec_decode_num_drafts_total": "tgi_drafts_total",
+    "spec_decode_num_draft_tokens_total": "tgi_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total": "tgi_accepted_draft_tokens_total",
     "request_success_total": "tgi_choices_total",
     "time_to_first_token_seconds": "tgi_time_to_first_token_seconds",
     "inter_token_latency_seconds": "tgi_inter_token_latency_seconds",
@@ -112,6 +115,12 @@ class Metrics:
         counter(name, help, lambda s: s.prefix_query_tokens)
         name, help = "tgi_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache."
         counter(name, help, lambda s: s.prefix_hit_tokens)
+        counter("tgi_drafts_total", "Times that tokens were guessed ahead.", lambda s: s.drafted_rows)
+        counter("tgi_draft_tokens_total", "Tokens guessed.", lambda s: s.draft_tokens)
+        name, help = "tgi_accepted_draft_tokens_total", "Guessed tokens that were drawn."
+        counter(name, help, lambda s: s.accepted_draft_tokens)
+        name, help = "tgi_request_skipped_tokens", "Guessed tokens that came with another, where any did."
+        histogram(name, help, lambda s: s.skipped_tokens)
         histogram("tgi_inter_token_latency_seconds", "From token to token.", lambda s: s.inter_token_s)
         histogram("tgi_batch_next_size", "Sequences of a prefill step.", lambda s: s.prefill_size)
 

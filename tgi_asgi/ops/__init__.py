@@ -5,7 +5,7 @@ reference in tests/reference and a test. Models that compute in torch call `dire
 tensors. Weights and caches are opaque above this line: their layout is the kernels' own affair.
 """
 
-from tgi_asgi._C import FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
+from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flatten_rows
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
@@ -65,6 +65,7 @@ __all__ = [
     "AttentionSpec",
     "Cache",
     "CpuProgram",
+    "Drafter",
     "FlatRows",
     "GateUpWeight",
     "HeadNorms",

@@ -85,16 +85,17 @@ class CpuProgram:
         slots: Sequence[int],
         state: SampleState,
         mask: npt.NDArray[np.int32] | None = None,
+        drafts: Sequence[int] = (),
     ) -> SampleResult:
         """Compute a step and draw a token after each of `rows`, for a slot each: `run` and `sample` in one.
 
-        Nothing of Python lies between them. `mask` is that of `sample`. Of the last layer only what rows need
-        is computed, beside keys and values, so that `run_head` is not possible afterwards.
+        Nothing of Python lies between them. `mask` and `drafts` are those of `sample`. Of the last layer only
+        what rows need is computed, beside keys and values, so that `run_head` is not possible afterwards.
 
         Raises:
             ValueError: as `run` and `sample`; nothing has been computed.
         """
-        return SampleResult.of(self.native.draw(batch, rows, slots, state.arrays, mask))
+        return SampleResult.of(self.native.draw(batch, rows, slots, state.arrays, mask, drafts))
 
     def profile(self, batch: _C.FlatRows, rows: Sequence[int]) -> list[float]:
         """Compute a step as `draw` does; return the seconds that each kernel call took."""

@@ -24,6 +24,8 @@ class SampleResult:
     top_ids: Tensor  # [n_rows, max_top] int32, most probable first, lowest id first on ties
     top_logprobs: Tensor  # [n_rows, max_top] float32
     num_top: Tensor  # [n_rows] int32: how many of a row's top entries are filled
+    # [n_rows] bool: False where another token was drawn than a draft before the row; None: nowhere.
+    is_kept: Tensor | None = None
 
     @classmethod
     def of(cls, arrays: Sequence[npt.NDArray[np.generic]]) -> SampleResult:
@@ -37,6 +39,7 @@ def sample(
     slots: Sequence[int],
     *,
     mask: npt.NDArray[np.int32] | None = None,
+    drafts: Sequence[int] = (),
 ) -> SampleResult:
     """Draw one token for each row of logits [n_rows, vocab] float32, by the parameters of its slot.
 
@@ -54,10 +57,12 @@ def sample(
         logits: not changed.
         state: of each slot named, the position, the last id and the counts move on by the token drawn. A
             row that is not finite draws id 0, and its slot stays as it was.
-        slots: one a row, all different.
+        slots: one a row, all different but for rows that follow drafts.
         mask: [n_rows, ceil(vocab / 32)] int32, bit i % 32 of word i / 32 set where token i is allowed.
+        drafts: [n_rows] or empty: where it is not negative the row is the next of the slot of the row before,
+            and its logits are those behind this token. It is drawn as if that one had been, and counts if so.
 
     Raises:
         ValueError: shapes do not fit, or a slot is out of range or named twice.
     """
-    return SampleResult.of(_C.sample(logits.numpy(), list(slots), state.arrays, mask))
+    return SampleResult.of(_C.sample(logits.numpy(), list(slots), state.arrays, mask, drafts))

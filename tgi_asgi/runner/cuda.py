@@ -29,7 +29,7 @@ from tgi_asgi.runner.cuda_sampler import CudaSampler, SampleStaging
 from tgi_asgi.runner.inputs import PlanError, StepInputs
 from tgi_asgi.runner.jobs import MAX_IN_FLIGHT, Job, JobQueue
 from tgi_asgi.runner.kv import KvSize
-from tgi_asgi.runner.plan import DeviceLost, Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DeviceLost, DraftLimits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import unpack
 from tgi_asgi.types import Eyes
@@ -108,6 +108,7 @@ class CudaRunner:
         self.max_context = max_context
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.eyes: Eyes | None = None
+        self.drafts: DraftLimits | None = None
         self._device = device
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot

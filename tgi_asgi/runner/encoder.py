@@ -14,7 +14,7 @@ from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.encoder_program import Floats, Prompt
 from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.jobs import JobQueue
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult, StepRow
+from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult, StepRow
 from tgi_asgi.runner.pooling import pool
 from tgi_asgi.types import Eyes, PoolingKind
 
@@ -38,6 +38,7 @@ class EncoderRunner:
     takes_whole_prompts = True
     has_prompt_arithmetic = False
     eyes: Eyes | None = None
+    drafts: DraftLimits | None = None
 
     def __init__(
         self,

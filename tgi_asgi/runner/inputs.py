@@ -59,13 +59,23 @@ class StepInputs:
         if len(set(targets)) != len(targets) or set(targets) & set(sources):
             raise PlanError("a block is copied to twice, or both from and to")
 
-    def fill(self, rows: Sequence[StepRow], last_ids: npt.NDArray[Any]) -> FlatRows:
+    def fill(
+        self,
+        rows: Sequence[StepRow],
+        last_ids: npt.NDArray[Any],
+        positions: npt.NDArray[Any] | None = None,
+        drafts: Sequence[Sequence[int]] = (),
+    ) -> FlatRows:
         """Return the rows as arrays; a row without token ids takes its slot's of `last_ids` [n_slots].
+
+        Args:
+            positions: of the token that each slot draws next, for rows that have a `stop`.
+            drafts: of each row; or none at all.
 
         Raises:
             PlanError: an id, a position, a slot or a block is out of bounds, or two rows have one slot.
         """
-        return flatten_rows(rows, self.limits, last_ids)
+        return flatten_rows(rows, self.limits, last_ids, positions, drafts)
 
 
 def _check_range(name: str, value: int, stop: int) -> None:

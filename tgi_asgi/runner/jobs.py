@@ -72,7 +72,7 @@ class JobQueue:
         self._jobs[job.number] = job  # first: the thread that takes the number looks for it
         try:
             if is_rows_alone:
-                self.steps.push_rows(job.number, plan.rows)
+                self.steps.push_rows(job.number, plan.rows, *plan.cost)
             else:
                 self.steps.push(job.number)
         except Exception as error:
@@ -133,8 +133,14 @@ class JobQueue:
                 logger.error("step %s failed: %s", job.plan.step_id, drawn)
                 outcome = drawn
             else:
-                sampled = [None if row is None else Sampled(*row) for row in drawn]
-                outcome = StepResult(job.plan.step_id, sampled)
+                rows, further, (num_drafted_rows, num_drafts) = drawn
+                outcome = StepResult(
+                    job.plan.step_id,
+                    [None if row is None else Sampled(*row) for row in rows],
+                    {row: [Sampled(*each) for each in more] for row, more in further.items()},
+                    num_drafted_rows,
+                    num_drafts,
+                )
             _end(job, outcome)
 
 

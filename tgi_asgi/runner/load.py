@@ -35,7 +35,7 @@ from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
 from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
 from tgi_asgi.runner.runner import CpuRunner
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import Settings, Speculation
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor, ModelInfo, Progress
@@ -127,6 +127,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         )
     else:
         assert not isinstance(model, GenericModel | EncoderModel)
+        if settings.speculation is not None:
+            logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
     max_total_tokens = min(longest, kv_size.num_tokens)
     kernels = ops.kernel_set() if device is None else None
@@ -246,7 +248,28 @@ def _make_cpu_runner(
         image_cache=settings.image_cache,
         dense=dense,
         has_prompt_arithmetic=has_prompt_arithmetic,
+        speculation=_speculation(model, settings),
     )
+
+
+def _speculation(model: Model | GenericModel, settings: Settings) -> Speculation | None:
+    """Return how tokens are guessed; none, said once, where it could change the text or not be undone."""
+    speculation = settings.speculation
+    if speculation is None or not isinstance(model, GenericModel):
+        return speculation if model.config.generates else None
+    reason = (
+        "what it keeps of a sequence cannot be taken back token by token"
+        if model.config.has_states
+        else "its logits depend on what else is computed"
+        if not model.is_batch_invariant
+        else "it takes images"
+        if model.config.seeing is not None
+        else None
+    )
+    if reason is None:
+        return speculation
+    logger.warning("nothing is speculated for %s: %s", model.config.architecture, reason)
+    return None
 
 
 def _return_freed_memory() -> None:

@@ -17,7 +17,7 @@ class SlotMasks:
     """The matchers of all slots whose sequences have a grammar.
 
         masks.start(start)                    # for each slot start of a step
-        mask = masks.compute(slots)           # before the draw; None if no row is constrained
+        mask = masks.compute(slots, drafts)   # before the draw; None if no row is constrained
         masks.accept(slots, drawn)            # after it
 
     For the runner's thread. A step that raises between `compute` and `accept` changes nothing.
@@ -37,13 +37,38 @@ class SlotMasks:
         else:
             self._slots[start.slot] = _Slot(start, self.num_words * 32)
 
-    def compute(self, slots: Sequence[int]) -> npt.NDArray[np.int32] | None:
-        """Compute masks [n_slots, n_words] for slots that will draw; None if none has a grammar."""
+    def compute(self, slots: Sequence[int], drafts: Sequence[list[int]] = ()) -> npt.NDArray[np.int32] | None:
+        """Compute masks [n_draws, n_words] for slots that will draw; None if none has a grammar.
+
+        A slot draws once, and once more behind each of its `drafts`, which are cut short in place where its
+        grammar allows no more of them, or ends.
+        """
         if not self._bound(slots):
             return None
-        masks = np.empty((len(slots), self.num_words), np.int32)
-        self.fill(slots, masks)
-        return masks
+        if not any(drafts):
+            masks = np.empty((len(slots), self.num_words), np.int32)
+            self.fill(slots, masks)
+            return masks
+        masks = np.full((len(slots) + sum(map(len, drafts)), self.num_words), _ALL, np.int32)
+        row = 0
+        plain: list[tuple[int, _Slot]] = []
+        for slot, following in zip(slots, drafts, strict=True):
+            one = self._slots.get(slot)
+            if one is not None and not one.matcher.is_ended:
+                if following:
+                    del following[one.fill_along(following, masks[row:]) :]
+                else:
+                    plain.append((row, one))
+            row += 1 + len(following)
+        Matcher.fill_masks([one.matcher for _, one in plain], [at for at, _ in plain], masks)
+        for at, one in plain:
+            one.correct(masks[at])
+        return masks[:row]
+
+    def certain(self, slot: int) -> Sequence[int]:
+        """Return the tokens that must come next in a slot, where its grammar knows them."""
+        one = self._slots.get(slot)
+        return () if one is None or one.matcher.is_ended else one.matcher.forced_ids()
 
     def fill(self, slots: Sequence[int], masks: Mask) -> None:
         """Write the masks of slots that will draw to masks [n_slots, n_words]: all ones without a grammar."""
@@ -84,11 +109,34 @@ class _Slot:
         self._num_early = start.min_tokens - len(start.output_ids)  # draws to come that should not end it
         self._early = _bits(start.masked_ids, num_bits)  # what would end it
 
-    def correct(self, mask: Mask) -> None:
-        """Take out of the matcher's mask what would end the text too early."""
+    def fill_along(self, drafts: Sequence[int], masks: Mask) -> int:
+        """Write masks from row 0 on, one more than drafts; return how many of these can be drawn.
+
+        The matcher stays where it is: a copy goes along the drafts, and stops before one that ends the text.
+        """
+        self.matcher.fill_mask(masks[0])
+        self.correct(masks[0])
+        if self.matcher.error is not None:
+            return 0
+        ahead = self.matcher.copy()
+        for count, token_id in enumerate(drafts):
+            if not masks[count].view(np.uint32)[token_id // 32] >> token_id % 32 & 1:
+                return count
+            ahead.accept(token_id)
+            if ahead.is_ended:
+                return count
+            ahead.fill_mask(masks[count + 1])
+            if ahead.error is not None:
+                masks[count + 1] = _ALL
+                return count
+            self.correct(masks[count + 1], num_ahead=count + 1)
+        return len(drafts)
+
+    def correct(self, mask: Mask, num_ahead: int = 0) -> None:
+        """Take out of the matcher's mask, behind so many drafts, what would end the text too early."""
         if self.matcher.error is not None:
             mask[:] = _ALL
-        elif self._num_early > 0:
+        elif self._num_early > num_ahead:
             longer = mask & ~self._early
             if longer.any():  # else the text can only end here, whatever `min_tokens` wants
                 mask[:] = longer

@@ -54,10 +54,21 @@ class StepRow:
     second_start: int | None = None  # as `GenerationRequest.second_start`
     # Its tokens were drawn. (Computed again, also in rows without this, unless prompts have an arithmetic.)
     is_generated: bool = False
+    # Where steps in flight may draw several tokens, or this row may: it begins where its slot is, from
+    # `start` on, and ends before `stop`, which the table covers; it may be that nothing is left to compute.
+    # None: exactly at `start`.
+    stop: int | None = None
+    num_drafts: int = 0  # most tokens that the runner may guess and compute behind the row's own
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that it computes at the least."""
         return 1 if self.token_ids is None else len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """Behind the last position that it may write."""
+        return self.start + self.num_tokens if self.stop is None else self.stop
 
 
 @dataclass(slots=True)
@@ -71,6 +82,7 @@ class StepPlan:
     # Images to encode ahead of the steps that need them, in turn, as far as the time goes: at least a piece.
     views: list[ImageInput] = field(default_factory=list)
     view_s: float = 0.0
+    cost: tuple[float, float] = (0.0, 0.0)  # seconds of a step that decodes, and of each of its tokens
 
 
 @dataclass(slots=True)
@@ -94,11 +106,22 @@ class StepResult:
     """What a step drew."""
 
     step_id: int
-    sampled: list[Sampled | None]  # one a row; None where the row does not sample
+    sampled: list[Sampled | None]  # one a row; None where the row does not sample, or had nothing left
+    further: dict[int, list[Sampled]] = field(default_factory=dict)  # by row index: behind that, by drafts
+    num_drafted_rows: int = 0  # that had drafts
+    num_drafts: int = 0
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row index
     pooled: dict[int, Vector] = field(default_factory=dict)  # likewise: float32, the caller's own
     is_viewed: list[bool] = field(default_factory=list)  # one a view: it needs no more of this
     view_s: float = 0.0  # what the views have taken of the step
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """How many drafts a runner takes."""
+
+    per_row: int
+    per_step: int
 
 
 class DeviceLost(Exception):
@@ -118,6 +141,7 @@ class Runner(Protocol):
     takes_whole_prompts: bool
     # Keys and values of a prompt's tokens have other bits than those of the same tokens drawn.
     has_prompt_arithmetic: bool
+    drafts: DraftLimits | None  # None: it draws one token a row
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

@@ -38,6 +38,7 @@ class Program(Protocol):
         slots: Sequence[int],
         state: ops.SampleState,
         mask: npt.NDArray[np.int32] | None = None,
+        drafts: Sequence[int] = (),
     ) -> ops.SampleResult: ...
 
 
@@ -73,13 +74,13 @@ class Pools:
 
 def make_program(
     model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int,
-    image_cache: int = 0,
+    image_cache: int = 0, max_drafts: int = 0,
 ) -> Program:  # fmt: skip
-    """Make what runs a model's steps over these pools."""
+    """Make what runs a model's steps over these pools; `max_drafts`: rows of logits beside the batch's."""
     if isinstance(model, GenericModel):
         return model.program(pools.all, max_context, image_cache)
     (pool,) = pools.all
     return ops.CpuProgram(
         record(model, pool.layers), max_tokens=max_step_tokens, max_sequences=max_batch_size,
-        max_rows=max_batch_size, max_context=max_context,
+        max_rows=max_batch_size + max_drafts, max_context=max_context,
     )  # fmt: skip

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tgi_asgi import ops
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.pooling import Dense
+from tgi_asgi.runner.drafts import SlotDrafts
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
 from tgi_asgi.runner.kv import KvSize
@@ -23,7 +24,8 @@ from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
 from tgi_asgi.runner.programs import Pools, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
-from tgi_asgi.runner.sampling import unpack
+from tgi_asgi.runner.sampling import Draws
+from tgi_asgi.settings import Speculation
 from tgi_asgi.types import PoolingKind
 
 
@@ -36,11 +38,13 @@ class CpuRunner:
     Args:
         dense: what pooled vectors go through.
         has_prompt_arithmetic: the model's weights are packed so that prompts are computed otherwise.
+        speculation: how tokens are guessed; None: each row draws one. Not for models that have states.
 
     Attributes:
         max_context: tokens that a sequence can have.
         has_states: a sequence has more than keys and values: nothing that it has computed can be shared.
         eyes: of a model that takes images.
+        drafts: how many it takes.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class CpuRunner:
         image_cache: int = 0,
         dense: Sequence[Dense] = (),
         has_prompt_arithmetic: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -73,6 +78,8 @@ class CpuRunner:
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
         )
+        self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
+        self.drafts = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
             self._pools,
@@ -80,6 +87,7 @@ class CpuRunner:
             max_step_tokens=max_step_tokens,
             max_context=max_context,
             image_cache=image_cache,
+            max_drafts=0 if self._drafts is None else self._drafts.limits.per_step,
         )
         self._seer = self._program if isinstance(self._program, VisionProgram) else None
         self.eyes = None if self._seer is None else self._seer.eyes
@@ -90,6 +98,8 @@ class CpuRunner:
         self._pooler = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted
         self._jobs = JobQueue(self._program.native, self._inputs.limits)
+        if self._drafts is not None:
+            self._jobs.steps.set_drafter(self._drafts.native)
         self._thread = threading.Thread(
             target=self._jobs.serve, args=(lambda plan: self.run(plan),), name="tgi-runner", daemon=True
         )
@@ -148,6 +158,8 @@ class CpuRunner:
                 masked_ids=start.masked_ids if start.grammar is None else (),  # else the mask has them
             )
             self._masks.start(start)
+            if self._drafts is not None:
+                self._drafts.start(start)
             if self._seer is not None:
                 self._seer.start(start.slot, start.prompt_ids, start.images)
             self._scorer.forget(start.slot)
@@ -160,44 +172,67 @@ class CpuRunner:
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        sampling = [index for index, row in enumerate(plan.rows) if row.samples and row.pools is None]
-        slots = [plan.rows[index].slot for index in sampling]
+        starts = self._starts(plan)
+        drawing = [
+            index
+            for index, row in enumerate(plan.rows)
+            if row.samples and row.pools is None and starts[index] < row.end
+        ]
+        drafts: list[list[int]] = []
+        if self._drafts is not None:
+            drafts = self._drafts.choose(plan, starts, self._masks.certain)
         # Before the step and not beside it: the team has every core, and a thread that computed masks then
         # would hold up a member, and with it all the others at the next barrier.
-        mask = self._masks.compute(slots)
+        mask = self._masks.compute(
+            [plan.rows[index].slot for index in drawing],
+            [drafts[index] for index in drawing] if drafts else (),
+        )
         ops.wake_threads()
-        batch = self._inputs.fill(plan.rows, self._sampling.last_ids)
+        batch = self._inputs.fill(
+            plan.rows, self._sampling.last_ids, self._sampling.records["position"], drafts
+        )
         result = StepResult(plan.step_id, [None] * len(plan.rows))
-        stops = batch.query_start.tolist()
-        rows = [stops[index + 1] - 1 for index in sampling]  # each row's last token
+        draws = Draws.of(plan, batch)
+        if not len(batch.row_slots):
+            return result
+        firsts = dict(zip(batch.row_of_plan.tolist(), batch.query_start.tolist(), strict=False))
         if (
-            slots
+            draws.rows
             and self._generates
             and all(row.prompt_logprobs is None and row.pools is None for row in plan.rows)
         ):
-            drawn = unpack(self._program.draw(batch, rows, slots, self._sampling, mask))
+            drawn = self._program.draw(batch, draws.tokens, draws.slots, self._sampling, mask, draws.drafts)
         else:
-            logits = self._program.run(batch, rows)
-            has_pooled = self._pool_rows(plan, stops, result)
-            if self._score(plan, stops, result) or has_pooled:
-                logits = self._program.run_head(rows)  # the scorer's logits took the place of these
-            if self._generates:
-                drawn = unpack(ops.sample(logits, self._sampling, slots, mask=mask)) if slots else []
-            else:  # only the engine's probe asks for a token
-                drawn = [Sampled(0) for _ in slots]
-        self._masks.accept(slots, drawn)
-        for index, sampled in zip(sampling, drawn, strict=True):
-            result.sampled[index] = sampled
+            logits = self._program.run(batch, draws.tokens)
+            has_pooled = self._pool_rows(plan, firsts, result)
+            if self._score(plan, firsts, result) or has_pooled:
+                logits = self._program.run_head(draws.tokens)  # the scorer's logits took the place of these
+            if not self._generates:  # only the engine's probe asks for a token
+                for row in draws.rows:
+                    result.sampled[row] = Sampled(0)
+                return result
+            if not draws.rows:
+                return result
+            drawn = ops.sample(logits, self._sampling, draws.slots, mask=mask, drafts=draws.drafts)
+        slots, sampled = draws.share_out(drawn, result)
+        self._masks.accept(slots, sampled)
+        if self._drafts is not None:
+            self._drafts.tell(slots, sampled)
         return result
 
-    def _score(self, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
+    def _starts(self, plan: StepPlan) -> list[int]:
+        """Return where each row begins: those that have a `stop` where their slots are."""
+        positions = self._sampling.records["position"]
+        return [row.start if row.stop is None else int(positions[row.slot]) - 1 for row in plan.rows]
+
+    def _score(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
         """Score the prompts of the rows that want it; tell whether there were any."""
         for index, row in enumerate(plan.rows):
             if row.prompt_logprobs is not None:
-                result.prompt_logprobs[index] = self._scorer.score(stops[index], row)
+                result.prompt_logprobs[index] = self._scorer.score(firsts[index], row)
         return bool(result.prompt_logprobs)
 
-    def _pool_rows(self, plan: StepPlan, stops: Sequence[int], result: StepResult) -> bool:
+    def _pool_rows(self, plan: StepPlan, firsts: Mapping[int, int], result: StepResult) -> bool:
         """Pool the rows that want it; tell whether logits were computed for one."""
         has_logits = False
         for index, row in enumerate(plan.rows):
@@ -205,9 +240,9 @@ class CpuRunner:
                 continue
             vector = None
             if row.pools.kind is not PoolingKind.LOGITS:
-                vector = self._pooler.take(stops[index], row)
+                vector = self._pooler.take(firsts[index], row)
             elif row.samples:
-                logits = self._program.run_head([stops[index + 1] - 1])[0].numpy()
+                logits = self._program.run_head([firsts[index] + row.num_tokens - 1])[0].numpy()
                 vector, has_logits = logits[list(row.pools.token_ids)], True  # a copy
             if vector is not None:
                 result.pooled[index] = vector

@@ -3,9 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tgi_asgi.ops import SampleResult
-from tgi_asgi.runner.plan import Sampled
+from tgi_asgi.ops import FlatRows, SampleResult
+from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The draws of a step: one a row, and one more behind each of its drafts.
+
+    Attributes:
+        rows: of the plan.
+        tokens: of the step, behind which they are.
+        slots: whose they are.
+        drafts: what the tokens are, where they are drafts; else -1.
+    """
+
+    rows: list[int]
+    tokens: list[int]
+    slots: list[int]
+    drafts: list[int]
+
+    @classmethod
+    def of(cls, plan: StepPlan, batch: FlatRows) -> Draws:
+        """Return those of rows that do not want a vector instead."""
+        found = zip(
+            batch.draw_rows.tolist(),
+            batch.draws.tolist(),
+            batch.draw_slots.tolist(),
+            batch.drafts.tolist(),
+            strict=True,
+        )
+        draws = [each for each in found if plan.rows[each[0]].pools is None]
+        return cls(*map(list, zip(*draws, strict=True))) if draws else cls([], [], [], [])
+
+    def share_out(self, drawn: SampleResult, result: StepResult) -> tuple[list[int], list[Sampled]]:
+        """Put what counts of the draws into a step's result; return it, and whose it is."""
+        are_kept: list[bool] = [True] * len(self.rows) if drawn.is_kept is None else drawn.is_kept.tolist()
+        slots, kept = [], []
+        for row, slot, draft, sampled, is_kept in zip(
+            self.rows, self.slots, self.drafts, unpack(drawn), are_kept, strict=True
+        ):
+            if draft >= 0:
+                result.num_drafts += 1
+            if not is_kept:
+                continue
+            slots.append(slot)
+            kept.append(sampled)
+            if draft < 0:
+                result.sampled[row] = sampled
+            else:
+                result.further.setdefault(row, []).append(sampled)
+        result.num_drafted_rows = len(
+            {row for row, draft in zip(self.rows, self.drafts, strict=True) if draft >= 0}
+        )
+        return slots, kept
 
 
 def unpack(result: SampleResult) -> list[Sampled]:

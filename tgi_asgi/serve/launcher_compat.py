@@ -59,7 +59,6 @@ OPTIONS: tuple[CompatOption, ...] = (
     _refused("lora_adapters", "adapters are not served"),
     _refused("rope_scaling", "positions are scaled as the model's own configuration says"),
     _refused("rope_factor", "positions are scaled as the model's own configuration says", "1", "1.0"),
-    CompatOption("speculate", "nothing is speculated", neutral=frozenset({"0"})),
     *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
     CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),

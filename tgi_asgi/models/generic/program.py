@@ -115,9 +115,10 @@ class ModuleProgram(Protocol):
         slots: Sequence[int],
         state: ops.SampleState,
         mask: npt.NDArray[np.int32] | None = None,
+        drafts: Sequence[int] = (),
     ) -> ops.SampleResult:
         """Compute a step and draw a token after each of `rows`, as `CpuProgram.draw`."""
-        return ops.sample(self.run(batch, rows), state, slots, mask=mask)
+        return ops.sample(self.run(batch, rows), state, slots, mask=mask, drafts=drafts)
 
 
 class GenericProgram(ModuleProgram):

@@ -152,6 +152,12 @@ class Matcher:
         """Whether the text is complete and nothing can follow it, or the matcher has failed."""
         return bool(self._backend.is_stopped())
 
+    def copy(self) -> Matcher:
+        """Return another one that has come as far."""
+        made = Matcher(self._backend.deep_copy(), self._executor)
+        made._forced.extend(self._forced)
+        return made
+
     def fill_mask(self, mask: Mask) -> None:
         """Write which tokens may come next: EOS only where the text may end. See `error` afterwards."""
         if self._fill_forced(mask):

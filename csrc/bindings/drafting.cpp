@@ -1,0 +1,109 @@
+#include "bindings/drafting.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+namespace tgi {
+
+std::vector<SlotPlace> places_of(const PlannedRows& planned, const SampleArrays& state) {
+  std::vector<SlotPlace> places(planned.rows.size());
+  for (size_t index = 0; index < places.size(); ++index) {
+    const PlannedRows::Row& row = planned.rows[index];
+    if (!row.is_from_slot) continue;
+    check(row.slot < state.num_slots(), "slot ", row.slot, " of ", state.num_slots());
+    const SampleSlot& record = state.record(row.slot);
+    places[index] = {record.last_id, record.position};
+  }
+  return places;
+}
+
+std::vector<std::vector<int32_t>> drafts_of(const PlannedRows& planned,
+                                            const std::vector<SlotPlace>& places,
+                                            const cpu::Drafter& drafter,
+                                            const cpu::StepCost& cost) {
+  std::vector<cpu::DraftWish> wishes;
+  std::vector<size_t> rows;
+  int64_t num_tokens = 0;
+  for (size_t index = 0; index < planned.rows.size(); ++index) {
+    const PlannedRows::Row& row = planned.rows[index];
+    num_tokens += row.is_from_slot ? 1 : static_cast<int64_t>(row.num_ids);
+    if (row.most_drafts == 0) continue;
+    const int64_t room = row.stop - start_of(row, places[index]) - 1;
+    if (room <= 0) continue;
+    wishes.push_back({row.slot, std::min<int64_t>(row.most_drafts, room), {}});
+    rows.push_back(index);
+  }
+  if (wishes.empty()) return {};
+  std::vector<std::vector<int32_t>> chosen = drafter.choose(wishes, cost, num_tokens);
+  std::vector<std::vector<int32_t>> drafts(planned.rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) drafts[rows[i]] = std::move(chosen[i]);
+  return drafts;
+}
+
+void tell(cpu::Drafter& drafter, const Draws& draws) {
+  for (size_t row = 0; row < draws.slots.size(); ++row) {
+    if (draws.is_kept[row] && draws.is_finite[row])
+      drafter.append(draws.slots[row], draws.token_ids[row]);
+  }
+}
+
+namespace {
+
+cpu::Drafter make_drafter(int64_t num_slots, int64_t shortest, int64_t longest) {
+  check_size(num_slots, "num_slots");
+  check_size(shortest, "shortest");
+  check(shortest <= longest && longest <= 1024, "`longest` must be in [", shortest, ", 1024], got ",
+        longest);
+  return cpu::Drafter(num_slots, {shortest, longest});
+}
+
+void check_slot(const cpu::Drafter& drafter, int64_t slot) {
+  check(slot >= 0 && slot < drafter.num_slots(), "`slot` must be in [0, ", drafter.num_slots(),
+        "), got ", slot);
+}
+
+void start(cpu::Drafter& drafter, int64_t slot, const Array<int32_t>& ids) {
+  check_slot(drafter, slot);
+  check_shape(ids, "ids", {-1});
+  drafter.start(static_cast<int32_t>(slot), {ids.data(), ids.data() + ids.size()});
+}
+
+using Wish = std::tuple<int64_t, int64_t, std::vector<int32_t>>;
+
+std::vector<std::vector<int32_t>> choose(const cpu::Drafter& drafter,
+                                         const std::vector<Wish>& given, double base, double token,
+                                         int64_t num_tokens) {
+  std::vector<cpu::DraftWish> wishes;
+  for (const auto& [slot, most, certain] : given) {
+    check_slot(drafter, slot);
+    wishes.push_back({static_cast<int32_t>(slot), most, certain});
+  }
+  return drafter.choose(wishes, {base, token}, num_tokens);
+}
+
+void append(cpu::Drafter& drafter, int64_t slot, int32_t id) {
+  check_slot(drafter, slot);
+  drafter.append(static_cast<int32_t>(slot), id);
+}
+
+}  // namespace
+
+void bind_drafting(py::module_& module) {
+  py::class_<cpu::Drafter, std::shared_ptr<cpu::Drafter>>(
+      module, "Drafter", "Guesses of slots' next tokens, see csrc/cpu/drafter.h.")
+      .def(py::init([](int64_t num_slots, int64_t shortest, int64_t longest) {
+             return std::make_shared<cpu::Drafter>(make_drafter(num_slots, shortest, longest));
+           }),
+           py::kw_only(), py::arg("num_slots"), py::arg("shortest"), py::arg("longest"))
+      .def("start", &start, py::arg("slot"), py::arg("ids").noconvert(),
+           "Give a slot to a sequence that has these tokens.")
+      .def("append", &append, py::arg("slot"), py::arg("id"), "Take a token that was drawn.")
+      .def("choose", &choose, py::arg("wishes"), py::kw_only(), py::arg("base"), py::arg("token"),
+           py::arg("num_tokens"),
+           "Return the drafts of each (slot, most, what is certain), by a step's cost.");
+}
+
+}  // namespace tgi
