@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.settings import Settings
+from tgi_asgi.settings import Settings, Speculation
 
 
 def test_every_field_is_read_from_its_upper_snake_variable() -> None:
@@ -18,6 +18,8 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "kv_cache_dtype": "int8", "pooling": "mean",
         "model_impl": "native", "prompt_precision": "bfloat16",
+        "model_impl": "native",
+        "speculative_config": '{"method": "ngram", "num_speculative_tokens": 2}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
         if spec.name == "ssl_keyfile":
@@ -112,3 +114,42 @@ def test_the_repr_shows_what_was_changed_and_no_key() -> None:
     assert "port=8080" in text
     assert "secret" not in text
     assert "max_batch_size" not in text
+
+
+def test_speculation_is_given_in_tgis_way_or_in_vllms() -> None:
+    assert Settings().speculation is None
+    assert Settings.from_environ({"SPECULATE": "5"}).speculation == Speculation(5)
+    config = (
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 3, "prompt_lookup_max": 9}'
+    )
+    assert Settings(speculative_config=config).speculation == Speculation(4, 3, 9)
+    named = Settings(speculative_config='{"model": "[ngram]", "num_speculative_tokens": 4}')
+    assert named.speculation == Speculation(4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "be JSON"),
+        ("[]", "be an object"),
+        ('{"num_speculative_tokens": 4}', "no draft models"),
+        ('{"method": "eagle", "model": "x", "num_speculative_tokens": 4}', "'eagle'"),
+        ('{"method": "ngram", "model": "some/draft", "num_speculative_tokens": 4}', "no draft model"),
+        ('{"method": "ngram"}', "num_speculative_tokens"),
+        ('{"method": "ngram", "num_speculative_tokens": 65}', "1..64, got 65"),
+        ('{"method": "ngram", "num_speculative_tokens": true}', "got True"),
+        ('{"method": "ngram", "num_speculative_tokens": 4, "quantization": "fp8"}', "'quantization'"),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 5, "prompt_lookup_max": 3}',
+            "prompt_lookup_min",
+        ),
+    ],
+)
+def test_what_is_not_speculated_is_refused_by_name(config: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Settings(speculative_config=config)
+
+
+def test_speculation_is_not_given_twice() -> None:
+    with pytest.raises(InvalidRequest, match="beside --speculative-config"):
+        Settings(speculate=3, speculative_config='{"method": "ngram", "num_speculative_tokens": 4}')

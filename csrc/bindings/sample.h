@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "bindings/checks.h"
+#include "cpu/draft_rows.h"
 #include "cpu/memory.h"
-#include "cpu/sample.h"
 #include "params.h"
 
 namespace tgi {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "draft_rows.h"
 #include "sample_cut.h"
 #include "sample_team.h"
 #include "sample_top.h"
@@ -177,6 +178,11 @@ void sample(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, ui
   for (int64_t row = num_rows - shared; row < num_rows; ++row) {
     sample_row(together, p, drafts, row, reinterpret_cast<float*>(scratch));
   }
+}
+
+void sample(const SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,
+            int num_members) {
+  sample(p, DraftRows{}, num_rows, scratch, member, num_members);
 }
 
 void keep_drawn(const SampleParams& p, const DraftRows& drafts, int64_t num_rows, bool* is_kept) {

@@ -11,33 +11,12 @@ namespace tgi::cpu {
 // Bytes of work memory, at a multiple of 64, for sample() by so many members.
 int64_t sample_scratch_bytes(int64_t vocab, int num_members);
 
-// Which rows of logits follow drafts. A slot has one row, or several in a row, of which each but
-// the first was given a draft as the token before:
-//
-//     row      0         1         2         3
-//     slot     5         5         5         2
-//     drafts   -1        a         b         -1        5 may go on with a, then b
-//     ahead    0         1         2         0
-//     drawn    a         x         (y)       c         5 goes on with a, x; the draw of row 2 is
-//     void
-//
-// Both [num_rows]; or null, where no row follows a draft.
-struct DraftRows {
-  const int32_t* drafts;
-  const int32_t* ahead;
-};
-
 // A member's part of `num_rows` draws; called by all members of a team, or by a caller alone as
-// member 0 of 1. Each row is drawn as if the drafts before it had been; slots stay as they are.
+// member 0 of 1. The rows' slots stay as they are: `keep_drawn` of draft_rows.h moves them on.
 // Members draw a row each, and what rows are left, all together: their bits are the same. scratch:
 // of all members.
-void sample(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
-            uint8_t* scratch, int member, int num_members);
-
-// Moves the slots of all rows on by what `sample` has drawn, up to the first token of each that is
-// not its draft. is_kept: [num_rows], whether the row's draw counts.
-void keep_drawn(const ::tgi::SampleParams& p, const DraftRows& drafts, int64_t num_rows,
-                bool* is_kept);
+void sample(const ::tgi::SampleParams& p, int64_t num_rows, uint8_t* scratch, int member,
+            int num_members);
 
 // Rows [begin, end). A row that is not finite gets NaN.
 void token_logprobs(const ::tgi::TokenLogprobsParams& p, int64_t begin, int64_t end);

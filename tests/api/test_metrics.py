@@ -243,6 +243,9 @@ request_inference_time_seconds histogram
 request_prompt_tokens histogram
 request_generation_tokens histogram
 request_max_num_generation_tokens histogram
+spec_decode_num_drafts counter
+spec_decode_num_draft_tokens counter
+spec_decode_num_accepted_tokens counter
 """
 
 

@@ -126,7 +126,7 @@ int64_t allocations_of_draws(const std::vector<float>& logits, const std::vector
                                2,
                                kVocab};
   const int64_t before = num_allocations;
-  tgi::cpu::sample(params, {}, num_rows, aligned, 0, 1);
+  tgi::cpu::sample(params, num_rows, aligned, 0, 1);
   const int64_t during = num_allocations - before;
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t first = row * kVocab;
