@@ -33,13 +33,14 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import GenerationRequest, SamplingParams, StopConditions, TokenEvent
 
 GREEDY = SamplingParams(temperature=0.0)
-STORY = """The harbour of Ostrava lay quiet in the early morning. Captain Miller walked along the pier, past the \
-nets and the barrels, and looked for the boat that had come in during the night. It was a small boat with a red \
-sail, and nobody knew whose it was. The harbour master had written its name into his book: Swallow. Captain \
-Miller asked the fishermen, but they had seen nothing. Only old Anna, who sold bread at the gate, had heard \
-voices before dawn. Two men had carried a long box up the hill, she said, and one of them had a lantern. Captain \
-Miller thanked her, bought a loaf of bread, and went up the hill himself. Behind the chapel he found the box, \
-open and empty, and beside it the tracks of a cart that led away to the north, along the river."""
+STORY = """The harbour of Ostrava lay quiet in the early morning. Captain Miller walked along the pier, past
+the nets and the barrels, and looked for the boat that had come in during the night. It was a small
+boat with a red sail, and nobody knew whose it was. The harbour master had written its name into his
+book: Swallow. Captain Miller asked the fishermen, but they had seen nothing. Only old Anna, who
+sold bread at the gate, had heard voices before dawn. Two men had carried a long box up the hill,
+she said, and one of them had a lantern. Captain Miller thanked her, bought a loaf of bread, and
+went up the hill himself. Behind the chapel he found the box, open and empty, and beside it the
+tracks of a cart that led away to the north, along the river."""
 
 
 class Sink:
@@ -89,7 +90,7 @@ def chat(model: LoadedModel, *turns: str) -> list[int]:
 async def scenes(side: Side) -> dict[str, tuple[list[list[int]], SamplingParams, int]]:
     """Return what is asked: prompts, how to draw, tokens of an answer at the most."""
     model, rng = side.model, random.Random(0)
-    edit = "Repeat this text word by word, but write Swift instead of Swallow:\n\n" + STORY
+    edit = "Repeat this text word by word, but write Swift instead of Swallow:\n\n" + STORY.replace("\n", " ")
     first = "Write a Python function that reads a CSV file and returns the sum of a column."
     _, [answer] = await side.ask([chat(model, first)], GREEDY, 220)
     said = model.tokenizer.decode(answer, skip_special_tokens=True)

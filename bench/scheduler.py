@@ -21,7 +21,7 @@ from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence as EngineSequence
 from tgi_asgi.errors import TgiError
-from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
+from tgi_asgi.runner.plan import DraftLimits, Sampled, StepPlan, StepResult
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Eyes, GenerationRequest, ModelInfo, SamplingParams, StopConditions, TokenEvent
 
@@ -51,6 +51,7 @@ class InstantRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
+        self.drafts: DraftLimits | None = None
         self.eyes: Eyes | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0

@@ -7,7 +7,7 @@ from collections import deque
 from tests.engine.helpers import until
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.scheduler import Step
-from tgi_asgi.runner.plan import StepPlan, StepResult
+from tgi_asgi.runner.plan import DraftLimits, StepPlan, StepResult
 from tgi_asgi.types import Eyes
 
 
@@ -16,6 +16,7 @@ class HeldRunner:
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
     has_states = takes_whole_prompts = has_prompt_arithmetic = False
+    drafts: DraftLimits | None = None
     eyes: Eyes | None = None
 
     def __init__(self) -> None:

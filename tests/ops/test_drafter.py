@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tgi_asgi import ops
 
-FREE = {"base": 1.0, "token": 0.0, "num_tokens": 1}
+FREE: dict[str, Any] = {"base": 1.0, "token": 0.0, "num_tokens": 1}
 
 
 def drafter_of(tokens: list[int], shortest: int = 2, longest: int = 32) -> ops.Drafter:
@@ -71,7 +72,7 @@ def test_no_draft_where_a_token_costs_what_it_brings() -> None:
 
 
 def test_guesses_that_are_not_drawn_teach_it_to_guess_less() -> None:
-    cost = {"base": 1.0, "token": 0.1, "num_tokens": 1}
+    cost: dict[str, Any] = {"base": 1.0, "token": 0.1, "num_tokens": 1}
     rng = random.Random(1)
     drafter = drafter_of([1, 2, 3, 4, 5, 6, 7, 8])
     before = []

@@ -348,7 +348,7 @@ class FakeRunner:
         if row.stop is not None:
             begin = len(slot.tokens) - 1
             tokens = [slot.tokens[-1], *self._guesses[row.slot]] if begin < row.stop else []
-            for position in range(row.start, row.stop) if is_tainted else ():
+            for position in range(max(begin, row.start), row.stop) if is_tainted else ():
                 self._store[self._place(row, position)] = _NOTHING
             for at, token in enumerate(() if is_tainted else tokens):
                 self._store[self._place(row, begin + at)] = (token, begin + at, is_generated)

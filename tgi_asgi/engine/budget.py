@@ -25,6 +25,7 @@ class TokenBudget:
         "_block_size",
         "_limit",
         "_max_tokens",
+        "_num_alike_drafts",
         "_num_due",
         "_size",
         "_target_s",
@@ -39,6 +40,7 @@ class TokenBudget:
         self._time = StepTime()
         self._size = (0, 0)  # of the last step: decode rows, prompt tokens
         self._alike_s: list[float] = []  # what steps of that size took that have not been learnt from
+        self._num_alike_drafts = 0
         self._num_due = 1
 
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
@@ -71,16 +73,26 @@ class TokenBudget:
         """The seconds of a step that decodes, and of each of its tokens; zeros while nothing is known."""
         return self._time.predict_s(0, 0), self._time.predict_s(1, 0) - self._time.predict_s(0, 0)
 
-    def observe(self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float) -> None:
-        """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then."""
+    def observe(
+        self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float, *, num_drafts: int = 0
+    ) -> None:
+        """Learn from a step that took `duration_s`: of a size at once if it is new, else now and then.
+
+        A draft costs what a row does; their number alone makes no new size, as it changes from step to step.
+        """
         size = (num_decode_rows, num_prefill_tokens)
         if size != self._size:
             self._size, self._num_due = size, 1
             self._alike_s.clear()
+            self._num_alike_drafts = 0
         self._alike_s.append(duration_s)
-        if len(self._alike_s) >= self._num_due:
-            self._time.observe(*size, sum(self._alike_s) / len(self._alike_s))
+        self._num_alike_drafts += num_drafts
+        count = len(self._alike_s)
+        if count >= self._num_due:
+            num_rows = num_decode_rows + self._num_alike_drafts / count
+            self._time.observe(num_rows, num_prefill_tokens, sum(self._alike_s) / count)
             self._alike_s.clear()
+            self._num_alike_drafts = 0
             self._num_due = _ALIKE
         if num_prefill_tokens:
             self._limit = min(self._limit + self._block_size, self._max_tokens)

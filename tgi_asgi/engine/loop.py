@@ -228,8 +228,9 @@ class ServingLoop:
         step, result = flight.step, flight.future.result()
         duration_s = flight.done_s - flight.begun_s - result.view_s
         if step.sequences:
-            num_decoded = step.num_decode_rows + result.num_drafts
-            self._budget.observe(num_decoded, step.num_prefill_tokens, duration_s)
+            self._budget.observe(
+                step.num_decode_rows, step.num_prefill_tokens, duration_s, num_drafts=result.num_drafts
+            )
             self._stats.step_s["prefill" if step.num_prefill_tokens else "decode"].observe(duration_s)
         # A decode row had its last token from the step before.
         self._stats.inter_token_s.observe(flight.done_s - self._last_done_s, step.num_decode_rows)

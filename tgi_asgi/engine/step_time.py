@@ -28,12 +28,12 @@ class StepTime:
         """Seconds that a prompt token adds to a step; None before the first prompt."""
         return self._coefficients[2] if self._covariance[2][2] else None
 
-    def predict_s(self, num_rows: int, num_tokens: int) -> float:
+    def predict_s(self, num_rows: float, num_tokens: int) -> float:
         """Return the seconds that a step is expected to take; 0 while nothing is known."""
         base, row, token = self._coefficients
         return base + num_rows * row + num_tokens * token
 
-    def observe(self, num_rows: int, num_tokens: int, duration_s: float) -> None:
+    def observe(self, num_rows: float, num_tokens: int, duration_s: float) -> None:
         """Learn from a step."""
         self._begin(num_rows, num_tokens, duration_s)
         covariance, coefficients = self._covariance, self._coefficients
@@ -53,7 +53,7 @@ class StepTime:
             for j in range(3):
                 covariance[i][j] -= spread[i] * spread[j] / variance
 
-    def _begin(self, num_rows: int, num_tokens: int, duration_s: float) -> None:
+    def _begin(self, num_rows: float, num_tokens: int, duration_s: float) -> None:
         """Let the first step that has rows, or tokens, say how much they could take at the most."""
         if num_rows and not self._covariance[1][1]:
             self._covariance[0][0] = duration_s**2
