@@ -130,3 +130,53 @@ def test_masks_of_many_slots_are_each_slot_s_own(masks: SlotMasks, compiler: Gra
     free = set(range(VOCAB_SIZE))
     expected = {slot: {ord(text[slot % 3])} for slot, text in enumerate(texts)} | {5: free, 6: free}
     assert allowed(masks, *order) == [expected[slot] for slot in order]
+
+
+def along(masks: SlotMasks, slots: list[int], drafts: list[list[int]]) -> list[set[int]]:
+    mask = masks.compute(slots, drafts)
+    assert mask is not None and len(mask) == len(slots) + sum(map(len, drafts))
+    words = [[word & 0xFFFFFFFF for word in row] for row in mask.tolist()]
+    return [{i for i in range(VOCAB_SIZE) if row[i // 32] >> i % 32 & 1} for row in words]
+
+
+def test_each_draft_has_the_mask_that_it_would_have_one_by_one(compiler: GrammarCompiler) -> None:
+    grammar = compiler.compile(sources.regex("(ab|ac)x?[0-9]{2}"))
+    text = ToyTokenizer().encode("acx7", add_special_tokens=False)
+    ahead, one_by_one = SlotMasks(VOCAB_SIZE), SlotMasks(VOCAB_SIZE)
+    for masks in (ahead, one_by_one):
+        masks.start(start(3, grammar, min_tokens=4, masked_ids=(EOS,)))
+    found = along(ahead, [0, 3, 1], [[], list(text), [5]])
+    expected = []
+    for token_id in text:
+        expected += allowed(one_by_one, 3)
+        draw(one_by_one, 3, token_id)
+    expected += allowed(one_by_one, 3)
+    assert found[1:-2] == expected
+    assert found[0] == found[-1] == found[-2] == set(range(VOCAB_SIZE))
+    assert allowed(ahead, 3) == expected[:1], "the matcher has gone on with its drafts"
+
+
+def test_drafts_are_cut_where_the_grammar_allows_no_more(compiler: GrammarCompiler) -> None:
+    masks = SlotMasks(VOCAB_SIZE)
+    masks.start(start(0, compiler.compile(sources.regex("abc"))))
+    tokens = ToyTokenizer().encode("abz", add_special_tokens=False)
+    drafts = [list(tokens)]
+    found = along(masks, [0], drafts)
+    assert drafts == [list(tokens[:2])]
+    assert len(found) == 3
+
+
+def test_no_draft_ends_a_text(compiler: GrammarCompiler) -> None:
+    masks = SlotMasks(VOCAB_SIZE)
+    masks.start(start(0, compiler.compile(sources.regex("ab"))))
+    tokens = ToyTokenizer().encode("ab", add_special_tokens=False)
+    drafts = [[*tokens, EOS, 7]]
+    along(masks, [0], drafts)
+    assert drafts[0] in ([*tokens], [*tokens[:-1]])
+
+
+def test_what_a_grammar_leaves_no_choice_about_is_certain(compiler: GrammarCompiler) -> None:
+    masks = SlotMasks(VOCAB_SIZE)
+    masks.start(start(0, compiler.compile(sources.regex("[ab]"))))
+    assert not masks.certain(0)
+    assert not masks.certain(1)

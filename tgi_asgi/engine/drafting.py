@@ -25,11 +25,11 @@ def plan_drafts(
 ) -> None:
     """Let decode rows have drafts, as far as blocks are free; `room`: tokens that the step can still take.
 
-    A step of many rows has none: each is worth more than a guess. Nor does it take the blocks that those
-    that run need soon.
+    A step of so many rows that there are not two for each has none: there a row costs what it brings, and to
+    plan drafts would be all that comes of it. Nor are blocks taken that those that run need soon.
     """
     count = min(limits.per_row, min(limits.per_step, room) // len(rows))
-    if count <= 0:
+    if count < min(limits.per_row, 2):
         return
     for row, sequence in zip(rows, sequences, strict=True):
         first_end = min(row.start + sequence.num_ahead + 1, sequence.last_end)
