@@ -7,6 +7,7 @@ import dataclasses
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ import torch
 
 from tests.engine.helpers import Answer, collect, submit
 from tests.runner.test_grammar import AUTO, EOS, MARK, Letters
+from tests.support import architectures
 from tests.support.checkpoints import load_model, make_model, save
+from tests.support.generic import load_generic
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.load import speculation_of
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings, Speculation
 from tgi_asgi.text.constrain import source as sources
@@ -58,7 +63,9 @@ def grammars(model: Model) -> list[Grammar]:
 
 
 @asynccontextmanager
-async def serving(model: Model, speculation: Speculation | None, num_blocks: int) -> AsyncIterator[Engine]:
+async def serving(
+    model: Model | GenericModel, speculation: Speculation | None, num_blocks: int
+) -> AsyncIterator[Engine]:
     size = KvSize(num_blocks=num_blocks, block_size=16, bytes_per_token=1, dtype=torch.float32)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=LONGEST, speculation=speculation
@@ -177,3 +184,33 @@ async def test_answers_are_the_same_with_and_without_drafts(
     assert stats.accepted_draft_tokens < stats.draft_tokens
     if num_blocks < 20:
         assert stats.preemptions > 0
+
+
+async def test_models_of_transformers_answer_the_same_with_drafts(tmp_path: Path) -> None:
+    architectures.make("cohere", tmp_path)
+    model = load_generic(tmp_path, max_context=LONGEST)
+    assert isinstance(model, GenericModel)
+    settings = Settings(speculate=8)
+    assert speculation_of(model, settings) == settings.speculation
+    requests = [
+        GenerationRequest(
+            f"r{seed}",
+            [2 + index % (3 + seed) for index in range(30)],
+            SamplingParams(seed=seed, temperature=0.3 * (seed % 2)),
+            StopConditions(max_tokens=24, ignore_eos=True),
+        )
+        for seed in range(6)
+    ]
+    answers = []
+    for speculation in (None, settings.speculation):
+        async with serving(model, speculation, 60) as engine:
+            answers.append(await answers_of(engine, requests, 3))
+    assert answers[0] == answers[1]
+    assert engine.stats.accepted_draft_tokens > 0
+
+
+def test_models_with_states_have_no_drafts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    architectures.make("mamba", tmp_path)
+    model = load_generic(tmp_path, max_context=LONGEST)
+    assert speculation_of(model, Settings(speculate=8)) is None
+    assert "cannot be taken back token by token" in caplog.text

@@ -248,11 +248,11 @@ def _make_cpu_runner(
         image_cache=settings.image_cache,
         dense=dense,
         has_prompt_arithmetic=has_prompt_arithmetic,
-        speculation=_speculation(model, settings),
+        speculation=speculation_of(model, settings),
     )
 
 
-def _speculation(model: Model | GenericModel, settings: Settings) -> Speculation | None:
+def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
     """Return how tokens are guessed; none, said once, where it could change the text or not be undone."""
     speculation = settings.speculation
     if speculation is None or not isinstance(model, GenericModel):
