@@ -23,9 +23,9 @@ struct MatchLimits {
 //                 ^ source            newest ^
 //
 // Found as LZ77 finds it (Ziv and Lempel, 1977): places behind equal short runs are chained by a
-// hash, newest first, and the longest match among the first few of them counts. It follows the
-// text at no cost while it goes on as before. A suffix automaton finds no more than 1 % more that
-// is drawn (bench.drafts --matches), for 30 times the memory.
+// hash, newest first, and the longest match among the first 32 of them counts. It follows the text
+// at no cost while that goes on as before. A suffix automaton would find the longest of all in any
+// text, for some 100 bytes a token where this takes 16.
 class TokenHistory {
  public:
   void start(std::vector<int32_t> ids, const MatchLimits& limits);
