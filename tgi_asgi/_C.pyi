@@ -205,6 +205,29 @@ class RowLimits:
         max_tokens: int,  # of a step
     ) -> None: ...
 
+class AdapterLayout:
+    """The products of a model that adapters may change: of each (columns, rows, most inner values)."""
+
+    def __init__(self, products: Sequence[tuple[int, int, int]]) -> None: ...
+
+class Adapter:
+    """The weights of an adapter, see csrc/bindings/adapter.h.
+
+    Each part is (product, down [num_inner, columns], scales [num_inner], panels [num_panels, 3], up [n, 16]).
+    """
+
+    def __init__(
+        self,
+        layout: AdapterLayout,
+        parts: Sequence[
+            tuple[
+                int, npt.NDArray[np.uint16], _Floats, npt.NDArray[np.int64], npt.NDArray[np.uint16]
+            ]
+        ],
+    ) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+
 class FlatRows:
     """The rows of a plan as flat arrays, see csrc/bindings/rows.h; each property is a copy."""
 
@@ -219,6 +242,7 @@ class FlatRows:
         block_table: _Ints,
         row_slots: Sequence[int] | npt.NDArray[np.integer[Any]] = ...,
         num_generated: int = ...,
+        adapters: Sequence[Adapter | None] = ...,
     ) -> None: ...
     @property
     def num_generated(self) -> int: ...
@@ -287,7 +311,9 @@ class Query:
 class Product:
     """A product's operands."""
 
-    def __init__(self, *, weight: Matrix, source: Activation, bias: _Floats | None = None) -> None: ...
+    def __init__(
+        self, *, weight: Matrix, source: Activation, bias: _Floats | None = None, adapter: int | None = None
+    ) -> None: ...
 
 class Heads:
     """How heads are normalised and rotated, and where they go."""
@@ -325,6 +351,7 @@ class Program:
     """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
+    def use_adapters(self, layout: AdapterLayout) -> None: ...
     def rows(self, columns: int, *, for_logits: bool = False) -> Rows: ...
     def activation(self, columns: int, precision: str, *, for_logits: bool = False) -> Activation: ...
     def query(self, pool: KvPool, num_heads: int) -> Query: ...
@@ -408,13 +435,28 @@ class PagedAttention:
         spec: AttentionSpec,
     ) -> None: ...
 
-def linear_rows(weight: Matrix, bias: _Floats | None, x: FloatArray, out: FloatArray, precision: str) -> None:
-    """Write x @ weight.T (+ bias) to out [n, stored rows]."""
+def linear_rows(
+    weight: Matrix,
+    bias: _Floats | None,
+    x: FloatArray,
+    out: FloatArray,
+    precision: str,
+    adapters: FlatRows | None = None,
+    product: int = 0,
+) -> None:
+    """Write x @ weight.T (+ bias) to out [n, stored rows]; with what the adapters of a step's rows add."""
 
 def gate_up_rows(
-    weight: Matrix, bias: _Floats | None, x: FloatArray, out: FloatArray, precision: str, activation: str
+    weight: Matrix,
+    bias: _Floats | None,
+    x: FloatArray,
+    out: FloatArray,
+    precision: str,
+    activation: str,
+    adapters: FlatRows | None = None,
+    product: int = 0,
 ) -> None:
-    """Write f(gate) * up to out [n, half the stored rows]."""
+    """Write f(gate) * up to out [n, half the stored rows]; likewise."""
 
 def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> None:
     """Write factor * table[ids] to out [n, stored columns]."""

@@ -54,6 +54,9 @@ _PIXELS = _Kind("PIXELS", "be in 1..89478485", lambda value: 1 <= value <= 89_47
 _HOSTS = _Kind(
     "HOSTS", "be names of hosts", lambda value: all(re.fullmatch(r"[\w.:,-]+", each) for each in value)
 )
+_RANK = _Kind(None, "be in 1..512", lambda value: 1 <= value <= 512)
+_ADAPTERS = _Kind("ADAPTERS", "name adapters", lambda value: all(each.strip(" ,") for each in value))
+_MODULES = _Kind("NAME=PATH", "name adapters", lambda value: all(each.strip() for each in value))
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
 _DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MOST_DRAFTS)
 _JSON = _Kind("JSON")
@@ -199,6 +202,24 @@ class Settings:
         None,
         _one_of("last mean cls"),
     )
+    enable_lora: bool = _model("Serve adapters (LoRA) that are loaded while the server runs (CPU only).", False)
+    lora_adapters: tuple[str, ...] = _model(
+        "Adapter to serve, or several with commas: a directory or Hub id, or NAME=either; an id may end in "
+        "@revision (repeatable).",
+        (),
+        _ADAPTERS,
+    )
+    lora_modules: tuple[str, ...] = _model(
+        "The same as vLLM has it: NAME=PATH, or a JSON object with name and path (repeatable).", (), _MODULES
+    )
+    max_loras: int = _model("Most different adapters that one step computes.", 8, _COUNT)
+    max_lora_rank: int = _model("Largest rank of an adapter's matrices.", 64, _RANK)
+    max_cpu_loras: int | None = _model(
+        "Adapters held in memory; beyond that the one used least recently is read again when it is asked for "
+        "(default: --max-loras, or as many as are named).",
+        None,
+        _COUNT,
+    )
     score_tokens: str | None = _model(
         "Score pairs by these words' logits: of no and yes, or yes alone (Qwen3-Reranker: no,yes).",
         None,
@@ -336,6 +357,10 @@ class Settings:
         if self.speculative_config is not None:
             return Speculation.parse(self.speculative_config)
         return Speculation(self.speculate) if self.speculate else None
+
+    @property
+    def serves_adapters(self) -> bool:
+        return self.enable_lora or bool(self.lora_adapters) or bool(self.lora_modules)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ, **given: Any) -> Settings:

@@ -136,6 +136,20 @@ class Eyes(enum.Enum):
     PROMPT = "prompt"  # and nothing of it can be shared with another
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What a request adds to the model's products (LoRA).
+
+    Attributes:
+        key: of its contents: what adapters with one key compute is the same.
+        weights: the runner's; nobody else looks at it.
+    """
+
+    name: str
+    key: bytes
+    weights: Any
+
+
 class PoolingKind(enum.Enum):
     """How a prompt's hidden states, behind the last norm, become one vector."""
 
@@ -178,7 +192,7 @@ class GenerationRequest:
     n: int = 1
     priority: int = 0  # smaller is sooner
     cache_salt: str | None = None  # mixed into the prefix-cache key
-    adapter: str | None = None
+    adapter: Adapter | None = None
     grammar: Grammar | None = None  # what the output must match
     prompt_logprobs: int | None = None  # None: none; k: of each prompt token and of the k best there
     is_prefix_cached: bool = True  # may take cached blocks (never when prompt_logprobs is set)

@@ -9,6 +9,7 @@
 #include "bindings/activation.h"
 #include "bindings/float_tensors.h"
 #include "bindings/matrix.h"
+#include "bindings/rows.h"
 #include "cpu/step/kernel_sets.h"
 #include "cpu/team.h"
 
@@ -19,7 +20,7 @@ namespace {
 // Of all calls, which take turns.
 struct DirectMemory {
   std::mutex mutex;
-  Workspace input, scratch;
+  Workspace input, scratch, inner;
 };
 
 DirectMemory& direct_memory() {
@@ -39,10 +40,36 @@ void check_out(const FloatArray& out, int64_t num_rows, int64_t columns) {
         "`out` must be contiguous [", num_rows, ", ", columns, "]");
 }
 
+// What adapters change of a product: the rows of x are the tokens of a step.
+struct Adapted {
+  const FlatRows* rows = nullptr;  // null: nothing
+  int64_t product = 0;
+
+  static Adapted of(const FlatRows* rows, int64_t product) {
+    return rows == nullptr || rows->adapter_spans.empty() ? Adapted() : Adapted{rows, product};
+  }
+  // The inner values of a token, where the adapters are of this weight and these rows.
+  int64_t check_fits(const step::PackedMatrix& weight, int64_t num_rows) const {
+    check(static_cast<int64_t>(rows->ids.size()) == num_rows, "the product of a step with adapters has ",
+          num_rows, " rows, the step ", rows->ids.size(), " tokens");
+    int64_t stride = 0;
+    for (const AdapterPtr& adapter : rows->adapters) {
+      if (adapter == nullptr) continue;
+      const AdapterLayout::Product& found = adapter->layout()->at(product);
+      check(found.num_columns == weight.num_columns &&
+                found.num_panels * step::kPanelRows == weight.num_rows,
+            "product ", product, " of the adapters is of another weight");
+      stride = found.max_inner > stride ? found.max_inner : stride;
+    }
+    return stride;
+  }
+};
+
 // A product of tensors: x is packed in `precision`, then `function(linear, header)` does the rest.
 template <class Function>
 void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,
-              const std::string& precision_name, int64_t unit_strips, const Function& function) {
+              const std::string& precision_name, int64_t unit_strips, const Adapted& adapted,
+              const Function& function) {
   const step::PackedMatrix& packed = weight.packed;
   const step::Precision precision = precision_of(precision_name);
   check_product(packed, precision, unit_strips);
@@ -62,6 +89,13 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
   if (header.num_tokens == 0) return;
+  const bool has_adapters = adapted.rows != nullptr;
+  if (has_adapters) {
+    linear.adapter.product = adapted.product;
+    linear.adapter.stride = adapted.check_fits(packed, header.num_tokens);
+    header.adapters = adapted.rows->adapter_spans.data();
+    header.num_adapters = static_cast<int64_t>(adapted.rows->adapter_spans.size());
+  }
   const step::Kernels& kernels = step::kernels();
   const int64_t tiles = (header.num_tokens + kernels.tile_tokens - 1) / kernels.tile_tokens;
   const py::gil_scoped_release release;
@@ -70,6 +104,10 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   const int64_t tile_bytes = pack.out.tile_bytes(kernels.tile_tokens);
   pack.out.data = memory.input.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
   linear.in = pack.out;
+  if (has_adapters) {
+    linear.adapter.inner = reinterpret_cast<float*>(memory.inner.reserve(
+        cpu::product_of_sizes({header.num_tokens, linear.adapter.stride, kFloatBytes})));
+  }
   linear.scratch_floats = kernels.scratch_floats(packed, precision, unit_strips);
   const auto prepare = [&](int num_members) {
     if (linear.scratch_floats == 0) return;
@@ -79,17 +117,22 @@ void multiply(const Matrix& weight, const std::optional<Array<float>>& bias, con
   const auto run = [&](int member, int num_members) {
     kernels.pack(pack, header, member, num_members);
     cpu::team_barrier();
+    if (has_adapters) {
+      kernels.shrink({linear}, header, member, num_members);
+      cpu::team_barrier();
+    }
     function(kernels, linear, header, member, num_members);
   };
   cpu::run_small(header.num_tokens * packed.num_rows * packed.num_columns, prepare, run);
 }
 
 void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, const FloatArray& x,
-                 FloatArray& out, const std::string& precision) {
+                 FloatArray& out, const std::string& precision, const FlatRows* adapters,
+                 int64_t product) {
   check_rows_of(x, 2, "x");
   check_out(out, x.shape(0), weight.packed.num_rows);
   float* const to = out.mutable_data();
-  multiply(weight, bias, x, precision, 1,
+  multiply(weight, bias, x, precision, 1, Adapted::of(adapters, product),
            [&](const step::Kernels& kernels, const step::LinearParams& linear,
                const step::StepHeader& header, int member, int num_members) {
              kernels.linear_rows({linear, to, weight.packed.num_rows}, header, member, num_members);
@@ -98,7 +141,7 @@ void linear_rows(const Matrix& weight, const std::optional<Array<float>>& bias, 
 
 void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
                   const FloatArray& x, FloatArray& out, const std::string& precision,
-                  const std::string& activation_name) {
+                  const std::string& activation_name, const FlatRows* adapters, int64_t product) {
   check_rows_of(x, 2, "x");
   const int64_t columns = weight.packed.num_rows / 2;
   check_out(out, x.shape(0), columns);
@@ -106,7 +149,7 @@ void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
   check(activation.has_value(), "`activation` must be ", kActivationNames, ", got ",
         activation_name);
   float* const to = out.mutable_data();
-  multiply(weight, bias, x, precision, 2,
+  multiply(weight, bias, x, precision, 2, Adapted::of(adapters, product),
            [&](const step::Kernels& kernels, const step::LinearParams& linear,
                const step::StepHeader& header, int member, int num_members) {
              kernels.gate_up({linear, *activation, {}, to, columns}, header, member, num_members);
@@ -164,10 +207,12 @@ void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, Floa
 void bind_direct(py::module_& module) {
   module.def("linear_rows", &linear_rows, py::arg("weight"), py::arg("bias").noconvert(),
              py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
+             py::arg("adapters") = py::none(), py::arg("product") = 0,
              "Write x @ weight.T (+ bias) to out [n, stored rows].");
   module.def("gate_up_rows", &gate_up_rows, py::arg("weight"), py::arg("bias").noconvert(),
              py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
-             py::arg("activation"), "Write f(gate) * up to out [n, half the stored rows].");
+             py::arg("activation"), py::arg("adapters") = py::none(), py::arg("product") = 0,
+             "Write f(gate) * up to out [n, half the stored rows].");
   module.def("embed_rows", &embed_rows, py::arg("table"), py::arg("ids").noconvert(),
              py::arg("factor"), py::arg("out").noconvert(),
              "Write factor * table[ids] to out [n, stored columns].");

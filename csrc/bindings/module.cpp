@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/adapter.h"
 #include "bindings/attention_spec.h"
 #include "bindings/direct.h"
 #include "bindings/drafting.h"
@@ -155,6 +156,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_matrices(module);
   tgi::bind_kv_pool(module);
   tgi::bind_sampling(module);
+  tgi::bind_adapters(module);
   tgi::bind_rows(module);
   tgi::bind_attention_spec(module);
   tgi::bind_program(module);

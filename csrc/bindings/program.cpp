@@ -41,6 +41,14 @@ Program::Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, in
   check_size(max_context, "max_context");
 }
 
+void Program::use_adapters(LayoutPtr layout) {
+  check(num_operators() == 0 && adapters_ == nullptr, "adapters come before all operators");
+  for (const AdapterLayout::Product& each : layout->products) {
+    inner_stride_ = std::max(inner_stride_, each.max_inner);
+  }
+  adapters_ = std::move(layout);
+}
+
 RowsPtr Program::rows(int64_t columns, bool for_logits) const {
   check_size(columns, "columns");
   const int64_t padded = step::padded_columns(columns),
@@ -166,7 +174,7 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
   const int64_t unit_strips = heads.q_norm ? strips : 1;
   int64_t num_rows = 0;
   for (size_t i = 0; i < products.size(); ++i) {
-    params.parts[i] = linear_params(products[i], unit_strips);
+    params.parts[i] = linear_params(products[i], unit_strips, false, i);
     num_rows += params.parts[i].weight.num_rows;
   }
   share_scratch(params);
@@ -296,8 +304,22 @@ void Program::end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows
   gathered_.push_back({query->memory.get(), query->row_bytes});
 }
 
+step::AdapterPlace Program::adapter_place(const Product& product, size_t part) {
+  check(adapters_ != nullptr, "the program has no adapters");
+  const AdapterLayout::Product& wanted = adapters_->at(*product.adapter);
+  const step::PackedMatrix& weight = product.weight.packed;
+  check(wanted.num_columns == weight.num_columns &&
+            wanted.num_panels * step::kPanelRows == weight.num_rows,
+        "product ", *product.adapter, " of the adapters is of another weight");
+  if (inner_[part] == nullptr) {
+    inner_[part] =
+        cpu::allocate(cpu::product_of_sizes({max_tokens_, inner_stride_, kFloatBytes}));
+  }
+  return {*product.adapter, reinterpret_cast<float*>(inner_[part].get()), inner_stride_};
+}
+
 step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips,
-                                          bool for_logits) {
+                                          bool for_logits, size_t part) {
   const step::PackedMatrix& weight = product.weight.packed;
   check(product.in->view.num_columns == weight.num_columns, "the input must have ",
         weight.num_columns, " columns, got ", product.in->view.num_columns);
@@ -321,6 +343,11 @@ step::LinearParams Program::linear_params(const Product& product, int64_t unit_s
   params.scratch_floats = params.prompt_scratch = scratch_floats(in);
   if (in.is_by_kind()) params.scratch_floats += scratch_floats(in.of_prompts());
   if (params.scratch_floats > 0) params.scratch = scratch_of(num_members_ * params.scratch_floats);
+  if (product.adapter) {
+    check(!for_logits, "no adapter changes the head");
+    params.adapter = adapter_place(product, part);
+    forward_.add(step::kernels().shrink, step::ShrinkParams{params}, Sync::kOnlyAdapters);
+  }
   return params;
 }
 

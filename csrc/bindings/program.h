@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/adapter.h"
 #include "bindings/attention_spec.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
@@ -58,7 +59,8 @@ using Floats = Array<float>;
 struct Product {
   const Matrix& weight;
   ActivationPtr in;
-  std::optional<Floats> bias;  // in the order of the packed rows
+  std::optional<Floats> bias;      // in the order of the packed rows
+  std::optional<int64_t> adapter;  // which product of the layout it is, if adapters may change it
 };
 
 // How heads are normalised and rotated, and which layer of which pool they go to.
@@ -76,6 +78,9 @@ struct Heads {
 class Program {
  public:
   Program(int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t max_context);
+
+  // Before anything is recorded: products may be changed by adapters of this layout.
+  void use_adapters(LayoutPtr layout);
 
   // Buffers, for all tokens, or for the rows of logits. An activation's precision may be "by_kind":
   // int8 of tokens that were drawn, bfloat16 of those of prompts.
@@ -123,7 +128,7 @@ class Program {
                  std::vector<int32_t> slots, SampleArrays& state,
                  const std::optional<Array<int32_t>>& mask, std::vector<int32_t> drafts);
   // The same of a draw that others have prepared, without the GIL.
-  void draw_batch(const step::StepHeader& header, SampleCall& call);
+  void draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows, SampleCall& call);
   // As `draw` without drawing; the seconds that each operator took, barrier included.
   std::vector<double> profile(const FlatRows& batch, const std::vector<int32_t>& rows);
   // The logits of other rows of the last batch, which `run` has computed.
@@ -131,8 +136,11 @@ class Program {
   int64_t vocab() const { return vocab_; }
 
  private:
+  // Of the `part`-th product of an operator; what adapters need before it is recorded.
   step::LinearParams linear_params(const Product& product, int64_t unit_strips,
-                                   bool for_logits = false);
+                                   bool for_logits = false, size_t part = 0);
+  step::AdapterPlace adapter_place(const Product& product, size_t part);
+  void check_adapters(const FlatRows& batch) const;
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   const float* keep(const Floats& array);
@@ -189,6 +197,9 @@ class Program {
   std::vector<Floats> arrays_;
   std::vector<SpecPtr> specs_;
   std::vector<std::pair<cpu::Memory, int64_t>> scratch_;
+  LayoutPtr adapters_;
+  cpu::Memory inner_[3];  // adapters' inner values, by the part of an operator
+  int64_t inner_stride_ = 0;
 };
 
 void bind_program(py::module_& module);

@@ -12,8 +12,9 @@ namespace {
 
 using MaybeFloats = std::optional<Floats>;
 
-Product product_of(const Matrix& weight, const ActivationPtr& in, const MaybeFloats& bias) {
-  return {weight, in, bias};
+Product product_of(const Matrix& weight, const ActivationPtr& in, const MaybeFloats& bias,
+                   std::optional<int64_t> adapter) {
+  return {weight, in, bias, adapter};
 }
 
 Floats rows_of_tiles(const ActivationBuffer& a) {
@@ -53,7 +54,8 @@ void bind_buffers(py::module_& module) {
           "Return the bytes of each token's queries.");
   py::class_<Product>(module, "Product", "A product's operands.")
       .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source").none(false),
-           py::arg("bias").noconvert() = py::none(), py::keep_alive<1, 2>());
+           py::arg("bias").noconvert() = py::none(), py::arg("adapter") = py::none(),
+           py::keep_alive<1, 2>());
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
                        std::optional<double> scale, double eps, MaybeFloats cosines,
@@ -83,6 +85,12 @@ void bind_program(py::module_& module) {
   py::class_<Program, std::shared_ptr<Program>>(module, "Program", "See csrc/bindings/program.h.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("max_tokens"),
            py::arg("max_sequences"), py::arg("max_rows"), py::arg("max_context"))
+      .def(
+          "use_adapters",
+          [](Program& program, std::shared_ptr<AdapterLayout> layout) {
+            program.use_adapters(std::move(layout));
+          },
+          py::arg("layout").none(false))
       .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
       .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
            py::kw_only(), py::arg("for_logits") = false)

@@ -28,9 +28,17 @@ step::StepHeader header_of(const FlatRows& batch, const std::vector<int32_t>& ro
 
 }  // namespace
 
+void Program::check_adapters(const FlatRows& batch) const {
+  for (const AdapterPtr& adapter : batch.adapters) {
+    check(adapter == nullptr || adapter->layout() == adapters_,
+          "a row's adapter must be of this program's layout");
+  }
+}
+
 Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   FlatRows kept = batch;
   std::vector<int32_t> kept_rows = rows;
+  check_adapters(batch);
   begin(header_of(kept, kept_rows));
   batch_ = std::move(kept);  // the header's arrays stay where they are, for `run_head`
   rows_ = std::move(kept_rows);
@@ -54,13 +62,16 @@ py::tuple Program::draw(const FlatRows& batch, const std::vector<int32_t>& rows,
   SampleCall call(state, draws, mask_data(mask, draws.num_rows(), state.vocab()));
   {
     const py::gil_scoped_release release;
-    draw_batch(header_of(batch, rows), call);
+    draw_batch(batch, rows, call);
   }
   return draws.arrays();
 }
 
-void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
+void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows,
+                         SampleCall& call) {
   check(logits_ != nullptr, "nothing was recorded");
+  check_adapters(batch);
+  const step::StepHeader header = header_of(batch, rows);
   check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
         "the draw must have the rows and the vocabulary of the step");
   begin(header);
@@ -79,6 +90,7 @@ void Program::draw_batch(const step::StepHeader& header, SampleCall& call) {
 
 std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {
   check(!rows.empty(), "`rows` must not be empty");
+  check_adapters(batch);
   begin(header_of(batch, rows));
   std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
   {

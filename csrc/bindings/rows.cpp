@@ -24,6 +24,7 @@ struct Names {
   PyObject* is_generated = PyUnicode_InternFromString("is_generated");
   PyObject* stop = PyUnicode_InternFromString("stop");
   PyObject* num_drafts = PyUnicode_InternFromString("num_drafts");
+  PyObject* adapter = PyUnicode_InternFromString("adapter");
 };
 
 py::object attribute(PyObject* object, PyObject* name) {
@@ -89,7 +90,23 @@ cpu::step::StepHeader FlatRows::header() const {
   header.block_table = block_table.data();
   header.block_table_stride = table_width;
   header.rows = draws.data();
+  header.adapters = adapter_spans.data();
+  header.num_adapters = static_cast<int64_t>(adapter_spans.size());
   return header;
+}
+
+void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
+  adapters = std::move(of_rows);
+  adapter_spans.clear();
+  for (size_t row = 0; row < adapters.size(); ++row) {
+    if (adapters[row] == nullptr) continue;
+    const int32_t begin = query_start[row], end = query_start[row + 1];
+    if (row > 0 && adapters[row] == adapters[row - 1]) {
+      adapter_spans.back().end = end;
+    } else {
+      adapter_spans.push_back({begin, end, adapters[row]->terms()});
+    }
+  }
 }
 
 PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
@@ -150,6 +167,9 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
     row.num_blocks = static_cast<size_t>(num_blocks);
     row.samples = is_true(attribute(item, names.samples));
     row.is_generated = is_true(attribute(item, names.is_generated));
+    const py::object adapter = attribute(item, names.adapter);
+    if (!adapter.is_none()) row.adapter = adapter.cast<std::shared_ptr<Adapter>>();
+    planned.has_adapters = planned.has_adapters || row.adapter != nullptr;
     planned.rows.push_back(row);
   }
   return planned;
@@ -170,6 +190,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
                  const std::vector<std::vector<int32_t>>& drafts) {
   FlatRows flat;
   std::vector<const PlannedRows::Row*> taken;
+  std::vector<AdapterPtr> adapters;
   flat.query_start.push_back(0);
   for (size_t index = 0; index < planned.rows.size(); ++index) {
     const PlannedRows::Row& row = planned.rows[index];
@@ -201,6 +222,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     flat.row_slots.push_back(row.slot);
     flat.row_of_plan.push_back(narrow(static_cast<int64_t>(index)));
     taken.push_back(&row);
+    adapters.push_back(row.adapter);
     flat.table_width =
         std::max(flat.table_width, (context + limits.block_size - 1) / limits.block_size);
     if (!row.samples) continue;
@@ -212,6 +234,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
       flat.drafts.push_back(is_draft ? flat.ids[static_cast<size_t>(token)] : -1);
     }
   }
+  if (planned.has_adapters) flat.set_adapters(std::move(adapters));
   flat.block_table.resize(taken.size() * static_cast<size_t>(flat.table_width));
   flat.slots.resize(flat.ids.size());
   for (size_t row = 0; row < taken.size(); ++row) {
@@ -259,7 +282,8 @@ FlatRows flatten_with_ids(py::handle rows, const RowLimits& limits,
 FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
                      std::vector<int32_t> context_len, const Array<int32_t>& block_table,
-                     std::vector<int32_t> row_slots, int64_t num_generated) {
+                     std::vector<int32_t> row_slots, int64_t num_generated,
+                     const std::vector<std::shared_ptr<Adapter>>& adapters) {
   check(positions.size() == ids.size() && slots.size() == ids.size() &&
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
@@ -276,6 +300,9 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
   flat.num_generated = num_generated;
   flat.block_table.assign(block_table.data(), block_table.data() + block_table.size());
   flat.table_width = block_table.shape(1);
+  check(adapters.empty() || adapters.size() == flat.context_len.size(),
+        "`adapters` has an entry a sequence");
+  flat.set_adapters({adapters.begin(), adapters.end()});
   return flat;
 }
 
@@ -306,7 +333,8 @@ void bind_rows(py::module_& module) {
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
            py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
            py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>(),
-           py::arg("num_generated") = 0)
+           py::arg("num_generated") = 0,
+           py::arg("adapters") = std::vector<std::shared_ptr<Adapter>>())
       .def_readonly("num_generated", &FlatRows::num_generated)
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",

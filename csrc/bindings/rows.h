@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "bindings/adapter.h"
 #include "cpu/step/step.h"
 
 namespace tgi {
@@ -41,10 +42,12 @@ struct PlannedRows {
     bool is_generated;  // its tokens were drawn
     size_t first_id, num_ids;        // of `ids`
     size_t first_block, num_blocks;  // of `blocks`
+    AdapterPtr adapter;              // null: none
   };
   std::vector<Row> rows;
   std::vector<int32_t> ids;
   std::vector<int32_t> blocks;
+  bool has_adapters = false;
 };
 
 // What a step's header points to, and which rows draw. Rows that have nothing left to compute are
@@ -64,8 +67,12 @@ struct FlatRows {
   std::vector<int32_t> draw_slots;   // and their slots
   std::vector<int32_t> draw_rows;    // and their rows of the plan
   std::vector<int32_t> drafts;       // and which they are, where they are drafts; else -1
+  std::vector<AdapterPtr> adapters;  // [num_rows], null: none; or empty
+  std::vector<step::AdapterSpan> adapter_spans;  // rows that follow each other with one adapter
 
   int64_t num_rows() const { return static_cast<int64_t>(context_len.size()); }
+  // Gives the rows their adapters, as many as there are rows, or none.
+  void set_adapters(std::vector<AdapterPtr> of_rows);
   // The arrays of a step; they are this struct's own.
   cpu::step::StepHeader header() const;
 };

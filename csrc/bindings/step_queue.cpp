@@ -99,7 +99,7 @@ void StepQueue::draw(Step& step) {
   step.draws.slots = step.rows.draw_slots;
   if (!drafts.empty()) step.draws.drafts = step.rows.drafts;
   SampleCall call(*sampling_, step.draws, nullptr);
-  program_->draw_batch(step.rows.header(), call);
+  program_->draw_batch(step.rows, step.rows.draws, call);
   if (drafter_ != nullptr) tell(*drafter_, step.draws);
 }
 

@@ -22,6 +22,7 @@ class Job:
     sampling: SamplingParams = GREEDY
     wants_prompt_logprobs: int | None = None
     start: dict[str, Any] = field(default_factory=dict)  # more of `SlotStart`: a grammar, `min_tokens`
+    adapter: Any = None  # its weights
     sampled: list[Sampled] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs = field(default_factory=list)
 
@@ -47,7 +48,9 @@ class _Running:
         start, prompt = self.num_computed, self.job.prompt_ids
         if start >= len(prompt):
             self.num_computed += 1
-            return StepRow(self.slot, None, start, self.blocks, samples=True)
+            return StepRow(
+                self.slot, None, start, self.blocks, samples=True, adapter=self.job.adapter
+            )
         chunk = prompt[start : start + budget]
         self.num_computed += len(chunk)
         is_last = self.num_computed == len(prompt)
@@ -58,6 +61,7 @@ class _Running:
             self.blocks,
             samples=is_last and self.job.num_tokens > 0,
             prompt_logprobs=self.job.wants_prompt_logprobs,
+            adapter=self.job.adapter,
         )
 
 

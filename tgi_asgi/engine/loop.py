@@ -79,6 +79,7 @@ class ServingLoop:
             drafts=runner.drafts,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
+            max_adapters=settings.max_loras,
         )
         self.pipeline = Pipeline(runner, on_done=self._wake, on_hang=on_hang, clock=clock)
         self._recovery = Recovery(self, self.scheduler, self.pipeline, self._budget, stats)
@@ -176,7 +177,7 @@ class ServingLoop:
 
     def _add(self, channel: RequestChannel) -> None:
         request = channel.request
-        root = root_digest(request.adapter, request.cache_salt)
+        root = root_digest(request.adapter and request.adapter.key, request.cache_salt)
         chain = HashChain(root, self._block_size, request.images)
         for choice in range(request.n):
             sequence = Sequence(

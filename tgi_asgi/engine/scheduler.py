@@ -24,6 +24,7 @@ from bisect import insort
 from collections import Counter
 from operator import attrgetter
 
+from tgi_asgi.engine.adapted import RunningAdapters
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts, settle_row
@@ -79,6 +80,7 @@ class Scheduler:
         drafts: how many the runner takes.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
+        max_adapters: different ones that a step may have.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Scheduler:
         drafts: DraftLimits | None = None,
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
+        max_adapters: int = 8,
     ) -> None:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
         self.cuts = Cuts(eyes)
@@ -117,6 +120,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # most urgent first
         self._num_running_of: Counter[str | None] = Counter()  # by tenant
         self._waiting = WaitingQueue()
+        self._adapters = RunningAdapters(max_adapters)
         self._num_waiting = 0
         self._served_ratio = waiting_served_ratio
         self._max_waiting_steps = max_waiting_steps
@@ -161,6 +165,8 @@ class Scheduler:
         self.tables.give_back(sequence, forget=forget)
         self._slots.append(sequence.slot)
         self._num_running_of[sequence.tenant] -= 1
+        for waiting in self._adapters.leave(sequence):
+            self._waiting.push(waiting)
 
     def plan(self, now: float = 0.0) -> Step | None:
         """Plan the next step, or return None if there is nothing that a step could compute now.
@@ -219,6 +225,8 @@ class Scheduler:
         prefilling: list[Sequence] = []
         running, size = self._running, self.block_size
         rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
+        if self._adapters.num_running:  # rows of one adapter side by side; the others first
+            running = self._adapters.grouped(running)
         for sequence in running:
             if sequence.is_prefilling:
                 prefilling.append(sequence)
@@ -233,7 +241,10 @@ class Scheduler:
             if sequence.starts_slot:
                 self._start_slot(step.plan, sequence)
             known = None if pending else token_ids[start:]
-            row = StepRow(sequence.slot, known, start, sequence.table, True, is_generated=True)
+            row = StepRow(
+                sequence.slot, known, start, sequence.table, True,
+                is_generated=True, adapter=sequence.adapter,
+            )  # fmt: skip
             if ahead:
                 row.stop = stop
             rows.append(row)
@@ -241,6 +252,8 @@ class Scheduler:
             epochs.append(sequence.epoch)
             sequence.num_computed = start + 1
             sequence.num_pending = pending + 1
+        if self._adapters.num_running:
+            prefilling.sort(key=_urgency)
         return prefilling
 
     def _make_room(self) -> None:
@@ -344,7 +357,7 @@ class Scheduler:
         step.num_generated_rows += is_generated
         row = StepRow(
             sequence.slot, tokens, start, sequence.table, samples, wanted, sequence.pooling, second_start,
-            is_generated,
+            is_generated, adapter=sequence.adapter,
         )  # fmt: skip
         plan.rows.insert(at, row)
         step.sequences.insert(at, sequence)
@@ -390,6 +403,10 @@ class Scheduler:
         """
         while self._slots and (budget >= self.block_size or (budget > 0 and not step.num_prefill_tokens)):
             sequence = self._waiting.first(self._num_running_of)
+            if sequence is not None and not self._adapters.may_run(sequence):
+                self._waiting.pop(sequence)
+                self._adapters.hold(sequence)
+                continue
             if sequence is not None and not self._fits(step, sequence, budget):
                 return
             # Each that runs needs its next block soon: without a reserve one of them would be preempted.
@@ -399,6 +416,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             sequence.slot = self._slots.pop()
             insort(self._running, sequence, key=_urgency)
+            self._adapters.enter(sequence)
             self._num_running_of[sequence.tenant] += 1
             self._num_waiting -= 1
             budget -= self._plan_chunk(step, sequence, budget)

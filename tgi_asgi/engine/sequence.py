@@ -37,7 +37,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
+        "adapter", "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
         "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_pending",
         "num_registered", "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot",
         "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
@@ -59,6 +59,7 @@ class Sequence:
     ) -> None:
         stop = request.stop
         self.request = request
+        self.adapter = None if request.adapter is None else request.adapter.weights
         self.choice = choice
         self.arrival_s = arrival_s
         self.urgency = (arrival_s + request.priority * AGING_S, number, choice)

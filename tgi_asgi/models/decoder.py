@@ -136,6 +136,7 @@ class Decoder:
 
     Attributes:
         layer_class, weights_class: what a family may replace.
+        path: of the module that has the layers, as adapters name it.
     """
 
     layer_class: type[Layer] = Layer
@@ -145,7 +146,7 @@ class Decoder:
         self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int
     ) -> None:
         shape = (config.vocab_size, config.hidden_size)
-        self.config = config
+        self.config, self.path = config, "model"
         ropes = RopeTables(config, weights, max_positions)
         embedding = weights.get("model.embed_tokens.weight", shape)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)

@@ -9,6 +9,7 @@ from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flat
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
+from tgi_asgi.ops.adapters import AdaptableWeight, AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
@@ -61,10 +62,13 @@ from tgi_asgi.ops.weights import (
 __all__ = [
     "ACTIVATIONS",
     "FORMATS",
+    "AdaptableWeight",
+    "AdapterLayout",
     "Arithmetic",
     "AttentionSpec",
     "Cache",
     "CpuProgram",
+    "Delta",
     "Drafter",
     "FlatRows",
     "GateUpWeight",
@@ -74,6 +78,7 @@ __all__ = [
     "KvLayer",
     "KvPool",
     "LinearWeight",
+    "NativeAdapter",
     "NativeProgram",
     "Packing",
     "PagedAttention",
@@ -87,6 +92,7 @@ __all__ = [
     "SampleResult",
     "SampleState",
     "StepQueue",
+    "Target",
     "TokenLogprobs",
     "Value",
     "WeightSource",

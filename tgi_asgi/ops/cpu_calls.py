@@ -13,6 +13,7 @@ import torch
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
+from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.buffers import CpuBuffers, Uses
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
@@ -30,6 +31,7 @@ class CpuCalls:
         recorded: the list.
         inputs: values that no call makes.
         outputs: values that are wanted behind the last one.
+        adapters: what may change its products.
 
     Attributes:
         buffers: where values lie.
@@ -42,7 +44,9 @@ class CpuCalls:
         recorded: Sequence[calls.Call],
         inputs: Sequence[Value],
         outputs: Sequence[Value],
+        adapters: AdapterLayout | None = None,
     ) -> None:
+        self._adapters = adapters
         self.buffers = CpuBuffers(native)
         self.residual: Any = None
         self._native, self._recorded = native, recorded
@@ -189,7 +193,8 @@ class CpuCalls:
 
     def _product(self, a: Value, part: PackedLinear) -> Any:
         source = self.buffers.of(a, part.precision)
-        return _C.Product(weight=part.matrix, source=source, bias=part.bias)
+        number = None if self._adapters is None else self._adapters.product(part)
+        return _C.Product(weight=part.matrix, source=source, bias=part.bias, adapter=number)
 
     def _query_of(self, call: calls.Attention, layer: KvLayer) -> Any:
         """Return the attention's queries; those that were given as rows are brought into their layout."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops import calls, layout
+from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.cpu_calls import CpuCalls
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.sample import SampleResult
@@ -31,6 +32,7 @@ class CpuProgram:
         max_context: tokens of a sequence.
         inputs: values that no call makes: `write` gives them.
         outputs: values that `read` returns, beside the residual.
+        adapters: what rows of a step may have.
 
     Attributes:
         native: what `StepQueue` runs without Python.
@@ -46,12 +48,15 @@ class CpuProgram:
         max_context: int,
         inputs: Sequence[Value] = (),
         outputs: Sequence[Value] = (),
+        adapters: AdapterLayout | None = None,
     ) -> None:
         self.native = _C.Program(
             max_tokens=max_tokens, max_sequences=max_sequences, max_rows=max_rows, max_context=max_context
         )
+        if adapters is not None:
+            self.native.use_adapters(adapters.native)
         self._recorded = recorder.calls
-        self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs)
+        self._calls = CpuCalls(self.native, recorder.calls, inputs, outputs, adapters)
         for value in inputs:
             self._calls.take_input(value, self._columns(value))
         self._calls.emit_all()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import _C
+from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
 
@@ -21,39 +22,72 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear(weight: LinearWeight, x: Tensor, is_exact: bool = False) -> Tensor:
+def linear(
+    weight: LinearWeight,
+    x: Tensor,
+    is_exact: bool = False,
+    step: _C.FlatRows | None = None,
+    adapters: AdapterLayout | None = None,
+) -> Tensor:
     """Return x @ W.T (+ bias), [n, rows] float32, of x [n, columns] float32.
 
     x is rounded to the precision that the weight is multiplied in, unless `is_exact`. The result may be a
-    view of a wider tensor: rows are padded to whole strips.
+    view of a wider tensor: rows are padded to whole strips. Where x has the tokens of a `step`, and `adapters`
+    may change the weight, those that the step's rows have are added.
 
     Raises:
         ValueError: x has another number of columns.
         TypeError: x is not float32.
     """
     _check_columns(x, weight.columns)
-    return _product(weight.made, weight.rows, x, is_exact)
+    return _product(weight.made, weight.rows, x, is_exact, step, adapters)
 
 
-def gate_up(weight: GateUpWeight, x: Tensor, activation: str, is_exact: bool = False) -> Tensor:
+def gate_up(
+    weight: GateUpWeight,
+    x: Tensor,
+    activation: str,
+    is_exact: bool = False,
+    step: _C.FlatRows | None = None,
+    adapters: AdapterLayout | None = None,
+) -> Tensor:
     """Return f(x @ gate.T) * (x @ up.T), [n, intermediate] float32; otherwise as `linear`."""
     made: PackedGateUp = weight.made
     _check_columns(x, weight.columns)
     if len(made.parts) == 2:  # of different formats
-        gate, up = (_product(part, weight.intermediate_size, x, is_exact) for part in made.parts)
+        gate, up = (
+            _product(part, weight.intermediate_size, x, is_exact, step, adapters) for part in made.parts
+        )
         return _ACTIVATIONS[activation](gate) * up
     (part,) = made.parts
     out = torch.empty(x.shape[0], part.matrix.num_stored_rows // 2, dtype=torch.float32)
     precision = "float32" if is_exact else part.precision
-    _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation)
+    changed = _changed(part, step, adapters)
+    _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
     return out if out.shape[1] == weight.intermediate_size else out[:, : weight.intermediate_size]
 
 
-def _product(made: PackedLinear, num_rows: int, x: Tensor, is_exact: bool) -> Tensor:
+def _product(
+    made: PackedLinear,
+    num_rows: int,
+    x: Tensor,
+    is_exact: bool,
+    step: _C.FlatRows | None,
+    adapters: AdapterLayout | None,
+) -> Tensor:
     out = torch.empty(x.shape[0], made.matrix.num_stored_rows, dtype=torch.float32)
     precision = "float32" if is_exact else made.precision
-    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision)
+    changed = _changed(made, step, adapters)
+    _C.linear_rows(made.matrix, made.bias, _array(x), out.numpy(), precision, *changed)
     return out if out.shape[1] == num_rows else out[:, :num_rows]
+
+
+def _changed(
+    part: PackedLinear, step: _C.FlatRows | None, adapters: AdapterLayout | None
+) -> tuple[_C.FlatRows | None, int]:
+    """Return what the extension is told of adapters: the step, and which product of theirs this is."""
+    number = None if step is None or adapters is None else adapters.product(part)
+    return (None, 0) if number is None else (step, number)
 
 
 def embed(weight: LinearWeight, ids: Tensor, factor: float = 1.0) -> Tensor:

@@ -20,6 +20,7 @@ import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
@@ -56,6 +57,7 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     info: ModelInfo
     image_processor: ImageProcessor | None = None  # of a model that takes images
+    adapters: AdapterLoader | None = None  # where adapters are served
 
     @property
     def num_blocks(self) -> int:
@@ -87,6 +89,11 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             raise ModelLoadError(
                 f"{config.architecture} is computed by transformers' code, which is served on a CPU only: "
                 'set CUDA_VISIBLE_DEVICES="" to serve it there'
+            )
+        if device is not None and settings.serves_adapters:
+            raise ModelLoadError(
+                "adapters (--enable-lora, --lora-adapters, --lora-modules) are served on a CPU only as yet: "
+                'set CUDA_VISIBLE_DEVICES="" to serve them there'
             )
         if device is not None and not config.generates:
             raise ModelLoadError(f"{config.architecture} embeds or scores, which is done on CPUs only as yet")
@@ -120,11 +127,15 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()
     has_float_prompts = False
+    adapters = None
+    if settings.serves_adapters:
+        adapters = AdapterLoader(model, settings.max_lora_rank)
     if device is None:
         has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
         runner = _make_cpu_runner(
-            model, kv_size, settings, longest, pooling.dense, has_prompt_arithmetic=has_float_prompts
-        )
+            model, kv_size, settings, longest, pooling.dense, adapters,
+            has_prompt_arithmetic=has_float_prompts,
+        )  # fmt: skip
     else:
         assert not isinstance(model, GenericModel | EncoderModel)
         if settings.speculation is not None:
@@ -154,7 +165,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     )
     info = with_pooling(info, config, pooling, settings, LoadedText(tokenizer, chat_template))
     _return_freed_memory()
-    return LoadedModel(runner, tokenizer, chat_template, info, image_processor)
+    return LoadedModel(runner, tokenizer, chat_template, info, image_processor, adapters)
 
 
 def _load_weights(
@@ -226,6 +237,7 @@ def _make_cpu_runner(
     settings: Settings,
     longest: int,
     dense: Sequence[Dense],
+    adapters: AdapterLoader | None,
     *,
     has_prompt_arithmetic: bool,
 ) -> CpuRunner | EncoderRunner:
@@ -249,6 +261,7 @@ def _make_cpu_runner(
         dense=dense,
         has_prompt_arithmetic=has_prompt_arithmetic,
         speculation=speculation_of(model, settings),
+        adapters=None if adapters is None else adapters.layout,
     )
 
 

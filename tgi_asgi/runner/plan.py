@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tgi_asgi.types import Eyes, ImageInput, Pooling, SamplingParams
 
@@ -59,6 +59,7 @@ class StepRow:
     # None: exactly at `start`.
     stop: int | None = None
     num_drafts: int = 0  # most tokens that the runner may guess and compute behind the row's own
+    adapter: Any = None  # `Adapter.weights`; steps are fastest where rows of one adapter are neighbours
 
     @property
     def num_tokens(self) -> int:

@@ -74,13 +74,16 @@ class Pools:
 
 def make_program(
     model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int,
-    image_cache: int = 0, max_drafts: int = 0,
+    image_cache: int = 0, max_drafts: int = 0, adapters: ops.AdapterLayout | None = None,
 ) -> Program:  # fmt: skip
-    """Make what runs a model's steps over these pools; `max_drafts`: rows of logits beside the batch's."""
+    """Make what runs a model's steps over these pools, with rows that may have adapters.
+
+    `max_drafts`: rows of logits beside the batch's.
+    """
     if isinstance(model, GenericModel):
-        return model.program(pools.all, max_context, image_cache)
+        return model.program(pools.all, max_context, image_cache, adapters)
     (pool,) = pools.all
     return ops.CpuProgram(
         record(model, pool.layers), max_tokens=max_step_tokens, max_sequences=max_batch_size,
-        max_rows=max_batch_size + max_drafts, max_context=max_context,
+        max_rows=max_batch_size + max_drafts, max_context=max_context, adapters=adapters,
     )  # fmt: skip

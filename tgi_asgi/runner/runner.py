@@ -39,6 +39,7 @@ class CpuRunner:
         dense: what pooled vectors go through.
         has_prompt_arithmetic: the model's weights are packed so that prompts are computed otherwise.
         speculation: how tokens are guessed; None: each row draws one. Not for models that have states.
+        adapters: what rows may have.
 
     Attributes:
         max_context: tokens that a sequence can have.
@@ -59,6 +60,7 @@ class CpuRunner:
         dense: Sequence[Dense] = (),
         has_prompt_arithmetic: bool = False,
         speculation: Speculation | None = None,
+        adapters: ops.AdapterLayout | None = None,
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
@@ -88,6 +90,7 @@ class CpuRunner:
             max_context=max_context,
             image_cache=image_cache,
             max_drafts=0 if self._drafts is None else self._drafts.limits.per_step,
+            adapters=adapters,
         )
         self._seer = self._program if isinstance(self._program, VisionProgram) else None
         self.eyes = None if self._seer is None else self._seer.eyes

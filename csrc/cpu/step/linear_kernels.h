@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../team.h"
+#include "adapter_kernel.h"
 #include "amx_linear.h"
 #include "decode_weights.h"
 #include "linear_tile.h"
@@ -19,13 +20,13 @@ constexpr int64_t kMaxUnitStrips = kMaxHeadDim / kStripRows;  // a head
 
 // What a unit's product gives of some tokens: of each strip [tokens][32].
 struct UnitOutputs {
-  const float* data;
+  float* data;
   int64_t strip_floats;  // from a strip to the next
 
   const float* row(int64_t strip, int64_t token) const {
     return data + strip * strip_floats + token * kStripRows;
   }
-  UnitOutputs from(int64_t token) const { return {row(0, token), strip_floats}; }
+  UnitOutputs from(int64_t token) const { return {data + token * kStripRows, strip_floats}; }
 };
 
 // By a group's number of tokens, less one.
@@ -301,6 +302,20 @@ void run_linear(const LinearParams& p, TokenCount tokens, Range units, int64_t u
   run_linear<S>(p, tokens, units, unit_strips, member, nothing, epilogue);
 }
 
+// An epilogue behind what the tokens' adapters add to a product of this step.
+template <class S, class Epilogue>
+inline auto adapted(const LinearParams& p, const StepHeader& step, int64_t unit_strips,
+                    const Epilogue& epilogue) {
+  const bool is_adapted = step.num_adapters > 0 && p.adapter.inner != nullptr;
+  return [&, unit_strips, is_adapted](int64_t unit, int64_t token, int64_t count,
+                                      const UnitOutputs& out) {
+    if (is_adapted) {
+      expand<S>(p.adapter, step, unit, unit_strips, token, count, out.data, out.strip_floats);
+    }
+    epilogue(unit, token, count, out);
+  };
+}
+
 template <class S>
 inline typename S::F biased(const float* bias, int64_t row, const float* out) {
   return bias == nullptr ? S::load(out) : S::add(S::load(out), S::load(bias + row));
@@ -318,34 +333,33 @@ void linear_add(const LinearAddParams& p, const StepHeader& step, int member, in
       S::prefetch_write(x + 16);
     }
   };
+  const auto add = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    for (int64_t t = 0; t < count; ++t) {
+      float* x = p.x + (token + t) * width + unit * kStripRows;
+      for (int64_t half = 0; half < 32; half += 16) {
+        auto sum = biased<S>(p.linear.bias, unit * kStripRows + half, out.row(0, t) + half);
+        if (p.factor != 1.0f) sum = S::mul(sum, S::set1(p.factor));
+        S::store(x + half, S::add(S::load(x + half), sum));
+      }
+    }
+  };
   run_linear<S>(p.linear, tokens_of(step), units, 1, member, fetch,
-                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
-                  for (int64_t t = 0; t < count; ++t) {
-                    float* x = p.x + (token + t) * width + unit * kStripRows;
-                    for (int64_t half = 0; half < 32; half += 16) {
-                      auto sum =
-                          biased<S>(p.linear.bias, unit * kStripRows + half, out.row(0, t) + half);
-                      if (p.factor != 1.0f) sum = S::mul(sum, S::set1(p.factor));
-                      S::store(x + half, S::add(S::load(x + half), sum));
-                    }
-                  }
-                });
+                adapted<S>(p.linear, step, 1, add));
 }
 
 template <class S>
 void linear_rows(const LinearRowsParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips(), member, num_members);
-  run_linear<S>(p.linear, tokens_of(step), units, 1, member,
-                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
-                  for (int64_t t = 0; t < count; ++t) {
-                    const int64_t row = unit * kStripRows;
-                    float* to = p.out + (token + t) * p.stride + row;
-                    for (int64_t half = 0; half < 32; half += 16) {
-                      S::store(to + half,
-                               biased<S>(p.linear.bias, row + half, out.row(0, t) + half));
-                    }
-                  }
-                });
+  const auto store = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = unit * kStripRows;
+      float* to = p.out + (token + t) * p.stride + row;
+      for (int64_t half = 0; half < 32; half += 16) {
+        S::store(to + half, biased<S>(p.linear.bias, row + half, out.row(0, t) + half));
+      }
+    }
+  };
+  run_linear<S>(p.linear, tokens_of(step), units, 1, member, adapted<S>(p.linear, step, 1, store));
 }
 
 template <class S>
@@ -410,19 +424,18 @@ inline void each_run(const Activation& out, const StepHeader& step, int64_t toke
 template <class S>
 void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
   const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
-  run_linear<S>(p.linear, tokens_of(step), units, 2, member,
-                [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
-                  if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
-                  each_run<S>(p.out, step, token, count,
-                              [&](const ActivationRow& to, int64_t begin, int64_t run) {
-                                const BlockSlot at = slot_of<S>(to.part, to.row, unit);
-                                by_blocks<S>(run, [&](auto n, int64_t first) {
-                                  finish_gate_up<S, n>(p, unit, out.from(begin + first),
-                                                       to.part.precision, at.block,
-                                                       at.slot + first);
-                                });
-                              });
+  const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
+    each_run<S>(p.out, step, token, count,
+                [&](const ActivationRow& to, int64_t begin, int64_t run) {
+                  const BlockSlot at = slot_of<S>(to.part, to.row, unit);
+                  by_blocks<S>(run, [&](auto n, int64_t first) {
+                    finish_gate_up<S, n>(p, unit, out.from(begin + first), to.part.precision,
+                                         at.block, at.slot + first);
+                  });
                 });
+  };
+  run_linear<S>(p.linear, tokens_of(step), units, 2, member, adapted<S>(p.linear, step, 2, finish));
 }
 
 // Rows are shared out so that two members never write to one cache line.

@@ -260,21 +260,22 @@ void qkv(const QkvParams& p, const StepHeader& step, int member, int num_members
     units.begin = units.begin > 0 ? units.begin : 0;
     units.end = units.end < part_units ? units.end : part_units;
     if (units.begin < units.end) {
+      const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+        const int64_t head = (before + unit) * unit_strips / head_strips;
+        const int64_t strip = (before + unit) * unit_strips % head_strips;
+        for (int64_t t = 0; t < count; ++t) {
+          HeadRows<S> rows;
+          for (int64_t s = 0; s < unit_strips; ++s) {
+            const int64_t row = (unit * unit_strips + s) * kStripRows;
+            const float* values = out.row(s, t);
+            rows.first[s] = biased<S>(part.bias, row, values);
+            rows.second[s] = biased<S>(part.bias, row + 16, values + 16);
+          }
+          finish_head<S>(p.heads, step, token + t, head, strip, unit_strips, rows);
+        }
+      };
       run_linear<S>(part, tokens_of(step), units, unit_strips, member,
-                    [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
-                      const int64_t head = (before + unit) * unit_strips / head_strips;
-                      const int64_t strip = (before + unit) * unit_strips % head_strips;
-                      for (int64_t t = 0; t < count; ++t) {
-                        HeadRows<S> rows;
-                        for (int64_t s = 0; s < unit_strips; ++s) {
-                          const int64_t row = (unit * unit_strips + s) * kStripRows;
-                          const float* values = out.row(s, t);
-                          rows.first[s] = biased<S>(part.bias, row, values);
-                          rows.second[s] = biased<S>(part.bias, row + 16, values + 16);
-                        }
-                        finish_head<S>(p.heads, step, token + t, head, strip, unit_strips, rows);
-                      }
-                    });
+                    adapted<S>(part, step, unit_strips, finish));
     }
     before += part_units;
   }

@@ -14,8 +14,10 @@ void Segment::run(const StepHeader& step, int64_t begin, int64_t end, int member
                   double* ends) const {
   for (int64_t i = begin; i < end; ++i) {
     const Operator& op = operators_[static_cast<size_t>(i)];
-    op.call(op, step, member, num_members);
+    const bool is_left_out = op.sync == Sync::kOnlyAdapters && step.num_adapters == 0;
+    if (!is_left_out) op.call(op, step, member, num_members);
     const bool is_private =
+        is_left_out ||
         (op.sync == Sync::kUnlessPrivateTokens && step.num_tokens <= kPrivateTokens) ||
         (op.sync == Sync::kUnlessPrivateRows && step.num_rows <= kPrivateTokens);
     if (!is_private) team_barrier();
@@ -67,7 +69,24 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   header_.slots = nullptr;
   split_by_rules(header_, rules, heads, num_members, split_);
   header_.attention_split = split_.data();
+  prepare_adapters(step);
   return true;
+}
+
+void LastRows::prepare_adapters(const StepHeader& step) {
+  adapters_.clear();
+  const AdapterSpan *from = step.adapters, *const end = from + step.num_adapters;
+  for (int32_t i = 0; i < header_.num_tokens; ++i) {
+    while (from != end && from->end <= tokens_[i]) ++from;
+    if (from == end || tokens_[i] < from->begin) continue;
+    if (!adapters_.empty() && adapters_.back().end == i && adapters_.back().terms == from->terms) {
+      adapters_.back().end = i + 1;
+    } else {
+      adapters_.push_back({i, i + 1, from->terms});
+    }
+  }
+  header_.adapters = adapters_.data();
+  header_.num_adapters = static_cast<int64_t>(adapters_.size());
 }
 
 void LastRows::gather(void* buffer, int64_t bytes) const {

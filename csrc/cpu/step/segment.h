@@ -12,7 +12,8 @@
 namespace tgi::cpu::step {
 
 // Which operators are followed by a barrier: all but norms that every member computes for itself.
-enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows };
+// Those for adapters alone are left out of steps without any.
+enum class Sync { kAlways, kUnlessPrivateTokens, kUnlessPrivateRows, kOnlyAdapters };
 
 // Part of a step (the forward pass, the head) as a list of operators.
 class Segment {
@@ -65,12 +66,15 @@ class LastRows {
   void gather(void* buffer, int64_t bytes) const;
 
  private:
+  void prepare_adapters(const StepHeader& step);
+
   StepHeader header_ = {};
   const int32_t* tokens_ = nullptr;  // the step's rows
   std::vector<int32_t> counts_;      // 0, 1, 2 ...
   std::vector<int32_t> context_len_;
   std::vector<int32_t> block_table_;
   std::vector<AttentionPoint> split_;
+  std::vector<AdapterSpan> adapters_;
 };
 
 // Divides a step's attention, rule by rule, for its header: into [rules][members + 1] points.

@@ -95,6 +95,12 @@ struct Avx2 : SetSizes {
     const auto* halves = static_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
   }
+  static inline F load_bf16(const void* p) {
+    const auto* halves = static_cast<const __m128i*>(p);
+    const I low = {_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)),
+                   _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1))};
+    return as_float(ishl(low, 16));
+  }
   static inline float reduce_add(F x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

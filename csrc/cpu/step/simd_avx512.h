@@ -78,6 +78,10 @@ struct Avx512 : SetSizes {
   static inline F load_half(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
+  static inline F load_bf16(const void* p) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+  }
   static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
   static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../sample.h"
+#include "adapter.h"
 #include "packed.h"
 #include "shares.h"
 
@@ -39,6 +40,9 @@ struct StepHeader {
   // [num_tokens] or null: how many positions a token may see, where that is more than up to its own
   // (tokens of an image see each other).
   const int32_t* visible_until;
+  // Tokens that have an adapter, ascending; none where no row of the step has one.
+  const AdapterSpan* adapters;
+  int64_t num_adapters;
 };
 
 // A row of an activation, in the part that is for its token's kind.
@@ -198,6 +202,7 @@ struct LinearParams {
   float* scratch;
   int64_t scratch_floats;  // between members
   int64_t prompt_scratch;  // floats of a member's that come before what prompts' tokens need
+  AdapterPlace adapter = {};
 };
 
 // A product as rows: out = in @ W.T (+ bias).
@@ -311,6 +316,11 @@ struct ActMulParams {
   Activation out;
 };
 
+// What adapters make of a product's input: its inner values, which the product then reads.
+struct ShrinkParams {
+  LinearParams linear;
+};
+
 struct LogitsParams {
   LinearParams linear;
   float* logits;  // [num_rows, vocab_size]
@@ -346,6 +356,7 @@ struct Kernels {
   StepFunction<GateUpParams> gate_up;
   StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;
+  StepFunction<ShrinkParams> shrink;
   // Work memory of a member, in floats, for a product's units of so many strips.
   int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);
   // Does the inner product's instruction so many times on all registers, for measuring its peak;

@@ -100,6 +100,7 @@ constexpr Kernels make_kernels(const char* name) {
           gate_up<S>,
           act_mul<S>,
           logits<S>,
+          shrink<S>,
           scratch_floats<S>,
           spin<S>,
           make_row_passes<S>()};

@@ -170,7 +170,9 @@ class CommonDecoder:
         """Make the model of our own operators, of all layers."""
         everything = list(range(self.config.num_layers))
         source = _Canonical(self._module, weights, everything, self._offset, self.config.vocab_size)
-        return Decoder(self.config, source, arithmetic, self._max_positions)
+        model = Decoder(self.config, source, arithmetic, self._max_positions)
+        model.path = source.prefix
+        return model
 
     def _kinds(self) -> list[int]:
         """Return the index of the first layer of each kind."""
@@ -251,6 +253,9 @@ class _Canonical:
         chosen: which layers stand for layers 0, 1, ...
         offset: what its norms add to their weights.
         rows: of the embedding and the head, from the first on.
+
+    Attributes:
+        prefix: the path of the decoder in the module.
     """
 
     def __init__(
@@ -259,7 +264,7 @@ class _Canonical:
         self._filler = Filler(module, weights, lambda name, value: False)
         self._module, self._chosen, self._offset, self._rows = module, chosen, offset, rows
         decoder = module.get_decoder()
-        self._prefix = next(path for path, each in module.named_modules() if each is decoder)
+        self.prefix = next(path for path, each in module.named_modules() if each is decoder)
         self._head = next(
             path for path, each in module.named_modules() if each is module.get_output_embeddings()
         )
@@ -281,8 +286,8 @@ class _Canonical:
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the module itself needs for its chosen layers, as float32, by its own names."""
-        layers = {f"{self._prefix}.layers.{index}." for index in self._chosen}
-        vocabulary = {f"{self._prefix}.embed_tokens.weight", f"{self._head}.weight"}
+        layers = {f"{self.prefix}.layers.{index}." for index in self._chosen}
+        vocabulary = {f"{self.prefix}.embed_tokens.weight", f"{self._head}.weight"}
         for name in self._filler.names():
             is_of_layer = ".layers." in name
             if is_of_layer and not any(name.startswith(layer) for layer in layers):
@@ -310,7 +315,7 @@ class _Canonical:
         if rest.startswith("layers."):
             _, index, leaf = rest.split(".", 2)
             rest = f"layers.{self._chosen[int(index)]}.{leaf}"
-        return f"{self._prefix}.{rest}"
+        return f"{self.prefix}.{rest}"
 
 
 def _ratio(found: Tensor, rows: Tensor) -> float:

@@ -14,6 +14,7 @@ from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
+from tgi_asgi.models.generic.adapted import adaptable, attach
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.classics import adapt
@@ -214,14 +215,22 @@ class GenericModel:
             not config.has_states and all_products_are_ours(module) and not takes_sines(module)
         )
 
+    def adapter_targets(self) -> dict[str, ops.Target]:
+        """Return the products that adapters may change, by their paths; runs a few tokens."""
+        return adaptable(self.module, lambda count: self_check.run_step(self, count))
+
     def program(
-        self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0
-    ) -> GenericProgram | FloorProgram:
+        self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0,
+        adapters: ops.AdapterLayout | None = None,
+    ) -> GenericProgram | FloorProgram:  # fmt: skip
         """Return what runs steps over these pools, one for each of the configuration's caches.
 
         Args:
             image_cache: bytes of encoded images that are kept.
+            adapters: what rows may have.
         """
+        if adapters is not None:
+            attach(self.module, adapters)
         if self.config.floor_reason:
             return FloorProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
         free = {
@@ -236,10 +245,11 @@ class GenericModel:
             return VisionProgram(
                 self.module, self.replaced.head, layers, self.recurrent, self.config.seeing,
                 Views(self.tower, image_cache), vocab_size=self.config.vocab_size,
+                precision=self.replaced.precision,
             )  # fmt: skip
         return GenericProgram(
             self.module, self.replaced.head, layers, self.recurrent, vocab_size=self.config.vocab_size,
-            first_position=self.config.first_position,
+            first_position=self.config.first_position, precision=self.replaced.precision,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tgi_asgi.ops import GateUpWeight, LinearWeight, direct
+from tgi_asgi.ops import AdapterLayout, FlatRows, GateUpWeight, LinearWeight, direct
 
 
 @dataclass(slots=True)
@@ -21,9 +21,11 @@ class Precision:
 
     Attributes:
         is_exact: activations stay float32: how a model is checked when it is loaded.
+        step: whose tokens they compute, and the adapters that these have; None: there are none.
     """
 
     is_exact: bool = False
+    step: FlatRows | None = None
 
 
 class PackedModule(nn.Module):
@@ -55,10 +57,14 @@ class Linear(PackedModule):
     def __init__(self, rows: int, columns: int, *, has_bias: bool, precision: Precision) -> None:
         super().__init__(rows, columns, has_bias=has_bias, precision=precision)
         self.in_features, self.out_features = columns, rows
+        self.adapters: AdapterLayout | None = None  # which may change it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T (+ bias)`."""
-        rows = direct.linear(self.packed, x.reshape(-1, self.in_features), is_exact=self.precision.is_exact)
+        rows = x.reshape(-1, self.in_features)
+        rows = direct.linear(
+            self.packed, rows, self.precision.is_exact, self.precision.step, self.adapters
+        )
         return rows.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -70,13 +76,14 @@ class GatedMlp(nn.Module):
         self.activation, self.precision = activation, precision
         self.gate_up: GateUpWeight | None = None
         self.down: LinearWeight | None = None
+        self.adapters: AdapterLayout | None = None  # which may change it
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's rows."""
         assert self.gate_up is not None and self.down is not None
-        is_exact, rows = self.precision.is_exact, x.reshape(-1, x.shape[-1])
-        rows = direct.gate_up(self.gate_up, rows, self.activation, is_exact=is_exact)
-        return direct.linear(self.down, rows, is_exact=is_exact).reshape(x.shape)
+        how, rows = self.precision, x.reshape(-1, x.shape[-1])
+        rows = direct.gate_up(self.gate_up, rows, self.activation, how.is_exact, how.step, self.adapters)
+        return direct.linear(self.down, rows, how.is_exact, how.step, self.adapters).reshape(x.shape)
 
 
 class Embedding(PackedModule):

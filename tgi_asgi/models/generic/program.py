@@ -6,9 +6,10 @@ each on the cache that the model's own code keeps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers, running
 from tgi_asgi.models.generic.discover import arguments
-from tgi_asgi.models.generic.modules import Head
+from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.states import SequenceState, SlotStates, empty_cache
 
@@ -130,6 +131,7 @@ class GenericProgram(ModuleProgram):
         layers: its attention.
         recurrent: its recurrent layers, if it has any.
         first_position: what a sequence's first token has.
+        precision: what its products are told of a step.
         decode: see `Caller`.
     """
 
@@ -137,8 +139,11 @@ class GenericProgram(ModuleProgram):
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, *,
-        vocab_size: int, first_position: int, decode: Callable[..., Any] | None = None,
+        vocab_size: int, first_position: int, precision: Precision,
+        decode: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
+        self._precision = precision
+        self._batch: ops.FlatRows | None = None
         self._caller = Caller(model, head, vocab_size, decode)
         self._layers, self._recurrent, self._first_position = layers, recurrent, first_position
         self._states = SlotStates(lambda: empty_cache(model))
@@ -148,8 +153,8 @@ class GenericProgram(ModuleProgram):
         """Compute a step; return the logits [n_rows, vocab] of `rows`, indices of tokens."""
         ids = torch.from_numpy(batch.ids.astype(np.int64))[None]
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None] + self._first_position
-        self._known = None
-        with torch.inference_mode(), ops.threads_kept_awake(), running(self._layers):
+        self._known, self._batch = None, batch
+        with torch.inference_mode(), ops.threads_kept_awake(), running(self._layers), self._adapting():
             self._begin(batch)
             try:
                 logits, self._known = self._caller.compute(
@@ -173,8 +178,17 @@ class GenericProgram(ModuleProgram):
         """Compute the logits of other rows of the last step."""
         if self._known is None:
             raise RuntimeError("no step has been computed")
-        with torch.inference_mode():
+        with torch.inference_mode(), self._adapting():
             return self._caller.compute_more(rows, self._known)
+
+    @contextlib.contextmanager
+    def _adapting(self) -> Iterator[None]:
+        """Tell the products whose tokens they compute."""
+        self._precision.step = self._batch
+        try:
+            yield
+        finally:
+            self._precision.step = None
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return the states [n_tokens, hidden] behind the last norm of tokens of the last step."""

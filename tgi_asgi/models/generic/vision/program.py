@@ -13,7 +13,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.generic.attention import PagedLayers
 from tgi_asgi.models.generic.discover import arguments
-from tgi_asgi.models.generic.modules import Head
+from tgi_asgi.models.generic.modules import Head, Precision
 from tgi_asgi.models.generic.program import GenericProgram
 from tgi_asgi.models.generic.recurrent import RecurrentLayers
 from tgi_asgi.models.generic.vision.sight import NOTHING_SEEN, Sight, sight_of
@@ -39,11 +39,11 @@ class VisionProgram(GenericProgram):
 
     def __init__(
         self, model: Any, head: Head, layers: PagedLayers, recurrent: RecurrentLayers | None, seeing: Seeing,
-        views: Views, *, vocab_size: int,
+        views: Views, *, vocab_size: int, precision: Precision,
     ) -> None:  # fmt: skip
         super().__init__(
             model, head, layers, recurrent, vocab_size=vocab_size, first_position=seeing.first_position,
-            decode=self._decode,
+            decode=self._decode, precision=precision,
         )  # fmt: skip
         self.views = views
         self.eyes = _EYES[seeing.ahead]

@@ -1,0 +1,61 @@
+"""Makes adapters with `peft` over small checkpoints, and computes what it gives with them in float32.
+
+Their values are such as bfloat16 holds, so that nothing is rounded when they are loaded, and large enough that
+an adapter left out, or another's, shows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_SIZE = 0.08  # of the values of both matrices
+
+
+def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
+    """Write an adapter of random values for a checkpoint; `config` is that of `LoraConfig`."""
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS, **config}
+    with _peft() as peft, torch.no_grad():
+        model = peft.get_peft_model(_open(base), peft.LoraConfig(task_type="CAUSAL_LM", **config))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_((torch.randn(parameter.shape) * _SIZE).bfloat16().float())
+        model.save_pretrained(folder)
+    return folder
+
+
+def peft_logprobs(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
+    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens."""
+    model = _open(base)
+    with _peft() as peft, torch.inference_mode():
+        if adapter is not None:
+            model = peft.PeftModel.from_pretrained(model, adapter)
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    found: np.ndarray = torch.log_softmax(logits, -1).numpy()
+    return found
+
+
+@contextmanager
+def _peft() -> Iterator[Any]:
+    """Import `peft`, which uses names of `transformers` that are about to go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+
+        yield peft
+
+
+def _open(base: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()

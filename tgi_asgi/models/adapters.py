@@ -1,0 +1,149 @@
+"""Which products of a model adapters may change, and an adapter's files as what changes them.
+
+Names are those of `transformers`, as `peft` writes them, whatever file the model itself came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.peft import PeftAdapter, PeftTarget
+from tgi_asgi.formats.safetensors import SafeTensor
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.encoder import EncoderModel
+from tgi_asgi.models.generic.model import GenericModel
+
+# What is told of modules that no adapter can change here, by a part of their paths.
+_REASONS = {
+    "experts": "experts of a mixture are not changed by adapters",
+    "embed": "an embedding is not changed by adapters",
+    "wte": "an embedding is not changed by adapters",
+    "lm_head": "the head is not changed by adapters",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter in memory.
+
+    Attributes:
+        digest: of its files: equal ones compute the same.
+        rank: the largest of its matrices.
+    """
+
+    weights: ops.NativeAdapter
+    digest: bytes
+    rank: int
+    num_bytes: int
+    base: str | None
+
+
+class AdapterLoader:
+    """Loads adapters for one model.
+
+        loader = AdapterLoader(model, max_rank=16)
+        program = make_program(model, ..., adapters=loader.layout)
+        loader.load(Path("/adapters/sql")).weights      # any thread
+
+    Raises:
+        ModelLoadError: no adapter can change anything of this model.
+    """
+
+    def __init__(self, model: Model | GenericModel | EncoderModel, max_rank: int) -> None:
+        self.layout = ops.AdapterLayout(targets_of(model), max_rank)
+
+    def load(self, directory: Path) -> LoadedAdapter:
+        """Read an adapter's directory; the files are closed when this returns.
+
+        Raises:
+            ModelLoadError: a file is missing or damaged, of another base model, or asks for what is not
+                computed; the message names the tensor.
+        """
+        adapter = PeftAdapter(directory)
+        try:
+            for target in adapter.targets:
+                self._check(target)
+            deltas = {
+                target.module: ops.Delta(_tensor(adapter, target.down), _tensor(adapter, target.up), target.scale)
+                for target in adapter.targets
+            }
+            weights = self.layout.pack(deltas)
+        except (ModelLoadError, ValueError) as error:
+            raise ModelLoadError(f"{directory}: {error}") from None
+        finally:
+            adapter.close()
+        rank = max(target.rank for target in adapter.targets)
+        return LoadedAdapter(weights, adapter.digest, rank, weights.num_bytes, adapter.base)
+
+    def _check(self, target: PeftTarget) -> None:
+        """Refuse what does not fit before anything of it is read."""
+        known = self.layout.targets.get(target.module)
+        if known is None:
+            parts = target.module.lower()
+            reason = next((each for part, each in _REASONS.items() if part in parts), None)
+            raise ModelLoadError(
+                f"tensor {target.down.name!r}: "
+                + (reason or "the model has no such product, or none that adapters can change")
+            )
+        rows, columns = known.shape
+        for tensor, shape in ((target.down, (target.rank, columns)), (target.up, (rows, target.rank))):
+            if tensor.shape != shape:
+                raise ModelLoadError(
+                    f"tensor {tensor.name!r} has the shape {list(tensor.shape)}, this model's product takes "
+                    f"{list(shape)}: is the adapter of another base?"
+                )
+        if target.rank > self.layout.max_rank:
+            raise ModelLoadError(
+                f"tensor {target.down.name!r} has the rank {target.rank}; --max-lora-rank allows "
+                f"{self.layout.max_rank}"
+            )
+
+
+def _tensor(adapter: PeftAdapter, tensor: SafeTensor) -> Tensor:
+    source = ops.WeightSource(adapter.raw(tensor), tensor.dtype, tensor.shape)
+    return ops.plain_tensor(source).float()
+
+
+def targets_of(model: Model | GenericModel | EncoderModel) -> Mapping[str, ops.Target]:
+    """Return the products of a model that adapters may change, by the paths of their modules.
+
+    Raises:
+        ModelLoadError: there are none, and why.
+    """
+    if isinstance(model, Decoder):
+        return _decoder_targets(model)
+    if isinstance(model, GenericModel):
+        if model.config.floor_reason:
+            raise ModelLoadError(
+                f"{model.config.architecture} takes no adapters: it runs by the code of transformers alone, "
+                f"one sequence at a time ({model.config.floor_reason})"
+            )
+        return model.adapter_targets()
+    raise ModelLoadError(f"{model.config.architecture} takes no adapters: it generates nothing")
+
+
+def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
+    """Return those of a decoder: the single matrices, and the fused ones under their usual names."""
+    config = model.config
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    found: dict[str, ops.Target] = {}
+    for index, layer in enumerate(model.layers):
+        prefix = f"{model.path}.layers.{index}"
+        ends = (0, queries, queries + keys, queries + 2 * keys)
+        for name, start, stop in zip(("q_proj", "k_proj", "v_proj"), ends[:-1], ends[1:], strict=True):
+            found[f"{prefix}.self_attn.{name}"] = ops.Target(layer.qkv, start, stop)
+        found[f"{prefix}.self_attn.qkv_proj"] = ops.Target(layer.qkv, 0, ends[-1])
+        found[f"{prefix}.self_attn.o_proj"] = ops.Target(layer.output, 0, config.hidden_size)
+        found[f"{prefix}.mlp.gate_proj"] = ops.Target(layer.gate_up, 0, inner)
+        found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.gate_up, inner, 2 * inner)
+        found[f"{prefix}.mlp.gate_up_proj"] = ops.Target(layer.gate_up, 0, 2 * inner)
+        found[f"{prefix}.mlp.down_proj"] = ops.Target(layer.down, 0, config.hidden_size)
+    return found

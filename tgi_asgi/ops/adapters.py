@@ -1,0 +1,204 @@
+"""Adapters (LoRA) on packed weights: which of a model's products they may change, and by what.
+
+    layout = AdapterLayout({"layers.0.mlp.down_proj": Target(weight, 0, 2048)}, max_rank=16)
+    adapter = layout.pack({"layers.0.mlp.down_proj": Delta(down, up, scale)})
+    CpuProgram(recorder, adapters=layout, ...)      # whose rows may then have this adapter
+
+Several targets may be packed as one product: q, k and v, or gate and up. Then their `down` lie one below the
+other, and each panel of the product's rows knows which inner values are its own. Source: Hu et al., LoRA,
+arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tgi_asgi import _C
+from tgi_asgi.ops import layout
+from tgi_asgi.ops.layout import Order
+from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
+from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+
+AdaptableWeight = LinearWeight | QkvWeight | GateUpWeight
+NativeAdapter = _C.Adapter
+_Bits = npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Rows [start, stop) of a weight, its matrices one below the other: q, k and v, or gate and up."""
+
+    weight: AdaptableWeight
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.weight.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is added to a target's matrix: scale * up @ down. The matrices are rounded to bfloat16."""
+
+    down: Tensor  # [rank, columns]
+    up: Tensor  # [rows, rank]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A packed matrix, and which of its weight's rows each of its own is (-1: none)."""
+
+    part: PackedLinear
+    order: Order
+
+    @property
+    def columns(self) -> int:
+        """Of the packed matrix: whole blocks."""
+        return -(-self.part.matrix.num_columns // layout.STRIP) * layout.STRIP
+
+
+class AdapterLayout:
+    """The targets of a model by name, and what the products of a program have room for.
+
+    Args:
+        targets: what adapters may name.
+        max_rank: of a target's `down`.
+
+    Attributes:
+        native: what the extension knows of it.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], max_rank: int) -> None:
+        self.targets, self.max_rank = dict(targets), max_rank
+        self._products: list[_Product] = []
+        self._of_weight: dict[int, range] = {}  # by id of a weight: its products
+        sizes: list[tuple[int, int, int]] = []
+        for target in self.targets.values():
+            if id(target.weight) in self._of_weight:
+                continue
+            products = _products_of(target.weight)
+            first = len(self._products)
+            self._of_weight[id(target.weight)] = range(first, first + len(products))
+            self._products += products
+            for each in products:
+                # Targets of one product are its matrices: no more than three.
+                sizes.append((each.columns, each.part.matrix.num_stored_rows, 3 * max_rank))
+        self._of_part = {id(each.part): index for index, each in enumerate(self._products)}
+        self.native = _C.AdapterLayout(sizes)
+
+    def product(self, part: PackedLinear) -> int | None:
+        """Return the number of a product; None if no adapter can change it."""
+        return self._of_part.get(id(part))
+
+    def pack(self, deltas: Mapping[str, Delta]) -> NativeAdapter:
+        """Return an adapter that adds these to their targets.
+
+        Raises:
+            ValueError: a name is no target's, a shape is not its target's, a rank exceeds `max_rank`, a value
+                is not finite, or two targets are the same rows.
+        """
+        of_weight: dict[int, list[tuple[str, Target, Delta]]] = {}
+        for name, delta in deltas.items():
+            target = self.targets.get(name)
+            if target is None:
+                raise ValueError(f"{name} is not a product that adapters can change")
+            self._check(name, target, delta)
+            of_weight.setdefault(id(target.weight), []).append((name, target, delta))
+        parts: list[Any] = []
+        for weight, changes in of_weight.items():
+            for index in self._of_weight[weight]:
+                packed = _pack(self._products[index], changes)
+                if packed is not None:
+                    parts.append((index, *packed))
+        return _C.Adapter(self.native, parts)
+
+    def _check(self, name: str, target: Target, delta: Delta) -> None:
+        rows, columns = target.shape
+        rank = delta.down.shape[0]
+        if delta.down.shape != (rank, columns) or delta.up.shape != (rows, rank):
+            raise ValueError(
+                f"{name} is [{rows}, {columns}], the adapter's matrices are {list(delta.down.shape)} and "
+                f"{list(delta.up.shape)}"
+            )
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(f"{name} has the rank {rank}, allowed are 1 to {self.max_rank}")
+        if not all(matrix.to(torch.bfloat16).isfinite().all() for matrix in (delta.down, delta.up)):
+            raise ValueError(f"{name} has a value that is not finite")
+
+
+def _products_of(weight: AdaptableWeight) -> list[_Product]:
+    """Return a weight's packed matrices, with the order of their rows as `Packing` has chosen it."""
+    made = weight.made
+    if isinstance(weight, LinearWeight):
+        return [_Product(made, layout.row_order(weight.rows))]
+    if isinstance(weight, GateUpWeight):
+        assert isinstance(made, PackedGateUp)
+        rows = weight.intermediate_size
+        if len(made.parts) == 1:
+            return [_Product(made.parts[0], layout.interleaved_order(rows))]
+        return _shifted(made.parts, [layout.row_order(rows)] * 2, [rows] * 2)
+    assert isinstance(made, PackedQkv)
+    head_dim, rotary = weight.head_dim, weight.rotary_dim
+    orders = [
+        layout.head_order(weight.num_heads, head_dim, rotary),
+        layout.head_order(weight.num_kv_heads, head_dim, rotary),
+        layout.head_order(weight.num_kv_heads, head_dim, None),
+    ]
+    counts = [weight.num_heads * head_dim, *[weight.num_kv_heads * head_dim] * 2]
+    if len(made.parts) == 3:
+        return _shifted(made.parts, orders, counts)
+    joined = [each.order for each in _shifted([made.parts[0]] * 3, orders, counts)]
+    return [_Product(made.parts[0], np.concatenate(joined))]
+
+
+def _shifted(
+    parts: tuple[PackedLinear, ...] | list[PackedLinear], orders: list[Order], counts: list[int]
+) -> list[_Product]:
+    starts = np.cumsum([0, *counts[:-1]])
+    return [
+        _Product(part, np.where(order >= 0, order + start, -1))
+        for part, order, start in zip(parts, orders, starts, strict=True)
+    ]
+
+
+def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[Any, ...] | None:
+    """Return what the extension wants of a product's part of an adapter; None where nothing changes it."""
+    panels = product.order.reshape(-1, layout.PANEL)
+    where = np.zeros((len(panels), 3), np.int64)  # where its rows begin, the first inner value, how many
+    downs: list[_Bits] = []
+    ups: list[_Bits] = []
+    scales: list[float] = []
+    num_up = 0
+    for name, target, delta in changes:
+        mine = np.flatnonzero(((panels >= target.start) & (panels < target.stop)).any(axis=1))
+        if not len(mine):
+            continue
+        if where[mine, 2].any():
+            raise ValueError(f"{name} has rows that another target of the adapter has, too")
+        rank = delta.down.shape[0]
+        where[mine, 0] = num_up + np.arange(len(mine)) * rank
+        where[mine, 1], where[mine, 2] = len(scales), rank
+        scales += [delta.scale] * rank
+        downs.append(np.pad(_bits(delta.down), ((0, 0), (0, product.columns - delta.down.shape[1]))))
+        rows = np.where(panels[mine] >= 0, panels[mine] - target.start, target.stop - target.start)
+        padded = np.pad(_bits(delta.up), ((0, 1), (0, 0)))  # the last row is that of padding
+        ups.append(padded[rows].swapaxes(1, 2).reshape(-1, layout.PANEL))  # [panels * rank, 16]
+        num_up += len(mine) * rank
+    if not scales:
+        return None
+    down, up = np.concatenate(downs), np.concatenate(ups)
+    return np.ascontiguousarray(down), np.array(scales, np.float32), where, np.ascontiguousarray(up)
+
+
+def _bits(matrix: Tensor) -> _Bits:
+    found: _Bits = matrix.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+    return found
