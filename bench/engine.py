@@ -39,6 +39,7 @@ class Sequence:
     prompt: list[int]
     blocks: range
     num_computed: int = 0
+    adapter: Any = None  # its weights
 
 
 class Engine:
@@ -75,7 +76,9 @@ class Engine:
             for first in range(0, len(sequence.prompt), chunk):
                 ids = sequence.prompt[first : first + chunk]
                 is_last = first + len(ids) == len(sequence.prompt)
-                row = StepRow(sequence.slot, ids, first, sequence.blocks, samples=is_last)
+                row = StepRow(
+                    sequence.slot, ids, first, sequence.blocks, samples=is_last, adapter=sequence.adapter
+                )
                 await self.submit([row], starts)
                 starts = []
             sequence.num_computed = len(sequence.prompt)
@@ -93,7 +96,10 @@ class Engine:
         return time.perf_counter() - start_s
 
     def _decode_step(self, sequences: list[Sequence]) -> asyncio.Future[StepResult]:
-        rows = [StepRow(s.slot, None, s.num_computed, s.blocks, samples=True) for s in sequences]
+        rows = [
+            StepRow(s.slot, None, s.num_computed, s.blocks, samples=True, adapter=s.adapter)
+            for s in sequences
+        ]
         for sequence in sequences:
             sequence.num_computed += 1
         return self.submit(rows, [])

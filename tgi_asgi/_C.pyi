@@ -220,9 +220,7 @@ class Adapter:
         self,
         layout: AdapterLayout,
         parts: Sequence[
-            tuple[
-                int, npt.NDArray[np.uint16], _Floats, npt.NDArray[np.int64], npt.NDArray[np.uint16]
-            ]
+            tuple[int, npt.NDArray[np.uint16], _Floats, npt.NDArray[np.int64], npt.NDArray[np.uint16]]
         ],
     ) -> None: ...
     @property

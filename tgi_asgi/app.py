@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from tgi_asgi.api import table
 from tgi_asgi.api.asgi import ClientDisconnected, Receive, Scope, Send
@@ -29,7 +29,10 @@ from tgi_asgi.observe.metrics import LoopLag
 from tgi_asgi.observe.tracing import Tracing
 from tgi_asgi.serve.process import claim_parent, end_process
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Engine, Progress
+from tgi_asgi.types import Adapters, Engine, Progress
+
+if TYPE_CHECKING:
+    from tgi_asgi.runner.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,14 @@ class OwnedEngine(Engine, Protocol):
     async def drain(self, timeout_s: float) -> None: ...
 
     async def stop(self) -> None: ...
+
+
+class OwnedAdapters(Adapters, Protocol):
+    """The adapters as their owner sees them."""
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class App:
@@ -100,6 +111,8 @@ class App:
             self._loading.cancel()  # the thread itself ends with the process
         if self.context.served is not None:
             await cast(OwnedEngine, self.context.served.engine).stop()
+            if self.context.served.adapters is not None:
+                cast(OwnedAdapters, self.context.served.adapters).close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         self.context.close()
@@ -115,6 +128,8 @@ class App:
             engine = cast(OwnedEngine, served.engine)
             engine.on_fatal = self._on_engine_death
             engine.start()
+            if served.adapters is not None:
+                cast(OwnedAdapters, served.adapters).start()
         except Exception as error:
             context.failure = error
             if not isinstance(error, TgiError):
@@ -189,7 +204,26 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     loaded = load(settings, files, progress)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     return Served(
-        engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor
+        engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
+        make_adapters(settings, loaded),
+    )  # fmt: skip
+
+
+def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
+    """Return what holds the adapters of a model, none of which has been read; None: none are served."""
+    from tgi_asgi.engine import adapters
+    from tgi_asgi.formats.sources import adapter_sources, resolve_adapter
+
+    loader = loaded.adapters
+    if loader is None:
+        return None
+    sources = adapter_sources(settings)
+    taken = ("tgi", loaded.info.model_id)
+    return adapters.Adapters(
+        lambda source: loader.load(resolve_adapter(source)),
+        sources,
+        max_loaded=settings.max_cpu_loras or max(settings.max_loras, len(sources)),
+        taken=taken,
     )
 
 

@@ -126,6 +126,14 @@ class UnknownModel(NotFound):
         self.name = name
 
 
+class UnknownAdapter(NotFound):
+    """Raised for an adapter that is not served; `name` is what was asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The adapter '{name}' does not exist.", param="lora_name", code="adapter_not_found")
+        self.name = name
+
+
 class MethodNotAllowed(TgiError, error_type="method_not_allowed"):
     """Raised when the path exists but not for this method; `allow` lists those that do."""
 

@@ -202,7 +202,9 @@ class Settings:
         None,
         _one_of("last mean cls"),
     )
-    enable_lora: bool = _model("Serve adapters (LoRA) that are loaded while the server runs (CPU only).", False)
+    enable_lora: bool = _model(
+        "Serve adapters (LoRA) that are loaded while the server runs (CPU only).", False
+    )
     lora_adapters: tuple[str, ...] = _model(
         "Adapter to serve, or several with commas: a directory or Hub id, or NAME=either; an id may end in "
         "@revision (repeatable).",

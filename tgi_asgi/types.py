@@ -146,8 +146,49 @@ class Adapter:
     """
 
     name: str
-    key: bytes
+    key: str
     weights: Any
+
+
+class Lease(Protocol):
+    """A request's hold on an adapter."""
+
+    @property
+    def adapter(self) -> Adapter: ...
+
+    def release(self) -> None:
+        """Let go. Idempotent."""
+
+
+class Adapters(Protocol):
+    """The adapters that requests may name: `engine/adapters.py`."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    @property
+    def names(self) -> list[str]:
+        """Those that can be asked for."""
+
+    async def lease(self, name: str) -> Lease:
+        """Return a hold on an adapter.
+
+        Raises:
+            UnknownAdapter, Unavailable, InvalidRequest, Overloaded: it cannot be had, or not now.
+        """
+
+    async def add(self, name: str, location: str) -> None:
+        """Read an adapter; from then on it can be asked for.
+
+        Raises:
+            InvalidRequest, Overloaded: the name is taken, it cannot be read, or there is no room.
+        """
+
+    async def remove(self, name: str) -> None:
+        """Forget an adapter, and wait until nobody uses it.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
 
 
 class PoolingKind(enum.Enum):

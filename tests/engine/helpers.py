@@ -59,7 +59,7 @@ def add_request(
     scheduler: Scheduler, request: GenerationRequest, arrival: int = 0, tenant: str | None = None
 ) -> list[Sequence]:
     """Queue a request's sequences as the engine does, and return them."""
-    root = root_digest(request.adapter, request.cache_salt)
+    root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
     chain = HashChain(root, scheduler.block_size, request.images)
     sequences: list[Sequence] = []
     for choice in range(request.n):

@@ -27,7 +27,7 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
 def load_case(files: ModelFiles, **settings: Any) -> LoadedModel:
-    given = {
+    given: dict[str, Any] = {
         "dtype": "float32", "num_threads": 2, "thread_nice": 0, "max_batch_size": 6, "enable_lora": True,
         "max_batch_prefill_tokens": 128, "max_batch_total_tokens": 1024,
     }  # fmt: skip
@@ -40,9 +40,7 @@ def run(loaded: LoadedModel, jobs: list[Job], chunk: int = 24) -> None:
 
 def job_of(found: Reference, weights: Any) -> Job:
     sampling = SamplingParams(temperature=0.0, logprobs=NUM_BEST)
-    return Job(
-        found.prompt_ids, 6, sampling, wants_prompt_logprobs=NUM_BEST, adapter=weights
-    )
+    return Job(found.prompt_ids, 6, sampling, wants_prompt_logprobs=NUM_BEST, adapter=weights)
 
 
 def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
@@ -59,7 +57,7 @@ def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
         ("llama-head-24", {"target_modules": ["q_proj", "v_proj"], "r": 3}),
         ("llama-odd-sizes", {"r": 5, "use_rslora": True}),
         ("qwen2-unused-window", {"layers_to_transform": [0, 2]}),
-        ("qwen3", {"rank_pattern": {"k_proj": 2, r"layers.1.mlp.down_proj": 7}, "alpha_pattern": {"o_proj": 3}}),
+        ("qwen3", {"rank_pattern": {"k_proj": 2, "1.mlp.down_proj": 7}, "alpha_pattern": {"o_proj": 3}}),
         ("granite", {}),
         ("smollm3-other-layers", {"target_modules": ["o_proj", "down_proj"], "r": 33}),
         ("phi3-old-config", {"target_modules": FUSED}),

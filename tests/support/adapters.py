@@ -1,7 +1,7 @@
 """Makes adapters with `peft` over small checkpoints, and computes what it gives with them in float32.
 
-Their values are such as bfloat16 holds, so that nothing is rounded when they are loaded, and large enough that
-an adapter left out, or another's, shows.
+Their values are such as bfloat16 holds, so that nothing is rounded when they are loaded, and large enough
+that an adapter left out, or another's, shows.
 """
 
 from __future__ import annotations

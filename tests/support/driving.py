@@ -48,9 +48,7 @@ class _Running:
         start, prompt = self.num_computed, self.job.prompt_ids
         if start >= len(prompt):
             self.num_computed += 1
-            return StepRow(
-                self.slot, None, start, self.blocks, samples=True, adapter=self.job.adapter
-            )
+            return StepRow(self.slot, None, start, self.blocks, samples=True, adapter=self.job.adapter)
         chunk = prompt[start : start + budget]
         self.num_computed += len(chunk)
         is_last = self.num_computed == len(prompt)

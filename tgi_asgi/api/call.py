@@ -152,6 +152,7 @@ class Job:
         max_tokens: what the client asked for; None: `default_max_tokens`, or the rest of the context.
         keep_tokens: of the prompt's end; -1: as many as the context has room for.
         reads_reasoning: a reasoning section is told apart from the content.
+        adapter: the name of the one that it wants, where the API has a field for it (`adapter_id`).
     """
 
     prompt: Conversation | Text
@@ -177,6 +178,7 @@ class Job:
     cache_salt: str | None = None
     prompt_logprobs: int | None = None
     seeds: tuple[int, ...] = ()
+    adapter: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

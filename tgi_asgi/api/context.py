@@ -19,7 +19,7 @@ from tgi_asgi.errors import Overloaded, Unavailable
 from tgi_asgi.images.fetch import Fetcher
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import Engine, EngineState, ImageProcessor, ModelInfo
+from tgi_asgi.types import Adapters, Engine, EngineState, ImageProcessor, ModelInfo
 
 if TYPE_CHECKING:  # the last three import libraries that nobody needs before the model has loaded
     from tgi_asgi.api.openai.response_store import ResponseStore
@@ -56,6 +56,7 @@ class Served:
     info: ModelInfo
     stats: EngineStats | None = None  # the engine's counters, for `/metrics`
     image_processor: ImageProcessor | None = None  # of a model with eyes
+    adapters: Adapters | None = None  # where adapters are served
 
     @property
     def accepts_images(self) -> bool:

@@ -44,6 +44,7 @@ RULES: dict[type[TgiError], Rule] = {
     errors.Forbidden: Rule(403, "", 403, "permission_error"),
     errors.NotFound: Rule(404, "", 404, _REFUSED, "unknown_url"),
     errors.UnknownModel: Rule(404, "", 404, _REFUSED, "model_not_found"),
+    errors.UnknownAdapter: Rule(404, "", 404, _REFUSED, "adapter_not_found"),
     errors.MethodNotAllowed: Rule(405, "", 405, _REFUSED, "method_not_allowed"),
     errors.PayloadTooLarge: Rule(413, "", 413, _REFUSED, "request_too_large"),
     errors.RequestTimeout: Rule(408, "", 400, _REFUSED, "request_timeout"),

@@ -23,6 +23,7 @@ from tgi_asgi.types import Channel
 
 if TYPE_CHECKING:
     from tgi_asgi.api.routes import Route
+    from tgi_asgi.types import Lease
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Exchange:
         response_headers: added to whatever is answered (request id, CORS).
         status: of the response once it has started, else None.
         channels: the engine's channels of this request, for the access log and metrics.
+        leases: of the adapters that it uses.
         error: what went wrong, if anything did.
         is_disconnected: the client left before the response had ended.
         is_large: handling the body or the answer at once would keep the event loop for too long; set by
@@ -50,7 +52,7 @@ class Exchange:
 
     __slots__ = (
         "__weakref__", "_num_held", "_num_image_bytes", "channels", "context", "dialect", "error",
-        "is_body_read", "is_disconnected", "is_large", "receive", "remains", "request_id",
+        "is_body_read", "is_disconnected", "is_large", "leases", "receive", "remains", "request_id",
         "response_headers", "route", "scope", "send", "started_s", "status", "tenant",
     )  # fmt: skip
 
@@ -69,6 +71,7 @@ class Exchange:
         self.status: int | None = None
         self.route: Route | None = None
         self.channels: list[Channel] = []
+        self.leases: list[Lease] = []
         self.error: BaseException | None = None
         self._num_held = 0  # bytes of the body, and of what it had fetched, that are counted as held
         self._num_image_bytes = 0  # likewise, of images that have been decoded
@@ -137,6 +140,9 @@ class Exchange:
         """Let go of all that the request held, once; what is large is freed in a thread."""
         self.context.bodies.give_back(self._num_held)
         self.context.pixels.give_back(self._num_image_bytes)
+        for lease in self.leases:
+            lease.release()
+        self.leases.clear()
         remains = [*self.remains, *self.channels]
         self.remains.clear()
         self.channels.clear()  # their sinks know whom they render for, who knows this list

@@ -24,7 +24,7 @@ from tgi_asgi.api.sse import EventStream
 from tgi_asgi.errors import InvalidRequest, ModelNotSupported, TgiError, UnknownModel
 from tgi_asgi.observe.course import stream_headers, sync_headers
 from tgi_asgi.text.constrain.grammar import Grammar
-from tgi_asgi.types import Engine, GenerationRequest, Permit, StopConditions, TokenEvent
+from tgi_asgi.types import Adapter, Engine, GenerationRequest, Permit, StopConditions, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         can = "embeds" if served.info.embedding is not None else "scores"
         raise ModelNotSupported(f"The model {can} texts, and generates none", param="model")
     with admitted(exchange, call.num_choices) as permit:
-        jobs = [await prepare(exchange, served, job) for job in call.jobs]
+        jobs = [await prepare(exchange, served, job, model) for job in call.jobs]
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.remains += [jobs, renderer]
@@ -136,6 +136,9 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     own = context.ready().info.model_id
     if requested is None or requested in ("tgi", own):
         return own
+    adapters = context.ready().adapters
+    if adapters is not None and requested in adapters:
+        return requested
     if context.settings.strict_model_names:
         raise UnknownModel(requested)
     context.note_unknown_model(requested)
@@ -143,8 +146,24 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     return requested
 
 
-async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
+async def adapter_of(exchange: Exchange, served: Served, name: str | None) -> Adapter | None:
+    """Return the adapter of this name, held until the exchange ends; None where it is no adapter's.
+
+    Raises:
+        TgiError: it cannot be had, or not now.
+    """
+    if name is None or served.adapters is None or name not in served.adapters:
+        return None
+    lease = await served.adapters.lease(name)
+    exchange.leases.append(lease)
+    return lease.adapter
+
+
+async def prepare(exchange: Exchange, served: Served, job: Job, model: str) -> Prepared:
     """Make a job's prompt and grammar, in threads, and put it together for the engine.
+
+    Args:
+        model: the name that was asked for: an adapter's, too, where the job names none.
 
     Raises:
         InvalidRequest: a message or a grammar is refused, or the prompt does not fit.
@@ -154,6 +173,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
     with placed(job.where, exchange.dialect):
         if job.check is not None:
             job.check()
+        adapter = await adapter_of(exchange, served, model if job.adapter is None else job.adapter)
         if job.prompt.images is not None:
             await load_images(exchange, served, job.prompt.images)
         prompt = await context.text.run(make_prompt, job, served, context.settings)
@@ -184,6 +204,7 @@ async def prepare(exchange: Exchange, served: Served, job: Job) -> Prepared:
         n=job.n,
         priority=min(max(job.priority, -most), most),
         cache_salt=salt,
+        adapter=adapter,
         grammar=grammar,
         prompt_logprobs=job.prompt_logprobs,
         is_prefix_cached=job.prompt_logprobs is None,

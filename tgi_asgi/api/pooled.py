@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, TypeVar
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler, admitted, cache_salt_of, served_name
+from tgi_asgi.api.life import Handler, adapter_of, admitted, cache_salt_of, served_name
 from tgi_asgi.api.parse import refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.errors import ContextExceeded, ModelNotSupported, Overloaded, TgiError, TooManyPrompts
 from tgi_asgi.observe.course import sync_headers
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import (
+    Adapter,
     Embedding,
     Engine,
     GenerationRequest,
@@ -138,7 +139,8 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         return
     num_together = min(len(call.inputs), max(context.settings.max_concurrent_requests // _SHARE, 1))
     with admitted(exchange, num_together) as permit:
-        requests = await _requests(exchange, served, call)
+        adapter = await adapter_of(exchange, served, model)
+        requests = await _requests(exchange, served, call, adapter)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))
     exchange.is_large |= call.num_numbers * len(vectors) > _LARGE
@@ -195,7 +197,9 @@ def _num_characters(given: Input) -> int:
     return len(content) if isinstance(content, str) else 0
 
 
-async def _requests(exchange: Exchange, served: Served, call: PoolCall) -> list[GenerationRequest]:
+async def _requests(
+    exchange: Exchange, served: Served, call: PoolCall, adapter: Adapter | None
+) -> list[GenerationRequest]:
     """Tokenise the inputs in threads, some at a time: others wait there, too."""
     context = exchange.context
     prompts: list[_Prompt] = []
@@ -217,6 +221,7 @@ async def _requests(exchange: Exchange, served: Served, call: PoolCall) -> list[
             stop=_STOP,
             priority=min(max(call.priority, -most), most),
             cache_salt=salt,
+            adapter=adapter,
             is_prefix_cached=not call.pooling.needs_all,
             pooling=call.pooling,
             second_start=second_start,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from tgi_asgi.api import docs
-from tgi_asgi.api.admin import control, status
+from tgi_asgi.api.admin import adapters, control, status
 from tgi_asgi.api.anthropic import routes as anthropic
 from tgi_asgi.api.errors import CHAT, OPENAI, Dialect
 from tgi_asgi.api.life import Parse, generating
@@ -106,8 +106,11 @@ def _with_pages(rows: list[Route]) -> list[Route]:
 
 def _admin() -> list[Route]:
     row = partial(Route, "POST", tag="Admin", access=Access.ADMIN)
+    text = partial(row, dialect=OPENAI, response=str, media_type="text/plain")
     return [
         row("/abort_request", control.abort_request, "End a request", requests=(control.AbortRequest,)),
         row("/reset_prefix_cache", control.reset_prefix_cache, "Forget all prompts"),
         row("/log_level", control.log_level, "Log from another level on", requests=(control.LogLevel,)),
+        text("/v1/load_lora_adapter", adapters.load, "Load an adapter", requests=(adapters.LoadAdapter,)),
+        text("/v1/unload_lora_adapter", adapters.unload, "Forget one", requests=(adapters.UnloadAdapter,)),
     ]

@@ -13,16 +13,16 @@ from tgi_asgi.engine.sequence import Sequence
 class RunningAdapters:
     """At most so many different adapters run at a time.
 
-    A sequence whose adapter would be one too many is held until one of them has no sequence left. From then on
-    all that come with an adapter are held behind it, also where theirs runs: adapters that are always in use
-    would keep it waiting for ever. Sequences without an adapter pass.
+    A sequence whose adapter would be one too many is held until one of them has no sequence left. From then
+    on all that come with an adapter are held behind it, also where theirs runs: adapters that are always in
+    use would keep it waiting for ever. Sequences without an adapter pass.
     """
 
     __slots__ = ("_counts", "_held", "_most")
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._counts: dict[bytes, int] = {}  # running sequences, by their adapters' keys; in order of entry
+        self._counts: dict[str, int] = {}  # running sequences, by their adapters' keys; in order of entry
         self._held: list[Sequence] = []
 
     @property
@@ -61,11 +61,11 @@ class RunningAdapters:
 
     def grouped(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Return sequences in the order of a step: those without an adapter, then adapter by adapter."""
-        ranks: dict[bytes | None, int] = {None: -1}
+        ranks: dict[str | None, int] = {None: -1}
         ranks.update((key, rank) for rank, key in enumerate(self._counts))
         return sorted(running, key=lambda sequence: ranks[_key(sequence)])
 
 
-def _key(sequence: Sequence) -> bytes | None:
+def _key(sequence: Sequence) -> str | None:
     adapter = sequence.request.adapter
     return None if adapter is None else adapter.key

@@ -91,6 +91,8 @@ class ServingLoop:
         self._eos_ids = eos_ids
         self._step_timeout_s = settings.step_timeout_s
         self._stats = stats
+        if settings.serves_adapters:
+            stats.adapters, stats.max_adapters = self._adapter_names, settings.max_loras
         self._clock = clock
         self._open: set[RequestChannel] = set()
         self._touched: dict[RequestChannel, None] = {}  # with events to flush, in order
@@ -115,6 +117,14 @@ class ServingLoop:
         self.is_idle.clear()
         self._stats.accepted += 1
         self.inbox.put_nowait(channel)
+
+    def _adapter_names(self) -> tuple[list[str], list[str]]:
+        """Return the names of adapters that requests have which run, and which wait."""
+        names: tuple[set[str], set[str]] = (set(), set())
+        for channel in self._open:
+            if channel.request.adapter is not None:
+                names[channel.stats.scheduled_s is None].add(channel.request.adapter.name)
+        return sorted(names[0]), sorted(names[1])
 
     def waiting_newest_first(self) -> dict[Permit, RequestChannel]:
         """Return the requests that have not run yet and have not been given up, by their permits."""
@@ -177,7 +187,7 @@ class ServingLoop:
 
     def _add(self, channel: RequestChannel) -> None:
         request = channel.request
-        root = root_digest(request.adapter and request.adapter.key, request.cache_salt)
+        root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
         chain = HashChain(root, self._block_size, request.images)
         for choice in range(request.n):
             sequence = Sequence(

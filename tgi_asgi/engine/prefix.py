@@ -18,7 +18,7 @@ _DIGEST_SIZE = 16
 _PLACE = struct.Struct("<qQ")  # where an image begins, counted from the block's first token, and its length
 
 
-def root_digest(adapter: bytes | None, cache_salt: str | None) -> bytes:
+def root_digest(adapter: str | None, cache_salt: str | None) -> bytes:
     """Return the parent of a first block: what beside the tokens decides its contents, or who may share."""
     return blake2b(repr((adapter, cache_salt)).encode(), digest_size=_DIGEST_SIZE).digest()
 

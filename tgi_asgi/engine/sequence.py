@@ -37,8 +37,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "adapter", "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling", "leader",
-        "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_pending",
+        "adapter", "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling",
+        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_pending",
         "num_registered", "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot",
         "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
         "wants_prompt_logprobs", "watch",

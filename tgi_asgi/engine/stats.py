@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 # Upper bounds of histograms, here and in metrics, as TGI has them.
 DURATION_BUCKETS = tuple(0.0001 * 1.5**k for k in range(1, 36))  # seconds: 0.15 ms to 145.6 s
@@ -45,13 +46,14 @@ class EngineStats:
         skipped_tokens: tokens that a row drew beyond its first, where it drew any.
         running, waiting: sequences with a slot, and without.
         blocks_used, blocks_total: of the KV cache.
+        adapters: returns the names of adapters of requests that run, and that wait; None: none are served.
+        max_adapters: different ones that a step may have.
     """
 
     __slots__ = (
-        "accepted", "accepted_draft_tokens", "batch_size", "blocks_total", "blocks_used", "cancelled",
-        "draft_tokens", "drafted_rows",
-        "failed", "failed_steps",
-        "finished", "inter_token_s", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
+        "accepted", "accepted_draft_tokens", "adapters", "batch_size", "blocks_total", "blocks_used",
+        "cancelled", "draft_tokens", "drafted_rows", "failed", "failed_steps", "finished", "inter_token_s",
+        "max_adapters", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
         "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens", "step_s", "steps", "waiting",
     )  # fmt: skip
 
@@ -79,3 +81,5 @@ class EngineStats:
         self.waiting = 0
         self.blocks_used = 0
         self.blocks_total = 0
+        self.adapters: Callable[[], tuple[list[str], list[str]]] | None = None
+        self.max_adapters = 0

@@ -6,6 +6,7 @@ HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they m
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
 # Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
-_PATTERNS = ["*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors"]
+_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
 _IGNORED = ["original/*", "onnx/*", "openvino/*", "metal/*"]
 
 
-def fetch(repo_id: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
+def fetch(
+    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = _PATTERNS
+) -> tuple[Path, str]:
     """Download what is missing of a repository's configuration, tokenizer, templates and safetensors.
+
+    Args:
+        patterns: of the files that are wanted, if not these.
 
     Returns:
         The snapshot's directory, and the commit that it is of.
@@ -34,7 +41,7 @@ def fetch(repo_id: str, revision: str | None, progress: Progress) -> tuple[Path,
         path = huggingface_hub.snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=_PATTERNS,
+            allow_patterns=list(patterns),
             ignore_patterns=_IGNORED,
             tqdm_class=_reporting_bar(f"downloading {where}", progress),
         )
@@ -58,7 +65,7 @@ def fetch(repo_id: str, revision: str | None, progress: Progress) -> tuple[Path,
     except Exception as error:
         raise ModelLoadError(f"cannot download {where} from the Hub: {_first_line(error)}") from error
     if not Path(path).is_dir():
-        raise ModelLoadError(f"{where} has none of the files that a model needs ({', '.join(_PATTERNS)})")
+        raise ModelLoadError(f"{where} has none of the files that are wanted ({', '.join(patterns)})")
     return Path(path), Path(path).name
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import map_file, read_json, release_pages
-from tgi_asgi.formats.safetensors import SafetensorsFile, SafeTensor
+from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -24,12 +24,12 @@ _PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _DTYPES = ("F32", "F16", "BF16")
 # Keys that are about training, or that others here make needless: the file's matrices say where they belong.
-_IGNORED = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules "
-    "fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config "
-    "lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config "
-    "target_modules task_type velora_config".split()
-)
+_IGNORED = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
+})  # fmt: skip
 # Each with what it is called in messages; refused where it is neither absent, empty nor false.
 _REFUSED = {
     "use_dora": "DoRA",
@@ -54,7 +54,7 @@ _STRANGERS = {
     "lora_B.bias": "biases (lora_bias)",
     "modules_to_save": "whole modules (modules_to_save)",
 }
-# Patterns are regular expressions of a stranger's: of bounded length and with nothing that backtracks for long.
+# Patterns are regular expressions of a stranger's: bounded, and with nothing that backtracks for long.
 _PATTERN = re.compile(r"(?:[\w.|^$()-]|\\[.d]|\[[\w-]+\]|[+*](?![+*?])){1,200}")
 _MAX_REPEATS = 3
 
@@ -139,7 +139,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if key in _REFUSED and value:
             raise ModelLoadError(f"adapters with {_REFUSED[key]} are not served")
         if key not in _REFUSED and key not in _IGNORED and key not in _READ and value:
-            raise ModelLoadError(f"nothing is known of its key {key[:100]!r}, which may change the arithmetic")
+            raise ModelLoadError(
+                f"nothing is known of its key {key[:100]!r}, which may change the arithmetic"
+            )
     if config.get("bias", "none") != "none":
         raise ModelLoadError(f"adapters with biases are not served (bias: {str(config['bias'])[:100]!r})")
     for key in ("rank_pattern", "alpha_pattern"):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,94 @@ class ModelFiles:
     revision: str | None  # the Hub's commit, or a wheel's GGUF's SHA-256
     kind: Literal["gguf", "directory"]
     path: Path  # the .gguf file, or the directory with config.json and safetensors
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter that the operator named: a directory, or an id on the Hub."""
+
+    name: str
+    location: str
+    revision: str | None = None
+
+
+def adapter_sources(settings: Settings) -> list[AdapterSource]:
+    """Return the adapters that settings name, in TGI's way and in vLLM's.
+
+    Raises:
+        ModelLoadError: one is not written as it must be, or two have one name.
+    """
+    found = [
+        _adapter_source(text.strip())
+        for listed in settings.lora_adapters
+        for text in listed.split(",")
+        if text.strip()
+    ]
+    for given in settings.lora_modules:
+        found += _lora_modules(given)
+    names = [source.name for source in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ModelLoadError(f"two adapters are called {twice!r}: write NAME=PATH")
+    return found
+
+
+def adapter_source(name: str, location: str) -> AdapterSource:
+    """Return an adapter by its name; a location that is no path here may end in @revision."""
+    base, at, revision = location.rpartition("@")
+    if at and base and revision and not Path(location).expanduser().exists() and _HUB_ID.fullmatch(base):
+        return AdapterSource(name, base, revision)
+    return AdapterSource(name, location)
+
+
+def resolve_adapter(source: AdapterSource) -> Path:
+    """Return an adapter's directory; one of the Hub is downloaded if it is not here yet.
+
+    Raises:
+        ModelLoadError: there is no such directory or repository.
+    """
+    path = Path(source.location).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(source.location):
+        raise ModelLoadError(f"no such directory: {source.location}")
+    from tgi_asgi.formats import hub
+
+    directory, _ = hub.fetch(
+        source.location, source.revision, lambda stage, done, total: None, patterns=hub.ADAPTER_PATTERNS
+    )
+    return directory
+
+
+def _adapter_source(text: str) -> AdapterSource:
+    name, given, location = text.partition("=")
+    if given and not (name.strip() and location.strip()):
+        raise ModelLoadError(f"an adapter is written NAME=PATH, got {text!r}")
+    if given:
+        return adapter_source(name.strip(), location.strip())
+    source = adapter_source(text, text)
+    path = Path(text).expanduser()
+    return replace(source, name=path.resolve().name if path.is_dir() else source.location)
+
+
+def _lora_modules(text: str) -> list[AdapterSource]:
+    """Read what vLLM takes: JSON, or NAME=PATH with blanks between several."""
+    if not text.lstrip().startswith(("{", "[")):
+        words = text.split()
+        if not all("=" in word for word in words):
+            raise ModelLoadError(f"--lora-modules takes NAME=PATH, got {text!r}")
+        return [_adapter_source(word) for word in words]
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ModelLoadError(f"--lora-modules: not valid JSON: {error}") from None
+    found = []
+    for each in value if isinstance(value, list) else [value]:
+        name, path = (each.get("name"), each.get("path")) if isinstance(each, dict) else (None, None)
+        if not (isinstance(name, str) and name and isinstance(path, str) and path):
+            raise ModelLoadError(f"--lora-modules takes objects with `name` and `path`, got {text!r}")
+        found.append(adapter_source(name, path))
+    return found
 
 
 def resolve(settings: Settings, progress: Progress) -> ModelFiles:

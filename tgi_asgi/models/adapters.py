@@ -71,7 +71,9 @@ class AdapterLoader:
             for target in adapter.targets:
                 self._check(target)
             deltas = {
-                target.module: ops.Delta(_tensor(adapter, target.down), _tensor(adapter, target.up), target.scale)
+                target.module: ops.Delta(
+                    _tensor(adapter, target.down), _tensor(adapter, target.up), target.scale
+                )
                 for target in adapter.targets
             }
             weights = self.layout.pack(deltas)

@@ -7,6 +7,7 @@ Requests are counted once, after each response; the engine keeps its own plain c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ LAG_INTERVAL_S = 0.1
 DROPPED = "dropped"  # the client went away
 # What errors are called (`TgiError.failure`); "unavailable" (loading, draining or dead) is not TGI's.
 FAILURES = ("validation", "overloaded", "generation", "incomplete", "template", DROPPED, "unavailable")
+_ADAPTERS = "vllm:lora_requests_info"
 _MOST_NEW_TOKENS = 1024  # TGI counts as many as it validates with
 # Second names: TGI's own, and, once the model's name is known, vLLM's.
 _SAME = {
@@ -70,6 +72,10 @@ class Metrics:
         self._add_engine(block_size)
         for method in ("prefill", "decode"):
             self._add_steps(method)
+        self._registry.add(
+            "gauge", _ADAPTERS, "Adapters of requests that run and wait; its value is the time.", lambda: 0.0,
+            max_lora="0", running_lora_adapters="", waiting_lora_adapters="",
+        )  # fmt: skip
         for name, of in _SAME.items():
             self._registry.alias(name, of)
 
@@ -203,6 +209,12 @@ class Metrics:
     def render(self, stats: EngineStats | None = None) -> bytes:
         """Return the exposition, with the engine's numbers as they are now (none while the model loads)."""
         self._engine = stats or self._engine
+        if self._engine.adapters is not None:
+            running, waiting = self._engine.adapters()
+            self._registry.set_series(
+                _ADAPTERS, time.time(), max_lora=str(self._engine.max_adapters),
+                running_lora_adapters=",".join(running), waiting_lora_adapters=",".join(waiting),
+            )  # fmt: skip
         return self._registry.render()
 
 

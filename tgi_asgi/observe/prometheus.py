@@ -48,6 +48,12 @@ class Registry:
         family, _ = self._shown.setdefault(name, (_Family(kind, help, {}), ""))
         family.series[_written(labels)] = read
 
+    def set_series(self, name: str, value: float, **labels: str) -> None:
+        """Give a family this one series in the place of all that it has."""
+        series = self._shown[name][0].series
+        series.clear()
+        series[_written(labels)] = lambda: value
+
     def counter(self, name: str, help: str, **labels: str) -> Counter:
         """Add a counter; it is shown from now on, so rates have a zero."""
         made = Counter()

@@ -32,8 +32,8 @@ def linear(
     """Return x @ W.T (+ bias), [n, rows] float32, of x [n, columns] float32.
 
     x is rounded to the precision that the weight is multiplied in, unless `is_exact`. The result may be a
-    view of a wider tensor: rows are padded to whole strips. Where x has the tokens of a `step`, and `adapters`
-    may change the weight, those that the step's rows have are added.
+    view of a wider tensor: rows are padded to whole strips. Where x has the tokens of a `step`, and
+    `adapters` may change the weight, those that the step's rows have are added.
 
     Raises:
         ValueError: x has another number of columns.

@@ -121,17 +121,29 @@ async def engine(exchange: Exchange) -> None:
 
 async def list_models(exchange: Exchange) -> None:
     """Answer with the served model, as OpenAI lists models."""
-    info = exchange.context.ready().info
-    await exchange.respond_json({"object": "list", "data": [_model_object(info)]})
+    served = exchange.context.ready()
+    listed = [_model_object(served.info), *(_adapter_object(served.info, name) for name in _adapters(served))]
+    await exchange.respond_json({"object": "list", "data": listed})
 
 
 async def retrieve_model(exchange: Exchange) -> None:
     """Answer with one model by its name, which may hold slashes."""
-    info = exchange.context.ready().info
+    served = exchange.context.ready()
     name = exchange.scope["path_params"]["model"]
-    if name != info.model_id:
+    if name in _adapters(served):
+        await exchange.respond_json(_adapter_object(served.info, name))
+        return
+    if name != served.info.model_id:
         raise UnknownModel(name)
-    await exchange.respond_json(_model_object(info))
+    await exchange.respond_json(_model_object(served.info))
+
+
+def _adapters(served: Served) -> list[str]:
+    return [] if served.adapters is None else served.adapters.names
+
+
+def _adapter_object(info: ModelInfo, name: str) -> dict[str, Any]:
+    return _model_object(info) | {"id": name, "root": name, "parent": info.model_id}
 
 
 def _model_object(info: ModelInfo) -> dict[str, Any]:

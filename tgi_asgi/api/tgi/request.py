@@ -145,6 +145,7 @@ def read_request(
         constraint=Constraint(_GRAMMAR, partial(native_grammar, p.grammar)) if p.grammar else None,
         prompt_logprobs=0 if shows_prefill else None,
         seeds=tuple(seed % ENGINE_SEEDS for seed in shown.seeds) if n > 1 else (),
+        adapter=p.adapter_id,
     )
     return job, shown
 
@@ -172,10 +173,19 @@ def _check(
     max_input = context.ready().info.max_input_tokens
     message = f"`truncate` must be strictly positive and less than {max_input}. Given: {p.truncate}"
     _require(p.truncate is None or 0 < p.truncate <= max_input, message, "truncate")
-    message = f"`adapter_id` is not supported: no adapters are served. Given: {str(p.adapter_id)[:256]}"
-    _require(p.adapter_id is None, message, "adapter_id")
+    if p.adapter_id is not None:
+        _check_adapter(p.adapter_id, context)
     if p.watermark:
         context.warn_once("watermark", "`watermark` is accepted, but texts are not watermarked")
+
+
+def _check_adapter(name: str, context: ServerContext) -> None:
+    adapters = context.ready().adapters
+    known = adapters is not None and name in adapters
+    message = f"`adapter_id` must name an adapter that is served. Given: {name[:256]}"
+    if adapters is None:
+        message = f"`adapter_id` is not supported: no adapters are served. Given: {name[:256]}"
+    _require(known, message, "adapter_id")
 
 
 def native_grammar(grammar: Grammar) -> GrammarSource:

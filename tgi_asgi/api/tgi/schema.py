@@ -41,7 +41,7 @@ class Grammar(Struct, frozen=True):
 class GenerateParameters(Struct, frozen=True, kw_only=True):
     """How to generate. Every field may be absent or null."""
 
-    adapter_id: Annotated[str | None, _field("LoRA adapter; refused: no adapters are served.")] = None
+    adapter_id: Annotated[str | None, _field("The adapter to use, by its name.")] = None
     best_of: Annotated[_Count, _field("Sequences to generate; the likeliest is returned (default 1).")] = None
     temperature: Annotated[_Positive, _field("Divides the logits; not 1 means sampling (default 1).")] = None
     repetition_penalty: Annotated[_Positive, _field("A factor, over prompt and output (default 1).")] = None

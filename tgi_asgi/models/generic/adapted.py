@@ -7,6 +7,7 @@ recurrent layer) could not tell whose rows they are. It is asked, not guessed: b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def adaptable(module: nn.Module, run_step: Callable[[int], None]) -> dict[str, o
     products = {path: each for path, each in module.named_modules() if isinstance(each, (Linear, GatedMlp))}
     kept = dict(products)
     for num_tokens in (5, 2):
-        seen = _rows_seen(products, lambda count=num_tokens: run_step(count))
+        seen = _rows_seen(products, partial(run_step, num_tokens))
         kept = {path: each for path, each in kept.items() if seen.get(path) == [num_tokens]}
     return {name: target for path, each in kept.items() for name, target in _targets(path, each).items()}
 
@@ -32,7 +33,9 @@ def adaptable(module: nn.Module, run_step: Callable[[int], None]) -> dict[str, o
 def attach(module: nn.Module, layout: ops.AdapterLayout) -> None:
     """Let the products that the layout knows be changed by its adapters."""
     for path, each in module.named_modules():
-        if isinstance(each, (Linear, GatedMlp)) and any(name in layout.targets for name in _targets(path, each)):
+        if isinstance(each, (Linear, GatedMlp)) and any(
+            name in layout.targets for name in _targets(path, each)
+        ):
             each.adapters = layout
 
 

@@ -62,9 +62,7 @@ class Linear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ W.T (+ bias)`."""
         rows = x.reshape(-1, self.in_features)
-        rows = direct.linear(
-            self.packed, rows, self.precision.is_exact, self.precision.step, self.adapters
-        )
+        rows = direct.linear(self.packed, rows, self.precision.is_exact, self.precision.step, self.adapters)
         return rows.reshape(*x.shape[:-1], self.out_features)
 
 

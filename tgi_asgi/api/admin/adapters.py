@@ -1,0 +1,63 @@
+"""Adapters that come and go while the server runs, with `--admin-api-key`: vLLM's two routes."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.errors import InvalidRequest, ModelNotSupported
+from tgi_asgi.types import Adapters
+
+MAX_NAME_CHARS = 256
+_TEXT = b"text/plain; charset=utf-8"
+
+
+class LoadAdapter(Struct):
+    """Body of `/v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str  # a directory on the server, or an id on the Hub
+    load_inplace: bool = False  # in the place of one of this name
+
+
+class UnloadAdapter(Struct):
+    """Body of `/v1/unload_lora_adapter`."""
+
+    lora_name: str
+
+
+_LOAD = msgspec.json.Decoder(LoadAdapter)
+_UNLOAD = msgspec.json.Decoder(UnloadAdapter)
+
+
+async def load(exchange: Exchange) -> None:
+    """Read an adapter, in a thread; answer once requests may name it."""
+    body = await exchange.read_json(_LOAD)
+    adapters = _adapters_of(exchange)
+    name = body.lora_name
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or not body.lora_path:
+        message = f"`lora_name` must be 1 to {MAX_NAME_CHARS} printable characters, `lora_path` not empty"
+        raise InvalidRequest(message, param="lora_name" if body.lora_path else "lora_path")
+    if body.load_inplace and name in adapters:
+        await adapters.remove(name)
+    await adapters.add(name, body.lora_path)
+    await _tell(exchange, f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload(exchange: Exchange) -> None:
+    """Forget an adapter; answer once no request uses it any more."""
+    body = await exchange.read_json(_UNLOAD)
+    await _adapters_of(exchange).remove(body.lora_name)
+    await _tell(exchange, f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _tell(exchange: Exchange, message: str) -> None:
+    await exchange.respond(200, message.encode(), _TEXT)
+
+
+def _adapters_of(exchange: Exchange) -> Adapters:
+    adapters = exchange.context.ready().adapters
+    if adapters is None:
+        raise ModelNotSupported("No adapters are served: start the server with --enable-lora")
+    return adapters

@@ -1,0 +1,281 @@
+"""The adapters that requests may name: loaded in a thread, kept in memory while there is room, let go of.
+
+    adapters = Adapters(load, [AdapterSource("sql", "/adapters/sql")], max_loaded=16)
+    adapters.start()
+    lease = await adapters.lease("sql")           # lease.adapter goes into the request
+    ...
+    lease.release()
+
+Everything but `load` runs on one event loop. What a request holds stays in memory until it lets go, whatever
+becomes of the name meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
+from tgi_asgi.formats.sources import AdapterSource, adapter_source
+from tgi_asgi.types import Adapter
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 30.0  # for an adapter that is read again
+_PAUSE_S = 30.0  # after a failure, before it is tried again
+
+
+class Loaded(Protocol):
+    """What `load` returns: `models.adapters.LoadedAdapter`."""
+
+    @property
+    def weights(self) -> object: ...
+    @property
+    def digest(self) -> bytes: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class _Entry:
+    """An adapter that can be asked for.
+
+    Attributes:
+        adapter: while it is in memory.
+        task: that loads it.
+        num_users: leases.
+        used: when it was leased last, as a number that grows.
+        failed_s: when loading failed last.
+    """
+
+    __slots__ = (
+        "adapter",
+        "failed_s",
+        "failure",
+        "has_loaded",
+        "idle",
+        "num_users",
+        "source",
+        "task",
+        "used",
+    )
+
+    def __init__(self, source: AdapterSource) -> None:
+        self.source = source
+        self.adapter: Adapter | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.has_loaded = False
+        self.num_users = 0
+        self.used = 0
+        self.failed_s: float | None = None
+        self.failure: Exception | None = None
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+
+class Lease:
+    """A request's hold on an adapter."""
+
+    __slots__ = ("_entry", "adapter")
+
+    def __init__(self, entry: _Entry, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._entry: _Entry | None = entry
+        entry.num_users += 1
+        entry.idle.clear()
+
+    def release(self) -> None:
+        """Let go. Idempotent."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            entry.num_users -= 1
+            if not entry.num_users:
+                entry.idle.set()
+
+
+class Adapters:
+    """See above.
+
+    Args:
+        load: reads an adapter, in a thread; raises `ModelLoadError`.
+        sources: those that can be asked for from the start.
+        max_loaded: that are in memory at a time, those included that are being read.
+        taken: names that no adapter can have.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[AdapterSource], Loaded],
+        sources: Iterable[AdapterSource] = (),
+        *,
+        max_loaded: int,
+        taken: Iterable[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load = load
+        self._max_loaded = max_loaded
+        self._taken = frozenset(taken)
+        self._clock = clock
+        self._entries = {source.name: _Entry(source) for source in sources}
+        self._turns = itertools.count(1)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tgi-adapters")
+
+    def start(self) -> None:
+        """Begin to read those that there are; each that fails does so alone, with a line in the log."""
+        for entry in self._entries.values():
+            self._begin(entry)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @property
+    def names(self) -> list[str]:
+        """Those that can be asked for, in the order in which they came: in memory, or to be read again."""
+        return [name for name, entry in self._entries.items() if entry.has_loaded]
+
+    @property
+    def num_loaded(self) -> int:
+        """How many are in memory, or being read."""
+        return sum(entry.adapter is not None or entry.task is not None for entry in self._entries.values())
+
+    async def lease(self, name: str) -> Lease:
+        """Return a hold on an adapter, which is read first if it has left the memory.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+            Unavailable: it is being read for the first time, or that takes long.
+            InvalidRequest: it could not be read.
+            Overloaded: all that memory may hold are in use.
+        """
+        entry = self._find(name)
+        if entry.adapter is None:
+            await self._wait(entry)
+        adapter = entry.adapter
+        if adapter is None or self._entries.get(name) is not entry:
+            raise UnknownAdapter(name)  # it was removed meanwhile
+        entry.used = next(self._turns)
+        return Lease(entry, adapter)
+
+    async def add(self, name: str, location: str) -> None:
+        """Read an adapter; from then on it can be asked for.
+
+        Raises:
+            InvalidRequest: the name is taken, or the adapter could not be read.
+            Overloaded: all that memory may hold are in use.
+        """
+        if name in self._entries or name in self._taken:
+            raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
+        entry = self._entries[name] = _Entry(adapter_source(name, location))
+        await asyncio.shield(self._begin(entry))
+        if entry.failure is not None:
+            self._entries.pop(name, None)
+            if isinstance(entry.failure, ModelLoadError):
+                message = f"The adapter '{name}' cannot be served: {entry.failure.message}"
+                raise InvalidRequest(message, param="lora_path")
+            raise entry.failure
+
+    async def remove(self, name: str) -> None:
+        """Forget an adapter: nobody gets it any more; return when nobody has it.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+        """
+        entry = self._find(name)
+        del self._entries[name]
+        if entry.task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(entry.task)
+        await entry.idle.wait()
+        entry.adapter = None
+
+    def close(self) -> None:
+        """Let the thread end; what waits is given up."""
+        for entry in self._entries.values():
+            if entry.task is not None:
+                entry.task.cancel()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _find(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise UnknownAdapter(name)
+        return entry
+
+    async def _wait(self, entry: _Entry) -> None:
+        """Have an adapter read that is not in memory."""
+        if entry.task is None:
+            if entry.failed_s is not None and self._clock() - entry.failed_s < _PAUSE_S:
+                raise _told(entry)
+            self._begin(entry)
+        task = entry.task
+        if task is not None and not entry.has_loaded and entry.failed_s is None:
+            raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
+        if task is not None:
+            await asyncio.wait({task}, timeout=_WAIT_S)
+        if entry.adapter is None:
+            if entry.failure is not None:
+                raise _told(entry)
+            raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
+
+    def _begin(self, entry: _Entry) -> asyncio.Task[None]:
+        entry.task = asyncio.get_running_loop().create_task(self._read(entry))
+        return entry.task
+
+    async def _read(self, entry: _Entry) -> None:
+        source, begun_s = entry.source, self._clock()
+        try:
+            self._make_room()
+            loop = asyncio.get_running_loop()
+            loaded = await loop.run_in_executor(self._executor, self._load, source)
+        except Exception as error:
+            entry.failure = error
+            if isinstance(error, ModelLoadError):
+                entry.failed_s = self._clock()
+                logger.error("adapter %r: %s", source.name, error)
+            elif not isinstance(error, Overloaded):
+                entry.failed_s = self._clock()
+                logger.exception("adapter %r could not be read", source.name)
+            return
+        finally:
+            entry.task = None
+        entry.adapter = Adapter(source.name, loaded.digest.hex(), loaded.weights)
+        entry.failure, entry.failed_s, entry.has_loaded = None, None, True
+        entry.used = next(self._turns)
+        logger.info(
+            "adapter %r: rank %d, %.1f MB, read in %.1f s",
+            source.name, loaded.rank, loaded.num_bytes / 1e6, self._clock() - begun_s,
+        )  # fmt: skip
+
+    def _make_room(self) -> None:
+        """Let go of adapters that nobody uses until there is room for the one that is about to be read.
+
+        Raises:
+            Overloaded: all are in use.
+        """
+        while self.num_loaded > self._max_loaded:
+            unused = [
+                entry for entry in self._entries.values() if entry.adapter is not None and not entry.num_users
+            ]
+            if not unused:
+                raise Overloaded(f"All {self._max_loaded} adapters that memory may hold are in use")
+            oldest = min(unused, key=lambda entry: entry.used)
+            oldest.adapter = None
+            logger.info("adapter %r: let go of, to be read again when it is asked for", oldest.source.name)
+
+
+def _told(entry: _Entry) -> Exception:
+    """Return what a client is told of a failure; the log has the reason, which may name files."""
+    if isinstance(entry.failure, Overloaded):
+        return Overloaded(entry.failure.message)
+    return InvalidRequest(
+        f"The adapter '{entry.source.name}' could not be loaded; the server's log says why",
+        param="model",
+        code="adapter_not_loaded",
+    )
