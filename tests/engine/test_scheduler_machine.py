@@ -20,7 +20,7 @@ from tests.support.fake_runner import FakeRunner, expected_tokens
 from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.runner.plan import DraftLimits, StepResult
-from tgi_asgi.types import Eyes, ImageInput, SamplingParams
+from tgi_asgi.types import Adapter, Eyes, ImageInput, SamplingParams
 
 BLOCK = 4
 
@@ -35,6 +35,8 @@ def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInpu
     return tuple(images)
 
 
+MAX_ADAPTERS = 2
+ADAPTERS = tuple(Adapter(name, name, f"weights of {name}") for name in "xyz")  # one more than may run
 SELDOM = st.sampled_from((False, False, False, True))
 
 
@@ -71,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
+            max_adapters=MAX_ADAPTERS,
         )
         self.runner = FakeRunner(
             num_blocks=num_blocks,
@@ -79,6 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
+            max_adapters=MAX_ADAPTERS,
         )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []
@@ -99,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         wants_prompt_logprobs=SELDOM,
         is_watched=SELDOM,
         places=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=3),
+        adapter=st.sampled_from((None, *ADAPTERS)),
     )
     def submit(
         self,
@@ -114,6 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         wants_prompt_logprobs: bool,
         is_watched: bool,
         places: list[tuple[int, int]],
+        adapter: Adapter | None,
     ) -> None:
         prompt = [family * 50 + position for position in range(prompt_len)]
         if turn is not None and self.answers:
@@ -131,6 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 is_prefix_cached=not is_private,
                 prompt_logprobs=0 if wants_prompt_logprobs else None,
                 grammar=WatchedGrammar(range(97, 104)) if is_watched else None,
+                adapter=adapter,
                 images=images_at(places, len(tokens)) if self.runner.eyes is not None else (),
             )
             self.open += add_request(self.scheduler, request, self.num_arrived, tenant)

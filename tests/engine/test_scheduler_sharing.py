@@ -9,7 +9,7 @@ import pytest
 from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
 from tests.support.fake_runner import FakeRunner
 from tgi_asgi.engine.sequence import SequenceState
-from tgi_asgi.types import ImageInput
+from tgi_asgi.types import Adapter, ImageInput
 
 
 def test_a_second_prompt_takes_the_cached_prefix() -> None:
@@ -131,7 +131,12 @@ def test_one_token_is_computed_even_if_all_blocks_are_cached() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"cache_salt": "mine"}, {"adapter": "lora"}, {"is_prefix_cached": False}, {"prompt_logprobs": 0}],
+    [
+        {"cache_salt": "mine"},
+        {"adapter": Adapter("lora", "1", "its weights")},
+        {"is_prefix_cached": False},
+        {"prompt_logprobs": 0},
+    ],
 )
 def test_who_must_not_share_does_not(fields: dict[str, Any]) -> None:
     scheduler, runner = make_scheduler(), FakeRunner()

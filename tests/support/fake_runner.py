@@ -14,10 +14,12 @@ whatever else is running beside it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -38,7 +40,9 @@ EOS_ID = 256
 BOS_ID = 257
 VOCAB_SIZE = 258
 GARBAGE = -1
-_NOTHING = (GARBAGE, GARBAGE, False)
+# What a place of the cache holds: a token, its position, whether it is as drawn ones are computed, its adapter.
+_Written = tuple[int, int, bool, Any]
+_NOTHING: _Written = (GARBAGE, GARBAGE, False, None)
 
 NextToken = Callable[[Sequence[int], SamplingParams, int], int]
 
@@ -155,12 +159,13 @@ class FakeRunner:
     is_poisoned: Callable[[Sequence[int]], bool] | None = None
     violations: list[str] = field(default_factory=list)
     plans: list[StepPlan] = field(default_factory=list)  # as executed
+    max_adapters: int = 8  # of a step
     keeps_plans: bool = True  # a server that runs for long must not
     is_closed: bool = False
 
     def __post_init__(self) -> None:
         size = self.num_blocks * self.block_size
-        self._store: list[tuple[int, int, bool]] = [_NOTHING] * size
+        self._store: list[_Written] = [_NOTHING] * size
         self._slots: dict[int, _Slot] = {}
         self._guesses: dict[int, list[int]] = {}  # of the present step, by slot
         self._num_views: Counter[bytes] = Counter()  # by digest
@@ -301,6 +306,12 @@ class FakeRunner:
         if self.has_prompt_arithmetic:
             kinds = [not row.is_generated for row in plan.rows]
             self._require(kinds == sorted(kinds), "rows of generated tokens do not come first")
+        adapters = [row.adapter for row in plan.rows]
+        num_adapters = len(set(adapters) - {None})
+        self._require(num_adapters <= self.max_adapters, "too many adapters")
+        decoding = [key for key, _ in itertools.groupby(adapters[:first_chunk])]
+        are_together = len(decoding) == len(set(decoding)) and None not in decoding[1:]
+        self._require(are_together, "rows of one adapter are not neighbours")
 
     def _guess(self, row: StepRow) -> list[int]:
         """Return drafts for a row, some of the first right and the others wrong."""
@@ -332,7 +343,7 @@ class FakeRunner:
         result.num_drafted_rows += bool(guesses)
         for at in range(len(guesses) + 1):
             seen = [self._store[self._place(row, position)] for position in range(len(slot.tokens))]
-            wanted = self._wanted(slot, len(slot.tokens))
+            wanted = self._wanted(slot, len(slot.tokens), row.adapter)
             self._require(seen == wanted, f"slot {row.slot}: reads {seen}, wants {wanted}")
             sampled = self._draw(slot)
             if at == 0:
@@ -351,18 +362,18 @@ class FakeRunner:
             for position in range(max(begin, row.start), row.stop) if is_tainted else ():
                 self._store[self._place(row, position)] = _NOTHING
             for at, token in enumerate(() if is_tainted else tokens):
-                self._store[self._place(row, begin + at)] = (token, begin + at, is_generated)
+                self._store[self._place(row, begin + at)] = (token, begin + at, is_generated, row.adapter)
             return
         tokens = slot.tokens[-1:] if row.token_ids is None else list(row.token_ids)
         self._require(bool(tokens), "a row without tokens")
         for at, token in enumerate(tokens):
             place = self._place(row, row.start + at)
-            self._store[place] = _NOTHING if is_tainted else (token, row.start + at, is_generated)
+            self._store[place] = _NOTHING if is_tainted else (token, row.start + at, is_generated, row.adapter)
 
-    def _wanted(self, slot: _Slot, end: int) -> list[tuple[int, int, bool]]:
+    def _wanted(self, slot: _Slot, end: int, adapter: Any) -> list[_Written]:
         """Return what a sequence's first tokens must have written."""
         num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
-        return [(token, at, at >= num_prompt) for at, token in enumerate(slot.tokens[:end])]
+        return [(token, at, at >= num_prompt, adapter) for at, token in enumerate(slot.tokens[:end])]
 
     def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
         slot = self._slots[row.slot]
@@ -374,7 +385,7 @@ class FakeRunner:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
         seen = [self._store[self._place(row, position)] for position in range(end)]
-        wanted = self._wanted(slot, end)
+        wanted = self._wanted(slot, end, row.adapter)
         self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
         if row.pools is not None and row.pools.needs_all:
             self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")

@@ -28,6 +28,7 @@ from tgi_asgi.runner.plan import Sampled
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.types import (
+    Adapters,
     EngineState,
     FinishReason,
     GenerationRequest,
@@ -280,6 +281,7 @@ def scripted_app(
     info: ModelInfo | None = None,
     chat_template: str | None = CHATML,
     image_processor: ImageProcessor | None = None,
+    adapters: Adapters | None = None,
 ) -> App:
     """Return the real application around the engine, already loaded: a lifespan may follow, or not."""
     template = ChatTemplate(chat_template, engine.tokenizer.special_tokens) if chat_template else None
@@ -289,6 +291,7 @@ def scripted_app(
         template,
         info or toy_info(),
         image_processor=image_processor,
+        adapters=adapters,
     )
     app = create_app(settings or Settings(model_id="toy/model"), loader=lambda settings, progress: served)
     app.context.served = served

@@ -1,0 +1,238 @@
+"""Adapters on the wire: by `adapter_id`, by `model`, listed, loaded and unloaded by the operator."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.support.client import client_of
+from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
+from tgi_asgi.app import App
+from tgi_asgi.engine.adapters import Adapters
+from tgi_asgi.errors import ModelLoadError, TgiError
+from tgi_asgi.formats.sources import AdapterSource
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import TokenEvent
+
+ROOT = {"authorization": "Bearer root"}
+SETTINGS = Settings(model_id="toy/model", admin_api_key="root", enable_lora=True)
+
+
+class Loaded:
+    """What the loader below returns."""
+
+    weights, rank, num_bytes = "weights", 8, 1000
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+
+
+def load(source: AdapterSource) -> Loaded:
+    if source.location == "/broken":
+        raise ModelLoadError("/broken: tensor 'x.lora_A.weight' has the rank 99; --max-lora-rank allows 64")
+    return Loaded(source.location.encode())
+
+
+async def serving(*names: str, settings: Settings = SETTINGS, engine: ScriptedEngine | None = None) -> App:
+    """Return an app whose adapters have been loaded."""
+    adapters = Adapters(load, [AdapterSource(name, f"/{name}") for name in names], max_loaded=4)
+    adapters.start()
+    while len(adapters.names) < len(names):
+        await asyncio.sleep(0.001)
+    return scripted_app(engine or ScriptedEngine(), settings, adapters=adapters)
+
+
+async def post(app: App, path: str, body: Any, headers: dict[str, str] | None = None) -> httpx.Response:
+    async with client_of(app) as client:
+        return await client.post(path, json=body, headers=headers)
+
+
+def asked(app: App) -> list[str | None]:
+    """Return the adapters of the requests that the engine has had."""
+    assert app.context.served is not None
+    engine: Any = app.context.served.engine
+    return [None if each.adapter is None else each.adapter.name for each in engine.requests]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+async def test_adapter_id_names_an_adapter(path: str) -> None:
+    app = await serving("sql")
+    body = {"inputs": "hi", "parameters": {"adapter_id": "sql"}}
+    assert (await post(app, path, body)).status_code == 200
+    assert (await post(app, path, {"inputs": "hi"})).status_code == 200
+    assert asked(app) == ["sql", None]
+
+
+async def test_an_unknown_adapter_id_is_refused() -> None:
+    app = await serving("sql")
+    answer = await post(app, "/generate", {"inputs": "hi", "parameters": {"adapter_id": "other"}})
+    assert answer.status_code == 422
+    assert answer.json() == {
+        "error": "Input validation error: `adapter_id` must name an adapter that is served. Given: other",
+        "error_type": "validation",
+    }
+    assert asked(app) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": ["hi", "you"]}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}),
+        ("/api/generate", {"prompt": "hi", "stream": False}),
+    ],
+)
+async def test_model_names_an_adapter_and_is_echoed(path: str, body: dict[str, Any]) -> None:
+    app = await serving("sql", settings=Settings(model_id="toy/model", strict_model_names=True))
+    answer = await post(app, path, {"model": "sql", **body})
+    assert answer.status_code == 200
+    assert answer.json()["model"] == "sql"
+    assert "x-tgi-model" not in answer.headers
+    assert set(asked(app)) == {"sql"}
+    assert (await post(app, path, {"model": "other", **body})).status_code == 404
+
+
+async def test_an_unknown_model_is_served_by_the_base_and_says_so() -> None:
+    app = await serving("sql")
+    answer = await post(app, "/v1/completions", {"model": "other", "prompt": "hi"})
+    assert (answer.status_code, answer.headers["x-tgi-model"]) == (200, "toy/model")
+    assert asked(app) == [None]
+
+
+async def test_adapters_are_listed_with_their_parent() -> None:
+    app = await serving("sql", "poems")
+    async with client_of(app) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [(model["id"], model["parent"]) for model in listed] == [
+            ("toy/model", None), ("sql", "toy/model"), ("poems", "toy/model"),
+        ]  # fmt: skip
+        assert (await client.get("/v1/models/sql")).json() == listed[1]
+        assert (await client.get("/v1/models/other")).status_code == 404
+
+
+async def test_one_that_loads_is_503_in_each_envelope() -> None:
+    go_on = threading.Event()
+
+    def hold(source: AdapterSource) -> Loaded:
+        assert go_on.wait(10)
+        return Loaded(b"")
+
+    adapters = Adapters(hold, [AdapterSource("sql", "/sql")], max_loaded=4)
+    adapters.start()
+    await asyncio.sleep(0)
+    app = scripted_app(ScriptedEngine(), SETTINGS, adapters=adapters)
+    try:
+        native = await post(app, "/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}})
+        assert (native.status_code, native.json()["error_type"]) == (503, "unavailable")
+        answer = await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
+        assert {native.headers["retry-after"], answer.headers["retry-after"]} == {"2"}
+        served: Any = app.context.served
+        assert served.engine.num_permits == 128, "the room was given back"
+    finally:
+        go_on.set()
+        adapters.close()
+
+
+async def test_the_operator_loads_and_unloads() -> None:
+    app = await serving()
+    body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
+    answer = await post(app, "/v1/load_lora_adapter", body, ROOT)
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' added successfully.")
+    assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
+    again = await post(app, "/v1/load_lora_adapter", body, ROOT)
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
+    inplace = await post(app, "/v1/load_lora_adapter", {**body, "load_inplace": True}, ROOT)
+    assert inplace.status_code == 200
+    answer = await post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT)
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' removed successfully.")
+    gone = await post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "adapter_not_found")
+    assert asked(app) == ["sql"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"lora_name": "", "lora_path": "/a"}, "lora_name"),
+        ({"lora_name": "x" * 257, "lora_path": "/a"}, "lora_name"),
+        ({"lora_name": "a\nb", "lora_path": "/a"}, "lora_name"),
+        ({"lora_name": "a", "lora_path": ""}, "lora_path"),
+        ({"lora_name": "a", "lora_path": "/broken"}, "lora_path"),
+    ],
+)
+async def test_what_cannot_be_loaded_is_refused_with_the_reason(body: dict[str, Any], param: str) -> None:
+    app = await serving("sql")
+    answer = await post(app, "/v1/load_lora_adapter", body, ROOT)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert body["lora_path"] != "/broken" or "has the rank 99" in error["message"]
+    assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+async def test_the_routes_need_the_operators_key_and_the_feature(path: str) -> None:
+    body = {"lora_name": "sql", "lora_path": "/a"}
+    app = await serving()
+    assert (await post(app, path, body)).status_code == 401
+    without = scripted_app(ScriptedEngine(), Settings(model_id="toy/model"))
+    assert (await post(without, path, body, ROOT)).status_code == 404
+    off = scripted_app(ScriptedEngine(), SETTINGS)
+    answer = await post(off, path, body, ROOT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_not_supported")
+
+
+async def test_an_unload_waits_for_the_requests_that_use_the_adapter() -> None:
+    go_on = asyncio.Event()
+
+    async def script(channel: ScriptedChannel) -> AsyncIterator[Sequence[TokenEvent] | TgiError]:
+        await go_on.wait()
+        async for events in say("a")(channel):
+            yield events
+
+    app = await serving("sql", engine=ScriptedEngine(script))
+    request = asyncio.create_task(post(app, "/v1/completions", {"model": "sql", "prompt": "hi"}))
+    while not asked(app):
+        await asyncio.sleep(0.001)
+    removal = asyncio.create_task(post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT))
+    await asyncio.sleep(0.02)
+    assert not removal.done()
+    assert (
+        await post(app, "/generate", {"inputs": "x", "parameters": {"adapter_id": "sql"}})
+    ).status_code == 422
+    go_on.set()
+    assert (await request).status_code == 200
+    assert (await removal).status_code == 200
+
+
+async def test_a_client_that_goes_away_lets_go_of_its_adapter() -> None:
+    app = await serving("sql", engine=ScriptedEngine(say("a", finish=None)))
+    async with client_of(app) as client:
+        body = {"model": "sql", "prompt": "hi", "stream": True, "max_tokens": 400}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            async for _ in answer.aiter_lines():
+                break
+    removal = await asyncio.wait_for(post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT), 5)
+    assert removal.status_code == 200
+
+
+async def test_openais_client_uses_an_adapter_as_a_model() -> None:
+    app = await serving("sql")
+    transport = httpx.ASGITransport(app)
+    async with openai.AsyncOpenAI(
+        api_key="x", base_url="http://test/v1", http_client=httpx.AsyncClient(transport=transport)
+    ) as client:
+        assert [model.id async for model in client.models.list()] == ["toy/model", "sql"]
+        answer = await client.chat.completions.create(
+            model="sql", messages=[{"role": "user", "content": "hi"}]
+        )
+    assert answer.model == "sql"
+    assert asked(app) == ["sql"]

@@ -1,0 +1,232 @@
+"""Adapters in the scheduler, and the holder of their names: loading, leases, room, removal, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.engine.helpers import add_request, make_request, make_scheduler, must_plan, run, run_all
+from tests.support.fake_runner import FakeRunner
+from tgi_asgi.engine.adapters import Adapters
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
+from tgi_asgi.formats.sources import AdapterSource
+from tgi_asgi.types import Adapter
+
+A, B, C = (Adapter(name, f"key {name}", f"weights {name}") for name in "abc")
+
+
+def queue(scheduler: Any, adapters: str, max_tokens: int = 4) -> list[Sequence]:
+    """Queue a request for each letter; `-` has no adapter."""
+    by_name = {"a": A, "b": B, "c": C, "-": None}
+    return [
+        add_request(scheduler, make_request([index] * 5, max_tokens, adapter=by_name[name]), index)[0]
+        for index, name in enumerate(adapters)
+    ]
+
+
+def test_rows_that_decode_are_grouped_by_adapter_with_those_of_none_first() -> None:
+    scheduler, runner = make_scheduler(), FakeRunner()
+    queue(scheduler, "a-bab-")
+    run(scheduler, runner, must_plan(scheduler))
+    step = must_plan(scheduler)
+    assert [row.adapter for row in step.plan.rows] == [
+        None, None, "weights a", "weights a", "weights b", "weights b",
+    ]  # fmt: skip
+    assert [sequence.adapter for sequence in step.sequences] == [row.adapter for row in step.plan.rows]
+    run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    assert runner.violations == []
+
+
+def test_one_adapter_too_many_waits_and_those_without_pass() -> None:
+    scheduler, runner = make_scheduler(max_adapters=2), FakeRunner(max_adapters=2)
+    first = queue(scheduler, "abc-a")
+    step = must_plan(scheduler)
+    assert step.sequences == [first[0], first[1], first[3]], "the second of a is behind c, which came before"
+    assert scheduler.num_waiting == 2
+    run(scheduler, runner, step)
+    for _ in range(6):
+        if first[2].state is SequenceState.RUNNING:
+            break
+        run(scheduler, runner, must_plan(scheduler))
+    assert first[2].state is SequenceState.RUNNING
+    run_all(scheduler, runner)
+    assert runner.violations == []
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+
+
+def test_one_that_is_held_can_be_given_up() -> None:
+    scheduler, runner = make_scheduler(max_adapters=1), FakeRunner(max_adapters=1)
+    one, held = queue(scheduler, "ab")
+    run(scheduler, runner, must_plan(scheduler))
+    scheduler.remove(held)
+    assert scheduler.num_waiting == 0
+    run_all(scheduler, runner)
+    assert (one.num_output, held.num_output) == (4, 0)
+    [later] = queue(scheduler, "b")
+    run_all(scheduler, runner)
+    assert later.num_output == 4
+
+
+@dataclass
+class Weights:
+    """What the script below loads; counted while it lives."""
+
+    digest: bytes
+    weights: object = field(default_factory=object)
+    rank: int = 8
+    num_bytes: int = 1000
+
+
+class Script:
+    """A loader that tests hold up and make fail."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.failures: dict[str, Exception] = {}
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __call__(self, source: AdapterSource) -> Weights:
+        assert self.go_on.wait(10)
+        if source.name in self.failures:
+            raise self.failures[source.name]
+        self.loaded.append(source.name)
+        return Weights(source.location.encode())
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def sources(names: str) -> list[AdapterSource]:
+    return [AdapterSource(name, f"/{name}") for name in names]
+
+
+async def settled(adapters: Adapters, *names: str) -> None:
+    """Wait until these have been loaded."""
+    while not set(names) <= set(adapters.names):
+        await asyncio.sleep(0.001)
+
+
+async def test_an_adapter_is_loaded_once_and_its_key_is_of_its_contents() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=4)
+    adapters.start()
+    await settled(adapters, "a", "b")
+    first, second = await adapters.lease("a"), await adapters.lease("a")
+    assert first.adapter is second.adapter
+    assert first.adapter.key == b"/a".hex()
+    assert sorted(script.loaded) == ["a", "b"]
+    adapters.close()
+
+
+async def test_one_that_loads_for_the_first_time_is_not_there_yet() -> None:
+    script = Script()
+    script.go_on.clear()
+    adapters = Adapters(script, sources("a"), max_loaded=4)
+    adapters.start()
+    await asyncio.sleep(0)
+    assert "a" in adapters and adapters.names == []
+    with pytest.raises(Unavailable, match="'a' is loading") as refused:
+        await adapters.lease("a")
+    assert refused.value.retry_after_s > 0
+    script.go_on.set()
+    await settled(adapters, "a")
+    assert (await adapters.lease("a")).adapter.name == "a"
+    with pytest.raises(UnknownAdapter):
+        await adapters.lease("b")
+    adapters.close()
+
+
+async def test_the_one_used_least_recently_leaves_and_is_read_again() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=2)
+    adapters.start()
+    await settled(adapters, "a", "b")
+    (await adapters.lease("b")).release()
+    (await adapters.lease("a")).release()
+    await adapters.add("c", "/c")
+    assert adapters.num_loaded == 2
+    assert adapters.names == ["a", "b", "c"], "it can still be asked for"
+    lease = await adapters.lease("b")  # waits until it has been read again
+    assert lease.adapter.key == b"/b".hex()
+    assert script.loaded[2:] == ["c", "b"]
+    assert adapters.num_loaded == 2
+    adapters.close()
+
+
+async def test_what_is_in_use_does_not_leave() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=1)
+    adapters.start()
+    await settled(adapters, "a")
+    lease = await adapters.lease("a")
+    with pytest.raises(Overloaded, match="All 1 adapters"):
+        await adapters.add("b", "/b")
+    assert "b" not in adapters
+    lease.release()
+    lease.release()
+    await adapters.add("b", "/b")
+    with pytest.raises(InvalidRequest, match="taken"):
+        await adapters.add("b", "/elsewhere")
+    adapters.close()
+
+
+async def test_a_removed_adapter_is_unknown_at_once_and_stays_until_it_is_let_go_of() -> None:
+    adapters = Adapters(Script(), sources("a"), max_loaded=1)
+    adapters.start()
+    await settled(adapters, "a")
+    lease = await adapters.lease("a")
+    removal = asyncio.create_task(adapters.remove("a"))
+    await asyncio.sleep(0.01)
+    assert "a" not in adapters and not removal.done()
+    assert lease.adapter.name == "a"
+    with pytest.raises(UnknownAdapter):
+        await adapters.remove("a")
+    lease.release()
+    await removal
+    assert adapters.num_loaded == 0
+    adapters.close()
+
+
+async def test_a_broken_adapter_fails_alone_and_is_tried_again_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script, clock = Script(), Clock()
+    script.failures = {"a": ModelLoadError("tensor 'x' is short"), "c": OSError("disk")}
+    adapters = Adapters(script, sources("ab"), max_loaded=4, clock=clock)
+    adapters.start()
+    await settled(adapters, "b")
+    assert "tensor 'x' is short" in caplog.text
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="'a' could not be loaded") as refused:
+            await adapters.lease("a")
+        assert "tensor" not in refused.value.message, "the log has it"
+    del script.failures["a"]
+    clock.now += 31
+    assert (await adapters.lease("a")).adapter.name == "a"
+    with pytest.raises(OSError, match="disk"):
+        await adapters.add("c", "/c")
+    assert "c" not in adapters
+    adapters.close()
+
+
+async def test_the_operator_is_told_why_an_adapter_cannot_be_served() -> None:
+    script = Script()
+    script.failures["a"] = ModelLoadError("tensor 'x' is short")
+    adapters = Adapters(script, max_loaded=4, taken=("base",))
+    with pytest.raises(InvalidRequest, match="cannot be served: tensor 'x' is short"):
+        await adapters.add("a", "/a")
+    with pytest.raises(InvalidRequest, match="taken"):
+        await adapters.add("base", "/a")
+    assert adapters.names == []
+    adapters.close()
