@@ -198,7 +198,7 @@ async def test_a_removed_adapter_is_unknown_at_once_and_stays_until_it_is_let_go
     adapters.close()
 
 
-async def test_a_broken_adapter_fails_alone_and_is_tried_again_later(
+async def test_a_broken_one_fails_alone_and_is_tried_again_later(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     script, clock = Script(), Clock()

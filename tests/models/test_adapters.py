@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.support.adapters import make_adapter, peft_logprobs
+from tests.support.adapters import make_adapter, peft_logprobs, write_adapter
 from tests.support.driving import Job, generate
 from tests.support.families import CASES, FamilyCase
 from tests.support.family_files import Reference, checkpoint, gguf_file, reference
 from tests.support.family_scores import differences
+from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
@@ -32,6 +35,13 @@ def load_case(files: ModelFiles, **settings: Any) -> LoadedModel:
         "max_batch_prefill_tokens": 128, "max_batch_total_tokens": 1024,
     }  # fmt: skip
     return load(Settings(**given | settings), files, lambda stage, done, total: None)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[LoadedModel]:
+    loaded = load_case(checkpoint(BY_NAME["llama"]))
+    yield loaded
+    loaded.runner.close()
 
 
 def run(loaded: LoadedModel, jobs: list[Job], chunk: int = 24) -> None:
@@ -142,3 +152,89 @@ def test_quantised_bases_take_adapters_in_every_arithmetic(kind: str, dtype: str
         truth = Reference(list(jobs[0].prompt_ids), jobs[0].token_ids, peft_logprobs(base, adapter, ids))
         assert differences(jobs[0], truth).mean() <= 0.08
         assert jobs[1].prompt_logprobs != jobs[0].prompt_logprobs
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank", "message"),
+    [
+        ({Q0: (128, 96)}, 4, r"lora_A.weight' has the shape \[4, 96\].*\[4, 128\].*another base"),
+        ({Q0: (64, 128)}, 4, r"lora_B.weight' has the shape \[64, 4\].*\[128, 4\].*another base"),
+        ({Q0: (128, 128)}, 65, r"has the rank 65; --max-lora-rank allows 64"),
+        ({"base_model.model.model.layers.3.mlp.up_proj": (192, 128)}, 4, r"layers\.3.*no such product"),
+        ({"base_model.model.lm_head": (320, 128)}, 4, "the head is not changed"),
+        ({"base_model.model.model.embed_tokens": (320, 128)}, 4, "an embedding is not changed"),
+        (
+            {Q0: (128, 128), "base_model.model.model.layers.0.self_attn.qkv_proj": (256, 128)},
+            4,
+            "qkv_proj has rows that another target of the adapter has, too",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_tensors_name(
+    shapes: dict[str, tuple[int, int]], rank: int, message: str, tmp_path: Path, llama: LoadedModel
+) -> None:
+    assert llama.adapters is not None
+    with pytest.raises(ModelLoadError, match=message):
+        llama.adapters.load(write_adapter(tmp_path / "a", shapes, rank))
+
+
+def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, llama: LoadedModel) -> None:
+    folder = write_adapter(tmp_path / "a", {Q0: (128, 128)})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors[f"{Q0}.lora_B.weight"][7, 1] = float("inf")
+    (folder / "adapter_model.safetensors").unlink()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert llama.adapters is not None
+    with pytest.raises(ModelLoadError, match="q_proj has a value that is not finite"):
+        llama.adapters.load(folder)
+
+
+def test_another_models_adapter_is_no_row_of_this_one(tmp_path: Path, llama: LoadedModel) -> None:
+    other = load_case(checkpoint(BY_NAME["qwen3"]))
+    try:
+        assert other.adapters is not None
+        weights = other.adapters.load(write_adapter(tmp_path / "a", {Q0: (128, 128)})).weights
+        with pytest.raises(ValueError, match="must be of this program's layout"):
+            run(llama, [job_of(reference(BY_NAME["llama"]), weights)])
+    finally:
+        other.runner.close()
+
+
+def test_draws_with_seeds_and_grammars_choices_and_cuts_are_an_adapters_own(
+    tmp_path: Path, llama: LoadedModel
+) -> None:
+    """What a row draws is its own, whatever is beside it: sampled, with log-probabilities, in any cut."""
+    found, base = reference(BY_NAME["llama"]), checkpoint(BY_NAME["llama"]).path
+    assert llama.adapters is not None
+    weights = [
+        llama.adapters.load(make_adapter(base, tmp_path / f"{seed}", seed=seed, r=2 * seed)).weights
+        for seed in (1, 2, 3)
+    ]
+    random = np.random.default_rng(5)
+    jobs = []
+    for index in range(18):
+        which = [None, *weights][int(random.integers(4))]
+        sampling = SamplingParams(
+            temperature=float(random.choice([0.0, 0.8, 1.5])), top_k=int(random.choice([0, 5])),
+            top_p=float(random.choice([1.0, 0.7])), seed=index, logprobs=3,
+            repetition_penalty=float(random.choice([1.0, 1.3])),
+        )  # fmt: skip
+        prompt = found.prompt_ids[: int(random.integers(1, 40))]
+        jobs.append(Job(prompt, int(random.integers(1, 9)), sampling, adapter=which))
+    expected = []
+    for job in jobs:
+        run(llama, [job], chunk=200)
+        expected.append(job.sampled)
+    for turn, chunk in enumerate((5, 17, 64)):
+        for first in range(0, len(jobs), 6):
+            again = [
+                Job(job.prompt_ids, job.num_tokens, job.sampling, adapter=job.adapter)
+                for job in jobs[first : first + 6]
+            ]
+            run(llama, again[:: -1 if turn % 2 else 1], chunk=chunk)
+            for job, wanted in zip(again, expected[first : first + 6], strict=True):
+                assert job.sampled == wanted

@@ -6,14 +6,16 @@ that an adapter left out, or another's, shows.
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _SIZE = 0.08  # of the values of both matrices
@@ -32,14 +34,34 @@ def make_adapter(base: Path, folder: Path, *, seed: int, **config: Any) -> Path:
     return folder
 
 
+def write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int = 4, **config: Any) -> Path:
+    """Write an adapter without a model: {path in the file: (rows, columns)}."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (rows, columns) in shapes.items():
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * _SIZE
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * _SIZE
+    save_file(tensors, folder / "adapter_model.safetensors")
+    given = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(given), encoding="utf-8")
+    return folder
+
+
 def peft_logprobs(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
     """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens."""
+    found: np.ndarray = torch.log_softmax(torch.from_numpy(peft_logits(base, adapter, ids)), -1).numpy()
+    return found
+
+
+def peft_logits(base: Path, adapter: Path | None, ids: list[int]) -> np.ndarray:
+    """Return the logits, likewise."""
     model = _open(base)
     with _peft() as peft, torch.inference_mode():
         if adapter is not None:
             model = peft.PeftModel.from_pretrained(model, adapter)
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    found: np.ndarray = torch.log_softmax(logits, -1).numpy()
+    found: np.ndarray = logits.numpy()
     return found
 
 

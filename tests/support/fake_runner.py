@@ -309,7 +309,8 @@ class FakeRunner:
         adapters = [row.adapter for row in plan.rows]
         num_adapters = len(set(adapters) - {None})
         self._require(num_adapters <= self.max_adapters, "too many adapters")
-        decoding = [key for key, _ in itertools.groupby(adapters[:first_chunk])]
+        decoding = [row.adapter for row in plan.rows if row.token_ids is None]
+        decoding = [key for key, _ in itertools.groupby(decoding)]
         are_together = len(decoding) == len(set(decoding)) and None not in decoding[1:]
         self._require(are_together, "rows of one adapter are not neighbours")
 

@@ -85,12 +85,14 @@ def run_steps(
     steps: Sequence[Sequence[tuple[int, int, int]]] = STEPS,
     *,
     max_context: int = MAX_CONTEXT,
+    layout: ops.AdapterLayout | None = None,
+    adapters: Sequence[ops.NativeAdapter | None] = (),
 ) -> float:
-    """Run sequences in these steps; return `Outcome.difference`, NaN as infinite."""
-    with program_of(model, num_sequences=len(ids), max_context=max_context) as program:
+    """Run sequences in these steps, each with its adapter; return `Outcome.difference`, NaN as infinite."""
+    with program_of(model, num_sequences=len(ids), max_context=max_context, layout=layout) as program:
         worst = 0.0
         for step in steps:
-            batch = batch_of(step, ids, max_context)
+            batch = batch_of(step, ids, max_context, adapters)
             logits, at = program.run(batch, range(len(batch.ids))).numpy(), 0
             for sequence, start, count in step:
                 wanted = expected[sequence]
@@ -102,7 +104,11 @@ def run_steps(
 
 @contextmanager
 def program_of(
-    model: Model | GenericModel, *, num_sequences: int, max_context: int = MAX_CONTEXT
+    model: Model | GenericModel,
+    *,
+    num_sequences: int,
+    max_context: int = MAX_CONTEXT,
+    layout: ops.AdapterLayout | None = None,
 ) -> Iterator[Program]:
     """Make a model's program, over pools of float32 that have `max_context` tokens of each sequence."""
     pools = [
@@ -119,7 +125,7 @@ def program_of(
     ]
     try:
         if isinstance(model, GenericModel):
-            yield cast(Program, model.program(pools, max_context))
+            yield cast(Program, model.program(pools, max_context, adapters=layout))
             return
         (pool,) = pools
         num_tokens = num_sequences * max_context
@@ -129,6 +135,7 @@ def program_of(
             max_sequences=num_sequences,
             max_rows=num_tokens,
             max_context=max_context,
+            adapters=layout,
         )
     finally:
         for pool in pools:
@@ -136,7 +143,10 @@ def program_of(
 
 
 def batch_of(
-    step: Sequence[tuple[int, int, int]], ids: Sequence[Sequence[int]], max_context: int = MAX_CONTEXT
+    step: Sequence[tuple[int, int, int]],
+    ids: Sequence[Sequence[int]],
+    max_context: int = MAX_CONTEXT,
+    adapters: Sequence[ops.NativeAdapter | None] = (),
 ) -> ops.FlatRows:
     """Return a step's rows; a sequence's slot is its number, and its blocks lie backwards."""
     width = _width(max_context)
@@ -154,6 +164,7 @@ def batch_of(
         context_len=np.array([start + count for _, start, count in step]),
         block_table=np.array([tables[sequence] for sequence, _, _ in step], np.int32),
         row_slots=np.array([sequence for sequence, _, _ in step]),
+        adapters=[adapters[sequence] for sequence, _, _ in step] if adapters else [],
     )
 
 

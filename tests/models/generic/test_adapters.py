@@ -1,0 +1,69 @@
+"""Adapters on models that `transformers` runs: against `peft`, mixed in every step; which take none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support import architectures
+from tests.support.adapters import make_adapter, peft_logits, write_adapter
+from tests.support.generic import LENGTHS, load_generic, run_steps
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.adapters import AdapterLoader
+from tgi_asgi.models.generic.model import GenericModel
+
+EXACT = 2e-5  # of a logit, relative to the largest
+LEAST_EFFECT = 0.02
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets", "is_generic"),
+    [
+        ("gpt2", ["c_attn", "c_proj", "c_fc"], True),  # matrices the other way round
+        ("gpt_neox", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], True),
+        ("phi", ["q_proj", "v_proj", "dense", "fc1"], True),
+        ("gemma2", [*ATTENTION, "gate_proj", "up_proj", "down_proj"], True),
+        ("olmoe", ATTENTION, True),
+        ("gemma", [*ATTENTION, "gate_proj", "up_proj", "down_proj"], False),
+    ],
+)
+def test_a_model_gives_what_peft_gives(
+    model_type: str, targets: list[str], is_generic: bool, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    architectures.make(model_type, base)
+    changes: dict[str, Any] = {"target_modules": targets, "fan_in_fan_out": model_type == "gpt2"}
+    folders = [make_adapter(base, tmp_path / str(seed), seed=seed, **changes) for seed in (1, 2)]
+    model = load_generic(base)
+    assert isinstance(model, GenericModel) is is_generic
+    loader = AdapterLoader(model, max_rank=8)
+    adapters = [loader.load(folders[0]).weights, None, loader.load(folders[1]).weights]
+    ids = [architectures.random_ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    expected = [
+        peft_logits(base, adapter, tokens)
+        for adapter, tokens in zip((folders[0], None, folders[1]), ids, strict=True)
+    ]
+    without = peft_logits(base, None, ids[0])
+    assert np.abs(expected[0] - without).max() > LEAST_EFFECT * np.abs(without).max()
+    assert run_steps(model, ids, expected, layout=loader.layout, adapters=adapters) <= EXACT
+
+
+def test_experts_are_refused_by_name(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    architectures.make("olmoe", base)
+    loader = AdapterLoader(load_generic(base), max_rank=8)
+    name = "base_model.model.model.layers.0.mlp.experts.3.up_proj"
+    write_adapter(tmp_path / "a", {name: (32, 64)})
+    with pytest.raises(ModelLoadError, match=rf"'{name}.lora_A.weight': experts of a mixture"):
+        loader.load(tmp_path / "a")
+
+
+def test_a_model_that_runs_one_sequence_at_a_time_takes_none(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    architectures.make("roformer", base)
+    with pytest.raises(ModelLoadError, match="takes no adapters"):
+        AdapterLoader(load_generic(base), max_rank=8)
