@@ -136,7 +136,7 @@ class Eyes(enum.Enum):
     PROMPT = "prompt"  # and nothing of it can be shared with another
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """What a request adds to the model's products (LoRA).
 

@@ -204,9 +204,7 @@ def test_another_models_adapter_is_no_row_of_this_one(tmp_path: Path, llama: Loa
         other.runner.close()
 
 
-def test_draws_with_seeds_and_grammars_choices_and_cuts_are_an_adapters_own(
-    tmp_path: Path, llama: LoadedModel
-) -> None:
+def test_a_draw_depends_on_its_own_adapter_alone(tmp_path: Path, llama: LoadedModel) -> None:
     """What a row draws is its own, whatever is beside it: sampled, with log-probabilities, in any cut."""
     found, base = reference(BY_NAME["llama"]), checkpoint(BY_NAME["llama"]).path
     assert llama.adapters is not None
