@@ -28,7 +28,8 @@ const T* copied(const Array<T>& from, uint8_t*& memory) {
   return reinterpret_cast<const T*>(to);
 }
 
-using PartTuple = std::tuple<int64_t, Array<uint16_t>, Array<float>, Array<int64_t>, Array<uint16_t>>;
+using PartTuple =
+    std::tuple<int64_t, Array<uint16_t>, Array<float>, Array<int64_t>, Array<uint16_t>>;
 
 std::shared_ptr<Adapter> make_adapter(LayoutPtr layout, const std::vector<PartTuple>& tuples) {
   std::vector<Adapter::Part> parts;
@@ -78,8 +79,8 @@ void Adapter::add(const Part& part, uint8_t* memory) {
   step::AdapterTerm& term = terms_[static_cast<size_t>(part.product)];
   const int64_t num_inner = part.scales.size(), num_up = part.up.size() / step::kPanelRows;
   check(term.num_inner == 0, "product ", part.product, " is given twice");
-  check(num_inner > 0 && num_inner <= product.max_inner, "product ", part.product,
-        " has at most ", product.max_inner, " inner values, got ", num_inner);
+  check(num_inner > 0 && num_inner <= product.max_inner, "product ", part.product, " has at most ",
+        product.max_inner, " inner values, got ", num_inner);
   check_shape(part.scales, "scales", {num_inner});
   check_shape(part.down, "down", {num_inner, product.num_columns});
   check_shape(part.panels, "panels", {product.num_panels, 3});
@@ -95,8 +96,8 @@ void Adapter::add(const Part& part, uint8_t* memory) {
     check(count >= 0 && count <= num_inner && first >= 0 && first <= num_inner - count &&
               start >= 0 && start <= num_up - count,
           "`panels`[", i, "] must lie in ", num_inner, " inner values and ", num_up, " rows");
-    panels.push_back({up + start * step::kPanelRows, static_cast<int32_t>(first),
-                      static_cast<int32_t>(count)});
+    panels.push_back(
+        {up + start * step::kPanelRows, static_cast<int32_t>(first), static_cast<int32_t>(count)});
   }
   term.panels = panels.data();
 }

@@ -50,8 +50,9 @@ struct Adapted {
   }
   // The inner values of a token, where the adapters are of this weight and these rows.
   int64_t check_fits(const step::PackedMatrix& weight, int64_t num_rows) const {
-    check(static_cast<int64_t>(rows->ids.size()) == num_rows, "the product of a step with adapters has ",
-          num_rows, " rows, the step ", rows->ids.size(), " tokens");
+    check(static_cast<int64_t>(rows->ids.size()) == num_rows,
+          "the product of a step with adapters has ", num_rows, " rows, the step ",
+          rows->ids.size(), " tokens");
     int64_t stride = 0;
     for (const AdapterPtr& adapter : rows->adapters) {
       if (adapter == nullptr) continue;

@@ -312,8 +312,7 @@ step::AdapterPlace Program::adapter_place(const Product& product, size_t part) {
             wanted.num_panels * step::kPanelRows == weight.num_rows,
         "product ", *product.adapter, " of the adapters is of another weight");
   if (inner_[part] == nullptr) {
-    inner_[part] =
-        cpu::allocate(cpu::product_of_sizes({max_tokens_, inner_stride_, kFloatBytes}));
+    inner_[part] = cpu::allocate(cpu::product_of_sizes({max_tokens_, inner_stride_, kFloatBytes}));
   }
   return {*product.adapter, reinterpret_cast<float*>(inner_[part].get()), inner_stride_};
 }

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
+from tests.support.serving import serving as serving_at
 from tgi_asgi.app import App
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
@@ -225,10 +226,10 @@ async def test_a_client_that_goes_away_lets_go_of_its_adapter() -> None:
 
 async def test_openais_client_uses_an_adapter_as_a_model() -> None:
     app = await serving("sql")
-    transport = httpx.ASGITransport(app)
-    async with openai.AsyncOpenAI(
-        api_key="x", base_url="http://test/v1", http_client=httpx.AsyncClient(transport=transport)
-    ) as client:
+    async with (
+        serving_at(app) as url,
+        openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client,
+    ):
         assert [model.id async for model in client.models.list()] == ["toy/model", "sql"]
         answer = await client.chat.completions.create(
             model="sql", messages=[{"role": "user", "content": "hi"}]

@@ -88,6 +88,35 @@ size_t scratch_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   return static_cast<size_t>(kernels.scratch_floats(weight, precision, unit_strips));
 }
 
+// A product's rows where some tokens have adapters: of an odd rank, on some of its panels.
+std::vector<float> adapted_rows(const Kernels& kernels, LinearParams linear) {
+  constexpr int64_t kInner = 11, kUpRows = 3 * kInner;
+  std::mt19937 random(3);
+  const auto small = [&] {  // bf16 from 2^-4 to 2^-2, of either sign
+    return static_cast<uint16_t>(0x3D80 + random() % 0x100 + (random() % 2 << 15));
+  };
+  std::vector<uint16_t> down(kInner * kColumns), up(kUpRows * kPanelRows);
+  for (uint16_t& value : down) value = small();
+  for (uint16_t& value : up) value = small();
+  const std::vector<float> scales(kInner, 1.5f);
+  std::vector<AdapterPanel> panels(kRows / kPanelRows, {up.data(), 0, 0});
+  panels[0] = {up.data(), 0, kInner};
+  panels[3] = {up.data() + kInner * kPanelRows, 4, 7};
+  panels[5] = {up.data() + 2 * kInner * kPanelRows, 2, 1};
+  const AdapterTerm term = {kInner, down.data(), scales.data(), panels.data()};
+  const AdapterSpan spans[] = {{1, 2, &term}, {4, 9, &term}, {11, kTokens, &term}};
+  std::vector<float> inner(kTokens * kInner, NAN), rows(kTokens * kRows, NAN);
+  linear.adapter = {0, inner.data(), kInner};
+  StepHeader step = {};
+  step.num_tokens = kTokens;
+  step.adapters = spans;
+  step.num_adapters = 3;
+  for (int member = 0; member < 3; ++member) kernels.shrink({linear}, step, member, 3);
+  kernels.linear_rows({linear, rows.data(), kRows}, step, 0, 1);
+  rows.insert(rows.end(), inner.begin() + 4 * kInner, inner.begin() + 9 * kInner);
+  return rows;
+}
+
 // What a product gives and is made of: norm, rows, sums, gates, logits.
 Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                   const std::vector<float>& x) {
@@ -108,6 +137,7 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
                    1);
   kernels.logits({linear, logits.data(), kRows - 5, 0.5f, 20.0f}, step, 0, 1);
   Bytes found;
+  append(found, adapted_rows(kernels, linear));
   for (const auto activation : {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh}) {
     const PackedMatrix gates = {weight.data, weight.format, kRows / 64 * 64, kColumns};
     Input gated(kernels, precision, gates.num_rows / 2, kTokens);

@@ -1,8 +1,8 @@
-// What adapters add to a product. Inner values are computed by an operator of their own, behind which
-// the product finds them; the rest is added to its outputs while they are in L1, before whatever is
-// done with them. Every value is summed in one order, whatever tokens and rows are computed together:
-// no bit of a token depends on the batch or on the number of members. Included by the step_<isa>.cpp
-// files only.
+// What adapters add to a product. Inner values are computed by an operator of their own, behind
+// which the product finds them; the rest is added to its outputs while they are in L1, before
+// whatever is done with them. Every value is summed in one order, whatever tokens and rows are
+// computed together: no bit of a token depends on the batch or on the number of members. Included
+// by the step_<isa>.cpp files only.
 #pragma once
 
 #include <type_traits>

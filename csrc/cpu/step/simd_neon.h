@@ -135,9 +135,8 @@ struct Neon : SetSizes {
   }
   static inline F load_bf16(const void* p) {
     const auto* halves = static_cast<const uint16_t*>(p);
-    return each<F>([&](int i) {
-      return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(halves + 4 * i), 16));
-    });
+    return each<F>(
+        [&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(halves + 4 * i), 16)); });
   }
   static inline float reduce_add(const F& a) {
     const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));

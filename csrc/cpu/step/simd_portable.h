@@ -162,9 +162,8 @@ struct Portable : SetSizes {
     return each<F>([&](int i) { return half_to_float(quiet_half(h[i])); });
   }
   static inline F load_bf16(const void* p) {
-    return as_float(each<I>([&](int i) {
-      return static_cast<int32_t>(uint32_t{lane<uint16_t>(p, i)} << 16);
-    }));
+    return as_float(
+        each<I>([&](int i) { return static_cast<int32_t>(uint32_t{lane<uint16_t>(p, i)} << 16); }));
   }
   static inline float reduce_add(const F& a) {
     const F::Quarter sum = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);

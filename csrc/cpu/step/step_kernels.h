@@ -82,28 +82,18 @@ double spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,
-          S::kArithmetic,
-          S::kTileTokens,
-          [](Precision precision) -> int64_t { return S::attention_rows(precision); },
-          embed<S>,
-          norm<S>,
-          norm_add<S>,
-          pack<S>,
-          norm_rows<S>,
-          linear_rows<S>,
-          qkv<S>,
-          head_rows<S>,
-          store_heads<S>,
-          attention<S>,
-          linear_add<S>,
-          gate_up<S>,
-          act_mul<S>,
-          logits<S>,
-          shrink<S>,
-          scratch_floats<S>,
-          spin<S>,
-          make_row_passes<S>()};
+  return {
+      name,           S::kArithmetic,
+      S::kTileTokens, [](Precision precision) -> int64_t { return S::attention_rows(precision); },
+      embed<S>,       norm<S>,
+      norm_add<S>,    pack<S>,
+      norm_rows<S>,   linear_rows<S>,
+      qkv<S>,         head_rows<S>,
+      store_heads<S>, attention<S>,
+      linear_add<S>,  gate_up<S>,
+      act_mul<S>,     logits<S>,
+      shrink<S>,      scratch_floats<S>,
+      spin<S>,        make_row_passes<S>()};
 }
 
 }  // namespace
