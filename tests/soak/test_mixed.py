@@ -17,7 +17,8 @@ from tests.support.server_process import ServerProcess
 NUM_WORKERS = 12
 
 
-def _resident_bytes(server: ServerProcess) -> int:
+def resident_bytes(server: ServerProcess) -> int:
+    """Return what a server has in memory."""
     text = Path(f"/proc/{server.process.pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
@@ -88,7 +89,7 @@ async def test_everything_at_once_gives_what_each_request_gives_alone(
     memory: list[int] = []
     while not workers.done():
         await asyncio.wait([workers], timeout=max(seconds / 60, 1))
-        memory.append(_resident_bytes(server))
+        memory.append(resident_bytes(server))
     await workers
     counters = (await until_idle(server))["counters"]
     assert mixed.num_compared > 0
