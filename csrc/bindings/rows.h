@@ -39,7 +39,7 @@ struct PlannedRows {
     bool is_from_slot;  // its token is the one that its slot drew last
     bool is_floating;   // and its position, too
     bool samples;
-    bool is_generated;  // its tokens were drawn
+    bool is_generated;               // its tokens were drawn
     size_t first_id, num_ids;        // of `ids`
     size_t first_block, num_blocks;  // of `blocks`
     AdapterPtr adapter;              // null: none

@@ -126,7 +126,8 @@ void shrink_in(const LinearParams& p, const ShrinkInput& input, const StepHeader
   for (int64_t i = 0; i < step.num_adapters; ++i) {
     const AdapterSpan& span = step.adapters[i];
     const Range tokens = tokens_of_span(span);
-    if (tokens.begin < tokens.end && !is_long(tokens)) num_rows += span.terms[p.adapter.product].num_inner;
+    if (tokens.begin < tokens.end && !is_long(tokens))
+      num_rows += span.terms[p.adapter.product].num_inner;
   }
   const Range mine = split(num_rows, member, num_members);
   int64_t before = 0;
