@@ -40,7 +40,7 @@ EOS_ID = 256
 BOS_ID = 257
 VOCAB_SIZE = 258
 GARBAGE = -1
-# What a place of the cache holds: a token, its position, whether it is as drawn ones are computed, its adapter.
+# What a place of the cache holds: a token, its position, whether computed as drawn ones are, its adapter.
 _Written = tuple[int, int, bool, Any]
 _NOTHING: _Written = (GARBAGE, GARBAGE, False, None)
 
@@ -369,7 +369,9 @@ class FakeRunner:
         self._require(bool(tokens), "a row without tokens")
         for at, token in enumerate(tokens):
             place = self._place(row, row.start + at)
-            self._store[place] = _NOTHING if is_tainted else (token, row.start + at, is_generated, row.adapter)
+            self._store[place] = (
+                _NOTHING if is_tainted else (token, row.start + at, is_generated, row.adapter)
+            )
 
     def _wanted(self, slot: _Slot, end: int, adapter: Any) -> list[_Written]:
         """Return what a sequence's first tokens must have written."""
