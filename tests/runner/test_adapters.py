@@ -68,7 +68,7 @@ def grammar(model: Model) -> Grammar:
 
 @pytest.fixture
 async def engine(model: Model, loader: AdapterLoader) -> AsyncIterator[Engine]:
-    size = KvSize(num_blocks=12, block_size=16, bytes_per_token=1, dtype=torch.float32)
+    size = KvSize(num_blocks=9, block_size=16, bytes_per_token=1, dtype=torch.float32)
     runner = CpuRunner(
         model, size, max_batch_size=8, max_step_tokens=128, max_context=192, adapters=loader.layout
     )
