@@ -25,7 +25,7 @@ struct Avx2 : SetSizes {
   static constexpr bool kHasSignedDot = !kHasVnni;  // half of dot's instructions
   // Both panels' accumulators of six tokens are 24 of 16 registers. One panel's are 12: products of
   // codes take 0.91 to 0.98 of the time, of float32 0.67; of bf16, whose sums are the longest
-  // chains, 1.3 times it (Zen 5, of codes without VNNI; with it that is not measured).
+  // chains, 1.3 times it (Zen 4, of codes without VNNI; with it that is not measured).
   static constexpr int paired_tokens(Precision precision) {
     const bool is_paired =
         precision == Precision::kBF16 || (precision == Precision::kInt8 && kHasVnni);
