@@ -81,7 +81,7 @@ async def _measure(url: str, model: str, plan: Plan, stage: Stage) -> Figures:
         return measured.answers
 
     prompts, figures = Prompts(plan.prompt_tokens), Figures()
-    await answers(1, 2, prompts, 8)
+    await answers(1, 2, prompts, 32)
     for length in stage.prompts:
         (alone,) = await answers(1, 1, prompts.resized(length), 2)
         figures[f"prompt of {length}: TTFT, ms"] = alone.ttft_s * 1e3

@@ -13,9 +13,10 @@ from tgi_asgi.engine import Engine
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.prefix import HashChain, root_digest
-from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import TgiError
 from tgi_asgi.text.constrain.free import Part, Watch
 from tgi_asgi.types import FinishReason, GenerationRequest, SamplingParams, StopConditions, TokenEvent

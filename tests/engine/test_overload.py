@@ -12,7 +12,7 @@ from tests.support.fake_runner import (
     FakeRunner,
 )
 from tgi_asgi.engine.admission import Admission
-from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import (
     IncompleteGeneration,
     Overloaded,

@@ -6,7 +6,7 @@ from collections import deque
 
 from tests.engine.helpers import until
 from tgi_asgi.engine.pipeline import Pipeline
-from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepPlan, StepResult
 from tgi_asgi.types import Eyes
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.engine.helpers import add_request, make_request, make_scheduler
 from tests.support.checkpoints import make_model, save, save_tokenizer
-from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence as Sequence_
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.load import load
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings

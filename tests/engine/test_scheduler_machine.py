@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.engine.helpers import WatchedGrammar, add_request, make_request, make_scheduler
 from tests.support.fake_runner import FakeRunner, expected_tokens
-from tgi_asgi.engine.scheduler import Step
 from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepResult
 from tgi_asgi.types import Adapter, Eyes, ImageInput, SamplingParams
 

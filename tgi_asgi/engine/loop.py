@@ -19,9 +19,10 @@ from tgi_asgi.engine.output import ChoiceOutput, TokenTable
 from tgi_asgi.engine.pipeline import Flight, Pipeline
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.recovery import Recovery
-from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError
 from tgi_asgi.runner.plan import Runner, Sampled, StepResult
 from tgi_asgi.settings import Settings

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from tgi_asgi.engine.scheduler import Step
+from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DeviceLost, Runner, StepResult
 
 log = logging.getLogger(__name__)

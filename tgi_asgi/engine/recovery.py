@@ -10,9 +10,10 @@ from typing import Protocol
 
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.pipeline import Flight, Pipeline
-from tgi_asgi.engine.scheduler import Scheduler, Step
+from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DeviceLost
 
 log = logging.getLogger(__name__)

@@ -27,38 +27,17 @@ from operator import attrgetter
 from tgi_asgi.engine.adapted import RunningAdapters
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
-from tgi_asgi.engine.drafting import plan_drafts, settle_row
-from tgi_asgi.engine.looks import ALONE_S, Cuts, Look, is_looking, looks_for, settle
+from tgi_asgi.engine.drafting import plan_drafts
+from tgi_asgi.engine.looks import ALONE_S, Cuts, is_looking, looks_for
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.step import Step, take_over
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
 from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import Eyes, SamplingParams
 
 _urgency = attrgetter("urgency")
-
-
-class Step:
-    """A planned step: what the runner gets, and whom each row belongs to."""
-
-    __slots__ = (
-        "epochs", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan", "sequences",
-    )  # fmt: skip
-
-    def __init__(self, step_id: int) -> None:
-        self.plan = StepPlan(step_id, [])
-        self.looks: list[Look] = []  # images that it encodes
-        self.sequences: list[Sequence] = []
-        self.epochs: list[int] = []
-        self.num_decode_rows = 0
-        self.num_generated_rows = 0  # these, and those that compute drawn tokens again
-        self.num_prefill_tokens = 0
-
-    def live(self) -> list[tuple[int, Sequence]]:
-        """Return (row, sequence) of the rows that matter: not finished, cancelled or preempted since."""
-        pairs = zip(self.sequences, self.epochs, strict=True)
-        return [(row, sequence) for row, (sequence, epoch) in enumerate(pairs) if sequence.epoch == epoch]
 
 
 class Scheduler:
@@ -431,50 +410,7 @@ class Scheduler:
 
         A drawn token is appended unless its logits were not finite; ending sequences is the caller's part.
         """
-        live = step.live()
-        settle(step.looks, result)
-        for index, sequence in live:
-            row = step.plan.rows[index]
-            sampled = result.sampled[index]
-            if row.stop is not None:
-                self._apply_drafted(row, sequence, result, index)
-                continue
-            computed = row.start + row.num_tokens
-            self.tables.settle(sequence, computed)
-            if sequence.wants_prompt_logprobs and computed >= sequence.prompt_len:
-                sequence.wants_prompt_logprobs = False
-            if sampled is not None:
-                sequence.num_pending -= 1
-                if sampled.is_finite:
-                    self._append(sequence, sampled.token_id)
-        return live
-
-    def _append(self, sequence: Sequence, token_id: int) -> bool:
-        """Append a drawn token; tell whether what was drawn behind it is void, as the slot starts again."""
-        sequence.token_ids.append(token_id)
-        if sequence.watch is None or not sequence.follow(sequence.watch):
-            return False
-        self._restart_slot(sequence)
-        return True
-
-    def _apply_drafted(self, row: StepRow, sequence: Sequence, result: StepResult, index: int) -> None:
-        """Take over what a row with a `stop` has drawn, which may be nothing where its sequence has ended."""
-        first, further = result.sampled[index], result.further.get(index, [])
-        drawn = [] if first is None else [first, *further]
-        sequence.num_pending -= 1
-        settle_row(row, sequence, len(drawn))
-        for at, sampled in enumerate(drawn):
-            if sampled.is_finite and self._append(sequence, sampled.token_id):
-                del further[at:]
-                break
-        self.tables.settle(sequence, min(sequence.num_computed, len(sequence.token_ids) - 1))
-
-    def _restart_slot(self, sequence: Sequence) -> None:
-        """Have the next row start the slot again behind the token known last; one in flight is void."""
-        sequence.epoch += 1
-        sequence.num_computed = len(sequence.token_ids) - 1
-        sequence.num_pending = sequence.num_ahead = 0
-        sequence.starts_slot = True
+        return take_over(step, result, self.tables)
 
     def rollback(self, step: Step) -> None:
         """Undo a step that failed, or came after one that did; of several the newest first."""

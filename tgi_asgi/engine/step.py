@@ -1,0 +1,84 @@
+"""A planned step, and what becomes of its result: tokens appended, blocks registered."""
+
+from __future__ import annotations
+
+from tgi_asgi.engine.drafting import settle_row
+from tgi_asgi.engine.looks import Look, settle
+from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.tables import BlockTables
+from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
+
+
+class Step:
+    """A planned step: what the runner gets, and whom each row belongs to."""
+
+    __slots__ = (
+        "epochs", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan", "sequences",
+    )  # fmt: skip
+
+    def __init__(self, step_id: int) -> None:
+        self.plan = StepPlan(step_id, [])
+        self.looks: list[Look] = []  # images that it encodes
+        self.sequences: list[Sequence] = []
+        self.epochs: list[int] = []
+        self.num_decode_rows = 0
+        self.num_generated_rows = 0  # these, and those that compute drawn tokens again
+        self.num_prefill_tokens = 0
+
+    def live(self) -> list[tuple[int, Sequence]]:
+        """Return (row, sequence) of the rows that matter: not finished, cancelled or preempted since."""
+        pairs = zip(self.sequences, self.epochs, strict=True)
+        return [(row, sequence) for row, (sequence, epoch) in enumerate(pairs) if sequence.epoch == epoch]
+
+
+def take_over(step: Step, result: StepResult, tables: BlockTables) -> list[tuple[int, Sequence]]:
+    """Give sequences what a step computed and drew for them; as `Scheduler.apply`."""
+    live = step.live()
+    settle(step.looks, result)
+    for index, sequence in live:
+        row = step.plan.rows[index]
+        sampled = result.sampled[index]
+        if row.stop is not None:
+            _take_drafted(row, sequence, result, index, tables)
+            continue
+        computed = row.start + row.num_tokens
+        tables.settle(sequence, computed)
+        if sequence.wants_prompt_logprobs and computed >= sequence.prompt_len:
+            sequence.wants_prompt_logprobs = False
+        if sampled is not None:
+            sequence.num_pending -= 1
+            if sampled.is_finite:
+                _append(sequence, sampled.token_id)
+    return live
+
+
+def _append(sequence: Sequence, token_id: int) -> bool:
+    """Append a drawn token; tell whether what was drawn behind it is void, as the slot starts again."""
+    sequence.token_ids.append(token_id)
+    if sequence.watch is None or not sequence.follow(sequence.watch):
+        return False
+    _restart_slot(sequence)
+    return True
+
+
+def _take_drafted(
+    row: StepRow, sequence: Sequence, result: StepResult, index: int, tables: BlockTables
+) -> None:
+    """Take over what a row with a `stop` has drawn, which may be nothing where its sequence has ended."""
+    first, further = result.sampled[index], result.further.get(index, [])
+    drawn = [] if first is None else [first, *further]
+    sequence.num_pending -= 1
+    settle_row(row, sequence, len(drawn))
+    for at, sampled in enumerate(drawn):
+        if sampled.is_finite and _append(sequence, sampled.token_id):
+            del further[at:]
+            break
+    tables.settle(sequence, min(sequence.num_computed, len(sequence.token_ids) - 1))
+
+
+def _restart_slot(sequence: Sequence) -> None:
+    """Have the next row start the slot again behind the token known last; one in flight is void."""
+    sequence.epoch += 1
+    sequence.num_computed = len(sequence.token_ids) - 1
+    sequence.num_pending = sequence.num_ahead = 0
+    sequence.starts_slot = True
