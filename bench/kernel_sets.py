@@ -1,6 +1,6 @@
 """Every set of kernels that this machine runs, operator by operator: share of its own peak, and of bandwidth.
 
-    python -m bench.kernel_sets --out bench/results/kernels-zen5.json
+    python -m bench.kernel_sets --out bench/results/kernels-zen4.json
 
 Runs `bench.kernels` for each set (TGI_ISA) and model: the default one, and Llama 1B's shape in Q8_0 and
 Q4_K_M. Sets take turns, `--rounds` times; of each operator the round with the fastest time is kept, with the
