@@ -33,13 +33,18 @@ def attach(chat: ChatPage, data: bytes, name: str = "it.png", kind: str = "image
     chat.page.locator("#attach-file").set_input_files({"name": name, "mimeType": kind, "buffer": data})
 
 
-def test_an_image_is_sent_shown_and_kept(chat: ChatPage) -> None:
+def sizes_seen(chat: ChatPage, width: int, height: int) -> list[tuple[int, int]]:
+    """Ask about a picture of this size; return the sizes of those that came to the model."""
     processor = see(chat)
-    attach(chat, encoded(picture(7, 2)))
+    attach(chat, encoded(picture(width, height)))
     chat.expect("#attached img").to_be_visible()
     chat.say("What is this?")
     chat.wait_for_answer("A picture")
-    assert [(image.pixels.width, image.pixels.height) for image in processor.seen] == [(7, 2)]
+    return [(image.pixels.width, image.pixels.height) for image in processor.seen]
+
+
+def test_an_image_is_sent_shown_and_kept(chat: ChatPage) -> None:
+    assert sizes_seen(chat, 7, 2) == [(7, 2)]
     chat.expect("#attached").to_be_empty()
     chat.expect("article.user img").to_be_visible()
     chat.page.reload()
@@ -48,12 +53,7 @@ def test_an_image_is_sent_shown_and_kept(chat: ChatPage) -> None:
 
 
 def test_a_large_image_is_made_smaller(chat: ChatPage) -> None:
-    processor = see(chat)
-    attach(chat, encoded(picture(3136, 20)))
-    chat.expect("#attached img").to_be_visible()
-    chat.say("What is this?")
-    chat.wait_for_answer("A picture")
-    assert [(image.pixels.width, image.pixels.height) for image in processor.seen] == [(1568, 10)]
+    assert sizes_seen(chat, 3136, 20) == [(1568, 10)]
 
 
 def test_images_are_pasted_and_removed_and_go_without_words(chat: ChatPage) -> None:

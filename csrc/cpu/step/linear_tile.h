@@ -308,12 +308,13 @@ inline typename S::F code_value(typename S::I codes, int i, typename S::I zero) 
   return S::to_float(S::isub(S::iand(S::ishr(codes, 8 * i), S::iset1(0xFF)), zero));
 }
 
-// Weights of one panel as float32 [column][16], for products with float32 activations. Rounds as
-// dequantising the file does: scale * (code - zero), plus the min.
-template <class S, class Fmt>
-void dequantise_panel(const uint8_t* panel, int64_t num_blocks, float* out) {
+// Calls visit(weights) for four columns at a time of blocks [begin, end) of a panel, each sixteen
+// float32. Rounds as dequantising the file does: scale * (code - zero), plus the min.
+template <class S, class Fmt, class Visit>
+inline void each_four_columns(const uint8_t* panel, int64_t begin, int64_t end,
+                              const Visit& visit) {
   constexpr int kZero = Fmt::kZeroShift >= 0 ? 128 >> (Fmt::kZeroShift & 7) : 0;
-  for (int64_t b = 0; b < num_blocks; ++b) {
+  for (int64_t b = begin; b < end; ++b) {
     const auto block = Fmt::block(panel, b);
     const auto zero = Fmt::kHasZeros ? Fmt::zeros(block) : S::iset1(kZero);
     TGI_UNROLL(8)
@@ -321,12 +322,23 @@ void dequantise_panel(const uint8_t* panel, int64_t num_blocks, float* out) {
       const int half = Fmt::kNumHalves == 2 ? j / 4 : 0;
       const auto scale = Fmt::scale(block, half), min = Fmt::min(block, half);
       const auto codes = Fmt::quad(block.codes, j);
-      for (int i = 0; i < 4; ++i, out += 16) {
-        const auto weight = S::mul(code_value<S, Fmt>(codes, i, zero), scale);
-        S::store(out, Fmt::kHasMin ? S::add(weight, min) : weight);
+      typename S::F weights[4];
+      TGI_UNROLL(4)
+      for (int i = 0; i < 4; ++i) {
+        weights[i] = S::mul(code_value<S, Fmt>(codes, i, zero), scale);
+        if constexpr (Fmt::kHasMin) weights[i] = S::add(weights[i], min);
       }
+      visit(weights);
     }
   }
+}
+
+// Weights of one panel as float32 [column][16], for products with float32 activations.
+template <class S, class Fmt>
+void dequantise_panel(const uint8_t* panel, int64_t num_blocks, float* out) {
+  each_four_columns<S, Fmt>(panel, 0, num_blocks, [&](const typename S::F(&weights)[4]) {
+    for (int i = 0; i < 4; ++i, out += 16) S::store(out, weights[i]);
+  });
 }
 
 template <class S>
