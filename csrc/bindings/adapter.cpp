@@ -83,22 +83,24 @@ void Adapter::add(const Part& part, uint8_t* memory) {
         product.max_inner, " inner values, got ", num_inner);
   check_shape(part.scales, "scales", {num_inner});
   check_shape(part.down, "down", {num_inner, product.num_columns});
-  check_shape(part.panels, "panels", {product.num_panels, 3});
+  check_shape(part.panels, "panels", {product.num_panels, 2});
   check_shape(part.up, "up", {-1, step::kPanelRows});
   term.num_inner = num_inner;
   term.scales = copied(part.scales, memory);
   term.down = copied(part.down, memory);
   const uint16_t* const up = copied(part.up, memory);
   std::vector<step::AdapterPanel>& panels = panels_.emplace_back();
+  int64_t before = 0;
   for (int64_t i = 0; i < product.num_panels; ++i) {
-    const int64_t start = part.panels.at(i, 0), first = part.panels.at(i, 1),
-                  count = part.panels.at(i, 2);
+    const int64_t first = part.panels.at(i, 0), count = part.panels.at(i, 1);
     check(count >= 0 && count <= num_inner && first >= 0 && first <= num_inner - count &&
-              start >= 0 && start <= num_up - count,
+              count <= num_up - before,
           "`panels`[", i, "] must lie in ", num_inner, " inner values and ", num_up, " rows");
     panels.push_back(
-        {up + start * step::kPanelRows, static_cast<int32_t>(first), static_cast<int32_t>(count)});
+        {up + before * step::kPanelRows, static_cast<int32_t>(first), static_cast<int32_t>(count)});
+    before += count;
   }
+  check(before == num_up, "`panels` have ", before, " of the ", num_up, " rows of `up`");
   term.panels = panels.data();
 }
 

@@ -32,13 +32,13 @@ using LayoutPtr = std::shared_ptr<const AdapterLayout>;
 // Steps in flight share it, so that whoever has loaded it may let go of it at any time.
 class Adapter {
  public:
-  // What is added to a product. `panels` says of each panel where its rows begin in `up`, its first
-  // inner value and how many it has.
+  // What is added to a product. `panels` says of each panel its first inner value and how many it
+  // has; `up` has as many rows a panel, those of the first panel first.
   struct Part {
     int64_t product;
     Array<uint16_t> down;   // [num_inner, columns], bf16
     Array<float> scales;    // [num_inner]
-    Array<int64_t> panels;  // [num_panels, 3]
+    Array<int64_t> panels;  // [num_panels, 2]
     Array<uint16_t> up;     // [any, 16], bf16
   };
 

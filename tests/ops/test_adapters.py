@@ -147,19 +147,22 @@ def test_what_is_not_of_the_layout_is_refused() -> None:
     ("change", "message"),
     [
         ({"product": 1}, r"must be in \[0, 1\)"),
-        ({"panels": [[0, 3, 2]]}, "must lie in 4 inner values"),
-        ({"panels": [[14, 0, 4]]}, "must lie in 4 inner values and 16 rows"),
-        ({"panels": [[-1, 0, 4]]}, "must lie in"),
+        ({"panels": [[3, 2]]}, "must lie in 4 inner values"),
+        ({"panels": [[0, 5]]}, "must lie in 4 inner values"),
+        ({"panels": [[-1, 4]]}, "must lie in"),
+        ({"panels": [[0, -1]]}, "must lie in"),
+        ({"rows": 15}, r"`panels`\[3\] must lie in 4 inner values and 15 rows"),
+        ({"rows": 17}, "have 16 of the 17 rows"),
         ({"num_inner": 13}, "at most 12 inner values"),
     ],
 )
 def test_the_extension_checks_what_it_is_given(change: dict[str, object], message: str) -> None:
     layout = _C.AdapterLayout([(32, 64, 12)])
     count = int(str(change.get("num_inner", 4)))
-    panels = np.tile(np.array(change.get("panels", [[0, 0, 4]]), np.int64), (4, 1))
+    panels = np.tile(np.array(change.get("panels", [[0, 4]]), np.int64), (4, 1))
     part = (
         int(str(change.get("product", 0))), np.zeros((count, 32), np.uint16), np.ones(count, np.float32),
-        panels, np.zeros((16, 16), np.uint16),
+        panels, np.zeros((int(str(change.get("rows", 16))), 16), np.uint16),
     )  # fmt: skip
     with pytest.raises((ValueError, IndexError), match=message):
         _C.Adapter(layout, [part])

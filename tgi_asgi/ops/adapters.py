@@ -173,7 +173,8 @@ def _shifted(
 def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[Any, ...] | None:
     """Return what the extension wants of a product's part of an adapter; None where nothing changes it."""
     panels = product.order.reshape(-1, layout.PANEL)
-    where = np.zeros((len(panels), 3), np.int64)  # where its rows begin, the first inner value, how many
+    inner = np.zeros((len(panels), 2), np.int64)  # a panel's first inner value, and how many
+    starts = np.zeros(len(panels), np.int64)  # where a panel's rows are in `ups`
     downs: list[_Bits] = []
     ups: list[_Bits] = []
     scales: list[float] = []
@@ -182,11 +183,11 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
         mine = np.flatnonzero(((panels >= target.start) & (panels < target.stop)).any(axis=1))
         if not len(mine):
             continue
-        if where[mine, 2].any():
+        if inner[mine, 1].any():
             raise ValueError(f"{name} has rows that another target of the adapter has, too")
         rank = delta.down.shape[0]
-        where[mine, 0] = num_up + np.arange(len(mine)) * rank
-        where[mine, 1], where[mine, 2] = len(scales), rank
+        starts[mine] = num_up + np.arange(len(mine)) * rank
+        inner[mine] = len(scales), rank
         scales += [delta.scale] * rank
         downs.append(np.pad(_bits(delta.down), ((0, 0), (0, product.columns - delta.down.shape[1]))))
         rows = np.where(panels[mine] >= 0, panels[mine] - target.start, target.stop - target.start)
@@ -195,8 +196,10 @@ def _pack(product: _Product, changes: list[tuple[str, Target, Delta]]) -> tuple[
         num_up += len(mine) * rank
     if not scales:
         return None
-    down, up = np.concatenate(downs), np.concatenate(ups)
-    return np.ascontiguousarray(down), np.array(scales, np.float32), where, np.ascontiguousarray(up)
+    counts = inner[:, 1]
+    in_order = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(num_up)
+    up = np.concatenate(ups)[in_order]  # panel by panel, as the product reads it
+    return np.concatenate(downs), np.array(scales, np.float32), inner, up
 
 
 def _bits(matrix: Tensor) -> _Bits:

@@ -76,6 +76,7 @@ inline void shrink_some(const LinearParams& p, const AdapterTerm& term, const Sh
     for (int r = 0; r < Rows; ++r) {
       const uint16_t* const at = down + r * columns + block * kBlockColumns;
       const auto a = S::load_bf16(at), b = S::load_bf16(at + 16);
+      if constexpr (Tokens == 1) S::prefetch(at + Rows * columns);
       TGI_UNROLL(8)
       for (int t = 0; t < Tokens; ++t) {
         sums[r][t] = S::fma(second[t], b, S::fma(first[t], a, sums[r][t]));
@@ -171,10 +172,12 @@ void shrink(const ShrinkParams& params, const StepHeader& step, int member, int 
   if (drawn < step.num_tokens) of_kind(p.in.of_prompts(), drawn, step.num_tokens);
 }
 
-// Adds `Tokens` tokens' inner values times sixteen rows of `up` to their outputs.
+// Adds `Tokens` tokens' inner values times sixteen rows of `up` to their outputs; fetches those
+// `ahead` values further on, where the next unit's lie: between two units the base's weights are
+// read, so that the CPU does not see a stream here by itself.
 template <class S, int Tokens>
 inline void expand_panel(const AdapterPanel& panel, const float* inner, int64_t stride,
-                         float* out) {
+                         int64_t ahead, float* out) {
   typename S::F even[Tokens], odd[Tokens];
   TGI_UNROLL(8)
   for (int t = 0; t < Tokens; ++t) even[t] = odd[t] = S::zero();
@@ -182,6 +185,7 @@ inline void expand_panel(const AdapterPanel& panel, const float* inner, int64_t 
   int64_t k = 0;
   for (; k + 2 <= panel.num_inner; k += 2) {
     const auto a = S::load_bf16(panel.up + 16 * k), b = S::load_bf16(panel.up + 16 * k + 16);
+    S::prefetch(panel.up + 16 * k + ahead);
     TGI_UNROLL(8)
     for (int t = 0; t < Tokens; ++t) {
       even[t] = S::fma(S::set1(values[t * stride + k]), a, even[t]);
@@ -209,18 +213,21 @@ inline void expand(const AdapterPlace& place, const StepHeader& step, int64_t un
     const int64_t begin = span.begin > token ? span.begin : token;
     const int64_t end = span.end < token + count ? span.end : token + count;
     if (begin >= end || term.num_inner == 0) continue;
+    const AdapterPanel* const panels = term.panels + 2 * unit * unit_strips;
+    S::prefetch(panels + 4 * unit_strips);
     for (int64_t panel = 0; panel < 2 * unit_strips; ++panel) {
-      const AdapterPanel& rows = term.panels[2 * unit * unit_strips + panel];
+      const AdapterPanel& rows = panels[panel];
       if (rows.num_inner == 0) continue;
       float* const to = out + panel / 2 * strip_floats + panel % 2 * kPanelRows;
+      const int64_t ahead = 2 * unit_strips * kPanelRows * rows.num_inner;
       for (int64_t t = begin; t < end;) {
         const float* const inner = place.inner + t * place.stride;
         float* const first = to + (t - token) * kStripRows;
         if (end - t >= 4) {
-          expand_panel<S, 4>(rows, inner, place.stride, first);
+          expand_panel<S, 4>(rows, inner, place.stride, ahead, first);
           t += 4;
         } else {
-          expand_panel<S, 1>(rows, inner, place.stride, first);
+          expand_panel<S, 1>(rows, inner, place.stride, ahead, first);
           t += 1;
         }
       }
