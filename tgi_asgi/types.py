@@ -183,6 +183,14 @@ class Adapters(Protocol):
             InvalidRequest, Overloaded: the name is taken, it cannot be read, or there is no room.
         """
 
+    async def replace(self, name: str, location: str) -> None:
+        """Read an adapter, give it the name of the one that had it, and wait until nobody uses that.
+
+        Raises:
+            InvalidRequest, Overloaded: it cannot be read, or there is no room; the old one stays.
+            UnknownAdapter: the name was unloaded meanwhile.
+        """
+
     async def remove(self, name: str) -> None:
         """Forget an adapter, and wait until nobody uses it.
 

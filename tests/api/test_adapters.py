@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
+import types
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,9 +14,9 @@ import openai
 import pytest
 
 from tests.support.client import client_of
-from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app
+from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.serving import serving as serving_at
-from tgi_asgi.app import App
+from tgi_asgi.app import App, make_adapters
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
 from tgi_asgi.formats.sources import AdapterSource
@@ -143,6 +145,101 @@ async def test_one_that_loads_is_503_in_each_envelope() -> None:
         adapters.close()
 
 
+class Waiting(Adapters):
+    """Adapters of which one can be unloaded while a request waits for it, or for a thread."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.go_on.set()
+        super().__init__(self.read, [AdapterSource("sql", "/sql")], max_loaded=1)
+        self.start()
+
+    def read(self, source: AdapterSource) -> Loaded:
+        assert self.go_on.wait(10)
+        return load(source)
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_prompts_of_a_request_have_the_adapter_that_it_named_though_it_is_unloaded(
+    is_strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await serving("sql", settings=dataclasses.replace(SETTINGS, strict_model_names=is_strict))
+    assert app.context.served is not None and app.context.served.adapters is not None
+    adapters = app.context.served.adapters
+    removals: list[asyncio.Task[None]] = []
+    work = app.context.text.run
+
+    async def run(*args: Any) -> Any:  # the first prompt's tokens are made: unload it now
+        if not removals:
+            removals.append(asyncio.create_task(adapters.remove("sql")))
+            while "sql" in adapters:
+                await asyncio.sleep(0)
+        return await work(*args)
+
+    monkeypatch.setattr(app.context.text, "run", run)
+    async with serving_at(app) as url, httpx.AsyncClient(base_url=url) as client:
+        body = {"model": "sql", "prompt": ["hi", "you", "they"]}
+        answer = await client.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["model"]) == (200, "sql")
+    assert asked(app) == ["sql"] * 3
+    await asyncio.wait_for(removals[0], 5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "sql", "prompt": ["hi", "you"]}),
+        ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "sql"}}),
+    ],
+)
+async def test_a_request_that_waits_for_an_adapter_that_is_unloaded_is_refused(
+    path: str, body: dict[str, Any]
+) -> None:
+    adapters = Waiting()
+    while "sql" not in adapters.names:
+        await asyncio.sleep(0.001)
+    await adapters.add("other", "/other")  # which makes it leave the memory
+    app = scripted_app(ScriptedEngine(), SETTINGS, adapters=adapters)
+    adapters.go_on.clear()
+    request = asyncio.create_task(post(app, path, body))
+    await asyncio.sleep(0.02)
+    removal = asyncio.create_task(adapters.remove("sql"))
+    await asyncio.sleep(0.01)
+    adapters.go_on.set()
+    answer = await asyncio.wait_for(request, 5)
+    assert answer.status_code == 404, answer.text
+    if path != "/generate":
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("model", "adapter_not_found")
+    assert asked(app) == [], "the base must not answer for it"
+    served: Any = app.context.served
+    assert served.engine.num_permits == 128, "the room was given back"
+    await asyncio.wait_for(removal, 5)
+    adapters.close()
+
+
+async def test_a_replacement_that_cannot_be_read_leaves_the_one_that_works() -> None:
+    app = await serving("sql")
+    body = {"lora_name": "sql", "lora_path": "/broken", "load_inplace": True}
+    answer = await post(app, "/v1/load_lora_adapter", body, ROOT)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_path")
+    assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
+    assert asked(app) == ["sql"]
+    answer = await post(app, "/v1/load_lora_adapter", body | {"lora_path": "/better"}, ROOT)
+    assert answer.status_code == 200
+    assert (await post(app, "/v1/completions", {"model": "sql", "prompt": "hi"})).status_code == 200
+    served: Any = app.context.served
+    assert [each.adapter.key for each in served.engine.requests] == [b"/sql".hex(), b"/better".hex()]
+
+
+@pytest.mark.parametrize("name", ["tgi", "toy/model"])
+def test_an_adapter_at_the_start_cannot_have_a_name_of_the_model(name: str) -> None:
+    loaded: Any = types.SimpleNamespace(adapters=object(), info=toy_info())
+    settings = Settings(model_id="toy/model", lora_modules=(f"{name}=/x",))
+    with pytest.raises(ModelLoadError, match=f"an adapter cannot be called '{name}'"):
+        make_adapters(settings, loaded)
+
+
 async def test_the_operator_loads_and_unloads() -> None:
     app = await serving()
     body = {"lora_name": "sql", "lora_path": "/adapters/sql"}
@@ -168,6 +265,7 @@ async def test_the_operator_loads_and_unloads() -> None:
         ({"lora_name": "a\nb", "lora_path": "/a"}, "lora_name"),
         ({"lora_name": "a", "lora_path": ""}, "lora_path"),
         ({"lora_name": "a", "lora_path": "/broken"}, "lora_path"),
+        ({"lora_name": "a", "lora_path": "/" * 4097}, "lora_path"),
     ],
 )
 async def test_what_cannot_be_loaded_is_refused_with_the_reason(body: dict[str, Any], param: str) -> None:

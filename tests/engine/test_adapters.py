@@ -230,3 +230,190 @@ async def test_the_operator_is_told_why_an_adapter_cannot_be_served() -> None:
         await adapters.add("base", "/a")
     assert adapters.names == []
     adapters.close()
+
+
+async def test_a_replacement_takes_the_name_once_it_has_been_read() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=4)
+    adapters.start()
+    await settled(adapters, "a")
+    old = await adapters.lease("a")
+    script.go_on.clear()
+    replacement = asyncio.create_task(adapters.replace("a", "/new"))
+    await asyncio.sleep(0.01)
+    assert adapters.names == ["a"]
+    (await adapters.lease("a")).release()
+    meanwhile = await adapters.lease("a")
+    assert meanwhile.adapter is old.adapter, "the old one serves while the new one is read"
+    script.go_on.set()
+    while (lease := await adapters.lease("a")).adapter is old.adapter:
+        lease.release()
+        await asyncio.sleep(0.001)
+    assert lease.adapter.key == b"/new".hex()
+    assert not replacement.done() and adapters.num_loaded == 2
+    old.release()
+    await asyncio.sleep(0.01)
+    assert not replacement.done(), "another still has it"
+    meanwhile.release()
+    await replacement
+    assert adapters.num_loaded == 1
+    adapters.close()
+
+
+async def test_a_replacement_that_cannot_be_read_leaves_the_old_one() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=4)
+    adapters.start()
+    await settled(adapters, "a")
+    script.failures["a"] = ModelLoadError("no such directory")
+    with pytest.raises(InvalidRequest, match="cannot be served: no such directory"):
+        await adapters.replace("a", "/nowhere")
+    assert (await adapters.lease("a")).adapter.key == b"/a".hex()
+    assert adapters.num_loaded == 1
+    script.failures["b"] = ModelLoadError("no such directory")
+    with pytest.raises(InvalidRequest, match="cannot be served"):
+        await adapters.replace("b", "/nowhere")  # no old one: as `add`
+    assert "b" not in adapters
+    adapters.close()
+
+
+async def test_a_replacement_of_a_name_that_is_unloaded_meanwhile_is_dropped() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("a"), max_loaded=4)
+    adapters.start()
+    await settled(adapters, "a")
+    script.go_on.clear()
+    replacement = asyncio.create_task(adapters.replace("a", "/new"))
+    await asyncio.sleep(0.01)
+    await adapters.remove("a")
+    script.go_on.set()
+    with pytest.raises(UnknownAdapter) as refused:
+        await replacement
+    assert refused.value.param == "lora_name"
+    assert adapters.names == [] and adapters.num_loaded == 0
+    adapters.close()
+
+
+async def test_a_request_that_waits_for_one_that_is_replaced_gets_the_new_one() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=1)
+    adapters.start()
+    await settled(adapters, "a", "b")  # b is in memory
+    await adapters.replace("b", "/old")
+    script.go_on.clear()
+    waiting = asyncio.create_task(adapters.lease("a"))
+    await asyncio.sleep(0.01)
+    adapters._max_loaded = 2  # so that the replacement is read behind it
+    replacement = asyncio.create_task(adapters.replace("a", "/new"))
+    await asyncio.sleep(0.01)
+    script.go_on.set()
+    assert (await waiting).adapter.key in (b"/a".hex(), b"/new".hex())
+    await asyncio.sleep(0.01)
+    assert (await adapters.lease("a")).adapter.key == b"/new".hex()
+    replacement.cancel()
+    adapters.close()
+
+
+async def test_one_that_fails_does_not_take_the_name_from_its_successor() -> None:
+    script = Script()
+    script.go_on.clear()
+    script.failures["r"] = ModelLoadError("values that are not finite")
+    adapters = Adapters(script, max_loaded=4)
+    first = asyncio.create_task(adapters.add("r", "/bad"))
+    await asyncio.sleep(0.01)
+    removal = asyncio.create_task(adapters.remove("r"))
+    await asyncio.sleep(0.01)
+    second = asyncio.create_task(adapters.add("r", "/good"))
+    await asyncio.sleep(0.01)
+    real, calls = script.failures, 0
+
+    class Once(dict[str, Exception]):
+        def __contains__(self, name: object) -> bool:
+            nonlocal calls
+            calls += 1
+            return calls == 1
+
+    script.failures = Once(real)
+    script.go_on.set()
+    with pytest.raises(InvalidRequest, match="not finite"):
+        await first
+    await second
+    await removal
+    assert adapters.names == ["r"]
+    assert (await adapters.lease("r")).adapter.key == b"/good".hex()
+    adapters.close()
+
+
+async def test_a_failed_add_whose_caller_has_gone_leaves_no_name() -> None:
+    script = Script()
+    script.go_on.clear()
+    script.failures["a"] = ModelLoadError("damaged")
+    adapters = Adapters(script, max_loaded=4)
+    adding = asyncio.create_task(adapters.add("a", "/a"))
+    await asyncio.sleep(0.01)
+    adding.cancel()
+    await asyncio.wait({adding})
+    script.go_on.set()
+    while "a" in adapters:
+        await asyncio.sleep(0.001)
+    del script.failures["a"]
+    await adapters.add("a", "/a")
+    adapters.close()
+
+
+async def test_those_that_leave_are_counted_until_nobody_uses_them() -> None:
+    adapters = Adapters(Script(), max_loaded=2)
+    leases, removals = [], []
+    for name in "ab":
+        await adapters.add(name, f"/{name}")
+        leases.append(await adapters.lease(name))
+        removals.append(asyncio.create_task(adapters.remove(name)))
+        await asyncio.sleep(0.001)
+    assert adapters.names == [] and adapters.num_loaded == 2
+    with pytest.raises(Overloaded, match="All 2 adapters"):
+        await adapters.add("c", "/c")
+    removals[0].cancel()  # who asked has gone; it leaves all the same
+    leases[0].release()
+    await asyncio.sleep(0.01)
+    assert adapters.num_loaded == 1
+    await adapters.add("c", "/c")
+    leases[1].release()
+    await removals[1]
+    assert adapters.num_loaded == 1
+    adapters.close()
+
+
+async def test_more_than_memory_holds_are_all_read_in_turn_and_the_broken_ones_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = Script()
+    script.failures["x"] = ModelLoadError("tensor 'y' is short")
+    adapters = Adapters(script, sources("xabcd"), max_loaded=2)
+    adapters.start()
+    with pytest.raises(Unavailable, match="'d' is loading"):
+        await adapters.lease("d")
+    await settled(adapters, *"abcd")
+    assert script.loaded == [*"abcd"]
+    assert adapters.names == [*"abcd"] and adapters.num_loaded == 2
+    assert "tensor 'y' is short" in caplog.text
+    assert (await adapters.lease("a")).adapter.name == "a"
+    adapters.close()
+
+
+async def test_one_that_found_no_room_at_the_start_is_overloaded_and_then_read() -> None:
+    script = Script()
+    adapters = Adapters(script, sources("ab"), max_loaded=1)
+    script.go_on.clear()
+    adapters.start()
+    await asyncio.sleep(0.01)
+    script.go_on.set()
+    while "a" not in adapters.names:
+        await asyncio.sleep(0)
+    lease = await adapters.lease("a")  # before b has its turn, or b has made it leave: a is read again
+    await asyncio.sleep(0.02)
+    for _ in range(3):
+        with pytest.raises(Overloaded, match="All 1 adapters"):
+            await adapters.lease("b")
+    lease.release()
+    assert (await adapters.lease("b")).adapter.name == "b"
+    adapters.close()

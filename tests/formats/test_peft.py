@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.patterns import Patterns
 from tgi_asgi.formats.peft import PeftAdapter
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -47,6 +49,9 @@ def test_a_plain_adapter_is_read(tmp_path: Path) -> None:
         ({"alpha_pattern": {"q_proj": 2}}, 0.5),
         ({"alpha_pattern": {"k_proj": 2, r"^model\.layers\.0\..*q_proj": 12}}, 3.0),
         ({"r": 8, "rank_pattern": {"self_attn.q_proj": 4}}, 2.0),
+        ({"alpha_pattern": {r"model\.layers\.(0|1)\..*q_proj": 2}}, 0.5),
+        ({"alpha_pattern": {".*": 2, "q_proj": 4}}, 0.5),
+        ({"alpha_pattern": {"^q_proj": 2, "proj": 2, "0.self_attn.q_proj": 6}}, 1.5),
         ({"fan_in_fan_out": True, "lora_dropout": 0.1, "layers_to_transform": [0]}, 2.0),
     ],
 )
@@ -71,7 +76,21 @@ def test_the_scale_is_pefts(config: dict[str, Any], scale: float, tmp_path: Path
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number"),
         ({"r": True}, "r must be a positive number"),
         ({"alpha_pattern": {"(a+)+": 1}}, "pattern that is not read"),
-        ({"alpha_pattern": {".*.*.*.*": 1}}, "pattern that is not read"),
+        ({"alpha_pattern": {".*.*.*zz": 1}}, "alpha_pattern: a pattern that is not read: '.*.*.*zz'"),
+        ({"alpha_pattern": {"(a|.)" * 9: 1}}, "pattern that is not read"),
+        ({"alpha_pattern": {f"layer{at}": 1 for at in range(4097)}}, "4097 patterns, 4096 are read"),
+        ({"alpha_pattern": {f".*{at}": 1 for at in range(65)}}, "65 patterns that are no plain names"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "'q_proj' must be a positive number"),
+        ({"init_lora_weights": "pissa"}, "begin as 'pissa' (init_lora_weights)"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights"),
+        ({"init_lora_weights": ["eva"]}, "init_lora_weights"),
+        ({"init_lora_weights": 1}, "init_lora_weights"),
         ({"alpha_pattern": {"(q_proj": 1}}, "damaged"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"r": 8}, "has the rank 4, the configuration says 8"),
@@ -83,6 +102,58 @@ def test_what_is_not_computed_is_refused_by_name(
     with pytest.raises(ModelLoadError) as refused:
         PeftAdapter(write(tmp_path, **config))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("first", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
+def test_beginnings_that_leave_the_base_alone_are_served(first: object, tmp_path: Path) -> None:
+    assert PeftAdapter(write(tmp_path, init_lora_weights=first)).targets[0].scale == 2.0
+
+
+def test_hostile_patterns_cost_little() -> None:
+    hostile = [f"({'a|' * 5}.)({'a|' * 4}.)(b|.).*.*{at}z" for at in range(64)]
+    plain = [f"model.layers.{at}.self_attn.q_proj" for at in range(4000)]
+    patterns = Patterns(dict.fromkeys([*hostile, *plain], 1.0))
+    begun_s = time.perf_counter()
+    assert [patterns.find("a." * 30 + f"a{at}", 2.0) for at in range(4)] == [2.0] * 4
+    assert [patterns.find(name, 2.0) for name in plain[:50]] == [1.0] * 50
+    assert time.perf_counter() - begun_s < 20
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.self_attn.q_proj", "q_proj", "a.b", "layers.11.mlp.up_proj"]
+)
+def test_patterns_match_what_pefts_match(path: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    keys = [
+        r"^q_proj", r"layers\.1\.self_attn.*", r"^model\.layers\.\d+\..*q_proj", "1.mlp.up_proj",
+        "mlp.up_proj", r".*\.b", "a", "(self_attn|mlp)\\.(q_proj|up_proj)", "q_proj|up_proj",
+        "[q-u]_proj", r"a\.b", "proj",
+    ]  # fmt: skip
+    for begin in range(len(keys)):
+        values = {key: float(at) for at, key in enumerate(keys[begin:])}
+        expected = values.get(get_pattern_key(list(values), path), -1.0)
+        assert Patterns(values).find(path, -1.0) == expected, keys[begin:]
+
+
+def test_a_file_that_is_cut_short_after_it_was_read_harms_nobody(tmp_path: Path) -> None:
+    adapter = PeftAdapter(write(tmp_path))
+    digest = adapter.digest
+    whole = bytes(adapter.raw(adapter.targets[0].down))
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(8)
+    assert bytes(adapter.raw(adapter.targets[0].down)) == whole == np.ones((4, 32), np.float32).tobytes()
+    assert PeftAdapter(write(tmp_path)).digest == digest
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path) / "adapter_model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(64 << 30)  # a hole: to read it would take all memory
+    with pytest.raises(ModelLoadError, match=r"has 68719476736 bytes; at most 1073741824 are read"):
+        PeftAdapter(tmp_path)
+    with pytest.raises(ModelLoadError, match=r"at most 100 are read: so it is"):
+        PeftAdapter(tmp_path, 100, ": so it is")
 
 
 @pytest.mark.parametrize(

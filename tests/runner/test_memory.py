@@ -10,16 +10,24 @@ from typing import Any
 import pytest
 
 from tests.runner.test_load import settings
+from tests.support.adapters import write_adapter
 from tests.support.checkpoints import SHAPE, load_model, make_model, save, save_gguf, save_tokenizer
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.loading.open import OpenModel, read_config
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.runner import load as loading
-from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, packed_bytes
+from tgi_asgi.runner.memory import (
+    check_rope_fits,
+    check_weights_fit,
+    packed_bytes,
+    room_for_adapters,
+    tell_adapters,
+)
 
 GIB, MIB = 1 << 30, 1 << 20
 FAST = ops.Packing(is_exact=False)
@@ -183,3 +191,43 @@ def test_files_say_what_they_store(tmp_path: Path) -> None:
         stored = opened.weights.stored()
         assert {name for name, _ in stored.values()} == {"F32"}
         assert sum(elements for _, elements in stored.values()) * 4 == opened.weights.num_bytes
+
+
+def test_adapters_at_their_largest_are_kept_room_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_model(save(make_model(), tmp_path / "model"), max_positions=64)
+    assert isinstance(model, Decoder)
+    loader = AdapterLoader(model, max_rank=8)
+    shapes = {
+        f"base_model.model.{name}": target.shape
+        for name, target in loader.layout.targets.items()
+        if "qkv" not in name and "gate_up" not in name
+    }
+    taken = loader.load(write_adapter(tmp_path / "adapter", shapes, 8)).num_bytes
+    assert room_for_adapters(model.config, 3, 8, GIB) == 3 * loader.most_bytes
+    assert loader.most_bytes <= taken <= 1.3 * loader.most_bytes, "rows and columns are padded"
+    assert room_for_adapters(model.config, 3, 8, 1000) == 500, "the cache needs room, too"
+    with caplog.at_level("INFO"):
+        tell_adapters(3, GIB, 3 * GIB)
+        tell_adapters(3, GIB, 2 * GIB)
+    enough, short = caplog.records
+    assert (enough.levelname, short.levelname) == ("INFO", "WARNING")
+    assert "would take 3.00 GiB; 2.00 GiB are kept free" in short.getMessage()
+    assert "lower --max-cpu-loras or --max-lora-rank" in short.getMessage()
+
+
+def test_the_cache_leaves_room_for_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = save(make_model(), tmp_path / "model")
+    save_tokenizer(files.path)
+    monkeypatch.setattr(loading, "free_memory", lambda: 8 * MIB)
+    sizes = {}
+    for enable_lora in (False, True):
+        given = settings(
+            enable_lora=enable_lora, max_cpu_loras=100, max_lora_rank=64, max_batch_total_tokens=None,
+            max_batch_size=1000,
+        )  # fmt: skip
+        loaded = loading.load(given, files, lambda *_: None)
+        sizes[enable_lora] = loaded.info.kv_tokens
+        loaded.runner.close()
+    assert sizes[True] <= 0.6 * sizes[False]

@@ -100,7 +100,17 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         can = "embeds" if served.info.embedding is not None else "scores"
         raise ModelNotSupported(f"The model {can} texts, and generates none", param="model")
     with admitted(exchange, call.num_choices) as permit:
-        jobs = [await prepare(exchange, served, job, model) for job in call.jobs]
+        for job in call.jobs:
+            with placed(job.where, exchange.dialect):
+                if job.check is not None:
+                    job.check()
+        # Nothing is awaited between these checks, what `model` was taken for, and this.
+        names = [model if job.adapter is None else job.adapter for job in call.jobs]
+        adapters = await lease_adapters(exchange, served, names)
+        jobs = [
+            await prepare(exchange, served, job, adapter)
+            for job, adapter in zip(call.jobs, adapters, strict=True)
+        ]
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.remains += [jobs, renderer]
@@ -146,24 +156,29 @@ def served_name(exchange: Exchange, requested: str | None) -> str:
     return requested
 
 
-async def adapter_of(exchange: Exchange, served: Served, name: str | None) -> Adapter | None:
-    """Return the adapter of this name, held until the exchange ends; None where it is no adapter's.
+async def lease_adapters(
+    exchange: Exchange, served: Served, names: Sequence[str | None]
+) -> list[Adapter | None]:
+    """Return the adapter of each name, held until the exchange ends; None where it is no adapter's.
+
+    Which names are adapters' is decided before anything is awaited: one that is unloaded while this waits is
+    refused, and not answered by the base.
 
     Raises:
-        TgiError: it cannot be had, or not now.
+        TgiError: one cannot be had, or not now.
     """
-    if name is None or served.adapters is None or name not in served.adapters:
-        return None
-    lease = await served.adapters.lease(name)
-    exchange.leases.append(lease)
-    return lease.adapter
+    if served.adapters is None:
+        return [None] * len(names)
+    found: dict[str | None, Adapter] = {}
+    for name in [name for name in dict.fromkeys(names) if name is not None and name in served.adapters]:
+        lease = await served.adapters.lease(name)
+        exchange.leases.append(lease)
+        found[name] = lease.adapter
+    return [found.get(name) for name in names]
 
 
-async def prepare(exchange: Exchange, served: Served, job: Job, model: str) -> Prepared:
+async def prepare(exchange: Exchange, served: Served, job: Job, adapter: Adapter | None) -> Prepared:
     """Make a job's prompt and grammar, in threads, and put it together for the engine.
-
-    Args:
-        model: the name that was asked for: an adapter's, too, where the job names none.
 
     Raises:
         InvalidRequest: a message or a grammar is refused, or the prompt does not fit.
@@ -171,9 +186,6 @@ async def prepare(exchange: Exchange, served: Served, job: Job, model: str) -> P
     """
     context = exchange.context
     with placed(job.where, exchange.dialect):
-        if job.check is not None:
-            job.check()
-        adapter = await adapter_of(exchange, served, model if job.adapter is None else job.adapter)
         if job.prompt.images is not None:
             await load_images(exchange, served, job.prompt.images)
         prompt = await context.text.run(make_prompt, job, served, context.settings)

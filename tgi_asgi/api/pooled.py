@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tgi_asgi.api.call import Conversation
 from tgi_asgi.api.context import Served
 from tgi_asgi.api.exchange import Exchange
-from tgi_asgi.api.life import Handler, adapter_of, admitted, cache_salt_of, served_name
+from tgi_asgi.api.life import Handler, admitted, cache_salt_of, lease_adapters, served_name
 from tgi_asgi.api.parse import refuse, refuse_field
 from tgi_asgi.api.prompt import chat_prompt
 from tgi_asgi.errors import ContextExceeded, ModelNotSupported, Overloaded, TgiError, TooManyPrompts
@@ -139,7 +139,7 @@ async def answer(exchange: Exchange, parse: Parse) -> None:
         return
     num_together = min(len(call.inputs), max(context.settings.max_concurrent_requests // _SHARE, 1))
     with admitted(exchange, num_together) as permit:
-        adapter = await adapter_of(exchange, served, model)
+        [adapter] = await lease_adapters(exchange, served, [model])  # the first that is awaited
         requests = await _requests(exchange, served, call, adapter)
         vectors = await _compute(exchange, served.engine, requests, permit)
     pooled = Pooled(model, vectors, sum(len(request.prompt_ids) for request in requests))

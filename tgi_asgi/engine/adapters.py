@@ -13,16 +13,15 @@ becomes of the name meanwhile.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
-from tgi_asgi.formats.sources import AdapterSource, adapter_source
+from tgi_asgi.formats.sources import AdapterSource
 from tgi_asgi.types import Adapter
 
 logger = logging.getLogger(__name__)
@@ -50,28 +49,24 @@ class _Entry:
     Attributes:
         adapter: while it is in memory.
         task: that loads it.
+        is_queued: it is about to be read for the first time, in its turn.
         num_users: leases.
         used: when it was leased last, as a number that grows.
-        failed_s: when loading failed last.
+        failed_s: when loading failed last, for a reason of its own.
+        failure: why it could not be read the last time.
     """
 
     __slots__ = (
-        "adapter",
-        "failed_s",
-        "failure",
-        "has_loaded",
-        "idle",
-        "num_users",
-        "source",
-        "task",
+        "adapter", "failed_s", "failure", "has_loaded", "idle", "is_queued", "num_users", "source", "task",
         "used",
-    )
+    )  # fmt: skip
 
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
         self.adapter: Adapter | None = None
         self.task: asyncio.Task[None] | None = None
         self.has_loaded = False
+        self.is_queued = False
         self.num_users = 0
         self.used = 0
         self.failed_s: float | None = None
@@ -124,13 +119,20 @@ class Adapters:
         self._taken = frozenset(taken)
         self._clock = clock
         self._entries = {source.name: _Entry(source) for source in sources}
+        self._nameless: set[_Entry] = set()  # in memory or being read: to replace another, or to leave
+        self._tasks: set[asyncio.Task[None]] = set()
         self._turns = itertools.count(1)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tgi-adapters")
 
     def start(self) -> None:
-        """Begin to read those that there are; each that fails does so alone, with a line in the log."""
-        for entry in self._entries.values():
-            self._begin(entry)
+        """Begin to read those that there are; each that fails does so alone, with a line in the log.
+
+        All are read, also where memory holds fewer: so that those which cannot be served are known.
+        """
+        entries = list(self._entries.values())
+        for entry in entries:
+            entry.is_queued = True
+        self._spawn(self._read_in_turn(entries))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -142,8 +144,9 @@ class Adapters:
 
     @property
     def num_loaded(self) -> int:
-        """How many are in memory, or being read."""
-        return sum(entry.adapter is not None or entry.task is not None for entry in self._entries.values())
+        """How many are in memory, or being read; those included that are to leave once nobody uses them."""
+        entries = (*self._entries.values(), *self._nameless)
+        return sum(entry.adapter is not None or entry.task is not None for entry in entries)
 
     async def lease(self, name: str) -> Lease:
         """Return a hold on an adapter, which is read first if it has left the memory.
@@ -154,14 +157,12 @@ class Adapters:
             InvalidRequest: it could not be read.
             Overloaded: all that memory may hold are in use.
         """
-        entry = self._find(name)
-        if entry.adapter is None:
+        entry = self._find(name, param="model")
+        while entry.adapter is None:
             await self._wait(entry)
-        adapter = entry.adapter
-        if adapter is None or self._entries.get(name) is not entry:
-            raise UnknownAdapter(name)  # it was removed meanwhile
+            entry = self._find(name, param="model")  # it may have been unloaded, or replaced
         entry.used = next(self._turns)
-        return Lease(entry, adapter)
+        return Lease(entry, entry.adapter)
 
     async def add(self, name: str, location: str) -> None:
         """Read an adapter; from then on it can be asked for.
@@ -172,14 +173,29 @@ class Adapters:
         """
         if name in self._entries or name in self._taken:
             raise InvalidRequest(f"The name '{name}' is taken", param="lora_name")
-        entry = self._entries[name] = _Entry(adapter_source(name, location))
-        await asyncio.shield(self._begin(entry))
-        if entry.failure is not None:
-            self._entries.pop(name, None)
-            if isinstance(entry.failure, ModelLoadError):
-                message = f"The adapter '{name}' cannot be served: {entry.failure.message}"
-                raise InvalidRequest(message, param="lora_path")
-            raise entry.failure
+        entry = self._entries[name] = _Entry(AdapterSource(name, location))
+        entry.is_queued = True
+        await self._finish(self._read_first(entry))
+        _check(entry)
+
+    async def replace(self, name: str, location: str) -> None:
+        """Read an adapter that then gets the name of another; return when nobody has that one.
+
+        Until it has been read, and where it cannot be, the name means the old one. Where there is no old one,
+        this is `add`.
+
+        Raises:
+            InvalidRequest: it could not be read.
+            Overloaded: all that memory may hold are in use; both must have room.
+            UnknownAdapter: the name was unloaded meanwhile.
+        """
+        if name not in self._entries:
+            await self.add(name, location)
+            return
+        entry = _Entry(AdapterSource(name, location))
+        self._nameless.add(entry)
+        await self._finish(self._read_and_swap(entry))
+        _check(entry)
 
     async def remove(self, name: str) -> None:
         """Forget an adapter: nobody gets it any more; return when nobody has it.
@@ -187,44 +203,94 @@ class Adapters:
         Raises:
             UnknownAdapter: there is none of that name.
         """
-        entry = self._find(name)
+        entry = self._find(name, param="lora_name")
         del self._entries[name]
-        if entry.task is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(entry.task)
-        await entry.idle.wait()
-        entry.adapter = None
+        self._nameless.add(entry)
+        await self._finish(self._leave(entry))
 
     def close(self) -> None:
         """Let the thread end; what waits is given up."""
-        for entry in self._entries.values():
-            if entry.task is not None:
-                entry.task.cancel()
+        entries = (*self._entries.values(), *self._nameless)
+        for task in (*self._tasks, *(entry.task for entry in entries)):
+            if task is not None:
+                task.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _find(self, name: str) -> _Entry:
+    def _find(self, name: str, *, param: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise UnknownAdapter(name)
+            raise UnknownAdapter(name, param=param)
         return entry
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for work that goes on though whoever waits for it has gone."""
+        await asyncio.shield(self._spawn(work))
+
+    async def _read_in_turn(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            if self._entries.get(entry.source.name) is entry:
+                await self._begin(entry)
+
+    async def _read_first(self, entry: _Entry) -> None:
+        """Read one that has its name already, which it loses where it fails."""
+        await self._begin(entry)
+        if entry.failure is not None and self._entries.get(entry.source.name) is entry:
+            del self._entries[entry.source.name]
+
+    async def _read_and_swap(self, entry: _Entry) -> None:
+        """Read one that has no name as yet; give it that of another, and wait until nobody has that."""
+        name = entry.source.name
+        try:
+            await self._begin(entry)
+        finally:
+            self._nameless.discard(entry)
+        if entry.failure is not None:
+            return
+        old = self._entries.get(name)
+        if old is None:
+            entry.failure = UnknownAdapter(name, param="lora_name")
+            return
+        self._entries[name] = entry
+        self._nameless.add(old)
+        await self._leave(old)
+
+    async def _leave(self, entry: _Entry) -> None:
+        """Let go of one that has lost its name, once nobody uses it."""
+        try:
+            if entry.task is not None:
+                await asyncio.wait({entry.task})
+            await entry.idle.wait()
+        finally:
+            entry.adapter = None
+            self._nameless.discard(entry)
+
     async def _wait(self, entry: _Entry) -> None:
-        """Have an adapter read that is not in memory."""
-        if entry.task is None:
+        """Have an adapter read that is not in memory; returns once it is, or another has its name.
+
+        Raises:
+            Unavailable, InvalidRequest, Overloaded: as `lease`.
+        """
+        if entry.is_queued or (entry.task is not None and not entry.has_loaded and entry.failure is None):
+            raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
+        task = entry.task
+        if task is None:
             if entry.failed_s is not None and self._clock() - entry.failed_s < _PAUSE_S:
                 raise _told(entry)
-            self._begin(entry)
-        task = entry.task
-        if task is not None and not entry.has_loaded and entry.failed_s is None:
-            raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
-        if task is not None:
-            await asyncio.wait({task}, timeout=_WAIT_S)
-        if entry.adapter is None:
+            task = self._begin(entry)
+        await asyncio.wait({task}, timeout=_WAIT_S)
+        if entry.adapter is None and self._entries.get(entry.source.name) is entry:
             if entry.failure is not None:
                 raise _told(entry)
             raise Unavailable(f"The adapter '{entry.source.name}' is loading", retry_after_s=2)
 
     def _begin(self, entry: _Entry) -> asyncio.Task[None]:
+        entry.is_queued = False
         entry.task = asyncio.get_running_loop().create_task(self._read(entry))
         return entry.task
 
@@ -239,7 +305,9 @@ class Adapters:
             if isinstance(error, ModelLoadError):
                 entry.failed_s = self._clock()
                 logger.error("adapter %r: %s", source.name, error)
-            elif not isinstance(error, Overloaded):
+            elif isinstance(error, Overloaded):
+                logger.warning("adapter %r: not read, as all that memory may hold are in use", source.name)
+            else:
                 entry.failed_s = self._clock()
                 logger.exception("adapter %r could not be read", source.name)
             return
@@ -268,6 +336,15 @@ class Adapters:
             oldest = min(unused, key=lambda entry: entry.used)
             oldest.adapter = None
             logger.info("adapter %r: let go of, to be read again when it is asked for", oldest.source.name)
+
+
+def _check(entry: _Entry) -> None:
+    """Tell the operator why an adapter could not be read, if it could not."""
+    if isinstance(entry.failure, ModelLoadError):
+        message = f"The adapter '{entry.source.name}' cannot be served: {entry.failure.message}"
+        raise InvalidRequest(message, param="lora_path")
+    if entry.failure is not None:
+        raise entry.failure
 
 
 def _told(entry: _Entry) -> Exception:

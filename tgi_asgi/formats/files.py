@@ -1,14 +1,15 @@
-"""What the readers of model files share: mapping a file, reading JSON, refusing ranges that overlap."""
+"""What the readers of model files share: mapping and reading a file, JSON, refusing ranges that overlap."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,37 @@ _MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 M
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
     """Map a regular file read-only.
 
-    The array is flat; the file stays mapped as long as the array or a view of it lives.
+    The array is flat; the file stays mapped as long as the array or a view of it lives. Who cuts a mapped
+    file short ends the process: files that come while it serves are read with `read_file`.
 
     Raises:
         ModelLoadError: no such file, not a regular file, unreadable or empty.
     """
+    with _opened(path) as (file, _):
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def read_file(path: Path, max_bytes: int, why: str = "") -> npt.NDArray[np.uint8]:
+    """Read a regular file into memory: a flat, read-only array that nobody can change or cut any more.
+
+    Args:
+        why: follows the bound in the message of what is refused.
+
+    Raises:
+        ModelLoadError: as `map_file`, and for more bytes than these, of which none is read.
+    """
+    with _opened(path) as (file, size):
+        # It may grow or shrink while it is read: what was read is what there is.
+        data = file.read(size + 1) if size <= max_bytes else b""
+        if max(size, len(data)) > max_bytes:
+            raise ModelLoadError(f"{path} has {size} bytes; at most {max_bytes} are read{why}")
+    return np.frombuffer(data, np.uint8)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file that is not empty; yields it and its size in bytes."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -34,12 +61,11 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
                 raise ModelLoadError(f"{path} is not a regular file")
             if status.st_size == 0:
                 raise ModelLoadError(f"{path} is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            yield file, status.st_size
     except FileNotFoundError:
         raise ModelLoadError(f"no such file: {path}") from None
     except OSError as error:
         raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
-    return np.frombuffer(mapping, np.uint8)
 
 
 class MappedFile:
@@ -86,9 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: absent, unreadable, too large, not JSON, or not an object.
     """
-    data = map_file(path)
-    if data.size > _MAX_JSON_BYTES:
-        raise ModelLoadError(f"{path} has {data.size} bytes; at most {_MAX_JSON_BYTES} are read")
+    data = read_file(path, _MAX_JSON_BYTES)
     try:
         return parse_json_object(data.tobytes())
     except ModelLoadError as error:

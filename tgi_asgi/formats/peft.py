@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import map_file, read_json, release_pages
+from tgi_asgi.formats.files import parse_json_object, read_file
+from tgi_asgi.formats.patterns import Patterns
 from tgi_asgi.formats.safetensors import SafeTensor, SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +30,7 @@ _DTYPES = ("F32", "F16", "BF16")
 # Keys that are about training, or that others here make needless: the file's matrices say where they belong.
 _IGNORED = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "velora_config",
 })  # fmt: skip
@@ -46,7 +50,14 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-_READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"})
+_READ = frozenset({
+    "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
+    "use_rslora",
+})  # fmt: skip
+# First values of the matrices that leave the base as it is. With others (PiSSA, OLoRA, CorDA, LoftQ and
+# others) `peft` takes something from the base when it loads them: `LoraLayer.update_layer`, 0.21. Those that
+# `path_initial_model_for_weight_conversion` has converted are saved as plain ones, with true.
+_PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
 # What a name of the file that is none of the two matrices says.
 _STRANGERS = {
     "lora_magnitude_vector": "DoRA",
@@ -54,9 +65,9 @@ _STRANGERS = {
     "lora_B.bias": "biases (lora_bias)",
     "modules_to_save": "whole modules (modules_to_save)",
 }
-# Patterns are regular expressions of a stranger's: bounded, and with nothing that backtracks for long.
-_PATTERN = re.compile(r"(?:[\w.|^$()-]|\\[.d]|\[[\w-]+\]|[+*](?![+*?])){1,200}")
-_MAX_REPEATS = 3
+_MAX_CONFIG_BYTES = 4 << 20
+_MAX_WEIGHT_BYTES = 1 << 30  # unless the caller knows what its model can have
+_MAX_MODULE_CHARS = 256  # a pattern's search takes their square
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,10 @@ class PeftTarget:
 
 
 class PeftAdapter:
-    """An adapter's directory, opened and checked; close it.
+    """An adapter's directory, read and checked; close it.
+
+    Its files may be written while they are read: both are read once, and what was read is what is checked,
+    computed and digested.
 
     Attributes:
         targets: what it changes.
@@ -83,52 +97,57 @@ class PeftAdapter:
         base: what its configuration says that it was trained on, or None.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Open a directory.
+    def __init__(self, directory: Path, max_bytes: int = _MAX_WEIGHT_BYTES, why: str = "") -> None:
+        """Read a directory.
+
+        Args:
+            max_bytes: that the file of matrices may have; `why` follows it in the message.
 
         Raises:
-            ModelLoadError: a file is missing or damaged, or the adapter is of a kind that is not computed.
+            ModelLoadError: a file is missing, too large or damaged, or the adapter is of a kind that is not
+                computed.
         """
-        config = read_json(directory / CONFIG_NAME)
         where = directory / CONFIG_NAME
+        text = read_file(where, _MAX_CONFIG_BYTES)
         try:
+            config = parse_json_object(text.tobytes())
             _check_config(config)
+            numbers = _Numbers(config)
         except ModelLoadError as error:
             raise ModelLoadError(f"{where}: {error}") from None
         base = config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) else None
-        self._file = SafetensorsFile.open(_weights_in(directory))
+        path = directory / WEIGHTS_NAME
+        data = _read_weights(path, max_bytes, why)
+        self._file = SafetensorsFile(path, data)
         try:
-            self.targets = _targets(self._file, config)
+            self.targets = _targets(self._file, numbers)
         except ModelLoadError as error:
             self._file.close()
-            raise ModelLoadError(f"{self._file.path}: {error}") from None
+            raise ModelLoadError(f"{path}: {error}") from None
         self.num_bytes = sum(target.down.nbytes + target.up.nbytes for target in self.targets)
-        self.digest = _digest(directory / CONFIG_NAME, self._file.path)
+        hasher = hashlib.blake2b(text.data, digest_size=16)
+        hasher.update(data.data)
+        self.digest = hasher.digest()
 
     def raw(self, tensor: SafeTensor) -> Any:
         """Return a matrix's bytes, as `SafetensorsFile.raw`."""
         return self._file.raw(tensor.name)
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Let go of the bytes; what `raw` has returned stays valid."""
         self._file.close()
 
 
-def _weights_in(directory: Path) -> Path:
-    path = directory / WEIGHTS_NAME
-    if not path.is_file() and (directory / "adapter_model.bin").is_file():
-        raise ModelLoadError(f"{directory}: pickled adapters are never read, save {WEIGHTS_NAME}")
-    return path
-
-
-def _digest(*paths: Path) -> bytes:
-    hasher = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        data = map_file(path)
-        hasher.update(data.data)
-        release_pages(data)
-    return hasher.digest()
+def _read_weights(path: Path, max_bytes: int, why: str) -> npt.NDArray[np.uint8]:
+    try:
+        return read_file(path, max_bytes, why)
+    except ModelLoadError:
+        if os.path.exists(path.with_suffix(".bin")) and not os.path.exists(path):
+            raise ModelLoadError(
+                f"{path.parent}: pickled adapters are never read, save {WEIGHTS_NAME}"
+            ) from None
+        raise
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
@@ -144,21 +163,14 @@ def _check_config(config: Mapping[str, Any]) -> None:
             )
     if config.get("bias", "none") != "none":
         raise ModelLoadError(f"adapters with biases are not served (bias: {str(config['bias'])[:100]!r})")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise ModelLoadError(f"{key} must be an object")
-        for pattern, value in patterns.items():
-            repeats = sum(pattern.count(character) for character in "*+")
-            if not _PATTERN.fullmatch(pattern) or repeats > _MAX_REPEATS or re.search(r"\)[*+]", pattern):
-                raise ModelLoadError(f"{key} has a pattern that is not read: {pattern[:100]!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ModelLoadError(f"{key} has a pattern that is damaged: {error}") from None
-            _number(f"{key}[{pattern!r}]", value)
-    _number("r", config.get("r"))
-    _number("lora_alpha", config.get("lora_alpha"))
+    first = config.get("init_lora_weights")
+    # `peft` takes "gaussian" in any case, and these two as they are.
+    is_plain = first is None or type(first) is bool or first in _PLAIN_BEGINNINGS
+    if not is_plain and not (isinstance(first, str) and first.lower() == _PLAIN_BEGINNINGS[0]):
+        raise ModelLoadError(
+            f"adapters that begin as {str(first)[:100]!r} (init_lora_weights) belong to a base that they "
+            "changed and are not served: save it with path_initial_model_for_weight_conversion"
+        )
 
 
 def _number(name: str, value: Any) -> float:
@@ -167,15 +179,35 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _of_module(config: Mapping[str, Any], key: str, default: str, module: str) -> float:
-    """Return a number as the first pattern that matches the module says, else as all modules have it."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(value)
-    return float(config[default])
+class _Numbers:
+    """Ranks and alphas: as the first pattern that matches a module says, else as all modules have them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.is_rslora = bool(config.get("use_rslora"))
+        self._rank, self._alpha = (_number(key, config.get(key)) for key in ("r", "lora_alpha"))
+        self._ranks, self._alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
+
+    def rank(self, module: str) -> float:
+        return self._ranks.find(module, self._rank)
+
+    def scale(self, module: str) -> float:
+        rank = self.rank(module)
+        return self._alphas.find(module, self._alpha) / (math.sqrt(rank) if self.is_rslora else rank)
 
 
-def _targets(file: SafetensorsFile, config: Mapping[str, Any]) -> list[PeftTarget]:
+def _patterns(config: Mapping[str, Any], key: str) -> Patterns:
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+        raise ModelLoadError(f"{key} must be an object")
+    try:
+        return Patterns({
+            pattern: _number(repr(pattern[:100]), value) for pattern, value in given.items()
+        })  # fmt: skip
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{key}: {error}") from None
+
+
+def _targets(file: SafetensorsFile, numbers: _Numbers) -> list[PeftTarget]:
     found: list[PeftTarget] = []
     for name, tensor in file.tensors.items():
         module = name.removeprefix(_PREFIX).removesuffix(_DOWN).removesuffix(_UP)
@@ -192,14 +224,14 @@ def _targets(file: SafetensorsFile, config: Mapping[str, Any]) -> list[PeftTarge
             raise ModelLoadError(f"tensor {name!r} must be a matrix, it has the shape {list(tensor.shape)}")
         if name.endswith(_UP):
             continue
-        rank = _of_module(config, "rank_pattern", "r", module)
+        if len(module) > _MAX_MODULE_CHARS:
+            raise ModelLoadError(f"the name of tensor {name[:100]!r} is too long")
+        rank = numbers.rank(module)
         if tensor.shape[0] != rank:
             raise ModelLoadError(
                 f"tensor {name!r} has the rank {tensor.shape[0]}, the configuration says {rank:g}"
             )
-        alpha = _of_module(config, "alpha_pattern", "lora_alpha", module)
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        found.append(PeftTarget(module, tensor, file.tensors[other], scale))
+        found.append(PeftTarget(module, tensor, file.tensors[other], numbers.scale(module)))
     if not found:
         raise ModelLoadError("it changes nothing: there are no matrices in it")
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from tgi_asgi.types import Progress
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_MOST_SHOWN = 200  # characters of what was given, in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
 
 
@@ -33,11 +35,14 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter that the operator named: a directory, or an id on the Hub."""
+    """An adapter that the operator named.
+
+    Attributes:
+        location: as it was written: a directory, or an id on the Hub, which may end in @revision.
+    """
 
     name: str
     location: str
-    revision: str | None = None
 
 
 def adapter_sources(settings: Settings) -> list[AdapterSource]:
@@ -54,49 +59,75 @@ def adapter_sources(settings: Settings) -> list[AdapterSource]:
     ]
     for given in settings.lora_modules:
         found += _lora_modules(given)
-    names = [source.name for source in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(source.name for source in found)
+    twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:
-        raise ModelLoadError(f"two adapters are called {twice!r}: write NAME=PATH")
+        raise ModelLoadError(f"two adapters are called {_shown(twice)}: write NAME=PATH")
     return found
 
 
-def adapter_source(name: str, location: str) -> AdapterSource:
-    """Return an adapter by its name; a location that is no path here may end in @revision."""
-    base, at, revision = location.rpartition("@")
-    if at and base and revision and not Path(location).expanduser().exists() and _HUB_ID.fullmatch(base):
-        return AdapterSource(name, base, revision)
-    return AdapterSource(name, location)
+def most_adapters(settings: Settings) -> int:
+    """Return how many adapters are in memory at a time: those that are named, if nobody says otherwise."""
+    return settings.max_cpu_loras or max(settings.max_loras, len(adapter_sources(settings)))
 
 
 def resolve_adapter(source: AdapterSource) -> Path:
-    """Return an adapter's directory; one of the Hub is downloaded if it is not here yet.
+    """Return an adapter's directory; one of the Hub is downloaded if it is not here yet. Waits for the disk.
 
     Raises:
         ModelLoadError: there is no such directory or repository.
     """
-    path = Path(source.location).expanduser()
-    if path.is_dir():
+    path = _directory_of(source.location)
+    if path is not None:
         return path
-    if path.exists() or not _HUB_ID.fullmatch(source.location):
-        raise ModelLoadError(f"no such directory: {source.location}")
+    repository, revision = _split_revision(source.location)
+    if not _HUB_ID.fullmatch(repository):
+        raise ModelLoadError(f"no such directory: {_shown(source.location)}")
     from tgi_asgi.formats import hub
 
     directory, _ = hub.fetch(
-        source.location, source.revision, lambda stage, done, total: None, patterns=hub.ADAPTER_PATTERNS
+        repository, revision, lambda stage, done, total: None, patterns=hub.ADAPTER_PATTERNS
     )
     return directory
+
+
+def _directory_of(location: str) -> Path | None:
+    """Return the directory of an adapter, or None where a location is no path.
+
+    Raises:
+        ModelLoadError: it is one, but of no directory, or cannot be looked at.
+    """
+    try:
+        path = Path(location).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not ours to look at; no such user
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelLoadError(f"no such directory: {_shown(location)} ({reason})") from None
+    if exists:
+        raise ModelLoadError(f"no such directory: {_shown(location)} is a file")
+    return None
+
+
+def _split_revision(location: str) -> tuple[str, str | None]:
+    """Return an id on the Hub and its revision; a location that cannot be one, as it is."""
+    base, at, revision = location.rpartition("@")
+    return (base, revision) if at and revision and _HUB_ID.fullmatch(base) else (location, None)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...")
 
 
 def _adapter_source(text: str) -> AdapterSource:
     name, given, location = text.partition("=")
     if given and not (name.strip() and location.strip()):
-        raise ModelLoadError(f"an adapter is written NAME=PATH, got {text!r}")
+        raise ModelLoadError(f"an adapter is written NAME=PATH, got {_shown(text)}")
     if given:
-        return adapter_source(name.strip(), location.strip())
-    source = adapter_source(text, text)
-    path = Path(text).expanduser()
-    return replace(source, name=path.resolve().name if path.is_dir() else source.location)
+        return AdapterSource(name.strip(), location.strip())
+    path = _directory_of(text)
+    return AdapterSource(_split_revision(text)[0] if path is None else path.resolve().name, text)
 
 
 def _lora_modules(text: str) -> list[AdapterSource]:
@@ -104,18 +135,20 @@ def _lora_modules(text: str) -> list[AdapterSource]:
     if not text.lstrip().startswith(("{", "[")):
         words = text.split()
         if not all("=" in word for word in words):
-            raise ModelLoadError(f"--lora-modules takes NAME=PATH, got {text!r}")
+            raise ModelLoadError(f"--lora-modules takes NAME=PATH, got {_shown(text)}")
         return [_adapter_source(word) for word in words]
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise ModelLoadError("--lora-modules: the JSON nests too deep") from None
     except ValueError as error:
         raise ModelLoadError(f"--lora-modules: not valid JSON: {error}") from None
     found = []
     for each in value if isinstance(value, list) else [value]:
         name, path = (each.get("name"), each.get("path")) if isinstance(each, dict) else (None, None)
         if not (isinstance(name, str) and name and isinstance(path, str) and path):
-            raise ModelLoadError(f"--lora-modules takes objects with `name` and `path`, got {text!r}")
-        found.append(adapter_source(name, path))
+            raise ModelLoadError(f"--lora-modules takes objects with `name` and `path`, got {_shown(text)}")
+        found.append(AdapterSource(name, path))
     return found
 
 

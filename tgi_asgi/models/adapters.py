@@ -5,7 +5,7 @@ Names are those of `transformers`, as `peft` writes them, whatever file the mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
 
+_HEADER_BYTES = 2048  # of a file, for the two matrices of a module, and for what else it says
 # What is told of modules that no adapter can change here, by a part of their paths.
 _REASONS = {
     "experts": "experts of a mixture are not changed by adapters",
@@ -52,12 +53,18 @@ class AdapterLoader:
         program = make_program(model, ..., adapters=loader.layout)
         loader.load(Path("/adapters/sql")).weights      # any thread
 
+    Attributes:
+        most_bytes: about what an adapter takes in memory that changes all, at the largest rank.
+
     Raises:
         ModelLoadError: no adapter can change anything of this model.
     """
 
     def __init__(self, model: Model | GenericModel | EncoderModel, max_rank: int) -> None:
         self.layout = ops.AdapterLayout(targets_of(model), max_rank)
+        elements = max_rank * _elements_of_rank_one(self.layout.targets.values())
+        self.most_bytes = 2 * elements
+        self._max_file_bytes = 4 * elements + _HEADER_BYTES * len(self.layout.targets)
 
     def load(self, directory: Path) -> LoadedAdapter:
         """Read an adapter's directory; the files are closed when this returns.
@@ -66,7 +73,8 @@ class AdapterLoader:
             ModelLoadError: a file is missing or damaged, of another base model, or asks for what is not
                 computed; the message names the tensor.
         """
-        adapter = PeftAdapter(directory)
+        why = f": this base's products take no more with --max-lora-rank {self.layout.max_rank}"
+        adapter = PeftAdapter(directory, self._max_file_bytes, why)
         try:
             for target in adapter.targets:
                 self._check(target)
@@ -111,6 +119,19 @@ class AdapterLoader:
 def _tensor(adapter: PeftAdapter, tensor: SafeTensor) -> Tensor:
     source = ops.WeightSource(adapter.raw(tensor), tensor.dtype, tensor.shape)
     return ops.plain_tensor(source).float()
+
+
+def _elements_of_rank_one(targets: Iterable[ops.Target]) -> int:
+    """Return the numbers that an adapter of rank 1 on all products has, each once: apart, or fused."""
+    groups: dict[int, list[ops.Target]] = {}
+    for target in targets:
+        groups.setdefault(id(target.weight), []).append(target)
+    total = 0
+    for group in groups.values():
+        num_rows = max(target.stop for target in group)
+        apart = [target for target in group if target.shape[0] < num_rows]
+        total += sum(map(sum, (target.shape for target in apart or group)))
+    return total
 
 
 def targets_of(model: Model | GenericModel | EncoderModel) -> Mapping[str, ops.Target]:

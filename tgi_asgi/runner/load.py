@@ -19,7 +19,7 @@ import torch
 import tgi_asgi
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.formats.sources import ModelFiles, most_adapters
 from tgi_asgi.models.adapters import AdapterLoader
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
@@ -34,7 +34,13 @@ from tgi_asgi.runner.cuda_device import Device
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
-from tgi_asgi.runner.memory import check_rope_fits, check_weights_fit, choose_context
+from tgi_asgi.runner.memory import (
+    check_rope_fits,
+    check_weights_fit,
+    choose_context,
+    room_for_adapters,
+    tell_adapters,
+)
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings, Speculation
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -104,6 +110,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         weights = _TrackedWeights(opened.weights, progress)
         name = settings.dtype
         runner: CpuRunner | CudaRunner | EncoderRunner
+        kept = 0  # bytes, for adapters
         if device is None:
             dtype = _choose_dtype(name)
             packing = ops.Packing(
@@ -112,7 +119,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
                 has_float_prompts=settings.prompt_precision == "bfloat16",
             )
             arithmetic: ops.Arithmetic = packing
-            kv_size = _choose_cpu_cache(opened, settings, packing, dtype, longest)
+            kv_size, kept = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = min(longest, kv_size.num_tokens)
         else:
             assert isinstance(config, ModelConfig)  # others have been refused
@@ -130,6 +137,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
     adapters = None
     if settings.serves_adapters:
         adapters = AdapterLoader(model, settings.max_lora_rank)
+        tell_adapters(most_adapters(settings), adapters.most_bytes, kept)
     if device is None:
         has_float_prompts = packing.has_float_prompts and prompt_precision.announce(packing)
         runner = _make_cpu_runner(
@@ -220,15 +228,23 @@ def _is_batch_invariant(
 
 def _choose_cpu_cache(
     opened: OpenModel, settings: Settings, packing: ops.Packing, dtype: torch.dtype, longest: int
-) -> KvSize:
-    """Choose the cache's size before anything is read: of what is free once weights and tables are there."""
+) -> tuple[KvSize, int]:
+    """Choose the cache's size before anything is read: of what is free once weights and tables are there.
+
+    Returns also the bytes that are kept free for adapters.
+    """
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
     free = max(free_memory() - opened.table_bytes(longest), 0)
     vocabulary = opened.config.vocab_size * opened.config.hidden_size
     free -= check_weights_fit(opened.held(), packing, vocabulary, free)
+    kept = 0
+    if settings.serves_adapters:
+        kept = room_for_adapters(opened.config, most_adapters(settings), settings.max_lora_rank, free)
+        free -= kept
     size = choose_size(opened.config, settings, dtype, longest, free)
-    return replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
+    size = replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
+    return size, kept
 
 
 def _make_cpu_runner(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.config import ModelConfig, ServedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +15,8 @@ _GIB = 1 << 30
 # Of the free memory, that rotary tables may take: where the model's own context decides, and the operator.
 _ROPE_SHARE = 1 / 32
 _MOST_ROPE_SHARE = 1 / 2
+_MOST_ADAPTER_SHARE = 1 / 2  # of what is free once the weights are there
+_ADAPTER_BYTES = 2  # bfloat16
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
@@ -66,6 +68,32 @@ def check_weights_fit(
         f"the model's weights take {needed / _GIB:.1f} GiB, but {free_bytes / _GIB:.1f} GiB of memory are "
         f"free: {advice}"
     )
+
+
+def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, free_bytes: int) -> int:
+    """Return what is kept free for adapters: the memory of as many as it may hold, at the largest rank.
+
+    At most half of what is free: few have that rank on all products, and the cache needs room, too. Only of
+    families of ours the shapes are known before the model is there; others get nothing here.
+    """
+    if not isinstance(config, ModelConfig):
+        return 0
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = 2 * (hidden + heads) + 2 * (hidden + keys)
+    each = _ADAPTER_BYTES * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
+    return min(num_adapters * each, int(free_bytes * _MOST_ADAPTER_SHARE))
+
+
+def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:
+    """Say what adapters may take, and warn where less than that was kept free for them."""
+    most = num_adapters * each_bytes
+    tell = logger.info if most <= kept_bytes else logger.warning
+    tell(
+        "%d adapters of --max-lora-rank on all products would take %.2f GiB; %.2f GiB are kept free%s",
+        num_adapters, most / _GIB, kept_bytes / _GIB,
+        "" if most <= kept_bytes else ": lower --max-cpu-loras or --max-lora-rank, or keep memory free",
+    )  # fmt: skip
 
 
 def choose_context(config: ServedConfig, max_total_tokens: int | None, free_bytes: int) -> int:

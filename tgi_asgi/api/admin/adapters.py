@@ -10,6 +10,7 @@ from tgi_asgi.errors import InvalidRequest, ModelNotSupported
 from tgi_asgi.types import Adapters
 
 MAX_NAME_CHARS = 256
+MAX_PATH_CHARS = 4096  # what Linux takes
 _TEXT = b"text/plain; charset=utf-8"
 
 
@@ -18,7 +19,7 @@ class LoadAdapter(Struct):
 
     lora_name: str
     lora_path: str  # a directory on the server, or an id on the Hub
-    load_inplace: bool = False  # in the place of one of this name
+    load_inplace: bool = False  # in the place of one of this name, if there is one
 
 
 class UnloadAdapter(Struct):
@@ -36,12 +37,15 @@ async def load(exchange: Exchange) -> None:
     body = await exchange.read_json(_LOAD)
     adapters = _adapters_of(exchange)
     name = body.lora_name
-    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable() or not body.lora_path:
-        message = f"`lora_name` must be 1 to {MAX_NAME_CHARS} printable characters, `lora_path` not empty"
-        raise InvalidRequest(message, param="lora_name" if body.lora_path else "lora_path")
-    if body.load_inplace and name in adapters:
-        await adapters.remove(name)
-    await adapters.add(name, body.lora_path)
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        message = f"`lora_name` must be 1 to {MAX_NAME_CHARS} printable characters"
+        raise InvalidRequest(message, param="lora_name")
+    if not 0 < len(body.lora_path) <= MAX_PATH_CHARS:
+        raise InvalidRequest(f"`lora_path` must be 1 to {MAX_PATH_CHARS} characters", param="lora_path")
+    if body.load_inplace:
+        await adapters.replace(name, body.lora_path)
+    else:
+        await adapters.add(name, body.lora_path)
     await _tell(exchange, f"Success: LoRA adapter '{name}' added successfully.")
 
 
