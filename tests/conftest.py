@@ -26,8 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Selection(config.getini("nightly_markers")))
-    config.pluginmanager.register(TimeLimit())
+    nightly = config.getini("nightly_markers")
+    config.pluginmanager.register(Selection(nightly))
+    config.pluginmanager.register(TimeLimit(nightly))
     if not hasattr(config, "workerinput"):  # of pytest-xdist's, the one process that hears of all tests
         config.pluginmanager.register(Skips())
 
