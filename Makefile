@@ -110,7 +110,8 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
 	if ! command -v nvcc && ! test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc; then \
 	  $(PIP) install --no-build-isolation --editable '.[nvcc]' || echo 'No nvcc: its tests are skipped.'; fi
-	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock; fi
+	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock \
+	  || echo 'No SDK for Node: its tests are skipped.'; fi
 	touch $@
 
 $(VENV)/.page-tools: $(VENV)/.test-tools

@@ -235,6 +235,7 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.ebnf("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))),
         lambda: sources.ebnf("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
         lambda: sources.choice(["x" * 20] * 50_000),
+        lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
     ],
 )  # fmt: skip
 def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler, make: Any) -> None:
@@ -251,7 +252,6 @@ def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler,
         lambda: sources.regex("(.*a.{200})"),
         lambda: sources.ebnf("start: s\ns: s s | \"a\" | \"a\" s \"a\" | "),
         lambda: sources.ebnf('start: ("a"{1,1000}){1,1000}'),
-        lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
         lambda: sources.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(999)}}),
         lambda: sources.json_schema({"enum": [f"a value {i}" for i in range(5_000)]}),
         lambda: sources.json_schema({"type": "array", "minItems": 10**9, "items": {"maxLength": 10**9}}),
@@ -264,12 +264,8 @@ def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
     compiler: GrammarCompiler, make: Any
 ) -> None:
     begun = time.thread_time()
-    try:
-        matcher = compiler.compile(make()).matcher()
-    except InvalidRequest:
-        return
-    finally:
-        assert time.thread_time() - begun < 1
+    matcher = compiler.compile(make()).matcher()
+    assert time.thread_time() - begun < 1
     mask = np.zeros(NUM_WORDS, np.int32)
     for _ in range(60):
         begun = time.thread_time()
