@@ -35,7 +35,7 @@ def rows(all_rows: Mapping[str, tuple[Any, ...]], *, usual: str) -> list[Any]:
     found = []
     for name, row in all_rows.items():
         marks = [] if name in names else [pytest.mark.models]
-        if row[1] in GGUF_FORMS:
+        if isinstance(row[1], str) and row[1] in GGUF_FORMS:
             marks.append(pytest.mark.demo)  # llama.cpp's converter is fetched
         found.append(pytest.param(*row, id=name, marks=marks))
     return found
