@@ -14,13 +14,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models test-page picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models test-page test-offline picture soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
 
+# A process for each core, four at most, each of whole files; one process alone: PYTEST_ARGS="-n 0".
 test: $(VENV)/.test-tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # What users do without make, in clean environments: `pip install .`, and the container's steps.
 test-install: $(VENV)/.test-tools
@@ -55,14 +56,20 @@ sanitize: $(VENV)/.test-tools
 	  tests/runner/test_inputs.py tests/runner/test_jobs.py \
 	  --ignore tests/csrc/test_team_races.py $(PYTEST_ARGS)
 
-# All that takes too long for `make test`, one after the other: storms, the kernels of x86-64 and, under qemu, of Arm
-# (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models,
-# the pages in Chromium, the sanitizers.
+# Without a network and without what others have fetched: the tests that `-m "not demo"` selects, in a copy of the
+# tree and in a network namespace that has its own machine alone.
+test-offline: $(VENV)/.test-tools
+	rm -rf build/offline; mkdir -p build/offline; git ls-files -z | xargs -0 cp --parents -t build/offline
+	cp tgi_asgi/*.so build/offline/tgi_asgi/
+	cd build/offline && XDG_CACHE_HOME=$(abspath build/offline)/cache unshare --net --map-root-user sh -c \
+	  'ip link set lo up && exec $(abspath $(BIN))/python -m pytest -m "not demo" $(PYTEST_ARGS)'
+
+# All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
+# kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
+# models, the pages in Chromium, clean installations, agents, the sanitizers, a run without network.
+NIGHTLY = soak test-models test-page test-install test-agents test-offline sanitize cuda-check
 nightly:
-	CI=1 $(MAKE) soak
-	CI=1 $(MAKE) test-models
-	CI=1 $(MAKE) test-page
-	CI=1 $(MAKE) sanitize
+	$(PYTHON) .ci/nightly $(NIGHTLY)
 
 install: $(VENV)/.installed
 
@@ -101,7 +108,10 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 	$(PIP) install --no-build-isolation --editable '.[test]'
 	$(PYTHON) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
-	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock; fi
+	if ! command -v nvcc && ! test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc; then \
+	  $(PIP) install --no-build-isolation --editable '.[nvcc]' || echo 'No nvcc: its tests are skipped.'; fi
+	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock \
+	  || echo 'No SDK for Node: its tests are skipped.'; fi
 	touch $@
 
 $(VENV)/.page-tools: $(VENV)/.test-tools

@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from bench.export_tokenizer import export
-from tests.support.demo import demo_files
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.tokenizer import Tokenizer
@@ -16,11 +15,10 @@ TEXTS = ["Hello world", " a  b\n\n\tc", "é🦙 漢字", "<|im_start|>user", "it
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}]
 
 
-def test_transformers_counts_as_the_server_does(tmp_path: Path) -> None:
-    path = demo_files().path
-    export(str(path), tmp_path)
+def test_transformers_counts_as_the_server_does(tmp_path: Path, demo_gguf: Path) -> None:
+    export(str(demo_gguf), tmp_path)
     exported = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    file = GgufFile.open(path)
+    file = GgufFile.open(demo_gguf)
     ours = Tokenizer.from_gguf(file.metadata)
     template = ChatTemplate(file.metadata["tokenizer.chat_template"], ours.special_tokens)
     file.close()
@@ -33,9 +31,8 @@ def test_transformers_counts_as_the_server_does(tmp_path: Path) -> None:
     ) == template.render(MESSAGES)
 
 
-def test_a_checkpoint_s_files_are_copied(tmp_path: Path) -> None:
-    path = demo_files().path
-    export(str(path), tmp_path / "model")
+def test_a_checkpoint_s_files_are_copied(tmp_path: Path, demo_gguf: Path) -> None:
+    export(str(demo_gguf), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp_path / "model" / "model.safetensors").touch()
     export(str(tmp_path / "model"), tmp_path / "copy")

@@ -16,6 +16,7 @@ import pytest
 from tests.support.client import client_of
 from tests.support.scripted_engine import ScriptedChannel, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.serving import serving as serving_at
+from tests.support.waiting import until
 from tgi_asgi.app import App, make_adapters
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.errors import ModelLoadError, TgiError
@@ -299,8 +300,7 @@ async def test_an_unload_waits_for_the_requests_that_use_the_adapter() -> None:
 
     app = await serving("sql", engine=ScriptedEngine(script))
     request = asyncio.create_task(post(app, "/v1/completions", {"model": "sql", "prompt": "hi"}))
-    while not asked(app):
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(asked(app)))
     removal = asyncio.create_task(post(app, "/v1/unload_lora_adapter", {"lora_name": "sql"}, ROOT))
     await asyncio.sleep(0.02)
     assert not removal.done()

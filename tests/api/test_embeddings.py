@@ -28,6 +28,7 @@ from tests.support.pooled import (
 )
 from tests.support.pooled import TEXTS as SAID
 from tests.support.pooled_server import PooledServer, pooled_server
+from tests.support.waiting import until
 from tgi_asgi.text.tokenizer import Tokenizer
 
 ORACLE = Path(__file__).parents[1] / "models/oracle/sentence-transformers.json"
@@ -212,12 +213,9 @@ async def test_a_client_that_leaves_frees_its_room(embedder: Embedder) -> None:
         request = asyncio.create_task(server.post("/v1/embeddings", input=["y" * 400] * 400))
         assert server.app.context.served is not None
         engine = server.app.context.served.engine
-        while not engine.describe()["requests"]:
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(engine.describe()["requests"]))
         request.cancel()
-        async with asyncio.timeout(10):
-            while engine.describe()["requests"]:
-                await asyncio.sleep(0.01)
+        await until(lambda: not engine.describe()["requests"])
         engine.acquire(8).release()
 
 

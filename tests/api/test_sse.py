@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.support.scripted_engine import (
     say,
     scripted_app,
 )
+from tests.support.waiting import LONGEST_S, until
 from tgi_asgi.api import sse
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, Overloaded, TgiError
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -44,9 +46,7 @@ class Steps:
     async def deliver(self, *batches: Sequence[TokenEvent] | TgiError) -> None:
         for batch in batches:
             self.queue.put_nowait(batch)
-        async with asyncio.timeout(5):
-            while not self.queue.empty():
-                await asyncio.sleep(0)
+        await until(self.queue.empty)
         await asyncio.sleep(0)
 
 
@@ -61,9 +61,13 @@ def steps() -> Steps:
 
 async def submitted(engine: ScriptedEngine) -> None:
     """Wait until a request has reached the engine."""
-    async with asyncio.timeout(5):
-        while not engine.channels:
-            await asyncio.sleep(0.001)
+    await until(lambda: bool(engine.channels))
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Wait for a request's end, but not for ever."""
+    async with asyncio.timeout(LONGEST_S):
+        await task
 
 
 async def start(steps: Steps, call: Call) -> tuple[ScriptedEngine, asyncio.Task[Call]]:
@@ -88,7 +92,7 @@ async def test_nothing_is_sent_before_the_first_token_and_a_token_is_a_send(step
     await steps.deliver(token("b"))
     assert len(call.sent) == 3
     await steps.deliver(token("", FinishReason.EOS))
-    await task
+    await ended(task)
     assert len(call.sent) == 4
     assert call.is_complete
     assert text_of(call) == "ab"
@@ -115,7 +119,7 @@ async def test_an_error_after_the_first_token_is_an_event_and_done(steps: Steps)
     _, task = await start(steps, call)
     await steps.deliver(token("a"))
     await steps.deliver(IncompleteGeneration("cut off"))
-    await task
+    await ended(task)
     assert call.status == 200
     error, done = events_of(call.content)[-2:]
     assert error["error"]["message"] == "cut off"
@@ -128,7 +132,7 @@ async def test_a_disconnect_cancels_the_request(steps: Steps) -> None:
     engine, task = await start(steps, call)
     await steps.deliver(token("a"))
     call.gone.set()
-    await task
+    await ended(task)
     assert engine.channels[0].is_cancelled
     assert engine.num_permits == 128
     assert not call.is_complete
@@ -139,7 +143,7 @@ async def test_a_disconnect_before_the_first_token_cancels_too(steps: Steps) -> 
         call = chat(**fields)
         engine, task = await start(steps, call)
         call.gone.set()
-        await task
+        await ended(task)
         assert engine.channels[0].is_cancelled
         assert call.sent == []
 
@@ -154,12 +158,10 @@ async def test_a_blocked_reader_gets_what_waited_in_one_merged_send(steps: Steps
     assert call.num_blocked == 1
     num_sent = len(call.sent)
     call.gate.set()
-    async with asyncio.timeout(5):
-        while len(call.sent) < num_sent + 2:
-            await asyncio.sleep(0)
+    await until(lambda: len(call.sent) >= num_sent + 2)
     assert [event["choices"][0]["delta"] for event in events_of(call.sent[-1]["body"])] == [{"content": "cd"}]
     await steps.deliver(token("e", FinishReason.EOS))
-    await task
+    await ended(task)
     assert text_of(call) == "abcde"
     assert call.is_complete
 
@@ -176,7 +178,7 @@ async def test_a_stream_that_ends_while_its_reader_blocks_ends_once(steps: Steps
             await asyncio.sleep(0)
         assert not task.done()
         call.gate.set()
-        await task
+        await ended(task)
         assert call.is_complete
         events = events_of(call.content)
         assert events[-1] == "[DONE]"
@@ -197,21 +199,17 @@ async def test_a_choice_that_ends_after_another_has_failed_does_not_keep_a_block
     engine = ScriptedEngine(script)
     task = asyncio.create_task(send(scripted_app(engine), call))
     await submitted(engine)
-    async with asyncio.timeout(5):
-        while len(queues) < 2:
-            await asyncio.sleep(0)
+    await until(lambda: len(queues) == 2)
     queues[0].put_nowait(token("x"))
-    await call.got_frame.wait()
+    await until(call.got_frame.is_set)
     call.gate.clear()
     queues[1].put_nowait(token("y"))
-    while not call.num_blocked:
-        await asyncio.sleep(0)
+    await until(lambda: bool(call.num_blocked))
     queues[0].put_nowait(GenerationFailed("broken"))
-    while not engine.channels[1].is_cancelled:
-        await asyncio.sleep(0)
+    await until(lambda: engine.channels[1].is_cancelled)
     engine.channels[1]._deliver(token("z", FinishReason.EOS))
     call.gate.set()
-    await task
+    await ended(task)
     assert call.is_complete
     assert ["error" in event for event in events_of(call.content)[-3:-1]] == [False, True]
 
@@ -225,7 +223,7 @@ async def test_a_reader_that_lags_too_far_is_cut_off_alone(
     await steps.deliver(token("a"))
     slow.gate.clear()
     await steps.deliver(*[token("b") for _ in range(12)])
-    await task
+    await ended(task)
     assert engine.channels[0].is_cancelled
     assert not slow.is_complete
     assert "tokens behind" in caplog.text
@@ -240,7 +238,7 @@ async def test_a_reader_that_stalls_for_a_minute_is_cut_off(
     engine, task = await start(steps, call)
     call.gate.clear()
     await steps.deliver(token("a"))
-    await task
+    await ended(task)
     assert engine.channels[0].is_cancelled
     assert "has not read" in caplog.text
 
@@ -255,10 +253,10 @@ async def test_silence_is_filled_with_comments_once_headers_are_out(
     assert call.sent == []
     await steps.deliver(token("a"))
     call.got_frame.clear()
-    await asyncio.wait_for(call.got_frame.wait(), 5)
+    await until(call.got_frame.is_set)
     assert call.sent[-1]["body"] == b":\n\n"
     await steps.deliver(token("b", FinishReason.EOS))
-    await task
+    await ended(task)
     assert text_of(call) == "ab"
 
 
@@ -277,7 +275,7 @@ async def test_a_send_that_fails_cancels_the_request(
     task = asyncio.create_task(scripted_app(engine)(call.scope, call.receive, broken))
     await submitted(engine)
     await steps.deliver(token("a"))
-    await task
+    await ended(task)
     assert engine.channels[0].is_cancelled
     assert "broken pipe" in caplog.text
 
@@ -288,7 +286,7 @@ async def test_a_server_that_cancels_the_request_frees_it(steps: Steps) -> None:
     await steps.deliver(token("a"))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await ended(task)
     assert engine.channels[0].is_cancelled
 
 

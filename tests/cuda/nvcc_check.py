@@ -102,9 +102,13 @@ class Kernel:
 
 
 def find_nvcc() -> str | None:
-    """Return nvcc's path; None: there is none."""
+    """Return nvcc's path: of the system, else of PyPI's wheels (the extra `nvcc`); None: there is none."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    folders = [
+        f"{home}/bin",
+        *sorted(map(str, Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu1?/bin"))),
+    ]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def compile_all(nvcc: str) -> tuple[list[Kernel], list[str]]:
@@ -223,7 +227,10 @@ def check_bindings(nvcc: str) -> list[str]:
         stub = Path(folder, "c10/cuda/impl/cuda_cmake_macros.h")
         stub.parent.mkdir(parents=True)
         stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
-        includes = [f"-I{_ROOT / 'csrc'}", f"-isystem{toolkit[1]}/targets/{platform.machine()}-linux/include"]
+        includes = [f"-I{_ROOT / 'csrc'}"]
+        # As the toolkit has them, and as the wheels have.
+        folders = (f"targets/{platform.machine()}-linux/include", "include")
+        includes += [f"-isystem{toolkit[1]}/{folder}" for folder in folders]
         includes += [
             f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"], folder)
         ]

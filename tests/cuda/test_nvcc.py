@@ -15,6 +15,7 @@ def nvcc() -> str:
     return found
 
 
+@pytest.mark.time_limit(1800)  # anew on two cores: five minutes
 def test_every_kernel_compiles_within_its_bounds(nvcc: str) -> None:
     kernels, complaints = nvcc_check.compile_all(nvcc)
     assert not complaints, "\n".join(complaints)

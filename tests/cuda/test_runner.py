@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.models.llama import modeling_llama
 
 from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
@@ -32,6 +33,7 @@ from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
 FP16 = torch.float16
+EIGHT_BITS = 0.06  # of a log-probability; 0.034 is seen, and 0.083 against a reference that does not round
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
 
 
@@ -94,8 +96,9 @@ def make_runner(
 
 def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
     """Hold each greedy token and its log-probability to the reference's."""
-    expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 :]
-    for row, sampled in zip(expected, job.sampled, strict=False):
+    assert len(job.sampled) == job.num_tokens > 0
+    expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]
+    for row, sampled in zip(expected, job.sampled, strict=True):
         assert float(row[sampled.token_id]) > float(row.max()) - tolerance, "not the best token"
         assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=tolerance)
 
@@ -110,6 +113,22 @@ def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torc
     with torch.no_grad():
         logits: torch.Tensor = reference(torch.tensor([ids])).logits[0]
     return logits.double().log_softmax(-1)
+
+
+@pytest.fixture
+def rounded_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], None]:
+    """Return what has the reference round its keys and values to what a cache of a type holds of them."""
+
+    def patch(dtype: torch.dtype) -> None:
+        plain = modeling_llama.eager_attention_forward
+
+        def rounded(module: Any, query: Any, key: Any, value: Any, *others: Any, **options: Any) -> Any:
+            key, value = (kept.to(dtype).to(kept.dtype) for kept in (key, value))
+            return plain(module, query, key, value, *others, **options)
+
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", rounded)
+
+    return patch
 
 
 async def test_sequences_in_one_batch_follow_the_reference(
@@ -250,7 +269,10 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
 
 
 async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
-    model: Model, reference: transformers.PreTrainedModel, device: EmulatedDevice
+    model: Model,
+    reference: transformers.PreTrainedModel,
+    device: EmulatedDevice,
+    rounded_to: Callable[[torch.dtype], None],
 ) -> None:
     runner = make_runner(model, device, kv_dtype=torch.float8_e4m3fn)
     try:
@@ -262,11 +284,12 @@ async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
         assert all(pool.any() and torch.equal(pool[3], pool[39]) for pool in pools)
     finally:
         runner.close()
-    assert_follows(job, reference, tolerance=0.3)
     expected = logprobs_of(reference, PROMPT)[-1]
     logprob = job.sampled[0].logprob
     assert logprob is not None
-    assert abs(logprob - float(expected[job.token_ids[0]])) > 1e-3, "that is not eight bits"
+    assert abs(logprob - float(expected[job.token_ids[0]])) > EIGHT_BITS, "that is not eight bits"
+    rounded_to(torch.float8_e4m3fn)
+    assert_follows(job, reference, tolerance=EIGHT_BITS)
 
 
 @pytest.mark.parametrize(("name", "itemsize"), [("auto", 2), ("fp8_e4m3fn", 1)])

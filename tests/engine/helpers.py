@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from itertools import count
 from typing import Any
@@ -144,13 +143,6 @@ async def collect(channel: RequestChannel) -> Answer:
 async def ask(engine: Engine, request: GenerationRequest) -> Answer:
     """Submit and collect."""
     return await collect(submit(engine, request))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop run until a condition holds, for at most ten seconds."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def must_plan(scheduler: Scheduler) -> Step:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine.helpers import add_request, make_request, make_scheduler, must_plan, run, run_all
 from tests.support.fake_runner import FakeRunner
+from tests.support.waiting import until
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.errors import InvalidRequest, ModelLoadError, Overloaded, Unavailable, UnknownAdapter
@@ -113,8 +114,7 @@ def sources(names: str) -> list[AdapterSource]:
 
 async def settled(adapters: Adapters, *names: str) -> None:
     """Wait until these have been loaded."""
-    while not set(names) <= set(adapters.names):
-        await asyncio.sleep(0.001)
+    await until(lambda: set(names) <= set(adapters.names))
 
 
 async def test_an_adapter_is_loaded_once_and_its_key_is_of_its_contents() -> None:

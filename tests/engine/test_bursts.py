@@ -8,8 +8,9 @@ import random
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, make_request, until
+from tests.engine.helpers import ask, make_request
 from tests.support.fake_runner import FakeRunner, expected_tokens
+from tests.support.waiting import until
 from tgi_asgi.runner.plan import StepPlan
 from tgi_asgi.types import GenerationRequest, SamplingParams
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.engine.helpers import ask, collect, make_request, submit
 from tests.support.fake_runner import FakeRunner, expected_tokens, script
+from tests.support.waiting import until
 from tgi_asgi.runner.plan import DraftLimits, StepPlan
 from tgi_asgi.types import FinishReason
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import Answer, ask, collect, make_request, submit, until
+from tests.engine.helpers import Answer, ask, collect, make_request, submit
 from tests.support.fake_runner import (
     EOS_ID,
     FakeRunner,
@@ -20,6 +20,7 @@ from tests.support.fake_runner import (
     fake_logprob,
     script,
 )
+from tests.support.waiting import until
 from tgi_asgi.engine import Engine, Histogram
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.sequence import AGING_S

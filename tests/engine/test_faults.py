@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.engine.helpers import ask, collect, make_request, submit
 from tests.support.fake_runner import FakeRunner, FakeTokenizer, expected_tokens, fake_info, fake_logprob
+from tests.support.waiting import until
 from tgi_asgi.engine import Engine
 from tgi_asgi.errors import GenerationFailed, IncompleteGeneration, InvalidRequest, TgiError, Unavailable
 from tgi_asgi.runner.plan import DeviceLost, StepPlan, StepResult

@@ -7,10 +7,11 @@ import asyncio
 import pytest
 
 from tests.engine.conftest import MakeEngine
-from tests.engine.helpers import ask, collect, make_request, submit, until
+from tests.engine.helpers import ask, collect, make_request, submit
 from tests.support.fake_runner import (
     FakeRunner,
 )
+from tests.support.waiting import until
 from tgi_asgi.engine.admission import Admission
 from tgi_asgi.engine.step import Step
 from tgi_asgi.errors import (

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 
-from tests.engine.helpers import until
+from tests.support.waiting import until
 from tgi_asgi.engine.pipeline import Pipeline
 from tgi_asgi.engine.step import Step
 from tgi_asgi.runner.plan import DraftLimits, StepPlan, StepResult

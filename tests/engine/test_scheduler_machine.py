@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -218,12 +219,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _break(self, step: Step) -> None:
         self.runner.fault = lambda plan: RuntimeError("broken")
-        try:
+        with pytest.raises(RuntimeError, match="broken"):
             self.runner.execute(step.plan)
-        except RuntimeError:
-            pass
-        finally:
-            self.runner.fault = None
+        self.runner.fault = None
 
     def _apply(self, step: Step, result: StepResult) -> None:
         for _, sequence in self.scheduler.apply(step, result):

@@ -134,6 +134,7 @@ def test_rows_without_an_adapter_have_the_bits_that_they_have_without_the_featur
 
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.usefixtures("llama_cpp")
 def test_quantised_bases_take_adapters_in_every_arithmetic(kind: str, dtype: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if kind in case.gguf)
     base, found = checkpoint(case).path, reference(case)

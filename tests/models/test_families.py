@@ -24,6 +24,7 @@ LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
 FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
+GGUF_FORMS = {form for case in CASES for form in case.gguf}
 FAULTS = {f"{case.name}-{fault.name}": (case, fault) for case in CASES for fault in case.faults}
 
 
@@ -31,10 +32,13 @@ def rows(all_rows: Mapping[str, tuple[Any, ...]], *, usual: str) -> list[Any]:
     """Return the parameters of a test, of which the normal run has the ones that are named."""
     names = usual.split()
     assert set(names) <= all_rows.keys(), names
-    return [
-        pytest.param(*row, id=name, marks=() if name in names else pytest.mark.models)
-        for name, row in all_rows.items()
-    ]
+    found = []
+    for name, row in all_rows.items():
+        marks = [] if name in names else [pytest.mark.models]
+        if isinstance(row[1], str) and row[1] in GGUF_FORMS:
+            marks.append(pytest.mark.demo)  # llama.cpp's converter is fetched
+        found.append(pytest.param(*row, id=name, marks=marks))
+    return found
 
 
 def open_files(case: FamilyCase, form: str) -> ModelFiles:

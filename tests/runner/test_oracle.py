@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.demo import demo_files
 from tests.support.driving import GREEDY, Job, generate
+from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import LoadedModel, load
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
@@ -23,9 +23,9 @@ SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=42)
 
 
 @pytest.fixture(scope="module")
-def exact() -> Iterator[LoadedModel]:
+def exact(demo_files: ModelFiles) -> Iterator[LoadedModel]:
     settings = Settings(dtype="float32", max_batch_total_tokens=16384, thread_nice=0)
-    loaded = load(settings, demo_files(), lambda stage, done, total: None)
+    loaded = load(settings, demo_files, lambda stage, done, total: None)
     yield loaded
     loaded.runner.close()
 
@@ -79,9 +79,9 @@ async def test_a_request_alone_or_among_others_gives_the_same_tokens(exact: Load
     assert len({tuple(job.token_ids) for job in crowd}) > 16, "the others said different things"
 
 
-async def test_the_default_arithmetic_stays_close_to_the_oracle() -> None:
+async def test_the_default_arithmetic_stays_close_to_the_oracle(demo_files: ModelFiles) -> None:
     settings = Settings(max_batch_total_tokens=16384, thread_nice=0)
-    loaded = load(settings, demo_files(), lambda stage, done, total: None)
+    loaded = load(settings, demo_files, lambda stage, done, total: None)
     try:
         jobs = [
             Job(case["prompt_ids"] + case["token_ids"], 0, wants_prompt_logprobs=0) for case in CASES.values()

@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_served_is_one_clear_line(make: object, message: 
     assert message in last
 
 
-def test_an_arithmetic_that_a_cpu_does_not_do_is_one_clear_line(demo: ServerProcess) -> None:
-    with ServerProcess("tgi_asgi", "--dtype", "float16") as server:  # `demo` has fetched the model
+def test_an_arithmetic_that_a_cpu_does_not_do_is_one_clear_line(demo_gguf: Path) -> None:
+    with ServerProcess("tgi_asgi", "--dtype", "float16") as server:  # `demo_gguf` has fetched the model
         assert server.wait() == 1
         assert "--dtype" in server.output().splitlines()[-1]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.soak.client import Streaming, ask, until_idle
 from tests.soak.conftest import Serve
@@ -39,6 +40,7 @@ def _body(model: str, number: int) -> dict[str, object]:
     return {"model": model, "prompt": f"Number {number} of", "max_tokens": 12, "temperature": 0}
 
 
+@pytest.mark.demo
 async def test_adapters_that_come_and_go_change_no_answer_and_leave_nothing(
     serve: Serve, scale: Scale, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ class Mixed:
             self.num_compared += 1
 
 
-@pytest.mark.parametrize("model", ["fake", "demo"])
+@pytest.mark.parametrize("model", ["fake", pytest.param("demo", marks=pytest.mark.demo)])
 async def test_everything_at_once_gives_what_each_request_gives_alone(
     serve: Serve, model: str, scale: Scale
 ) -> None:

@@ -95,6 +95,8 @@ async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> 
             await _collect(*step)
     finally:  # the step after one that failed has failed as well: nobody else reads why
         await asyncio.gather(*(future for future, _ in waiting), return_exceptions=True)
+    for job in jobs:  # what a test compares token by token is there
+        assert len(job.sampled) == job.num_tokens
 
 
 async def _collect(future: asyncio.Future[StepResult], members: Sequence[_Running]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
-from tests.support.llama_cpp import llama_cpp_source, package_source
 from tgi_asgi.errors import TemplateError
 from tgi_asgi.text.chat import sandbox
 from tgi_asgi.text.chat.template import ChatTemplate
@@ -127,12 +126,12 @@ class _Clock(datetime):
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[str, str]:
+def sources(llama_cpp: Path, llama_cpp_package: Path) -> dict[str, str]:
     """The templates by name."""
-    paths = sorted((llama_cpp_source() / "models" / "templates").glob("*.jinja"))
+    paths = sorted((llama_cpp / "models" / "templates").glob("*.jinja"))
     assert len(paths) > 60
     found = {path.stem: path.read_text() for path in paths}
-    modules = [package_source() / name for name in PACKAGE_MODULES]
+    modules = [llama_cpp_package / name for name in PACKAGE_MODULES]
     for name in TRANSFORMERS_MODULES:
         spec = importlib.util.find_spec(f"transformers.models.{name}")
         assert spec is not None and spec.origin is not None

@@ -50,8 +50,8 @@ def accepts(compiler: GrammarCompiler, source: GrammarSource, text: str) -> bool
     return matcher.is_ended or EOS in allowed(matcher)
 
 
-def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str | None:
-    """Draw allowed tokens at random until the text ends; None if it has not after `limit`."""
+def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random, limit: int) -> str:
+    """Draw allowed tokens at random until the text ends, as it must within `limit`."""
     matcher = compiler.compile(source).matcher()
     data = bytearray()
     while not matcher.is_ended:
@@ -63,8 +63,7 @@ def wander(compiler: GrammarCompiler, source: GrammarSource, rng: random.Random,
             break
         data.append(token)
         matcher.accept(token)
-        if len(data) > limit:
-            return None
+        assert len(data) <= limit
     return data.decode()
 
 
@@ -73,8 +72,7 @@ def test_whatever_a_random_schema_s_grammar_allows_validates(compiler: GrammarCo
     rng = random.Random(seed)
     schema = random_schema(rng)
     text = wander(compiler, sources.json_schema(schema), rng, 4000)
-    if text is not None:
-        check(text, schema)
+    check(text, schema)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +84,7 @@ def test_whatever_a_regex_s_grammar_allows_matches_it_as_a_whole(
 ) -> None:
     for seed in range(5):
         text = wander(compiler, sources.regex(pattern), random.Random(seed), 300)
-        assert text is None or re.fullmatch(pattern, text)
+        assert re.fullmatch(pattern, text)
 
 
 def test_a_choice_is_one_of_its_texts_even_where_one_begins_another(compiler: GrammarCompiler) -> None:
@@ -237,6 +235,7 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.ebnf("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(20_000))),
         lambda: sources.ebnf("start: " + "(" * 20_000 + '"a"' + ")" * 20_000),
         lambda: sources.choice(["x" * 20] * 50_000),
+        lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
     ],
 )  # fmt: skip
 def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler, make: Any) -> None:
@@ -253,7 +252,6 @@ def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler,
         lambda: sources.regex("(.*a.{200})"),
         lambda: sources.ebnf("start: s\ns: s s | \"a\" | \"a\" s \"a\" | "),
         lambda: sources.ebnf('start: ("a"{1,1000}){1,1000}'),
-        lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
         lambda: sources.json_schema({"type": "object", "properties": {f"p{i}": {} for i in range(999)}}),
         lambda: sources.json_schema({"enum": [f"a value {i}" for i in range(5_000)]}),
         lambda: sources.json_schema({"type": "array", "minItems": 10**9, "items": {"maxLength": 10**9}}),
@@ -266,12 +264,8 @@ def test_a_grammar_that_explodes_stops_with_an_error_and_not_the_thread(
     compiler: GrammarCompiler, make: Any
 ) -> None:
     begun = time.thread_time()
-    try:
-        matcher = compiler.compile(make()).matcher()
-    except InvalidRequest:
-        return
-    finally:
-        assert time.thread_time() - begun < 1
+    matcher = compiler.compile(make()).matcher()
+    assert time.thread_time() - begun < 1
     mask = np.zeros(NUM_WORDS, np.int32)
     for _ in range(60):
         begun = time.thread_time()

@@ -55,14 +55,20 @@ def compiler() -> GrammarCompiler:
 
 
 @pytest.fixture(scope="module")
-def groups() -> list[tuple[str, dict[str, Any]]]:
-    """The suite's groups of tests, each with the name of its file."""
+def json_schema_suite() -> Path:
+    """The archive that has the suite, fetched once."""
     archive = STORE / (RELEASE.replace("==", "-") + ".tar.gz")
     if not archive.exists():
         command = ["download", "--no-deps", "--no-binary", "jsonschema", "--dest", str(STORE), RELEASE]
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    return archive
+
+
+@pytest.fixture(scope="module")
+def groups(json_schema_suite: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The suite's groups of tests, each with the name of its file."""
     result = []
-    with tarfile.open(archive) as tar:
+    with tarfile.open(json_schema_suite) as tar:
         for member in tar:
             if "/json/tests/draft2020-12/" in member.name and member.name.endswith(".json"):
                 file = tar.extractfile(member)

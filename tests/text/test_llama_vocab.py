@@ -17,6 +17,7 @@ from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.text.gguf_splits import SPLITS
 from tgi_asgi.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("llama_cpp")
 WITH_VECTORS = (
     "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm",
     "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",

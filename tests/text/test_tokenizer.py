@@ -7,6 +7,7 @@ llama.cpp, and by what transformers makes of the same GGUF file, and kept those 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -120,22 +121,27 @@ def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_encoding_lets_other_threads_run(tokenizer: Tokenizer) -> None:
     text = "Many words, and more of them. " * 20_000
-    turns, stop = 0, threading.Event()
+    waits, go_on, ran = threading.Event(), threading.Event(), []
 
-    def spin() -> None:
-        nonlocal turns
-        while not stop.is_set():
-            turns += 1
+    def run() -> None:
+        waits.set()
+        go_on.wait()
+        ran.append(True)
 
-    thread = threading.Thread(target=spin)
+    thread = threading.Thread(target=run)
     thread.start()
-    before = turns
-    tokenizer.encode(text, add_special_tokens=False)
-    during = turns - before
-    stop.set()
+    waits.wait()
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # no thread is made to give the GIL up: it must be let go of
+    try:
+        go_on.set()
+        ran_before = list(ran)
+        tokenizer.encode(text, add_special_tokens=False)
+        ran_meanwhile = list(ran)
+    finally:
+        sys.setswitchinterval(interval_s)
     thread.join()
-    # With the GIL held it would be what fits into one switch interval.
-    assert during > 50_000
+    assert (ran_before, ran_meanwhile) == ([], [True])
 
 
 class TestConfiguration:

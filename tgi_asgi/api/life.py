@@ -114,8 +114,8 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
         generation = Generation(served, model, jobs, exchange.channels)
         renderer = await exchange.work(call.render, generation)
         exchange.remains += [jobs, renderer]
-        for job in jobs:
-            _submit(exchange, served.engine, job.request, permit)
+        for prepared in jobs:
+            _submit(exchange, served.engine, prepared.request, permit)
     characters = sum(job.prompt.num_characters for job in jobs)
     cost = max(2 + (job.request.sampling.logprobs or 0) for job in jobs)
     if call.stream:
@@ -127,7 +127,7 @@ async def generate(exchange: Exchange, parse: Parse) -> None:
     parts = await collect(exchange)
     exchange.remains.append(parts)
     size = sum(len(events) for choices in parts for events in choices) * cost
-    size += sum(len(job.request.prompt_ids) * job.request.n for job in jobs)
+    size += sum(len(each.request.prompt_ids) * each.request.n for each in jobs)
     exchange.is_large |= size > LARGE_ANSWER
     answer = await exchange.work(renderer.whole, parts)
     headers = sync_headers(

@@ -1,0 +1,94 @@
+"""A time limit for each test: one that hangs fails with all stacks, and the run goes on.
+
+The limit is a signal to the main thread, which raises there. Code that never returns to Python does not
+meet it: a minute later such a process prints its threads' stacks and ends, and pytest-xdist starts another.
+
+    config.pluginmanager.register(TimeLimit(nightly=["soak"]))
+    @pytest.mark.time_limit(1800)  # of one that compiles
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+
+# The longest of a warm run took 6 s; other work may keep the machine busy.
+CALL_S = 300.0
+# What one test sets up for many may be compiled or fetched.
+SETUP_S = 1800.0
+NIGHTLY_S = 3600.0
+GRACE_S = 60.0
+_AGAIN_S = 1.0  # asyncio takes an exception that meets one of its callbacks for that callback's
+
+
+class TimeLimit:
+    """Limits the phases of every test; `nightly` are the markers of tests that may take an hour."""
+
+    def __init__(self, nightly: Iterable[str], grace_s: float = GRACE_S) -> None:
+        self._nightly = frozenset(nightly)
+        self._grace_s = grace_s
+        self._stderr = os.dup(2)  # before pytest captures it
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        with self._limited(self._limit_of(item, SETUP_S)):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        with self._limited(self._limit_of(item, CALL_S)):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        with self._limited(self._limit_of(item, SETUP_S)):
+            return (yield)
+
+    def pytest_unconfigure(self) -> None:
+        os.close(self._stderr)
+
+    @contextmanager
+    def _limited(self, seconds: float) -> Iterator[None]:
+        def end(number: int, frame: FrameType | None) -> None:
+            pytest.fail(f"the test took more than {seconds:g} s\n{stacks()}", pytrace=False)
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+        faulthandler.dump_traceback_later(seconds + self._grace_s, exit=True, file=self._stderr)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _limit_of(self, item: pytest.Item, usual_s: float) -> float:
+        """Return how long a phase of the test may take, in seconds: as its markers say, else `usual_s`."""
+        marker = item.get_closest_marker("time_limit")
+        if marker is not None:
+            return float(marker.args[0])
+        return NIGHTLY_S if any(map(item.get_closest_marker, self._nightly)) else usual_s
+
+
+def stacks() -> str:
+    """Return what every thread is doing, and every task of the loop that runs in this one."""
+    out = io.StringIO()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        out.write(f"thread {names.get(ident, ident)}:\n")
+        traceback.print_stack(frame, file=out)
+    loop = asyncio._get_running_loop()
+    for task in asyncio.all_tasks(loop) if loop is not None else ():
+        task.print_stack(file=out)
+    return out.getvalue()
