@@ -5,6 +5,7 @@ HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they m
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,7 @@ def _reporting_bar(stage: str, progress: Progress) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             kwargs["disable"] = False
+            kwargs["file"] = io.StringIO()  # closing a bar ends its line, also of one that is not shown
             super().__init__(*args, **kwargs)
 
         def display(self, *args: Any, **kwargs: Any) -> None:
