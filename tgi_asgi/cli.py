@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
 _LAUNCHER = "Of TGI's launcher"
-_PATHS = {
+PATHS = {
     "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
     "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
 }
@@ -153,7 +153,7 @@ def make_command() -> click.Command:
     """Return the click command, with an option for every setting. Without the name of a command it serves."""
     options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
     options += [_launcher_option(option) for option in launcher_compat.OPTIONS if option.is_flag]
-    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
+    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in PATHS.items()]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )

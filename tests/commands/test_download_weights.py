@@ -53,6 +53,7 @@ def test_tgis_options_are_taken(hub: str, tmp_path: Path) -> None:
     run = download("org/model", *options.split(), **where)
     assert run.returncode == 0, run.stderr
     assert not run.stderr
+    assert (Path(run.stdout.strip()) / "modeling_own.py").exists()  # which nobody has run
 
 
 def test_a_model_of_pypi_is_fetched_as_the_server_does(demo_gguf: Path) -> None:

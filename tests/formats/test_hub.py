@@ -24,7 +24,7 @@ from tgi_asgi.formats.sources import resolve
 from tgi_asgi.settings import Settings
 steps = []
 try:
-    settings = Settings(model_id=sys.argv[1], revision=sys.argv[2] or None)
+    settings = Settings.from_environ(model_id=sys.argv[1], revision=sys.argv[2] or None)
     files = resolve(settings, lambda *step: steps.append(step))
 except ModelLoadError as error:
     print(json.dumps({"error": str(error)}))
@@ -59,13 +59,24 @@ def test_what_a_model_needs_is_fetched_with_token_revision_and_progress(hub: str
     answer = fetch(tmp_path, hub, "org/model", "v2", HF_TOKEN="secret")
     assert answer.get("error") is None
     assert answer["revision"] == COMMIT and answer["kind"] == "directory"
-    unwanted = {"README.md", "consolidated.safetensors", "original/params.json", "pytorch_model.bin"}
+    unwanted = {
+        "README.md",
+        "modeling_own.py",
+        "consolidated.safetensors",
+        "original/params.json",
+        "pytorch_model.bin",
+    }
     assert answer["names"] == sorted(FILES.keys() - unwanted)
     stage, done, total = answer["steps"][-1]
     assert stage == "downloading org/model at v2" and total == done >= 50_000
     # And then it is in the cache, where no network is needed.
     again = fetch(tmp_path, "http://127.0.0.1:9", "org/model", "v2", HF_HUB_OFFLINE="1")
     assert again["names"] == answer["names"] and again["revision"] == COMMIT
+
+
+def test_a_model_s_code_is_fetched_for_those_who_trust_it(hub: str, tmp_path: Path) -> None:
+    answer = fetch(tmp_path, hub, "org/model", HF_TOKEN="secret", TRUST_REMOTE_CODE="true")
+    assert "modeling_own.py" in answer["names"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ FILES = {
     "consolidated.safetensors": bytes(10),
     "pytorch_model.bin": b"pickle",
     "original/params.json": b"{}",
+    "modeling_own.py": b"class Model: ...",
     "README.md": b"# A model",
 }
 

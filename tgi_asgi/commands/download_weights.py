@@ -33,7 +33,7 @@ _PICKLES = "Ignored: pickled weights are never read, nor converted."
 @click.option("--logger-level", "log_level", metavar="LEVEL", help="Least level that is logged.")
 @click.option("--extension", type=click.Choice([".safetensors"]), help="TGI's: the only kind that is read.")
 @click.option("--auto-convert/--no-auto-convert", default=None, help=_PICKLES)
-@click.option("--trust-remote-code", is_flag=True, help="Ignored: no code is run to fetch a model.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Fetch the model's own code as well.")
 def command(model_id: str, extension: str | None, auto_convert: bool | None, **options: object) -> None:
     """Fetch a model's files, and print where they lie.
 
@@ -60,10 +60,9 @@ def read_settings(model_id: str, options: dict[str, object]) -> Settings:
         click.UsageError: a value is not one that the server would take.
     """
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    given.pop("trust_remote_code", None)
     if "log_level" in given:
         given["log_level"] = str(given["log_level"]).lower().replace("warning", "warn")
-    read = ("REVISION", "LORA_ADAPTERS", "LORA_MODULES", "JSON_OUTPUT", "LOG_LEVEL")
+    read = ("REVISION", "LORA_ADAPTERS", "LORA_MODULES", "JSON_OUTPUT", "LOG_LEVEL", "TRUST_REMOTE_CODE")
     environ = {name: os.environ[name] for name in read if name in os.environ}
     try:
         return Settings.from_environ(environ, model_id=model_id, **given)

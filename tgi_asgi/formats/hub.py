@@ -15,13 +15,14 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
 # Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
-_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
+PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
+CODE_PATTERNS = ("*.py",)  # of models that bring code of their own, for those who trust it
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
 _IGNORED = ["original/*", "onnx/*", "openvino/*", "metal/*"]
 
 
 def fetch(
-    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = _PATTERNS
+    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = PATTERNS
 ) -> tuple[Path, str]:
     """Download what is missing of a repository's configuration, tokenizer, templates and safetensors.
 
