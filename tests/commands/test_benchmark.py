@@ -64,6 +64,20 @@ def test_the_server_of_this_machine_s_port_is_measured_where_none_is_named(serve
     assert json.loads(run.stdout)["loads"][0]["requests"] == 2  # and nothing else is on stdout
 
 
+def test_streams_as_tgi_writes_them_are_measured() -> None:
+    """Their usage comes with the last token, and no usage is asked for in vain."""
+    environ = {"FAKE_STEP_S": "0.02"}
+    with ServerProcess(
+        "tests.server.fake_server", "--model-id", "fake", "--tgi-compat", environ=environ
+    ) as tgi:
+        tgi.wait_until_healthy()
+        run = benchmark("--url", tgi.url, "-b", "2", "-s", "16", "-d", "4", "-r", "1", "--json", "-")
+    assert run.returncode == 0, run.stderr
+    load = json.loads(run.stdout)["loads"][0]
+    assert (load["requests"], load["failed"], load["output_tokens"]) == (2, 0, 4)
+    assert load["time_per_token_ms"]["p50"] > 15
+
+
 def test_a_server_is_started_measured_and_stopped(demo_gguf: Path) -> None:
     options = ["-b", "2", "-s", "32", "-d", "4", "-r", "1", "-w", "0", "--json", "-"]
     run = benchmark("--model-id", DEMO_MODEL, *options, "--", "--num-threads", "1", "--api-key", "secret")

@@ -162,7 +162,7 @@ def written(page: str, tables: Mapping[str, Iterable[str]]) -> str:
         ValueError: a mark is not there, or not once.
     """
     for name, lines in tables.items():
-        text = "\n".join(lines)
+        text = "\n".join(lines).replace("<", "&lt;")  # Markdown takes <package> for HTML
         page, count = re.subn(
             rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
             lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}",  # type: ignore[misc]
