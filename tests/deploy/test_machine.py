@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
+import json
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from tests.support.programs import require_package
+from tests.support.server_process import ServerProcess, free_port
 from tgi_asgi.observe.metrics import Metrics
 from tgi_asgi.serve.server import CLOSE_S
 from tgi_asgi.settings import Settings
@@ -120,6 +126,68 @@ def test_systemd_takes_the_unit_and_finds_it_confined(tmp_path: Path) -> None:
 
 
 # Prometheus
+
+
+@pytest.mark.deploy
+def test_a_prometheus_scrapes_a_server_and_answers_what_is_asked_of_it(tmp_path: Path) -> None:
+    """All expressions of the dashboard, of the alerts and of the autoscaler, with a request served before."""
+    prometheus = require_package("prometheus", "prometheus")
+    config = _load("prometheus/prometheus.yml")
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOY / "prometheus" / "alerts.yml")]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api/v1"
+    with ServerProcess("tests.server.fake_server", "--model-id", "fake") as server:
+        server.wait_until_healthy()
+        httpx.post(server.url + "/generate", json={"inputs": "go", "parameters": {"max_new_tokens": 3}})
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        command = [
+            prometheus,
+            f"--config.file={tmp_path}/prometheus.yml",
+            f"--storage.tsdb.path={tmp_path}/data",
+        ]
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stderr=log)
+        try:
+            _wait_for(lambda: _value(url, "tgi_request_count"), "1", tmp_path / "log")
+            for expression in _all_expressions():
+                answer = httpx.get(f"{url}/query", params={"query": expression}).json()
+                assert answer["status"] == "success", (expression, answer)
+            # Sums of what is there are numbers, also while nothing runs.
+            assert _value(url, "sum(tgi_queue_size) + sum(tgi_requests_running)") == "0"
+            rules = httpx.get(f"{url}/rules").json()["data"]["groups"][0]["rules"]
+            assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+            assert not [rule["name"] for rule in rules if rule["state"] != "inactive"]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _wait_for(read: Callable[[], str | None], value: str, log: Path) -> None:
+    give_up_s = time.monotonic() + 60
+    found = None
+    while found != value:
+        assert time.monotonic() < give_up_s, f"{found}\n{log.read_text(encoding='utf-8')}"
+        time.sleep(0.1)
+        with contextlib.suppress(httpx.TransportError):
+            found = read()
+
+
+def _value(url: str, query: str) -> str | None:
+    answer = httpx.get(f"{url}/query", params={"query": query}).json()
+    results = answer.get("data", {}).get("result", [])
+    return results[0]["value"][1] if results else None
+
+
+def _all_expressions() -> list[str]:
+    panels = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))["panels"]
+    dashboard = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    spec = _load("kubernetes/overlays/keda/scaled-object.yaml")["spec"]
+    scaling = [trigger["metadata"]["query"] for trigger in spec["triggers"]]
+    asked = [expression.replace("$__rate_interval", "1m") for expression in dashboard]
+    assert len(asked) > 20
+    return [*asked, *scaling, *_expressions("prometheus/alerts.yml")]
 
 
 def _expressions(name: str) -> list[str]:

@@ -94,7 +94,11 @@ def running(name: str, folder: Path, upstream: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # nginx waits for connections that a failed test has left
+            process.kill()
+            process.wait()
 
 
 class Gate:
