@@ -34,8 +34,8 @@ test-agents: $(VENV)/.test-tools
 test-page: $(VENV)/.page-tools
 	$(BIN)/python -m pytest tests/page -m page $(PYTEST_ARGS)
 
-# What deploy/ has, by the programs that it is for: nginx-light, caddy, prometheus (promtool), kubernetes-client
-# (kubectl), docker-compose and systemd of Debian. A test whose program is missing is skipped and names it.
+# What deploy/ has, by the programs that it is for: Debian's nginx-light, caddy, prometheus, docker-compose and
+# systemd, and kubectl from 1.21 on. A test whose program is missing is skipped and names it.
 test-deploy: $(VENV)/.deploy-tools
 	$(BIN)/python -m pytest tests/deploy -m deploy $(PYTEST_ARGS)
 
