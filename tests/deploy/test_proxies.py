@@ -69,12 +69,20 @@ def _caddy(folder: Path, upstream: str, port: int) -> tuple[list[str], dict[str,
     return [caddy, "run", "--config", str(path), "--adapter", "caddyfile"], environ
 
 
+def _is_healthy(url: str) -> bool:
+    """Tell whether the proxy listens and the server behind it is ready."""
+    try:
+        return httpx.get(url + "/health", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 PROXIES = {"nginx": _nginx, "caddy": _caddy}
 
 
 @contextmanager
 def running(name: str, folder: Path, upstream: str) -> Iterator[str]:
-    """Run a proxy; yield its URL once it listens."""
+    """Run a proxy; yield its URL once requests are served through it."""
     port = free_port()
     command, environ = PROXIES[name](folder, upstream, port)
     log = folder / "log"
@@ -84,13 +92,9 @@ def running(name: str, folder: Path, upstream: str) -> Iterator[str]:
         )
     try:
         give_up_s = time.monotonic() + START_TIMEOUT_S
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=30)
-                break
-            except httpx.TransportError:
-                assert process.poll() is None and time.monotonic() < give_up_s, log.read_text()
-                time.sleep(0.05)
+        while not _is_healthy(f"http://127.0.0.1:{port}"):
+            assert process.poll() is None and time.monotonic() < give_up_s, log.read_text()
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -158,6 +162,7 @@ def test_each_token_comes_before_the_next_is_made(url: str, gate: Gate, path: st
 def test_a_client_that_goes_away_is_noticed_behind_the_proxy(url: str, gate: Gate, path: str) -> None:
     gate.num_wanted = 1
     with httpx.Client(timeout=60) as client, client.stream("POST", url + path, json=STREAMS[path]) as stream:
+        assert stream.status_code == 200
         next(line for line in stream.iter_lines() if "t0" in line)
     give_up_s = time.monotonic() + START_TIMEOUT_S
     while not gate.channels[0].is_cancelled:
