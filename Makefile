@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models test-page test-offline picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models test-page test-deploy test-offline picture soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -34,6 +34,11 @@ test-agents: $(VENV)/.test-tools
 # The pages in Debian's Chromium (`apt-get install chromium`, or name another in CHROMIUM).
 test-page: $(VENV)/.page-tools
 	$(BIN)/python -m pytest tests/page -m page $(PYTEST_ARGS)
+
+# What deploy/ has, by the programs that it is for: Debian's nginx-light, caddy, prometheus, docker-compose and
+# systemd, and kubectl from 1.21 on. A test whose program is missing is skipped and names it.
+test-deploy: $(VENV)/.deploy-tools
+	$(BIN)/python -m pytest tests/deploy -m deploy $(PYTEST_ARGS)
 
 # The README's picture, from the chat page before the demonstration model.
 picture: $(VENV)/.page-tools
@@ -66,8 +71,8 @@ test-offline: $(VENV)/.test-tools
 
 # All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
 # kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
-# models, the pages in Chromium, clean installations, agents, the sanitizers, a run without network.
-NIGHTLY = soak test-models test-page test-install test-agents test-offline sanitize cuda-check
+# models, the pages in Chromium, what deploy/ has, clean installations, agents, the sanitizers, a run without network.
+NIGHTLY = soak test-models test-page test-deploy test-install test-agents test-offline sanitize cuda-check
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
 
@@ -92,7 +97,7 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -116,6 +121,10 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 
 $(VENV)/.page-tools: $(VENV)/.test-tools
 	$(PIP) install --no-build-isolation --editable '.[page]'
+	touch $@
+
+$(VENV)/.deploy-tools: $(VENV)/.test-tools
+	$(PIP) install --no-build-isolation --editable '.[deploy]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

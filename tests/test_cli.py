@@ -104,10 +104,28 @@ def test_without_a_model_it_says_that_it_serves_the_demonstration_model(run: _Ru
 def test_help_lists_the_options_by_group() -> None:
     text = CliRunner().invoke(make_command(), ["--help"]).output
     headings = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Model:", "Server:", "Limits:", "Engine:", "Of TGI's launcher:", "Other:"]
+    assert headings == [
+        "Model:", "Server:", "Limits:", "Engine:", "Of TGI's launcher:", "Other:", "Commands:"
+    ]  # fmt: skip
     assert "--no-prefix-cache" in text
     assert "--no-json-output" not in text
     assert "default: 3000" in text
+
+
+@pytest.mark.parametrize("name", cli_module.COMMANDS)
+def test_a_command_beside_the_server_has_help_and_takes_no_flags_of_it(run: _Run, name: str) -> None:
+    assert f"tgi-asgi {name}" in run(name, "--help").output.replace("root", "tgi-asgi")
+    result = run("--port", "80", name, "--help")
+    assert result.exit_code == 2
+    assert f"--port belongs behind {name}" in result.output
+    assert run.settings is None
+
+
+def test_another_word_is_no_command_and_starts_no_server(run: _Run) -> None:
+    result = run("org/model")
+    assert result.exit_code == 2
+    assert "No such command 'org/model'" in result.output
+    assert run.settings is None
 
 
 def test_version() -> None:

@@ -17,6 +17,7 @@ _BELOW_ENGINE = {"runner", "models", "ops", "text", "formats"}
 ALLOWED = {
     "api": {"images", "observe", "text"},
     "serve": {"app", "api", "observe"},
+    "commands": {"serve", "observe", "formats"},
     "observe": {"engine"},  # its counters
     "engine": _BELOW_ENGINE,
     "runner": {"models", "ops", "text", "formats"},

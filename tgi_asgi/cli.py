@@ -1,11 +1,13 @@
 """The `tgi-asgi` command: flags and environment to `Settings`, then `server.run`.
 
-The options are made from the fields of `Settings`, so that a setting is written down once.
+The options are made from the fields of `Settings`, so that a setting is written down once. What else the
+program does, as `tgi-asgi benchmark`, are modules of `commands/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -27,14 +29,30 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {"int": (int, "N"), "float": (float, "X"), "str": (str, "TEXT")}
 _LAUNCHER = "Of TGI's launcher"
-_PATHS = {
+PATHS = {
     "huggingface_hub_cache": "Folder of the Hub's cache, as HF_HUB_CACHE.",
     "weights_cache_override": "Folder with the model's files; --model-id is then only its name.",
 }
 
 
-class _GroupedCommand(click.Command):
-    """A command whose help lists the options under the settings' groups."""
+COMMANDS = ("download-weights", "benchmark")
+
+
+class _Program(click.Group):
+    """The server, whose help lists the options under the settings' groups, and the commands beside it.
+
+    These are imported when they are asked for: a server needs none of them.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"tgi_asgi.commands.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -44,6 +62,7 @@ class _GroupedCommand(click.Command):
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+        self.format_commands(ctx, formatter)
 
 
 class _Option(click.Option):
@@ -87,6 +106,11 @@ def _launcher_option(option: CompatOption) -> _Option:
 
 
 def _run(print_env: bool, **options: Any) -> None:
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        if misplaced := [name for name, value in options.items() if value not in (None, ())]:
+            raise click.UsageError(f"{flag_of(misplaced[0])} belongs behind {context.invoked_subcommand}")
+        return
     names = {spec.name for spec in dataclasses.fields(Settings)}
     given = {name: value for name, value in options.items() if value not in (None, ())}
     launcher_compat.apply_paths(given, os.environ)
@@ -126,15 +150,17 @@ def describe_environment(settings: Settings) -> str:
 
 
 def make_command() -> click.Command:
-    """Return the click command, with an option for every setting."""
+    """Return the click command, with an option for every setting. Without the name of a command it serves."""
     options: list[click.Parameter] = [_setting_option(spec) for spec in dataclasses.fields(Settings)]
     options += [_launcher_option(option) for option in launcher_compat.OPTIONS if option.is_flag]
-    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in _PATHS.items()]
+    options += [_Option(_LAUNCHER, flag_of(name), help=help, metavar="PATH") for name, help in PATHS.items()]
     options.append(
         click.Option(["--env", "-e", "print_env"], is_flag=True, help="Print versions and settings first.")
     )
-    command = _GroupedCommand(
+    command = _Program(
         "tgi-asgi",
+        invoke_without_command=True,
+        subcommand_metavar="[COMMAND ...]",
         params=options,
         callback=_run,
         help="Serve a language model over HTTP: TGI's API and OpenAI's.",

@@ -5,31 +5,18 @@ Each case runs in a process of its own, because huggingface_hub reads its enviro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILES = {
-    "config.json": b"{}",
-    "tokenizer.json": b"{}",
-    "chat_template.jinja": b"{{ messages }}",
-    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
-    "model.safetensors": bytes(50_000),
-    "consolidated.safetensors": bytes(10),
-    "pytorch_model.bin": b"pickle",
-    "original/params.json": b"{}",
-    "README.md": b"# A model",
-}
+from tests.support.fake_hub import COMMIT, FILES, fake_hub
+
 SCRIPT = """
 import json, sys
 from tgi_asgi.errors import ModelLoadError
@@ -37,7 +24,7 @@ from tgi_asgi.formats.sources import resolve
 from tgi_asgi.settings import Settings
 steps = []
 try:
-    settings = Settings(model_id=sys.argv[1], revision=sys.argv[2] or None)
+    settings = Settings.from_environ(model_id=sys.argv[1], revision=sys.argv[2] or None)
     files = resolve(settings, lambda *step: steps.append(step))
 except ModelLoadError as error:
     print(json.dumps({"error": str(error)}))
@@ -47,60 +34,11 @@ else:
 """
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """Repository `org/model`, private: it wants the token `secret`; revisions `main` and `v2`."""
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def log_message(self, *args: object) -> None:
-        """Be quiet."""
-
-    def _answer(self, *, with_body: bool) -> None:
-        status, headers, body = self._find(self.path.split("?")[0])
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def _find(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        if self.headers.get("Authorization") != "Bearer secret" or "/org/model/" not in path:
-            return 401, {"X-Error-Code": "RepoNotFound"}, b""
-        if path in ("/api/models/org/model/revision/main", "/api/models/org/model/revision/v2"):
-            siblings = [{"rfilename": name} for name in FILES]
-            return self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings})
-        if path.startswith("/api/models/org/model/revision/"):
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if path.startswith(f"/api/models/org/model/tree/{COMMIT}"):
-            return self._json(
-                [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in FILES.items()
-                ]
-            )
-        data = FILES.get(path.removeprefix(f"/org/model/resolve/{COMMIT}/"))
-        if data is None:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data
-
-    def _json(self, value: Any) -> tuple[int, dict[str, str], bytes]:
-        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
-
-
 @pytest.fixture
 def hub() -> Iterator[str]:
     """Run the fake hub; its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with fake_hub() as address:
+        yield address
 
 
 def fetch(tmp_path: Path, endpoint: str, model_id: str, revision: str = "", **environ: str) -> Any:
@@ -121,13 +59,24 @@ def test_what_a_model_needs_is_fetched_with_token_revision_and_progress(hub: str
     answer = fetch(tmp_path, hub, "org/model", "v2", HF_TOKEN="secret")
     assert answer.get("error") is None
     assert answer["revision"] == COMMIT and answer["kind"] == "directory"
-    unwanted = {"README.md", "consolidated.safetensors", "original/params.json", "pytorch_model.bin"}
+    unwanted = {
+        "README.md",
+        "modeling_own.py",
+        "consolidated.safetensors",
+        "original/params.json",
+        "pytorch_model.bin",
+    }
     assert answer["names"] == sorted(FILES.keys() - unwanted)
     stage, done, total = answer["steps"][-1]
     assert stage == "downloading org/model at v2" and total == done >= 50_000
     # And then it is in the cache, where no network is needed.
     again = fetch(tmp_path, "http://127.0.0.1:9", "org/model", "v2", HF_HUB_OFFLINE="1")
     assert again["names"] == answer["names"] and again["revision"] == COMMIT
+
+
+def test_a_model_s_code_is_fetched_for_those_who_trust_it(hub: str, tmp_path: Path) -> None:
+    answer = fetch(tmp_path, hub, "org/model", HF_TOKEN="secret", TRUST_REMOTE_CODE="true")
+    assert "modeling_own.py" in answer["names"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they m
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,14 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
 # Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
-_PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
+PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
+CODE_PATTERNS = ("*.py",)  # of models that bring code of their own, for those who trust it
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
 _IGNORED = ["original/*", "onnx/*", "openvino/*", "metal/*"]
 
 
 def fetch(
-    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = _PATTERNS
+    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = PATTERNS
 ) -> tuple[Path, str]:
     """Download what is missing of a repository's configuration, tokenizer, templates and safetensors.
 
@@ -87,6 +89,7 @@ def _reporting_bar(stage: str, progress: Progress) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             kwargs["disable"] = False
+            kwargs["file"] = io.StringIO()  # closing a bar ends its line, also of one that is not shown
             super().__init__(*args, **kwargs)
 
         def display(self, *args: Any, **kwargs: Any) -> None:

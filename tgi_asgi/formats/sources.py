@@ -178,7 +178,8 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         raise ModelLoadError(f"no such file or directory: {model_id}")
     from tgi_asgi.formats import hub
 
-    directory, commit = hub.fetch(model_id, settings.revision, progress)
+    patterns = hub.PATTERNS + (hub.CODE_PATTERNS if settings.trust_remote_code else ())
+    directory, commit = hub.fetch(model_id, settings.revision, progress, patterns=patterns)
     files = _in_directory(model_id, directory)
     return ModelFiles(model_id, commit, files.kind, files.path)
 

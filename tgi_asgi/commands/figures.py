@@ -1,0 +1,117 @@
+"""What a benchmark found, as rows of a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tgi_asgi.commands.stream_client import Answer
+
+_PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What became of the requests of so many clients, each of which sends its next one behind an answer.
+
+    Attributes:
+        seconds: from the first request to the last answer's end.
+        failures: one message for each request that failed.
+    """
+
+    num_clients: int
+    seconds: float
+    answers: tuple[Answer, ...]
+    failures: tuple[str, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Return all that is reported of it. Times are in milliseconds; of no answers there are None."""
+        answers = self.answers
+        num_tokens = sum(each.num_tokens for each in answers)
+        num_prompt_tokens = sum(each.num_prompt_tokens for each in answers)
+        per_token_s = [each.per_token_s for each in answers if each.per_token_s is not None]
+        return {
+            "batch_size": self.num_clients,
+            "requests": len(answers),
+            "failed": len(self.failures),
+            "seconds": self.seconds,
+            "prompt_tokens": num_prompt_tokens / len(answers) if answers else None,
+            "output_tokens": num_tokens / len(answers) if answers else None,
+            "time_to_first_token_ms": _spread([each.first_s for each in answers]),
+            "time_per_token_ms": _spread(per_token_s),
+            "pause_ms": _spread([pause for each in answers for pause in each.pauses_s]),
+            "request_ms": _spread([each.end_s - each.sent_s for each in answers]),
+            "output_tokens_per_s": num_tokens / self.seconds,
+            "prompt_tokens_per_s": num_prompt_tokens / self.seconds,
+            "requests_per_s": len(answers) / self.seconds,
+        }
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least so many per cent of all do not exceed (the nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
+
+
+def _spread(values_s: Sequence[float]) -> dict[str, float] | None:
+    if not values_s:
+        return None
+    spread = {f"p{percent}": percentile(values_s, percent) * 1e3 for percent in _PERCENTILES}
+    return {"mean": sum(values_s) / len(values_s) * 1e3, **spread}
+
+
+def _of(key: str, percent: int) -> Callable[[dict[str, Any]], float | None]:
+    return lambda figures: figures[key] and figures[key][f"p{percent}"]
+
+
+# A table's columns: title of the group, then each column's name, width, digits behind the point, and value.
+_Column = tuple[str, int, int, Callable[[dict[str, Any]], float | None]]
+_GROUPS: tuple[tuple[str, tuple[_Column, ...]], ...] = (
+    ("streams", (("at once", 8, 0, lambda figures: figures["batch_size"]),)),
+    (
+        "first token, ms",
+        (
+            ("p50", 11, 1, _of("time_to_first_token_ms", 50)),
+            ("p90", 9, 1, _of("time_to_first_token_ms", 90)),
+            ("p99", 9, 1, _of("time_to_first_token_ms", 99)),
+        ),
+    ),
+    (
+        "each token, ms",
+        (("p50", 11, 2, _of("time_per_token_ms", 50)), ("p99", 9, 2, _of("time_per_token_ms", 99))),
+    ),
+    ("pause, ms", (("p99", 11, 1, _of("pause_ms", 99)),)),
+    (
+        "tokens a second",
+        (
+            ("prompt", 11, 1, lambda figures: figures["prompt_tokens_per_s"]),
+            ("answer", 9, 1, lambda figures: figures["output_tokens_per_s"]),
+        ),
+    ),
+    (
+        "requests",
+        (
+            ("a second", 10, 2, lambda figures: figures["requests_per_s"]),
+            ("failed", 8, 0, lambda figures: figures["failed"]),
+        ),
+    ),
+)
+
+
+def table_head() -> str:
+    """Return the two lines above the rows: groups and columns."""
+    titles = "".join(f"{title:>{sum(column[1] for column in columns)}}" for title, columns in _GROUPS)
+    names = "".join(f"{name:>{width}}" for _, columns in _GROUPS for name, width, _, _ in columns)
+    return f"{titles}\n{names}"
+
+
+def table_row(figures: dict[str, Any]) -> str:
+    """Return one load's line."""
+    cells = []
+    for _, columns in _GROUPS:
+        for _, width, digits, read in columns:
+            value = read(figures)
+            cells.append(f"{'-' if value is None else f'{value:,.{digits}f}':>{width}}")
+    return "".join(cells)
