@@ -105,7 +105,7 @@ cuda-link: $(VENV)/.installed
 # Write constraints.txt again: of all extras, for every Python, but torch and what it brings. ARGS=--upgrade: the newest.
 constraints: $(VENV)/.package-tools
 	mkdir -p build; echo "torch; python_version < '3'" > build/overrides.txt
-	printf '%s\n' setuptools wheel ninja pybind11 > build/tools.txt
+	printf '%s\n' setuptools ninja pybind11 > build/tools.txt
 	UV_CUSTOM_COMPILE_COMMAND='make constraints' $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --all-extras --override build/overrides.txt --no-emit-package pip --no-annotate $(ARGS) \
 	  pyproject.toml build/tools.txt --output-file constraints.txt
@@ -122,7 +122,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(INSTALL) 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
+	$(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
 	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 

@@ -14,4 +14,4 @@ if [[ $device == cpu ]]; then
 else
     install "$torch"
 fi
-install -c constraints.txt 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13' -r requirements.txt
+install -c constraints.txt 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13' -r requirements.txt

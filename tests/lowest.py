@@ -36,11 +36,6 @@ TESTS = [
 ]
 
 
-def exact(requirements: list[str]) -> list[str]:
-    """Return requirements with each lower bound as the version."""
-    return [re.sub(r">=([\w.]+).*", r"==\1", line) for line in requirements]
-
-
 def name_of(requirement: str) -> str:
     """Return the package's name as indexes spell it."""
     return re.split(r"[<>=;\[\s]", requirement)[0].lower().replace("_", "-")
@@ -53,29 +48,30 @@ def make_environment() -> None:
     copy_tracked(TREE)
     _run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, FOLDER / "env")
     torch = f"torch=={importlib.metadata.version('torch')}"
-    _install("--resolution", "lowest-direct", torch, "-r", "requirements.txt")
-    _install(*exact(project["build-system"]["requires"]))
+    tools = project["build-system"]["requires"]
+    _install("--resolution", "lowest-direct", torch, *tools, "-r", "requirements.txt")
     versions = _run(sys.executable, "-m", "uv", "pip", "freeze", "--python", PYTHON)
     (FOLDER / "versions.txt").write_text(versions, encoding="utf-8")
     _check(versions)
     _run(PYTHON, "setup.py", "build_ext", "--inplace")
-    tools = project["project"]["optional-dependencies"]["test"]
-    _install("-c", FOLDER / "versions.txt", *(tool for tool in tools if name_of(tool) not in NOT_INSTALLED))
+    wanted = project["project"]["optional-dependencies"]["test"]
+    _install("-c", FOLDER / "versions.txt", *(need for need in wanted if name_of(need) not in NOT_INSTALLED))
 
 
 def _check(versions: str) -> None:
     """Raise `SystemExit` where another package wants more than the bound that we give."""
     installed = dict(line.lower().split("==") for line in versions.splitlines() if "==" in line)
     lines = [line.partition("#")[0] for line in (TREE / "requirements.txt").read_text().splitlines()]
+    wrong = []
     for line in lines:
         found = re.match(r"([\w.-]+)>=([\w.]+)", line)
         if found is None or found[1] == "torch":
             continue
-        name, bound = name_of(line), found[2]
-        if not re.fullmatch(rf"{re.escape(bound)}(\.0)*", installed[name]):
-            raise SystemExit(
-                f"{name} {bound} is allowed, but the others go with {installed[name]} at the oldest"
-            )
+        oldest = installed[name_of(line)]
+        if not re.fullmatch(rf"{re.escape(found[2])}(\.0)*", oldest):
+            wrong.append(f"{found[0]} is allowed, but the other packages go with {oldest} at the oldest")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 def _install(*arguments: object) -> None:

@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -77,27 +79,33 @@ def configuration() -> dict[str, Any]:
     return config
 
 
-class Container:
-    """One run of the image: user 1000, no capabilities, a read-only root, the host's network.
+@contextmanager
+def mounted() -> Iterator[Path]:
+    """Return where the image's files lie on this machine, until the context ends."""
+    container = buildah("from", IMAGE)
+    try:
+        yield Path(buildah("mount", container))
+    finally:
+        buildah("umount", container)
+        buildah("rm", container)
 
-    Attributes:
-        root: where the image's files lie on this machine.
+
+class Container:
+    """One run of the image, whose files lie in `root`.
+
+    It has user 1000, no capabilities, a read-only root, `data` as /data, and the host's network.
     """
 
-    def __init__(self, data: Path, *arguments: str, port: int) -> None:
+    def __init__(self, root: Path, data: Path, *arguments: str, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._name = f"tgi-asgi-{os.getpid()}-{port}"
-        self._mounted = buildah("from", IMAGE)
-        self.root = Path(buildah("mount", self._mounted))
         self._bundle = FOLDER / self._name
         self._bundle.mkdir(parents=True)
         data.mkdir(exist_ok=True)
         os.chown(data, USER, USER)
         config = configuration()
         environ = [*config["Env"], f"PORT={port}"]
-        spec = _specification(
-            self.root, data, [*config["Entrypoint"], *arguments], environ, config["WorkingDir"]
-        )
+        spec = _specification(root, data, [*config["Entrypoint"], *arguments], environ, config["WorkingDir"])
         (self._bundle / "config.json").write_text(json.dumps(spec), encoding="utf-8")
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -113,8 +121,6 @@ class Container:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
         subprocess.run([*self._runc(), "delete", "--force", self._name], check=False)
-        buildah("umount", self._mounted)
-        buildah("rm", self._mounted)
         shutil.rmtree(self._bundle)
 
     def wait_until_healthy(self, limit_s: float) -> float:
@@ -163,7 +169,7 @@ def _specification(
     process |= {"terminal": False, "user": {"uid": USER, "gid": USER}, "args": arguments, "cwd": folder}
     process |= {"env": environ, "noNewPrivileges": True}
     process["capabilities"] = {kind: [] for kind in process["capabilities"]}
-    process["rlimits"] = [{"type": "RLIMIT_NOFILE", "hard": 65536, "soft": 65536}]
+    process.pop("rlimits", None)
     spec["root"] = {"path": str(root), "readonly": True}
     # With the host's network there is no /sys of one's own, and control groups need not be mountable here.
     kept = ("/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue")

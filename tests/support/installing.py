@@ -6,6 +6,7 @@ A way is a shell script that runs in an empty folder of a `Place`: this machine 
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import json
 import os
@@ -199,12 +200,14 @@ def ask(url: str) -> str:
 
 def record(place: str, what: str, **figures: float) -> None:
     """Write figures down under a place and a name, beside those of earlier tests."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results |= {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    rounded = {key: round(value, 2) for key, value in figures.items()}
-    results.setdefault(place, {})[what] = rounded
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        results |= {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
+        rounded = {key: round(value, 2) for key, value in figures.items()}
+        results.setdefault(place, {})[what] = rounded
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _cpu() -> str:
