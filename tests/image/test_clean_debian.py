@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -26,7 +27,10 @@ from tests.support.installing import (
 )
 
 pytestmark = pytest.mark.image
-PREPARED = "localhost/debian-to-build"
+# README's packages, and what the ways beside `make serve` need: git, and certificates for indexes.
+PACKAGES = re.search(r"apt-get install ([a-z0-9 -]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+INSTALL = f"git ca-certificates {PACKAGES[1] if PACKAGES else ''}"
+PREPARED = f"localhost/debian-to-build:{hashlib.sha256(INSTALL.encode()).hexdigest()[:16]}"
 
 
 class Debian:
@@ -73,14 +77,14 @@ class Debian:
 
 @pytest.fixture(scope="module")
 def prepared(base: None) -> None:
-    """Install the packages of README's one command, and git, which one of the ways needs."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"apt-get install ([a-z0-9 -]+)", readme)
-    assert found is not None
+    """Make the image `PREPARED`, unless there is one from an earlier run."""
+    assert PACKAGES is not None
+    if PREPARED in buildah("images", "--format", "{{.Name}}:{{.Tag}}").splitlines():
+        return
     container = buildah("from", BASE)
     start = time.monotonic()
-    install = "apt-get update && apt-get install --yes --no-install-recommends git ca-certificates "
-    buildah("run", "--isolation=chroot", container, "--", "sh", "-ec", install + found[1])
+    install = f"apt-get update && apt-get install --yes --no-install-recommends {INSTALL}"
+    buildah("run", "--isolation=chroot", container, "--", "sh", "-ec", install)
     record("clean Debian", "apt-get", minutes=(time.monotonic() - start) / 60)
     buildah("commit", "--quiet", "--rm", container, PREPARED)
 

@@ -68,7 +68,7 @@ def test_it_serves_as_any_user_from_a_read_only_root(root: Path, data: Path) -> 
 
 
 def test_docker_s_health_check_follows_the_server(root: Path, data: Path) -> None:
-    check = json.loads(configuration_of_health_check())
+    check = json.loads(_health_check())
     with Container(root, data, port=free_port()) as container:
         container.wait_until_healthy(START_TIMEOUT_S)
         healthy = container.execute(*check)
@@ -79,7 +79,7 @@ def test_docker_s_health_check_follows_the_server(root: Path, data: Path) -> Non
         assert "refused" in refused.stderr
 
 
-def configuration_of_health_check() -> str:
+def _health_check() -> str:
     """Return the command of the HEALTHCHECK, which images in OCI's format do not keep."""
     text = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
     found = re.search(r"^HEALTHCHECK .*\\\n\s+CMD (\[.*\])$", text, re.MULTILINE)
