@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from tests.support.installing import (
     ROOT,
     WAYS,
     copy_tracked,
+    end_group,
     install_and_ask,
     make_repository,
     pinned_torch,
@@ -59,8 +59,7 @@ class Debian:
         try:
             yield process
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+            end_group(process)
 
     def _command(self, script: str, environ: dict[str, str]) -> list[str]:
         given = {

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,8 +106,14 @@ class Here:
         try:
             yield process
         finally:
-            subprocess.run(["kill", "-TERM", f"-{process.pid}"], check=False)
-            process.wait(60)
+            end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and all that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 def copy_tracked(target: Path) -> None:
