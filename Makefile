@@ -12,9 +12,12 @@ PROBE = import urllib.request; urllib.request.urlopen('$(TORCH_INDEX)/torch/', t
 TORCH_FLAGS = $(if $(TORCH_INDEX),$(shell $(PYTHON) -c "$(PROBE)" 2>&- && echo --extra-index-url $(TORCH_INDEX)))
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
+# Empty: the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models test-page test-deploy test-offline picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-offline cuda-link constraints picture soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -23,9 +26,19 @@ serve: $(VENV)/.installed
 test: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-# What users do without make, in clean environments: `pip install .`, and the container's steps.
-test-install: $(VENV)/.test-tools
+# What users do without make, in clean environments: from the sources, git, a source distribution, a wheel; with uv;
+# the container's steps. What each took lies in build/install.json.
+test-install: $(VENV)/.package-tools
 	$(if $(TORCH_FLAGS),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pytest -m install $(PYTEST_ARGS)
+
+# The oldest versions that requirements.txt allows, of all but torch, in an environment of their own.
+test-lowest: $(VENV)/.package-tools
+	$(BIN)/python -m tests.lowest $(PYTEST_ARGS)
+
+# The CPU's image on a root that debootstrap makes, without a container engine (`apt-get install buildah debootstrap
+# runc`; as root): built, run as user 1000 on a read-only root, asked. What it took lies in build/image/result.json.
+test-image: $(VENV)/.test-tools
+	$(BIN)/python -m pytest -m image $(PYTEST_ARGS)
 
 # Installs Codex CLI and Claude Code from npm (0.8 GB, in build/agents) and lets them edit a file with our server.
 test-agents: $(VENV)/.test-tools
@@ -71,8 +84,10 @@ test-offline: $(VENV)/.test-tools
 
 # All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
 # kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
-# models, the pages in Chromium, what deploy/ has, clean installations, agents, the sanitizers, a run without network.
-NIGHTLY = soak test-models test-page test-deploy test-install test-agents test-offline sanitize cuda-check
+# models, the pages in Chromium, what deploy/ has, packages in clean environments, the oldest
+# dependencies, the image, agents, the sanitizers, a run without network, the CUDA kernels compiled and linked.
+NIGHTLY = soak test-models test-page test-deploy test-install test-lowest test-image test-agents test-offline \
+  sanitize cuda-check cuda-link
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
 
@@ -93,11 +108,23 @@ format: $(VENV)/.lint-tools
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m tests.cuda.nvcc_check
 
+# The CUDA kernels compiled and linked against torch's CUDA wheel (0.5 GB, from PyPI), every symbol looked up.
+cuda-link: $(VENV)/.installed
+	$(BIN)/python -m tests.cuda.link_check
+
+# Write constraints.txt again: of all extras, for every Python, but torch and what it brings. ARGS=--upgrade: the newest.
+constraints: $(VENV)/.package-tools
+	mkdir -p build; echo "torch; python_version < '3'" > build/overrides.txt
+	printf '%s\n' setuptools ninja pybind11 > build/tools.txt
+	UV_CUSTOM_COMPILE_COMMAND='make constraints' $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	  --all-extras --override build/overrides.txt --no-emit-package pip --no-annotate $(ARGS) \
+	  pyproject.toml build/tools.txt --output-file constraints.txt
+
 bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -105,28 +132,32 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) install 'setuptools>=77' wheel 'ninja>=1.11' 'pybind11>=2.13'
-	$(PIP) install --no-build-isolation --editable .
+	$(INSTALL) 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'
+	$(INSTALL) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/server/tgi_clients/requirements.txt
-	$(PIP) install --no-build-isolation --editable '.[test]'
+	$(INSTALL) --no-build-isolation --editable '.[test]'
 	$(PYTHON) -m venv $(VENV)/clients
 	$(VENV)/clients/bin/python -m pip install -r tests/server/tgi_clients/requirements.txt
 	if ! command -v nvcc && ! test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc; then \
-	  $(PIP) install --no-build-isolation --editable '.[nvcc]' || echo 'No nvcc: its tests are skipped.'; fi
+	  $(INSTALL) --no-build-isolation --editable '.[nvcc]' || echo 'No nvcc: its tests are skipped.'; fi
 	if command -v npm; then npm install --prefix tests/server/node --no-audit --no-fund --no-package-lock \
 	  || echo 'No SDK for Node: its tests are skipped.'; fi
 	touch $@
 
 $(VENV)/.page-tools: $(VENV)/.test-tools
-	$(PIP) install --no-build-isolation --editable '.[page]'
+	$(INSTALL) --no-build-isolation --editable '.[page]'
+	touch $@
+
+$(VENV)/.package-tools: $(VENV)/.test-tools
+	$(INSTALL) --no-build-isolation --editable '.[packages]'
 	touch $@
 
 $(VENV)/.deploy-tools: $(VENV)/.test-tools
-	$(PIP) install --no-build-isolation --editable '.[deploy]'
+	$(INSTALL) --no-build-isolation --editable '.[deploy]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
-	$(PIP) install --no-build-isolation --editable '.[lint,test]'  # mypy reads the tests as well
+	$(INSTALL) --no-build-isolation --editable '.[lint,test]'  # mypy reads the tests as well
 	touch $@

@@ -9,6 +9,8 @@ TGI_CUDA=$([[ $device == cuda ]] && echo 1 || echo 0)
 export TGI_CUDA
 pip install --no-build-isolation --no-deps .
 pip uninstall -y ninja pybind11
+# What only building and testing need of torch: a tenth of the image. In this folder alone: torch may come from elsewhere.
+rm -rf "$prefix"/lib/python3*/site-packages/torch/{include,test}
 # Not from the sources' folder: what was installed must be whole.
 cd /
 "$prefix/bin/python" -c "import tgi_asgi._C, tgi_asgi.app"

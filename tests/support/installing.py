@@ -1,0 +1,235 @@
+"""The ways in which users install the server, as commands that they type, and a question to what they get.
+
+A way is a shell script that runs in an empty folder of a `Place`: this machine (`Here`), or a fresh Debian
+(tests/image). $SOURCE is a folder with what git tracks, $REPOSITORY a repository of the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from tests.support.server_process import free_port
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "build" / "install.json"
+START_TIMEOUT_S = 600  # the demonstration model is fetched; `make serve` installs and compiles first
+_ENVIRONMENT = "python3 -m venv env && env/bin/python -m pip install --quiet"
+_COPY = "cp -r $SOURCE source"  # pip builds in the folder that it is given
+_BUILT = f"{_COPY} && python3 -m venv tools && tools/bin/python -m pip install --quiet build"
+_BUILT += " && tools/bin/python -m build --outdir dist source"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to install, what serves, and the folder of the environment."""
+
+    install: str
+    serve: str = "env/bin/tgi-asgi --port $PORT"
+    environment: str = "env"
+
+
+WAYS = {
+    "pip": Way(f"{_COPY} && {_ENVIRONMENT} ./source"),
+    "git": Way(f"{_ENVIRONMENT} git+file://$REPOSITORY"),
+    "uv": Way(
+        f"{_COPY} && python3 -m venv tools && tools/bin/python -m pip install --quiet uv"
+        " && tools/bin/uv venv --quiet env"
+        " && tools/bin/uv pip install --quiet --python env/bin/python --constraint $PIP_CONSTRAINT ./source"
+    ),
+    "sdist": Way(f"{_BUILT} --sdist && {_ENVIRONMENT} dist/*.tar.gz"),
+    "wheel": Way(
+        f"{_BUILT} && {_ENVIRONMENT} dist/*.whl"
+    ),  # which `build` makes from the source distribution
+    "make": Way(_COPY, 'make -C source serve ARGS="--port $PORT"', "source/.venv"),
+}
+
+
+class Place(Protocol):
+    """Where a way is tried."""
+
+    @property
+    def name(self) -> str:
+        """What the results call it."""
+
+    def run(self, script: str) -> str:
+        """Run a shell script in the place's folder; return its output, or fail with it."""
+
+    def start(self, script: str, environ: dict[str, str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        """Start a script that ends with this context."""
+
+
+class Here:
+    """A folder on this machine, with the Python that runs the tests and nothing of its environment."""
+
+    name = "this machine"
+
+    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
+        self.folder = folder
+        unwanted = ("PYTHONPATH", "VIRTUAL_ENV", "TGI_CUDA")
+        self._environ = {key: value for key, value in os.environ.items() if key not in unwanted} | environ
+        commands = folder / "commands"  # python3 is that of the tests, not of their environment
+        commands.mkdir(parents=True)
+        (commands / "python3").symlink_to(Path(sys.executable).resolve())
+        self._environ["PATH"] = f"{commands}:{os.environ['PATH']}"
+
+    def run(self, script: str) -> str:
+        """Run a shell script in the folder; return its output, or fail with it."""
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=self.folder, env=self._environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @contextmanager
+    def start(self, script: str, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a script, and end it with all that it started."""
+        process = subprocess.Popen(
+            ["bash", "-ec", script], cwd=self.folder, env=self._environ | environ, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and all that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def copy_tracked(target: Path) -> None:
+    """Copy the files of the working tree that git tracks, and new ones that it does not ignore."""
+    for name in _tracked():
+        _copy(name, target)
+
+
+def copy_context(target: Path) -> None:
+    """Copy what the build of an image is given: those files that .dockerignore lets through."""
+    rules = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in _tracked():
+        path = Path(name)
+        kept = True
+        for rule in (line for line in rules if line and not line.startswith("#")):
+            pattern = rule.removeprefix("!")
+            inside = path.parts if pattern.startswith("**/") else map(str, (path, *path.parents))
+            if any(fnmatch.fnmatch(part, pattern.removeprefix("**/")) for part in inside):
+                kept = rule.startswith("!")
+        if kept:
+            _copy(name, target)
+
+
+def _tracked() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+def _copy(name: str, target: Path) -> None:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(ROOT / name, target / name)
+
+
+def make_repository(folder: Path) -> None:
+    """Commit all of `folder` to a new repository in it."""
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+
+
+def pinned_torch() -> str:
+    """Return the Makefile's torch as its CPU build, by the local version."""
+    found = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return f"{found[1]}+cpu"
+
+
+def settings_for_uv() -> dict[str, str]:
+    """Return what uv needs to find the same packages: it reads nothing of pip's configuration."""
+    found = {}
+    for name, variable in (("find-links", "UV_FIND_LINKS"), ("extra-index-url", "UV_EXTRA_INDEX_URL")):
+        value = os.environ.get(f"PIP_{name.replace('-', '_').upper()}") or _configured(f"global.{name}")
+        if value:
+            found[variable] = value
+    return found | {"UV_INDEX_STRATEGY": "unsafe-best-match"}
+
+
+def _configured(name: str) -> str:
+    command = [sys.executable, "-m", "pip", "config", "get", name]
+    return " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
+
+
+def install_and_ask(place: Place, name: str) -> None:
+    """Go a way to the end, ask the demonstration model something, and write down what it took."""
+    way, port, start = WAYS[name], free_port(), time.monotonic()
+    place.run(way.install)
+    installed = time.monotonic()
+    with place.start(way.serve, {"PORT": str(port)}) as process:
+        _wait(process, f"http://127.0.0.1:{port}/health")
+        healthy = time.monotonic()
+        assert "Paris" in ask(f"http://127.0.0.1:{port}")
+    size = place.run(f"du -sm {way.environment}").split()[0]
+    minutes, start_s = (installed - start) / 60, healthy - installed
+    record(place.name, name, install_minutes=minutes, start_s=start_s, environment_mb=int(size))
+
+
+def ask(url: str) -> str:
+    """Return the demonstration model's answer to a question that it can answer."""
+    body = {
+        "model": "tgi", "temperature": 0, "max_tokens": 24,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }  # fmt: skip
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    response.raise_for_status()
+    content: str = response.json()["choices"][0]["message"]["content"]
+    return content
+
+
+def record(place: str, what: str, **figures: float) -> None:
+    """Write figures down under a place and a name, beside those of earlier tests."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        results |= {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
+        rounded = {key: round(value, 2) for key, value in figures.items()}
+        results.setdefault(place, {})[what] = rounded
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server has ended"
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise TimeoutError(f"{url} does not answer")
