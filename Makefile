@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models test-page picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models test-page picture docs soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -38,6 +38,11 @@ test-page: $(VENV)/.page-tools
 picture: $(VENV)/.page-tools
 	$(BIN)/python -m tests.page.picture docs/page.webp
 
+# The documents as a site, in build/site. Links, anchors and commands of the documents are tested by `make test`.
+docs: $(VENV)/.docs-tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest tests/docs -m docs $(PYTEST_ARGS)
+
 # Small models of every family and of every weight format against independent readers, of which the normal run has some.
 test-models: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/models -m 'models or not models' $(PYTEST_ARGS)
@@ -57,11 +62,12 @@ sanitize: $(VENV)/.test-tools
 
 # All that takes too long for `make test`, one after the other: storms, the kernels of x86-64 and, under qemu, of Arm
 # (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models,
-# the pages in Chromium, the sanitizers.
+# the pages in Chromium, the documents as a site, the sanitizers.
 nightly:
 	CI=1 $(MAKE) soak
 	CI=1 $(MAKE) test-models
 	CI=1 $(MAKE) test-page
+	CI=1 $(MAKE) docs
 	CI=1 $(MAKE) sanitize
 
 install: $(VENV)/.installed
@@ -85,7 +91,7 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.docs-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +112,10 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 
 $(VENV)/.page-tools: $(VENV)/.test-tools
 	$(PIP) install --no-build-isolation --editable '.[page]'
+	touch $@
+
+$(VENV)/.docs-tools: $(VENV)/.test-tools
+	$(PIP) install --no-build-isolation --editable '.[docs]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed
