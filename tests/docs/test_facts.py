@@ -103,3 +103,9 @@ def test_the_performance_page_is_what_the_record_says() -> None:
     page, plot = peers_page.made()
     assert peers_page.PAGE.read_text(encoding="utf-8") == page, "python -m bench.peers_page"
     assert peers_page.PLOT.read_text(encoding="utf-8") == plot, "python -m bench.peers_page"
+
+
+def test_the_operators_page_names_each_alert() -> None:
+    rules = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
+    page = _text("docs/operating.md")
+    assert set(re.findall(r"alert: (\w+)", rules)) == set(re.findall(r"`(TgiAsgi\w+)`", page))
