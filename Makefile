@@ -17,7 +17,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-offline cuda-link constraints picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -57,6 +57,11 @@ test-deploy: $(VENV)/.deploy-tools
 picture: $(VENV)/.page-tools
 	$(BIN)/python -m tests.page.picture docs/page.webp
 
+# The documents as a site, in build/site. Links, anchors and commands of the documents are tested by `make test`.
+docs: $(VENV)/.docs-tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest tests/docs -m docs $(PYTEST_ARGS)
+
 # Small models of every family and of every weight format against independent readers, of which the normal run has some.
 test-models: $(VENV)/.test-tools
 	$(BIN)/python -m pytest tests/models -m 'models or not models' $(PYTEST_ARGS)
@@ -85,9 +90,9 @@ test-offline: $(VENV)/.test-tools
 # All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
 # kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
 # models, the pages in Chromium, what deploy/ has, packages in clean environments, the oldest
-# dependencies, the image, agents, the sanitizers, a run without network, the CUDA kernels compiled and linked.
+# dependencies, the image, agents, a run without network, the documents' site, the sanitizers, the CUDA kernels compiled and linked.
 NIGHTLY = soak test-models test-page test-deploy test-install test-lowest test-image test-agents test-offline \
-  sanitize cuda-check cuda-link
+  docs sanitize cuda-check cuda-link
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
 
@@ -124,7 +129,7 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.docs-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -156,6 +161,10 @@ $(VENV)/.package-tools: $(VENV)/.test-tools
 
 $(VENV)/.deploy-tools: $(VENV)/.test-tools
 	$(INSTALL) --no-build-isolation --editable '.[deploy]'
+	touch $@
+
+$(VENV)/.docs-tools: $(VENV)/.test-tools
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -41,7 +41,7 @@ class ServerProcess:
     """One run of `python -m <module> <arguments> --port <a free one>`.
 
     Settings in this process's environment do not reach it; `environ` does. `client` makes what reaches it
-    where that is not by HTTP on its port.
+    where that is not by HTTP on its port. `program` is what the command is given to, in the folder `cwd`.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class ServerProcess:
         environ: dict[str, str] | None = None,
         port: int | None = None,
         client: Callable[[], httpx.Client] = httpx.Client,
+        program: Sequence[str] = (sys.executable, "-m"),
+        cwd: Path = ROOT,
     ) -> None:
         self.client = client
         self.port = port or free_port()
@@ -57,8 +59,8 @@ class ServerProcess:
         base = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("PIP_")}
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
+            [*program, *command],
+            cwd=cwd,
             env={**base, "PYTHONUNBUFFERED": "1", "PORT": str(self.port), **(environ or {})},
             stdout=self._output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,64 @@
+"""Each command of README and docs that can run here runs, as it is written there, against a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import require_node
+from tests.support.guide import Guide
+from tests.support.pages import COMMANDS, Block, blocks_of, pages
+from tests.support.server_process import ServerProcess
+from tests.support.stand_ins import StandIns
+
+BLOCKS = [
+    block
+    for page in pages()
+    for block in blocks_of(page)
+    if block.language in COMMANDS and block.reason is None
+]
+
+
+class Guides:
+    """The documents that a test has begun; a server stays until another document is read."""
+
+    def __init__(self, folder: Path, request: pytest.FixtureRequest) -> None:
+        self._folder, self._request = folder, request
+        self._stand_ins = StandIns(folder / "hub")
+        self._page = ""
+        self._guide: Guide | None = None
+
+    def of(self, page: str) -> Guide:
+        if self._guide is None or page != self._page:
+            self.close()
+            folder = self._folder / page.replace("/", "-")
+            folder.mkdir()
+            self._page = page
+            self._guide = Guide(page, folder, self._demo, self._stand_ins)
+        return self._guide
+
+    def close(self) -> None:
+        if self._guide is not None:
+            self._guide.close()
+
+    def _demo(self) -> ServerProcess:
+        demo: ServerProcess = self._request.getfixturevalue("demo")
+        return demo
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Guides]:
+    """Return the documents; the last server is stopped at the end."""
+    found = Guides(tmp_path_factory.mktemp("guides"), request)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_command_of_the_documents_runs(block: Block, guides: Guides, demo_gguf: Path) -> None:
+    """The demonstration model must be there: the servers fetch nothing."""
+    if block.language == "js":
+        require_node()
+    guides.of(block.page).run(block)
