@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 SOURCES = setup.py pyproject.toml requirements.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-agents test-models test-page picture soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-agents test-models test-page test-cluster picture soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -33,6 +33,10 @@ test-agents: $(VENV)/.test-tools
 # The pages in Debian's Chromium (`apt-get install chromium`, or name another in CHROMIUM).
 test-page: $(VENV)/.page-tools
 	$(BIN)/python -m pytest tests/page -m page $(PYTEST_ARGS)
+
+# Replicas as actors of Ray Serve, of which one is killed.
+test-cluster: $(VENV)/.cluster-tools
+	$(BIN)/python -m pytest tests/cluster -m cluster $(PYTEST_ARGS)
 
 # The README's picture, from the chat page before the demonstration model.
 picture: $(VENV)/.page-tools
@@ -57,11 +61,12 @@ sanitize: $(VENV)/.test-tools
 
 # All that takes too long for `make test`, one after the other: storms, the kernels of x86-64 and, under qemu, of Arm
 # (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of models,
-# the pages in Chromium, the sanitizers.
+# the pages in Chromium, a cluster of Ray's, the sanitizers.
 nightly:
 	CI=1 $(MAKE) soak
 	CI=1 $(MAKE) test-models
 	CI=1 $(MAKE) test-page
+	CI=1 $(MAKE) test-cluster
 	CI=1 $(MAKE) sanitize
 
 install: $(VENV)/.installed
@@ -85,7 +90,7 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.cluster-tools $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +111,10 @@ $(VENV)/.test-tools: $(VENV)/.installed tests/server/node/package.json tests/ser
 
 $(VENV)/.page-tools: $(VENV)/.test-tools
 	$(PIP) install --no-build-isolation --editable '.[page]'
+	touch $@
+
+$(VENV)/.cluster-tools: $(VENV)/.test-tools
+	$(PIP) install --no-build-isolation --editable '.[ray]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

@@ -49,6 +49,7 @@ class _Entry:
 
     Attributes:
         adapter: while it is in memory.
+        key: of its contents, once it has been read.
         task: that loads it.
         num_users: leases.
         used: when it was leased last, as a number that grows.
@@ -61,6 +62,7 @@ class _Entry:
         "failure",
         "has_loaded",
         "idle",
+        "key",
         "num_users",
         "source",
         "task",
@@ -70,6 +72,7 @@ class _Entry:
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
         self.adapter: Adapter | None = None
+        self.key = ""
         self.task: asyncio.Task[None] | None = None
         self.has_loaded = False
         self.num_users = 0
@@ -139,6 +142,11 @@ class Adapters:
     def names(self) -> list[str]:
         """Those that can be asked for, in the order in which they came: in memory, or to be read again."""
         return [name for name, entry in self._entries.items() if entry.has_loaded]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Of those in `names`, the keys of their contents."""
+        return {name: self._entries[name].key for name in self.names}
 
     @property
     def num_loaded(self) -> int:
@@ -245,7 +253,8 @@ class Adapters:
             return
         finally:
             entry.task = None
-        entry.adapter = Adapter(source.name, loaded.digest.hex(), loaded.weights)
+        entry.key = loaded.digest.hex()
+        entry.adapter = Adapter(source.name, entry.key, loaded.weights)
         entry.failure, entry.failed_s, entry.has_loaded = None, None, True
         entry.used = next(self._turns)
         logger.info(
