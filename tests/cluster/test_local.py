@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -269,3 +270,24 @@ async def test_a_replica_that_comes_takes_its_part() -> None:
 async def test_the_other_routes_answer(path: str) -> None:
     async with LocalCluster(1) as cluster:
         assert (await send(cluster.app, request("GET", path))).status == 200
+
+
+async def test_three_replicas_find_nearly_what_one_would() -> None:
+    found = {}
+    for count in (1, 3):
+        draw = random.Random(7)
+        plans = [["".join(draw.choices("abcdefgh ", k=60)) for _ in range(6)] for _ in range(12)]
+        async with LocalCluster(count) as cluster:
+
+            async def hold(cluster: LocalCluster, plan: list[str]) -> int:
+                messages, cached = [{"role": "system", "content": "s" * 200}], 0
+                for question in plan:
+                    messages.append({"role": "user", "content": question})
+                    answer = (await ask(cluster, "", messages=messages, max_tokens=8)).json()
+                    cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                    messages.append(answer["choices"][0]["message"])
+                return cached
+
+            found[count] = sum(await asyncio.gather(*(hold(cluster, plan) for plan in plans)))
+            assert len({name for name, _ in cluster.transport.sent}) == count
+    assert found[3] >= 0.85 * found[1], found
