@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ def measure_ttft(options: argparse.Namespace) -> dict[str, Any]:
     with RayCluster() as cluster:
         urls = {
             NAME: cluster.serve(arguments),
-            RAYS_OWN: cluster.serve(arguments, name=RAYS_OWN, router=None),
+            RAYS_OWN: cluster.serve(arguments, name=RAYS_OWN, router="bench.cluster_router:RaysOwnRouter"),
         }
         warm = argparse.Namespace(**{**vars(options), "turns": 1, "conversations": 4, "pause_s": 0.1})
         for url in urls.values():
@@ -161,6 +162,7 @@ def measure_ttft(options: argparse.Namespace) -> dict[str, Any]:
                 found = asyncio.run(converse(urls[name], f"{options.seed} {number}", options))
                 answers[name] += found
                 rounds.append({"round": number, "routing": name, **summary(found)})
+                print(rounds[-1], file=sys.stderr, flush=True)
     ours, theirs = (summary(answers[name])["ttft_ms"] for name in (NAME, RAYS_OWN))
     ratios = {name: round(theirs[name] / ours[name], 2) for name in ours}
     return {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.support.asgi import Call, request, send
 from tests.support.local_cluster import LocalCluster
+from tgi_asgi.app import OwnedEngine
 from tgi_asgi.cluster.front import Front, merged_metrics
 from tgi_asgi.settings import Settings
 
@@ -97,7 +98,9 @@ async def test_one_metrics_page_has_both_models(front: Front) -> None:
 
 
 async def test_the_cluster_is_well_while_one_model_is(front: Front) -> None:
-    await front._apps[0].context.served.engine.stop()  # type: ignore[union-attr,attr-defined]
+    served = front._apps[0].context.served
+    assert served is not None
+    await cast(OwnedEngine, served.engine).stop()
     found = [(await send(front, request("GET", path))).status for path in ("/health", "/readyz")]
     assert found == [200, 503]
 

@@ -33,7 +33,7 @@ def test_every_error_comes_out_as_it_went_in(kind: type[errors.TgiError]) -> Non
 def test_events_come_out_as_they_went_in() -> None:
     event = TokenEvent(1, 17, b"\xe2", "", -0.5, [(17, -0.5)], True, FinishReason.STOP, "end")
     [found] = unpacked(pickle.loads(pickle.dumps(packed([event]))))
-    for name in TokenEvent.__slots__:  # type: ignore[attr-defined]
+    for name in TokenEvent.__slots__:
         assert getattr(found, name) == getattr(event, name)
 
 

@@ -53,11 +53,11 @@ def toy_loader(*, num_blocks: int = 512, step_s: float = 0.0) -> Loader:
             adapters = Adapters(_load_adapter, adapter_sources(settings), max_loaded=8)
         return Served(
             engine,
-            tokenizer,
+            tokenizer,  # type: ignore[arg-type]
             ChatTemplate(CHATML, {}),
             info,
             engine.stats,
-            adapters=adapters,  # type: ignore[arg-type]
+            adapters=adapters,
         )
 
     return load
@@ -104,7 +104,7 @@ class LocalTransport:
         following: asyncio.Future[Reply | None] | None = None
         try:
             while True:
-                following = asyncio.ensure_future(anext(replies, None))  # type: ignore[arg-type]
+                following = asyncio.ensure_future(anext(replies, None))
                 await asyncio.wait({following, lost}, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
                     raise ReplicaLost(name)

@@ -178,7 +178,7 @@ def merged_metrics(texts: dict[str, str]) -> str:
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for model, text in texts.items():
-        written = model.translate(str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"}))
+        written = model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         family = ""
         for line in text.splitlines():
             if line.startswith("# "):

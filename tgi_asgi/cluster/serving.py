@@ -6,15 +6,16 @@ Everything that imports Ray is here and in `routing.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from tgi_asgi.app import Loader, load_model
@@ -39,7 +40,7 @@ _SWITCH_S = 0.001  # as in `serve/server.py`: a thread that wants the GIL back w
 class ReplicaDeployment:
     """The actor around a replica; Ray counts what runs and waits in its engine as its ongoing requests."""
 
-    async def __init__(self, settings: Settings, loader: Loader) -> None:
+    async def __init__(self, settings: Settings, loader: Loader) -> None:  # type: ignore[misc]  # Ray awaits it
         logs.configure(settings)
         sys.setswitchinterval(_SWITCH_S)
         name = serve.get_replica_context().replica_id.unique_id
@@ -132,12 +133,13 @@ class RayTransport:
         stream = self._streams.generate.remote(Wanted(tuple(order)), request)
         is_over = False
         try:
-            async for reply in stream:
-                yield reply
+            with _losses_told():
+                async for reply in stream:
+                    yield reply
             is_over = True
-        except (RayActorError, DeploymentUnavailableError) as error:
+        except ReplicaLost:
             is_over = True
-            raise ReplicaLost(type(error).__name__) from error
+            raise
         finally:
             if not is_over:
                 stream.cancel()
@@ -146,10 +148,8 @@ class RayTransport:
         """Call a method of one replica."""
         if replica not in self._replicas:
             raise ReplicaLost(replica)
-        try:
+        with _losses_told():
             return await getattr(self._handle, method).remote(Wanted((replica,)), *arguments)
-        except (RayActorError, DeploymentUnavailableError, TaskCancelledError) as error:
-            raise ReplicaLost(type(error).__name__) from error
 
     def _hear(self, replicas: Sequence[str]) -> None:
         """Take who is there, in the router's thread."""
@@ -158,7 +158,21 @@ class RayTransport:
             self._loop.call_soon_threadsafe(self._has_changed.set)
 
 
-def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str | None = ROUTER) -> Any:
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """Raise `ReplicaLost` for what Ray raises when an actor is gone, or ends what it was doing."""
+    try:
+        yield
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        raise ReplicaLost(type(error).__name__) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost("the call was cancelled") from error  # by the replica: nobody here has asked for it
+
+
+def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str = ROUTER) -> Any:
     """Return the Serve application; `loader` and `router` replace ours in tests and benchmarks.
 
     Raises:
@@ -179,23 +193,20 @@ def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str |
     return ingress.bind(bound)
 
 
-def _replicas_of(model: ModelConfig, loader: Loader, router: str | None) -> Any:
+def _replicas_of(model: ModelConfig, loader: Loader, router: str) -> Any:
     settings = model.settings
     # Keys are asked for once, by the ingress; what a replica is started with can be read in Ray's dashboard.
     bare = replace(settings, api_key=(), api_key_file=None, admin_api_key=None, otlp_endpoint=None)
-    given: dict[str, Any] = (
-        {"autoscaling_config": dict(model.autoscaling_config)}
-        if (model.autoscaling_config is not None)
-        else {"num_replicas": model.num_replicas}
-    )
-    if router is not None:
-        given["request_router_config"] = RequestRouterConfig(request_router_class=router)
+    given: dict[str, Any] = {"num_replicas": model.num_replicas}
+    if model.autoscaling_config is not None:
+        given = {"autoscaling_config": dict(model.autoscaling_config)}
     deployment = serve.deployment(
         ReplicaDeployment,
         name=f"model {name_of(model)}".replace("/", "--"),
         max_ongoing_requests=settings.max_concurrent_requests + _SLACK,
         graceful_shutdown_timeout_s=settings.graceful_termination_timeout + _DRAIN_SLACK_S,
         health_check_period_s=5.0,
+        request_router_config=RequestRouterConfig(request_router_class=router),
         ray_actor_options=dict(model.ray_actor_options),
         **given,
     )
