@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from bench.cluster import RayCluster, lose_one
 from tests.support.local_cluster import toy_loader
+from tgi_asgi.cluster import app
 
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
 
+DEPLOY = Path(__file__).parents[2] / "deploy/ray"
 KEYS = {"authorization": "Bearer k"}
 
 
@@ -83,3 +87,14 @@ def test_a_lost_replica_takes_its_own_streams_alone(ray_cluster: RayCluster) -> 
     assert found["ends"] == {"error event": found["on_the_killed"], "whole": 12 - found["on_the_killed"]}
     assert found["sent_after"] == {"whole": 5}
     assert found["replaced_after_s"] is not None
+
+
+def test_ray_takes_the_files_of_deploy() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    local = yaml.safe_load((DEPLOY / "serve.yaml").read_text(encoding="utf-8"))
+    service = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text(encoding="utf-8"))
+    for config in (local, yaml.safe_load(service["spec"]["serveConfigV2"])):
+        [application] = ServeDeploySchema(**config).applications
+        assert application.import_path == "tgi_asgi.cluster:app"
+        assert app(application.args) is not None
