@@ -17,7 +17,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard csrc/*.h csrc/*.def csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h csrc/*/*/*.cpp)
 
-.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
+.PHONY: serve test test-install test-lowest test-image test-agents test-models test-page test-deploy test-cluster test-offline cuda-link constraints picture docs soak sanitize nightly install lint format cuda-check bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tgi-asgi $(ARGS)
@@ -52,6 +52,10 @@ test-page: $(VENV)/.page-tools
 # systemd, and kubectl from 1.21 on. A test whose program is missing is skipped and names it.
 test-deploy: $(VENV)/.deploy-tools
 	$(BIN)/python -m pytest tests/deploy -m deploy $(PYTEST_ARGS)
+
+# Replicas as actors of Ray Serve, of which one is killed.
+test-cluster: $(VENV)/.cluster-tools
+	$(BIN)/python -m pytest tests/cluster -m cluster $(PYTEST_ARGS)
 
 # The README's picture, from the chat page before the demonstration model.
 picture: $(VENV)/.page-tools
@@ -89,9 +93,10 @@ test-offline: $(VENV)/.test-tools
 
 # All that takes too long for `make test`, one after the other whatever fails, with a table at the end: storms, the
 # kernels of x86-64 and, under qemu, of Arm (aarch64-linux-gnu-g++ and qemu-aarch64 must be installed), every family of
-# models, the pages in Chromium, what deploy/ has, packages in clean environments, the oldest
-# dependencies, the image, agents, a run without network, the documents' site, the sanitizers, the CUDA kernels compiled and linked.
-NIGHTLY = soak test-models test-page test-deploy test-install test-lowest test-image test-agents test-offline \
+# models, the pages in Chromium, what deploy/ has, a cluster of Ray's, packages in clean environments, the oldest
+# dependencies, the image, agents, a run without network, the documents' site, the sanitizers, the CUDA kernels
+# compiled and linked.
+NIGHTLY = soak test-models test-page test-deploy test-cluster test-install test-lowest test-image test-agents test-offline \
   docs sanitize cuda-check cuda-link
 nightly:
 	$(PYTHON) .ci/nightly $(NIGHTLY)
@@ -129,7 +134,8 @@ bench: $(VENV)/.test-tools
 	$(BIN)/python -m bench $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.docs-tools $(VENV)/.lint-tools
+	rm -rf build dist *.egg-info tgi_asgi/*.so $(VENV)/.installed $(VENV)/.test-tools $(VENV)/.page-tools $(VENV)/.deploy-tools $(VENV)/.package-tools $(VENV)/.docs-tools $(VENV)/.cluster-tools \
+	  $(VENV)/.lint-tools
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -165,6 +171,10 @@ $(VENV)/.deploy-tools: $(VENV)/.test-tools
 
 $(VENV)/.docs-tools: $(VENV)/.test-tools
 	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	touch $@
+
+$(VENV)/.cluster-tools: $(VENV)/.test-tools
+	$(INSTALL) --no-build-isolation --editable '.[ray]'
 	touch $@
 
 $(VENV)/.lint-tools: $(VENV)/.installed

@@ -39,6 +39,7 @@ MAY_KNOW = {  # TGI's clouds and tokenizer take OpenAI's chats; Ollama's tools a
     "ollama": {"openai"},
 }
 MOST_MODULES_OF_A_CHAT = 25
+RAY_FILES = {"cluster/serving.py", "cluster/routing.py"}
 TORCH_ROOMS = {"runner", "models", "ops"}
 PURE = ("engine/scheduler.py", "engine/blocks.py", "engine/prefix.py", "engine/sequence.py")
 
@@ -125,6 +126,15 @@ def test_torch_stays_in_the_rooms_below_the_engine() -> None:
     for path in FILES:
         if _room(path) not in TORCH_ROOMS or path.name == "plan.py":
             assert "torch" not in {module.split(".")[0] for module in _imports(path)}, path
+
+
+def test_ray_stays_in_two_files_that_the_server_does_not_know() -> None:
+    for path in FILES:
+        imported = set(_imports(path))
+        if str(path.relative_to(PACKAGE)) not in RAY_FILES:
+            assert "ray" not in {module.split(".")[0] for module in imported}, path
+        if _room(path) != "cluster":
+            assert not any(name.startswith("tgi_asgi.cluster") for name in imported), path
 
 
 @pytest.mark.parametrize(

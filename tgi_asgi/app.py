@@ -71,6 +71,7 @@ class App:
         on_fatal: called with the reason when loading has failed, or the engine has died and its streams have
             had `FLUSH_S` to send their last events; the process should end, and answers 503 until then.
         observers: run in order after each request.
+        keys: who may call.
     """
 
     def __init__(self, context: ServerContext, loader: Loader) -> None:
@@ -78,8 +79,8 @@ class App:
         self.on_ready: Callable[[Served], None] | None = None
         self.on_fatal: Callable[[BaseException], None] | None = None
         self._cors = Cors(context.settings)
-        self._keys = ApiKeys(context.settings)
-        self._routes = RouteTable(table.routes(context.settings), self._keys.check)
+        self.keys = ApiKeys(context.settings)
+        self._routes = RouteTable(table.routes(context.settings), self.keys.check)
         context.routes = self._routes.rows
         context.responses = ResponseStore(context.settings.response_store)
         self.observers: list[Observer] = [context.metrics.request_ended, log_access]
@@ -119,7 +120,7 @@ class App:
 
     def reload(self) -> None:
         """Read again what may change while the server runs: the API keys of the key file."""
-        self._keys.reload()
+        self.keys.reload()
 
     async def _load(self) -> None:
         context = self.context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 # A field by its place in a request, in the names that all APIs share: ("tools", 2, "name").
 Field = tuple[str | int, ...]
@@ -35,6 +36,17 @@ class TgiError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let errors go from process to process, whatever their constructors take."""
+        return _restored, (type(self), self.message, self.__dict__)
+
+
+def _restored(kind: type[TgiError], message: str, state: dict[str, Any]) -> TgiError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(state)
+    error.args = (message,)
+    return error
 
 
 class InvalidRequest(TgiError, error_type="validation"):

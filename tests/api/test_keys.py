@@ -101,7 +101,7 @@ async def test_a_broken_key_file_keeps_the_old_keys_and_says_so(
 def limited(clock: list[float], engine: ScriptedEngine | None = None, **changes: Any) -> App:
     settings = Settings(api_key=TWO, requests_per_minute=2, **changes)
     app = scripted_app(engine or ScriptedEngine(), settings)
-    app._keys._clock = lambda: clock[0]
+    app.keys._clock = lambda: clock[0]
     return app
 
 

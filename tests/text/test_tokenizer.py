@@ -7,6 +7,7 @@ llama.cpp, and by what transformers makes of the same GGUF file, and kept those 
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_special_tokens_are_parsed_and_known(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<|im_end|>"
     assert not tokenizer.adds_bos
     assert tokenizer.token_text(2) == "<|im_end|>"
+
+
+def test_a_tokenizer_in_another_process_gives_the_same(
+    tokenizer: Tokenizer, recorded: list[tuple[str, list[int]]]
+) -> None:
+    found = pickle.loads(pickle.dumps(tokenizer))
+    for text, ids in recorded[::20]:
+        assert found.encode(text, add_special_tokens=False) == ids
+    assert (found.eos_ids, found.special_tokens) == (tokenizer.eos_ids, tokenizer.special_tokens)
 
 
 def test_an_incomplete_character_is_shown_as_such(tokenizer: Tokenizer) -> None:

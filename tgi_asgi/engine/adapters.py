@@ -48,6 +48,7 @@ class _Entry:
 
     Attributes:
         adapter: while it is in memory.
+        key: of its contents, once it has been read.
         task: that loads it.
         is_queued: it is about to be read for the first time, in its turn.
         num_users: leases.
@@ -57,13 +58,14 @@ class _Entry:
     """
 
     __slots__ = (
-        "adapter", "failed_s", "failure", "has_loaded", "idle", "is_queued", "num_users", "source", "task",
-        "used",
+        "adapter", "failed_s", "failure", "has_loaded", "idle", "is_queued", "key", "num_users", "source",
+        "task", "used",
     )  # fmt: skip
 
     def __init__(self, source: AdapterSource) -> None:
         self.source = source
         self.adapter: Adapter | None = None
+        self.key = ""
         self.task: asyncio.Task[None] | None = None
         self.has_loaded = False
         self.is_queued = False
@@ -141,6 +143,11 @@ class Adapters:
     def names(self) -> list[str]:
         """Those that can be asked for, in the order in which they came: in memory, or to be read again."""
         return [name for name, entry in self._entries.items() if entry.has_loaded]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Of those in `names`, the keys of their contents."""
+        return {name: self._entries[name].key for name in self.names}
 
     @property
     def num_loaded(self) -> int:
@@ -313,7 +320,8 @@ class Adapters:
             return
         finally:
             entry.task = None
-        entry.adapter = Adapter(source.name, loaded.digest.hex(), loaded.weights)
+        entry.key = loaded.digest.hex()
+        entry.adapter = Adapter(source.name, entry.key, loaded.weights)
         entry.failure, entry.failed_s, entry.has_loaded = None, None, True
         entry.used = next(self._turns)
         logger.info(

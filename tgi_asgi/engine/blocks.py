@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from tgi_asgi.engine.journal import BlockJournal
+
 
 class BlockPool:
     """Count the references to each block and remember the contents of the freed ones.
@@ -21,16 +23,20 @@ class BlockPool:
     cached contents that were given up have been asked for again (`miss`).
 
     `num_free + num_used == num_blocks` always.
+
+    Attributes:
+        journal: hears which contents can be found from now on, and which no longer, if there is one.
     """
 
     __slots__ = (
-        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "num_blocks",
-        "num_touched", "num_used",
+        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "journal",
+        "num_blocks", "num_touched", "num_used",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, num_eager: int | None = None) -> None:
         assert num_blocks >= 1
         self.num_blocks = num_blocks
+        self.journal: BlockJournal | None = None
         self.num_used = 0
         self.num_touched = 0  # blocks that were ever handed out: those from here on are free and not listed
         self._num_eager = num_blocks if num_eager is None else num_eager
@@ -58,8 +64,7 @@ class BlockPool:
             block, _ = self._free.popitem(last=False)
             digest = self._digests[block]
             if digest is not None:
-                del self._by_digest[digest]
-                self._digests[block] = None
+                self._unlist(block, digest)
                 if self._num_eager < self.num_blocks:
                     self._give_up(digest)
         self._references[block] = 1
@@ -98,6 +103,11 @@ class BlockPool:
         """Return the block that holds these contents, used or free."""
         return self._by_digest.get(digest)
 
+    @property
+    def known(self) -> Iterable[bytes]:
+        """The digests of all contents that can be found."""
+        return self._by_digest.keys()
+
     def is_free(self, block: int) -> bool:
         return self._references[block] == 0
 
@@ -115,14 +125,21 @@ class BlockPool:
             self._by_digest[digest] = block
             self._digests[block] = digest
             self._given_up.pop(digest, None)
+            if self.journal is not None:
+                self.journal.found(digest)
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Make blocks unfindable: what they hold is not to be trusted."""
         for block in blocks:
             digest = self._digests[block]
             if digest is not None:
-                del self._by_digest[digest]
-                self._digests[block] = None
+                self._unlist(block, digest)
+
+    def _unlist(self, block: int, digest: bytes) -> None:
+        del self._by_digest[digest]
+        self._digests[block] = None
+        if self.journal is not None:
+            self.journal.lost(digest)
 
     def reset(self) -> int:
         """Make all blocks unfindable, used and free; return how many could be found."""

@@ -139,6 +139,11 @@ class Tokenizer:
         _set_affixes(vocab.backend, bos, eos)
         return cls(vocab.backend, vocab.special_tokens, vocab.eos_ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it go to another process: the tables are made there again."""
+        state = (self._backend.to_str(), self.special_tokens, self.eos_ids, self._has_token_types)
+        return _restored, state
+
     def encode(self, text: str, *, add_special_tokens: bool, is_marked: bool = False) -> list[int]:
         """Turn text into ids. Text of special tokens in it becomes those tokens, or only where it is marked.
 
@@ -268,6 +273,14 @@ class Tokenizer:
         except TypeError:  # said of a string that has no UTF-8
             raise InvalidRequest("the text holds half a surrogate pair, which is no character") from None
         return encoding
+
+
+def _restored(
+    backend: str, special_tokens: Mapping[str, str], eos_ids: Iterable[int], has_token_types: bool
+) -> Tokenizer:
+    made = Tokenizer(tokenizers.Tokenizer.from_str(backend), special_tokens, eos_ids)
+    made._has_token_types = has_token_types
+    return made
 
 
 def _span(sequence_ids: Sequence[int | None], wanted: int) -> tuple[int, int] | None:

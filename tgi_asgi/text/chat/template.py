@@ -44,6 +44,7 @@ class ChatTemplate:
         self, source: str, special_tokens: dict[str, str], *, tool_use_source: str | None = None
     ) -> None:
         self.source = source
+        self._tool_use_source = tool_use_source
         self._special_tokens = dict(special_tokens)
         self._words: set[str] = set()
         self._default = self._compile(source)
@@ -55,6 +56,10 @@ class ChatTemplate:
         self._tolerates_none = self._probe_none()
         self.takes_scattered_system = takes_scattered(self._probe, has_developer=self.mentions("developer"))
         """Whether system messages may stand anywhere; else `render` joins them to one at the front."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let it go to another process: it is compiled there again."""
+        return _restored, (self.source, self._special_tokens, self._tool_use_source)
 
     def mentions(self, name: str) -> bool:
         """Return whether the template reads a variable, attribute or key of that name."""
@@ -168,6 +173,10 @@ class ChatTemplate:
             return _render(self._default, variables)
         except TemplateError:
             return ""
+
+
+def _restored(source: str, special_tokens: dict[str, str], tool_use_source: str | None) -> ChatTemplate:
+    return ChatTemplate(source, special_tokens, tool_use_source=tool_use_source)
 
 
 def load_chat_template(

@@ -101,7 +101,7 @@ class GrammarCompiler:
             matcher.fill_mask(mask)
             if matcher.error is not None:
                 raise InvalidRequest(f"grammar is not valid: {matcher.error}")
-        grammar = Grammar(backend, self._executor, self._free_texts.find(source, grammar.matcher))
+        grammar = Grammar(backend, self._executor, self._free_texts.find(source, grammar.matcher), source)
         with self._lock:
             self._compiled[text] = grammar
             while len(self._compiled) > MAX_CACHED:
@@ -110,11 +110,18 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled grammar, shared by all requests that use it."""
+    """A compiled grammar, shared by all requests that use it; `source` is what it was compiled from."""
 
-    __slots__ = ("_executor", "_free", "_prototype")
+    __slots__ = ("_executor", "_free", "_prototype", "source")
 
-    def __init__(self, prototype: Any, executor: Any, free: FreeText | None = None) -> None:
+    def __init__(
+        self,
+        prototype: Any,
+        executor: Any,
+        free: FreeText | None = None,
+        source: GrammarSource | None = None,
+    ) -> None:
+        self.source = source
         self._prototype = prototype
         self._executor = executor
         self._free = free

@@ -1,0 +1,120 @@
+"""Several models behind one address."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+import pytest
+
+from tests.support.asgi import Call, request, send
+from tests.support.local_cluster import LocalCluster
+from tgi_asgi.app import OwnedEngine
+from tgi_asgi.cluster.front import Front, merged_metrics
+from tgi_asgi.settings import Settings
+
+
+@pytest.fixture
+async def front() -> AsyncIterator[Front]:
+    """Two models with one key."""
+    async with AsyncExitStack() as stack:
+        apps = []
+        for name in ("org/a", "org/b"):
+            settings = Settings(model_id=name, api_key=("k",), strict_model_names=True, payload_limit=5000)
+            apps.append((await stack.enter_async_context(LocalCluster(1, settings))).app)
+        yield Front(apps)
+
+
+KEY = {"authorization": "Bearer k"}
+
+
+async def post(front: Front, path: str, body: Any, headers: dict[str, str] = KEY) -> Call:
+    return await send(front, request("POST", path, body, headers))
+
+
+def chat(model: str | None) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    return body if model is None else {**body, "model": model}
+
+
+@pytest.mark.parametrize(("model", "answers"), [("org/a", "org/a"), ("org/b", "org/b"), (None, "org/a")])
+async def test_a_request_goes_to_the_model_that_it_names(
+    front: Front, model: str | None, answers: str
+) -> None:
+    answer = await post(front, "/v1/chat/completions", chat(model))
+    assert answer.json()["model"] == answers
+
+
+async def test_a_name_that_is_not_served_is_refused(front: Front) -> None:
+    answer = await post(front, "/v1/chat/completions", chat("org/c"))
+    assert answer.status == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+async def test_all_models_are_listed_and_described(front: Front) -> None:
+    listed = (await send(front, request("GET", "/v1/models", headers=KEY))).json()
+    described = (await send(front, request("GET", "/v1/models/org/b", headers=KEY))).json()
+    assert [each["id"] for each in listed["data"]] == ["org/a", "org/b"]
+    assert described["id"] == "org/b"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/org/b"])
+async def test_lists_need_a_key(front: Front, path: str) -> None:
+    assert (await send(front, request("GET", path))).status == 401
+
+
+async def test_a_body_without_a_key_is_refused_as_by_one_server(front: Front) -> None:
+    answer = await post(front, "/v1/chat/completions", chat("org/b"), {})
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"{nonsense", 400), (b'{"model": "' + b"x" * 6000 + b'"}', 413), (b"[1]", 400)]
+)
+async def test_what_is_wrong_with_a_body_is_said_by_the_api(front: Front, body: bytes, status: int) -> None:
+    answer = await post(front, "/v1/chat/completions", body)
+    assert (answer.status, answer.is_complete) == (status, True)
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_body_in_pieces_that_grows_too_long_is_refused(front: Front) -> None:
+    call = request("POST", "/v1/chat/completions", headers=KEY, chunks=[b" " * 2000] * 4)
+    assert (await send(front, call)).status == 413
+    assert front._apps[0].context.bodies.held == 0
+
+
+async def test_nothing_of_a_body_stays_counted(front: Front) -> None:
+    await post(front, "/v1/chat/completions", chat("org/b"))
+    assert [app.context.bodies.held for app in front._apps] == [0, 0]
+
+
+async def test_one_metrics_page_has_both_models(front: Front) -> None:
+    await post(front, "/v1/chat/completions", chat("org/b"))
+    text = (await send(front, request("GET", "/metrics"))).content.decode()
+    assert 'tgi_request_count{model_name="org/a"} 0' in text
+    assert 'tgi_request_count{model_name="org/b"} 1' in text
+    assert text.count("# TYPE tgi_request_count counter") == 1
+
+
+async def test_the_cluster_is_well_while_one_model_is(front: Front) -> None:
+    served = front._apps[0].context.served
+    assert served is not None
+    await cast(OwnedEngine, served.engine).stop()
+    found = [(await send(front, request("GET", path))).status for path in ("/health", "/readyz")]
+    assert found == [200, 503]
+
+
+def test_a_family_stays_together() -> None:
+    a = '# HELP x About x.\n# TYPE x counter\nx 1\n# HELP y About y.\n# TYPE y gauge\ny{k="v"} 2\n'
+    merged = merged_metrics({"m": a, 'n"': a.replace(" 1\n", " 3\n")})
+    assert merged.splitlines() == [
+        "# HELP x About x.",
+        "# TYPE x counter",
+        'x{model_name="m"} 1',
+        'x{model_name="n\\""} 3',
+        "# HELP y About y.",
+        "# TYPE y gauge",
+        'y{model_name="m",k="v"} 2',
+        'y{model_name="n\\"",k="v"} 2',
+    ]

@@ -1,0 +1,221 @@
+"""Several models behind one address: each request goes to the application of the model that it names.
+
+Each model has an application of its own, with the same keys and limits; what concerns all of them is asked of
+each and put together. What is wrong with a request is for the applications to say, in their own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+import orjson
+
+from tgi_asgi.api.asgi import Message, Receive, Scope, Send, header
+from tgi_asgi.api.errors import NATIVE
+from tgi_asgi.api.exchange import Exchange
+from tgi_asgi.api.routes import path_of
+from tgi_asgi.app import App
+from tgi_asgi.errors import TgiError
+from tgi_asgi.types import EngineState
+
+_PROBES = frozenset({"/health", "/ping", "/livez", "/readyz"})
+_SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
+_LARGE = 32 * 1024
+
+
+class _Parameters(msgspec.Struct):
+    adapter_id: Any = None
+
+
+class _Named(msgspec.Struct):
+    """What of a body says which model it is for: OpenAI's and others' field, or TGI's adapters."""
+
+    model: Any = None
+    parameters: Any = None
+
+
+_BODY = msgspec.json.Decoder(_Named)
+
+
+def front_app(apps: Sequence[App]) -> App | Front:
+    """Return what answers for these applications, of which one alone does so itself."""
+    return apps[0] if len(apps) == 1 else Front(apps)
+
+
+class Front:
+    """One ASGI application for several, of which the first answers what names no model."""
+
+    def __init__(self, apps: Sequence[App]) -> None:
+        self._apps = apps
+        for app in apps:  # a conversation's earlier answers are found whatever model goes on with it
+            app.context.responses = apps[0].context.responses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        if scope["type"] != "http":
+            await self._apps[0](scope, receive, send)
+            return
+        method, path = scope["method"], _path_below(scope)
+        if path == "/v1/models":
+            await self._list(scope, receive, send)
+        elif path == "/metrics":
+            await self._measure(scope, send)
+        elif path in _PROBES:
+            await self._best(path)(scope, receive, send)
+        elif path.startswith("/v1/models/"):
+            await self._serving(unquote(path.removeprefix("/v1/models/")))(scope, receive, send)
+        elif method == "POST":
+            await self._by_body(scope, receive, send)
+        else:
+            await self._apps[0](scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        for app in self._apps:
+            app.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        for app in self._apps:
+            await app.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _serving(self, name: object) -> App:
+        """Return the application that serves a model or an adapter of this name, else the first."""
+        if isinstance(name, str):
+            for app in self._apps:
+                served = app.context.served
+                settings = app.context.settings
+                own = settings.served_model_name or settings.model_id
+                adapters = served.adapters if served is not None else None
+                if name == own or (adapters is not None and name in adapters):
+                    return app
+        return self._apps[0]
+
+    def _best(self, path: str) -> App:
+        """Return who answers a probe: the first application that is well, for all but `/readyz`."""
+        is_well = [app.context.state is EngineState.READY for app in self._apps]
+        if path == "/readyz":
+            return self._apps[is_well.index(False)] if False in is_well else self._apps[0]
+        return self._apps[is_well.index(True)] if True in is_well else self._apps[0]
+
+    async def _by_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, up to the limit, and give it to the application that it names."""
+        first = self._apps[0]
+        settings, budget = first.context.settings, first.context.bodies
+        declared = header(scope, b"content-length") or b""
+        if declared.isdigit() and int(declared) > settings.payload_limit:
+            await first(scope, receive, send)  # which says so without reading it
+            return
+        messages: list[Message] = []
+        size = 0
+        try:
+            first.keys.check(Exchange(first.context, scope, receive, send, NATIVE))
+            while size <= settings.payload_limit:
+                message = await receive()
+                messages.append(message)
+                num_bytes = len(message.get("body", b""))
+                budget.take(num_bytes, size)
+                size += num_bytes
+                if not message.get("more_body", False):
+                    break
+            name = _name_in(messages) if size < _LARGE else await asyncio.to_thread(_name_in, messages)
+        except TgiError:
+            name = None  # the application meets the same, and says so
+        finally:
+            budget.give_back(size)
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self._serving(name)(scope, replay, send)
+
+    async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the models of all applications; those that load are not there yet."""
+        answers = [await _asked(app, scope) for app in self._apps]
+        lists = [orjson.loads(body)["data"] for status, body in answers if status == 200 and body]
+        if not lists:
+            await self._apps[0](scope, receive, send)
+            return
+        body = orjson.dumps({"object": "list", "data": [each for models in lists for each in models]})
+        await _respond(send, body, b"application/json")
+
+    async def _measure(self, scope: Scope, send: Send) -> None:
+        """Answer with the metrics of all applications, each sample with its model's name."""
+        answers = [await _asked(app, scope) for app in self._apps]
+        names = [
+            str(app.context.settings.served_model_name or app.context.settings.model_id) for app in self._apps
+        ]
+        texts = [body.decode() for _, body in answers]
+        body = await asyncio.to_thread(merged_metrics, dict(zip(names, texts, strict=True)))
+        await _respond(send, body.encode(), b"text/plain; charset=utf-8")
+
+
+def _path_below(scope: Scope) -> str:
+    """Return a request's path below the prefix that Serve routes to us."""
+    path, root = path_of(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return (path.removeprefix(root) or "/") if f"{path}/".startswith(f"{root}/") else path
+
+
+def _name_in(messages: Sequence[Message]) -> object:
+    """Return the model or adapter that a body names, or None."""
+    try:
+        named = _BODY.decode(b"".join(message.get("body", b"") for message in messages))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    adapter = named.parameters.get("adapter_id") if isinstance(named.parameters, dict) else None
+    return adapter if named.model is None else named.model
+
+
+def merged_metrics(texts: dict[str, str]) -> str:
+    """Return one exposition of several, by model: each family once, each sample with `model_name`."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for model, text in texts.items():
+        written = model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        family = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                family = line.split(" ", 3)[2]
+                if line not in heads.setdefault(family, []):
+                    heads[family].append(line)
+                continue
+            found = _SAMPLE.fullmatch(line)
+            if found is None:
+                continue
+            name, labels, value = found.groups()
+            if not labels or 'model_name="' not in labels:
+                labels = f'model_name="{written}"' + (f",{labels}" if labels else "")
+            samples.setdefault(family, []).append(f"{name}{{{labels}}} {value}")
+    lines = [line for family, head in heads.items() for line in (*head, *samples.get(family, ()))]
+    return "\n".join([*lines, ""])
+
+
+async def _asked(app: App, scope: Scope) -> tuple[int, bytes]:
+    """Return what an application answers."""
+    status, parts = 500, list[bytes]()
+
+    async def take(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            parts.append(message.get("body", b""))
+
+    async def nothing() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await app({**scope, "method": "GET"}, nothing, take)
+    return status, b"".join(parts)
+
+
+async def _respond(send: Send, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,377 @@
+"""The engine of an ingress: sends each request to the replica that suits it best, and hands its answer on.
+
+To the API it is an engine as any other (`types.Engine`), so all that a server does with requests is done by
+the same code in a cluster: parsing, keys, limits, templates, streams, errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+from tgi_asgi.cluster.table import ReplicaTable, Ticket
+from tgi_asgi.cluster.totals import Totals
+from tgi_asgi.cluster.wire import Reply, Report, Seen, WireRequest, finishes_of, unpacked
+from tgi_asgi.engine.admission import Admission
+from tgi_asgi.engine.prefix import HashChain, root_digest
+from tgi_asgi.errors import (
+    GenerationFailed,
+    IncompleteGeneration,
+    Overloaded,
+    RequestAborted,
+    TgiError,
+    Unavailable,
+)
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import EngineState, GenerationRequest, Permit, RequestStats, Sink, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 1.0
+_REPORT_TIMEOUT_S = 5.0
+_MOST_TRIES = 3  # of a request that has had no token: another replica may have room, or be alive
+_LONG = 16 * 1024  # tokens of a prompt that a thread hashes: 60 ns each
+
+
+class ReplicaLost(Exception):
+    """Raised by a transport when a replica has ended, or cannot be reached."""
+
+
+class Transport(Protocol):
+    """The way to the replicas of a model."""
+
+    def replicas(self) -> Sequence[str]:
+        """Return the ids of those that there are now."""
+
+    async def wait_for_change(self) -> None:
+        """Return when there are others than at the last call."""
+
+    def generate(self, order: Sequence[str], request: WireRequest) -> AsyncIterator[Reply]:
+        """Send a request to the first of these replicas that is there still.
+
+        Raises:
+            ReplicaLost: it has ended before its answer has.
+        """
+
+    async def call(self, replica: str, method: str, *arguments: Any) -> Any:
+        """Call a method of one replica.
+
+        Raises:
+            ReplicaLost: there is none of that id.
+        """
+
+
+class RemoteEngine:
+    """A `types.Engine` whose steps are computed elsewhere.
+
+    Its room is that of all replicas together; it is loading while there is none.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        settings: Settings,
+        block_size: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.on_fatal: Callable[[TgiError], None] | None = None
+        self.transport = transport
+        self.table = ReplicaTable(block_size, clock=clock)
+        self.admission = Admission(settings.max_concurrent_requests, clock)
+        self.channels: list[RemoteChannel] = []
+        self._totals = Totals()
+        self._room = settings.max_concurrent_requests
+        self._prefix_cache = settings.prefix_cache
+        self.block_size = block_size
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._is_leaving = False
+        self._watch: asyncio.Task[None] | None = None
+        self._errands: set[asyncio.Task[None]] = set()
+
+    @property
+    def stats(self) -> Any:
+        """The counters of all replicas together."""
+        return self._totals.stats
+
+    @property
+    def state(self) -> EngineState:
+        if self._is_leaving:
+            return EngineState.DRAINING
+        return EngineState.READY if self.table.replicas else EngineState.LOADING
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is known of the replicas, for a person to read."""
+        replicas = [
+            {
+                "id": each.name,
+                "open": each.num_open,
+                "open_by_others": each.num_foreign,
+                "load_tokens": each.load,
+                "cached_blocks": each.num_blocks,
+                "missed_reports": each.num_missed,
+            }
+            for each in self.table.replicas.values()
+        ]
+        requests = [channel.request.request_id for channel in self.channels]
+        return {"replicas": replicas, "requests": requests}
+
+    def start(self) -> None:
+        """Begin to watch the replicas."""
+        self._watch = asyncio.create_task(self._keep_watching(), name="replicas")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new and let what runs finish; what has not by then is ended with an error."""
+        self._is_leaving = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        self._end_all()
+
+    async def stop(self) -> None:
+        """End every request with an error now."""
+        self._is_leaving = True
+        self._end_all()
+        tasks = [task for task in (self._watch, *self._errands) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _end_all(self) -> None:
+        for channel in list(self.channels):
+            channel.refuse(IncompleteGeneration("the server is shutting down"))
+
+    def acquire(self, n: int, tenant: str | None = None) -> Permit:
+        """Take room for n choices; raises `Overloaded` or `Unavailable`.
+
+        As in an engine, a key that holds less than another takes the place of that one's newest request that
+        has no token yet.
+        """
+        if self.state is not EngineState.READY:
+            raise Unavailable("No replica can be reached", retry_after_s=2)
+        if self.admission.is_full(n):
+            waiting = {
+                channel.permit: channel for channel in reversed(self.channels) if not channel.has_begun
+            }
+            for permit in self.admission.to_displace(n, tenant, waiting):
+                retry_after_s = self.admission.retry_after_s(permit.n)
+                waiting[permit].refuse(Overloaded("Others were served first", retry_after_s=retry_after_s))
+        return self.admission.acquire(n, tenant)
+
+    def submit(self, request: GenerationRequest, permit: Permit) -> RemoteChannel:
+        """Send a request; the permit is released at its end."""
+        channel = RemoteChannel(self, request, permit)
+        self.channels.append(channel)
+        self._is_idle.clear()
+        return channel
+
+    def closed(self, channel: RemoteChannel) -> None:
+        """Learn that a request has ended."""
+        self.channels.remove(channel)
+        if not self.channels:
+            self._is_idle.set()
+
+    def abort(self, request_id: str) -> int:
+        """End the requests of this id, with an error; return how many there were."""
+        error = RequestAborted("the request was aborted")
+        named = [channel for channel in self.channels if channel.request.request_id == request_id]
+        return sum(channel.refuse(error) for channel in named)
+
+    def reset_prefix_cache(self) -> int:
+        """Have all replicas forget all prompts; return how many blocks they had by their last reports."""
+        num_blocks = 0
+        for replica in self.table.replicas.values():
+            num_blocks += replica.num_blocks
+            replica.forget()
+            task = asyncio.create_task(self._tell(replica.name, "reset_prefix_cache"))
+            self._errands.add(task)
+            task.add_done_callback(self._errands.discard)
+        return num_blocks
+
+    async def _tell(self, replica: str, method: str) -> None:
+        with contextlib.suppress(ReplicaLost):
+            await self.transport.call(replica, method)
+
+    def digests(self, request: GenerationRequest) -> list[bytes]:
+        """Return the digests of a prompt's full blocks as an engine computes them; none if it shares none."""
+        if not (self._prefix_cache and request.is_prefix_cached):
+            return []
+        root = root_digest(None if request.adapter is None else request.adapter.key, request.cache_salt)
+        chain = HashChain(root, self.block_size, request.images)
+        ids = request.prompt_ids
+        return [chain.digest(index, ids) for index in range(len(ids) // self.block_size)]
+
+    def drop(self, replica: str) -> None:
+        """Forget a replica that is gone."""
+        self.table.drop(replica)
+        self._totals.retire(replica)
+        self._totals.show()
+
+    async def _keep_watching(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except Exception:
+                logger.exception("the replicas' reports could not be read")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await self.transport.wait_for_change()
+
+    async def refresh(self) -> None:
+        """Ask every replica how it does."""
+        names = self.transport.replicas()
+        for gone in self.table.replicas.keys() - set(names):
+            self.drop(gone)
+        await asyncio.gather(*map(self._ask, names))
+        self._totals.show()
+        self.admission.capacity = self._room * max(len(self.table.replicas), 1)
+
+    async def _ask(self, name: str) -> None:
+        known = self.table.replicas.get(name)
+        seen = Seen() if known is None else known.seen
+        try:
+            async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                report: Report = await self.transport.call(name, "report", seen)
+        except ReplicaLost:
+            self.drop(name)
+        except TimeoutError:
+            if known is not None:
+                known.num_missed += 1
+        else:
+            if report.replica != name:  # it is gone, and another one has answered
+                self.drop(name)
+                return
+            self.table.update(report)
+            self._totals.update(name, report.stats)
+
+
+class RemoteChannel:
+    """A `types.Channel`: a request that a replica computes, and where its events wait to be taken."""
+
+    def __init__(self, engine: RemoteEngine, request: GenerationRequest, permit: Permit) -> None:
+        self.request = request
+        self.stats = RequestStats(time.monotonic())
+        self.permit = permit
+        self.has_begun = False
+        self._engine = engine
+        self._num_open = request.n
+        self._sink: Sink | None = None
+        self._events: list[TokenEvent] = []
+        self._error: TgiError | None = None
+        self._is_ended = False
+        self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
+
+    def attach(self, sink: Sink) -> None:
+        """Call `sink` from now on, first with whatever is waiting."""
+        assert self._sink is None, "a channel takes one sink"
+        self._sink = sink
+        self._flush()
+
+    def cancel(self) -> None:
+        """Give the request up."""
+        if not self._is_ended:
+            self._close()
+            self._task.cancel()
+
+    def refuse(self, error: TgiError) -> bool:
+        """End the request with an error; tell whether it had not ended yet."""
+        if self._is_ended:
+            return False
+        self._end(error)
+        self._task.cancel()
+        return True
+
+    async def _run(self) -> None:
+        try:
+            error = await self._generate()
+            if error is None and self._num_open:
+                error = IncompleteGeneration("Incomplete generation")
+        except Exception:
+            logger.exception("request %s failed on its way", self.request.request_id)
+            error = GenerationFailed("the request failed on its way to a replica")
+        if not self._is_ended:
+            self._end(error)
+
+    async def _generate(self) -> TgiError | None:
+        """Follow an answer to its end, of the second best replica where the best has no room."""
+        engine, request = self._engine, self.request
+        size = len(request.prompt_ids)
+        hashed = engine.digests(request) if size < _LONG else asyncio.to_thread(engine.digests, request)
+        digests = hashed if isinstance(hashed, list) else await hashed
+        adapter = None if request.adapter is None else request.adapter.name
+        wired = WireRequest.of(request, self.permit.tenant)
+        tried: list[str] = []
+        error: TgiError | None = None
+        while len(tried) < _MOST_TRIES:
+            order = engine.table.order(digests, size, adapter, without=tried)
+            if not order:
+                break
+            tried.append(order[0])
+            ticket = engine.table.send(order[0], digests, size)
+            try:
+                error = await self._follow(order, wired, ticket)
+            except ReplicaLost as lost:
+                logger.warning("request %s: replica %s is lost: %s", request.request_id, order[0], lost)
+                engine.drop(order[0])
+                if self.has_begun:
+                    return GenerationFailed("the replica that computed this answer was lost")
+                error = None
+            else:
+                if self.has_begun or not isinstance(error, Overloaded | Unavailable):
+                    return error
+            finally:
+                ticket.end()
+        return error or Unavailable("No replica can be reached", retry_after_s=2)
+
+    async def _follow(self, order: Sequence[str], wired: WireRequest, ticket: Ticket) -> TgiError | None:
+        """Hand on what a replica answers; return the request's failure, if it fails there."""
+        async with contextlib.aclosing(self._engine.transport.generate(order, wired)) as replies:  # type: ignore[type-var]
+            async for reply in replies:
+                if reply.error is not None:
+                    return reply.error
+                if reply.course is not None:
+                    reply.course.fill(self.stats)
+                ticket.begin()
+                self._push(unpacked(reply.events))
+        return None
+
+    def _push(self, events: list[TokenEvent]) -> None:
+        self.has_begun = True
+        finishes = finishes_of(events)
+        self.stats.generated_tokens += len(events)
+        self.stats.finishes += finishes
+        self._num_open -= len(finishes)
+        self._events += events
+        if self._num_open == 0:
+            self._close()
+        self._flush()
+
+    def _end(self, error: TgiError | None) -> None:
+        self._error = error
+        self._close()
+        self._flush()
+
+    def _close(self) -> None:
+        if not self._is_ended:
+            self._is_ended = True
+            self.permit.release(has_run=self.has_begun)
+            self._engine.closed(self)
+
+    def _flush(self) -> None:
+        if self._sink is None:
+            return
+        try:
+            if self._events:
+                events, self._events = self._events, []
+                self._sink.on_events(events)
+            if self._error is not None:
+                error, self._error = self._error, None
+                self._sink.on_error(error)
+        except Exception:
+            logger.exception("request %s: its sink raised", self.request.request_id)
+            self.cancel()

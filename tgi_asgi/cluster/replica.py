@@ -1,0 +1,189 @@
+"""One replica: the engine, the model and its adapters, without HTTP; requests come ready from an ingress.
+
+Knows nothing of Ray: `serving.py` makes an actor of it, tests call it as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import cast
+
+from tgi_asgi.api.context import Served
+from tgi_asgi.app import App, Loader, create_app, load_model
+from tgi_asgi.cluster.totals import snapshot
+from tgi_asgi.cluster.wire import Course, Description, Reply, Report, Seen, WireRequest, finishes_of, packed
+from tgi_asgi.engine.adapters import Adapters
+from tgi_asgi.engine.engine import Engine
+from tgi_asgi.engine.journal import BlockJournal
+from tgi_asgi.errors import GenerationFailed, TgiError
+from tgi_asgi.serve.process import end_process
+from tgi_asgi.settings import Settings
+from tgi_asgi.types import EngineState, GenerationRequest, Lease, TokenEvent
+
+# What a reply costs both ends together. A stream waits so long, times the number of streams, before it sends
+# more: all streams together send 2,000 replies a second at most, each with all tokens that came meanwhile.
+_REPLY_S = 0.0005
+
+
+class Replica:
+    """Serve the requests of ingresses.
+
+    replica = await Replica.start("a", Settings(model_id="model.gguf"))
+    async for reply in replica.generate(request): ...
+    """
+
+    def __init__(self, name: str, app: App, served: Served) -> None:
+        self.name = name
+        self._app = app
+        self._served = served
+        self._engine = cast(Engine, served.engine)
+        self._adapters = cast("Adapters | None", served.adapters)
+        self._life = secrets.token_hex(8)
+        self._num_streams = 0
+        self._journal = BlockJournal()
+        self._engine.scheduler.pool.journal = self._journal
+
+    @classmethod
+    async def start(cls, name: str, settings: Settings, loader: Loader = load_model) -> Replica:
+        """Load the model; the process ends when the engine dies later.
+
+        Raises:
+            BaseException: the model cannot be loaded.
+        """
+        loaded: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
+        app = create_app(settings, loader)
+        app.on_ready, app.on_fatal = loaded.set_result, loaded.set_exception
+        app.start()
+        served = await loaded
+        app.on_fatal = lambda error: end_process(str(error), 1)
+        return cls(name, app, served)
+
+    async def stop(self) -> None:
+        """End what still runs with an error, and give everything back."""
+        await self._app.stop()
+
+    def check(self) -> None:
+        """Raise if the engine is dead."""
+        if self._app.context.state is EngineState.DEAD:
+            raise GenerationFailed("the engine has failed")
+
+    def describe(self) -> Description:
+        """Return what an ingress must know of the model."""
+        served, size = self._served, self._engine.scheduler.tables.block_size
+        return Description(
+            served.tokenizer, served.chat_template, served.info, served.image_processor,
+            self._adapters is not None, size,
+        )  # fmt: skip
+
+    def report(self, seen: Seen) -> Report:
+        """Tell how the replica does, and what changed in its cache since an ingress has seen it."""
+        journal, stats = self._journal, self._engine.stats
+        changes = journal.since(seen.number) if seen.life == self._life else None
+        is_whole = changes is None
+        if changes is None:
+            changes = dict.fromkeys(self._engine.scheduler.pool.known, True)
+        return Report(
+            self.name,
+            Seen(self._life, journal.end),
+            is_whole,
+            b"".join(digest for digest, is_found in changes.items() if is_found),
+            b"".join(digest for digest, is_found in changes.items() if not is_found),
+            stats.accepted - stats.finished - stats.failed - stats.cancelled,
+            snapshot(stats),
+            {} if self._adapters is None else self._adapters.keys,
+        )
+
+    async def generate(self, wired: WireRequest) -> AsyncIterator[Reply]:
+        """Yield an answer as it comes; it ends with a finish of every choice, or an error.
+
+        Whoever stops to read gives the request up.
+        """
+        lease: Lease | None = None
+        self._num_streams += 1
+        try:
+            if wired.adapter is not None:
+                assert self._adapters is not None, "an ingress sends adapters to who has them"
+                lease = await self._adapters.lease(wired.adapter)
+            request = await self._request(wired, lease)
+            permit = self._engine.acquire(request.n, wired.tenant)
+            channel = self._engine.submit(request, permit)
+            mailbox = _Mailbox()
+            channel.attach(mailbox)
+            num_open, is_first = request.n, True
+            try:
+                while num_open:
+                    events = await mailbox.take()
+                    num_open -= len(finishes_of(events))
+                    is_told = is_first or not num_open
+                    yield Reply(self.name, packed(events), Course.of(channel.stats) if is_told else None)
+                    is_first = False
+                    if num_open:
+                        await asyncio.sleep(self._num_streams * _REPLY_S)
+            finally:
+                channel.cancel()
+        except TgiError as error:
+            yield Reply(self.name, error=error)
+        finally:
+            self._num_streams -= 1
+            if lease is not None:
+                lease.release()
+
+    async def _request(self, wired: WireRequest, lease: Lease | None) -> GenerationRequest:
+        grammar = None
+        if wired.grammar is not None:
+            grammar = await asyncio.to_thread(self._served.grammars.compile, wired.grammar)
+        ids = list(wired.request.prompt_ids)
+        adapter = None if lease is None else lease.adapter
+        return replace(wired.request, prompt_ids=ids, grammar=grammar, adapter=adapter)
+
+    async def add_adapter(self, name: str, location: str) -> TgiError | None:
+        """Read an adapter; return why it cannot be had."""
+        assert self._adapters is not None, "an ingress asks who has them"
+        try:
+            await self._adapters.add(name, location)
+        except TgiError as error:
+            return error
+        return None
+
+    async def remove_adapter(self, name: str) -> TgiError | None:
+        """Forget an adapter; return why that is not possible."""
+        assert self._adapters is not None, "an ingress asks who has them"
+        try:
+            await self._adapters.remove(name)
+        except TgiError as error:
+            return error
+        return None
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all prompts; return how many blocks that were."""
+        return self._engine.reset_prefix_cache()
+
+
+class _Mailbox:
+    """A channel's sink: what has come and was not sent yet."""
+
+    def __init__(self) -> None:
+        self._events: list[TokenEvent] = []
+        self._error: TgiError | None = None
+        self._has_news = asyncio.Event()
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        self._events.extend(events)
+        self._has_news.set()
+
+    def on_error(self, error: TgiError) -> None:
+        self._error = error
+        self._has_news.set()
+
+    async def take(self) -> list[TokenEvent]:
+        """Return what is new once there is anything; raises the request's failure behind the last event."""
+        await self._has_news.wait()
+        events, self._events = self._events, []
+        if not events and self._error is not None:
+            raise self._error
+        if self._error is None:
+            self._has_news.clear()
+        return events

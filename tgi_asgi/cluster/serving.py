@@ -1,0 +1,213 @@
+"""The cluster as Ray Serve sees it: a deployment of replicas for each model, one of ingresses before them.
+
+Everything that imports Ray is here and in `routing.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from tgi_asgi.app import Loader, load_model
+from tgi_asgi.cluster.config import ClusterConfig, ModelConfig, name_of
+from tgi_asgi.cluster.front import front_app
+from tgi_asgi.cluster.ingress import ingress_app
+from tgi_asgi.cluster.presence import Wanted, shared
+from tgi_asgi.cluster.remote import ReplicaLost, Transport
+from tgi_asgi.cluster.replica import Replica
+from tgi_asgi.cluster.wire import Description, Reply, Report, Seen, WireRequest
+from tgi_asgi.errors import TgiError
+from tgi_asgi.observe import logs
+from tgi_asgi.settings import Settings
+
+ROUTER = "tgi_asgi.cluster.routing:PreferringRouter"
+_SLACK = 64  # calls beside those that generate: reports, and those that the engine refuses itself
+_MOST_AT_AN_INGRESS = 100_000  # what it takes is its own permits' to say
+_DRAIN_SLACK_S = 5.0
+_SWITCH_S = 0.001  # as in `serve/server.py`: a thread that wants the GIL back waits no longer
+
+
+class ReplicaDeployment:
+    """The actor around a replica; Ray counts what runs and waits in its engine as its ongoing requests."""
+
+    async def __init__(self, settings: Settings, loader: Loader) -> None:  # type: ignore[misc]  # Ray awaits it
+        logs.configure(settings)
+        sys.setswitchinterval(_SWITCH_S)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = await Replica.start(name, settings, loader)
+
+    async def generate(self, _wanted: Wanted, request: WireRequest) -> AsyncIterator[Reply]:
+        """Yield an answer as it comes."""
+        async for reply in self._replica.generate(request):
+            yield reply
+
+    async def describe(self, _wanted: Wanted) -> Description:
+        """Return what an ingress must know of the model."""
+        return self._replica.describe()
+
+    async def report(self, _wanted: Wanted, seen: Seen) -> Report:
+        """Tell how the replica does."""
+        return self._replica.report(seen)
+
+    async def add_adapter(self, _wanted: Wanted, name: str, location: str) -> TgiError | None:
+        """Read an adapter."""
+        return await self._replica.add_adapter(name, location)
+
+    async def remove_adapter(self, _wanted: Wanted, name: str) -> TgiError | None:
+        """Forget an adapter."""
+        return await self._replica.remove_adapter(name)
+
+    async def reset_prefix_cache(self, _wanted: Wanted) -> int:
+        """Forget all prompts."""
+        return self._replica.reset_prefix_cache()
+
+    async def check_health(self) -> None:
+        """Raise if the engine is dead: Ray then starts another replica."""
+        self._replica.check()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_replica"):
+            await self._replica.stop()
+
+
+@serve.ingress()
+class IngressDeployment:
+    """The actor around the API: one application a model, and `front.py` where there are several."""
+
+    def __init__(self, models: Sequence[tuple[Settings, DeploymentHandle[Any]]]) -> None:
+        logs.configure(models[0][0])
+        sys.setswitchinterval(_SWITCH_S)
+        self._models = models
+
+    def __serve_build_asgi_app__(self) -> Any:  # Ray's name for it
+        return front_app([_app_of(settings, handle) for settings, handle in self._models])
+
+
+def _app_of(settings: Settings, handle: DeploymentHandle[Any]) -> Any:
+    loop = asyncio.get_running_loop()
+
+    async def describe() -> Description:
+        description: Description = await handle.describe.remote(Wanted())
+        return description
+
+    def connect() -> tuple[Transport, Description]:
+        return RayTransport(handle, loop), asyncio.run_coroutine_threadsafe(describe(), loop).result()
+
+    return ingress_app(settings, connect)
+
+
+class RayTransport:
+    """A `remote.Transport` over a deployment's handle; used on `loop` alone."""
+
+    def __init__(self, handle: DeploymentHandle[Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+        self._replicas: Sequence[str] = ()
+        self._has_changed = asyncio.Event()
+        shared.listen((handle.app_name, handle.deployment_name), self._hear)
+
+    def replicas(self) -> Sequence[str]:
+        """Return the ids of those that there are now."""
+        self._has_changed.clear()
+        return self._replicas
+
+    async def wait_for_change(self) -> None:
+        """Return when there are others than at the last call."""
+        await self._has_changed.wait()
+
+    async def generate(self, order: Sequence[str], request: WireRequest) -> AsyncIterator[Reply]:
+        """Yield an answer's replies; a reader that stops early cancels it."""
+        if not any(name in self._replicas for name in order):  # Ray would wait for one to come
+            raise ReplicaLost(order[0])
+        stream = self._streams.generate.remote(Wanted(tuple(order)), request)
+        is_over = False
+        try:
+            with _losses_told():
+                async for reply in stream:
+                    yield reply
+            is_over = True
+        except ReplicaLost:
+            is_over = True
+            raise
+        finally:
+            if not is_over:
+                stream.cancel()
+
+    async def call(self, replica: str, method: str, *arguments: Any) -> Any:
+        """Call a method of one replica."""
+        if replica not in self._replicas:
+            raise ReplicaLost(replica)
+        with _losses_told():
+            return await getattr(self._handle, method).remote(Wanted((replica,)), *arguments)
+
+    def _hear(self, replicas: Sequence[str]) -> None:
+        """Take who is there, in the router's thread."""
+        self._replicas = tuple(replicas)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._has_changed.set)
+
+
+@contextlib.contextmanager
+def _losses_told() -> Iterator[None]:
+    """Raise `ReplicaLost` for what Ray raises when an actor is gone, or ends what it was doing."""
+    try:
+        yield
+    except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        raise ReplicaLost(type(error).__name__) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost("the call was cancelled") from error  # by the replica: nobody here has asked for it
+
+
+def make_app(args: Mapping[str, Any], loader: Loader = load_model, router: str = ROUTER) -> Any:
+    """Return the Serve application; `loader` and `router` replace ours in tests and benchmarks.
+
+    Raises:
+        InvalidRequest: an argument is not known, or not valid.
+    """
+    config = ClusterConfig.from_args(args)
+    bound = []
+    for model in config.models:
+        bound.append((model.settings, _replicas_of(model, loader, router)))
+    ingress = serve.deployment(
+        IngressDeployment,
+        name="ingress",
+        num_replicas=config.num_ingresses,
+        max_ongoing_requests=_MOST_AT_AN_INGRESS,
+        graceful_shutdown_timeout_s=config.models[0].settings.graceful_termination_timeout + _DRAIN_SLACK_S,
+        ray_actor_options={"num_cpus": 0, **config.ingress_actor_options},
+    )
+    return ingress.bind(bound)
+
+
+def _replicas_of(model: ModelConfig, loader: Loader, router: str) -> Any:
+    settings = model.settings
+    # Keys are asked for once, by the ingress; what a replica is started with can be read in Ray's dashboard.
+    bare = replace(settings, api_key=(), api_key_file=None, admin_api_key=None, otlp_endpoint=None)
+    given: dict[str, Any] = {"num_replicas": model.num_replicas}
+    if model.autoscaling_config is not None:
+        given = {"autoscaling_config": dict(model.autoscaling_config)}
+    deployment = serve.deployment(
+        ReplicaDeployment,
+        name=f"model {name_of(model)}".replace("/", "--"),
+        max_ongoing_requests=settings.max_concurrent_requests + _SLACK,
+        graceful_shutdown_timeout_s=settings.graceful_termination_timeout + _DRAIN_SLACK_S,
+        health_check_period_s=5.0,
+        request_router_config=RequestRouterConfig(request_router_class=router),
+        ray_actor_options=dict(model.ray_actor_options),
+        **given,
+    )
+    return deployment.bind(bare, loader)

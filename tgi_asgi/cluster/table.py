@@ -1,0 +1,190 @@
+"""Which replica a prompt goes to: what each is known to have cached, and how much it has to do.
+
+The ingress keeps one table a model. Pure Python, on one event loop.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from tgi_asgi.cluster.wire import Report, Seen, split_digests
+
+# What a stream that runs costs a prompt beside it, in prompt tokens: a row of each step until it ends.
+STREAM_TOKENS = 32
+_EXPECTED_S = 30.0  # a prompt that was sent fills its blocks by then, or never
+
+
+class KnownReplica:
+    """A replica as an ingress knows it.
+
+    What it has cached is known from its reports, up to a second late. In between, the blocks of prompts that
+    were sent to it are expected there: the next turn of a conversation may come sooner than a report.
+
+    Attributes:
+        adapters: names and keys of those that it serves.
+        num_open: requests of this ingress that it has.
+        num_foreign: those of other ingresses, by its last report.
+        num_missed: reports in turn that it did not give in time.
+    """
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self.name = name
+        self.seen = Seen()
+        self.adapters: Mapping[str, str] = {}
+        self.num_open = 0
+        self.num_foreign = 0
+        self.num_missed = 0
+        self._load_tokens = 0
+        self._clock = clock
+        self._held: set[bytes] = set()
+        self._expected: OrderedDict[bytes, float] = OrderedDict()
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks it has cached, by its last report."""
+        return len(self._held)
+
+    @property
+    def load(self) -> int:
+        """What it has to do, in prompt tokens."""
+        return self._load_tokens + STREAM_TOKENS * (self.num_open + self.num_foreign)
+
+    def num_held(self, digests: Sequence[bytes]) -> int:
+        """Return how many blocks of a prompt's beginning it has."""
+        held, expected = self._held, self._expected
+        for number, digest in enumerate(digests):
+            if digest not in held and digest not in expected:
+                return number
+        return len(digests)
+
+    def expect(self, digests: Sequence[bytes]) -> None:
+        """Learn that a prompt was sent that fills these blocks."""
+        now_s = self._clock()
+        for digest in digests:
+            self._expected[digest] = now_s
+            self._expected.move_to_end(digest)
+
+    def forget(self) -> None:
+        """Learn that it has forgotten all that it had cached."""
+        self._held.clear()
+        self._expected.clear()
+
+    def update(self, report: Report) -> None:
+        """Take its report."""
+        if report.is_whole:
+            self._held.clear()
+        for digest in split_digests(report.found):
+            self._held.add(digest)
+            self._expected.pop(digest, None)
+        for digest in split_digests(report.lost):
+            self._held.discard(digest)
+            self._expected.pop(digest, None)
+        oldest_s = self._clock() - _EXPECTED_S
+        while self._expected and next(iter(self._expected.values())) < oldest_s:
+            self._expected.popitem(last=False)
+        self.seen, self.adapters = report.seen, report.adapters
+        self.num_foreign = max(report.num_open - self.num_open, 0)
+        self.num_missed = 0
+
+
+class Ticket:
+    """A request's part of a replica's load, until it ends."""
+
+    def __init__(self, replica: KnownReplica, num_new_tokens: int) -> None:
+        self.replica = replica
+        self._num_new_tokens = num_new_tokens
+        self._is_open = True
+        replica.num_open += 1
+        replica._load_tokens += num_new_tokens
+
+    def begin(self) -> None:
+        """Learn that the prompt has been computed. Idempotent."""
+        self.replica._load_tokens -= self._num_new_tokens
+        self._num_new_tokens = 0
+
+    def end(self) -> None:
+        """Learn that the request has ended. Idempotent."""
+        if self._is_open:
+            self.begin()
+            self.replica.num_open -= 1
+            self._is_open = False
+
+
+class ReplicaTable:
+    """All replicas of a model.
+
+        order = table.order(digests, len(prompt_ids))      # the best first
+        ticket = table.send(order[0], digests, len(prompt_ids))
+
+    Args:
+        draw: for tests: chooses some of a sequence, as `random.sample`.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[Sequence[KnownReplica], int], list[KnownReplica]] = random.sample,
+    ) -> None:
+        self.replicas: dict[str, KnownReplica] = {}
+        self._block_size = block_size
+        self._clock = clock
+        self._draw = draw
+
+    def update(self, report: Report) -> None:
+        """Take a report; of a replica that was not known it is the first."""
+        known = self.replicas.get(report.replica)
+        if known is None:
+            known = self.replicas[report.replica] = KnownReplica(report.replica, self._clock)
+        known.update(report)
+
+    def drop(self, name: str) -> None:
+        """Forget a replica that is gone."""
+        self.replicas.pop(name, None)
+
+    def order(
+        self,
+        digests: Sequence[bytes],
+        num_tokens: int,
+        adapter: str | None = None,
+        *,
+        without: Collection[str] = (),
+    ) -> list[str]:
+        """Return the replicas that a prompt may go to, the best first.
+
+        Compared are the one with most of the prompt's blocks and two others at random, by what must be
+        computed until the prompt's first token: what the replica has to do, and what of the prompt it lacks.
+        Two at random are nearly as good as all (Mitzenmacher, The Power of Two Choices, 2001), and several
+        ingresses do not all send to the one that was least loaded a moment ago.
+        """
+        able = [
+            each
+            for each in self.replicas.values()
+            if each.name not in without
+            and each.num_missed < 2
+            and (adapter is None or adapter in each.adapters)
+        ]
+        if not able:
+            return []
+        held = {each.name: each.num_held(digests) for each in able}
+        able = self._draw(able, len(able))  # none comes first for being older
+        best = max(able, key=lambda each: held[each.name])
+        others = [each for each in able if each is not best]
+        compared = [best, *others[:2]]
+        size = self._block_size
+
+        def cost(replica: KnownReplica) -> int:
+            return replica.load + max(num_tokens - held[replica.name] * size, 1)
+
+        return [each.name for each in (*sorted(compared, key=cost), *sorted(others[2:], key=cost))]
+
+    def send(self, name: str, digests: Sequence[bytes], num_tokens: int) -> Ticket:
+        """Note that a prompt goes to a replica."""
+        replica = self.replicas[name]
+        num_new = max(num_tokens - replica.num_held(digests) * self._block_size, 1)
+        replica.expect(digests)
+        return Ticket(replica, num_new)

@@ -1,0 +1,71 @@
+"""The engines' counters added up: `/metrics` of a cluster shows what one server would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tgi_asgi.engine.stats import EngineStats, Histogram
+
+Snapshot = Mapping[str, Any]
+
+_GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "max_adapters")
+
+
+def snapshot(stats: EngineStats) -> dict[str, Any]:
+    """Return an engine's counters as plain values, to be sent."""
+    taken = {name: getattr(stats, name) for name in EngineStats.__slots__ if name != "adapters"}
+    taken["adapters"] = stats.adapters() if stats.adapters is not None else None
+    return taken
+
+
+class Totals:
+    """Keep one `EngineStats` that is the sum of all replicas'.
+
+    Counters never fall: what a replica has counted stays when it goes.
+    """
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+        self._gone: list[Snapshot] = [snapshot(EngineStats())]
+        self._now: dict[str, Snapshot] = {}
+
+    def update(self, replica: str, taken: Snapshot) -> None:
+        """Take a replica's counters; `show` adds up."""
+        self._now[replica] = taken
+
+    def retire(self, replica: str) -> None:
+        """Learn that a replica is gone."""
+        taken = self._now.pop(replica, None)
+        if taken is not None:
+            self._gone = [_added([*self._gone, {**taken, **dict.fromkeys(_GAUGES, 0)}])]
+
+    def show(self) -> None:
+        """Write the sums to `stats`."""
+        total = _added([*self._gone, *self._now.values()])
+        for name, value in total.items():
+            setattr(self.stats, name, value)
+        adapters = [taken["adapters"] for taken in self._now.values() if taken.get("adapters") is not None]
+        self.stats.adapters = (lambda: _named(adapters)) if adapters else None
+
+
+def _named(adapters: Iterable[tuple[list[str], list[str]]]) -> tuple[list[str], list[str]]:
+    running, waiting = ({name for each in adapters for name in each[kind]} for kind in (0, 1))
+    return sorted(running), sorted(waiting - running)
+
+
+def _added(snapshots: list[Snapshot]) -> dict[str, Any]:
+    names = [name for name in snapshots[0] if name != "adapters"]
+    return {name: _sum([taken[name] for taken in snapshots if name in taken]) for name in names}
+
+
+def _sum(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _sum([value[key] for value in values]) for key in first}
+    if isinstance(first, Histogram):
+        total = Histogram(first.bounds)
+        total.counts = [sum(counts) for counts in zip(*(value.counts for value in values), strict=True)]
+        total.total = sum(value.total for value in values)
+        return total
+    return sum(values)

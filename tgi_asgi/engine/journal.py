@@ -1,0 +1,43 @@
+"""What came into the prefix cache and what left it, in order, for those who route by it.
+
+Filled by the block pool; read by a cluster's replica. Pure Python.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+
+class BlockJournal:
+    """The newest changes of what a block pool can find; the n-th change of its life has the number n.
+
+        pool.journal = journal = BlockJournal()
+        ...
+        changes = journal.since(seen)                 # {digest: whether it can be found}; None: too long ago
+        seen = journal.end
+
+    Args:
+        most: changes that are kept, about 100 bytes each.
+    """
+
+    def __init__(self, most: int = 65536) -> None:
+        self._changes: deque[tuple[bytes, bool]] = deque(maxlen=most)
+        self.end = 0
+
+    def found(self, digest: bytes) -> None:
+        """Note that contents can be found from now on."""
+        self._changes.append((digest, True))
+        self.end += 1
+
+    def lost(self, digest: bytes) -> None:
+        """Note that contents can no longer be found."""
+        self._changes.append((digest, False))
+        self.end += 1
+
+    def since(self, number: int) -> dict[bytes, bool] | None:
+        """Return what became of each digest that changed from that number on; None: not all is kept."""
+        start = number - (self.end - len(self._changes))
+        if start < 0 or number > self.end:
+            return None
+        return dict(islice(self._changes, start, None))
