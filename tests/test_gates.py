@@ -20,7 +20,7 @@ from tests.support.time_limit import TimeLimit
 
 def pytest_configure(config):
     config.pluginmanager.register(Selection(["soak", "page"]))
-    config.pluginmanager.register(TimeLimit(["soak"], grace_s=0.5))
+    config.pluginmanager.register(TimeLimit(["soak"], grace_s=10))
     config.pluginmanager.register(Skips(config.rootpath / "expected.txt"))
 """
 INI = """

@@ -93,16 +93,21 @@ async def test_adapters_come_and_go_on_all_replicas() -> None:
     key = {"authorization": "Bearer admin"}
     async with LocalCluster(2, settings) as cluster:
 
-        async def tell(path: str, **body: str) -> Call:
+        async def tell(path: str, **body: object) -> Call:
             return await send(cluster.app, request("POST", path, body, key))
 
         loaded = await tell("/v1/load_lora_adapter", lora_name="sql", lora_path="/adapters/sql")
         failed = await tell("/v1/load_lora_adapter", lora_name="bad", lora_path="/missing")
         answer = await ask(cluster, "hi", model="sql", max_tokens=1)
         listed = (await send(cluster.app, request("GET", "/v1/models"))).json()
+        again = {"lora_name": "sql", "load_inplace": True}
+        replaced = await tell("/v1/load_lora_adapter", lora_path="/adapters/new", **again)
+        kept = await tell("/v1/load_lora_adapter", lora_path="/missing", **again)
+        still = await ask(cluster, "hi", model="sql", max_tokens=1)
         gone = await tell("/v1/unload_lora_adapter", lora_name="sql")
         after = await ask(cluster, "hi", model="sql", max_tokens=1)
     assert (loaded.status, failed.status, gone.status, after.status) == (200, 400, 200, 404)
+    assert (replaced.status, kept.status, still.status) == (200, 400, 200)
     assert answer.json()["model"] == "sql"
     assert [each["id"] for each in listed["data"]] == ["toy/model", "sql"]
 

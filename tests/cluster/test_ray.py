@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from bench.cluster import RayCluster, lose_one
 from tests.support.local_cluster import toy_loader

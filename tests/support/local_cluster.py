@@ -8,6 +8,7 @@ async with LocalCluster(2) as cluster:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import pickle
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def _load_adapter(source: AdapterSource) -> _LoadedAdapter:
     """Load no adapter; one from `/missing` cannot be had."""
     if source.location == "/missing":
         raise ModelLoadError("/missing: no such directory")
-    return _LoadedAdapter(object(), source.name.encode().ljust(16))
+    return _LoadedAdapter(object(), hashlib.blake2b(source.location.encode(), digest_size=16).digest())
 
 
 class LocalTransport:

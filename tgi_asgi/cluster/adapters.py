@@ -50,7 +50,7 @@ class RemoteAdapters:
         for replica in self._engine.table.replicas.values():
             if name in replica.adapters:
                 return RemoteLease(Adapter(name, replica.adapters[name], None))
-        raise UnknownAdapter(name)
+        raise UnknownAdapter(name, param="model")
 
     async def add(self, name: str, location: str) -> None:
         """Have every replica read an adapter.
@@ -67,6 +67,22 @@ class RemoteAdapters:
             raise error
         await self._engine.refresh()
 
+    async def replace(self, name: str, location: str) -> None:
+        """Have every replica read an adapter in place of that of the name.
+
+        Where one of them cannot, it keeps the old one and the others have the new one: cached prompts are
+        told apart, as their contents are; asking again makes them equal.
+
+        Raises:
+            InvalidRequest, Overloaded: one of them could not.
+            UnknownAdapter: the name was unloaded meanwhile.
+        """
+        call = self._engine.transport.call
+        found = await self._everywhere(lambda replica: call(replica, "replace_adapter", name, location))
+        await self._engine.refresh()
+        if error := next(filter(None, found), None):
+            raise error
+
     async def remove(self, name: str) -> None:
         """Have every replica forget an adapter, once its requests have ended.
 
@@ -74,7 +90,7 @@ class RemoteAdapters:
             UnknownAdapter: none serves it.
         """
         if name not in self:
-            raise UnknownAdapter(name)
+            raise UnknownAdapter(name, param="lora_name")
         await self._everywhere(lambda replica: self._engine.transport.call(replica, "remove_adapter", name))
         await self._engine.refresh()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -141,25 +141,32 @@ class Replica:
 
     async def add_adapter(self, name: str, location: str) -> TgiError | None:
         """Read an adapter; return why it cannot be had."""
-        assert self._adapters is not None, "an ingress asks who has them"
-        try:
-            await self._adapters.add(name, location)
-        except TgiError as error:
-            return error
-        return None
+        return await _told(self._served_adapters().add(name, location))
+
+    async def replace_adapter(self, name: str, location: str) -> TgiError | None:
+        """Read an adapter in place of that of the name; return why it cannot be had."""
+        return await _told(self._served_adapters().replace(name, location))
 
     async def remove_adapter(self, name: str) -> TgiError | None:
         """Forget an adapter; return why that is not possible."""
+        return await _told(self._served_adapters().remove(name))
+
+    def _served_adapters(self) -> Adapters:
         assert self._adapters is not None, "an ingress asks who has them"
-        try:
-            await self._adapters.remove(name)
-        except TgiError as error:
-            return error
-        return None
+        return self._adapters
 
     def reset_prefix_cache(self) -> int:
         """Forget all prompts; return how many blocks that were."""
         return self._engine.reset_prefix_cache()
+
+
+async def _told(work: Awaitable[None]) -> TgiError | None:
+    """Return what went wrong: an actor's exceptions would lose their type on the way."""
+    try:
+        await work
+    except TgiError as error:
+        return error
+    return None
 
 
 class _Mailbox:

@@ -63,6 +63,10 @@ class ReplicaDeployment:
         """Read an adapter."""
         return await self._replica.add_adapter(name, location)
 
+    async def replace_adapter(self, _wanted: Wanted, name: str, location: str) -> TgiError | None:
+        """Read an adapter in place of that of the name."""
+        return await self._replica.replace_adapter(name, location)
+
     async def remove_adapter(self, _wanted: Wanted, name: str) -> TgiError | None:
         """Forget an adapter."""
         return await self._replica.remove_adapter(name)
