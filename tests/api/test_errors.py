@@ -24,6 +24,8 @@ def every_class() -> list[type[errors.TgiError]]:
 def make(kind: type[errors.TgiError]) -> errors.TgiError:
     if kind is errors.ContextExceeded:
         return errors.ContextExceeded("why", 10, 5)
+    if kind is errors.UnknownAdapter:
+        return errors.UnknownAdapter("why", param="model")
     return kind("why", allow=("GET",)) if kind is errors.MethodNotAllowed else kind("why")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -88,15 +89,18 @@ def test_other_names_are_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 
     asked = []
 
-    def fetch(repo_id: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
-        asked.append((repo_id, revision))
+    def fetch(
+        repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str]
+    ) -> tuple[Path, str]:
+        asked.append((repo_id, revision, any("*.py" in pattern for pattern in patterns)))
         return tmp_path, "abc123"
 
     monkeypatch.setattr(hub, "fetch", fetch)
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_text("{}")
     files = resolve(Settings(model_id=name, revision="v2"), quietly)
-    assert asked == [(name, "v2")]
+    resolve(Settings(model_id=name, revision="v2", trust_remote_code=True), quietly)
+    assert asked == [(name, "v2", False), (name, "v2", True)]
     assert files == ModelFiles(name, "abc123", "directory", tmp_path)
 
 

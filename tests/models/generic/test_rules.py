@@ -38,7 +38,7 @@ def first_keys(size: int) -> Any:
         (chunked(1), Rule(window=1)),  # the same
         (masking_utils.and_masks(masking_utils.causal_mask_function, lambda *_: torch.tensor(True)), Rule()),
     ],
-    ids=str,
+    ids=["causal", "window 12", "window 1", "chunks of 12", "chunks of 1", "causal and all"],
 )
 def test_a_mask_s_rule_is_read_off_its_predicate(sees: Any, rule: Rule, length: int) -> None:
     assert decode_rule(rule_of(sees, length)) == rule
