@@ -103,3 +103,26 @@ def test_the_target_stretches_with_the_wait() -> None:
     tokens = [budget.tokens(1, waited_s) for waited_s in (0.0, 0.5, 1.0)]
     assert tokens == pytest.approx([96, 111, 126], abs=16)
     assert tokens[0] < tokens[2]
+
+
+def test_rows_that_were_taken_for_dear_are_tried_again() -> None:
+    """A step with drafts that was held up must not end drafts for good."""
+    budget = make_budget()
+    base_s, row_s = 0.004, 0.0004
+
+    def step(factor: float = 1.0) -> int:
+        """Run one; draft eight tokens where one with a likelihood of 0.8 pays."""
+        whole, row = sum(budget.cost_s), budget.cost_s[1]
+        num_drafts = 8 if row < 0.7 * whole else 0
+        budget.observe(1, 0, factor * (base_s + row_s * (1 + num_drafts)), num_drafts=num_drafts)
+        return num_drafts
+
+    for _ in range(16):
+        step()
+    for _ in range(200):  # each draft costs a whole step
+        budget.observe(1, 0, base_s * 9, num_drafts=8)
+        budget.observe(2, 0, base_s * 2)
+    assert budget.cost_s[1] > 0.7 * sum(budget.cost_s)
+    for _ in range(600):
+        step()
+    assert sum(step() > 0 for _ in range(100)) == 100

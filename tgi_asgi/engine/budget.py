@@ -9,6 +9,8 @@ _PATIENCE_S = 1.0  # once a prompt has waited so long, the second of each pair b
 _SHARE = (0.5, 2.5)  # what prompts get of a step at the least, of its decode time
 _STRETCH = (1.0, 1.3)  # of the target
 _ALIKE = 8  # steps of one size are learnt from together: each says the same, and learning takes 17 us
+_PROBE_EVERY = 128  # steps, of which the first eight take a draft for cheap: see `cost_s`
+_PROBED_SHARE = 0.25  # of a step of one row, that a row costs at the most in these
 
 
 class TokenBudget:
@@ -27,6 +29,7 @@ class TokenBudget:
         "_max_tokens",
         "_num_alike_drafts",
         "_num_due",
+        "_num_steps",
         "_size",
         "_target_s",
         "_time",
@@ -42,6 +45,7 @@ class TokenBudget:
         self._alike_s: list[float] = []  # what steps of that size took that have not been learnt from
         self._num_alike_drafts = 0
         self._num_due = 1
+        self._num_steps = 0
 
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
@@ -70,8 +74,16 @@ class TokenBudget:
 
     @property
     def cost_s(self) -> tuple[float, float]:
-        """The seconds of a step that decodes, and of each of its tokens; zeros while nothing is known."""
-        return self._time.predict_s(0, 0), self._time.predict_s(1, 0) - self._time.predict_s(0, 0)
+        """The seconds of a step that decodes, and of each of its tokens; zeros while nothing is known.
+
+        Rows that were once taken for dear, as a few steps were held up, would have no drafts, and no step
+        would tell that they are cheap. So now and then a few steps take them for cheap, and are learnt from.
+        """
+        whole = self._time.predict_s(1, 0)
+        row = whole - self._time.predict_s(0, 0)
+        if self._num_steps % _PROBE_EVERY < _ALIKE:
+            row = min(row, _PROBED_SHARE * whole)
+        return whole - row, row
 
     def observe(
         self, num_decode_rows: int, num_prefill_tokens: int, duration_s: float, *, num_drafts: int = 0
@@ -80,6 +92,7 @@ class TokenBudget:
 
         A draft costs what a row does; their number alone makes no new size, as it changes from step to step.
         """
+        self._num_steps += 1
         size = (num_decode_rows, num_prefill_tokens)
         if size != self._size:
             self._size, self._num_due = size, 1
