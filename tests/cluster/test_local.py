@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.support.asgi import Call, events_of, request, send
 from tests.support.local_cluster import LocalCluster
 from tgi_asgi.cluster.wire import Seen, split_digests
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions
+from tgi_asgi.types import GenerationRequest, ImageInput, SamplingParams, StopConditions, TokenEvent
 
 CHAT = "/v1/chat/completions"
 KEYS = {"authorization": "Bearer a-key"}
@@ -110,6 +110,24 @@ async def test_adapters_come_and_go_on_all_replicas() -> None:
     assert (replaced.status, kept.status, still.status) == (200, 400, 200)
     assert answer.json()["model"] == "sql"
     assert [each["id"] for each in listed["data"]] == ["toy/model", "sql"]
+
+
+@pytest.mark.parametrize("wrong", [ValueError("why"), asyncio.CancelledError()], ids=["error", "cancelled"])
+async def test_a_sink_that_raises_ends_its_own_request_alone(wrong: BaseException) -> None:
+    class Sink:
+        def on_events(self, events: Sequence[TokenEvent]) -> None:
+            raise wrong
+
+        def on_error(self, error: Exception) -> None:
+            raise AssertionError
+
+    async with LocalCluster(1) as cluster:
+        wanted = GenerationRequest("r", [1, 2], SamplingParams(), StopConditions(max_tokens=50))
+        engine = cluster.engine
+        engine.submit(wanted, engine.acquire(1)).attach(Sink())
+        await wait_for(lambda: not engine.channels, cluster)
+        assert engine.admission.num_taken == 0
+        assert (await ask(cluster, "hello", max_tokens=3)).status == 200
 
 
 async def wait_for(holds: Callable[[], bool], cluster: LocalCluster) -> None:

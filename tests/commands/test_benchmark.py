@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tests.support.server_process import KEPT, ROOT, ServerProcess
+from tests.support.commands import run_command
+from tests.support.server_process import ServerProcess
 from tgi_asgi.cli import make_command
 from tgi_asgi.commands.figures import Load, percentile, table_head, table_row
 from tgi_asgi.commands.stream_client import Address, Answer, Client, Recording, RequestFailed
@@ -31,11 +30,7 @@ def server() -> Iterator[ServerProcess]:
 
 
 def benchmark(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: text for name, text in os.environ.items() if name in KEPT}
-    return subprocess.run(
-        [sys.executable, "-m", "tgi_asgi", "benchmark", *arguments],
-        cwd=ROOT, env={**kept, **environ}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    return run_command("benchmark", *arguments, **environ)
 
 
 def commands_running() -> str:

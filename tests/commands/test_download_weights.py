@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.commands import run_command
 from tests.support.fake_hub import COMMIT, fake_hub
-from tests.support.server_process import KEPT, ROOT
 from tgi_asgi.settings import DEMO_MODEL
 
 
@@ -23,11 +21,7 @@ def hub() -> Iterator[str]:
 
 
 def download(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: text for name, text in os.environ.items() if name in KEPT}
-    return subprocess.run(
-        [sys.executable, "-m", "tgi_asgi", "download-weights", *arguments],
-        cwd=ROOT, env={**kept, **environ}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return run_command("download-weights", *arguments, **environ)
 
 
 def test_a_model_of_the_hub_lies_where_a_server_without_network_finds_it(hub: str, tmp_path: Path) -> None:

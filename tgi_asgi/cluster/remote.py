@@ -17,6 +17,7 @@ from tgi_asgi.cluster.table import ReplicaTable, Ticket
 from tgi_asgi.cluster.totals import Totals
 from tgi_asgi.cluster.wire import Reply, Report, Seen, WireRequest, finishes_of, unpacked
 from tgi_asgi.engine.admission import Admission
+from tgi_asgi.engine.outbox import Outbox
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.errors import (
     GenerationFailed,
@@ -27,7 +28,7 @@ from tgi_asgi.errors import (
     Unavailable,
 )
 from tgi_asgi.settings import Settings
-from tgi_asgi.types import EngineState, GenerationRequest, Permit, RequestStats, Sink, TokenEvent
+from tgi_asgi.types import EngineState, GenerationRequest, Permit, RequestStats, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -250,27 +251,18 @@ class RemoteEngine:
             self._totals.update(name, report.stats)
 
 
-class RemoteChannel:
+class RemoteChannel(Outbox):
     """A `types.Channel`: a request that a replica computes, and where its events wait to be taken."""
 
     def __init__(self, engine: RemoteEngine, request: GenerationRequest, permit: Permit) -> None:
-        self.request = request
+        super().__init__(request)
         self.stats = RequestStats(time.monotonic())
         self.permit = permit
         self.has_begun = False
         self._engine = engine
         self._num_open = request.n
-        self._sink: Sink | None = None
-        self._events: list[TokenEvent] = []
-        self._error: TgiError | None = None
         self._is_ended = False
         self._task = asyncio.create_task(self._run(), name=f"request {request.request_id}")
-
-    def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting."""
-        assert self._sink is None, "a channel takes one sink"
-        self._sink = sink
-        self._flush()
 
     def cancel(self) -> None:
         """Give the request up."""
@@ -349,29 +341,15 @@ class RemoteChannel:
         self._events += events
         if self._num_open == 0:
             self._close()
-        self._flush()
+        self.flush()
 
     def _end(self, error: TgiError | None) -> None:
         self._error = error
         self._close()
-        self._flush()
+        self.flush()
 
     def _close(self) -> None:
         if not self._is_ended:
             self._is_ended = True
             self.permit.release(has_run=self.has_begun)
             self._engine.closed(self)
-
-    def _flush(self) -> None:
-        if self._sink is None:
-            return
-        try:
-            if self._events:
-                events, self._events = self._events, []
-                self._sink.on_events(events)
-            if self._error is not None:
-                error, self._error = self._error, None
-                self._sink.on_error(error)
-        except Exception:
-            logger.exception("request %s: its sink raised", self.request.request_id)
-            self.cancel()

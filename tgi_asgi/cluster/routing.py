@@ -13,7 +13,26 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from tgi_asgi.cluster import presence
 
 
-class PreferringRouter(RequestRouter):  # type: ignore[misc]  # of Ray, which has no types
+class TellsIngress:
+    """What a router of Ray's gets beside its choice: it tells the ingress of its process who is there."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Take what the controller says of who is there."""
+        super().update_replicas(replicas)  # type: ignore[misc]
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Learn from a failed call that a replica is gone, before the controller says so."""
+        super().on_replica_actor_died(replica_id)  # type: ignore[misc]
+        self._tell()
+
+    def _tell(self) -> None:
+        router: Any = self
+        names = [replica_id.unique_id for replica_id in router.curr_replicas]
+        presence.shared.tell((router.app_name, router._deployment_id.name), names)
+
+
+class PreferringRouter(TellsIngress, RequestRouter):  # type: ignore[misc]  # of Ray, which has no types
     """Take the first of the wanted replicas that is there, else any."""
 
     async def choose_replicas(
@@ -29,17 +48,3 @@ class PreferringRouter(RequestRouter):  # type: ignore[misc]  # of Ray, which ha
         by_id = {each.replica_id.unique_id: each for each in candidate_replicas}
         ranks = [[by_id.pop(name)] for name in order if name in by_id]
         return [*ranks, list(by_id.values())] if by_id else ranks
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Take what the controller says of who is there."""
-        super().update_replicas(replicas)
-        self._tell()
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Learn from a failed call that a replica is gone, before the controller says so."""
-        super().on_replica_actor_died(replica_id)
-        self._tell()
-
-    def _tell(self) -> None:
-        names = [replica_id.unique_id for replica_id in self.curr_replicas]
-        presence.shared.tell((self.app_name, self._deployment_id.name), names)

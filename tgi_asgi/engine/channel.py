@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
+from tgi_asgi.engine.outbox import Outbox
 from tgi_asgi.engine.output import ChoiceOutput
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.errors import TgiError
-from tgi_asgi.types import GenerationRequest, Permit, RequestStats, Sink, TokenEvent
-
-log = logging.getLogger(__name__)
+from tgi_asgi.types import GenerationRequest, Permit, RequestStats, TokenEvent
 
 
-class RequestChannel:
+class RequestChannel(Outbox):
     """What the engine knows of a request, and where its events wait until they are taken.
 
     `attach` and `cancel` are for the taker; everything else is the engine's.
     """
 
     __slots__ = (
-        "_error", "_events", "_has_begun", "_is_ended", "_on_cancel", "_sink", "is_cancelled", "num_open",
-        "outputs", "permit", "refusal", "request", "sequences", "stats", "timer",
+        "_has_begun", "_is_ended", "_on_cancel", "is_cancelled", "num_open", "outputs", "permit", "refusal",
+        "sequences", "stats", "timer",
     )  # fmt: skip
 
     def __init__(
@@ -32,7 +30,7 @@ class RequestChannel:
         on_cancel: Callable[[RequestChannel], None],
         arrival_s: float,
     ) -> None:
-        self.request = request
+        super().__init__(request)
         self.stats = RequestStats(arrival_s)
         self.permit = permit
         self.sequences: list[Sequence] = []
@@ -42,11 +40,8 @@ class RequestChannel:
         self.refusal: TgiError | None = None  # why it will not run (on) after all
         self.timer: asyncio.TimerHandle | None = None  # of its wait for the first step
         self._on_cancel = on_cancel
-        self._events: list[TokenEvent] = []
-        self._error: TgiError | None = None
         self._is_ended = False
         self._has_begun = False
-        self._sink: Sink | None = None
 
     @property
     def is_ended(self) -> bool:
@@ -57,12 +52,6 @@ class RequestChannel:
     def is_urgent(self) -> bool:
         """Whether somebody waits for what is new: it is the first token, or the end."""
         return self._is_ended or not self._has_begun
-
-    def attach(self, sink: Sink) -> None:
-        """Call `sink` from now on, first with whatever is waiting."""
-        assert self._sink is None, "a channel takes one sink"
-        self._sink = sink
-        self.flush()
 
     def cancel(self) -> None:
         """Give the request up; it ends with `IncompleteGeneration` unless it has ended already."""
@@ -102,16 +91,4 @@ class RequestChannel:
     def flush(self) -> None:
         """Hand on what is new: one call of the sink."""
         self._has_begun |= bool(self._events)
-        if self._sink is None:
-            return
-        # What a sink does wrong is its own request's problem: nobody else's tokens may be lost for it.
-        try:
-            if self._events:
-                events, self._events = self._events, []
-                self._sink.on_events(events)
-            if self._error is not None:
-                error, self._error = self._error, None
-                self._sink.on_error(error)
-        except (Exception, asyncio.CancelledError):  # the engine's own task waits for nothing here
-            log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
-            self.cancel()
+        super().flush()

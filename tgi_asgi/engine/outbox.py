@@ -1,0 +1,50 @@
+"""A request's events on their way to whoever takes them: of an engine here, or of one elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+
+from tgi_asgi.errors import TgiError
+from tgi_asgi.types import GenerationRequest, Sink, TokenEvent
+
+log = logging.getLogger(__name__)
+
+
+class Outbox(ABC):
+    """Where events wait until a sink is attached, and from then on until the next `flush`."""
+
+    __slots__ = ("_error", "_events", "_sink", "request")
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self._events: list[TokenEvent] = []
+        self._error: TgiError | None = None
+        self._sink: Sink | None = None
+
+    def attach(self, sink: Sink) -> None:
+        """Call `sink` from now on, first with whatever is waiting."""
+        assert self._sink is None, "a channel takes one sink"
+        self._sink = sink
+        self.flush()
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Give the request up."""
+
+    def flush(self) -> None:
+        """Hand on what is new: one call of the sink."""
+        if self._sink is None:
+            return
+        # What a sink does wrong is its own request's problem: nobody else's tokens may be lost for it.
+        try:
+            if self._events:
+                events, self._events = self._events, []
+                self._sink.on_events(events)
+            if self._error is not None:
+                error, self._error = self._error, None
+                self._sink.on_error(error)
+        except (Exception, asyncio.CancelledError):  # nothing is awaited here: nobody cancels the caller
+            log.exception("request %s: its sink raised; the request is cancelled", self.request.request_id)
+            self.cancel()
