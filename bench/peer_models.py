@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import billion, export_checkpoint, export_w8a8
+from bench import billion, export_checkpoint, export_w8a8, family_shapes
 from bench.contenders import Contender, LlamaCpp, Ours, Vllm
 from bench.peer_loads import Plan
 from bench.servers import ROOT
@@ -51,9 +51,7 @@ def billion_match(options: argparse.Namespace, arguments: Sequence[str], folder:
     programs, threads = options.llama_dir.resolve(), options.threads
     plan = Plan((512,), (1, 16), options.prompt_tokens, 24)
     checkpoint = made(folder / "checkpoint", billion.make)
-    converter = [str(options.convert_python), str(options.llama_source / "convert_hf_to_gguf.py")]
-    to_file = [*converter, str(checkpoint), "--outtype", "bf16", "--outfile"]
-    whole = made(folder / "BF16.gguf", lambda path: run([*to_file, str(path)]))
+    whole = _converted(checkpoint, folder, options)
     quantised = {kind: requantised(whole, programs, folder, kind) for kind in ("Q4_K_M", "Q8_0")}
     found: list[Contender] = []
     for kind, path in quantised.items():
@@ -63,6 +61,25 @@ def billion_match(options: argparse.Namespace, arguments: Sequence[str], folder:
     if options.vllm_python:
         found += _vllm(checkpoint, folder, options, plan)
     return Match("1 B", plan, found)
+
+
+def family_match(name: str, options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> Match:
+    """Return the match of another family's model of a billion weights, on one Q4_K_M file."""
+    programs, threads = options.llama_dir.resolve(), options.threads
+    checkpoint = made(folder / "checkpoint", lambda path: family_shapes.make(path, name))
+    file = requantised(_converted(checkpoint, folder, options), programs, folder, "Q4_K_M")
+    contenders = (
+        Ours("ours Q4_K_M", file, threads, arguments),
+        LlamaCpp("llama.cpp Q4_K_M", file, programs, threads),
+    )
+    return Match(f"1 B {name}", Plan((512,), (1,), options.prompt_tokens, options.max_tokens), contenders)
+
+
+def _converted(checkpoint: Path, folder: Path, options: argparse.Namespace) -> Path:
+    """Return a checkpoint as llama.cpp's converter writes it."""
+    converter = [str(options.convert_python), str(options.llama_source / "convert_hf_to_gguf.py")]
+    to_file = [*converter, str(checkpoint), "--outtype", "bf16", "--outfile"]
+    return made(folder / "BF16.gguf", lambda path: run([*to_file, str(path)]))
 
 
 def _vllm(checkpoint: Path, folder: Path, options: argparse.Namespace, plan: Plan) -> list[Contender]:

