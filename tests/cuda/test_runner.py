@@ -202,6 +202,28 @@ async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
     assert len(job.sampled) == 2
 
 
+async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_flight(
+    runner: CudaRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    upload = runner._upload
+
+    def note(rows: Any, sampling: Any, staging: Any) -> Any:
+        taken.append(id(staging))
+        return upload(rows, sampling, staging)
+
+    monkeypatch.setattr(runner, "_upload", note)
+    chunk = StepRow(0, [5, 6], 0, [0], samples=False)
+    misplaced = StepRow(1, None, 2, [1], samples=True)  # a decode behind a prompt
+    starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]
+    await runner.submit(StepPlan(0, [chunk], starts))
+    with pytest.raises(PlanError):
+        await runner.submit(StepPlan(1, [chunk, misplaced]))
+    await runner.submit(StepPlan(2, [chunk]))
+    first, failed, behind = taken
+    assert failed == behind != first
+
+
 async def test_a_lost_device_fails_this_step_and_all_after_it(
     runner: CudaRunner, device: EmulatedDevice
 ) -> None:

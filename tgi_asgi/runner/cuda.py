@@ -242,10 +242,10 @@ class CudaRunner:
             self._start_grammars(plan, had_grammars)
             return _Launched(result, self._device.record(), None, [], [], [])
         staging = self._staging[self._num_launched % MAX_IN_FLIGHT]
-        self._num_launched += 1
         sampling = [index for index, row in enumerate(plan.rows) if row.samples]
         slots = [plan.rows[index].slot for index in sampling]
         buffers, places = self._upload(plan.rows, sampling, staging)
+        self._num_launched += 1  # the device reads this staging from now on, even if the step fails behind it
         graphs = self._graphs_of(buffers)
         graphs.forward()
         self._score(plan, buffers, result)

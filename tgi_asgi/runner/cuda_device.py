@@ -5,11 +5,14 @@ A seam: tests put an emulated device in its place.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _cuda: Any = torch.cuda
 
@@ -83,9 +86,19 @@ class CudaDevice:
         torch.cuda.set_stream(self._stream)
 
     def is_lost(self, error: Exception) -> bool:
-        """Tell a CUDA error from others; it stays with the process for good."""
-        is_cuda = "CUDA error" in str(error) or "CUBLAS_STATUS" in str(error)
-        return is_cuda and not isinstance(error, torch.OutOfMemoryError)
+        """Ask the device itself: errors that end its context come back with every call, others do not.
+
+        A launch with wrong arguments fails alone, an illegal address all that follows until the process ends
+        (CUDA Runtime API, cudaErrorIllegalAddress). Their texts do not tell.
+        """
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except Exception as again:
+            logger.error("the device is lost: %s", again)
+            return True
+        return False
 
     def free_bytes(self) -> int:
         """Ask the driver, after torch has given back what it keeps."""
