@@ -44,7 +44,7 @@ class RandomLlama:
         self.head = ops.LinearWeight(config.vocab_size, hidden, dense(config.vocab_size, hidden))
         make = dense if weights == "bf16" else int4
         self.layers = [[make(*shape) for shape in shapes] for _ in range(config.num_layers)]
-        self.norm = random(hidden, dtype=torch.float32)
+        self.norm = ops.NormWeight(random(hidden, dtype=torch.float32), config.norm_eps)
         spec = config.layers[0].rope
         assert spec is not None
         inverse = [spec.theta ** (-2 * i / dim) for i in range(dim // 2)]
@@ -58,24 +58,24 @@ class RandomLlama:
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual, as `Model.forward`."""
-        config, eps = self.config, self.config.norm_eps
+        config = self.config
         heads, kv_heads, dim, hidden = (
             config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size,
         )  # fmt: skip
         x = ops.embed(batch, self.head, 1.0)
         for (qkv, output, gate_up, down), cache in zip(self.layers, caches, strict=True):
             weight = ops.QkvWeight(hidden, heads, kv_heads, dim, dim, None, qkv)
-            q = ops.qkv(ops.norm(x, self.norm, eps), weight, cache, self.rope)
+            q = ops.qkv(ops.norm(x, self.norm), weight, cache, self.rope)
             a = ops.attention(q, cache, config.layers[0].scale)
             x = ops.linear_add(a, ops.LinearWeight(hidden, heads * dim, output), x)
             gates = ops.GateUpWeight(hidden, config.intermediate_size, gate_up)
-            a = ops.gate_up(ops.norm(x, self.norm, eps), gates, config.activation)
+            a = ops.gate_up(ops.norm(x, self.norm), gates, config.activation)
             x = ops.linear_add(a, ops.LinearWeight(hidden, config.intermediate_size, down), x)
         return x
 
     def logits(self, x: ops.Value) -> ops.Value:
         """Return logits, as `Model.logits`."""
-        return ops.head(x, self.norm, self.config.norm_eps, self.head)
+        return ops.head(x, self.norm, self.head)
 
 
 def dense(rows: int, columns: int) -> DeviceMatrix:

@@ -113,7 +113,7 @@ class Bench:
         weights: dict[str, list[Any]] = {
             "qkv": [part for layer in layers for part in layer.qkv.made.parts],
             "linear_add o": [layer.output.made for layer in layers],
-            "gate_up": [part for layer in layers for part in layer.gate_up.made.parts],
+            "gate_up": [part for layer in layers for part in layer.up.made.parts],
             "linear_add down": [layer.down.made for layer in layers],
             "logits": [self.model.head.made],
         }

@@ -7,7 +7,14 @@
 
 namespace tgi {
 
-enum class MlpActivation : int32_t { kSilu = 0, kGeluTanh = 1 };
+enum class MlpActivation : int32_t {
+  kSilu = 0,
+  kGeluTanh = 1,
+  kGelu = 2,
+  kRelu = 3,
+  kReluSquared = 4,
+  kXielu = 5,  // with two numbers that are learned
+};
 
 // One slot's sampling parameters and place; tgi_asgi/ops/sample_state.py has the same record in
 // numpy.

@@ -8,11 +8,16 @@
 
 namespace tgi {
 
-constexpr const char* kActivationNames = "silu or gelu_tanh";
+constexpr const char* kGatedNames = "silu, gelu_tanh, gelu, relu or relu_squared";
+constexpr const char* kActivationNames = "silu, gelu_tanh, gelu, relu, relu_squared or xielu";
 
 inline std::optional<MlpActivation> find_activation(const std::string& name) {
   if (name == "silu") return MlpActivation::kSilu;
   if (name == "gelu_tanh") return MlpActivation::kGeluTanh;
+  if (name == "gelu") return MlpActivation::kGelu;
+  if (name == "relu") return MlpActivation::kRelu;
+  if (name == "relu_squared") return MlpActivation::kReluSquared;
+  if (name == "xielu") return MlpActivation::kXielu;
   return std::nullopt;
 }
 

@@ -147,13 +147,13 @@ void gate_up_rows(const Matrix& weight, const std::optional<Array<float>>& bias,
   const int64_t columns = weight.packed.num_rows / 2;
   check_out(out, x.shape(0), columns);
   const std::optional<MlpActivation> activation = find_activation(activation_name);
-  check(activation.has_value(), "`activation` must be ", kActivationNames, ", got ",
-        activation_name);
+  check(activation.has_value() && *activation != MlpActivation::kXielu, "`activation` must be ",
+        kGatedNames, ", got ", activation_name);
   float* const to = out.mutable_data();
   multiply(weight, bias, x, precision, 2, Adapted::of(adapters, product),
            [&](const step::Kernels& kernels, const step::LinearParams& linear,
                const step::StepHeader& header, int member, int num_members) {
-             kernels.gate_up({linear, *activation, {}, to, columns}, header, member, num_members);
+             kernels.gate_up({linear, {*activation}, {}, to, columns}, header, member, num_members);
            });
 }
 
@@ -190,7 +190,8 @@ void norm_rows(const FloatArray& x, const Array<float>& weight, double eps, Floa
   step::StepHeader header = {};
   header.num_tokens = x.shape(0);
   const step::NormRowsParams params = {
-      x.data(), stride, weight.data(), width, static_cast<float>(eps), out.mutable_data()};
+      x.data(),           stride, weight.data(), nullptr, width, static_cast<float>(eps),
+      out.mutable_data(), width};
   const py::gil_scoped_release release;
   const step::Kernels& kernels = step::kernels();
   const auto run = [&](int member, int num_members) {

@@ -2,6 +2,7 @@
 #include "bindings/program.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "bindings/activation.h"
 #include "bindings/float_tensors.h"
@@ -19,6 +20,12 @@ MlpActivation activation_of(const std::string& name) {
   const std::optional<MlpActivation> found = find_activation(name);
   check(found.has_value(), "`activation` must be ", kActivationNames, ", got ", name);
   return *found;
+}
+
+MlpActivation gated_of(const std::string& name) {
+  const MlpActivation found = activation_of(name);
+  check(found != MlpActivation::kXielu, "`activation` must be ", kGatedNames, ", got ", name);
+  return found;
 }
 
 // Operators that write an activation without copies of the members' own.
@@ -86,50 +93,76 @@ QueryPtr Program::query(const KvPool& pool, int64_t num_heads) const {
       QueryBuffer{cpu::allocate(bytes), max_tokens_, num_heads, row_bytes});
 }
 
-void Program::embed(const Matrix& table, double factor, const RowsPtr& out) {
+void Program::embed(const Matrix& table, double factor, const std::optional<Floats>& positions,
+                    const RowsPtr& out) {
   check_before_end("embed");
   check_rows_buffer(out, table.packed.num_columns, "out");
   check(table.num_rows > 0 && table.has_padding_last,
         "`table` must have its rows first, and padding behind them");
   num_ids_ = num_ids_ == 0 ? table.num_rows : std::min(num_ids_, table.num_rows);
+  step::EmbedParams params = {table.packed, static_cast<float>(factor), out->data(), nullptr};
+  if (positions) {
+    check_shape(*positions, "positions", {-1, out->num_columns});
+    check(positions->shape(0) > 0, "`positions` must have rows");
+    num_positions_ = std::min<int64_t>(num_positions_, positions->shape(0));
+    has_positions_ = true;
+    params.positions = keep(*positions);
+  }
   keep(table.memory);
   keep(out->memory);
-  forward_.add(step::kernels().embed,
-               step::EmbedParams{table.packed, static_cast<float>(factor), out->data()});
+  forward_.add(step::kernels().embed, params);
 }
 
-void Program::norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps,
-                   bool for_logits, bool is_private, const ActivationPtr& out) {
+std::pair<const float*, const float*> Program::keep(const Norm& norm, int64_t columns,
+                                                    const char* name) {
+  check_shape(norm.weight, name, {columns});
+  if (norm.bias) check_shape(*norm.bias, "bias", {columns});
+  check(norm.width > 0 && norm.width <= columns, "`width` must be in [1, ", columns, "], got ",
+        norm.width);
+  return {keep(norm.weight), norm.bias ? keep(*norm.bias) : nullptr};
+}
+
+void Program::norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool is_private,
+                   const ActivationPtr& out) {
   const int64_t columns = out->view.num_columns;
   check_rows_buffer(x, columns, "x");
-  check_shape(weight, "weight", {columns});
-  check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
+  const auto [weight, bias] = keep(norm, columns, "weight");
   check_num_rows(*out, "out", for_logits);
   check(!is_private || out->num_tiles >= num_members_, "`out` must have room for ", num_members_,
         " threads' own copies, got ", out->num_tiles);
   keep(x->memory);
   keep(*out);
   out->is_private = is_private;
-  const step::NormParams params = {x->data(),  keep(weight), width,     static_cast<float>(eps),
-                                   for_logits, out->view,    is_private};
+  const step::NormParams params = {
+      x->data(),  weight,    bias,      norm.width, static_cast<float>(norm.eps),
+      for_logits, out->view, is_private};
   const Sync sync = !is_private  ? Sync::kAlways
                     : for_logits ? Sync::kUnlessPrivateRows
                                  : Sync::kUnlessPrivateTokens;
   (for_logits ? head_ : forward_).add(step::kernels().norm, params, sync);
 }
 
-void Program::norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps,
-                       double factor, const RowsPtr& x) {
+void Program::norm_add(const RowsPtr& rows, const Norm& norm, double factor, const RowsPtr& x) {
   const int64_t columns = x->num_columns;
   check_rows_buffer(x, columns, "x");
   check_rows_buffer(rows, columns, "rows");
-  check_shape(weight, "weight", {columns});
-  check(width > 0 && width <= columns, "`width` must be in [1, ", columns, "], got ", width);
+  const auto [weight, bias] = keep(norm, columns, "weight");
   keep(rows->memory);
   keep(x->memory);
-  forward_.add(step::kernels().norm_add,
-               step::NormAddParams{rows->data(), keep(weight), columns, width,
-                                   static_cast<float>(eps), static_cast<float>(factor), x->data()});
+  forward_.add(
+      step::kernels().norm_add,
+      step::NormAddParams{rows->data(), weight, bias, columns, norm.width,
+                          static_cast<float>(norm.eps), static_cast<float>(factor), x->data()});
+}
+
+void Program::norm_in_place(const Norm& norm, const RowsPtr& x) {
+  const int64_t columns = x->num_columns;
+  check_rows_buffer(x, columns, "x");
+  const auto [weight, bias] = keep(norm, columns, "weight");
+  keep(x->memory);
+  forward_.add(step::kernels().norm_rows,
+               step::NormRowsParams{x->data(), columns, weight, bias, norm.width,
+                                    static_cast<float>(norm.eps), x->data(), columns});
 }
 
 void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
@@ -171,7 +204,8 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
   params.heads = head_params(heads, true, out);
   params.num_parts = static_cast<int32_t>(products.size());
   const int64_t strips = params.heads.kv.num_strips();
-  const int64_t unit_strips = heads.q_norm ? strips : 1;
+  const int64_t unit_strips = heads.norms ? strips : 1;
+  check(!heads.norms || !heads.norms->is_whole, "norms over all heads are those of `head_rows`");
   int64_t num_rows = 0;
   for (size_t i = 0; i < products.size(); ++i) {
     params.parts[i] = linear_params(products[i], unit_strips, false, i);
@@ -182,14 +216,10 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
       (heads.num_heads + 2 * params.heads.kv.num_heads) * strips * step::kStripRows;
   check(num_rows == expected, "`products` must have the rows of the heads, ", expected, ", got ",
         num_rows);
-  if (heads.q_norm) {
-    check_shape(*heads.q_norm, "q_norm", {strips * step::kStripRows});
-    check_shape(*heads.k_norm, "k_norm", {strips * step::kStripRows});
-  }
   forward_.add(step::kernels().qkv, params);
 }
 
-void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
+void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
                         const QueryPtr& out) {
   if (has_keys || heads.cosines) check_before_end("rotated or written heads");
   step::HeadRowsParams params = {};
@@ -197,16 +227,11 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, 
   const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
   const int64_t num_kv_heads = params.heads.kv.num_heads;
   check_rows_buffer(rows, (heads.num_heads + (has_keys ? 2 * num_kv_heads : 0)) * width, "rows");
-  check(!is_whole_norm || heads.q_norm, "a whole norm needs `q_norm` and `k_norm`");
-  if (heads.q_norm) {
-    check_shape(*heads.q_norm, "q_norm", {is_whole_norm ? heads.num_heads * width : width});
-    check_shape(*heads.k_norm, "k_norm", {is_whole_norm ? num_kv_heads * width : width});
-  }
   keep(rows->memory);
   params.rows = rows->data();
   params.stride = rows->num_columns;
   params.has_keys = has_keys;
-  params.is_whole_norm = is_whole_norm;
+  params.is_whole_norm = heads.norms && heads.norms->is_whole;
   forward_.add(step::kernels().head_rows, params);
 }
 
@@ -247,6 +272,19 @@ void Program::attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, i
   forward_.add(step::kernels().attention, params);
 }
 
+void Program::up(const Product& product, const std::string& activation,
+                 const std::pair<double, double>& alphas, const ActivationPtr& out) {
+  const int64_t rows = product.weight.packed.num_rows;
+  check(rows == out->view.num_columns, "`weight` must have the columns of `out`, ",
+        out->view.num_columns, ", got ", rows);
+  check_num_rows(*out, "out");
+  keep(*out);
+  const step::LinearParams linear = linear_params(product, 1);
+  const step::MlpFunction function = {activation_of(activation), static_cast<float>(alphas.first),
+                                      static_cast<float>(alphas.second)};
+  forward_.add(step::kernels().up, step::UpParams{linear, function, shared(out)});
+}
+
 void Program::gate_up(const Product& product, const std::string& activation,
                       const ActivationPtr& out) {
   const int64_t rows = product.weight.packed.num_rows;
@@ -256,7 +294,7 @@ void Program::gate_up(const Product& product, const std::string& activation,
   keep(*out);
   const step::LinearParams linear = linear_params(product, 2);
   forward_.add(step::kernels().gate_up,
-               step::GateUpParams{linear, activation_of(activation), shared(out)});
+               step::GateUpParams{linear, {gated_of(activation)}, shared(out), nullptr, 0});
 }
 
 void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
@@ -267,8 +305,8 @@ void Program::act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string&
   keep(gate->memory);
   keep(up->memory);
   keep(*out);
-  forward_.add(step::kernels().act_mul, step::ActMulParams{gate->data(), up->data(),
-                                                           activation_of(activation), shared(out)});
+  forward_.add(step::kernels().act_mul,
+               step::ActMulParams{gate->data(), up->data(), {gated_of(activation)}, shared(out)});
 }
 
 void Program::logits(const Product& product, int64_t vocab_size, double scale, double cap) {
@@ -362,9 +400,7 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
             out->row_bytes == heads.num_heads * params.kv.query_bytes(),
         "`out` must be the queries of these heads for this pool");
   check_num_rows(*out, "out");
-  check(heads.cosines.has_value() == heads.sines.has_value() &&
-            heads.q_norm.has_value() == heads.k_norm.has_value(),
-        "cosines and sines come together, as do the norms of queries and keys");
+  check(heads.cosines.has_value() == heads.sines.has_value(), "cosines and sines come together");
   if (heads.cosines) {
     check_shape(*heads.cosines, "cosines", {-1, params.kv.num_strips() * 16});
     check_shape(*heads.sines, "sines", {heads.cosines->shape(0), params.kv.num_strips() * 16});
@@ -372,17 +408,32 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
     params.cosines = keep(*heads.cosines);
     params.sines = keep(*heads.sines);
   }
-  if (heads.q_norm) {
-    params.q_norm = keep(*heads.q_norm);
-    params.k_norm = keep(*heads.k_norm);
-  }
+  if (heads.norms) use_norms(*heads.norms, heads.num_heads, params);
   params.num_heads = heads.num_heads;
   params.true_dim = heads.true_dim;
-  params.eps = static_cast<float>(heads.eps);
+  params.clip = static_cast<float>(heads.clip);
   params.q_scale = heads.scale ? static_cast<float>(*heads.scale * step::kLog2E) : 1.0f;
   params.q = out->memory.get();
   keep(out->memory);
   return params;
+}
+
+void Program::use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params) {
+  const int64_t width = params.kv.num_strips() * step::kStripRows, kv_heads = params.kv.num_heads;
+  const bool is_each = norms.is_whole || norms.query.weight.size() != width;
+  check(norms.query.bias.has_value() == norms.key.bias.has_value() &&
+            norms.query.eps == norms.key.eps,
+        "the norms of queries and of keys must be of one kind");
+  check(!norms.is_whole || (!norms.query.bias && !norms.is_last),
+        "a norm over all heads must be an RMSNorm before the rotation");
+  const auto of = [&](const Norm& norm, int64_t heads, const char* name) {
+    return keep(norm, is_each ? heads * width : width, name);
+  };
+  std::tie(params.q_norm, params.q_bias) = of(norms.query, num_heads, "q_norm");
+  std::tie(params.k_norm, params.k_bias) = of(norms.key, kv_heads, "k_norm");
+  params.norm_stride = is_each ? width : 0;
+  params.is_norm_last = norms.is_last;
+  params.eps = static_cast<float>(norms.query.eps);
 }
 
 void Program::share_scratch(step::QkvParams& params) {

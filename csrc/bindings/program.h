@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/adapter.h"
@@ -63,16 +64,31 @@ struct Product {
   std::optional<int64_t> adapter;  // which product of the layout it is, if adapters may change it
 };
 
+// A norm of rows or heads: RMSNorm, or where there is a bias LayerNorm.
+struct Norm {
+  Floats weight;
+  std::optional<Floats> bias;  // of the weight's shape
+  int64_t width;               // values that count; of heads these say it
+  double eps;
+};
+
+// The norms of queries and keys, in packed order: one for all heads, or for each.
+struct HeadNorms {
+  Norm query, key;
+  bool is_whole;  // over all heads together
+  bool is_last;   // once they are rotated
+};
+
 // How heads are normalised and rotated, and which layer of which pool they go to.
 struct Heads {
   PoolPtr pool;
   int64_t layer;
   int64_t num_heads;
   int64_t true_dim;
-  std::optional<double> scale;  // of the softmax; none: queries stay as they are
-  double eps;
+  std::optional<double> scale;           // of the softmax; none: queries stay as they are
   std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
-  std::optional<Floats> q_norm, k_norm;  // in packed order
+  std::optional<HeadNorms> norms;
+  double clip;  // q, k and v are cut to [-clip, clip] first; 0: they are not
 };
 
 class Program {
@@ -89,25 +105,29 @@ class Program {
   QueryPtr query(const KvPool& pool, int64_t num_heads) const;
 
   // Recording. Each writes to `out`, or adds to `x`.
-  void embed(const Matrix& table, double factor, const RowsPtr& out);
+  // Positions: what each adds to its tokens' rows.
+  void embed(const Matrix& table, double factor, const std::optional<Floats>& positions,
+             const RowsPtr& out);
   // A private norm is followed by no barrier where tokens are few: the operator behind it must not
   // write to x.
-  void norm(const RowsPtr& x, const Floats& weight, int64_t width, double eps, bool for_logits,
-            bool is_private, const ActivationPtr& out);
-  void norm_add(const RowsPtr& rows, const Floats& weight, int64_t width, double eps, double factor,
-                const RowsPtr& x);
+  void norm(const RowsPtr& x, const Norm& norm, bool for_logits, bool is_private,
+            const ActivationPtr& out);
+  void norm_add(const RowsPtr& rows, const Norm& norm, double factor, const RowsPtr& x);
+  void norm_in_place(const Norm& norm, const RowsPtr& x);
   void pack(const RowsPtr& rows, const ActivationPtr& out);
   // To columns of `out` from `first_column` on.
   void linear(const Product& product, const RowsPtr& out, int64_t first_column);
   void linear_add(const Product& product, double factor, const RowsPtr& x);
   // Products: the rows of q, k and v as one matrix, or as three of different formats.
   void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
-  // Of rows in packed order; a whole norm is over all heads of q, or of k, together.
-  void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, bool is_whole_norm,
-                 const QueryPtr& out);
+  // Of rows in packed order.
+  void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, const QueryPtr& out);
   // To an activation, or to rows where a head is no multiple of 32. The queries are scaled already.
   void attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
                  const SpecPtr& spec, const ActivationPtr& out, const RowsPtr& rows);
+  // Alphas: xIELU's two numbers; of other functions they say nothing.
+  void up(const Product& product, const std::string& activation,
+          const std::pair<double, double>& alphas, const ActivationPtr& out);
   void gate_up(const Product& product, const std::string& activation, const ActivationPtr& out);
   void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
                const ActivationPtr& out);
@@ -142,8 +162,11 @@ class Program {
   step::AdapterPlace adapter_place(const Product& product, size_t part);
   void check_adapters(const FlatRows& batch) const;
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
+  void use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
   const float* keep(const Floats& array);
+  // A norm's weight and bias (or null), of this shape.
+  std::pair<const float*, const float*> keep(const Norm& norm, int64_t columns, const char* name);
   void keep(const ActivationBuffer& activation);
   void keep(const cpu::Memory& memory) { memories_.push_back(memory); }
   float* scratch_of(int64_t floats);
@@ -170,7 +193,8 @@ class Program {
   const int64_t max_tokens_, max_sequences_, max_rows_, max_context_;
   const int num_members_;
   int64_t num_ids_ = 0, vocab_ = 0;
-  int64_t num_positions_ = INT32_MAX;
+  int64_t num_positions_ = INT32_MAX;  // those that every table has an entry for
+  bool has_positions_ = false;         // some are added to embeddings
   PoolPtr pool_;
   step::HeadSplit heads_ = {};
   step::Segment forward_, head_;

@@ -56,25 +56,36 @@ void bind_buffers(py::module_& module) {
       .def(py::init(&product_of), py::kw_only(), py::arg("weight"), py::arg("source").none(false),
            py::arg("bias").noconvert() = py::none(), py::arg("adapter") = py::none(),
            py::keep_alive<1, 2>());
+  py::class_<Norm>(module, "Norm", "A norm of rows or heads; a bias makes it a LayerNorm.")
+      .def(py::init([](Floats weight, MaybeFloats bias, int64_t width, double eps) {
+             return Norm{std::move(weight), std::move(bias), width, eps};
+           }),
+           py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
+           py::arg("width"), py::arg("eps"));
+  py::class_<HeadNorms>(module, "HeadNorms", "The norms of queries and keys.")
+      .def(py::init([](const Norm& query, const Norm& key, bool is_whole, bool is_last) {
+             return HeadNorms{query, key, is_whole, is_last};
+           }),
+           py::kw_only(), py::arg("query"), py::arg("key"), py::arg("is_whole"),
+           py::arg("is_last"));
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
-                       std::optional<double> scale, double eps, MaybeFloats cosines,
-                       MaybeFloats sines, MaybeFloats q_norm, MaybeFloats k_norm) {
+                       std::optional<double> scale, MaybeFloats cosines, MaybeFloats sines,
+                       std::optional<HeadNorms> norms, double clip) {
              return Heads{std::move(pool),
                           layer,
                           num_heads,
                           true_dim,
                           scale,
-                          eps,
                           std::move(cosines),
                           std::move(sines),
-                          std::move(q_norm),
-                          std::move(k_norm)};
+                          std::move(norms),
+                          clip};
            }),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
-           py::arg("true_dim"), py::arg("scale"), py::arg("eps") = 0.0,
-           py::arg("cosines").noconvert() = py::none(), py::arg("sines").noconvert() = py::none(),
-           py::arg("q_norm").noconvert() = py::none(), py::arg("k_norm").noconvert() = py::none());
+           py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
+           py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
+           py::arg("clip") = 0.0);
 }
 
 }  // namespace
@@ -96,12 +107,12 @@ void bind_program(py::module_& module) {
            py::kw_only(), py::arg("for_logits") = false)
       .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
       .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
-           py::arg("out").none(false))
-      .def("norm", &Program::norm, py::kw_only(), py::arg("x").none(false),
-           py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("for_logits"),
-           py::arg("is_private"), py::arg("out").none(false))
+           py::arg("positions").noconvert(), py::arg("out").none(false))
+      .def("norm", &Program::norm, py::kw_only(), py::arg("x").none(false), py::arg("norm"),
+           py::arg("for_logits"), py::arg("is_private"), py::arg("out").none(false))
       .def("norm_add", &Program::norm_add, py::kw_only(), py::arg("rows").none(false),
-           py::arg("weight").noconvert(), py::arg("width"), py::arg("eps"), py::arg("factor"),
+           py::arg("norm"), py::arg("factor"), py::arg("x").none(false))
+      .def("norm_in_place", &Program::norm_in_place, py::kw_only(), py::arg("norm"),
            py::arg("x").none(false))
       .def("pack", &Program::pack, py::kw_only(), py::arg("rows").none(false),
            py::arg("out").none(false))
@@ -112,12 +123,13 @@ void bind_program(py::module_& module) {
       .def("qkv", &Program::qkv, py::kw_only(), py::arg("products"), py::arg("heads"),
            py::arg("out").none(false))
       .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows").none(false),
-           py::arg("heads"), py::arg("has_keys"), py::arg("is_whole_norm"),
-           py::arg("out").none(false))
+           py::arg("heads"), py::arg("has_keys"), py::arg("out").none(false))
       .def("attention", &Program::attention, py::kw_only(), py::arg("q").none(false),
            py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"),
            py::arg("spec").none(false), py::arg("out") = ActivationPtr(),
            py::arg("rows") = RowsPtr())
+      .def("up", &Program::up, py::kw_only(), py::arg("product"), py::arg("activation"),
+           py::arg("alphas"), py::arg("out").none(false))
       .def("gate_up", &Program::gate_up, py::kw_only(), py::arg("product"), py::arg("activation"),
            py::arg("out").none(false))
       .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate").none(false),

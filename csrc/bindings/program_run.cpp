@@ -143,9 +143,11 @@ void Program::begin(const step::StepHeader& header) {
 
 void Program::check_header(const step::StepHeader& h) const {
   if (num_ids_ > 0) check_range(h.ids, h.num_tokens, num_ids_, "ids");
+  if (has_positions_ || pool_ != nullptr) {
+    check_range(h.positions, h.num_tokens, num_positions_, "positions");
+  }
   if (pool_ == nullptr) return;  // nothing reads more
   const int64_t block_size = pool_->block_size(), blocks = pool_->num_blocks();
-  check_range(h.positions, h.num_tokens, num_positions_, "positions");
   check_range(h.slots, h.num_tokens, blocks * block_size, "slots");
   check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
         "`query_start` must run from 0 to ", h.num_tokens);

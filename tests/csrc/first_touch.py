@@ -64,7 +64,8 @@ def qkv(
         random_weight(format, count * head_dim, COLUMNS, seed=count)
         for format, count in zip(formats, (heads, kv_heads, kv_heads), strict=True)
     ]
-    norms = ops.HeadNorms(torch.ones(head_dim), torch.ones(head_dim), 1e-5) if has_norms else None
+    one = ops.NormWeight(torch.ones(head_dim), 1e-5)
+    norms = ops.HeadNorms(one, one) if has_norms else None
     weight = ops.qkv_weight(
         sources[0], sources[1], sources[2], packing, num_heads=heads, num_kv_heads=kv_heads,
         head_dim=head_dim, norms=norms,

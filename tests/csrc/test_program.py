@@ -14,7 +14,6 @@ from tests.support.batches import flat_rows
 from tgi_asgi import _C, ops
 
 MOST = 2**31 - 1
-ONES = np.ones(64, np.float32)
 TURNS = np.ones((16, 16), np.float32)
 
 Make = Callable[[_C.Program], Any]
@@ -68,14 +67,17 @@ def query(program: _C.Program) -> Any:
     return program.query(pool(), 2)
 
 
+def norm_of(columns: int = 64, width: int | None = None) -> _C.Norm:
+    ones = np.ones(columns, np.float32)
+    return _C.Norm(weight=ones, bias=None, width=columns if width is None else width, eps=1e-5)
+
+
 def norm(p: _C.Program, x: Any, out: Any, **change: bool) -> None:
-    p.norm(
-        x=x, weight=ONES, width=64, eps=1e-5, out=out, **{"for_logits": False, "is_private": False, **change}
-    )
+    p.norm(x=x, norm=norm_of(), out=out, **{"for_logits": False, "is_private": False, **change})
 
 
 def write_heads(p: _C.Program, rows: Any, out: Any, *, has_keys: bool = True, **change: Any) -> None:
-    p.head_rows(rows=rows, heads=heads(**change), has_keys=has_keys, is_whole_norm=False, out=out)
+    p.head_rows(rows=rows, heads=heads(**change), has_keys=has_keys, out=out)
 
 
 def attend(p: _C.Program, q: Any, **out: Any) -> None:
@@ -84,11 +86,21 @@ def attend(p: _C.Program, q: Any, **out: Any) -> None:
 
 # Every operator with the buffers that it takes.
 OPERATORS: dict[str, tuple[Call, dict[str, Make]]] = {
-    "embed": (lambda p, out: p.embed(table=matrix(32), factor=1.0, out=out), {"out": rows}),
+    "embed": (
+        lambda p, out: p.embed(table=matrix(32), factor=1.0, positions=None, out=out),
+        {"out": rows},
+    ),
+    "norm_in_place": (lambda p, x: p.norm_in_place(norm=norm_of(), x=x), {"x": rows}),
+    "up": (
+        lambda p, source, out: p.up(
+            product=product(64, source), activation="xielu", alphas=(0.5, 0.5), out=out
+        ),
+        {"source": activation, "out": activation},
+    ),
     "norm": (norm, {"x": rows, "out": activation}),
     "norm of logits": (functools.partial(norm, for_logits=True), {"x": rows, "out": last_activation}),
     "norm_add": (
-        lambda p, **given: p.norm_add(weight=ONES, width=64, eps=1e-5, factor=1.0, **given),
+        lambda p, **given: p.norm_add(norm=norm_of(), factor=1.0, **given),
         {"rows": rows, "x": rows},
     ),
     "pack": (lambda p, **given: p.pack(**given), {"rows": rows, "out": activation}),
@@ -198,7 +210,7 @@ def test_a_private_norm_needs_room_for_every_thread() -> None:
 def test_ids_are_held_to_every_table(sizes: tuple[int, int]) -> None:
     program = make_program()
     for size in sizes:
-        program.embed(table=matrix(size), factor=1.0, out=rows(program))
+        program.embed(table=matrix(size), factor=1.0, positions=None, out=rows(program))
     program.run(flat_rows([(0, 1)], [[0]], 16, ids=[4]), [])
     with pytest.raises(ValueError, match=r"`ids`\[0\] must be in \[0, 5\), got 7"):
         program.run(flat_rows([(0, 1)], [[0]], 16, ids=[7]), [])
@@ -212,7 +224,7 @@ def test_a_table_with_padding_before_its_rows_is_refused(order: np.ndarray) -> N
     table = _C.pack(sources=[source.data], format="F32", columns=64, order=order, arena=_C.Arena())
     program = make_program()
     with pytest.raises(ValueError, match="`table` must have its rows first"):
-        program.embed(table=table, factor=1.0, out=rows(program))
+        program.embed(table=table, factor=1.0, positions=None, out=rows(program))
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_sequences", "max_rows", "max_context"])
@@ -270,3 +282,58 @@ def test_a_query_without_a_scale_stays_as_it_is() -> None:
         found.append(out.array().view(np.float32))
     np.testing.assert_array_equal(found[0], values)
     np.testing.assert_array_equal(found[1], values * np.float32(np.log2(np.e)))
+
+
+def test_norms_that_do_not_fit_are_refused() -> None:
+    program = make_program()
+    for columns, width, message in (
+        (32, 32, r"`weight` must be \[64\]"),
+        (64, 65, r"`width` must be in \[1, 64\], got 65"),
+        (64, 0, r"`width` must be in \[1, 64\], got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            program.norm_in_place(norm=norm_of(columns, width), x=rows(program))
+    ones = np.ones(64, np.float32)
+    with pytest.raises(ValueError, match=r"`bias` must be \[64\]"):
+        uneven = _C.Norm(weight=ones, bias=ones[:32], width=64, eps=1e-5)
+        program.norm_in_place(norm=uneven, x=rows(program))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": norm_of(64)}, r"`k_norm` must be \[32\]"),
+        ({"query": norm_of(96)}, r"`q_norm` must be \[64\]"),
+        ({"is_whole": True}, "norms over all heads are those of `head_rows`"),
+        ({"is_whole": True, "is_last": True}, "must be an RMSNorm before the rotation"),
+    ],
+)
+def test_norms_of_heads_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    program = make_program()
+    is_whole = bool(change.get("is_whole"))
+    query_norm = norm_of(64 if is_whole else 32)
+    norms = _C.HeadNorms(
+        **{"query": query_norm, "key": norm_of(32), "is_whole": False, "is_last": False, **change}
+    )
+    with pytest.raises(ValueError, match=message):
+        program.qkv(
+            products=[product(128, activation(program))], heads=heads(norms=norms), out=query(program)
+        )
+
+
+def test_positions_are_held_to_their_table_without_a_cache() -> None:
+    program = make_program()
+    with pytest.raises(ValueError, match=r"`positions` must be \[-?\w+, 64\]"):
+        program.embed(table=matrix(32), factor=1.0, positions=np.ones((4, 32), np.float32), out=rows(program))
+    program.embed(table=matrix(32), factor=1.0, positions=np.ones((4, 64), np.float32), out=rows(program))
+    program.run(flat_rows([(3, 4)], [[0]], 16, ids=[1]), [])
+    with pytest.raises(ValueError, match=r"`positions`\[0\] must be in \[0, 4\), got 4"):
+        program.run(flat_rows([(4, 5)], [[0]], 16, ids=[1]), [])
+
+
+def test_a_gate_has_no_numbers_of_its_own() -> None:
+    program = make_program()
+    with pytest.raises(ValueError, match="`activation` must be silu, .* got xielu"):
+        program.gate_up(
+            product=product(128, activation(program)), activation="xielu", out=activation(program)
+        )

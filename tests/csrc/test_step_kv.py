@@ -57,7 +57,7 @@ class World:
         )  # fmt: skip
         recorder = ops.Recorder()
         self.given = recorder.value(ops.Kind.RESIDUAL, HIDDEN)
-        q = ops.qkv(ops.norm(self.given, self.norm, EPS), weight, self.layer, self.rope)
+        q = ops.qkv(ops.norm(self.given, ops.NormWeight(self.norm, EPS)), weight, self.layer, self.rope)
         self.out = ops.attention(q, self.layer, SCALE)
         self.program = ops.CpuProgram(
             recorder, max_tokens=length, max_sequences=1, max_rows=1, max_context=length,

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.support import at_once
-from tgi_asgi import _C
+from tgi_asgi import _C, ops
 
 ROWS = torch.randn(64, 257)
 
@@ -31,7 +31,7 @@ def team() -> Iterator[None]:
 
 
 def norm() -> torch.Tensor:
-    return at_once.norm(ROWS, torch.ones(257), 1e-5)
+    return at_once.norm(ROWS, ops.NormWeight(torch.ones(257), 1e-5))
 
 
 def team_threads() -> list[int]:

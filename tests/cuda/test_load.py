@@ -95,7 +95,7 @@ def test_a_model_s_matrices_are_never_the_host_s(
         tracemalloc.stop()
     assert isinstance(model, Decoder)
     for layer in model.layers:
-        for weight in (layer.qkv, layer.output, layer.gate_up, layer.down):
+        for weight in (layer.qkv, layer.output, layer.up, layer.down):
             matrix = weight.made.matrix
             assert (matrix.codes if isinstance(matrix, CudaQuantMatrix) else matrix).device == META
     assert tensors.peak + arrays < peak * largest

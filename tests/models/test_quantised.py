@@ -70,7 +70,7 @@ def test_codes_stay_codes_where_a_format_holds_them(
 ) -> None:
     files = save_quantised(make_model(**SHAPE), tmp_path, recipe, **options)
     model = load(files)
-    (part,) = model.layers[0].gate_up.made.parts
+    (part,) = model.layers[0].up.made.parts
     expected = format or ("F16" if recipe == "gptq" else "BF16")
     precision = {"F16": "float32", "BF16": "bfloat16"}.get(expected, "int8")
     assert (part.matrix.format, part.precision) == (expected, precision)

@@ -52,3 +52,19 @@ def test_an_activation_is_the_residual_itself(kernel_set: str, tokens: int, hidd
     _C.set_num_threads(2)
     x = torch.randn(tokens, hidden)
     assert torch.equal(at_once.activation(x), x)
+
+
+@pytest.mark.parametrize("hidden", [32, 72, 129])
+def test_a_position_adds_its_own_row(kernel_set: str, hidden: int) -> None:
+    _C.set_num_threads(2)
+    matrix, source = random_source(50, hidden)
+    table, added = ops.linear_weight(source, EXACT, is_vocabulary=True), torch.randn(20, hidden)
+    batch = flat_rows([(3, 8), (19, 20)], [[0], [1, 2]], 16, ids=[4, 9, 4, 0, 49, 7])
+    found = at_once.embed(batch, table, 2.0, added)
+    expected = 2.0 * matrix[[4, 9, 4, 0, 49, 7]] + added[[3, 4, 5, 6, 7, 19]]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    late = flat_rows([(19, 21)], [[0, 1]], 16, ids=[0, 0])
+    with pytest.raises(ValueError, match=r"`positions`\[1\] must be in \[0, 20\), got 20"):
+        at_once.embed(late, table, 1.0, added)
+    with pytest.raises(ValueError, match=rf"`positions` must be \[n, {hidden}\]"):
+        at_once.embed(batch, table, 1.0, torch.randn(20, hidden + 1))

@@ -13,7 +13,7 @@ from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "hidden", "size"), [(0, 4, 4), (1, 17, 3), (17, 33, 129), (3, 72, 100), (2, 64, 160)]
@@ -53,7 +53,7 @@ def test_gate_and_up_may_be_of_different_formats(
     assert_close(at_once.gate_up(a, weight), activate(gate, "silu") * up, length=4 * 96)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 @pytest.mark.parametrize("formats", [("F32", "F32"), ("F32", "BF16")], ids=["one", "two"])
 def test_gates_far_from_zero_saturate(kernel_set: str, activation: str, formats: tuple[str, str]) -> None:
     gate = torch.tensor([-1e4, -200.0, -100.0, 0.0, 100.0, 200.0])[:, None]
@@ -78,8 +78,10 @@ def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, threads:
 def test_an_unknown_activation_and_unequal_halves_are_refused() -> None:
     source = random_source(4, 8)[1]
     weight = ops.gate_up_weight(source, source, EXACT)
-    with pytest.raises(ValueError, match="`activation` must be one of silu, gelu_tanh, got relu"):
-        at_once.gate_up(torch.randn(1, 8), weight, "relu")
+    with pytest.raises(
+        ValueError, match="`activation` must be one of silu, gelu_tanh, gelu, relu, relu_squared, got xielu"
+    ):
+        at_once.gate_up(torch.randn(1, 8), weight, "xielu")
     with pytest.raises(ValueError, match="must have one shape"):
         ops.gate_up_weight(source, random_source(5, 8)[1], EXACT)
     with pytest.raises(ValueError, match="`gate_up` takes 8 columns as `a`, not 7"):

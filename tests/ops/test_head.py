@@ -25,7 +25,7 @@ def test_logits_equal_the_reference(
     bias, bias_source = random_source(vocab) if has_bias else (None, None)
     x, norm = torch.randn(tokens, hidden), torch.randn(hidden)
     weight = ops.linear_weight(source, EXACT, bias=bias_source, is_vocabulary=True)
-    logits = at_once.head(x, norm, 1e-5, weight)
+    logits = at_once.head(x, ops.NormWeight(norm, 1e-5), weight)
     assert_close(logits, linear(rms_norm(x, norm, 1e-5), matrix, bias), length=6 * hidden)
 
 
@@ -33,7 +33,9 @@ def test_logits_equal_the_reference(
 def test_logits_are_scaled_and_then_capped(kernel_set: str, scale: float, cap: float) -> None:
     matrix, source = random_source(131, 72)
     x, norm = torch.randn(5, 72), torch.randn(72)
-    logits = at_once.head(x, norm, 1e-5, ops.linear_weight(source, EXACT), scale=scale, cap=cap)
+    logits = at_once.head(
+        x, ops.NormWeight(norm, 1e-5), ops.linear_weight(source, EXACT), scale=scale, cap=cap
+    )
     expected = linear(rms_norm(x, norm, 1e-5), matrix) * scale
     if cap:
         expected = cap * (expected / cap).tanh()
@@ -49,7 +51,7 @@ def test_only_the_rows_asked_for_are_computed_in_their_order(
     _C.set_num_threads(threads)
     table = ops.linear_weight(ops.from_floats(torch.randn(131, 72).bfloat16()), packing)
     recorder = ops.Recorder()
-    ops.head(ops.embed(recorder.batch, table), torch.rand(72), 1e-5, table)
+    ops.head(ops.embed(recorder.batch, table), ops.NormWeight(torch.rand(72), 1e-5), table)
     program = ops.CpuProgram(recorder, max_tokens=9, max_sequences=1, max_rows=9, max_context=9)
     batch = flat_rows([(0, 9)], [[0]], 16, ids=range(40, 49))
     every = program.run(batch, range(9)).clone()
@@ -65,6 +67,6 @@ def test_only_the_rows_asked_for_are_computed_in_their_order(
 def test_weights_that_do_not_fit_are_refused() -> None:
     weight = ops.linear_weight(random_source(7, 33)[1], EXACT)
     with pytest.raises(ValueError, match="`head` takes a weight of 32 columns, not 33"):
-        at_once.head(torch.randn(5, 32), torch.ones(32), 1e-5, weight)
+        at_once.head(torch.randn(5, 32), ops.NormWeight(torch.ones(32), 1e-5), weight)
     with pytest.raises(ValueError, match="`head` takes 33 columns as `x`, not 32"):
-        at_once.head(torch.randn(5, 32), torch.ones(33), 1e-5, weight)
+        at_once.head(torch.randn(5, 32), ops.NormWeight(torch.ones(33), 1e-5), weight)

@@ -1,4 +1,4 @@
-"""The operators norm and norm_add: RMSNorm before a product, and after one."""
+"""The operators norm, norm_add and norm_residual: RMSNorm and LayerNorm before a product, and after one."""
 
 from __future__ import annotations
 
@@ -8,45 +8,78 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.reference.layers import linear, rms_norm
+from tests.reference.layers import linear, norm, rms_norm
 from tests.support import at_once
 from tests.support.blocks import meaning, random_weight
 from tgi_asgi import _C, ops
 
 SIZES = [1, 3, 17, 32, 72, 129, 576]
+KINDS = pytest.mark.parametrize("kind", ["rms", "layer"])
 
 
+def weight_of(hidden: int, kind: str) -> ops.NormWeight:
+    return ops.NormWeight(torch.randn(hidden), 1e-5, torch.randn(hidden) if kind == "layer" else None)
+
+
+@KINDS
 @pytest.mark.parametrize("hidden", SIZES)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
-def test_the_activation_is_the_normed_residual(kernel_set: str, tokens: int, hidden: int) -> None:
+def test_the_activation_is_the_normed_residual(kernel_set: str, tokens: int, hidden: int, kind: str) -> None:
     _C.set_num_threads(2)
-    x, weight = torch.randn(tokens, hidden) * 3, torch.randn(hidden)
-    assert_close(at_once.norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), length=hidden + 8)
+    x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
+    assert_close(at_once.norm(x, weight), norm(x, weight), length=hidden + 8)
+    assert_same_bits(at_once.norm(x, weight, ops.Kind.ROWS), at_once.norm(x, weight))
 
 
+@KINDS
 @pytest.mark.parametrize("hidden", SIZES)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
-def test_the_norm_of_rows_is_added_to_the_residual(kernel_set: str, tokens: int, hidden: int) -> None:
+def test_the_norm_takes_the_place_of_the_residual(
+    kernel_set: str, tokens: int, hidden: int, kind: str
+) -> None:
     _C.set_num_threads(2)
-    rows, x, weight = torch.randn(tokens, hidden) * 3, torch.randn(tokens, hidden), torch.randn(hidden)
-    expected = x.double() + 0.3 * rms_norm(rows, weight, 1e-5)
-    assert_close(at_once.norm_add(rows, weight, 1e-5, x, 0.3), expected, length=hidden + 8)
+    x, weight = torch.randn(tokens, hidden) * 3, weight_of(hidden, kind)
+    assert_close(at_once.norm_residual(x, weight), norm(x, weight), length=hidden + 8)
 
 
+def test_the_variance_is_that_around_the_mean(kernel_set: str) -> None:
+    x = torch.randn(3, 129) + 1000.0
+    weight = weight_of(129, "layer")
+    assert_close(at_once.norm(x, weight), norm(x, weight), length=129 * 1000**2)
+    heads = ops.NormWeight.layer(129, 1e-5, weight=None)
+    assert_close(at_once.norm(x, heads), norm(x, heads), length=129 * 1000**2)
+
+
+@KINDS
+@pytest.mark.parametrize("hidden", SIZES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+def test_the_norm_of_rows_is_added_to_the_residual(
+    kernel_set: str, tokens: int, hidden: int, kind: str
+) -> None:
+    _C.set_num_threads(2)
+    rows, x, weight = torch.randn(tokens, hidden) * 3, torch.randn(tokens, hidden), weight_of(hidden, kind)
+    expected = x.double() + 0.3 * norm(rows, weight)
+    assert_close(at_once.norm_add(rows, weight, x, 0.3), expected, length=hidden + 8)
+
+
+@KINDS
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: int) -> None:
-    x, rows, weight = torch.randn(20, 577), torch.randn(20, 577), torch.randn(577)
-    alone = torch.cat([at_once.norm(x[row : row + 1], weight, 1e-5) for row in range(20)])
-    added = torch.cat([at_once.norm_add(rows[r : r + 1], weight, 1e-5, x[r : r + 1]) for r in range(20)])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(kernel_set: str, threads: int, kind: str) -> None:
+    x, rows, weight = torch.randn(20, 577), torch.randn(20, 577), weight_of(577, kind)
+    alone = torch.cat([at_once.norm(x[row : row + 1], weight) for row in range(20)])
+    added = torch.cat([at_once.norm_add(rows[r : r + 1], weight, x[r : r + 1]) for r in range(20)])
+    in_place = torch.cat([at_once.norm_residual(x[row : row + 1], weight) for row in range(20)])
     _C.set_num_threads(threads)
-    assert_same_bits(at_once.norm(x, weight, 1e-5), alone)
-    assert_same_bits(at_once.norm_add(rows, weight, 1e-5, x), added)
+    assert_same_bits(at_once.norm(x, weight), alone)
+    assert_same_bits(at_once.norm_add(rows, weight, x), added)
+    assert_same_bits(at_once.norm_residual(x, weight), in_place)
 
 
 def test_a_row_of_zeros_stays_zero(kernel_set: str) -> None:
-    assert_same_bits(at_once.norm(torch.zeros(1, 33), torch.ones(33), 1e-5), torch.zeros(1, 33))
+    ones = ops.NormWeight(torch.ones(33), 1e-5)
+    assert_same_bits(at_once.norm(torch.zeros(1, 33), ones), torch.zeros(1, 33))
     x = torch.randn(1, 33)
-    assert_same_bits(at_once.norm_add(torch.zeros(1, 33), torch.ones(33), 1e-5, x), x)
+    assert_same_bits(at_once.norm_add(torch.zeros(1, 33), ones, x), x)
 
 
 class NormAndProduct:
@@ -60,7 +93,7 @@ class NormAndProduct:
         self.precision: str = weight.made.precision
         recorder = ops.Recorder()
         self.x = recorder.value(ops.Kind.RESIDUAL, hidden)
-        self.rows = ops.linear(ops.norm(self.x, norm, 1e-5), weight)
+        self.rows = ops.linear(ops.norm(self.x, ops.NormWeight(norm, 1e-5)), weight)
         self.program = ops.CpuProgram(
             recorder, max_tokens=32, max_sequences=1, max_rows=1, max_context=32, inputs=[self.x],
             outputs=[self.rows],
@@ -102,9 +135,11 @@ def test_a_product_takes_the_norm_in_its_own_precision(
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="`norm` takes 15 columns as `x`, not 16"):
-        at_once.norm(torch.randn(2, 16), torch.ones(15), 1e-5)
+        at_once.norm(torch.randn(2, 16), ops.NormWeight(torch.ones(15), 1e-5))
+    with pytest.raises(ValueError, match="a norm's bias must have 16 elements, got 15"):
+        ops.NormWeight(torch.ones(16), 1e-5, torch.ones(15))
     with pytest.raises(ValueError, match="`norm_add` takes 16 columns as `x`, not 15"):
-        at_once.norm_add(torch.randn(2, 16), torch.ones(16), 1e-5, torch.randn(2, 15))
+        at_once.norm_add(torch.randn(2, 16), ops.NormWeight(torch.ones(16), 1e-5), torch.randn(2, 15))
     weight = ops.linear_weight(random_source(4, 15)[1], EXACT)
     with pytest.raises(ValueError, match="`linear` takes 15 columns as `a`, not 16"):
         at_once.linear(torch.randn(2, 16), weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rope_table
 from tests.reference.compare import assert_close, assert_same_bits, assert_within
-from tests.reference.layers import linear, rms_norm, rotate
+from tests.reference.layers import linear, norm, rotate
 from tests.support import at_once
 from tests.support.batches import flat_rows
 from tests.support.blocks import meaning, random_weight
@@ -33,6 +33,8 @@ class Case:
     has_rope: bool = True
     has_bias: bool = False
     norms: ops.HeadNorms | None = None
+    is_interleaved: bool = False
+    clip: float | None = None
     formats: tuple[str, str, str] = ("F32", "F32", "F32")
     packing: ops.Packing = EXACT
     parts: list[Tensor] = field(init=False)
@@ -50,28 +52,33 @@ class Case:
         self.weight = ops.qkv_weight(
             sources[0], sources[1], sources[2], self.packing, num_heads=self.heads,
             num_kv_heads=self.kv_heads, head_dim=self.head_dim,
-            rotary_dim=self.rotary_dim, norms=self.norms,
+            rotary_dim=self.rotary_dim, norms=self.norms, is_interleaved=self.is_interleaved,
             biases=[ops.from_floats(bias) for bias in self.biases] if self.has_bias else None,
         )  # fmt: skip
 
     def expected(self, a: Tensor, positions: Tensor) -> list[Tensor]:
         """Return queries, keys and values [n_tokens, heads, head_dim] in float64."""
         found = []
-        for part, bias, norm in zip(self.parts, self.biases, self._norms(), strict=True):
+        for part, bias in zip(self.parts, self.biases, strict=True):
             rows = linear(a, part, bias)
-            heads = rows.view(len(a), -1, self.head_dim)
-            if norm is not None:
-                assert self.norms is not None
-                is_whole = self.norms.is_whole
-                heads = rms_norm(rows if is_whole else heads, norm, self.norms.eps).view_as(heads)
-            found.append(heads)
+            if self.clip is not None:
+                rows = rows.clamp(-self.clip, self.clip)
+            found.append(rows.view(len(a), -1, self.head_dim))
+        norms = self.norms
+        if norms is not None and not norms.is_last:
+            found[:2] = self._normed(norms, found)
         if self.rope is not None:
             cos, sin = self.rope.cos[positions], self.rope.sin[positions]
-            found[:2] = [rotate(heads, cos, sin) for heads in found[:2]]
+            found[:2] = [rotate(h, cos, sin, is_interleaved=self.is_interleaved) for h in found[:2]]
+        if norms is not None and norms.is_last:
+            found[:2] = self._normed(norms, found)
         return found
 
-    def _norms(self) -> tuple[Tensor | None, Tensor | None, None]:
-        return (None, None, None) if self.norms is None else (self.norms.query, self.norms.key, None)
+    def _normed(self, norms: ops.HeadNorms, heads: list[Tensor]) -> list[Tensor]:
+        return [
+            norm(part.flatten(1) if norms.is_whole else part, each).view_as(part)
+            for part, each in zip(heads, (norms.query, norms.key), strict=False)
+        ]
 
     def run(
         self, a: Tensor, spans: list[tuple[int, int]], dtype: torch.dtype, block_size: int = 16
@@ -84,7 +91,7 @@ class Case:
         free = torch.randperm(NUM_BLOCKS).tolist()
         blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
         batch = flat_rows(spans, blocks, block_size)
-        q = at_once.qkv(a, self.weight, layer, self.rope, batch)
+        q = at_once.qkv(a, self.weight, layer, self.rope, batch, self.clip)
         return q.view(len(a), self.heads, self.head_dim), layer, torch.from_numpy(batch.slots)
 
 
@@ -92,8 +99,14 @@ def positions_of(spans: list[tuple[int, int]]) -> Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in spans])
 
 
-def head_norms(query: int, key: int, *, is_whole: bool = False) -> ops.HeadNorms:
-    return ops.HeadNorms(torch.rand(query) + 0.5, torch.rand(key) + 0.5, 1e-3, is_whole)
+def head_norms(
+    query: int, key: int, *, is_whole: bool = False, is_last: bool = False, has_bias: bool = False
+) -> ops.HeadNorms:
+    weights = [
+        ops.NormWeight(torch.rand(size) + 0.5, 1e-3, torch.randn(size) if has_bias else None)
+        for size in (query, key)
+    ]
+    return ops.HeadNorms(weights[0], weights[1], is_whole=is_whole, is_last=is_last)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -115,6 +128,17 @@ CASES: dict[str, dict[str, Any]] = {
     "norms, three formats": {
         "hidden": 96, "head_dim": 64, "formats": ("Q4_0", "Q8_0", "Q5_1"), "norms": (64, 64),
     },
+    "layer norms": {"heads": 4, "kv_heads": 2, "head_dim": 80, "norms": (80, 80), "rotary_dim": 32},
+    "layer norms of each head": {"heads": 4, "kv_heads": 2, "head_dim": 20, "norms": (80, 40)},
+    "norms of each head": {"heads": 3, "kv_heads": 3, "head_dim": 64, "norms": (192, 192)},
+    "last norms": {"heads": 4, "kv_heads": 2, "head_dim": 40, "norms": (40, 40), "has_bias": True},
+    "last norms, part rotated": {"heads": 2, "head_dim": 96, "norms": (96, 96), "rotary_dim": 64},
+    "neighbours turn": {"heads": 4, "kv_heads": 2, "head_dim": 48, "is_interleaved": True, "has_bias": True},
+    "some neighbours turn": {
+        "heads": 2, "head_dim": 80, "rotary_dim": 36, "is_interleaved": True, "norms": (80, 80),
+    },
+    "cut": {"heads": 3, "kv_heads": 1, "head_dim": 24, "clip": 1.25, "has_bias": True},
+    "cut, three formats": {"hidden": 96, "head_dim": 32, "formats": ("Q4_0", "F16", "Q8_0"), "clip": 2.0},
     "whole norms": {"heads": 6, "kv_heads": 2, "head_dim": 20, "norms": (120, 40), "has_bias": True},
     "whole norms, heads of 64": {"heads": 3, "kv_heads": 3, "head_dim": 64, "norms": (192, 192)},
     "whole norms, two formats": {
@@ -127,7 +151,12 @@ CASES: dict[str, dict[str, Any]] = {
 def case_of(name: str) -> Case:
     options = dict(CASES[name])
     if "norms" in options:
-        options["norms"] = head_norms(*options["norms"], is_whole=name.startswith("whole"))
+        options["norms"] = head_norms(
+            *options["norms"],
+            is_whole=name.startswith("whole"),
+            is_last=name.startswith("last"),
+            has_bias=name.startswith("layer"),
+        )
     return Case(**options)
 
 
@@ -141,7 +170,7 @@ def test_queries_keys_and_values_equal_the_reference(
     a = torch.randn(len(positions), case.hidden)
     q, layer, slots = case.run(a, spans, torch.float32)
     query, key, value = case.expected(a, positions)
-    found_key, found_value = read_kv(layer, slots, case.rotary_dim)
+    found_key, found_value = read_kv(layer, slots, case.rotary_dim, is_interleaved=case.is_interleaved)
     assert_close(q, query, length=4 * case.hidden)
     assert_close(found_key, key, length=4 * case.hidden)
     assert_close(found_value, value, length=4 * case.hidden)
@@ -195,7 +224,10 @@ def run_without_queries(
     return layer, torch.from_numpy(batch.slots)
 
 
-@pytest.mark.parametrize("name", ["odd heads", "norms", "whole norms", "three formats"])
+@pytest.mark.parametrize(
+    "name",
+    ["odd heads", "norms", "whole norms", "three formats", "layer norms", "last norms", "neighbours turn"],
+)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, name: str, threads: int) -> None:
     case = case_of(name)
@@ -204,7 +236,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_team(kernel_set: str, name: st
     def computed(spans: list[tuple[int, int]]) -> Tensor:
         rows = positions_of(spans)
         q, layer, slots = case.run(a[rows], spans, torch.float32)
-        return torch.cat([q, *read_kv(layer, slots, case.rotary_dim)], dim=1)
+        keys_and_values = read_kv(layer, slots, case.rotary_dim, is_interleaved=case.is_interleaved)
+        return torch.cat([q, *keys_and_values], dim=1)
 
     alone = torch.cat([computed([(row, row + 1)]) for row in range(20)])
     _C.set_num_threads(threads)
@@ -265,6 +298,11 @@ def test_weights_norms_and_tables_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="`rotary_dim` must be even and at most 16"):
             ops.qkv_weight(query, key, key, EXACT, **sizes, rotary_dim=rotary_dim)
     weight = ops.qkv_weight(query, key, key, EXACT, **sizes)
+    with pytest.raises(ValueError, match="the norms of queries and of keys must be of one kind"):
+        one, other = head_norms(16, 16), head_norms(16, 16, has_bias=True)
+        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=ops.HeadNorms(one.query, other.key))
+    with pytest.raises(ValueError, match="a norm over all heads must be an RMSNorm before the rotation"):
+        ops.qkv_weight(query, key, key, EXACT, **sizes, norms=head_norms(48, 16, is_whole=True, is_last=True))
     layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
     with pytest.raises(ValueError, match="the rotary table turns 8 dims, the weight 16"):
         at_once.qkv(torch.randn(1, 37), weight, layer, rope_table(8, 4), flat_rows([(0, 1)], [[0]], 16))

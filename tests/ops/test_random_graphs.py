@@ -28,7 +28,8 @@ SHAPES = [
     Shape(hidden=96, intermediate=32, heads=6, kv_heads=2, head_dim=16, rotary_dim=2),
 ]
 OPERATORS = [
-    "norm", "activation", "linear", "linear_add", "norm_add", "gate_up", "qkv", "attention", "layer",
+    "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
+    "attention", "layer",
 ]  # fmt: skip
 # How far logits may be from float64's: a value halfway between two codes may go either way, and that
 # adds up, but in few graphs.
@@ -50,7 +51,10 @@ class Pools:
         """Add a call, if there is what it takes; `which` picks its operand."""
         graph = self.graph
         if operator == "norm":
-            self.tame.append(graph.norm(self.x))
+            rows = self.rows[which % len(self.rows)] if self.rows and option == 2 else None
+            self.tame.append(graph.norm(self.x if rows is None else rows))
+        elif operator == "norm_residual":
+            self.x = graph.norm_residual(self.x)
         elif operator == "activation":
             self.any.append(graph.activation(self.x))
         elif operator == "layer":
@@ -69,14 +73,18 @@ class Pools:
                 self.rows.append(graph.linear(a))
             else:
                 self.x = graph.linear_add(a, self.x, [1.0, 0.3, -0.5][option])
-        elif operator in ("gate_up", "qkv") and self.tame:
+        elif operator in ("gate_up", "up", "qkv") and self.tame:
             a = self.tame[which % len(self.tame)]
             if operator == "gate_up":
-                self.any.append(graph.gate_up(a, ["silu", "gelu_tanh", "silu"][option]))
+                self.any.append(graph.gate_up(a, ["silu", "gelu_tanh", "gelu"][option]))
+            elif operator == "up":
+                self.any.append(graph.up(a, ["gelu", "relu_squared", "xielu"][option]))
             elif len(self.queries) < graph.num_layers:
                 layer = len(self.queries)
-                norms = [None, "heads", "whole"][option]
-                self.queries.append((graph.qkv(a, layer, norms, has_rope=which % 3 > 0), layer))
+                norms = [None, "heads", "whole", "layer", "last"][(which + option) % 5]
+                has_rope, is_interleaved = which % 3 > 0, which % 2 > 0
+                made = graph.qkv(a, layer, norms, has_rope=has_rope, is_interleaved=is_interleaved)
+                self.queries.append((made, layer))
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def make(plan: Plan) -> tuple[Graph, ops.CpuProgram]:
     packing = EXACT if plan.is_exact else FAST
     num_layers = sum(operator in ("qkv", "layer") for operator, _, _ in plan.calls) or 1
     graph = Graph(plan.shape, plan.lengths, formats, packing, num_layers)
-    pools = Pools(graph, graph.embed([1.0, 3.0][plan.seed % 2]))
+    pools = Pools(graph, graph.embed([1.0, 3.0][plan.seed % 2], has_positions=plan.seed % 3 == 0))
     for call in plan.calls:
         pools.apply(*call)
     graph.head(pools.x, 0.5, [0.0, 20.0][plan.seed // 2 % 2])

@@ -33,23 +33,25 @@ class Values:
         )
         self.gates = ops.gate_up_weight(random_source(40, 48)[1], random_source(40, 48)[1], EXACT)
         self.layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
-        self.ones = torch.ones(48)
+        self.ones = ops.NormWeight(torch.ones(48), 1e-5)
         self.residual = ops.embed(self.recorder.batch, self.square)
-        self.activation = ops.norm(self.residual, self.ones, 1e-5)
+        self.activation = ops.norm(self.residual, self.ones)
         self.rows = ops.linear(self.activation, self.square)
         self.query = ops.qkv(self.activation, self.heads, self.layer, None)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
-    "norm": ("a residual", lambda v, x: ops.norm(x, v.ones, 1e-5)),
+    "norm": ("a residual", lambda v, x: ops.norm(x, v.ones)),
+    "norm_residual": ("a residual", lambda v, x: ops.norm_residual(x, v.ones)),
     "activation": ("a residual", lambda v, x: ops.activation(x)),
-    "head": ("a residual", lambda v, x: ops.head(x, v.ones, 1e-5, v.square)),
+    "head": ("a residual", lambda v, x: ops.head(x, v.ones, v.square)),
     "linear": ("an activation", lambda v, x: ops.linear(x, v.square)),
     "linear_add": ("an activation", lambda v, x: ops.linear_add(x, v.square, v.residual)),
+    "up": ("an activation", lambda v, x: ops.up(x, v.square, "relu")),
     "gate_up": ("an activation", lambda v, x: ops.gate_up(x, v.gates)),
     "qkv": ("an activation", lambda v, x: ops.qkv(x, v.heads, v.layer, None)),
     "attention": ("a query", lambda v, x: ops.attention(x, v.layer, 0.25)),
-    "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, 1e-5, v.residual)),
+    "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
 }
 KINDS = {"a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query"}
 
@@ -68,7 +70,7 @@ def test_every_call_can_be_emitted_and_is_tested_here() -> None:
 def test_a_value_of_another_kind_is_refused_by_both_names(operator: str, given: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    if wanted == given:
+    if wanted == given or (operator, given) == ("norm", "rows"):
         call(values, getattr(values, KINDS[given]))
         return
     with pytest.raises(TypeError, match=rf"`{operator}` takes {wanted} as `\w+`, not {given}"):
@@ -88,7 +90,7 @@ def test_tensors_and_values_do_not_mix() -> None:
     with pytest.raises(TypeError, match="`linear_add` takes a residual as `x`, not Tensor"):
         ops.linear_add(values.activation, values.square, torch.randn(2, 48))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`norm_add` takes a residual as `x`, not Tensor"):
-        ops.norm_add(values.rows, values.ones, 1e-5, torch.randn(2, 48))  # type: ignore[arg-type]
+        ops.norm_add(values.rows, values.ones, torch.randn(2, 48))  # type: ignore[arg-type]
     with pytest.raises((TypeError, AttributeError)):
         ops.linear_add(torch.randn(2, 48), values.square, values.residual)  # type: ignore[arg-type]
 
@@ -106,10 +108,12 @@ def test_values_of_two_recordings_are_refused() -> None:
     with pytest.raises(TypeError, match="`linear_add` was given values of two recordings"):
         ops.linear_add(values.activation, values.square, others.residual)
     with pytest.raises(TypeError, match="`norm_add` was given values of two recordings"):
-        ops.norm_add(values.rows, values.ones, 1e-5, others.residual)
+        ops.norm_add(values.rows, values.ones, others.residual)
 
 
-@pytest.mark.parametrize("operator", ["norm", "activation", "head", "linear_add", "norm_add"])
+@pytest.mark.parametrize(
+    "operator", ["norm", "activation", "head", "linear_add", "norm_add", "norm_residual"]
+)
 def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
     values = Values()
     old = values.residual
@@ -120,10 +124,12 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
         given = old
     with pytest.raises(TypeError, match=rf"`{operator}` was given as `x` a residual that has been added to"):
         OPERATORS[operator][1](values, given)
-    ops.norm(new, values.ones, 1e-5)
+    ops.norm(new, values.ones)
 
 
-@pytest.mark.parametrize("operator", ["norm", "head", "linear", "linear_add", "gate_up", "qkv", "norm_add"])
+@pytest.mark.parametrize(
+    "operator", ["norm", "norm_residual", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add"]
+)
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
@@ -144,7 +150,7 @@ def test_what_a_program_cannot_be_is_refused_when_it_is_made() -> None:
     with pytest.raises(ValueError, match="a query can be attended with one scale only"):
         made(values.recorder)
     values = Values()
-    ops.head(values.residual, values.ones, 1e-5, values.square)
+    ops.head(values.residual, values.ones, values.square)
     x = ops.linear_add(values.activation, values.square, values.residual)
     with pytest.raises(ValueError, match="`head` must be the last operator"):
         made(values.recorder)
@@ -257,7 +263,7 @@ def test_a_query_that_was_given_is_that_of_the_rows_drawn_after(threads: int) ->
     given = values.recorder.value(ops.Kind.QUERY, 48)
     attended = ops.attention(given, values.layer, 0.25)
     x = ops.linear_add(attended, values.square, values.residual)
-    ops.head(x, values.ones, 1e-5, values.square)
+    ops.head(x, values.ones, values.square)
     program = ops.CpuProgram(
         values.recorder, max_tokens=9, max_sequences=1, max_rows=2, max_context=16, inputs=[given]
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.ops.helpers import rope_table, rounded
 from tests.reference.attention import attention
-from tests.reference.layers import activate, linear, rms_norm, rotate
+from tests.reference.layers import activate, linear, norm, rotate
 from tests.support.batches import flat_rows, random_blocks
 from tests.support.blocks import meaning, random_weight
 from tests.support.kv import poisoned_pool
@@ -81,7 +81,7 @@ class Graph:
         )  # fmt: skip
         self.rope = rope_table(shape.rotary_dim, max(self.lengths))
         self.recorder = ops.Recorder()
-        self._num_weights = 0
+        self._num_weights = self._num_norms = 0
 
     @property
     def _num_blocks(self) -> int:
@@ -95,14 +95,26 @@ class Graph:
             format = "F32"
         return random_weight(format, rows, columns, seed=self._num_weights)
 
-    def embed(self, factor: float) -> Twin:
+    def embed(self, factor: float, *, has_positions: bool = False) -> Twin:
         source = self._source(self.shape.vocab, self.shape.hidden)
-        x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor)
-        return Twin(x, meaning(source).double()[self.ids] * factor)
+        added = torch.randn(max(self.lengths), self.shape.hidden) if has_positions else None
+        x = ops.embed(self.recorder.batch, ops.linear_weight(source, self.packing), factor, added)
+        exact = meaning(source).double()[self.ids] * factor
+        return Twin(x, exact if added is None else exact + added[self.positions])
+
+    def norm_weight(self, columns: int) -> ops.NormWeight:
+        """Make the next norm's weight: of RMSNorm, or of LayerNorm."""
+        self._num_norms += 1
+        bias = torch.rand(columns) if self._num_norms % 2 == 0 else None
+        return ops.NormWeight(torch.rand(columns) + 0.5, EPS, bias)
 
     def norm(self, x: Twin) -> Twin:
-        weight = torch.rand(x.exact.shape[1]) + 0.5
-        return Twin(ops.norm(x.value, weight, EPS), rms_norm(x.exact, weight, EPS))
+        weight = self.norm_weight(x.exact.shape[1])
+        return Twin(ops.norm(x.value, weight), norm(x.exact, weight))
+
+    def norm_residual(self, x: Twin) -> Twin:
+        weight = self.norm_weight(x.exact.shape[1])
+        return Twin(ops.norm_residual(x.value, weight), norm(x.exact, weight))
 
     def activation(self, x: Twin) -> Twin:
         return Twin(ops.activation(x.value), x.exact)
@@ -117,9 +129,15 @@ class Graph:
         return Twin(ops.linear_add(a.value, weight, x.value, factor), x.exact + factor * product)
 
     def norm_add(self, rows: Twin, x: Twin, factor: float) -> Twin:
-        weight = torch.rand(self.shape.hidden) + 0.5
-        added = ops.norm_add(rows.value, weight, EPS, x.value, factor)
-        return Twin(added, x.exact + factor * rms_norm(rows.exact, weight, EPS))
+        weight = self.norm_weight(self.shape.hidden)
+        added = ops.norm_add(rows.value, weight, x.value, factor)
+        return Twin(added, x.exact + factor * norm(rows.exact, weight))
+
+    def up(self, a: Twin, activation: str) -> Twin:
+        alphas = (0.8, 0.3) if activation == "xielu" else None
+        weight, matrix = self._linear(a, self.shape.intermediate)
+        out = ops.up(a.value, weight, activation, alphas)
+        return Twin(out, activate(linear(self._seen(a, weight), matrix), activation, alphas))
 
     def gate_up(self, a: Twin, activation: str) -> Twin:
         sources = [self._source(self.shape.intermediate, a.value.columns) for _ in range(2)]
@@ -130,30 +148,45 @@ class Graph:
         )
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
 
-    def qkv(self, a: Twin, layer: int, norms: str | None, *, has_rope: bool) -> Twin:
+    def qkv(
+        self, a: Twin, layer: int, norms: str | None, *, has_rope: bool, is_interleaved: bool = False
+    ) -> Twin:
+        """Norms: None, of "heads", of the "whole" width, of each head by "layer", or "last"."""
         shape, columns = self.shape, a.value.columns
         counts = (shape.heads, shape.kv_heads, shape.kv_heads)
         sources = [self._source(count * shape.head_dim, columns) for count in counts]
-        sizes = [count * shape.head_dim if norms == "whole" else shape.head_dim for count in counts[:2]]
-        weights = [torch.rand(size) + 0.5 for size in sizes]
-        is_whole = norms == "whole"
-        head_norms = None if norms is None else ops.HeadNorms(weights[0], weights[1], EPS, is_whole)
+        is_each = norms in ("whole", "layer")
+        sizes = [count * shape.head_dim if is_each else shape.head_dim for count in counts[:2]]
+        weights = [
+            ops.NormWeight(torch.rand(size) + 0.5, EPS, torch.rand(size) if norms == "layer" else None)
+            for size in sizes
+        ]
+        head_norms = None
+        if norms is not None:
+            is_whole, is_last = norms == "whole", norms == "last"
+            head_norms = ops.HeadNorms(weights[0], weights[1], is_whole, is_last)
+        clip = 1.5 if norms is None else None
         weight = ops.qkv_weight(
             sources[0], sources[1], sources[2], self.packing, num_heads=shape.heads,
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim, rotary_dim=shape.rotary_dim, norms=head_norms,
+            is_interleaved=is_interleaved,
         )  # fmt: skip
         parts = weight.made.parts * (3 if len(weight.made.parts) == 1 else 1)
         heads = []
         for index, (source, part) in enumerate(zip(sources, parts, strict=True)):
             rows = linear(rounded(a.exact.float(), part.precision), meaning(source))
+            rows = rows if clip is None else rows.clamp(-clip, clip)
             each = rows.view(len(rows), -1, shape.head_dim)
-            if norms is not None and index < 2:
-                each = rms_norm(rows if norms == "whole" else each, weights[index], EPS).view_as(each)
+            if norms not in (None, "last") and index < 2:
+                each = norm(rows if norms == "whole" else each, weights[index]).view_as(each)
             if has_rope and index < 2:
-                each = rotate(each, self.rope.cos[self.positions], self.rope.sin[self.positions])
+                cos, sin = self.rope.cos[self.positions], self.rope.sin[self.positions]
+                each = rotate(each, cos, sin, is_interleaved=is_interleaved)
+            if norms == "last" and index < 2:
+                each = norm(each, weights[index])
             heads.append(each)
-        q = ops.qkv(a.value, weight, self.pool.layers[layer], self.rope if has_rope else None)
+        q = ops.qkv(a.value, weight, self.pool.layers[layer], self.rope if has_rope else None, clip)
         return Twin(q, *heads)
 
     def attention(self, q: Twin, layer: int, window: int | None) -> Twin:
@@ -166,10 +199,10 @@ class Graph:
         return Twin(out, torch.cat(found))
 
     def head(self, x: Twin, scale: float, cap: float) -> None:
-        source, norm = self._source(self.shape.vocab, self.shape.hidden), torch.rand(self.shape.hidden) + 0.5
+        source, last = self._source(self.shape.vocab, self.shape.hidden), self.norm_weight(self.shape.hidden)
         weight = ops.linear_weight(source, self.packing)
-        ops.head(x.value, norm, EPS, weight, scale=scale, cap=cap)
-        logits = linear(rounded(rms_norm(x.exact, norm, EPS).float(), weight.made.precision), meaning(source))
+        ops.head(x.value, last, weight, scale=scale, cap=cap)
+        logits = linear(rounded(norm(x.exact, last).float(), weight.made.precision), meaning(source))
         self.exact_logits = logits * scale
         if cap:
             self.exact_logits = cap * (self.exact_logits / cap).tanh()

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops import NormWeight
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of each row."""
@@ -14,19 +16,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn dimension i of x [n, heads, dim] with i + rotary / 2, by cos and sin [n, rotary / 2]."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Norm of each row around its mean."""
+    apart = x.double() - x.double().mean(-1, keepdim=True)
+    return apart / (apart.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+
+
+def norm(x: Tensor, weight: NormWeight) -> Tensor:
+    """Either norm; weights of several heads lie one after the other."""
+    parts = [None if part is None else part.view(-1, x.shape[-1]) for part in (weight.weight, weight.bias)]
+    assert parts[0] is not None
+    scale = parts[0] if len(parts[0]) > 1 else parts[0][0]
+    if parts[1] is None:
+        return rms_norm(x, scale, weight.eps)
+    return layer_norm(x, scale, parts[1] if len(parts[1]) > 1 else parts[1][0], weight.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
+    """Turn dimension i of x [n, heads, dim] with i + rotary / 2, by cos and sin [n, rotary / 2].
+
+    Dimensions 2i and 2i + 1 turn together where they are interleaved.
+    """
+    if is_interleaved:
+        turned, rest = x.double().split([2 * cos.shape[1], x.shape[2] - 2 * cos.shape[1]], dim=-1)
+        apart = torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
+        first, second = rotate(apart, cos, sin).chunk(2, dim=-1)
+        return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), rest], dim=-1)
     half = cos.shape[1]
     first, second, rest = x.double().split([half, half, x.shape[2] - 2 * half], dim=-1)
     cos, sin = cos.double()[:, None], sin.double()[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """SiLU, or GELU in its tanh form."""
+def activate(x: Tensor, activation: str, alphas: tuple[float, float] | None = None) -> Tensor:
+    """Return one of `ops.ACTIVATIONS`; GELU exactly, or in its tanh form."""
     x = x.double()
     if activation == "silu":
         return x / (1 + torch.exp(-x))
+    if activation == "gelu":
+        return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+    if activation in ("relu", "relu_squared"):
+        positive = x.clamp(min=0)
+        return positive.square() if activation == "relu_squared" else positive
+    if activation == "xielu":
+        assert alphas is not None
+        return torch.where(x > 0, alphas[0] * x**2, alphas[1] * (torch.expm1(x) - x)) + 0.5 * x
+    assert activation == "gelu_tanh"
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -89,7 +89,7 @@ def assert_foretold(files: ModelFiles, packing: ops.Packing) -> None:
     assert isinstance(model, Decoder)
     made = [model.embedding.made, model.head.made]
     for layer in model.layers:
-        made += [*layer.qkv.made.parts, layer.output.made, *layer.gate_up.made.parts, layer.down.made]
+        made += [*layer.qkv.made.parts, layer.output.made, *layer.up.made.parts, layer.down.made]
     assert sum(part.matrix.nbytes for part in made) == pytest.approx(foretold, rel=0.06)
 
 

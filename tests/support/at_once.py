@@ -14,20 +14,34 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.ops import Cache, FlatRows, GateUpWeight, Kind, LinearWeight, QkvWeight, RopeTable, Value
+from tgi_asgi.ops import (
+    Cache,
+    FlatRows,
+    GateUpWeight,
+    Kind,
+    LinearWeight,
+    NormWeight,
+    QkvWeight,
+    RopeTable,
+    Value,
+)
 
 
 def activation(x: Tensor) -> Tensor:
     return _run(lambda _, x: ops.activation(x), (x, Kind.RESIDUAL))
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _run(lambda _, x: ops.norm(x, weight, eps), (x, Kind.RESIDUAL))
+def norm(x: Tensor, weight: NormWeight, kind: Kind = Kind.RESIDUAL) -> Tensor:
+    return _run(lambda _, x: ops.norm(x, weight), (x, kind))
 
 
-def norm_add(rows: Tensor, weight: Tensor, eps: float, x: Tensor, factor: float = 1.0) -> Tensor:
+def norm_residual(x: Tensor, weight: NormWeight) -> Tensor:
+    return _run(lambda _, x: ops.norm_residual(x, weight), (x, Kind.RESIDUAL))
+
+
+def norm_add(rows: Tensor, weight: NormWeight, x: Tensor, factor: float = 1.0) -> Tensor:
     return _run(
-        lambda _, rows, x: ops.norm_add(rows, weight, eps, x, factor), (rows, Kind.ROWS), (x, Kind.RESIDUAL)
+        lambda _, rows, x: ops.norm_add(rows, weight, x, factor), (rows, Kind.ROWS), (x, Kind.RESIDUAL)
     )
 
 
@@ -41,22 +55,33 @@ def linear_add(a: Tensor, weight: LinearWeight, x: Tensor, factor: float = 1.0) 
     )
 
 
+def up(a: Tensor, weight: LinearWeight, activation: str, alphas: tuple[float, float] | None = None) -> Tensor:
+    return _run(lambda _, a: ops.up(a, weight, activation, alphas), (a, Kind.ACTIVATION))
+
+
 def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor:
     return _run(lambda _, a: ops.gate_up(a, weight, activation), (a, Kind.ACTIVATION))
 
 
-def head(x: Tensor, norm: Tensor, eps: float, weight: LinearWeight, **options: float) -> Tensor:
-    return _run(lambda _, x: ops.head(x, norm, eps, weight, **options), (x, Kind.RESIDUAL))
+def head(x: Tensor, norm: NormWeight, weight: LinearWeight, **options: float) -> Tensor:
+    return _run(lambda _, x: ops.head(x, norm, weight, **options), (x, Kind.RESIDUAL))
 
 
-def embed(batch: FlatRows, table: LinearWeight, factor: float = 1.0) -> Tensor:
-    return _run(lambda recorder: ops.embed(recorder.batch, table, factor), batch=batch)
+def embed(
+    batch: FlatRows, table: LinearWeight, factor: float = 1.0, positions: Tensor | None = None
+) -> Tensor:
+    return _run(lambda recorder: ops.embed(recorder.batch, table, factor, positions), batch=batch)
 
 
 def qkv(
-    a: Tensor, weight: QkvWeight, cache: Cache, rope: RopeTable | None, batch: FlatRows | None = None
+    a: Tensor,
+    weight: QkvWeight,
+    cache: Cache,
+    rope: RopeTable | None,
+    batch: FlatRows | None = None,
+    clip: float | None = None,
 ) -> Tensor:
-    return _run(lambda _, a: ops.qkv(a, weight, cache, rope), (a, Kind.ACTIVATION), batch=batch)
+    return _run(lambda _, a: ops.qkv(a, weight, cache, rope, clip), (a, Kind.ACTIVATION), batch=batch)
 
 
 def attention(q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, **rules: Any) -> Tensor:

@@ -43,14 +43,16 @@ def poisoned_pool(
     return pool
 
 
-def read_kv(layer: KvLayer, slots: Tensor, rotary_dim: int | None = None) -> tuple[Tensor, Tensor]:
+def read_kv(
+    layer: KvLayer, slots: Tensor, rotary_dim: int | None = None, *, is_interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return keys and values [n_slots, kv_heads, head_dim] float32, dims in the model's order.
 
     `rotary_dim` is that of the weight which wrote them; None: whole heads turn.
     """
     found = []
     for which in (0, 1):
-        kept = _kept_dims(layer, which, rotary_dim)
+        kept = _kept_dims(layer, which, rotary_dim, is_interleaved=is_interleaved)
         out = torch.empty(len(slots), layer.pool.num_kv_heads, layer.head_dim)
         out[..., torch.from_numpy(kept[kept >= 0])] = _load(layer, slots, which)[..., kept >= 0]
         found.append(out)
@@ -71,14 +73,21 @@ def write_kv(
         _store(layer, slots, which, rows)
 
 
-def _kept_dims(layer: KvLayer, which: int, rotary_dim: int | None) -> layout.Order:
+def _kept_dims(
+    layer: KvLayer, which: int, rotary_dim: int | None, *, is_interleaved: bool = False
+) -> layout.Order:
     """Return which dim of a head each kept place has; -1: int8's padding."""
     if layer.pool.dtype is torch.int8:
-        return layout.head_order(1, layer.head_dim, (rotary_dim or layer.head_dim) if which == 0 else None)
+        return layout.head_order(
+            1, layer.head_dim, (rotary_dim or layer.head_dim) if which == 0 else None,
+            is_interleaved=is_interleaved,
+        )  # fmt: skip
     if which == 1:
         return np.arange(layer.head_dim)
     is_paired = layer.pool.dtype is torch.bfloat16
-    return layout.kept_dims(layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired)
+    return layout.kept_dims(
+        layer.head_dim, rotary_dim or layer.head_dim, is_paired=is_paired, is_interleaved=is_interleaved
+    )
 
 
 def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:

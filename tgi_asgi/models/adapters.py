@@ -165,8 +165,11 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             found[f"{prefix}.self_attn.{name}"] = ops.Target(layer.qkv, start, stop)
         found[f"{prefix}.self_attn.qkv_proj"] = ops.Target(layer.qkv, 0, ends[-1])
         found[f"{prefix}.self_attn.o_proj"] = ops.Target(layer.output, 0, config.hidden_size)
-        found[f"{prefix}.mlp.gate_proj"] = ops.Target(layer.gate_up, 0, inner)
-        found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.gate_up, inner, 2 * inner)
-        found[f"{prefix}.mlp.gate_up_proj"] = ops.Target(layer.gate_up, 0, 2 * inner)
+        if isinstance(layer.up, ops.GateUpWeight):
+            found[f"{prefix}.mlp.gate_proj"] = ops.Target(layer.up, 0, inner)
+            found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.up, inner, 2 * inner)
+            found[f"{prefix}.mlp.gate_up_proj"] = ops.Target(layer.up, 0, 2 * inner)
+        else:
+            found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.up, 0, inner)
         found[f"{prefix}.mlp.down_proj"] = ops.Target(layer.down, 0, config.hidden_size)
     return found

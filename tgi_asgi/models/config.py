@@ -61,9 +61,13 @@ class RopeSpec:
 class LayerSpec:
     """What one layer's attention is."""
 
-    rope: RopeSpec | None  # None: positions do not matter
+    rope: RopeSpec | None  # None: nothing is rotated
     window: int | None  # a query sees so many positions, its own included; None: all
     scale: float  # what scores are multiplied by
+    chunk: int | None = None  # a query sees those of its own chunk of so many positions
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap)
+    slopes: tuple[float, ...] | None = None  # of each head: what a position adds to scores (ALiBi)
+    has_sinks: bool = False  # each head has a score that takes part in the sum of weights alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +138,23 @@ class ModelConfig:
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the product after attention
     has_mlp_bias: bool = False
+    has_gate: bool = True  # an MLP is f(gate) * up, not f(up)
     has_qk_norm: bool = False  # queries and keys are normalised before they are rotated
+    has_qk_layer_norm: bool = False  # by LayerNorm
+    has_late_qk_norm: bool = False  # once they are rotated
+    has_interleaved_rope: bool = False  # dims 2i and 2i + 1 turn together
+    has_learnt_positions: bool = False  # a table has what each position adds to the embedding
+    has_layer_norm: bool = False  # norms are LayerNorms
+    has_norm_weight: bool = True
+    has_norm_bias: bool = False
+    norm_offset: float = 0.0  # what is added to the norms' weights
+    clip: float | None = None  # q, k and v are cut to [-clip, clip]
     has_tied_embeddings: bool = False  # the head is the embedding
+    has_head_bias: bool = False
     embedding_factor: float = 1.0  # on the embedding
     residual_factor: float = 1.0  # on what a layer's parts add to the residual
     logits_scale: float = 1.0
+    logits_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they do not
     has_head: bool = True  # False: the embedding stands in for a head that there is not
     num_labels: int = 0  # of a classifier, whose head has a row for each; 0: it is none
 
@@ -157,6 +173,11 @@ class ModelConfig:
         for name in ("norm_eps", "embedding_factor", "residual_factor", "logits_scale"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value!r}")
+        check(0 <= self.logits_cap < math.inf, f"logits_cap must not be negative, got {self.logits_cap!r}")
+        check(
+            self.clip is None or 0 < self.clip < math.inf,
+            f"what q, k and v are cut to must be positive, got {self.clip!r}",
+        )
         for spec in fields(self):
             if spec.name.startswith("has_"):
                 value = getattr(self, spec.name)
@@ -178,6 +199,16 @@ class ModelConfig:
         check(
             math.isfinite(layer.scale) and layer.scale > 0,
             f"the scale of scores must be positive, got {layer.scale!r}",
+        )
+        check(layer.chunk is None or layer.chunk >= 1, f"a chunk must be positive, got {layer.chunk}")
+        check(
+            layer.soft_cap is None or 0 < layer.soft_cap < math.inf,
+            f"the cap of scores must be positive, got {layer.soft_cap!r}",
+        )
+        check(
+            layer.slopes is None
+            or (len(layer.slopes) == self.num_heads and all(map(math.isfinite, layer.slopes))),
+            f"there must be {self.num_heads} finite slopes",
         )
         rope = layer.rope
         if rope is None:
@@ -222,11 +253,6 @@ class ModelConfig:
         padded = -(-self.head_dim // 32) * 32
         dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
         return tuple(size for dim in dims for size in ((dim,) if dim == padded else (dim, padded)))
-
-    @property
-    def rotary_dim(self) -> int:
-        """Dims of a head that turn, in the layers where any do."""
-        return next((layer.rope.dim for layer in self.layers if layer.rope is not None), self.head_dim)
 
 
 def check_scaling(scaling: RopeScaling) -> None:

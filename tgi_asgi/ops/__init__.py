@@ -9,6 +9,7 @@ from tgi_asgi._C import Drafter, FlatRows, PlanError, RowLimits, StepQueue, flat
 from tgi_asgi._C import Program as NativeProgram
 from tgi_asgi.ops import direct
 from tgi_asgi.ops.activation import activation
+from tgi_asgi.ops.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdaptableWeight, AdapterLayout, Delta, NativeAdapter, Target
 from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
@@ -16,13 +17,14 @@ from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.formats import FORMATS
-from tgi_asgi.ops.gate_up import ACTIVATIONS, gate_up
+from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
-from tgi_asgi.ops.norm import norm, norm_add
+from tgi_asgi.ops.norm import norm, norm_add, norm_residual
+from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.packing import Packing
 from tgi_asgi.ops.paged import PagedAttention
 from tgi_asgi.ops.prompt_time import bfloat16_time
@@ -46,11 +48,11 @@ from tgi_asgi.ops.team import (
     threads_kept_awake,
     wake_threads,
 )
+from tgi_asgi.ops.up import up
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import (
     Arithmetic,
     GateUpWeight,
-    HeadNorms,
     LinearWeight,
     QkvWeight,
     gate_up_weight,
@@ -62,6 +64,7 @@ from tgi_asgi.ops.weights import (
 __all__ = [
     "ACTIVATIONS",
     "FORMATS",
+    "GATED_ACTIVATIONS",
     "AdaptableWeight",
     "AdapterLayout",
     "Arithmetic",
@@ -80,6 +83,7 @@ __all__ = [
     "LinearWeight",
     "NativeAdapter",
     "NativeProgram",
+    "NormWeight",
     "Packing",
     "PagedAttention",
     "PlanError",
@@ -118,6 +122,7 @@ __all__ = [
     "linear_weight",
     "norm",
     "norm_add",
+    "norm_residual",
     "num_threads",
     "one_below_another",
     "plain_tensor",
@@ -126,6 +131,7 @@ __all__ = [
     "sample",
     "threads_kept_awake",
     "token_logprobs",
+    "up",
     "vector",
     "wake_threads",
 ]

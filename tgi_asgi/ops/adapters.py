@@ -147,12 +147,11 @@ def _products_of(weight: AdaptableWeight) -> list[_Product]:
             return [_Product(made.parts[0], layout.interleaved_order(rows))]
         return _shifted(made.parts, [layout.row_order(rows)] * 2, [rows] * 2)
     assert isinstance(made, PackedQkv)
-    head_dim, rotary = weight.head_dim, weight.rotary_dim
-    orders = [
-        layout.head_order(weight.num_heads, head_dim, rotary),
-        layout.head_order(weight.num_kv_heads, head_dim, rotary),
-        layout.head_order(weight.num_kv_heads, head_dim, None),
-    ]
+    head_dim = weight.head_dim
+    orders = layout.qkv_orders(
+        weight.num_heads, weight.num_kv_heads, head_dim, weight.rotary_dim,
+        is_interleaved=weight.is_interleaved,
+    )  # fmt: skip
     counts = [weight.num_heads * head_dim, *[weight.num_kv_heads * head_dim] * 2]
     if len(made.parts) == 3:
         return _shifted(made.parts, orders, counts)

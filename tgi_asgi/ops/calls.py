@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
@@ -31,10 +32,11 @@ class Call:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Embed(Call):
-    """out = factor * table[ids]"""
+    """out = factor * table[ids] (+ positions[position])"""
 
     table: LinearWeight
     factor: float
+    positions: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -46,22 +48,28 @@ class Activation(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Norm(Call):
-    """out = x / rms(x) * weight"""
+    """out = norm(x)"""
 
     x: Value
-    weight: Tensor
-    eps: float
+    weight: NormWeight
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NormAdd(Call):
-    """out = x + factor * rows / rms(rows) * weight"""
+    """out = x + factor * norm(rows)"""
 
     rows: Value
-    weight: Tensor
-    eps: float
+    weight: NormWeight
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NormResidual(Call):
+    """out = norm(x), in the place of x"""
+
+    x: Value
+    weight: NormWeight
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -72,6 +80,7 @@ class Qkv(Call):
     weight: QkvWeight
     cache: Cache
     rope: RopeTable | None
+    clip: float | None  # what q, k and v are cut to first
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,6 +114,16 @@ class LinearAdd(Call):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Up(Call):
+    """out = f(a @ W.T (+ bias))"""
+
+    a: Value
+    weight: LinearWeight
+    activation: str
+    alphas: tuple[float, float]  # xIELU's
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class GateUp(Call):
     """out = f(a @ gate.T) * (a @ up.T)"""
 
@@ -118,8 +137,7 @@ class Head(Call):
     """out = scale * (norm(x)[rows] @ W.T (+ bias)), capped"""
 
     x: Value
-    norm: Tensor
-    eps: float
+    norm: NormWeight
     weight: LinearWeight
     scale: float
     cap: float

@@ -16,6 +16,7 @@ from tgi_asgi.ops import calls, layout
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.buffers import CpuBuffers, Uses
 from tgi_asgi.ops.kv import KvLayer
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Kind, Value
@@ -72,7 +73,11 @@ class CpuCalls:
         made: PackedLinear = call.table.made
         out = self.buffers.rows(call.out, call.out.columns)
         self.residual = out
-        self._native.embed(table=made.matrix, factor=call.factor, out=out)
+        positions = None
+        if call.positions is not None:
+            missing = made.matrix.num_columns - call.positions.shape[1]
+            positions = torch.nn.functional.pad(call.positions, (0, missing)).contiguous().numpy()
+        self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=out)
 
     def _activation(self, index: int, call: calls.Activation) -> None:
         self._pack(self.buffers.of(call.x, "rows"), call.out)
@@ -83,16 +88,14 @@ class CpuCalls:
         # used again; and a product that is added cannot take what is private.
         behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
         is_private = (
-            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, type(None)))
+            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, calls.NormResidual, type(None)))
             and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
             and call.x.root not in self._uses.ending_at(index)
         )
         for precision in self._uses.precisions(call.out):
             self._native.norm(
                 x=self.buffers.of(call.x, "rows"),
-                weight=layout.padded(call.weight),
-                width=call.weight.numel(),
-                eps=call.eps,
+                norm=_norm_of(call.weight),
                 for_logits=False,
                 is_private=is_private,
                 out=self.buffers.activation(call.out, precision),
@@ -101,12 +104,13 @@ class CpuCalls:
     def _norm_add(self, index: int, call: calls.NormAdd) -> None:
         self._native.norm_add(
             rows=self.buffers.of(call.rows, "rows"),
-            weight=layout.padded(call.weight),
-            width=call.weight.numel(),
-            eps=call.eps,
+            norm=_norm_of(call.weight),
             factor=call.factor,
             x=self.buffers.of(call.x, "rows"),
         )
+
+    def _norm_residual(self, index: int, call: calls.NormResidual) -> None:
+        self._native.norm_in_place(norm=_norm_of(call.weight), x=self.buffers.of(call.x, "rows"))
 
     def _qkv(self, index: int, call: calls.Qkv) -> None:
         weight, made = call.weight, _made(call.weight.made, PackedQkv)
@@ -117,8 +121,7 @@ class CpuCalls:
         norms = weight.norms
         heads = _C.Heads(
             pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
-            scale=scale, eps=0.0 if norms is None else norms.eps, cosines=cosines, sines=sines,
-            q_norm=made.q_norm, k_norm=made.k_norm,
+            scale=scale, cosines=cosines, sines=sines, norms=made.norms, clip=call.clip or 0.0,
         )  # fmt: skip
         products = [self._product(call.a, part) for part in made.parts]
         if norms is None or not norms.is_whole:
@@ -128,7 +131,7 @@ class CpuCalls:
         rows = self.buffers.scratch(sum(widths))
         for part, product in enumerate(products):
             self._native.linear(product=product, out=rows, first_column=sum(widths[:part]))
-        self._native.head_rows(rows=rows, heads=heads, has_keys=True, is_whole_norm=True, out=out)
+        self._native.head_rows(rows=rows, heads=heads, has_keys=True, out=out)
         self.buffers.give_back(rows)
 
     def _attention(self, index: int, call: calls.Attention) -> None:
@@ -157,6 +160,13 @@ class CpuCalls:
         product = self._product(call.a, made)
         self._native.linear_add(product=product, factor=call.factor, x=self.buffers.of(call.x, "rows"))
 
+    def _up(self, index: int, call: calls.Up) -> None:
+        made = _made(call.weight.made, PackedLinear)
+        for precision in self._uses.precisions(call.out):  # one, but where several formats take the result
+            out = self.buffers.activation(call.out, precision)
+            product = self._product(call.a, made)
+            self._native.up(product=product, activation=call.activation, alphas=call.alphas, out=out)
+
     def _gate_up(self, index: int, call: calls.GateUp) -> None:
         parts = _made(call.weight.made, PackedGateUp).parts
         precisions = self._uses.precisions(call.out)
@@ -181,8 +191,8 @@ class CpuCalls:
         made = _made(call.weight.made, PackedLinear)
         source = self._native.activation(made.matrix.num_columns, made.precision, for_logits=True)
         self._native.norm(
-            x=self.buffers.of(call.x, "rows"), weight=layout.padded(call.norm), width=call.norm.numel(),
-            eps=call.eps, for_logits=True, is_private=True, out=source,
+            x=self.buffers.of(call.x, "rows"), norm=_norm_of(call.norm), for_logits=True, is_private=True,
+            out=source,
         )  # fmt: skip
         product = _C.Product(weight=made.matrix, source=source, bias=made.bias)
         self._native.logits(product=product, vocab_size=call.weight.rows, scale=call.scale, cap=call.cap)
@@ -211,7 +221,7 @@ class CpuCalls:
             scale=call.spec.scale,
         )
         rows = self.buffers.of(call.q, "rows")
-        self._native.head_rows(rows=rows, heads=shape, has_keys=False, is_whole_norm=False, out=query)
+        self._native.head_rows(rows=rows, heads=shape, has_keys=False, out=query)
         return query
 
     def _end_cache_writes(self, index: int) -> None:
@@ -250,10 +260,12 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
     calls.Activation: CpuCalls._activation,
     calls.Norm: CpuCalls._norm,
     calls.NormAdd: CpuCalls._norm_add,
+    calls.NormResidual: CpuCalls._norm_residual,
     calls.Qkv: CpuCalls._qkv,
     calls.Attention: CpuCalls._attention,
     calls.Linear: CpuCalls._linear,
     calls.LinearAdd: CpuCalls._linear_add,
+    calls.Up: CpuCalls._up,
     calls.GateUp: CpuCalls._gate_up,
     calls.Head: CpuCalls._head,
 }
@@ -263,11 +275,16 @@ def _precisions_of(call: calls.Call) -> list[str]:
     """Return the precisions in which a call's weights are multiplied."""
     made = (
         call.weight.made
-        if isinstance(call, (calls.Qkv, calls.GateUp, calls.Linear, calls.LinearAdd))
+        if isinstance(call, (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd))
         else None
     )
     parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]
     return [part.precision for part in parts if isinstance(part, PackedLinear)]
+
+
+def _norm_of(norm: NormWeight) -> _C.Norm:
+    bias = None if norm.bias is None else layout.padded(norm.bias)
+    return _C.Norm(weight=layout.padded(norm.weight), bias=bias, width=norm.columns, eps=norm.eps)
 
 
 def _made(made: object, kind: type[_Made]) -> _Made:

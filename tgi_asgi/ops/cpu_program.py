@@ -116,16 +116,15 @@ class CpuProgram:
         A token's bits depend on nothing else in the step.
         """
         head = next(call for call in reversed(self._recorded) if isinstance(call, calls.Head))
-        x = self.residual[start:stop, : head.norm.numel()].astype(np.float64)
-        x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True) + head.eps)
-        states: npt.NDArray[np.float32] = (x * head.norm.numpy()).astype(np.float32)
+        x = torch.from_numpy(self.residual[start:stop, : head.norm.columns]).double()
+        states: npt.NDArray[np.float32] = head.norm.apply(x).float().numpy()
         return states
 
     def write(self, value: Value, rows: Tensor) -> None:
         """Give an input its rows [n_tokens, columns] float32."""
         array = self._calls.buffers.of(value, "rows").array()
         if value.kind is Kind.QUERY:
-            rows = _packed_heads(rows, *self._query_shape(value))
+            rows = _packed_heads(rows, *self._query_shape(value)[:3])
         array[: rows.shape[0], : rows.shape[1]] = rows.numpy()
 
     def read(self, value: Value, num_tokens: int) -> Tensor:
@@ -138,22 +137,25 @@ class CpuProgram:
             read = self._calls.buffers.of(value, "rows").array()
         return torch.from_numpy(read[:num_tokens, : value.columns].copy())
 
-    def _query_shape(self, value: Value) -> tuple[int, int, int]:
-        """Return heads, their size and how many dims turn, of a query."""
+    def _query_shape(self, value: Value) -> tuple[int, int, int, bool]:
+        """Return heads, their size, how many dims turn, and whether with their neighbours, of a query."""
         for call in self._recorded:
             if isinstance(call, calls.Qkv) and call.out is value:
-                return call.weight.num_heads, call.weight.head_dim, call.weight.rotary_dim
+                weight = call.weight
+                return weight.num_heads, weight.head_dim, weight.rotary_dim, weight.is_interleaved
             if isinstance(call, calls.Attention) and call.q is value:
-                return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim
+                return value.columns // call.head_dim, call.head_dim, call.rotary_dim or call.head_dim, False
         raise ValueError("nothing takes this query")
 
     def _read_query(self, value: Value, num_tokens: int) -> Tensor:
-        heads, head_dim, rotary = self._query_shape(value)
+        heads, head_dim, rotary, is_interleaved = self._query_shape(value)
         array = torch.from_numpy(self._calls.buffers.of(value, "query").array()[:num_tokens])
         dtype = {4: torch.float32, 2: torch.bfloat16}.get(array.shape[1] // (heads * head_dim))
         if dtype is None or array.shape[1] != heads * head_dim * dtype.itemsize:
             raise ValueError("queries for an int8 cache are integers: take a cache of floats")
-        dims = layout.kept_dims(head_dim, rotary, is_paired=dtype is torch.bfloat16)
+        dims = layout.kept_dims(
+            head_dim, rotary, is_paired=dtype is torch.bfloat16, is_interleaved=is_interleaved
+        )
         out = torch.empty(num_tokens, heads, head_dim)
         out[..., torch.from_numpy(dims)] = (
             array.contiguous().view(dtype).view(num_tokens, heads, head_dim).float()
@@ -164,7 +166,7 @@ class CpuProgram:
         """Return what an input has as rows: of queries whole strips a head."""
         if value.kind is not Kind.QUERY:
             return value.columns
-        heads, head_dim, _ = self._query_shape(value)
+        heads, head_dim, *_ = self._query_shape(value)
         return heads * -(-head_dim // layout.STRIP) * layout.STRIP
 
 

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.activations import GATED_ACTIVATIONS, xielu
 from tgi_asgi.ops.buffers import Buffers, Uses
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
-from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
+from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
+from tgi_asgi.ops.norm_weight import HeadNorms, NormWeight
 from tgi_asgi.ops.recorder import Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import HeadNorms, QkvWeight
+from tgi_asgi.ops.weights import QkvWeight
 
 _Launch = Callable[["CudaBatch"], None]
 _kernels: Any = torch.ops.tgi_cuda
@@ -169,12 +171,15 @@ class CudaProgram:
     def _embed(self, call: calls.Embed) -> None:
         table = self._dense(call.table.made)
         x = self._make(call.out, torch.float32)
+        added = None if call.positions is None else self._move(call.positions, torch.float32)
 
         def launch(batch: CudaBatch) -> None:
             out = x[: batch.num_tokens]
             _kernels.embed(batch.ids, table, out)
             if call.factor != 1.0:
                 out.mul_(call.factor)
+            if added is not None:
+                out.add_(added[batch.positions])
 
         self._launches.append(launch)
 
@@ -188,34 +193,50 @@ class CudaProgram:
 
     def _norm(self, call: calls.Norm) -> None:
         x, out = self._in(call.x), self._make(call.out, self._dtype)
-        self._launches.append(self._norm_launch(x, call.weight, call.eps, out))
+        norm = self._norm_of(call.weight)
+        self._launches.append(lambda batch: norm(x[: batch.num_tokens], None, out[: batch.num_tokens]))
 
     def _norm_add(self, call: calls.NormAdd) -> None:
         rows, x = self._in(call.rows), self._in(call.x)
         normed = self._buffer("norm_add", tuple(rows.shape), self._dtype)
-        norm = self._norm_launch(rows, call.weight, call.eps, normed)
-
-        def launch(batch: CudaBatch) -> None:
-            norm(batch)
-            x[: batch.num_tokens].add_(normed[: batch.num_tokens], alpha=call.factor)
-
-        self._launches.append(launch)
-
-    def _norm_launch(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> _Launch:
-        scale = self._move(weight, torch.float32)
+        norm = self._norm_of(call.weight)
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            _kernels.rms_norm(x[:n], scale, eps, None, out[:n])
+            norm(rows[:n], None, normed[:n])
+            x[:n].add_(normed[:n], alpha=call.factor)
 
-        return launch
+        self._launches.append(launch)
+
+    def _norm_residual(self, call: calls.NormResidual) -> None:
+        x, norm = self._in(call.x), self._norm_of(call.weight)
+        self._launches.append(lambda batch: norm(x[: batch.num_tokens], None, x[: batch.num_tokens]))
+
+    def _norm_of(self, weight: NormWeight) -> Callable[[Tensor, Tensor | None, Tensor], None]:
+        """Return what writes the norm of x, or of these rows of it, to `out`: LayerNorm is torch's."""
+        scale, eps = self._move(weight.weight, torch.float32), weight.eps
+        if weight.bias is None:
+            return lambda x, rows, out: _kernels.rms_norm(x, scale, eps, rows, out)
+        bias = self._move(weight.bias, torch.float32)
+
+        def layer_norm(x: Tensor, rows: Tensor | None, out: Tensor) -> None:
+            x = x if rows is None else x[rows]
+            out.copy_(torch.nn.functional.layer_norm(x, (weight.columns,), scale, bias, eps))
+
+        return layer_norm
 
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
         made: DeviceMatrix = weight.made
         rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
         product = self._product(call.a, made, rows, "qkv")
+        if call.clip is not None:
+            self._launches.append(_clamp(product, call.clip))
         norms = weight.norms
+        if norms is not None and (norms.is_last or norms.query.bias is not None):
+            raise ValueError(
+                "norms of heads that are LayerNorms, or come last, are not among the CUDA kernels"
+            )
         if norms is not None and norms.is_whole:
             self._launches.append(self._whole_norms(product, weight, norms))
         cos, sin = self._table(call.rope, layer)
@@ -223,8 +244,10 @@ class CudaProgram:
         q_norm = k_norm = None
         eps = 0.0
         if norms is not None and not norms.is_whole:
-            q_norm, k_norm = (self._move(norm, torch.float32) for norm in (norms.query, norms.key))
-            eps = norms.eps
+            if norms.query.columns != weight.head_dim:
+                raise ValueError("norms with weights for each head are not among the CUDA kernels")
+            q_norm, k_norm = (self._head_norm(norm.weight, weight) for norm in (norms.query, norms.key))
+            eps = norms.query.eps
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
@@ -241,17 +264,23 @@ class CudaProgram:
             weight.num_heads * weight.head_dim,
             (weight.num_heads + weight.num_kv_heads) * weight.head_dim,
         )
-        parts = ((0, stops[0], norms.query), (stops[0], stops[1], norms.key))
-        scales = [(first, stop, self._move(scale, torch.float32)) for first, stop, scale in parts]
+        parts = ((0, stops[0], norms.query.weight), (stops[0], stops[1], norms.key.weight))
+        scales = [(first, stop, self._head_norm(scale, weight)) for first, stop, scale in parts]
 
         def launch(batch: CudaBatch) -> None:
             for first, stop, scale in scales:
                 part = product[: batch.num_tokens, first:stop]
                 wide = part.float()
                 mean = wide.square().mean(-1, keepdim=True)
-                part.copy_(wide * (mean + norms.eps).rsqrt() * scale)
+                part.copy_(wide * (mean + norms.query.eps).rsqrt() * scale)
 
         return launch
+
+    def _head_norm(self, norm: Tensor, weight: QkvWeight) -> Tensor:
+        """Return a norm of heads on the device, in the order of their rows there."""
+        if weight.is_interleaved:
+            norm = norm[joined_halves(weight, norm.numel() // weight.head_dim)]
+        return self._move(norm, torch.float32)
 
     def _table(self, rope: RopeTable | None, layer: CudaKvLayer) -> tuple[Tensor, Tensor]:
         """Return cosines and sines on the device; without rotation one pair that no position turns."""
@@ -322,6 +351,19 @@ class CudaProgram:
 
         self._launches.append(launch)
 
+    def _up(self, call: calls.Up) -> None:
+        product = self._product(call.a, call.weight.made, call.weight.rows, "up product")
+        out = self._make(call.out, self._dtype)
+        above, below = call.alphas
+
+        def launch(batch: CudaBatch) -> None:
+            wide = product[: batch.num_tokens].float()
+            is_plain = call.activation in GATED_ACTIVATIONS
+            made = GATED_ACTIVATIONS[call.activation](wide) if is_plain else xielu(wide, above, below)
+            out[: batch.num_tokens].copy_(made)
+
+        self._launches.append(launch)
+
     def _gate_up(self, call: calls.GateUp) -> None:
         product = self._product(
             call.a, call.weight.made, 2 * call.weight.intermediate_size, "gate_up product"
@@ -335,9 +377,9 @@ class CudaProgram:
         self._launches.append(launch)
 
     def _make_head(self, call: calls.Head) -> None:
-        x, scale, linear = (
+        x, norm, linear = (
             self._in(call.x),
-            self._move(call.norm, torch.float32),
+            self._norm_of(call.norm),
             self._product_of(call.weight.made),
         )
         normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
@@ -346,7 +388,7 @@ class CudaProgram:
         def launch(rows: Tensor) -> None:
             n = rows.shape[0]
             out = self._logits[:n]
-            _kernels.rms_norm(x, scale, call.eps, rows, normed[:n])
+            norm(x, rows, normed[:n])
             linear.multiply(normed[:n], out)
             if call.scale != 1.0:
                 out.mul_(call.scale)
@@ -425,13 +467,22 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Activation: CudaProgram._activation,
     calls.Norm: CudaProgram._norm,
     calls.NormAdd: CudaProgram._norm_add,
+    calls.NormResidual: CudaProgram._norm_residual,
     calls.Qkv: CudaProgram._qkv,
     calls.Attention: CudaProgram._attention,
     calls.Linear: CudaProgram._linear,
     calls.LinearAdd: CudaProgram._linear_add,
+    calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
     calls.Head: CudaProgram._make_head,
 }
+
+
+def _clamp(product: Tensor, most: float) -> _Launch:
+    def launch(batch: CudaBatch) -> None:
+        product[: batch.num_tokens].clamp_(-most, most)
+
+    return launch
 
 
 def _layer_of(cache: object) -> CudaKvLayer:

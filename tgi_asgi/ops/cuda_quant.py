@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -47,7 +49,15 @@ class Repacking:
     def qkv(
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
     ) -> DeviceMatrix:
-        """Stack q, k and v, as `Arithmetic.qkv` says."""
+        """Stack q, k and v, as `Arithmetic.qkv` says; rows that turn together half a rotary size apart."""
+        if shape.is_interleaved:
+            orders = [joined_halves(shape, shape.num_heads), joined_halves(shape, shape.num_kv_heads)]
+            sources = [
+                *(part.in_rows(order) for part, order in zip(sources, orders, strict=False)),
+                sources[2],
+            ]
+            if biases is not None:
+                biases = [*(part[order] for part, order in zip(biases, orders, strict=False)), biases[2]]
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> DeviceMatrix:
@@ -63,6 +73,15 @@ class Repacking:
         for part, source in zip(torch.split(matrix, rows), sources, strict=True):
             _write(part, source)
         return matrix
+
+
+def joined_halves(shape: QkvWeight, num_heads: int) -> npt.NDArray[np.int64]:
+    """Return rows of heads with those that turn together, 2i and 2i + 1, as i and i + rotary_dim / 2."""
+    pairs = np.arange(shape.rotary_dim).reshape(-1, 2)
+    one = np.concatenate([pairs.T.reshape(-1), np.arange(shape.rotary_dim, shape.head_dim)])
+    starts = np.arange(num_heads, dtype=np.int64)[:, None] * shape.head_dim
+    rows: npt.NDArray[np.int64] = (starts + one).reshape(-1)
+    return rows
 
 
 def _write(matrix: Tensor, source: WeightSource) -> None:

@@ -5,21 +5,16 @@ A row has the same bits whatever else is in the tensor. Memory of activations is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from tgi_asgi import _C
+from tgi_asgi.ops.activations import GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
 from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
 
 _MAX_ID = torch.iinfo(torch.int32).max
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 def linear(
@@ -58,7 +53,7 @@ def gate_up(
         gate, up = (
             _product(part, weight.intermediate_size, x, is_exact, step, adapters) for part in made.parts
         )
-        return _ACTIVATIONS[activation](gate) * up
+        return GATED_ACTIVATIONS[activation](gate) * up
     (part,) = made.parts
     out = torch.empty(x.shape[0], part.matrix.num_stored_rows // 2, dtype=torch.float32)
     precision = "float32" if is_exact else part.precision

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.recorder import RecordedBatch
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import LinearWeight
 
 
-def embed(batch: RecordedBatch, table: LinearWeight, factor: float = 1.0) -> Value:
+def embed(
+    batch: RecordedBatch, table: LinearWeight, factor: float = 1.0, positions: Tensor | None = None
+) -> Value:
     """Gather the rows of `table` at the batch's ids, times a factor: the residual [n_tokens, hidden] float32.
 
-    A step with an id that is not a row of the table is refused when it runs.
+    A step with an id or a position that is not a row of its table is refused when it runs.
+
+    Args:
+        positions: float32 [positions, hidden], of which each token's row is added (GPT-2).
+
+    Raises:
+        ValueError: `positions` are of another width.
     """
+    if positions is not None and (positions.dim() != 2 or positions.shape[1] != table.columns):
+        raise ValueError(f"`positions` must be [n, {table.columns}], got {tuple(positions.shape)}")
     recorder = batch.recorder
-    return recorder.note(calls.Embed(recorder.value(Kind.RESIDUAL, table.columns), table, factor))
+    return recorder.note(calls.Embed(recorder.value(Kind.RESIDUAL, table.columns), table, factor, positions))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.activations import GATED_ACTIVATIONS
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import GateUpWeight
-
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def gate_up(a: Value, weight: GateUpWeight, activation: str = "silu") -> Value:
@@ -15,10 +14,10 @@ def gate_up(a: Value, weight: GateUpWeight, activation: str = "silu") -> Value:
     Source: Shazeer, GLU Variants Improve Transformer, equation 5 and following.
 
     Raises:
-        ValueError: `activation` is not one of `ACTIVATIONS`.
+        ValueError: `activation` is not one of `GATED_ACTIVATIONS`.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
     recorder = recorder_of("gate_up", a=(a, Kind.ACTIVATION, weight.columns))
     out = recorder.value(Kind.ACTIVATION, weight.intermediate_size)
     return recorder.note(calls.GateUp(out, a, weight, activation))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import LinearWeight
 
 
-def head(
-    x: Value, norm: Tensor, eps: float, weight: LinearWeight, *, scale: float = 1.0, cap: float = 0.0
-) -> Value:
+def head(x: Value, norm: NormWeight, weight: LinearWeight, *, scale: float = 1.0, cap: float = 0.0) -> Value:
     """Return logits [n_rows, vocab] float32 of the residual x, of the rows that a step asks for.
 
     Logits are multiplied by `scale`, then capped to cap * tanh(logits / cap), unless `cap` is 0.
     """
-    recorder = recorder_of("head", x=(x, Kind.RESIDUAL, norm.numel()))
-    if weight.columns != norm.numel():
-        raise ValueError(f"`head` takes a weight of {norm.numel()} columns, not {weight.columns}")
+    recorder = recorder_of("head", x=(x, Kind.RESIDUAL, norm.columns))
+    if weight.columns != norm.columns:
+        raise ValueError(f"`head` takes a weight of {norm.columns} columns, not {weight.columns}")
     out = recorder.value(Kind.LOGITS, weight.rows)
-    return recorder.note(calls.Head(out, x, norm, eps, weight, scale, cap))
+    return recorder.note(calls.Head(out, x, norm, weight, scale, cap))

@@ -23,19 +23,23 @@ def row_order(rows: int) -> Order:
     return order
 
 
-def head_order(num_heads: int, head_dim: int, rotary_dim: int | None) -> Order:
+def head_order(
+    num_heads: int, head_dim: int, rotary_dim: int | None, *, is_interleaved: bool = False
+) -> Order:
     """Heads one after the other, each padded to whole strips.
 
     A rotated head (queries, keys) has in every strip 16 pairs of dims above each other, the first of each
-    pair in panel 0 and the second in panel 1: rows i and i + rotary_dim / 2, which turn together, then the
-    dims behind rotary_dim in any pairs. With rotary_dim None (values) dims are in order.
+    pair in panel 0 and the second in panel 1: rows i and i + rotary_dim / 2, which turn together (or 2i and
+    2i + 1), then the dims behind rotary_dim in any pairs. With rotary_dim None (values) dims are in order.
     """
     if rotary_dim is None:
         one = row_order(head_dim)
     else:
         half = rotary_dim // 2
-        first = np.concatenate([np.arange(half), np.arange(rotary_dim, head_dim, 2)])
-        second = np.concatenate([np.arange(half) + half, np.arange(rotary_dim, head_dim, 2) + 1])
+        turning, apart = (2 * np.arange(half), 1) if is_interleaved else (np.arange(half), half)
+        rest = np.arange(rotary_dim, head_dim, 2)
+        first = np.concatenate([turning, rest])
+        second = np.concatenate([turning + apart, rest + 1])
         num_pairs = -(-head_dim // STRIP) * PANEL
         pairs = np.full((2, num_pairs), -1, np.int64)
         pairs[0, : len(first)], pairs[1, : len(second)] = first, second
@@ -44,12 +48,15 @@ def head_order(num_heads: int, head_dim: int, rotary_dim: int | None) -> Order:
     return np.where(one >= 0, starts + one, -1).reshape(-1)
 
 
-def kept_dims(head_dim: int, rotary_dim: int | None, *, is_paired: bool) -> Order:
+def kept_dims(
+    head_dim: int, rotary_dim: int | None, *, is_paired: bool, is_interleaved: bool = False
+) -> Order:
     """Return which dim of a head each place of a cache or query of floats has.
 
     They are those of the packed rows without padding; bfloat16 (`is_paired`) has the two of a pair in a word.
     """
-    strips = head_order(1, head_dim, rotary_dim).reshape(-1, 2, PANEL)
+    one = head_order(1, head_dim, rotary_dim, is_interleaved=is_interleaved)
+    strips = one.reshape(-1, 2, PANEL)
     places = (strips.swapaxes(1, 2) if is_paired else strips).reshape(-1)
     return places[places >= 0]
 
@@ -71,3 +78,14 @@ def padded(vector: Tensor) -> Floats:
     """Return a vector with zeros behind it up to a multiple of 32."""
     size = -(-vector.numel() // STRIP) * STRIP
     return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, size - vector.numel())).numpy())
+
+
+def qkv_orders(
+    num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, *, is_interleaved: bool
+) -> list[Order]:
+    """Return the orders of the rows of q, of k and of v."""
+    turning = [
+        head_order(count, head_dim, rotary_dim, is_interleaved=is_interleaved)
+        for count in (num_heads, num_kv_heads)
+    ]
+    return [*turning, head_order(num_kv_heads, head_dim, None)]

@@ -1,28 +1,34 @@
-"""The operators `norm` and `norm_add`: RMSNorm before a product, and after one."""
+"""The operators of norms: before a product, behind one, and of the residual itself."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from tgi_asgi.ops import calls
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
-def norm(x: Value, weight: Tensor, eps: float) -> Value:
-    """Normalise the residual x [n_tokens, hidden] to the activation `x / rms(x) * weight`.
-
-    weight: [hidden] float32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4.
-    """
-    recorder = recorder_of("norm", x=(x, Kind.RESIDUAL, weight.numel()))
-    return recorder.note(calls.Norm(recorder.value(Kind.ACTIVATION, x.columns), x, weight, eps))
+def norm(x: Value, weight: NormWeight) -> Value:
+    """Normalise the residual x [n_tokens, hidden], or rows, to an activation."""
+    kind = Kind.ROWS if isinstance(x, Value) and x.kind is Kind.ROWS else Kind.RESIDUAL
+    recorder = recorder_of("norm", x=(x, kind, weight.columns))
+    return recorder.note(calls.Norm(recorder.value(Kind.ACTIVATION, x.columns), x, weight))
 
 
-def norm_add(rows: Value, weight: Tensor, eps: float, x: Value, factor: float = 1.0) -> Value:
-    """Add `factor * rows / rms(rows) * weight` to the residual x in place, and return it.
+def norm_add(rows: Value, weight: NormWeight, x: Value, factor: float = 1.0) -> Value:
+    """Add `factor * norm(rows)` to the residual x in place, and return it.
 
     rows: [n_tokens, hidden], of `linear`: the norm behind a product that OLMo 2 and Gemma 2 have.
     """
     recorder = recorder_of(
-        "norm_add", rows=(rows, Kind.ROWS, weight.numel()), x=(x, Kind.RESIDUAL, weight.numel())
+        "norm_add", rows=(rows, Kind.ROWS, weight.columns), x=(x, Kind.RESIDUAL, weight.columns)
     )
-    return recorder.note(calls.NormAdd(recorder.added(x), rows, weight, eps, x, factor))
+    return recorder.note(calls.NormAdd(recorder.added(x), rows, weight, x, factor))
+
+
+def norm_residual(x: Value, weight: NormWeight) -> Value:
+    """Put the norm of the residual x [n_tokens, hidden] in its place, and return it.
+
+    So BLOOM goes on from its embedding.
+    """
+    recorder = recorder_of("norm_residual", x=(x, Kind.RESIDUAL, weight.columns))
+    return recorder.note(calls.NormResidual(recorder.added(x), x, weight))

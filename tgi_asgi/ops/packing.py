@@ -14,6 +14,7 @@ from tgi_asgi import _C
 from tgi_asgi.ops import layout
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Floats, Order
+from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.sources import WeightSource, decode, from_floats
 from tgi_asgi.ops.weights import QkvWeight
 
@@ -35,8 +36,7 @@ class PackedQkv:
     """Queries, keys and values: one matrix, or three where their formats differ; norms in packed order."""
 
     parts: tuple[PackedLinear, ...]
-    q_norm: Floats | None
-    k_norm: Floats | None
+    norms: _C.HeadNorms | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,17 @@ def _qkv_shares(shape: QkvWeight) -> _Shares:
     strips = -(-shape.head_dim // layout.STRIP)
     heads = shape.num_heads + 2 * shape.num_kv_heads
     return _Shares(1 if shape.norms is None else strips, shape.num_heads * strips, heads * strips)
+
+
+def _head_norm(norm: NormWeight, order: Order, head_dim: int) -> _C.Norm:
+    """Return a norm of heads in packed order: of all of them, or of one."""
+    if norm.columns == head_dim:
+        order = order[: -(-head_dim // layout.STRIP) * layout.STRIP]
+    weight, bias = (
+        None if part is None else layout.ordered(part, order) for part in (norm.weight, norm.bias)
+    )
+    assert weight is not None
+    return _C.Norm(weight=weight, bias=bias, width=head_dim, eps=norm.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +107,20 @@ class Packing:
         self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None, shape: QkvWeight
     ) -> PackedQkv:
         """Pack q, k and v, as `Arithmetic.qkv` says."""
-        head_dim, rotary = shape.head_dim, shape.rotary_dim
-        orders = [
-            layout.head_order(shape.num_heads, head_dim, rotary),
-            layout.head_order(shape.num_kv_heads, head_dim, rotary),
-            layout.head_order(shape.num_kv_heads, head_dim, None),
-        ]
-        norms: list[Floats | None] = [None, None]
+        orders = layout.qkv_orders(
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.rotary_dim,
+            is_interleaved=shape.is_interleaved,
+        )  # fmt: skip
+        norms = None
         if shape.norms is not None:
-            one = layout.head_order(1, head_dim, rotary)
-            norms = [
-                layout.ordered(norm, order if shape.norms.is_whole else one)
+            query, key = (
+                _head_norm(norm, order, shape.head_dim)
                 for norm, order in zip((shape.norms.query, shape.norms.key), orders, strict=False)
-            ]
-        return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), *norms)
+            )
+            norms = _C.HeadNorms(
+                query=query, key=key, is_whole=shape.norms.is_whole, is_last=shape.norms.is_last
+            )
+        return PackedQkv(self._pack_parts(sources, biases, orders, _qkv_shares(shape)), norms)
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> PackedGateUp:
         """Pack gate and up, as `Arithmetic.gate_up` says."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.rope import RopeTable
@@ -9,12 +11,24 @@ from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import QkvWeight
 
 
-def qkv(a: Value, weight: QkvWeight, cache: Cache, rope: RopeTable | None) -> Value:
+def qkv(
+    a: Value, weight: QkvWeight, cache: Cache, rope: RopeTable | None, clip: float | None = None
+) -> Value:
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 
-    Where the weight has norms, queries and keys are normalised before they are rotated; without a rotary
-    table they are not rotated. Returns the queries, for `attention` with the same cache.
+    Where the weight has norms, queries and keys are normalised before they are rotated, or after; without a
+    rotary table they are not rotated. Returns the queries, for `attention` with the same cache.
+
+    Args:
+        clip: queries, keys and values are first cut to [-clip, clip] (OLMo 1, MPT).
+
+    Raises:
+        ValueError: `clip` is not positive, or the weight has norms over all heads.
     """
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"`clip` must be positive, got {clip}")
+    if clip is not None and weight.norms is not None and weight.norms.is_whole:
+        raise ValueError("`clip` is not computed with norms over all heads")
     recorder = recorder_of("qkv", a=(a, Kind.ACTIVATION, weight.columns))
     out = recorder.value(Kind.QUERY, weight.num_heads * weight.head_dim)
-    return recorder.note(calls.Qkv(out, a, weight, cache, rope))
+    return recorder.note(calls.Qkv(out, a, weight, cache, rope, clip))

@@ -59,6 +59,11 @@ class WeightSource:
         data = self.data.reshape(self.shape[0], -1)[start:stop].reshape(-1)
         return replace(self, data=data, shape=(stop - start, *self.shape[1:]))
 
+    def in_rows(self, order: npt.NDArray[np.int64]) -> WeightSource:
+        """Return the rows of a matrix, or the elements of a vector, of these numbers: a copy."""
+        data = np.ascontiguousarray(self.data.reshape(self.shape[0], -1)[order]).reshape(-1)
+        return replace(self, data=data, shape=(len(order), *self.shape[1:]))
+
     def in_order(self) -> WeightSource:
         """Return the matrix with its columns in order, as floats: no block holds groups that lie apart.
 

@@ -7,11 +7,12 @@ arithmetic of the device (`Packing` for a CPU, `Repacking` for CUDA) decides wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from tgi_asgi.ops.norm_weight import HeadNorms
 from tgi_asgi.ops.sources import WeightSource, decode
 
 
@@ -25,16 +26,6 @@ class LinearWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """RMSNorm of queries and keys before they are rotated: of each head (Qwen 3), or of all (OLMo 2)."""
-
-    query: Tensor  # float32: [head_dim], one for all heads, or [num_heads * head_dim]
-    key: Tensor  # the same of KV heads
-    eps: float
-    is_whole: bool = False  # of all heads together
-
-
-@dataclass(frozen=True, slots=True)
 class QkvWeight:
     """The query, key and value projections."""
 
@@ -45,6 +36,7 @@ class QkvWeight:
     rotary_dim: int  # dims of a head that turn, its first
     norms: HeadNorms | None
     made: Any
+    is_interleaved: bool = False  # dims 2i and 2i + 1 turn together, not i and i + rotary_dim / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +99,12 @@ def qkv_weight(
     rotary_dim: int | None = None,
     biases: Sequence[WeightSource] | None = None,
     norms: HeadNorms | None = None,
+    is_interleaved: bool = False,
 ) -> QkvWeight:
     """Make the weight of `qkv` from [heads * head_dim, columns] sources.
 
-    Dim i of a head turns with i + rotary_dim / 2; all of a head turn where `rotary_dim` is None.
+    Dim i of a head turns with i + rotary_dim / 2, or dim 2i with 2i + 1 where `is_interleaved` (GPT-J, GLM);
+    all of a head turn where `rotary_dim` is None.
 
     Raises:
         ValueError: a source or bias has other rows than the heads say, or a norm has another size.
@@ -126,13 +120,9 @@ def qkv_weight(
         if _matrix(name, part) != (heads * head_dim, columns):
             raise ValueError(f"`{name}` must be [{heads} x {head_dim}, {columns}], got {part.shape}")
     if norms is not None:
-        counts = (num_heads, num_kv_heads) if norms.is_whole else (1, 1)
-        for norm, count in zip((norms.query, norms.key), counts, strict=True):
-            if norm.shape != (count * head_dim,):
-                raise ValueError(f"a norm must have {count * head_dim} elements, got {tuple(norm.shape)}")
-    shape = QkvWeight(columns, num_heads, num_kv_heads, head_dim, rotary_dim, norms, None)
-    made = arithmetic.qkv(sources, _biases(biases, sources), shape)
-    return QkvWeight(columns, num_heads, num_kv_heads, head_dim, rotary_dim, norms, made)
+        norms.check(num_heads, num_kv_heads, head_dim)
+    shape = QkvWeight(columns, num_heads, num_kv_heads, head_dim, rotary_dim, norms, None, is_interleaved)
+    return replace(shape, made=arithmetic.qkv(sources, _biases(biases, sources), shape))
 
 
 def gate_up_weight(

@@ -12,6 +12,7 @@ import torch
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.family import Model
+from tgi_asgi.models.needs import Need, needs_of
 from tgi_asgi.runner.cuda import MAX_TOP, CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize, choose_size
@@ -20,6 +21,9 @@ from tgi_asgi.settings import Settings
 logger = logging.getLogger(__name__)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
+HAS = frozenset(
+    {Need.LAYER_NORM, Need.PLAIN_MLP, Need.LEARNT_POSITIONS, Need.INTERLEAVED_ROPE, Need.CLIP}
+)  # of what only some models need
 _MAX_GROUP = 16  # query heads of a KV head
 _MAX_HIDDEN = 16384
 _SHARE = 0.92  # of the memory free after a step of the largest size: graphs and fragments have the rest
@@ -38,13 +42,19 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     """Return what products compute in, for --dtype.
 
     Raises:
-        ModelLoadError: the kernels do not have this dtype, or the model's shapes.
+        ModelLoadError: the kernels do not have this dtype, the model's shapes, or what it needs.
     """
     dtype = _DTYPES.get(name)
     if dtype is None:
         raise ModelLoadError(
             f"--dtype {name} is not computed on a GPU: take {' or '.join(_DTYPES)}, or hide the GPU by "
             "CUDA_VISIBLE_DEVICES="
+        )
+    lacking = sorted(needs_of(config) - HAS)
+    if lacking:
+        raise ModelLoadError(
+            f"{config.architecture} needs {', '.join(lacking)}, which the GPU kernels do not have as yet: to "
+            "compute on the CPU, hide the GPU by CUDA_VISIBLE_DEVICES="
         )
     group = config.num_heads // config.num_kv_heads
     sizes = (config.hidden_size, config.intermediate_size)

@@ -22,6 +22,74 @@ inline float squares_of(const float* row, int64_t width) {
   return S::reduce_add(S::add(even, odd));
 }
 
+// Columns [k, k + 32) of a row that ends at `width`, and `behind` it.
+template <class S>
+inline void load_end(const float* row, int64_t k, int64_t width, typename S::F behind,
+                     typename S::F& a, typename S::F& b) {
+  const auto left = static_cast<int>(width - k);
+  a = S::load_head(row + k, left < 16 ? left : 16, behind);
+  b = left > 16 ? S::load_head(row + k + 16, left - 16, behind) : behind;
+}
+
+// What LayerNorm makes of a value: (x - mean) * factor.
+struct Moments {
+  float mean;
+  float factor;
+};
+
+// The mean first, then what lies around it: a difference of squares loses the variance of rows that
+// are far from zero. Of a row of any width.
+template <class S>
+inline Moments moments_of(const float* row, int64_t width, float eps) {
+  const int64_t whole = width / kBlockColumns * kBlockColumns;
+  const auto sum_of = [&](auto term, typename S::F behind) {
+    auto even = S::zero(), odd = S::zero();
+    typename S::F a, b;
+    for (int64_t k = 0; k < whole; k += kBlockColumns) {
+      even = S::add(even, term(S::load(row + k)));
+      odd = S::add(odd, term(S::load(row + k + 16)));
+    }
+    if (whole < width) {
+      load_end<S>(row, whole, width, behind, a, b);
+      even = S::add(even, term(a));
+      odd = S::add(odd, term(b));
+    }
+    return S::reduce_add(S::add(even, odd)) / static_cast<float>(width);
+  };
+  const float mean = sum_of([](typename S::F x) { return x; }, S::zero());
+  const auto each_mean = S::set1(mean);
+  const auto square = [&](typename S::F x) {
+    const auto apart = S::sub(x, each_mean);
+    return S::mul(apart, apart);
+  };
+  const float variance = sum_of(square, each_mean);
+  return {mean, 1.0f / std::sqrt(variance + eps)};
+}
+
+template <class S>
+inline typename S::F layer_norm(typename S::F x, const Moments& moments, typename S::F weight,
+                                typename S::F bias) {
+  const auto apart = S::sub(x, S::set1(moments.mean));
+  return S::fma(S::mul(apart, S::set1(moments.factor)), weight, bias);
+}
+
+// Layer norm of a row into its slot of the next product's input.
+template <class S>
+inline void layer_norm_row(const NormParams& p, const float* x, int64_t row,
+                           const Activation& out) {
+  const Moments moments = moments_of<S>(x, p.width, p.eps);
+  for (int64_t k = 0; k < p.out.num_columns; k += kBlockColumns) {
+    typename S::F values[2][1];
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t at = k + 16 * i;
+      values[i][0] =
+          layer_norm<S>(S::load(x + at), moments, S::load(p.weight + at), S::load(p.bias + at));
+    }
+    const BlockSlot to[1] = {slot_of<S>(out, row, k / kBlockColumns)};
+    write_blocks<S, 1>(out.precision, values[0], values[1], to);
+  }
+}
+
 // `Count` blocks of a normalised row, from column k on.
 template <class S, int Count>
 inline void write_norm(const NormParams& p, const float* x, typename S::F factor, int64_t k,
@@ -78,17 +146,13 @@ void norm(const NormParams& p, const StepHeader& step, int member, int num_membe
     const int64_t token = p.for_logits ? step.rows[row] : row;
     ActivationRow to = row_of(p.out, step, row);
     if (is_private) to.part.data += member * to.part.tile_bytes(S::kTileTokens);
-    norm_row<S>(p, p.x + token * p.out.num_columns, to.row, to.part);
+    const float* const x = p.x + token * p.out.num_columns;
+    if (p.bias != nullptr) {
+      layer_norm_row<S>(p, x, to.row, to.part);
+    } else {
+      norm_row<S>(p, x, to.row, to.part);
+    }
   }
-}
-
-// Columns [k, k + 32) of a row that ends at `width`, zeros behind it.
-template <class S>
-inline void load_end(const float* row, int64_t k, int64_t width, typename S::F& a,
-                     typename S::F& b) {
-  const auto left = static_cast<int>(width - k);
-  a = S::load_head(row + k, left < 16 ? left : 16, S::zero());
-  b = left > 16 ? S::load_head(row + k + 16, left - 16, S::zero()) : S::zero();
 }
 
 // Rows as the input of a product.
@@ -107,24 +171,38 @@ void pack(const PackParams& p, const StepHeader& step, int member, int num_membe
     for (; k < whole; k += kBlockColumns) write_packed<S, 1>(from, k, out.row, out.part);
     if (k == p.out.num_columns) continue;
     typename S::F a[1], b[1];
-    load_end<S>(from, k, p.width, a[0], b[0]);
+    load_end<S>(from, k, p.width, S::zero(), a[0], b[0]);
     const BlockSlot to[1] = {slot_of<S>(out.part, out.row, k / kBlockColumns)};
     write_blocks<S, 1>(out.part.precision, a, b, to);
   }
 }
 
-// RMS norm of rows of any width, as rows.
+template <class S>
+inline void layer_norm_rows(const NormRowsParams& p, const float* x, float* out) {
+  const Moments moments = moments_of<S>(x, p.width, p.eps);
+  for (int64_t k = 0; k < p.width; k += 16) {
+    const auto left = static_cast<int>(p.width - k < 16 ? p.width - k : 16);
+    const auto at = [&](const float* from) { return S::load_head(from + k, left, S::zero()); };
+    S::store_head(out + k, left, layer_norm<S>(at(x), moments, at(p.weight), at(p.bias)));
+  }
+}
+
+// The norm of rows of any width, as rows.
 template <class S>
 void norm_rows(const NormRowsParams& p, const StepHeader& step, int member, int num_members) {
   const int64_t whole = p.width / kBlockColumns * kBlockColumns;
   const Range rows = split(step.num_tokens, member, num_members);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const x = p.x + row * p.stride;
-    float* const out = p.out + row * p.width;
+    float* const out = p.out + row * p.out_stride;
+    if (p.bias != nullptr) {
+      layer_norm_rows<S>(p, x, out);
+      continue;
+    }
     float squares = squares_of<S>(x, whole);
     if (whole < p.width) {
       typename S::F a, b;
-      load_end<S>(x, whole, p.width, a, b);
+      load_end<S>(x, whole, p.width, S::zero(), a, b);
       squares += S::reduce_add(S::fma(a, a, S::mul(b, b)));
     }
     const auto factor = S::set1(1.0f / std::sqrt(squares / static_cast<float>(p.width) + p.eps));
@@ -146,6 +224,15 @@ void norm_add(const NormAddParams& p, const StepHeader& step, int member, int nu
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const float* const from = p.rows + row * p.num_columns;
     float* const x = p.x + row * p.num_columns;
+    if (p.bias != nullptr) {
+      const Moments moments = moments_of<S>(from, p.width, p.eps);
+      for (int64_t k = 0; k < p.num_columns; k += 16) {
+        const auto normed =
+            layer_norm<S>(S::load(from + k), moments, S::load(p.weight + k), S::load(p.bias + k));
+        S::store(x + k, S::add(S::load(x + k), S::mul(normed, S::set1(p.factor))));
+      }
+      continue;
+    }
     const float mean = squares_of<S>(from, p.num_columns) / static_cast<float>(p.width);
     const auto factor = S::set1(p.factor / std::sqrt(mean + p.eps));
     for (int64_t k = 0; k < p.num_columns; k += 16) {

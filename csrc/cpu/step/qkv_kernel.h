@@ -39,6 +39,39 @@ inline void scale_head(HeadRows<S>& head, int64_t num_strips, float factor, cons
   }
 }
 
+// Layer norm of a head: its dims are the first `width` / 2 pairs, what is behind them is zero.
+template <class S>
+inline void layer_norm_head(HeadRows<S>& head, int64_t num_strips, int64_t width, float eps,
+                            const float* weight, const float* bias) {
+  auto sum = S::zero();
+  for (int64_t i = 0; i < num_strips; ++i) sum = S::add(sum, S::add(head.first[i], head.second[i]));
+  const float mean = S::reduce_add(sum) / static_cast<float>(width);
+  const auto each_mean = S::set1(mean);
+  auto squares = S::zero();
+  for (int64_t i = 0; i < num_strips; ++i) {
+    const auto left = static_cast<int>(width / 2 - 16 * i);
+    const auto first = S::sub(S::select_head(left, head.first[i], each_mean), each_mean);
+    const auto second = S::sub(S::select_head(left, head.second[i], each_mean), each_mean);
+    squares = S::fma(first, first, S::fma(second, second, squares));
+  }
+  const float variance = S::reduce_add(squares) / static_cast<float>(width);
+  const Moments moments = {mean, 1.0f / std::sqrt(variance + eps)};
+  for (int64_t i = 0; i < num_strips; ++i) {
+    const float *w = weight + 32 * i, *b = bias + 32 * i;
+    head.first[i] = layer_norm<S>(head.first[i], moments, S::load(w), S::load(b));
+    head.second[i] = layer_norm<S>(head.second[i], moments, S::load(w + 16), S::load(b + 16));
+  }
+}
+
+template <class S>
+inline void clip_head(HeadRows<S>& head, int64_t num_strips, float limit) {
+  const auto most = S::set1(limit), least = S::set1(-limit);
+  for (int64_t i = 0; i < num_strips; ++i) {  // this order keeps NaN
+    head.first[i] = S::max(least, S::min(most, head.first[i]));
+    head.second[i] = S::max(least, S::min(most, head.second[i]));
+  }
+}
+
 template <class S>
 inline void rotate(typename S::F& first, typename S::F& second, const float* cosines,
                    const float* sines) {
@@ -198,46 +231,74 @@ inline void store_value(const KvLayerView& kv, int64_t head, int64_t slot, int64
   }
 }
 
-// Writes strips [strip, strip + num_strips) of a head, normalised, where they belong; rotates those
-// of queries and keys.
+// Turns strips [strip, strip + num_strips) of a head of a token.
 template <class S>
-inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
-                       int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
-  const int64_t num_kv_heads = p.kv.num_heads;
-  if (head >= p.num_heads + num_kv_heads) {
-    const int64_t kv_head = head - p.num_heads - num_kv_heads, slot = step.slots[token];
-    for (int64_t i = 0; i < num_strips; ++i) {
-      store_value<S>(p.kv, kv_head, slot, strip + i, rows.first[i], rows.second[i]);
-    }
-    return;
-  }
-  // Of what is not rotated or written a step need not have them: see LastRows.
-  const bool is_query = head < p.num_heads, is_rotated = p.cosines != nullptr;
-  const int64_t slot = is_query ? 0 : step.slots[token];
-  const int64_t angles = is_rotated ? step.positions[token] * p.kv.num_strips() * 16 : 0;
+inline void rotate_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t strip,
+                        int64_t num_strips, HeadRows<S>& rows) {
+  const int64_t angles = (step.positions[token] * p.kv.num_strips() + strip) * 16;
   for (int64_t i = 0; i < num_strips; ++i) {
-    const int64_t at = angles + (strip + i) * 16;
-    if (is_rotated) {
-      rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
-    }
-    if (is_query) {
+    const int64_t at = angles + i * 16;
+    rotate<S>(rows.first[i], rows.second[i], p.cosines + at, p.sines + at);
+  }
+}
+
+// Writes strips [strip, strip + num_strips) of a head, as they are to be, where they belong.
+template <class S>
+inline void store_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                       int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
+  const int64_t num_kv_heads = p.kv.num_heads;
+  // Of what is not rotated or written a step need not have them: see LastRows.
+  const int64_t slot = head < p.num_heads ? 0 : step.slots[token];
+  for (int64_t i = 0; i < num_strips; ++i) {
+    if (head < p.num_heads) {
       store_query<S>(p.kv, p.q_scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
                      rows.second[i]);
-    } else {
+    } else if (head < p.num_heads + num_kv_heads) {
       store_key<S>(p.kv, head - p.num_heads, slot, strip + i, rows.first[i], rows.second[i]);
+    } else {
+      store_value<S>(p.kv, head - p.num_heads - num_kv_heads, slot, strip + i, rows.first[i],
+                     rows.second[i]);
     }
   }
 }
 
-// The same with the norm of a whole head before it.
+// Rotates and writes strips of a head, which is normalised.
+template <class S>
+inline void place_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
+                       int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
+  if (p.cosines != nullptr && head < p.num_heads + p.kv.num_heads) {
+    rotate_head<S>(p, step, token, strip, num_strips, rows);
+  }
+  store_head<S>(p, step, token, head, strip, num_strips, rows);
+}
+
+// Normalises a head of queries or keys.
+template <class S>
+inline void norm_head(const HeadParams& p, int64_t head, int64_t num_strips, HeadRows<S>& rows) {
+  const bool is_query = head < p.num_heads;
+  const int64_t at = (is_query ? head : head - p.num_heads) * p.norm_stride;
+  const float* const weight = (is_query ? p.q_norm : p.k_norm) + at;
+  if (p.q_bias != nullptr) {
+    const float* const bias = (is_query ? p.q_bias : p.k_bias) + at;
+    layer_norm_head<S>(rows, num_strips, p.true_dim, p.eps, weight, bias);
+  } else {
+    scale_head<S>(rows, num_strips, norm_factor<S>(rows, num_strips, p.true_dim, p.eps), weight);
+  }
+}
+
+// All that is done with strips of a head: what is normalised is whole.
 template <class S>
 inline void finish_head(const HeadParams& p, const StepHeader& step, int64_t token, int64_t head,
                         int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
-  if (p.q_norm != nullptr && head < p.num_heads + p.kv.num_heads) {
-    const float* const weight = head < p.num_heads ? p.q_norm : p.k_norm;
-    scale_head<S>(rows, num_strips, norm_factor<S>(rows, num_strips, p.true_dim, p.eps), weight);
+  if (p.clip != 0) clip_head<S>(rows, num_strips, p.clip);
+  const bool is_normed = p.q_norm != nullptr && head < p.num_heads + p.kv.num_heads;
+  if (is_normed && !p.is_norm_last) norm_head<S>(p, head, num_strips, rows);
+  if (!is_normed || !p.is_norm_last) {
+    return place_head<S>(p, step, token, head, strip, num_strips, rows);
   }
-  place_head<S>(p, step, token, head, strip, num_strips, rows);
+  if (p.cosines != nullptr) rotate_head<S>(p, step, token, strip, num_strips, rows);
+  norm_head<S>(p, head, num_strips, rows);
+  store_head<S>(p, step, token, head, strip, num_strips, rows);
 }
 
 // A unit is a strip, or a whole head where heads are normalised.

@@ -1,4 +1,4 @@
-// exp2, the activation functions and the quantising writers, over the simd type S. Included by the
+// exp2 and the quantising writers, over the simd type S. Included by the
 // step_<isa>.cpp files only.
 #pragma once
 
@@ -38,21 +38,6 @@ inline typename S::F exp2(typename S::F x) {
 }
 
 constexpr float kFloatLog2E = static_cast<float>(kLog2E);
-
-// x / (1 + e^-x).
-template <class S>
-inline typename S::F silu(typename S::F x) {
-  const auto e = exp2<S, false>(S::mul(x, S::set1(-kFloatLog2E)));
-  return S::div(x, S::add(S::set1(1.0f), e));
-}
-
-// GELU by tanh, which is x * sigmoid(2 * 0.79788 * (x + 0.044715 x^3)).
-template <class S>
-inline typename S::F gelu_tanh(typename S::F x) {
-  const auto cubic = S::fma(S::mul(S::mul(x, x), S::set1(0.044715f)), x, x);
-  const auto e = exp2<S, false>(S::mul(cubic, S::set1(-kFloatLog2E * 1.5957691216057308f)));
-  return S::div(x, S::add(S::set1(1.0f), e));
-}
 
 // Where a block of 32 values of one token goes: a tile's block, and the token's slot in it.
 struct BlockSlot {

@@ -149,13 +149,16 @@ constexpr int64_t kMaxHeadDim = 512;
 
 struct EmbedParams {
   PackedMatrix table;
-  float factor;  // on every value (Gemma, Granite)
-  float* x;      // [num_tokens, table.num_columns]
+  float factor;            // on every value (Gemma, Granite)
+  float* x;                // [num_tokens, table.num_columns]
+  const float* positions;  // [positions, table.num_columns] what a position adds, or null (GPT-2)
 };
 
+// A norm of rows: RMSNorm, or where there is a bias LayerNorm.
 struct NormParams {
   const float* x;       // [num_tokens, out.num_columns]; zero behind `width`
   const float* weight;  // [out.num_columns]; zero behind `width`
+  const float* bias;    // the same, or null
   int64_t width;        // columns that count
   float eps;
   bool for_logits;  // rows of the header's `rows` instead of all tokens
@@ -167,6 +170,7 @@ struct NormParams {
 struct NormAddParams {
   const float* rows;    // [num_tokens, num_columns]
   const float* weight;  // [num_columns]; zero behind `width`
+  const float* bias;    // the same, or null
   int64_t num_columns;
   int64_t width;
   float eps;
@@ -182,14 +186,16 @@ struct PackParams {
   Activation out;
 };
 
-// The norm of rows, as rows.
+// The norm of rows, as rows, which may be the same.
 struct NormRowsParams {
   const float* x;  // [num_tokens, stride]
   int64_t stride;
   const float* weight;  // [width]
+  const float* bias;    // the same, or null
   int64_t width;
   float eps;
-  float* out;  // [num_tokens, width]
+  float* out;  // [num_tokens, out_stride]
+  int64_t out_stride;
 };
 
 struct LinearParams {
@@ -224,6 +230,11 @@ struct HeadParams {
   const float* sines;    // the same
   const float* q_norm;   // in packed order: [strips * 32], or of all heads; null: no norm
   const float* k_norm;
+  const float* q_bias;  // of the norms, in the same order, where these are LayerNorms; or null
+  const float* k_bias;
+  int64_t norm_stride;  // floats from a head's weights to the next head's; 0: all have the same
+  bool is_norm_last;    // heads are normalised once they are rotated
+  float clip;           // q, k and v are cut to [-clip, clip] before all that; 0: they are not
   float eps;
   float q_scale;  // softmax scale times log2(e), or 1
   void* q;        // [num_tokens, num_heads, kv.query_bytes()]
@@ -300,9 +311,23 @@ struct LinearAddParams {
   float* x;      // [num_tokens, num_rows]
 };
 
+// An activation function; xIELU has two numbers of its own.
+struct MlpFunction {
+  MlpActivation kind;
+  float positive = 0;
+  float negative = 0;
+};
+
+// The half of an MLP that has no gate: f(in @ W.T (+ bias)).
+struct UpParams {
+  LinearParams linear;
+  MlpFunction function;
+  Activation out;
+};
+
 struct GateUpParams {
   LinearParams linear;  // strips of a gate panel and an up panel
-  MlpActivation activation;
+  MlpFunction function;
   Activation out;
   float* rows;  // [num_tokens, stride] instead of the activation, or null
   int64_t stride;
@@ -312,7 +337,7 @@ struct GateUpParams {
 struct ActMulParams {
   const float* gate;  // [num_tokens, out.num_columns]
   const float* up;
-  MlpActivation activation;
+  MlpFunction function;
   Activation out;
 };
 
@@ -353,6 +378,7 @@ struct Kernels {
   StepFunction<StoreHeadsParams> store_heads;
   StepFunction<AttentionParams> attention;
   StepFunction<LinearAddParams> linear_add;
+  StepFunction<UpParams> up;
   StepFunction<GateUpParams> gate_up;
   StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;

@@ -3,6 +3,7 @@
 
 #include "attention_kernel.h"
 #include "linear_kernels.h"
+#include "mlp_kernels.h"
 #include "norm_kernel.h"
 #include "pack.h"
 #include "qkv_kernel.h"
@@ -15,7 +16,13 @@ template <class S>
 void embed(const EmbedParams& p, const StepHeader& step, int member, int num_members) {
   const Range tokens = split(step.num_tokens, member, num_members);
   for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-    unpack_row(p.table, step.ids[t], p.factor, p.x + t * p.table.num_columns);
+    const int64_t width = p.table.num_columns;
+    float* const x = p.x + t * width;
+    unpack_row(p.table, step.ids[t], p.factor, x);
+    if (p.positions == nullptr) continue;
+    const float* const added = p.positions + step.positions[t] * width;
+    for (int64_t k = 0; k < width; k += 16)
+      S::store(x + k, S::add(S::load(x + k), S::load(added + k)));
   }
 }
 
@@ -82,18 +89,29 @@ double spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {
-      name,           S::kArithmetic,
-      S::kTileTokens, [](Precision precision) -> int64_t { return S::attention_rows(precision); },
-      embed<S>,       norm<S>,
-      norm_add<S>,    pack<S>,
-      norm_rows<S>,   linear_rows<S>,
-      qkv<S>,         head_rows<S>,
-      store_heads<S>, attention<S>,
-      linear_add<S>,  gate_up<S>,
-      act_mul<S>,     logits<S>,
-      shrink<S>,      scratch_floats<S>,
-      spin<S>,        make_row_passes<S>()};
+  return {name,
+          S::kArithmetic,
+          S::kTileTokens,
+          [](Precision precision) -> int64_t { return S::attention_rows(precision); },
+          embed<S>,
+          norm<S>,
+          norm_add<S>,
+          pack<S>,
+          norm_rows<S>,
+          linear_rows<S>,
+          qkv<S>,
+          head_rows<S>,
+          store_heads<S>,
+          attention<S>,
+          linear_add<S>,
+          up<S>,
+          gate_up<S>,
+          act_mul<S>,
+          logits<S>,
+          shrink<S>,
+          scratch_floats<S>,
+          spin<S>,
+          make_row_passes<S>()};
 }
 
 }  // namespace

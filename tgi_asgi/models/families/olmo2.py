@@ -34,25 +34,25 @@ class Olmo2Weights(LayerWeights):
     def norms(self) -> ops.HeadNorms:
         """Return the two norms, each of a product's full width."""
         config = self.config
-        query = self.vector("self_attn.q_norm", config.num_heads * config.head_dim)
-        key = self.vector("self_attn.k_norm", config.num_kv_heads * config.head_dim)
-        return ops.HeadNorms(query, key, config.norm_eps, is_whole=True)
+        query = self.norm("self_attn.q_norm", config.num_heads * config.head_dim)
+        key = self.norm("self_attn.k_norm", config.num_kv_heads * config.head_dim)
+        return ops.HeadNorms(query, key, is_whole=True)
 
 
 class Olmo2Layer(Layer):
     """A layer whose parts read the residual itself, and add the norm of what they make."""
 
-    def make_norms(self, weights: LayerWeights, hidden: int) -> None:
+    def make_norms(self, weights: LayerWeights) -> None:
         """Take the weights of the norms behind the parts."""
-        self.attention_norm = weights.vector("post_attention_layernorm", hidden)
-        self.mlp_norm = weights.vector("post_feedforward_layernorm", hidden)
+        self.attention_norm = weights.norm("post_attention_layernorm")
+        self.mlp_norm = weights.norm("post_feedforward_layernorm")
 
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         rows = ops.linear(self.attend(ops.activation(x), cache), self.output)
-        x = ops.norm_add(rows, self.attention_norm, self.eps, x)
-        a = ops.gate_up(ops.activation(x), self.gate_up, self.activation)
-        return ops.norm_add(ops.linear(a, self.down), self.mlp_norm, self.eps, x)
+        x = ops.norm_add(rows, self.attention_norm, x)
+        a = self.activate(ops.activation(x))
+        return ops.norm_add(ops.linear(a, self.down), self.mlp_norm, x)
 
 
 class Olmo2(Decoder):

@@ -1,0 +1,49 @@
+"""What a model needs of a device beyond the operators that every family takes: one list, by name.
+
+A device says which of it it has, so that what it lacks is refused before any weight is read. No torch.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from tgi_asgi.models.config import ModelConfig
+
+
+class Need(enum.StrEnum):
+    """One thing that a model may need, in the words of messages."""
+
+    LAYER_NORM = "LayerNorm"
+    PLAIN_MLP = "MLPs without a gate"
+    GATES = "gates by other functions than silu and gelu_tanh"
+    LEARNT_POSITIONS = "learned positions"
+    INTERLEAVED_ROPE = "rotary embeddings of neighbouring dims"
+    CLIP = "queries, keys and values that are cut to a range"
+    QK_LAYER_NORM = "LayerNorm of queries and keys"
+    LATE_QK_NORM = "norms of rotated queries and keys"
+    WINDOWS = "windows that differ between layers"
+    CHUNKS = "attention by chunks"
+    SOFT_CAP = "soft caps of scores"
+    SLOPES = "ALiBi"
+    SINKS = "attention sinks"
+
+
+def needs_of(config: ModelConfig) -> set[Need]:
+    """Return what a model needs."""
+    layers = config.layers
+    found = {
+        Need.LAYER_NORM: config.has_layer_norm,
+        Need.PLAIN_MLP: not config.has_gate,
+        Need.GATES: config.has_gate and config.activation not in ("silu", "gelu_tanh"),
+        Need.LEARNT_POSITIONS: config.has_learnt_positions,
+        Need.INTERLEAVED_ROPE: config.has_interleaved_rope,
+        Need.CLIP: config.clip is not None,
+        Need.QK_LAYER_NORM: config.has_qk_norm and config.has_qk_layer_norm,
+        Need.LATE_QK_NORM: config.has_qk_norm and config.has_late_qk_norm,
+        Need.WINDOWS: len({layer.window for layer in layers}) > 1,
+        Need.CHUNKS: any(layer.chunk is not None for layer in layers),
+        Need.SOFT_CAP: any(layer.soft_cap is not None for layer in layers),
+        Need.SLOPES: any(layer.slopes is not None for layer in layers),
+        Need.SINKS: any(layer.has_sinks for layer in layers),
+    }
+    return {need for need, is_needed in found.items() if is_needed}

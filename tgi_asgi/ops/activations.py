@@ -1,0 +1,28 @@
+"""The activation functions of MLPs: their names, and what they are in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+# Of `gate_up`, and of `up`.
+GATED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.nn.functional.relu,
+    "relu_squared": lambda x: torch.nn.functional.relu(x).square(),
+}
+XIELU = "xielu"  # of `up` alone: it has two numbers of its own
+ACTIVATIONS = (*GATED_ACTIVATIONS, XIELU)
+
+
+def xielu(x: Tensor, above: float, below: float) -> Tensor:
+    """Return above * x^2 + x / 2 where x is positive, else below * (e^x - 1 - x) + x / 2.
+
+    Source: Huang and Schlag, Deriving Activation Functions Using Integration, arXiv 2411.13010.
+    """
+    negative = x.clamp(max=0)
+    return above * x.clamp(min=0).square() + below * (negative.expm1() - negative) + x / 2

@@ -1,0 +1,97 @@
+"""What norms are: of a row, and of the heads of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormWeight:
+    """RMSNorm, or where there is a bias LayerNorm: one value, whatever a file says of it.
+
+        NormWeight(weight, 1e-5)                    # x / rms(x) * weight
+        NormWeight(weight, 1e-5, bias)              # (x - mean) / deviation * weight + bias
+        NormWeight.layer(2048, 1e-5, weight=None)   # OLMo 1, which learns neither
+
+    Sources: Zhang and Sennrich, Root Mean Square Layer Normalization, section 4; Ba et al., Layer
+    Normalization, section 3.
+
+    Attributes:
+        weight, bias: float32 [columns]; of heads [head_dim], one for all, or [num_heads * head_dim].
+        eps: what is added to the mean square, or to the variance.
+    """
+
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.bias is not None and self.bias.shape != self.weight.shape:
+            raise ValueError(
+                f"a norm's bias must have {self.weight.numel()} elements, got {self.bias.numel()}"
+            )
+
+    @classmethod
+    def layer(
+        cls, columns: int, eps: float, *, weight: Tensor | None, bias: Tensor | None = None
+    ) -> NormWeight:
+        """Make a LayerNorm; of ones or zeros what it has not learnt."""
+        return cls(
+            torch.ones(columns) if weight is None else weight,
+            eps,
+            torch.zeros(columns) if bias is None else bias,
+        )
+
+    @classmethod
+    def rms(cls, columns: int, eps: float, *, weight: Tensor | None) -> NormWeight:
+        """Make an RMSNorm, of ones where it has learnt nothing."""
+        return cls(torch.ones(columns) if weight is None else weight, eps)
+
+    @property
+    def columns(self) -> int:
+        """Of the rows that it takes."""
+        return self.weight.numel()
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the norm of rows [..., columns] in their dtype: for what runs beside the kernels."""
+        weight = self.weight.to(x)
+        if self.bias is None:
+            return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight
+        apart = x - x.mean(-1, keepdim=True)
+        return apart * (apart.square().mean(-1, keepdim=True) + self.eps).rsqrt() * weight + self.bias.to(x)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Norms of queries and keys, both of one kind: of each head (Qwen 3), or of all together (OLMo 2).
+
+    Attributes:
+        query, key: of one weight for all heads, or of one for each.
+        is_whole: over all heads together, as RMSNorm.
+        is_last: once heads are rotated (Hunyuan), not before.
+    """
+
+    query: NormWeight
+    key: NormWeight
+    is_whole: bool = False
+    is_last: bool = False
+
+    def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        """Hold the sizes to those of the heads.
+
+        Raises:
+            ValueError: a norm has another size, or the two are not of one kind.
+        """
+        query, key = self.query, self.key
+        if (query.bias is None) != (key.bias is None) or query.eps != key.eps:
+            raise ValueError("the norms of queries and of keys must be of one kind")
+        if self.is_whole and (query.bias is not None or self.is_last):
+            raise ValueError("a norm over all heads must be an RMSNorm before the rotation")
+        is_each = self.is_whole or query.columns != head_dim
+        for norm, count in ((query, num_heads), (key, num_kv_heads)):
+            expected = count * head_dim if is_each else head_dim
+            if norm.columns != expected:
+                raise ValueError(f"a norm must have {expected} elements, got {norm.columns}")
