@@ -287,14 +287,14 @@ def test_a_query_without_a_scale_stays_as_it_is() -> None:
 def test_norms_that_do_not_fit_are_refused() -> None:
     program = make_program()
     for columns, width, message in (
-        (32, 32, r"`weight` must be \[64\]"),
+        (32, 32, r"`weight` must have shape \[64\]"),
         (64, 65, r"`width` must be in \[1, 64\], got 65"),
         (64, 0, r"`width` must be in \[1, 64\], got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             program.norm_in_place(norm=norm_of(columns, width), x=rows(program))
     ones = np.ones(64, np.float32)
-    with pytest.raises(ValueError, match=r"`bias` must be \[64\]"):
+    with pytest.raises(ValueError, match=r"`bias` must have shape \[64\]"):
         uneven = _C.Norm(weight=ones, bias=ones[:32], width=64, eps=1e-5)
         program.norm_in_place(norm=uneven, x=rows(program))
 
@@ -302,8 +302,8 @@ def test_norms_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": norm_of(64)}, r"`k_norm` must be \[32\]"),
-        ({"query": norm_of(96)}, r"`q_norm` must be \[64\]"),
+        ({"key": norm_of(64)}, r"`k_norm` must have shape \[32\]"),
+        ({"query": norm_of(96)}, r"`q_norm` must have shape \[64\]"),
         ({"is_whole": True}, "norms over all heads are those of `head_rows`"),
         ({"is_whole": True, "is_last": True}, "must be an RMSNorm before the rotation"),
     ],
@@ -323,7 +323,7 @@ def test_norms_of_heads_that_do_not_fit_are_refused(change: dict[str, Any], mess
 
 def test_positions_are_held_to_their_table_without_a_cache() -> None:
     program = make_program()
-    with pytest.raises(ValueError, match=r"`positions` must be \[-?\w+, 64\]"):
+    with pytest.raises(ValueError, match=r"`positions` must have shape \[-1, 64\]"):
         program.embed(table=matrix(32), factor=1.0, positions=np.ones((4, 32), np.float32), out=rows(program))
     program.embed(table=matrix(32), factor=1.0, positions=np.ones((4, 64), np.float32), out=rows(program))
     program.run(flat_rows([(3, 4)], [[0]], 16, ids=[1]), [])
@@ -333,7 +333,7 @@ def test_positions_are_held_to_their_table_without_a_cache() -> None:
 
 def test_a_gate_has_no_numbers_of_its_own() -> None:
     program = make_program()
-    with pytest.raises(ValueError, match="`activation` must be silu, .* got xielu"):
+    with pytest.raises(ValueError, match=r"`activation` must be silu, .* got xielu"):
         program.gate_up(
             product=product(128, activation(program)), activation="xielu", out=activation(program)
         )

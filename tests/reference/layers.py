@@ -54,7 +54,8 @@ def activate(x: Tensor, activation: str, alphas: tuple[float, float] | None = No
     if activation == "silu":
         return x / (1 + torch.exp(-x))
     if activation == "gelu":
-        return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+        tail: Tensor = torch.special.erfc(-x / math.sqrt(2))
+        return 0.5 * x * tail
     if activation in ("relu", "relu_squared"):
         positive = x.clamp(min=0)
         return positive.square() if activation == "relu_squared" else positive

@@ -68,6 +68,7 @@ class LayerSpec:
     soft_cap: float | None = None  # scores become cap * tanh(score / cap)
     slopes: tuple[float, ...] | None = None  # of each head: what a position adds to scores (ALiBi)
     has_sinks: bool = False  # each head has a score that takes part in the sum of weights alone
+    alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,6 @@ class ModelConfig:
     has_mlp_bias: bool = False
     has_gate: bool = True  # an MLP is f(gate) * up, not f(up)
     has_qk_norm: bool = False  # queries and keys are normalised before they are rotated
-    has_qk_layer_norm: bool = False  # by LayerNorm
     has_late_qk_norm: bool = False  # once they are rotated
     has_interleaved_rope: bool = False  # dims 2i and 2i + 1 turn together
     has_learnt_positions: bool = False  # a table has what each position adds to the embedding
@@ -178,6 +178,7 @@ class ModelConfig:
             self.clip is None or 0 < self.clip < math.inf,
             f"what q, k and v are cut to must be positive, got {self.clip!r}",
         )
+        check(not self.has_gate or self.activation != "xielu", "xielu is of MLPs without a gate")
         for spec in fields(self):
             if spec.name.startswith("has_"):
                 value = getattr(self, spec.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
@@ -63,6 +63,8 @@ class Family:
         model: makes the model of configuration, weights, arithmetic and the longest context.
         gguf_names: llama.cpp's names of tensors where they differ from `GGUF_NAMES`.
         is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
+        computes: of an architecture that others share, whether a config.json is of a model that is computed here;
+            the others are left to the code of transformers.
         unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them.
     """
 
@@ -72,6 +74,7 @@ class Family:
     model: ModelClass
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     is_rotary_permuted: bool = False
+    computes: Callable[[Mapping[str, Any]], bool] = lambda config: True
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
 
 

@@ -38,7 +38,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.LEARNT_POSITIONS: config.has_learnt_positions,
         Need.INTERLEAVED_ROPE: config.has_interleaved_rope,
         Need.CLIP: config.clip is not None,
-        Need.QK_LAYER_NORM: config.has_qk_norm and config.has_qk_layer_norm,
+        Need.QK_LAYER_NORM: config.has_qk_norm and config.has_layer_norm,
         Need.LATE_QK_NORM: config.has_qk_norm and config.has_late_qk_norm,
         Need.WINDOWS: len({layer.window for layer in layers}) > 1,
         Need.CHUNKS: any(layer.chunk is not None for layer in layers),

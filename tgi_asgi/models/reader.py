@@ -27,8 +27,11 @@ _GGUF_NAMES = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
     "rope_theta": "rope.freq_base",
     "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "clip_qkv": "attention.clamp_kqv",
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -74,6 +77,8 @@ class Reader:
         values = {
             key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
         }
+        # The one group of keys that has no architecture's name before it.
+        values |= {key: value for key, value in metadata.items() if key.startswith("xielu.")}
         tokens = metadata.get("tokenizer.ggml.tokens")
         if "vocab_size" not in values and tokens is not None:
             values["vocab_size"] = len(tokens)

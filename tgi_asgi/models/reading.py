@@ -14,12 +14,24 @@ _SCALING_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow",
     "attention_factor", "attn_factor", "mscale", "mscale_all_dim",
 )  # fmt: skip
-_SILU = ("silu", "swish", "swiglu")
+# What configurations call the functions of `ops.ACTIVATIONS`.
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "swiglu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
+    "xielu": "xielu",
+}  # fmt: skip
 _KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 
 
-def read_sizes(reader: Reader) -> dict[str, Any]:
-    """Read the sizes and constants that every decoder has, as arguments of `ModelConfig`."""
+def read_sizes(
+    reader: Reader, *, eps: str = "rms_norm_eps", activation: str = "silu", default_eps: float = 1e-6
+) -> dict[str, Any]:
+    """Read the sizes and constants that every decoder has, as arguments of `ModelConfig`.
+
+    Args:
+        eps: the key of what norms add.
+        activation: the MLP's function, where the file does not say it: GGUF files never do.
+    """
     hidden_size, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     check(num_heads > 0, f"num_attention_heads must be positive, got {num_heads}")
     head_dim = reader.integer("head_dim", hidden_size // num_heads)
@@ -28,9 +40,6 @@ def read_sizes(reader: Reader) -> dict[str, Any]:
         check(value_dim == head_dim, f"attention.value_length is {value_dim}, but keys have {head_dim}")
         # What files of 2023 and 2024 say of how they were made, and llama.cpp reads no more.
         reader.ignore("use_parallel_residual", "tensor_data_layout")
-    for key in ("hidden_act", "activation"):
-        activation = reader.get(key) or "silu"
-        check(activation in _SILU, f"{key} {str(activation)[:100]!r} is not supported, only silu is")
     return {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -39,9 +48,22 @@ def read_sizes(reader: Reader) -> dict[str, Any]:
         "num_kv_heads": reader.integer("num_key_value_heads", num_heads),
         "head_dim": head_dim,
         "context_length": reader.integer("max_position_embeddings"),
-        "norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "norm_eps": reader.number(eps, default_eps),
+        "activation": _read_activation(reader, activation),
         "has_tied_embeddings": _has_tied_embeddings(reader),
     }
+
+
+def _read_activation(reader: Reader, default: str) -> str:
+    names = {key: reader.get(key) for key in ("hidden_act", "hidden_activation", "activation")}
+    given = {key: name for key, name in names.items() if name is not None}
+    for key, name in given.items():
+        known = isinstance(name, str) and name in _ACTIVATIONS
+        check(known, f"{key} {str(name)[:100]!r} is not supported, only {', '.join(_ACTIVATIONS)} are")
+    found = {_ACTIVATIONS[name] for name in given.values()} or {default}
+    check(len(found) == 1, f"the configuration names several activation functions: {given}")
+    (function,) = found
+    return function
 
 
 def _has_tied_embeddings(reader: Reader) -> bool:
@@ -67,17 +89,20 @@ def read_layers(
     *,
     windows: Sequence[int | None] | None = None,
     has_rope: Sequence[bool] | None = None,
+    ropes: Sequence[RopeSpec] | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[LayerSpec, ...]:
-    """Make the layers' specifications: one rotary embedding, and what differs between layers."""
+    """Make the layers' specifications: one rotary embedding unless `ropes` are given, and what differs."""
     count = num_layers(reader)
-    rope = read_rope(reader, sizes["head_dim"])
+    ropes = [read_rope(reader, sizes["head_dim"])] * count if ropes is None else ropes
     scale = sizes["head_dim"] ** -0.5 if scale is None else scale
     return tuple(
         LayerSpec(
-            rope if has_rope is None or has_rope[index] else None,
+            ropes[index] if has_rope is None or has_rope[index] else None,
             None if windows is None else windows[index],
             scale,
+            soft_cap=soft_cap,
         )
         for index in range(count)
     )
@@ -95,20 +120,58 @@ def read_rope(reader: Reader, head_dim: int) -> RopeSpec:
     if reader.is_gguf:
         dim = reader.integer("rope.dimension_count", head_dim)
         return RopeSpec(dim, reader.number("rope_theta", 10000.0), _scaling_of_gguf(reader))
-    values: dict[str, Any] = {
-        "rope_theta": reader.get("rope_theta"),
-        "partial_rotary_factor": reader.get("partial_rotary_factor"),
-        "original_max_position_embeddings": reader.get("original_max_position_embeddings"),
+    values = rope_values(reader)
+    check(
+        not any(isinstance(value, dict) for value in values.values()),
+        "`rope_parameters` has kinds of layers, which this server does not know for this architecture",
+    )
+    return make_rope(reader, values, head_dim)
+
+
+def read_ropes(reader: Reader, head_dim: int, theta: float, local_theta: float) -> dict[bool, RopeSpec]:
+    """Read the rotary embeddings of layers with a window (True) and without (False).
+
+    transformers 5 has an object for each kind; before, all else of `rope_scaling` was that of layers without
+    a window. So llama.cpp's files have it.
+
+    Args:
+        theta, local_theta: bases where the file has none, without a window and with one.
+    """
+    if reader.is_gguf:
+        rope = read_rope(reader, head_dim)
+        base = rope.theta if local_theta == theta else local_theta
+        local = RopeSpec(rope.dim, reader.number("rope.freq_base_swa", base))
+        return {False: rope, True: local}
+    values = rope_values(reader)
+    nested = {kind: values.pop(kind, None) for kind in _KINDS_OF_LAYERS}
+    base = values.get("rope_theta") or theta
+    local_base = reader.number("rope_local_base_freq", base if local_theta == theta else local_theta)
+    given = {
+        "full_attention": {**values, "rope_theta": base},
+        "sliding_attention": {"rope_theta": local_base},
     }
+    for kind, own in nested.items():
+        check(own is None or isinstance(own, dict), f"`rope_parameters` of {kind} must be an object")
+        given[kind] |= {name: value for name, value in (own or {}).items() if value is not None}
+    return {
+        kind == "sliding_attention": make_rope(reader, given[kind], head_dim) for kind in _KINDS_OF_LAYERS
+    }
+
+
+def rope_values(reader: Reader) -> dict[str, Any]:
+    """Return what a config.json says of rotary embeddings, in the names of `rope_parameters`."""
+    names = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    values: dict[str, Any] = {name: reader.get(name) for name in names}
     for key in ("rope_scaling", "rope_parameters"):
         nested = reader.get(key)
         if nested is not None:
             check(isinstance(nested, dict), f"`{key}` must be an object, got {str(nested)[:100]}")
-            check(
-                not any(isinstance(value, dict) for value in nested.values()),
-                f"`{key}` has kinds of layers, which this server does not know for this architecture",
-            )
             values |= {name: value for name, value in nested.items() if value is not None}
+    return values
+
+
+def make_rope(reader: Reader, values: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """Make a rotary embedding of what `rope_values` returns."""
     rope = Reader.of_json(values)
     factor = rope.number("partial_rotary_factor", 1.0)
     check(0 < factor <= 1, f"partial_rotary_factor must be in (0, 1], got {factor}")
@@ -230,12 +293,32 @@ def read_windows(reader: Reader, where: Sequence[bool]) -> list[int | None]:
     """Read which layers have a window: none unless it is switched on; `layer_types` says, else `where`."""
     window = reader.integer("sliding_window", 0) or None
     types = reader.get("layer_types")
-    check(
-        types is None
-        or (isinstance(types, list) and len(types) == len(where) and set(types) <= set(_KINDS_OF_LAYERS)),
-        f"layer_types must be a list of {len(where)} of {' or '.join(_KINDS_OF_LAYERS)}",
-    )
+    if types is not None:
+        _check_layer_types(types, len(where))
     if not reader.flag("use_sliding_window", False):
         return [None] * len(where)
     has_window = where if types is None else [kind == "sliding_attention" for kind in types]
     return [window if has else None for has in has_window]
+
+
+def read_sliding(reader: Reader, period: int) -> list[bool]:
+    """Read which layers have a window: those that are listed, else all but each `period`-th."""
+    count = num_layers(reader)
+    types, pattern = reader.get("layer_types"), reader.get("sliding_window_pattern")
+    reader.ignore("_sliding_window_pattern")
+    if types is not None:
+        _check_layer_types(types, count)
+        return [kind == "sliding_attention" for kind in types]
+    if isinstance(pattern, (list, tuple)):
+        check(len(pattern) == count, f"the pattern of windows must have {count} entries, got {len(pattern)}")
+        return [bool(each) for each in pattern]
+    period = period if pattern is None else pattern
+    check(type(period) is int and period >= 1, f"sliding_window_pattern must be positive, got {period!r}")
+    return [(index + 1) % period != 0 for index in range(count)]
+
+
+def _check_layer_types(types: object, count: int) -> None:
+    check(
+        isinstance(types, list) and len(types) == count and set(types) <= set(_KINDS_OF_LAYERS),
+        f"layer_types must be a list of {count} of {' or '.join(_KINDS_OF_LAYERS)}",
+    )

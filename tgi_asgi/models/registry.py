@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models import families
@@ -19,9 +21,10 @@ def all_families() -> tuple[Family, ...]:
     return tuple(family for module in imported for family in module.FAMILIES)
 
 
-def has_architecture(name: str) -> bool:
-    """Tell whether there is a family of a config.json's architecture."""
-    return _find(name) is not None
+def has_family(name: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether there is a family of a config.json's architecture that computes what it says."""
+    family = _find(name)
+    return family is not None and family.computes(config)
 
 
 def find_by_architecture(name: str) -> Family:

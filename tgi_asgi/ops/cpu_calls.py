@@ -75,7 +75,7 @@ class CpuCalls:
         self.residual = out
         positions = None
         if call.positions is not None:
-            missing = made.matrix.num_columns - call.positions.shape[1]
+            missing = -call.out.columns % layout.STRIP
             positions = torch.nn.functional.pad(call.positions, (0, missing)).contiguous().numpy()
         self._native.embed(table=made.matrix, factor=call.factor, positions=positions, out=out)
 

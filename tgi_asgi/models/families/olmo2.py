@@ -1,31 +1,50 @@
-"""OLMo 2: norms behind attention and MLP instead of before them, and over the full width of q and of k.
+"""OLMo 2 and 3: norms behind attention and MLP instead of before them, and over the full width of q and of k.
 
 Source: OLMo et al., 2 OLMo 2 Furious, arXiv 2501.00656, section 2.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.decoder import Decoder, Layer, LayerWeights
+from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights, PostNormLayer
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading import read_biases, read_layers, read_ropes, read_sizes, read_sliding
 
 
 def read_olmo2(reader: Reader, architecture: str) -> ModelConfig:
     """Read OLMo 2's."""
     reader.defaults(rms_norm_eps=1e-5)
+    # A GGUF file of this architecture may be OLMo 3's, which has a window.
+    if reader.is_gguf and reader.get("sliding_window"):
+        return read_olmo3(reader, architecture)
     sizes = read_sizes(reader)
-    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     return ModelConfig(
-        architecture=architecture,
-        layers=read_layers(reader, sizes),
-        has_qkv_bias=qkv_bias,
-        has_output_bias=output_bias,
-        has_qk_norm=True,
-        **sizes,
+        architecture=architecture, layers=read_layers(reader, sizes), **_read_rest(reader, sizes)
     )
+
+
+def read_olmo3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read OLMo 3's: three of four layers have a window, and a rotary embedding that is not stretched."""
+    reader.defaults(rms_norm_eps=1e-5, sliding_window=4096)
+    sizes = read_sizes(reader)
+    window = reader.integer("sliding_window", 0) or None
+    slides = read_sliding(reader, 4)
+    ropes = read_ropes(reader, sizes["head_dim"], 5e5, 5e5)
+    layers = read_layers(
+        reader, sizes, windows=[window if each else None for each in slides],
+        ropes=[ropes[each] for each in slides],
+    )  # fmt: skip
+    return ModelConfig(architecture=architecture, layers=layers, **_read_rest(reader, sizes))
+
+
+def _read_rest(reader: Reader, sizes: dict[str, Any]) -> dict[str, Any]:
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    return {"has_qkv_bias": qkv_bias, "has_output_bias": output_bias, "has_qk_norm": True, **sizes}
 
 
 class Olmo2Weights(LayerWeights):
@@ -39,38 +58,19 @@ class Olmo2Weights(LayerWeights):
         return ops.HeadNorms(query, key, is_whole=True)
 
 
-class Olmo2Layer(Layer):
-    """A layer whose parts read the residual itself, and add the norm of what they make."""
-
-    def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the norms behind the parts."""
-        self.attention_norm = weights.norm("post_attention_layernorm")
-        self.mlp_norm = weights.norm("post_feedforward_layernorm")
-
-    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
-        """Add attention and MLP to the residual x [n_tokens, hidden]."""
-        rows = ops.linear(self.attend(ops.activation(x), cache), self.output)
-        x = ops.norm_add(rows, self.attention_norm, x)
-        a = self.activate(ops.activation(x))
-        return ops.norm_add(ops.linear(a, self.down), self.mlp_norm, x)
-
-
 class Olmo2(Decoder):
     """The decoder with such layers."""
 
-    layer_class = Olmo2Layer
+    layer_class = PostNormLayer
     weights_class = Olmo2Weights
 
 
+_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
 FAMILIES = (
-    Family(
-        "Olmo2ForCausalLM",
-        "olmo2",
-        read_olmo2,
-        Olmo2,
-        gguf_names={
-            "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        },
-    ),
+    Family("Olmo2ForCausalLM", "olmo2", read_olmo2, Olmo2, gguf_names=_NAMES),
+    Family("Olmo3ForCausalLM", "olmo2", read_olmo3, Olmo2, gguf_names=_NAMES),
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.decoder import Decoder, LayerWeights, Sources
+from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights, Sources
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_layers, read_sizes, read_window
 
@@ -24,17 +25,12 @@ class FusedWeights(LayerWeights):
         """Cut the tensor of q, k and v by rows."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        return self._cut("self_attn.qkv_proj", [count * config.head_dim for count in heads])
+        return self.cut("self_attn.qkv_proj", [count * config.head_dim for count in heads])
 
     def gate_up_sources(self) -> Sources:
         """Cut the tensor of gate and up by rows; GGUF has it under the name of up."""
         name = "mlp.gate_up_proj"
-        return self._cut(name, [self.config.intermediate_size] * 2)
-
-    def _cut(self, name: str, rows: list[int]) -> Sources:
-        fused = self.get(f"{name}.weight", sum(rows), self.config.hidden_size)
-        starts = [sum(rows[:index]) for index in range(len(rows))]
-        return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
+        return self.cut(name, [self.config.intermediate_size] * 2)
 
 
 class Phi3(Decoder):

@@ -23,7 +23,7 @@ from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_architecture
+from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
@@ -193,7 +193,7 @@ def is_native(config: Mapping[str, Any]) -> bool:
         ModelLoadError: it names no architecture.
     """
     architecture = architecture_of(config)
-    return has_architecture(architecture) and not (_sees_ahead(config) and gives_vectors(architecture))
+    return has_family(architecture, config) and not (_sees_ahead(config) and gives_vectors(architecture))
 
 
 def _sees_ahead(config: Mapping[str, Any]) -> bool:

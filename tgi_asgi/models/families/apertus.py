@@ -1,0 +1,104 @@
+"""Apertus of the Swiss AI Initiative: norms of heads, and an MLP of xIELU, whose two numbers are learned.
+
+Source: Project Apertus, arXiv 2509.14233, section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import LayerSpec, ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import Layer, LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.rope import RopeTables
+
+_BETA = 0.5  # what xIELU multiplies x by: no file has another
+_ROPE = {
+    "rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+}  # fmt: skip
+
+
+def read_apertus(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Apertus'; llama.cpp's files have the numbers of xIELU beside the configuration."""
+    if reader.get("rope_scaling") is None:
+        reader.defaults(rope_parameters=_ROPE)
+    reader.defaults(rms_norm_eps=1e-5)
+    sizes = read_sizes(reader, activation="xielu")
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    layers = read_layers(reader, sizes)
+    return ModelConfig(
+        architecture=architecture,
+        layers=_with_alphas(reader, layers) if reader.is_gguf else layers,
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_gate=False,
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+def _with_alphas(reader: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    listed = []
+    for name in ("alpha_p", "alpha_n", "beta"):
+        values = reader.get(f"xielu.{name}")
+        values = values if isinstance(values, (list, tuple)) else [values] * len(layers)
+        check(
+            len(values) == len(layers) and all(type(value) is float for value in values),
+            f"xielu.{name} must be {len(layers)} numbers",
+        )
+        listed.append(values)
+    reader.ignore("xielu.eps")
+    check(all(abs(beta - _BETA) < 1e-6 for beta in listed[2]), f"xielu.beta must be {_BETA}")
+    return tuple(replace(layer, alphas=alphas) for layer, *alphas in zip(layers, *listed[:2], strict=True))
+
+
+class ApertusLayer(Layer):
+    """A layer with norms of other names, and xIELU's numbers: each is softplus of what the file has."""
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
+        super().__init__(config, weights, index, ropes)
+        found = self.spec.alphas
+        if found is None and config.activation == "xielu":
+            names = ("alpha_p", "alpha_n", "beta")
+            above, below, beta = (
+                float(ops.vector(weights.get(f"mlp.act_fn.{name}", *([1] if name != "beta" else []))))
+                for name in names
+            )
+            check(abs(beta - _BETA) < 1e-6, f"xIELU's beta must be {_BETA}, got {beta}")
+            found = (above, below)
+        if found is not None:
+            self.alphas = (_softplus(found[0]), _BETA + _softplus(found[1]))
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Take the weights of the layer's norms."""
+        self.attention_norm = weights.norm("attention_layernorm")
+        self.mlp_norm = weights.norm("feedforward_layernorm")
+
+
+def _softplus(x: float) -> float:
+    return float(torch.nn.functional.softplus(torch.tensor(x)))
+
+
+class Apertus(Decoder):
+    """The decoder with such layers."""
+
+    layer_class = ApertusLayer
+
+
+FAMILIES = (
+    Family(
+        "ApertusForCausalLM",
+        "apertus",
+        read_apertus,
+        Apertus,
+        gguf_names={"attention_layernorm": "attn_norm", "feedforward_layernorm": "ffn_norm"},
+        unused=("*.rotary_emb.inv_freq", "*.mlp.act_fn.eps"),
+    ),
+)

@@ -1,0 +1,29 @@
+"""Arcee's AFM: Llama with an MLP of squared ReLU that has no gate."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_arcee(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Arcee's."""
+    reader.defaults(rms_norm_eps=1e-5)
+    sizes = read_sizes(reader, activation="relu_squared")
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_up")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        has_gate=False,
+        **sizes,
+    )
+
+
+FAMILIES = (Family("ArceeForCausalLM", "arcee", read_arcee, Decoder, is_rotary_permuted=True),)

@@ -1,0 +1,57 @@
+"""LG's EXAONE 4: norms behind attention and MLP, and of heads; layers without a window have no positions.
+
+Source: LG AI Research, EXAONE 4.0, arXiv 2507.11407, section 2.1.
+"""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import PostNormLayer
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding
+
+_PATTERN = "LLLG"  # as some files spell it: local layers and global ones
+
+
+def read_exaone4(reader: Reader, architecture: str) -> ModelConfig:
+    """Read EXAONE 4's: without a window all layers see all, and have positions."""
+    reader.defaults(rms_norm_eps=1e-5, sliding_window=4096, num_key_value_heads=32)
+    sizes = read_sizes(reader)
+    window = reader.integer("sliding_window", 0) or None
+    if window is None:
+        reader.ignore("sliding_window_pattern", "layer_types")
+        layers = read_layers(reader, sizes)
+    else:
+        slides = _read_sliding(reader)
+        windows = [window if each else None for each in slides]
+        layers = read_layers(reader, sizes, windows=windows, has_rope=slides)
+    return ModelConfig(architecture=architecture, layers=layers, has_qk_norm=True, **sizes)
+
+
+def _read_sliding(reader: Reader) -> list[bool]:
+    pattern = reader.get("sliding_window_pattern")
+    if isinstance(pattern, str) and set(pattern) <= set(_PATTERN) and reader.get("layer_types") is None:
+        return [pattern[index % len(pattern)] == "L" for index in range(num_layers(reader))]
+    return read_sliding(reader, 4)
+
+
+class Exaone4(Decoder):
+    """The decoder with such layers."""
+
+    layer_class = PostNormLayer
+
+
+FAMILIES = (
+    Family(
+        "Exaone4ForCausalLM",
+        "exaone4",
+        read_exaone4,
+        Exaone4,
+        gguf_names={
+            "post_attention_layernorm": "post_attention_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+    ),
+)

@@ -1,0 +1,102 @@
+"""Google's Gemma 1, 2 and 3 (text): norms of 1 + weight, gelu, an embedding times the root of its size.
+
+Sources: Gemma Team, Gemma 2, arXiv 2408.00118, section 2; Gemma 3, arXiv 2503.19786, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import SandwichLayer
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_ropes, read_sizes, read_sliding
+
+# llama.cpp tells the models whose scores are scaled by another size than the head's by their layers.
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+
+
+def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Gemma 1's, whose first files say gelu and mean its tanh form."""
+    reader.ignore("hidden_act", "hidden_activation")
+    common = _read_common(reader)
+    return ModelConfig(architecture=architecture, layers=read_layers(reader, common), **common)
+
+
+def read_gemma2(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Gemma 2's: every other layer has a window, scores and logits are capped."""
+    reader.defaults(sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    common = _read_common(reader)
+    window = reader.integer("sliding_window", 4096) or None
+    layers = read_layers(
+        reader,
+        common,
+        windows=[window if slides else None for slides in read_sliding(reader, 2)],
+        scale=_read_scale(reader, "gemma2", common),
+        soft_cap=reader.number("attn_logit_softcapping", 0.0) or None,
+    )
+    cap = reader.number("final_logit_softcapping", 0.0)
+    return ModelConfig(architecture=architecture, layers=layers, logits_cap=cap, **common)
+
+
+def read_gemma3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Gemma 3's: layers with a window have a rotary embedding of their own."""
+    reader.defaults(sliding_window=4096)
+    common = _read_common(reader)
+    window = reader.integer("sliding_window", 0) or None
+    slides = [window is not None and each for each in read_sliding(reader, 6)]
+    ropes = read_ropes(reader, common["head_dim"], 1e6, 1e4)
+    layers = read_layers(
+        reader,
+        common,
+        windows=[window if each else None for each in slides],
+        ropes=[ropes[each] for each in slides],
+        scale=_read_scale(reader, "gemma3", common),
+        soft_cap=reader.number("attn_logit_softcapping", 0.0) or None,
+    )
+    cap = reader.number("final_logit_softcapping", 0.0)
+    return ModelConfig(architecture=architecture, layers=layers, logits_cap=cap, has_qk_norm=True, **common)
+
+
+def _read_common(reader: Reader) -> dict[str, Any]:
+    reader.defaults(tie_word_embeddings=True, head_dim=256, rms_norm_eps=1e-6)
+    sizes = read_sizes(reader, activation="gelu_tanh")
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    return {
+        **sizes,
+        "has_qkv_bias": qkv_bias,
+        "has_output_bias": output_bias,
+        "embedding_factor": sizes["hidden_size"] ** 0.5,
+        "norm_offset": 0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
+    }
+
+
+def _read_scale(reader: Reader, gguf_name: str, sizes: dict[str, Any]) -> float:
+    """Return what scores are multiplied by."""
+    if not reader.is_gguf:
+        return reader.number("query_pre_attn_scalar", 256) ** -0.5
+    is_largest = num_layers(reader) == _LAYERS_OF_27B[gguf_name]
+    size: int = sizes["hidden_size"] // sizes["num_heads"] if is_largest else sizes["head_dim"]
+    return 1 / math.sqrt(size)
+
+
+class Gemma2(Decoder):
+    """The decoder with norms before and behind each part; Gemma 3's, too."""
+
+    layer_class = SandwichLayer
+
+
+_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+FAMILIES = (
+    Family("GemmaForCausalLM", "gemma", read_gemma, Decoder),
+    Family("Gemma2ForCausalLM", "gemma2", read_gemma2, Gemma2, gguf_names=_NAMES),
+    Family("Gemma3ForCausalLM", "gemma3", read_gemma3, Gemma2, gguf_names=_NAMES),
+)

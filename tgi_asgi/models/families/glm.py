@@ -1,0 +1,74 @@
+"""Zhipu's GLM-4: half of each head turns, neighbouring dims together; gate and up are one tensor.
+
+Those of 2025 (Glm4) have norms before and behind each part.
+"""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights, SandwichLayer, Sources
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_glm(reader: Reader, architecture: str) -> ModelConfig:
+    """Read both's; only q, k and v have biases."""
+    reader.defaults(
+        head_dim=128, attention_bias=True, rms_norm_eps=1.5625e-7, partial_rotary_factor=0.5,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    sizes = read_sizes(reader)
+    (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_interleaved_rope=True,
+        **sizes,
+    )
+
+
+class GlmWeights(LayerWeights):
+    """A layer whose gate and up are one tensor."""
+
+    def gate_up_sources(self) -> Sources:
+        """Cut the tensor by rows; GGUF has it under the name of up."""
+        return self.cut("mlp.gate_up_proj", [self.config.intermediate_size] * 2)
+
+
+class Glm(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = GlmWeights
+
+
+class Glm4Layer(SandwichLayer):
+    """A layer with norms before and behind, by other names."""
+
+    norm_names = (
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
+    )
+
+
+class Glm4(Glm):
+    """The decoder with such layers."""
+
+    layer_class = Glm4Layer
+
+
+_NAMES = {"mlp.gate_up_proj": "ffn_up"}
+_GLM4_NAMES = {
+    **_NAMES,
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+}
+
+FAMILIES = (
+    Family("GlmForCausalLM", "chatglm", read_glm, Glm, gguf_names=_NAMES),
+    Family("Glm4ForCausalLM", "glm4", read_glm, Glm4, gguf_names=_GLM4_NAMES),
+)

@@ -1,0 +1,78 @@
+"""Tencent's dense Hunyuan: Llama whose queries and keys are normalised once they are rotated."""
+
+from __future__ import annotations
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ModelConfig, RopeSpec, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import (
+    make_rope,
+    num_layers,
+    read_biases,
+    read_layers,
+    read_rope,
+    read_sizes,
+    rope_values,
+)
+
+
+def read_hunyuan(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Hunyuan's."""
+    reader.defaults(rms_norm_eps=1e-5)
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    ropes = [_read_rope(reader, sizes["head_dim"])] * num_layers(reader)
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes, ropes=ropes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_qk_norm=True,
+        has_late_qk_norm=True,
+        **sizes,
+    )
+
+
+def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
+    """Read the rotary embedding: "dynamic" with an alpha is a base stretched once, whatever the context."""
+    if reader.is_gguf:
+        return read_rope(reader, head_dim)
+    values = rope_values(reader)
+    alpha = values.pop("alpha", None)
+    kind = values.get("rope_type") or values.get("type")
+    if kind == "dynamic" and alpha:
+        check(type(alpha) in (int, float) and alpha > 0, f"alpha must be positive, got {alpha!r}")
+        theta = (values.get("rope_theta") or 10000.0) * alpha ** (head_dim / (head_dim - 2))
+        values = {"rope_theta": theta}
+    return make_rope(reader, values, head_dim)
+
+
+class HunyuanWeights(LayerWeights):
+    """A layer whose norms of queries and keys have other names."""
+
+    def norms(self) -> ops.HeadNorms:
+        """Return the two norms."""
+        query, key = (
+            self.norm(f"self_attn.{name}_layernorm", self.config.head_dim) for name in ("query", "key")
+        )
+        return ops.HeadNorms(query, key, is_last=True)
+
+
+class Hunyuan(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = HunyuanWeights
+
+
+FAMILIES = (
+    Family(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan-dense",
+        read_hunyuan,
+        Hunyuan,
+        gguf_names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+    ),
+)

@@ -1,0 +1,29 @@
+"""InternLM 3: Llama with two keys for biases; its GGUF files are Llama's."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read InternLM 3's; `qkv_bias` and `bias` are what others call `attention_bias` and `mlp_bias`."""
+    reader.defaults(head_dim=128, rms_norm_eps=1e-5, num_key_value_heads=2)
+    reader.defaults(attention_bias=reader.flag("qkv_bias", False), mlp_bias=reader.flag("bias", False))
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        **sizes,
+    )
+
+
+FAMILIES = (Family("InternLM3ForCausalLM", None, read_internlm3, Decoder),)

@@ -1,0 +1,32 @@
+"""OLMo 1: Llama with LayerNorms that learn nothing, and products of q, k and v cut to a range.
+
+Source: Groeneveld et al., OLMo, arXiv 2402.00838, section 2.1.
+"""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_olmo(reader: Reader, architecture: str) -> ModelConfig:
+    """Read OLMo 1's; what its norms add is the code's."""
+    sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    clip = reader.number("clip_qkv", 0.0)
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_layer_norm=True,
+        has_norm_weight=False,
+        clip=clip or None,
+        **sizes,
+    )
+
+
+FAMILIES = (Family("OlmoForCausalLM", "olmo", read_olmo, Decoder, is_rotary_permuted=True),)

@@ -1,0 +1,246 @@
+"""The layers that most families are made of, and where their weights come from.
+
+Plain Python over the operators: a layer is called once, to be recorded. A family that differs in the names or
+the order of weights overrides `LayerWeights` (`families/phi3.py`), one that computes otherwise `Layer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.rope import RopeTables
+
+Sources = list[ops.WeightSource]
+
+
+def read_norm(config: ModelConfig, weights: Weights, name: str, *shape: int) -> ops.NormWeight:
+    """Read a norm, of the kind that the configuration says: of this shape, or of the residual's width."""
+    shape = shape or (config.hidden_size,)
+    columns = math.prod(shape)
+    weight = bias = None
+    if config.has_norm_weight:
+        weight = ops.vector(weights.get(f"{name}.weight", shape)) + config.norm_offset
+    if not config.has_layer_norm:
+        return ops.NormWeight.rms(columns, config.norm_eps, weight=weight)
+    if config.has_norm_bias:
+        bias = ops.vector(weights.get(f"{name}.bias", shape))
+    return ops.NormWeight.layer(columns, config.norm_eps, weight=weight, bias=bias)
+
+
+class LayerWeights:
+    """The weights of one layer, by their canonical names, which are those of `transformers`."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
+        self.config, self.weights, self.arithmetic = config, weights, arithmetic
+        self.spec, self.prefix = config.layers[index], f"model.layers.{index}."
+
+    def get(self, name: str, *shape: int) -> ops.WeightSource:
+        """Return a tensor of this layer."""
+        return self.weights.get(f"{self.prefix}{name}", shape)
+
+    def norm(self, name: str, *shape: int) -> ops.NormWeight:
+        """Return a norm of this layer, of the residual's width if no other is said."""
+        return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape)
+
+    def cut(self, name: str, rows: Sequence[int]) -> Sources:
+        """Return the parts of a matrix that is several, one below the other."""
+        fused = self.get(f"{name}.weight", sum(rows), self.config.hidden_size)
+        starts = [sum(rows[:index]) for index in range(len(rows))]
+        return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
+
+    def qkv_sources(self) -> Sources:
+        """Return the matrices of q, k and v."""
+        return [
+            self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size)
+            for name, rows in self._heads()
+        ]
+
+    def qkv_biases(self) -> Sources | None:
+        """Return their biases, if they have any."""
+        if not self.config.has_qkv_bias:
+            return None
+        return [self.get(f"self_attn.{name}.bias", rows) for name, rows in self._heads()]
+
+    def gate_up_sources(self) -> Sources:
+        """Return the matrices of gate and up."""
+        shape = (self.config.intermediate_size, self.config.hidden_size)
+        return [self.get(f"mlp.{name}.weight", *shape) for name in ("gate_proj", "up_proj")]
+
+    def gate_up_biases(self) -> Sources | None:
+        """Return their biases, if they have any."""
+        if not self.config.has_mlp_bias:
+            return None
+        return [
+            self.get(f"mlp.{name}.bias", self.config.intermediate_size) for name in ("gate_proj", "up_proj")
+        ]
+
+    def norms(self) -> ops.HeadNorms | None:
+        """Return the norms of queries and keys, if there are any: here of each head."""
+        if not self.config.has_qk_norm:
+            return None
+        query, key = (self.norm(f"self_attn.{name}_norm", self.config.head_dim) for name in ("q", "k"))
+        return ops.HeadNorms(query, key, is_last=self.config.has_late_qk_norm)
+
+    def qkv(self) -> ops.QkvWeight:
+        """Make the weight of `ops.qkv`."""
+        config, rope = self.config, self.spec.rope
+        query, key, value = self.qkv_sources()
+        return ops.qkv_weight(
+            query, key, value, self.arithmetic, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim, rotary_dim=None if rope is None else rope.dim,
+            biases=self.qkv_biases(), norms=self.norms(), is_interleaved=config.has_interleaved_rope,
+        )  # fmt: skip
+
+    def sinks(self) -> Tensor | None:
+        """Return the heads' sinks [num_heads] float32, if there are any."""
+        return ops.vector(self.get("self_attn.sinks", self.config.num_heads)) if self.spec.has_sinks else None
+
+    def up(self) -> ops.LinearWeight:
+        """Make the weight of `ops.up`."""
+        config = self.config
+        sizes = config.intermediate_size, config.hidden_size
+        return self.linear("mlp.up_proj", *sizes, has_bias=config.has_mlp_bias)
+
+    def gate_up(self) -> ops.GateUpWeight:
+        """Make the weight of `ops.gate_up`."""
+        gate, up = self.gate_up_sources()
+        return ops.gate_up_weight(gate, up, self.arithmetic, biases=self.gate_up_biases())
+
+    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
+        """Make the weight of a single product."""
+        bias = self.get(f"{name}.bias", rows) if has_bias else None
+        return ops.linear_weight(self.get(f"{name}.weight", rows, columns), self.arithmetic, bias=bias)
+
+    def _heads(self) -> tuple[tuple[str, int], ...]:
+        keys = self.config.num_kv_heads * self.config.head_dim
+        return (("q_proj", self.config.num_heads * self.config.head_dim), ("k_proj", keys), ("v_proj", keys))
+
+
+class Layer:
+    """One transformer layer: each part reads a norm of the residual and adds to it.
+
+    Attributes:
+        up: the first half of the MLP, with a gate or without.
+        alphas: the two numbers of xIELU, where that is the MLP's function.
+    """
+
+    alphas: tuple[float, float] | None = None
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
+        self.config, self.spec, self.factor = config, config.layers[index], config.residual_factor
+        self.rope, self.sinks = ropes.table(self.spec.rope), weights.sinks()
+        self.slopes = None if self.spec.slopes is None else torch.tensor(self.spec.slopes)
+        hidden, width = config.hidden_size, config.num_heads * config.head_dim
+        self.make_norms(weights)
+        self.qkv = weights.qkv()
+        self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
+        self.up = weights.gate_up() if config.has_gate else weights.up()
+        self.down = weights.linear(
+            "mlp.down_proj", hidden, config.intermediate_size, has_bias=config.has_mlp_bias
+        )
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Take the weights of the layer's norms."""
+        self.attention_norm = weights.norm("input_layernorm")
+        self.mlp_norm = weights.norm("post_attention_layernorm")
+
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Add attention and MLP to the residual x [n_tokens, hidden]."""
+        a = self.attend(ops.norm(x, self.attention_norm), cache)
+        x = ops.linear_add(a, self.output, x, self.factor)
+        a = self.activate(ops.norm(x, self.mlp_norm))
+        return ops.linear_add(a, self.down, x, self.factor)
+
+    def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Return what the heads make of the activation a."""
+        return self.attend_with(self.project(a, cache), cache)
+
+    def project(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Return the queries of the activation a; its keys and values are written to the cache."""
+        return ops.qkv(a, self.qkv, cache, self.rope, self.config.clip)
+
+    def attend_with(self, q: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Return what queries find in the cache."""
+        spec = self.spec
+        return ops.attention(
+            q, cache, spec.scale, window=spec.window, chunk=spec.chunk, soft_cap=spec.soft_cap,
+            sinks=self.sinks, slopes=self.slopes,
+        )  # fmt: skip
+
+    def activate(self, a: ops.Value) -> ops.Value:
+        """Return the first half of the MLP of the activation a."""
+        if isinstance(self.up, ops.GateUpWeight):
+            return ops.gate_up(a, self.up, self.config.activation)
+        return ops.up(a, self.up, self.config.activation, self.alphas)
+
+
+class ParallelLayer(Layer):
+    """A layer whose parts both read the residual as it comes, by one norm, and add to it."""
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Take the weights of the layer's norm."""
+        self.attention_norm = self.mlp_norm = weights.norm("input_layernorm")
+
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Add attention and MLP to the residual x [n_tokens, hidden].
+
+        The MLP's norm is computed behind the keys and values, be it the same: of the last layer's a step
+        needs that of few tokens only.
+        """
+        q = self.project(ops.norm(x, self.attention_norm), cache)
+        a = ops.norm(x, self.mlp_norm)
+        x = ops.linear_add(self.attend_with(q, cache), self.output, x, self.factor)
+        return ops.linear_add(self.activate(a), self.down, x, self.factor)
+
+
+class PostNormLayer(Layer):
+    """A layer whose parts read the residual itself, and add the norm of what they make (OLMo 2, EXAONE 4).
+
+    Source: OLMo et al., 2 OLMo 2 Furious, arXiv 2501.00656, section 2.
+    """
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Take the weights of the norms behind the parts."""
+        self.attention_norm = weights.norm("post_attention_layernorm")
+        self.mlp_norm = weights.norm("post_feedforward_layernorm")
+
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Add attention and MLP to the residual x [n_tokens, hidden]."""
+        rows = ops.linear(self.attend(ops.activation(x), cache), self.output)
+        x = ops.norm_add(rows, self.attention_norm, x, self.factor)
+        a = self.activate(ops.activation(x))
+        return ops.norm_add(ops.linear(a, self.down), self.mlp_norm, x, self.factor)
+
+
+class SandwichLayer(Layer):
+    """A layer with a norm before each part and one behind it (Gemma 2, GLM-4).
+
+    Attributes:
+        norm_names: of attention's two, then of the MLP's.
+    """
+
+    norm_names = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+
+    def make_norms(self, weights: LayerWeights) -> None:
+        """Take the weights of the four norms."""
+        found = [weights.norm(name) for name in self.norm_names]
+        self.attention_norm, self.attention_end, self.mlp_norm, self.mlp_end = found
+
+    def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
+        """Add attention and MLP to the residual x [n_tokens, hidden]."""
+        rows = ops.linear(self.attend(ops.norm(x, self.attention_norm), cache), self.output)
+        x = ops.norm_add(rows, self.attention_end, x, self.factor)
+        rows = ops.linear(self.activate(ops.norm(x, self.mlp_norm)), self.down)
+        return ops.norm_add(rows, self.mlp_end, x, self.factor)
