@@ -196,6 +196,7 @@ class Program {
   int64_t num_positions_ = INT32_MAX;  // those that every table has an entry for
   bool has_positions_ = false;         // some are added to embeddings
   PoolPtr pool_;
+  step::KvLayerView kv_ = {};  // the first of its layers that was used: all have one shape
   step::HeadSplit heads_ = {};
   step::Segment forward_, head_;
   step::StepHeader header_ = {};

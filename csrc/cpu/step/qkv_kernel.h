@@ -248,7 +248,7 @@ inline void store_head(const HeadParams& p, const StepHeader& step, int64_t toke
                        int64_t strip, int64_t num_strips, const HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
   // Of what is not rotated or written a step need not have them: see LastRows.
-  const int64_t slot = head < p.num_heads ? 0 : step.slots[token];
+  const int64_t slot = head < p.num_heads ? 0 : step.slot(p.kv.group, token);
   for (int64_t i = 0; i < num_strips; ++i) {
     if (head < p.num_heads) {
       store_query<S>(p.kv, p.q_scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
@@ -432,9 +432,9 @@ void store_heads(const StoreHeadsParams& p, const StepHeader& step, int member, 
       for (int64_t strip = 0; strip < num_strips; ++strip) {
         load_strip<S>(from, heads.dim, strip, is_key ? key_half(kv, strip) : 16, first, second);
         if (is_key) {
-          store_key<S>(kv, kv_head, step.slots[token], strip, first, second);
+          store_key<S>(kv, kv_head, step.slot(kv.group, token), strip, first, second);
         } else {
-          store_value<S>(kv, kv_head, step.slots[token], strip, first, second);
+          store_value<S>(kv, kv_head, step.slot(kv.group, token), strip, first, second);
         }
       }
     }
