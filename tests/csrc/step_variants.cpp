@@ -126,25 +126,34 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   step.num_tokens = step.num_rows = kTokens;
   step.rows = all.data();
   Input input(kernels, precision, kColumns, kTokens), packed(kernels, precision, kColumns, kTokens);
-  kernels.norm({x.data(), norm_weight.data(), kColumns, 1e-5f, true, input.view, 0}, step, 0, 1);
+  kernels.norm({x.data(), norm_weight.data(), nullptr, kColumns, 1e-5f, true, input.view, 0}, step,
+               0, 1);
   kernels.pack({x.data(), kColumns, kColumns, packed.view}, step, 0, 1);
   std::vector<float> scratch(scratch_of(kernels, weight, precision, 2));
   const LinearParams linear = {weight, bias.data(), input.view, 0, scratch.data(), 0};
   std::vector<float> rows(kTokens * kRows), sums(kTokens * kRows, 3.0f), logits(kTokens * kRows);
   kernels.linear_rows({linear, rows.data(), kRows}, step, 0, 1);
   kernels.linear_add({linear, 0.75f, sums.data()}, step, 0, 1);
-  kernels.norm_add({rows.data(), norm_weight.data(), kRows, 90, 1e-5f, 0.5f, sums.data()}, step, 0,
-                   1);
+  for (const float* each : {static_cast<const float*>(nullptr), bias.data()}) {
+    kernels.norm_add({rows.data(), norm_weight.data(), each, kRows, 90, 1e-5f, 0.5f, sums.data()},
+                     step, 0, 1);
+  }
   kernels.logits({linear, logits.data(), kRows - 5, 0.5f, 20.0f}, step, 0, 1);
   Bytes found;
   append(found, adapted_rows(kernels, linear));
-  for (const auto activation : {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh}) {
+  for (const auto kind :
+       {tgi::MlpActivation::kSilu, tgi::MlpActivation::kGeluTanh, tgi::MlpActivation::kGelu,
+        tgi::MlpActivation::kRelu, tgi::MlpActivation::kReluSquared, tgi::MlpActivation::kXielu}) {
+    const MlpFunction function = {kind, 0.8f, 0.6f};
     const PackedMatrix gates = {weight.data, weight.format, kRows / 64 * 64, kColumns};
     Input gated(kernels, precision, gates.num_rows / 2, kTokens);
     Input multiplied(kernels, precision, kRows, kTokens);
     const LinearParams pairs = {gates, nullptr, input.view, 0, scratch.data(), 0};
-    kernels.gate_up({pairs, activation, gated.view}, step, 0, 1);
-    kernels.act_mul({rows.data(), sums.data(), activation, multiplied.view}, step, 0, 1);
+    kernels.gate_up({pairs, function, gated.view, nullptr, 0}, step, 0, 1);
+    kernels.act_mul({rows.data(), sums.data(), function, multiplied.view}, step, 0, 1);
+    Input plain(kernels, precision, kRows, kTokens);
+    kernels.up({linear, function, plain.view}, step, 0, 1);
+    plain.append_to(found);
     gated.append_to(found);
     multiplied.append_to(found);
   }
@@ -172,7 +181,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
     cosines.push_back(static_cast<float>(i % 97 - 48) / 64.0f);
     sines.push_back(static_cast<float>(i % 89 - 44) / 64.0f);
   }
-  KvLayerView kv = {nullptr, c.precision, (kContext + 15) / 16, 0, 16, 1, c.head_dim, c.head_dim};
+  KvLayerView kv = {nullptr, c.precision, 0,         (kContext + 15) / 16, 0, 16,
+                    1,       c.head_dim,  c.head_dim};
   kv.block_stride = kv.layer_bytes();
   Bytes pool(static_cast<size_t>(kv.num_blocks * kv.block_stride + kPoolSlack), 0xFF);  // NaN
   Bytes query(static_cast<size_t>(kContext * kv.query_bytes() + kPoolSlack));
@@ -189,6 +199,7 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   step.num_tokens = kContext;
   step.num_sequences = 1;
   step.positions = places.data();
+  step.num_groups = 1;
   step.slots = slots.data();
   step.query_start = starts;
   step.context_len = lengths;
@@ -197,13 +208,21 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   split_attention(step, {c.window}, {1, 1, kernels.attention_rows(c.precision)}, 1, split);
   step.attention_split = split;
 
-  kernels.norm({x.data(), ones.data(), kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);
+  kernels.norm({x.data(), ones.data(), nullptr, kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);
   QkvParams qkv = {};
   std::vector<float> scratch(scratch_of(kernels, weight, Precision::kInt8, 1));
   qkv.parts[0] = {weight, nullptr, input.view, 0, scratch.data(), 0};
   qkv.num_parts = 1;
-  qkv.heads = {1,           c.head_dim, cosines.data(), sines.data(), norm.data(),
-               norm.data(), 1e-5f,      0.25f,          query.data(), kv};
+  HeadParams& heads = qkv.heads;
+  heads.num_heads = 1;
+  heads.true_dim = c.head_dim;
+  heads.cosines = cosines.data();
+  heads.sines = sines.data();
+  heads.q_norm = heads.k_norm = norm.data();
+  heads.eps = 1e-5f;
+  heads.q_scale = 0.25f;
+  heads.q = query.data();
+  heads.kv = kv;
   kernels.qkv(qkv, step, 0, 1);
   // The same queries once more, from rows.
   std::vector<float> rows(kContext * kRows);

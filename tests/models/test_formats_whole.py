@@ -118,7 +118,7 @@ def test_matrices_of_one_product_keep_their_formats_and_sizes(made: Maker) -> No
     finally:
         file.close()
     for index, layer in enumerate(model.layers):
-        parts = [*layer.qkv.made.parts, layer.output.made, *layer.gate_up.made.parts, layer.down.made]
+        parts = [*layer.qkv.made.parts, layer.output.made, *layer.up.made.parts, layer.down.made]
         names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
         canonical = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         for part, name, matrix in zip(parts, names, canonical, strict=True):

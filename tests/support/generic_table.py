@@ -14,7 +14,9 @@ _MORE = "keeps more of a sequence than keys and values"
 
 # Computed by a family of ours, unless the code of `transformers` is asked for: then as the other tables say.
 NATIVE: tuple[str, ...] = (
-    "granite", "internlm3", "iquestcoder", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+    "apertus", "arcee", "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "granite", "hunyuan_v1_dense", "internlm3", "iquestcoder", "llama", "mistral", "nemotron", "olmo",
+    "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 
 # Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.
