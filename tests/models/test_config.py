@@ -250,7 +250,8 @@ def test_part_of_a_head_may_turn() -> None:
     [
         ({"architectures": ["BertModel"]}, "BertModel.*supported are .*LlamaForCausalLM"),
         ({"architectures": None}, "names no architecture"),
-        ({"hidden_act": "gelu"}, "gelu.*only silu"),
+        ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not supported, only silu"),
+        ({"hidden_act": "xielu"}, "xielu is of MLPs without a gate"),
         ({"vocab_size": 1 << 40}, "vocab_size must be an integer in"),
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be in 1..1024"),
@@ -291,7 +292,8 @@ def test_part_of_a_head_may_turn() -> None:
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1.0}, "rope_theta above 1"),
         ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor must be in 1..1e6, got inf"),
-        ({"activation": "gelu"}, "activation 'gelu' is not supported"),
+        ({"activation": "tanh"}, "activation 'tanh' is not supported"),
+        ({"hidden_act": "silu", "activation": "gelu"}, "several activation functions"),
         (
             {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"] * 29},
             "layer_types must be a list of 30",
@@ -313,7 +315,7 @@ def test_json_that_cannot_be_served_is_refused(change: dict[str, Any], words: st
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.architecture": "gemma"}, "'gemma'.*supported are .*llama, .*qwen2, qwen3"),
+        ({"general.architecture": "rwkv6"}, "'rwkv6'.*supported are .*llama, .*qwen2, qwen3"),
         ({"general.architecture": 3}, "names no general.architecture"),
         ({"llama.expert_count": 8}, "`expert_count` is 8"),
         ({"llama.attention.head_count_kv": [3, 3]}, "must be one integer"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
+from tests.reference.layers import activate
 from tests.support import at_once
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import Packing, direct
@@ -75,10 +76,8 @@ def test_gate_and_up_may_be_of_two_formats(activation: str) -> None:
     x = torch.randn(3, 64)
     found = direct.gate_up(ops.gate_up_weight(gate, up, EXACT), x, activation)
     first, second = (x @ ops.plain_tensor(each).float().T for each in (gate, up))
-    exact = torch.nn.functional.silu(first)
-    if activation == "gelu_tanh":
-        exact = torch.nn.functional.gelu(first, approximate="tanh")
-    torch.testing.assert_close(found, exact * second, rtol=1e-4, atol=1e-4)
+    exact = (activate(first, activation) * second).float()
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [64, 50])

@@ -63,8 +63,8 @@ class Family:
         model: makes the model of configuration, weights, arithmetic and the longest context.
         gguf_names: llama.cpp's names of tensors where they differ from `GGUF_NAMES`.
         is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
-        computes: of an architecture that others share, whether a config.json is of a model that is computed here;
-            the others are left to the code of transformers.
+        computes: whether a config.json is of a model that is computed here, where the architecture has others
+            that are left to the code of transformers.
         unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them.
     """
 

@@ -52,7 +52,7 @@ def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
     names = ("num_local_experts", "layer_types", "layers_block_type")
     check(
         _is_dense({name: reader.get(name) for name in names}),
-        "only models without experts and states are computed: num_local_experts must be 0, all layers attention",
+        "only models without experts and states are computed: num_local_experts 0, all layers attention",
     )
     inner = reader.integer("shared_intermediate_size", 1024)
     reader.ignore("mamba_conv_bias", "mamba_proj_bias", "normalization_function")

@@ -1,4 +1,4 @@
-"""InternLM 3: Llama with two keys for biases; its GGUF files are Llama's."""
+"""InternLM 3: Llama with other keys for biases; its GGUF files are Llama's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading import make_rope, num_layers, read_biases, read_layers, read_sizes, rope_values
 
 
 def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
@@ -16,9 +16,16 @@ def read_internlm3(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    rope = rope_values(reader)
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        # It stretches positions beyond `max_position_embeddings` alone, and none of these is served.
+        rope = {"rope_theta": rope.get("rope_theta")}
+    layers = read_layers(
+        reader, sizes, ropes=[make_rope(reader, rope, sizes["head_dim"])] * num_layers(reader)
+    )
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes),
+        layers=layers,
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=mlp_bias,
