@@ -26,6 +26,7 @@ from tests.support.installing import (
     record,
     settings_for_uv,
 )
+from tests.support.pages import blocks_of, pages
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -70,6 +71,18 @@ def test_each_dependency_of_the_packages_is_pinned_for_images_and_tests() -> Non
     wanted = [*REQUIREMENTS.splitlines()[1:], *(need for needs in extras for need in needs)]
     names = {re.split(r"[<>=;\[\s]", line)[0].lower().replace("_", "-") for line in wanted}
     assert names - {"torch", "pip"} <= set(pins), "`make constraints` writes them"
+
+
+def test_the_ways_that_are_tried_are_those_of_the_documents() -> None:
+    blocks = [block for page in pages() for block in blocks_of(page)]
+    texts = [block.text for block in blocks if (block.reason or "").endswith("(make test-install runs it)")]
+    # The tests say by a constraint which torch they want, and where their repository is.
+    texts = [re.sub(r" --extra-index-url \S+| +#.*", "", text) for text in texts]
+    commands = "\n".join(texts).replace("/path/to/the/repository", "$REPOSITORY").splitlines()
+    tried = [[*re.split(r" && |\(|\)", way.install), way.serve] for way in WAYS.values()]
+    parts = [part.removeprefix("env/bin/").removesuffix(" --port $PORT") for way in tried for part in way]
+    assert commands
+    assert not set(commands) - set(parts)
 
 
 @pytest.fixture(scope="module")

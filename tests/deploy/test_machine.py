@@ -170,12 +170,15 @@ def _wait_for(read: Callable[[], str | None], value: str, log: Path) -> None:
     while found != value:
         assert time.monotonic() < give_up_s, f"{found}\n{log.read_text(encoding='utf-8')}"
         time.sleep(0.1)
-        with contextlib.suppress(httpx.TransportError):
+        # Nobody listens yet, or Prometheus still reads its store: 503, in plain text.
+        with contextlib.suppress(httpx.TransportError, httpx.HTTPStatusError):
             found = read()
 
 
 def _value(url: str, query: str) -> str | None:
-    answer = httpx.get(f"{url}/query", params={"query": query}).json()
+    response = httpx.get(f"{url}/query", params={"query": query})
+    response.raise_for_status()
+    answer = response.json()
     results = answer.get("data", {}).get("result", [])
     return results[0]["value"][1] if results else None
 

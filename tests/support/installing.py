@@ -30,10 +30,9 @@ from tests.support.server_process import free_port
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "install.json"
 START_TIMEOUT_S = 600  # the demonstration model is fetched; `make serve` installs and compiles first
-_ENVIRONMENT = "python3 -m venv env && env/bin/python -m pip install --quiet"
-_COPY = "cp -r $SOURCE source"  # pip builds in the folder that it is given
-_BUILT = f"{_COPY} && python3 -m venv tools && tools/bin/python -m pip install --quiet build"
-_BUILT += " && tools/bin/python -m build --outdir dist source"
+_ENVIRONMENT = "python3 -m venv env && . env/bin/activate"
+_COPY = "cp -r $SOURCE source"  # pip and `build` write to the folder that they are given
+_TOOLS = "python3 -m venv tools && . tools/bin/activate && pip install --quiet"
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,22 @@ class Way:
     environment: str = "env"
 
 
+# The documents' commands, as they stand there (tests/test_install.py says so).
 WAYS = {
-    "pip": Way(f"{_COPY} && {_ENVIRONMENT} ./source"),
-    "git": Way(f"{_ENVIRONMENT} git+file://$REPOSITORY"),
+    "pip": Way(f"{_COPY} && {_ENVIRONMENT} && cd source && pip install ."),
+    "git": Way(f"{_ENVIRONMENT} && pip install git+file://$REPOSITORY"),
     "uv": Way(
-        f"{_COPY} && python3 -m venv tools && tools/bin/python -m pip install --quiet uv"
-        " && tools/bin/uv venv --quiet env"
-        " && tools/bin/uv pip install --quiet --python env/bin/python --constraint $PIP_CONSTRAINT ./source"
+        f"{_COPY} && {_TOOLS} uv && uv venv env && export UV_CONSTRAINT=$PIP_CONSTRAINT"
+        " VIRTUAL_ENV=$PWD/env && cd source && uv pip install ."
     ),
-    "sdist": Way(f"{_BUILT} --sdist && {_ENVIRONMENT} dist/*.tar.gz"),
+    "sdist": Way(
+        f"{_COPY} && {_TOOLS} build && (cd source && python -m build --sdist)"
+        f" && {_ENVIRONMENT} && pip install source/dist/*.tar.gz"
+    ),
     "wheel": Way(
-        f"{_BUILT} && {_ENVIRONMENT} dist/*.whl"
-    ),  # which `build` makes from the source distribution
+        f"{_COPY} && {_TOOLS} build && (cd source && python -m build)"
+        f" && {_ENVIRONMENT} && pip install source/dist/*.whl"
+    ),
     "make": Way(_COPY, 'make -C source serve ARGS="--port $PORT"', "source/.venv"),
 }
 
