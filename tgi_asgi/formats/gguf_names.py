@@ -82,7 +82,7 @@ def models_of(names: Iterable[str]) -> list[GgufModel]:
 
 
 def quant_of(path: str) -> str:
-    """Return the quantisation that a path names, in upper case: the last of the file's name, else the folder's."""
+    """Return the quantisation that a path names, in upper case: the file's, else the folder's."""
     folder, _, name = path.rpartition("/")
     for text in (name.rpartition(".")[0], folder):
         # Names join words by any of `-._`, and quantisations have underscores of their own.
@@ -127,7 +127,7 @@ def _base(path: str) -> str:
 
 
 def _has_word(path: str, word: str) -> bool:
-    """Say whether a path has a word, whatever stands around it: Q4_K_XL of UD-Q4_K_XL, but not Q4_K of Q4_K_M."""
+    """Say whether a path has a word: UD-Q4_K_XL has Q4_K_XL, but Q4_K_M has no Q4_K."""
     return re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9_])", path.casefold()) is not None
 
 

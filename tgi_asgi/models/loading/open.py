@@ -230,6 +230,8 @@ def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Fam
     """Read a GGUF file's metadata in the same way; biases and a head of its own show by tensors' names."""
     name = metadata.get("general.architecture")
     check(isinstance(name, str), "the GGUF file names no general.architecture")
+    kind = metadata.get("general.type", "model")
+    check(kind == "model", f"the GGUF file is of the kind {str(kind)[:100]!r}, not a model")
     return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
 
 
