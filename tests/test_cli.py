@@ -122,9 +122,39 @@ def test_a_command_beside_the_server_has_help_and_takes_no_flags_of_it(run: _Run
 
 
 def test_another_word_is_no_command_and_starts_no_server(run: _Run) -> None:
-    result = run("org/model")
+    result = run("benchmrak")
     assert result.exit_code == 2
-    assert "No such command 'org/model'" in result.output
+    assert "No such command 'benchmrak'; a model without a slash is named by --model-id" in result.output
+    assert run.settings is None
+
+
+@pytest.mark.parametrize(
+    "model", ["org/name", "org/name-GGUF:Q4_K_M", "./folder", "m.gguf", "pypi:package==1.0", "benchmark/m"]
+)
+def test_a_word_with_a_slash_is_the_model(run: _Run, model: str) -> None:
+    assert run(model).exit_code == 0
+    assert run.settings == Settings(model_id=model)
+    for arguments in ([model, "--port", "80"], ["--port", "80", model], ["-p80", model, "--no-web-pages"]):
+        assert run(*arguments, MODEL_ID="another/one").exit_code == 0
+        assert run.settings is not None
+        assert (run.settings.model_id, run.settings.port) == (model, 80)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/b", "c/d"], "two models are named, a/b and c/d"),
+        (["a/b", "--model-id", "c/d"], "two models are named, a/b and c/d"),
+        (["--model-id", "a/b", "c/d"], "two models are named, c/d and a/b"),
+        (["a/b", "benchmrak"], "No such command 'benchmrak'"),
+        (["a/b", "benchmark"], "--model-id belongs behind benchmark"),
+        (["a/b", "--prot", "80"], "No such option"),
+    ],
+)
+def test_a_model_is_named_once_and_beside_no_command(run: _Run, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
     assert run.settings is None
 
 

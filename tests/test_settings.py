@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import socket
+from typing import Any
 
 import pytest
 
 from tgi_asgi.errors import InvalidRequest
-from tgi_asgi.settings import Settings, Speculation
+from tgi_asgi.settings import GivenRope, Settings, Speculation
 
 
 def test_every_field_is_read_from_its_upper_snake_variable() -> None:
@@ -17,7 +19,7 @@ def test_every_field_is_read_from_its_upper_snake_variable() -> None:
         "block_size": "32", "dtype": "float32", "log_level": "warn", "max_total_tokens": "4",
         "aip_predict_route": "/predict", "aip_health_route": "/healthy",
         "tool_format": "mistral", "kv_cache_dtype": "int8", "pooling": "mean",
-        "model_impl": "native", "prompt_precision": "bfloat16",
+        "model_impl": "native", "rope_scaling": "yarn", "prompt_precision": "bfloat16",
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 2}',
     }  # fmt: skip
     for spec in dataclasses.fields(Settings):
@@ -158,3 +160,24 @@ def test_what_is_no_object_is_refused_in_few_words(config: str) -> None:
 def test_speculation_is_not_given_twice() -> None:
     with pytest.raises(InvalidRequest, match="beside --speculative-config"):
         Settings(speculate=3, speculative_config='{"method": "ngram", "num_speculative_tokens": 4}')
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"rope_factor": 1.0}, None),
+        ({"rope_factor": 2.0}, GivenRope("linear", 2.0)),
+        ({"rope_scaling": "dynamic"}, GivenRope("dynamic", 1.0)),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0}, GivenRope("yarn", 4.0)),
+        ({"rope_scaling": "none", "rope_factor": 4.0}, GivenRope("none", 1.0)),
+    ],
+)
+def test_positions_are_scaled_as_tgi_reads_its_two_options(given: Any, expected: GivenRope | None) -> None:
+    assert Settings(**given).given_rope == expected
+
+
+@pytest.mark.parametrize("given", [{"rope_scaling": "ntk"}, {"rope_factor": 0.5}, {"rope_factor": math.nan}])
+def test_a_scaling_of_positions_that_there_is_not_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidRequest, match="--rope-"):
+        Settings(**given)

@@ -41,8 +41,32 @@ COMMANDS = ("download-weights", "benchmark")
 class _Program(click.Group):
     """The server, whose help lists the options under the settings' groups, and the commands beside it.
 
-    These are imported when they are asked for: a server needs none of them.
+    These are imported when they are asked for: a server needs none of them. A word that can be no command is
+    the model: `tgi-asgi org/name --port 80`.
     """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args, model = list(args), None
+        while rest := self.make_parser(ctx).parse_args(list(args))[1]:
+            if not _names_model(rest[0]):
+                break
+            if model is not None:
+                raise click.UsageError(f"two models are named, {model} and {rest[0]}", ctx)
+            model = rest[0]
+            del args[len(args) - len(rest)]
+        rest = super().parse_args(ctx, args)
+        if model is not None:
+            if ctx.params.get("model_id") is not None:
+                raise click.UsageError(f"two models are named, {model} and {ctx.params['model_id']}", ctx)
+            ctx.params["model_id"] = model
+        return rest
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}; a model without a slash is named by --model-id")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,6 +87,11 @@ class _Program(click.Group):
             with formatter.section(name):
                 formatter.write_dl(records)
         self.format_commands(ctx, formatter)
+
+
+def _names_model(word: str) -> bool:
+    """Tell a model from a command, which has neither slash nor suffix."""
+    return "/" in word or word.startswith("pypi:") or word.lower().endswith(".gguf")
 
 
 class _Option(click.Option):
@@ -160,13 +189,13 @@ def make_command() -> click.Command:
     command = _Program(
         "tgi-asgi",
         invoke_without_command=True,
-        subcommand_metavar="[COMMAND ...]",
+        subcommand_metavar="[MODEL | COMMAND ...]",
         params=options,
         callback=_run,
         help="Serve a language model over HTTP: TGI's API and OpenAI's.",
         epilog=(
-            "Every option is also read from the environment, in upper snake case (--max-batch-size: "
-            "MAX_BATCH_SIZE); the flag wins."
+            "MODEL is what --model-id takes, if it has a slash. Every option is also read from the "
+            "environment, in upper snake case (--max-batch-size: MAX_BATCH_SIZE); the flag wins."
         ),
         context_settings={
             "token_normalize_func": lambda token: token.replace("_", "-"),

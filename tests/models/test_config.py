@@ -270,8 +270,8 @@ def test_part_of_a_head_may_turn() -> None:
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": "many"}, "rope_theta"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2}},
-            "'dynamic' is not supported; supported are linear",
+            {"rope_scaling": {"type": "ntk", "factor": 2}},
+            "'ntk' is not supported; supported are linear, dynamic",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0.5}}, "beta_slow < beta_fast"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "`short_factor` must be a list"),
@@ -281,6 +281,11 @@ def test_part_of_a_head_may_turn() -> None:
         ),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
         ({"rope_scaling": {"type": "linear"}}, "lacks `factor`"),
+        ({"rope_scaling": {"type": "dynamic"}}, "lacks `factor`"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "hidden_size": 18},
+            "dynamic scaling needs more than 2 rotary dims",
+        ),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor < high_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}}, "original_max"),
         ({"rope_scaling": "linear"}, "must be an object"),

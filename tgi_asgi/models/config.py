@@ -33,7 +33,7 @@ MAX_LABELS = 1 << 16
 class RopeScaling:
     """How rotary frequencies are stretched beyond the context that the model was first trained on."""
 
-    kind: str  # linear, llama3, yarn or longrope
+    kind: str  # linear, dynamic, llama3, yarn or longrope
     factor: float = 1.0
     original_context: int = 8192
     low_freq_factor: float = 1.0  # this and the next: llama3
@@ -45,6 +45,7 @@ class RopeScaling:
     # longrope: divisors of each frequency up to the original context, and beyond; None: a GGUF file has them
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
+    is_given: bool = False  # by the operator: what a GGUF file's tensors say of it is passed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ class ServedConfig(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def longest_context(self) -> int:
+        """What may be asked for beyond `context_length`, which is what there is unless it is asked for."""
+
     @property
     def generates(self) -> bool:
         """Whether the model gives text."""
@@ -224,12 +229,20 @@ class ModelConfig:
         scaling = rope.scaling
         if scaling is not None:
             check(scaling.kind != "yarn" or rope.theta > 1, f"yarn needs rope_theta above 1: {rope.theta}")
+            check(scaling.kind != "dynamic" or rope.dim > 2, "dynamic scaling needs more than 2 rotary dims")
             check_scaling(scaling)
             for factors in (scaling.short_factors, scaling.long_factors):
                 check(
                     factors is None or len(factors) == rope.dim // 2,
                     f"longrope needs {rope.dim // 2} factors, got {len(factors or ())}",
                 )
+
+    @property
+    def longest_context(self) -> int:
+        """Any, where the rotary table is made for the context that is served."""
+        ropes = [layer.rope for layer in self.layers if layer.rope is not None]
+        is_dynamic = any(rope.scaling is not None and rope.scaling.kind == "dynamic" for rope in ropes)
+        return MAX_CONTEXT if is_dynamic else self.context_length
 
     @property
     def num_layers(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from tgi_asgi.models.config import MAX_LAYERS, LayerSpec, RopeScaling, RopeSpec, check
 from tgi_asgi.models.reader import Reader, as_float
 
-_SCALINGS = ("linear", "llama3", "yarn", "longrope")
+_SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 _SCALING_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "beta_fast", "beta_slow",
     "attention_factor", "attn_factor", "mscale", "mscale_all_dim",
@@ -196,6 +196,8 @@ def _scaling_of_json(rope: Reader, context: int) -> RopeScaling | None:
     )
     if kind == "linear":
         return RopeScaling("linear", rope.number("factor"))
+    if kind == "dynamic":
+        return RopeScaling("dynamic", rope.number("factor"), context)
     if kind == "llama3":
         return RopeScaling(
             "llama3", rope.number("factor"), original or rope.integer("original_max_position_embeddings"),
@@ -220,9 +222,9 @@ def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
     """
     mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     check(min(mscale, mscale_all) >= 0, "mscale and mscale_all_dim must not be negative")
-    magnitude = _yarn_magnitude(factor)
+    magnitude = yarn_magnitude(factor)
     if mscale and mscale_all:
-        magnitude = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, mscale_all)
+        magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all)
     return RopeScaling(
         "yarn", factor, original, beta_fast=rope.number("beta_fast", 32.0),
         beta_slow=rope.number("beta_slow", 1.0), is_truncated=rope.flag("truncate", True),
@@ -230,7 +232,7 @@ def _yarn(rope: Reader, factor: float, original: int) -> RopeScaling:
     )  # fmt: skip
 
 
-def _yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
     """Return what YaRN multiplies cosines and sines by (Peng et al., arXiv 2309.00071, section 3.4)."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -279,7 +281,7 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
         "yarn", factor, original or reader.integer("max_position_embeddings"),
         beta_fast=reader.number(f"{prefix}yarn_beta_fast", 32.0),
         beta_slow=reader.number(f"{prefix}yarn_beta_slow", 1.0),
-        attention_factor=attention * _yarn_magnitude(factor),
+        attention_factor=attention * yarn_magnitude(factor),
     )  # fmt: skip
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec
+from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec, check
 from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.reading import yarn_magnitude
+from tgi_asgi.settings import GivenRope
 
 
 class RopeTables:
     """One table for each rotary embedding that layers have.
 
     A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the
-    context: they are chosen once, by the longest that is served: a text does not depend on others.
+    context, as the base of dynamic scaling does: both are chosen once, by the longest that is served. Keys in
+    the cache have then been turned by the table that queries are, and a text does not depend on others.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
@@ -24,7 +28,7 @@ class RopeTables:
         for spec in {layer.rope for layer in config.layers if layer.rope is not None}:
             divisors = _divisors(spec, weights, max_positions)
             scale = 1.0 if spec.scaling is None else spec.scaling.attention_factor
-            inverse = inverse_frequencies(spec, divisors).tolist()
+            inverse = inverse_frequencies(spec, divisors, max_positions).tolist()
             self._tables[spec] = ops.RopeTable.create(inverse, max_positions, scale=scale)
 
     def table(self, spec: RopeSpec | None) -> ops.RopeTable | None:
@@ -35,6 +39,11 @@ class RopeTables:
 def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:
     """Return what frequencies are divided by, [dim / 2] float32, where a list or a tensor says it."""
     scaling = spec.scaling
+    if scaling is not None and scaling.is_given:
+        for name in ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"):
+            if name in weights:
+                weights.get(name, (spec.dim // 2,))  # it is known, and not applied
+        return None
     if scaling is not None and scaling.kind == "longrope":
         is_long = max_positions > scaling.original_context
         listed = scaling.long_factors if is_long else scaling.short_factors
@@ -50,23 +59,67 @@ def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | 
     return None
 
 
-def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None) -> Tensor:
-    """Return what a position is multiplied by to give each pair's angle: [dim / 2] float32."""
+def inverse_frequencies(spec: RopeSpec, divisors: Tensor | None = None, max_positions: int = 0) -> Tensor:
+    """Return what a position is multiplied by to give each pair's angle: [dim / 2] float32.
+
+    max_positions: the context that is served, which dynamic scaling depends on.
+    """
     if spec.frequencies is not None:
         return torch.tensor(spec.frequencies, dtype=torch.float32)
     exponents = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
-    powers = spec.theta**exponents
+    powers = _base(spec, max_positions) ** exponents
     if spec.scaling is not None and spec.scaling.kind == "longrope" and divisors is not None:
         return 1.0 / (divisors * powers)
     inverse = 1.0 / powers
     if divisors is not None:
         inverse = inverse / divisors
     scaling = spec.scaling
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor
     return _scale_llama3(inverse, scaling) if scaling.kind == "llama3" else _scale_yarn(powers, spec, scaling)
+
+
+def _base(spec: RopeSpec, max_positions: int) -> float:
+    """Return theta; with dynamic scaling grown with the context, so that the slowest pair turns as far.
+
+    Source: "Dynamically Scaled RoPE", NTK-aware, as `transformers` has it.
+    """
+    scaling = spec.scaling
+    if scaling is None or scaling.kind != "dynamic":
+        return spec.theta
+    length = max(max_positions, scaling.original_context)
+    stretch = scaling.factor * length / scaling.original_context - (scaling.factor - 1)
+    return float(spec.theta * stretch ** (spec.dim / (spec.dim - 2)))
+
+
+def scale_positions(config: ModelConfig, rope: GivenRope) -> ModelConfig:
+    """Return a configuration whose positions are scaled so, in the place of what it says, and its context.
+
+    Of layers with rotary embeddings of several kinds those without a window are meant.
+
+    Raises:
+        ModelLoadError: the model has no rotary embedding.
+    """
+    ropes = {layer.rope for layer in config.layers if layer.rope is not None}
+    if len(ropes) > 1:
+        ropes = {layer.rope for layer in config.layers if layer.rope and layer.window is None} or ropes
+    check(bool(ropes), f"--rope-scaling: {config.architecture} has no rotary embedding that it could scale")
+    contexts = [
+        spec.scaling.original_context
+        for spec in ropes
+        if spec.scaling is not None and spec.scaling.kind != "linear"
+    ]
+    context = min(contexts, default=config.context_length)
+    factor, magnitude = rope.factor, yarn_magnitude(rope.factor) if rope.kind == "yarn" else 1.0
+    kind = "linear" if rope.kind == "none" else rope.kind
+    scaling = RopeScaling(kind, factor, context, attention_factor=magnitude, is_given=True)
+    layers = tuple(
+        replace(layer, rope=replace(layer.rope, scaling=scaling)) if layer.rope in ropes else layer
+        for layer in config.layers
+    )
+    return replace(config, layers=layers, context_length=int(context * factor))
 
 
 def _scale_llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:

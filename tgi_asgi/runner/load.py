@@ -21,7 +21,7 @@ from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, most_adapters
 from tgi_asgi.models.adapters import AdapterLoader
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import ModelConfig, ServedConfig
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic.encoder import EncoderConfig, EncoderModel
 from tgi_asgi.models.generic.model import GenericModel
@@ -86,6 +86,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             chat_template_path=settings.tokenizer_config_path,
             model_impl=settings.model_impl,
             trusts_code=settings.trust_remote_code,
+            rope=settings.given_rope,
         ) as opened,
         ThreadPoolExecutor(1, thread_name_prefix="tgi-load") as executor,
     ):
@@ -167,7 +168,13 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         kernel_set=kernels.name if kernels is not None else None,
         prompt_precision="bfloat16" if has_float_prompts else None,
         created=int(time.time()),
-        fingerprint=weights.fingerprint(arithmetic, kv_size, kernels, has_float_prompts=has_float_prompts),
+        fingerprint=weights.fingerprint(
+            arithmetic,
+            kv_size,
+            kernels,
+            _positions(settings, config, longest),
+            has_float_prompts=has_float_prompts,
+        ),
         implementation="transformers" if opened.is_generic else "native",
         is_batch_invariant=_is_batch_invariant(model, settings, device),
     )
@@ -301,6 +308,13 @@ def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculati
     return None
 
 
+def _positions(settings: Settings, config: ServedConfig, longest: int) -> str:
+    """Name what decides rotary tables beside the model's files; empty: nothing does."""
+    given = settings.given_rope
+    by_context = f" for {longest}" if config.longest_context > config.context_length else ""
+    return f"{'' if given is None else f' {given}'}{by_context}"
+
+
 def _return_freed_memory() -> None:
     """Give the system what loading has freed: glibc would keep it for an allocation that does not come."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -380,11 +394,14 @@ class _TrackedWeights:
         arithmetic: ops.Arithmetic,
         kv_size: KvSize,
         kernels: ops.KernelSet | None,
+        positions: str,
         *,
         has_float_prompts: bool,
     ) -> str:
-        """Name what decides the output's bits: weights, arithmetic, code version."""
+        """Name what decides the output's bits: weights, arithmetic, positions, code version."""
         rounding = "" if kernels is None else kernels.arithmetic
-        options = f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}"
+        options = (
+            f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}{positions}"
+        )
         self._hash.update(f"{options}{' prompts bfloat16' if has_float_prompts else ''}".encode())
         return f"fp_{self._hash.hexdigest()}"

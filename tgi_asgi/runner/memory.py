@@ -103,7 +103,7 @@ def choose_context(config: ServedConfig, max_total_tokens: int | None, free_byte
     claims is cut to what a small share of the memory holds.
     """
     if max_total_tokens is not None:
-        return min(config.context_length, max_total_tokens)
+        return min(config.longest_context, max_total_tokens)
     each = _rope_bytes_per_position(config)
     needed, fitting = config.context_length * each, int(free_bytes * _ROPE_SHARE)
     if needed <= fitting:

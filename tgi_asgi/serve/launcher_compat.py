@@ -56,8 +56,6 @@ _INTERNAL = "there are no shard processes"
 OPTIONS: tuple[CompatOption, ...] = (
     _refused("num_shard", _ONE_DEVICE, "1"),
     _refused("sharded", _ONE_DEVICE, "false"),
-    _refused("rope_scaling", "positions are scaled as the model's own configuration says"),
-    _refused("rope_factor", "positions are scaled as the model's own configuration says", "1", "1.0"),
     *_ignored("the engine chooses", "cuda_graphs", "cuda_memory_fraction"),
     *_ignored("metrics are at /metrics of the main port", "prometheus_port"),
     CompatOption("usage_stats", "nothing is ever sent", neutral=frozenset({"on", "off", "no-stack"})),

@@ -15,14 +15,19 @@ import torch
 from torch import nn
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.rope import scale_positions
+from tgi_asgi.settings import GivenRope
 
 
-def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = False) -> Any:
+def build(
+    directory: Path, config: Mapping[str, Any], *, trusts_code: bool = False, rope: GivenRope | None = None
+) -> Any:
     """Return a `PreTrainedModel` in evaluation mode, float32, all parameters on the meta device.
 
     Args:
         config: the model's config.json, which names an architecture.
         trusts_code: a checkpoint may bring its own code, which is run.
+        rope: how positions are scaled, in the place of what the configuration says.
 
     Raises:
         ModelLoadError: `transformers` does not know the architecture, or cannot make it.
@@ -40,6 +45,8 @@ def build(directory: Path, config: Mapping[str, Any], *, trusts_code: bool = Fal
         for part in (parsed, parsed.get_text_config()):
             if getattr(part, "quantization_config", None) is not None:
                 del part.quantization_config  # our readers have it
+        if rope is not None:
+            scale_positions(parsed.get_text_config(), rope)
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         with _without_weights():
             if model_class is None:

@@ -51,6 +51,10 @@ class EncoderConfig:
     floor_reason: str = ""  # why prompts run one by one; empty: they do not
 
     @property
+    def longest_context(self) -> int:
+        return self.context_length
+
+    @property
     def generates(self) -> bool:
         return False
 

@@ -24,7 +24,7 @@ from tgi_asgi.models.generic.guards import check_keeps_little, check_servable
 from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_name
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
-from tgi_asgi.models.generic.rope import fix_rotary_tables, table_bytes, tabulate
+from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
@@ -33,6 +33,7 @@ from tgi_asgi.models.generic.vision.tower import Tower, input_names
 from tgi_asgi.models.generic.vision.views import Views
 from tgi_asgi.models.generic.weights import Filler
 from tgi_asgi.models.loading import NamedWeights, Weights
+from tgi_asgi.settings import GivenRope
 from tgi_asgi.types import ImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,17 @@ class GenericConfig:
     first_position: int = 0  # of a sequence's first token
     floor_reason: str = ""  # why its sequences run one by one, on a cache of its own; empty: they do not
     seeing: Seeing | None = None  # of a model that takes images
+    is_dynamic: bool = False  # its rotary tables are made for the context that is served
 
     @property
     def other_bytes_per_token(self) -> int:
         """About what a token takes in a cache of the model's own: float32, of two states."""
         return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
+
+    @property
+    def longest_context(self) -> int:
+        """Any, where rotary tables are made for the context that is served."""
+        return MAX_CONTEXT if self.is_dynamic else self.context_length
 
     @property
     def generates(self) -> bool:
@@ -98,8 +105,10 @@ class OpenGeneric:
         ModelLoadError: it is not; nothing of the weights has been read.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool) -> None:
-        self._model = build(directory, config, trusts_code=trusts_code)
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any], *, trusts_code: bool, rope: GivenRope | None = None
+    ) -> None:
+        self._model = build(directory, config, trusts_code=trusts_code, rope=rope)
         check_looks_through_rows(self._model)
         check_servable(self._model)
         adapt(self._model)
@@ -129,6 +138,7 @@ class OpenGeneric:
             floor_reason=reason,
             num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
             seeing=self._seeing,
+            is_dynamic=is_dynamic(self._model),
         )
 
     def image_processor(self, directory: Path) -> ImageProcessor | None:

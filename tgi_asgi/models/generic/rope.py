@@ -13,10 +13,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.settings import GivenRope
+
 _MOST_BYTES = 256 << 20  # of all tables of a model
 _AT_ONCE = 4096  # positions whose angles are computed in one call
 # The arguments of rotary embeddings that depend on nothing but positions.
 _FORMS = (["x", "position_ids"], ["x", "position_ids", "layer_type"])
+
+
+def scale_positions(config: Any, rope: GivenRope) -> None:
+    """Have a configuration of `transformers` scale positions so, and have the context that this gives.
+
+    Of layers with rotary embeddings of several kinds those without a window are meant.
+
+    Raises:
+        ModelLoadError: the model has none that could be scaled.
+    """
+    given, context = (
+        getattr(config, "rope_parameters", None),
+        getattr(config, "max_position_embeddings", None),
+    )
+    if not given or type(context) is not int:
+        raise ModelLoadError(
+            f"--rope-scaling: models of type {config.model_type!r} have no rotary embedding that it knows"
+        )
+    kinds = [name for name, value in given.items() if isinstance(value, dict)]
+    scaled = [name for name in kinds if "sliding" not in name] or kinds
+    first = given[scaled[0]] if kinds else given
+    context = int(first.get("original_max_position_embeddings") or context)
+    changed = {"rope_type": "default" if rope.kind == "none" else rope.kind, "factor": rope.factor}
+    changed["original_max_position_embeddings"] = context
+    if kinds:
+        made = {name: _scaled(given[name], changed) if name in scaled else given[name] for name in kinds}
+    else:
+        made = _scaled(given, changed)
+    config.rope_parameters = made
+    # A dynamic table is computed from the context before it is stretched.
+    config.max_position_embeddings = context if rope.kind == "dynamic" else int(context * rope.factor)
+
+
+def _scaled(given: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
+    return {**kept, **changed} if changed["rope_type"] != "default" else {**kept, "rope_type": "default"}
+
+
+def is_dynamic(model: nn.Module) -> bool:
+    """Tell whether rotary embeddings of a model are computed from the context."""
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    names = [name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any(isinstance(name, str) and "dynamic" in name for name in names)
 
 
 def fix_rotary_tables(model: nn.Module, max_positions: int) -> None:

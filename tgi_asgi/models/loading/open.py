@@ -24,6 +24,8 @@ from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.registry import find_by_architecture, find_by_gguf_name, has_family
+from tgi_asgi.models.rope import scale_positions
+from tgi_asgi.settings import GivenRope
 from tgi_asgi.text.chat.template import ChatTemplate, load_chat_template
 from tgi_asgi.text.tokenizer import Tokenizer
 from tgi_asgi.types import ImageProcessor
@@ -50,7 +52,9 @@ class OpenModel:
         chat_template_path: str | None = None,
         model_impl: str = "native",
         trusts_code: bool = False,
+        rope: GivenRope | None = None,
     ) -> None:
+        self._rope = rope
         self._override = Path(chat_template_path) if chat_template_path else None
         self._directory = files.path if files.kind == "directory" else None
         self._gguf: GgufFile | None = None
@@ -61,7 +65,8 @@ class OpenModel:
                     "--model-impl transformers needs a checkpoint directory, not a GGUF file"
                 )
             self._model: _Native | OpenGeneric | OpenEncoder
-            self._model = native = _Native(*read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors)))
+            family, read = read_gguf(self._gguf.metadata, frozenset(self._gguf.tensors))
+            self._model = native = _Native(family, self._scaled(read))
             self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
             config = read_json(files.path / "config.json")
@@ -70,9 +75,10 @@ class OpenModel:
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
                 self._model = self._open_native(config)
             elif gives_vectors(architecture):
+                check(rope is None, f"--rope-scaling: {architecture} gives vectors, of which it scales none")
                 self._model = OpenEncoder(files.path, config, trusts_code=trusts_code)
             else:
-                self._model = OpenGeneric(files.path, config, trusts_code=trusts_code)
+                self._model = OpenGeneric(files.path, config, trusts_code=trusts_code, rope=rope)
         self.config = self._model.config
 
     def _open_native(self, config: Mapping[str, Any]) -> _Native:
@@ -81,7 +87,10 @@ class OpenModel:
         is_bare = isinstance(self.weights, BareWeights) or read.architecture.endswith("Model")
         if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
             read = replace(read, has_head=False)
-        return _Native(family, read)
+        return _Native(family, self._scaled(read))
+
+    def _scaled(self, config: ModelConfig) -> ModelConfig:
+        return config if self._rope is None else scale_positions(config, self._rope)
 
     @property
     def is_generic(self) -> bool:
@@ -230,6 +239,8 @@ def read_gguf(metadata: Mapping[str, Any], tensors: frozenset[str]) -> tuple[Fam
     """Read a GGUF file's metadata in the same way; biases and a head of its own show by tensors' names."""
     name = metadata.get("general.architecture")
     check(isinstance(name, str), "the GGUF file names no general.architecture")
+    kind = metadata.get("general.type", "model")
+    check(kind == "model", f"the GGUF file is of the kind {str(kind)[:100]!r}, not a model")
     return _read(find_by_gguf_name(str(name)), Reader.of_gguf(metadata, tensors))
 
 

@@ -1,0 +1,127 @@
+"""What is chosen of a repository's GGUF files, by names as people give them on the Hub."""
+
+from __future__ import annotations
+
+import pytest
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.gguf_names import Part, choose, models_of, quant_of
+
+# As bartowski's, unsloth's and others' repositories name them.
+FLAT = ["M-Q3_K_S.gguf", "M-Q4_0.gguf", "M-Q4_0_4_4.gguf", "M-Q4_K_M.gguf", "M-Q8_0.gguf", "M-f16.gguf"]
+FOLDERS = [
+    "BF16/M-BF16-00001-of-00002.gguf",
+    "BF16/M-BF16-00002-of-00002.gguf",
+    "Q4_K_M/model-00001-of-00003.gguf",
+    "Q4_K_M/model-00002-of-00003.gguf",
+    "Q4_K_M/model-00003-of-00003.gguf",
+    "M-UD-Q4_K_XL.gguf",
+    "mmproj-F16.gguf",
+    "M-imatrix.gguf",
+    "README.md",
+]
+
+
+def chosen(names: list[str], quant: str | None) -> tuple[str, ...]:
+    return choose(models_of(names), quant, "org/repo").files
+
+
+@pytest.mark.parametrize(
+    ("path", "quant"),
+    [
+        ("llama-2-7b.Q4_K_M.gguf", "Q4_K_M"),
+        ("Phi-3-mini-4k-instruct-q4.gguf", "Q4"),
+        ("Phi-3-mini-4k-instruct-fp16.gguf", "FP16"),
+        ("gemma-3-1b-it-q4_0.gguf", "Q4_0"),
+        ("Qwen3-4B-UD-IQ1_S.gguf", "UD-IQ1_S"),
+        ("model_q4_k_m.gguf", "Q4_K_M"),
+        ("M.i1-Q4_K_S.gguf", "Q4_K_S"),
+        ("gpt-oss-20b-mxfp4.gguf", "MXFP4"),
+        ("M-TQ1_0.gguf", "TQ1_0"),
+        ("q2_k-model-f16.gguf", "F16"),
+        ("Q4_K_M/model-00001-of-00003.gguf", "Q4_K_M"),
+        ("Q4_K_M/model-Q5_K_M.gguf", "Q5_K_M"),
+        ("qwen3-4b.gguf", ""),
+    ],
+)
+def test_a_quantisation_is_found_in_a_name(path: str, quant: str) -> None:
+    assert quant_of(path) == quant
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (FLAT, "M-Q4_K_M.gguf"),
+        ([name for name in FLAT if "Q4_K_M" not in name], "M-Q8_0.gguf"),
+        (["M-f16.gguf", "M-Q6_K.gguf", "M-Q5_K_S.gguf"], "M-Q5_K_S.gguf"),
+        (["only.gguf"], "only.gguf"),
+        (FOLDERS, "Q4_K_M/model-00001-of-00003.gguf"),
+        (["mmproj-Q8_0.gguf", "M-Q5_0.gguf", "mtp-M-Q4_K_M.gguf"], "M-Q5_0.gguf"),
+        # A model of which a part is missing is none that people take.
+        (["M-Q4_K_M-00001-of-00002.gguf", "M-Q2_K.gguf"], "M-Q2_K.gguf"),
+    ],
+)
+def test_without_a_word_it_is_what_most_take(names: list[str], expected: str) -> None:
+    assert chosen(names, None)[0] == expected
+    assert chosen(list(reversed(names)), None)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "quant", "first", "count"),
+    [
+        (FLAT, "Q8_0", "M-Q8_0.gguf", 1),
+        (FLAT, "q4_k_m", "M-Q4_K_M.gguf", 1),
+        (FLAT, "q4_0", "M-Q4_0.gguf", 1),
+        (FLAT, "F16", "M-f16.gguf", 1),
+        (FLAT, "m-q3_k_s.GGUF", "M-Q3_K_S.gguf", 1),
+        (FOLDERS, "bf16", "BF16/M-BF16-00001-of-00002.gguf", 2),
+        (FOLDERS, "Q4_K_M", "Q4_K_M/model-00001-of-00003.gguf", 3),
+        (FOLDERS, "model-00002-of-00003.gguf", "Q4_K_M/model-00001-of-00003.gguf", 3),
+        (FOLDERS, "Q4_K_M/model-00003-of-00003.gguf", "Q4_K_M/model-00001-of-00003.gguf", 3),
+        (FOLDERS, "Q4_K_XL", "M-UD-Q4_K_XL.gguf", 1),
+        (FOLDERS, "UD-q4_k_xl", "M-UD-Q4_K_XL.gguf", 1),
+        (["a-Q4_K_M.gguf", "a-UD-Q4_K_M.gguf"], "Q4_K_M", "a-Q4_K_M.gguf", 1),
+        (["v1-Q4_K_M.gguf", "v2-Q4_K_M.gguf"], "v2-Q4_K_M.gguf", "v2-Q4_K_M.gguf", 1),
+        (["M-Q4-custom.gguf", "N.gguf"], "n", "N.gguf", 1),
+    ],
+)
+def test_a_model_is_found_by_quantisation_or_file(
+    names: list[str], quant: str, first: str, count: int
+) -> None:
+    files = chosen(names, quant)
+    assert (files[0], len(files)) == (first, count)
+
+
+@pytest.mark.parametrize(
+    ("names", "quant", "reason"),
+    [
+        (FLAT, "Q4_K", "org/repo has no 'Q4_K'; it has Q3_K_S, Q4_0, Q4_0_4_4, Q4_K_M, Q8_0, F16"),
+        (FOLDERS, "Q8_0", "org/repo has no 'Q8_0'; it has BF16, UD-Q4_K_XL, Q4_K_M"),
+        (FOLDERS, "mmproj-F16.gguf", "has no 'mmproj-F16.gguf'; it has BF16"),
+        (["a.gguf", "b.gguf"], "Q4_0", "it has a.gguf, b.gguf"),
+        (
+            ["v1-Q4_0.gguf", "v2-Q4_0.gguf"],
+            "q4_0",
+            "several models that 'q4_0' names; name a file: v1-",
+        ),
+        ([f"m-{index}.gguf" for index in range(50)], "Q4_0", "m-44.gguf and 10 more"),
+    ],
+)
+def test_a_name_that_names_none_or_several_lists_what_there_is(
+    names: list[str], quant: str, reason: str
+) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        chosen(names, quant)
+    assert reason in str(caught.value)
+
+
+def test_parts_are_counted() -> None:
+    (model,) = models_of(["m-00001-of-00003.gguf", "m-00003-of-00003.gguf"])
+    assert model.num_missing == 1
+    # Those of another count are of another model.
+    assert len(models_of(["m-00001-of-00003.gguf", "m-00001-of-00002.gguf"])) == 2
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-1-of-2"])
+def test_other_names_are_of_no_part(name: str) -> None:
+    assert Part.of(name) is None

@@ -1,0 +1,184 @@
+"""Models of the Hub over sockets, by huggingface_hub's real client: what is chosen, fetched and kept.
+
+Each process resolves several names: the client reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.fake_hub import COMMIT, FILES, Hub, Repository, running_hub
+
+SCRIPT = """
+import json, logging, sys
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.sources import resolve
+from tgi_asgi.settings import Settings
+logging.basicConfig(level="INFO", format="%(message)s")
+for name in sys.argv[1:]:
+    try:
+        files = resolve(Settings.from_environ(model_id=name), lambda *step: None)
+    except ModelLoadError as error:
+        print(json.dumps(str(error)))
+    else:
+        print(json.dumps([files.model_id, files.kind, str(files.path), files.revision]))
+"""
+LLAMA = {**FILES, "config.json": b'{"architectures": ["LlamaForCausalLM"]}'}
+GGUFS = {
+    "README.md": b"# GGUF",
+    "config.json": b"{}",
+    "m-Q8_0.gguf": b"eight",
+    "m-Q4_K_M.gguf": b"four",
+    "big [x]/m-BF16-00001-of-00002.gguf": b"first",
+    "big [x]/m-BF16-00002-of-00002.gguf": b"second",
+    "mmproj-F16.gguf": b"eyes",
+}
+INDEX = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+
+
+def repositories() -> dict[str, Repository]:
+    return {
+        "org/m-GGUF": Repository(GGUFS),
+        "org/private-GGUF": Repository(GGUFS, is_private=True),
+        "org/gated-GGUF": Repository(GGUFS, is_gated=True),
+        "org/both": Repository({**LLAMA, "m-Q4_K_M.gguf": b"four"}),
+        "org/lacking-GGUF": Repository({"m-Q8_0-00002-of-00002.gguf": b"second"}),
+        "org/gptq": Repository({"config.json": b"{}", "gptq_model-4bit.safetensors": b"x"}),
+        "org/sharded": Repository(
+            {
+                "config.json": b"{}",
+                "model.safetensors.index.json": json.dumps(INDEX).encode(),
+                "part-1.safetensors": b"x",
+                "part-2.safetensors": b"y",
+                "model.fp16.safetensors": b"again",
+            }
+        ),
+        "org/lacking": Repository(
+            {
+                "config.json": b"{}",
+                "model.safetensors.index.json": json.dumps(INDEX).encode(),
+                "part-1.safetensors": b"x",
+            }
+        ),
+        "org/pipeline": Repository({"model_index.json": b"{}", "unet/model.safetensors": b"x"}),
+        "org/whisper": Repository({**FILES, "config.json": b'{"is_encoder_decoder": true}'}),
+    }
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub(repositories()) as running:
+        yield running
+
+
+def find(tmp_path: Path, endpoint: str, *names: str, **environ: str) -> tuple[list[Any], str]:
+    """Resolve names in one process; return what became of each, and the log."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *names],
+        env={**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), **environ},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [json.loads(line) for line in run.stdout.splitlines()], run.stderr
+
+
+def snapshot(tmp_path: Path, repo_id: str) -> Path:
+    return tmp_path / "hf" / "hub" / f"models--{repo_id.replace('/', '--')}" / "snapshots" / COMMIT
+
+
+def test_a_gguf_file_is_fetched_alone_and_found_again_without_network(hub: Hub, tmp_path: Path) -> None:
+    folder = snapshot(tmp_path, "org/m-GGUF")
+    (found,), log = find(tmp_path, hub.address, "org/m-GGUF", REVISION="v2")
+    assert found == ["org/m-GGUF", "gguf", str(folder / "m-Q4_K_M.gguf"), COMMIT]
+    assert "org/m-GGUF: Q4_K_M is taken" in log
+    assert hub.fetched() == ["m-Q4_K_M.gguf"]
+    assert (folder / "m-Q4_K_M.gguf").read_bytes() == b"four"
+    names = ("org/m-GGUF:q4_k_m", "org/m-GGUF", "org/m-GGUF:Q8_0", "org/other-GGUF:Q8_0")
+    (named, unnamed, absent, unknown), _ = find(
+        tmp_path, "http://127.0.0.1:9", *names, HF_HUB_OFFLINE="1", REVISION="v2"
+    )
+    assert named[1:] == unnamed[1:] == found[1:]
+    assert absent == "the Hub's cache of org/m-GGUF has no 'Q8_0'; it has Q4_K_M"
+    assert "not in the Hub's cache" in unknown
+    # A Hub that cannot be reached is as good as none.
+    (again,), _ = find(tmp_path, "http://127.0.0.1:9", "org/m-GGUF:Q4_K_M", REVISION="v2")
+    assert again[1:] == found[1:]
+
+
+def test_names_behind_the_colon_choose_among_files_folders_and_parts(hub: Hub, tmp_path: Path) -> None:
+    names = [f"org/m-GGUF:{name}" for name in ("q8_0", "m-Q8_0.gguf", "bf16", "Q2_K", "mmproj-F16.gguf")]
+    (eight, by_file, parts, absent, eyes), _ = find(tmp_path, hub.address, *names)
+    folder = snapshot(tmp_path, "org/m-GGUF")
+    assert eight[2] == by_file[2] == str(folder / "m-Q8_0.gguf")
+    assert parts[2] == str(folder / "big [x]" / "m-BF16-00001-of-00002.gguf")
+    assert (folder / "big [x]" / "m-BF16-00002-of-00002.gguf").read_bytes() == b"second"
+    assert absent == "org/m-GGUF has no 'Q2_K'; it has BF16, Q4_K_M, Q8_0"
+    assert "org/m-GGUF has no 'mmproj-F16.gguf'" in eyes
+    assert sorted(hub.fetched()) == sorted(name for name in GGUFS if "BF16" in name or "Q8_0" in name)
+
+
+def test_safetensors_go_before_gguf_unless_a_quantisation_is_named(hub: Hub, tmp_path: Path) -> None:
+    (plain, named), _ = find(tmp_path, hub.address, "org/both", "org/both:Q4_K_M")
+    assert (plain[1], named[1]) == ("directory", "gguf")
+    assert {"model.safetensors", "tokenizer.json"} < set(hub.fetched())
+
+
+def test_the_files_of_an_index_or_the_only_one_are_a_checkpoint_s_weights(hub: Hub, tmp_path: Path) -> None:
+    (gptq, sharded, lacking, lacking_part), _ = find(
+        tmp_path, hub.address, "org/gptq", "org/sharded", "org/lacking", "org/lacking-GGUF"
+    )
+    assert (Path(gptq[2]) / "gptq_model-4bit.safetensors").read_bytes() == b"x"
+    assert sorted(path.name for path in Path(sharded[2]).glob("*.safetensors")) == [
+        "part-1.safetensors",
+        "part-2.safetensors",
+    ]
+    assert lacking == "org/lacking has no part-2.safetensors, which its model.safetensors.index.json names"
+    assert lacking_part == "org/lacking-GGUF lacks 1 of the parts of m-Q8_0-00002-of-00002.gguf"
+
+
+def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    (pipeline, whisper, no_gguf), _ = find(
+        tmp_path, hub.address, "org/pipeline", "org/whisper", "org/whisper:Q4_K_M"
+    )
+    assert "org/pipeline is a pipeline of diffusers" in pipeline
+    assert "is an encoder-decoder" in whisper
+    assert no_gguf == "org/whisper has no GGUF file that 'Q4_K_M' could name"
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
+
+
+def test_private_and_gated_repositories_say_what_they_want(hub: Hub, tmp_path: Path) -> None:
+    (private, gated, none), _ = find(
+        tmp_path, hub.address, "org/private-GGUF", "org/gated-GGUF:Q8_0", "org/none-GGUF"
+    )
+    assert "a private one needs HF_TOKEN" in private and "org/none-GGUF" in none
+    assert "org/gated-GGUF is gated: accept its terms on the Hub" in gated
+    (private,), _ = find(tmp_path, hub.address, "org/private-GGUF:Q8_0", HF_TOKEN="secret")
+    assert private[1] == "gguf"
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (24 << 12)  # the client keeps whole pieces of 10 MB
+    cut = Repository({"m-Q8_0.gguf": data}, cuts={"m-Q8_0.gguf": 1})
+    with running_hub({"org/m-GGUF": cut}) as hub:
+        (found,), _ = find(tmp_path, hub.address, "org/m-GGUF")
+        asked = [asked for method, path, asked in hub.requests if method == "GET" and "/resolve/" in path]
+    assert Path(found[2]).read_bytes() == data
+    assert asked[0] == "" and asked[1] == "bytes=10485760-"
+
+
+def test_a_file_that_is_here_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    find(tmp_path, hub.address, "org/m-GGUF:Q8_0", "org/m-GGUF:Q8_0")
+    find(tmp_path, hub.address, "org/m-GGUF:Q8_0")
+    assert hub.fetched() == ["m-Q8_0.gguf"]

@@ -1,0 +1,100 @@
+"""Which files of a repository on the Hub are a model, and fetching them: configuration before weights.
+
+What cannot be served is so refused before gigabytes of it are here.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats import hub
+from tgi_asgi.formats.gguf_names import choose, models_of
+from tgi_asgi.formats.kinds import refuse_others, safetensors_of
+from tgi_asgi.formats.quantised import Quantisation
+from tgi_asgi.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_index
+from tgi_asgi.types import Progress
+
+logger = logging.getLogger(__name__)
+
+_CONFIGURATION = ("*.json", "*.jinja")
+_CODE = ("*.py",)  # of models that bring code of their own, for those who trust it
+_OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with the model once more
+_DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
+
+
+class Fetched(NamedTuple):
+    """A model of the Hub on this machine's disk."""
+
+    kind: Literal["gguf", "directory"]
+    path: Path  # the .gguf file, of several the first, or the snapshot's directory
+    commit: str
+
+
+def fetch_model(
+    repo_id: str, revision: str | None, quant: str | None, progress: Progress, *, with_code: bool = False
+) -> Fetched:
+    """Choose a model among a repository's files, and fetch it: safetensors if there are, else GGUF.
+
+    Args:
+        quant: what stands behind the colon of an id, which means GGUF.
+        with_code: fetch the model's own code as well.
+
+    Raises:
+        ModelLoadError: there is no such repository or model in it, or it cannot be served or fetched.
+    """
+    listing = hub.list_files(repo_id, revision)
+    where = f"the Hub's cache of {repo_id}" if listing.is_cached else repo_id
+    ggufs = models_of(listing.names)
+    if quant is not None and not ggufs:
+        raise ModelLoadError(f"{where} has no GGUF file that {quant!r} could name")
+    if ggufs and (quant is not None or not _has_checkpoint(listing)):
+        model = choose(ggufs, quant, where)
+        if quant is None:
+            logger.info("%s: %s is taken; REPOSITORY:NAME takes another", where, model.label)
+        if model.num_missing:
+            raise ModelLoadError(f"{where} lacks {model.num_missing} of the parts of {model.files[0]}")
+        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(model.files))
+        return Fetched("gguf", folder / model.files[0], commit)
+    small = _matching(listing, (*_CONFIGURATION, *(_CODE if with_code else ())))
+    folder, commit = Path(), ""
+    if small:
+        folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly(small))
+    Quantisation.from_json(refuse_others(repo_id, listing.names, folder))
+    weights = [*_weights(where, listing, folder), *_matching(listing, (_DENSE,))]
+    folder, commit = hub.fetch(repo_id, revision, progress, patterns=_exactly([*small, *weights]))
+    return Fetched("directory", folder, commit)
+
+
+def _matching(listing: hub.Listing, patterns: Sequence[str]) -> list[str]:
+    """Return the files of these patterns that are the model's own."""
+    return [
+        name
+        for name in sorted(listing.names)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not any(fnmatchcase(name, pattern) for pattern in _OTHER_KINDS)
+    ]
+
+
+def _has_checkpoint(listing: hub.Listing) -> bool:
+    return "config.json" in listing.names and bool(safetensors_of(listing.names))
+
+
+def _weights(where: str, listing: hub.Listing, folder: Path) -> list[str]:
+    """Return the files of a checkpoint: those of its index, else its only one."""
+    if INDEX_NAME in listing.names:
+        names = sorted(set(read_index(folder / INDEX_NAME).values()))
+        missing = [name for name in names if name not in listing.names]
+        if missing:
+            raise ModelLoadError(f"{where} has no {missing[0]}, which its {INDEX_NAME} names")
+        return names
+    return [SINGLE_NAME] if SINGLE_NAME in listing.names else safetensors_of(listing.names)
+
+
+def _exactly(names: Sequence[str]) -> list[str]:
+    return [glob.escape(name) for name in names]
