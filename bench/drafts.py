@@ -173,12 +173,12 @@ def decode(
 ) -> tuple[list[int], list[float]]:
     """Generate tokens, in the calling thread; return prompt and output, and what each step took."""
     table = list(range(-(-(len(prompt) + count + 1) // runner.block_size)))
-    plan = StepPlan(0, [StepRow(0, prompt, 0, table, True)], [SlotStart(0, GREEDY, 0, prompt)])
+    plan = StepPlan(0, [StepRow(0, prompt, 0, [table], True)], [SlotStart(0, GREEDY, 0, prompt)])
     first = runner.run(plan).sampled[0]
     assert first is not None
     text, times, stop = [*prompt, first.token_id], [], len(prompt) + count
     while len(text) < stop:
-        row = StepRow(0, None, len(text) - 1, table, True, stop=stop, num_drafts=num_drafts)
+        row = StepRow(0, None, len(text) - 1, [table], True, stop=stop, num_drafts=num_drafts)
         start_s = time.perf_counter()
         result = runner.run(StepPlan(0, [row]))
         times.append(time.perf_counter() - start_s)

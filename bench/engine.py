@@ -77,7 +77,7 @@ class Engine:
                 ids = sequence.prompt[first : first + chunk]
                 is_last = first + len(ids) == len(sequence.prompt)
                 row = StepRow(
-                    sequence.slot, ids, first, sequence.blocks, samples=is_last, adapter=sequence.adapter
+                    sequence.slot, ids, first, [sequence.blocks], samples=is_last, adapter=sequence.adapter
                 )
                 await self.submit([row], starts)
                 starts = []
@@ -97,7 +97,7 @@ class Engine:
 
     def _decode_step(self, sequences: list[Sequence]) -> asyncio.Future[StepResult]:
         rows = [
-            StepRow(s.slot, None, s.num_computed, s.blocks, samples=True, adapter=s.adapter)
+            StepRow(s.slot, None, s.num_computed, [s.blocks], samples=True, adapter=s.adapter)
             for s in sequences
         ]
         for sequence in sequences:

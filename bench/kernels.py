@@ -69,10 +69,8 @@ class Bench:
         self.has_float_prompts = has_float_prompts
         blocks = max(shape.sequences * -(-shape.context // BLOCK) for shape in shapes)
         pool = ops.KvPool(
-            num_layers=config.num_layers,
+            config.caches,
             num_blocks=blocks,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
             block_size=BLOCK,
             dtype=kv_dtype,
         )
@@ -106,9 +104,7 @@ class Bench:
         """Return what an operator must read from memory in a step."""
         config, layers = self.config, self.model.layers
         if name == "attention":
-            per_token = ops.kv_bytes_per_token(
-                config.num_layers, config.num_kv_heads, config.head_dim, self.kv_dtype
-            )
+            per_token = sum(ops.kv_bytes_per_token(cache, self.kv_dtype) for cache in config.caches)
             return shape.sequences * shape.context * per_token
         weights: dict[str, list[Any]] = {
             "qkv": [part for layer in layers for part in layer.qkv.made.parts],

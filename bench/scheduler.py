@@ -52,6 +52,7 @@ class InstantRunner:
         self.max_step_tokens = 1 << 20
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.drafts: DraftLimits | None = None
+        self.windows: tuple[int | None, ...] = (None,)
         self.eyes: Eyes | None = None
         self.num_decode_steps = 0
         self.begun_s = 0.0

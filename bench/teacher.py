@@ -56,10 +56,8 @@ class Teacher:
         assert isinstance(config, ModelConfig) and not isinstance(model, GenericModel | EncoderModel)
         num_blocks = -(-max_tokens // BLOCK_SIZE)
         pool = ops.KvPool(
-            num_layers=config.num_layers,
+            config.caches,
             num_blocks=num_blocks,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
             block_size=BLOCK_SIZE,
             dtype=torch.int8 if kv_cache_dtype == "int8" else floats,
         )
@@ -83,7 +81,7 @@ class Teacher:
 
     def logits(self, ids: Sequence[int], start: int = 0) -> Tensor:
         """Return the logits [n, vocab] after each of `ids`, which follow `start` tokens computed before."""
-        row = StepRow(0, ids, start, self._blocks, samples=False)
+        row = StepRow(0, ids, start, [self._blocks], samples=False)
         batch = self._inputs.fill([row], self._last_ids)
         self._program.run(batch, ())
         parts = (range(first, min(first + ROWS, len(ids))) for first in range(0, len(ids), ROWS))

@@ -135,26 +135,20 @@ class KvPool:
     def __init__(
         self,
         *,
-        num_layers: int,
+        # Of each: KV heads, the kept dims of keys and of values, its group.
+        layers: Sequence[tuple[int, int, int, int]],
         num_blocks: int,
-        num_kv_heads: int,
-        head_dim: int,
-        value_dim: int,
         block_size: int,
         precision: str,
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
     @property
+    def num_groups(self) -> int: ...
+    @property
     def num_blocks(self) -> int: ...
     @property
     def block_size(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def value_dim(self) -> int: ...
     @property
     def block_bytes(self) -> int: ...
     @property
@@ -203,6 +197,8 @@ class RowLimits:
         max_context: int,
         max_rows: int,  # of a step, and the bound of slots
         max_tokens: int,  # of a step
+        # Of each group of layers, how many positions a token sees, its own the last; None: all.
+        windows: Sequence[int | None],
     ) -> None: ...
 
 class AdapterLayout:
@@ -267,7 +263,7 @@ class FlatRows:
     @property
     def drafts(self) -> _Ints: ...
     @property
-    def block_table(self) -> _Ints: ...
+    def block_tables(self) -> _Ints: ...
 
 def flatten_rows(
     rows: Sequence[Any],

@@ -411,7 +411,7 @@ class ModelInfo:
     max_input_tokens: int
     max_total_tokens: int  # prompt and output together
     eos_token_ids: frozenset[int]
-    kv_tokens: int = 0  # size of the KV cache
+    kv_tokens: int = 0  # size of the KV cache, in sequences of `max_total_tokens`
     kv_bytes: int = 0
     num_threads: int = 0
     kernel_set: str | None = None  # of the CPU's kernels

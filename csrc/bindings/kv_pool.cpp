@@ -4,46 +4,74 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
+#include <tuple>
 #include <unordered_set>
 
 #include "bindings/matrix.h"
 
 namespace tgi {
 
-KvPool::KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-               int64_t value_dim, int64_t block_size, const std::string& precision)
-    : num_layers_(num_layers), view_() {
-  check_positive(num_layers, "num_layers");
-  check(num_blocks > 0 && num_blocks < INT32_MAX / std::max<int64_t>(block_size, 1),
-        "`num_blocks` must be positive, and all slots below 2^31, got ", num_blocks);
-  check_size(num_kv_heads, "num_kv_heads");
-  check(block_size == 16 || block_size == 32 || block_size == 64,
-        "`block_size` must be 16, 32 or 64, got ", block_size);
-  view_.precision = precision_of(precision);
-  const int64_t unit = view_.precision == step::Precision::kInt8 ? step::kStripRows : 2;
+namespace {
+
+constexpr int64_t kMostLayers = 1 << 16;
+constexpr int64_t kMostBytes = int64_t{1} << 55;  // of a block: a layer's are below 2^50
+
+void check_shape_of(const KvShape& shape, step::Precision precision) {
+  const int64_t unit = precision == step::Precision::kInt8 ? step::kStripRows : 2;
   const auto check_dim = [unit](int64_t dim, const char* name) {
     check(dim >= unit && dim <= step::kMaxHeadDim && dim % unit == 0, "`", name,
           "` must be a multiple of ", unit, " up to ", step::kMaxHeadDim, ", got ", dim);
   };
-  check_dim(head_dim, "head_dim");
-  check_dim(value_dim, "value_dim");
-  view_.num_blocks = num_blocks;
-  view_.block_size = block_size;
-  view_.num_heads = num_kv_heads;
-  view_.head_dim = head_dim;
-  view_.value_dim = value_dim;
-  view_.block_stride = cpu::product_of_sizes({num_layers, view_.layer_bytes()});
-  memory_ =
-      cpu::allocate(cpu::product_of_sizes({num_blocks, view_.block_stride}) + step::kPoolSlack);
-  view_.data = memory_.get();
+  check_size(shape.num_kv_heads, "num_kv_heads");
+  check_dim(shape.head_dim, "head_dim");
+  check_dim(shape.value_dim, "value_dim");
+  check(shape.group >= 0 && shape.group < kMostLayers, "`group` must be in [0, ", kMostLayers,
+        "), got ", shape.group);
+}
+
+}  // namespace
+
+KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_size,
+               const std::string& precision)
+    : num_blocks_(num_blocks), block_size_(block_size), precision_(precision_of(precision)) {
+  const auto count = static_cast<int64_t>(layers.size());
+  check(count > 0 && count <= kMostLayers, "`layers` must be 1 to ", kMostLayers, ", got ", count);
+  check(num_blocks > 0 && num_blocks < INT32_MAX / std::max<int64_t>(block_size, 1),
+        "`num_blocks` must be positive, and all slots below 2^31, got ", num_blocks);
+  check(block_size == 16 || block_size == 32 || block_size == 64,
+        "`block_size` must be 16, 32 or 64, got ", block_size);
+  std::vector<int64_t> offsets, sizes;  // of layers in their group's block; of groups' blocks
+  for (const KvShape& shape : layers) {
+    check_shape_of(shape, precision_);
+    step::KvLayerView view = {};
+    view.precision = precision_;
+    view.group = shape.group;
+    view.num_blocks = num_blocks;
+    view.block_size = block_size;
+    view.num_heads = shape.num_kv_heads;
+    view.head_dim = shape.head_dim;
+    view.value_dim = shape.value_dim;
+    num_groups_ = std::max(num_groups_, shape.group + 1);
+    sizes.resize(static_cast<size_t>(num_groups_));
+    int64_t& size = sizes[static_cast<size_t>(shape.group)];
+    offsets.push_back(size);
+    if (size > kMostBytes) throw std::bad_alloc();
+    size += view.layer_bytes();
+    layers_.push_back(view);
+  }
+  block_bytes_ = *std::max_element(sizes.begin(), sizes.end());
+  memory_ = cpu::allocate(cpu::product_of_sizes({num_blocks, block_bytes_}) + step::kPoolSlack);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    layers_[i].data = memory_.get() + offsets[i];
+    layers_[i].block_stride = block_bytes_;
+  }
 }
 
 step::KvLayerView KvPool::layer(int64_t index) const {
-  check(index >= 0 && index < num_layers_, "`layer` must be in [0, ", num_layers_, "), got ",
+  check(index >= 0 && index < num_layers(), "`layer` must be in [0, ", num_layers(), "), got ",
         index);
-  step::KvLayerView view = view_;
-  view.data += index * view.layer_bytes();
-  return view;
+  return layers_[static_cast<size_t>(index)];
 }
 
 void KvPool::copy(const std::vector<std::pair<int64_t, int64_t>>& pairs) {
@@ -75,18 +103,30 @@ void KvPool::close_supply() {
   if (supply_ != nullptr) supply_->close();
 }
 
+namespace {
+
+// layers: of each KV heads, the dims of keys and of values, and its group.
+std::shared_ptr<KvPool> make_pool(
+    const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& layers, int64_t num_blocks,
+    int64_t block_size, const std::string& precision) {
+  std::vector<KvShape> shapes;
+  for (const auto& [heads, head_dim, value_dim, group] : layers) {
+    shapes.push_back({heads, head_dim, value_dim, group});
+  }
+  return std::make_shared<KvPool>(shapes, num_blocks, block_size, precision);
+}
+
+}  // namespace
+
 void bind_kv_pool(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<KvPool, std::shared_ptr<KvPool>>(module, "KvPool", "See tgi_asgi.ops.KvPool.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&>(),
-           py::kw_only(), py::arg("num_layers"), py::arg("num_blocks"), py::arg("num_kv_heads"),
-           py::arg("head_dim"), py::arg("value_dim"), py::arg("block_size"), py::arg("precision"))
+      .def(py::init(&make_pool), py::kw_only(), py::arg("layers"), py::arg("num_blocks"),
+           py::arg("block_size"), py::arg("precision"))
       .def_property_readonly("num_layers", &KvPool::num_layers)
+      .def_property_readonly("num_groups", &KvPool::num_groups)
       .def_property_readonly("num_blocks", &KvPool::num_blocks)
       .def_property_readonly("block_size", &KvPool::block_size)
-      .def_property_readonly("num_kv_heads", &KvPool::num_kv_heads)
-      .def_property_readonly("head_dim", &KvPool::head_dim)
-      .def_property_readonly("value_dim", &KvPool::value_dim)
       .def_property_readonly("block_bytes", &KvPool::block_bytes)
       .def_property_readonly("precision",
                              [](const KvPool& pool) { return precision_name(pool.precision()); })

@@ -1,5 +1,6 @@
-// The memory of keys and values of all layers. A block's lie together, so that the memory that
-// consecutive blocks have touched has no holes, whatever the size of a page.
+// The memory of keys and values of all layers. Those of a block lie together, so that the memory
+// that consecutive blocks have touched has no holes, whatever the size of a page. A block is of one
+// group of layers, whichever: all groups' are of one size, that of the largest.
 #pragma once
 
 #include <cstdint>
@@ -14,21 +15,27 @@
 
 namespace tgi {
 
+// A layer's heads, as kept, and its group.
+struct KvShape {
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t value_dim;
+  int64_t group;
+};
+
 class KvPool {
  public:
-  KvPool(int64_t num_layers, int64_t num_blocks, int64_t num_kv_heads, int64_t head_dim,
-         int64_t value_dim, int64_t block_size, const std::string& precision);
+  KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_size,
+         const std::string& precision);
 
   // A layer's part [block][keys, values][KV head].
   cpu::step::KvLayerView layer(int64_t index) const;
-  int64_t num_layers() const { return num_layers_; }
-  int64_t num_blocks() const { return view_.num_blocks; }
-  int64_t block_size() const { return view_.block_size; }
-  int64_t num_kv_heads() const { return view_.num_heads; }
-  int64_t head_dim() const { return view_.head_dim; }
-  int64_t value_dim() const { return view_.value_dim; }
-  int64_t block_bytes() const { return view_.block_stride; }
-  cpu::step::Precision precision() const { return view_.precision; }
+  int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
+  int64_t num_groups() const { return num_groups_; }
+  int64_t num_blocks() const { return num_blocks_; }
+  int64_t block_size() const { return block_size_; }
+  int64_t block_bytes() const { return block_bytes_; }
+  cpu::step::Precision precision() const { return precision_; }
 
   // Copies blocks (from, to), as if all at once: refuses one that is both, or copied to twice.
   void copy(const std::vector<std::pair<int64_t, int64_t>>& pairs);
@@ -39,8 +46,9 @@ class KvPool {
   uint8_t* data() const { return memory_.get(); }
 
  private:
-  int64_t num_layers_;
-  cpu::step::KvLayerView view_;  // of the first layer
+  int64_t num_blocks_, block_size_, block_bytes_ = 0, num_groups_ = 0;
+  cpu::step::Precision precision_;
+  std::vector<cpu::step::KvLayerView> layers_;
   cpu::Memory memory_;
   std::unique_ptr<cpu::PageSupply> supply_;
 };

@@ -80,14 +80,18 @@ void PagedAttention::check_batch() const {
 
 void PagedAttention::check_pool(const KvPool& pool) {
   const int64_t block_size = pool.block_size(), blocks = pool.num_blocks();
-  if (checked_blocks_ == blocks && checked_block_size_ == block_size) return;
   const step::StepHeader& h = header_;
-  check_range(h.slots, h.num_tokens, blocks * block_size, "slots");
+  check(pool.num_groups() == h.num_groups, "the batch must have the block tables of ",
+        pool.num_groups(), " groups, got ", h.num_groups);
+  if (checked_blocks_ == blocks && checked_block_size_ == block_size) return;
+  check_range(h.slots, h.num_groups * h.num_tokens, blocks * block_size, "slots");
   for (int64_t s = 0; s < h.num_sequences; ++s) {
     const int64_t num_blocks = (h.context_len[s] + block_size - 1) / block_size;
     check(num_blocks <= h.block_table_stride, "`context_len`[", s, "] must be at most ",
           h.block_table_stride * block_size, ", got ", h.context_len[s]);
-    check_range(h.block_table + s * h.block_table_stride, num_blocks, blocks, "block_table");
+    for (int64_t group = 0; group < h.num_groups; ++group) {
+      check_range(h.table(group, s), num_blocks, blocks, "block_table");
+    }
   }
   checked_blocks_ = blocks;
   checked_block_size_ = block_size;

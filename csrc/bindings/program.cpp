@@ -399,18 +399,21 @@ void Program::share_scratch(step::QkvParams& params) {
 }
 
 step::KvLayerView Program::use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads) {
+  const step::KvLayerView kv = pool->layer(layer);
   if (pool_ == nullptr) {
-    const int64_t tile_rows = step::kernels().attention_rows(pool->layer(layer).precision);
+    const int64_t tile_rows = step::kernels().attention_rows(kv.precision);
     pool_ = pool;
-    heads_ = {num_heads, pool->num_kv_heads(), tile_rows};
+    kv_ = kv;
+    heads_ = {num_heads, kv.num_heads, tile_rows};
     workspace_ = std::make_unique<step::AttentionWorkspace>(num_members_, max_context_, tile_rows,
-                                                            pool->value_dim());
+                                                            kv.value_dim);
   }
-  check(pool == pool_ && num_heads == heads_.num_heads,
+  check(pool == pool_ && num_heads == heads_.num_heads && kv.num_heads == kv_.num_heads &&
+            kv.head_dim == kv_.head_dim && kv.value_dim == kv_.value_dim,
         "all layers of a program must have one shape of attention");
-  check(num_heads % pool->num_kv_heads() == 0, "`num_heads` must be a multiple of ",
-        pool->num_kv_heads(), ", got ", num_heads);
-  return pool->layer(layer);
+  check(num_heads % kv.num_heads == 0, "`num_heads` must be a multiple of ", kv.num_heads, ", got ",
+        num_heads);
+  return kv;
 }
 
 void Program::keep(const ActivationBuffer& activation) {

@@ -172,6 +172,7 @@ class Program {
   int64_t num_ids_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;
   PoolPtr pool_;
+  step::KvLayerView kv_ = {};  // the first of its layers that was used: all have one shape
   step::HeadSplit heads_ = {};
   step::Segment forward_, head_;
   step::StepHeader header_ = {};

@@ -145,8 +145,10 @@ void Program::check_header(const step::StepHeader& h) const {
   if (num_ids_ > 0) check_range(h.ids, h.num_tokens, num_ids_, "ids");
   if (pool_ == nullptr) return;  // nothing reads more
   const int64_t block_size = pool_->block_size(), blocks = pool_->num_blocks();
+  check(h.num_groups == pool_->num_groups(), "a step must have the block tables of ",
+        pool_->num_groups(), " groups, got ", h.num_groups);
   check_range(h.positions, h.num_tokens, num_positions_, "positions");
-  check_range(h.slots, h.num_tokens, blocks * block_size, "slots");
+  check_range(h.slots, h.num_groups * h.num_tokens, blocks * block_size, "slots");
   check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
         "`query_start` must run from 0 to ", h.num_tokens);
   check(std::binary_search(h.query_start, h.query_start + h.num_sequences + 1, h.num_generated),
@@ -159,7 +161,9 @@ void Program::check_header(const step::StepHeader& h) const {
     check(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s,
           "] must be in [", length, ", ", longest, "], got ", h.context_len[s]);
     const int64_t num_blocks = (h.context_len[s] + block_size - 1) / block_size;
-    check_range(h.block_table + s * h.block_table_stride, num_blocks, blocks, "block_table");
+    for (int64_t group = 0; group < h.num_groups; ++group) {
+      check_range(h.table(group, s), num_blocks, blocks, "block_table");
+    }
   }
 }
 

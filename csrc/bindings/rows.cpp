@@ -19,7 +19,7 @@ struct Names {
   PyObject* slot = PyUnicode_InternFromString("slot");
   PyObject* token_ids = PyUnicode_InternFromString("token_ids");
   PyObject* start = PyUnicode_InternFromString("start");
-  PyObject* block_table = PyUnicode_InternFromString("block_table");
+  PyObject* block_tables = PyUnicode_InternFromString("block_tables");
   PyObject* samples = PyUnicode_InternFromString("samples");
   PyObject* is_generated = PyUnicode_InternFromString("is_generated");
   PyObject* stop = PyUnicode_InternFromString("stop");
@@ -84,6 +84,7 @@ cpu::step::StepHeader FlatRows::header() const {
   header.num_rows = static_cast<int64_t>(draws.size());
   header.ids = ids.data();
   header.positions = positions.data();
+  header.num_groups = num_groups;
   header.slots = slots.data();
   header.query_start = query_start.data();
   header.context_len = context_len.data();
@@ -108,6 +109,35 @@ void FlatRows::set_adapters(std::vector<AdapterPtr> of_rows) {
     }
   }
 }
+
+namespace {
+
+// Appends a row's blocks, group by group. Those behind a window are not looked at: the first that
+// is read stands for them.
+void read_tables(const py::object& given, const PlannedRows::Row& row, const RowLimits& limits,
+                 std::vector<int32_t>& blocks) {
+  const Items tables(given);
+  const auto num_blocks = static_cast<int64_t>(row.num_blocks);
+  if (tables.size() != limits.num_groups())
+    throw PlanError("a row has a block table for each of " + std::to_string(limits.num_groups()) +
+                    " groups, got " + std::to_string(tables.size()));
+  for (int64_t group = 0; group < limits.num_groups(); ++group) {
+    const Items table(tables[group]);
+    if (table.size() < num_blocks)
+      throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
+                      std::to_string(table.size()));
+    const int64_t window = limits.windows[static_cast<size_t>(group)];
+    const int64_t first =
+        row.start >= window ? (row.start - window + 1) / limits.block_size : int64_t{0};
+    for (int64_t i = first; i < num_blocks; ++i) {
+      const int32_t block = narrow(integer(table[i], "block", limits.num_blocks));
+      if (i == first) blocks.insert(blocks.end(), static_cast<size_t>(first), block);
+      blocks.push_back(block);
+    }
+  }
+}
+
+}  // namespace
 
 PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
   static const Names names;
@@ -157,14 +187,8 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
     if (most_tokens == 0 || stop > limits.max_context)
       throw PlanError("a row has no token, or leaves the context of " +
                       std::to_string(limits.max_context));
-    const Items table(attribute(item, names.block_table));
-    const int64_t num_blocks = (stop + limits.block_size - 1) / limits.block_size;
-    if (table.size() < num_blocks)
-      throw PlanError(std::to_string(num_blocks) + " blocks are needed, got " +
-                      std::to_string(table.size()));
-    for (int64_t i = 0; i < num_blocks; ++i)
-      planned.blocks.push_back(narrow(integer(table[i], "block", limits.num_blocks)));
-    row.num_blocks = static_cast<size_t>(num_blocks);
+    row.num_blocks = static_cast<size_t>((stop + limits.block_size - 1) / limits.block_size);
+    read_tables(attribute(item, names.block_tables), row, limits, planned.blocks);
     row.samples = is_true(attribute(item, names.samples));
     row.is_generated = is_true(attribute(item, names.is_generated));
     const py::object adapter = attribute(item, names.adapter);
@@ -184,6 +208,36 @@ int64_t start_of(const PlannedRows::Row& row, const SlotPlace& place) {
                     "]");
   return start;
 }
+
+namespace {
+
+// Writes the block tables and slots of rows whose tokens are there.
+void lay_out_tables(const PlannedRows& planned, const std::vector<const PlannedRows::Row*>& rows,
+                    const RowLimits& limits, FlatRows& flat) {
+  const size_t num_tokens = flat.ids.size(), width = static_cast<size_t>(flat.table_width);
+  const auto num_groups = static_cast<size_t>(limits.num_groups());
+  flat.num_groups = limits.num_groups();
+  flat.block_table.resize(num_groups * rows.size() * width);
+  flat.slots.resize(num_groups * num_tokens);
+  for (size_t group = 0; group < num_groups; ++group) {
+    int64_t* const slots = flat.slots.data() + group * num_tokens;
+    for (size_t row = 0; row < rows.size(); ++row) {
+      int32_t* const table = flat.block_table.data() + (group * rows.size() + row) * width;
+      const int64_t num_blocks =
+          (flat.context_len[row] + limits.block_size - 1) / limits.block_size;
+      const PlannedRows::Row& from = *rows[row];
+      std::copy_n(planned.blocks.data() + from.first_block + group * from.num_blocks, num_blocks,
+                  table);
+      for (int32_t token = flat.query_start[row]; token < flat.query_start[row + 1]; ++token) {
+        const int64_t position = flat.positions[static_cast<size_t>(token)];
+        slots[token] =
+            table[position / limits.block_size] * limits.block_size + position % limits.block_size;
+      }
+    }
+  }
+}
+
+}  // namespace
 
 FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
                  const std::vector<SlotPlace>& places,
@@ -235,18 +289,7 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     }
   }
   if (planned.has_adapters) flat.set_adapters(std::move(adapters));
-  flat.block_table.resize(taken.size() * static_cast<size_t>(flat.table_width));
-  flat.slots.resize(flat.ids.size());
-  for (size_t row = 0; row < taken.size(); ++row) {
-    int32_t* const table = flat.block_table.data() + row * static_cast<size_t>(flat.table_width);
-    const int64_t num_blocks = (flat.context_len[row] + limits.block_size - 1) / limits.block_size;
-    std::copy_n(planned.blocks.data() + taken[row]->first_block, num_blocks, table);
-    for (int32_t token = flat.query_start[row]; token < flat.query_start[row + 1]; ++token) {
-      const int64_t position = flat.positions[static_cast<size_t>(token)];
-      flat.slots[static_cast<size_t>(token)] =
-          table[position / limits.block_size] * limits.block_size + position % limits.block_size;
-    }
-  }
+  lay_out_tables(planned, taken, limits, flat);
   return flat;
 }
 
@@ -288,7 +331,7 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
   check_shape(block_table, "block_table", {static_cast<int64_t>(context_len.size()), -1});
-  FlatRows flat;
+  FlatRows flat;  // of one group
   flat.ids = std::move(ids);
   flat.positions = std::move(positions);
   flat.slots = std::move(slots);
@@ -312,12 +355,19 @@ py::array_t<Value> copy_of(const std::vector<Value>& values) {
 }
 
 RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size,
-                      int64_t max_context, int64_t max_rows, int64_t max_tokens) {
+                      int64_t max_context, int64_t max_rows, int64_t max_tokens,
+                      const std::vector<std::optional<int64_t>>& windows) {
   for (const int64_t limit :
        {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
     check(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX, "], got ", limit);
   }
-  return {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens};
+  RowLimits limits = {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens, {}};
+  check(!windows.empty(), "there is a group at the least");
+  for (const std::optional<int64_t>& window : windows) {
+    check(!window || *window > 0, "a window must be positive");
+    limits.windows.push_back(window.value_or(kNoWindow));
+  }
+  return limits;
 }
 
 }  // namespace
@@ -327,7 +377,7 @@ void bind_rows(py::module_& module) {
   py::class_<RowLimits>(module, "RowLimits", "Bounds of a plan's integers.")
       .def(py::init(&make_limits), py::kw_only(), py::arg("vocab_size"), py::arg("num_blocks"),
            py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"),
-           py::arg("max_tokens"));
+           py::arg("max_tokens"), py::arg("windows"));
   py::class_<FlatRows>(module, "FlatRows",
                        "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
@@ -354,8 +404,9 @@ void bind_rows(py::module_& module) {
       .def_property_readonly("draw_rows",
                              [](const FlatRows& rows) { return copy_of(rows.draw_rows); })
       .def_property_readonly("drafts", [](const FlatRows& rows) { return copy_of(rows.drafts); })
-      .def_property_readonly("block_table", [](const FlatRows& rows) {
-        return py::array_t<int32_t>({rows.num_rows(), rows.table_width}, rows.block_table.data());
+      .def_property_readonly("block_tables", [](const FlatRows& rows) {
+        return py::array_t<int32_t>({rows.num_groups, rows.num_rows(), rows.table_width},
+                                    rows.block_table.data());
       });
   module.def("flatten_rows", &flatten_with_ids, py::arg("rows"), py::arg("limits"),
              py::arg("last_ids").noconvert(), py::arg("positions").noconvert() = py::none(),

@@ -19,6 +19,8 @@ class PlanError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+constexpr int64_t kNoWindow = INT64_MAX;
+
 struct RowLimits {
   int64_t vocab_size;
   int64_t num_blocks;
@@ -26,6 +28,11 @@ struct RowLimits {
   int64_t max_context;
   int64_t max_rows;    // of a step, and the bound of slots
   int64_t max_tokens;  // of a step
+  // How many positions a token sees, its own the last, in the layers of each group: blocks that
+  // lie before them are not read, and may be others' already.
+  std::vector<int64_t> windows;
+
+  int64_t num_groups() const { return static_cast<int64_t>(windows.size()); }
 };
 
 // A plan's rows as they were given, each integer checked. Where a row begins, and with which
@@ -41,7 +48,7 @@ struct PlannedRows {
     bool samples;
     bool is_generated;               // its tokens were drawn
     size_t first_id, num_ids;        // of `ids`
-    size_t first_block, num_blocks;  // of `blocks`
+    size_t first_block, num_blocks;  // of `blocks`: so many of each group, group by group
     AdapterPtr adapter;              // null: none
   };
   std::vector<Row> rows;
@@ -55,10 +62,12 @@ struct PlannedRows {
 struct FlatRows {
   std::vector<int32_t> ids;          // [num_tokens]
   std::vector<int32_t> positions;    // [num_tokens]
-  std::vector<int64_t> slots;        // [num_tokens]
+  std::vector<int64_t> slots;        // [num_groups, num_tokens]
   std::vector<int32_t> query_start;  // [num_rows + 1]
   std::vector<int32_t> context_len;  // [num_rows]
-  std::vector<int32_t> block_table;  // [num_rows, table_width], 0 behind a row's blocks
+  // [num_groups, num_rows, table_width], 0 behind a row's blocks
+  std::vector<int32_t> block_table;
+  int64_t num_groups = 1;
   int64_t table_width = 0;
   int64_t num_generated = 0;         // the first so many tokens were drawn
   std::vector<int32_t> row_slots;    // [num_rows]

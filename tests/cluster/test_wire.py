@@ -10,7 +10,8 @@ import pytest
 
 from tgi_asgi import errors
 from tgi_asgi.cluster.totals import Totals, snapshot
-from tgi_asgi.cluster.wire import packed, unpacked
+from tgi_asgi.cluster.wire import join_digests, packed, split_digests, unpacked
+from tgi_asgi.engine.hits import group_key
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.types import FinishReason, TokenEvent
@@ -60,3 +61,11 @@ def test_counters_add_up_and_stay_when_a_replica_goes() -> None:
     totals.retire("b")
     totals.show()
     assert (totals.stats.steps, totals.stats.running, totals.stats.step_s["decode"].count) == (30, 1, 3)
+
+
+def test_a_report_has_the_blocks_of_the_first_group_of_layers() -> None:
+    """A model with windows has several blocks for the same tokens; an ingress knows one digest a block."""
+    digests = [bytes([number]) * 16 for number in range(3)]
+    keys = [group_key(digest, group) for digest in digests for group in range(3)]
+    assert len(set(keys)) == 9
+    assert split_digests(join_digests(keys)) == digests

@@ -28,10 +28,7 @@ def make_program(max_tokens: int = 8, max_rows: int = 2) -> _C.Program:
 @functools.cache
 def pool() -> _C.KvPool:
     """Return a pool of one layer and one head of keys."""
-    return _C.KvPool(
-        num_layers=1, num_blocks=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16,
-        precision="float32",
-    )  # fmt: skip
+    return _C.KvPool(layers=[(1, 32, 32, 0)], num_blocks=2, block_size=16, precision="float32")
 
 
 @functools.cache

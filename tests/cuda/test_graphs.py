@@ -126,7 +126,7 @@ async def test_more_than_there_is_room_for_is_refused_alone(
     make_runner: Callable[[EmulatedDevice], CudaRunner], sampling: SamplingParams
 ) -> None:
     runner = make_runner(EmulatedDevice())
-    row = StepRow(0, [5], 0, [0], samples=True)
+    row = StepRow(0, [5], 0, [[0]], samples=True)
     with pytest.raises(ValueError, match="at most"):
         await runner.submit(StepPlan(0, [row], [SlotStart(0, sampling, 0, [5])]))
     job = Job([7, 8, 9], 3)

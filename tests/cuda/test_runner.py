@@ -174,11 +174,11 @@ async def test_prompt_log_probabilities_follow_the_reference(
 
 
 async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:
-    first = StepRow(0, PROMPT[:16], 0, [3], samples=False)
+    first = StepRow(0, PROMPT[:16], 0, [[3]], samples=False)
     await runner.submit(StepPlan(0, [first], [SlotStart(0, GREEDY, 0, PROMPT)]))
     answers = []
     for step, block in ((1, 3), (2, 9)):
-        rest = StepRow(0, PROMPT[16:], 16, [block, 20 + block], samples=True)
+        rest = StepRow(0, PROMPT[16:], 16, [[block, 20 + block]], samples=True)
         starts = [SlotStart(0, GREEDY, 0, PROMPT)]
         result = await runner.submit(StepPlan(step, [rest], starts, [(3, 9)] if block == 9 else []))
         answers.append(result.sampled[0])
@@ -194,7 +194,7 @@ async def test_a_row_may_read_what_another_of_its_step_writes(runner: CudaRunner
 
 
 async def test_a_plan_out_of_bounds_fails_alone(runner: CudaRunner) -> None:
-    bad = StepRow(0, [160], 0, [0], samples=True)
+    bad = StepRow(0, [160], 0, [[0]], samples=True)
     with pytest.raises(PlanError):
         await runner.submit(StepPlan(0, [bad], [SlotStart(0, GREEDY, 0, [1])]))
     job = Job(PROMPT, 2)
@@ -230,7 +230,7 @@ async def test_a_lost_device_fails_this_step_and_all_after_it(
     device.failure = RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def submit(step: int) -> asyncio.Future[StepResult]:
-        row = StepRow(0, [5], 0, [0], samples=True)
+        row = StepRow(0, [5], 0, [[0]], samples=True)
         return runner.submit(StepPlan(step, [row], [SlotStart(0, GREEDY, 0, [5])]))
 
     with pytest.raises(DeviceLost):

@@ -17,6 +17,7 @@ class HeldRunner:
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
     has_states = takes_whole_prompts = has_prompt_arithmetic = False
     drafts: DraftLimits | None = None
+    windows: tuple[int | None, ...] = (None,)
     eyes: Eyes | None = None
 
     def __init__(self) -> None:

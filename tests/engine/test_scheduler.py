@@ -243,12 +243,12 @@ def test_blocks_of_a_finished_sequence_may_be_reused_while_a_step_still_writes_t
     scheduler, runner = make_scheduler(num_blocks=2), FakeRunner(num_blocks=2)
     first = add_request(scheduler, make_request(range(16), max_tokens=10), arrival=0)[0]
     prefill, speculative = must_plan(scheduler), must_plan(scheduler)
-    late_block = first.table[-1]
+    late_block = first.tables[0][-1]
     scheduler.apply(prefill, runner.execute(prefill.plan))
     scheduler.remove(first)  # as EOS does
     second = add_request(scheduler, make_request(range(100, 117), max_tokens=10), arrival=1)[0]
     reuse = must_plan(scheduler)
-    assert late_block in second.table
+    assert late_block in second.tables[0]
     assert scheduler.apply(speculative, runner.execute(speculative.plan)) == []
     run(scheduler, runner, reuse)
     run_all(scheduler, runner)

@@ -38,6 +38,8 @@ def images_at(places: list[tuple[int, int]], prompt_len: int) -> tuple[ImageInpu
 
 MAX_ADAPTERS = 2
 ADAPTERS = tuple(Adapter(name, name, f"weights of {name}") for name in "xyz")  # one more than may run
+# Of the groups of layers; the last five tokens are two blocks or three, the last one is one block.
+WINDOWS = ((None,), (None,), (None, 5), (5,), (None, 9, 1), (None, None, 4), (13, 2))
 SELDOM = st.sampled_from((False, False, False, True))
 
 
@@ -51,6 +53,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         eyes=st.none() | st.sampled_from(Eyes),
         has_prompt_arithmetic=st.booleans(),
         num_drafts=st.sampled_from([0, 0, 1, 3, 9]),
+        windows=st.sampled_from(WINDOWS),
+        is_cramped=st.booleans(),
     )
     def start(
         self,
@@ -62,19 +66,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         eyes: Eyes | None,
         has_prompt_arithmetic: bool,
         num_drafts: int,
+        windows: tuple[int | None, ...],
+        is_cramped: bool,
     ) -> None:
         drafts = DraftLimits(num_drafts, 16) if num_drafts else None
+        # Steps hold a prompt that is not cut, or an image of at most nine tokens.
+        is_cramped = is_cramped and eyes is not Eyes.PROMPT
+        max_step_tokens = max_prefill + max_batch_size + 16 if is_cramped else 1 << 20
         self.scheduler = make_scheduler(
             num_blocks=num_blocks,
             num_eager_blocks=num_eager,
             block_size=BLOCK,
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,
+            max_step_tokens=max_step_tokens,
             prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT,
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
             max_adapters=MAX_ADAPTERS,
+            windows=windows,
         )
         self.runner = FakeRunner(
             num_blocks=num_blocks,
@@ -84,6 +95,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
             max_adapters=MAX_ADAPTERS,
+            windows=windows,
+            max_step_tokens=max_step_tokens,
         )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []
@@ -127,7 +140,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt = self.answers[-1 - turn % len(self.answers)] + prompt[:3]
         for own in range(num_alike):
             tokens = [*prompt, 200 + own] if num_alike > 1 else prompt
-            if -(-(len(tokens) + max_tokens - 1) // BLOCK) > self.num_blocks or len(self.open) > 12:
+            needs = self.scheduler.tables.needs
+            num_blocks = max(
+                needs.of_tokens(len(tokens) + max_tokens - 1),
+                needs.of_tokens(len(tokens), keeps_all=wants_prompt_logprobs),
+            )
+            if num_blocks > self.num_blocks or len(self.open) > 12:
                 return
             request = make_request(
                 tokens,
@@ -247,12 +265,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         holders: Counter[int] = Counter()
         writable: Counter[int] = Counter()
         for sequence in self.scheduler.running:
-            holders.update(sequence.table)
-            writable.update(sequence.table[sequence.num_computed // BLOCK :])
-            if sequence.copy_source is not None:
-                holders[sequence.copy_source] += 1
+            for table, first in zip(sequence.tables, sequence.num_given_back, strict=True):
+                holders.update(table[first:])
+                writable.update(table[sequence.num_computed // BLOCK :])
+            holders.update(sequence.copy_sources)
         assert pool._references == [holders[block] for block in range(self.num_blocks)]
-        tables = Counter(block for sequence in self.scheduler.running for block in sequence.table)
+        tables = holders - Counter(
+            block for sequence in self.scheduler.running for block in sequence.copy_sources
+        )
         for block in writable:
             assert tables[block] == 1, f"block {block} will be written and is shared"
             assert pool._digests[block] is None, f"block {block} will be written and is in the cache"

@@ -14,6 +14,7 @@ import torch
 
 from tests.support.kv import poisoned_pool, read_kv, write_kv
 from tgi_asgi import _C, ops
+from tgi_asgi.models.config import CacheShape
 
 MIB = 1 << 20
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
@@ -29,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
         ({"head_dim": 0}, "`head_dim` must be even"),
         ({"dtype": torch.float16}, r"`dtype` must be float32, bfloat16 or int8, got torch\.float16"),
         ({"dtype": torch.int8}, "an int8 cache would keep heads of 16 as 32: take bfloat16"),
-        ({"num_layers": 0}, "`num_layers` must be positive, got 0"),
+        ({"num_layers": 0}, "`layers` must be 1 to 65536, got 0"),
         ({"num_kv_heads": 0}, "`num_kv_heads` must be positive, got 0"),
         ({"num_kv_heads": 1 << 50}, "`num_kv_heads` must be at most"),
         ({"num_blocks": 0}, "`num_blocks` must be positive"),
@@ -37,9 +38,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int8]
     ],
 )
 def test_a_pool_that_the_kernels_do_not_have_is_refused(change: dict[str, Any], message: str) -> None:
-    sizes = {"num_layers": 1, "num_blocks": 2, "num_kv_heads": 1, "head_dim": 16, "block_size": 16}
+    sizes = {"num_layers": 1, "num_blocks": 2, "num_kv_heads": 1, "head_dim": 16, "block_size": 16, **change}
+    shape = CacheShape(sizes["num_kv_heads"], sizes["head_dim"], sizes.get("value_dim", sizes["head_dim"]))
     with pytest.raises(ValueError, match=message):
-        ops.KvPool(**{**sizes, "dtype": torch.float32, **change})
+        ops.KvPool(
+            [shape] * sizes["num_layers"],
+            num_blocks=sizes["num_blocks"],
+            block_size=sizes["block_size"],
+            dtype=change.get("dtype", torch.float32),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,18 +96,11 @@ def test_copies_that_depend_on_their_order_are_refused_before_any_is_made(
     np.testing.assert_array_equal(pool.native.memory(), before)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"num_layers": 2**40, "num_blocks": 2**20, "num_kv_heads": 16},
-        {"num_layers": 2**62, "num_blocks": 1, "num_kv_heads": 1},
-        {"num_layers": 1, "num_blocks": 2**26, "num_kv_heads": 2**31 - 1},
-    ],
-    ids=str,
-)
-def test_a_pool_whose_bytes_no_number_counts_is_no_small_one(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(("num_layers", "num_blocks"), [(1, 2**26), (2**16, 1), (2**14, 2**12)], ids=str)
+def test_a_pool_whose_bytes_no_number_counts_is_no_small_one(num_layers: int, num_blocks: int) -> None:
+    layers = [(2**31 - 1, 512, 512, 0)] * num_layers
     with pytest.raises(MemoryError):
-        _C.KvPool(head_dim=256, value_dim=256, block_size=16, precision="float32", **sizes)
+        _C.KvPool(layers=layers, num_blocks=num_blocks, block_size=16, precision="float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +113,8 @@ def test_the_bytes_of_a_token_are_those_of_the_pool(
         num_layers=3, num_kv_heads=2, head_dim=head_dim, value_dim=value_dim, dtype=dtype, num_blocks=4
     )
     held = pool.native.memory().nbytes
-    assert ops.kv_bytes_per_token(3, 2, head_dim, dtype, value_dim) * 4 * 16 == held
+    shape = CacheShape(2, head_dim, value_dim or head_dim)
+    assert 3 * ops.kv_bytes_per_token(shape, dtype) * 4 * 16 == held
 
 
 # Memory that the system supplies before it is written.
@@ -133,10 +134,8 @@ def resident_bytes(pool: ops.KvPool) -> int:
 
 def make_pool(num_bytes: int) -> ops.KvPool:
     block_bytes = 2 * 2 * 64 * 16 * 2 * 4  # layers, keys and values, head, bfloat16
-    return ops.KvPool(
-        num_layers=2, num_blocks=num_bytes // block_bytes, num_kv_heads=4, head_dim=64, block_size=16,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
+    shapes = [CacheShape(4, 64, 64)] * 2
+    return ops.KvPool(shapes, num_blocks=num_bytes // block_bytes, block_size=16, dtype=torch.bfloat16)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore is asked as Linux has it")
@@ -171,8 +170,8 @@ def test_a_supply_that_is_closed_ends_soon() -> None:
 def test_a_process_can_end_while_memory_is_supplied() -> None:
     code = (
         "from tgi_asgi import _C;"
-        "pool = _C.KvPool(num_layers=2, num_blocks=16384, num_kv_heads=4, head_dim=64, value_dim=64,"
-        " block_size=16, precision='bfloat16'); pool.supply(1 << 40)"
+        "pool = _C.KvPool(layers=[(4, 64, 64, 0)] * 2, num_blocks=16384, block_size=16,"
+        " precision='bfloat16'); pool.supply(1 << 40)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -47,7 +47,7 @@ def loaded(directory: Path, **settings: Any) -> Iterator[tuple[LoadedModel, Enco
 
 def rows_of(pooling: Pooling, prompts: list[list[int]], second_start: int | None = None) -> list[StepRow]:
     return [
-        StepRow(slot, ids, 0, [], True, pools=pooling, second_start=second_start)
+        StepRow(slot, ids, 0, [[]], True, pools=pooling, second_start=second_start)
         for slot, ids in enumerate(prompts)
     ]
 
@@ -279,16 +279,16 @@ def test_a_prompt_in_pieces_is_no_plan(tmp_path: Path) -> None:
     mean = Pooling(PoolingKind.MEAN)
     with loaded(tmp_path) as (found, runner):
         assert (runner.max_context, runner.max_step_tokens, found.info.kv_bytes) == (130, 512, 0)
-        probe = runner.run(StepPlan(0, [StepRow(0, (0,), 0, [0], True)]))
+        probe = runner.run(StepPlan(0, [StepRow(0, (0,), 0, [[0]], True)]))
         assert probe.sampled[0] is not None
         for row in (
-            StepRow(0, [5, 6], 1, [], True, pools=mean),
-            StepRow(0, [5, 6], 0, [], False, pools=mean),
-            StepRow(0, None, 0, [], True, pools=mean),
-            StepRow(0, [160], 0, [], True, pools=mean),
-            StepRow(0, [5] * 131, 0, [], True, pools=mean),
-            StepRow(0, [5], 0, [], True, pools=mean, second_start=2),
-            StepRow(0, [5], 0, [], True, pools=Pooling(PoolingKind.LOGITS, (0,))),
+            StepRow(0, [5, 6], 1, [[]], True, pools=mean),
+            StepRow(0, [5, 6], 0, [[]], False, pools=mean),
+            StepRow(0, None, 0, [[]], True, pools=mean),
+            StepRow(0, [160], 0, [[]], True, pools=mean),
+            StepRow(0, [5] * 131, 0, [[]], True, pools=mean),
+            StepRow(0, [5], 0, [[]], True, pools=mean, second_start=2),
+            StepRow(0, [5], 0, [[]], True, pools=Pooling(PoolingKind.LOGITS, (0,))),
         ):
             with pytest.raises(PlanError):
                 runner.run(StepPlan(0, [row]))

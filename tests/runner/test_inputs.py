@@ -19,8 +19,8 @@ def inputs() -> StepInputs:
 
 def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
     rows = [
-        StepRow(2, None, 17, [4, 7], samples=True),
-        StepRow(0, [50, 51, 52], 15, [9, 1, 3], samples=False),
+        StepRow(2, None, 17, [[4, 7]], samples=True),
+        StepRow(0, [50, 51, 52], 15, [[9, 1, 3]], samples=False),
     ]
     batch = inputs.fill(rows, np.array([10, 11, 12, 13], np.int32))
     assert batch.ids.tolist() == [12, 50, 51, 52]
@@ -28,12 +28,12 @@ def test_decode_rows_and_chunks_are_laid_out_flat(inputs: StepInputs) -> None:
     assert batch.slots.tolist() == [7 * 16 + 1, 9 * 16 + 15, 1 * 16, 1 * 16 + 1]
     assert batch.query_start.tolist() == [0, 1, 4]
     assert batch.context_len.tolist() == [18, 18]
-    assert batch.block_table.tolist() == [[4, 7], [9, 1]]
+    assert batch.block_tables.tolist() == [[[4, 7], [9, 1]]]
 
 
 def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
-    inputs.fill([StepRow(0, list(range(40)), 0, [1, 2, 3], samples=True)], NO_IDS)
-    batch = inputs.fill([StepRow(1, [5], 16, [8, 9], samples=True)], NO_IDS)
+    inputs.fill([StepRow(0, list(range(40)), 0, [[1, 2, 3]], samples=True)], NO_IDS)
+    batch = inputs.fill([StepRow(1, [5], 16, [[8, 9]], samples=True)], NO_IDS)
     assert (batch.ids.tolist(), batch.slots.tolist()) == ([5], [9 * 16])
     assert batch.query_start.tolist() == [0, 1]
 
@@ -41,19 +41,19 @@ def test_a_step_leaves_nothing_to_the_next(inputs: StepInputs) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(StepRow(0, [100], 0, [1], samples=True), id="token-too-large"),
-        pytest.param(StepRow(0, [-1], 0, [1], samples=True), id="token-negative"),
-        pytest.param(StepRow(0, [1 << 70], 0, [1], samples=True), id="token-huge"),
-        pytest.param(StepRow(0, [], 0, [1], samples=True), id="no-token"),
-        pytest.param(StepRow(0, [1], -1, [1], samples=True), id="start-negative"),
-        pytest.param(StepRow(0, [1], 64, [1, 2, 3, 4, 5], samples=True), id="past-the-context"),
-        pytest.param(StepRow(0, [1], 16, [1], samples=True), id="table-too-short"),
-        pytest.param(StepRow(0, [1], 0, [10], samples=True), id="block-too-large"),
-        pytest.param(StepRow(0, None, 16, [1, -1], samples=True), id="block-negative"),
-        pytest.param(StepRow(0, None, 16, [1, 1 << 70], samples=True), id="block-huge"),
-        pytest.param(StepRow(4, [1], 0, [1], samples=True), id="slot-too-large"),
-        pytest.param(StepRow(-1, [1], 0, [1], samples=True), id="slot-negative"),
-        pytest.param(StepRow(0, [1] * 41, 0, [1, 2, 3], samples=True), id="too-many-tokens"),
+        pytest.param(StepRow(0, [100], 0, [[1]], samples=True), id="token-too-large"),
+        pytest.param(StepRow(0, [-1], 0, [[1]], samples=True), id="token-negative"),
+        pytest.param(StepRow(0, [1 << 70], 0, [[1]], samples=True), id="token-huge"),
+        pytest.param(StepRow(0, [], 0, [[1]], samples=True), id="no-token"),
+        pytest.param(StepRow(0, [1], -1, [[1]], samples=True), id="start-negative"),
+        pytest.param(StepRow(0, [1], 64, [[1, 2, 3, 4, 5]], samples=True), id="past-the-context"),
+        pytest.param(StepRow(0, [1], 16, [[1]], samples=True), id="table-too-short"),
+        pytest.param(StepRow(0, [1], 0, [[10]], samples=True), id="block-too-large"),
+        pytest.param(StepRow(0, None, 16, [[1, -1]], samples=True), id="block-negative"),
+        pytest.param(StepRow(0, None, 16, [[1, 1 << 70]], samples=True), id="block-huge"),
+        pytest.param(StepRow(4, [1], 0, [[1]], samples=True), id="slot-too-large"),
+        pytest.param(StepRow(-1, [1], 0, [[1]], samples=True), id="slot-negative"),
+        pytest.param(StepRow(0, [1] * 41, 0, [[1, 2, 3]], samples=True), id="too-many-tokens"),
     ],
 )
 def test_rows_out_of_bounds_are_refused(inputs: StepInputs, row: StepRow) -> None:
@@ -64,10 +64,10 @@ def test_rows_out_of_bounds_are_refused(inputs: StepInputs, row: StepRow) -> Non
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(StepRow("0", [1], 0, [1], samples=True), id="slot"),  # type: ignore[arg-type]
-        pytest.param(StepRow(0, [1.0], 0, [1], samples=True), id="token"),  # type: ignore[list-item]
-        pytest.param(StepRow(0, 1, 0, [1], samples=True), id="tokens"),  # type: ignore[arg-type]
-        pytest.param(StepRow(0, [1], 0, None, samples=True), id="blocks"),  # type: ignore[arg-type]
+        pytest.param(StepRow("0", [1], 0, [[1]], samples=True), id="slot"),  # type: ignore[arg-type]
+        pytest.param(StepRow(0, [1.0], 0, [[1]], samples=True), id="token"),  # type: ignore[list-item]
+        pytest.param(StepRow(0, 1, 0, [[1]], samples=True), id="tokens"),  # type: ignore[arg-type]
+        pytest.param(StepRow(0, [1], 0, [None], samples=True), id="blocks"),  # type: ignore[list-item]
     ],
 )
 def test_what_is_no_integer_is_a_type_error(inputs: StepInputs, row: StepRow) -> None:
@@ -77,13 +77,15 @@ def test_what_is_no_integer_is_a_type_error(inputs: StepInputs, row: StepRow) ->
 
 def test_two_rows_cannot_have_one_slot(inputs: StepInputs) -> None:
     with pytest.raises(PlanError, match="one slot"):
-        inputs.fill([StepRow(1, [1], 0, [1], samples=True), StepRow(1, [1], 0, [2], samples=True)], NO_IDS)
+        inputs.fill(
+            [StepRow(1, [1], 0, [[1]], samples=True), StepRow(1, [1], 0, [[2]], samples=True)], NO_IDS
+        )
 
 
 def test_any_sequence_serves_as_ids_and_blocks(inputs: StepInputs) -> None:
-    batch = inputs.fill([StepRow(0, range(5, 8), 15, range(3, 9), samples=True)], NO_IDS)
+    batch = inputs.fill([StepRow(0, range(5, 8), 15, [range(3, 9)], samples=True)], NO_IDS)
     assert batch.ids.tolist() == [5, 6, 7]
-    assert batch.block_table.tolist() == [[3, 4]]
+    assert batch.block_tables.tolist() == [[[3, 4]]]
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def starting(slot: int = 0, sampling: SamplingParams = GREEDY) -> StepPlan:
-    row = StepRow(slot, PROMPT, 0, [2 * slot, 2 * slot + 1], samples=True)
+    row = StepRow(slot, PROMPT, 0, [[2 * slot, 2 * slot + 1]], samples=True)
     return StepPlan(0, [row], [SlotStart(slot, sampling, 0, PROMPT)])
 
 
 def going_on(index: int, slot: int = 0) -> StepPlan:
-    row = StepRow(slot, None, len(PROMPT) + index, [2 * slot, 2 * slot + 1], samples=True)
+    row = StepRow(slot, None, len(PROMPT) + index, [[2 * slot, 2 * slot + 1]], samples=True)
     return StepPlan(1 + index, [row])
 
 
@@ -66,11 +66,11 @@ async def test_the_second_chunk_of_a_prompt_needs_none(
 ) -> None:
     whole = await runner.submit(starting(sampling=SEEDED))
     start = SlotStart(1, SEEDED, 0, PROMPT)
-    await runner.submit(StepPlan(0, [StepRow(1, PROMPT[:9], 0, [4, 5], samples=False)], [start]))
+    await runner.submit(StepPlan(0, [StepRow(1, PROMPT[:9], 0, [[4, 5]], samples=False)], [start]))
     forbid_python(runner, monkeypatch)
-    middle = await runner.submit(StepPlan(1, [StepRow(1, PROMPT[9:16], 9, [4, 5], samples=False)]))
+    middle = await runner.submit(StepPlan(1, [StepRow(1, PROMPT[9:16], 9, [[4, 5]], samples=False)]))
     assert middle.sampled == [None]
-    last = await runner.submit(StepPlan(2, [StepRow(1, PROMPT[16:], 16, [4, 5], samples=True)]))
+    last = await runner.submit(StepPlan(2, [StepRow(1, PROMPT[16:], 16, [[4, 5]], samples=True)]))
     assert last.sampled == whole.sampled
 
 
@@ -89,7 +89,7 @@ async def test_a_step_draws_the_same_either_way(
 
 async def test_rows_out_of_bounds_fail_their_step_only(runner: CpuRunner) -> None:
     await runner.submit(starting())
-    bad = StepPlan(1, [StepRow(0, None, len(PROMPT), [0, 64], samples=True)])
+    bad = StepPlan(1, [StepRow(0, None, len(PROMPT), [[0, 64]], samples=True)])
     first, failing = runner.submit(going_on(0)), runner.submit(bad)
     with pytest.raises(PlanError, match="block"):
         await failing
@@ -171,12 +171,13 @@ async def test_a_row_that_is_not_finite_is_flagged_alone(runner: CpuRunner) -> N
     """Its context's keys and values are poisoned, another's are not."""
     await asyncio.gather(*(runner.submit(starting(slot)) for slot in range(2)))
     rows = [
-        StepRow(0, None, len(PROMPT), [0, 1], samples=True),
-        StepRow(1, None, len(PROMPT), [2, 3], samples=True),
+        StepRow(0, None, len(PROMPT), [[0, 1]], samples=True),
+        StepRow(1, None, len(PROMPT), [[2, 3]], samples=True),
     ]
     expected = await runner.submit(StepPlan(1, rows[1:]))
     await runner.submit(starting(1))
-    runner._pools.all[0].native.memory()[:2] = 0xFF  # NaN
+    assert runner._pool is not None
+    runner._pool.native.memory()[:2] = 0xFF  # NaN
     result = await runner.submit(StepPlan(2, rows))
     [ill, healthy] = result.sampled
     assert ill is not None and healthy is not None
@@ -257,6 +258,6 @@ async def test_a_thread_that_is_faster_than_the_loop_finds_its_job() -> None:
 
 def test_rows_are_refused_without_a_program() -> None:
     with pytest.raises(ValueError, match="computes nothing"):
-        ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [1], samples=True)])
+        ops.StepQueue().push_rows(0, [StepRow(0, [1], 0, [[1]], samples=True)])
     with pytest.raises(ValueError, match="program and limits"):
         ops.StepQueue(_C.Program(max_tokens=1, max_sequences=1, max_rows=1, max_context=16))

@@ -62,11 +62,11 @@ def run(runner: CpuRunner, pooling: Pooling, chunk: int, *, beside: bool = False
     table, other = list(range(3, 10)), list(range(20, 30))
     starts = [SlotStart(1, GREEDY, 0, IDS)]
     if beside:
-        runner.run(StepPlan(0, [StepRow(0, IDS[:9], 0, other, True)], [SlotStart(0, GREEDY, 0, IDS[:9])]))
+        runner.run(StepPlan(0, [StepRow(0, IDS[:9], 0, [other], True)], [SlotStart(0, GREEDY, 0, IDS[:9])]))
     for step, start in enumerate(range(0, len(IDS), chunk)):
         tokens = IDS[start : start + chunk]
-        row = StepRow(1, tokens, start, table, start + chunk >= len(IDS), pools=pooling)
-        rows = [StepRow(0, None, 9 + step, other, True), row] if beside else [row]
+        row = StepRow(1, tokens, start, [table], start + chunk >= len(IDS), pools=pooling)
+        rows = [StepRow(0, None, 9 + step, [other], True), row] if beside else [row]
         result = runner.run(StepPlan(step + 1, rows, starts))
         starts = []
         if beside:
@@ -136,7 +136,7 @@ def test_a_classifier_gives_its_labels_logits(tmp_path: Path, num_labels: int) -
         for chunk in (100, 16):
             vector = run(runner, found.info.scoring.pooling, chunk)
             np.testing.assert_allclose(vector, expected, atol=1e-3)
-        probe = StepPlan(9, [StepRow(0, (0,), 0, [0], True)], [SlotStart(0, GREEDY, 0, (0,))])
+        probe = StepPlan(9, [StepRow(0, (0,), 0, [[0]], True)], [SlotStart(0, GREEDY, 0, (0,))])
         assert runner.run(probe).sampled[0] is not None
 
 

@@ -111,10 +111,8 @@ class Cache:
         model = Decoder(config, weights, packing, max_positions=1024)
         self.prompt_lens = prompt_lens or {}
         pool = ops.KvPool(
-            num_layers=config.num_layers,
+            config.caches,
             num_blocks=NUM_BLOCKS,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
             block_size=16,
             dtype=dtype,
         )

@@ -68,10 +68,10 @@ async def test_a_token_left_on_the_device_equals_one_that_is_given(runner: CpuRu
     await generate(runner, [job])
     first, second = job.token_ids[:2]
     blocks, at = [1, 2], len(PROMPT)
-    rows = [StepRow(0, PROMPT, 0, blocks, samples=True)]
+    rows = [StepRow(0, PROMPT, 0, [blocks], samples=True)]
     await runner.submit(StepPlan(0, rows, [start(0)]))
-    await runner.submit(StepPlan(1, [StepRow(0, [first], at, blocks, samples=True)]))
-    result = await runner.submit(StepPlan(2, [StepRow(0, [second], at + 1, blocks, samples=True)]))
+    await runner.submit(StepPlan(1, [StepRow(0, [first], at, [blocks], samples=True)]))
+    result = await runner.submit(StepPlan(2, [StepRow(0, [second], at + 1, [blocks], samples=True)]))
     assert result.sampled[0] is not None
     assert result.sampled[0].token_id == job.token_ids[2]
 
@@ -87,9 +87,9 @@ async def test_chunks_do_not_change_the_tokens(runner: CpuRunner, chunk: int) ->
 async def test_a_copied_block_serves_a_fork(runner: CpuRunner) -> None:
     job = Job(PROMPT, 2)
     await generate(runner, [job])
-    rows = [StepRow(0, PROMPT, 0, [1, 2], samples=True)]
+    rows = [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)]
     await runner.submit(StepPlan(0, rows, [start(0)]))
-    fork = StepRow(1, [job.token_ids[0]], len(PROMPT), [1, 5], samples=True)
+    fork = StepRow(1, [job.token_ids[0]], len(PROMPT), [[1, 5]], samples=True)
     result = await runner.submit(StepPlan(1, [fork], [start(1)], copies=[(2, 5)]))
     assert result.sampled[0] is not None
     assert result.sampled[0].token_id == job.token_ids[1]
@@ -110,7 +110,7 @@ async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner)
     job = Job(PROMPT, 10, sampling)
     await generate(runner, [job])
     done = job.token_ids[:6]
-    row = StepRow(3, PROMPT + done, 0, [10, 11], samples=True)
+    row = StepRow(3, PROMPT + done, 0, [[10, 11]], samples=True)
     plan = StepPlan(0, [row], [start(3, sampling, output_ids=done)])
     tokens = []
     for step in range(4):
@@ -118,7 +118,7 @@ async def test_a_resumed_sequence_goes_on_as_if_never_stopped(runner: CpuRunner)
         assert sampled is not None
         tokens.append(sampled.token_id)
         at = len(PROMPT) + 6 + step
-        plan = StepPlan(step + 1, [StepRow(3, None, at, [10, 11], samples=True)])
+        plan = StepPlan(step + 1, [StepRow(3, None, at, [[10, 11]], samples=True)])
     assert tokens == job.token_ids[6:]
 
 
@@ -138,7 +138,7 @@ async def test_masked_ids_wait_for_min_tokens(runner: CpuRunner) -> None:
     free = Job(PROMPT, 1)
     await generate(runner, [free])
     masked = start(0, min_tokens=2, masked_ids=(free.token_ids[0],))
-    result = await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [masked]))
+    result = await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)], [masked]))
     assert result.sampled[0] is not None
     assert result.sampled[0].token_id != free.token_ids[0]
 
@@ -190,19 +190,19 @@ async def test_rows_that_are_not_finite_are_flagged_alone(
 
 
 async def test_a_failed_step_fails_its_future_only(runner: CpuRunner) -> None:
-    good = StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [start(0)])
-    bad = StepPlan(1, [StepRow(1, [999], 0, [3], samples=True)], [start(1)])
+    good = StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)], [start(0)])
+    bad = StepPlan(1, [StepRow(1, [999], 0, [[3]], samples=True)], [start(1)])
     first, failing = runner.submit(good), runner.submit(bad)
     assert (await first).sampled[0] is not None
     with pytest.raises(PlanError, match="token id"):
         await failing
-    after = StepPlan(2, [StepRow(0, None, len(PROMPT), [1, 2], samples=True)])
+    after = StepPlan(2, [StepRow(0, None, len(PROMPT), [[1, 2]], samples=True)])
     assert (await runner.submit(after)).step_id == 2
 
 
 async def test_prompt_logprobs_of_an_unscored_prefix_fail(runner: CpuRunner) -> None:
-    await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [1, 2], samples=False)], [start(0)]))
-    row = StepRow(0, [1, 2], len(PROMPT), [1, 2], samples=False, prompt_logprobs=1)
+    await runner.submit(StepPlan(0, [StepRow(0, PROMPT, 0, [[1, 2]], samples=False)], [start(0)]))
+    row = StepRow(0, [1, 2], len(PROMPT), [[1, 2]], samples=False, prompt_logprobs=1)
     with pytest.raises(ValueError, match="before position 18"):
         await runner.submit(StepPlan(1, [row]))
 
@@ -227,7 +227,7 @@ async def test_close_finishes_what_is_in_flight_and_ends_the_thread(
 ) -> None:
     before = threading.active_count()
     runner = make_runner()
-    future = runner.submit(StepPlan(7, [StepRow(0, PROMPT, 0, [1, 2], samples=True)], [start(0)]))
+    future = runner.submit(StepPlan(7, [StepRow(0, PROMPT, 0, [[1, 2]], samples=True)], [start(0)]))
     runner.close()
     assert threading.active_count() == before
     assert (await future).step_id == 7

@@ -103,10 +103,8 @@ def our_logits(
     model = load_model(files, ops.Packing(is_exact))
     config = model.config
     pool = ops.KvPool(
-        num_layers=config.num_layers,
+        config.caches,
         num_blocks=64,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
         block_size=16,
         dtype=kv_dtype or (torch.float32 if is_exact else torch.bfloat16),
     )
@@ -124,7 +122,7 @@ def our_logits(
     blocks = [(7 * index + 3) % 64 for index in range(32)]
     parts = []
     for start in range(0, len(ids), chunk):
-        row = StepRow(0, ids[start : start + chunk], start, blocks, samples=False)
+        row = StepRow(0, ids[start : start + chunk], start, [blocks], samples=False)
         batch = inputs.fill([row], np.zeros(1, np.int32))
         parts.append(program.run(batch, range(row.num_tokens)).clone())
     return torch.cat(parts)

@@ -48,7 +48,7 @@ class _Running:
         start, prompt = self.num_computed, self.job.prompt_ids
         if start >= len(prompt):
             self.num_computed += 1
-            return StepRow(self.slot, None, start, self.blocks, samples=True, adapter=self.job.adapter)
+            return StepRow(self.slot, None, start, [self.blocks], samples=True, adapter=self.job.adapter)
         chunk = prompt[start : start + budget]
         self.num_computed += len(chunk)
         is_last = self.num_computed == len(prompt)
@@ -56,7 +56,7 @@ class _Running:
             self.slot,
             chunk,
             start,
-            self.blocks,
+            [self.blocks],
             samples=is_last and self.job.num_tokens > 0,
             prompt_logprobs=self.job.wants_prompt_logprobs,
             adapter=self.job.adapter,
@@ -116,11 +116,11 @@ async def draw_over_a_shared_block(
         What each of four steps drew for the two.
     """
     starts = [SlotStart(slot, sampling, 0, prompt) for slot in (0, 1)]
-    writer = StepRow(0, prompt, 0, [5, 9], samples=True)
-    reader = StepRow(1, prompt[16:], 16, [5, 11], samples=True)
+    writer = StepRow(0, prompt, 0, [[5, 9]], samples=True)
+    reader = StepRow(1, prompt[16:], 16, [[5, 11]], samples=True)
     drawn = [(await runner.submit(StepPlan(0, [writer, reader], starts))).sampled]
     for step in range(1, 4):
         at = len(prompt) + step - 1
-        rows = [StepRow(0, None, at, [5, 9], samples=True), StepRow(1, None, at, [5, 11], samples=True)]
+        rows = [StepRow(0, None, at, [[5, 9]], samples=True), StepRow(1, None, at, [[5, 11]], samples=True)]
         drawn.append((await runner.submit(StepPlan(step, rows))).sampled)
     return drawn

@@ -51,14 +51,10 @@ def run(
     """
     longest = max(len(prompt.ids) + len(answer) for prompt, answer in sequences)
     width = -(-longest // BLOCK)
-    pools = [
-        ops.KvPool(
-            num_layers=cache.num_layers, num_blocks=width * len(sequences), num_kv_heads=cache.num_kv_heads,
-            head_dim=cache.head_dim, value_dim=cache.value_dim, block_size=BLOCK, dtype=torch.float32,
-        )
-        for cache in model.config.caches
-    ]  # fmt: skip
-    program = model.program(pools, longest, _MIB)
+    pool = ops.KvPool(
+        model.config.caches, num_blocks=width * len(sequences), block_size=BLOCK, dtype=torch.float32
+    )
+    program = model.program(pool.layers, longest, _MIB)
     assert isinstance(program, VisionProgram)
     for slot, (prompt, _) in enumerate(sequences):
         program.start(slot, prompt.ids, prompt.images)
@@ -77,8 +73,7 @@ def run(
         logits = program.run(batch, range(len(batch.ids)))
         for (slot, _, _), part in zip(rows, logits.split([len(ids) for _, ids, _ in rows]), strict=True):
             found[slot].append(part.clone())
-    for pool in pools:
-        pool.close()
+    pool.close()
     return [torch.cat(parts).numpy() for parts in found], program
 
 

@@ -40,9 +40,10 @@ EOS_ID = 256
 BOS_ID = 257
 VOCAB_SIZE = 258
 GARBAGE = -1
-# What a place of the cache holds: a token, its position, whether computed as drawn ones are, its adapter.
-_Written = tuple[int, int, bool, Any]
-_NOTHING: _Written = (GARBAGE, GARBAGE, False, None)
+# What a place of the cache holds: a token, its position, whether computed as drawn ones are, its adapter, and
+# the group of layers that wrote it.
+_Written = tuple[int, int, bool, Any, int]
+_NOTHING: _Written = (GARBAGE, GARBAGE, False, None, 0)
 
 NextToken = Callable[[Sequence[int], SamplingParams, int], int]
 
@@ -152,6 +153,7 @@ class FakeRunner:
     takes_whole_prompts: bool = False
     has_prompt_arithmetic: bool = False
     drafts: DraftLimits | None = None
+    windows: tuple[int | None, ...] = (None,)
     next_token: NextToken = letters
     step_s: float = 0.0
     is_manual: bool = False
@@ -343,9 +345,7 @@ class FakeRunner:
         result.num_drafts += len(guesses)
         result.num_drafted_rows += bool(guesses)
         for at in range(len(guesses) + 1):
-            seen = [self._store[self._place(row, position)] for position in range(len(slot.tokens))]
-            wanted = self._wanted(slot, len(slot.tokens), row.adapter)
-            self._require(seen == wanted, f"slot {row.slot}: reads {seen}, wants {wanted}")
+            self._read(row, slot, len(slot.tokens) - 1, len(slot.tokens))
             sampled = self._draw(slot)
             if at == 0:
                 result.sampled[index] = sampled
@@ -360,23 +360,27 @@ class FakeRunner:
         if row.stop is not None:
             begin = len(slot.tokens) - 1
             tokens = [slot.tokens[-1], *self._guesses[row.slot]] if begin < row.stop else []
-            for position in range(max(begin, row.start), row.stop) if is_tainted else ():
-                self._store[self._place(row, position)] = _NOTHING
-            for at, token in enumerate(() if is_tainted else tokens):
-                self._store[self._place(row, begin + at)] = (token, begin + at, is_generated, row.adapter)
+            for group in range(len(self.windows)):
+                for position in range(max(begin, row.start), row.stop) if is_tainted else ():
+                    self._store[self._place(row, position, group)] = _NOTHING
+                for at, token in enumerate(() if is_tainted else tokens, begin):
+                    self._store[self._place(row, at, group)] = (token, at, is_generated, row.adapter, group)
             return
         tokens = slot.tokens[-1:] if row.token_ids is None else list(row.token_ids)
         self._require(bool(tokens), "a row without tokens")
-        for at, token in enumerate(tokens):
-            place = self._place(row, row.start + at)
-            self._store[place] = (
-                _NOTHING if is_tainted else (token, row.start + at, is_generated, row.adapter)
-            )
+        for group in range(len(self.windows)):
+            for at, token in enumerate(tokens, row.start):
+                written = (token, at, is_generated, row.adapter, group)
+                self._store[self._place(row, at, group)] = _NOTHING if is_tainted else written
 
-    def _wanted(self, slot: _Slot, end: int, adapter: Any) -> list[_Written]:
-        """Return what a sequence's first tokens must have written."""
+    def _read(self, row: StepRow, slot: _Slot, start: int, end: int) -> None:
+        """Check what tokens [start, end) of a sequence read: in each group as far back as its window goes."""
         num_prompt = len(slot.start.prompt_ids) if self.has_prompt_arithmetic else end
-        return [(token, at, at >= num_prompt, adapter) for at, token in enumerate(slot.tokens[:end])]
+        for group, window in enumerate(self.windows):
+            positions = range(0 if window is None else max(start - window + 1, 0), end)
+            seen = [self._store[self._place(row, at, group)] for at in positions]
+            wanted = [(slot.tokens[at], at, at >= num_prompt, row.adapter, group) for at in positions]
+            self._require(seen == wanted, f"slot {row.slot} at {start}: reads {seen}, wants {wanted}")
 
     def _row(self, row: StepRow, is_tainted: bool) -> Sampled | None:
         slot = self._slots[row.slot]
@@ -387,9 +391,7 @@ class FakeRunner:
             if row.samples:
                 slot.tokens.append(0)
             return Sampled(0) if row.samples else None
-        seen = [self._store[self._place(row, position)] for position in range(end)]
-        wanted = self._wanted(slot, end, row.adapter)
-        self._require(seen == wanted, f"slot {row.slot} at {row.start}: reads {seen}, wants {wanted}")
+        self._read(row, slot, row.start, end)
         if row.pools is not None and row.pools.needs_all:
             self._require(slot.num_pooled == row.start, "a prompt is not pooled from its beginning")
             slot.num_pooled = end
@@ -415,10 +417,12 @@ class FakeRunner:
             token = (token + 1) % VOCAB_SIZE
         return token
 
-    def _place(self, row: StepRow, position: int) -> int:
+    def _place(self, row: StepRow, position: int, group: int) -> int:
         index, offset = divmod(position, self.block_size)
-        self._require(index < len(row.block_table), "the block table is too short")
-        block = row.block_table[index]
+        self._require(len(row.block_tables) == len(self.windows), "not a block table a group")
+        table = row.block_tables[group]
+        self._require(index < len(table), "the block table is too short")
+        block = table[index]
         self._require(0 <= block < self.num_blocks, f"no such block: {block}")
         return block * self.block_size + offset
 

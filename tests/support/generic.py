@@ -111,26 +111,20 @@ def program_of(
     layout: ops.AdapterLayout | None = None,
 ) -> Iterator[Program]:
     """Make a model's program, over pools of float32 that have `max_context` tokens of each sequence."""
-    pools = [
-        ops.KvPool(
-            num_layers=cache.num_layers,
-            num_blocks=num_sequences * _width(max_context),
-            num_kv_heads=cache.num_kv_heads,
-            head_dim=cache.head_dim,
-            value_dim=cache.value_dim,
-            block_size=BLOCK_SIZE,
-            dtype=torch.float32,
-        )
-        for cache in model.config.caches
-    ]
+    shapes, num_blocks = model.config.caches, num_sequences * _width(max_context)
+    pool = (
+        ops.KvPool(shapes, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
+        if shapes
+        else None
+    )
+    caches = [] if pool is None else pool.layers
     try:
         if isinstance(model, GenericModel):
-            yield cast(Program, model.program(pools, max_context, adapters=layout))
+            yield cast(Program, model.program(caches, max_context, adapters=layout))
             return
-        (pool,) = pools
         num_tokens = num_sequences * max_context
         yield ops.CpuProgram(
-            record(model, pool.layers),
+            record(model, caches),
             max_tokens=num_tokens,
             max_sequences=num_sequences,
             max_rows=num_tokens,
@@ -138,7 +132,7 @@ def program_of(
             adapters=layout,
         )
     finally:
-        for pool in pools:
+        if pool is not None:
             pool.close()
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tgi_asgi.ops import KvLayer, KvPool, layout
+from tgi_asgi.models.config import CacheShape
+from tgi_asgi.ops import KvLayer, KvPool, kept_dim, layout
 
 _Bytes = npt.NDArray[np.uint8]
 _SUB_BLOCK = 16  # tokens
@@ -35,10 +36,8 @@ def poisoned_pool(
     value_dim: int | None = None,
 ) -> KvPool:
     """Make a pool of which nothing has been written."""
-    pool = KvPool(
-        num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads, head_dim=head_dim,
-        block_size=block_size, dtype=dtype, value_dim=value_dim,
-    )  # fmt: skip
+    shape = CacheShape(num_kv_heads, head_dim, value_dim or head_dim)
+    pool = KvPool([shape] * num_layers, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
     poison(pool)
     return pool
 
@@ -51,7 +50,7 @@ def read_kv(layer: KvLayer, slots: Tensor, rotary_dim: int | None = None) -> tup
     found = []
     for which in (0, 1):
         kept = _kept_dims(layer, which, rotary_dim)
-        out = torch.empty(len(slots), layer.pool.num_kv_heads, layer.head_dim)
+        out = torch.empty(len(slots), layer.num_kv_heads, layer.head_dim)
         out[..., torch.from_numpy(kept[kept >= 0])] = _load(layer, slots, which)[..., kept >= 0]
         found.append(out)
     return found[0], found[1]
@@ -85,7 +84,7 @@ def _sub_blocks(layer: KvLayer, which: int) -> _Bytes:
     """Return the bytes of a layer's keys or values, [block, kv_head, sub-block, bytes]: a view."""
     pool = layer.pool
     memory = pool.native.memory()
-    sizes = (pool.num_blocks, len(pool.layers), 2, pool.num_kv_heads, pool.block_size // _SUB_BLOCK, -1)
+    sizes = (pool.num_blocks, len(pool.layers), 2, layer.num_kv_heads, pool.block_size // _SUB_BLOCK, -1)
     view: _Bytes = memory.reshape(*sizes)[:, layer.index, which]
     return view
 
@@ -95,7 +94,7 @@ def _element_words(layer: KvLayer, which: int) -> npt.NDArray[Any]:
 
     For values the last is one alone.
     """
-    dtype, num_kept = layer.pool.dtype, layer.pool.native.head_dim
+    dtype, num_kept = layer.pool.dtype, kept_dim(layer.head_dim, layer.pool.dtype)
     group = 4 // dtype.itemsize  # numbers in a word: of keys dims, of values tokens
     words = {4: np.int32, 2: np.int16, 1: np.uint8}[dtype.itemsize]
     flat = _sub_blocks(layer, which)[..., : _SUB_BLOCK * num_kept * dtype.itemsize].view(words)
@@ -109,7 +108,7 @@ def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any]
     """Return the view above, and the index that picks [n_slots, kv_heads, dims, 1 or g] of it."""
     words = _element_words(layer, which)
     block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
-    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    heads = np.arange(layer.num_kv_heads)[None, :]
     token = offset % _SUB_BLOCK
     places = (token,) if which == 0 else np.divmod(token, words.shape[4])
     return words, (block, heads, offset // _SUB_BLOCK, *places)
@@ -117,11 +116,11 @@ def _picked(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any]
 
 def _scales(layer: KvLayer, slots: Tensor, which: int) -> tuple[npt.NDArray[Any], tuple[Any, ...]]:
     """Return an int8 layer's scales as a view, and the index that picks [n_slots, kv_heads, strips] of it."""
-    codes = _SUB_BLOCK * layer.pool.native.head_dim
+    codes = _SUB_BLOCK * kept_dim(layer.head_dim, layer.pool.dtype)
     halves = _sub_blocks(layer, which)[..., codes:].view(np.float16)
     view = halves.reshape(*halves.shape[:3], -1, _SUB_BLOCK).swapaxes(3, 4)
     block, offset = np.divmod(slots.numpy()[:, None], layer.pool.block_size)
-    heads = np.arange(layer.pool.num_kv_heads)[None, :]
+    heads = np.arange(layer.num_kv_heads)[None, :]
     return view, (block, heads, offset // _SUB_BLOCK, offset % _SUB_BLOCK)
 
 

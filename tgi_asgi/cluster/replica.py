@@ -14,7 +14,17 @@ from typing import cast
 from tgi_asgi.api.context import Served
 from tgi_asgi.app import App, Loader, create_app, load_model
 from tgi_asgi.cluster.totals import snapshot
-from tgi_asgi.cluster.wire import Course, Description, Reply, Report, Seen, WireRequest, finishes_of, packed
+from tgi_asgi.cluster.wire import (
+    Course,
+    Description,
+    Reply,
+    Report,
+    Seen,
+    WireRequest,
+    finishes_of,
+    join_digests,
+    packed,
+)
 from tgi_asgi.engine.adapters import Adapters
 from tgi_asgi.engine.engine import Engine
 from tgi_asgi.engine.journal import BlockJournal
@@ -89,8 +99,8 @@ class Replica:
             self.name,
             Seen(self._life, journal.end),
             is_whole,
-            b"".join(digest for digest, is_found in changes.items() if is_found),
-            b"".join(digest for digest, is_found in changes.items() if not is_found),
+            join_digests(digest for digest, is_found in changes.items() if is_found),
+            join_digests(digest for digest, is_found in changes.items() if not is_found),
             stats.accepted - stats.finished - stats.failed - stats.cancelled,
             snapshot(stats),
             {} if self._adapters is None else self._adapters.keys,

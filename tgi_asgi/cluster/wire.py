@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -160,6 +160,15 @@ class Report:
     num_open: int = 0
     stats: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+def join_digests(digests: Iterable[bytes]) -> bytes:
+    """Join digests for a report: those of blocks of the first group of layers, one a block of a prompt.
+
+    An ingress counts how much of a prompt's beginning a replica has; what other groups have of it is longer
+    (`engine/hits.py`), and says no more to who knows no windows.
+    """
+    return b"".join(digest for digest in digests if len(digest) == _DIGEST_BYTES)
 
 
 def split_digests(joined: bytes) -> list[bytes]:

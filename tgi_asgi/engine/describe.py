@@ -58,5 +58,7 @@ def _sequence(sequence: Sequence) -> dict[str, Any]:
         "slot": sequence.slot,
         "computed_tokens": sequence.num_computed,
         "output_tokens": sequence.num_output,
-        "blocks": list(sequence.table),
+        "blocks": [
+            table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)
+        ],
     }

@@ -34,11 +34,12 @@ def plan_drafts(
     for row, sequence in zip(rows, sequences, strict=True):
         first_end = min(row.start + sequence.num_ahead + 1, sequence.last_end)
         end = min(first_end + count, sequence.last_end)
-        spare = max(tables.pool.num_free - len(rows), 0)
-        end = min(end, (len(sequence.table) + spare) * tables.block_size)
+        spare = max(tables.pool.num_free // tables.num_groups - len(rows), 0)
+        table = sequence.tables[0]  # that decodes: all are of one length
+        end = min(end, (len(table) + spare) * tables.block_size)
         if end <= first_end:
             continue
-        while end > len(sequence.table) * tables.block_size:
+        while end > len(table) * tables.block_size:
             tables.grow(sequence)
         row.token_ids, row.stop, row.num_drafts = None, end, end - first_end
         sequence.num_ahead += row.num_drafts

@@ -223,10 +223,17 @@ class Engine:
                 code="context_length_exceeded",
             )
         # The last token drawn is never fed back.
-        if self.scheduler.tables.blocks_for(num_tokens - 1) > self._runner.num_blocks:
+        needs, num_blocks = self.scheduler.tables.needs, self._runner.num_blocks
+        wants_all = request.prompt_logprobs is not None or (
+            request.pooling is not None and request.pooling.needs_all
+        )
+        needed = needs.of_tokens(num_tokens - 1)
+        if wants_all:
+            needed = max(needed, needs.of_tokens(len(prompt), keeps_all=True))
+        if needed > num_blocks:
             raise InvalidRequest(
-                f"prompt and max_tokens need {num_tokens - 1} tokens of KV cache, which has "
-                f"{self._runner.num_blocks * self._runner.block_size}",
+                f"prompt and max_tokens need {needed * needs.block_size} tokens of KV cache, which has "
+                f"{num_blocks * needs.block_size}",
                 code="context_length_exceeded",
             )
 

@@ -78,6 +78,7 @@ class ServingLoop:
             takes_whole_prompts=runner.takes_whole_prompts,
             has_prompt_arithmetic=runner.has_prompt_arithmetic,
             drafts=runner.drafts,
+            windows=runner.windows,
             waiting_served_ratio=settings.waiting_served_ratio,
             max_waiting_steps=settings.max_waiting_tokens,
             max_adapters=settings.max_loras,

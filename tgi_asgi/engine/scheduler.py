@@ -12,6 +12,10 @@ that it, or a row planned before it, writes for the same tokens. So a hit on a p
 should (1, 3), and a late write for a sequence that has ended lands before its block's next owner writes (1),
 and is overwritten before it is read (4), or is what a hit wanted.
 
+Behind a window a sequence gives blocks back while it runs: when the result of a row is applied, those that no
+token behind that row reads. Its rows in flight begin there, so they neither read nor write them; so does a row
+that is run again, but for a prompt whose scores begin again: that keeps all until it is computed.
+
 After a failed step (1) does not hold. `rollback` forgets what the step was to fill and takes their blocks
 from those that were to read it: no row is run again before what it reads is there. Only rows are run again
 whose sequence still holds its blocks, and the source of a copy is held until the copy has been applied. A
@@ -34,6 +38,7 @@ from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step, take_over
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.engine.waiting import WaitingQueue
+from tgi_asgi.runner.groups import BlockNeeds
 from tgi_asgi.runner.plan import DraftLimits, SlotStart, StepPlan, StepResult, StepRow
 from tgi_asgi.types import Eyes, SamplingParams
 
@@ -57,6 +62,7 @@ class Scheduler:
             the one or the other, and a block with drawn tokens is its sequence's alone: so the bits of a
             text depend on what is prompt in it, and not on what others have asked, or on a preemption.
         drafts: how many the runner takes.
+        windows: of the groups of layers, as the runner's.
         waiting_served_ratio: while some decode, prompts start only once so many times as many wait, or after
             `max_waiting_steps`: steps without prompts are shorter. 0: at once.
         max_adapters: different ones that a step may have.
@@ -78,6 +84,7 @@ class Scheduler:
         takes_whole_prompts: bool = False,
         has_prompt_arithmetic: bool = False,
         drafts: DraftLimits | None = None,
+        windows: tuple[int | None, ...] = (None,),
         waiting_served_ratio: float = 0.0,
         max_waiting_steps: int = 20,
         max_adapters: int = 8,
@@ -85,8 +92,8 @@ class Scheduler:
         self.pool = BlockPool(num_blocks, num_eager_blocks)
         self.cuts = Cuts(eyes)
         self.tables = BlockTables(
-            self.pool, block_size, prefix_cache=prefix_cache, can_fork=can_fork,
-            shares_prompts_alone=has_prompt_arithmetic, stats=stats,
+            self.pool, BlockNeeds(windows, block_size, max_step_tokens), prefix_cache=prefix_cache,
+            can_fork=can_fork, shares_prompts_alone=has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
         self._has_prompt_arithmetic = has_prompt_arithmetic
         self._has_eyes = eyes is not None
@@ -199,7 +206,7 @@ class Scheduler:
 
         About 1 us a row.
         """
-        if self.pool.num_free < len(self._running):
+        if self.pool.num_free < len(self._running) * self.tables.num_groups:
             self._make_room()
         prefilling: list[Sequence] = []
         running, size = self._running, self.block_size
@@ -215,13 +222,13 @@ class Scheduler:
                 continue
             start, ahead = sequence.num_computed, sequence.num_ahead
             stop = min(start + ahead + 1, sequence.last_end)
-            if stop > len(sequence.table) * size:
+            if stop > len(sequence.tables[0]) * size:
                 self.tables.grow(sequence)
             if sequence.starts_slot:
                 self._start_slot(step.plan, sequence)
             known = None if pending else token_ids[start:]
             row = StepRow(
-                sequence.slot, known, start, sequence.table, True,
+                sequence.slot, known, start, sequence.tables, True,
                 is_generated=True, adapter=sequence.adapter,
             )  # fmt: skip
             if ahead:
@@ -236,27 +243,30 @@ class Scheduler:
         return prefilling
 
     def _make_room(self) -> None:
-        """Preempt until there is a block for each sequence that needs its next one."""
-        growing = [
-            sequence
-            for sequence in self._running
-            if not sequence.is_prefilling
-            and min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
-            > len(sequence.table) * self.block_size
-            and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
-        ]
-        while len(growing) > self.pool.num_free:
+        """Preempt until there are blocks for each sequence that needs its next ones."""
+        missing = {sequence: self._num_missing(sequence) for sequence in self._running}
+        while sum(missing.values()) > self.pool.num_free:
             victim = self._victim()
             self._suspend(victim)
             self._stats.preemptions += 1
-            if victim in growing:
-                growing.remove(victim)
+            del missing[victim]
+
+    def _num_missing(self, sequence: Sequence) -> int:
+        """Return how many blocks a sequence must get for its next token."""
+        if sequence.is_prefilling:
+            return self.tables.num_missing(sequence)
+        end = min(sequence.num_computed + sequence.num_ahead + 1, sequence.last_end)
+        is_growing = (
+            end > len(sequence.tables[0]) * self.block_size
+            and len(sequence.token_ids) + sequence.num_pending < sequence.prompt_len + sequence.max_tokens
+        )
+        return self.tables.num_groups if is_growing else 0
 
     def _victim(self) -> Sequence:
         """Return the least urgent sequence of the tenant that holds most blocks; not the first of all."""
         num_held = Counter[str | None]()
         for sequence in self._running:
-            num_held[sequence.tenant] += len(sequence.table)
+            num_held[sequence.tenant] += self.tables.num_held(sequence)
         others = self._running[1:] or self._running
         return max(others, key=lambda sequence: (num_held[sequence.tenant], sequence.urgency))
 
@@ -277,25 +287,30 @@ class Scheduler:
         """Add a row with as many of the sequence's known tokens as the budget allows; return how many.
 
         A chunk that does not finish them ends at a block boundary; a sliver is left to the next step, unless
-        it is all that this one has. So is a prompt that may not be cut.
+        it is all that this one has. So is a prompt that may not be cut, and what there are no blocks for.
         """
         start = sequence.num_computed
         count = remaining = len(sequence.token_ids) - start
+        limit = min(budget, self._cover(sequence, start + min(budget, count)) - start)
         if count > budget and self.takes_whole_prompts:
             if step.num_prefill_tokens:
                 return 0
-        elif count > budget:
-            aligned = budget - (start + budget) % self.block_size
-            if aligned <= 0 and step.num_prefill_tokens:
+        elif count > limit:
+            aligned = limit - (start + limit) % self.block_size
+            if aligned <= 0 and (step.num_prefill_tokens or limit <= 0):
                 return 0
-            count = aligned if aligned > 0 else budget
+            count = aligned if aligned > 0 else limit
         count = self._end_of_kind(sequence, start + count) - start
         if self._has_eyes:
             count = self._before_images(step, sequence, count)
-            if count == 0:
+            if count == 0 or self._cover(sequence, start + count) < start + count:
                 return 0
         self._add_row(step, sequence, count, samples=count == remaining)
         return count
+
+    def _cover(self, sequence: Sequence, end: int) -> int:
+        """Give a prompt blocks up to a position; return up to where it has them."""
+        return self.tables.cover(sequence, end, spare=len(self._running) * self.tables.num_groups)
 
     def _end_of_kind(self, sequence: Sequence, end: int) -> int:
         """Return where a row that is to end there must end: a prompt's before tokens that were drawn."""
@@ -326,8 +341,8 @@ class Scheduler:
         plan = step.plan
         if sequence.starts_slot:
             self._start_slot(plan, sequence)
-        if sequence.copy_source is not None:
-            plan.copies.append((sequence.copy_source, sequence.table[start // self.block_size]))
+        for block, table in zip(sequence.copy_sources, sequence.tables, strict=False):  # none, or one of each
+            plan.copies.append((block, table[start // self.block_size]))
         wanted = sequence.request.prompt_logprobs if sequence.wants_prompt_logprobs else None
         tokens = sequence.token_ids[start : start + count]
         second_start = sequence.request.second_start
@@ -335,7 +350,7 @@ class Scheduler:
         at = step.num_generated_rows if is_generated else len(plan.rows)
         step.num_generated_rows += is_generated
         row = StepRow(
-            sequence.slot, tokens, start, sequence.table, samples, wanted, sequence.pooling, second_start,
+            sequence.slot, tokens, start, sequence.tables, samples, wanted, sequence.pooling, second_start,
             is_generated, adapter=sequence.adapter,
         )  # fmt: skip
         plan.rows.insert(at, row)
@@ -429,7 +444,8 @@ class Scheduler:
                 sequence.is_prefilling = True
                 sequence.starts_slot = True
             for at in range(begin // self.block_size, self.tables.blocks_for(row.end)):
-                lost[row.block_table[at]] = max(begin, at * self.block_size)
+                for table in row.block_tables:
+                    lost[table[at]] = max(begin, at * self.block_size)
         self.pool.forget(lost)
         for sequence in self.running:
             if self.tables.reads(sequence, lost):
@@ -470,13 +486,13 @@ class Scheduler:
 
         `end_probe` gives back what it holds. None if no block or slot is free.
         """
-        if not self._slots or not self.pool.num_free:
+        if not self._slots or self.pool.num_free < self.tables.num_groups:
             return None
         step = self._new_step()
         self._next_step += 1
-        slot, block = self._slots.pop(), self.pool.allocate()
+        slot, blocks = self._slots.pop(), [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
         step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))
-        step.plan.rows.append(StepRow(slot, (0,), 0, [block], True))
+        step.plan.rows.append(StepRow(slot, (0,), 0, blocks, True))
         step.num_prefill_tokens = 1
         return step
 
@@ -484,4 +500,5 @@ class Scheduler:
         """Give back what a probe held."""
         [row] = step.plan.rows
         self._slots.append(row.slot)
-        self.pool.release(list(row.block_table))
+        for table in row.block_tables:
+            self.pool.release(list(table))

@@ -32,16 +32,20 @@ class Sequence:
     step, and backwards the choice of whom to preempt. `num_computed` counts the tokens whose KV entries are
     written or being written by a step in flight, `num_taken` those among them that are others' work: cached
     ones, or a leader's; `num_pending` the tokens that steps in flight will draw at the least, `num_ahead` how
-    many more they may draw and compute; `num_seen` the first images of the prompt, which are encoded.
-    `epoch` changes whenever the sequence leaves the running set: what older steps say of it is then void.
+    many more they may draw and compute; `num_settled` those of `num_computed` that no step in flight writes;
+    `num_seen` the first images of the prompt, which are encoded.
+
+    `tables` has a list of blocks, by position, for each group of layers; the first `num_given_back` of each
+    are behind its window, and no longer the sequence's. `epoch` changes whenever the sequence leaves the
+    running set: what older steps say of it is then void.
     """
 
     __slots__ = (
-        "adapter", "arrival_s", "chain", "choice", "copy_source", "epoch", "followers", "is_prefilling",
-        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_pending",
-        "num_registered", "num_seen", "num_taken", "owner", "pooling", "prompt_len", "request", "slot",
-        "starts_slot", "state", "stop_ids", "table", "tenant", "token_ids", "urgency",
-        "wants_prompt_logprobs", "watch",
+        "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
+        "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_given_back",
+        "num_pending", "num_registered", "num_seen", "num_settled", "num_taken", "owner", "pooling",
+        "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "tables", "tenant", "token_ids",
+        "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -84,8 +88,10 @@ class Sequence:
         self._reset()
 
     def _reset(self) -> None:
-        """Hold nothing: the table is a new list, for steps in flight may still read the old one."""
-        self.table: list[int] = []
+        """Hold nothing: the tables are new lists, for steps in flight may still read the old ones."""
+        self.tables: tuple[list[int], ...] = ()
+        self.num_given_back: list[int] = []
+        self.num_settled = 0
         self.num_taken = 0
         self.num_computed = 0
         self.num_pending = 0
@@ -94,7 +100,7 @@ class Sequence:
         self.num_seen = 0
         self.is_prefilling = True
         self.starts_slot = True
-        self.copy_source: int | None = None
+        self.copy_sources: list[int] = []
 
     def leave(self, state: SequenceState) -> None:
         """Leave the running set (or the queue); blocks and slot have been given back."""

@@ -1,6 +1,14 @@
 """Which sequence has which blocks: new ones, cached prefixes, forks, growth, and giving all of it back.
 
-Called by the scheduler, which decides who gets them; knows neither torch nor asyncio.
+A sequence has a block table for each group of layers, by position: a block of tokens is one block of each.
+Of a group with a window it holds no more than the window reaches into. Called by the scheduler, which decides
+who gets blocks; knows neither torch nor asyncio.
+
+    window 5, blocks of 4 tokens, a prompt of 19 in chunks of 8
+                                    all positions   window
+    0..7 planned                    0 1 2 3 4       0 1
+    0..7 computed, 8..15 planned    0 1 2 3 4       . 1 2 3       position 8 sees 4 and later
+    8..15 computed, 16..18 planned  0 1 2 3 4       . . . 3 4
 """
 
 from __future__ import annotations
@@ -8,17 +16,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.hits import Hit, find_hit, group_key
 from tgi_asgi.engine.sequence import Sequence
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.runner.groups import BlockNeeds
+
+_GIVEN_BACK = -1  # stands where a sequence never had a block: behind the window of its first token
 
 
 class BlockTables:
     """Fill and empty the block tables of sequences from one pool.
 
-    A table covers all tokens of a prompt from the start; when a sequence decodes it grows block by block.
-    `reserve` is how many free blocks a new sequence must leave to those that run already.
+    Tables cover all tokens of a prompt from the start, those of windows as many as are planned; when a
+    sequence decodes they all grow block by block. `reserve` is how many sequences run already, each of which
+    needs its next block soon.
 
     Args:
+        needs: of each group, in the order of a sequence's tables.
         shares_prompts_alone: blocks with tokens that were drawn are neither found nor left to be found: the
             same tokens of a prompt would fill them otherwise.
     """
@@ -26,7 +40,7 @@ class BlockTables:
     def __init__(
         self,
         pool: BlockPool,
-        block_size: int,
+        needs: BlockNeeds,
         *,
         prefix_cache: bool,
         can_fork: bool = True,
@@ -34,57 +48,64 @@ class BlockTables:
         stats: EngineStats,
     ) -> None:
         self.pool = pool
-        self.block_size = block_size
+        self.needs = needs
+        self.block_size = needs.block_size
+        self.num_groups = len(needs.windows)
+        self._groups = range(self.num_groups)
+        self._windowed = [group for group in self._groups if needs.windows[group] is not None]
         self._prefix_cache, self._can_fork = prefix_cache, can_fork
         self._shares_prompts_alone = shares_prompts_alone
         self._stats = stats
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks hold that many tokens."""
+        """Return how many blocks of a group hold that many tokens."""
         return -(-num_tokens // self.block_size)
 
+    def num_held(self, sequence: Sequence) -> int:
+        """Return how many blocks a sequence holds."""
+        return sum(map(len, sequence.tables)) - sum(sequence.num_given_back)
+
     def start(self, sequence: Sequence, reserve: int) -> bool:
-        """Give a sequence blocks for all its tokens, from the cache or its leader as far as they reach."""
+        """Give a sequence blocks, from the cache or its leader as far as they reach."""
         leader = sequence.leader
         is_new = sequence.num_output == 0
         if leader is not None and is_new and self._prefix_cache:
             num_prompt_blocks = sequence.prompt_len // self.block_size
             sequence.chain = leader.chain.fork(num_prompt_blocks, sequence.token_ids)
-        if leader is not None and is_new and leader.has_computed_prompt and self._can_fork:
+        if leader is not None and is_new and self._may_fork(sequence, leader):
             return self._fork(sequence, leader, reserve)
         return self._take(sequence, reserve)
 
     def _take(self, sequence: Sequence, reserve: int) -> bool:
-        """Take the longest cached prefix, and new blocks for the rest."""
+        """Take the longest cached prefix, and new blocks for what comes behind."""
         pool = self.pool
-        cached = self._find_prefix(sequence) if self._may_look_up(sequence) else []
-        num_new = self.blocks_for(len(sequence.token_ids)) - len(cached)
-        if pool.num_free - num_new - sum(map(pool.is_free, cached)) < reserve:
+        hit = Hit.none(self.num_groups)
+        if self._may_look_up(sequence):
+            num_shared = self._num_shared(sequence, len(sequence.token_ids) - 1)
+            hit = find_hit(pool, self.needs, sequence, num_shared)
+        num_tokens = len(sequence.token_ids)
+        num_blocks = self.blocks_for(num_tokens)
+        num_new = self.needs.of_tokens(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
+        num_revived = sum(pool.is_free(block) for blocks in hit.blocks for block in blocks)
+        if pool.num_free - num_new - num_revived < reserve * self.num_groups:
             return False
-        for block in cached:
-            pool.take(block)
-        sequence.table = cached + [pool.allocate() for _ in range(num_new)]
-        sequence.num_registered = len(cached)
-        sequence.num_computed = sequence.num_taken = len(cached) * self.block_size
+        for blocks in hit.blocks:
+            for block in blocks:
+                pool.take(block)
+        sequence.num_given_back = [hit.num_blocks - len(blocks) for blocks in hit.blocks]
+        sequence.tables = tuple(
+            [_GIVEN_BACK] * sequence.num_given_back[group] + blocks for group, blocks in enumerate(hit.blocks)
+        )
+        for group, table in enumerate(sequence.tables):
+            if self.needs.windows[group] is None or sequence.needs_all:
+                table.extend(pool.allocate() for _ in range(num_blocks - len(table)))
+        sequence.num_registered = hit.num_blocks
+        sequence.num_computed = sequence.num_taken = hit.num_blocks * self.block_size
+        sequence.num_settled = sequence.num_computed
         return True
 
     def _may_look_up(self, sequence: Sequence) -> bool:
         return self._prefix_cache and sequence.request.is_prefix_cached and not sequence.needs_all
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Return the blocks of the longest cached prefix; at least one token is left to compute."""
-        blocks: list[int] = []
-        tokens = sequence.token_ids
-        num_blocks = self._num_shared(sequence, len(tokens) - 1)
-        for index in range(num_blocks):
-            block = self.pool.find(sequence.chain.digest(index, tokens))
-            if block is None:
-                break
-            blocks.append(block)
-        for index in range(len(blocks), num_blocks):  # the pool learns what it should have kept
-            if not self.pool.miss(sequence.chain.digest(index, tokens)):
-                break
-        return blocks
 
     def _num_shared(self, sequence: Sequence, num_tokens: int) -> int:
         """Return how many blocks the first `num_tokens` tokens fill that others may share."""
@@ -92,30 +113,73 @@ class BlockTables:
             num_tokens = min(num_tokens, sequence.prompt_len)
         return num_tokens // self.block_size
 
+    def _may_fork(self, sequence: Sequence, leader: Sequence) -> bool:
+        """Tell whether a leader holds all that the last token of the prompt reads."""
+        if not self._can_fork or not leader.has_computed_prompt:
+            return False
+        last = sequence.prompt_len - 1
+        return all(
+            leader.num_given_back[group] <= self.needs.first_read(group, last) for group in self._groups
+        )
+
     def _fork(self, sequence: Sequence, leader: Sequence, reserve: int) -> bool:
         """Share the leader's full blocks before the last prompt token, and copy the partial one.
 
         That token is computed again, so that each choice draws its own first token.
         """
-        if self.pool.num_free - 1 < reserve:
+        if self.pool.num_free - self.num_groups < reserve * self.num_groups:
             return False
         start = sequence.prompt_len - 1
         num_shared, num_partial = divmod(start, self.block_size)
-        sequence.table = leader.table[:num_shared]
-        for block in sequence.table:
-            self.pool.share(block)
-        sequence.table.append(self.pool.allocate())
+        sequence.num_given_back = [self.needs.first_read(group, start) for group in self._groups]
+        sequence.tables = tuple(
+            [_GIVEN_BACK] * first + table[first:num_shared]
+            for first, table in zip(sequence.num_given_back, leader.tables, strict=True)
+        )
+        for first, table in zip(sequence.num_given_back, sequence.tables, strict=True):
+            for block in table[first:]:
+                self.pool.share(block)
+            table.append(self.pool.allocate())
         if num_partial:
-            sequence.copy_source = leader.table[num_shared]
-            self.pool.share(sequence.copy_source)
-        sequence.num_computed = sequence.num_taken = start
+            sequence.copy_sources = [table[num_shared] for table in leader.tables]
+            for block in sequence.copy_sources:
+                self.pool.share(block)
+        sequence.num_computed = sequence.num_taken = sequence.num_settled = start
         sequence.num_registered = num_shared
         sequence.num_cached = 0
         return True
 
     def grow(self, sequence: Sequence) -> None:
-        """Add a block; needs a free one."""
-        sequence.table.append(self.pool.allocate())
+        """Add a block to each table; needs so many free ones."""
+        for table in sequence.tables:
+            table.append(self.pool.allocate())
+
+    def cover(self, sequence: Sequence, end: int, spare: int = 0) -> int:
+        """Give a prompt that is being computed blocks up to this position, as far as there are any.
+
+        All but the next one leave so many free blocks to others. Returns the position up to which it has all.
+        """
+        if not self._windowed:
+            return self.blocks_for(len(sequence.token_ids)) * self.block_size
+        num_entries = len(sequence.tables[self._windowed[0]])  # of each window's
+        given_back, needs = sequence.num_given_back, self.needs
+        most = min(given_back[group] + needs.most_held(group, end) for group in self._windowed)
+        count = min(self.blocks_for(end), most) - num_entries
+        if count > 0:
+            width, num_free = len(self._windowed), self.pool.num_free
+            count = min(count, max((num_free - spare) // width, 1))
+            if count * width <= num_free:
+                for group in self._windowed:
+                    sequence.tables[group].extend(self.pool.allocate() for _ in range(count))
+                num_entries += count
+        return num_entries * self.block_size
+
+    def num_missing(self, sequence: Sequence) -> int:
+        """Return how many blocks a prompt lacks for its next token, where no step in flight will free any."""
+        if not self._windowed or sequence.num_settled < sequence.num_computed:
+            return 0
+        is_covered = sequence.num_computed < len(sequence.tables[self._windowed[0]]) * self.block_size
+        return 0 if is_covered else len(self._windowed)
 
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Make what the first `num_tokens` tokens fill findable: the steps planned so far write it."""
@@ -125,36 +189,51 @@ class BlockTables:
         if self._prefix_cache:
             for index in range(sequence.num_registered, num_full):
                 digest = sequence.chain.digest(index, sequence.token_ids)
-                self.pool.register(sequence.table[index], digest)
+                for group, table in enumerate(sequence.tables):
+                    self.pool.register(table[index], group_key(digest, group))
         sequence.num_registered = num_full
 
     def settle(self, sequence: Sequence, num_computed: int) -> None:
-        """Learn that the first `num_computed` tokens are in the cache for good."""
-        if sequence.copy_source is not None:
-            self._release_copy(sequence)
+        """Learn that the first `num_computed` tokens are in the cache for good, and no row begins before."""
+        if sequence.copy_sources:
+            self._release_copies(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_taken
             if self._may_look_up(sequence):
                 self._stats.prefix_query_tokens += sequence.prompt_len
                 self._stats.prefix_hit_tokens += sequence.num_taken
         self.register(sequence, num_computed)
+        sequence.num_settled = num_computed
+        if self._windowed and not sequence.needs_all:
+            self._leave_behind(sequence, num_computed)
+
+    def _leave_behind(self, sequence: Sequence, position: int) -> None:
+        """Give back what no token from this position on reads. Their ids stay: a step may still be read."""
+        for group in self._windowed:
+            first, before = self.needs.first_read(group, position), sequence.num_given_back[group]
+            if first > before:
+                self.pool.release(sequence.tables[group][before:first])
+                sequence.num_given_back[group] = first
 
     def reads(self, sequence: Sequence, lost: Mapping[int, int]) -> bool:
         """Tell whether a sequence was to read of others what is lost: blocks, and from which position on."""
-        shared = sequence.table[: sequence.num_taken // self.block_size]
-        if not lost.keys().isdisjoint(shared):
-            return True
-        source = sequence.copy_source
-        return source is not None and lost.get(source, sequence.num_taken) < sequence.num_taken
+        num_shared = sequence.num_taken // self.block_size
+        for table, first in zip(sequence.tables, sequence.num_given_back, strict=True):
+            if not lost.keys().isdisjoint(table[first:num_shared]):
+                return True
+        return any(
+            lost.get(block, sequence.num_taken) < sequence.num_taken for block in sequence.copy_sources
+        )
 
     def give_back(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Release all blocks of a sequence; with `forget` none of them can be found any more."""
-        if forget:
-            self.pool.forget(sequence.table)
-        self._release_copy(sequence)
-        self.pool.release(sequence.table)
+        held = [table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)]
+        self._release_copies(sequence)
+        for blocks in held:
+            if forget:
+                self.pool.forget(blocks)
+            self.pool.release(blocks)
 
-    def _release_copy(self, sequence: Sequence) -> None:
-        if sequence.copy_source is not None:
-            self.pool.release([sequence.copy_source])
-            sequence.copy_source = None
+    def _release_copies(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.copy_sources)
+        sequence.copy_sources = []

@@ -68,12 +68,12 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Layers whose keys and values are of one shape: a pool of blocks has them."""
+    """One layer's keys and values, and for how long a sequence needs them."""
 
-    num_layers: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    window: int | None = None  # positions before this many, a token's own included, are never read again
 
 
 class ServedConfig(Protocol):
@@ -97,7 +97,7 @@ class ServedConfig(Protocol):
 
     @property
     def caches(self) -> Sequence[CacheShape]:
-        """The shapes of keys and values; none where a model keeps all in states."""
+        """The keys and values of each layer that has any."""
 
     @property
     def other_bytes_per_token(self) -> int:
@@ -205,8 +205,10 @@ class ModelConfig:
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """The shape of keys and values, which all layers share."""
-        return (CacheShape(self.num_layers, self.num_kv_heads, self.head_dim, self.head_dim),)
+        """The keys and values of each layer: all have one shape."""
+        return tuple(
+            CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window) for layer in self.layers
+        )
 
     @property
     def has_states(self) -> bool:

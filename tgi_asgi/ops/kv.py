@@ -37,17 +37,26 @@ def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
     return padded
 
 
-def kv_bytes_per_token(
-    num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, value_dim: int | None = None
-) -> int:
-    """Return what a token takes in the caches of all layers; values have `value_dim` dims, None: `head_dim`.
+class HeadShape(Protocol):
+    """The heads of one layer's keys and values; values have `value_dim` dims a head."""
+
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+
+
+def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
+    """Return what a token takes in the cache of a layer of this shape.
 
     Raises:
         ValueError: as `kept_dim`.
     """
-    kept = kept_dim(head_dim, dtype) + kept_dim(value_dim or head_dim, dtype, "value_dim")
+    kept = kept_dim(shape.head_dim, dtype) + kept_dim(shape.value_dim, dtype, "value_dim")
     scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # of float16, one a strip
-    return num_layers * num_kv_heads * (kept * dtype.itemsize + scales)
+    return shape.num_kv_heads * (kept * dtype.itemsize + scales)
 
 
 class Cache(Protocol):
@@ -64,31 +73,28 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's keys and values: the `Cache` of a CPU."""
+    """One layer's keys and values: the `Cache` of a CPU. Dims are without padding."""
 
     pool: KvPool
     index: int
-
-    @property
-    def head_dim(self) -> int:
-        """Dims of a head of keys, without padding."""
-        return self.pool.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Dims of a head of values, without padding."""
-        return self.pool.value_dim
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
 
 
 class KvPool:
     """The memory of all layers; the system commits it as blocks are first written.
 
-        pool = KvPool(num_layers=30, num_blocks=512, num_kv_heads=3, head_dim=64, block_size=16, dtype=...)
+        pool = KvPool([CacheShape(3, 64, 64)] * 30, num_blocks=512, block_size=16, dtype=torch.bfloat16)
         q = ops.qkv(a, weight, pool.layers[0], rope)
 
-    A block's keys and values of all layers lie together. Inside a layer [keys, values][KV head], in
-    sub-blocks of 16 tokens, see KvLayerView in csrc/cpu/step/step.h. Values have `value_dim` dims a
-    head, None: as many as keys.
+    A block's keys and values of all layers of a group lie together; a step has a block table for each group,
+    and any block may be any group's. Inside a layer [keys, values][KV head], in sub-blocks of 16 tokens, see
+    KvLayerView in csrc/cpu/step/step.h.
+
+    Args:
+        shapes: of each layer.
+        groups: of each layer; None: there is one.
 
     Raises:
         ValueError: a size or dtype that the kernels do not have.
@@ -100,27 +106,29 @@ class KvPool:
 
     def __init__(
         self,
+        shapes: Sequence[HeadShape],
         *,
-        num_layers: int,
         num_blocks: int,
-        num_kv_heads: int,
-        head_dim: int,
         block_size: int,
         dtype: torch.dtype,
-        value_dim: int | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
-        self.num_blocks, self.num_kv_heads, self.head_dim = num_blocks, num_kv_heads, head_dim
-        self.value_dim = head_dim if value_dim is None else value_dim
-        self.block_size, self.dtype = block_size, dtype
+        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
+        kept = [
+            (each.num_kv_heads, kept_dim(each.head_dim, dtype), kept_dim(each.value_dim, dtype, "value_dim"))
+            for each in shapes
+        ]
         self.native = _C.KvPool(
-            num_layers=num_layers, num_blocks=num_blocks, num_kv_heads=num_kv_heads,
-            head_dim=kept_dim(head_dim, dtype), value_dim=kept_dim(self.value_dim, dtype, "value_dim"),
-            block_size=block_size, precision=_PRECISIONS[dtype],
+            layers=[(*shape, group) for shape, group in zip(kept, groups or [0] * len(kept), strict=True)],
+            num_blocks=num_blocks, block_size=block_size, precision=_PRECISIONS[dtype],
         )  # fmt: skip
-        self.layers = [KvLayer(self, index) for index in range(num_layers)]
+        self.layers = [
+            KvLayer(self, index, each.num_kv_heads, each.head_dim, each.value_dim)
+            for index, each in enumerate(shapes)
+        ]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in every layer, as if all at once.
+        """Copy blocks (from, to), whichever group's they are, as if all at once.
 
         Raises:
             ValueError: a block is not there, is both, or is copied to twice; nothing has been copied.

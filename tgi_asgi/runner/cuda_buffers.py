@@ -85,7 +85,8 @@ class StepBuffers:
         self.query_start[: s + 1], self.query_start[s + 1 :] = torch.from_numpy(batch.query_start), n
         self.context_len[:s], self.context_len[s:] = torch.from_numpy(batch.context_len), 0
         self.block_table.zero_()
-        self.block_table[:s, : batch.block_table.shape[1]] = torch.from_numpy(batch.block_table)
+        (table,) = batch.block_tables  # of all layers
+        self.block_table[:s, : table.shape[1]] = torch.from_numpy(table)
         self.from_slot.fill_(-1)
         self.from_slot[: len(from_slot)] = torch.tensor(from_slot, dtype=torch.int32)
         self.rows[:r], self.rows[r:] = torch.tensor(rows, dtype=torch.int32), 0

@@ -39,6 +39,7 @@ class EncoderRunner:
     has_prompt_arithmetic = False
     eyes: Eyes | None = None
     drafts: DraftLimits | None = None
+    windows: tuple[int | None, ...] = (None,)
 
     def __init__(
         self,

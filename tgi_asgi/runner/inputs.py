@@ -20,6 +20,7 @@ class StepInputs:
         vocab_size, num_blocks, max_context: bounds of token ids, block ids and positions.
         max_rows: sequences in a step, and the bound of slots.
         max_tokens: tokens in a step.
+        windows: as `Runner.windows`.
 
     Attributes:
         limits: the same, for `ops.StepQueue`.
@@ -34,6 +35,7 @@ class StepInputs:
         max_context: int,
         max_rows: int,
         max_tokens: int,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self._num_blocks, self._max_rows = num_blocks, max_rows
         self.limits = RowLimits(
@@ -43,6 +45,7 @@ class StepInputs:
             max_context=max_context,
             max_rows=max_rows,
             max_tokens=max_tokens,
+            windows=windows,
         )
 
     def check(self, plan: StepPlan) -> None:

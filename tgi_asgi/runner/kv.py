@@ -10,6 +10,7 @@ import torch
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.runner.groups import BlockNeeds, CacheGroups
 from tgi_asgi.settings import Settings
 
 _LEAST_BYTES = 64  # that a token is counted as, where a model keeps no keys and values
@@ -29,17 +30,37 @@ class KvSize:
 
     num_blocks: int
     block_size: int  # tokens
-    bytes_per_token: int
+    bytes_per_token: int  # in a block, which is of one of the groups
     dtype: torch.dtype
+    windows: tuple[int | None, ...] = (None,)  # of the groups
 
     @property
     def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """Tokens that it holds in all layers."""
+        return self.num_blocks // len(self.windows) * self.block_size
 
     @property
     def num_bytes(self) -> int:
         """Address space of the pool; the system commits memory as blocks are first written."""
-        return self.num_tokens * self.bytes_per_token
+        return self.num_blocks * self.block_size * self.bytes_per_token
+
+    def longest(self, most: int, settings: Settings) -> int:
+        """Return how many tokens, up to `most`, a sequence can have."""
+        return self._needs(settings).longest(self.num_blocks, most)
+
+    def held_tokens(self, longest: int, settings: Settings) -> int:
+        """Return how many tokens it holds, in sequences of `longest`: what windows leave is not held."""
+        num_sequences = self.num_blocks // self._needs(settings).of_tokens(longest)
+        return max(num_sequences * longest, self.num_tokens)
+
+    def _needs(self, settings: Settings) -> BlockNeeds:
+        return BlockNeeds(self.windows, self.block_size, step_tokens(settings))
+
+
+def groups_of(config: ServedConfig, kv_dtype: torch.dtype) -> CacheGroups:
+    """Return which of a model's layers share block tables, on a CPU."""
+    sizes = [ops.kv_bytes_per_token(cache, kv_dtype) for cache in config.caches]
+    return CacheGroups.of([cache.window for cache in config.caches], sizes)
 
 
 def choose_size(
@@ -54,50 +75,56 @@ def choose_size(
 ) -> KvSize:
     """Choose the pool's size for sequences of up to `max_total_tokens`, of `kv_dtype` or what the CPU takes.
 
-    `max_batch_total_tokens` decides where the operator set it. Otherwise all slots could be filled to the
-    end, unless this share of the free memory is less.
+    `max_batch_total_tokens` decides where the operator set it: so many tokens in all layers, whatever is
+    given back behind windows. Otherwise all slots could be filled to the end, unless this share of the free
+    memory is less.
 
     Raises:
         ModelLoadError: there is no room for a block, or the operator's own limits contradict each other, or
             the cache cannot have the type that --kv-cache-dtype asks for.
     """
+    windows: tuple[int | None, ...] = (None,)
     if kv_dtype is None:
         kv_dtype = _choose_dtype(config, settings, dtype)
+        groups = groups_of(config, kv_dtype)
+        windows, per_token = groups.windows, groups.bytes_per_token
+    else:  # a GPU's, which is plain, and of one group
         per_token = sum(
-            ops.kv_bytes_per_token(
-                cache.num_layers, cache.num_kv_heads, cache.head_dim, kv_dtype, cache.value_dim
-            )
-            for cache in config.caches
-        )
-    else:  # a GPU's, which is plain
-        per_token = sum(
-            cache.num_layers * cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
+            cache.num_kv_heads * (cache.head_dim + cache.value_dim) * kv_dtype.itemsize
             for cache in config.caches
         )
     per_token = max(per_token + config.other_bytes_per_token, _LEAST_BYTES)
-    size = settings.block_size
-    blocks_a_sequence = -(-max_total_tokens // size)
+    size, num_groups = settings.block_size, len(windows)
+    all_bytes = per_token * num_groups
+    needs = BlockNeeds(windows, size, step_tokens(settings))
     if settings.max_batch_total_tokens is not None:
-        num_blocks = settings.max_batch_total_tokens // size
+        num_blocks = settings.max_batch_total_tokens // size * num_groups
     else:
-        wanted = settings.max_batch_size * blocks_a_sequence
+        wanted = settings.max_batch_size * needs.of_tokens(max_total_tokens)
         num_blocks = min(wanted, int(free_bytes * share) // (per_token * size))
-    if num_blocks < 1:
+    if num_blocks < num_groups:
         raise ModelLoadError(
-            f"there is no room for a KV cache: a block of {size} tokens takes {per_token * size} bytes, "
+            f"there is no room for a KV cache: a block of {size} tokens takes {all_bytes * size} bytes, "
             f"{free_bytes} are free; free memory, or set --max-batch-total-tokens to at least {size}"
         )
-    if settings.max_total_tokens is not None and num_blocks < blocks_a_sequence:
+    num_blocks = min(num_blocks, (1 << 31) // size - 1)
+    if settings.max_total_tokens is not None and num_blocks < needs.of_tokens(max_total_tokens):
+        longest = needs.longest(num_blocks, max_total_tokens)
         raise ModelLoadError(
-            f"the KV cache holds {num_blocks * size} tokens, less than one sequence of --max-total-tokens "
-            f"{settings.max_total_tokens}: set that to at most {num_blocks * size}, or "
+            f"the KV cache holds {longest} tokens of a sequence, less than one of --max-total-tokens "
+            f"{settings.max_total_tokens}: set that to at most {longest}, or "
             + (
                 "raise --max-batch-total-tokens"
                 if settings.max_batch_total_tokens is not None
-                else f"free memory: a token takes {per_token} bytes, {free_bytes} are free"
+                else f"free memory: a token takes {all_bytes} bytes, {free_bytes} are free"
             )
         )
-    return KvSize(min(num_blocks, (1 << 31) // size - 1), size, per_token, kv_dtype)
+    return KvSize(num_blocks, size, per_token, kv_dtype, windows)
+
+
+def step_tokens(settings: Settings) -> int:
+    """Return how many tokens a step of a CPU or a GPU may have."""
+    return settings.max_batch_prefill_tokens + settings.max_batch_size
 
 
 def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) -> torch.dtype:

@@ -120,7 +120,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             )
             arithmetic: ops.Arithmetic = packing
             kv_size, kept = _choose_cpu_cache(opened, settings, packing, dtype, longest)
-            longest = min(longest, kv_size.num_tokens)
+            longest = kv_size.longest(longest, settings)
         else:
             assert isinstance(config, ModelConfig)  # others have been refused
             dtype = cuda_load.choose_dtype(name, config)
@@ -149,7 +149,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         if settings.speculation is not None:
             logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
         runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
-    max_total_tokens = min(longest, kv_size.num_tokens)
+    max_total_tokens = kv_size.longest(longest, settings)
     kernels = ops.kernel_set() if device is None else None
     info = ModelInfo(
         model_id=settings.served_model_name or files.model_id,
@@ -161,7 +161,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         max_input_tokens=_max_input_tokens(settings, max_total_tokens),
         max_total_tokens=max_total_tokens,
         eos_token_ids=tokenizer.eos_ids,
-        kv_tokens=kv_size.num_tokens,
+        kv_tokens=kv_size.held_tokens(max_total_tokens, settings),
         kv_bytes=kv_size.num_bytes,
         num_threads=num_threads,
         kernel_set=kernels.name if kernels is not None else None,

@@ -43,9 +43,10 @@ class StepRow:
     slot: int  # [0, max_batch_size)
     token_ids: Sequence[int] | None  # None: one token, the one this slot sampled last, still on the device
     start: int  # position of the first token, which is the number of its tokens already in the KV cache
-    # Covers at least start + number of tokens. The engine's own list: while the step is in flight it may grow
-    # at its end, and nothing else in it changes.
-    block_table: Sequence[int]
+    # One for each of `Runner.windows`; covers at least start + number of tokens, but for what lies before the
+    # window of the first: there anything may stand. The engine's own lists: while the step is in flight they
+    # may grow at their ends, and nothing else in them changes.
+    block_tables: Sequence[Sequence[int]]
     samples: bool  # draw a token after the last one
     prompt_logprobs: int | None = None  # k: log-probabilities of this chunk's tokens, and of the k best
     # How the prompt that this is a chunk of becomes a vector: where `samples` is set it ends here, and the
@@ -143,6 +144,9 @@ class Runner(Protocol):
     # Keys and values of a prompt's tokens have other bits than those of the same tokens drawn.
     has_prompt_arithmetic: bool
     drafts: DraftLimits | None  # None: it draws one token a row
+    # Of each group of layers, which share block tables: how many positions a token sees, its own the last;
+    # None: all. A block is of any group.
+    windows: tuple[int | None, ...]
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         """Queue a step (from the event loop); the future fails if the step raised."""

@@ -13,6 +13,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ServedConfig
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
 
 SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
@@ -42,48 +43,29 @@ class Program(Protocol):
     ) -> ops.SampleResult: ...
 
 
-class Pools:
-    """The memory of keys and values: a pool a shape, of the same blocks."""
-
-    def __init__(self, config: ServedConfig, size: KvSize) -> None:
-        self.all = [
-            ops.KvPool(
-                num_layers=cache.num_layers,
-                num_blocks=size.num_blocks,
-                num_kv_heads=cache.num_kv_heads,
-                head_dim=cache.head_dim,
-                value_dim=cache.value_dim,
-                block_size=size.block_size,
-                dtype=size.dtype,
-            )
-            for cache in config.caches
-        ]
-        for pool in self.all:
-            pool.supply(SUPPLIED_BYTES // len(self.all))
-
-    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to), as `KvPool.copy`."""
-        for pool in self.all:
-            pool.copy(pairs)
-
-    def close(self) -> None:
-        """End the pools' threads. Idempotent."""
-        for pool in self.all:
-            pool.close()
+def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.KvPool | None:
+    """Make the memory of keys and values; None for a model that keeps none of its own."""
+    if not config.caches:
+        return None
+    pool = ops.KvPool(
+        config.caches, groups=groups.of_layers, num_blocks=size.num_blocks, block_size=size.block_size,
+        dtype=size.dtype,
+    )  # fmt: skip
+    pool.supply(SUPPLIED_BYTES)
+    return pool
 
 
 def make_program(
-    model: Model | GenericModel, pools: Pools, *, max_batch_size: int, max_step_tokens: int, max_context: int,
-    image_cache: int = 0, max_drafts: int = 0, adapters: ops.AdapterLayout | None = None,
+    model: Model | GenericModel, caches: Sequence[ops.KvLayer], *, max_batch_size: int, max_step_tokens: int,
+    max_context: int, image_cache: int = 0, max_drafts: int = 0, adapters: ops.AdapterLayout | None = None,
 ) -> Program:  # fmt: skip
-    """Make what runs a model's steps over these pools, with rows that may have adapters.
+    """Make what runs a model's steps over its layers' caches, with rows that may have adapters.
 
     `max_drafts`: rows of logits beside the batch's.
     """
     if isinstance(model, GenericModel):
-        return model.program(pools.all, max_context, image_cache, adapters)
-    (pool,) = pools.all
+        return model.program(caches, max_context, image_cache, adapters)
     return ops.CpuProgram(
-        record(model, pool.layers), max_tokens=max_step_tokens, max_sequences=max_batch_size,
+        record(model, caches), max_tokens=max_step_tokens, max_sequences=max_batch_size,
         max_rows=max_batch_size + max_drafts, max_context=max_context, adapters=adapters,
     )  # fmt: skip

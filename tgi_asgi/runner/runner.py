@@ -18,11 +18,11 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner.drafts import SlotDrafts
 from tgi_asgi.runner.inputs import StepInputs
 from tgi_asgi.runner.jobs import JobQueue
-from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.kv import KvSize, groups_of
 from tgi_asgi.runner.masks import SlotMasks
 from tgi_asgi.runner.plan import Sampled, StepPlan, StepResult
 from tgi_asgi.runner.pooling import Pooler
-from tgi_asgi.runner.programs import Pools, make_program
+from tgi_asgi.runner.programs import make_pool, make_program
 from tgi_asgi.runner.prompt_logprobs import PromptScorer
 from tgi_asgi.runner.sampling import Draws
 from tgi_asgi.settings import Speculation
@@ -46,6 +46,7 @@ class CpuRunner:
         has_states: a sequence has more than keys and values: nothing that it has computed can be shared.
         eyes: of a model that takes images.
         drafts: how many it takes.
+        windows: of the groups of layers that share block tables.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class CpuRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
-        self._pools = Pools(config, kv_size)
+        groups = groups_of(config, kv_size.dtype)
+        self.windows = groups.windows
+        self._pool = make_pool(config, kv_size, groups)
         self.has_states = config.has_states
         self.takes_whole_prompts = False
         self.has_prompt_arithmetic = has_prompt_arithmetic
@@ -79,12 +82,13 @@ class CpuRunner:
             max_context=max_context,
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
+            windows=groups.windows,
         )
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
         self.drafts = None if self._drafts is None else self._drafts.limits
         self._program = make_program(
             model,
-            self._pools,
+            [] if self._pool is None else self._pool.layers,
             max_batch_size=max_batch_size,
             max_step_tokens=max_step_tokens,
             max_context=max_context,
@@ -124,7 +128,8 @@ class CpuRunner:
 
     def close(self) -> None:
         """Finish the steps in flight and end the thread. Idempotent; for the event loop, if it still runs."""
-        self._pools.close()
+        if self._pool is not None:
+            self._pool.close()
         self._jobs.close()
         self._thread.join()
         self._jobs.end()
@@ -149,7 +154,8 @@ class CpuRunner:
             PlanError: the plan contradicts itself or the bounds.
         """
         self._inputs.check(plan)
-        self._pools.copy(plan.copies)
+        if plan.copies and self._pool is not None:
+            self._pool.copy(plan.copies)
         for start in plan.starts:
             self._sampling.start(
                 start.slot,

@@ -90,18 +90,21 @@ inline Tile<S, precision> row_tile(const AttentionParams& p, const StepHeader& s
 // The keys of the sub-block that holds a token.
 inline const uint8_t* keys_at(const AttentionParams& p, const StepHeader& step,
                               const AttentionPoint& at, int64_t token) {
-  const int32_t* table = step.block_table + at.sequence * step.block_table_stride;
+  const int32_t* const table = step.table(p.kv.group, at.sequence);
   return p.kv.keys(at.head, table[token / p.kv.block_size], token % p.kv.block_size);
 }
 
-// Where the first chunk that a tile reads begins.
+// The sub-block that holds a token begins here: of the first chunk that a window leaves, sub-blocks
+// that it hides from all rows of a tile are not read. Their blocks may be others' already.
+inline int64_t sub_block_of(int64_t token) { return token / 16 * 16; }
+
+// Where a tile begins to read.
 template <class S, Precision precision>
 inline int64_t first_read(const AttentionParams& p, const StepHeader& step,
                           const AttentionPoint& at) {
   const int64_t length = step.query_start[at.sequence + 1] - step.query_start[at.sequence];
   const int64_t token = at.tile * S::attention_rows(precision) / (p.num_heads / p.kv.num_heads);
-  const int64_t first = p.rule.first_seen(step.context_len[at.sequence] - length + token);
-  return first / kChunkTokens * kChunkTokens;
+  return sub_block_of(p.rule.first_seen(step.context_len[at.sequence] - length + token));
 }
 
 // Looks up the chunk's sub-blocks and, where they are fetched ahead, the keys that are read next:
@@ -112,11 +115,12 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
   const int64_t longest = tile.longest;
   Chunk chunk;
   chunk.is_cold = tile.is_cold;
-  chunk.begin = index * kChunkTokens;
-  chunk.num_tokens = longest - chunk.begin < kChunkTokens ? longest - chunk.begin : kChunkTokens;
+  const int64_t start = index * kChunkTokens, stop = start + kChunkTokens;
+  const int64_t seen = sub_block_of(tile.hidden[0]);
+  chunk.begin = seen > start ? seen : start;
+  chunk.num_tokens = (longest < stop ? longest : stop) - chunk.begin;
   chunk.num_blocks = (chunk.num_tokens + 15) / 16;
-  const int32_t* table =
-      step.block_table + at.sequence * step.block_table_stride + chunk.begin / p.kv.block_size;
+  const int32_t* table = step.table(p.kv.group, at.sequence) + chunk.begin / p.kv.block_size;
   int64_t offset = chunk.begin % p.kv.block_size;
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     chunk.keys[b] = p.kv.keys(at.head, *table, offset);
@@ -128,10 +132,9 @@ inline Chunk chunk_of(const AttentionParams& p, const StepHeader& step, const At
     }
   }
   chunk.num_ahead = chunk.num_blocks;
-  const bool is_last = chunk.begin + kChunkTokens >= longest;
+  const bool is_last = stop >= longest;
   if (!chunk.is_cold || (is_last && next.sequence >= step.num_sequences)) return chunk;
-  const int64_t begin =
-      is_last ? first_read<S, precision>(p, step, next) : chunk.begin + kChunkTokens;
+  const int64_t begin = is_last ? first_read<S, precision>(p, step, next) : stop;
   const int64_t end = is_last ? step.context_len[next.sequence] : longest;
   const int64_t ahead = ahead_of(precision);
   for (int64_t token = begin; token < end && token < begin + 16 * ahead; token += 16) {

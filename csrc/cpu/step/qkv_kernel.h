@@ -205,7 +205,8 @@ inline void place_head(const HeadParams& p, const StepHeader& step, int64_t toke
                        int64_t strip, int64_t num_strips, HeadRows<S>& rows) {
   const int64_t num_kv_heads = p.kv.num_heads;
   if (head >= p.num_heads + num_kv_heads) {
-    const int64_t kv_head = head - p.num_heads - num_kv_heads, slot = step.slots[token];
+    const int64_t kv_head = head - p.num_heads - num_kv_heads;
+    const int64_t slot = step.slot(p.kv.group, token);
     for (int64_t i = 0; i < num_strips; ++i) {
       store_value<S>(p.kv, kv_head, slot, strip + i, rows.first[i], rows.second[i]);
     }
@@ -213,7 +214,7 @@ inline void place_head(const HeadParams& p, const StepHeader& step, int64_t toke
   }
   // Of what is not rotated or written a step need not have them: see LastRows.
   const bool is_query = head < p.num_heads, is_rotated = p.cosines != nullptr;
-  const int64_t slot = is_query ? 0 : step.slots[token];
+  const int64_t slot = is_query ? 0 : step.slot(p.kv.group, token);
   const int64_t angles = is_rotated ? step.positions[token] * p.kv.num_strips() * 16 : 0;
   for (int64_t i = 0; i < num_strips; ++i) {
     const int64_t at = angles + (strip + i) * 16;
@@ -371,9 +372,9 @@ void store_heads(const StoreHeadsParams& p, const StepHeader& step, int member, 
       for (int64_t strip = 0; strip < num_strips; ++strip) {
         load_strip<S>(from, heads.dim, strip, is_key ? key_half(kv, strip) : 16, first, second);
         if (is_key) {
-          store_key<S>(kv, kv_head, step.slots[token], strip, first, second);
+          store_key<S>(kv, kv_head, step.slot(kv.group, token), strip, first, second);
         } else {
-          store_value<S>(kv, kv_head, step.slots[token], strip, first, second);
+          store_value<S>(kv, kv_head, step.slot(kv.group, token), strip, first, second);
         }
       }
     }

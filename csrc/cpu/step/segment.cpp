@@ -50,14 +50,17 @@ bool LastRows::prepare(const StepHeader& step, const std::vector<AttentionRule>&
   counts_.resize(count + 1);
   std::iota(counts_.begin(), counts_.end(), 0);
   context_len_.resize(count);
-  block_table_.resize(count * stride);
+  const auto groups = static_cast<size_t>(step.num_groups);
+  block_table_.resize(groups * count * stride);
   int64_t s = 0;
   for (size_t i = 0; i < count; ++i) {
     while (step.query_start[s + 1] <= rows[i]) ++s;
     context_len_[i] = step.context_len[s] - (step.query_start[s + 1] - 1 - rows[i]);
     const int64_t num_blocks = (context_len_[i] + block_size - 1) / block_size;
-    std::copy_n(step.block_table + s * step.block_table_stride, num_blocks,
-                block_table_.begin() + static_cast<std::ptrdiff_t>(i * stride));
+    for (size_t group = 0; group < groups; ++group) {
+      std::copy_n(step.table(static_cast<int64_t>(group), s), num_blocks,
+                  block_table_.begin() + static_cast<std::ptrdiff_t>((group * count + i) * stride));
+    }
   }
   header_ = step;
   header_.num_tokens = header_.num_sequences = step.num_rows;

@@ -27,13 +27,15 @@ struct StepHeader {
   int64_t num_tokens;
   int64_t num_generated;  // the first so many tokens were drawn; the others are prompts'
   int64_t num_sequences;
-  int64_t num_rows;            // rows of logits
-  const int32_t* ids;          // [num_tokens]
-  const int32_t* positions;    // [num_tokens]
-  const int64_t* slots;        // [num_tokens], block * block_size + offset
+  int64_t num_rows;          // rows of logits
+  const int32_t* ids;        // [num_tokens]
+  const int32_t* positions;  // [num_tokens]
+  // Layers of a group share a block table; each group has its own.
+  int64_t num_groups;
+  const int64_t* slots;        // [num_groups, num_tokens], block * block_size + offset
   const int32_t* query_start;  // [num_sequences + 1]
   const int32_t* context_len;  // [num_sequences], the step's own tokens included
-  const int32_t* block_table;  // [num_sequences, block_table_stride]
+  const int32_t* block_table;  // [num_groups, num_sequences, block_table_stride]
   int64_t block_table_stride;
   const int32_t* rows;                    // [num_rows], indices of tokens
   const AttentionPoint* attention_split;  // [rules][members + 1], see AttentionParams::split
@@ -43,6 +45,11 @@ struct StepHeader {
   // Tokens that have an adapter, ascending; none where no row of the step has one.
   const AdapterSpan* adapters;
   int64_t num_adapters;
+
+  int64_t slot(int64_t group, int64_t token) const { return slots[group * num_tokens + token]; }
+  const int32_t* table(int64_t group, int64_t sequence) const {
+    return block_table + (group * num_sequences + sequence) * block_table_stride;
+  }
 };
 
 // A row of an activation, in the part that is for its token's kind.
@@ -87,17 +94,19 @@ constexpr int64_t kInt8QueryScale = 64;
 constexpr int64_t kInt8QueryStart = 68;
 constexpr int64_t kInt8QueryStrip = 72;
 
-// One layer's keys and values: its part [block][keys, values][KV head] of the pool, in sub-blocks
-// of 16 tokens. BF16: keys [pair of dims][16 tokens][2], values [pair of tokens][dim][2]; float32:
-// keys [dim][16], values [16][dim]; int8: keys [quad of dims][16 tokens][4] as code + 128, values
-// [quad of tokens][dim][4], then in both fp16 scales [strip of 32 dims][16 tokens]. The dims of
-// keys (and of q) are in the order of the packed rows: strip by strip, of each rotated pair the
-// first, then the second. A last strip of fewer than 32 dims is as short here: nothing is padded.
-// Reads of whole vectors may go up to kPoolSlack bytes beyond the last block.
+// One layer's keys and values: its part [keys, values][KV head] of each block of its group, in
+// sub-blocks of 16 tokens. BF16: keys [pair of dims][16 tokens][2], values [pair of
+// tokens][dim][2]; float32: keys [dim][16], values [16][dim]; int8: keys [quad of dims][16
+// tokens][4] as code + 128, values [quad of tokens][dim][4], then in both fp16 scales [strip of 32
+// dims][16 tokens]. The dims of keys (and of q) are in the order of the packed rows: strip by
+// strip, of each rotated pair the first, then the second. A last strip of fewer than 32 dims is as
+// short here: nothing is padded. Reads of whole vectors may go up to kPoolSlack bytes beyond the
+// last block.
 constexpr int64_t kPoolSlack = 256;
 struct KvLayerView {
   uint8_t* data;
   Precision precision;
+  int64_t group;  // whose block tables and slots it has
   int64_t num_blocks;
   int64_t block_stride;  // bytes from a block to the next
   int64_t block_size;    // tokens, a multiple of 16

@@ -23,7 +23,7 @@ _running = threading.local()
 
 
 class PagedLayers:
-    """The attention layers of a model over pools of blocks; one pool a shape of keys and values.
+    """The attention layers of a model over a pool of blocks.
 
     Args:
         layers: in the order in which a step calls them.

@@ -124,8 +124,8 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
     """Return logits by steps of several sequences: (name of the part, sequence, first position, logits)."""
     longest = max(map(len, sequences))
     width = -(-longest // _BLOCK)
-    pools = _pools(model, 2 * width)
-    program = model.program(pools, longest)
+    pool = _pool(model, 2 * width)
+    program = model.program([] if pool is None else pool.layers, longest)
     first, second = sequences
     if model.is_batch_invariant:
         model.is_batch_invariant = _has_same_bits(program, first, second, width)
@@ -143,30 +143,27 @@ def _flat(model: GenericModel, sequences: list[Any]) -> list[tuple[str, int, int
         for index, ids, start in rows:
             found.append((name, index, start, logits[at : at + len(ids)].clone()))
             at += len(ids)
-    for pool in pools:
+    if pool is not None:
         pool.close()
     return found
 
 
 def run_step(model: GenericModel, num_tokens: int) -> None:
     """Compute a step of one sequence of random tokens; of its logits only those after the first."""
-    pools = _pools(model, 1)
+    pool = _pool(model, 1)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, size=num_tokens)
     if model.config.seeing is not None:
         ids[ids == model.config.seeing.image_token_id] = model.config.seeing.pad_token_id
-    model.program(pools, _BLOCK).run(_batch([(0, ids, 0)], 1), [0])
-    for pool in pools:
+    model.program([] if pool is None else pool.layers, _BLOCK).run(_batch([(0, ids, 0)], 1), [0])
+    if pool is not None:
         pool.close()
 
 
-def _pools(model: GenericModel, num_blocks: int) -> list[ops.KvPool]:
-    return [
-        ops.KvPool(
-            num_layers=cache.num_layers, num_blocks=num_blocks, num_kv_heads=cache.num_kv_heads,
-            head_dim=cache.head_dim, value_dim=cache.value_dim, block_size=_BLOCK, dtype=torch.float32,
-        )
-        for cache in model.config.caches
-    ]  # fmt: skip
+def _pool(model: GenericModel, num_blocks: int) -> ops.KvPool | None:
+    shapes = model.config.caches
+    return (
+        ops.KvPool(shapes, num_blocks=num_blocks, block_size=_BLOCK, dtype=torch.float32) if shapes else None
+    )
 
 
 def _has_same_bits(program: Any, first: Any, second: Any, width: int) -> bool:

@@ -349,10 +349,7 @@ def _run(model: Model, ids: Any) -> Tensor:
     """Return the logits of a model of ours for these tokens."""
     config = model.config
     num_blocks = -(-len(ids) // _BLOCK)
-    pool = ops.KvPool(
-        num_layers=config.num_layers, num_blocks=num_blocks, num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim, block_size=_BLOCK, dtype=torch.float32,
-    )  # fmt: skip
+    pool = ops.KvPool(config.caches, num_blocks=num_blocks, block_size=_BLOCK, dtype=torch.float32)
     program = ops.CpuProgram(
         record(model, pool.layers), max_tokens=len(ids), max_sequences=1, max_rows=len(ids),
         max_context=num_blocks * _BLOCK,

@@ -84,12 +84,11 @@ class GenericConfig:
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """The shapes of keys and values, each with the number of its layers."""
-        counts: dict[tuple[int, int, int], int] = {}
-        for layer in self.layers:
-            shape = (layer.num_kv_heads, layer.head_dim, layer.value_dim)
-            counts[shape] = counts.get(shape, 0) + 1
-        return tuple(CacheShape(count, *shape) for shape, count in counts.items())
+        """The keys and values of each layer, in the order of calls."""
+        return tuple(
+            CacheShape(layer.num_kv_heads, layer.head_dim, layer.value_dim, layer.rule.longest)
+            for layer in self.layers
+        )
 
 
 class OpenGeneric:
@@ -220,10 +219,10 @@ class GenericModel:
         return adaptable(self.module, lambda count: self_check.run_step(self, count))
 
     def program(
-        self, pools: Sequence[ops.KvPool], max_context: int, image_cache: int = 0,
+        self, caches: Sequence[ops.KvLayer], max_context: int, image_cache: int = 0,
         adapters: ops.AdapterLayout | None = None,
     ) -> GenericProgram | FloorProgram:  # fmt: skip
-        """Return what runs steps over these pools, one for each of the configuration's caches.
+        """Return what runs steps over these caches, one for each of the configuration's.
 
         Args:
             image_cache: bytes of encoded images that are kept.
@@ -233,13 +232,6 @@ class GenericModel:
             attach(self.module, adapters)
         if self.config.floor_reason:
             return FloorProgram(self.module, self.replaced.head, vocab_size=self.config.vocab_size)
-        free = {
-            (cache.num_kv_heads, cache.head_dim, cache.value_dim): iter(pool.layers)
-            for cache, pool in zip(self.config.caches, pools, strict=True)
-        }
-        caches = [
-            next(free[layer.num_kv_heads, layer.head_dim, layer.value_dim]) for layer in self.config.layers
-        ]
         layers = PagedLayers(self.config.layers, caches, max_context)
         if self.tower is not None and self.config.seeing is not None:
             return VisionProgram(

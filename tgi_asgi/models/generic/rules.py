@@ -35,6 +35,11 @@ class Rule:
     window: int | None = None
     chunk: int | None = None
 
+    @property
+    def longest(self) -> int | None:
+        """How many positions a query sees at the most, its own the last; None: all."""
+        return self.chunk if self.window is None else self.window
+
     def __str__(self) -> str:
         if self.window is not None:
             return f"window {self.window}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.config import CacheShape
 from tgi_asgi.models.generic.attention import by_token, spec_of
 from tgi_asgi.models.generic.discover import (
     IGNORED,
@@ -151,8 +152,8 @@ class WholeLayers:
         self._layers = layers
         self._pools = {
             shape: ops.KvPool(
-                num_layers=1, num_blocks=max_tokens // _BLOCK + max_rows, num_kv_heads=shape[0],
-                head_dim=shape[1], value_dim=shape[2], block_size=_BLOCK, dtype=torch.float32,
+                [CacheShape(*shape)], num_blocks=max_tokens // _BLOCK + max_rows, block_size=_BLOCK,
+                dtype=torch.float32,
             )
             for shape in {layer.shape for layer in layers}
         }  # fmt: skip

@@ -1,0 +1,247 @@
+"""Groups of layers with windows: what a sequence holds of them, gives back, and finds again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.engine.helpers import add_request, finished, make_request, make_scheduler, must_plan, run, run_all
+from tests.support.fake_runner import FakeRunner, expected_tokens
+from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.engine import Engine
+from tgi_asgi.engine.hits import find_hit, group_key
+from tgi_asgi.engine.scheduler import Scheduler
+from tgi_asgi.engine.sequence import Sequence, SequenceState
+from tgi_asgi.engine.step import Step
+from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.runner.groups import BlockNeeds
+from tgi_asgi.types import SamplingParams
+
+BLOCK = 16
+
+
+def make(
+    windows: tuple[int | None, ...], num_blocks: int = 200, max_step_tokens: int = 40, **changes: Any
+) -> tuple[Scheduler, FakeRunner]:
+    scheduler = make_scheduler(
+        num_blocks=num_blocks,
+        windows=windows,
+        max_step_tokens=max_step_tokens,
+        max_prefill_tokens=32,
+        **changes,
+    )
+    runner = FakeRunner(num_blocks=num_blocks, windows=windows, max_step_tokens=max_step_tokens)
+    return scheduler, runner
+
+
+def held(sequence: Sequence) -> list[int]:
+    """Return how many blocks a sequence holds of each group."""
+    pairs = zip(sequence.tables, sequence.num_given_back, strict=True)
+    return [len(table) - first for table, first in pairs]
+
+
+def most_held(scheduler: Scheduler, runner: FakeRunner, sequence: Sequence) -> list[int]:
+    """Run with two steps in flight; return the most blocks that the sequence held of each group."""
+    most = [0] * scheduler.tables.num_groups
+    flights: list[Step] = []
+    while True:
+        while len(flights) < 2 and (step := scheduler.plan()) is not None:
+            flights.append(step)
+        if sequence.state is SequenceState.RUNNING:
+            most = [max(pair) for pair in zip(most, held(sequence), strict=True)]
+        if not flights:
+            return most
+        run(scheduler, runner, flights.pop(0))
+
+
+def test_a_sequence_holds_its_window_and_a_chunk() -> None:
+    scheduler, runner = make((None, 40))
+    [sequence] = add_request(scheduler, make_request(range(1000), 100))
+    # A window of 40 lies in four blocks at the most, or three and the block that it shares with what follows.
+    assert most_held(scheduler, runner, sequence) == [69, 3 + 3 + 1]
+    assert finished([sequence])
+    assert runner.violations == []
+
+
+def test_a_stream_that_decodes_holds_no_more_than_its_window() -> None:
+    scheduler, runner = make((None, 40), num_blocks=100)
+    [sequence] = add_request(scheduler, make_request(range(20), 300))
+    most = []
+    while (step := scheduler.plan()) is not None:
+        most.append(held(sequence)[1])
+        run(scheduler, runner, step)
+    assert max(most) == 4
+
+
+def test_a_prompt_is_longer_than_a_pool_that_windows_alone_use() -> None:
+    """Sixteen blocks hold a prompt of 63 in each of two groups."""
+    scheduler, runner = make((40, 70), num_blocks=16)
+    [sequence] = add_request(scheduler, make_request(range(1000), 60))
+    run_all(scheduler, runner)
+    assert finished([sequence])
+    assert sequence.token_ids[1000:] == expected_tokens(range(1000), 60)
+    assert runner.violations == []
+
+
+def test_what_was_given_back_is_found_again() -> None:
+    scheduler, runner = make((None, 40))
+    add_request(scheduler, make_request(range(500), 20))
+    run_all(scheduler, runner)
+    for length in (480, 300, 170):
+        [again] = add_request(scheduler, make_request([*range(length), 7, 8]), arrival=length)
+        run_all(scheduler, runner)
+        assert again.num_cached == length // BLOCK * BLOCK
+    assert runner.violations == []
+
+
+def forget(scheduler: Scheduler, sequence: Sequence, group: int, indices: Iterable[int]) -> None:
+    """Have a group lose blocks of a sequence's prompt, as if others had needed them."""
+    keys = [group_key(sequence.chain.digest(index, sequence.token_ids), group) for index in indices]
+    scheduler.pool.forget(block for key in keys if (block := scheduler.pool.find(key)) is not None)
+
+
+@pytest.mark.parametrize(
+    ("group", "lost", "expected"),
+    [
+        (1, range(7), 10),  # position 160 sees 121 on, which lies in block 7
+        (1, [7], 7),
+        (1, range(8), 0),
+        (1, [9], 9),
+        (0, [3], 3),  # blocks 0 to 2 are there of both
+        (0, [0], 0),
+        (1, [0, 4, 8], 8),  # 128 sees 89 on: blocks 5 to 7
+    ],
+)
+def test_a_prompt_is_resumed_where_all_groups_can(group: int, lost: Iterable[int], expected: int) -> None:
+    scheduler, runner = make((None, 40))
+    [first] = add_request(scheduler, make_request(range(160)))
+    token_ids = list(first.token_ids)
+    run_all(scheduler, runner)
+    first.token_ids = token_ids
+    forget(scheduler, first, group, lost)
+    [again] = add_request(scheduler, make_request([*range(160), 7]), arrival=1)
+    run_all(scheduler, runner)
+    assert again.num_cached == expected * BLOCK
+    assert runner.violations == []
+
+
+@given(
+    windows=st.sampled_from([(None, 5), (5,), (9, 1), (None, None, 6), (17, 8, 8)]),
+    known=st.lists(st.integers(0, 7), min_size=12, max_size=12),
+    num_blocks=st.integers(0, 12),
+)
+def test_a_hit_is_the_longest_that_all_groups_serve(
+    windows: tuple[int | None, ...], known: list[int], num_blocks: int
+) -> None:
+    """`known` has for each block of tokens which groups have it, as bits."""
+    scheduler = make_scheduler(block_size=4)
+    [sequence] = add_request(scheduler, make_request(range(50)))
+    pool, needs = BlockPool(200), BlockNeeds(windows, 4, 16)
+    for index, groups in enumerate(known):
+        for group in range(len(windows)):
+            if groups >> group & 1:
+                key = group_key(sequence.chain.digest(index, sequence.token_ids), group)
+                pool.register(pool.allocate(), key)
+
+    def serves(end: int, group: int) -> bool:
+        window = windows[group]
+        first = 0 if window is None else max(4 * end - window + 1, 0) // 4
+        return all(known[index] >> group & 1 for index in range(first, end))
+
+    ends = [end for end in range(num_blocks + 1) if all(serves(end, group) for group in range(len(windows)))]
+    hit = find_hit(pool, needs, sequence, num_blocks)
+    assert hit.num_blocks == max(ends)
+    for group, blocks in enumerate(hit.blocks):
+        first = needs.first_read(group, 4 * hit.num_blocks)
+        keys = [
+            group_key(sequence.chain.digest(index, sequence.token_ids), group)
+            for index in range(first, hit.num_blocks)
+        ]
+        assert blocks == [pool.find(key) for key in keys]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 60])
+def test_further_choices_share_the_prompt_while_its_window_is_there(num_steps: int) -> None:
+    """The first choice is alone for some steps; then the second gets a slot, and copies or looks up."""
+    scheduler, runner = make((None, 40), max_batch_size=1)
+    prompt = range(101)
+    first, second = add_request(scheduler, make_request(prompt, 90, n=2, sampling=SamplingParams(seed=3)))
+    for _ in range(3 + num_steps):
+        run(scheduler, runner, must_plan(scheduler))
+    scheduler._slots.append(1)
+    step = must_plan(scheduler)
+    assert step.sequences == [first, second]
+    assert step.plan.rows[1].start == (100 if num_steps < 60 else 96)
+    assert len(step.plan.copies) == (2 if num_steps < 60 else 0)
+    run(scheduler, runner, step)
+    run_all(scheduler, runner)
+    for sequence in (first, second):
+        assert sequence.token_ids[101:] == expected_tokens(
+            prompt, 90, sampling=sequence.request.sampling, choice=sequence.choice
+        )
+    assert runner.violations == []
+
+
+def test_prompts_that_share_blocks_behind_their_windows_all_end_in_a_tight_pool() -> None:
+    """What one gives back others still hold: there may be no block in its place, and one has to wait."""
+    scheduler, runner = make((40,), num_blocks=14)
+    add_request(scheduler, make_request(range(160), 1))
+    run_all(scheduler, runner)
+    sequences = [
+        add_request(scheduler, make_request([*range(160), own, *range(300)], 30), arrival=own)[0]
+        for own in (1, 2, 3)
+    ]
+    run_all(scheduler, runner)
+    assert finished(sequences)
+    assert runner.violations == []
+    assert scheduler.pool.num_used == 0
+
+
+def test_a_prompt_whose_scores_may_begin_again_keeps_its_blocks_until_then() -> None:
+    scheduler, runner = make((None, 40))
+    [sequence] = add_request(scheduler, make_request(range(200), 60, prompt_logprobs=1))
+    for _ in range(6):
+        run(scheduler, runner, must_plan(scheduler))
+        assert held(sequence) == [13, 13]
+    failed = must_plan(scheduler)
+    scheduler.rollback(failed)
+    again = scheduler.retry(failed, range(1))
+    assert again is not None
+    assert again.plan.rows[0].start == 0
+    runner._slots.clear()
+    run(scheduler, runner, again)
+    run_all(scheduler, runner)
+    assert finished([sequence])
+    assert runner.violations == []
+
+
+def test_a_chunk_runs_again_where_it_began() -> None:
+    scheduler, runner = make((None, 40))
+    [sequence] = add_request(scheduler, make_request(range(200), 60))
+    for _ in range(3):
+        run(scheduler, runner, must_plan(scheduler))
+    failed, following = must_plan(scheduler), must_plan(scheduler)
+    for step in (failed, following):
+        runner.execute(step.plan, is_tainted=True)
+    scheduler.rollback(following)
+    scheduler.rollback(failed)
+    again = scheduler.retry(failed, range(1))
+    assert again is not None
+    run(scheduler, runner, again)
+    run_all(scheduler, runner)
+    assert finished([sequence])
+    assert runner.violations == []
+
+
+async def test_a_request_that_windows_make_fit_is_taken(make_engine: Any) -> None:
+    runner = FakeRunner(num_blocks=20, windows=(40, 40), max_step_tokens=64)
+    engine: Engine = make_engine(runner, max_batch_prefill_tokens=32)
+    assert engine.scheduler.tables.needs.of_tokens(3000) == 2 * (3 + 4 + 1)
+    permit = engine.acquire(1)
+    engine.submit(make_request(2900, 100), permit).cancel()
+    with pytest.raises(InvalidRequest, match="tokens of KV cache, which has 320"):
+        engine.submit(make_request(2900, 100, prompt_logprobs=1), engine.acquire(1))

@@ -1,0 +1,197 @@
+"""Blocks behind windows are others' while a sequence runs, and no bit of any answer changes.
+
+The same requests go through the engine and a real runner twice: with block tables of which what lies behind a
+window is given back, and with one that keeps all. Each block that is handed out is filled with NaN before it
+is written, so that a read of what is hidden would show.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from tests.runner.test_drafts import answers_of, random_request
+from tests.runner.test_grammar import Letters
+from tests.support import architectures
+from tests.support.checkpoints import load_model, make_model, save
+from tests.support.generic import load_generic
+from tgi_asgi import ops
+from tgi_asgi.engine import Engine
+from tgi_asgi.engine.blocks import BlockPool
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.models.config import ServedConfig
+from tgi_asgi.models.family import Model
+from tgi_asgi.models.generic.model import GenericModel
+from tgi_asgi.runner import runner as runners
+from tgi_asgi.runner.groups import CacheGroups
+from tgi_asgi.runner.kv import KvSize, groups_of
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.settings import Settings, Speculation
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
+from tgi_asgi.types import GenerationRequest, ModelInfo, SamplingParams, StopConditions
+
+LONGEST = 192
+WINDOW = 21
+
+AnyModel = Model | GenericModel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_threads() -> None:
+    ops.configure_threads(1, nice=0, pin=False)
+
+
+@pytest.fixture(autouse=True)
+def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
+
+
+@pytest.fixture(scope="module")
+def each_third(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model of which each third layer sees all positions."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    model = make_model(
+        "Qwen2", sliding_window=WINDOW, use_sliding_window=True, layer_types=kinds, num_hidden_layers=6
+    )
+    return load_model(save(model, tmp_path_factory.mktemp("model")), max_positions=256)
+
+
+@pytest.fixture(scope="module")
+def grammars(each_third: Model) -> list[Grammar]:
+    size = each_third.config.vocab_size
+    return [GrammarCompiler(Letters(size), size).compile(sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"))]
+
+
+@pytest.fixture(scope="module")
+def all_windows(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    model = make_model("Mistral", sliding_window=WINDOW, head_dim=32)
+    return load_model(save(model, tmp_path_factory.mktemp("model")), max_positions=256)
+
+
+_MEMORY: dict[BlockPool, npt.NDArray[np.uint8]] = {}  # of a pool's blocks
+
+
+@pytest.fixture(autouse=True)
+def blocks_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill a block with NaN when it is handed out: floats, and the scales of int8."""
+    allocate = BlockPool.allocate
+
+    def allocate_poisoned(pool: BlockPool) -> int:
+        block = allocate(pool)
+        _MEMORY[pool][block] = 0x7F
+        return block
+
+    monkeypatch.setattr(BlockPool, "allocate", allocate_poisoned)
+
+
+@asynccontextmanager
+async def serving(
+    model: AnyModel, num_blocks: int, *, speculation: Speculation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AsyncIterator[Engine]:  # fmt: skip
+    """Serve a model."""
+    size = KvSize(num_blocks=num_blocks, block_size=16, bytes_per_token=1, dtype=dtype)
+    runner = CpuRunner(
+        model, size, max_batch_size=8, max_step_tokens=64, max_context=LONGEST, speculation=speculation
+    )
+    vocab_size = model.config.vocab_size
+    info = ModelInfo("tiny", None, "any", "float32", "cpu", vocab_size, LONGEST - 1, LONGEST, frozenset())
+    settings = Settings(max_batch_prefill_tokens=48, max_batch_size=8)
+    engine = Engine(runner, Letters(vocab_size), settings, info)
+    pool, memory = engine.scheduler.pool, runner._pool
+    assert memory is not None
+    _MEMORY[pool] = memory.native.memory()
+    engine.start()
+    yield engine
+    await engine.stop()
+    assert pool.num_used == 0
+    pool.check()
+    runner.close()
+    del _MEMORY[pool]
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Have all layers share one block table, in which windows hide and nothing is given back."""
+
+    def one_group(config: ServedConfig, dtype: torch.dtype) -> CacheGroups:
+        return CacheGroups((None,), (0,) * len(config.caches), groups_of(config, dtype).bytes_per_token)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runners, "groups_of", one_group)
+        yield
+
+
+async def compare(
+    model: AnyModel, requests: list[GenerationRequest], num_blocks: int, at_once: int, **options: Any
+) -> Engine:
+    """Check that requests are answered as by a server that keeps all; return the engine that does not."""
+    with keeping_all():
+        async with serving(model, 150, **options) as engine:
+            assert engine.scheduler.tables.num_groups == 1
+            expected = await answers_of(engine, requests, 8)
+    async with serving(model, num_blocks, **options) as engine:
+        assert any(engine.scheduler.tables.needs.windows)
+        found = await answers_of(engine, requests, at_once)
+    for request, ours, theirs in zip(requests, found, expected, strict=True):
+        assert ours == theirs, request
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_blocks", "at_once", "num_drafts"),
+    [(1, 120, 1, 0), (2, 90, 6, 0), (3, 48, 8, 0), (4, 70, 6, 8)],
+)
+async def test_answers_are_those_of_a_cache_that_keeps_all(
+    each_third: Model, grammars: list[Grammar], seed: int, num_blocks: int, at_once: int, num_drafts: int
+) -> None:
+    """Random requests: choices, chunks, scores of prompts, cached beginnings, preemptions, drafts."""
+    rng = random.Random(seed)
+    requests = [random_request(rng, number, grammars) for number in range(60)]
+    speculation = Speculation(num_drafts, shortest=2) if num_drafts else None
+    engine = await compare(each_third, requests, num_blocks, at_once, speculation=speculation)
+    if num_blocks == 48:
+        assert engine.stats.preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+async def test_prompts_of_several_windows_are_read_as_by_a_cache_that_keeps_all(
+    all_windows: Model, dtype: torch.dtype
+) -> None:
+    """With windows in all layers eight blocks are enough for each of them."""
+    requests = [
+        GenerationRequest(
+            f"r{number}",
+            [(7 * at + number % 2 * at * at) % 157 for at in range(150 - 9 * number)],
+            SamplingParams(temperature=0.0, logprobs=2),
+            StopConditions(max_tokens=30, ignore_eos=True),
+        )
+        for number in range(6)
+    ]
+    await compare(all_windows, requests, 16, 3, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma4_text", "gpt_oss"])
+async def test_modules_of_transformers_give_back_what_their_masks_hide(tmp_path: Path, name: str) -> None:
+    """Gemma 4 has heads of two sizes: its groups are cut by bytes."""
+    architectures.make(name, tmp_path)
+    model = load_generic(tmp_path, max_context=LONGEST)
+    requests = [
+        GenerationRequest(
+            f"r{number}",
+            [2 + (3 * at + number % 2 * at * at) % 90 for at in range(100 - 9 * number)],
+            SamplingParams(temperature=0.0, logprobs=2),
+            StopConditions(max_tokens=20, ignore_eos=True),
+        )
+        for number in range(5)
+    ]
+    await compare(model, requests, 60, 3)
