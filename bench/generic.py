@@ -61,9 +61,7 @@ def _load(path: Path, implementation: str, quantise: str | None) -> Program:
     size = KvSize(16 * _CONTEXT // _BLOCK, _BLOCK, 0, torch.bfloat16)
     pool = make_pool(config, size, CacheGroups((None,), (0,) * len(config.caches), 0))
     caches = [] if pool is None else pool.layers
-    return make_program(
-        model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT
-    )
+    return make_program(model, caches, max_batch_size=16, max_step_tokens=_CONTEXT, max_context=_CONTEXT)
 
 
 def _decode(num_sequences: int, context: int = 300) -> ops.FlatRows:

@@ -245,8 +245,9 @@ def test_places_out_of_range_are_refused_before_anything_is_written(
 ) -> None:
     case, pool = Case(), poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32)
     good = flat_rows([(0, 1)], [[2]], 16)
-    names = ("ids", "positions", "slots", "query_start", "context_len", "block_table")
-    batch = ops.FlatRows(**{name: getattr(good, name) for name in names} | change)
+    names = ("ids", "positions", "slots", "query_start", "context_len")
+    given = {name: getattr(good, name) for name in names}
+    batch = ops.FlatRows(**{**given, "block_table": good.block_tables[0], **change})
     with pytest.raises(ValueError, match=message):
         at_once.qkv(torch.randn(1, 37), case.weight, pool.layers[0], case.rope, batch)
     assert (pool.native.memory() == 0xFF).all()

@@ -13,8 +13,8 @@ should (1, 3), and a late write for a sequence that has ended lands before its b
 and is overwritten before it is read (4), or is what a hit wanted.
 
 Behind a window a sequence gives blocks back while it runs: when the result of a row is applied, those that no
-token behind that row reads. Its rows in flight begin there, so they neither read nor write them; so does a row
-that is run again, but for a prompt whose scores begin again: that keeps all until it is computed.
+token behind that row reads. Its rows in flight begin there, so they neither read nor write them; so does a
+row that is run again, but for a prompt whose scores begin again: that keeps all until it is computed.
 
 After a failed step (1) does not hold. `rollback` forgets what the step was to fill and takes their blocks
 from those that were to read it: no row is run again before what it reads is there. Only rows are run again

@@ -109,7 +109,8 @@ class CudaRunner:
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.eyes: Eyes | None = None
         self.drafts: DraftLimits | None = None
-        self.windows: tuple[int | None, ...] = (None,)  # one block table serves all layers: windows hide, and give nothing back
+        # One block table serves all layers: what windows hide is not given back.
+        self.windows: tuple[int | None, ...] = (None,)
         self._device = device
         self._is_batch_invariant = is_batch_invariant
         self._prompt_lens = [0] * max_batch_size  # by slot
