@@ -213,8 +213,8 @@ async def test_a_step_that_never_came_to_the_device_takes_no_memory_of_those_in_
         return upload(rows, sampling, staging)
 
     monkeypatch.setattr(runner, "_upload", note)
-    chunk = StepRow(0, [5, 6], 0, [0], samples=False)
-    misplaced = StepRow(1, None, 2, [1], samples=True)  # a decode behind a prompt
+    chunk = StepRow(0, [5, 6], 0, [[0]], samples=False)
+    misplaced = StepRow(1, None, 2, [[1]], samples=True)  # a decode behind a prompt
     starts = [SlotStart(0, GREEDY, 0, [5, 6, 7]), SlotStart(1, GREEDY, 0, [5])]
     await runner.submit(StepPlan(0, [chunk], starts))
     with pytest.raises(PlanError):

@@ -77,7 +77,7 @@ def _read_common(reader: Reader) -> dict[str, Any]:
 def _read_scale(reader: Reader, gguf_name: str, sizes: dict[str, Any]) -> float:
     """Return what scores are multiplied by."""
     if not reader.is_gguf:
-        return reader.number("query_pre_attn_scalar", 256) ** -0.5
+        return 1 / math.sqrt(reader.number("query_pre_attn_scalar", 256))
     is_largest = num_layers(reader) == _LAYERS_OF_27B[gguf_name]
     size: int = sizes["hidden_size"] // sizes["num_heads"] if is_largest else sizes["head_dim"]
     return 1 / math.sqrt(size)
