@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.adapters import make_adapter, peft_logprobs, write_adapter
 from tests.support.driving import Job, generate
-from tests.support.families import CASES, FamilyCase
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase
 from tests.support.family_files import Reference, checkpoint, gguf_file, reference
 from tests.support.family_scores import differences
 from tgi_asgi.errors import ModelLoadError
@@ -60,6 +62,14 @@ def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
     assert differences(job, truth).max() <= EXACT
 
 
+def of(*target_modules: str, **more: Any) -> dict[str, Any]:
+    return {"target_modules": list(target_modules), **more}
+
+
+NEOX = of("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+more_families = functools.partial(pytest.param, marks=pytest.mark.models)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -73,6 +83,19 @@ def assert_is_pefts(job: Job, base: Path, adapter: Path | None) -> None:
         ("phi3-old-config", {"target_modules": FUSED}),
         ("olmo2", {}),
         ("mistral-window", {"target_modules": ["gate_proj", "k_proj"]}),
+        ("gpt2", of("c_attn", "c_proj", "c_fc", fan_in_fan_out=True)),
+        ("gpt_neox", NEOX),
+        more_families("gpt_neox-sequential", {**NEOX, "r": 9}),
+        more_families("gpt2-scales", of("c_attn", fan_in_fan_out=True)),
+        more_families("seed_oss-biases", {}),
+        more_families("ernie4_5", {}),
+        more_families("starcoder2", of("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj")),
+        more_families("stablelm-parallel", {}),
+        more_families("phi", of("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")),
+        more_families("falcon", {**NEOX, "r": 3}),
+        more_families("falcon-new", NEOX),
+        more_families("bloom", NEOX),
+        more_families("mpt", of("Wqkv", "out_proj", "up_proj", "down_proj")),
     ],
 )  # fmt: skip
 def test_a_family_gives_what_peft_gives_alone_and_among_others(

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.families import CASES, FamilyCase, Fault
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase, Fault
 from tests.support.family_files import Reference, checkpoint, faulty_checkpoint, gguf_file, reference
 from tests.support.family_scores import differences, score
 from tgi_asgi.formats.sources import ModelFiles

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.support.checkpoints import our_logits
-from tests.support.families import FamilyCase
+from tests.support.family_case import FamilyCase
 from tests.support.family_scores import differences, score
 from tests.support.gguf_blocks import FORMATS
 from tests.support.gguf_models import LLAMA, QWEN2, MadeModel, format_of, make

@@ -1,30 +1,47 @@
 """Run llama.cpp's own converter, with its sources on PYTHONPATH: checkpoint, then type and output in pairs.
 
 The converter knows tokenizers by a hash of what they make of a text, and refuses one that was made for tests:
-here every tokenizer is one that cuts text as GPT-2's. It also wants the sentencepiece package to learn that a
-model has no vocabulary of that kind. Run by `family_files`; knows nothing of this project.
+here every tokenizer is one that cuts text as GPT-2's, also where a family has one of another kind. Two things
+are mended that do not work in this release. Run by `family_files`; knows nothing of this project.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import convert_hf_to_gguf  # type: ignore[import-not-found]
-from conversion.base import TextModel  # type: ignore[import-not-found]
+from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
+from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
+
+_LOAD, _MODIFY = ModelBase.load_hparams, StableLMModel.modify_tensors
 
 
 def _name_pre_tokenizer(model: Any, tokenizer: Any) -> str:
     return "gpt-2"
 
 
-def _refuse_sentencepiece(model: Any) -> None:
-    raise FileNotFoundError
+def _load_hparams(directory: Path, *more: Any, **named: Any) -> Any:
+    """Keep a key that GPT-NeoX's converter reads, and transformers 5 takes out of what it has read."""
+    given = json.loads((directory / "config.json").read_text("utf-8"))
+    return {**{key: given[key] for key in ("rotary_pct",) if key in given}, **_LOAD(directory, *more, **named)}
+
+
+def _modify_tensors(model: Any, *more: Any) -> Iterator[Any]:
+    """Yield the norms of heads, which StableLM's converter returns from a generator."""
+    returned = yield from _MODIFY(model, *more)
+    if returned is not None:
+        yield from returned
 
 
 if __name__ == "__main__":
     TextModel.get_vocab_base_pre = _name_pre_tokenizer
-    TextModel._create_vocab_sentencepiece = _refuse_sentencepiece
+    TextModel._set_vocab_sentencepiece = lambda model, *_: model._set_vocab_gpt2()
+    ModelBase.load_hparams = staticmethod(_load_hparams)
+    StableLMModel.modify_tensors = _modify_tensors
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
         sys.argv[1:] = [checkpoint, "--outtype", kind, "--outfile", output]

@@ -1,47 +1,17 @@
 """The model families that are held against `transformers`: a row a family and variant, nothing computed here.
 
 `family_files` makes checkpoints, references and GGUF files of them, `family_scores` runs them.
-A new family is a row or two; what its configuration class does not default is in `BASE`.
+A new family is a row or two; what its configuration class does not default is in `BASE`. Those that are not
+of Llama's kind are in `families_plain`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is changed in a checkpoint to play a model that computes something else: it must be seen."""
-
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, objects key by key
-    tensors: str = ""  # a pattern of names, as of files: these tensors are changed
-    change: Literal["to ones", "to zeros", "swap halves"] = "to zeros"
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyCase:
-    """One model: its class and configuration, how it is stored, and faults that must show.
-
-        _case("llama-tied", {"tie_word_embeddings": True}, faults=(_MLP_NORM,), gguf=("f32", "q8_0"))
-
-    Where a GGUF file is made in another type than "f32", the matrices are such as all of `gguf` hold
-    exactly, so that one reference is right for all of them.
-    """
-
-    name: str
-    architecture: str  # a class of transformers
-    config: Mapping[str, Any]  # of its configuration class
-    faults: tuple[Fault, ...]
-    gguf: tuple[str, ...] = ("f32",)  # what llama.cpp's converter writes; none where it drops what matters
-    dtype: str = "float32"  # of the checkpoint
-    json: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, as a fault's
-    drops: tuple[str, ...] = ()  # what older versions did not write into config.json
-    prompt_length: int = 40
-    max_total_tokens: int | None = None  # the setting
-
+from tests.support.families_plain import PLAIN_CASES
+from tests.support.family_case import FamilyCase, Fault
 
 BASE: dict[str, Any] = {
     "vocab_size": 320,
@@ -94,6 +64,9 @@ def _case(
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "granite": "GraniteForCausalLM",
@@ -202,6 +175,57 @@ CASES: tuple[FamilyCase, ...] = (
         faults=(Fault("no-window", config={"sliding_window": None}), _WIDER, _ROPE_BASE),
         gguf=(),
     ),
+    _case(
+        "ministral",
+        {
+            "head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        faults=(
+            _WIDER,
+            Fault(
+                "other-layers-slide", config={"layer_types": ["full_attention", *["sliding_attention"] * 2]}
+            ),
+            _ROPE_BASE,
+            _INPUT_NORM,
+        ),
+        gguf=(),
+    ),
+    _case(
+        "ministral-old-config",
+        {"sliding_window": 12, "head_dim": 32},
+        faults=(_WIDER,),
+        gguf=(),
+        dtype="bfloat16",
+        json={"rope_theta": 5000.0, "use_sliding_window": False},
+        drops=("rope_parameters", "layer_types"),
+    ),
+    _case(
+        "seed_oss",
+        {"head_dim": 32},
+        faults=(_QUERY_BIAS, _VALUE_BIAS, _ROPE_BASE, _MLP_NORM),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "ernie4_5",
+        {"head_dim": 32, "tie_word_embeddings": True},
+        faults=(_ROPE_BASE, _INPUT_NORM, _MLP_NORM),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "ernie4_5-biases",
+        {"use_bias": True, "head_dim": 24},
+        faults=(_QUERY_BIAS, _OUTPUT_BIAS, _DOWN_BIAS),
+        gguf=(),
+        json={"rope_theta": 5000.0},
+        drops=("rope_parameters",),
+    ),
+    _case(
+        "seed_oss-biases",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 24},
+        faults=(_OUTPUT_BIAS, _DOWN_BIAS),
+    ),
     _case("qwen2", faults=(_ROPE_BASE, _QUERY_BIAS, _VALUE_BIAS), gguf=("f32", "q8_0")),
     _case(
         "qwen2-unused-window",  # from layer max_window_layers on, so none
@@ -281,4 +305,5 @@ CASES: tuple[FamilyCase, ...] = (
         prompt_length=72,
     ),
     _case("olmo2", faults=(_QUERY_NORM, _MLP_NORM, _FEED_FORWARD_NORM), gguf=("f32", "q8_0")),
+    *PLAIN_CASES,
 )

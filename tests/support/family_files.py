@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.families import FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault
 from tests.support.llama_cpp import RELEASE, llama_cpp_source
 from tgi_asgi.formats.sources import ModelFiles
 
@@ -72,7 +72,7 @@ def faulty_checkpoint(case: FamilyCase, fault: Fault) -> ModelFiles:
         with _made_at(folder) as partial:
             shutil.copytree(checkpoint(case).path, partial, dirs_exist_ok=True)
             family_maker.plant(fault, partial)
-            logprobs = family_maker.logprobs(partial, good.all_ids)
+            logprobs = family_maker.logprobs(case, partial, good.all_ids)
             rows, ids = np.arange(len(good.all_ids) - 1), good.all_ids[1:]
             effect = np.abs(logprobs[rows, ids] - good.logprobs[rows, ids]).max()
             assert effect > _LEAST_EFFECT, (

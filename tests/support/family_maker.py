@@ -20,8 +20,9 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from tests.support.families import FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault
 
 NUM_TOKENS = 16  # that are generated
 _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
@@ -40,7 +41,7 @@ def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarr
     model.to(getattr(torch, case.dtype)).save_pretrained(folder)
     _edit_config(folder, case.json, case.drops)
     _save_tokenizer(folder)
-    model = _open(folder)
+    model = _open(folder, case.attention)
     for seed in range(100):
         prompt_ids = _random_ids(case, seed)
         token_ids = _greedy_ids(model, prompt_ids)
@@ -55,9 +56,9 @@ def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarr
     return prompt_ids, token_ids, found
 
 
-def logprobs(folder: Path, ids: list[int]) -> np.ndarray:
-    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens, by eager attention."""
-    return _logprobs(_open(folder), ids)
+def logprobs(case: FamilyCase, folder: Path, ids: list[int]) -> np.ndarray:
+    """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens, of a case's model."""
+    return _logprobs(_open(folder, case.attention), ids)
 
 
 def plant(fault: Fault, folder: Path) -> None:
@@ -81,17 +82,24 @@ def plant(fault: Fault, folder: Path) -> None:
 
 
 def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
-    kind = getattr(transformers, case.architecture)
+    cls = getattr(transformers, case.architecture)
     torch.manual_seed(1)
-    config = kind.config_class(**copy.deepcopy(dict(case.config)))  # it keeps what it gets, and fills it up
-    model: transformers.PreTrainedModel = kind(config).eval()
+    config = cls.config_class(**copy.deepcopy(dict(case.config)))  # it keeps what it gets, and fills it up
+    model: transformers.PreTrainedModel = cls(config).eval()
     make_matrix = _random_matrix if set(case.gguf) <= {"f32"} else _random_codes
+    embeddings, transposed = (
+        {id(module.weight) for module in model.modules() if isinstance(module, kind)}
+        for kind in (torch.nn.Embedding, Conv1D)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            shape = parameter.shape[::-1] if id(parameter) in transposed else parameter.shape
             if parameter.dim() == 1:
-                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+                is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+                parameter.normal_(1.0 if is_norm else 0.0, 0.1)
             else:
-                parameter.copy_(make_matrix(parameter.shape, 1.0 if "embed" in name else parameter.shape[-1]))
+                made = make_matrix(shape, 1.0 if id(parameter) in embeddings else shape[-1])
+                parameter.copy_(made.T if id(parameter) in transposed else made)
         head = model.get_output_embeddings().weight
         if case.config["tie_word_embeddings"]:
             head *= 2.0**-4  # the embedding must not outweigh what the layers add to it
@@ -160,9 +168,9 @@ def _save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def _open(folder: Path) -> transformers.PreTrainedModel:
+def _open(folder: Path, attention: str) -> transformers.PreTrainedModel:
     opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     model: transformers.PreTrainedModel = opened[0].eval()
     assert not any(opened[1].values()), f"{folder} is not all of the model: {opened[1]}"

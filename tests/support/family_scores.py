@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 
 from tests.support.driving import Job, generate
-from tests.support.families import FamilyCase
+from tests.support.family_case import FamilyCase
 from tests.support.family_files import Reference
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import load

@@ -6,7 +6,7 @@ Names are those of `transformers`, as `peft` writes them, whatever file the mode
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -154,22 +154,30 @@ def targets_of(model: Model | GenericModel | EncoderModel) -> Mapping[str, ops.T
 
 def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     """Return those of a decoder: the single matrices, and the fused ones under their usual names."""
-    config = model.config
+    config, checkpoint = model.config, model.checkpoint
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner = config.intermediate_size
+    ends = (0, queries, queries + keys, queries + 2 * keys)
     found: dict[str, ops.Target] = {}
     for index, layer in enumerate(model.layers):
-        prefix = f"{model.path}.layers.{index}"
-        ends = (0, queries, queries + keys, queries + 2 * keys)
-        for name, start, stop in zip(("q_proj", "k_proj", "v_proj"), ends[:-1], ends[1:], strict=True):
-            found[f"{prefix}.self_attn.{name}"] = ops.Target(layer.qkv, start, stop)
-        found[f"{prefix}.self_attn.qkv_proj"] = ops.Target(layer.qkv, 0, ends[-1])
-        found[f"{prefix}.self_attn.o_proj"] = ops.Target(layer.output, 0, config.hidden_size)
+        of_layer = {
+            "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
+            "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
+            "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
+            "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
+            "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
+            "mlp.up_proj": ops.Target(layer.up, 0, inner),
+            "mlp.down_proj": ops.Target(layer.down, 0, config.hidden_size),
+        }
         if isinstance(layer.up, ops.GateUpWeight):
-            found[f"{prefix}.mlp.gate_proj"] = ops.Target(layer.up, 0, inner)
-            found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.up, inner, 2 * inner)
-            found[f"{prefix}.mlp.gate_up_proj"] = ops.Target(layer.up, 0, 2 * inner)
-        else:
-            found[f"{prefix}.mlp.up_proj"] = ops.Target(layer.up, 0, inner)
-        found[f"{prefix}.mlp.down_proj"] = ops.Target(layer.down, 0, config.hidden_size)
+            of_layer |= {
+                "mlp.gate_proj": ops.Target(layer.up, 0, inner),
+                "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),
+                "mlp.gate_up_proj": ops.Target(layer.up, 0, 2 * inner),
+            }
+        for name, target in of_layer.items():
+            canonical = f"model.layers.{index}.{name}"
+            path = checkpoint.module(canonical).replace("model.", f"{model.path}.", 1)
+            order = checkpoint.row_order(config, canonical)
+            found[path] = target if order is None else replace(target, order=order)
     return found

@@ -145,6 +145,8 @@ class ModelConfig:
     has_output_bias: bool = False  # of the product after attention
     has_mlp_bias: bool = False
     has_gate: bool = True  # an MLP is f(gate) * up, not f(up)
+    is_parallel: bool = False  # attention and MLP read the residual as it comes to the layer
+    has_mlp_norm: bool = True  # False: the MLP reads the norm that attention reads
     has_qk_norm: bool = False  # queries and keys are normalised before they are rotated
     has_late_qk_norm: bool = False  # once they are rotated
     has_interleaved_rope: bool = False  # dims 2i and 2i + 1 turn together
@@ -185,7 +187,7 @@ class ModelConfig:
         )
         check(not self.has_gate or self.activation != "xielu", "xielu is of MLPs without a gate")
         for spec in fields(self):
-            if spec.name.startswith("has_"):
+            if spec.name.startswith(("has_", "is_")):
                 value = getattr(self, spec.name)
                 check(type(value) is bool, f"{spec.name} must be true or false, got {value!r}")
         check(1 <= len(self.layers) <= MAX_LAYERS, f"layers must be 1..{MAX_LAYERS}, got {len(self.layers)}")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tgi_asgi import ops
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.layers import Layer, LayerWeights, read_norm
+from tgi_asgi.models.layers import Layer, LayerWeights, ParallelLayer, read_norm
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
 
@@ -24,12 +25,14 @@ class Decoder:
         recorder = record(model, pool.layers)
 
     Attributes:
-        layer_class, weights_class: what a family may replace.
+        layer_class, parallel_class, weights_class, checkpoint: what a family may replace.
         path: of the module that has the layers, as adapters name it.
     """
 
     layer_class: type[Layer] = Layer
+    parallel_class: type[Layer] = ParallelLayer  # of models whose configuration says so
     weights_class: type[LayerWeights] = LayerWeights
+    checkpoint = CheckpointLayout()
 
     def __init__(
         self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int
@@ -40,8 +43,9 @@ class Decoder:
         embedding = weights.get("model.embed_tokens.weight", shape)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
         self.positions = self.read_positions(weights) if config.has_learnt_positions else None
+        layer_class = self.parallel_class if config.is_parallel else self.layer_class
         self.layers = [
-            self.layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
+            layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
             for index in range(config.num_layers)
         ]
         self.norm = read_norm(config, weights, "model.norm")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tgi_asgi import ops
+from tgi_asgi.models.checkpoint import CheckpointLayout
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reader import Reader
@@ -24,7 +25,16 @@ class Model(Protocol):
         """Return the logits after the tokens that a step asks for."""
 
 
-ModelClass = Callable[[ModelConfig, Weights, ops.Arithmetic, int], Model]
+class ModelClass(Protocol):
+    """Makes a model of configuration, weights, arithmetic and the longest context."""
+
+    checkpoint: CheckpointLayout
+
+    def __call__(
+        self, config: ModelConfig, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int, /
+    ) -> Model: ...
+
+
 # llama.cpp's names of tensors, by those of `transformers`: of all families that it converts.
 GGUF_NAMES: Mapping[str, str] = {
     "model.embed_tokens": "token_embd",
@@ -60,7 +70,7 @@ class Family:
         architecture: `architectures[0]` of config.json.
         gguf_name: `general.architecture` of a GGUF file; None: there are none.
         read_config: reads and bounds what both say; keys that it leaves are refused where they may matter.
-        model: makes the model of configuration, weights, arithmetic and the longest context.
+        model: makes the model, and says how its checkpoints keep it.
         gguf_names: llama.cpp's names of tensors where they differ from `GGUF_NAMES`.
         is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
         computes: whether a config.json is of a model that is computed here, where the architecture has others

@@ -49,9 +49,9 @@ class LayerWeights:
         """Return a norm of this layer, of the residual's width if no other is said."""
         return read_norm(self.config, self.weights, f"{self.prefix}{name}", *shape)
 
-    def cut(self, name: str, rows: Sequence[int]) -> Sources:
-        """Return the parts of a matrix that is several, one below the other."""
-        fused = self.get(f"{name}.weight", sum(rows), self.config.hidden_size)
+    def cut(self, name: str, rows: Sequence[int], *columns: int) -> Sources:
+        """Return the parts of a tensor that is several, one below the other: a matrix, or a bias."""
+        fused = self.get(name, sum(rows), *columns)
         starts = [sum(rows[:index]) for index in range(len(rows))]
         return [fused.rows(start, start + count) for start, count in zip(starts, rows, strict=True)]
 
@@ -182,11 +182,13 @@ class Layer:
 
 
 class ParallelLayer(Layer):
-    """A layer whose parts both read the residual as it comes, by one norm, and add to it."""
+    """A layer whose parts both read the residual as it comes, by one norm or by two, and add to it."""
 
     def make_norms(self, weights: LayerWeights) -> None:
-        """Take the weights of the layer's norm."""
+        """Take the weights of the layer's norms."""
         self.attention_norm = self.mlp_norm = weights.norm("input_layernorm")
+        if self.config.has_mlp_norm:
+            self.mlp_norm = weights.norm("post_attention_layernorm")
 
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
         """Add attention and MLP to the residual x [n_tokens, hidden].

@@ -32,6 +32,7 @@ _GGUF_NAMES = {
     "sliding_window": "attention.sliding_window",
     "sliding_window_pattern": "attention.sliding_window_pattern",
     "clip_qkv": "attention.clamp_kqv",
+    "alibi_bias_max": "attention.max_alibi_bias",
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -64,6 +65,7 @@ class Reader:
         self.is_gguf, self.tensors = is_gguf, tensors
         self._values = values
         self._read: set[str] = set()
+        self._own: dict[str, str] = {}  # this family's names of keys, by the usual ones
 
     @classmethod
     def of_json(cls, config: Mapping[str, Any]) -> Reader:
@@ -84,10 +86,23 @@ class Reader:
             values["vocab_size"] = len(tokens)
         return cls(values, is_gguf=True, tensors=tensors)
 
+    def rename(self, **names: tuple[str, ...]) -> None:
+        """Say what a config.json of this family calls keys; before `defaults`.
+
+        The first of a key's names that has a value counts, where the usual name has none.
+        """
+        if self.is_gguf:
+            return
+        for key, own in names.items():
+            given = [name for name in (key, *own) if self._values.get(name) is not None]
+            self._own[key] = given[0] if given else key
+            self._read.update(own)
+
     def defaults(self, **values: Any) -> None:
         """Say what a config.json means where it lacks a key: what the family's class in transformers has."""
         if not self.is_gguf:
-            self._values = {**values, **self._values}
+            missing = {key: value for key, value in values.items() if self._own.get(key, key) == key}
+            self._values = {**missing, **self._values}
 
     def get(self, key: str) -> Any:
         """Return a value as it is, None where there is none."""
@@ -146,4 +161,4 @@ class Reader:
         return value
 
     def _name(self, key: str) -> str:
-        return _GGUF_NAMES.get(key, key) if self.is_gguf else key
+        return _GGUF_NAMES.get(key, key) if self.is_gguf else self._own.get(key, key)

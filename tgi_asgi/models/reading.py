@@ -73,13 +73,13 @@ def _has_tied_embeddings(reader: Reader) -> bool:
     return reader.flag("tie_word_embeddings", False)
 
 
-def read_biases(reader: Reader, key: str, *tensors: str) -> list[bool]:
+def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
     """Tell which of the first layer's products have biases: a config.json says it of all by one key.
 
     tensors: llama.cpp's names, as `attn_q`.
     """
     if not reader.is_gguf:
-        return [reader.flag(key, False)] * len(tensors)
+        return [reader.flag(key, default)] * len(tensors)
     return [f"blk.0.{name}.bias" in reader.tensors for name in tensors]
 
 

@@ -12,7 +12,7 @@ arXiv 2106.09685.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class Target:
     weight: AdaptableWeight
     start: int
     stop: int
+    order: Order | None = None  # which row of an adapter's matrix each of these is; None: they lie in order
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,6 +113,8 @@ class AdapterLayout:
             if target is None:
                 raise ValueError(f"{name} is not a product that adapters can change")
             self._check(name, target, delta)
+            if target.order is not None:
+                delta = replace(delta, up=delta.up[torch.from_numpy(target.order)])
             of_weight.setdefault(id(target.weight), []).append((name, target, delta))
         parts: list[Any] = []
         for weight, changes in of_weight.items():

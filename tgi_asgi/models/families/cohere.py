@@ -11,7 +11,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ModelConfig
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights, ParallelLayer
+from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_sliding
 
@@ -50,6 +50,8 @@ def _read_common(reader: Reader) -> dict[str, Any]:
         "has_output_bias": output_bias,
         "has_layer_norm": True,
         "has_interleaved_rope": True,
+        "is_parallel": True,
+        "has_mlp_norm": False,
         "logits_scale": reader.number("logit_scale", 0.0625),
     }
 
@@ -70,9 +72,8 @@ class CohereWeights(LayerWeights):
 
 
 class Cohere(Decoder):
-    """The decoder with parallel layers."""
+    """The decoder with norms of queries and keys, if there are any."""
 
-    layer_class = ParallelLayer
     weights_class = CohereWeights
 
 

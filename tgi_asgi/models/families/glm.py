@@ -35,7 +35,8 @@ class GlmWeights(LayerWeights):
 
     def gate_up_sources(self) -> Sources:
         """Cut the tensor by rows; GGUF has it under the name of up."""
-        return self.cut("mlp.gate_up_proj", [self.config.intermediate_size] * 2)
+        rows = [self.config.intermediate_size] * 2
+        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
 
 
 class Glm(Decoder):

@@ -44,7 +44,8 @@ class Granite4Weights(LayerWeights):
 
     def gate_up_sources(self) -> Sources:
         """Cut the tensor of gate and up by rows."""
-        return self.cut("shared_mlp.input_linear", [self.config.intermediate_size] * 2)
+        rows = [self.config.intermediate_size] * 2
+        return self.cut("shared_mlp.input_linear.weight", rows, self.config.hidden_size)
 
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
         """Make the weight of a single product."""

@@ -1,4 +1,4 @@
-"""Llama, and all that share its code (SmolLM, Yi, DeepSeek's dense ones); Mistral."""
+"""Llama, and all that share its code (SmolLM, Yi, DeepSeek's dense ones)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,4 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     )
 
 
-def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Mistral's: a window of all layers where it has one, no biases, whatever the file says."""
-    reader.ignore("attention_bias")
-    reader.defaults(num_key_value_heads=8, sliding_window=4096)
-    sizes = read_sizes(reader)
-    layers = read_layers(reader, sizes, windows=read_window(reader))
-    return ModelConfig(architecture=architecture, layers=layers, **sizes)
-
-
-FAMILIES = (
-    Family("LlamaForCausalLM", "llama", read_llama, Decoder, is_rotary_permuted=True),
-    Family("MistralForCausalLM", "llama", read_mistral, Decoder, is_rotary_permuted=True),
-)
+FAMILIES = (Family("LlamaForCausalLM", "llama", read_llama, Decoder, is_rotary_permuted=True),)

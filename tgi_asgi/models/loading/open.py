@@ -18,7 +18,7 @@ from tgi_asgi.models.family import Family, Model
 from tgi_asgi.models.generic.encoder import EncoderModel, OpenEncoder, gives_vectors
 from tgi_asgi.models.generic.model import GenericModel, OpenGeneric
 from tgi_asgi.models.loading import NamedWeights, Weights, matches, refuse_unread
-from tgi_asgi.models.loading.bare import BareWeights, with_prefix
+from tgi_asgi.models.loading.checkpoint import CheckpointWeights
 from tgi_asgi.models.loading.gguf import GgufWeights
 from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.models.pooling import PoolingFiles, read_gguf_pooling, read_pooling
@@ -83,8 +83,8 @@ class OpenModel:
 
     def _open_native(self, config: Mapping[str, Any]) -> _Native:
         family, read = read_config(config)
-        self.weights = with_prefix(self.weights)
-        is_bare = isinstance(self.weights, BareWeights) or read.architecture.endswith("Model")
+        self.weights = weights = CheckpointWeights(self.weights, family.model.checkpoint, read)
+        is_bare = weights.is_bare or read.architecture.endswith("Model")
         if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
             read = replace(read, has_head=False)
         return _Native(family, self._scaled(read))
@@ -131,7 +131,8 @@ class OpenModel:
 
     def _unused(self, model: _Native) -> list[str]:
         has_no_head = model.config.has_tied_embeddings  # some files store the embedding twice
-        return [*model.family.unused, *(["lm_head.weight"] if has_no_head else [])]
+        head = model.family.model.checkpoint.tensor("lm_head.weight")
+        return [*model.family.unused, *([head] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""

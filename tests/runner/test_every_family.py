@@ -1,0 +1,120 @@
+"""What is always true, of every family: an answer is that of the lone request, to the last bit.
+
+Alone and whole, without a cache: that is what is expected. Then the same requests among thirty-two, in
+chunks, with drafts, adapters and grammars beside them, in so few blocks that some are preempted; and once
+more, from what the prefix cache has kept.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runner.test_grammar import AUTO, Letters
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase
+from tests.support.family_files import checkpoint
+from tests.support.real_engine import alone, serving, together, told
+from tgi_asgi.engine.budget import TokenBudget
+from tgi_asgi.models.registry import all_families
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopConditions
+
+NUM_PROBES, NUM_OTHERS = 8, 24
+# As some checkpoints call what another architecture computes.
+ALIASES = {"MPTForCausalLM", "RWForCausalLM", "StableLMEpochForCausalLM", "Ernie4_5_ForCausalLM"}
+USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM"}
+
+
+def one_case_each() -> Iterator[Any]:
+    """Yield the last case of each architecture, which is rarely the plainest."""
+    by_architecture = {case.architecture: case for case in CASES if case.max_total_tokens is None}
+    for architecture, case in by_architecture.items():
+        marks = [] if architecture in USUAL else [pytest.mark.models]
+        yield pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def drafts_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft whatever the time says: what the tests are about must happen."""
+    monkeypatch.setattr(TokenBudget, "cost_s", property(lambda budget: (1.0, 0.0)))
+
+
+def requests_of(case: FamilyCase, adapters: list[Adapter | None]) -> list[GenerationRequest]:
+    """Make the probes, then the others: texts that repeat themselves, some with a common beginning."""
+    rng = random.Random(7)
+    size = case.config["vocab_size"]
+    compiler = GrammarCompiler(Letters(size), size)
+    grammars = [compiler.compile(each) for each in (sources.regex("[a-z]{5,9}(-ab-ab){2,6}[0-9]"), AUTO)]
+    common = [rng.randrange(2, 97) for _ in range(40)]
+    made = []
+    for number in range(NUM_PROBES + NUM_OTHERS):
+        period = [rng.randrange(2, 97) for _ in range(rng.randrange(1, 9))]
+        prompt = [period[at % len(period)] for at in range(rng.randrange(3, 60))]
+        sampling = SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 0.2, 1.0]),
+            top_k=rng.choice([0, 0, 8]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.1]),
+            seed=number,
+            logprobs=rng.choice([None, 2]),
+        )
+        made.append(
+            GenerationRequest(
+                f"r{number}",
+                common + prompt if number % 3 == 0 else prompt,
+                sampling,
+                StopConditions(max_tokens=rng.choice([12, 30]), ignore_eos=number % 4 != 1),
+                grammar=grammars[number // 4 % 2] if number % 4 == 1 else None,
+                adapter=adapters[number % len(adapters)],
+                prompt_logprobs=1 if number == 2 else None,
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("case", one_case_each())
+async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: str, tmp_path: Path) -> None:
+    files = checkpoint(case)
+    settings: dict[str, Any] = {"dtype": dtype, "max_batch_size": 32}
+    async with serving(files, tmp_path / "a", **settings, prefix_cache=False) as (engine, adapters):
+        expected = await alone(engine, requests_of(case, adapters)[:NUM_PROBES])
+        assert engine.stats.preemptions == engine.stats.prefix_hit_tokens == 0
+    busy = {"max_batch_prefill_tokens": 37, "max_batch_total_tokens": 832, "speculate": 8}
+    async with serving(files, tmp_path / "b", **settings, **busy) as (engine, adapters):
+        requests = requests_of(case, adapters)
+        among = await together(engine, requests)
+        stats = engine.stats
+        assert stats.preemptions > 0
+        assert stats.accepted_draft_tokens > 0
+        before = stats.prefix_hit_tokens
+        cached = await together(engine, requests[:NUM_PROBES])
+        assert stats.prefix_hit_tokens > before
+        assert engine.scheduler.pool.num_used == 0
+    for request, lone, busy_one, cached_one in zip(requests, expected, among, cached, strict=False):
+        assert told(busy_one) == told(lone), request
+        assert told(cached_one) == told(lone), request
+        assert busy_one.stats.prompt_logprobs == lone.stats.prompt_logprobs, request
+    ids = [tuple(token for token, *_ in told(answer)) for answer in expected]
+    assert len(set(ids)) == len(ids), "adapters, seeds or grammars change nothing"
+
+
+def test_every_architecture_has_a_case() -> None:
+    architectures = {family.architecture for family in all_families()}
+    assert architectures - ALIASES == {case.architecture for case in CASES}
+
+
+def test_aliases_compute_what_another_architecture_does() -> None:
+    for alias in (family for family in all_families() if family.architecture in ALIASES):
+        others = [
+            family
+            for family in all_families()
+            if family.architecture not in ALIASES
+            and (family.model, family.read_config) == (alias.model, alias.read_config)
+        ]
+        assert others, alias.architecture

@@ -1,0 +1,40 @@
+"""What a model of a family and its faults are, to the tests that hold families against `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is changed in a checkpoint to play a model that computes something else: it must be seen."""
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, objects key by key
+    tensors: str = ""  # a pattern of names, as of files: these tensors are changed
+    change: Literal["to ones", "to zeros", "swap halves"] = "to zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyCase:
+    """One model: its class and configuration, how it is stored, and faults that must show.
+
+        _case("llama-tied", {"tie_word_embeddings": True}, faults=(_MLP_NORM,), gguf=("f32", "q8_0"))
+
+    Where a GGUF file is made in another type than "f32", the matrices are such as all of `gguf` hold
+    exactly, so that one reference is right for all of them.
+    """
+
+    name: str
+    architecture: str  # a class of transformers
+    config: Mapping[str, Any]  # of its configuration class
+    faults: tuple[Fault, ...]
+    gguf: tuple[str, ...] = ("f32",)  # what llama.cpp's converter writes; none where it drops what matters
+    dtype: str = "float32"  # of the checkpoint
+    json: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, as a fault's
+    drops: tuple[str, ...] = ()  # what older versions did not write into config.json
+    prompt_length: int = 40
+    max_total_tokens: int | None = None  # the setting
+    attention: str = "eager"  # which implementation of transformers is right

@@ -1,0 +1,32 @@
+"""Baidu's ERNIE 4.5, the dense ones: Llama in which neighbouring dims of a head turn together."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_ernie4_5(reader: Reader, architecture: str) -> ModelConfig:
+    """Read ERNIE 4.5's; one key says of all products whether they have biases."""
+    reader.defaults(rms_norm_eps=1e-5, head_dim=128, rope_theta=500000.0, tie_word_embeddings=True)
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        has_interleaved_rope=True,
+        **sizes,
+    )
+
+
+# The second is what Baidu's own code calls it.
+FAMILIES = (
+    Family("Ernie4_5ForCausalLM", "ernie4_5", read_ernie4_5, Decoder),
+    Family("Ernie4_5_ForCausalLM", "ernie4_5", read_ernie4_5, Decoder),
+)

@@ -1,0 +1,34 @@
+"""ByteDance's Seed-OSS: Llama with biases of q, k and v."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_seed_oss(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Seed-OSS's; a config.json says of each side of attention whether it has biases."""
+    reader.defaults(num_key_value_heads=8, head_dim=128)
+    sizes = read_sizes(reader)
+    (qkv_bias,) = read_biases(reader, "attention_bias", "attn_q", default=True)
+    (output_bias,) = read_biases(reader, "attention_out_bias", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        **sizes,
+    )
+
+
+FAMILIES = (
+    Family(
+        "SeedOssForCausalLM", "seed_oss", read_seed_oss, Decoder,
+        gguf_names={"post_attention_layernorm": "post_attention_norm"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""Stability's StableLM: Llama with LayerNorm and a quarter of each head that turns.
+
+Of StableLM 2, 12B attention and MLP stand side by side behind one norm, and each head has norms of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+
+
+def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
+    """Read StableLM's; a GGUF file says by its tensors what kind it is."""
+    reader.rename(partial_rotary_factor=("rope_pct",), layer_norm_eps=("norm_eps",))
+    reader.defaults(partial_rotary_factor=0.25)
+    sizes = read_sizes(reader, eps="layer_norm_eps", default_eps=1e-5)
+    (qkv_bias,) = read_biases(reader, "use_qkv_bias", "attn_q")
+    is_parallel, has_qk_norm = reader.flag("use_parallel_residual", False), reader.flag("qk_layernorm", False)
+    if reader.is_gguf:
+        is_parallel = "blk.0.ffn_norm.weight" not in reader.tensors
+        has_qk_norm = "blk.0.attn_q_norm.weight" in reader.tensors
+    return ModelConfig(
+        architecture=architecture,
+        layers=read_layers(reader, sizes),
+        has_qkv_bias=qkv_bias,
+        has_qk_norm=has_qk_norm,
+        has_qk_layer_norm=has_qk_norm,
+        has_layer_norm=True,
+        has_norm_bias=True,
+        is_parallel=is_parallel,
+        has_mlp_norm=not is_parallel,
+        **sizes,
+    )
+
+
+class StableLmWeights(LayerWeights):
+    """A layer whose heads have LayerNorms of their own, without biases."""
+
+    def norms(self) -> ops.HeadNorms | None:
+        """Return the norms of queries and keys, if there are any."""
+        config = self.config
+        if not config.has_qk_norm:
+            return None
+        query, key = self._head_norm("q", config.num_heads), self._head_norm("k", config.num_kv_heads)
+        return ops.HeadNorms(query, key)
+
+    def _head_norm(self, name: str, num_heads: int) -> ops.NormWeight:
+        """Return the norm of all heads: a tensor each, or one in a GGUF file."""
+        size, whole = self.config.head_dim, f"self_attn.{name}_norm.weight"
+        if f"{self.prefix}{whole}" in self.weights:
+            weight = ops.vector(self.get(whole, num_heads, size))
+        else:
+            names = [f"self_attn.{name}_layernorm.norms.{head}.weight" for head in range(num_heads)]
+            weight = torch.cat([ops.vector(self.get(each, size)) for each in names])
+        return ops.NormWeight.layer(weight.numel(), self.config.norm_eps, weight=weight)
+
+
+class StableLm(Decoder):
+    """The decoder with such heads."""
+
+    weights_class = StableLmWeights
+
+
+# The second is what Stability's own code calls it.
+FAMILIES = (
+    Family("StableLmForCausalLM", "stablelm", read_stablelm, StableLm),
+    Family("StableLMEpochForCausalLM", "stablelm", read_stablelm, StableLm),
+)

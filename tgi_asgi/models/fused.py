@@ -1,0 +1,48 @@
+"""Layers whose q, k and v are one tensor, and gate and up: Phi 3's, and those of the time before Llama."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tgi_asgi.models.checkpoint import Rows
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.layers import LayerWeights, Sources
+
+_QKV = "self_attn.qkv_proj"
+
+
+class FusedWeights(LayerWeights):
+    """A layer whose products of one input are one tensor each."""
+
+    def qkv_sources(self) -> Sources:
+        """Cut the tensor of q, k and v by rows."""
+        return self.cut(f"{_QKV}.weight", self._qkv_rows(), self.config.hidden_size)
+
+    def qkv_biases(self) -> Sources | None:
+        """Cut their bias likewise."""
+        return self.cut(f"{_QKV}.bias", self._qkv_rows()) if self.config.has_qkv_bias else None
+
+    def gate_up_sources(self) -> Sources:
+        """Cut the tensor of gate and up by rows; GGUF has it under the name of up."""
+        rows = [self.config.intermediate_size] * 2
+        return self.cut("mlp.gate_up_proj.weight", rows, self.config.hidden_size)
+
+    def _qkv_rows(self) -> list[int]:
+        config = self.config
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        return [count * config.head_dim for count in heads]
+
+
+def rows_by_group(config: ModelConfig, module: str) -> Rows | None:
+    """Put in order a tensor of q, k and v in which each KV head lies behind its query heads.
+
+        q0 q1 k v | q2 q3 k v     as the file has them: rows of four query heads, two KV heads
+        q0 q1 q2 q3 | k k | v v   what is read
+
+    A `CheckpointLayout.row_order`; with a KV head for each query head, q, k and v of each lie together.
+    """
+    if not module.endswith(_QKV):
+        return None
+    groups, per_group = config.num_kv_heads, config.num_heads // config.num_kv_heads + 2
+    rows = np.arange(groups * per_group * config.head_dim).reshape(groups, per_group, config.head_dim)
+    return np.concatenate([rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)])

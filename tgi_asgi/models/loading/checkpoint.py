@@ -1,0 +1,70 @@
+"""Weights of a checkpoint by canonical names: a family's own names, with or without their prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading import Weights
+from tgi_asgi.ops import WeightSource
+
+_EMBEDDING = "model.embed_tokens.weight"
+_WORDS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+
+
+class CheckpointWeights:
+    """`Weights` of files whose names, rows and columns are as a `CheckpointLayout` says.
+
+    Attributes:
+        is_bare: the model was saved without its head, as embedding models are, and BLOOM and GPT-2 on the
+            Hub: names lack their prefix, `layers.0...` for `model.layers.0...`.
+    """
+
+    def __init__(self, weights: Weights, layout: CheckpointLayout, config: ModelConfig) -> None:
+        self._weights, self._layout, self._config = weights, layout, config
+        self.num_bytes = weights.num_bytes
+        embedding = layout.tensor(_EMBEDDING)
+        self.is_bare = embedding not in weights and embedding.removeprefix(layout.prefix) in weights
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.stored_name(name) in self._weights
+
+    def stored_name(self, name: str) -> str:
+        """Return what the files call a tensor."""
+        stored = self._layout.tensor(name)
+        return stored.removeprefix(self._layout.prefix) if self.is_bare else stored
+
+    def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
+        """Return a tensor, as `Weights.get` says."""
+        stored = self.stored_name(name)
+        if self._layout.is_transposed and len(shape) == 2 and is_of_layer(name):
+            source = _transposed(stored, self._weights.get(stored, shape[::-1]))
+        else:
+            source = self._weights.get(stored, shape)
+        order = self._layout.row_order(self._config, name.rpartition(".")[0])
+        return source if order is None else source.in_rows(order)
+
+    def unread(self) -> list[str]:
+        """Return what nobody has asked for, as `Weights.unread` says."""
+        return self._weights.unread()
+
+    def stored(self) -> dict[str, tuple[str, int]]:
+        """Return formats and sizes, as `Weights.stored` says."""
+        return self._weights.stored()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._weights.close()
+
+
+def _transposed(name: str, source: WeightSource) -> WeightSource:
+    """Return a matrix of floats with rows and columns changed: a copy."""
+    word = _WORDS.get(source.format)
+    if word is None:
+        raise ModelLoadError(
+            f"tensor {name!r} is quantised, which of this architecture's matrices is not served"
+        )
+    matrix = np.ascontiguousarray(source.data.view(word).reshape(source.shape).T)
+    return WeightSource(matrix.reshape(-1).view(np.uint8), source.format, matrix.shape)
