@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from typing import Any
 
 import pytest
 
 from tests.support.schemas import check, random_schema
+from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
@@ -39,29 +39,8 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
-DEEPSEEK_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"  # noqa: RUF001
-TWO_CALLS = {
-    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
-    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
-    '{"name": "g", "arguments": {}}]',
-    "llama3_json": '{"name": "f", "parameters": {"a": 1, "s": "}\\"<"}}; {"name": "g", "parameters": {}}',
-    "pythonic": '[f(a=1, s="}\\"<"), g()]',
-    "mistral_args": '[TOOL_CALLS]f[ARGS]{"a": 1, "s": "}\\"<"}[TOOL_CALLS]g[ARGS]{}',
-    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
-    '{"name": "g", "arguments": {}}]',
-    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n"
-    '<parameter=s>\n}"<\n</parameter>\n</function>\n</tool_call>\n'
-    "<tool_call>\n<function=g>\n</function>\n</tool_call>",
-    "deepseek_v31": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
-    '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1, "s": "}\\"<"}<｜tool▁call▁end｜>'  # noqa: RUF001
-    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",  # noqa: RUF001
-    "deepseek": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
-    + DEEPSEEK_CALL.format("f", '{"a": 1, "s": "}\\"<"}')
-    + "\n"
-    + DEEPSEEK_CALL.format("g", "{}")
-    + "<｜tool▁calls▁end｜>",  # noqa: RUF001
-}
+TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
+UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # whose calls may be text
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
@@ -104,7 +83,7 @@ def test_a_required_answer_is_calls_and_nothing_else(compiler: GrammarCompiler, 
 
 @names
 def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarCompiler, name: str) -> None:
-    for must_call in (True, False):
+    for must_call in (True, False) if name not in UNTOLD else (True,):
         grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
         assert grammar is not None
         assert not accepts(compiler, grammar, TWO_CALLS[name])
@@ -116,10 +95,9 @@ def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarComp
     assert grammar is not None
     for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
         assert accepts(compiler, grammar, text), text
-    wrong = TWO_CALLS[name].replace("g", "h", 1)
-    if name.startswith(("deepseek", "mistral_args")):  # their markers have that letter, too
-        wrong = TWO_CALLS[name].replace("{}", "[]")
-    assert not accepts(compiler, grammar, wrong)
+    if name in UNTOLD:
+        return
+    assert not accepts(compiler, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
     if FORMATS[name].marker:
         assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
 
@@ -280,7 +258,7 @@ def test_a_call_that_is_cut_keeps_what_there_is() -> None:
         (TWO_CALLS["deepseek_v31"], "deepseek_v31"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("[func_name1(params_name1=params_value1)]", "pythonic"),
-        (TWO_CALLS["deepseek"], "deepseek"),
+        (TWO_CALLS["deepseek_v3"], "deepseek_v3"),
         ("nothing of the kind", "hermes"),
     ],
 )
@@ -385,8 +363,7 @@ def test_one_tool_whose_schema_cannot_be_had_is_free_and_named_unless_it_is_stri
     assert grammar is not None
     assert grammar.ignored == ("tools.big", "uniqueItems")
     assert accepts(compiler, grammar, TWO_CALLS[name])
-    short = re.sub(r', "?s"?[:=] ?"}\\"<"|<parameter=s>\n}"<\n</parameter>\n', "", TWO_CALLS[name])
-    assert accepts(compiler, grammar, re.sub(r"\bf\b", "big", short))
+    assert accepts(compiler, grammar, write(name, [("big", {"a": 1}), ("g", {})]))
     with pytest.raises(InvalidRequest):
         wanted = answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("big", parameters)]))
         assert wanted is not None
@@ -400,10 +377,8 @@ def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompile
         None, ToolUse(FORMATS[name], [ToolSpec("f", schema), ToolSpec("g", None)], must_call=True)
     )
     assert grammar is not None
-    for value, is_allowed in (("true", True), ("false", False)):
-        text = TWO_CALLS[name].replace('"s": "}\\"<"', f'"b": {value}').replace('s="}\\"<"', f"b={value}")
-        text = text.replace('<parameter=s>\n}"<', f"<parameter=b>\n{value}")
-        assert accepts(compiler, grammar, text) == is_allowed
+    for value in (True, False):
+        assert accepts(compiler, grammar, write(name, [("f", {"a": 1, "b": value}), ("g", {})])) == value
 
 
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,18 @@ class ToolArguments:
         shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
         described = schema if isinstance(schema, Mapping) else {}
         return self._expression({**described, **shared}, otherwise={})
+
+    def leave_out(self, keywords: Collection[str]) -> None:
+        """Note keywords that a format cannot hold its arguments to.
+
+        Raises:
+            InvalidRequest: the tool is strict.
+        """
+        if self._spec.is_strict and keywords:
+            raise InvalidRequest(
+                f"`{min(keywords)}` cannot be enforced in the arguments of `{self.name}` as this model writes them"
+            )
+        self.ignored.update(keywords)
 
     def _expression(self, schema: Mapping[str, Any], *, otherwise: Mapping[str, Any]) -> str:
         try:
