@@ -41,6 +41,7 @@ PARAMETERS = {
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
 TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
 UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # whose calls may be text
+LOOSE = ("gemma4", "functiongemma")  # whose grammar cannot hold values to all that a schema may say
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
@@ -212,14 +213,17 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
 ) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
-    use_specs = [ToolSpec("f", schema)]
+    is_strict = name not in LOOSE
+    use_specs = [ToolSpec("f", schema, is_strict)]
     grammar = answer_grammar(None, ToolUse(FORMATS[name], use_specs, must_call=True, is_parallel=False))
     assert grammar is not None
     answer = wander(compiler, grammar, rng, 4000)
     start, arguments = parse(AnswerParser(None, FORMATS[name], use_specs), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
-    check(arguments.text, schema)
+    if is_strict or not grammar.ignored:
+        check(arguments.text, schema)
+    assert isinstance(json.loads(arguments.text), dict)
 
 
 @pytest.mark.parametrize(

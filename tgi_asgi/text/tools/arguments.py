@@ -109,6 +109,13 @@ class ToolArguments:
         described = schema if isinstance(schema, Mapping) else {}
         return self._expression({**described, **shared}, otherwise={})
 
+    def definition(self, reference: str) -> Any:
+        """Return the part of the tool's schema that `#/...` names, or None."""
+        found: Any = self._spec.schema
+        for key in reference.removeprefix("#/").split("/"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
     def leave_out(self, keywords: Collection[str]) -> None:
         """Note keywords that a format cannot hold its arguments to.
 

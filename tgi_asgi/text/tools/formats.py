@@ -246,7 +246,7 @@ _ROWS: tuple[ToolFormat, ...] = (
         families="GigaChat 3",
         shows=(("<|role_sep|>", "function call"),),
         marker="<|function_call|>",
-        openers=("function call<|role_sep|>\n",),
+        openers=("<|message_sep|>\n\nfunction call<|role_sep|>\n", "function call<|role_sep|>\n"),
         markers=("<|function_call|>", "<|role_sep|>", "<|message_sep|>"),
         between="<|function_call|>",
     ),

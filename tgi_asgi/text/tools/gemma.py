@@ -24,6 +24,8 @@ from tgi_asgi.text.tools.pythonic import keywords
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
 _SAID = frozenset({"type", "description", "title", "default", "examples"})  # of a value, and bind nothing more
+_OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
+_MAX_DEPTH = 16  # of what is enforced: references may lead in circles
 _SCALARS = ("integer", "number", "boolean", "null")
 _FREE = """gemma_value: gemma_text | /-?[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?/ | "true" | "false" | "null" \
 | gemma_list | gemma_object
@@ -70,37 +72,76 @@ class _Values:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
 
-    def object(self, each: Iterable[tuple[str, Any, bool]]) -> list[str]:
+    def object(self, each: Iterable[tuple[str, Any, bool]], depth: int = 0) -> list[str]:
         """Return rules of an object's items, of which `<rule>_<n>_first_0` is all, n the number of the object."""
         name = f"{self._rule}_{self._num_objects}"
         self._num_objects += 1
         lines: list[str] = []
-        keys = [(literal(f"{key}:"), self._value(schema, lines), needed) for key, schema, needed in each]
+        keys = [
+            (literal(f"{key}:"), self._value(schema, lines, depth), needed) for key, schema, needed in each
+        ]
         return [*lines, *keywords(name, keys, ",")]
 
-    def _value(self, schema: Any, lines: list[str]) -> str:
-        kinds = schema.get("type") if isinstance(schema, Mapping) else None
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        return "(" + " | ".join(self._of_kind(kind, schema, lines) for kind in kinds) + ")"
+    def _value(self, schema: Any, lines: list[str], depth: int = 0) -> str:
+        """Return the expression of a value; what it needs goes to `lines`."""
+        described = self._resolved(schema) if isinstance(schema, Mapping) and depth < _MAX_DEPTH else {}
+        said = described.keys() - _SAID
+        if said == {"const"} or said == {"enum"}:
+            values = described["enum"] if "enum" in said else [described["const"]]
+            if isinstance(values, list) and values:
+                return "(" + " | ".join(self._written(value) for value in values) + ")"
+        if said == {"anyOf"} and isinstance(described["anyOf"], list) and described["anyOf"]:
+            return "(" + " | ".join(self._value(each, lines, depth + 1) for each in described["anyOf"]) + ")"
+        kinds = described.get("type")
+        kinds = kinds if isinstance(kinds, list) and kinds else [kinds]
+        return "(" + " | ".join(self._of_kind(kind, described, schema, lines, depth) for kind in kinds) + ")"
 
-    def _of_kind(self, kind: object, schema: Any, lines: list[str]) -> str:
-        said = schema.keys() - _SAID if isinstance(schema, Mapping) else frozenset()
+    def _of_kind(
+        self, kind: object, described: Mapping[str, Any], schema: Any, lines: list[str], depth: int
+    ) -> str:
+        said = described.keys() - _SAID
         if kind in _SCALARS:
-            return self._tool.value({**schema, "type": kind})
+            return self._tool.value({**described, "type": kind})
         if kind == "string" and not said:
             return "gemma_text"
-        if kind in ("string", None) and said == {"enum"} and all(isinstance(text, str) for text in schema["enum"]):
-            return " | ".join(f"{self._quote} {literal(text)} {self._quote}" for text in schema["enum"])
         if kind == "array" and said <= {"items"}:
-            item = self._value(schema.get("items", {}), lines)
+            item = self._value(described.get("items", {}), lines, depth + 1)
             return f'"[" ({item} ("," {item})*)? "]"'
-        if kind == "object" and "properties" in said and said <= {"properties", "required", "additionalProperties"}:
+        if kind == "object" and "properties" in said and said <= _OF_OBJECTS:
             name = f"{self._rule}_{self._num_objects}"
-            lines += self.object(_items(schema))
+            lines += self.object(_items(described), depth + 1)
             return f'"{{" {name}_first_0 "}}"'
-        held = {"items", "properties", "required", "additionalProperties"}
-        self._tool.leave_out(said - held or said)
+        if described or schema:
+            self._leave_out(kind, described, schema)
         return "gemma_value"
+
+    def _leave_out(self, kind: object, described: Mapping[str, Any], schema: Any) -> None:
+        """Say what is not enforced of a schema; one that is none at all is refused, or free, by its tool."""
+        num_ignored = len(self._tool.ignored)
+        self._tool.value(schema)
+        is_free = kind in ("string", "array", "object") and not described.keys() - _SAID
+        if len(self._tool.ignored) == num_ignored and not is_free:
+            said = schema.keys() - _SAID or {"type"}
+            self._tool.leave_out(said - _OF_OBJECTS - {"items"} or said)
+
+    def _resolved(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a reference to one of the tool's definitions stands for; {} where there is none."""
+        reference = schema.get("$ref")
+        if not isinstance(reference, str):
+            return schema
+        found = self._tool.definition(reference)
+        return found if isinstance(found, Mapping) and "$ref" not in found else {}
+
+    def _written(self, value: Any) -> str:
+        """Return the one way to write a value."""
+        if isinstance(value, str):
+            return f"{self._quote} {literal(value)} {self._quote}"
+        if isinstance(value, list):
+            return " ".join(['"["', ' "," '.join(map(self._written, value)), '"]"'])
+        if isinstance(value, dict):
+            items = ' "," '.join(f'{literal(f"{key}:")} {self._written(item)}' for key, item in value.items())
+            return f'"{{" {items} "}}"'
+        return literal(json.dumps(value))
 
 
 def _items(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
