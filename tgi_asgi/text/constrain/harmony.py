@@ -13,7 +13,11 @@ _ANY = r"/(.|\n)*/"
 
 
 def harmony_grammar(
-    content: GrammarSource | None, tools: ToolUse | None, mark: Mark = literal, *, is_reasoning_open: bool = False
+    content: GrammarSource | None,
+    tools: ToolUse | None,
+    mark: Mark = literal,
+    *,
+    is_reasoning_open: bool = False,
 ) -> GrammarSource | None:
     """Return the grammar of an answer, as `answer_grammar` does; a call ends it, which is this format's way.
 
@@ -47,11 +51,11 @@ def harmony_grammar(
 
 def _calls(tools: Sequence[ToolArguments], channel: str, message: str, constrain: str) -> list[str]:
     """Return the rules of a call, whose recipient stands before the channel or behind it."""
-    calls = [
-        f"(TO_EARLY {literal(tool.name)} {channel} COMMENTARY | {channel} TO_LATE {literal(tool.name)}) json_type"
-        f" {message} {tool.whole()}"
-        for tool in tools
-    ]
+    calls = []
+    for tool in tools:
+        name = literal(tool.name)
+        header = f"(TO_EARLY {name} {channel} COMMENTARY | {channel} TO_LATE {name}) json_type"
+        calls.append(f"{header} {message} {tool.whole()}")
     return [
         alternatives("call", calls),
         'TO_EARLY: " to=functions."',

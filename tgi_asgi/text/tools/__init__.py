@@ -19,7 +19,7 @@ from tgi_asgi.text.tools.generic import add_tool_prompt, shorten_ids, spell_out
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
-    "ToolFormat", "ToolSpec", "add_tool_prompt", "channels_of", "choose_format", "harmony",
+    "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "channels_of", "choose_format", "harmony",
     "recognised_format", "shorten_ids", "spell_out",
 ]  # fmt: skip
 
@@ -35,6 +35,16 @@ def choose_format(template: str, wanted: str | None = None) -> ToolFormat:
 def recognised_format(template: str) -> ToolFormat | None:
     """Return the format that a chat template's source shows, or None."""
     return next((known for known in FORMATS.values() if known.recognises(template)), None)
+
+
+def assumption(template: str, *, has_tools: bool) -> str | None:
+    """Return what is assumed of a model whose template shows tools in a way that is not known, or None."""
+    if not has_tools or recognised_format(template) is not None or harmony.recognises(template):
+        return None
+    return (
+        "the chat template's format of tool calls is not known: calls are read as JSON in <tool_call> tags, "
+        "Hermes's format (--tool-format names another)"
+    )
 
 
 def channels_of(template: str) -> str | None:

@@ -124,7 +124,7 @@ class ToolArguments:
         """
         if self._spec.is_strict and keywords:
             raise InvalidRequest(
-                f"`{min(keywords)}` cannot be enforced in the arguments of `{self.name}` as this model writes them"
+                f"`{min(keywords)}` cannot be enforced for `{self.name}` as this model writes arguments"
             )
         self.ignored.update(keywords)
 

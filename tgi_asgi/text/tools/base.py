@@ -77,12 +77,12 @@ class ToolFormat(ABC):
         name: what operators call it: vLLM's name where it has one.
         families: the models that write it, for the documents.
         shows: texts that a chat template of it has, all of a group.
-        lacks: texts that none of its templates has, by which it is told from formats that share the first ones.
+        lacks: texts that none of its templates has, by which it is told from formats that share the others.
         marker: the text that opens the first call, or "" where a call begins the whole answer.
         openers: further texts that do, which some models write in its place; the parser reads them, too.
         markers: every text of the format that some tokenizers have a token of its own for.
-        first: where `marker` is "": the character that tells a call from text, which must not begin with it; ""
-            where any character may begin either.
+        first: where `marker` is "": the character that tells a call from text, which must not begin with it;
+            "" where any character may begin either.
     """
 
     name: str
@@ -136,7 +136,9 @@ def spelled(text: str, mark: Mark, markers: Sequence[str]) -> str:
     # A line's end is a lexeme of its own: the compiler's lexer, which never goes back, could not tell
     # "\n" before a further call from "\n</calls>" else.
     for part in re.split("|".join(["(%[ds_n]", r"\n", *map(re.escape, known)]) + ")", text):
-        special = literal(part) if part == "\n" else _BLANKS.get(part) or (mark(part) if part in known else "")
+        special = (
+            literal(part) if part == "\n" else _BLANKS.get(part) or (mark(part) if part in known else "")
+        )
         if not special or (special == literal(part) and part != "\n"):
             plain += part
             continue

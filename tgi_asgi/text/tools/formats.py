@@ -19,9 +19,17 @@ from tgi_asgi.text.tools.xml_format import XmlFormat
 
 GENERIC = JsonFormat(
     name="hermes",
-    families="Hermes, Qwen 2.5 and 3, Granite 4, EXAONE 4, MiMo, Arcee AFM; and models whose template has no tools",
+    families="Hermes, Qwen 2.5 and 3, Granite 4, EXAONE 4, ERNIE 4.5, MiMo, Arcee AFM; templates without tools",
     shows=(("<tool_call>",),),
-    lacks=("<function=", "<arg_key>", "<invoke name=", "<|tool_call|>", "<|tool|>", "<tool_calls>", "]<]minimax[>["),
+    lacks=(
+        "<function=",
+        "<arg_key>",
+        "<invoke name=",
+        "<|tool_call|>",
+        "<|tool|>",
+        "<tool_calls>",
+        "]<]minimax[>[",
+    ),
     marker="<tool_call>",
     markers=("<tool_call>", "</tool_call>"),
     head="%n",
@@ -45,7 +53,6 @@ _SOLAR_HEAD = re.compile(
 )
 _LINE_HEAD = re.compile(r"([\w.-]+)\s*(\{\s*[\"}])")
 _TAG_HEAD = re.compile(r"([\w.-]+)>?\s*(\{\s*[\"}])")
-_LIST = {"head": "[", "between": ", "}
 
 _ROWS: tuple[ToolFormat, ...] = (
     GENERIC,
@@ -111,7 +118,9 @@ _ROWS: tuple[ToolFormat, ...] = (
     PythonicFormat(
         name="lfm2",
         families="LFM2, LFM2.5",
-        shows=(("<|tool_call_start|>",), ("<|tool_list_start|>",), ("List of tools: [", "keep_past_thinking")),
+        shows=(
+            ("<|tool_call_start|>",), ("<|tool_list_start|>",), ("List of tools: [", "keep_past_thinking"),
+        ),
         marker="<|tool_call_start|>",
         markers=("<|tool_call_start|>", "<|tool_call_end|>"),
         tail="]<|tool_call_end|>",
@@ -126,7 +135,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         markers=("<|tool_call|>",),
         tail="]",
         closers=("</tool_call>",),
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="granite-20b-fc",
@@ -145,7 +155,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         markers=("<|tool_call|>", "<|/tool_call|>"),
         tail="]<|/tool_call|>",
         closers=("<|/tool_call|>",),
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="phi4_mini_json",
@@ -153,7 +164,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         shows=(("functools[",),),
         marker="functools",
         tail="]",
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="nemotron",
@@ -163,7 +175,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         markers=("<TOOLCALL>", "</TOOLCALL>"),
         tail="]</TOOLCALL>",
         closers=("</TOOLCALL>",),
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="hunyuan_a13b",
@@ -174,7 +187,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         markers=("<tool_calls>", "</tool_calls>"),
         tail="]</tool_calls>",
         closers=("</tool_calls>", "</tool_call>"),
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="minimax_m1",
@@ -205,7 +219,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         shows=(("make calls in a single JSON array",), ("xLAM",)),
         first="[",
         tail="]",
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="cohere_command3",
@@ -239,7 +254,8 @@ _ROWS: tuple[ToolFormat, ...] = (
         object_head=KEYED,
         tail="]<|tools_suffix|>",
         closers=("<|tools_suffix|>",),
-        **_LIST,
+        head="[",
+        between=", ",
     ),
     JsonFormat(
         name="gigachat3",

@@ -23,7 +23,9 @@ from tgi_asgi.text.tools.pythonic import keywords
 
 _ANY = r"/(.|\n)*/"
 _CALL = "call:"
-_SAID = frozenset({"type", "description", "title", "default", "examples"})  # of a value, and bind nothing more
+_SAID = frozenset(
+    {"type", "description", "title", "default", "examples"}
+)  # of a value, and bind nothing more
 _OF_OBJECTS = frozenset({"properties", "required", "additionalProperties"})
 _MAX_DEPTH = 16  # of what is enforced: references may lead in circles
 _SCALARS = ("integer", "number", "boolean", "null")
@@ -57,7 +59,7 @@ class GemmaFormat(ToolFormat):
             lines += [f"gemma_text: {quote} gemma_rest", f"gemma_rest[lazy]: {_ANY} {quote}"]
         for name, tool in zip(names, tools, strict=True):
             values = _Values(name, tool, quote)
-            lines += values.object(tool.each())
+            lines += values.items(tool.each())
             lines.append(f'{name}: {literal(f"{_CALL}{tool.name}{{")} {name}_0_first_0 "}}"')
         return "\n".join(lines)
 
@@ -72,8 +74,8 @@ class _Values:
         self._rule, self._tool, self._quote = rule, tool, quote
         self._num_objects = 0
 
-    def object(self, each: Iterable[tuple[str, Any, bool]], depth: int = 0) -> list[str]:
-        """Return rules of an object's items, of which `<rule>_<n>_first_0` is all, n the number of the object."""
+    def items(self, each: Iterable[tuple[str, Any, bool]], depth: int = 0) -> list[str]:
+        """Return rules of the items of the tool's object number n; `<rule>_<n>_first_0` is all of them."""
         name = f"{self._rule}_{self._num_objects}"
         self._num_objects += 1
         lines: list[str] = []
@@ -109,7 +111,7 @@ class _Values:
             return f'"[" ({item} ("," {item})*)? "]"'
         if kind == "object" and "properties" in said and said <= _OF_OBJECTS:
             name = f"{self._rule}_{self._num_objects}"
-            lines += self.object(_items(described), depth + 1)
+            lines += self.items(_items(described), depth + 1)
             return f'"{{" {name}_first_0 "}}"'
         if described or schema:
             self._leave_out(kind, described, schema)
@@ -139,7 +141,7 @@ class _Values:
         if isinstance(value, list):
             return " ".join(['"["', ' "," '.join(map(self._written, value)), '"]"'])
         if isinstance(value, dict):
-            items = ' "," '.join(f'{literal(f"{key}:")} {self._written(item)}' for key, item in value.items())
+            items = ' "," '.join(f"{literal(f'{key}:')} {self._written(item)}" for key, item in value.items())
             return f'"{{" {items} "}}"'
         return literal(json.dumps(value))
 
@@ -212,14 +214,16 @@ class _GemmaParser:
             self._depth -= 1
             if self._depth < 0:
                 assert self._name is not None
-                pieces.append(CallArguments(_to_json(self._buffer, self._form.quote, self._schemas[self._name])))
+                pieces.append(
+                    CallArguments(_to_json(self._buffer, self._form.quote, self._schemas[self._name]))
+                )
                 self._buffer, self._name = "", None
 
 
 def _to_json(text: str, quote: str, schemas: Mapping[str, Any]) -> str:
     """Turn `a:1,b:[...]}` into a JSON object; an empty one where it nests too deeply to be anyone's."""
     try:
-        return json.dumps(_Reader(text, quote).object(schemas), ensure_ascii=False)
+        return json.dumps(_Reader(text, quote).items(schemas), ensure_ascii=False)
     except RecursionError:
         return "{}"
 
@@ -230,7 +234,7 @@ class _Reader:
     def __init__(self, text: str, quote: str) -> None:
         self._text, self._quote, self._at = text, quote, 0
 
-    def object(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    def items(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
         """Read items up to the bracket that closes them; `schemas` tell what a string stands for."""
         result: dict[str, Any] = {}
         while self._at < len(self._text) and not self._take("}"):
@@ -251,7 +255,7 @@ class _Reader:
             text, self._at = self._text[self._at : end], end + len(self._quote)
             return text
         if self._take("{"):
-            return self.object({})
+            return self.items({})
         if self._take("["):
             items = []
             while self._at < len(self._text) and not self._take("]"):

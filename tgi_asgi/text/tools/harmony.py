@@ -55,7 +55,9 @@ class HarmonyParser:
         self._held = ""
         self._num_read = 0
         self._header = ""  # of the message that is read, as it was written
-        self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = None  # of it; None: in a header
+        self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = (
+            None  # of it; None: in a header
+        )
         self._name: str | None = None  # of the call, until its arguments begin
         if is_reasoning_open:
             self._kind = Reasoning

@@ -25,7 +25,7 @@ class JsonFormat(ToolFormat):
         head, between, tail: what stands around calls, from behind the marker on.
         inner: what models write before each call, inside the marker.
         closers: what they write behind a call, or behind the last.
-        object_head: how a call that is an object begins: group 1 is the name, 2 the beginning of the arguments.
+        object_head: how a call that is an object begins: group 1 is the name, 2 where the arguments begin.
         name_head: how one that is none begins, where there are such.
     """
 
@@ -66,7 +66,7 @@ _ARGUMENTS = (',"parameters":{', ',"arguments":{')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BareJsonFormat(JsonFormat):
-    """Calls without a marker: an answer that begins with one is calls; `head` is "[" where they are a list."""
+    """Calls without a marker: an answer that begins with one is calls, as a list where `head` is "["."""
 
     def begins(self, text: str, names: Collection[str]) -> bool | None:
         squeezed = "".join(text.split())

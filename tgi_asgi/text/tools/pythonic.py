@@ -49,14 +49,16 @@ class PythonicFormat(ToolFormat):
         return None if _HEAD.fullmatch(text) else False
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        head, between, tail = (spelled(each, mark, self.markers) for each in (self.head, self.between, self.tail))
+        head, between, tail = (
+            spelled(each, mark, self.markers) for each in (self.head, self.between, self.tail)
+        )
         more = f" ({between} call)*" if is_parallel else ""
         rules = [f"calls: {head} call{more} {tail}"]
         names = [f"call_{index}" for index in range(len(tools))]
         rules.append(alternatives("call", names))
         for name, tool in zip(names, tools, strict=True):
             rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
-            keys = ((literal(f"{key}="), tool.value(schema), needed) for key, schema, needed in tool.each())
+            keys = ((literal(f"{key}="), tool.value(value), needed) for key, value, needed in tool.each())
             rules.extend(keywords(name, keys, ", "))
         return "\n".join(rules)
 
@@ -67,7 +69,7 @@ class PythonicFormat(ToolFormat):
 def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
     """Return rules for arguments in order, some of which may be left out.
 
-    `<rule>_first_0` is all of them; `<rule>_first_i` are those from i on behind none, `<rule>_more_i` behind one.
+    `<rule>_first_0` is all of them. Those from i on are `<rule>_first_i` behind none, `<rule>_more_i` behind one.
 
     Args:
         keys: the expressions of each argument's beginning and of its value, and whether it is required.

@@ -51,8 +51,8 @@ class ReasoningStyle:
 STYLES = (
     ReasoningStyle(
         name="think",
-        families="DeepSeek R1 to V4, Qwen 3 and 3.5, QwQ, GLM-4.5 on, MiniMax M2, Nemotron, Granite 3.3, EXAONE 4, "
-        "ERNIE 4.5, Hunyuan, Kimi K2 Thinking, OLMo 3, SmolLM3, Step-3.5, LFM2.5, MiMo",
+        families="DeepSeek R1 to V4, Qwen 3 and 3.5, QwQ, GLM-4.5 on, MiniMax M2, Nemotron, Granite 3.3, "
+        "EXAONE 4, ERNIE 4.5, Hunyuan, Kimi K2 Thinking, OLMo 3, SmolLM3, Step-3.5, LFM2.5, MiMo",
         start="<think>",
         end="</think>",
     ),
@@ -144,7 +144,9 @@ WRAPPERS = (
     Wrapper(("<answer>",), "</answer>", ("</think>", "<|extra_0|>")),
     Wrapper(("<response>",), "</response>", ("</think>", "<response>", "<tool_output>")),  # ERNIE
     Wrapper((), "[END FINAL RESPONSE]", ("[BEGIN FINAL RESPONSE]",)),  # Apriel
-    Wrapper(("<|begin|>assistant<|content|>", "<|content|>"), "<|end|>", ("<|begin|>assistant", "<|content|>")),
+    Wrapper(
+        ("<|begin|>assistant<|content|>", "<|content|>"), "<|end|>", ("<|begin|>assistant", "<|content|>")
+    ),
     Wrapper(("all\n",), "", (">>>all",)),  # Functionary 3.2
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +21,11 @@ class XmlFormat(ToolFormat):
 
     Attributes:
         call: what stands before a call's name, behind it, and behind the arguments.
-        argument: what stands before an argument's name, before its value, and behind that; `%t` is "true" where
-            the value is text, else "false".
+        argument: what stands before an argument's name, before its value, and behind that; `%t` is "true"
+            where the value is text, else "false".
         quotes: what stands around a value that is text, or around any.
         quotes_all: around any.
-        between, tail: what stands between calls and behind the last, from behind the marker on; `head` before.
+        head, between, tail: what stands around calls, from behind the marker on.
         wraps: tags around calls that models leave out, write twice, or in the place of the marker.
     """
 
@@ -47,7 +46,9 @@ class XmlFormat(ToolFormat):
         for name, tool in zip(names, tools, strict=True):
             arguments = [self._argument(tool, *each, spell) for each in tool.each()]
             before, middle, behind = self.call
-            lines.append(f"{name}: {spell(before + tool.name + middle)} {' '.join(arguments)} {spell(behind)}")
+            lines.append(
+                f"{name}: {spell(before + tool.name + middle)} {' '.join(arguments)} {spell(behind)}"
+            )
         if any("text_value" in line for line in lines):
             lines += self._text_value(spell)
         return "\n".join(lines)
