@@ -16,6 +16,7 @@ from tests.support.scale import Scale
 from tests.support.selection import Selection
 from tests.support.skips import Skips
 from tests.support.time_limit import TimeLimit
+from tests.support.vllm import vllm_templates
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles, resolve
 from tgi_asgi.settings import DEMO_MODEL, Settings
@@ -58,6 +59,12 @@ def llama_cpp_package() -> Path:
 def llama_cpp(llama_cpp_package: Path) -> Path:
     """Those of llama.cpp itself, within: vocabularies with test vectors, chat templates, the converter."""
     return llama_cpp_package / "vendor" / "llama.cpp"
+
+
+@pytest.fixture(scope="session")
+def vllm_examples() -> Path:
+    """vLLM's chat templates for tools, fetched once into build/ (47 MB)."""
+    return vllm_templates()
 
 
 @pytest.fixture(params=["small", pytest.param("full", marks=pytest.mark.soak)])

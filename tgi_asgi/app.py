@@ -203,11 +203,23 @@ def load_model(settings: Settings, progress: Progress) -> Served:
     from tgi_asgi.runner.load import load
 
     loaded = load(settings, files, progress)
+    _say_format(settings, loaded)
     engine = Engine(loaded.runner, loaded.tokenizer, settings, loaded.info)
     return Served(
         engine, loaded.tokenizer, loaded.chat_template, loaded.info, engine.stats, loaded.image_processor,
         make_adapters(settings, loaded),
     )  # fmt: skip
+
+
+def _say_format(settings: Settings, loaded: LoadedModel) -> None:
+    """Say so at start if how the model calls tools is a guess."""
+    from tgi_asgi.text.tools import assumption
+
+    template = loaded.chat_template
+    if template is not None and settings.tool_format == "auto":
+        said = assumption(template.tool_source, has_tools=template.mentions("tools"))
+        if said is not None:
+            logger.warning(said)
 
 
 def make_adapters(settings: Settings, loaded: LoadedModel) -> Adapters | None:

@@ -199,10 +199,26 @@ class Settings:
         "a cached prefix that was generated.",
         False,
     )
-    tool_format: str | None = _model(
-        "How tool calls are written (default: as the chat template shows).",
-        None,
-        _one_of("hermes qwen3_coder mistral mistral_args granite deepseek deepseek_v31 pythonic llama3_json"),
+    tool_format: str = _model(
+        "How tool calls are written; auto: as the chat template shows.",
+        "auto",
+        _one_of(
+            "auto hermes mistral mistral_args mistral_ids llama3_json pythonic olmo3 lfm2 granite "
+            "granite-20b-fc phi4_mini phi4_mini_json nemotron hunyuan_a13b minimax_m1 internlm xlam "
+            "cohere_command3 cohere_command_r apertus gigachat3 deepseek_v3 deepseek_v31 kimi_k2 solar_open "
+            "functionary_v3.1 functionary_v3.2 glm4 glm45 hy_v3 qwen3_coder seed_oss minimax_m2 "
+            "deepseek_v32 deepseek_v4 minicpm5 gemma4 functiongemma openai"
+        ),
+        alias="tool_call_parser",
+    )
+    reasoning_format: str = _model(
+        "How reasoning is marked; auto: as the chat template shows; none: it is part of the text.",
+        "auto",
+        _one_of(
+            "auto none think mistral granite seed_oss cohere gemma4 kimi_vl apertus apriel solar "
+            "minimax_m3 hy_v3"
+        ),
+        alias="reasoning_parser",
     )
     model_impl: str = _model(
         "Who computes the model: native is this server's own code, transformers any architecture of that "

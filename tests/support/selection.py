@@ -15,7 +15,7 @@ from collections.abc import Generator
 import pytest
 
 # What these return is fetched once, and then lies in the user's cache or in build/.
-FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite"})
+FETCHING = frozenset({"demo_files", "llama_cpp", "llama_cpp_package", "json_schema_suite", "vllm_examples"})
 
 
 class Selection:

@@ -10,10 +10,9 @@ import pytest
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import Grammar, GrammarCompiler
 from tgi_asgi.text.constrain.source import GrammarSource, json_schema, literal
+from tgi_asgi.text.tools import FORMATS
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import Mark
-from tgi_asgi.text.tools.hermes import HermesFormat
-from tgi_asgi.text.tools.llama import LlamaFormat
 from tgi_asgi.text.tools.reasoning import STYLES
 
 EOS, CALL, THINK, END_THINK = range(4)
@@ -68,7 +67,7 @@ def compiler() -> GrammarCompiler:
 
 
 def auto(mark: Mark) -> GrammarSource:
-    source = answer_grammar(None, ToolUse(HermesFormat(), [TOOL]), mark=mark)
+    source = answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL]), mark=mark)
     assert source is not None
     return source
 
@@ -147,7 +146,7 @@ def test_a_matcher_that_skips_free_text_is_where_one_is_that_reads_it(
 
 
 def test_reasoning_is_a_free_part_of_its_own(compiler: GrammarCompiler) -> None:
-    source = answer_grammar(None, ToolUse(HermesFormat(), [TOOL]), STYLES[0], mark=own)
+    source = answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL]), STYLES[0], mark=own)
     assert source is not None
     grammar = compiler.compile(source)
     with_it = [THINK, *tokens("hm <"), END_THINK, *tokens("\n\nSo")]
@@ -179,9 +178,9 @@ def test_constrained_content_is_free_up_to_the_end_of_open_reasoning(compiler: G
 @pytest.mark.parametrize(
     "source",
     [
-        answer_grammar(None, ToolUse(HermesFormat(), [TOOL], must_call=True), mark=own),
-        answer_grammar(None, ToolUse(LlamaFormat(), [TOOL]), mark=own),
-        answer_grammar(json_schema({"type": "integer"}), ToolUse(HermesFormat(), [TOOL]), mark=own),
+        answer_grammar(None, ToolUse(FORMATS["hermes"], [TOOL], must_call=True), mark=own),
+        answer_grammar(None, ToolUse(FORMATS["llama3_json"], [TOOL]), mark=own),
+        answer_grammar(json_schema({"type": "integer"}), ToolUse(FORMATS["hermes"], [TOOL]), mark=own),
         answer_grammar(json_schema({"type": "integer"}), None, STYLES[0], mark=own),
     ],
 )

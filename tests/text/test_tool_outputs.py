@@ -92,7 +92,7 @@ OUTPUTS: dict[str, list[tuple[str, list[Any]]]] = {
         ('<|tool_call|> [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</tool_call>', [F, G]),
         ("<|tool_call|>[]", ["<|tool_call|>[]"]),
     ],
-    "deepseek": [
+    "deepseek_v3": [
         (f'{CALLS}{BEGIN}function{SEP}f\n```json\n{{"a": 1}}\n```{END}{CALLS_END}', [F]),
         (f'{CALLS}{BEGIN}function{SEP}f\n{{"a": 1}}\n{END}', [F]),
         (f'{CALLS}{BEGIN}f{SEP}{{"a": 1}}{END}{BEGIN}g{SEP}{{}}{END}{CALLS_END}', [F, G]),

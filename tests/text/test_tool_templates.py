@@ -118,7 +118,7 @@ Respond only with <|tool_call|> followed by a JSON list of tools used.
 {%- if not loop.last %}, {% endif %}{% endfor %}]
 {%- else %}{{ message.content }}{% endif %}<|end_of_text|>
 {% endfor %}""",
-    "deepseek": """
+    "deepseek_v3": """
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}<｜User｜>{{ message['content'] }}
 {%- elif message['role'] == 'assistant' and message['content'] is none %}

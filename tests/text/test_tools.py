@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
-import re
 from typing import Any
 
 import pytest
 
 from tests.support.schemas import check, random_schema
+from tests.support.tool_writers import write
 from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
+from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -26,10 +28,12 @@ from tgi_asgi.text.tools import (
     ToolSpec,
     add_tool_prompt,
     choose_format,
+    harmony,
     shorten_ids,
     spell_out,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.harmony import HarmonyParser
 from tgi_asgi.text.tools.reasoning import STYLES, style_of
 
 THINK = STYLES[0]
@@ -39,29 +43,9 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 SPECS = [ToolSpec("f", PARAMETERS), ToolSpec("g", None)]
-DEEPSEEK_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"  # noqa: RUF001
-TWO_CALLS = {
-    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
-    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
-    '{"name": "g", "arguments": {}}]',
-    "llama3_json": '{"name": "f", "parameters": {"a": 1, "s": "}\\"<"}}; {"name": "g", "parameters": {}}',
-    "pythonic": '[f(a=1, s="}\\"<"), g()]',
-    "mistral_args": '[TOOL_CALLS]f[ARGS]{"a": 1, "s": "}\\"<"}[TOOL_CALLS]g[ARGS]{}',
-    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": 1, "s": "}\\"<"}}, '
-    '{"name": "g", "arguments": {}}]',
-    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n"
-    '<parameter=s>\n}"<\n</parameter>\n</function>\n</tool_call>\n'
-    "<tool_call>\n<function=g>\n</function>\n</tool_call>",
-    "deepseek_v31": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
-    '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1, "s": "}\\"<"}<｜tool▁call▁end｜>'  # noqa: RUF001
-    "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",  # noqa: RUF001
-    "deepseek": "<｜tool▁calls▁begin｜>"  # noqa: RUF001
-    + DEEPSEEK_CALL.format("f", '{"a": 1, "s": "}\\"<"}')
-    + "\n"
-    + DEEPSEEK_CALL.format("g", "{}")
-    + "<｜tool▁calls▁end｜>",  # noqa: RUF001
-}
+TWO_CALLS = {name: write(name, [("f", {"a": 1, "s": '}"<'}), ("g", {})]) for name in FORMATS}
+UNTOLD = {name for name, form in FORMATS.items() if not form.marker + form.first}  # whose calls may be text
+LOOSE = ("gemma4", "functiongemma")  # whose grammar cannot hold values to all that a schema may say
 names = pytest.mark.parametrize("name", sorted(FORMATS))
 
 
@@ -74,7 +58,7 @@ def use(name: str, **options: Any) -> ToolUse:
     return ToolUse(FORMATS[name], SPECS, **options)
 
 
-def parse(parser: AnswerParser, text: str, size: int) -> list[Piece]:
+def parse(parser: AnswerParser | HarmonyParser, text: str, size: int) -> list[Piece]:
     """Feed a text in pieces of some size; join what comes out."""
     pieces: list[Piece] = []
     for at in range(0, len(text), size):
@@ -104,7 +88,7 @@ def test_a_required_answer_is_calls_and_nothing_else(compiler: GrammarCompiler, 
 
 @names
 def test_one_call_is_the_most_where_calls_are_not_parallel(compiler: GrammarCompiler, name: str) -> None:
-    for must_call in (True, False):
+    for must_call in (True, False) if name not in UNTOLD else (True,):
         grammar = answer_grammar(None, use(name, must_call=must_call, is_parallel=False))
         assert grammar is not None
         assert not accepts(compiler, grammar, TWO_CALLS[name])
@@ -116,10 +100,9 @@ def test_an_automatic_answer_is_free_text_or_ends_in_calls(compiler: GrammarComp
     assert grammar is not None
     for text in (TWO_CALLS[name], "", "hello [x] {y} <tool"):
         assert accepts(compiler, grammar, text), text
-    wrong = TWO_CALLS[name].replace("g", "h", 1)
-    if name.startswith(("deepseek", "mistral_args")):  # their markers have that letter, too
-        wrong = TWO_CALLS[name].replace("{}", "[]")
-    assert not accepts(compiler, grammar, wrong)
+    if name in UNTOLD:
+        return
+    assert not accepts(compiler, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
     if FORMATS[name].marker:
         assert accepts(compiler, grammar, "Let me see.\n" + TWO_CALLS[name])
 
@@ -234,14 +217,17 @@ def test_arguments_drawn_at_random_are_valid_for_their_schema(
 ) -> None:
     rng = random.Random(seed)
     schema = random_schema(rng)
-    use_specs = [ToolSpec("f", schema)]
+    is_strict = name not in LOOSE
+    use_specs = [ToolSpec("f", schema, is_strict)]
     grammar = answer_grammar(None, ToolUse(FORMATS[name], use_specs, must_call=True, is_parallel=False))
     assert grammar is not None
     answer = wander(compiler, grammar, rng, 4000)
     start, arguments = parse(AnswerParser(None, FORMATS[name], use_specs), answer, 7)
     assert start == CallStart("f")
     assert isinstance(arguments, CallArguments)
-    check(arguments.text, schema)
+    if is_strict or not grammar.ignored:
+        check(arguments.text, schema)
+    assert isinstance(json.loads(arguments.text), dict)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +266,19 @@ def test_a_call_that_is_cut_keeps_what_there_is() -> None:
         (TWO_CALLS["deepseek_v31"], "deepseek_v31"),
         ("{{ '<|python_tag|>' }}", "llama3_json"),
         ("[func_name1(params_name1=params_value1)]", "pythonic"),
-        (TWO_CALLS["deepseek"], "deepseek"),
+        (TWO_CALLS["deepseek_v3"], "deepseek_v3"),
         ("nothing of the kind", "hermes"),
     ],
 )
 def test_a_template_shows_its_format(template: str, name: str) -> None:
     assert choose_format(template).name == name
     assert choose_format(template, "mistral").name == "mistral"
+
+
+def test_operators_may_name_every_format() -> None:
+    choices = {spec.name: spec.metadata["choices"] for spec in dataclasses.fields(Settings)}
+    assert choices["tool_format"] == ("auto", *FORMATS, harmony.NAME)
+    assert choices["reasoning_format"] == ("auto", "none", *(style.name for style in STYLES))
 
 
 def test_a_template_shows_its_reasoning_style() -> None:
@@ -385,8 +377,7 @@ def test_one_tool_whose_schema_cannot_be_had_is_free_and_named_unless_it_is_stri
     assert grammar is not None
     assert grammar.ignored == ("tools.big", "uniqueItems")
     assert accepts(compiler, grammar, TWO_CALLS[name])
-    short = re.sub(r', "?s"?[:=] ?"}\\"<"|<parameter=s>\n}"<\n</parameter>\n', "", TWO_CALLS[name])
-    assert accepts(compiler, grammar, re.sub(r"\bf\b", "big", short))
+    assert accepts(compiler, grammar, write(name, [("big", {"a": 1}), ("g", {})]))
     with pytest.raises(InvalidRequest):
         wanted = answer_grammar(None, ToolUse(FORMATS[name], [ToolSpec("big", parameters)]))
         assert wanted is not None
@@ -400,10 +391,8 @@ def test_a_truth_value_is_the_one_that_its_schema_names(compiler: GrammarCompile
         None, ToolUse(FORMATS[name], [ToolSpec("f", schema), ToolSpec("g", None)], must_call=True)
     )
     assert grammar is not None
-    for value, is_allowed in (("true", True), ("false", False)):
-        text = TWO_CALLS[name].replace('"s": "}\\"<"', f'"b": {value}').replace('s="}\\"<"', f"b={value}")
-        text = text.replace('<parameter=s>\n}"<', f"<parameter=b>\n{value}")
-        assert accepts(compiler, grammar, text) == is_allowed
+    for value in (True, False):
+        assert accepts(compiler, grammar, write(name, [("f", {"a": 1, "b": value}), ("g", {})])) == value
 
 
 def test_ids_are_short_where_a_template_refuses_long_ones() -> None:

@@ -16,10 +16,22 @@ from tgi_asgi.api.call import Choices, Conversation, Job
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.harmony import harmony_grammar
 from tgi_asgi.text.constrain.source import GrammarSource, literal
-from tgi_asgi.text.tools import CallStart, Content, Piece, Reasoning, ToolFormat, ToolSpec, choose_format
+from tgi_asgi.text.tools import (
+    CallStart,
+    Content,
+    Piece,
+    Reasoning,
+    ToolFormat,
+    ToolSpec,
+    channels_of,
+    choose_format,
+    harmony,
+)
 from tgi_asgi.text.tools.answer import AnswerParser
-from tgi_asgi.text.tools.reasoning import ReasoningStyle, style_of
+from tgi_asgi.text.tools.harmony import HarmonyParser
+from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper, style_of, wrapper_of
 from tgi_asgi.types import TokenEvent
 
 if TYPE_CHECKING:
@@ -34,11 +46,20 @@ class AnswerForm:
         self._served = served
         self._is_allowed = not settings.disable_grammar_support
         template = served.chat_template.source if served.chat_template is not None else ""
-        is_read = job.reads_reasoning and isinstance(job.prompt, Conversation)
-        style = style_of(template) if is_read else None
+        wanted_calls, wanted_style = _chosen(settings.tool_format), _chosen(settings.reasoning_format)
+        is_chat = isinstance(job.prompt, Conversation)
+        self._has_channels = is_chat and (wanted_calls or channels_of(template)) == harmony.NAME
+        is_read = job.reads_reasoning and is_chat and not self._has_channels
+        style = style_of(template, wanted_style) if is_read else None
+        self._wrapper = wrapper_of(template) if is_read else None
         self._style = None if style is None or style.is_closed(prompt_tail) else style
         self._is_open = self._style is not None and self._style.is_open(prompt_tail)
-        self._format = choose_format(template, settings.tool_format) if job.tools is not None else None
+        if self._has_channels:
+            self._is_open = harmony.is_open(prompt_tail)
+        self._format: ToolFormat | None = None
+        if job.tools is not None:
+            known = served.chat_template.tool_source if served.chat_template is not None else ""
+            self._format = choose_format(known, None if wanted_calls == harmony.NAME else wanted_calls)
 
     def grammar_source(self) -> GrammarSource:
         """Return the grammar of a constrained answer; takes milliseconds for large schemas.
@@ -50,21 +71,39 @@ class AnswerForm:
             raise InvalidRequest("grammar is not supported")
         job, use = self._job, None
         content = job.constraint.make() if job.constraint is not None else None
-        if content is not None and job.tools is None and self._style is None:
+        is_plain = self._style is None and self._wrapper is None and not self._has_channels
+        if content is not None and job.tools is None and is_plain:
             return content
         if job.tools is not None and self._format is not None:
             use = ToolUse(self._format, job.tools.specs, job.tools.must_call, job.tools.is_parallel)
-        source = answer_grammar(content, use, self._style, is_reasoning_open=self._is_open, mark=self._mark)
+        source = (
+            harmony_grammar(content, use, self._mark, is_reasoning_open=self._is_open)
+            if self._has_channels
+            else answer_grammar(
+                content,
+                use,
+                self._style,
+                is_reasoning_open=self._is_open,
+                mark=self._mark,
+                wrapper=self._wrapper,
+            )
+        )
         assert source is not None, "an answer without tools and constraint has no grammar"
         return source
 
     def reading(self) -> Reading | None:
         """Return how the answer is read, or None where it is text and nothing else."""
-        style, form, tools = self._style, self._format, self._job.tools
-        if style is None and form is None:
+        style, form, wrapper, tools = self._style, self._format, self._wrapper, self._job.tools
+        if style is None and form is None and wrapper is None and not self._has_channels:
             return None
         special = self._served.special_ids
-        markers = [*((style.start, style.end) if style else ()), *(form.markers if form else ())]
+        markers = [
+            *(style.marks if style else ()),
+            *(wrapper.markers if wrapper else ()),
+            *(form.markers if form else ()),
+        ]
+        if self._has_channels:
+            markers = [*harmony.MARKERS]
         return Reading(
             style,
             form,
@@ -74,6 +113,8 @@ class AnswerForm:
             special_ids=self._served.tokenizer.special_ids if self._job.skip_special_tokens else frozenset(),
             kept=frozenset(special[text] for text in markers if text in special),
             must_call=tools is not None and tools.must_call,
+            wrapper=wrapper,
+            has_channels=self._has_channels,
         )
 
     def _mark(self, marker: str) -> str:
@@ -93,6 +134,23 @@ class Reading:
     special_ids: frozenset[int] = frozenset()  # their text is shown by the engine, and dropped unless kept
     kept: frozenset[int] = frozenset()  # the markers among them
     must_call: bool = False
+    wrapper: Wrapper | None = None
+    has_channels: bool = False  # all of the answer is in harmony's format
+
+    def parser(self) -> AnswerParser | HarmonyParser:
+        """Return a reader of one choice."""
+        if self.has_channels:
+            return HarmonyParser(
+                self.specs, is_reasoning_open=self.is_reasoning_open, must_call=self.must_call
+            )
+        return AnswerParser(
+            self.style,
+            self.tools,
+            self.specs,
+            is_reasoning_open=self.is_reasoning_open,
+            must_call=self.must_call,
+            wrapper=self.wrapper,
+        )
 
 
 class LogprobsTracker(Protocol):
@@ -114,13 +172,7 @@ class ChoiceReader:
     def __init__(self, reading: Reading | None) -> None:
         self._reads_text = reading is None
         self._reading = reading = reading or Reading()
-        self._parser = AnswerParser(
-            reading.style,
-            reading.tools,
-            reading.specs,
-            is_reasoning_open=reading.is_reasoning_open,
-            must_call=reading.must_call,
-        )
+        self._parser = reading.parser()
         self._num_read = 0
         self._unshown: deque[tuple[int, int, TokenEvent]] = deque()  # with where their text starts and ends
         self.num_reasoning_tokens = 0
@@ -174,6 +226,11 @@ class ChoiceReader:
         if not reading.shows_reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return pieces
+
+
+def _chosen(name: str) -> str | None:
+    """Return the format that the operator has named; None: the template tells."""
+    return None if name == "auto" else name
 
 
 def likeliest(choices: Choices, n: int = 1) -> list[int]:

@@ -17,7 +17,7 @@ from tgi_asgi.api.openai.render import CompletionRenderer
 from tgi_asgi.api.openai.schema import CHAT_DECODER, ChatRequest, ContentPart, ImageUrl, Message
 from tgi_asgi.api.openai.tools import read_choice, read_tools
 from tgi_asgi.api.parse import check_unset, decode_json, refuse, refuse_field
-from tgi_asgi.api.prompt import leaves_open
+from tgi_asgi.api.prompt import leaves_open, thinking_variables
 from tgi_asgi.api.tools import Tool
 from tgi_asgi.errors import Forbidden, ToolError
 
@@ -215,5 +215,5 @@ def template_variables(effort: str | None, field: str, given: Mapping[str, Any] 
         return {**given}
     if effort not in _EFFORTS:
         refuse_field(field, f"must be one of {', '.join(_EFFORTS)}")
-    off = {"enable_thinking": False} if effort == "none" else {}
+    off = thinking_variables(False) if effort == "none" else {}
     return {"reasoning_effort": effort, **off, **given}

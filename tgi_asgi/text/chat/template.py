@@ -61,6 +61,11 @@ class ChatTemplate:
         """Let it go to another process: it is compiled there again."""
         return _restored, (self.source, self._special_tokens, self._tool_use_source)
 
+    @property
+    def tool_source(self) -> str:
+        """The template that serves requests with tools."""
+        return self._tool_use_source or self.source
+
     def mentions(self, name: str) -> bool:
         """Return whether the template reads a variable, attribute or key of that name."""
         return name in self._words

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import GrammarSource, literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
-from tgi_asgi.text.tools.base import Mark, ToolFormat
-from tgi_asgi.text.tools.reasoning import ReasoningStyle
+from tgi_asgi.text.tools.base import Mark, ToolFormat, spelled
+from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 _ANY = r"/(.|\n)*/"
 
@@ -34,6 +34,7 @@ def answer_grammar(
     *,
     is_reasoning_open: bool = False,
     mark: Mark = literal,
+    wrapper: Wrapper | None = None,
 ) -> GrammarSource | None:
     """Return the grammar of an answer; None if nothing constrains it.
 
@@ -42,6 +43,7 @@ def answer_grammar(
         reasoning: how a reasoning section, which is free, may come first; None if there is none.
         is_reasoning_open: the prompt has opened it.
         mark: how markers are written: some tokenizers have tokens of their own for them.
+        wrapper: what may stand around the text of the answer.
 
     Raises:
         InvalidRequest: a strict schema is too large, or cannot be enforced.
@@ -49,16 +51,19 @@ def answer_grammar(
     if content is None and tools is None:
         return None
     arguments = [ToolArguments(spec) for spec in tools.specs] if tools is not None else []
-    body, rules = _body(content, tools, arguments, mark)
-    is_free = content is None and tools is not None and not tools.must_call and tools.format.marker != ""
-    free = (mark(tools.format.marker),) if tools is not None and is_free else ()
+    begin, end = _wrapped(wrapper, mark)
+    body, rules = _body(content, tools, arguments, mark, begin, end)
+    free: tuple[str, ...] = ()
+    if tools is not None and content is None and not tools.must_call and tools.format.marker:
+        free = (_from_token(spelled(tools.format.marker, mark, tools.format.markers)),)
     start = ""
     if reasoning is not None:
-        opening = "" if is_reasoning_open else mark(reasoning.start)
+        opening = "" if is_reasoning_open else spelled(reasoning.start, mark, reasoning.marks)
+        ending = spelled(reasoning.end, mark, reasoning.marks)
         optional = "" if is_reasoning_open else "?"
         rules.append("GAP: /[ \\n]+/")
-        if mark(reasoning.end).startswith("<["):
-            rules.append(f"reasoning: {opening} {_ANY} {mark(reasoning.end)} GAP?")
+        if ending.startswith("<["):
+            rules.append(f"reasoning: {opening} {_ANY} {ending} GAP?")
         else:
             rules += [
                 f"reasoning: {opening} reasoning_text GAP?",
@@ -67,31 +72,59 @@ def answer_grammar(
         rules.append(f"body: {body}")
         body = f"reasoning{optional} body"
         start = opening
-        free = (mark(reasoning.end), *free) if free or not start else ()
+        free = (ending, *free) if free or not start else ()
+        if " <[" in ending:  # what is free ends with one token
+            start, free = "", ()
+    if "<[" in begin + end:  # they are no text, and not told from it by one token either
+        start, free = "", ()
     named = (("answer", content.lark), *content.parts) if content is not None else ()
     ignored = set(content.ignored if content is not None else ()).union(*(each.ignored for each in arguments))
     lark = "\n".join([f"start: {body}", *rules])
     return GrammarSource(lark, named, tuple(sorted(ignored)), free, start)
 
 
+def _wrapped(wrapper: Wrapper | None, mark: Mark) -> tuple[str, str]:
+    """Return what may stand before and behind the answer's text, as expressions; "" for nothing."""
+    if wrapper is None:
+        return "", ""
+    starts = [spelled(start, mark, wrapper.markers) for start in wrapper.start]
+    begin = f'(({" | ".join(starts)}) "\\n"?)?' if starts else ""
+    return begin, f'("\\n"? {spelled(wrapper.end, mark, wrapper.markers)})?' if wrapper.end else ""
+
+
+def _from_token(expression: str) -> str:
+    """Return a marker from its first special token on: what stands before that is text, too."""
+    return expression[expression.index("<[") :] if "<[" in expression else expression
+
+
 def _body(
-    content: GrammarSource | None, tools: ToolUse | None, arguments: Sequence[ToolArguments], mark: Mark
+    content: GrammarSource | None,
+    tools: ToolUse | None,
+    arguments: Sequence[ToolArguments],
+    mark: Mark,
+    begin: str,
+    end: str,
 ) -> tuple[str, list[str]]:
     """Return what follows the reasoning, and the rules that it needs."""
+    answer = f"{begin} @answer {end}".strip()
     if tools is None:
-        return "@answer", []
+        return answer, []
     kind = tools.format
-    marker = mark(kind.marker) if kind.marker else ""
+    marker = spelled(kind.marker, mark, kind.markers) if kind.marker else ""
     rules = [kind.rules(arguments, mark, is_parallel=tools.is_parallel)]
+    calls = f"({marker})? calls" if marker and kind.may_begin else f"{marker} calls".strip()
     if tools.must_call:
-        return f"{marker} calls", rules
+        return calls, rules
     if content is not None:
-        return f"@answer | {marker} calls", rules
-    if not marker:
+        return f"{answer} | {calls}", rules
+    if not kind.marker and kind.first:
         rules.append(f"PLAIN: /\\s*[^\\s\\{kind.first}](.|\\n)*/")
         return 'PLAIN | "" | calls', rules
     rules.append(f"TEXT: {_ANY}")
-    if marker.startswith("<["):  # a special token ends text by itself
-        return f"TEXT | TEXT {marker} calls", rules
-    rules.append(f"opening[lazy]: {_ANY} {marker}")
-    return "TEXT | opening calls", rules
+    text = f"{begin} TEXT {end}" if "<[" in begin + end else "TEXT"  # else both are text
+    if not marker:
+        return f"{text} | calls", rules
+    if "<[" in marker:  # a special token ends text by itself
+        return f"{text} | {text} {_from_token(marker)} calls", rules
+    rules.append(f"opening[lazy]: {_ANY} {literal(kind.marker)}")
+    return "TEXT | opening calls" + (" | calls" if kind.may_begin else ""), rules

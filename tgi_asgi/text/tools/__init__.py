@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tgi_asgi.text.tools import harmony
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import (
     CallArguments,
@@ -13,29 +14,14 @@ from tgi_asgi.text.tools.base import (
     Reasoning,
     ToolFormat,
 )
-from tgi_asgi.text.tools.deepseek import DeepSeekFormat, DeepSeekV31Format
-from tgi_asgi.text.tools.generic import add_tool_prompt, spell_out
-from tgi_asgi.text.tools.granite import GraniteFormat
-from tgi_asgi.text.tools.hermes import HermesFormat
-from tgi_asgi.text.tools.llama import LlamaFormat
-from tgi_asgi.text.tools.mistral import MistralArgsFormat, MistralFormat, shorten_ids
-from tgi_asgi.text.tools.pythonic import PythonicFormat
-from tgi_asgi.text.tools.qwen_xml import QwenXmlFormat
+from tgi_asgi.text.tools.formats import FORMATS, GENERIC
+from tgi_asgi.text.tools.generic import add_tool_prompt, shorten_ids, spell_out
 
 __all__ = [
     "FORMATS", "CallArguments", "CallParser", "CallStart", "Content", "Mark", "Piece", "Reasoning",
-    "ToolFormat", "ToolSpec", "add_tool_prompt", "choose_format", "shorten_ids",
-    "spell_out",
+    "ToolFormat", "ToolSpec", "add_tool_prompt", "assumption", "channels_of", "choose_format", "harmony",
+    "recognised_format", "shorten_ids", "spell_out",
 ]  # fmt: skip
-
-_GENERIC = HermesFormat()
-FORMATS: dict[str, ToolFormat] = {
-    known.name: known
-    for known in (
-        _GENERIC, QwenXmlFormat(), MistralFormat(), MistralArgsFormat(), GraniteFormat(), DeepSeekFormat(),
-        DeepSeekV31Format(), PythonicFormat(), LlamaFormat(),
-    )
-}  # fmt: skip
 
 
 def choose_format(template: str, wanted: str | None = None) -> ToolFormat:
@@ -43,6 +29,24 @@ def choose_format(template: str, wanted: str | None = None) -> ToolFormat:
 
     Templates that are not recognised get the generic one.
     """
-    if wanted is not None:
-        return FORMATS[wanted]
-    return next((known for known in FORMATS.values() if known.recognises(template)), _GENERIC)
+    return FORMATS[wanted] if wanted is not None else recognised_format(template) or GENERIC
+
+
+def recognised_format(template: str) -> ToolFormat | None:
+    """Return the format that a chat template's source shows, or None."""
+    return next((known for known in FORMATS.values() if known.recognises(template)), None)
+
+
+def assumption(template: str, *, has_tools: bool) -> str | None:
+    """Return what is assumed of a model whose template shows tools in a way that is not known, or None."""
+    if not has_tools or recognised_format(template) is not None or harmony.recognises(template):
+        return None
+    return (
+        "the chat template's format of tool calls is not known: calls are read as JSON in <tool_call> tags, "
+        "Hermes's format (--tool-format names another)"
+    )
+
+
+def channels_of(template: str) -> str | None:
+    """Return harmony's name if a chat template's source shows its channels, else None."""
+    return harmony.NAME if harmony.recognises(template) else None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallParser, Content, Piece, Reasoning, ToolFormat, num_held
-from tgi_asgi.text.tools.reasoning import ReasoningStyle
+from tgi_asgi.text.tools.reasoning import ReasoningStyle, Wrapper
 
 
 class AnswerParser:
@@ -25,6 +25,7 @@ class AnswerParser:
         specs: the tools that may be called.
         is_reasoning_open: the prompt has opened the reasoning section.
         must_call: the grammar lets nothing but calls follow the reasoning.
+        wrapper: what the model may write around the text of its answer.
 
     Attributes:
         is_reasoning: the text is inside the reasoning section.
@@ -38,8 +39,10 @@ class AnswerParser:
         *,
         is_reasoning_open: bool = False,
         must_call: bool = False,
+        wrapper: Wrapper | None = None,
     ) -> None:
         self._style = style
+        self._names = {spec.name for spec in specs}
         self._must_call = must_call
         self._tools = tools
         self._specs = specs
@@ -51,6 +54,10 @@ class AnswerParser:
         self._num_read = 0  # characters so far
         self._has_content = False
         self._may_reason = style is not None and not is_reasoning_open
+        self._label = style.label if style is not None else ""  # while it may follow
+        self._starts = wrapper.start if wrapper is not None else ()  # of the wrapper, while one may follow
+        self._end = wrapper.end if wrapper is not None and not wrapper.start else ""  # once it has begun
+        self._wrapper = wrapper
         self.is_reasoning = is_reasoning_open
         self._is_after_section = False
 
@@ -66,7 +73,7 @@ class AnswerParser:
         if self._calls is not None:
             self._leave_calls(self._calls.finish())
             if not self._must_call:
-                self._give(pieces, 0)
+                self._give(pieces, 0, is_end=True)
         return pieces
 
     def _read(self, *, is_end: bool) -> list[Piece]:
@@ -81,6 +88,8 @@ class AnswerParser:
             if self._is_after_section:
                 self._held = self._held.lstrip("\n ")
                 self._is_after_section = not self._held
+            if self._starts and not self._unwrap(is_end):
+                return pieces
             if not self._take_content(pieces, is_end):
                 return pieces
 
@@ -99,6 +108,9 @@ class AnswerParser:
     def _take_reasoning(self, pieces: list[Piece], is_end: bool) -> bool:
         """Give out reasoning; True once the section has ended."""
         assert self._style is not None
+        if self._label and self._label.startswith(self._held) and self._held != self._label and not is_end:
+            return False
+        self._held, self._label = self._held.removeprefix(self._label), ""
         at = self._held.find(self._style.end)
         if at < 0:
             shown = self._release(0 if is_end else _num_held(self._held, self._style.end))
@@ -112,40 +124,62 @@ class AnswerParser:
         self._is_after_section = True
         return True
 
+    def _unwrap(self, is_end: bool) -> bool:
+        """Look for what stands before the answer's text; False while it cannot be told yet."""
+        head = self._held.lstrip()
+        found = next((start for start in self._starts if head.startswith(start)), None)
+        if found is None and not is_end and any(start.startswith(head) for start in self._starts):
+            return False
+        self._starts = ()
+        if found is not None:
+            assert self._wrapper is not None
+            self._held, self._end = head[len(found) :].lstrip("\n"), self._wrapper.end
+            self._is_after_section = not self._held
+        return True
+
     def _take_content(self, pieces: list[Piece], is_end: bool) -> bool:
         """Give out text; True where calls were read, and text follows them."""
         tools = self._tools
         if tools is None:
-            self._give(pieces, 0)
+            self._give(pieces, 0, is_end=is_end)
             return False
-        if not tools.marker:
-            return self._take_anchored(pieces, tools, is_end)
+        if not tools.marker or (tools.may_begin and not self._has_content):
+            is_known, has_rest = self._take_anchored(pieces, tools, is_end)
+            if not tools.marker or not is_known or has_rest:
+                return has_rest
         markers = (tools.marker, *tools.openers)
         found = [(at, marker) for marker in markers if (at := self._held.find(marker, self._num_known)) >= 0]
         if found:
             at, marker = min(found)
             before = self._held[:at].rstrip()
+            size_before = len(before)
+            before = before.removesuffix(self._end).rstrip() if self._end else before
             if before:
                 pieces.append(Content(before, self._num_read - len(self._held)))
             size = at + len(marker) if marker == tools.marker else at
-            return self._enter_calls(pieces, tools, self._held[len(before) : size], self._held[size:])
+            return self._enter_calls(pieces, tools, self._held[size_before:size], self._held[size:])
         is_cut = is_end and self._must_call  # inside a marker: no text for anyone
         held = max(_num_held(self._held, marker, self._num_known) for marker in markers)
-        self._give(pieces, held if is_cut or not is_end else 0)
+        self._give(pieces, held if is_cut or not is_end else 0, is_end=is_end)
         return False
 
-    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> bool:
-        """Read an answer that is either text (JSON among it) or calls, as its beginning tells."""
+    def _take_anchored(self, pieces: list[Piece], tools: ToolFormat, is_end: bool) -> tuple[bool, bool]:
+        """Read an answer that is either text (JSON among it) or calls, as its beginning tells.
+
+        Returns: whether it is known which, and whether calls were read and text follows them.
+        """
         head = self._held.lstrip()
         is_call: bool | None = False
         if not self._has_content:
-            is_call = tools.begins(head) if head.startswith(tools.first) else False if head else None
+            is_begun = head.startswith(tools.first)
+            is_call = tools.begins(head, self._names) if is_begun and head else False if head else None
         if is_call:
             self._has_content = True
-            return self._enter_calls(pieces, tools, "", self._held)
-        if is_call is not None or (is_end and not self._must_call):
-            self._give(pieces, 0)
-        return False
+            return True, self._enter_calls(pieces, tools, "", self._held)
+        is_known = is_call is not None or is_end
+        if (is_call is not None or (is_end and not self._must_call)) and not tools.marker:
+            self._give(pieces, 0, is_end=is_end)
+        return is_known, False
 
     def _enter_calls(self, pieces: list[Piece], tools: ToolFormat, opening: str, rest: str) -> bool:
         """Read calls; True where they have ended, and text follows."""
@@ -170,12 +204,21 @@ class AnswerParser:
         self._num_known = 0 if self._has_called else len(self._opening) + 1
         self._is_after_section = self._has_called
 
-    def _give(self, pieces: list[Piece], num_held: int) -> None:
+    def _give(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
+        if self._end:
+            num_held = max(num_held, self._num_closing(is_end))
         start = self._num_read - len(self._held)
         shown = self._release(num_held)
         if shown:
             pieces.append(Content(shown, start))
             self._has_content = True
+
+    def _num_closing(self, is_end: bool) -> int:
+        """Return how much of what is held may close the wrapper, which is no text if nothing follows."""
+        at = self._held.rfind(self._end)
+        if at >= 0 and not self._held[at + len(self._end) :].strip():
+            return len(self._held) - len(self._held[:at].rstrip())
+        return 0 if is_end else _num_held(self._held, self._end)
 
     def _release(self, num_held: int) -> str:
         """Return what is held, but for the last characters."""

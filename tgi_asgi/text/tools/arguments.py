@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,25 @@ class ToolArguments:
         shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
         described = schema if isinstance(schema, Mapping) else {}
         return self._expression({**described, **shared}, otherwise={})
+
+    def definition(self, reference: str) -> Any:
+        """Return the part of the tool's schema that `#/...` names, or None."""
+        found: Any = self._spec.schema
+        for key in reference.removeprefix("#/").split("/"):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    def leave_out(self, keywords: Collection[str]) -> None:
+        """Note keywords that a format cannot hold its arguments to.
+
+        Raises:
+            InvalidRequest: the tool is strict.
+        """
+        if self._spec.is_strict and keywords:
+            raise InvalidRequest(
+                f"`{min(keywords)}` cannot be enforced for `{self.name}` as this model writes arguments"
+            )
+        self.ignored.update(keywords)
 
     def _expression(self, schema: Mapping[str, Any], *, otherwise: Mapping[str, Any]) -> str:
         try:

@@ -1,11 +1,13 @@
 """What a family's tool-call format has to say: how calls are written, as a grammar, and how they are read.
 
-A format is one file with one `ToolFormat`; `__init__.py` lists them all.
+A `ToolFormat` is one row of `formats.py`, of a class for all that are written alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,32 +69,50 @@ class CallParser(Protocol):
         """Return what was begun and is no call, at the end of the answer."""
 
 
-class ToolFormat(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFormat(ABC):
     """One family's way to write calls.
 
     Attributes:
-        name: what operators call it.
+        name: what operators call it: vLLM's name where it has one.
+        families: the models that write it, for the documents.
+        shows: texts that a chat template of it has, all of a group.
+        lacks: texts that none of its templates has, by which it is told from formats that share the others.
         marker: the text that opens the first call, or "" where a call begins the whole answer.
         openers: further texts that do, which some models write in its place; the parser reads them, too.
         markers: every text of the format that some tokenizers have a token of its own for.
-        first: where `marker` is "": the character that tells a call from text, which must not begin with it.
+        first: where `marker` is "": the character that tells a call from text, which must not begin with it;
+            "" where any character may begin either.
     """
 
     name: str
-    marker: str
-    openers: tuple[str, ...]
-    markers: tuple[str, ...]
-    first: str
+    families: str
+    shows: tuple[tuple[str, ...], ...]
+    lacks: tuple[str, ...] = ()
+    marker: str = ""
+    openers: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    first: str = ""
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether an answer may begin with a call that has no marker: `begins` tells."""
+        return not self.marker
 
     def recognises(self, template: str) -> bool:
         """Tell from a chat template's source whether its model was trained on this format."""
+        is_shown = any(all(text in template for text in group) for group in self.shows)
+        return is_shown and not any(text in template for text in self.lacks)
 
-    def begins(self, text: str) -> bool | None:
-        """Tell, where `marker` is "", whether an answer that begins so is a call; None: not known yet."""
+    def begins(self, text: str, names: Collection[str]) -> bool | None:
+        """Tell whether an answer that begins so is a call without a marker; None: not known yet."""
+        return False
 
+    @abstractmethod
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
         """Return grammar rules, of which `calls` is what follows the marker."""
 
+    @abstractmethod
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
         """Return a reader of one answer's calls; the tools tell the types of what is not written as JSON."""
 
@@ -102,12 +122,29 @@ def alternatives(rule: str, expressions: Sequence[str]) -> str:
     return f"{rule}: " + " | ".join(expressions)
 
 
-def json_calls(tools: Sequence[ToolArguments], key: str = "arguments") -> str:
-    """Return the rule `call`: `{"name": "f", "arguments": {...}}` of one of the tools."""
-    heads = [literal(f'{{"name": "{tool.name}", "{key}": ') for tool in tools]
-    return alternatives(
-        "call", [f'{head} {tool.whole()} "}}"' for head, tool in zip(heads, tools, strict=True)]
-    )
+_BLANKS = {"%d": "/[0-9]+/", "%s": "/[a-zA-Z0-9]{9}/", "%_": '" "?', "%n": r'"\n"?'}
+
+
+def spelled(text: str, mark: Mark, markers: Sequence[str]) -> str:
+    """Return a text as an expression of a grammar, markers in it as `mark` writes them.
+
+    `%d` stands for a number, `%s` for an id, `%_` and `%n` for a blank and a line's end that may be left out.
+    """
+    known = sorted(markers, key=len, reverse=True)
+    expressions: list[str] = []
+    plain = ""
+    # A line's end is a lexeme of its own: the compiler's lexer, which never goes back, could not tell
+    # "\n" before a further call from "\n</calls>" else.
+    for part in re.split("|".join(["(%[ds_n]", r"\n", *map(re.escape, known)]) + ")", text):
+        special = (
+            literal(part) if part == "\n" else _BLANKS.get(part) or (mark(part) if part in known else "")
+        )
+        if not special or (special == literal(part) and part != "\n"):
+            plain += part
+            continue
+        expressions += [*([literal(plain)] if plain else []), special]
+        plain = ""
+    return " ".join([*expressions, *([literal(plain)] if plain or not expressions else [])])
 
 
 def num_held(text: str, marker: str) -> int:

@@ -5,9 +5,13 @@ It is the prompt that Hermes models were trained on, with their format; the READ
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 
 
 def _prompt(tools: Sequence[dict[str, Any]]) -> str:
@@ -58,6 +62,33 @@ def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dic
     content, text = last.get("content") or "", f"\n---\n{prompt}"
     added = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
     return [*before, {**last, "content": added}]
+
+
+def shorten_ids(messages: Sequence[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return a history with ids of nine characters where the template refuses all others, as Mistral's do.
+
+    OpenAI's clients send back the ids that they were given, which are longer.
+    """
+    if not _SHORT_IDS.search(template):
+        return list(messages)
+    result = []
+    for message in messages:
+        changed = dict(message)
+        if changed.get("tool_call_id"):
+            changed["tool_call_id"] = _short(changed["tool_call_id"])
+        if changed.get("tool_calls"):
+            changed["tool_calls"] = [
+                {**call, "id": _short(call.get("id") or "")} for call in changed["tool_calls"]
+            ]
+        result.append(changed)
+    return result
+
+
+def _short(call_id: str) -> str:
+    """Return an id of nine letters and digits: a given one unchanged, equal ones from equal ones."""
+    if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.blake2b(call_id.encode("utf-8", "replace"), digest_size=5).hexdigest()[:9]
 
 
 def _dump(value: Any) -> str:

@@ -11,7 +11,12 @@ from tgi_asgi.text.tools.arguments import ToolSpec
 from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece
 from tgi_asgi.text.tools.literals import Nesting, literal_value
 
-_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"]{1,128})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{\s*["}])')
+# How calls begin that are objects: with their name, maybe behind an id, or keyed by it.
+NAMED = re.compile(
+    r'\{\s*(?:"tool_call_id"\s*:\s*"[^"]*"\s*,\s*)?'
+    r'"(?:tool_)?name"\s*:\s*"([^"]{1,128})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{\s*["}])'
+)
+KEYED = re.compile(r'\{\s*"([^"]{1,128})"\s*:\s*(\{\s*["}])')
 # Behind the arguments, where the call is an object: its end, maybe after an id.
 _TAIL = re.compile(r'\s*(?:,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.]+)\s*)?\}')
 _IN_TAIL = re.compile(r'\s*(?:,\s*(?:"\w*(?:"\s*(?::\s*(?:"[^"]*"?|[\w.]*)\s*)?)?)?)?')
@@ -31,6 +36,8 @@ class JsonCallParser:
         openers: what may stand before a call, besides fences and brackets.
         closers: what may stand behind one.
         head: group 1 is the name, group 2 the beginning of the arguments.
+        object_head: the same of a call that is an object.
+        is_bare: a name needs nothing before it.
     """
 
     def __init__(
@@ -40,11 +47,13 @@ class JsonCallParser:
         openers: Sequence[str] = (),
         closers: Sequence[str] = (),
         head: re.Pattern[str] | None = None,
+        object_head: re.Pattern[str] = NAMED,
+        is_bare: bool = False,
     ) -> None:
         self.rest: str | None = None
         self._names = {tool.name for tool in tools}
         self._openers, self._closers = {*_OPENERS, *openers}, {*_CLOSERS, *closers}
-        self._head = head
+        self._head, self._object_head, self._is_bare = head, object_head, is_bare
         self._buffer = ""
         self._opening = ""  # what was skipped, and is text if no call follows
         self._has_called = False
@@ -99,13 +108,15 @@ class JsonCallParser:
             self._give_up()
 
     def _may_be_name(self, first: str) -> bool:
-        is_opened = bool(self._opening) or not self._has_called
+        is_bare = self._is_bare and any(name.startswith(first) for name in self._names)
+        is_opened = bool(self._opening) or not self._has_called or is_bare
         return self._head is not None and is_opened and (first.isalnum() or first == "_")
 
     def _read_head(self, character: str, pieces: list[Piece]) -> None:
         assert self._nesting is not None
         is_object = self._buffer[0] == "{"
-        found = (_HEAD if is_object or self._head is None else self._head).fullmatch(self._buffer)
+        head = self._object_head if is_object or self._head is None else self._head
+        found = head.fullmatch(self._buffer)
         is_complete = self._nesting.push(character) == 0
         if found and found[1] in self._names:
             self._begin(found[1], pieces)
@@ -118,8 +129,15 @@ class JsonCallParser:
                 return
             self._begin(call[0], pieces)
             pieces.append(CallArguments(call[1]))
-        elif not is_object and len(self._buffer) > _MAX_HEAD:
+        elif not is_object and (len(self._buffer) > _MAX_HEAD or self._is_no_name()):
             self._give_up()
+
+    def _is_no_name(self) -> bool:
+        """Tell whether what should begin with a name, with nothing before it, does not."""
+        name, *rest = self._buffer.split(None, 1) or [""]
+        if not self._is_bare or rest:
+            return self._is_bare and rest != [] and name not in self._names
+        return not any(each.startswith(name) for each in self._names)
 
     def _begin(self, name: str, pieces: list[Piece]) -> None:
         pieces.append(CallStart(name))
@@ -156,7 +174,12 @@ def _call_of(text: str, names: Collection[str]) -> tuple[str, str] | None:
     call = literal_value(text)
     if isinstance(call, dict) and isinstance(call.get("function"), dict):  # as OpenAI's API has it
         call = call["function"]
-    if not isinstance(call, dict) or not isinstance(name := call.get("name"), str) or name not in names:
+    if not isinstance(call, dict):
+        return None
+    if len(call) == 1 and (key := next(iter(call))) in names:
+        return (key, _dump(call[key])) if isinstance(call[key], dict) else None
+    name = call.get("name", call.get("tool_name"))
+    if not isinstance(name, str) or name not in names:
         return None
     arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
     if isinstance(arguments, str):

@@ -17,6 +17,11 @@ class Nesting:
         self._quote = ""
         self._is_escaped = False
 
+    @property
+    def is_in_string(self) -> bool:
+        """Whether a quote is open."""
+        return bool(self._quote)
+
     def push(self, character: str) -> int:
         """Take a character; return how many brackets are open behind it, with one more inside quotes."""
         if self._is_escaped:
@@ -35,15 +40,26 @@ class Nesting:
 
 
 def literal_value(text: str) -> Any:
-    """Return the value that a text stands for; None if it is none."""
+    """Return the value that a text stands for; None if it is none. Strings may go over several lines."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         pass
     try:
-        return _evaluate(ast.parse(text.strip(), mode="eval").body)
+        return _evaluate(ast.parse(_on_one_line(text.strip()), mode="eval").body)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
+
+
+def _on_one_line(text: str) -> str:
+    """Return Python with the line ends in its strings escaped."""
+    if "\n" not in text:
+        return text
+    nesting, written = Nesting(), []
+    for character in text:
+        nesting.push(character)
+        written.append("\\n" if character == "\n" and nesting.is_in_string else character)
+    return "".join(written)
 
 
 def as_json(text: str) -> str | None:

@@ -1,10 +1,11 @@
-"""Calls written as Python: Llama 3.2 and 4."""
+"""Calls written as Python: Llama 3.2 and 4, OLMo 3, LFM2."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from tgi_asgi.text.constrain.source import literal
 from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
@@ -14,7 +15,9 @@ from tgi_asgi.text.tools.base import (
     CallStart,
     Mark,
     Piece,
+    ToolFormat,
     alternatives,
+    spelled,
 )
 from tgi_asgi.text.tools.literals import Nesting, as_json
 
@@ -24,55 +27,71 @@ _BEFORE = re.compile(r"[\s\[,]*([\w.-]+)\(")
 _IN_BEFORE = re.compile(r"[\s\[,]*[\w.-]*")
 
 
-class PythonicFormat:
-    """`[f(a=1, b="x"), g()]`: values are JSON, booleans by themselves Python's."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PythonicFormat(ToolFormat):
+    """`[f(a=1, b="x"), g()]`: values are JSON, or Python's.
 
-    name = "pythonic"
-    marker = ""
-    openers: tuple[str, ...] = ()
-    markers: tuple[str, ...] = ()
-    first = "["
+    Attributes:
+        head, between, tail: what stands around calls, from behind the marker on.
+        closers: what models write behind the calls.
+    """
 
-    def recognises(self, template: str) -> bool:
-        return "[func_name1(" in template
+    head: str = "["
+    between: str = ", "
+    tail: str = "]"
+    closers: tuple[str, ...] = ("]",)
 
-    def begins(self, text: str) -> bool | None:
+    def begins(self, text: str, names: Collection[str]) -> bool | None:
+        if self.marker:
+            return False
         if _CALL.match(text):
             return True
         return None if _HEAD.fullmatch(text) else False
 
     def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
-        more = ' (", " call)*' if is_parallel else ""
-        rules = [f'calls: "[" call{more} "]"']
+        head, between, tail = (
+            spelled(each, mark, self.markers) for each in (self.head, self.between, self.tail)
+        )
+        more = f" ({between} call)*" if is_parallel else ""
+        rules = [f"calls: {head} call{more} {tail}"]
         names = [f"call_{index}" for index in range(len(tools))]
         rules.append(alternatives("call", names))
         for name, tool in zip(names, tools, strict=True):
             rules.append(f'{name}: {literal(tool.name + "(")} {name}_first_0 ")"')
-            rules.extend(_keywords(name, tool))
+            keys = ((literal(f"{key}="), tool.value(value), needed) for key, value, needed in tool.each())
+            rules.extend(keywords(name, keys, ", "))
         return "\n".join(rules)
 
     def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
-        return _PythonicParser(tools)
+        return _PythonicParser(tools, self.closers)
 
 
-def _keywords(call: str, tool: ToolArguments) -> list[str]:
-    """Return rules for `a=1, b=2`, properties in order: before the first one (`_first_i`) and after one."""
+def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
+    """Return rules for arguments in order, some of which may be left out.
+
+    `<rule>_first_0` is all of them. Those from i on are `<rule>_first_i` behind none, `<rule>_more_i` behind one.
+
+    Args:
+        keys: the expressions of each argument's beginning and of its value, and whether it is required.
+        comma: what stands between two.
+    """
     rules = []
     end = 0
-    for index, (name, schema, is_required) in enumerate(tool.each()):
+    for index, (head, value, is_required) in enumerate(keys):
         end = index + 1
-        keyword = f"{literal(name + '=')} {tool.value(schema)} {call}_more_{end}"
-        for place, comma in (("first", ""), ("more", '", " ')):
-            skipped = "" if is_required else f" | {call}_{place}_{end}"
-            rules.append(f"{call}_{place}_{index}: {comma}{keyword}{skipped}")
-    return [*rules, f'{call}_first_{end}: ""', f'{call}_more_{end}: ""']
+        keyword = f"{head} {value} {rule}_more_{end}"
+        for place, before in (("first", ""), ("more", f"{literal(comma)} ")):
+            skipped = "" if is_required else f" | {rule}_{place}_{end}"
+            rules.append(f"{rule}_{place}_{index}: {before}{keyword}{skipped}")
+    return [*rules, f'{rule}_first_{end}: ""', f'{rule}_more_{end}: ""']
 
 
 class _PythonicParser:
     """Reads calls; a call's arguments come out once it is complete."""
 
-    def __init__(self, tools: Sequence[ToolSpec]) -> None:
+    def __init__(self, tools: Sequence[ToolSpec], closers: Sequence[str]) -> None:
         self.rest: str | None = None
+        self._closers = closers
         self._names = {tool.name for tool in tools}
         self._buffer = ""
         self._name: str | None = None  # of the call whose arguments are being read
@@ -95,9 +114,9 @@ class _PythonicParser:
                     self._has_called = True
                 elif found[1] is not None:
                     self._give_up(text[at + 1 :])
-            elif self._has_called and self._buffer.strip() == "]":
-                self._buffer = ""
-                self._give_up(text[at + 1 :])
+            elif self._has_called and any(each.startswith(self._buffer.strip()) for each in self._closers):
+                if self._buffer.strip() in self._closers:
+                    self._buffer = ""
             elif not _IN_BEFORE.fullmatch(self._buffer):
                 self._give_up(text[at + 1 :])
             if self.rest is not None:

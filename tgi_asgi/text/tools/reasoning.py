@@ -1,33 +1,156 @@
-"""Reasoning sections: how models mark what they think before they answer."""
+"""Reasoning sections: how models mark what they think before they answer, and what they write around that."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningStyle:
-    """The markers of one family; they show nowhere in what clients get."""
+    """The markers of one family; they show nowhere in what clients get.
 
+    Attributes:
+        name: what operators call it.
+        families: the models that write it, for the documents.
+        start, end: what stands before the section and behind it.
+        label: what follows `start` and is no thought.
+        closed: what a prompt ends with that has the section behind it, if that is not `end`.
+        shows: texts that a chat template of it has, all of them; `end` if none are given.
+        markers: what some tokenizers have a token of its own for; `start` and `end` if none are given.
+    """
+
+    name: str
+    families: str
     start: str
     end: str
+    label: str = ""
+    closed: str = ""
+    shows: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Every text of it that some tokenizers have a token of its own for."""
+        return self.markers or (self.start, self.end)
 
     def is_open(self, prompt: str) -> bool:
         """Tell whether a prompt ends inside the section, so that the answer begins in it."""
-        return prompt.rstrip().endswith(self.start)
+        text = prompt.rstrip()
+        return text.endswith((self.start, self.start + self.label.rstrip()))
 
     def is_closed(self, prompt: str) -> bool:
         """Tell whether a prompt ends with a whole section, so that the answer has none."""
-        return prompt.rstrip().endswith(self.end)
+        return prompt.rstrip().endswith(self.closed or self.end)
+
+    def recognises(self, template: str) -> bool:
+        """Tell from a chat template's source whether its model writes sections so."""
+        return all(text in template for text in self.shows or (self.end,))
 
 
 STYLES = (
-    ReasoningStyle("<think>", "</think>"),  # DeepSeek R1, Qwen 3, GLM, Granite 3.3
-    ReasoningStyle("[THINK]", "[/THINK]"),  # Magistral
-    ReasoningStyle("Here is my thought process:", "Here is my response:"),  # Granite 3.2
+    ReasoningStyle(
+        name="think",
+        families="DeepSeek R1 to V4, Qwen 3 and 3.5, QwQ, GLM-4.5 on, MiniMax M2, Nemotron, Granite 3.3, "
+        "EXAONE 4, ERNIE 4.5, Hunyuan, Kimi K2 Thinking, OLMo 3, SmolLM3, Step-3.5, LFM2.5, MiMo",
+        start="<think>",
+        end="</think>",
+    ),
+    ReasoningStyle(name="mistral", families="Magistral, Ministral 3", start="[THINK]", end="[/THINK]"),
+    ReasoningStyle(
+        name="granite",
+        families="Granite 3.2",
+        start="Here is my thought process:",
+        end="Here is my response:",
+    ),
+    ReasoningStyle(name="seed_oss", families="Seed-OSS", start="<seed:think>", end="</seed:think>",
+        shows=("seed:think",)),
+    ReasoningStyle(
+        name="cohere",
+        families="Command R7B, Command A",
+        start="<|START_THINKING|>",
+        end="<|END_THINKING|>",
+    ),
+    ReasoningStyle(
+        name="gemma4",
+        families="Gemma 4",
+        start="<|channel>",
+        end="<channel|>",
+        label="thought\n",
+    ),
+    ReasoningStyle(name="kimi_vl", families="Kimi-VL Thinking", start="◁think▷", end="◁/think▷"),
+    ReasoningStyle(name="apertus", families="Apertus", start="<|inner_prefix|>", end="<|inner_suffix|>"),
+    ReasoningStyle(
+        name="apriel",
+        families="Apriel 1.6",
+        start="Here are my reasoning steps:",
+        end="[BEGIN FINAL RESPONSE]",
+    ),
+    ReasoningStyle(
+        name="solar",
+        families="Solar Open",
+        start="<|think|>",
+        end="<|end|><|begin|>assistant",
+        closed="<|think|><|end|><|begin|>assistant",
+        shows=("<|think|>", "<|begin|>assistant"),
+        markers=("<|think|>", "<|end|>", "<|begin|>"),
+    ),
+    ReasoningStyle(name="minimax_m3", families="MiniMax M3", start="<mm:think>", end="</mm:think>"),
+    ReasoningStyle(
+        name="hy_v3",
+        families="Hunyuan 3",
+        start="<think:opensource>",
+        end="</think:opensource>",
+        shows=("<think{}>", "opensource"),
+    ),
+)  # fmt: skip
+
+
+def style_of(template: str, wanted: str | None = None) -> ReasoningStyle | None:
+    """Return the style that a chat template's source shows, or the operator's choice; None: none."""
+    if wanted is not None:
+        return next((style for style in STYLES if style.name == wanted), None)
+    return next((style for style in STYLES if style.recognises(template)), None)
+
+
+_TOKEN = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """What some models write around the answer behind their reasoning; clients do not get it.
+
+    Attributes:
+        start: what stands before it, one of these.
+        end: what stands behind it.
+        shows: texts that a chat template of it has, all of them.
+    """
+
+    start: tuple[str, ...]
+    end: str
+    shows: tuple[str, ...] = ()
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Every text of it that some tokenizers have a token of its own for."""
+        return tuple(part for text in (*self.start, self.end) for part in _TOKEN.findall(text))
+
+
+WRAPPERS = (
+    Wrapper(("<|START_RESPONSE|>",), "<|END_RESPONSE|>", ("<|START_RESPONSE|>",)),  # Command R7B
+    Wrapper(("<|START_TEXT|>",), "<|END_TEXT|>", ("<|START_TEXT|>",)),  # Command A
+    Wrapper(("<response>",), "</response>", ("<think></think> and write your response between <response>",)),
+    Wrapper(("<answer>",), "</answer>", ("</think>", "<answer>")),  # Hunyuan
+    Wrapper(("<answer>",), "</answer>", ("</think>", "<|extra_0|>")),
+    Wrapper(("<response>",), "</response>", ("</think>", "<response>", "<tool_output>")),  # ERNIE
+    Wrapper((), "[END FINAL RESPONSE]", ("[BEGIN FINAL RESPONSE]",)),  # Apriel
+    Wrapper(
+        ("<|begin|>assistant<|content|>", "<|content|>"), "<|end|>", ("<|begin|>assistant", "<|content|>")
+    ),
+    Wrapper(("all\n",), "", (">>>all",)),  # Functionary 3.2
 )
 
 
-def style_of(template: str) -> ReasoningStyle | None:
-    """Return the style that a chat template's source shows, or None."""
-    return next((style for style in STYLES if style.end in template), None)
+def wrapper_of(template: str) -> Wrapper | None:
+    """Return what a chat template's source shows to stand around answers, or None."""
+    return next((each for each in WRAPPERS if all(text in template for text in each.shows)), None)

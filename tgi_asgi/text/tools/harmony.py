@@ -1,0 +1,154 @@
+"""Harmony, gpt-oss's format: an answer is messages in channels, of thoughts, calls and text.
+
+    <|channel|>analysis<|message|>thoughts<|end|><|start|>assistant<|channel|>final<|message|>text<|return|>
+    <|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>
+
+Its reader takes the place of `AnswerParser`: nothing in an answer is outside of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from tgi_asgi.text.tools.arguments import ToolSpec
+from tgi_asgi.text.tools.base import CallArguments, CallStart, Content, Piece, Reasoning, num_held
+
+NAME = "openai"  # vLLM's name of it
+FAMILIES = "gpt-oss"
+MARKERS = (
+    "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>",
+)  # fmt: skip
+
+_MESSAGE = "<|message|>"
+_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
+_BEGINS = ("<|start|>", "<|channel|>", "assistant", "to=")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
+_MAX_HEADER = 512
+
+
+def recognises(template: str) -> bool:
+    """Tell from a chat template's source whether its model writes channels."""
+    return "<|channel|>analysis<|message|>" in template
+
+
+def is_open(prompt: str) -> bool:
+    """Tell whether a prompt ends inside a message of thoughts."""
+    return prompt.rstrip().endswith("<|channel|>analysis<|message|>")
+
+
+class HarmonyParser:
+    """Splits an answer into pieces, as `AnswerParser` does.
+
+    Args:
+        specs: the tools that may be called; a call of another is text.
+        is_reasoning_open: the prompt has opened a message of thoughts.
+        must_call: the grammar lets nothing but a call follow the thoughts.
+    """
+
+    def __init__(
+        self, specs: Sequence[ToolSpec] = (), *, is_reasoning_open: bool = False, must_call: bool = False
+    ) -> None:
+        self._names = {spec.name for spec in specs}
+        self._must_call = must_call
+        self._held = ""
+        self._num_read = 0
+        self._header = ""  # of the message that is read, as it was written
+        self._kind: type[Reasoning] | type[Content] | type[CallStart] | None = (
+            None  # of it; None: in a header
+        )
+        self._name: str | None = None  # of the call, until its arguments begin
+        if is_reasoning_open:
+            self._kind = Reasoning
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text is inside a message of thoughts."""
+        return self._kind is Reasoning
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what the next piece of text tells."""
+        self._held += text
+        self._num_read += len(text)
+        return self._read(is_end=False)
+
+    def finish(self) -> list[Piece]:
+        """Return what was held back, at the end of the answer."""
+        return self._read(is_end=True)
+
+    def _read(self, *, is_end: bool) -> list[Piece]:
+        pieces: list[Piece] = []
+        while self._read_header(pieces, is_end) if self._kind is None else self._read_body(pieces, is_end):
+            pass
+        return pieces
+
+    def _read_header(self, pieces: list[Piece], is_end: bool) -> bool:
+        """Read up to a message's text; False while it has not begun."""
+        head = self._held.lstrip()
+        at = self._held.find(_MESSAGE)
+        if not head or not any(head.startswith(each) or each.startswith(head) for each in _BEGINS):
+            if not head:
+                return False
+            self._kind, self._header = Content, ""
+            return True
+        if at < 0:
+            if not is_end and len(self._held) < _MAX_HEADER:
+                return False
+            is_whole = head.startswith(("<|start|>", "<|channel|>"))
+            if is_end and (is_whole or self._must_call):  # cut in a header: no text for anyone
+                self._held = ""
+                return False
+            self._kind, self._header = Content, ""
+            return True
+        self._header, self._held = self._held[: at + len(_MESSAGE)], self._held[at + len(_MESSAGE) :]
+        channel, recipient = _CHANNEL.search(self._header), _RECIPIENT.search(self._header)
+        if recipient is not None and recipient[1] in self._names:
+            self._kind, self._name = CallStart, recipient[1]
+        elif channel is not None and channel[1] == "analysis":
+            self._kind = Reasoning
+        else:
+            self._kind = Content
+            if recipient is not None and recipient[1] != "assistant":  # a call of what there is not: text
+                self._show(pieces, self._header, len(self._held))
+        return True
+
+    def _read_body(self, pieces: list[Piece], is_end: bool) -> bool:
+        """Give out a message's text; True once it has ended."""
+        found = [(at, end) for end in _ENDS if (at := self._held.find(end)) >= 0]
+        at, end = min(found) if found else (len(self._held), "")
+        held = 0 if found or is_end else max(num_held(self._held, each) for each in _ENDS)
+        text, rest = self._held[: at - held], self._held[at - held :]
+        if self._kind is CallStart:
+            self._call(pieces, text, is_end=bool(found) or is_end, rest=len(rest))
+        elif self._kind is Reasoning:
+            if text:
+                pieces.append(Reasoning(text))
+        else:
+            self._show(pieces, text, len(rest))
+        self._held = rest
+        if found:
+            self._held = rest if end in ("<|start|>", "<|channel|>") else rest[len(end) :]
+            self._kind, self._header = None, ""
+        return bool(found)
+
+    def _call(self, pieces: list[Piece], text: str, *, is_end: bool, rest: int) -> None:
+        """Give out a piece of a call; one whose arguments are no object is text."""
+        if self._name is not None:
+            begun = text.lstrip()
+            if not begun and not is_end:
+                return
+            if begun and not begun.startswith("{"):
+                self._kind = Content
+                self._show(pieces, self._header + text, rest)
+                self._name = None
+                return
+            pieces.append(CallStart(self._name))
+            self._name = None
+            text = begun or "{}"
+        if text:
+            pieces.append(CallArguments(text))
+
+    def _show(self, pieces: list[Piece], text: str, num_behind: int) -> None:
+        if text:
+            pieces.append(Content(text, self._num_read - num_behind - len(text)))

@@ -1,0 +1,98 @@
+"""Calls whose arguments are a JSON object, whatever stands around it: most families'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tgi_asgi.text.constrain.source import literal
+from tgi_asgi.text.tools.arguments import ToolArguments, ToolSpec
+from tgi_asgi.text.tools.base import CallParser, Mark, ToolFormat, alternatives, spelled
+from tgi_asgi.text.tools.json_calls import NAMED, JsonCallParser
+
+OBJECT = ('{"name": "', '", "arguments": ', "}")
+PARAMETERS = ('{"name": "', '", "parameters": ', "}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonFormat(ToolFormat):
+    """Calls one behind the other: `head`, a call, `between`, a call, ..., `tail`.
+
+    Attributes:
+        call: what stands before a call's name, between name and arguments, and behind them.
+        head, between, tail: what stands around calls, from behind the marker on.
+        inner: what models write before each call, inside the marker.
+        closers: what they write behind a call, or behind the last.
+        object_head: how a call that is an object begins: group 1 is the name, 2 where the arguments begin.
+        name_head: how one that is none begins, where there are such.
+    """
+
+    call: tuple[str, str, str] = OBJECT
+    head: str = ""
+    between: str = ""
+    tail: str = ""
+    inner: tuple[str, ...] = ()
+    closers: tuple[str, ...] = ()
+    object_head: re.Pattern[str] = NAMED
+    name_head: re.Pattern[str] | None = None
+
+    def rules(self, tools: Sequence[ToolArguments], mark: Mark, *, is_parallel: bool) -> str:
+        spell = partial(spelled, mark=mark, markers=self.markers)
+        before, middle, behind = self.call
+        calls = [
+            f"{spell(before)} {literal(tool.name)} {spell(middle)} {tool.whole()} {spell(behind)}"
+            for tool in tools
+        ]
+        more = f" ({spell(self.between)} call)*" if is_parallel else ""
+        return f"calls: {spell(self.head)} call{more} {spell(self.tail)}\n{alternatives('call', calls)}"
+
+    def parser(self, tools: Sequence[ToolSpec]) -> CallParser:
+        return JsonCallParser(
+            tools,
+            openers=[each for each in (self.marker, *self.openers, *self.inner) if each],
+            closers=self.closers,
+            head=self.name_head,
+            object_head=self.object_head,
+            is_bare=not self.marker,
+        )
+
+
+# What tells a call from other JSON, without blanks: what comes before the name, and after it.
+_OPENING = '{"name":"'
+_ARGUMENTS = (',"parameters":{', ',"arguments":{')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BareJsonFormat(JsonFormat):
+    """Calls without a marker: an answer that begins with one is calls, as a list where `head` is "["."""
+
+    def begins(self, text: str, names: Collection[str]) -> bool | None:
+        squeezed = "".join(text.split())
+        opening = self.head + _OPENING
+        if not squeezed.startswith(opening):
+            return None if opening.startswith(squeezed) else False
+        _, quote, rest = squeezed[len(opening) :].partition('"')
+        if not quote or any(head.startswith(rest) and head != rest for head in _ARGUMENTS):
+            return None
+        return rest.startswith(_ARGUMENTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BareNameFormat(JsonFormat):
+    """Calls that begin with their name, without a marker: an answer that begins with a tool's is one."""
+
+    @property
+    def may_begin(self) -> bool:
+        return True
+
+    def begins(self, text: str, names: Collection[str]) -> bool | None:
+        middle = self.call[1]
+        for name in names:
+            opening = f"{name}{middle}{{"
+            if text.startswith(opening):
+                return True
+            if opening.startswith(text):
+                return None
+        return False

@@ -1,0 +1,232 @@
+"""Reads calls written as tags."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tgi_asgi.text.tools.arguments import CONDITIONS, ToolSpec
+from tgi_asgi.text.tools.base import CallArguments, CallStart, Piece, num_held
+from tgi_asgi.text.tools.literals import as_json
+
+_FENCES = ("```xml", "```")
+_MAX_NAME = 128
+
+
+@dataclass(frozen=True, slots=True)
+class XmlTags:
+    """The texts of a format, as the reader finds them.
+
+    Attributes:
+        call: what stands before a call's name, behind it, and behind the arguments.
+        argument: the same of an argument's name and value.
+            `%t` between the two is "true" where the value is text, else "false".
+        wraps: what stands around calls, and may be left out; first what opens them.
+        quotes: what may stand around a value, and is none of it.
+    """
+
+    call: tuple[str, str, str]
+    argument: tuple[str, str, str]
+    wraps: tuple[str, ...]
+    quotes: tuple[str, str] = ("", "")
+
+    def head(self) -> re.Pattern[str]:
+        """Return how a call begins; what is known by the next tag only is group 2, and left to be read."""
+        before, middle, behind = self.call
+        if middle.strip():
+            return re.compile(rf"{re.escape(before)}([^<>\"\n]{{1,128}}?){_loose(middle)}()")
+        follows = f"{_loose(self.argument[0])}|{_loose(behind)}"
+        return re.compile(rf"{re.escape(before)}([\w.-]{{1,128}})\s*({follows})")
+
+    def head_argument(self) -> re.Pattern[str]:
+        """Return how an argument begins: its name, and its type where it has one."""
+        before, middle, _ = self.argument
+        kind = "" if "%t" in middle else "()"
+        value = _loose(middle).replace("%t", "(true|false)") + kind
+        return re.compile(rf"\s*{_loose(before)}\s*([^<>\"\n]+?)\s*{value}")
+
+    def end(self) -> re.Pattern[str]:
+        """Return how a call ends: by its own tag, or where that is missing, by what follows it."""
+        before, _, behind = self.call
+        marks = {*self.wraps, before} - {behind, ""}
+        missing = f"|(?={'|'.join(map(re.escape, marks))})" if marks else ""
+        return re.compile(rf"\s*(?:{_loose(behind)}{missing})")
+
+    def may_begin(self, text: str) -> bool:
+        """Tell whether a text may be the beginning of a call's beginning."""
+        before, middle, behind = self.call
+        if not text.startswith(before):
+            return before.startswith(text)
+        found = re.match(r"[\w.-]*" if not middle.strip() else r"[^<>\"\n]*", text[len(before) :])
+        assert found is not None, "the pattern matches no characters, too"
+        rest = text[len(before) + found.end() :].lstrip()
+        nexts = (middle,) if middle.strip() else (self.argument[0].strip(), behind.strip())
+        return len(found[0]) <= _MAX_NAME and any(each.startswith(rest) for each in nexts)
+
+
+def _loose(text: str) -> str:
+    """Return a pattern of tags with any blanks between them."""
+    return r"\s*".join(map(re.escape, re.split(r"\s*\n\s*|(?<=>)(?=<)", text.strip())))
+
+
+class XmlCallParser:
+    """Reads calls; text values come out as they are written, others once they are complete."""
+
+    def __init__(self, tools: Sequence[ToolSpec], tags: XmlTags) -> None:
+        self.rest: str | None = None
+        self._schemas = {tool.name: tool.properties for tool in tools}
+        self._tags = tags
+        self._marks = (*tags.wraps, *_FENCES)
+        self._head, self._argument, self._end = tags.head(), tags.head_argument(), tags.end()
+        self._buffer = ""
+        self._opening = ""  # what was skipped, and is text if no call follows
+        self._has_called = False
+        self._function: str | None = None
+        self._parameter: str | None = None
+        self._kind = ""  # of the parameter's value, where the text tells: "true" if it is text
+        self._ends: tuple[str, ...] = ()  # of the parameter's value
+        self._num_parameters = 0
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what the next piece of text tells."""
+        pieces: list[Piece] = []
+        while text and self.rest is None:
+            if self._parameter is not None:
+                self._buffer += text
+                text = self._buffer if self._read_value(pieces) else ""
+                self._buffer = self._buffer if not text else ""
+            else:  # by the character: what comes out does not depend on how the text was cut
+                self._buffer += text[0]
+                text = text[1:]
+                while self._parameter is None and self._step(pieces):
+                    pass
+        if self.rest is not None:
+            self.rest += text
+        return pieces
+
+    def finish(self) -> str:
+        """Return what was begun and is no call, at the end of the answer."""
+        if self._function is not None:
+            return ""
+        return self._opening + self._buffer if self._opening.strip() or not self._has_called else ""
+
+    def _step(self, pieces: list[Piece]) -> bool:
+        """Read one thing; False where more text is needed, or none is wanted."""
+        if self.rest is not None:
+            return False
+        if self._function is None:
+            return self._begin(pieces)
+        found = self._argument.match(self._buffer)
+        if found:
+            return self._begin_argument(found, pieces)
+        end = self._end.match(self._buffer)
+        if end:
+            self._cut(end.end())
+            pieces.append(CallArguments("}" if self._num_parameters else "{}"))
+            self._function = None
+        return end is not None
+
+    def _begin(self, pieces: list[Piece]) -> bool:
+        """Look for the next function, behind blanks and markers; True where one was skipped, or it begins."""
+        text = self._buffer.lstrip()
+        found = self._head.fullmatch(text)
+        if found and found[1] in self._schemas:
+            self._function, self._num_parameters = found[1], 0
+            self._buffer, self._opening = found[2], ""
+            self._has_called = True
+            pieces.append(CallStart(found[1]))
+            return bool(found[2])
+        mark = next((mark for mark in self._marks if text.startswith(mark)), None)
+        if mark is not None and not found:
+            if mark == self._marks[0] or not self._has_called or self._opening:
+                self._opening += self._buffer[: -len(text)] + mark
+            self._buffer = text[len(mark) :]
+            return True
+        if found or not (self._tags.may_begin(text) or any(mark.startswith(text) for mark in self._marks)):
+            whole = self._opening + self._buffer
+            self.rest = whole.lstrip() if self._has_called else whole
+        return False
+
+    def _begin_argument(self, found: re.Match[str], pieces: list[Piece]) -> bool:
+        """Take an argument's beginning; False while it cannot be told whether its value is quoted."""
+        quote = self._tags.quotes[0]
+        rest = self._buffer[found.end() :]
+        is_quoted = quote != "" and rest.startswith(quote)
+        if quote and not is_quoted and quote.startswith(rest):
+            return False
+        self._cut(found.end() + (len(quote) if is_quoted else 0))
+        self._parameter, self._kind = found[1], found[2]
+        self._ends = self._ends_of_value(self._tags.quotes[1] if is_quoted else "")
+        head = f"{', ' if self._num_parameters else '{'}{_dump(found[1])}: "
+        self._num_parameters += 1
+        pieces.append(CallArguments(head + ('"' if self._is_text() else "")))
+        return True
+
+    def _ends_of_value(self, quote: str) -> tuple[str, ...]:
+        """Return what ends a value: its own end, or where that is missing, what follows and is left."""
+        behind, (before, middle, own) = self._tags.call[2], self._tags.argument
+        names = self._schemas.get(self._function or "", ())
+        tag = middle.partition("%t")[0]
+        line = "\n" if quote != "]]>" else ""
+        follows = [f"{line}{before}{name}{tag}" for name in names]
+        follows += [f"{line}{behind}{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
+        follows += [f"{line}{behind}\n{wrap}" for wrap in self._tags.wraps if wrap not in (behind, "")]
+        return (quote + own, *follows)
+
+    def _read_value(self, pieces: list[Piece]) -> bool:
+        """Read of a value what there is; True once it has ended."""
+        is_text = self._is_text()
+        found = [(at, end) for end in self._ends if (at := self._buffer.find(end)) >= 0]
+        if not found:
+            held = max(num_held(self._buffer, end) for end in self._ends)
+            shown = self._buffer[: len(self._buffer) - held]
+            if is_text and shown:
+                self._cut(len(shown))
+                pieces.append(CallArguments(_dump(shown)[1:-1]))
+            return False
+        at, end = min(found)
+        value = self._buffer[:at]
+        self._cut(at + (len(end) if end == self._ends[0] else 0))
+        pieces.append(CallArguments(_dump(value)[1:] if is_text else self._json(value)))
+        self._parameter = None
+        return True
+
+    def _json(self, value: str) -> str:
+        """Return a value that is JSON by its schema; what is none, as a string."""
+        schema = self._schema()
+        if choices(schema) is not None:
+            return _dump(value)
+        written = as_json(value.strip())
+        is_string = isinstance(schema, Mapping) and schema.get("type") == "string"
+        return _dump(value) if written is None or (is_string and written[0] != '"') else written
+
+    def _is_text(self) -> bool:
+        return self._kind == "true" or (not self._kind and is_text(self._schema()))
+
+    def _schema(self) -> Any:
+        return self._schemas.get(self._function or "", {}).get(self._parameter or "", {})
+
+    def _cut(self, size: int) -> None:
+        self._buffer = self._buffer[size:]
+
+
+def is_text(schema: Any) -> bool:
+    """Tell whether any text is a value: strings without a further condition are written as they are."""
+    return isinstance(schema, Mapping) and schema.get("type") == "string" and not CONDITIONS & schema.keys()
+
+
+def choices(schema: Any) -> list[str] | None:
+    """Return the texts of an enumeration of strings, which are written as they are, too."""
+    values = schema.get("enum") if isinstance(schema, Mapping) else None
+    if values and schema.keys() <= {"type", "enum", "description", "title", "default"}:
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) == len(values):
+            return texts
+    return None
+
+
+def _dump(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
