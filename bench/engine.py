@@ -33,11 +33,11 @@ CHUNK = 2048  # prompt tokens a step while sequences are set up, which nobody ti
 
 @dataclass(slots=True)
 class Sequence:
-    """One sequence: a random prompt, its slot and the blocks for all of it."""
+    """One sequence: a random prompt, its slot and for each group of layers the blocks for all of it."""
 
     slot: int
     prompt: list[int]
-    blocks: range
+    tables: list[range]
     num_computed: int = 0
     adapter: Any = None  # its weights
 
@@ -57,13 +57,17 @@ class Engine:
     def sequences(self, count: int, prompt_tokens: int, output_tokens: int) -> list[Sequence]:
         """Make sequences of random tokens, each in blocks of its own."""
         size = -(-(prompt_tokens + output_tokens) // self._runner.block_size)
-        if count * size > self._runner.num_blocks or count > self._runner.max_batch_size:
+        num_groups = len(self._runner.windows)
+        if count * size * num_groups > self._runner.num_blocks or count > self._runner.max_batch_size:
             raise SystemExit(f"{count} sequences of {prompt_tokens + output_tokens} tokens do not fit")
         return [
             Sequence(
                 slot,
                 [self._random.randrange(self._vocab) for _ in range(prompt_tokens)],
-                range(slot * size, (slot + 1) * size),
+                [
+                    range(at * size, (at + 1) * size)
+                    for at in range(slot * num_groups, (slot + 1) * num_groups)
+                ],
             )
             for slot in range(count)
         ]
@@ -77,7 +81,7 @@ class Engine:
                 ids = sequence.prompt[first : first + chunk]
                 is_last = first + len(ids) == len(sequence.prompt)
                 row = StepRow(
-                    sequence.slot, ids, first, [sequence.blocks], samples=is_last, adapter=sequence.adapter
+                    sequence.slot, ids, first, sequence.tables, samples=is_last, adapter=sequence.adapter
                 )
                 await self.submit([row], starts)
                 starts = []
@@ -97,7 +101,7 @@ class Engine:
 
     def _decode_step(self, sequences: list[Sequence]) -> asyncio.Future[StepResult]:
         rows = [
-            StepRow(s.slot, None, s.num_computed, [s.blocks], samples=True, adapter=s.adapter)
+            StepRow(s.slot, None, s.num_computed, s.tables, samples=True, adapter=s.adapter)
             for s in sequences
         ]
         for sequence in sequences:

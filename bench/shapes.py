@@ -24,10 +24,10 @@ def load_shape(name: str, packing: ops.Packing, positions: int) -> tuple[ModelCo
         num_heads=32, num_kv_heads=8, head_dim=64, context_length=8192, norm_eps=1e-5,
         layers=(layer,) * _LAYERS, has_tied_embeddings=True,
     )  # fmt: skip
-    return config, Decoder(config, _RandomWeights(name.removeprefix("1b-")), packing, positions)
+    return config, Decoder(config, RandomWeights(name.removeprefix("1b-")), packing, positions)
 
 
-class _RandomWeights:
+class RandomWeights:
     """Weights that are made as they are asked for."""
 
     num_bytes = 0
