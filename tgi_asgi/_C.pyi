@@ -350,13 +350,64 @@ class AttentionSpec:
         slopes: _Floats | None = None,
     ) -> None: ...
 
+class RouteSpec:
+    """See `tgi_asgi.ops.RouteSpec`."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        top_k: int,
+        kind: str,
+        correction: _Floats | None = None,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        adds_two_best: bool = False,
+        is_renormalised: bool = False,
+        eps: float = 0.0,
+        scale: float = 1.0,
+        jitter: float = 0.0,
+    ) -> None: ...
+
+class Choice:
+    """Which experts a program's tokens go to."""
+
+    def arrays(self) -> tuple[_Ints, _Floats]:
+        """Return ids and weights [max_tokens, top_k], copies."""
+
+class ExpertStack:
+    """One product of a layer's experts, with biases in the order of the packed rows."""
+
+    def __init__(self, matrices: Sequence[Matrix], biases: Sequence[_Floats] | None = None) -> None: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class ExpertMlps:
+    """A layer's experts: `gate_up` is one stack whose panels alternate, or two."""
+
+    def __init__(
+        self,
+        *,
+        gate_up: Sequence[ExpertStack],
+        down: ExpertStack,
+        activation: str,
+        limit: float = 0.0,
+        slope: float = 1.0,
+        offset: float = 0.0,
+    ) -> None: ...
+
 class Program:
     """A list of kernel calls and what they work on; its methods are those of csrc/bindings/program.h."""
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_rows: int, max_context: int) -> None: ...
     def use_adapters(self, layout: AdapterLayout) -> None: ...
     def rows(self, columns: int, *, for_logits: bool = False) -> Rows: ...
-    def activation(self, columns: int, precision: str, *, for_logits: bool = False) -> Activation: ...
+    def activation(
+        self, columns: int, precision: str, *, for_logits: bool = False, min_tiles: int = 0
+    ) -> Activation: ...
+    def choice(self, num_experts: int, top_k: int) -> Choice: ...
     def query(self, pool: KvPool, num_heads: int) -> Query: ...
     def embed(self, *, table: Matrix, factor: float, positions: _Floats | None, out: Rows) -> None: ...
     def norm(self, *, x: Rows, norm: Norm, for_logits: bool, is_private: bool, out: Activation) -> None: ...
@@ -383,6 +434,19 @@ class Program:
     ) -> None: ...
     def gate_up(self, *, product: Product, activation: str, out: Activation) -> None: ...
     def act_mul(self, *, gate: Rows, up: Rows, activation: str, out: Activation) -> None: ...
+    def route(self, *, logits: Rows, spec: RouteSpec, out: Choice) -> None: ...
+    def experts_add(
+        self,
+        *,
+        source: Activation,
+        choice: Choice,
+        mlps: ExpertMlps,
+        gathered: Activation,
+        inner: Activation,
+        factor: float,
+        x: Rows,
+    ) -> None: ...
+    def gated_add(self, *, rows: Rows, gate: Rows, factor: float, x: Rows) -> None: ...
     def logits(self, *, product: Product, vocab_size: int, scale: float, cap: float) -> None: ...
     def end_cache_writes(self, *, can_gather: bool, rows: Sequence[Rows], query: Query | None) -> None: ...
     def run(self, batch: FlatRows, rows: Sequence[int]) -> _Floats:
@@ -450,6 +514,20 @@ def gate_up_rows(
     product: int = 0,
 ) -> None:
     """Write f(gate) * up to out [n, half the stored rows]; likewise."""
+
+def experts_rows(
+    mlps: ExpertMlps,
+    ids: _Ints,
+    weights: _Floats,
+    x: FloatArray,
+    out: FloatArray,
+    precision: str,
+    inner_precision: str,
+) -> None:
+    """Write the weighted sum of each row's experts to out [n, down's stored rows]."""
+
+def rows_by_expert(stack: ExpertStack, sizes: _Ints, x: FloatArray, out: FloatArray, precision: str) -> None:
+    """Write products of rows that lie expert by expert, `sizes` of each, to out [n, stored rows]."""
 
 def embed_rows(table: Matrix, ids: _Ints, factor: float, out: FloatArray) -> None:
     """Write factor * table[ids] to out [n, stored columns]."""

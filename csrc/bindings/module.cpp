@@ -14,6 +14,7 @@
 #include "bindings/attention_spec.h"
 #include "bindings/direct.h"
 #include "bindings/drafting.h"
+#include "bindings/experts.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
 #include "bindings/paged_attention.h"
@@ -159,6 +160,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_adapters(module);
   tgi::bind_rows(module);
   tgi::bind_attention_spec(module);
+  tgi::bind_experts(module);
   tgi::bind_program(module);
   tgi::bind_paged_attention(module);
   tgi::bind_direct(module);

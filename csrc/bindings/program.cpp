@@ -64,12 +64,15 @@ RowsPtr Program::rows(int64_t columns, bool for_logits) const {
       cpu::allocate(cpu::product_of_sizes({count, padded, kFloatBytes})), count, padded});
 }
 
-ActivationPtr Program::activation(int64_t columns, const std::string& precision,
-                                  bool for_logits) const {
+ActivationPtr Program::activation(int64_t columns, const std::string& precision, bool for_logits,
+                                  int64_t min_tiles) const {
   check_size(columns, "columns");
+  check(min_tiles >= 0 && min_tiles <= INT32_MAX, "`min_tiles` must be in [0, ", INT32_MAX,
+        "], got ", min_tiles);
   const int64_t count = for_logits ? max_rows_ : max_tokens_;
   const int64_t tile_tokens = step::kernels().tile_tokens;
-  const int64_t tiles = std::max<int64_t>((count + tile_tokens - 1) / tile_tokens, num_members_);
+  const int64_t tiles = std::max<int64_t>(
+      {(count + tile_tokens - 1) / tile_tokens, int64_t{num_members_}, min_tiles});
   const bool is_by_kind = precision == "by_kind";
   check(!is_by_kind || !for_logits, "rows of logits are of one kind");
   step::Activation view = {nullptr, is_by_kind ? Precision::kInt8 : precision_of(precision),

@@ -12,6 +12,7 @@
 
 #include "bindings/adapter.h"
 #include "bindings/attention_spec.h"
+#include "bindings/experts.h"
 #include "bindings/kv_pool.h"
 #include "bindings/matrix.h"
 #include "bindings/rows.h"
@@ -101,7 +102,10 @@ class Program {
   // Buffers, for all tokens, or for the rows of logits. An activation's precision may be "by_kind":
   // int8 of tokens that were drawn, bfloat16 of those of prompts.
   RowsPtr rows(int64_t columns, bool for_logits) const;
-  ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits) const;
+  // More tiles than all tokens fill: for rows that lie apart.
+  ActivationPtr activation(int64_t columns, const std::string& precision, bool for_logits,
+                           int64_t min_tiles = 0) const;
+  ChoicePtr choice(int64_t num_experts, int64_t top_k) const;
   QueryPtr query(const KvPool& pool, int64_t num_heads) const;
 
   // Recording. Each writes to `out`, or adds to `x`.
@@ -131,6 +135,13 @@ class Program {
   void gate_up(const Product& product, const std::string& activation, const ActivationPtr& out);
   void act_mul(const RowsPtr& gate, const RowsPtr& up, const std::string& activation,
                const ActivationPtr& out);
+  // Which experts tokens go to, by a router's logits; and their MLPs. `gathered` and `inner` have
+  // room for rows of the input, and of the input of the last product, of several experts at a time.
+  void route(const RowsPtr& logits, const RoutePtr& spec, const ChoicePtr& out);
+  void experts_add(const ActivationPtr& in, const ChoicePtr& choice, const MlpsPtr& mlps,
+                   const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
+                   const RowsPtr& x);
+  void gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor, const RowsPtr& x);
   void logits(const Product& product, int64_t vocab_size, double scale, double cap);
   // Says that no operator behind writes keys or values: a step without rows of logits ends here,
   // one with some goes on with these alone, if what it still needs of tokens lies in `rows` and
@@ -221,6 +232,7 @@ class Program {
   std::vector<cpu::Memory> memories_;
   std::vector<Floats> arrays_;
   std::vector<SpecPtr> specs_;
+  std::vector<std::shared_ptr<void>> others_;  // what operators point into
   std::vector<std::pair<cpu::Memory, int64_t>> scratch_;
   LayoutPtr adapters_;
   cpu::Memory inner_[3];  // adapters' inner values, by the part of an operator

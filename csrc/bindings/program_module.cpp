@@ -104,7 +104,8 @@ void bind_program(py::module_& module) {
           py::arg("layout").none(false))
       .def("rows", &Program::rows, py::arg("columns"), py::kw_only(), py::arg("for_logits") = false)
       .def("activation", &Program::activation, py::arg("columns"), py::arg("precision"),
-           py::kw_only(), py::arg("for_logits") = false)
+           py::kw_only(), py::arg("for_logits") = false, py::arg("min_tiles") = 0)
+      .def("choice", &Program::choice, py::arg("num_experts"), py::arg("top_k"))
       .def("query", &Program::query, py::arg("pool"), py::arg("num_heads"))
       .def("embed", &Program::embed, py::kw_only(), py::arg("table"), py::arg("factor"),
            py::arg("positions").noconvert(), py::arg("out").none(false))
@@ -134,6 +135,14 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false))
       .def("act_mul", &Program::act_mul, py::kw_only(), py::arg("gate").none(false),
            py::arg("up").none(false), py::arg("activation"), py::arg("out").none(false))
+      .def("route", &Program::route, py::kw_only(), py::arg("logits").none(false),
+           py::arg("spec").none(false), py::arg("out").none(false))
+      .def("experts_add", &Program::experts_add, py::kw_only(), py::arg("source").none(false),
+           py::arg("choice").none(false), py::arg("mlps").none(false),
+           py::arg("gathered").none(false), py::arg("inner").none(false), py::arg("factor"),
+           py::arg("x").none(false))
+      .def("gated_add", &Program::gated_add, py::kw_only(), py::arg("rows").none(false),
+           py::arg("gate").none(false), py::arg("factor"), py::arg("x").none(false))
       .def("logits", &Program::logits, py::kw_only(), py::arg("product"), py::arg("vocab_size"),
            py::arg("scale"), py::arg("cap"))
       .def("end_cache_writes", &Program::end_cache_writes, py::kw_only(), py::arg("can_gather"),

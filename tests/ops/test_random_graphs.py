@@ -29,7 +29,7 @@ SHAPES = [
 ]
 OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
-    "attention", "layer",
+    "attention", "layer", "experts_add", "gated_add",
 ]  # fmt: skip
 # How far logits may be from float64's: a value halfway between two codes may go either way, and that
 # adds up, but in few graphs.
@@ -73,6 +73,13 @@ class Pools:
                 self.rows.append(graph.linear(a))
             else:
                 self.x = graph.linear_add(a, self.x, [1.0, 0.3, -0.5][option])
+        elif operator == "experts_add" and self.tame:
+            a = self.tame[which % len(self.tame)]
+            self.x = graph.experts_add(a, self.x, 1 + option, [1.0, 0.3, -0.5][option])
+        elif operator == "gated_add" and self.rows and self.tame:
+            a = self.tame[which % len(self.tame)]
+            rows = self.rows[which % len(self.rows)]
+            self.x = graph.gated_add(rows, a, self.x, [1.0, 0.3, -0.5][option])
         elif operator in ("gate_up", "up", "qkv") and self.tame:
             a = self.tame[which % len(self.tame)]
             if operator == "gate_up":

@@ -38,6 +38,12 @@ class Values:
         self.activation = ops.norm(self.residual, self.ones)
         self.rows = ops.linear(self.activation, self.square)
         self.query = ops.qkv(self.activation, self.heads, self.layer, None)
+        self.gate = self.recorder.value(ops.Kind.ROWS, 1)
+        self.route = ops.RouteSpec(48, 2)
+        self.choice = ops.route(self.rows, self.route)
+        expert = ops.gate_up_weight(random_source(32, 48)[1], random_source(32, 48)[1], EXACT)
+        down = ops.linear_weight(random_source(48, 32)[1], EXACT)
+        self.experts = ops.experts_weight([(expert, down)] * 48, EXACT)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
@@ -52,8 +58,17 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "qkv": ("an activation", lambda v, x: ops.qkv(x, v.heads, v.layer, None)),
     "attention": ("a query", lambda v, x: ops.attention(x, v.layer, 0.25)),
     "norm_add": ("rows", lambda v, x: ops.norm_add(x, v.ones, v.residual)),
+    "route": ("rows", lambda v, x: ops.route(x, v.route)),
+    "experts_add": (
+        "a choice of experts",
+        lambda v, x: ops.experts_add(v.activation, x, v.experts, v.residual),
+    ),
+    "gated_add": ("rows", lambda v, x: ops.gated_add(x, v.gate, v.residual)),
 }
-KINDS = {"a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query"}
+KINDS = {
+    "a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query",
+    "a choice of experts": "choice",
+}  # fmt: skip
 
 
 def test_every_call_can_be_emitted_and_is_tested_here() -> None:
@@ -128,8 +143,10 @@ def test_a_residual_is_refused_once_it_was_added_to(operator: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "operator", ["norm", "norm_residual", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add"]
-)
+    "operator",
+    ("norm", "norm_residual", "head", "linear", "linear_add", "up", "gate_up", "qkv", "norm_add", "route",
+     "experts_add"),
+)  # fmt: skip
 def test_other_columns_are_refused_by_both_numbers(operator: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.ops.helpers import rope_table, rounded
 from tests.reference.attention import attention
+from tests.reference.experts import Mlp, experts, route
 from tests.reference.layers import activate, linear, norm, rotate
 from tests.support.batches import flat_rows, random_blocks
 from tests.support.blocks import meaning, random_weight
@@ -23,6 +24,7 @@ from tgi_asgi.types import SamplingParams
 
 EPS = 1e-5
 BLOCK_SIZE = 16
+NUM_EXPERTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,11 @@ class Graph:
     def _num_blocks(self) -> int:
         return sum(-(-length // BLOCK_SIZE) for length in self.lengths) + 1
 
-    def _source(self, rows: int, columns: int) -> ops.WeightSource:
+    def _source(self, rows: int, columns: int, formats: Sequence[str] | None = None) -> ops.WeightSource:
         """Make the next weight; of a format that has its columns."""
         self._num_weights += 1
-        format = self.formats[self._num_weights % len(self.formats)]
+        formats = self.formats if formats is None else formats
+        format = formats[self._num_weights % len(formats)]
         if columns % ops.FORMATS[format].block_columns:
             format = "F32"
         return random_weight(format, rows, columns, seed=self._num_weights)
@@ -147,6 +150,38 @@ class Graph:
             for part, source in zip((weight.made.parts[0], weight.made.parts[-1]), sources, strict=True)
         )
         return Twin(ops.gate_up(a.value, weight, activation), activate(gate, activation) * up)
+
+    def experts_add(self, a: Twin, x: Twin, top_k: int, factor: float) -> Twin:
+        """Route by a router of its own, which decides what experts weigh; which they are is decided before.
+
+        A choice between two that are all but tied could be another in float64.
+        """
+        shape, columns = self.shape, a.value.columns
+        made, mlps = [], []
+        for _ in range(NUM_EXPERTS):
+            sizes = [(shape.intermediate, columns)] * 2 + [(shape.hidden, shape.intermediate)]
+            sources = [self._source(*size, self.formats[:1]) for size in sizes]
+            gate_up = ops.gate_up_weight(sources[0], sources[1], self.packing)
+            made.append((gate_up, ops.linear_weight(sources[2], self.packing)))
+            gate, up, down = map(meaning, sources)
+            mlps.append(Mlp(gate, up, down))
+        weight = ops.experts_weight(made, self.packing)
+        router = random_weight("F32", NUM_EXPERTS, columns, seed=self._num_weights)
+        logits = ops.linear(a.value, ops.linear_weight(router, self.packing))
+        correction = 100.0 * torch.randperm(NUM_EXPERTS)
+        spec = ops.RouteSpec(NUM_EXPERTS, top_k, "sigmoid", correction, is_renormalised=True)
+        added = ops.experts_add(a.value, ops.route(logits, spec), weight, x.value, factor=factor)
+        of_input, inner = weight.made.precision, weight.made.inner_precision
+        weights = route(linear(a.exact.float(), meaning(router)), spec)
+        seen = rounded(a.exact.float(), of_input)
+        found = experts(seen, weights, mlps, round_inner=lambda rows: rounded(rows.float(), inner))
+        return Twin(added, x.exact + factor * found)
+
+    def gated_add(self, rows: Twin, a: Twin, x: Twin, factor: float) -> Twin:
+        weight, matrix = self._linear(a, 1)
+        gate = linear(self._seen(a, weight), matrix)
+        added = ops.gated_add(rows.value, ops.linear(a.value, weight), x.value, factor)
+        return Twin(added, x.exact + factor * gate.sigmoid() * rows.exact)
 
     def qkv(
         self, a: Twin, layer: int, norms: str | None, *, has_rope: bool, is_interleaved: bool = False

@@ -63,6 +63,13 @@ def gate_up(a: Tensor, weight: GateUpWeight, activation: str = "silu") -> Tensor
     return _run(lambda _, a: ops.gate_up(a, weight, activation), (a, Kind.ACTIVATION))
 
 
+def gated_add(rows: Tensor, gate: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
+    return _run(
+        lambda _, rows, gate, x: ops.gated_add(rows, gate, x, factor),
+        (rows, Kind.ROWS), (gate, Kind.ROWS), (x, Kind.RESIDUAL),
+    )  # fmt: skip
+
+
 def head(x: Tensor, norm: NormWeight, weight: LinearWeight, **options: float) -> Tensor:
     return _run(lambda _, x: ops.head(x, norm, weight, **options), (x, Kind.RESIDUAL))
 
@@ -96,7 +103,7 @@ def _run(
     recorder = ops.Recorder()
     values = [recorder.value(kind, tensor.shape[1]) for tensor, kind in inputs]
     out = operator(recorder, *values)
-    batch = _no_cache(len(inputs[0][0])) if batch is None else batch
+    batch = step(len(inputs[0][0])) if batch is None else batch
     num_tokens = len(batch.ids)
     assert all(len(tensor) == num_tokens and tensor.dtype is torch.float32 for tensor, _ in inputs)
     room = max(num_tokens, 1)
@@ -110,11 +117,12 @@ def _run(
     return logits.clone() if out.kind is Kind.LOGITS else program.read(out, num_tokens)
 
 
-def _no_cache(num_tokens: int) -> FlatRows:
-    """Return a step for operators that need nothing of it but how many tokens there are."""
-    zeros, num_sequences = np.zeros(num_tokens, np.int32), min(num_tokens, 1)
+def step(num_tokens: int, num_drawn: int = 0) -> FlatRows:
+    """Return a step for operators that need nothing of it but its tokens, of which the first were drawn."""
+    zeros = np.zeros(num_tokens, np.int32)
+    starts = sorted({0, num_drawn, num_tokens})
+    lengths = np.diff(starts)
     return FlatRows(
-        ids=zeros, positions=zeros, slots=zeros.astype(np.int64),
-        query_start=np.arange(num_sequences + 1) * num_tokens, context_len=np.full(num_sequences, num_tokens),
-        block_table=np.zeros((num_sequences, 1), np.int32),
+        ids=zeros, positions=zeros, slots=zeros.astype(np.int64), query_start=np.array(starts),
+        context_len=lengths, block_table=np.zeros((len(lengths), 1), np.int32), num_generated=num_drawn,
     )  # fmt: skip

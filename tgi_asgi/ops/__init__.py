@@ -16,6 +16,7 @@ from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
 from tgi_asgi.ops.embed import embed
+from tgi_asgi.ops.experts import ClampedGate, RouteSpec, experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.head import head
@@ -52,9 +53,11 @@ from tgi_asgi.ops.up import up
 from tgi_asgi.ops.values import Kind, Value
 from tgi_asgi.ops.weights import (
     Arithmetic,
+    ExpertsWeight,
     GateUpWeight,
     LinearWeight,
     QkvWeight,
+    experts_weight,
     gate_up_weight,
     linear_weight,
     qkv_weight,
@@ -70,9 +73,11 @@ __all__ = [
     "Arithmetic",
     "AttentionSpec",
     "Cache",
+    "ClampedGate",
     "CpuProgram",
     "Delta",
     "Drafter",
+    "ExpertsWeight",
     "FlatRows",
     "GateUpWeight",
     "HeadNorms",
@@ -92,6 +97,7 @@ __all__ = [
     "Recorder",
     "Repacking",
     "RopeTable",
+    "RouteSpec",
     "RowLimits",
     "SampleResult",
     "SampleState",
@@ -106,11 +112,14 @@ __all__ = [
     "configure_threads",
     "direct",
     "embed",
+    "experts_add",
+    "experts_weight",
     "flatten_rows",
     "float8_source",
     "from_floats",
     "gate_up",
     "gate_up_weight",
+    "gated_add",
     "head",
     "integer_source",
     "join_threads",
@@ -128,6 +137,7 @@ __all__ = [
     "plain_tensor",
     "qkv",
     "qkv_weight",
+    "route",
     "sample",
     "threads_kept_awake",
     "token_logprobs",

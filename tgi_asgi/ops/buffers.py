@@ -145,6 +145,16 @@ class CpuBuffers(Buffers):
         kind = ("query", id(pool), num_heads)
         return self.hold(value, "query", kind, lambda: self._native.query(pool.native, num_heads))
 
+    def choice(self, value: Value, num_experts: int, top_k: int) -> Any:
+        """Give a value room for each token's experts."""
+        kind = ("choice", num_experts, top_k)
+        return self.hold(value, "choice", kind, lambda: self._native.choice(num_experts, top_k))
+
+    def expert_rows(self, columns: int, precision: str, num_experts: int) -> Any:
+        """Take room for rows that lie expert by expert, until `give_back`: each may begin a tile."""
+        kind = ("expert rows", columns, precision, num_experts)
+        return self.take(kind, lambda: self._native.activation(columns, precision, min_tiles=num_experts))
+
     def scratch(self, columns: int) -> Any:
         """Take rows that `give_back` ends, for a call's own use."""
         return self.take(("rows", columns), lambda: self._native.rows(columns))

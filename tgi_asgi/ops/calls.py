@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,7 +15,10 @@ from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import GateUpWeight, LinearWeight, QkvWeight
+from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight, QkvWeight
+
+if TYPE_CHECKING:
+    from tgi_asgi.ops.experts import ClampedGate, RouteSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -130,6 +134,37 @@ class GateUp(Call):
     a: Value
     weight: GateUpWeight
     activation: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Route(Call):
+    """out = the experts that the logits choose, and their weights"""
+
+    logits: Value
+    spec: RouteSpec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertsAdd(Call):
+    """out = x + factor * sum of weight * down(f(gate(a)) * up(a)) over a token's experts"""
+
+    a: Value
+    choice: Value
+    weight: ExpertsWeight
+    x: Value
+    activation: str
+    clamped: ClampedGate | None
+    factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GatedAdd(Call):
+    """out = x + factor * sigmoid(gate) * rows"""
+
+    rows: Value
+    gate: Value
+    x: Value
+    factor: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)

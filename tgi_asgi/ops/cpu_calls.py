@@ -7,6 +7,7 @@ want; a buffer is used again as soon as no later call reads what is in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +18,13 @@ from tgi_asgi.ops.adapters import AdapterLayout
 from tgi_asgi.ops.buffers import CpuBuffers, Uses
 from tgi_asgi.ops.kv import KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
-from tgi_asgi.ops.packing import PackedGateUp, PackedLinear, PackedQkv
+from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, PackedQkv
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Kind, Value
 
 _Made = TypeVar("_Made")
+# What changes the residual in place.
+_CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
 
 class CpuCalls:
@@ -88,7 +91,7 @@ class CpuCalls:
         # used again; and a product that is added cannot take what is private.
         behind = next((c for c in self._recorded[index + 1 :] if not isinstance(c, calls.Norm)), None)
         is_private = (
-            not isinstance(behind, (calls.LinearAdd, calls.NormAdd, calls.NormResidual, type(None)))
+            not isinstance(behind, (*_CHANGING, type(None)))
             and not any(isinstance(c, calls.LinearAdd) and c.a is call.out for c in self._recorded)
             and call.x.root not in self._uses.ending_at(index)
         )
@@ -185,6 +188,34 @@ class CpuCalls:
         for each in rows:
             self.buffers.give_back(each)
 
+    def _route(self, index: int, call: calls.Route) -> None:
+        spec = call.spec
+        out = self.buffers.choice(call.out, spec.num_experts, spec.top_k)
+        self._native.route(logits=self.buffers.of(call.logits, "rows"), spec=spec.native, out=out)
+
+    def _experts_add(self, index: int, call: calls.ExpertsAdd) -> None:
+        made, weight = _made(call.weight.made, PackedExperts), call.weight
+        clamped = {} if call.clamped is None else asdict(call.clamped)
+        mlps = _C.ExpertMlps(gate_up=made.gate_up, down=made.down, activation=call.activation, **clamped)
+        room = [
+            self.buffers.expert_rows(columns, precision, weight.num_experts)
+            for columns, precision in (
+                (weight.columns, made.precision),
+                (weight.intermediate_size, made.inner_precision),
+            )
+        ]
+        self._native.experts_add(
+            source=self.buffers.of(call.a, made.precision), choice=self.buffers.of(call.choice, "choice"),
+            mlps=mlps, gathered=room[0], inner=room[1], factor=call.factor,
+            x=self.buffers.of(call.x, "rows"),
+        )  # fmt: skip
+        for each in room:
+            self.buffers.give_back(each)
+
+    def _gated_add(self, index: int, call: calls.GatedAdd) -> None:
+        rows, gate, x = (self.buffers.of(value, "rows") for value in (call.rows, call.gate, call.x))
+        self._native.gated_add(rows=rows, gate=gate, factor=call.factor, x=x)
+
     def _head(self, index: int, call: calls.Head) -> None:
         if index != len(self._recorded) - 1:
             raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
@@ -227,7 +258,7 @@ class CpuCalls:
     def _end_cache_writes(self, index: int) -> None:
         """Say what the rest of a step reads of its tokens, so that it can go on with those drawn after."""
         alive = self._uses.alive_behind(index)
-        can_gather = all(value.kind is not Kind.ACTIVATION for value in alive)
+        can_gather = all(value.kind not in (Kind.ACTIVATION, Kind.CHOICE) for value in alive)
         kept = [self.buffers.find(value, "query") for value in alive if value.kind is Kind.QUERY]
         queries = [query for query in kept if query is not None]  # others were given as rows
         found = [self.buffers.find(value, "rows") for value in alive]
@@ -267,12 +298,17 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
     calls.LinearAdd: CpuCalls._linear_add,
     calls.Up: CpuCalls._up,
     calls.GateUp: CpuCalls._gate_up,
+    calls.Route: CpuCalls._route,
+    calls.ExpertsAdd: CpuCalls._experts_add,
+    calls.GatedAdd: CpuCalls._gated_add,
     calls.Head: CpuCalls._head,
 }
 
 
 def _precisions_of(call: calls.Call) -> list[str]:
     """Return the precisions in which a call's weights are multiplied."""
+    if isinstance(call, calls.ExpertsAdd):
+        return [_made(call.weight.made, PackedExperts).precision]
     made = (
         call.weight.made
         if isinstance(call, (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd))

@@ -376,6 +376,10 @@ class CudaProgram:
 
         self._launches.append(launch)
 
+    def _refuse(self, call: calls.Call) -> None:
+        name = type(call).__name__
+        raise TypeError(f"routed experts ({name}) are computed on CPUs only, not on CUDA")
+
     def _make_head(self, call: calls.Head) -> None:
         x, norm, linear = (
             self._in(call.x),
@@ -474,6 +478,9 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.LinearAdd: CudaProgram._linear_add,
     calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
+    calls.Route: CudaProgram._refuse,
+    calls.ExpertsAdd: CudaProgram._refuse,
+    calls.GatedAdd: CudaProgram._refuse,
     calls.Head: CudaProgram._make_head,
 }
 

@@ -64,6 +64,10 @@ class Repacking:
         """Stack gate and up, as `Arithmetic.gate_up` says."""
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
+    def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceMatrix:
+        """Refuse experts, which have no CUDA kernels."""
+        raise ValueError("routed experts are computed on CPUs only, not on CUDA")
+
     def _stack(self, sources: Sequence[WeightSource]) -> Tensor | CudaQuantMatrix:
         if can_repack(sources):
             return repack(sources, self.device)

@@ -5,14 +5,18 @@ A row has the same bits whatever else is in the tensor. Memory of activations is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
 from tgi_asgi import _C
 from tgi_asgi.ops.activations import GATED_ACTIVATIONS
 from tgi_asgi.ops.adapters import AdapterLayout
-from tgi_asgi.ops.packing import PackedGateUp, PackedLinear
-from tgi_asgi.ops.weights import GateUpWeight, LinearWeight
+from tgi_asgi.ops.experts import ClampedGate
+from tgi_asgi.ops.packing import PackedExperts, PackedGateUp, PackedLinear, stacked
+from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight
 
 _MAX_ID = torch.iinfo(torch.int32).max
 
@@ -60,6 +64,61 @@ def gate_up(
     changed = _changed(part, step, adapters)
     _C.gate_up_rows(part.matrix, part.bias, _array(x), out.numpy(), precision, activation, *changed)
     return out if out.shape[1] == weight.intermediate_size else out[:, : weight.intermediate_size]
+
+
+def experts(
+    weight: ExpertsWeight,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    activation: str = "silu",
+    clamped: ClampedGate | None = None,
+    is_exact: bool = False,
+) -> Tensor:
+    """Return the weighted sum of what each row's experts make of it, [n, columns] float32.
+
+    ids, weights: [n, k]; an id beyond the experts is none of theirs. As `ops.experts_add` computes it.
+
+    Raises:
+        ValueError: x has another number of columns, or an id is negative.
+        TypeError: x or weights are not float32.
+    """
+    made: PackedExperts = weight.made
+    _check_columns(x, weight.columns)
+    out = torch.empty(x.shape[0], -(-weight.columns // 32) * 32, dtype=torch.float32)
+    native = _C.ExpertMlps(
+        gate_up=made.gate_up, down=made.down, activation=activation,
+        **({} if clamped is None else asdict(clamped)),
+    )  # fmt: skip
+    precisions = ("float32", "float32") if is_exact else (made.precision, made.inner_precision)
+    narrow = ids.clamp(-1, _MAX_ID - 1).to(torch.int32).contiguous()
+    _C.experts_rows(native, narrow.numpy(), weights.contiguous().numpy(), _array(x), out.numpy(), *precisions)
+    return out if out.shape[1] == weight.columns else out[:, : weight.columns]
+
+
+class LinearStack:
+    """A product of each expert, for rows that lie expert by expert.
+
+    Raises:
+        ValueError: they are of several shapes.
+    """
+
+    def __init__(self, weights: Sequence[LinearWeight]) -> None:
+        self.rows, self.columns = weights[0].rows, weights[0].columns
+        self._native, self._precision = stacked([each.made for each in weights])
+        self.nbytes = self._native.nbytes
+
+    def multiply(self, x: Tensor, sizes: Tensor, is_exact: bool = False) -> Tensor:
+        """Return each row of x times its expert's matrix, [n, rows]; `sizes` [num_experts] rows have each.
+
+        Raises:
+            ValueError: x has another number of columns, or the sizes do not add up.
+        """
+        _check_columns(x, self.columns)
+        out = torch.empty(x.shape[0], -(-self.rows // 32) * 32, dtype=torch.float32)
+        precision = "float32" if is_exact else self._precision
+        _C.rows_by_expert(self._native, sizes.to(torch.int32).numpy(), _array(x), out.numpy(), precision)
+        return out if out.shape[1] == self.rows else out[:, : self.rows]
 
 
 def _product(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,16 @@ class PackedGateUp:
     """Gate and up: one matrix whose panels alternate, or two where their formats differ."""
 
     parts: tuple[PackedLinear, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """A product of all experts each, and how they are multiplied."""
+
+    gate_up: tuple[_C.ExpertStack, ...]  # as the parts of `PackedGateUp`
+    down: _C.ExpertStack
+    precision: str  # of the input
+    inner_precision: str  # of the input of `down`
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +142,20 @@ class Packing:
         bias = None if biases is None else torch.cat(list(biases))
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
 
+    def experts(self, gate_ups: Sequence[PackedGateUp], downs: Sequence[PackedLinear]) -> PackedExperts:
+        """Put experts side by side, as `Arithmetic.experts` says.
+
+        Raises:
+            ValueError: of some gate and up are of one format, of others of two.
+        """
+        counts = {len(packed.parts) for packed in gate_ups}
+        if len(counts) > 1:
+            raise ValueError("gate and up must be of one format in all experts of a layer, or in none")
+        gates = [stacked([packed.parts[part] for packed in gate_ups]) for part in range(counts.pop())]
+        down, inner_precision = stacked(downs)
+        precision = _common(found for _, found in gates)
+        return PackedExperts(tuple(stack for stack, _ in gates), down, precision, inner_precision)
+
     def _pack_parts(
         self,
         sources: Sequence[WeightSource],
@@ -211,3 +235,16 @@ class Packing:
             name,
             (rows, -(-columns // 32) * 32),
         )
+
+
+def stacked(parts: Sequence[PackedLinear]) -> tuple[_C.ExpertStack, str]:
+    """Put a product of several experts side by side; return also the precision that all are multiplied in."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    stack = _C.ExpertStack([part.matrix for part in parts], biases or None)
+    return stack, _common(part.precision for part in parts)
+
+
+def _common(precisions: Iterable[str]) -> str:
+    """Return the precision of all, or float32, which any product can have, where they differ."""
+    found = set(precisions)
+    return found.pop() if len(found) == 1 else "float32"

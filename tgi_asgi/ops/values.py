@@ -20,6 +20,7 @@ class Kind(enum.Enum):
     ACTIVATION = "an activation"  # input of products, in the precision that each wants
     ROWS = "rows"  # float32, the result of a product
     QUERY = "a query"  # heads, rotated; their keys and values are in the cache
+    CHOICE = "a choice of experts"
     LOGITS = "logits"
 
 

@@ -6,7 +6,7 @@ arithmetic of the device (`Packing` for a CPU, `Repacking` for CUDA) decides wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -48,6 +48,16 @@ class GateUpWeight:
     made: Any
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsWeight:
+    """The MLPs of a layer's experts, all of one shape."""
+
+    num_experts: int
+    columns: int
+    intermediate_size: int
+    made: Any
+
+
 class Arithmetic(Protocol):
     """How a device's products compute, and the layout that it wants of weights for that."""
 
@@ -59,6 +69,9 @@ class Arithmetic(Protocol):
 
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> Any:
         """Make what `GateUpWeight.made` is, of the sources of gate and up."""
+
+    def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
+        """Make what `ExpertsWeight.made` is, of what `gate_up` and `linear` have made of each expert's."""
 
 
 def vector(source: WeightSource) -> Tensor:
@@ -141,6 +154,29 @@ def gate_up_weight(
     if up.shape != gate.shape:
         raise ValueError(f"`gate` and `up` must have one shape, got {gate.shape} and {up.shape}")
     return GateUpWeight(columns, rows, arithmetic.gate_up((gate, up), _biases(biases, (gate, up))))
+
+
+def experts_weight(
+    experts: Iterable[tuple[GateUpWeight, LinearWeight]], arithmetic: Arithmetic
+) -> ExpertsWeight:
+    """Make the weight of `experts_add` from each expert's gate and up, and down: one after the other.
+
+    Raises:
+        ValueError: there is no expert, they are of several shapes, or the device has no experts.
+    """
+    made = list(experts)
+    if not made:
+        raise ValueError("a layer must have an expert")
+    first, _ = made[0]
+    for gate_up, down in made:
+        found = (gate_up.columns, gate_up.intermediate_size, down.rows, down.columns)
+        if found != (first.columns, first.intermediate_size, first.columns, first.intermediate_size):
+            raise ValueError(
+                f"the experts of a layer must be of {first.columns} columns and {first.intermediate_size} "
+                f"between, got {found}"
+            )
+    products = arithmetic.experts([gate_up.made for gate_up, _ in made], [down.made for _, down in made])
+    return ExpertsWeight(len(made), first.columns, first.intermediate_size, products)
 
 
 def _matrix(name: str, source: WeightSource) -> tuple[int, int]:

@@ -75,6 +75,16 @@ inline typename S::F xielu(typename S::F x, const MlpFunction& f) {
   return S::fma(exp_beyond_line<S>(below), S::set1(f.negative), sum);
 }
 
+// A gate and an up within bounds. Source: OpenAI, gpt-oss model card, arXiv 2508.10925.
+template <class S>
+inline typename S::F clamped_gate(const ClampedGate& p, typename S::F gate, typename S::F up) {
+  gate = S::min(S::set1(p.limit), gate);  // this order keeps NaN
+  up = S::max(S::set1(-p.limit), S::min(S::set1(p.limit), up));
+  const auto e = exp2<S, false>(S::mul(gate, S::set1(-kFloatLog2E * p.slope)));
+  const auto value = S::div(gate, S::add(S::set1(1.0f), e));
+  return S::mul(value, S::add(up, S::set1(p.offset)));
+}
+
 template <class S>
 inline typename S::F activate(const MlpFunction& function, typename S::F x) {
   switch (function.kind) {

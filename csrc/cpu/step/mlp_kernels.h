@@ -8,7 +8,14 @@
 namespace tgi::cpu::step {
 namespace {
 
-// Activation times up of `Count` tokens of a group, from `slot` of their tile on. out: their
+// Activation times up.
+template <class S>
+inline typename S::F gated(const GateUpParams& p, typename S::F gate, typename S::F up) {
+  if (p.clamped.limit != 0) return clamped_gate<S>(p.clamped, gate, up);
+  return S::mul(activate<S>(p.function, gate), up);
+}
+
+// The same of `Count` tokens of a group, from `slot` of their tile on. out: their
 // outputs.
 template <class S, int Count>
 inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutputs& out,
@@ -25,14 +32,15 @@ inline void finish_gate_up(const GateUpParams& p, int64_t unit, const UnitOutput
         const float* strip = out.row(i, t);
         const auto gate = biased<S>(p.linear.bias, row, strip);
         const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
-        values[i][t] = S::mul(function(gate), up);
+        values[i][t] = function(gate, up);
       }
     }
   };
-  if (p.function.kind == MlpActivation::kSilu) {  // of most models: without a choice inside
-    fill([](typename S::F x) { return silu<S>(x); });
+  using F = typename S::F;
+  if (p.function.kind == MlpActivation::kSilu && p.clamped.limit == 0) {
+    fill([](F gate, F up) { return S::mul(silu<S>(gate), up); });  // most models': no choice inside
   } else {
-    fill([&](typename S::F x) { return activate<S>(p.function, x); });
+    fill([&](F gate, F up) { return gated<S>(p, gate, up); });
   }
   write_blocks<S, Count>(precision, values[0], values[1], to);
 }
@@ -47,8 +55,7 @@ inline void gate_up_rows(const GateUpParams& p, int64_t unit, int64_t token, int
       const float* strip = out.row(i, t);
       const auto gate = biased<S>(p.linear.bias, row, strip);
       const auto up = biased<S>(p.linear.bias, row + 16, strip + 16);
-      S::store(p.rows + (token + t) * p.stride + unit * kStripRows + 16 * i,
-               S::mul(activate<S>(p.function, gate), up));
+      S::store(p.rows + (token + t) * p.stride + unit * kStripRows + 16 * i, gated<S>(p, gate, up));
     }
   }
 }
@@ -70,8 +77,7 @@ inline void each_run(const Activation& out, const StepHeader& step, int64_t toke
 
 // A unit is two strips, that is 32 outputs, one block of the next product's input.
 template <class S>
-void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
-  const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
+void gate_up_units(const GateUpParams& p, const StepHeader& step, Range units, int member) {
   const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
     if (p.rows != nullptr) return gate_up_rows<S>(p, unit, token, count, out);
     each_run<S>(p.out, step, token, count,
@@ -84,6 +90,12 @@ void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_
                 });
   };
   run_linear<S>(p.linear, tokens_of(step), units, 2, member, adapted<S>(p.linear, step, 2, finish));
+}
+
+template <class S>
+void gate_up(const GateUpParams& p, const StepHeader& step, int member, int num_members) {
+  const Range units = split(p.linear.weight.num_strips() / 2, member, num_members);
+  gate_up_units<S>(p, step, units, member);
 }
 
 // `Count` tokens of a unit, that is a strip of 32 outputs, one block of the next product's input.

@@ -8,6 +8,7 @@
 
 #include "../sample.h"
 #include "adapter.h"
+#include "experts.h"
 #include "packed.h"
 #include "shares.h"
 
@@ -340,6 +341,7 @@ struct GateUpParams {
   Activation out;
   float* rows;  // [num_tokens, stride] instead of the activation, or null
   int64_t stride;
+  ClampedGate clamped = {};
 };
 
 // The same from rows that are there: f(gate) * up.
@@ -348,6 +350,43 @@ struct ActMulParams {
   const float* up;
   MlpFunction function;
   Activation out;
+};
+
+// A product of every expert: its weight, bias and input are put in as an expert's turn comes.
+struct ExpertProduct {
+  LinearParams linear;
+  ExpertMatrices matrices;
+};
+
+// Adds to the residual what a token's experts make of the activation:
+// x += factor * sum of weight * down(f(gate) * up).
+struct ExpertsAddParams {
+  Choice choice;
+  Activation in;
+  bool is_private;           // of few tokens each member has a copy of the input
+  ExpertProduct gate_up[2];  // one, or gate and up apart where their formats differ
+  int32_t num_parts;
+  ExpertProduct down;
+  MlpFunction function;
+  ClampedGate clamped;
+  Activation
+      gathered;  // room for so many tiles of rows of `in`, and of the input of `down`: a pass
+  Activation inner;
+  int64_t num_tiles;
+  float* gates;         // of two parts: a member's [tokens][32]
+  int64_t gate_floats;  // between members
+  float factor;
+  float* x;  // [num_tokens, columns of down's weight]
+};
+
+// x += factor * sigmoid(gate) * rows, of each token one gate.
+struct GatedAddParams {
+  const float* rows;  // [num_tokens, num_columns]
+  const float* gate;  // [num_tokens, gate_stride], of which the first counts
+  int64_t gate_stride;
+  int64_t num_columns;
+  float factor;
+  float* x;  // [num_tokens, num_columns]
 };
 
 // What adapters make of a product's input: its inner values, which the product then reads.
@@ -392,6 +431,9 @@ struct Kernels {
   StepFunction<ActMulParams> act_mul;
   StepFunction<LogitsParams> logits;
   StepFunction<ShrinkParams> shrink;
+  StepFunction<RouteParams> route;
+  StepFunction<ExpertsAddParams> experts_add;
+  StepFunction<GatedAddParams> gated_add;
   // Work memory of a member, in floats, for a product's units of so many strips.
   int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);
   // Does the inner product's instruction so many times on all registers, for measuring its peak;

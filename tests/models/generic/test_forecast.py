@@ -43,9 +43,6 @@ def made_by(model: nn.Module) -> Iterator[Any]:
         elif isinstance(module, GatedMlp):
             assert module.gate_up is not None and module.down is not None
             yield from (*module.gate_up.made.parts, module.down.made)
-        experts: Any = module.__dict__.get("tgi_experts")
-        if experts is not None:
-            yield from (each.made for each in (*experts.up, *experts.down))
 
 
 def kept_by(model: nn.Module) -> Iterator[Tensor]:
@@ -69,7 +66,9 @@ def foretold_and_held(folder: Path, arithmetic: ops.Packing, context: int = 64) 
     assert isinstance(loaded, GenericModel)
     held = {id(each.matrix): each.matrix.nbytes for each in made_by(loaded.module)}
     kept = {each.data_ptr(): each.untyped_storage().nbytes() for each in kept_by(loaded.module)}
-    return foretold, sum(held.values()) + sum(kept.values())
+    found = (module.__dict__.get("tgi_experts") for module in loaded.module.modules())
+    experts = sum(each.nbytes for each in found if each is not None)
+    return foretold, sum(held.values()) + sum(kept.values()) + experts
 
 
 @pytest.mark.parametrize("arithmetic", [EXACT, FAST, SMALL], ids=["exact", "fast", "q8_0"])

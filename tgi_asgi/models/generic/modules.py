@@ -128,36 +128,3 @@ class Head(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)  # `weight`, `bias`, `out_features`
-
-
-class PackedExperts:
-    """The experts of a layer that goes through `ExpertsInterface`: each has packed products.
-
-    Attributes:
-        up, down: of each expert; `up` has gate and up as the module's `_apply_gate` wants them.
-    """
-
-    def __init__(self, num_experts: int, precision: Precision) -> None:
-        self.up: list[LinearWeight | None] = [None] * num_experts
-        self.down: list[LinearWeight | None] = [None] * num_experts
-        self.precision = precision
-
-    def forward(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum of each token's experts, added in ascending order of experts.
-
-        hidden: [n_tokens, hidden]; index, weights: [n_tokens, k].
-        """
-        out = torch.zeros_like(hidden)
-        for expert in index.unique().tolist():
-            if expert >= len(self.up):
-                continue
-            tokens, place = (index == expert).nonzero(as_tuple=True)
-            up, down = self.up[expert], self.down[expert]
-            assert up is not None and down is not None
-            rows = direct.linear(up, hidden[tokens], is_exact=self.precision.is_exact)
-            rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-            rows = direct.linear(down, rows, is_exact=self.precision.is_exact)
-            if getattr(module, "has_post_expert_norm", False):
-                rows = module.post_expert_norm(rows)
-            out.index_add_(0, tokens, rows * weights[tokens, place, None])
-        return out

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from tgi_asgi import ops
+from tgi_asgi.models.generic import experts
+from tgi_asgi.models.generic.experts import ExpertsLoader
 from tgi_asgi.models.generic.modules import (
     Embedding,
     GatedMlp,
     Head,
     Linear,
-    PackedExperts,
     PackedModule,
     Precision,
     RmsNorm,
@@ -33,7 +34,6 @@ from tgi_asgi.models.generic.weights import Placed, owner_of
 
 EXPERTS = "tgi"
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-_EXPERT_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
 _ASKED = frozenset({"dtype", "device", "shape"})  # which `PackedModule` answers
 _PLACED = {"sin", "cos", "tanh"}  # where a number stands in a tensor, decides which code rounds it
@@ -62,7 +62,7 @@ class Replaced:
         self._waiting: dict[str, dict[str, Any]] = {}  # by path of a module: what has come, by leaf
         self._modules: dict[str, PackedModule] = {}
         self._is_transposed: set[str] = set()
-        self._experts: dict[str, nn.Module] = {}
+        self._experts: dict[str, ExpertsLoader] = {}
         self._mlps: dict[str, GatedMlp] = {}
         self._vocabulary = _vocabulary_of(model)
         for path, module in list(model.named_modules()):
@@ -81,7 +81,7 @@ class Replaced:
         made: PackedModule | None = None
         match _part_of(self._model, path, module, self._vocabulary):
             case _Part.EXPERTS:
-                self._experts[path] = module
+                self._experts[path] = ExpertsLoader(module, self._arithmetic, self.precision)
             case _Part.LINEAR:
                 made = Linear(
                     module.out_features, module.in_features, has_bias=module.bias is not None,
@@ -118,7 +118,7 @@ class Replaced:
         """Take a tensor that belongs to a module of ours; False where it belongs to none."""
         path, _, leaf = name.rpartition(".")
         if path in self._experts:
-            return self._place_expert(self._experts[path], leaf, value)
+            return self._experts[path].place(leaf, value)
         if isinstance(value, Iterator):
             return False
         owner, _, product = path.rpartition(".")
@@ -150,30 +150,6 @@ class Replaced:
         if len(waiting) == 2:
             mlp.gate_up = ops.gate_up_weight(waiting["gate_proj"], waiting["up_proj"], self._arithmetic)
             del self._waiting[path]
-
-    def _place_expert(self, module: Any, leaf: str, value: Placed) -> bool:
-        name = leaf.removesuffix("_bias")
-        if name not in _EXPERT_LEAVES or (isinstance(value, Iterator) and module.is_transposed):
-            return False
-        shape = getattr(module, leaf).shape
-        waiting = self._waiting.setdefault(f"{id(module)}.{name}", {})
-        waiting["bias" if leaf.endswith("_bias") else "weight"] = (
-            value if isinstance(value, Iterator) else _tensor(value).reshape(shape)
-        )
-        if module.has_bias and len(waiting) < 2:
-            return True
-        weights, biases = waiting["weight"], waiting.get("bias")
-        experts = module.__dict__.setdefault("tgi_experts", PackedExperts(shape[0], self.precision))
-        kept = experts.down if name == "down_proj" else experts.up
-        for index, weight in enumerate(weights):
-            source = weight
-            if isinstance(weight, Tensor):
-                source = ops.from_floats((weight.T if module.is_transposed else weight).contiguous())
-            bias = None if biases is None else ops.from_floats(biases[index].contiguous())
-            kept[index] = ops.linear_weight(source, self._arithmetic, bias=bias)
-        module._parameters[name] = None  # what would read it fails loudly
-        waiting.clear()
-        return True
 
     def finish(self) -> None:
         """Replace norms; stand before the head."""
@@ -209,7 +185,7 @@ class _Part(enum.Enum):
 
 
 def _part_of(model: Any, path: str, module: Any, vocabulary: set[int]) -> _Part | None:
-    if _is_experts(module):
+    if experts.is_experts(module):
         return _Part.EXPERTS
     if _is_linear(module):
         return None if reads_weight(model, path) else _Part.LINEAR
@@ -228,7 +204,7 @@ def packed_names(model: Any) -> set[str]:
     """Return the names of the matrices that `Replaced` would pack, of a model that it has not seen."""
     vocabulary = _vocabulary_of(model)
     parts = {path: _part_of(model, path, module, vocabulary) for path, module in model.named_modules()}
-    leaves = {_Part.EXPERTS: _EXPERT_LEAVES}
+    leaves = {_Part.EXPERTS: experts.LEAVES}
     return {
         f"{path}.{leaf}"
         for path, part in parts.items()
@@ -269,19 +245,6 @@ def gated_activation(module: nn.Module) -> str | None:
         if isinstance(found, Tensor) and found.shape == made.shape and torch.allclose(found, made, atol=1e-4):
             return name
     return None
-
-
-def _is_experts(module: nn.Module) -> bool:
-    from transformers.integrations import moe
-
-    return (
-        hasattr(module, "is_transposed")
-        and hasattr(module, "has_gate")
-        and hasattr(module, "down_proj")
-        and isinstance(module.down_proj, nn.Parameter)
-        and module.down_proj.dim() == 3
-        and hasattr(moe, "ALL_EXPERTS_FUNCTIONS")
-    )
 
 
 def _is_linear(module: nn.Module) -> bool:

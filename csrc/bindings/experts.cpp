@@ -1,0 +1,410 @@
+#include "bindings/experts.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <numeric>
+#include <utility>
+
+#include "bindings/activation.h"
+#include "bindings/float_tensors.h"
+#include "cpu/step/kernel_sets.h"
+#include "cpu/team.h"
+
+namespace tgi {
+
+using step::Precision;
+
+namespace {
+
+step::RouteKind kind_of(const std::string& name) {
+  if (name == "softmax") return step::RouteKind::kSoftmax;
+  if (name == "sigmoid") return step::RouteKind::kSigmoid;
+  check(name == "sparsemixer", "`kind` must be softmax, sigmoid or sparsemixer, got ", name);
+  return step::RouteKind::kSparseMixer;
+}
+
+float finite(double value, const char* name) {
+  const auto narrow = static_cast<float>(value);
+  check(std::isfinite(narrow), "`", name, "` must be finite, got ", value);
+  return narrow;
+}
+
+void check_experts(int64_t num_experts, int64_t top_k) {
+  check(num_experts >= 1 && num_experts <= step::kMaxExperts, "`num_experts` must be in [1, ",
+        step::kMaxExperts, "], got ", num_experts);
+  check(top_k >= 1 && top_k <= num_experts, "`top_k` must be in [1, ", num_experts, "], got ",
+        top_k);
+}
+
+}  // namespace
+
+RouteSpec::RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
+                     const std::optional<Array<float>>& correction, int64_t num_groups,
+                     int64_t top_groups, bool adds_two_best, bool is_renormalised, double eps,
+                     double scale, double jitter) {
+  check_experts(num_experts, top_k);
+  check(num_groups >= 1 && num_experts % num_groups == 0, "`num_groups` must divide the ",
+        num_experts, " experts, got ", num_groups);
+  check(top_groups >= 1 && top_groups <= num_groups, "`top_groups` must be in [1, ", num_groups,
+        "], got ", top_groups);
+  check(top_k <= num_experts / num_groups * top_groups, "`top_groups` have fewer than `top_k` ",
+        "experts: ", top_groups, " of ", num_experts / num_groups, ", ", top_k, " wanted");
+  params_.kind = kind_of(kind);
+  check(params_.kind != step::RouteKind::kSparseMixer || (!correction && num_groups == 1),
+        "sparsemixer has neither a correction nor groups");
+  if (correction) {
+    check_shape(*correction, "correction", {num_experts});
+    for (int64_t i = 0; i < num_experts; ++i) {
+      correction_.push_back(finite(correction->at(i), "correction"));
+    }
+    params_.correction = correction_.data();
+  }
+  params_.num_groups = num_groups;
+  params_.top_groups = top_groups;
+  params_.adds_two_best = adds_two_best;
+  params_.is_renormalised = is_renormalised;
+  params_.eps = finite(eps, "eps");
+  params_.scale = finite(scale, "scale");
+  params_.jitter = finite(jitter, "jitter");
+  params_.out.num_experts = num_experts;
+  params_.out.top_k = top_k;
+}
+
+ChoiceBuffer ChoiceBuffer::make(int64_t num_tokens, int64_t num_experts, int64_t top_k) {
+  check_experts(num_experts, top_k);
+  const int64_t size = cpu::product_of_sizes({num_tokens, top_k});
+  check(size <= INT32_MAX, "a choice has at most ", INT32_MAX, " entries, got ", size);
+  const int64_t list_bytes = (size * 4 + 63) / 64 * 64;
+  const int64_t experts_bytes = num_experts * static_cast<int64_t>(sizeof(step::ExpertTokens));
+  ChoiceBuffer made = {cpu::allocate(64 + 4 * list_bytes + experts_bytes), num_tokens, {}};
+  uint8_t* at = made.memory.get();
+  const auto take = [&](int64_t bytes) {
+    uint8_t* const taken = at;
+    at += bytes;
+    return taken;
+  };
+  step::Choice& view = made.view;
+  view.num_experts = num_experts;
+  view.top_k = top_k;
+  view.num_used = reinterpret_cast<int64_t*>(take(64));
+  view.ids = reinterpret_cast<int32_t*>(take(list_bytes));
+  view.weights = reinterpret_cast<float*>(take(list_bytes));
+  view.tokens = reinterpret_cast<int32_t*>(take(list_bytes));
+  view.token_weights = reinterpret_cast<float*>(take(list_bytes));
+  view.experts = reinterpret_cast<step::ExpertTokens*>(take(experts_bytes));
+  return made;
+}
+
+ExpertStack::ExpertStack(const std::vector<const Matrix*>& matrices,
+                         const std::optional<std::vector<Array<float>>>& biases) {
+  check(!matrices.empty() && static_cast<int64_t>(matrices.size()) <= step::kMaxExperts,
+        "a layer has between 1 and ", step::kMaxExperts, " experts, got ", matrices.size());
+  for (const Matrix* const matrix : matrices) {
+    check(matrix != nullptr, "`matrices` must be matrices");
+    const step::PackedMatrix &first = matrices.front()->packed, &packed = matrix->packed;
+    check(packed.num_rows == first.num_rows && packed.num_columns == first.num_columns,
+          "the experts of a layer must have one shape, got [", first.num_rows, ", ",
+          first.num_columns, "] and [", packed.num_rows, ", ", packed.num_columns, "]");
+    memories_.push_back(matrix->memory);
+    weights_.push_back(packed);
+  }
+  if (!biases) return;
+  check(biases->size() == matrices.size(), "`biases` must be one an expert, got ", biases->size(),
+        " of ", matrices.size());
+  for (const Array<float>& bias : *biases) {
+    check_shape(bias, "biases", {num_rows()});
+    arrays_.push_back(bias);
+    biases_.push_back(bias.data());
+  }
+}
+
+int64_t ExpertStack::nbytes() const {
+  int64_t bytes = 0;
+  for (const step::PackedMatrix& weight : weights_) {
+    bytes += weight.num_rows / step::kPanelRows * weight.panel_size();
+  }
+  return bytes;
+}
+
+void ExpertStack::check_precision(Precision precision, int64_t unit_strips) const {
+  for (const step::PackedMatrix& weight : weights_) check_product(weight, precision, unit_strips);
+}
+
+int64_t ExpertStack::scratch_floats(Precision precision, int64_t unit_strips) const {
+  int64_t most = 0;
+  for (const step::PackedMatrix& weight : weights_) {
+    most = std::max(most, step::kernels().scratch_floats(weight, precision, unit_strips));
+  }
+  return most;
+}
+
+ExpertMlps ExpertMlps::make(std::vector<StackPtr> gate_up, StackPtr down,
+                            const std::string& activation, double limit, double slope,
+                            double offset) {
+  check(gate_up.size() == 1 || gate_up.size() == 2, "`gate_up` must be one stack or two, got ",
+        gate_up.size());
+  for (const StackPtr& part : gate_up) {
+    check(part != nullptr, "`gate_up` must be stacks");
+    check(part->num_experts() == down->num_experts(), "the products must have the same experts");
+    check(part->num_columns() == gate_up.front()->num_columns(),
+          "gate and up must have the same columns");
+    const int64_t rows = gate_up.size() == 1 ? 2 * down->num_columns() : down->num_columns();
+    check(part->num_rows() == rows, "gate and up must have ", rows, " rows, got ",
+          part->num_rows());
+  }
+  const std::optional<MlpActivation> found = find_activation(activation);
+  check(found.has_value() && *found != MlpActivation::kXielu, "`activation` must be ", kGatedNames,
+        ", got ", activation);
+  check(limit == 0 || *found == MlpActivation::kSilu, "only silu's gates are clamped");
+  check(limit >= 0, "`limit` must not be negative, got ", limit);
+  return {std::move(gate_up),
+          std::move(down),
+          *found,
+          {finite(limit, "limit"), finite(slope, "slope"), finite(offset, "offset")}};
+}
+
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params) {
+  int64_t floats = 0;
+  const auto product_of = [&](const ExpertStack& stack, const step::Activation& in,
+                              int64_t unit_strips) {
+    stack.check_precision(in.precision, unit_strips);
+    step::ExpertProduct product = {};
+    product.matrices = stack.view();
+    int64_t wanted = stack.scratch_floats(in.precision, unit_strips);
+    product.linear.prompt_scratch = wanted;
+    if (in.is_by_kind()) {
+      const Precision of_prompts = in.of_prompts().precision;
+      stack.check_precision(of_prompts, unit_strips);
+      wanted += stack.scratch_floats(of_prompts, unit_strips);
+    }
+    floats = std::max(floats, wanted);
+    return product;
+  };
+  params.num_parts = static_cast<int32_t>(mlps.gate_up.size());
+  for (size_t i = 0; i < mlps.gate_up.size(); ++i) {
+    params.gate_up[i] = product_of(*mlps.gate_up[i], params.gathered, mlps.unit_strips());
+  }
+  params.down = product_of(*mlps.down, params.inner, 1);
+  params.function = {mlps.activation};
+  params.clamped = mlps.clamped;
+  return floats;
+}
+
+void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats) {
+  for (step::ExpertProduct* each : {&params.gate_up[0], &params.gate_up[1], &params.down}) {
+    each->linear.scratch = floats > 0 ? scratch : nullptr;
+    each->linear.scratch_floats = floats;
+  }
+}
+
+namespace {
+
+// Of calls on tensors, which take turns.
+struct ExpertsMemory {
+  std::mutex mutex;
+  Workspace in, gathered, inner, gates, scratch;
+};
+
+ExpertsMemory& experts_memory() {
+  static ExpertsMemory memory;
+  return memory;
+}
+
+// What the tokens of tensors go to; ids beyond the experts are none of theirs.
+ChoiceBuffer choice_of(const Array<int32_t>& ids, const Array<float>& weights,
+                       int64_t num_experts) {
+  check_shape(ids, "ids", {-1, -1});
+  check_shape(weights, "weights", {ids.shape(0), ids.shape(1)});
+  ChoiceBuffer made = ChoiceBuffer::make(ids.shape(0), num_experts, ids.shape(1));
+  check_range(ids.data(), ids.size(), INT32_MAX, "ids");
+  std::copy_n(ids.data(), ids.size(), made.view.ids);
+  std::copy_n(weights.data(), ids.size(), made.view.weights);
+  return made;
+}
+
+void check_contiguous(const FloatArray& out, int64_t num_rows, int64_t columns) {
+  check(out.ndim() == 2 && out.shape(0) == num_rows && out.shape(1) == columns &&
+            (out.flags() & py::array::c_style) != 0,
+        "`out` must be contiguous [", num_rows, ", ", columns, "]");
+}
+
+// x @ gate, up and down of each token's experts, weighted, to out.
+void experts_rows(const ExpertMlps& mlps, const Array<int32_t>& ids, const Array<float>& weights,
+                  const FloatArray& x, FloatArray& out, const std::string& precision,
+                  const std::string& inner_precision) {
+  check_rows_of(x, 2, "x");
+  const int64_t num_tokens = x.shape(0), columns = mlps.gate_up.front()->num_columns();
+  check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == columns,
+        "`x` must have the experts' columns, ", columns, " with padding, got ", x.shape(1));
+  check(ids.ndim() == 2 && ids.shape(0) == num_tokens, "`ids` must be of the rows of `x`");
+  const int64_t width = mlps.down->num_rows();
+  check_contiguous(out, num_tokens, width);
+  if (num_tokens == 0) return;
+  const ChoiceBuffer choice = choice_of(ids, weights, mlps.down->num_experts());
+  step::StepHeader header = {};
+  header.num_tokens = header.num_generated = num_tokens;
+  const step::Kernels& kernels = step::kernels();
+  step::PackParams pack = {};
+  pack.stride = float_stride(x, 0, "x");
+  pack.rows = x.data();
+  pack.width = x.shape(1);
+  step::ExpertsAddParams params = {};
+  params.choice = choice.view;
+  params.in = params.gathered = {nullptr, precision_of(precision), columns, nullptr};
+  params.inner = {nullptr, precision_of(inner_precision), mlps.num_columns(), nullptr};
+  params.factor = 1;
+  params.x = out.mutable_data();
+  const int64_t floats = set_experts(mlps, params);
+  const py::gil_scoped_release release;
+  step::sort_by_expert(choice.view, num_tokens, num_tokens);
+  int64_t most = 0;  // of an expert: an id may be given twice
+  for (int64_t i = 0; i < *choice.view.num_used; ++i) {
+    most = std::max<int64_t>(most, choice.view.experts[i].num_tokens);
+  }
+  const auto tiles_of = [&](int64_t rows) {
+    return (rows + kernels.tile_tokens - 1) / kernels.tile_tokens;
+  };
+  params.num_tiles = std::max({tiles_of(num_tokens), tiles_of(most), *choice.view.num_used});
+  ExpertsMemory& memory = experts_memory();
+  const std::lock_guard<std::mutex> lock(memory.mutex);
+  const auto room = [&](Workspace& of, const step::Activation& activation, int64_t tiles) {
+    const int64_t tile_bytes = activation.tile_bytes(kernels.tile_tokens);
+    return of.reserve(cpu::product_of_sizes({tiles, tile_bytes}));
+  };
+  params.in.data = room(memory.in, params.in, tiles_of(num_tokens));
+  params.gathered.data = room(memory.gathered, params.gathered, params.num_tiles);
+  params.inner.data = room(memory.inner, params.inner, params.num_tiles);
+  pack.out = params.in;
+  params.gate_floats = most * step::kStripRows;
+  std::fill_n(params.x, num_tokens * width, 0.0f);
+  const auto prepare = [&](int num_members) {
+    const auto floats_of = [&](Workspace& of, int64_t each) {
+      return reinterpret_cast<float*>(
+          of.reserve(cpu::product_of_sizes({num_members, each, kFloatBytes})));
+    };
+    set_scratch(params, floats_of(memory.scratch, floats), floats);
+    if (params.num_parts == 2) params.gates = floats_of(memory.gates, params.gate_floats);
+  };
+  const auto run = [&](int member, int num_members) {
+    kernels.pack(pack, header, member, num_members);
+    cpu::team_barrier();
+    kernels.experts_add(params, header, member, num_members);
+  };
+  cpu::run_small(ids.size() * 3 * width * mlps.num_columns(), prepare, run);
+}
+
+// Rows that lie expert by expert, `sizes` of each: every expert's product of its own.
+void rows_by_expert(const ExpertStack& stack, const Array<int32_t>& sizes, const FloatArray& x,
+                    FloatArray& out, const std::string& precision_name) {
+  check_rows_of(x, 2, "x");
+  check_shape(sizes, "sizes", {stack.num_experts()});
+  check_range(sizes.data(), sizes.size(), INT32_MAX, "sizes");
+  const int64_t num_rows = std::accumulate(sizes.data(), sizes.data() + sizes.size(), int64_t{0});
+  check(num_rows == x.shape(0), "`sizes` must add up to the rows of `x`, ", x.shape(0), ", got ",
+        num_rows);
+  check(x.shape(1) > 0 && step::padded_columns(x.shape(1)) == stack.num_columns(),
+        "`x` must have the experts' columns, ", stack.num_columns(), " with padding, got ",
+        x.shape(1));
+  check_contiguous(out, num_rows, stack.num_rows());
+  const Precision precision = precision_of(precision_name);
+  stack.check_precision(precision, 1);
+  const step::Kernels& kernels = step::kernels();
+  const step::Activation in = {nullptr, precision, stack.num_columns(), nullptr};
+  const int64_t tile_bytes = in.tile_bytes(kernels.tile_tokens), stride = float_stride(x, 0, "x");
+  struct Part {
+    step::StepHeader header;
+    step::PackParams pack;
+    step::LinearRowsParams product;
+  };
+  std::vector<Part> parts;
+  int64_t first = 0, num_tiles = 0;
+  for (int64_t e = 0; e < stack.num_experts(); ++e) {
+    const int64_t size = sizes.at(e);
+    if (size == 0) continue;
+    Part part = {};
+    part.header.num_tokens = size;
+    part.pack = {x.data() + first * stride, stride, x.shape(1), in};
+    const step::ExpertMatrices view = stack.view();
+    part.product.linear.weight = view.weights[e];
+    part.product.linear.bias = view.biases == nullptr ? nullptr : view.biases[e];
+    part.product.out = out.mutable_data() + first * stack.num_rows();
+    part.product.stride = stack.num_rows();
+    parts.push_back(part);
+    first += size;
+    num_tiles += (size + kernels.tile_tokens - 1) / kernels.tile_tokens;
+  }
+  const int64_t floats = stack.scratch_floats(precision, 1);
+  const py::gil_scoped_release release;
+  ExpertsMemory& memory = experts_memory();
+  const std::lock_guard<std::mutex> lock(memory.mutex);
+  uint8_t* const base = memory.in.reserve(cpu::product_of_sizes({num_tiles, tile_bytes}));
+  const auto prepare = [&](int num_members) {
+    float* const scratch = floats == 0
+                               ? nullptr
+                               : reinterpret_cast<float*>(memory.scratch.reserve(
+                                     cpu::product_of_sizes({num_members, floats, kFloatBytes})));
+    uint8_t* at = base;
+    for (Part& part : parts) {
+      part.pack.out.data = at;
+      part.product.linear.in = part.pack.out;
+      part.product.linear.scratch = scratch;
+      part.product.linear.scratch_floats = floats;
+      at += (part.header.num_tokens + kernels.tile_tokens - 1) / kernels.tile_tokens * tile_bytes;
+    }
+  };
+  const auto run = [&](int member, int num_members) {
+    for (const Part& part : parts) kernels.pack(part.pack, part.header, member, num_members);
+    cpu::team_barrier();
+    for (const Part& part : parts) {
+      kernels.linear_rows(part.product, part.header, member, num_members);
+    }
+  };
+  cpu::run_small(num_rows * stack.num_rows() * stack.num_columns(), prepare, run);
+}
+
+}  // namespace
+
+void bind_experts(py::module_& module) {
+  py::class_<RouteSpec, RoutePtr>(module, "RouteSpec", "See tgi_asgi.ops.RouteSpec.")
+      .def(py::init<int64_t, int64_t, const std::string&, const std::optional<Array<float>>&,
+                    int64_t, int64_t, bool, bool, double, double, double>(),
+           py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("kind"),
+           py::arg("correction").noconvert() = py::none(), py::arg("num_groups") = 1,
+           py::arg("top_groups") = 1, py::arg("adds_two_best") = false,
+           py::arg("is_renormalised") = false, py::arg("eps") = 0.0, py::arg("scale") = 1.0,
+           py::arg("jitter") = 0.0);
+  py::class_<ExpertStack, StackPtr>(module, "ExpertStack", "One product of a layer's experts.")
+      .def(py::init<const std::vector<const Matrix*>&,
+                    const std::optional<std::vector<Array<float>>>&>(),
+           py::arg("matrices"), py::arg("biases") = py::none())
+      .def_property_readonly("num_experts", &ExpertStack::num_experts)
+      .def_property_readonly("nbytes", &ExpertStack::nbytes);
+  py::class_<ExpertMlps, MlpsPtr>(module, "ExpertMlps", "The experts of a layer.")
+      .def(py::init(&ExpertMlps::make), py::kw_only(), py::arg("gate_up"),
+           py::arg("down").none(false), py::arg("activation"), py::arg("limit") = 0.0,
+           py::arg("slope") = 1.0, py::arg("offset") = 0.0);
+  py::class_<ChoiceBuffer, ChoicePtr>(module, "Choice", "Which experts tokens go to.")
+      .def(
+          "arrays",
+          [](const ChoiceBuffer& choice) {
+            const step::Choice& view = choice.view;
+            Array<int32_t> ids({choice.num_rows, view.top_k});
+            Array<float> weights({choice.num_rows, view.top_k});
+            std::copy_n(view.ids, ids.size(), ids.mutable_data());
+            std::copy_n(view.weights, weights.size(), weights.mutable_data());
+            return py::make_tuple(ids, weights);
+          },
+          "Return ids and weights of all tokens that there is room for, copies.");
+  module.def("experts_rows", &experts_rows, py::arg("mlps"), py::arg("ids").noconvert(),
+             py::arg("weights").noconvert(), py::arg("x").noconvert(), py::arg("out").noconvert(),
+             py::arg("precision"), py::arg("inner_precision"),
+             "Write the weighted sum of each token's experts to out [n, down's stored rows].");
+  module.def("rows_by_expert", &rows_by_expert, py::arg("stack"), py::arg("sizes").noconvert(),
+             py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("precision"),
+             "Write products of rows that lie expert by expert to out [n, stored rows].");
+}
+
+}  // namespace tgi

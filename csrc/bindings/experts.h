@@ -1,0 +1,96 @@
+// Routed experts as Python has them: how tokens are routed, what they go to, the experts' weights.
+// All is checked here; the kernels trust it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/matrix.h"
+#include "cpu/step/step.h"
+
+namespace tgi {
+
+// How experts are chosen, and what they weigh.
+class RouteSpec {
+ public:
+  RouteSpec(int64_t num_experts, int64_t top_k, const std::string& kind,
+            const std::optional<Array<float>>& correction, int64_t num_groups, int64_t top_groups,
+            bool adds_two_best, bool is_renormalised, double eps, double scale, double jitter);
+
+  int64_t num_experts() const { return params_.out.num_experts; }
+  int64_t top_k() const { return params_.out.top_k; }
+  // Without logits, and with nowhere to write to. Points into this.
+  const step::RouteParams& params() const { return params_; }
+
+ private:
+  std::vector<float> correction_;
+  step::RouteParams params_ = {};
+};
+
+// What tokens go to: written by `route`.
+struct ChoiceBuffer {
+  cpu::Memory memory;
+  int64_t num_rows;  // tokens
+  step::Choice view;
+
+  static ChoiceBuffer make(int64_t num_tokens, int64_t num_experts, int64_t top_k);
+};
+
+// One product of all experts of a layer: of one shape, each in the format that its file has.
+class ExpertStack {
+ public:
+  ExpertStack(const std::vector<const Matrix*>& matrices,
+              const std::optional<std::vector<Array<float>>>& biases);
+
+  int64_t num_experts() const { return static_cast<int64_t>(weights_.size()); }
+  int64_t num_rows() const { return weights_.front().num_rows; }  // as stored
+  int64_t num_columns() const { return weights_.front().num_columns; }
+  int64_t nbytes() const;
+  // Throws where one cannot be multiplied so.
+  void check_precision(step::Precision precision, int64_t unit_strips) const;
+  // The work memory that the largest wants, in floats.
+  int64_t scratch_floats(step::Precision precision, int64_t unit_strips) const;
+  // Points into this.
+  step::ExpertMatrices view() const {
+    return {weights_.data(), biases_.empty() ? nullptr : biases_.data()};
+  }
+
+ private:
+  std::vector<cpu::Memory> memories_;
+  std::vector<step::PackedMatrix> weights_;
+  std::vector<Array<float>> arrays_;
+  std::vector<const float*> biases_;
+};
+
+using RoutePtr = std::shared_ptr<RouteSpec>;
+using ChoicePtr = std::shared_ptr<ChoiceBuffer>;
+using StackPtr = std::shared_ptr<ExpertStack>;
+
+// The experts of a layer, and how their gates meet their ups.
+struct ExpertMlps {
+  std::vector<StackPtr> gate_up;  // one whose panels alternate, or gate and up apart
+  StackPtr down;
+  MlpActivation activation;
+  step::ClampedGate clamped;
+
+  // Throws where the parts do not fit.
+  static ExpertMlps make(std::vector<StackPtr> gate_up, StackPtr down,
+                         const std::string& activation, double limit, double slope, double offset);
+  int64_t unit_strips() const { return gate_up.size() == 1 ? 2 : 1; }
+  int64_t num_columns() const { return down->num_columns(); }  // of the input of `down`
+};
+
+using MlpsPtr = std::shared_ptr<ExpertMlps>;
+
+// Puts the weights into parameters, of which the choice, the input and the room of a pass are there
+// already; after all is checked. Returns the floats of a member's work memory, for which
+// `set_scratch` then makes room.
+int64_t set_experts(const ExpertMlps& mlps, step::ExpertsAddParams& params);
+void set_scratch(step::ExpertsAddParams& params, float* scratch, int64_t floats);
+
+void bind_experts(py::module_& module);
+
+}  // namespace tgi

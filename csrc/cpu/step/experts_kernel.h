@@ -1,0 +1,295 @@
+// The MLPs of routed experts: each expert's tokens are gathered, multiplied, and added to the
+// residual. Goes over the experts in passes whose buffers are no larger than those of a step:
+//
+//   gather    rows of the activation, each expert's from a tile's begin on
+//   gate_up   the units of all experts of the pass, shared out by work
+//   down      a member has some of the columns of x, of every expert
+//
+// A token's experts are added in ascending order by who has its columns, so its bits do not depend
+// on the batch, and nothing waits between two experts. Included by the step_<isa>.cpp files only.
+#pragma once
+
+#include <algorithm>
+
+#include "../team.h"
+#include "mlp_kernels.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+// What a unit's weights cost to read, in tokens that are multiplied.
+constexpr int64_t kReadingTokens = 4;
+
+// Tiles before an expert's, in buffers of one part and in those of two.
+struct TilesBefore {
+  int64_t all = 0, drawn = 0, prompts = 0;
+
+  template <class S>
+  void add(const ExpertTokens& its) {
+    const auto tiles_of = [](int64_t rows) { return (rows + S::kTileTokens - 1) / S::kTileTokens; };
+    all += tiles_of(its.num_tokens);
+    drawn += tiles_of(its.num_drawn);
+    prompts += tiles_of(its.num_tokens - its.num_drawn);
+  }
+  template <class S>
+  Activation of(Activation buffer) const {
+    if (!buffer.is_by_kind()) {
+      buffer.data += all * buffer.tile_bytes(S::kTileTokens);
+      return buffer;
+    }
+    buffer.data += drawn * buffer.tile_bytes(S::kTileTokens);
+    buffer.prompt_data += prompts * buffer.of_prompts().tile_bytes(S::kTileTokens);
+    return buffer;
+  }
+};
+
+// Experts [begin, end) of those that have tokens.
+struct ExpertPass {
+  const ExpertTokens* begin;
+  const ExpertTokens* end;
+
+  // Calls visit(expert's tokens, tiles before).
+  template <class S, class Visit>
+  void each(const Visit& visit) const {
+    TilesBefore tiles;
+    for (const ExpertTokens* its = begin; its != end; ++its) {
+      visit(*its, tiles);
+      tiles.add<S>(*its);
+    }
+  }
+};
+
+// As many experts from `begin` on as the buffers hold: one at least.
+template <class S>
+inline ExpertPass next_pass(const ExpertsAddParams& p, const ExpertTokens* begin) {
+  const ExpertTokens* const last = p.choice.experts + *p.choice.num_used;
+  TilesBefore tiles;
+  const ExpertTokens* end = begin;
+  for (; end != last; ++end) {
+    tiles.add<S>(*end);
+    if (end != begin && tiles.all > p.num_tiles) break;
+  }
+  return {begin, end};
+}
+
+// A row of blocks from one place in tiles to another, as it is.
+template <class S>
+inline void copy_row(const ActivationRow& from, const ActivationRow& to) {
+  const Precision precision = from.part.precision;
+  const int64_t block_bytes = tile_block_bytes(precision, S::kTileTokens);
+  const int64_t width = precision == Precision::kInt8   ? kBlockColumns
+                        : precision == Precision::kBF16 ? 2 * kBlockColumns
+                                                        : 4 * kBlockColumns;
+  const int64_t from_slot = from.row % S::kTileTokens, to_slot = to.row % S::kTileTokens;
+  const uint8_t* source = from.part.block(from.row, 0, S::kTileTokens);
+  uint8_t* target = to.part.block(to.row, 0, S::kTileTokens);
+  constexpr int64_t kNumbers = token_numbers(S::kTileTokens);
+  for (int64_t block = 0; block < from.part.num_columns / kBlockColumns; ++block) {
+    std::memcpy(target + to_slot * width, source + from_slot * width, static_cast<size_t>(width));
+    if (precision == Precision::kInt8) {
+      std::memcpy(target + kNumbers + to_slot * kTokenNumbers,
+                  source + kNumbers + from_slot * kTokenNumbers, kTokenNumbers);
+    }
+    source += block_bytes;
+    target += block_bytes;
+  }
+}
+
+// A member's own copy of the input, where there is one.
+template <class S>
+inline Activation input_of(const ExpertsAddParams& p, const StepHeader& step, int member) {
+  Activation in = p.in;
+  if (!p.is_private || step.num_tokens > kPrivateTokens) return in;
+  in.data += member * in.tile_bytes(S::kTileTokens);
+  if (in.is_by_kind()) in.prompt_data += member * in.of_prompts().tile_bytes(S::kTileTokens);
+  return in;
+}
+
+// Rows of the input to the tiles of the pass. Members have whole tiles, so none writes to another's
+// cache lines.
+template <class S>
+inline void gather(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
+                   int member, int num_members) {
+  const Activation in = input_of<S>(p, step, member);
+  const auto tiles_of = [](int64_t rows) { return (rows + S::kTileTokens - 1) / S::kTileTokens; };
+  TilesBefore total;
+  for (const ExpertTokens* its = pass.begin; its != pass.end; ++its) total.add<S>(*its);
+  const Range mine =
+      split(in.is_by_kind() ? total.drawn + total.prompts : total.all, member, num_members);
+  int64_t before = 0;  // tiles, of all parts
+  // Rows [0, size) of a part of an expert's, which are the step's `tokens`.
+  const auto copy_part = [&](const Activation& to, const int32_t* tokens, int64_t size) {
+    const int64_t tiles = tiles_of(size);
+    const int64_t begin = std::max(mine.begin - before, int64_t{0});
+    const int64_t end = std::min(mine.end - before, tiles);
+    before += tiles;
+    for (int64_t row = begin * S::kTileTokens; row < std::min(end * S::kTileTokens, size); ++row) {
+      copy_row<S>(row_of(in, step, tokens[row]), {to, row});
+    }
+  };
+  pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
+    const int32_t* const tokens = p.choice.tokens + its.first;
+    const Activation to = tiles.of<S>(p.gathered);
+    if (!in.is_by_kind()) return copy_part(to, tokens, its.num_tokens);
+    Activation drawn = to;
+    drawn.prompt_data = nullptr;
+    copy_part(drawn, tokens, its.num_drawn);
+    copy_part(to.of_prompts(), tokens + its.num_drawn, its.num_tokens - its.num_drawn);
+  });
+}
+
+// A product of one expert.
+inline LinearParams product_of(const ExpertProduct& product, int32_t expert, const Activation& in) {
+  LinearParams linear = product.linear;
+  linear.weight = product.matrices.weights[expert];
+  linear.bias = product.matrices.biases == nullptr ? nullptr : product.matrices.biases[expert];
+  linear.in = in;
+  return linear;
+}
+
+// Of an expert whose gate and up have formats of their own: of 32 outputs at a time the gates
+// first, which are kept until their ups come.
+template <class S>
+inline void gate_then_up(const ExpertsAddParams& p, int32_t expert, const StepHeader& header,
+                         const Activation& in, const GateUpParams& to, Range units, int member) {
+  float* const gates = p.gates + member * p.gate_floats;  // [tokens][32]
+  const LinearParams gate = product_of(p.gate_up[0], expert, in);
+  const LinearParams up = product_of(p.gate_up[1], expert, in);
+  const auto keep = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t half = 0; half < kStripRows; half += 16) {
+        S::store(gates + (token + t) * kStripRows + half,
+                 biased<S>(gate.bias, unit * kStripRows + half, out.row(0, t) + half));
+      }
+    }
+  };
+  const auto finish = [&](int64_t unit, int64_t token, int64_t count, const UnitOutputs& out) {
+    for (int64_t t = 0; t < count; ++t) {
+      typename S::F values[2][1];
+      for (int64_t i = 0; i < 2; ++i) {
+        const auto value = S::load(gates + (token + t) * kStripRows + 16 * i);
+        const auto other = biased<S>(up.bias, unit * kStripRows + 16 * i, out.row(0, t) + 16 * i);
+        values[i][0] = gated<S>(to, value, other);
+      }
+      const ActivationRow row = row_of(to.out, header, token + t);
+      const BlockSlot place[1] = {slot_of<S>(row.part, row.row, unit)};
+      write_blocks<S, 1>(row.part.precision, values[0], values[1], place);
+    }
+  };
+  for (int64_t unit = units.begin; unit < units.end; ++unit) {
+    run_linear<S>(gate, tokens_of(header), {unit, unit + 1}, 1, member, keep);
+    run_linear<S>(up, tokens_of(header), {unit, unit + 1}, 1, member, finish);
+  }
+}
+
+inline StepHeader header_of(const ExpertTokens& its) {
+  StepHeader header = {};
+  header.num_tokens = its.num_tokens;
+  header.num_generated = its.num_drawn;
+  return header;
+}
+
+// The member's part of all (expert, unit), by work.
+template <class S>
+inline void gate_up_pass(const ExpertsAddParams& p, const StepHeader& step, const ExpertPass& pass,
+                         int member, int num_members) {
+  const int64_t num_units = p.inner.num_columns / kBlockColumns;
+  const auto cost_of = [](const ExpertTokens& its) { return kReadingTokens + its.num_tokens; };
+  int64_t total = 0;
+  for (const ExpertTokens* its = pass.begin; its != pass.end; ++its) {
+    total += num_units * cost_of(*its);
+  }
+  const int64_t begin = total * member / num_members, end = total * (member + 1) / num_members;
+  const bool is_one = step.num_tokens == 1;  // every expert's row is the input's
+  int64_t before = 0;
+  pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
+    // Units belong to the member in whose part they begin.
+    const int64_t cost = cost_of(its), first = before;
+    const auto unit_at = [&](int64_t border) {
+      const int64_t unit = (border - first + cost - 1) / cost;
+      return border <= first ? 0 : std::min(unit, num_units);
+    };
+    before += num_units * cost;
+    const Range units = {unit_at(begin), unit_at(end)};
+    if (units.begin >= units.end) return;
+    const StepHeader header = header_of(its);
+    const Activation in = is_one ? input_of<S>(p, step, member) : tiles.of<S>(p.gathered);
+    GateUpParams params = {};
+    params.function = p.function;
+    params.clamped = p.clamped;
+    params.out = tiles.of<S>(p.inner);
+    if (p.num_parts == 2) {
+      return gate_then_up<S>(p, its.expert, header, in, params, units, member);
+    }
+    params.linear = product_of(p.gate_up[0], its.expert, in);
+    gate_up_units<S>(params, header, units, member);
+  });
+}
+
+// The member's columns of x, of every expert of the pass.
+template <class S>
+inline void down_pass(const ExpertsAddParams& p, const ExpertPass& pass, int member,
+                      int num_members) {
+  const int64_t width = p.down.matrices.weights[0].num_rows;
+  const Range units = split(width / kStripRows, member, num_members);
+  pass.each<S>([&](const ExpertTokens& its, const TilesBefore& tiles) {
+    const LinearParams linear = product_of(p.down, its.expert, tiles.of<S>(p.inner));
+    const int32_t* const tokens = p.choice.tokens + its.first;
+    const float* const weights = p.choice.token_weights + its.first;
+    const auto fetch = [&](int64_t unit, int64_t row, int64_t count) {
+      for (int64_t t = 0; t < count; ++t) {
+        const float* x = p.x + tokens[row + t] * width + unit * kStripRows;
+        S::prefetch_write(x);
+        S::prefetch_write(x + 16);
+      }
+    };
+    const auto add = [&](int64_t unit, int64_t row, int64_t count, const UnitOutputs& out) {
+      for (int64_t t = 0; t < count; ++t) {
+        float* x = p.x + tokens[row + t] * width + unit * kStripRows;
+        const auto weight = S::set1(p.factor * weights[row + t]);
+        for (int64_t half = 0; half < kStripRows; half += 16) {
+          const auto value = biased<S>(linear.bias, unit * kStripRows + half, out.row(0, t) + half);
+          S::store(x + half, S::fma(weight, value, S::load(x + half)));
+        }
+      }
+    };
+    run_linear<S>(linear, tokens_of(header_of(its)), units, 1, member, fetch, add);
+  });
+}
+
+template <class S>
+void experts_add(const ExpertsAddParams& p, const StepHeader& step, int member, int num_members) {
+  const ExpertTokens* const last = p.choice.experts + *p.choice.num_used;
+  for (const ExpertTokens* begin = p.choice.experts; begin != last;) {
+    const ExpertPass pass = next_pass<S>(p, begin);
+    if (step.num_tokens > 1) {
+      gather<S>(p, step, pass, member, num_members);
+      team_barrier();
+    } else if (begin != p.choice.experts) {
+      team_barrier();  // the pass before has read what this one writes
+    }
+    gate_up_pass<S>(p, step, pass, member, num_members);
+    team_barrier();
+    down_pass<S>(p, pass, member, num_members);
+    begin = pass.end;
+  }
+}
+
+template <class S>
+void gated_add(const GatedAddParams& p, const StepHeader& step, int member, int num_members) {
+  const Range tokens = split(step.num_tokens, member, num_members);
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+    const auto one = S::set1(1.0f);
+    const auto gate = S::set1(p.gate[token * p.gate_stride]);
+    const auto e = exp2<S, false>(S::mul(gate, S::set1(-kFloatLog2E)));
+    const auto weight = S::mul(S::div(one, S::add(one, e)), S::set1(p.factor));
+    const float* const rows = p.rows + token * p.num_columns;
+    float* const x = p.x + token * p.num_columns;
+    for (int64_t k = 0; k < p.num_columns; k += 16) {
+      S::store(x + k, S::fma(weight, S::load(rows + k), S::load(x + k)));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

@@ -1,0 +1,135 @@
+"""The operators `route`, `experts_add` and `gated_add`: a layer whose MLP is a few of many.
+
+    rows = ops.linear(a, w.router)                                # the router's logits
+    choice = ops.route(rows, RouteSpec(num_experts=64, top_k=8))
+    x = ops.experts_add(a, choice, w.experts, x)
+
+Source: Shazeer et al., Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer,
+arXiv 1701.06538.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tgi_asgi import _C
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.activations import GATED_ACTIVATIONS
+from tgi_asgi.ops.values import Kind, Value, recorder_of
+from tgi_asgi.ops.weights import ExpertsWeight
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RouteSpec:
+    """How a token's experts are chosen and weighed.
+
+        RouteSpec(64, 8)                                             # softmax, the eight best (OLMoE)
+        RouteSpec(128, 8, "sigmoid", correction=bias, eps=1e-20, is_renormalised=True, scale=2.5)  # GLM 4.5
+
+    Of equal scores the lower expert is chosen.
+
+    Attributes:
+        num_experts, top_k: of the layer, and of a token.
+        kind: what scores are of logits: `softmax`, `sigmoid`, or `sparsemixer`, the softmax over those not
+            yet chosen whose logits are near the best one's (Phi 3.5 MoE; Liu et al., arXiv 2409.12136).
+        correction: float32 [num_experts], added to scores for the choice, not to weights (Wang et al.,
+            Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664).
+        num_groups: experts are so many groups of neighbours, of which only the best `top_groups` are chosen
+            from (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+        adds_two_best: a group is as good as its two best experts together, not as its best.
+        is_renormalised: a token's weights are divided by their sum plus `eps`.
+        scale: on weights, behind that.
+        jitter: of `sparsemixer`: logits are near whose distance, relative, is at most twice this.
+
+    Raises:
+        ValueError: a number is out of its range, or groups do not divide the experts.
+        TypeError: `correction` is not float32.
+    """
+
+    num_experts: int
+    top_k: int
+    kind: str = "softmax"
+    correction: Tensor | None = None
+    num_groups: int = 1
+    top_groups: int = 1
+    adds_two_best: bool = False
+    is_renormalised: bool = False
+    eps: float = 0.0
+    scale: float = 1.0
+    jitter: float = 0.01
+    native: _C.RouteSpec = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        correction = None if self.correction is None else self.correction.contiguous().numpy()
+        native = _C.RouteSpec(
+            num_experts=self.num_experts, top_k=self.top_k, kind=self.kind, correction=correction,
+            num_groups=self.num_groups, top_groups=self.top_groups, adds_two_best=self.adds_two_best,
+            is_renormalised=self.is_renormalised, eps=self.eps, scale=self.scale, jitter=self.jitter,
+        )  # fmt: skip
+        object.__setattr__(self, "native", native)
+
+
+@dataclass(frozen=True, slots=True)
+class ClampedGate:
+    """A gate of silu's kind on bounded values: min(gate, limit) * sigmoid(slope * that) * (up + offset).
+
+    `up` is bounded on both sides. gpt-oss has 7, 1.702 and 1 (its model card, arXiv 2508.10925).
+    """
+
+    limit: float
+    slope: float = 1.0
+    offset: float = 0.0
+
+
+def route(logits: Value, spec: RouteSpec) -> Value:
+    """Return each token's choice of experts, by a router's logits [n_tokens, num_experts]."""
+    recorder = recorder_of("route", logits=(logits, Kind.ROWS, spec.num_experts))
+    return recorder.note(calls.Route(recorder.value(Kind.CHOICE, spec.num_experts), logits, spec))
+
+
+def experts_add(
+    a: Value,
+    choice: Value,
+    weight: ExpertsWeight,
+    x: Value,
+    activation: str = "silu",
+    clamped: ClampedGate | None = None,
+    factor: float = 1.0,
+) -> Value:
+    """Add to x `factor` times the weighted sum of what each token's experts make of it; return x.
+
+    An expert is f(a @ gate.T) * (a @ up.T) @ down.T, with biases where it has them. A token's experts are
+    added in ascending order: its bits do not depend on the step.
+
+    Args:
+        a: the activation [n_tokens, columns].
+        choice: of `route`.
+        x: the residual [n_tokens, columns], added to in place.
+        clamped: bounds gates and ups; with silu.
+
+    Raises:
+        ValueError: `activation` is not one of `GATED_ACTIVATIONS`.
+    """
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {', '.join(GATED_ACTIVATIONS)}, got {activation}")
+    recorder = recorder_of(
+        "experts_add", a=(a, Kind.ACTIVATION, weight.columns),
+        choice=(choice, Kind.CHOICE, weight.num_experts), x=(x, Kind.RESIDUAL, weight.columns),
+    )  # fmt: skip
+    added = recorder.added(x)
+    return recorder.note(calls.ExpertsAdd(added, a, choice, weight, x, activation, clamped, factor))
+
+
+def gated_add(rows: Value, gate: Value, x: Value, factor: float = 1.0) -> Value:
+    """Add `factor * sigmoid(gate) * rows` to the residual x in place, and return it.
+
+    rows: [n_tokens, hidden]; gate: rows [n_tokens, 1]: an expert that all tokens have, as much as each wants.
+    """
+    recorder = recorder_of(
+        "gated_add", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, 1), x=(x, Kind.RESIDUAL, None)
+    )
+    if rows.columns != x.columns:
+        raise ValueError(f"`gated_add` takes rows of the {x.columns} columns of `x`, not {rows.columns}")
+    return recorder.note(calls.GatedAdd(recorder.added(x), rows, gate, x, factor))
