@@ -86,7 +86,7 @@ def run(
     room = max(num_tokens, 1)
     program = ops.CpuProgram(
         recorder, max_tokens=room, max_sequences=2, max_rows=1, max_context=1,
-        inputs=values if layer is not None else values[:1], outputs=[out] if layer is not None else [],
+        inputs=values[: 1 if layer is None else 3], outputs=[choice, out][: 1 if layer is None else 2],
     )  # fmt: skip
     buffers = program._calls.buffers
     buffers.of(values[0], "rows").array()[:] = np.nan
