@@ -103,7 +103,7 @@ class Bench:
             own = grammar if sequence.slot in bound else None
             sampling = SamplingParams(temperature=1.0, seed=sequence.slot)
             starts.append(SlotStart(sequence.slot, sampling, 0, self._prompt, grammar=own))
-        rows = [StepRow(each.slot, self._prompt, 0, [each.blocks], samples=True) for each in sequences]
+        rows = [StepRow(each.slot, self._prompt, 0, each.tables, samples=True) for each in sequences]
         await self._engine.submit(rows, starts)
 
 

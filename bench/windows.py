@@ -31,6 +31,7 @@ from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.prefix import HashChain, root_digest
 from tgi_asgi.engine.scheduler import Scheduler
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.step import Step
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.runner.groups import BlockNeeds
@@ -135,7 +136,7 @@ def plan_streams(config: ModelConfig, options: argparse.Namespace) -> dict[str, 
         scheduler.add([sequences[-1]])
     most_running, most_used = 0, 0
     most_held = [0] * num_groups
-    flights = []
+    flights: list[Step] = []
     while flights or scheduler.num_running or scheduler.num_waiting:
         while len(flights) < 2 and (step := scheduler.plan()) is not None:
             flights.append(step)

@@ -132,7 +132,9 @@ class XmlCallParser:
     def _begin(self, pieces: list[Piece]) -> bool:
         """Look for the next function, behind blanks and markers; True where one was skipped, or it begins."""
         text = self._buffer.lstrip()
-        found = self._head.fullmatch(text)
+        # Where nothing stands before a name but the marker, any word of what follows a call might be one.
+        is_open = bool(self._tags.call[0] or self._opening) or not self._has_called
+        found = self._head.fullmatch(text) if is_open else None
         if found and found[1] in self._schemas:
             self._function, self._num_parameters = found[1], 0
             self._buffer, self._opening = found[2], ""
@@ -145,7 +147,8 @@ class XmlCallParser:
                 self._opening += self._buffer[: -len(text)] + mark
             self._buffer = text[len(mark) :]
             return True
-        if found or not (self._tags.may_begin(text) or any(mark.startswith(text) for mark in self._marks)):
+        may_begin = is_open and self._tags.may_begin(text)
+        if found or not (may_begin or any(mark.startswith(text) for mark in self._marks)):
             whole = self._opening + self._buffer
             self.rest = whole.lstrip() if self._has_called else whole
         return False
