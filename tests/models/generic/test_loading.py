@@ -349,11 +349,11 @@ def test_a_gpu_refuses_before_weights_are_read(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_load, "find_device", EmulatedDevice)
-    folder = with_config(checkpoint("gpt2"), tmp_path)
-    (folder / "tokenizer.json").write_bytes((checkpoint("gpt2") / "tokenizer.json").read_bytes())
+    folder = with_config(checkpoint("gptj"), tmp_path)
+    (folder / "tokenizer.json").write_bytes((checkpoint("gptj") / "tokenizer.json").read_bytes())
     settings = Settings(thread_nice=0, num_threads=1, max_batch_size=2)
     with pytest.raises(
-        ModelLoadError, match=r"GPT2LMHeadModel is computed by transformers' code, .* on a CPU only"
+        ModelLoadError, match=r"GPTJForCausalLM is computed by transformers' code, .* on a CPU only"
     ):
         load(settings, ModelFiles("tiny", None, "directory", folder), lambda *_: None)
 
@@ -372,6 +372,6 @@ def test_a_family_of_ours_is_native_unless_it_is_forced(
 def test_an_architecture_without_a_family_is_refused_where_only_those_are_wanted(
     checkpoint: Checkpoint,
 ) -> None:
-    files = ModelFiles("tiny", None, "directory", checkpoint("gpt2"))
-    with pytest.raises(ModelLoadError, match="GPT2LMHeadModel"):
+    files = ModelFiles("tiny", None, "directory", checkpoint("gptj"))
+    with pytest.raises(ModelLoadError, match="GPTJForCausalLM"):
         OpenModel(files, model_impl="native")
