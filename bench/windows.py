@@ -3,8 +3,8 @@
     python -m bench.windows [--contexts 1024,16384] [--repeats 9] [--out bench/results/windows.json]
 
 Models of random weights (Q8_0) in the shapes of published ones, whose layers have a window of 512: all of
-them, or five of six. Steps of one stream behind one context and behind the other come in turns; nothing of the
-contexts is computed, as it matters to no step's time what a cache holds.
+them, or five of six. Steps of one stream behind one context and behind the other come in turns; nothing of
+the contexts is computed, as it matters to no step's time what a cache holds.
 
 Then the engine's scheduler plans --streams of --tokens each, for a runner that takes no time: how many run
 together, what they hold at the most, how many are preempted, in a cache of --memory-tokens for each stream.
@@ -104,7 +104,7 @@ async def time_steps(config: ModelConfig, contexts: list[int], repeats: int) -> 
     size = KvSize(num_blocks, BLOCK, groups.bytes_per_token, torch.bfloat16, groups.windows)
     runner = CpuRunner(model, size, max_batch_size=len(contexts), max_step_tokens=64, max_context=longest)
     assert runner._pool is not None
-    runner._pool.native.memory()[:] = 12  # next to nothing as bfloat16; memory that was never written is slower
+    runner._pool.native.memory()[:] = 12  # next to nothing as bfloat16; never written, it would be slower
     streams: list[Stream] = []
     for slot, context in enumerate(contexts):
         streams.append(Stream(runner, slot, context, streams[-1].end_block if streams else 0))
