@@ -13,7 +13,7 @@ from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
 from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning
 from tgi_asgi.text.tools.answer import AnswerParser
-from tgi_asgi.text.tools.reasoning import STYLES, WRAPPERS, style_of, wrapper_of
+from tgi_asgi.text.tools.reasoning import STYLES, WRAPPERS, Wrapper, style_of, wrapper_of
 
 NAMED = {style.name: style for style in STYLES}
 HUNYUAN = next(each for each in WRAPPERS if each.start == ("<answer>",))
@@ -71,11 +71,10 @@ def test_an_operator_may_leave_reasoning_in_the_text() -> None:
     ],
 )
 def test_what_stands_around_an_answer_is_left_out(
-    style: str | None, wrapper: object, text: str, pieces: list[Piece]
+    style: str | None, wrapper: Wrapper, text: str, pieces: list[Piece]
 ) -> None:
-    assert wrapper in WRAPPERS
     for size in range(1, len(text) + 1):
-        parser = AnswerParser(NAMED[style] if style else None, None, wrapper=wrapper)  # type: ignore[arg-type]
+        parser = AnswerParser(NAMED[style] if style else None, None, wrapper=wrapper)
         assert parse(parser, text, size) == pieces, size
 
 
