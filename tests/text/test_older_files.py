@@ -118,7 +118,7 @@ def test_a_llama_s_tokenizer_model_is_read_as_transformers_does(
         (
             {"bos_token": "absent", "add_eos_token": True},
             (0, 1),
-        ),  # one that the vocabulary lacks is not added
+        ),  # the vocabulary lacks it
     ],
 )
 def test_what_goes_around_a_text_is_the_configuration_s_to_say(
