@@ -27,7 +27,10 @@ def _name_pre_tokenizer(model: Any, tokenizer: Any) -> str:
 def _load_hparams(directory: Path, *more: Any, **named: Any) -> Any:
     """Keep a key that GPT-NeoX's converter reads, and transformers 5 takes out of what it has read."""
     given = json.loads((directory / "config.json").read_text("utf-8"))
-    return {**{key: given[key] for key in ("rotary_pct",) if key in given}, **_LOAD(directory, *more, **named)}
+    return {
+        **{key: given[key] for key in ("rotary_pct",) if key in given},
+        **_LOAD(directory, *more, **named),
+    }
 
 
 def _modify_tensors(model: Any, *more: Any) -> Iterator[Any]:

@@ -26,7 +26,6 @@ def read_phi(reader: Reader, architecture: str) -> ModelConfig:
         has_mlp_bias=True,
         has_gate=False,
         has_qk_norm=has_qk_norm,
-        has_qk_layer_norm=has_qk_norm,
         has_layer_norm=True,
         has_norm_bias=True,
         has_head_bias=True,

@@ -31,7 +31,6 @@ def read_stablelm(reader: Reader, architecture: str) -> ModelConfig:
         layers=read_layers(reader, sizes),
         has_qkv_bias=qkv_bias,
         has_qk_norm=has_qk_norm,
-        has_qk_layer_norm=has_qk_norm,
         has_layer_norm=True,
         has_norm_bias=True,
         is_parallel=is_parallel,
