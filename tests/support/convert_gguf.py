@@ -15,6 +15,7 @@ from typing import Any
 
 import convert_hf_to_gguf  # type: ignore[import-not-found]
 from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
+from conversion.hunyuan import HunYuanMoEModel  # type: ignore[import-not-found]
 from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
 
 _LOAD, _MODIFY = ModelBase.load_hparams, StableLMModel.modify_tensors
@@ -45,6 +46,7 @@ if __name__ == "__main__":
     TextModel._set_vocab_sentencepiece = lambda model, *_: model._set_vocab_gpt2()
     ModelBase.load_hparams = staticmethod(_load_hparams)
     StableLMModel.modify_tensors = _modify_tensors
+    HunYuanMoEModel.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
         sys.argv[1:] = [checkpoint, "--outtype", kind, "--outfile", output]

@@ -13,6 +13,7 @@ from typing import Any
 from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
 from tests.support.family_case import BASE, FamilyCase, Fault
+from tests.support.family_experts import EXPERT_CASES
 
 _ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
 _INPUT_NORM = Fault("no-input-norm", tensors="*.input_layernorm.weight", change="to ones")
@@ -292,4 +293,5 @@ CASES: tuple[FamilyCase, ...] = (
     _case("olmo2", faults=(_QUERY_NORM, _MLP_NORM, _FEED_FORWARD_NORM), gguf=("f32", "q8_0")),
     *NEWER_CASES,
     *PLAIN_CASES,
+    *EXPERT_CASES,
 )

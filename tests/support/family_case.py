@@ -37,6 +37,7 @@ class FamilyCase:
     drops: tuple[str, ...] = ()  # what older versions did not write into config.json
     prompt_length: int = 40
     max_total_tokens: int | None = None  # the setting
+    is_fused: bool = False  # stored by the names of transformers 5, experts in one tensor, not as published
     attention: str = "eager"  # which implementation of transformers is right
 
 

@@ -29,6 +29,8 @@ _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
 _LEAST_MARGIN = 0.02  # between the two likeliest where a token is generated: no matter of rounding
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
 _BLOCK = 32  # weights with one scale, in Q8_0
+_ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight")
+_CLEAR = 4.0  # so much more than others: of two experts that are all but tied few are chosen
 
 
 def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
@@ -38,7 +40,8 @@ def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarr
         A prompt's ids, those of the tokens that follow greedily, and log-probabilities as `logprobs` does.
     """
     model = _make_model(case)
-    model.to(getattr(torch, case.dtype)).save_pretrained(folder)
+    dtype = getattr(torch, case.dtype)
+    model.to(dtype).save_pretrained(folder, save_original_format=not case.is_fused)
     _edit_config(folder, case.json, case.drops)
     _save_tokenizer(folder)
     model = _open(folder, case.attention)
@@ -92,9 +95,15 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
         for kind in (torch.nn.Embedding, Conv1D)
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *_corrections(model)]:
             shape = parameter.shape[::-1] if id(parameter) in transposed else parameter.shape
-            if parameter.dim() == 1:
+            if name.endswith("sinks"):  # such as change what attention gives
+                parameter.normal_(1.0, 1.0)
+            elif name.endswith("_bias"):  # of experts, and of their choice
+                parameter.normal_(0.0, 0.3)
+            elif name.endswith(_ROUTERS):
+                parameter.copy_(make_matrix(shape, shape[-1]) * _CLEAR)
+            elif parameter.dim() == 1:
                 is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
                 parameter.normal_(1.0 if is_norm else 0.0, 0.1)
             else:
@@ -107,6 +116,11 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
         while model(torch.tensor([ids])).logits[0].log_softmax(-1).amax(-1).mean() < _LEAST_CONFIDENCE + 1:
             head *= 2
     return model
+
+
+def _corrections(model: transformers.PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return what is added to the scores of experts: no parameters of the model."""
+    return [(name, each) for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def _random_matrix(shape: torch.Size, variance: float) -> Tensor:

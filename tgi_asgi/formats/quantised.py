@@ -35,7 +35,7 @@ class Quantisation:
         ModelLoadError: a method, or an option of one, that is not supported.
     """
 
-    method: str  # awq, gptq, fp8 or compressed-tensors
+    method: str  # awq, gptq, fp8, mxfp4 or compressed-tensors
     bits: int = 4  # of integers
     zero_shift: int = 0  # gptq: what zero points are stored less
     block: tuple[int, int] | None = None  # FP8: rows and columns of a scale; None: a whole row, or all
@@ -52,12 +52,14 @@ class Quantisation:
             return cls._gptq(options)
         if method == "awq":
             return cls._awq(options)
+        if method == "mxfp4":
+            return cls("mxfp4")
         if method in _FP8_METHODS:
             return cls("fp8", 8, block=_read_block(options.get("weight_block_size")))
         _check(
             method == "compressed-tensors",
             f"checkpoints quantised by {method or 'an unnamed method'} are not supported; supported are awq, "
-            "gptq, fp8 and compressed-tensors: take one of these, the original, or a GGUF file",
+            "gptq, fp8, mxfp4 and compressed-tensors: take one of these, the original, or a GGUF file",
         )
         layout = options.get("format")
         _check(

@@ -166,10 +166,13 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
             "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
             "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
-            "mlp.up_proj": ops.Target(layer.up, 0, inner),
-            "mlp.down_proj": ops.Target(layer.down, 0, config.hidden_size),
         }
-        if isinstance(layer.up, ops.GateUpWeight):
+        if layer.experts is None:
+            of_layer |= {
+                "mlp.up_proj": ops.Target(layer.up, 0, inner),
+                "mlp.down_proj": ops.Target(layer.down, 0, config.hidden_size),
+            }
+        if layer.experts is None and isinstance(layer.up, ops.GateUpWeight):
             of_layer |= {
                 "mlp.gate_proj": ops.Target(layer.up, 0, inner),
                 "mlp.up_proj": ops.Target(layer.up, inner, 2 * inner),

@@ -26,6 +26,7 @@ _BOUNDS = {
     "context_length": (1, MAX_CONTEXT),
 }
 MAX_LAYERS = 1 << 10
+MAX_EXPERTS = 1 << 10  # of a layer, as the kernels have it
 MAX_LABELS = 1 << 16
 
 
@@ -59,8 +60,30 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """The experts of a layer, and how tokens are routed to them: `ops.RouteSpec` has the words."""
+
+    num_experts: int
+    top_k: int  # of a token
+    intermediate_size: int
+    kind: str = "softmax"
+    has_correction: bool = False  # numbers that are added to scores for the choice alone
+    num_groups: int = 1
+    top_groups: int = 1
+    adds_two_best: bool = False
+    is_renormalised: bool = False
+    eps: float = 0.0
+    scale: float = 1.0
+    jitter: float = 0.01
+    has_bias: bool = False  # of the router, and of the experts' products
+    clamp: tuple[float, float, float] | None = None  # limit, slope and offset of gates (gpt-oss)
+    shared_size: int = 0  # of an MLP beside them that all tokens have; 0: there is none
+    has_shared_gate: bool = False  # a token says how much it wants of that
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one layer's attention is."""
+    """What one layer is: its attention, and experts where it has them in the place of an MLP."""
 
     rope: RopeSpec | None  # None: nothing is rotated
     window: int | None  # a query sees so many positions, its own included; None: all
@@ -70,6 +93,7 @@ class LayerSpec:
     slopes: tuple[float, ...] | None = None  # of each head: what a position adds to scores (ALiBi)
     has_sinks: bool = False  # each head has a score that takes part in the sum of weights alone
     alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
+    experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +242,8 @@ class ModelConfig:
             or (len(layer.slopes) == self.num_heads and all(map(math.isfinite, layer.slopes))),
             f"there must be {self.num_heads} finite slopes",
         )
+        if layer.experts is not None:
+            _check_experts(layer.experts)
         rope = layer.rope
         if rope is None:
             return
@@ -271,6 +297,34 @@ class ModelConfig:
         padded = -(-self.head_dim // 32) * 32
         dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
         return tuple(size for dim in dims for size in ((dim,) if dim == padded else (dim, padded)))
+
+
+def _check_experts(experts: ExpertsSpec) -> None:
+    check(
+        1 <= experts.num_experts <= MAX_EXPERTS,
+        f"the experts of a layer must be 1..{MAX_EXPERTS}, got {experts.num_experts}",
+    )
+    check(
+        1 <= experts.num_groups <= experts.num_experts and experts.num_experts % experts.num_groups == 0,
+        f"groups of experts must divide the {experts.num_experts}, got {experts.num_groups}",
+    )
+    check(
+        1 <= experts.top_groups <= experts.num_groups,
+        f"the groups that are chosen from must be 1..{experts.num_groups}, got {experts.top_groups}",
+    )
+    most = experts.num_experts // experts.num_groups * experts.top_groups
+    check(1 <= experts.top_k <= most, f"the experts of a token must be 1..{most}, got {experts.top_k}")
+    low, high = _BOUNDS["intermediate_size"]
+    check(
+        low <= experts.intermediate_size <= high,
+        f"the experts' size must be in {low}..{high}, got {experts.intermediate_size}",
+    )
+    check(
+        0 <= experts.shared_size <= high,
+        f"the shared expert's size must be in 0..{high}, got {experts.shared_size}",
+    )
+    numbers = (experts.eps, experts.scale, experts.jitter, *(experts.clamp or ()))
+    check(all(map(math.isfinite, numbers)), f"the numbers of a router must be finite, got {numbers}")
 
 
 def check_scaling(scaling: RopeScaling) -> None:

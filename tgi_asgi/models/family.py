@@ -55,6 +55,15 @@ GGUF_NAMES: Mapping[str, str] = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.correction": "exp_probs_b",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 
 
@@ -75,7 +84,8 @@ class Family:
         is_rotary_permuted: llama.cpp stores rotary pairs side by side, not half a head apart.
         computes: whether a config.json is of a model that is computed here, where the architecture has others
             that are left to the code of transformers.
-        unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them.
+        unused: names of tensors, as `fnmatch` has patterns, that a file may hold though nothing reads them;
+            `{num_layers}` stands for the number of layers, as of one behind the last that only drafts.
     """
 
     architecture: str

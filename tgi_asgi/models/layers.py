@@ -7,13 +7,14 @@ the order of weights overrides `LayerWeights` (`families/phi3.py`), one that com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig
+from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.rope import RopeTables
 
@@ -35,7 +36,13 @@ def read_norm(config: ModelConfig, weights: Weights, name: str, *shape: int) -> 
 
 
 class LayerWeights:
-    """The weights of one layer, by their canonical names, which are those of `transformers`."""
+    """The weights of one layer, by their canonical names, which are those of `transformers`.
+
+    Attributes:
+        expert_names: what experts may be called: the first whose router there is.
+    """
+
+    expert_names: tuple[ExpertNames, ...] = (ExpertNames(),)
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int, arithmetic: ops.Arithmetic) -> None:
         self.config, self.weights, self.arithmetic = config, weights, arithmetic
@@ -44,6 +51,10 @@ class LayerWeights:
     def get(self, name: str, *shape: int) -> ops.WeightSource:
         """Return a tensor of this layer."""
         return self.weights.get(f"{self.prefix}{name}", shape)
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a tensor in this layer."""
+        return f"{self.prefix}{name}" in self.weights
 
     def norm(self, name: str, *shape: int) -> ops.NormWeight:
         """Return a norm of this layer, of the residual's width if no other is said."""
@@ -113,6 +124,17 @@ class LayerWeights:
         gate, up = self.gate_up_sources()
         return ops.gate_up_weight(gate, up, self.arithmetic, biases=self.gate_up_biases())
 
+    def experts(self) -> Experts | None:
+        """Make the layer's experts, where it has them in the place of an MLP."""
+        if self.spec.experts is None:
+            return None
+        found = (names for names in self.expert_names if self.has(f"{names.router}.weight"))
+        return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
+
+    def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+        """Make gate and up, and down, of each expert in turn."""
+        return read_products(self, names, spec)
+
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
         """Make the weight of a single product."""
         bias = self.get(f"{name}.bias", rows) if has_bias else None
@@ -127,6 +149,7 @@ class Layer:
     """One transformer layer: each part reads a norm of the residual and adds to it.
 
     Attributes:
+        experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
         up: the first half of the MLP, with a gate or without.
         alphas: the two numbers of xIELU, where that is the MLP's function.
     """
@@ -141,6 +164,9 @@ class Layer:
         self.make_norms(weights)
         self.qkv = weights.qkv()
         self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
+        self.experts = weights.experts()
+        if self.experts is not None:
+            return
         self.up = weights.gate_up() if config.has_gate else weights.up()
         self.down = weights.linear(
             "mlp.down_proj", hidden, config.intermediate_size, has_bias=config.has_mlp_bias
@@ -155,8 +181,10 @@ class Layer:
         """Add attention and MLP to the residual x [n_tokens, hidden]."""
         a = self.attend(ops.norm(x, self.attention_norm), cache)
         x = ops.linear_add(a, self.output, x, self.factor)
-        a = self.activate(ops.norm(x, self.mlp_norm))
-        return ops.linear_add(a, self.down, x, self.factor)
+        a = ops.norm(x, self.mlp_norm)
+        if self.experts is not None:
+            return self.experts.add(a, x, self.factor)
+        return ops.linear_add(self.activate(a), self.down, x, self.factor)
 
     def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what the heads make of the activation a."""

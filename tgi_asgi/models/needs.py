@@ -26,6 +26,7 @@ class Need(enum.StrEnum):
     SOFT_CAP = "soft caps of scores"
     SLOPES = "ALiBi"
     SINKS = "attention sinks"
+    EXPERTS = "routed experts"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -45,5 +46,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.SOFT_CAP: any(layer.soft_cap is not None for layer in layers),
         Need.SLOPES: any(layer.slopes is not None for layer in layers),
         Need.SINKS: any(layer.has_sinks for layer in layers),
+        Need.EXPERTS: any(layer.experts is not None for layer in layers),
     }
     return {need for need, is_needed in found.items() if is_needed}

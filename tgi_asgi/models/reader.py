@@ -37,6 +37,20 @@ _GGUF_NAMES = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), "expert_count"
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), "expert_used_count"),
+    "moe_intermediate_size": "expert_feed_forward_length",
+    **dict.fromkeys(
+        ("shared_expert_intermediate_size", "shared_intermediate_size"), "expert_shared_feed_forward_length"
+    ),
+    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), "expert_shared_count"),
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "num_nextn_predict_layers": "nextn_predict_layers",
 }
 _REQUIRED = object()
 
@@ -111,6 +125,10 @@ class Reader:
         view = Reader(values, is_gguf=self.is_gguf, tensors=self.tensors)
         view._read = self._read
         return view
+
+    def replace(self, key: str, value: Any) -> None:
+        """Say what a value means that a family knows in more forms than the readers below."""
+        self._values = {**self._values, self._name(key): value}
 
     def get(self, key: str) -> Any:
         """Return a value as it is, None where there is none."""

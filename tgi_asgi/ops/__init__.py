@@ -36,6 +36,7 @@ from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
 from tgi_asgi.ops.sources import (
     WeightSource,
+    each_row,
     float8_source,
     from_floats,
     integer_source,
@@ -61,6 +62,7 @@ from tgi_asgi.ops.weights import (
     gate_up_weight,
     linear_weight,
     qkv_weight,
+    router_weight,
     vector,
 )
 
@@ -111,6 +113,7 @@ __all__ = [
     "bfloat16_time",
     "configure_threads",
     "direct",
+    "each_row",
     "embed",
     "experts_add",
     "experts_weight",
@@ -138,6 +141,7 @@ __all__ = [
     "qkv",
     "qkv_weight",
     "route",
+    "router_weight",
     "sample",
     "threads_kept_awake",
     "token_logprobs",

@@ -64,6 +64,10 @@ class Repacking:
         """Stack gate and up, as `Arithmetic.gate_up` says."""
         return DeviceMatrix(self._stack(sources), None if biases is None else torch.cat(list(biases)))
 
+    def router(self, source: WeightSource, bias: Tensor | None) -> DeviceMatrix:
+        """Refuse routers, as experts."""
+        raise ValueError("routed experts are computed on CPUs only, not on CUDA")
+
     def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceMatrix:
         """Refuse experts, which have no CUDA kernels."""
         raise ValueError("routed experts are computed on CPUs only, not on CUDA")

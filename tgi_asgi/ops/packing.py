@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -141,6 +141,10 @@ class Packing:
             return PackedGateUp(self._pack_each(stored, biases, [order, order]))
         bias = None if biases is None else torch.cat(list(biases))
         return PackedGateUp((self._pack(stored, bias, layout.interleaved_order(rows), _Shares(2)),))
+
+    def router(self, source: WeightSource, bias: Tensor | None) -> PackedLinear:
+        """Pack a matrix as its file has it, as `Arithmetic.router` says."""
+        return replace(self, quantise=None).linear(source, bias, is_vocabulary=False)
 
     def experts(self, gate_ups: Sequence[PackedGateUp], downs: Sequence[PackedLinear]) -> PackedExperts:
         """Put experts side by side, as `Arithmetic.experts` says.

@@ -77,6 +77,12 @@ class WeightSource:
         return from_floats(halves if halves.isfinite().all() else weights)
 
 
+def each_row(source: WeightSource, first: int, step: int) -> WeightSource:
+    """Return every so many rows of a matrix from the first on: a copy."""
+    data = np.ascontiguousarray(source.data.reshape(source.shape[0], -1)[first::step])
+    return replace(source, data=data.reshape(-1), shape=(len(data), source.shape[1]))
+
+
 def integer_source(
     codes: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.float32],

@@ -70,6 +70,9 @@ class Arithmetic(Protocol):
     def gate_up(self, sources: Sequence[WeightSource], biases: Sequence[Tensor] | None) -> Any:
         """Make what `GateUpWeight.made` is, of the sources of gate and up."""
 
+    def router(self, source: WeightSource, bias: Tensor | None) -> Any:
+        """Make what `LinearWeight.made` is of a matrix that is never quantised: a choice hangs on it."""
+
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
         """Make what `ExpertsWeight.made` is, of what `gate_up` and `linear` have made of each expert's."""
 
@@ -98,6 +101,15 @@ def linear_weight(
     biases = _biases([bias] if bias is not None else None, [source])
     made = arithmetic.linear(source, biases[0] if biases else None, is_vocabulary=is_vocabulary)
     return LinearWeight(rows, columns, made)
+
+
+def router_weight(
+    source: WeightSource, arithmetic: Arithmetic, *, bias: WeightSource | None = None
+) -> LinearWeight:
+    """Make the weight of a `linear` whose rows choose between experts; otherwise as `linear_weight`."""
+    rows, columns = _matrix("source", source)
+    biases = _biases([bias] if bias is not None else None, [source])
+    return LinearWeight(rows, columns, arithmetic.router(source, biases[0] if biases else None))
 
 
 def qkv_weight(

@@ -67,12 +67,14 @@ class Hunyuan(Decoder):
     weights_class = HunyuanWeights
 
 
+NAMES = {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
+
 FAMILIES = (
     Family(
         "HunYuanDenseV1ForCausalLM",
         "hunyuan-dense",
         read_hunyuan,
         Hunyuan,
-        gguf_names={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"},
+        gguf_names=NAMES,
     ),
 )

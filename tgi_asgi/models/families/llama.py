@@ -7,6 +7,7 @@ from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import read_biases, read_layers, read_sizes, read_window
+from tgi_asgi.models.reading_experts import everywhere, read_mixtral_experts, with_experts
 
 
 def read_llama(reader: Reader, architecture: str) -> ModelConfig:
@@ -17,9 +18,12 @@ def read_llama(reader: Reader, architecture: str) -> ModelConfig:
     sizes = read_sizes(reader)
     qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
     (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    layers = read_layers(reader, sizes, windows=windows)
+    if reader.is_gguf and reader.integer("num_experts", 0):  # Mixtral's, which llama.cpp calls llama, too
+        layers = with_experts(reader, layers, read_mixtral_experts(reader), everywhere)
     return ModelConfig(
         architecture=architecture,
-        layers=read_layers(reader, sizes, windows=windows),
+        layers=layers,
         has_qkv_bias=qkv_bias,
         has_output_bias=output_bias,
         has_mlp_bias=mlp_bias,

@@ -53,10 +53,13 @@ class GgufWeights:
             raise ModelLoadError(f"GGUF files have no name for the tensor {name!r}, which the model needs")
         info = self._file.tensor(stored)
         self._unread.discard(stored)
-        check_shape(info.name, info.shape, shape)
+        if without_ones(info.shape) != without_ones(shape):  # which the converter leaves out
+            check_shape(info.name, info.shape, shape)
         data = self._file.raw(info.name)
         if self._is_rotary_permuted and (".q_proj." in name or ".k_proj." in name):
             data = join_rotary_halves(data, shape[0], self._head_dim)
+        if len(shape) == 3:  # matrices one below another
+            shape = (shape[0] * shape[1], shape[2])
         return WeightSource(data, info.type, shape)
 
     def unread(self) -> list[str]:
@@ -70,6 +73,11 @@ class GgufWeights:
     def close(self) -> None:
         """Unmap the file."""
         self._file.close()
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sizes of a shape that are more than 1."""
+    return tuple(size for size in shape if size != 1)
 
 
 def join_rotary_halves(data: npt.NDArray[np.uint8], num_rows: int, head_dim: int) -> npt.NDArray[np.uint8]:

@@ -132,7 +132,9 @@ class OpenModel:
     def _unused(self, model: _Native) -> list[str]:
         has_no_head = model.config.has_tied_embeddings  # some files store the embedding twice
         head = model.family.model.checkpoint.tensor("lm_head.weight")
-        return [*model.family.unused, *([head] if has_no_head else [])]
+        number = str(model.config.num_layers)
+        unused = [pattern.replace("{num_layers}", number) for pattern in model.family.unused]
+        return [*unused, *([head] if has_no_head else [])]
 
     def read_text(self) -> tuple[Tokenizer, ChatTemplate | None]:
         """Build the tokenizer and compile the chat template; may run beside the loading of weights."""

@@ -24,6 +24,7 @@ from tgi_asgi.formats.quantised import (
 )
 from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.models.loading import check_shape
+from tgi_asgi.models.loading.mxfp4 import stored_expert
 from tgi_asgi.ops import WeightSource
 
 _NUMPY: dict[str, Any] = {"I32": np.int32, "F32": np.float32, "F16": np.float16}
@@ -62,6 +63,10 @@ def names_of(checkpoint: Checkpoint, name: str) -> list[str]:
 def stored_format(checkpoint: Checkpoint, name: str, quantisation: Quantisation | None) -> tuple[str, int]:
     """Return a tensor's format and elements; of codes that no format holds those of what they become."""
     info = checkpoint.tensor(name)
+    if quantisation is not None and quantisation.method == "mxfp4":
+        found = stored_expert(name, math.prod(info.shape))
+        if found is not None:
+            return found
     if quantisation is not None and info.dtype == "I32" and _is_decoded(checkpoint, name, quantisation):
         return "F16", math.prod(info.shape) * 32 // quantisation.bits
     return info.dtype.replace(_FLOAT8, "F8_32"), math.prod(info.shape)

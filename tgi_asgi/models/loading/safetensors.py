@@ -9,6 +9,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
 from tgi_asgi.models.loading import check_shape, matches
+from tgi_asgi.models.loading.mxfp4 import ExpertMatrix, find_expert, read_expert
 from tgi_asgi.models.loading.quantised import (
     UNUSED,
     find_quantised,
@@ -33,7 +34,12 @@ class SafetensorsWeights:
         self.num_bytes = sum(self._checkpoint.tensor(name).nbytes for name in self._checkpoint)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._checkpoint
+        return name in self._checkpoint or (isinstance(name, str) and self._expert(name) is not None)
+
+    def _expert(self, name: str) -> ExpertMatrix | None:
+        """Return where a matrix of an expert lies, if all experts' are in one tensor of blocks."""
+        is_packed = self._quantisation is not None and self._quantisation.method == "mxfp4"
+        return find_expert(self._checkpoint, name) if is_packed else None
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
         """Return a tensor, as `Weights.get` says; a quantised matrix in blocks of `ops`."""
@@ -43,6 +49,10 @@ class SafetensorsWeights:
                 return read_quantised(self._checkpoint, name, shape, self._quantisation)
             except ModelLoadError as error:
                 raise ModelLoadError(f"{self._directory}: {name!r}: {error}") from None
+        expert = self._expert(name)
+        if expert is not None:
+            self._unread -= {expert.blocks, expert.scales}
+            return read_expert(self._checkpoint, expert, shape)
         if name not in self._checkpoint:
             raise ModelLoadError(f"{self._directory}: there is no tensor {name!r}, which the model needs")
         info = self._checkpoint.tensor(name)

@@ -1,0 +1,162 @@
+"""The experts of a layer: their weights, whatever a file calls them, and what they add to the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What the tensors of a layer's experts are called, behind `model.layers.N.`.
+
+    Attributes:
+        correction: a vector, or with `is_correction_row` a matrix of one row.
+        experts, gate, up, down: one's is `experts.5.gate_proj.weight`; llama.cpp has all of a kind in one
+            tensor, `experts.gate_proj.weight` [experts, rows, columns].
+        joined, joined_down: as `transformers` 5 has them: gates and ups of all in one tensor, and downs.
+        shared: of the MLP that all tokens have: its products are called as those of any MLP.
+        shared_joined: its gate and up in one tensor; None: they never are.
+    """
+
+    router: str = "mlp.gate"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    is_correction_row: bool = False
+    experts: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    joined: str = "mlp.experts.gate_up_proj"
+    joined_down: str = "mlp.experts.down_proj"
+    shared: str = "mlp.shared_experts"
+    shared_joined: str | None = None
+    shared_down: str = "down_proj"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+GGUF_CORRECTION = "mlp.correction.bias"  # a name like those of other tensors, for llama.cpp's `exp_probs_b`
+Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, up and down
+ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
+
+
+class ExpertsSource(Protocol):
+    """A layer's weights, as `decoder.LayerWeights` has them."""
+
+    config: ModelConfig
+    arithmetic: ops.Arithmetic
+
+    def has(self, name: str) -> bool: ...
+    def get(self, name: str, *shape: int) -> ops.WeightSource: ...
+    def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight: ...
+    def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]: ...
+
+
+class Experts:
+    """A layer's experts, its router, and the MLP that all tokens share if there is one."""
+
+    def __init__(self, weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> None:
+        config = weights.config
+        hidden, self._activation = config.hidden_size, config.activation
+        router = weights.get(f"{names.router}.weight", spec.num_experts, hidden)
+        bias = weights.get(f"{names.router}.bias", spec.num_experts) if spec.has_bias else None
+        self._router = ops.router_weight(router, weights.arithmetic, bias=bias)
+        self._route = _route_of(spec, weights, names)
+        self._clamped = None if spec.clamp is None else ops.ClampedGate(*spec.clamp)
+        self._weight = ops.experts_weight(weights.expert_products(names, spec), weights.arithmetic)
+        self._shared: ExpertProducts | None = None
+        self._shared_gate: ops.LinearWeight | None = None
+        if spec.shared_size:
+            self._shared = _shared_of(weights, names, spec.shared_size)
+        if spec.has_shared_gate:
+            self._shared_gate = _gate_of(weights, names, hidden)
+
+    def add(self, a: ops.Value, x: ops.Value, factor: float) -> ops.Value:
+        """Add to the residual x what the experts make of the activation a, times `factor`."""
+        choice = ops.route(ops.linear(a, self._router), self._route)
+        x = ops.experts_add(a, choice, self._weight, x, self._activation, self._clamped, factor)
+        if self._shared is None:
+            return x
+        gate_up, down = self._shared
+        inner = ops.gate_up(a, gate_up, self._activation)
+        if self._shared_gate is None:
+            return ops.linear_add(inner, down, x, factor)
+        return ops.gated_add(ops.linear(inner, down), ops.linear(a, self._shared_gate), x, factor)
+
+
+def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> ops.RouteSpec:
+    correction = None
+    if spec.has_correction:
+        name = GGUF_CORRECTION if weights.has(GGUF_CORRECTION) else names.correction
+        shape = (1, spec.num_experts) if names.is_correction_row else (spec.num_experts,)
+        correction = ops.vector(weights.get(name, *shape))
+    return ops.RouteSpec(
+        spec.num_experts, spec.top_k, spec.kind, correction, spec.num_groups, spec.top_groups,
+        spec.adds_two_best, spec.is_renormalised, spec.eps, spec.scale, spec.jitter,
+    )  # fmt: skip
+
+
+def _shared_of(weights: ExpertsSource, names: ExpertNames, size: int) -> ExpertProducts:
+    """Return the products of the MLP that all tokens have."""
+    hidden, joined = weights.config.hidden_size, f"{names.shared}.{names.shared_joined}.weight"
+    down = "down_proj"
+    if names.shared_joined is not None and weights.has(joined):
+        both, down = weights.get(joined, 2 * size, hidden), names.shared_down
+        gate, up = both.rows(0, size), both.rows(size, 2 * size)
+    else:
+        gate, up = (
+            weights.get(f"{names.shared}.{name}.weight", size, hidden) for name in ("gate_proj", "up_proj")
+        )
+    return (
+        ops.gate_up_weight(gate, up, weights.arithmetic),
+        weights.linear(f"{names.shared}.{down}", hidden, size, has_bias=False),
+    )
+
+
+def _gate_of(weights: ExpertsSource, names: ExpertNames, hidden: int) -> ops.LinearWeight:
+    """Return the product of one row that says how much of the shared expert a token wants."""
+    source = weights.get(f"{names.shared_gate}.weight", 1, hidden)
+    return ops.router_weight(source, weights.arithmetic)
+
+
+def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+    """Make the products of each expert, one after the other: none is held as the file has it."""
+    for gate, up, down in _matrices(weights, names, spec):
+        yield (
+            ops.gate_up_weight(gate, up, weights.arithmetic),
+            ops.linear_weight(down, weights.arithmetic),
+        )
+
+
+def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
+    hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
+    prefix = names.experts
+    if weights.has(names.joined):
+        gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
+        downs = stack(weights, names.joined_down, count, hidden, inner)
+        for gate_up, down in zip(gate_ups, downs, strict=True):
+            yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
+        return
+    shapes = {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
+    if weights.has(f"{prefix}.{names.gate}.weight"):
+        each = [stack(weights, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
+        yield from zip(*each, strict=True)
+        return
+    for index in range(count):
+        gate, up, down = (
+            weights.get(f"{prefix}.{index}.{name}.weight", *shape) for name, shape in shapes.items()
+        )
+        yield gate, up, down
+
+
+def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Sequence[ops.WeightSource]:
+    """Return the matrices, or the vectors, of a tensor [count, *shape]: views."""
+    source = weights.get(name, count, *shape)
+    if len(shape) == 1:
+        return [replace(source.rows(index, index + 1), shape=shape) for index in range(count)]
+    rows, columns = shape
+    source = replace(source, shape=(count * rows, columns))
+    return [source.rows(index * rows, (index + 1) * rows) for index in range(count)]

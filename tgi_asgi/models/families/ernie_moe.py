@@ -1,0 +1,65 @@
+"""Baidu's ERNIE 4.5 with experts: neighbouring dims turn together, and scores are corrected softmaxes."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading_experts import read_experts, with_experts
+
+
+def read_ernie(reader: Reader, architecture: str) -> ModelConfig:
+    """Read ERNIE's; biases of its MLPs are those of dense layers and shared experts, too."""
+    reader.defaults(
+        rms_norm_eps=1e-5, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
+        moe_num_shared_experts=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias, mlp_bias = read_biases(reader, "use_bias", "attn_q", "attn_output", "ffn_gate")
+    check(not mlp_bias, "ERNIE with biases is not supported")
+    reader.ignore("shared_expert_intermediate_size")  # llama.cpp's converter writes something else
+    size = reader.integer("moe_intermediate_size")
+    experts = read_experts(
+        reader, count="moe_num_experts", top_k="moe_k", has_correction=True, is_renormalised=True,
+        eps=reader.number("moe_norm_min", 1e-12),
+        shared_size=size * reader.integer("moe_num_shared_experts", 0),
+    )  # fmt: skip
+    first = 0 if reader.is_gguf else reader.integer("moe_layer_start_index", 1)
+    last = -1 if reader.is_gguf else reader.integer("moe_layer_end_index", -1)
+    step = 1 if reader.is_gguf else reader.integer("moe_layer_interval", 1)
+    check(step >= 1, f"moe_layer_interval must be positive, got {step}")
+    last = num_layers(reader) - 1 if last == -1 else last
+    layers = read_layers(reader, sizes)
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(
+            reader, layers, experts, lambda index: first <= index <= last and (index + 1) % step == 0
+        ),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_interleaved_rope=True,
+        **sizes,
+    )
+
+
+class ErnieWeights(LayerWeights):
+    """A layer whose correction has another name, and is a row; older files have it beside the router."""
+
+    expert_names = (
+        ExpertNames(correction="mlp.moe_statics.e_score_correction_bias", is_correction_row=True),
+    )
+
+
+class Ernie(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = ErnieWeights
+
+
+# Layers that predict several tokens at once, which only drafts would read.
+_DRAFTING = ("model.mtp_*",)
+FAMILIES = (Family("Ernie4_5_MoeForCausalLM", "ernie4_5-moe", read_ernie, Ernie, unused=_DRAFTING),)

@@ -1,0 +1,68 @@
+"""Experts as DeepSeek V3 has them in decoders of the usual kind: GLM 4.5, and dots.llm1."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading_experts import behind_dense, read_corrected, with_experts
+
+
+def read_glm4_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read GLM 4.5's: half of each head turns; the files have a layer more, which only drafts."""
+    reader.defaults(
+        rms_norm_eps=1e-5, partial_rotary_factor=0.5, num_key_value_heads=8, head_dim=128,
+        moe_intermediate_size=1408, n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    if reader.is_gguf:  # counts the layer that drafts
+        drafting = reader.integer("num_nextn_predict_layers", 0)
+        reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+    sizes = read_sizes(reader)
+    qkv_bias, _ = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    has_norm = reader.flag("use_qk_norm", reader.is_gguf and "blk.0.attn_q_norm.weight" in reader.tensors)
+    layers = read_layers(reader, sizes)
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, read_corrected(reader), behind_dense(reader)),
+        has_qkv_bias=qkv_bias,
+        has_qk_norm=has_norm,
+        **sizes,
+    )
+
+
+def read_dots1(reader: Reader, architecture: str) -> ModelConfig:
+    """Read dots.llm1's: norms of heads; a window from one layer on, where that is among them."""
+    reader.defaults(num_key_value_heads=32, sliding_window=4096)
+    if not reader.is_gguf:
+        reader.replace("use_sliding_window", True)  # whatever the file says: the layers' kinds decide
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    first = reader.integer("max_window_layers", 62)
+    where = [index >= first for index in range(num_layers(reader))]
+    layers = read_layers(reader, sizes, windows=read_windows(reader, where))
+    experts = read_corrected(reader)
+    check(reader.is_gguf or experts.shared_size > 0, "dots.llm1 without shared experts is not supported")
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, behind_dense(reader)),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+FAMILIES = (
+    Family(
+        "Glm4MoeForCausalLM",
+        "glm4moe",
+        read_glm4_moe,
+        Decoder,
+        gguf_names={"post_attention_layernorm": "post_attention_norm"},
+        unused=("model.layers.{num_layers}.*", "blk.{num_layers}.*"),
+    ),
+    Family("Dots1ForCausalLM", "dots1", read_dots1, Decoder),
+)

@@ -1,0 +1,133 @@
+"""OpenAI's gpt-oss: attention sinks, a window in every other layer, experts with biases and bounded gates.
+
+Source: gpt-oss model card, arXiv 2508.10925.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ExpertsSpec, LayerSpec, ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames, ExpertProducts, stack
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights, Sources
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_windows
+from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
+}  # fmt: skip
+
+
+def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
+    """Read gpt-oss'; every first of two layers has the window."""
+    reader.defaults(
+        rms_norm_eps=1e-5, head_dim=64, num_key_value_heads=8, sliding_window=128, attention_bias=True,
+        rope_parameters=_YARN, use_sliding_window=True,
+    )  # fmt: skip
+    sizes = read_sizes(reader)
+    reader.ignore("initial_context_length", "experts_per_token", "swiglu_alpha", "swiglu_limit")
+    where = [index % 2 == 0 for index in range(num_layers(reader))]
+    if reader.is_gguf:
+        window = reader.integer("sliding_window")
+        windows = [window if has else None for has in where]
+    else:
+        windows = read_windows(reader, where)
+    has_bias = reader.is_gguf or reader.flag("attention_bias", True)
+    clamp = (reader.number("swiglu_limit", 7.0), reader.number("swiglu_alpha", 1.702), 1.0)
+    experts = read_experts(
+        reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
+        is_renormalised=True, has_bias=True, clamp=clamp,
+    )  # fmt: skip
+    reader.ignore("moe_intermediate_size")
+    layers = read_layers(reader, sizes, windows=windows)
+    layers = tuple(replace(_untruncated(layer), has_sinks=True) for layer in layers)
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, everywhere),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        **sizes,
+    )
+
+
+def _untruncated(layer: LayerSpec) -> LayerSpec:
+    """Return a layer whose YaRN goes from stretched pairs to others where it says, not where a pair begins.
+
+    A GGUF file does not say so.
+    """
+    rope = layer.rope
+    if rope is None or rope.scaling is None:
+        return layer
+    return replace(layer, rope=replace(rope, scaling=replace(rope.scaling, is_truncated=False)))
+
+
+class GptOssWeights(LayerWeights):
+    """A layer whose experts are blocks of MXFP4, or floats with columns outermost; gates and ups in turn."""
+
+    expert_names = (ExpertNames(router="mlp.router"),)
+
+    def sinks(self) -> Tensor:
+        """Return the heads' sinks [num_heads] float32."""
+        name = "self_attn.sinks"
+        return ops.vector(self.get(name if self.has(name) else f"{name}.weight", self.config.num_heads))
+
+    def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
+        """Make gate and up, and down, of each expert in turn."""
+        read = self._of_llama_cpp if self.has("mlp.experts.gate_proj.weight") else self._of_openai
+        for matrices, biases in read(spec):
+            gate, up, down = matrices
+            yield (
+                ops.gate_up_weight(gate, up, self.arithmetic, biases=biases[:2]),
+                ops.linear_weight(down, self.arithmetic, bias=biases[2]),
+            )
+
+    def _of_llama_cpp(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+        hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
+        prefix = "mlp.experts"
+        shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        matrices = [stack(self, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
+        biases = [stack(self, f"{prefix}.{name}.bias", count, rows) for name, (rows, _) in shapes.items()]
+        for each, of_each in zip(zip(*matrices, strict=True), zip(*biases, strict=True), strict=True):
+            yield list(each), list(of_each)
+
+    def _of_openai(self, spec: ExpertsSpec) -> Iterator[tuple[Sources, Sources]]:
+        hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
+        both = stack(self, "mlp.experts.gate_up_proj_bias", count, 2 * inner)
+        of_down = stack(self, "mlp.experts.down_proj_bias", count, hidden)
+        for index in range(count):
+            gate_up = self._matrix("gate_up_proj", index, spec, 2 * inner, hidden)
+            down = self._matrix("down_proj", index, spec, hidden, inner)
+            gate, up = (ops.each_row(gate_up, first, 2) for first in (0, 1))
+            bias = ops.vector(both[index])
+            biases = [ops.from_floats(bias[first::2].contiguous()) for first in (0, 1)]
+            yield [gate, up, down], [*biases, of_down[index]]
+
+    def _matrix(self, name: str, index: int, spec: ExpertsSpec, rows: int, columns: int) -> ops.WeightSource:
+        """Return one expert's matrix [rows, columns]."""
+        one = f"mlp.experts.{index}.{name}.weight"
+        if self.has(one):
+            return self.get(one, rows, columns)
+        turned = stack(self, f"mlp.experts.{name}", spec.num_experts, columns, rows)[index]
+        return ops.from_floats(ops.plain_tensor(turned).T.contiguous())
+
+
+class GptOss(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = GptOssWeights
+
+
+_GGUF_NAMES = {
+    "mlp.router": "ffn_gate_inp",
+    "self_attn.sinks": "attn_sinks",
+    "post_attention_layernorm": "post_attention_norm",
+}
+FAMILIES = (Family("GptOssForCausalLM", "gpt-oss", read_gpt_oss, GptOss, gguf_names=_GGUF_NAMES),)

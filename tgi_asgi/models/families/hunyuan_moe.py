@@ -1,0 +1,65 @@
+"""Tencent's Hunyuan with experts (A13B): the dense one, with one MLP more that all tokens have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.families.hunyuan import NAMES, HunyuanWeights, read_hunyuan
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+
+# One number, or one a layer that are all the same.
+_LISTED = ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert")
+
+
+def read_hunyuan_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Hunyuan's; experts are as large as `intermediate_size`, and so is the shared one."""
+    for key in () if reader.is_gguf else _LISTED:
+        reader.replace(key, _only(key, reader.get(key)))
+    config = read_hunyuan(reader, architecture)
+    size = config.intermediate_size
+    inner = reader.integer("moe_intermediate_size", size)
+    check(inner == size, f"moe_intermediate_size must be intermediate_size, {size}, got {inner}")
+    shared = reader.integer("num_shared_expert", 1)
+    check(shared == 1, f"num_shared_expert must be 1, got {shared}")
+    reader.ignore("shared_expert_intermediate_size")
+    experts = read_experts(
+        reader, count="num_experts", top_k="moe_topk", size="intermediate_size", is_renormalised=True,
+        shared_size=size,
+    )  # fmt: skip
+    return replace(config, layers=with_experts(reader, config.layers, experts, everywhere))
+
+
+def _only(key: str, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    is_one = len(value) > 0 and all(each == value[0] for each in value)
+    check(is_one, f"`{key}` must be the same in all layers, got {str(value)[:100]}")
+    return value[0]
+
+
+class HunyuanMoeWeights(HunyuanWeights):
+    """A layer whose router and shared expert have other names."""
+
+    expert_names = (ExpertNames(router="mlp.gate.wg", shared="mlp.shared_mlp"),)
+
+
+class HunyuanMoe(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = HunyuanMoeWeights
+
+
+_GGUF_NAMES = {
+    **NAMES,
+    "mlp.gate.wg": "ffn_gate_inp",
+    **{f"mlp.shared_mlp.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+}
+FAMILIES = (
+    Family("HunYuanMoEV1ForCausalLM", "hunyuan-moe", read_hunyuan_moe, HunyuanMoe, gguf_names=_GGUF_NAMES),
+)

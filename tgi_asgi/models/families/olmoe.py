@@ -1,0 +1,52 @@
+"""Allen AI's OLMoE: Llama with experts, and norms of all queries and of all keys together."""
+
+from __future__ import annotations
+
+from tgi_asgi import ops
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+
+
+def read_olmoe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read OLMoE's."""
+    reader.defaults(rms_norm_eps=1e-5, num_experts=64, num_experts_per_tok=8)
+    check(reader.get("clip_qkv") is None, "queries, keys and values that are clipped are not supported here")
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    experts = read_experts(
+        reader, count="num_experts", top_k="num_experts_per_tok", size="intermediate_size",
+        is_renormalised=reader.flag("norm_topk_prob", False),
+    )  # fmt: skip
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, read_layers(reader, sizes), experts, everywhere),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+class OlmoeWeights(LayerWeights):
+    """A layer whose norms of queries and keys are of all heads together."""
+
+    def norms(self) -> ops.HeadNorms:
+        """Return the two norms, each of a product's full width."""
+        config = self.config
+        query = self.norm("self_attn.q_norm", config.num_heads * config.head_dim)
+        key = self.norm("self_attn.k_norm", config.num_kv_heads * config.head_dim)
+        return ops.HeadNorms(query, key, is_whole=True)
+
+
+class Olmoe(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = OlmoeWeights
+
+
+FAMILIES = (Family("OlmoeForCausalLM", "olmoe", read_olmoe, Olmoe),)

@@ -1,0 +1,82 @@
+"""Microsoft's Phi 3.5 with experts: LayerNorms, biases, and a choice by sparse mixers."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig, RopeSpec, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import (
+    make_rope,
+    num_layers,
+    read_biases,
+    read_layers,
+    read_rope,
+    read_sizes,
+    read_window,
+    rope_values,
+)
+from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+
+
+def read_phi_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Phi's; llama.cpp routes by softmax, and keeps no number of the mixer: its usual one stands."""
+    reader.defaults(rms_norm_eps=1e-5, num_local_experts=16, num_experts_per_tok=2, num_key_value_heads=8)
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    layers = read_layers(
+        reader, sizes, windows=read_window(reader),
+        ropes=[_read_rope(reader, sizes["head_dim"])] * num_layers(reader),
+    )  # fmt: skip
+    experts = read_experts(
+        reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
+        kind="sparsemixer", jitter=0.01 if reader.is_gguf else reader.number("router_jitter_noise", 0.01),
+    )  # fmt: skip
+    has_head_bias = "output.bias" in reader.tensors if reader.is_gguf else reader.flag("lm_head_bias", False)
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, everywhere),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_layer_norm=True,
+        has_norm_bias=True,
+        has_head_bias=has_head_bias,
+        **sizes,
+    )
+
+
+def _read_rope(reader: Reader, head_dim: int) -> RopeSpec:
+    """Read the rotary embedding: cosines and sines have factors by names of their own, which are one."""
+    if reader.is_gguf:
+        return read_rope(reader, head_dim)
+    values = rope_values(reader)
+    short, long = values.pop("short_mscale", None), values.pop("long_mscale", None)
+    check(short == long, f"short_mscale {short!r} and long_mscale {long!r} that differ are not supported")
+    if short is not None:
+        values["attention_factor"] = short
+    return make_rope(reader, values, head_dim)
+
+
+class PhiMoeWeights(LayerWeights):
+    """A layer whose experts have the names of Microsoft's files, or those of `transformers` 5."""
+
+    expert_names = (
+        ExpertNames(
+            router="block_sparse_moe.gate", experts="block_sparse_moe.experts", gate="w1", up="w3", down="w2"
+        ),
+        ExpertNames(router="mlp.router"),
+        ExpertNames(),
+    )
+
+
+class PhiMoe(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = PhiMoeWeights
+
+
+FAMILIES = tuple(  # of Microsoft's files, and of those that `transformers` writes
+    Family(name, "phimoe", read_phi_moe, PhiMoe) for name in ("PhiMoEForCausalLM", "PhimoeForCausalLM")
+)

@@ -1,0 +1,89 @@
+"""Qwen 2 and 3 with experts: Qwen 2's has one beside them that all tokens have, as much as each wants."""
+
+from __future__ import annotations
+
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import (
+    num_layers,
+    read_biases,
+    read_layers,
+    read_sizes,
+    read_window,
+    read_windows,
+)
+from tgi_asgi.models.reading_experts import read_experts, read_sparse_steps, with_experts
+
+
+def read_qwen2_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen 1.5's and 2's; every other layer has the window, up to one."""
+    reader.defaults(
+        num_key_value_heads=16, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+        num_experts=60, num_experts_per_tok=4, sliding_window=4096,
+    )  # fmt: skip
+    sizes = read_sizes(reader)
+    last = reader.integer("max_window_layers", 28)
+    where = [index % 2 == 0 and index < last for index in range(num_layers(reader))]
+    layers = read_layers(reader, sizes, windows=read_windows(reader, where))
+    experts = read_experts(
+        reader, count="num_experts", top_k="num_experts_per_tok",
+        is_renormalised=reader.flag("norm_topk_prob", False),
+        shared_size=reader.integer("shared_expert_intermediate_size"), has_shared_gate=True,
+    )  # fmt: skip
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
+        has_qkv_bias=reader.is_gguf or reader.flag("qkv_bias", True),
+        **sizes,
+    )
+
+
+def read_qwen3_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen 3's; llama.cpp renormalises weights, whatever its file's source said."""
+    reader.rename(num_experts=("num_local_experts",))
+    reader.defaults(
+        num_key_value_heads=4, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        sliding_window=4096,
+    )  # fmt: skip
+    sizes = read_sizes(reader)
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    has_window = reader.flag("use_sliding_window", False)
+    windows = read_window(reader) if has_window else [None] * num_layers(reader)
+    reader.ignore("sliding_window", "max_window_layers", "layer_types")
+    experts = read_experts(
+        reader, count="num_experts", top_k="num_experts_per_tok",
+        is_renormalised=reader.flag("norm_topk_prob", reader.is_gguf),
+    )  # fmt: skip
+    layers = read_layers(reader, sizes, windows=windows)
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, read_sparse_steps(reader)),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+class Qwen2MoeWeights(LayerWeights):
+    """A layer whose shared expert is one, by name."""
+
+    expert_names = (ExpertNames(shared="mlp.shared_expert"),)
+
+
+class Qwen2Moe(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = Qwen2MoeWeights
+
+
+_SHARED = {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
+
+FAMILIES = (
+    Family("Qwen2MoeForCausalLM", "qwen2moe", read_qwen2_moe, Qwen2Moe, gguf_names=_SHARED),
+    Family("Qwen3MoeForCausalLM", "qwen3moe", read_qwen3_moe, Decoder),
+)

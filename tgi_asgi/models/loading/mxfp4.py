@@ -1,0 +1,74 @@
+"""Experts as gpt-oss is published: of all one tensor of nibbles, and one of exponents, in blocks of 32.
+
+    experts.gate_up_proj_blocks [experts, rows, blocks, 16]    byte i: columns 2i and 2i + 1, the first low
+    experts.gate_up_proj_scales [experts, rows, blocks]        2^(exponent - 127)
+
+A block becomes that of ggml, which means the same: the exponent, then byte i of columns i and i + 16. Nothing
+is rounded. Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.safetensors import Checkpoint
+from tgi_asgi.models.loading import check_shape
+from tgi_asgi.ops import WeightSource
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_LOW, _HIGH, _FOUR = np.uint8(0x0F), np.uint8(0xF0), np.uint8(4)
+
+
+class ExpertMatrix(NamedTuple):
+    """Where a matrix of one expert lies: two tensors of all experts."""
+
+    blocks: str
+    scales: str
+    number: int
+
+
+def find_expert(checkpoint: Checkpoint, name: str) -> ExpertMatrix | None:
+    """Return where `experts.5.gate_up_proj.weight` lies, if it is of such blocks."""
+    parts = _EXPERT.fullmatch(name)
+    if parts is None:
+        return None
+    found = ExpertMatrix(f"{parts[1]}.{parts[3]}_blocks", f"{parts[1]}.{parts[3]}_scales", int(parts[2]))
+    return found if found.blocks in checkpoint else None
+
+
+def read_expert(checkpoint: Checkpoint, matrix: ExpertMatrix, shape: tuple[int, ...]) -> WeightSource:
+    """Return an expert's matrix [rows, columns], a copy.
+
+    Raises:
+        ModelLoadError: a tensor is missing, of another type, or does not fit.
+    """
+    rows, columns = shape
+    blocks, scales = checkpoint.tensor(matrix.blocks), checkpoint.tensor(matrix.scales)
+    count = blocks.shape[0] if blocks.shape else 0
+    if columns % 32 or matrix.number >= count:
+        raise ModelLoadError(f"{matrix.blocks!r} has no expert {matrix.number} of {columns} columns")
+    for info, expected in (
+        (blocks, (count, rows, columns // 32, 16)),
+        (scales, (count, rows, columns // 32)),
+    ):
+        if info.dtype != "U8":
+            raise ModelLoadError(f"tensor {info.name!r} is of dtype {info.dtype}, not U8")
+        check_shape(info.name, info.shape, expected)
+    codes = checkpoint.raw(matrix.blocks).reshape(count, -1, 16)[matrix.number]
+    out = np.empty((len(codes), 17), np.uint8)
+    out[:, 0] = checkpoint.raw(matrix.scales).reshape(count, -1)[matrix.number]
+    first, second = codes[:, :8], codes[:, 8:]  # columns 0 to 15 and 16 to 31, two a byte
+    out[:, 1::2] = (first & _LOW) | (second << _FOUR)
+    out[:, 2::2] = (first >> _FOUR) | (second & _HIGH)
+    return WeightSource(out.reshape(-1), "MXFP4", (rows, columns))
+
+
+def stored_expert(name: str, elements: int) -> tuple[str, int] | None:
+    """Return the format and the elements that such a tensor is counted as; None where it is none."""
+    if name.endswith("_blocks"):
+        return "MXFP4", 2 * elements
+    return ("MXFP4", 0) if name.endswith("_scales") else None

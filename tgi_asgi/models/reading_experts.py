@@ -1,0 +1,101 @@
+"""How families read what configurations say of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.models.config import ExpertsSpec, LayerSpec, check
+from tgi_asgi.models.reader import Reader
+
+# What only training reads.
+_TRAINING = (
+    "router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "output_router_logits",
+    "input_jitter_noise", "moe_capacity", "moe_aux_loss_lambda",
+)  # fmt: skip
+_SIGMOID = 2  # llama.cpp's number of it
+
+
+def read_experts(
+    reader: Reader, *, count: str, top_k: str, size: str = "moe_intermediate_size", **more: Any
+) -> ExpertsSpec:
+    """Read what all have: how many experts there are, how many a token has, and how large they are.
+
+    count, top_k, size: their keys.
+    more: other arguments of `ExpertsSpec`.
+    """
+    reader.ignore(*_TRAINING)
+    return ExpertsSpec(
+        num_experts=reader.integer(count), top_k=reader.integer(top_k),
+        intermediate_size=reader.integer(size), **more,
+    )  # fmt: skip
+
+
+def read_mixtral_experts(reader: Reader) -> ExpertsSpec:
+    """Read the experts of Mixtral, which are as large as the MLP that its other keys speak of."""
+    return read_experts(
+        reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
+        is_renormalised=True,
+    )  # fmt: skip
+
+
+def read_corrected(reader: Reader) -> ExpertsSpec:
+    """Read experts as DeepSeek V3 has them: sigmoids, corrected for the choice, in groups."""
+    if reader.is_gguf:
+        kind = reader.integer("expert_gating_func", _SIGMOID)
+        check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
+    # A GGUF file lacks a correction that is all zeros in its source.
+    has_correction = not reader.is_gguf or any("exp_probs_b" in name for name in reader.tensors)
+    size = reader.integer("moe_intermediate_size")
+    num_groups = reader.integer("n_group", 1)
+    return read_experts(
+        reader, count="n_routed_experts", top_k="num_experts_per_tok", kind="sigmoid",
+        has_correction=has_correction, num_groups=num_groups,
+        top_groups=reader.integer("topk_group", num_groups), adds_two_best=True,
+        is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-20,
+        scale=reader.number("routed_scaling_factor", 1.0),
+        shared_size=size * reader.integer("n_shared_experts", 0),
+    )  # fmt: skip
+
+
+def with_experts(
+    reader: Reader, layers: Sequence[LayerSpec], spec: ExpertsSpec, where: Callable[[int], bool]
+) -> tuple[LayerSpec, ...]:
+    """Give experts to the layers of these indices; a GGUF file's tensors say which have them.
+
+    where: what a config.json says of a layer's index.
+    """
+    if reader.is_gguf:
+        reader.ignore("leading_dense_block_count", "interleave_moe_layer_step")
+
+    def has_experts(index: int) -> bool:
+        return f"blk.{index}.ffn_gate_inp.weight" in reader.tensors if reader.is_gguf else where(index)
+
+    return tuple(
+        replace(layer, experts=spec) if has_experts(index) else layer for index, layer in enumerate(layers)
+    )
+
+
+def everywhere(index: int) -> bool:
+    """Tell of any layer that it has experts."""
+    return True
+
+
+def behind_dense(reader: Reader) -> Callable[[int], bool]:
+    """Return which layers have experts where the first so many have none."""
+    first = 0 if reader.is_gguf else reader.integer("first_k_dense_replace", 0)
+    return lambda index: index >= first
+
+
+def read_sparse_steps(reader: Reader) -> Callable[[int], bool]:
+    """Return which layers have experts by Qwen's two keys."""
+    if reader.is_gguf:
+        return everywhere
+    step, dense = reader.integer("decoder_sparse_step", 1), reader.get("mlp_only_layers") or []
+    check(step >= 1, f"decoder_sparse_step must be positive, got {step}")
+    check(
+        isinstance(dense, list) and all(type(index) is int for index in dense),
+        f"mlp_only_layers must be a list of integers, got {str(dense)[:100]}",
+    )
+    return lambda index: index not in dense and (index + 1) % step == 0
