@@ -46,7 +46,7 @@ if __name__ == "__main__":
     TextModel._set_vocab_sentencepiece = lambda model, *_: model._set_vocab_gpt2()
     ModelBase.load_hparams = staticmethod(_load_hparams)
     StableLMModel.modify_tensors = _modify_tensors
-    HunYuanMoEModel.set_vocab = TextModel._set_vocab_gpt2
+    TextModel._set_vocab_glm = HunYuanMoEModel.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
         sys.argv[1:] = [checkpoint, "--outtype", kind, "--outfile", output]

@@ -75,6 +75,18 @@ _YARN = {
     }
 }  # fmt: skip
 
+# Stretched four times: sqrt(1 + ln(4) / ln(64)).
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * index for index in range(16)],
+    "long_factor": [1.0 + 0.5 * index for index in range(16)],
+    "short_mscale": (4 / 3) ** 0.5,
+    "long_mscale": (4 / 3) ** 0.5,
+    "original_max_position_embeddings": 64,
+}
+_MSCALE = Fault("other-mscale", config={"rope_parameters": {"short_mscale": 1.0, "long_mscale": 1.0}})
+
 EXPERT_CASES: tuple[FamilyCase, ...] = (
     _case(
         "mixtral",
@@ -152,12 +164,19 @@ EXPERT_CASES: tuple[FamilyCase, ...] = (
         ),
         gguf=(),
     ),
-    _case(  # as llama.cpp's files do not say the jitter
-        "phimoe-gguf",
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
-        faults=(_VALUE_BIAS,),
+    _case(  # llama.cpp's files say neither the jitter nor what cosines are multiplied by: here as usual
+        "phimoe-longrope",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rope_parameters": _LONGROPE,
+        },
+        faults=(_VALUE_BIAS, _MSCALE),
         gguf=("f32",),
-        json={"architectures": ["PhiMoEForCausalLM"]},
+        json={"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 64},
+        max_total_tokens=64,
     ),
     _case(
         "granitemoe",

@@ -45,7 +45,9 @@ _GGUF_NAMES = {
     **dict.fromkeys(
         ("shared_expert_intermediate_size", "shared_intermediate_size"), "expert_shared_feed_forward_length"
     ),
-    **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), "expert_shared_count"),
+    **dict.fromkeys(
+        ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert"), "expert_shared_count"
+    ),
     "routed_scaling_factor": "expert_weights_scale",
     "norm_topk_prob": "expert_weights_norm",
     "n_group": "expert_group_count",

@@ -48,7 +48,9 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
     )  # fmt: skip
     reader.ignore("moe_intermediate_size")
     layers = read_layers(reader, sizes, windows=windows)
-    layers = tuple(replace(_untruncated(layer), has_sinks=True) for layer in layers)
+    layers = tuple(replace(layer, has_sinks=True) for layer in layers)
+    if reader.is_gguf:
+        layers = tuple(map(_untruncated, layers))
     return ModelConfig(
         architecture=architecture,
         layers=with_experts(reader, layers, experts, everywhere),
@@ -59,10 +61,7 @@ def read_gpt_oss(reader: Reader, architecture: str) -> ModelConfig:
 
 
 def _untruncated(layer: LayerSpec) -> LayerSpec:
-    """Return a layer whose YaRN goes from stretched pairs to others where it says, not where a pair begins.
-
-    A GGUF file does not say so.
-    """
+    """Return a layer whose YaRN does not round where stretched pairs end: a GGUF file does not say so."""
     rope = layer.rope
     if rope is None or rope.scaling is None:
         return layer
