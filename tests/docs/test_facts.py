@@ -109,3 +109,10 @@ def test_the_operators_page_names_each_alert() -> None:
     rules = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
     page = _text("docs/operating.md")
     assert set(re.findall(r"alert: (\w+)", rules)) == set(re.findall(r"`(TgiAsgi\w+)`", page))
+
+
+def test_the_table_of_families_is_that_of_the_registry() -> None:
+    from tests.support.families_page import page  # transformers takes seconds to import
+
+    table = _text("docs/families.md").partition("<!-- families -->\n")[2].partition("\n<!-- /families -->")[0]
+    assert table == page(), "docs/families.md wants what `python -m tests.support.families_page` prints"

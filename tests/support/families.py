@@ -10,24 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
-from tests.support.family_case import FamilyCase, Fault
-
-BASE: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
+from tests.support.family_case import BASE, FamilyCase, Fault
 
 _ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
 _INPUT_NORM = Fault("no-input-norm", tensors="*.input_layernorm.weight", change="to ones")
@@ -305,5 +290,6 @@ CASES: tuple[FamilyCase, ...] = (
         prompt_length=72,
     ),
     _case("olmo2", faults=(_QUERY_NORM, _MLP_NORM, _FEED_FORWARD_NORM), gguf=("f32", "q8_0")),
+    *NEWER_CASES,
     *PLAIN_CASES,
 )

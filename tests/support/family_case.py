@@ -38,3 +38,31 @@ class FamilyCase:
     prompt_length: int = 40
     max_total_tokens: int | None = None  # the setting
     attention: str = "eager"  # which implementation of transformers is right
+
+
+# What most configuration classes have by these names, and do not default to something small.
+BASE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+def overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `changes` laid over; objects key by key."""
+    result = dict(values)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = overlaid(old, value) if both else value  # type: ignore[arg-type]
+    return result

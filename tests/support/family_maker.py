@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.family_case import FamilyCase, Fault
+from tests.support.family_case import FamilyCase, Fault, overlaid
 
 NUM_TOKENS = 16  # that are generated
 _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
@@ -142,17 +142,7 @@ def _edit_config(folder: Path, changes: Mapping[str, Any], drops: tuple[str, ...
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     kept = {key: value for key, value in config.items() if key not in drops}
-    path.write_text(json.dumps(_overlaid(kept, changes), indent=2), encoding="utf-8")
-
-
-def _overlaid(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `changes` laid over; objects key by key."""
-    result = dict(values)
-    for key, value in changes.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _overlaid(old, value) if both else value  # type: ignore[arg-type]
-    return result
+    path.write_text(json.dumps(overlaid(kept, changes), indent=2), encoding="utf-8")
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -21,8 +21,7 @@ import tokenizers
 import torch
 import transformers
 
-from tests.support.families import BASE
-from tests.support.family_case import FamilyCase
+from tests.support.family_case import BASE, FamilyCase
 from tests.support.family_files import Reference
 from tests.support.gguf_blocks import GgufMatrix, random_matrix
 from tests.support.gguf_bytes import Tensor, gguf_bytes, write

@@ -243,8 +243,8 @@ def _read_tensor_info(reader: _Reader) -> TensorInfo:
     if len(name) > _MAX_NAME_CHARS:
         raise ModelLoadError(f"a tensor's name has {len(name)} characters; {_MAX_NAME_CHARS} are allowed")
     num_dims = reader.u32(f"the rank of {name!r}")
-    if num_dims > _MAX_DIMS:
-        raise ModelLoadError(f"tensor {name!r} has {num_dims} dimensions; at most {_MAX_DIMS} are allowed")
+    if not 1 <= num_dims <= _MAX_DIMS:
+        raise ModelLoadError(f"tensor {name!r} has {num_dims} dimensions; 1 to {_MAX_DIMS} are allowed")
     dims = [reader.u64(f"a dimension of {name!r}") for _ in range(num_dims)]
     if 0 in dims or math.prod(dims) > _MAX_ELEMENTS:
         raise ModelLoadError(f"tensor {name!r} has the impossible dimensions {dims}")

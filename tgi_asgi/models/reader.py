@@ -104,6 +104,14 @@ class Reader:
             missing = {key: value for key, value in values.items() if self._own.get(key, key) == key}
             self._values = {**missing, **self._values}
 
+    def without(self, *keys: str) -> Reader:
+        """Return a view that lacks keys; what it reads is noted here."""
+        names = {self._name(key) for key in keys}
+        values = {key: value for key, value in self._values.items() if key not in names}
+        view = Reader(values, is_gguf=self.is_gguf, tensors=self.tensors)
+        view._read = self._read
+        return view
+
     def get(self, key: str) -> Any:
         """Return a value as it is, None where there is none."""
         key = self._name(key)

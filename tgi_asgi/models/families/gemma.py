@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import SandwichLayer
@@ -21,7 +21,10 @@ _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 def read_gemma(reader: Reader, architecture: str) -> ModelConfig:
     """Read Gemma 1's, whose first files say gelu and mean its tanh form."""
-    reader.ignore("hidden_act", "hidden_activation")
+    for key in ("hidden_act", "hidden_activation"):
+        known = reader.get(key) in (None, "gelu", "gelu_pytorch_tanh")
+        check(known, f"{key} {str(reader.get(key))[:100]!r} is not supported, only gelu_pytorch_tanh is")
+    reader = reader.without("hidden_act", "hidden_activation")
     common = _read_common(reader)
     return ModelConfig(architecture=architecture, layers=read_layers(reader, common), **common)
 
@@ -77,7 +80,9 @@ def _read_common(reader: Reader) -> dict[str, Any]:
 def _read_scale(reader: Reader, gguf_name: str, sizes: dict[str, Any]) -> float:
     """Return what scores are multiplied by."""
     if not reader.is_gguf:
-        return 1 / math.sqrt(reader.number("query_pre_attn_scalar", 256))
+        scalar = reader.number("query_pre_attn_scalar", 256)
+        check(scalar > 0, f"query_pre_attn_scalar must be positive, got {scalar}")
+        return 1 / math.sqrt(scalar)
     is_largest = num_layers(reader) == _LAYERS_OF_27B[gguf_name]
     size: int = sizes["hidden_size"] // sizes["num_heads"] if is_largest else sizes["head_dim"]
     return 1 / math.sqrt(size)

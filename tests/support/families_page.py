@@ -1,0 +1,63 @@
+"""What `docs/families.md` has of the registry; `python -m tests.support.families_page` prints it.
+
+What a family needs of a GPU is read off the configurations that tests hold it with.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import transformers
+
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase, overlaid
+from tgi_asgi.models import families
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.needs import needs_of
+from tgi_asgi.runner.cuda_load import HAS
+
+
+def page() -> str:
+    """Return the table."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    configs = [read_config(config_of(case)) for case in CASES]
+    yield "| models | `architectures` of config.json | GGUF | on a GPU |"
+    yield "|---|---|---|---|"
+    for module in pkgutil.iter_modules(families.__path__):
+        found = importlib.import_module(f"{families.__name__}.{module.name}")
+        rows: Sequence[Family] = found.FAMILIES
+        title = " ".join((found.__doc__ or "").split("\n\n")[0].split()).partition(":")[0].rstrip(".")
+        names = ", ".join(f"`{family.architecture}`" for family in rows)
+        ggufs = dict.fromkeys(f"`{family.gguf_name}`" for family in rows if family.gguf_name)
+        of_module = [config for family, config in configs if family in rows]
+        yield f"| {title} | {names} | {', '.join(ggufs) or '-'} | {_on_gpu(of_module)} |"
+
+
+def _on_gpu(configs: Sequence[ModelConfig]) -> str:
+    """Return whether the GPU kernels have what models of these configurations need."""
+    lacking = [needs_of(config) - HAS for config in configs]
+    if not any(lacking):
+        return "yes"
+    words = ", ".join(sorted(set.union(*lacking)))
+    return f"lacks {words}" if all(lacking) else f"those without {words}"
+
+
+def config_of(case: FamilyCase) -> dict[str, Any]:
+    """Return the config.json of a case, of which no model is made."""
+    made = getattr(transformers, case.architecture).config_class(**copy.deepcopy(dict(case.config)))
+    saved = {"architectures": [case.architecture], **json.loads(made.to_json_string())}
+    return overlaid({key: value for key, value in saved.items() if key not in case.drops}, case.json)
+
+
+if __name__ == "__main__":
+    print(page())
