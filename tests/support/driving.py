@@ -32,12 +32,12 @@ class Job:
 
 
 class _Running:
-    """A job's slot, blocks and progress."""
+    """A job's slot, block tables and progress."""
 
-    def __init__(self, job: Job, slot: int, blocks: list[int]) -> None:
+    def __init__(self, job: Job, slot: int, tables: list[list[int]]) -> None:
         self.job = job
         self.slot = slot
-        self.blocks = blocks
+        self.tables = tables
         self.num_computed = 0
 
     @property
@@ -48,7 +48,7 @@ class _Running:
         start, prompt = self.num_computed, self.job.prompt_ids
         if start >= len(prompt):
             self.num_computed += 1
-            return StepRow(self.slot, None, start, [self.blocks], samples=True, adapter=self.job.adapter)
+            return StepRow(self.slot, None, start, self.tables, samples=True, adapter=self.job.adapter)
         chunk = prompt[start : start + budget]
         self.num_computed += len(chunk)
         is_last = self.num_computed == len(prompt)
@@ -56,7 +56,7 @@ class _Running:
             self.slot,
             chunk,
             start,
-            [self.blocks],
+            self.tables,
             samples=is_last and self.job.num_tokens > 0,
             prompt_logprobs=self.job.wants_prompt_logprobs,
             adapter=self.job.adapter,
@@ -70,7 +70,8 @@ async def generate(runner: Runner, jobs: Sequence[Job], *, chunk: int = 512) -> 
     starts = []
     for slot, job in enumerate(jobs):
         count = -(-(len(job.prompt_ids) + job.num_tokens) // runner.block_size)
-        running.append(_Running(job, slot, [next(blocks) for _ in range(count)]))
+        tables = [[next(blocks) for _ in range(count)] for _ in runner.windows]
+        running.append(_Running(job, slot, tables))
         starts.append(SlotStart(slot, job.sampling, 0, job.prompt_ids, **job.start))
     waiting: list[tuple[asyncio.Future[StepResult], list[_Running]]] = []
     step_id = 0

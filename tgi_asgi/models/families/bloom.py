@@ -32,7 +32,7 @@ def read_bloom(reader: Reader, architecture: str) -> ModelConfig:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    reader.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion")
+    reader.ignore("offset_alibi", "skip_bias_add", "skip_bias_add_qkv")  # how it was trained
     check(
         not reader.flag("apply_residual_connection_post_layernorm", False),
         "apply_residual_connection_post_layernorm is not supported",
