@@ -245,7 +245,9 @@ class FlatRows:
     @property
     def positions(self) -> _Ints: ...
     @property
-    def slots(self) -> npt.NDArray[np.int64]: ...
+    def slots(self) -> npt.NDArray[np.int64]:
+        """Of the tokens in the first group, then in the next."""
+
     @property
     def query_start(self) -> _Ints: ...
     @property
@@ -263,7 +265,8 @@ class FlatRows:
     @property
     def drafts(self) -> _Ints: ...
     @property
-    def block_tables(self) -> _Ints: ...
+    def block_tables(self) -> _Ints:
+        """[groups, rows, blocks]"""
 
 def flatten_rows(
     rows: Sequence[Any],

@@ -51,7 +51,7 @@ async def test_requests_and_their_blocks_are_shown_but_nothing_of_what_they_say(
     [request] = shown["requests"]
     assert (request["request_id"], request["prompt_tokens"], request["max_tokens"]) == ("the-id", 40, 9)
     [sequence] = request["sequences"]
-    assert (sequence["state"], list(map(len, sequence["blocks"]))) == ("running", [3])
+    assert (sequence["state"], [len(blocks) for blocks in sequence["blocks"]]) == ("running", [3])
     assert shown["blocks"] == {"total": 64, "used": 3, "free": 61, "touched": 3}
     assert shown["permits"]["taken"] == 1
     assert (after["requests"], after["blocks"]["used"], after["permits"]["taken"]) == ([], 0, 0)

@@ -13,9 +13,12 @@ from torch import Tensor
 from tests.reference.attention import attention as reference
 from tests.reference.compare import assert_same_bits, assert_within
 from tests.support.batches import flat_rows, random_blocks
-from tests.support.kv import poisoned_pool
+from tests.support.kv import poison, poisoned_pool
 from tgi_asgi import _C
+from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import AttentionSpec, KvPool, PagedAttention
+from tgi_asgi.runner.inputs import StepInputs
+from tgi_asgi.runner.plan import StepRow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 ROOM = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.int8: 3e-4}
@@ -273,3 +276,73 @@ def test_a_run_without_a_batch_is_refused() -> None:
     layer = poisoned_pool(num_kv_heads=2, head_dim=16, dtype=torch.float32).layers[0]
     with pytest.raises(ValueError, match="`begin` must have been given a batch"):
         PagedAttention(max_context=8).run(layer, torch.randn(1, 2, 16), None, None, AttentionSpec(1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [5, 16, 33, 300])
+def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> None:
+    """Blocks before the window are others' already: here they hold NaN."""
+    layer = Layer(4, 2, 32, 32, dtype, rules={"window": window})
+    length = 600
+    [(q, k, v)] = layer.heads_of([length])
+    pool = layer.pool([length])
+    [blocks] = random_blocks([length], pool.num_blocks, 16)
+    attention = PagedAttention(max_context=length)
+    spec = AttentionSpec(layer.scale, window=window)
+    rows: dict[int, Tensor] = {}
+    for is_lost in (False, True):
+        attention.begin(flat_rows([(0, length)], [blocks], 16))
+        attention.run(pool.layers[1], q, k, v, spec)
+        for start in (40, 299, 599):
+            tokens = slice(start, start + 1)
+            if is_lost:
+                for block in blocks[: (start - window + 1) // 16 if start >= window else 0]:
+                    pool.native.memory()[block] = 0xFF
+            attention.begin(flat_rows([(start, start + 1)], [blocks], 16))
+            found = attention.run(pool.layers[1], q[tokens], k[tokens], v[tokens], spec)
+            assert_same_bits(found, rows.setdefault(start, found))
+    assert all(row.isfinite().all() for row in rows.values())
+
+
+def test_layers_of_a_group_write_to_its_blocks_alone() -> None:
+    shapes = [CacheShape(2, 32, 32), CacheShape(1, 64, 16), CacheShape(2, 32, 32)]
+    pool = KvPool(shapes, groups=[0, 1, 1], num_blocks=6, block_size=16, dtype=torch.float32)
+    assert pool.native.block_bytes == 16 * 4 * (64 + 16 + 128)  # those of the larger group, the second
+    inputs = StepInputs(
+        vocab_size=9,
+        num_blocks=6,
+        block_size=16,
+        max_context=64,
+        max_rows=2,
+        max_tokens=64,
+        windows=(None, 20),
+    )
+    attention = PagedAttention(max_context=64)
+    q, k, v = (torch.randn(40, heads, 64) for heads in (2, 1, 1))
+    spec = AttentionSpec(0.125)
+    attention.begin(
+        inputs.fill([StepRow(0, [1] * 40, 0, [[0, 1, 2], [3, 4, 5]], True)], np.zeros(2, np.int32))
+    )
+    for layer, blocks in ((pool.layers[0], [0, 1, 2]), (pool.layers[1], [3, 4, 5])):
+        poison(pool)
+        wide = layer.head_dim == 64
+        given = (
+            (q, k, v[..., :16])
+            if wide
+            else (q[..., :32], k[..., :32].repeat(1, 2, 1), v[..., :32].repeat(1, 2, 1))
+        )
+        out = attention.run(layer, *given, spec)
+        assert out.isfinite().all()
+        is_written = (pool.native.memory() != 0xFF).any(axis=1)
+        assert is_written.nonzero()[0].tolist() == blocks
+
+
+def test_a_batch_has_the_block_tables_of_a_pool_s_groups() -> None:
+    pool = KvPool(
+        [CacheShape(1, 16, 16)] * 2, groups=[0, 1], num_blocks=2, block_size=16, dtype=torch.float32
+    )
+    attention = PagedAttention(max_context=16)
+    attention.begin(flat_rows([(0, 3)], [[1]], 16))
+    row = torch.randn(3, 1, 16)
+    with pytest.raises(ValueError, match="the block tables of 2 groups, got 1"):
+        attention.run(pool.layers[1], row, row, row, AttentionSpec(1.0))

@@ -107,3 +107,46 @@ def test_plans_that_contradict_themselves_are_refused(inputs: StepInputs, plan: 
 def test_limits_are_positive_and_fit_the_arrays(limit: int) -> None:
     with pytest.raises(ValueError, match="limits must be in"):
         StepInputs(vocab_size=100, num_blocks=10, block_size=16, max_context=64, max_rows=4, max_tokens=limit)
+
+
+@pytest.fixture
+def windowed() -> StepInputs:
+    """Two groups of layers, one with a window of 20."""
+    return StepInputs(
+        vocab_size=100, num_blocks=10, block_size=16, max_context=96, max_rows=4, max_tokens=40,
+        windows=(None, 20),
+    )  # fmt: skip
+
+
+def test_each_group_has_slots_and_a_table_of_its_own(windowed: StepInputs) -> None:
+    """Position 60 sees 41 on: what a table has before block 2 is not looked at, whatever it is."""
+    rows = [
+        StepRow(0, [5, 6], 60, [[1, 2, 3, 4], [-1, 1 << 70, 8, 9]], samples=True),
+        StepRow(1, [7], 3, [[5], [6]], samples=True),
+    ]
+    batch = windowed.fill(rows, NO_IDS)
+    assert batch.slots.tolist() == [
+        4 * 16 + 12,
+        4 * 16 + 13,
+        5 * 16 + 3,
+        9 * 16 + 12,
+        9 * 16 + 13,
+        6 * 16 + 3,
+    ]
+    assert batch.block_tables.tolist() == [[[1, 2, 3, 4], [5, 0, 0, 0]], [[8, 8, 8, 9], [6, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([[1, 2, 3, 4]], "a block table for each of 2 groups, got 1"),
+        ([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]], "a block table for each of 2 groups, got 3"),
+        ([[1, 2, 3, 4], [1, 2, 3]], "4 blocks are needed, got 3"),
+        ([[1, 2, 3, 4], [1, 2, -1, 4]], r"a block must be in \[0, 10\), got -1"),
+        ([[1, 2, 3, 4], [1, 2, 3, 10]], r"a block must be in \[0, 10\), got 10"),
+        ([[-1, 2, 3, 4], [1, 2, 3, 4]], r"a block must be in \[0, 10\), got -1"),
+    ],
+)
+def test_what_a_window_sees_is_checked(windowed: StepInputs, tables: list[list[int]], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        windowed.fill([StepRow(0, [5], 60, tables, samples=True)], NO_IDS)

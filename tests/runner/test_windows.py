@@ -7,6 +7,7 @@ is written, so that a read of what is hidden would show.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,10 +19,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests.engine.helpers import collect, submit
 from tests.runner.test_drafts import answers_of, random_request
 from tests.runner.test_grammar import Letters
 from tests.support import architectures
-from tests.support.checkpoints import load_model, make_model, save
+from tests.support.checkpoints import load_model, make_model, reference_logits, save
 from tests.support.generic import load_generic
 from tgi_asgi import ops
 from tgi_asgi.engine import Engine
@@ -196,3 +198,48 @@ async def test_modules_of_transformers_give_back_what_their_masks_hide(tmp_path:
         for number in range(5)
     ]
     await compare(model, requests, 60, 3 if model.is_batch_invariant else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Mistral", {}),
+        ("Phi3", {"pad_token_id": 0}),
+        (
+            "Qwen2",
+            {
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        ),
+    ],
+)
+async def test_transformers_says_the_same_behind_several_windows(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """Prompts of seven windows, in chunks, side by side, in a cache that holds few of them."""
+    reference = make_model(kind, sliding_window=WINDOW, **changes)
+    model = load_model(save(reference, tmp_path), max_positions=256)
+    prompts = [[(5 * at + seed * at * at) % 157 for at in range(150)] for seed in (0, 1, 2)]
+    async with serving(model, 60) as engine:
+        assert WINDOW in engine.scheduler.tables.needs.windows
+        channels = [
+            submit(
+                engine,
+                GenerationRequest(
+                    f"r{number}",
+                    prompt,
+                    SamplingParams(temperature=0.0, logprobs=0),
+                    StopConditions(max_tokens=30, ignore_eos=True),
+                ),
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        answers = await asyncio.gather(*map(collect, channels))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        events = answer.of()
+        ids = [*prompt, *(event.token_id for event in events)]
+        wanted = reference_logits(reference, ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        for row, event in zip(wanted, events, strict=True):
+            assert event.logprob == pytest.approx(float(row[event.token_id]), abs=1e-3)
+            assert float(row.max() - row[event.token_id]) < 1e-3
