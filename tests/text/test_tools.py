@@ -15,6 +15,7 @@ from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -31,6 +32,7 @@ from tgi_asgi.text.tools import (
     harmony,
     shorten_ids,
     spell_out,
+    with_own_tools,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
@@ -407,6 +409,23 @@ def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
     assert len(first) == 9 and first.isalnum() and second == "abcdefgh9"
     assert answered["tool_call_id"] == first
     assert history[1]["tool_call_id"] == call["id"]
+
+
+def test_tools_are_in_the_system_message_of_a_template_that_looks_there() -> None:
+    source = (
+        "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message %}"
+        "{{ message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    user = {"role": "user", "content": "hi"}
+    tool = {"type": "function", "function": {"name": "f"}}
+    shown = template.render(with_own_tools([user], [tool], source), tools=[tool])
+    assert shown == '<|tool|>[{"name": "f"}]<|/tool|>hi'
+    briefed = with_own_tools([{"role": "system", "content": "Be brief."}, user], [tool], source)
+    assert template.render(briefed) == 'Be brief.<|tool|>[{"name": "f"}]<|/tool|>hi'
+    assert with_own_tools([user], None, source) == [user]
+    assert with_own_tools([user], [tool], source + "{% if tools %}{% endif %}") == [user]
 
 
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])
