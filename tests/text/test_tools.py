@@ -28,6 +28,7 @@ from tgi_asgi.text.tools import (
     Reasoning,
     ToolSpec,
     add_tool_prompt,
+    assumption,
     choose_format,
     harmony,
     shorten_ids,
@@ -281,6 +282,17 @@ def test_operators_may_name_every_format() -> None:
     choices = {spec.name: spec.metadata["choices"] for spec in dataclasses.fields(Settings)}
     assert choices["tool_format"] == ("auto", *FORMATS, harmony.NAME)
     assert choices["reasoning_format"] == ("auto", "none", *(style.name for style in STYLES))
+
+
+def test_a_format_that_is_not_known_is_said() -> None:
+    said = assumption("{% for tool in tools %}{{ tool }}{% endfor %}", has_tools=True)
+    assert said is not None and "<tool_call>" in said and "--tool-format" in said
+    for template, has_tools in (
+        ("<tool_call>", True),
+        ("nothing", False),
+        ("<|channel|>analysis<|message|>", True),
+    ):
+        assert assumption(template, has_tools=has_tools) is None
 
 
 def test_a_template_shows_its_reasoning_style() -> None:
