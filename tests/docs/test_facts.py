@@ -13,6 +13,8 @@ import pytest
 from bench import peers_page
 from tests.support.pages import ROOT, blocks_of, lines_of, pages
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.tools import FORMATS, harmony
+from tgi_asgi.text.tools.reasoning import STYLES
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 CONFIGURATION = lines_of("docs/configuration.md")
@@ -40,6 +42,15 @@ def test_the_table_has_each_setting_as_it_is(spec: dataclasses.Field[Any]) -> No
 def test_the_table_has_no_other_setting() -> None:
     named = {found[1] for line in CONFIGURATION if (found := re.match(r"\| `--([a-z-]+)`", line))}
     assert named == {spec.name.replace("_", "-") for spec in dataclasses.fields(Settings)}
+
+
+def test_each_format_of_calls_and_style_of_reasoning_has_its_row() -> None:
+    page = _text("docs/structured-outputs.md")
+    rows = [f"| {form.families} | `{form.name}` |" for form in FORMATS.values()]
+    rows.append(f"| {harmony.FAMILIES} | `{harmony.NAME}` |")
+    rows += [f"| {each.families} | `{each.name}` | `{each.start}` … `{each.end}` |" for each in STYLES]
+    written = [line for line in page.splitlines() if re.match(r"\| .* \| `[\w.-]+` \|", line)]
+    assert written == rows
 
 
 def test_the_worked_example_is_the_file_that_runs() -> None:

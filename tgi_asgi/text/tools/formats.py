@@ -19,8 +19,7 @@ from tgi_asgi.text.tools.xml_format import XmlFormat
 
 GENERIC = JsonFormat(
     name="hermes",
-    families="Hermes, Qwen 2.5 and 3, Granite 4, EXAONE 4, ERNIE 4.5, MiMo, Arcee AFM; templates without "
-    "tools",
+    families="Hermes, Qwen 2.5 and 3, Granite 4, EXAONE 4, ERNIE 4.5, MiMo, Arcee; templates without tools",
     shows=(("<tool_call>",),),
     lacks=(
         "<function=",

@@ -69,8 +69,7 @@ class PythonicFormat(ToolFormat):
 def keywords(rule: str, keys: Iterable[tuple[str, str, bool]], comma: str) -> list[str]:
     """Return rules for arguments in order, some of which may be left out.
 
-    `<rule>_first_0` is all of them. Those from i on are `<rule>_first_i` behind none, `<rule>_more_i` behind
-    one.
+    `<rule>_first_0` is all. From number i on: `<rule>_first_i` behind none, `<rule>_more_i` behind one.
 
     Args:
         keys: the expressions of each argument's beginning and of its value, and whether it is required.

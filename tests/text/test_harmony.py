@@ -1,0 +1,98 @@
+"""Harmony's channels: what is content, what thought, what a call, and what a grammar lets be written."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
+from tests.text.test_grammar import accepts
+from tests.text.test_tools import parse
+from tgi_asgi.text.constrain import source as sources
+from tgi_asgi.text.constrain.answer import ToolUse
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.harmony import harmony_grammar
+from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, Piece, Reasoning, ToolSpec
+from tgi_asgi.text.tools.harmony import HarmonyParser, is_open
+
+SPECS = [ToolSpec("f", {"properties": {"a": {"type": "integer"}}, "required": ["a"]}), ToolSpec("g", None)]
+THOUGHT = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>"
+EARLY = " to=functions.f<|channel|>commentary json<|message|>"
+LATE = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+F: list[Piece] = [CallStart("f"), CallArguments('{"a": 1}')]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        (f"{THOUGHT}{FINAL}hello<|return|>", [Reasoning("hm"), Content("hello")]),
+        (f"{FINAL}hello", [Content("hello")]),
+        (f'{THOUGHT}{EARLY}{{"a": 1}}<|call|>', [Reasoning("hm"), *F]),
+        (f'{THOUGHT}{LATE}{{"a": 1}}<|call|>', [Reasoning("hm"), *F]),
+        (f'{LATE} {{"a": 1}}', F),
+        (f'<|start|>assistant{EARLY}{{"a": 1}}', F),
+        (
+            f'<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{LATE}{{"a": 1}}',
+            [Content("I look."), *F],
+        ),
+        (f"{THOUGHT}{THOUGHT}{FINAL}x", [Reasoning("hmhm"), Content("x")]),
+        ("<|channel|>commentary to=functions.g<|message|><|call|>", [CallStart("g"), CallArguments("{}")]),
+        (f"{FINAL}a < b <|x|> c", [Content("a < b <|x|> c")]),
+        ("plain text", [Content("plain text")]),
+        ("assist me", [Content("assist me")]),
+        ("<|channel|>analysis<|message|>cut", [Reasoning("cut")]),
+        (f"{THOUGHT}<|channel|>fin", [Reasoning("hm")]),
+        (
+            '<|channel|>commentary to=functions.no<|message|>{"a": 1}<|call|>',
+            [Content('<|channel|>commentary to=functions.no<|message|>{"a": 1}')],
+        ),
+        (f"{LATE}no object<|call|>", [Content(f"{LATE}no object")]),
+        ("<|channel|>analysis to=python<|message|>1 + 1<|call|>", [Reasoning("1 + 1")]),
+    ],
+)
+def test_channels_are_told_apart_however_the_text_is_cut(text: str, pieces: list[Piece]) -> None:
+    for size in range(1, len(text) + 1):
+        assert parse(HarmonyParser(SPECS), text, size) == pieces, size
+
+
+def test_an_answer_may_begin_within_thoughts() -> None:
+    assert is_open("<|start|>assistant<|channel|>analysis<|message|>")
+    text = f"hm<|end|><|start|>assistant{FINAL}x"
+    assert parse(HarmonyParser(is_reasoning_open=True), text, 3) == [Reasoning("hm"), Content("x")]
+
+
+def test_content_says_where_it_stands() -> None:
+    text = f"{THOUGHT}{FINAL}hello world<|return|>"
+    for size in (1, 4, len(text)):
+        parser = HarmonyParser()
+        pieces = [p for at in range(0, len(text), size) for p in parser.push(text[at : at + size])]
+        contents = [piece for piece in pieces + parser.finish() if isinstance(piece, Content)]
+        assert all(text.startswith(piece.text, piece.start) for piece in contents)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(ToyTokenizer(), VOCAB_SIZE)
+
+
+def use(**options: bool) -> ToolUse:
+    return ToolUse(FORMATS["hermes"], SPECS, **options)
+
+
+@pytest.mark.parametrize("thought", ["", THOUGHT, THOUGHT + THOUGHT])
+def test_a_grammar_lets_thoughts_come_first(compiler: GrammarCompiler, thought: str) -> None:
+    auto, forced = harmony_grammar(None, use()), harmony_grammar(None, use(must_call=True))
+    chosen = harmony_grammar(sources.choice(["yes"]), None)
+    assert auto is not None and forced is not None and chosen is not None
+    for header in (EARLY, LATE, LATE.replace(" <|constrain|>json", "")):
+        for grammar in (auto, forced):
+            assert accepts(compiler, grammar, f'{thought}{header}{{"a": 1}}')
+            assert not accepts(compiler, grammar, f'{thought}{header}{{"a": "x"}}')
+    assert accepts(compiler, auto, f"{thought}{FINAL}anything")
+    assert not accepts(compiler, forced, f"{thought}{FINAL}anything")
+    assert accepts(compiler, chosen, f"{thought}{FINAL}yes")
+    assert not accepts(compiler, chosen, f"{thought}{FINAL}no")
+
+
+def test_nothing_constrains_an_answer_without_tools_and_format() -> None:
+    assert harmony_grammar(None, None) is None

@@ -1,0 +1,104 @@
+"""Random arguments, written as each format writes them, come back equal however the text is cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.tool_writers import Call, write
+from tests.text.test_tools import parse
+from tgi_asgi.text.tools import FORMATS, CallArguments, CallStart, Content, ToolSpec
+from tgi_asgi.text.tools.answer import AnswerParser
+from tgi_asgi.text.tools.harmony import HarmonyParser
+
+PROPERTIES: dict[str, Any] = {
+    "text": {"type": "string"},
+    "number": {"type": "number"},
+    "count": {"type": "integer"},
+    "is_it": {"type": "boolean"},
+    "many": {"type": "array"},
+    "some": {"type": "object"},
+    "any": {},
+}
+SPECS = [ToolSpec("f", {"type": "object", "properties": PROPERTIES}), ToolSpec("get_it", None)]
+# What values may hold: letters, quotes, and parts of many formats' marks.
+MARKS = ("<tool_call>", "</", *"{}[]),\"'\\\n=:é🙂", "<|", "```")
+TEXTS = st.lists(st.sampled_from(("a", "B c", "1", *MARKS)), max_size=6).map("".join)
+# What a format cannot hold: it does not quote texts, so that their own end ends them.
+BOUND = {
+    "qwen3_coder": "</", "seed_oss": "</", "minimax_m2": "</", "deepseek_v32": "</", "deepseek_v4": "</",
+    "glm45": "</", "hy_v3": "</", "minicpm5": "]",
+}  # fmt: skip
+KEYS = st.text("abc_", min_size=1, max_size=3)
+NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=5,
+)
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": TEXTS,
+        "number": NUMBERS,
+        "count": st.integers(),
+        "is_it": st.booleans(),
+        "many": st.lists(VALUES, max_size=3),
+        "some": st.dictionaries(KEYS, VALUES, max_size=3),
+        # Of no type: what is written without quotes reads as what it looks like.
+        "any": st.booleans() | NUMBERS | st.text("xyz", min_size=1),
+    },
+)
+NOTHING: st.SearchStrategy[Call] = st.just(("get_it", {}))
+CALLS = st.lists(st.tuples(st.just("f"), ARGUMENTS) | NOTHING, min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(CALLS, st.integers(1, 40), st.sampled_from(("", "Let me see.", "\n")))
+@settings(max_examples=40, deadline=None)
+def test_random_calls_come_back_equal(name: str, calls: list[Call], size: int, before: str) -> None:
+    form = FORMATS[name]
+    if name in BOUND and any(BOUND[name] in str(value) for _, given in calls for value in texts_of(given)):
+        return
+    text = (before if form.marker and not form.may_begin else "") + write(name, calls)
+    pieces = parse(AnswerParser(None, form, SPECS), text, size)
+    found: list[Call] = []
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            found.append((piece.name, {}))
+        elif isinstance(piece, CallArguments):
+            found[-1] = (found[-1][0], json.loads(piece.text))
+    assert found == calls
+    shown = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    assert shown == (before.strip() if text.startswith(before) and before else "")
+
+
+def texts_of(value: Any) -> list[str]:
+    """Return the texts in a value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in texts_of(item)]
+    return [text for item in value.values() for text in texts_of(item)] if isinstance(value, dict) else []
+
+
+@given(ARGUMENTS, st.integers(1, 40), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_random_call_in_a_channel_comes_back_equal(
+    given: dict[str, Any], size: int, is_early: bool
+) -> None:
+    channel = (
+        " to=functions.f<|channel|>commentary json<|message|>"
+        if is_early
+        else "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    )
+    thoughts = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    pieces = parse(HarmonyParser(SPECS), f"{thoughts}{channel}{json.dumps(given)}<|call|>", size)
+    kinds = [type(piece).__name__ for piece in pieces]
+    assert kinds == ["Reasoning", "CallStart", "CallArguments"]
+    last = pieces[-1]
+    assert isinstance(last, CallArguments) and json.loads(last.text) == given

@@ -1,0 +1,106 @@
+"""Grammars where markers are tokens of their own, as in most vocabularies: of calls, reasoning, channels."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.tool_writers import Call, write
+from tests.support.toy_tokenizer import EOS, VOCAB_SIZE, ToyTokenizer
+from tests.text.test_grammar import allowed
+from tests.text.test_tools import SPECS
+from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
+from tgi_asgi.text.constrain.grammar import GrammarCompiler
+from tgi_asgi.text.constrain.harmony import harmony_grammar
+from tgi_asgi.text.constrain.source import GrammarSource, literal
+from tgi_asgi.text.tools import FORMATS, harmony
+from tgi_asgi.text.tools.reasoning import STYLES, WRAPPERS, ReasoningStyle, Wrapper
+
+FIRST = 300  # id of the first marker
+CALLS: list[Call] = [("f", {"a": 1, "b": True, "s": '}"<'}), ("g", {})]
+
+
+class Marked(ToyTokenizer):
+    """The toy's bytes, with tokens of their own for some texts."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__()
+        self._special = {**self._special, **{FIRST + index: text for index, text in enumerate(texts)}}
+        self.special_ids = frozenset(self._special)
+
+    def mark(self, text: str) -> str:
+        ids = {given: token_id for token_id, given in self._special.items()}
+        return f"<[{ids[text]}]>" if text in ids else literal(text)
+
+    def ids(self, text: str) -> list[int]:
+        known = sorted((given for token_id, given in self._special.items() if token_id >= FIRST), key=len)
+        parts = re.split("(" + "|".join(map(re.escape, reversed(known))) + ")", text) if known else [text]
+        ids = {given: token_id for token_id, given in self._special.items()}
+        return [i for part in parts for i in ([ids[part]] if part in known else list(part.encode()))]
+
+
+def takes(tokenizer: Marked, source: GrammarSource | None, text: str) -> bool:
+    """Tell whether a grammar takes a text as a whole, and lets what is free of it go unasked."""
+    assert source is not None
+    compiled = GrammarCompiler(tokenizer, VOCAB_SIZE).compile(source)
+    matcher = compiled.matcher()
+    for token_id in tokenizer.ids(text):
+        if token_id not in allowed(matcher):
+            return False
+        matcher.accept(token_id)
+    is_taken = matcher.is_ended or EOS in allowed(matcher)
+    shorter = compiled.matcher(tokenizer.ids(text))  # what is free of the text is not read
+    assert shorter.is_ended == matcher.is_ended and (EOS in allowed(shorter)) == (EOS in allowed(matcher))
+    return is_taken
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_are_allowed_and_held_to_where_their_markers_are_tokens(name: str) -> None:
+    form = FORMATS[name]
+    tokenizer = Marked([*form.markers])
+    for must_call in (True, False):
+        grammar = answer_grammar(None, ToolUse(form, SPECS, must_call), mark=tokenizer.mark)
+        assert takes(tokenizer, grammar, write(name, CALLS))
+        if form.marker + form.first:
+            assert not takes(tokenizer, grammar, write(name, [("f", {"a": 1}), ("h", {})]))
+        if form.marker and not must_call:
+            assert takes(tokenizer, grammar, "Let me see.\n" + write(name, CALLS))
+            assert takes(tokenizer, grammar, "Let me see.")
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_reasoning_comes_first_where_its_marks_are_tokens(style: ReasoningStyle) -> None:
+    form = FORMATS["hermes"]
+    tokenizer = Marked([*style.marks, *form.markers])
+    calls = write("hermes", CALLS)
+    for must_call in (True, False):
+        use = ToolUse(form, SPECS, must_call)
+        grammar = answer_grammar(None, use, style, mark=tokenizer.mark)
+        opened = answer_grammar(None, use, style, is_reasoning_open=True, mark=tokenizer.mark)
+        assert takes(tokenizer, grammar, f"{style.start}{style.label}hm{style.end}\n{calls}")
+        assert takes(tokenizer, grammar, calls)
+        assert takes(tokenizer, opened, f"hm{style.end}\n{calls}")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.end)
+def test_text_may_stand_between_its_wrapper_where_that_is_tokens(wrapper: Wrapper) -> None:
+    form = FORMATS["cohere_command3"]
+    tokenizer = Marked([*wrapper.markers, *form.markers])
+    grammar = answer_grammar(None, ToolUse(form, SPECS), mark=tokenizer.mark, wrapper=wrapper)
+    start = wrapper.start[0] if wrapper.start else ""
+    for text in ("hello", f"{start}hello{wrapper.end}", write(form.name, CALLS)):
+        assert takes(tokenizer, grammar, text), text
+
+
+def test_channels_are_held_to_where_their_marks_are_tokens() -> None:
+    tokenizer = Marked([*harmony.MARKERS])
+    grammar = harmony_grammar(None, ToolUse(FORMATS["hermes"], SPECS, must_call=True), tokenizer.mark)
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    for header in (
+        " to=functions.f<|channel|>commentary json<|message|>",
+        "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
+    ):
+        assert takes(tokenizer, grammar, f'{thought}{header}{{"a": 1}}')
+        assert not takes(tokenizer, grammar, f"{thought}{header}{{}}")
+    assert not takes(tokenizer, grammar, f"{thought}<|channel|>final<|message|>x")
