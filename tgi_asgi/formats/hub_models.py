@@ -22,7 +22,7 @@ from tgi_asgi.types import Progress
 
 logger = logging.getLogger(__name__)
 
-_CONFIGURATION = ("*.json", "*.jinja")
+_CONFIGURATION = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _CODE = ("*.py",)  # of models that bring code of their own, for those who trust it
 _OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with the model once more
 _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
