@@ -181,13 +181,53 @@ def test_an_index_that_contradicts_the_shards_is_refused(tmp_path: Path) -> None
     index = make_shards(tmp_path)
     index["weight_map"]["c"] = index["weight_map"]["a"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelLoadError, match=r"00001-of-00002\.safetensors: there is no tensor 'c'"):
+    with pytest.raises(
+        ModelLoadError, match=r"no file has the tensor 'c', which model\.safetensors\.index\.json names"
+    ):
         Checkpoint.open(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="no such file"):
         Checkpoint.open(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
     with pytest.raises(ModelLoadError, match="`weight_map` must be"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_tensor_is_found_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
+    index = make_shards(tmp_path)
+    index["weight_map"] = dict(zip("ab", reversed(index["weight_map"].values()), strict=True))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint.open(tmp_path).tensor("b").shape == (3,)
+
+
+def test_shards_without_an_index_are_a_checkpoint_if_they_are_all_there(tmp_path: Path) -> None:
+    make_shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert sorted(Checkpoint.open(tmp_path)) == ["a", "b"]
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(ModelLoadError, match=r"'a' is both in .*00001-of-00002.* and .*00002-of-00002"):
+        Checkpoint.open(tmp_path)
+    save_file({"c": np.ones(2, np.float32)}, tmp_path / "model-00001-of-00003.safetensors")
+    with pytest.raises(ModelLoadError, match=r"has 3 \.safetensors files and no model"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_single_file_goes_before_an_index_of_others(tmp_path: Path) -> None:
+    make_shards(tmp_path)
+    save_file({"whole": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    assert Checkpoint.open(tmp_path).names == ["whole"]
+
+
+def test_second_copies_and_adapters_are_no_weights(tmp_path: Path) -> None:
+    for name in ("gptq_model-4bit", "consolidated", "adapter_model"):
+        save_file({name: np.ones(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    assert Checkpoint.open(tmp_path).names == ["gptq_model-4bit"]
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234567\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors is a pointer of Git LFS .*`git lfs pull`"):
         Checkpoint.open(tmp_path)
 
 

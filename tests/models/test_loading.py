@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,17 @@ def test_weights_say_of_any_string_whether_they_have_it(tmp_path: Path, kind: st
         @for_all(scale(300, 20_000), st.text() | st.lists(parts).map("".join))
         def check(name: str) -> None:
             assert name not in opened.weights
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_an_architecture_that_is_not_named_is_that_of_the_model_s_type(
+    tmp_path: Path, architectures: list[str] | None
+) -> None:
+    files = save(make_model("Qwen2"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": architectures}))
+    with OpenModel(files) as opened:
+        assert opened.config.architecture == "Qwen2ForCausalLM"
+    path.write_text(json.dumps({"model_type": "no such"}))
+    with pytest.raises(ModelLoadError, match="names no architecture"):
+        OpenModel(files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_logits_equal_transformers(
     ours = our_logits(files, IDS)
     assert torch.isfinite(ours).all()
     assert float((ours - reference).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("gptq", "quantize_config"), ("awq", "quant_config")])
+def test_older_checkpoints_say_in_a_file_beside_how_they_are_quantised(
+    tmp_path: Path, recipe: str, name: str
+) -> None:
+    model = make_model(**SHAPE)
+    files = save_quantised(model, tmp_path, recipe)
+    config = json.loads((tmp_path / "config.json").read_text())
+    options = config.pop("quantization_config")
+    del options["quant_method"]
+    if recipe == "awq":
+        options = {"w_bit": options.pop("bits"), "q_group_size": options.pop("group_size"), **options}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / f"{name}.json").write_text(json.dumps(options))
+    assert float((our_logits(files, IDS) - reference_logits(model, IDS)).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize(("recipe", "options", "format"), RECIPES)

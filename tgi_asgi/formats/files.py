@@ -17,6 +17,8 @@ import numpy.typing as npt
 from tgi_asgi.errors import ModelLoadError
 
 _MAPPED_BYTES = 16 << 20  # that readers of a mapped file may have made resident
+_MAX_POINTER_BYTES = 1024
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_JSON_BYTES = 100_000_000  # the largest tokenizer.json in use has some 40 MB
 
 
@@ -61,6 +63,10 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
                 raise ModelLoadError(f"{path} is not a regular file")
             if status.st_size == 0:
                 raise ModelLoadError(f"{path} is empty")
+            if status.st_size < _MAX_POINTER_BYTES and file.peek(64).startswith(_LFS_POINTER):
+                raise ModelLoadError(
+                    f"{path} is a pointer of Git LFS and not the file: `git lfs pull` fetches it"
+                )
             yield file, status.st_size
     except FileNotFoundError:
         raise ModelLoadError(f"no such file: {path}") from None

@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import hub
 from tgi_asgi.formats.gguf_names import choose, models_of
-from tgi_asgi.formats.kinds import refuse_others, safetensors_of
+from tgi_asgi.formats.kinds import refuse_others
 from tgi_asgi.formats.quantised import Quantisation
-from tgi_asgi.formats.safetensors import INDEX_NAME, SINGLE_NAME, read_index
+from tgi_asgi.formats.safetensors import INDEX_NAME, choose_files, read_index, weight_names
 from tgi_asgi.types import Progress
 
 logger = logging.getLogger(__name__)
 
-_CONFIGURATION = ("*.json", "*.jinja")
+_CONFIGURATION = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _CODE = ("*.py",)  # of models that bring code of their own, for those who trust it
 _OTHER_KINDS = ("original/*", "onnx/*", "openvino/*", "metal/*")  # folders with the model once more
 _DENSE = "*_Dense/model.safetensors"  # of sentence-transformers
@@ -82,18 +82,17 @@ def _matching(listing: hub.Listing, patterns: Sequence[str]) -> list[str]:
 
 
 def _has_checkpoint(listing: hub.Listing) -> bool:
-    return "config.json" in listing.names and bool(safetensors_of(listing.names))
+    return "config.json" in listing.names and bool(weight_names(listing.names))
 
 
 def _weights(where: str, listing: hub.Listing, folder: Path) -> list[str]:
-    """Return the files of a checkpoint: those of its index, else its only one."""
-    if INDEX_NAME in listing.names:
-        names = sorted(set(read_index(folder / INDEX_NAME).values()))
-        missing = [name for name in names if name not in listing.names]
-        if missing:
-            raise ModelLoadError(f"{where} has no {missing[0]}, which its {INDEX_NAME} names")
-        return names
-    return [SINGLE_NAME] if SINGLE_NAME in listing.names else safetensors_of(listing.names)
+    """Return the files of a checkpoint, as `Checkpoint.open` chooses them."""
+    weight_map = read_index(folder / INDEX_NAME) if INDEX_NAME in listing.names else None
+    names = choose_files(where, listing.names, weight_map)
+    missing = [name for name in names if name not in listing.names]
+    if missing:
+        raise ModelLoadError(f"{where} has no {missing[0]}, which its {INDEX_NAME} names")
+    return names
 
 
 def _exactly(names: Sequence[str]) -> list[str]:

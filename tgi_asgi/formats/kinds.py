@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.safetensors import weight_names
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 _TAKE_ANOTHER = "take the model that it was made from, or one in GGUF"
@@ -57,12 +59,12 @@ def refuse_others(model_id: str, names: Collection[str], directory: Path) -> dic
         raise ModelLoadError(
             f"{model_id} is a pipeline of diffusers, which makes images: text models are served"
         )
-    weights = safetensors_of(names)
+    weights = weight_names(names)
     if _ADAPTER in names and not weights:
         base = read_json(directory / _ADAPTER).get("base_model_name_or_path")
         shown = repr(base)[:200] if isinstance(base, str) and base else "its base model"
         raise ModelLoadError(f"{model_id} is an adapter: serve {shown} with --lora-adapters {model_id}")
-    config = read_json(directory / _CONFIG) if _CONFIG in names else {}
+    config = read_config_file(directory) if _CONFIG in names else {}
     _refuse_quantised(model_id, names, config)
     if weights and _CONFIG in names:
         _refuse_no_text(model_id, config)
@@ -77,16 +79,6 @@ def refuse_others(model_id: str, names: Collection[str], directory: Path) -> dic
             raise ModelLoadError(f"{model_id} is {what}")
     missing = ".safetensors file" if _CONFIG in names else _CONFIG
     raise ModelLoadError(f"{model_id} is not a model that can be served: it has no {missing}")
-
-
-def safetensors_of(names: Collection[str]) -> list[str]:
-    """Return the safetensors at the top that may be a model's: no adapter, no second copy."""
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    return [
-        name
-        for name in found
-        if not name.startswith(("adapter_", "consolidated", "pytorch_lora_weights", "ip-adapter"))
-    ]
 
 
 def _refuse_quantised(model_id: str, names: Collection[str], config: Mapping[str, Any]) -> None:

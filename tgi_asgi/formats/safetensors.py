@@ -9,9 +9,10 @@ Layout: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _MAX_DIMS = 16
 _MAX_ELEMENTS = 1 << 48
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_NO_WEIGHTS = ("adapter_", "consolidated", "pytorch_lora_weights", "ip-adapter")  # how names begin
 
 # Bits an element; the names are the format's own.
 _DTYPE_BITS = {
@@ -107,7 +110,7 @@ class Checkpoint:
         checkpoint.tensor("model.norm.weight").shape     # (576,)
         checkpoint.raw("model.norm.weight")              # uint8 view
 
-    A directory without `model.safetensors` and its index may hold one .safetensors file of another name.
+    `choose_files` says which files of a directory those are.
     """
 
     def __init__(self, files: dict[str, SafetensorsFile]) -> None:
@@ -119,20 +122,34 @@ class Checkpoint:
 
         Raises:
             ModelLoadError: no safetensors here (pickled checkpoints are never read), an index that names
-                a file outside the directory or a tensor that its file lacks, or a file that is damaged.
+                a file outside the directory or a tensor that no file has, one that two files have, or a file
+                that is damaged.
         """
         directory = Path(directory)
-        if (directory / INDEX_NAME).is_file():
-            weight_map = read_index(directory / INDEX_NAME)
-            shards = {
-                name: SafetensorsFile.open(directory / name) for name in sorted(set(weight_map.values()))
-            }
-            for tensor, name in weight_map.items():
-                shards[name].tensor(tensor)
-            files = {tensor: shard for shard in shards.values() for tensor in shard.tensors}
-            return cls(files | {tensor: shards[name] for tensor, name in weight_map.items()})
-        file = SafetensorsFile.open(_only_file(directory))
-        return cls(dict.fromkeys(file.tensors, file))
+        try:
+            names = {entry.name for entry in directory.iterdir()}
+        except OSError as error:
+            raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
+        weight_map = read_index(directory / INDEX_NAME) if INDEX_NAME in names else None
+        chosen = choose_files(str(directory), names, weight_map)
+        shards = {name: SafetensorsFile.open(directory / name) for name in chosen}
+        files: dict[str, SafetensorsFile] = {}
+        for shard in shards.values():
+            for tensor in shard.tensors:
+                named = shards.get((weight_map or {}).get(tensor, ""))
+                if tensor in files and named is None:
+                    raise ModelLoadError(
+                        f"tensor {tensor!r} is both in {files[tensor].path} and {shard.path}"
+                    )
+                if tensor not in files or shard is named:
+                    files[tensor] = shard
+        if weight_map is not None and set(chosen) == set(weight_map.values()):
+            lost = next((tensor for tensor in weight_map if tensor not in files), None)
+            if lost is not None:
+                raise ModelLoadError(
+                    f"{directory}: no file has the tensor {lost!r}, which {INDEX_NAME} names"
+                )
+        return cls(files)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -276,14 +293,35 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _only_file(directory: Path) -> Path:
-    if (directory / SINGLE_NAME).exists():
-        return directory / SINGLE_NAME
-    try:
-        found = sorted(path for path in directory.iterdir() if path.suffix == ".safetensors")
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
-    if len(found) == 1:
-        return found[0]
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Return the safetensors at the top that may be a model's: no adapter, no second copy."""
+    found = [name for name in sorted(names) if name.endswith(".safetensors") and "/" not in name]
+    return [name for name in found if not name.startswith(_NO_WEIGHTS)]
+
+
+def choose_files(where: str, names: Collection[str], weight_map: Mapping[str, str] | None) -> list[str]:
+    """Return the files of a checkpoint: the single one, those of its index, or its only ones.
+
+    Where there is both a single file and an index of others, the first is taken, as by `transformers`.
+
+    Args:
+        where: the directory or repository, for messages.
+        names: of all its files.
+        weight_map: of its index; it may name files that are not there.
+
+    Raises:
+        ModelLoadError: nothing says which of several files belong together.
+    """
+    listed = sorted(set(() if weight_map is None else weight_map.values()))
+    if SINGLE_NAME in names and SINGLE_NAME not in listed:
+        return [SINGLE_NAME]
+    if listed:
+        return listed
+    found = weight_names(names)
+    parts = [_SHARD.fullmatch(name) for name in found]
+    stems = {(part["stem"], part["count"]) for part in parts if part is not None}
+    is_whole = None not in parts and len(stems) == 1 and len(found) == int(next(iter(stems))[1])
+    if len(found) == 1 or is_whole:
+        return found
     what = f"{len(found)} .safetensors files and no {INDEX_NAME}" if found else "no .safetensors file"
-    raise ModelLoadError(f"{directory} has {what}; pickled checkpoints (.bin, .pt) are never read")
+    raise ModelLoadError(f"{where} has {what}; pickled checkpoints (.bin, .pt) are never read")

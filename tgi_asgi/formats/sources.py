@@ -16,6 +16,7 @@ from typing import Literal
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats import kinds
 from tgi_asgi.formats.gguf_names import models_of
+from tgi_asgi.formats.safetensors import weight_names
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Progress
 
@@ -199,7 +200,7 @@ def _in_directory(model_id: str, directory: Path) -> ModelFiles:
     except OSError as error:
         raise ModelLoadError(f"cannot read {directory}: {error.strerror or error}") from None
     ggufs = models_of(names)
-    if not ggufs or kinds.safetensors_of(names):
+    if not ggufs or weight_names(names):
         kinds.refuse_others(model_id, names, directory)
         return ModelFiles(model_id, None, "directory", directory)
     if len(ggufs) > 1:

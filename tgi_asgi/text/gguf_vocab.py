@@ -13,21 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import decoders, models, normalizers
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.text import sentencepiece_vocab
 from tgi_asgi.text.gguf_splits import SENTENCEPIECE, SPLITS, Split
+from tgi_asgi.text.sentencepiece_vocab import CONTROL, MAX_TOKENS, NORMAL, add_tokens
 
 _KEY = "tokenizer.ggml."
-_MAX_TOKENS = 1 << 21
-_MAX_PIECE_CHARS = (
-    512  # of a sentencepiece token (its trainer's default is 16): the cuts of one are tried all
-)
-_SPACE = "\u2581"
-
-# Values of `tokenizer.ggml.token_type`.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
 _SPECIAL_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -72,7 +65,7 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
         )
     try:
         tokens = _read_tokens(metadata)
-        types = _read_array(metadata, "token_type", len(tokens)) or [_NORMAL] * len(tokens)
+        types = _read_array(metadata, "token_type", len(tokens)) or [NORMAL] * len(tokens)
         if kind == "llama":
             backend, adds_bos = _scored(metadata, tokens, types), True
         else:
@@ -83,13 +76,13 @@ def build(metadata: Mapping[str, Any]) -> GgufVocab:
             for name, key in _SPECIAL_IDS.items()
             if (token_id := _token_id(metadata, key, len(tokens))) is not None
         }
-        _add_tokens(backend, tokens, types, frozenset(special_ids.values()))
+        add_tokens(backend, tokens, types, frozenset(special_ids.values()))
     except ModelLoadError:
         raise
     except Exception as error:  # what `tokenizers` raises is a bare Exception
         raise ModelLoadError(f"the GGUF file's vocabulary is damaged: {error}") from error
     ends = {_token_id(metadata, key, len(tokens)) for key in _END_KEYS}
-    ends |= {index for index, kind in enumerate(types) if kind == _CONTROL and tokens[index] in _END_TEXTS}
+    ends |= {index for index, kind in enumerate(types) if kind == CONTROL and tokens[index] in _END_TEXTS}
     return GgufVocab(
         backend,
         {name: tokens[token_id] for name, token_id in special_ids.items()},
@@ -133,7 +126,7 @@ def _scored(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int]
     scores = _read_array(metadata, "scores", len(tokens))
     if scores is None:
         raise ModelLoadError("the GGUF file has no `tokenizer.ggml.scores`")
-    merges = _merges_by_score(tokens, types, scores)
+    merges = sentencepiece_vocab.merges_by_score(tokens, types, scores)
     return _sentencepiece(metadata, tokens, merges, has_prefix=_flag(metadata, "add_space_prefix", True))
 
 
@@ -141,64 +134,14 @@ def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], merges: list[Any], *, has_prefix: bool
 ) -> tokenizers.Tokenizer:
     """Build a tokenizer that merges a text whole; `has_prefix` puts a space before it."""
-    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
-    unknown = _token_id(metadata, "unknown_token_id", len(tokens))
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=merges,
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    escape = normalizers.Replace(" ", _SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), escape]) if has_prefix else escape
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if has_prefix:
-        steps.append(decoders.Strip(" ", 1, 0))
-    backend.decoder = decoders.Sequence(steps)
+    backend = sentencepiece_vocab.bpe(tokens, merges, _token_id(metadata, "unknown_token_id", len(tokens)))
+    sentencepiece_vocab.set_spaces(backend, has_prefix=has_prefix)
     return backend
-
-
-def _merges_by_score(
-    tokens: list[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """List every way to put a token together from two others, best score of the result first.
-
-    Control and byte tokens take no part: sentencepiece never builds them from text.
-    """
-    ranks = {token: index for index, token in enumerate(tokens) if types[index] in (_NORMAL, _UNUSED)}
-    longest = max(map(len, ranks), default=0)
-    if longest > _MAX_PIECE_CHARS:
-        raise ModelLoadError(f"the GGUF file's vocabulary has a token of {longest} characters")
-    merges = []
-    for token, index in ranks.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ranks and right in ranks:
-                merges.append((-scores[index], ranks[left], ranks[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
-
-
-def _add_tokens(
-    backend: tokenizers.Tokenizer, tokens: list[str], types: Sequence[int], named: frozenset[int]
-) -> None:
-    """Let control and user-defined tokens be found whole in text, before anything else is done to it."""
-    special, plain = [], []
-    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind in (_CONTROL, _UNKNOWN) or index in named:
-            special.append(AddedToken(token, normalized=False, special=True))
-        elif kind == _USER_DEFINED:
-            plain.append(AddedToken(token, normalized=False, special=False))
-    backend.add_special_tokens(special)
-    backend.add_tokens(plain)
 
 
 def _read_tokens(metadata: Mapping[str, Any]) -> list[str]:
     tokens = metadata.get(_KEY + "tokens")
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not 0 < len(tokens) <= _MAX_TOKENS:
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not 0 < len(tokens) <= MAX_TOKENS:
         raise ModelLoadError("the GGUF file has no usable `tokenizer.ggml.tokens`")
     texts = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if len(set(texts)) != len(texts):

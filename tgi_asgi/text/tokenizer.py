@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from tgi_asgi.errors import InvalidRequest, ModelLoadError
-from tgi_asgi.text import gguf_vocab
+from tgi_asgi.text import gguf_vocab, older_files
 from tgi_asgi.text.chat.guard import PromptGuard
 from tgi_asgi.text.token_bytes import token_byte_table
 
@@ -81,11 +81,13 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> Tokenizer:
         """Read tokenizer.json and the configuration files beside it, as transformers does.
 
+        Without one, the older files that have a vocabulary are read (`older_files.py`).
+
         The tokens that end an answer are those of generation_config.json, else of config.json, and the
         tokenizer's own `eos_token`.
 
         Raises:
-            ModelLoadError: there is no tokenizer.json, or a file is damaged.
+            ModelLoadError: there is no vocabulary, or a file is damaged.
         """
         config = _read_json(directory / "special_tokens_map.json")
         overrides = _read_json(directory / "tokenizer_config.json")
@@ -93,10 +95,15 @@ class Tokenizer:
         eos = _read_json(directory / "generation_config.json").get("eos_token_id")
         if eos is None:
             eos = _read_json(directory / "config.json").get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [eos]
-        return cls.from_file(
-            directory / "tokenizer.json", config, eos_ids=[item for item in eos_ids if type(item) is int]
-        )
+        eos_ids = [item for item in (eos if isinstance(eos, list) else [eos]) if type(item) is int]
+        path = directory / "tokenizer.json"
+        if path.exists():
+            return cls.from_file(path, config, eos_ids=eos_ids)
+        backend, added = older_files.make_backend(directory, config)
+        config = {**added, **config}
+        made = cls._configured(backend, config, eos_ids, path)
+        older_files.check_ids(backend, config.get("added_tokens_decoder") or {})
+        return made
 
     @classmethod
     def from_file(cls, path: Path, config: Mapping[str, Any], *, eos_ids: Iterable[int] = ()) -> Tokenizer:
@@ -111,11 +118,17 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except FileNotFoundError:
-            raise ModelLoadError(f"no such file: {path} (a tokenizer.model alone is not read)") from None
+            raise ModelLoadError(f"no such file: {path}") from None
         except OSError as error:
             raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from None
         except Exception as error:  # what `tokenizers` raises is a bare Exception
             raise ModelLoadError(f"{path} is not a tokenizer: {error}") from error
+        return cls._configured(backend, config, eos_ids, path)
+
+    @classmethod
+    def _configured(
+        cls, backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos_ids: Iterable[int], path: Path
+    ) -> Tokenizer:
         named = {name: text for name in _NAMED if (text := _text_of(config.get(name)))}
         try:
             _add_missing(backend, config.get("added_tokens_decoder") or {}, named)

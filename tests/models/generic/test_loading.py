@@ -298,7 +298,7 @@ def with_config(source: Path, folder: Path, **changes: Any) -> Path:
             {"architectures": ["NobodyForCausalLM"]},
             "'NobodyForCausalLM' are not supported: neither this server nor",
         ),
-        *(({"architectures": names}, "names no architecture") for names in ([], {"a": 1}, 5, [None], None)),
+        *(({"architectures": names}, "names no architecture") for names in ({"a": 1}, 5, [None])),
         ({"hidden_size": "wide"}, "transformers cannot build LlamaForCausalLM"),
         ({"hidden_act": "wave"}, "transformers cannot build LlamaForCausalLM: KeyError"),
         ({"architectures": ["AutoTokenizer"]}, "cannot build|not supported"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.files import read_json
+from tgi_asgi.formats.config_file import read_config_file
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.sources import ModelFiles
@@ -69,7 +69,7 @@ class OpenModel:
             self._model = native = _Native(family, self._scaled(read))
             self.weights = GgufWeights(self._gguf, native.config, native.family)
         else:
-            config = read_json(files.path / "config.json")
+            config = with_architecture(read_config_file(files.path))
             architecture = architecture_of(config)
             self.weights = SafetensorsWeights(files.path, Quantisation.from_json(config))
             if model_impl == "native" or (model_impl == "auto" and is_native(config)):
@@ -180,6 +180,20 @@ class _Native:
 
     def load(self, weights: Weights, arithmetic: ops.Arithmetic, max_positions: int) -> Model:
         return self.family.model(self.config, weights, arithmetic, max_positions)
+
+
+def with_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that names an architecture: older ones may have a type of model alone.
+
+    What writes text is meant, as `transformers` finds it by the type.
+    """
+    kind = config.get("model_type")
+    if config.get("architectures") or not isinstance(kind, str):
+        return config
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    return {**config, "architectures": [found]} if isinstance(found, str) else config
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

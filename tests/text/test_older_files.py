@@ -1,0 +1,238 @@
+"""Checkpoints without tokenizer.json: sentencepiece's own library and `transformers` are the truth."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import unicodedata
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from tokenizers import models, pre_tokenizers, trainers
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.text.sentencepiece_file import read_model
+from tgi_asgi.text.tokenizer import Tokenizer
+
+DOCS = Path(__file__).parents[2] / "docs"
+SYMBOLS = ["<|im_start|>", "<|im_end|>"]
+KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "bpe", "byte_fallback": True, "split_digits": True, **KEPT},
+    "gemma": {"model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": False, **KEPT},
+    "normalised": {"model_type": "bpe", "byte_fallback": True},
+    "unigram": {"model_type": "unigram", "byte_fallback": True},
+    "unigram without bytes": {"model_type": "unigram", **KEPT},
+}
+TEXTS = [
+    "", " ", "Hello  world", "  two before", "two behind  ", "ﬁne 日本 €", "a\nb\tc", "12345",
+    "naïve café \u00a0x", "x" * 50, "def f(x):\n    return x\n", "e\u0301",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that trains sentencepiece's model of a kind."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+
+    def train(kind: str) -> Path:
+        path = folder / f"{kind}.model"
+        if not path.exists():
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(DOCS / "wire.md"),
+                model_prefix=str(path.with_suffix("")),
+                vocab_size=700,
+                user_defined_symbols=SYMBOLS,
+                minloglevel=2,
+                **KINDS[kind],
+            )
+        return path
+
+    return train
+
+
+def texts() -> list[str]:
+    return TEXTS + (DOCS / "architecture.md").read_text("utf-8").split("\n\n")[:80]
+
+
+def checkpoint(folder: Path, model_type: str, **files: Any) -> Path:
+    """Write a directory; what is not bytes, as JSON. `_` of a name stands for the dot before its end."""
+    config = {"model_type": model_type, "eos_token_id": 2}
+    for name, content in {"config_json": config, **files}.items():
+        stem, _, end = name.rpartition("_")
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / f"{stem}.{end}").write_bytes(data)
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelLoadError) as caught:
+        Tokenizer.from_directory(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_sentencepiece(trained: Callable[[str], Path], kind: str) -> None:
+    truth = sentencepiece.SentencePieceProcessor(str(trained(kind)))
+    backend = read_model(trained(kind)).backend()
+    for text in texts():
+        ids = truth.encode(text)
+        assert backend.encode(text, add_special_tokens=False).ids == ids, text
+        if truth.unk_id() not in ids:
+            assert backend.decode(ids) == truth.decode(ids), text
+    for symbol in SYMBOLS:
+        assert backend.encode(symbol, add_special_tokens=False).ids == [truth.piece_to_id(symbol)]
+
+
+def test_a_llama_s_tokenizer_model_is_read_as_transformers_does(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    data = trained("llama").read_bytes()
+    folder = checkpoint(tmp_path, "llama", tokenizer_model=data, tokenizer_config_json=config)
+    truth = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_directory(folder)
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.eos_ids == {2} and tokenizer.adds_bos
+    for text in ("Hello world", "one\ntwo", "x <|im_start|>user"):
+        assert tokenizer.encode(text, add_special_tokens=False) == truth.encode(
+            text, add_special_tokens=False
+        )
+        assert tokenizer.encode(text, add_special_tokens=True)[0] == tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    ("config", "around"),
+    [
+        ({}, (1, 0)),
+        ({"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["a.B", None]}}, (1, 0)),
+        ({"tokenizer_class": "BaichuanTokenizer", "add_bos_token": False}, (0, 0)),
+        ({"add_eos_token": True, "eos_token": {"content": "</s>"}}, (1, 1)),
+    ],
+)
+def test_what_goes_around_a_text_is_the_configuration_s_to_say(
+    trained: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], around: tuple[int, int]
+) -> None:
+    data = trained("llama").read_bytes()
+    folder = checkpoint(tmp_path, "internlm2", tokenizer_model=data, tokenizer_config_json=config)
+    tokenizer = Tokenizer.from_directory(folder)
+    plain = tokenizer.encode("Hello", add_special_tokens=False)
+    whole = tokenizer.encode("Hello", add_special_tokens=True)
+    assert whole[around[0] : len(whole) - around[1]] == plain
+    assert len(whole) == len(plain) + sum(around)
+
+
+def test_added_tokens_keep_their_ids(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    data = trained("llama").read_bytes()
+    added = {"<pad>": 701, "<tool>": 700}
+    folder = checkpoint(tmp_path, "llama", tokenizer_model=data, added_tokens_json=added)
+    tokenizer = Tokenizer.from_directory(folder)
+    assert tokenizer.encode("<tool><pad>", add_special_tokens=False) == [700, 701]
+    checkpoint(tmp_path, "llama", added_tokens_json={"<pad>": 800})
+    assert "the token '<pad>' should have the id 800, and has 700" in refusal(folder)
+    checkpoint(tmp_path, "llama", added_tokens_json={"<pad>": "800"})
+    assert "must give each token a number" in refusal(folder)
+
+
+def byte_level_files(folder: Path) -> dict[str, bytes]:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator((DOCS / "wire.md").read_text("utf-8").split("\n\n"), trainer)
+    backend.model.save(str(folder))
+    names = {"vocab_json": "vocab.json", "merges_txt": "merges.txt"}
+    return {key: (folder / name).read_bytes() for key, name in names.items()}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi", "qwen2"])
+def test_vocabulary_and_merges_are_read_as_transformers_does(tmp_path: Path, model_type: str) -> None:
+    folder = checkpoint(tmp_path, model_type, **byte_level_files(tmp_path))
+    tokenizer = Tokenizer.from_directory(folder)
+    truth = transformers.AutoTokenizer.from_pretrained(folder)
+    normal = partial(unicodedata.normalize, "NFC") if model_type == "qwen2" else str
+    for text in texts():
+        assert tokenizer.encode(text, add_special_tokens=True) == truth.encode(text)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() == normal(text)
+    assert tokenizer.special_tokens["eos_token"] == "<|endoftext|>"
+
+
+def tekken() -> dict[str, Any]:
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<pad>"]
+    return {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "num_vocab_tokens": 258,
+            "default_vocab_size": 264,
+            "default_num_special_tokens": len(special),
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(data).decode(), "token_str": None}
+            for rank, data in enumerate([*(bytes([byte]) for byte in range(256)), b"he", b"hel"])
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)
+        ],
+    }
+
+
+def test_mistral_s_tekken_is_read(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(checkpoint(tmp_path, "mistral", tekken_json=tekken()))
+    # Special tokens come first, and every text begins with one.
+    ids = [1, 6 + 257, *(6 + byte for byte in "lo é".encode())]
+    assert tokenizer.encode("hello é", add_special_tokens=True) == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello é"
+    assert tokenizer.eos_ids == {2}
+    assert tokenizer.encode("[INST]", add_special_tokens=False) == [3]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "tokenizer.json, nor another that has a vocabulary; AutoTokenizer"),
+        ({"vocab_json": {"a": 0}}, "nor another that has a vocabulary"),
+        ({"tokenizer_model": b"damaged"}, "tokenizer.model is no model of sentencepiece"),
+        ({"tokenizer_model": b"\x0a\x05\x0a\x01a\x18\x01" * 2}, "the vocabulary has the same token twice"),
+        ({"tokenizer_model": b"\x0a\x03\x0a\x01a\x12\x02\x18\x03"}, "into words or characters"),
+        ({"tokenizer_model": base64.b64encode(b"a") + b" 0\n"}, "cannot make one of what there is"),
+        (
+            {"vocab_json": {}, "merges_txt": b"", "tokenizer_config_json": {"tokenizer_class": "NoSuch"}},
+            "cannot make one of what there is",
+        ),
+    ],
+)  # fmt: skip
+def test_without_a_vocabulary_that_can_be_read_the_files_are_named(
+    tmp_path: Path, files: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(checkpoint(tmp_path, "llama", **files))
+
+
+def test_an_empty_tokenizer_is_not_taken_for_one(tmp_path: Path) -> None:
+    """`transformers` makes one for GPT-2 of files that have nothing to do with it."""
+    assert "finds no vocabulary" in refusal(checkpoint(tmp_path, "gpt2", vocab_txt=b"a\nb\n"))
+
+
+def test_a_damaged_sentencepiece_model_is_read_or_refused(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = trained("llama").read_bytes()
+    draw = random.Random(7)
+    for _ in range(60):
+        damaged = bytearray(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        for _ in range(draw.choice([1, 4, 100])):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        folder = checkpoint(tmp_path, "llama", tokenizer_model=bytes(damaged))
+        with contextlib.suppress(ModelLoadError):
+            Tokenizer.from_directory(folder).encode("Hello wörld", add_special_tokens=True)

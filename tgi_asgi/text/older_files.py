@@ -1,0 +1,165 @@
+"""Tokenizers of checkpoints that have no tokenizer.json, as those of before 2023, of Mistral, of InternLM.
+
+sentencepiece's tokenizer.model is read here, where the class that the checkpoint names does nothing else to a
+text; the other kinds (vocab.json with merges.txt, vocab.txt, tekken.json ...) are left to `transformers`,
+which knows what each class does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.formats.files import read_json
+from tgi_asgi.text.sentencepiece_file import read_model
+
+_SENTENCEPIECE = "tokenizer.model"
+# Classes that put a beginning before a text and an end behind it, if asked to, and take ids as they are.
+_PLAIN_CLASSES = frozenset({
+    "", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "InternLMTokenizer", "InternLM2Tokenizer",
+    "BaichuanTokenizer", "YiTokenizer", "OrionTokenizer", "PreTrainedTokenizer", "TokenizersBackend",
+})  # fmt: skip
+# Sets of files, of which one must be there for `transformers` to make a tokenizer: without any it makes an
+# empty one for some classes.
+_KNOWN = (
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("tekken.json",),
+    ("tiktoken.model",),
+    (_SENTENCEPIECE,),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+)
+_ADVICE = "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one"
+
+
+def make_backend(directory: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Make the tokenizer of a directory without tokenizer.json.
+
+    Also returned is what the files add to the configuration.
+
+    Args:
+        config: what tokenizer_config.json says.
+
+    Raises:
+        ModelLoadError: there are no files that one could be made of, or they are damaged.
+    """
+    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    path = directory / _SENTENCEPIECE
+    if path.is_file() and kind in _PLAIN_CLASSES and not _is_tiktoken(path):
+        backend, added = _of_sentencepiece(path, config)
+    elif any(all((directory / name).is_file() for name in names) for names in _KNOWN):
+        backend, added = _of_transformers(directory)
+    else:
+        raise ModelLoadError(
+            f"no such file: {directory / 'tokenizer.json'}, nor another that has a vocabulary; {_ADVICE}"
+        )
+    if "added_tokens_decoder" not in config:
+        added["added_tokens_decoder"] = _added_tokens(directory)
+    return backend, added
+
+
+def check_ids(backend: tokenizers.Tokenizer, listed: Mapping[str, Any]) -> None:
+    """Refuse a vocabulary in which an added token has not the id that the configuration has for it.
+
+    Raises:
+        ModelLoadError: it is so; the message names the token.
+    """
+    for token_id, entry in listed.items():
+        content = entry["content"]
+        found = backend.token_to_id(content)
+        if found != int(token_id):
+            raise ModelLoadError(f"the token {content!r} should have the id {token_id}, and has {found}")
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Tell a file of ranks in base64, which begins with a text, from sentencepiece's."""
+    with path.open("rb") as file:
+        line = file.readline(1000)
+    return line.strip().isascii() and line.count(b" ") == 1 and line.split()[-1].isdigit()
+
+
+def _of_sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    model = read_model(path)
+    if config.get("add_prefix_space") is False:
+        model.has_prefix = False
+    try:
+        backend = model.backend()
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{path}: {error}") from None
+    except Exception as error:  # what `tokenizers` raises is a bare Exception
+        raise ModelLoadError(f"{path} is damaged: {error}") from error
+    ids = {"bos_token": model.bos, "eos_token": model.eos, "unk_token": model.unknown}
+    named = {
+        name: text
+        for name, token_id in ids.items()
+        if not config.get(name) and (text := model.token(token_id)) is not None
+    }
+    _surround(backend, {**config, **named})
+    return backend, dict(named)
+
+
+def _surround(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Put a beginning before texts unless it is denied, and an end behind them if it is said."""
+    parts: dict[str, str] = {}
+    for name, default in (("bos", True), ("eos", False)):
+        given, flag = config.get(f"{name}_token"), config.get(f"add_{name}_token")
+        text = given.get("content") if isinstance(given, dict) else given
+        wanted = default if flag is None else flag
+        if wanted and isinstance(text, str) and backend.token_to_id(text) is not None:
+            parts[name] = text
+    if parts:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0)],
+            pair=[
+                *_piece(parts, "bos", 0), "$A:0", *_piece(parts, "eos", 0),
+                *_piece(parts, "bos", 1), "$B:1", *_piece(parts, "eos", 1),
+            ],
+            special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(parts.values())],
+        )  # fmt: skip
+
+
+def _piece(parts: Mapping[str, str], name: str, segment: int) -> list[str]:
+    return [f"{parts[name]}:{segment}"] if name in parts else []
+
+
+def _of_transformers(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+        backend = made.backend_tokenizer
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise ValueError(f"{type(made).__name__} is not of the tokenizers library")
+        if not set(backend.get_vocab(with_added_tokens=False)) - set(made.all_special_tokens):
+            raise ValueError(f"{type(made).__name__} finds no vocabulary")
+    except Exception as error:  # whatever a configuration makes a class of `transformers` raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelLoadError(
+            f"{directory} has no tokenizer.json, and transformers cannot make one of what there is "
+            f"({lines[0][:300]}); {_ADVICE}"
+        ) from error
+    named = dict(made.special_tokens_map)
+    if (directory / "tekken.json").is_file() and not named:  # which names none, and whose models know these
+        named = {"bos_token": "<s>", "eos_token": "</s>"}
+        _surround(backend, named)
+    return backend, named
+
+
+def _added_tokens(directory: Path) -> dict[str, Any]:
+    """Read added_tokens.json, which older checkpoints have: in the form of `added_tokens_decoder`."""
+    path = directory / "added_tokens.json"
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    if not all(type(token_id) is int for token_id in found.values()):
+        raise ModelLoadError(f"{path} must give each token a number")
+    return {str(token_id): {"content": content, "special": False} for content, token_id in found.items()}
