@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from tests.support.client import client_of
 from tests.support.scripted_engine import CHATML, Script, ScriptedEngine, say, scripted_app, toy_info
 from tests.support.serving import serving
+from tests.support.tool_writers import write
 from tgi_asgi.app import App
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.tools import FORMATS
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 CITY = {
@@ -82,6 +84,67 @@ async def test_calls_and_the_text_before_them() -> None:
     assert first["type"] == "function" and first["id"].startswith("call_") and first["id"] != second["id"]
     assert first["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
     assert second["function"] == {"name": "now", "arguments": "{}"}
+
+
+def pieces_of(text: str, size: int = 5) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+async def test_every_format_reaches_the_wire_whole_and_streamed(name: str) -> None:
+    arguments = {"city": 'Paris, "9e"'}
+    script = say(*pieces_of(write(name, [("weather", arguments), ("now", {})])))
+    options: dict[str, Any] = {"tools": TOOLS, "settings": {"tool_format": name}}
+    message = (await chat(script, **options))["choices"][0]["message"]
+    assert message["content"] is None
+    called = [
+        (each["function"]["name"], json.loads(each["function"]["arguments"]))
+        for each in message["tool_calls"]
+    ]
+    assert called == [("weather", arguments), ("now", {})]
+    streamed: dict[int, list[str]] = {}
+    choices = await deltas(script, **options)
+    for delta in (choice["delta"] for choice in choices):
+        assert not delta.get("content")
+        for call in delta.get("tool_calls") or ():
+            if call.get("id"):
+                streamed[call["index"]] = [call["function"]["name"], ""]
+            streamed[call["index"]][1] += call["function"].get("arguments") or ""
+    assert [(given, json.loads(text)) for given, text in streamed.values()] == called
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_channels_become_reasoning_content_and_calls(stream: bool) -> None:
+    template = CHATML + "{# <|channel|>analysis<|message|> #}"
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    call = '<|channel|>commentary to=functions.now <|constrain|>json<|message|>{"a": 1}<|call|>'
+    text = "<|channel|>final<|message|>hello"
+    for answer, wanted in ((thought + call, ("hm", "", '{"a": 1}')), (thought + text, ("hm", "hello", ""))):
+        script = say(*pieces_of(answer))
+        if stream:
+            messages = [choice["delta"] for choice in await deltas(script, template=template, tools=TOOLS)]
+        else:
+            messages = [(await chat(script, template=template, tools=TOOLS))["choices"][0]["message"]]
+        told = [
+            "".join(message.get(key) or "" for message in messages)
+            for key in ("reasoning_content", "content")
+        ]
+        calls = [call for message in messages for call in message.get("tool_calls") or ()]
+        told.append("".join(call["function"].get("arguments") or "" for call in calls))
+        assert tuple(told) == wanted
+
+
+async def test_an_operator_may_leave_reasoning_in_the_text() -> None:
+    script = say("<think>", "hm", "</think>", "hello")
+    for given, content in (
+        ("auto", "hello"),
+        ("none", "<think>hm</think>hello"),
+        ("mistral", "<think>hm</think>hello"),
+    ):
+        settings = {"reasoning_format": given}
+        message = (await chat(script, template=THINKING, settings=settings))["choices"][0]["message"]
+        assert message["content"] == content
 
 
 async def test_an_answer_of_calls_alone_has_no_content() -> None:

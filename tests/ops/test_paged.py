@@ -289,7 +289,7 @@ def test_what_a_window_hides_is_not_read(dtype: torch.dtype, window: int) -> Non
     [blocks] = random_blocks([length], pool.num_blocks, 16)
     attention = PagedAttention(max_context=length)
     spec = AttentionSpec(layer.scale, window=window)
-    rows = {}
+    rows: dict[int, Tensor] = {}
     for is_lost in (False, True):
         attention.begin(flat_rows([(0, length)], [blocks], 16))
         attention.run(pool.layers[1], q, k, v, spec)

@@ -29,7 +29,7 @@ SHAPES = [
 ]
 OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
-    "attention", "layer", "experts_add", "gated_add",
+    "attention", "layer",
 ]  # fmt: skip
 # How far logits may be from float64's: a value halfway between two codes may go either way, and that
 # adds up, but in few graphs.

@@ -78,7 +78,7 @@ def requests_of(case: FamilyCase, adapters: list[Adapter | None]) -> list[Genera
 
 
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
-@pytest.mark.parametrize("case", one_case_each())
+@pytest.mark.parametrize("case", list(one_case_each()))
 async def test_an_answer_is_that_of_the_lone_request(case: FamilyCase, dtype: str, tmp_path: Path) -> None:
     files = checkpoint(case)
     settings: dict[str, Any] = {"dtype": dtype, "max_batch_size": 32}

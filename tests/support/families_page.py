@@ -48,7 +48,7 @@ def _on_gpu(configs: Sequence[ModelConfig]) -> str:
     lacking = [needs_of(config) - HAS for config in configs]
     if not any(lacking):
         return "yes"
-    words = ", ".join(sorted(set.union(*lacking)))
+    words = ", ".join(sorted({str(need) for each in lacking for need in each}))
     return f"lacks {words}" if all(lacking) else f"those without {words}"
 
 

@@ -1,4 +1,4 @@
-"""Grammars where markers are tokens of their own, as in real vocabularies: calls, reasoning, channels."""
+"""Grammars where markers are tokens of their own, as in most vocabularies: of calls, reasoning, channels."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from tests.support.toy_tokenizer import VOCAB_SIZE, ToyTokenizer
 from tests.text.test_grammar import accepts, wander
 from tgi_asgi.errors import InvalidRequest
 from tgi_asgi.settings import Settings
+from tgi_asgi.text.chat.template import ChatTemplate
 from tgi_asgi.text.constrain import source as sources
 from tgi_asgi.text.constrain.answer import ToolUse, answer_grammar
 from tgi_asgi.text.constrain.grammar import GrammarCompiler
@@ -27,10 +28,12 @@ from tgi_asgi.text.tools import (
     Reasoning,
     ToolSpec,
     add_tool_prompt,
+    assumption,
     choose_format,
     harmony,
     shorten_ids,
     spell_out,
+    with_own_tools,
 )
 from tgi_asgi.text.tools.answer import AnswerParser
 from tgi_asgi.text.tools.harmony import HarmonyParser
@@ -281,6 +284,17 @@ def test_operators_may_name_every_format() -> None:
     assert choices["reasoning_format"] == ("auto", "none", *(style.name for style in STYLES))
 
 
+def test_a_format_that_is_not_known_is_said() -> None:
+    said = assumption("{% for tool in tools %}{{ tool }}{% endfor %}", has_tools=True)
+    assert said is not None and "<tool_call>" in said and "--tool-format" in said
+    for template, has_tools in (
+        ("<tool_call>", True),
+        ("nothing", False),
+        ("<|channel|>analysis<|message|>", True),
+    ):
+        assert assumption(template, has_tools=has_tools) is None
+
+
 def test_a_template_shows_its_reasoning_style() -> None:
     assert style_of("{% if x %}</think>{% endif %}") is THINK
     assert style_of("nothing") is None
@@ -407,6 +421,23 @@ def test_ids_are_short_where_a_template_refuses_long_ones() -> None:
     assert len(first) == 9 and first.isalnum() and second == "abcdefgh9"
     assert answered["tool_call_id"] == first
     assert history[1]["tool_call_id"] == call["id"]
+
+
+def test_tools_are_in_the_system_message_of_a_template_that_looks_there() -> None:
+    source = (
+        "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message %}"
+        "{{ message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(source, {})
+    user = {"role": "user", "content": "hi"}
+    tool = {"type": "function", "function": {"name": "f"}}
+    shown = template.render(with_own_tools([user], [tool], source), tools=[tool])
+    assert shown == '<|tool|>[{"name": "f"}]<|/tool|>hi'
+    briefed = with_own_tools([{"role": "system", "content": "Be brief."}, user], [tool], source)
+    assert template.render(briefed) == 'Be brief.<|tool|>[{"name": "f"}]<|/tool|>hi'
+    assert with_own_tools([user], None, source) == [user]
+    assert with_own_tools([user], [tool], source + "{% if tools %}{% endif %}") == [user]
 
 
 @pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}]])

@@ -11,7 +11,7 @@ from tgi_asgi.api.limits import check_characters
 from tgi_asgi.errors import InvalidRequest, TemplateError
 from tgi_asgi.settings import Settings
 from tgi_asgi.text.images import located, written_out
-from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out
+from tgi_asgi.text.tools import add_tool_prompt, shorten_ids, spell_out, with_own_tools
 from tgi_asgi.types import ImageInput
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def _render(chat: Conversation, served: Served, settings: Settings) -> ChatText:
     if not (template.mentions("tools") or template.mentions("tool_calls")):
         messages = spell_out(messages, chat.tools if chat.offers_tools else None)
     messages = shorten_ids(messages, template.source)
+    messages = with_own_tools(messages, chat.tools if chat.offers_tools else None, template.source)
     if chat.tools and chat.offers_tools and chat.tool_prompt and not chat.is_continued:
         messages = add_tool_prompt(messages, chat.tool_prompt)
     messages = template.in_parts(messages)

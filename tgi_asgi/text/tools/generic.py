@@ -11,6 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+# Where a template looks for tools: in a message, or where it is given them.
+_IN_MESSAGE = re.compile(r"message(\[['\"]tools['\"]\]|\.tools\b)")
+_AS_VARIABLE = re.compile(r"(?<![.\w'\"|])tools\b(?!['\"|])")
 _SHORT_IDS = re.compile(r"id\s*\|\s*length\s*!=\s*9")
 
 
@@ -54,6 +57,20 @@ def spell_out(
         else:
             result.insert(0, {"role": "system", "content": prompt})
     return result
+
+
+def with_own_tools(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None, template: str
+) -> list[dict[str, Any]]:
+    """Return messages with the tools in the system message, where a template looks there (Phi-4-mini's)."""
+    if not tools or not _IN_MESSAGE.search(template) or _AS_VARIABLE.search(template):
+        return list(messages)
+    functions = _dump([tool.get("function", tool) for tool in tools])
+    system = (
+        messages[0] if messages and messages[0]["role"] == "system" else {"role": "system", "content": ""}
+    )
+    others = messages[1:] if messages and messages[0] is system else messages
+    return [{**system, "tools": functions}, *others]
 
 
 def add_tool_prompt(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
