@@ -39,6 +39,12 @@ class FamilyCase:
     max_total_tokens: int | None = None  # the setting
     attention: str = "eager"  # which implementation of transformers is right
 
+    @property
+    def served_as(self) -> str:
+        """The architecture that config.json names."""
+        names: list[str] = self.json.get("architectures", [self.architecture])
+        return names[0]
+
 
 # What most configuration classes have by these names, and do not default to something small.
 BASE: dict[str, Any] = {
