@@ -111,9 +111,9 @@ class Answer:
         self.error = error
         self._has_ended.set()
 
-    async def wait(self) -> Answer:
-        """Wait for the request's end, for at most ten seconds."""
-        async with asyncio.timeout(10):
+    async def wait(self, limit_s: float = 10) -> Answer:
+        """Wait for the request's end."""
+        async with asyncio.timeout(limit_s):
             await self._has_ended.wait()
         return self
 
@@ -135,9 +135,9 @@ def submit(engine: Engine, request: GenerationRequest) -> RequestChannel:
     return engine.submit(request, engine.acquire(request.n))
 
 
-async def collect(channel: RequestChannel) -> Answer:
+async def collect(channel: RequestChannel, limit_s: float = 10) -> Answer:
     """Take a request's events to its end."""
-    return await Answer(channel).wait()
+    return await Answer(channel).wait(limit_s)
 
 
 async def ask(engine: Engine, request: GenerationRequest) -> Answer:

@@ -102,6 +102,12 @@ def some_request(seed: int, adapters: list[Adapter], grammar: Grammar) -> Genera
     )  # fmt: skip
 
 
+def long_request(number: int) -> GenerationRequest:
+    """Make a request that starts with two blocks and ends with five: three of them do not fit."""
+    stop = StopConditions(max_tokens=55, ignore_eos=True)
+    return GenerationRequest(f"l{number}", [number + 2] * 20, SamplingParams(seed=number), stop)
+
+
 def shown(answer: Answer) -> list[tuple[object, ...]]:
     """Return all that clients see of an answer, choice by choice."""
     return sorted(
@@ -114,7 +120,8 @@ def shown(answer: Answer) -> list[tuple[object, ...]]:
 async def test_company_preemption_and_cached_prefixes_change_no_answer(
     engine: Engine, adapters: list[Adapter], grammar: Grammar, seed: int
 ) -> None:
-    requests = [some_request(100 * seed + index, adapters, grammar) for index in range(12)]
+    requests = [long_request(number) for number in range(3)]
+    requests += [some_request(100 * seed + index, adapters, grammar) for index in range(12)]
     expected = []
     for request in requests:
         engine.reset_prefix_cache()

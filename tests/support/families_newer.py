@@ -42,7 +42,7 @@ _GEMMA2: dict[str, Any] = {
     "sliding_window": 12,
     "query_pre_attn_scalar": 32,
     "attn_logit_softcapping": 1.5,
-    "final_logit_softcapping": 6.0,
+    "final_logit_softcapping": 30.0,
 }
 _GEMMA3: dict[str, Any] = {
     **_GEMMA,

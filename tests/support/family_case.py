@@ -40,6 +40,12 @@ class FamilyCase:
     is_fused: bool = False  # stored by the names of transformers 5, experts in one tensor, not as published
     attention: str = "eager"  # which implementation of transformers is right
 
+    @property
+    def served_as(self) -> str:
+        """The architecture that config.json names."""
+        names: list[str] = self.json.get("architectures", [self.architecture])
+        return names[0]
+
 
 # What most configuration classes have by these names, and do not default to something small.
 BASE: dict[str, Any] = {

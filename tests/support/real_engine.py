@@ -18,6 +18,7 @@ from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import Adapter, GenerationRequest
 
+_LIMIT_S = 120  # of an answer, on a machine that does something else as well
 _RANKS = (1, 4, 7)
 _FUSED = ("qkv", "query_key_value", "c_attn", "gate_up")  # rows that other targets have as well
 
@@ -50,12 +51,12 @@ async def serving(
 
 async def alone(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Ask one after the other."""
-    return [await collect(submit(engine, each)) for each in requests]
+    return [await collect(submit(engine, each), _LIMIT_S) for each in requests]
 
 
 async def together(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """Ask all at once."""
-    return await asyncio.gather(*(collect(submit(engine, each)) for each in requests))
+    return await asyncio.gather(*(collect(submit(engine, each), _LIMIT_S) for each in requests))
 
 
 def told(answer: Answer) -> list[tuple[object, ...]]:
