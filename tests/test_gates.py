@@ -97,6 +97,30 @@ def test_tests_that_hang_fail_with_stacks_and_the_others_run(tmp_path: Path) -> 
     assert "thread MainThread:" in output
 
 
+def test_stacks_that_are_long_in_coming_come_whole(tmp_path: Path) -> None:
+    """A busy machine took seconds for them: they were begun again by each signal, until the run ended."""
+    status, output = run(
+        tmp_path,
+        """
+        from tests.support import time_limit
+
+        def slow_stacks():
+            time.sleep(1.5 * time_limit._AGAIN_S)
+            return "all of them"
+
+        @pytest.mark.time_limit(0.1)
+        def test_hangs(monkeypatch):
+            monkeypatch.setattr(time_limit, "stacks", slow_stacks)
+            time.sleep(60)
+
+        def test_fine():
+            pass
+        """,
+    )
+    assert status == 1
+    assert "1 failed, 1 passed" in output and "all of them" in output
+
+
 def test_a_test_that_never_returns_to_python_ends_the_process_with_stacks(tmp_path: Path) -> None:
     status, output = run(
         tmp_path,

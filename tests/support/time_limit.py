@@ -65,14 +65,18 @@ class TimeLimit:
     @contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
         def end(number: int, frame: FrameType | None) -> None:
-            raise _Passed(f"the test took more than {seconds:g} s\n{stacks()}")
+            # The next signal comes behind the stacks, which take seconds on a busy machine, never among them.
+            found = stacks()
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+            raise _Passed(f"the test took more than {seconds:g} s\n{found}")
 
         before = signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         faulthandler.dump_traceback_later(seconds + self._grace_s, exit=True, file=self._stderr)
         try:
             yield
         except _Passed as passed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             pytest.fail(str(passed), pytrace=False)
         finally:
             faulthandler.cancel_dump_traceback_later()
