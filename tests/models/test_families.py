@@ -21,9 +21,10 @@ from tgi_asgi.formats.sources import ModelFiles
 EXACT = 5e-5  # of a log-probability; what is right is within 7e-6
 FLOATS = ("safetensors", "f32", "f16", "bf16")  # forms whose weights are multiplied as floats
 # The largest and the mean difference in default arithmetic: floats differ by 0.035 and 0.02, codes by more,
-# since their activations are int8.
+# since their activations are int8. Some models differ by more: by no more than `transformers` in bfloat16.
 LOOSE_FLOATS, LOOSE_FLOATS_MEAN = 0.05, 0.03
 LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
+SLACK = 1.2
 FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
@@ -73,11 +74,18 @@ def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str
 def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
     found = reference(case)
     apart = differences(score(case, open_files(case, form), found, "auto"), found)
-    largest, mean = apart.max(), apart.mean()
+    is_float = form in FLOATS
+    largest, mean = _largest_and_mean(case, apart)
+    assert found.rounding is not None
+    usual_largest, usual_mean = _largest_and_mean(case, found.rounding)
+    assert largest <= max(LOOSE_FLOATS if is_float else LOOSE_CODES, usual_largest * SLACK)
+    assert mean <= max(LOOSE_FLOATS_MEAN if is_float else LOOSE_CODES_MEAN, usual_mean * SLACK)
+
+
+def _largest_and_mean(case: FamilyCase, apart: np.ndarray) -> tuple[float, float]:
     if case in EXPERT_CASES:  # a token whose experts are all but tied may go to another
-        largest, mean = np.quantile(apart, 0.9), np.median(apart)
-    assert largest <= (LOOSE_FLOATS if form in FLOATS else LOOSE_CODES)
-    assert mean <= (LOOSE_FLOATS_MEAN if form in FLOATS else LOOSE_CODES_MEAN)
+        return float(np.quantile(apart, 0.9)), float(np.median(apart))
+    return float(apart.max()), float(apart.mean())
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Run llama.cpp's own converter, with its sources on PYTHONPATH: checkpoint, then type and output in pairs.
 
 The converter knows tokenizers by a hash of what they make of a text, and refuses one that was made for tests:
-here every tokenizer is one that cuts text as GPT-2's, also where a family has one of another kind. Two things
-are mended that do not work in this release. Run by `family_files`; knows nothing of this project.
+here every tokenizer is one that cuts text as GPT-2's, also where a family has one of another kind. What
+does not work in this release is mended. Run by `family_files`; knows nothing of this project.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from typing import Any
 
 import convert_hf_to_gguf  # type: ignore[import-not-found]
 from conversion.base import ModelBase, TextModel  # type: ignore[import-not-found]
+from conversion.chatglm import ChatGLMModel  # type: ignore[import-not-found]
+from conversion.gemma import Gemma3Model  # type: ignore[import-not-found]
+from conversion.glm import Glm4Model  # type: ignore[import-not-found]
 from conversion.hunyuan import HunYuanMoEModel  # type: ignore[import-not-found]
+from conversion.internlm import InternLM3Model  # type: ignore[import-not-found]
 from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
 
 _LOAD, _MODIFY = ModelBase.load_hparams, StableLMModel.modify_tensors
+_MODIFY_GEMMA3 = Gemma3Model.modify_tensors
 
 
 def _name_pre_tokenizer(model: Any, tokenizer: Any) -> str:
@@ -41,12 +46,21 @@ def _modify_tensors(model: Any, *more: Any) -> Iterator[Any]:
         yield from returned
 
 
+def _modify_gemma3(model: Any, tensor: Any, name: str, layer: Any) -> Iterator[Any]:
+    """Yield all rows of the embedding: Gemma 3's converter cuts those without a word in tokenizer.json."""
+    modify = TextModel.modify_tensors if "embed_tokens" in name else _MODIFY_GEMMA3
+    yield from modify(model, tensor, name, layer)
+
+
 if __name__ == "__main__":
     TextModel.get_vocab_base_pre = _name_pre_tokenizer
     TextModel._set_vocab_sentencepiece = lambda model, *_: model._set_vocab_gpt2()
     ModelBase.load_hparams = staticmethod(_load_hparams)
     StableLMModel.modify_tensors = _modify_tensors
-    TextModel._set_vocab_glm = HunYuanMoEModel.set_vocab = TextModel._set_vocab_gpt2
+    Gemma3Model.modify_tensors = _modify_gemma3
+    TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
+    for model in (ChatGLMModel, Glm4Model, HunYuanMoEModel, InternLM3Model):
+        model.set_vocab = TextModel._set_vocab_gpt2
     checkpoint, *outputs = sys.argv[1:]
     for kind, output in zip(outputs[::2], outputs[1::2], strict=True):
         sys.argv[1:] = [checkpoint, "--outtype", kind, "--outfile", output]

@@ -246,7 +246,7 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         "Olmo3ForCausalLM",
         {**_FOUR, "sliding_window": 12, "rope_parameters": None, "attention_bias": True},
         faults=(_unbiased("v_proj"), _WIDER),
-        json={"rope_theta": 10000.0},
+        json={"rope_theta": 500000.0},
         drops=("rope_parameters", "layer_types"),
     ),
     _case(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NUM_BEST = 5  # tokens compared at each position, beside the one that follows
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:

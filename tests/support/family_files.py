@@ -35,6 +35,7 @@ class Reference:
     prompt_ids: list[int]
     token_ids: list[int]  # greedy
     logprobs: np.ndarray  # [n_prompt + n_tokens, vocab] float32, after each token
+    rounding: np.ndarray | None = None  # [n_prompt + n_tokens - 1], how far off `transformers` is in bfloat16
 
     @property
     def all_ids(self) -> list[int]:
@@ -49,7 +50,12 @@ def checkpoint(case: FamilyCase) -> ModelFiles:
 def reference(case: FamilyCase) -> Reference:
     """Return what `transformers` makes of the case's checkpoint."""
     with np.load(_home(case) / "reference.npz") as stored:
-        return Reference(stored["prompt_ids"].tolist(), stored["token_ids"].tolist(), stored["logprobs"])
+        return Reference(
+            stored["prompt_ids"].tolist(),
+            stored["token_ids"].tolist(),
+            stored["logprobs"],
+            stored["rounding"],
+        )
 
 
 def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
@@ -90,8 +96,7 @@ def _home(case: FamilyCase) -> Path:
         from tests.support import family_maker
 
         with _made_at(folder) as partial:
-            prompt_ids, token_ids, logprobs = family_maker.make(case, partial / "checkpoint")
-            arrays = {"prompt_ids": prompt_ids, "token_ids": token_ids, "logprobs": logprobs}
+            arrays = family_maker.make(case, partial / "checkpoint")
             np.savez(partial / "reference.npz", **arrays)  # type: ignore[arg-type]
         for other in folder.parent.glob("[!.]*"):
             if other != folder:  # of a case, a maker or a version that is no more

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.family_case import FamilyCase, Fault, overlaid
+from tests.support.family_case import NUM_BEST, FamilyCase, Fault, overlaid
 
 NUM_TOKENS = 16  # that are generated
 _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
@@ -33,12 +33,8 @@ _ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight")
 _CLEAR = 4.0  # so much more than others: of two experts that are all but tied few are chosen
 
 
-def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
-    """Write the checkpoint of a case.
-
-    Returns:
-        A prompt's ids, those of the tokens that follow greedily, and log-probabilities as `logprobs` does.
-    """
+def make(case: FamilyCase, folder: Path) -> dict[str, np.ndarray]:
+    """Write the checkpoint of a case, and return the arrays of its `Reference`."""
     model = _make_model(case)
     dtype = getattr(torch, case.dtype)
     model.to(dtype).save_pretrained(folder, save_original_format=not case.is_fused)
@@ -56,12 +52,28 @@ def make(case: FamilyCase, folder: Path) -> tuple[list[int], list[int], np.ndarr
         raise AssertionError(f"{case.name}: no prompt whose answer is clear")
     confidence = found.max(axis=1).mean()
     assert confidence > _LEAST_CONFIDENCE, f"{case.name}: the likeliest token has only {confidence:.2f}"
-    return prompt_ids, token_ids, found
+    ids = prompt_ids + token_ids
+    rounding = _rounding(_logprobs(model.bfloat16(), ids), found, ids)
+    return {
+        "prompt_ids": np.array(prompt_ids),
+        "token_ids": np.array(token_ids),
+        "logprobs": found,
+        "rounding": rounding,
+    }
 
 
 def logprobs(case: FamilyCase, folder: Path, ids: list[int]) -> np.ndarray:
     """Return the log-probabilities [n_tokens, vocab] float32 after each of the tokens, of a case's model."""
     return _logprobs(_open(folder, case.attention), ids)
+
+
+def _rounding(rounded: np.ndarray, exact: np.ndarray, ids: list[int]) -> np.ndarray:
+    """Return how far log-probabilities are apart: at each position of the best and of what follows."""
+    best = np.argsort(rounded)[:-1, -NUM_BEST:]
+    compared = np.concatenate([best, np.array(ids[1:])[:, None]], axis=1)
+    apart: np.ndarray = np.take_along_axis(np.abs(rounded - exact)[:-1], compared, axis=1)
+    worst: np.ndarray = apart.max(axis=1)
+    return worst
 
 
 def plant(fault: Fault, folder: Path) -> None:

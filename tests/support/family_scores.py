@@ -7,14 +7,13 @@ import asyncio
 import numpy as np
 
 from tests.support.driving import Job, generate
-from tests.support.family_case import FamilyCase
+from tests.support.family_case import NUM_BEST, FamilyCase
 from tests.support.family_files import Reference
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.runner.load import load
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
-_NUM_BEST = 5  # tokens compared at each position, beside the one that follows
 _CHUNK = 24  # prompt tokens a step, so that prompts are cut, and not at a block's end
 
 
@@ -29,8 +28,8 @@ def score(case: FamilyCase, files: ModelFiles, found: Reference, dtype: str) -> 
         max_batch_total_tokens=512,
         max_total_tokens=case.max_total_tokens,
     )
-    sampling = SamplingParams(temperature=0.0, logprobs=_NUM_BEST)
-    job = Job(found.prompt_ids, len(found.token_ids), sampling, wants_prompt_logprobs=_NUM_BEST)
+    sampling = SamplingParams(temperature=0.0, logprobs=NUM_BEST)
+    job = Job(found.prompt_ids, len(found.token_ids), sampling, wants_prompt_logprobs=NUM_BEST)
     runner = load(settings, files, lambda stage, done, total: None).runner
     try:
         asyncio.run(generate(runner, [job], chunk=_CHUNK))

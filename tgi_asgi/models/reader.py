@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.config import check
 
@@ -100,6 +102,9 @@ class Reader:
         tokens = metadata.get("tokenizer.ggml.tokens")
         if "vocab_size" not in values and tokens is not None:
             values["vocab_size"] = len(tokens)
+        values = {
+            key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()
+        }
         return cls(values, is_gguf=True, tensors=tensors)
 
     def rename(self, **names: tuple[str, ...]) -> None:
@@ -141,7 +146,8 @@ class Reader:
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """Return an integer; None counts as absent."""
         value = self._given(key, default)
-        # A GGUF file may give one number a layer, which no supported family does.
+        if self.is_gguf and isinstance(value, list) and len(set(value)) == 1:  # one a layer
+            value = value[0]
         check(type(value) is int, f"`{self._name(key)}` must be one integer, got {str(value)[:100]}")
         return int(value)
 

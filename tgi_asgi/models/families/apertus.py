@@ -56,7 +56,10 @@ def _with_alphas(reader: Reader, layers: tuple[LayerSpec, ...]) -> tuple[LayerSp
         listed.append(values)
     reader.ignore("xielu.eps")
     check(all(abs(beta - _BETA) < 1e-6 for beta in listed[2]), f"xielu.beta must be {_BETA}")
-    return tuple(replace(layer, alphas=alphas) for layer, *alphas in zip(layers, *listed[:2], strict=True))
+    return tuple(
+        replace(layer, alphas=alphas)
+        for layer, alphas in zip(layers, zip(*listed[:2], strict=True), strict=True)
+    )
 
 
 class ApertusLayer(Layer):

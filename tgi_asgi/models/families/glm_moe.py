@@ -1,4 +1,4 @@
-"""Experts as DeepSeek V3 has them in decoders of the usual kind: GLM 4.5, and dots.llm1."""
+"""GLM 4.5 to 4.7 and dots.llm1: decoders of the usual kind with experts as DeepSeek V3 has them."""
 
 from __future__ import annotations
 

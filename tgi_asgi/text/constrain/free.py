@@ -97,7 +97,7 @@ class Mark:
     def of(cls, expression: str, texts: Iterable[tuple[int, bytes]]) -> Mark:
         """Read a mark as grammars write it; `texts` are the tokens that are no special ones."""
         if expression.startswith("<["):
-            own_id = int(expression[2:-2])
+            own_id = int(expression[2 : expression.index("]")])  # text may follow it
             return cls(own_id, frozenset((own_id,)))
         text: bytes = json.loads(expression).encode()
         heads = tuple(text[:size] for size in range(1, len(text)))

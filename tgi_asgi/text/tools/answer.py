@@ -206,19 +206,23 @@ class AnswerParser:
 
     def _give(self, pieces: list[Piece], num_held: int, *, is_end: bool) -> None:
         if self._end:
-            num_held = max(num_held, self._num_closing(is_end))
+            num_held = self._num_closing(num_held, is_end)
         start = self._num_read - len(self._held)
         shown = self._release(num_held)
         if shown:
             pieces.append(Content(shown, start))
             self._has_content = True
 
-    def _num_closing(self, is_end: bool) -> int:
-        """Return how much of what is held may close the wrapper, which is no text if nothing follows."""
-        at = self._held.rfind(self._end)
-        if at >= 0 and not self._held[at + len(self._end) :].strip():
-            return len(self._held) - len(self._held[:at].rstrip())
-        return 0 if is_end else _num_held(self._held, self._end)
+    def _num_closing(self, num_held: int, is_end: bool) -> int:
+        """Return how much to hold where the last characters are held, and what may close the wrapper is.
+
+        That is no text if nothing follows it but calls.
+        """
+        text = self._held[: len(self._held) - num_held]
+        at = text.rfind(self._end)
+        if at >= 0 and not text[at + len(self._end) :].strip():
+            return len(self._held) - len(text[:at].rstrip())
+        return num_held if is_end else num_held + _num_held(text, self._end)
 
     def _release(self, num_held: int) -> str:
         """Return what is held, but for the last characters."""
