@@ -173,7 +173,6 @@ NEWER_CASES: tuple[FamilyCase, ...] = (
         faults=(
             Fault("no-query-norms", tensors="*.q_norm.weight", change="to ones"),
             Fault("order-of-key-norms", tensors="*.k_norm.weight", change="swap halves"),
-            _unbiased("q_proj"),
             _unbiased("o_proj"),
         ),
         json={"model_max_length": 512},

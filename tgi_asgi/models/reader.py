@@ -56,6 +56,9 @@ _GGUF_NAMES = {
     "topk_group": "expert_group_used_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
+# Keys of GGUF files that matter where there are such tensors: dense Granite 4's say how large its experts and
+# recurrent layers would be.
+_GGUF_PARTS = {"expert_shared_feed_forward_length": "_shexp.", "ssm.": ".ssm_"}
 _REQUIRED = object()
 
 
@@ -182,6 +185,9 @@ class Reader:
 
     def _matters(self, key: str, value: Any) -> bool:
         if self.is_gguf:
+            for prefix, part in _GGUF_PARTS.items():
+                if key.startswith(prefix):
+                    return any(part in name for name in self.tensors)
             return key != "pooling_type" and not (key.startswith("expert_") and value == 0)
         if key in _HARMLESS or not any(part in key for part in _SUSPICIOUS):
             return False
