@@ -337,6 +337,7 @@ class Heads:
         sines: _Floats | None = None,
         norms: HeadNorms | None = None,
         clip: float = 0.0,
+        query_scales: _Floats | None = None,
     ) -> None: ...
 
 class AttentionSpec:

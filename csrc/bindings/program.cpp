@@ -224,7 +224,9 @@ void Program::qkv(const std::vector<Product>& products, const Heads& heads, cons
 
 void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
                         const QueryPtr& out) {
-  if (has_keys || heads.cosines) check_before_end("rotated or written heads");
+  if (has_keys || heads.cosines || heads.query_scales) {
+    check_before_end("written heads, or what depends on positions");
+  }
   step::HeadRowsParams params = {};
   params.heads = head_params(heads, has_keys, out);
   const int64_t width = params.heads.kv.num_strips() * step::kStripRows;
@@ -410,6 +412,11 @@ step::HeadParams Program::head_params(const Heads& heads, bool has_values, const
     num_positions_ = std::min<int64_t>(num_positions_, heads.cosines->shape(0));
     params.cosines = keep(*heads.cosines);
     params.sines = keep(*heads.sines);
+  }
+  if (heads.query_scales) {
+    check_shape(*heads.query_scales, "query_scales", {-1});
+    num_positions_ = std::min<int64_t>(num_positions_, heads.query_scales->shape(0));
+    params.query_scales = keep(*heads.query_scales);
   }
   if (heads.norms) use_norms(*heads.norms, heads.num_heads, params);
   params.num_heads = heads.num_heads;

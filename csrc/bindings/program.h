@@ -90,6 +90,7 @@ struct Heads {
   std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
   std::optional<HeadNorms> norms;
   double clip;  // q, k and v are cut to [-clip, clip] first; 0: they are not
+  std::optional<Floats> query_scales;  // [positions] what queries are multiplied by as well
 };
 
 class Program {

@@ -71,7 +71,7 @@ void bind_buffers(py::module_& module) {
   py::class_<Heads>(module, "Heads", "How heads are normalised and rotated, and where they go.")
       .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, int64_t true_dim,
                        std::optional<double> scale, MaybeFloats cosines, MaybeFloats sines,
-                       std::optional<HeadNorms> norms, double clip) {
+                       std::optional<HeadNorms> norms, double clip, MaybeFloats query_scales) {
              return Heads{std::move(pool),
                           layer,
                           num_heads,
@@ -80,12 +80,13 @@ void bind_buffers(py::module_& module) {
                           std::move(cosines),
                           std::move(sines),
                           std::move(norms),
-                          clip};
+                          clip,
+                          std::move(query_scales)};
            }),
            py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
            py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
-           py::arg("clip") = 0.0);
+           py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
 }
 
 }  // namespace

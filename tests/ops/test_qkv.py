@@ -35,6 +35,7 @@ class Case:
     norms: ops.HeadNorms | None = None
     is_interleaved: bool = False
     clip: float | None = None
+    query_scales: Tensor | None = None
     formats: tuple[str, str, str] = ("F32", "F32", "F32")
     packing: ops.Packing = EXACT
     parts: list[Tensor] = field(init=False)
@@ -72,6 +73,8 @@ class Case:
             found[:2] = [rotate(h, cos, sin, is_interleaved=self.is_interleaved) for h in found[:2]]
         if norms is not None and norms.is_last:
             found[:2] = self._normed(norms, found)
+        if self.query_scales is not None:
+            found[0] = found[0] * self.query_scales[positions, None, None]
         return found
 
     def _normed(self, norms: ops.HeadNorms, heads: list[Tensor]) -> list[Tensor]:
@@ -91,7 +94,7 @@ class Case:
         free = torch.randperm(NUM_BLOCKS).tolist()
         blocks = [[free.pop() for _ in range(-(-stop // block_size))] for _, stop in spans]
         batch = flat_rows(spans, blocks, block_size)
-        q = at_once.qkv(a, self.weight, layer, self.rope, batch, self.clip)
+        q = at_once.qkv(a, self.weight, layer, self.rope, batch, self.clip, self.query_scales)
         return q.view(len(a), self.heads, self.head_dim), layer, torch.from_numpy(batch.slots)
 
 
@@ -109,6 +112,7 @@ def head_norms(
     return ops.HeadNorms(weights[0], weights[1], is_whole=is_whole, is_last=is_last)
 
 
+GROWING = 1 + torch.arange(POSITIONS) / 7
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"has_bias": True},
@@ -137,6 +141,9 @@ CASES: dict[str, dict[str, Any]] = {
     "some neighbours turn": {
         "heads": 2, "head_dim": 80, "rotary_dim": 36, "is_interleaved": True, "norms": (80, 80),
     },
+    "growing queries": {"heads": 3, "head_dim": 40, "query_scales": GROWING},
+    "growing queries, no rotation": {"head_dim": 24, "has_rope": False, "query_scales": GROWING},
+    "whole norms, growing queries": {"heads": 3, "head_dim": 24, "norms": (72, 24), "query_scales": GROWING},
     "cut": {"heads": 3, "kv_heads": 1, "head_dim": 24, "clip": 1.25, "has_bias": True},
     "cut, three formats": {"hidden": 96, "head_dim": 32, "formats": ("Q4_0", "F16", "Q8_0"), "clip": 2.0},
     "whole norms": {"heads": 6, "kv_heads": 2, "head_dim": 20, "norms": (120, 40), "has_bias": True},

@@ -87,8 +87,11 @@ def qkv(
     rope: RopeTable | None,
     batch: FlatRows | None = None,
     clip: float | None = None,
+    query_scales: Tensor | None = None,
 ) -> Tensor:
-    return _run(lambda _, a: ops.qkv(a, weight, cache, rope, clip), (a, Kind.ACTIVATION), batch=batch)
+    return _run(
+        lambda _, a: ops.qkv(a, weight, cache, rope, clip, query_scales), (a, Kind.ACTIVATION), batch=batch
+    )
 
 
 def attention(q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, **rules: Any) -> Tensor:

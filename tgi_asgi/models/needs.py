@@ -20,6 +20,7 @@ class Need(enum.StrEnum):
     INTERLEAVED_ROPE = "rotary embeddings of neighbouring dims"
     CLIP = "queries, keys and values that are cut to a range"
     QK_LAYER_NORM = "LayerNorm of queries and keys"
+    QUERY_SCALES = "queries that grow with their positions"
     LATE_QK_NORM = "norms of rotated queries and keys"
     WINDOWS = "windows that differ between layers"
     CHUNKS = "attention by chunks"
@@ -40,6 +41,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.INTERLEAVED_ROPE: config.has_interleaved_rope,
         Need.CLIP: config.clip is not None,
         Need.QK_LAYER_NORM: config.has_qk_norm and config.has_layer_norm,
+        Need.QUERY_SCALES: any(layer.query_growth is not None for layer in layers),
         Need.LATE_QK_NORM: config.has_qk_norm and config.has_late_qk_norm,
         Need.WINDOWS: len({layer.window for layer in layers}) > 1,
         Need.CHUNKS: any(layer.chunk is not None for layer in layers),

@@ -277,11 +277,14 @@ def _scaling_of_gguf(reader: Reader) -> RopeScaling | None:
     for key in ("yarn_ext_factor", "yarn_attn_factor"):
         value = reader.number(f"{prefix}{key}", 1.0)
         check(value == 1, f"{prefix}{key} {value} is not supported, only 1 is")
+    # As llama.cpp has it: what config.json calls mscale_all_dim, beside an mscale of 1.
+    undone = reader.number(f"{prefix}yarn_log_multiplier", 0.0)
+    check(undone >= 0, f"{prefix}yarn_log_multiplier must not be negative, got {undone}")
     return RopeScaling(
         "yarn", factor, original or reader.integer("max_position_embeddings"),
         beta_fast=reader.number(f"{prefix}yarn_beta_fast", 32.0),
         beta_slow=reader.number(f"{prefix}yarn_beta_slow", 1.0),
-        attention_factor=attention * yarn_magnitude(factor),
+        attention_factor=attention * yarn_magnitude(factor) / yarn_magnitude(factor, undone),
     )  # fmt: skip
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, RopeScaling, RopeSpec, check
+from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeScaling, RopeSpec, check
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.reading import yarn_magnitude
 from tgi_asgi.settings import GivenRope
 
 
 class RopeTables:
-    """One table for each rotary embedding that layers have.
+    """One table for each rotary embedding that layers have, and for what queries grow by.
 
     A GGUF file keeps llama3's and longrope's scaling as tensors of divisors. longrope's depend on the
     context, as the base of dynamic scaling does: both are chosen once, by the longest that is served. Keys in
@@ -30,10 +30,21 @@ class RopeTables:
             scale = 1.0 if spec.scaling is None else spec.scaling.attention_factor
             inverse = inverse_frequencies(spec, divisors, max_positions).tolist()
             self._tables[spec] = ops.RopeTable.create(inverse, max_positions, scale=scale)
+        growths = {layer.query_growth for layer in config.layers if layer.query_growth is not None}
+        self._growths = {growth: _query_scales(growth, max_positions) for growth in growths}
 
     def table(self, spec: RopeSpec | None) -> ops.RopeTable | None:
         """Return a layer's table; None if positions do not matter to it."""
         return None if spec is None else self._tables[spec]
+
+    def query_scales(self, growth: QueryGrowth | None) -> Tensor | None:
+        """Return what a layer multiplies queries by, [positions] float32; None: they stay as they are."""
+        return None if growth is None else self._growths[growth]
+
+
+def _query_scales(growth: QueryGrowth, max_positions: int) -> Tensor:
+    positions = torch.arange(max_positions, dtype=torch.float32)
+    return 1 + growth.beta * torch.log(1 + torch.floor(positions / growth.period))
 
 
 def _divisors(spec: RopeSpec, weights: Weights, max_positions: int) -> Tensor | None:

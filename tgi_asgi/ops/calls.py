@@ -85,6 +85,7 @@ class Qkv(Call):
     cache: Cache
     rope: RopeTable | None
     clip: float | None  # what q, k and v are cut to first
+    query_scales: Tensor | None  # [positions] float32, what queries are multiplied by at last
 
 
 @dataclass(frozen=True, eq=False, slots=True)

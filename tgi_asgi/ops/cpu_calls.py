@@ -125,6 +125,7 @@ class CpuCalls:
         heads = _C.Heads(
             pool=layer.pool.native, layer=layer.index, num_heads=weight.num_heads, true_dim=weight.head_dim,
             scale=scale, cosines=cosines, sines=sines, norms=made.norms, clip=call.clip or 0.0,
+            query_scales=None if call.query_scales is None else call.query_scales.numpy(),
         )  # fmt: skip
         products = [self._product(call.a, part) for part in made.parts]
         if norms is None or not norms.is_whole:

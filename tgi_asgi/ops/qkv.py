@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
 from tgi_asgi.ops.rope import RopeTable
@@ -12,7 +14,12 @@ from tgi_asgi.ops.weights import QkvWeight
 
 
 def qkv(
-    a: Value, weight: QkvWeight, cache: Cache, rope: RopeTable | None, clip: float | None = None
+    a: Value,
+    weight: QkvWeight,
+    cache: Cache,
+    rope: RopeTable | None,
+    clip: float | None = None,
+    query_scales: Tensor | None = None,
 ) -> Value:
     """Project the activation a [n_tokens, hidden], rotate queries and keys, write keys and values to `cache`.
 
@@ -21,6 +28,7 @@ def qkv(
 
     Args:
         clip: queries, keys and values are first cut to [-clip, clip] (OLMo 1, MPT).
+        query_scales: float32 [positions], what queries are at last multiplied by (Ministral 3).
 
     Raises:
         ValueError: `clip` is not positive, or the weight has norms over all heads.
@@ -31,4 +39,4 @@ def qkv(
         raise ValueError("`clip` is not computed with norms over all heads")
     recorder = recorder_of("qkv", a=(a, Kind.ACTIVATION, weight.columns))
     out = recorder.value(Kind.QUERY, weight.num_heads * weight.head_dim)
-    return recorder.note(calls.Qkv(out, a, weight, cache, rope, clip))
+    return recorder.note(calls.Qkv(out, a, weight, cache, rope, clip, query_scales))

@@ -249,9 +249,13 @@ inline void store_head(const HeadParams& p, const StepHeader& step, int64_t toke
   const int64_t num_kv_heads = p.kv.num_heads;
   // Of what is not rotated or written a step need not have them: see LastRows.
   const int64_t slot = head < p.num_heads ? 0 : step.slot(p.kv.group, token);
+  float scale = p.q_scale;
+  if (p.query_scales != nullptr && head < p.num_heads) {
+    scale *= p.query_scales[step.positions[token]];
+  }
   for (int64_t i = 0; i < num_strips; ++i) {
     if (head < p.num_heads) {
-      store_query<S>(p.kv, p.q_scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
+      store_query<S>(p.kv, scale, p.q, token * p.num_heads + head, strip + i, rows.first[i],
                      rows.second[i]);
     } else if (head < p.num_heads + num_kv_heads) {
       store_key<S>(p.kv, head - p.num_heads, slot, strip + i, rows.first[i], rows.second[i]);

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from tgi_asgi.models.config import ModelConfig
+from dataclasses import replace
+
+from tgi_asgi.models.config import ModelConfig, QueryGrowth, RopeSpec
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_layers, read_sizes, read_sliding, read_window
+from tgi_asgi.models.reading import (
+    make_rope,
+    num_layers,
+    read_layers,
+    read_rope,
+    read_sizes,
+    read_sliding,
+    read_window,
+    rope_values,
+)
+
+# What transformers takes Ministral 3's to be where the file says nothing.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 
 
 def read_mistral(reader: Reader, architecture: str) -> ModelConfig:
@@ -28,7 +45,35 @@ def read_ministral(reader: Reader, architecture: str) -> ModelConfig:
     return ModelConfig(architecture=architecture, layers=read_layers(reader, sizes, windows=windows), **sizes)
 
 
+def read_ministral3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Ministral 3's, whose queries grow with every context that it was first trained on.
+
+    llama.cpp has Mistral Small 3.1 and later under the same name: there nothing grows.
+    """
+    reader.ignore("attention_bias")
+    reader.defaults(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_parameters=_YARN)
+    sizes = read_sizes(reader)
+    rope, beta = _read_growing_rope(reader, sizes["head_dim"])
+    windows = read_window(reader)
+    layers = read_layers(reader, sizes, windows=windows, ropes=[rope] * len(windows))
+    if beta and rope.scaling is not None:
+        growth = QueryGrowth(beta, rope.scaling.original_context)
+        layers = tuple(replace(layer, query_growth=growth) for layer in layers)
+    return ModelConfig(architecture=architecture, layers=layers, **sizes)
+
+
+def _read_growing_rope(reader: Reader, head_dim: int) -> tuple[RopeSpec, float]:
+    """Read the rotary embedding, and how fast queries grow, which a config.json says beside it."""
+    if reader.is_gguf:
+        return read_rope(reader, head_dim), reader.number("attention.temperature_scale", 0.0)
+    values = rope_values(reader)
+    beta = Reader.of_json(values).number("llama_4_scaling_beta", 0.0)
+    values.pop("llama_4_scaling_beta", None)
+    return make_rope(reader, values, head_dim), beta
+
+
 FAMILIES = (
     Family("MistralForCausalLM", "llama", read_mistral, Decoder, is_rotary_permuted=True),
     Family("MinistralForCausalLM", None, read_ministral, Decoder),
+    Family("Ministral3ForCausalLM", "mistral3", read_ministral3, Decoder, is_rotary_permuted=True),
 )
