@@ -2,13 +2,14 @@
 
     python -m bench.family_shapes gemma3 directory
 
-Their shapes are those of published models; the tokenizer is the demonstration model's. `transformers` makes
-them, so that llama.cpp's converter takes them.
+Their shapes are those of published models; the tokenizer is the demonstration model's, with words that no text
+has. `transformers` makes them, so that llama.cpp's converter takes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def make(directory: Path, name: str) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     export_tokenizer.export(DEMO_MODEL, directory)
+    _fill_vocabulary(directory / "tokenizer.json", SHAPES[name]["vocab_size"])
+
+
+def _fill_vocabulary(path: Path, size: int) -> None:
+    """Give every id a word: llama.cpp's converter cuts off Gemma 3's rows behind the last."""
+    tokenizer = json.loads(path.read_text("utf-8"))
+    words = tokenizer["model"]["vocab"]
+    taken = {*words.values(), *(each["id"] for each in tokenizer["added_tokens"])}
+    words |= {f"<unused{number}>": number for number in range(size) if number not in taken}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
 
 
 def main() -> None:
