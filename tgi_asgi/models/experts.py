@@ -134,14 +134,14 @@ def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec)
 def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
     prefix = names.experts
-    if weights.has(names.joined):
+    if weights.has(names.joined) or weights.has(names.joined_down):
         gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
         downs = stack(weights, names.joined_down, count, hidden, inner)
         for gate_up, down in zip(gate_ups, downs, strict=True):
             yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
         return
     shapes = {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
-    if weights.has(f"{prefix}.{names.gate}.weight"):
+    if not any(weights.has(f"{prefix}.{index}.{name}.weight") for index in range(count) for name in shapes):
         each = [stack(weights, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
         yield from zip(*each, strict=True)
         return

@@ -80,7 +80,8 @@ class GptOssWeights(LayerWeights):
 
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Make gate and up, and down, of each expert in turn."""
-        read = self._of_llama_cpp if self.has("mlp.experts.gate_proj.weight") else self._of_openai
+        is_of_llama_cpp = any(self.has(f"mlp.experts.{name}_proj.weight") for name in ("gate", "up", "down"))
+        read = self._of_llama_cpp if is_of_llama_cpp else self._of_openai
         for matrices, biases in read(spec):
             gate, up, down = matrices
             yield (
