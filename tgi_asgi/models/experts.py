@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -38,6 +38,7 @@ class ExpertNames:
     shared_gate: str = "mlp.shared_expert_gate"
 
 
+_READ_AT_ONCE = 16 << 20  # bytes of a tensor; giving pages back takes some milliseconds in a large file
 GGUF_CORRECTION = "mlp.correction.bias"  # a name like those of other tensors, for llama.cpp's `exp_probs_b`
 Matrices = tuple[ops.WeightSource, ops.WeightSource, ops.WeightSource]  # gate, up and down
 ExpertProducts = tuple[ops.GateUpWeight, ops.LinearWeight]
@@ -134,14 +135,14 @@ def read_products(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec)
 def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> Iterator[Matrices]:
     hidden, inner, count = weights.config.hidden_size, spec.intermediate_size, spec.num_experts
     prefix = names.experts
-    if weights.has(names.joined):
+    if weights.has(names.joined) or weights.has(names.joined_down):
         gate_ups = stack(weights, names.joined, count, 2 * inner, hidden)
         downs = stack(weights, names.joined_down, count, hidden, inner)
         for gate_up, down in zip(gate_ups, downs, strict=True):
             yield gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner), down
         return
     shapes = {names.gate: (inner, hidden), names.up: (inner, hidden), names.down: (hidden, inner)}
-    if weights.has(f"{prefix}.{names.gate}.weight"):
+    if not any(weights.has(f"{prefix}.{index}.{name}.weight") for index in range(count) for name in shapes):
         each = [stack(weights, f"{prefix}.{name}.weight", count, *shape) for name, shape in shapes.items()]
         yield from zip(*each, strict=True)
         return
@@ -152,11 +153,18 @@ def _matrices(weights: ExpertsSource, names: ExpertNames, spec: ExpertsSpec) -> 
         yield gate, up, down
 
 
-def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Sequence[ops.WeightSource]:
-    """Return the matrices, or the vectors, of a tensor [count, *shape]: views."""
-    source = weights.get(name, count, *shape)
-    if len(shape) == 1:
-        return [replace(source.rows(index, index + 1), shape=shape) for index in range(count)]
-    rows, columns = shape
-    source = replace(source, shape=(count * rows, columns))
-    return [source.rows(index * rows, (index + 1) * rows) for index in range(count)]
+def stack(weights: ExpertsSource, name: str, count: int, *shape: int) -> Iterator[ops.WeightSource]:
+    """Yield the matrices, or the vectors, of a tensor [count, *shape]: views, each to be used at once.
+
+    The tensor is asked for anew every few of them: a file gives back what was read before, and a layer's
+    experts are large beside all that is in memory of it.
+    """
+    rows = 1 if len(shape) == 1 else shape[0]
+    num_read = _READ_AT_ONCE
+    for index in range(count):
+        if num_read >= _READ_AT_ONCE:
+            whole, num_read = weights.get(name, count, *shape), 0
+            whole = replace(whole, shape=(count * rows, shape[-1]))
+        one = whole.rows(index * rows, (index + 1) * rows)
+        num_read += one.data.nbytes
+        yield replace(one, shape=shape)

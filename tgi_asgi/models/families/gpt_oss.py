@@ -80,7 +80,8 @@ class GptOssWeights(LayerWeights):
 
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Make gate and up, and down, of each expert in turn."""
-        read = self._of_llama_cpp if self.has("mlp.experts.gate_proj.weight") else self._of_openai
+        is_of_llama_cpp = any(self.has(f"mlp.experts.{name}_proj.weight") for name in ("gate", "up", "down"))
+        read = self._of_llama_cpp if is_of_llama_cpp else self._of_openai
         for matrices, biases in read(spec):
             gate, up, down = matrices
             yield (
@@ -101,21 +102,22 @@ class GptOssWeights(LayerWeights):
         hidden, inner, count = self.config.hidden_size, spec.intermediate_size, spec.num_experts
         both = stack(self, "mlp.experts.gate_up_proj_bias", count, 2 * inner)
         of_down = stack(self, "mlp.experts.down_proj_bias", count, hidden)
-        for index in range(count):
-            gate_up = self._matrix("gate_up_proj", index, spec, 2 * inner, hidden)
-            down = self._matrix("down_proj", index, spec, hidden, inner)
+        gate_ups = self._matrices("gate_up_proj", count, 2 * inner, hidden)
+        downs = self._matrices("down_proj", count, hidden, inner)
+        for gate_up, down, of_gate_up, bias_of_down in zip(gate_ups, downs, both, of_down, strict=True):
             gate, up = (ops.each_row(gate_up, first, 2) for first in (0, 1))
-            bias = ops.vector(both[index])
+            bias = ops.vector(of_gate_up)
             biases = [ops.from_floats(bias[first::2].contiguous()) for first in (0, 1)]
-            yield [gate, up, down], [*biases, of_down[index]]
+            yield [gate, up, down], [*biases, bias_of_down]
 
-    def _matrix(self, name: str, index: int, spec: ExpertsSpec, rows: int, columns: int) -> ops.WeightSource:
-        """Return one expert's matrix [rows, columns]."""
-        one = f"mlp.experts.{index}.{name}.weight"
-        if self.has(one):
-            return self.get(one, rows, columns)
-        turned = stack(self, f"mlp.experts.{name}", spec.num_experts, columns, rows)[index]
-        return ops.from_floats(ops.plain_tensor(turned).T.contiguous())
+    def _matrices(self, name: str, count: int, rows: int, columns: int) -> Iterator[ops.WeightSource]:
+        """Yield each expert's matrix [rows, columns]."""
+        if self.has(f"mlp.experts.0.{name}.weight"):
+            for index in range(count):
+                yield self.get(f"mlp.experts.{index}.{name}.weight", rows, columns)
+            return
+        for turned in stack(self, f"mlp.experts.{name}", count, columns, rows):
+            yield ops.from_floats(ops.plain_tensor(turned).T.contiguous())
 
 
 class GptOss(Decoder):

@@ -1,0 +1,56 @@
+"""The models with experts that `bench.moe` measures: whole files, of which a token needs a part."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bench.moe import active_bytes
+from bench.moe_files import MODELS, is_more, make
+from tgi_asgi import ops
+from tgi_asgi.formats.gguf import GgufFile
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.loading.open import OpenModel
+
+LAYERS = 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_small_one_of_its_kind_is_loaded(tmp_path: Path, name: str) -> None:
+    model = dataclasses.replace(
+        MODELS[name], vocab_size=2048, hidden=256, num_heads=8, num_kv_heads=4, head_dim=32, num_experts=4,
+        top_k=2, size=256,
+    )  # fmt: skip
+    path = tmp_path / "model.gguf"
+    make(path, model, LAYERS)
+    with OpenModel(ModelFiles(name, None, "gguf", path)) as opened:
+        config = opened.config
+        opened.load(ops.Packing(is_exact=False), 64)  # refuses tensors that it has no use for
+        opened.read_text()
+    assert isinstance(config, ModelConfig)
+    assert config.num_layers == LAYERS
+    assert config.vocab_size == model.cut_vocabulary(LAYERS)
+    file = GgufFile.open(path)
+    sizes = {name: info.nbytes for name, info in file.tensors.items()}
+    file.close()
+    not_needed = (
+        sizes["token_embd.weight"]
+        + sum(size for name, size in sizes.items() if name.endswith("_exps.weight")) / 2
+    )
+    biases = sum(size for name, size in sizes.items() if name.endswith("_exps.bias")) / 2
+    assert active_bytes(path, model) == sum(sizes.values()) - not_needed - biases
+
+
+def test_six_bits_are_where_llama_cpp_puts_them() -> None:
+    """Of 48 layers: the first and the last eighth, and every third between (llama-quant.cpp)."""
+    more = [index for index in range(48) if is_more(index, 48)]
+    assert more == [*range(6), *range(8, 42, 3), *range(42, 48)]
+
+
+def test_the_head_has_its_share_of_a_file_of_few_layers() -> None:
+    model = MODELS["qwen3-30b-a3b"]
+    assert model.cut_vocabulary(model.num_layers) == model.vocab_size
+    assert model.cut_vocabulary(8) == 25344
