@@ -2,8 +2,8 @@
 
     python -m bench.family_shapes gemma3 directory
 
-Their shapes are those of published models; the tokenizer is the demonstration model's, with words that no text
-has. `transformers` makes them, so that llama.cpp's converter takes them.
+Their shapes are those of published models; the tokenizer is the demonstration model's, with words that no
+text has. `transformers` makes them, so that llama.cpp's converter takes them.
 """
 
 from __future__ import annotations
