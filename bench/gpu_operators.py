@@ -64,10 +64,13 @@ def _decode(batch: int, context: int) -> Measurement:
     workspace = torch.empty(
         _kernels.attention_workspace_bytes(*sizes), dtype=torch.uint8, device=gpu_stages.DEVICE
     )
-    _kernels.attention_plan(lengths, sets[0][0], BLOCK, 0, workspace)
+    plan = torch.empty(batch + 1, dtype=torch.int32, device=gpu_stages.DEVICE)
+    _kernels.attention_plan(lengths, sets[0][0], BLOCK, 0, plan)
 
     def call(table: Tensor, kv: Tensor) -> None:
-        _kernels.attention_decode(q, kv, lengths, table, 0, HEAD_DIM**-0.5, 1.0, 1.0, workspace, out)
+        _kernels.attention_decode(
+            q, kv, lengths, table, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, plan, workspace, out
+        )
 
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
     k, v = (random(batch, KV_HEADS, context, HEAD_DIM) for _ in range(2))
@@ -123,7 +126,7 @@ def _prefill(tokens: int) -> Measurement:
 
     def call() -> None:
         _kernels.attention_prefill(
-            q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 1.0, 1.0, out
+            q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, out
         )  # fmt: skip
 
     flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # of the lower triangle, both products

@@ -96,6 +96,9 @@ struct AttentionParams {
   const int32_t* context_len;  // [num_sequences], queries included; 0: padding, output is 0
   const int32_t* block_table;  // [num_sequences, block_table_stride], clamped to the pool
   void* out;                   // [num_tokens, num_heads, head_dim] of type
+  const float* sinks;          // [num_heads] scores that have no value, or null
+  const float* slopes;         // [num_heads] of ALiBi, or null
+  int32_t* plan;               // decode: [num_sequences + 1], which attention_plan writes
   void* workspace;             // decode: attention_workspace_bytes
   int64_t num_tokens;
   int64_t num_sequences;
@@ -108,12 +111,14 @@ struct AttentionParams {
   int64_t block_table_stride;
   int64_t window;  // 0: all positions
   float scale;
+  float soft_cap;   // of scores: they become soft_cap * tanh(score / soft_cap); 0: they do not
   float key_scale;  // what was divided by when the cache was written
   float value_scale;
   Type type;
   Type kv_type;  // type or kFloat8
 };
-// One token a sequence. The plan depends on the lengths only and serves all layers of a step.
+// One token a sequence. The plan depends on the lengths and the window only and serves all layers
+// of a step that have this window.
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);

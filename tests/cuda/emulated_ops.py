@@ -83,8 +83,12 @@ def _rope_kv_write(
 
 
 def _attention(device: Device, name: str, **given: Any) -> None:
-    none: dict[str, Any] = dict.fromkeys(("q", "kv", "query_start", "out", "workspace"))
-    zeros = dict.fromkeys(("num_tokens", "max_query_len", "num_heads", "head_dim", "num_blocks", "scale"), 0)
+    none: dict[str, Any] = dict.fromkeys(
+        ("q", "kv", "query_start", "out", "sinks", "slopes", "plan", "workspace")
+    )
+    zeros = dict.fromkeys(
+        ("num_tokens", "max_query_len", "num_heads", "head_dim", "num_blocks", "scale", "soft_cap"), 0
+    )
     ones = dict.fromkeys(("num_kv_heads", "key_scale", "value_scale"), 1)
     kinds = {"type": 0, "kv_type": 0}
     table = given["block_table"]
@@ -98,33 +102,35 @@ def _attention(device: Device, name: str, **given: Any) -> None:
 
 
 def _attention_plan(
-    device: Device, context_len: Tensor, block_table: Tensor, block_size: int, window: int, workspace: Tensor
+    device: Device, context_len: Tensor, block_table: Tensor, block_size: int, window: int, plan: Tensor
 ) -> None:
     _attention(
         device, "attention_plan", context_len=context_len, block_table=block_table, block_size=block_size,
-        window=window, workspace=workspace,
+        window=window, plan=plan,
     )  # fmt: skip
 
 
 def _attention_decode(
     device: Device, q: Tensor, kv: Tensor, context_len: Tensor, block_table: Tensor, window: int,
-    scale: float, key_scale: float, value_scale: float, workspace: Tensor, out: Tensor,
+    scale: float, soft_cap: float, sinks: Tensor | None, slopes: Tensor | None, key_scale: float,
+    value_scale: float, plan: Tensor, workspace: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     _attention(
         device, "attention_decode", q=q, kv=kv, context_len=context_len, block_table=block_table,
-        window=window, scale=scale, key_scale=key_scale, value_scale=value_scale, workspace=workspace,
-        out=out,
+        window=window, scale=scale, soft_cap=soft_cap, sinks=sinks, slopes=slopes, key_scale=key_scale,
+        value_scale=value_scale, plan=plan, workspace=workspace, out=out,
     )  # fmt: skip
 
 
 def _attention_prefill(
     device: Device, q: Tensor, kv: Tensor, query_start: Tensor, context_len: Tensor, block_table: Tensor,
-    max_query_len: int, window: int, scale: float, key_scale: float, value_scale: float, out: Tensor,
+    max_query_len: int, window: int, scale: float, soft_cap: float, sinks: Tensor | None,
+    slopes: Tensor | None, key_scale: float, value_scale: float, out: Tensor,
 ) -> None:  # fmt: skip
     _attention(
         device, "attention_prefill", q=q, kv=kv, query_start=query_start, context_len=context_len,
-        block_table=block_table, max_query_len=max_query_len, window=window, scale=scale, key_scale=key_scale,
-        value_scale=value_scale, out=out,
+        block_table=block_table, max_query_len=max_query_len, window=window, scale=scale, soft_cap=soft_cap,
+        sinks=sinks, slopes=slopes, key_scale=key_scale, value_scale=value_scale, out=out,
     )  # fmt: skip
 
 

@@ -85,18 +85,18 @@ class GpuDevice:
         )  # fmt: skip
 
     def _attention_plan(self, p: Any) -> None:
-        _ops.attention_plan(p.context_len, p.block_table, p.block_size, p.window, p.workspace)
+        _ops.attention_plan(p.context_len, p.block_table, p.block_size, p.window, p.plan)
 
     def _attention_decode(self, p: Any) -> None:
         _ops.attention_decode(
-            p.q, p.kv, p.context_len, p.block_table, p.window, p.scale, p.key_scale, p.value_scale,
-            p.workspace, p.out,
+            p.q, p.kv, p.context_len, p.block_table, p.window, p.scale, p.soft_cap, p.sinks, p.slopes,
+            p.key_scale, p.value_scale, p.plan, p.workspace, p.out,
         )  # fmt: skip
 
     def _attention_prefill(self, p: Any) -> None:
         _ops.attention_prefill(
             p.q, p.kv, p.query_start, p.context_len, p.block_table, p.max_query_len, p.window, p.scale,
-            p.key_scale, p.value_scale, p.out,
+            p.soft_cap, p.sinks, p.slopes, p.key_scale, p.value_scale, p.out,
         )  # fmt: skip
 
     def _linear(self, p: Any) -> None:

@@ -139,7 +139,7 @@ class CudaProgram:
         self._values = Buffers()
         self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's, and the device's
         self._room = Room(dtype, device)
-        self._planned: tuple[int, int] | None = None  # block size and window
+        self._plans: dict[tuple[int, int], Tensor] = {}  # by block size and window
         uses = Uses(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
@@ -293,9 +293,8 @@ class CudaProgram:
     def _attention(self, call: calls.Attention) -> None:
         """Sequences of one token by one kernel, the others by another."""
         layer, spec = _layer_of(call.cache), call.spec
-        for name in ("chunk", "soft_cap", "sinks", "slopes"):
-            if getattr(spec, name) is not None:
-                raise ValueError(f"attention with `{name}` is not among the CUDA kernels")
+        if spec.chunk is not None:
+            raise ValueError("attention by chunks is not among the CUDA kernels")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
         heads = call.q.columns // head_dim
         query = self._in(call.q).view(self._max_tokens, heads, head_dim)
@@ -305,27 +304,45 @@ class CudaProgram:
         )
         workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
         seen = spec.window or 0  # as the kernels have it, 0 is all
-        if self._planned is None:  # the first layer's plan serves all
-            self._planned = (block_size, seen)
-            self._launches.append(lambda batch: _plan(batch, block_size, seen, workspace))
-        if self._planned != (block_size, seen):
-            raise ValueError("all layers of a program must have one block size and one window")
+        plan = self._plan(block_size, seen)
+        sinks, slopes = (
+            None if vector is None else self._move(vector, torch.float32)
+            for vector in (spec.sinks, spec.slopes)
+        )
 
         def launch(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
-            scales = (spec.scale, layer.key_scale, layer.value_scale)
+            kind = (spec.scale, spec.soft_cap or 0.0, sinks, slopes, layer.key_scale, layer.value_scale)
             if d > 0:
                 _kernels.attention_decode(
-                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *scales,
-                    workspace, out[:d],
+                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *kind,
+                    plan, workspace, out[:d],
                 )  # fmt: skip
             if d < batch.num_sequences:
                 _kernels.attention_prefill(
                     query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
-                    batch.block_table[d:], batch.max_query_len, seen, *scales, out[:n],
+                    batch.block_table[d:], batch.max_query_len, seen, *kind, out[:n],
                 )  # fmt: skip
 
         self._launches.append(launch)
+
+    def _plan(self, block_size: int, window: int) -> Tensor:
+        """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""
+        plan = self._plans.get((block_size, window))
+        if plan is not None:
+            return plan
+        made = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
+        self._plans[block_size, window] = made
+
+        def launch(batch: CudaBatch) -> None:
+            if batch.num_decodes > 0:
+                d = batch.num_decodes
+                _kernels.attention_plan(
+                    batch.context_len[:d], batch.block_table[:d], block_size, window, made
+                )
+
+        self._launches.append(launch)
+        return made
 
     def _linear(self, call: calls.Linear) -> None:
         source, linear = self._in(call.a), self._product_of(call.weight.made)
@@ -496,9 +513,3 @@ def _layer_of(cache: object) -> CudaKvLayer:
     if not isinstance(cache, CudaKvLayer):
         raise TypeError("a CUDA step is recorded with `CudaKvLayer`s")
     return cache
-
-
-def _plan(batch: CudaBatch, block_size: int, window: int, workspace: Tensor) -> None:
-    if batch.num_decodes > 0:
-        d = batch.num_decodes
-        _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, window, workspace)

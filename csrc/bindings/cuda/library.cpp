@@ -18,16 +18,15 @@ TORCH_LIBRARY(tgi_cuda, m) {
       "-> ()");
   m.def(
       "attention_plan(Tensor context_len, Tensor block_table, int block_size, int window, "
-      "Tensor(a!) workspace) -> ()");
+      "Tensor(a!) plan) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor kv, Tensor context_len, Tensor block_table, int window, "
-      "float scale, "
-      "float key_scale, float value_scale, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+      "float scale, float soft_cap, Tensor? sinks, Tensor? slopes, float key_scale, float "
+      "value_scale, Tensor plan, Tensor(a!) workspace, Tensor(b!) out) -> ()");
   m.def(
       "attention_prefill(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor "
-      "block_table, "
-      "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) "
-      "out) -> ()");
+      "block_table, int max_query_len, int window, float scale, float soft_cap, Tensor? sinks, "
+      "Tensor? slopes, float key_scale, float value_scale, Tensor(a!) out) -> ()");
   m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "
