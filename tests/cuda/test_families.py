@@ -1,4 +1,4 @@
-"""Families whose layers differ, as the CUDA runner computes them on emulated kernels, against `transformers`."""
+"""What only some families have, by the CUDA runner on emulated kernels, against `transformers`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from tgi_asgi.runner import cuda_load
 # Heads of 64, the smallest that the kernels have.
 _WIDE = {"head_dim": 64}
 _FEW = {"num_attention_heads": 2, "num_key_value_heads": 1}
-_SINGLE = {"num_attention_heads": 2, "num_key_value_heads": 2}
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gemma2": _WIDE,
     "gemma3": _WIDE,
@@ -32,8 +31,17 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "bloom": {"n_head": 2},
     "mpt": {"n_heads": 2},
     "falcon-rw": {"num_attention_heads": 2},
+    "cohere-head-norms": _FEW,
+    "stablelm-parallel": _FEW,
+    "phi-head-norms": _FEW,
+    "hunyuan": _WIDE,
+    "glm4": _WIDE,
+    "nemotron": _FEW,
+    "apertus": _FEW,
+    "gpt2": {"n_head": 2},
+    "olmo": _FEW,
 }
-_USUAL = ("gemma2", "mpt")
+_USUAL = ("gemma2", "mpt", "cohere-head-norms", "hunyuan")
 LARGEST, MEAN = 0.05, 0.02  # of a log-probability, in float16
 
 

@@ -25,9 +25,12 @@ HAS = frozenset(
     {
         Need.LAYER_NORM,
         Need.PLAIN_MLP,
+        Need.GATES,
         Need.LEARNT_POSITIONS,
         Need.INTERLEAVED_ROPE,
         Need.CLIP,
+        Need.QK_LAYER_NORM,
+        Need.LATE_QK_NORM,
         Need.WINDOWS,
         Need.SOFT_CAP,
         Need.SLOPES,
