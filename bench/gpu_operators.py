@@ -35,7 +35,7 @@ def measurements() -> Iterator[Measurement]:
         yield _prefill(tokens)
     for rows in ROWS:
         yield _norm(rows)
-        yield _act_mul(rows)
+        yield _gate(rows)
         yield _rope(rows)
     for rows in DRAWS:
         yield _sample(rows)
@@ -64,10 +64,13 @@ def _decode(batch: int, context: int) -> Measurement:
     workspace = torch.empty(
         _kernels.attention_workspace_bytes(*sizes), dtype=torch.uint8, device=gpu_stages.DEVICE
     )
-    _kernels.attention_plan(lengths, sets[0][0], BLOCK, 0, workspace)
+    plan = torch.empty(batch + 1, dtype=torch.int32, device=gpu_stages.DEVICE)
+    _kernels.attention_plan(lengths, sets[0][0], BLOCK, 0, plan)
 
     def call(table: Tensor, kv: Tensor) -> None:
-        _kernels.attention_decode(q, kv, lengths, table, 0, HEAD_DIM**-0.5, 1.0, 1.0, workspace, out)
+        _kernels.attention_decode(
+            q, kv, lengths, table, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, plan, workspace, out
+        )
 
     calls: list[Call] = [functools.partial(call, *one) for one in sets]
     k, v = (random(batch, KV_HEADS, context, HEAD_DIM) for _ in range(2))
@@ -123,7 +126,7 @@ def _prefill(tokens: int) -> Measurement:
 
     def call() -> None:
         _kernels.attention_prefill(
-            q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 1.0, 1.0, out
+            q, kv, starts, lengths, table, tokens, 0, HEAD_DIM**-0.5, 0.0, None, None, 1.0, 1.0, out
         )  # fmt: skip
 
     flops = 2 * tokens * tokens * HEADS * HEAD_DIM  # of the lower triangle, both products
@@ -137,10 +140,12 @@ def _norm(rows: int) -> Measurement:
         (random(rows, HIDDEN, dtype=torch.float32), random(rows, HIDDEN))
         for _ in range(copies_past_l2(num_bytes))
     ]
-    calls: list[Call] = [functools.partial(_kernels.rms_norm, x, weight, 1e-5, None, out) for x, out in sets]
+    calls: list[Call] = [
+        functools.partial(_kernels.norm, x, weight, None, 1e-5, None, out) for x, out in sets
+    ]
 
     peer = _compiled(lambda x: torch.nn.functional.rms_norm(x, (HIDDEN,), weight).bfloat16(), sets[0][0])
-    return "rms_norm", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
+    return "norm", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
 
 
 def _compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Call:
@@ -153,18 +158,18 @@ def _compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Call:
     return lambda: compiled()(x)
 
 
-def _act_mul(rows: int) -> Measurement:
+def _gate(rows: int) -> Measurement:
     num_bytes = rows * INTERMEDIATE * 6
     sets = [
         (random(rows, 2 * INTERMEDIATE), random(rows, INTERMEDIATE)) for _ in range(copies_past_l2(num_bytes))
     ]
-    calls: list[Call] = [functools.partial(_kernels.act_mul, x, "silu", out) for x, out in sets]
+    calls: list[Call] = [functools.partial(_kernels.gate, x, "silu", out) for x, out in sets]
 
     def gate(x: Tensor) -> Tensor:
         return torch.nn.functional.silu(x[:, :INTERMEDIATE]) * x[:, INTERMEDIATE:]
 
     peer = _compiled(gate, sets[0][0])
-    return "act_mul", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
+    return "gate", f"{rows} rows", num_bytes, "copy", calls, {"torch.compile": peer}
 
 
 def _rope(rows: int) -> Measurement:

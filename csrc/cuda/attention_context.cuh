@@ -36,20 +36,14 @@ struct Context {
   }
 };
 
-// The workspace: where each sequence's chunks begin among all, then what chunks leave for the
-// merge.
+// The workspace: what chunks leave for the merge. Where each sequence's begin among all is in the
+// plan.
 struct Workspace {
-  int32_t* chunk_start;  // [num_sequences + 1]
-  float* out;            // [chunk, num_heads, head_dim], not yet divided
-  float2* stats;         // [chunk, num_heads]: maximum, sum
+  float* out;     // [chunk, num_heads, head_dim], not yet divided
+  float2* stats;  // [chunk, num_heads]: maximum, sum
 
-  static __host__ __device__ constexpr int64_t head_bytes(int64_t num_sequences) {
-    return ceil_divide<int64_t>((num_sequences + 1) * 4, 256) * 256;
-  }
   __device__ __forceinline__ explicit Workspace(const AttentionParams& p) {
-    auto* bytes = static_cast<unsigned char*>(p.workspace);
-    chunk_start = reinterpret_cast<int32_t*>(bytes);
-    out = reinterpret_cast<float*>(bytes + head_bytes(p.num_sequences));
+    out = static_cast<float*>(p.workspace);
     const int64_t chunks = p.num_sequences * max_chunks_on_device(p);
     stats = reinterpret_cast<float2*>(out + chunks * p.num_heads * p.head_dim);
   }

@@ -1,4 +1,4 @@
-// Decode attention: the plan that all layers of a step share, and the choice of the kernel. Each
+// Decode attention: the plan that layers of a step share, and the choice of the kernel. Each
 // type has a file of its own: five head sizes are seconds of nvcc.
 #include "attention_context.cuh"
 #include "vec.cuh"
@@ -13,7 +13,6 @@ constexpr int64_t kMaxGroup = 16;  // query heads of a KV head: the rows of mma
 __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p) {
   wait_for_kernel_before();
   start_kernel_after();
-  const Workspace workspace(p);
   const int lane = int(threadIdx.x);
   int32_t total = 0;
   for (int64_t first = 0; first < p.num_sequences; first += kWarpSize) {
@@ -25,10 +24,10 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p
       const int32_t other = __shfl_up_sync(0xffffffffu, before, lanes);
       if (lane >= lanes) before += other;
     }
-    if (sequence < p.num_sequences) workspace.chunk_start[sequence + 1] = total + before;
+    if (sequence < p.num_sequences) p.plan[sequence + 1] = total + before;
     total += __shfl_sync(0xffffffffu, before, kWarpSize - 1);
   }
-  if (lane == 0) workspace.chunk_start[0] = 0;
+  if (lane == 0) p.plan[0] = 0;
 }
 
 }  // namespace
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(AttentionParams p
 int64_t attention_workspace_bytes(int64_t num_sequences, int64_t block_table_stride,
                                   int64_t block_size, int64_t num_heads, int64_t head_dim) {
   const int64_t chunks = num_sequences * max_chunks(block_table_stride * block_size);
-  return Workspace::head_bytes(num_sequences) + chunks * num_heads * (head_dim + 2) * 4;
+  return chunks * num_heads * (head_dim + 2) * 4;
 }
 
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream) {

@@ -42,11 +42,12 @@ struct Decode {
     }
   }
 
-  // This warp's part of the tokens [begin, end): tiles warp, warp + kWarps ... of them.
+  // This warp's part of the tokens [begin, end): tiles warp, warp + kWarps ... of them. The query
+  // is the last of `context_end` tokens.
   static __device__ __forceinline__ void walk(const AttentionParams& p, int64_t sequence,
                                               int64_t kv_head, int64_t begin, int64_t end,
-                                              const uint4* queries, uint4* tiles,
-                                              RowState<HeadDim>& state) {
+                                              int64_t context_end, const uint4* queries,
+                                              uint4* tiles, RowState<HeadDim>& state) {
     const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
     const int64_t first_tile = begin / kTile;
     const int num_tiles =
@@ -60,6 +61,8 @@ struct Decode {
     }
     own_block = min(max(own_block, 0), int32_t(p.num_blocks - 1));
     const KvCache cache(p, kv_head);
+    const int64_t head = kv_head * (p.num_heads / p.num_kv_heads) + lane / 4;
+    const Scores scores(p, head, head + 8);
     const auto bring_tile = [&](int i) {
       const int64_t token = token_of(i);
       const int64_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize),
@@ -86,9 +89,9 @@ struct Decode {
       async_commit();
       const uint4* keys = tiles + i % kStages * 2 * kTileChunks;
       const int first = int(max(begin - token_of(i), int64_t{0}));
-      const int stop = int(min(end - token_of(i), int64_t{kTile}));
-      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks,
-                                      p.scale * p.key_scale * kLog2E, first == 0 && stop == kTile,
+      const int stop = int(context_end - token_of(i));  // chunks end where tiles end
+      attend<Element, HeadDim, kTile>(state, queries, keys, keys + kTileChunks, scores,
+                                      first == 0 && stop >= kTile,
                                       Visible{{first, first}, {stop, stop}});
     }
     finish_sums(state);
@@ -139,24 +142,23 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
   float* stats = sums + Kernel::kWarps * kRows * HeadDim;
   const int group = int(p.num_heads / p.num_kv_heads);
   const Workspace workspace(p);
-  const int64_t num_items = int64_t{workspace.chunk_start[p.num_sequences]} * p.num_kv_heads;
+  const int64_t num_items = int64_t{p.plan[p.num_sequences]} * p.num_kv_heads;
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t chunk = item / p.num_kv_heads, kv_head = item % p.num_kv_heads;
     int64_t sequence = 0;  // the last that begins at or before this chunk
     for (int64_t stop = p.num_sequences; stop - sequence > 1;) {
       const int64_t middle = (sequence + stop) / 2;
-      (workspace.chunk_start[middle] <= chunk ? sequence : stop) = middle;
+      (p.plan[middle] <= chunk ? sequence : stop) = middle;
     }
     const Context context(p, sequence);
-    const int64_t start =
-        (context.first_chunk() + chunk - workspace.chunk_start[sequence]) * context.length;
+    const int64_t start = (context.first_chunk() + chunk - p.plan[sequence]) * context.length;
     const int64_t begin = max(context.begin, start), end = min(context.end, start + context.length);
     Kernel::load_queries(p, sequence, kv_head, group, queries);
     __syncthreads();  // also: all have done with the merge of the item before, and its tiles are
                       // free
     RowState<HeadDim> state;
     state.clear();
-    Kernel::walk(p, sequence, kv_head, begin, end, queries,
+    Kernel::walk(p, sequence, kv_head, begin, end, context.end, queries,
                  tiles + threadIdx.x / kWarpSize * Kernel::kStages * 2 * Kernel::kTileChunks,
                  state);
     __syncthreads();  // the tiles are done with
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams
   start_kernel_after();
   const Workspace workspace(p);
   const int64_t sequence = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
-  const int64_t first = workspace.chunk_start[sequence], stop = workspace.chunk_start[sequence + 1];
+  const int64_t first = p.plan[sequence], stop = p.plan[sequence + 1];
   for (int d = 2 * int(threadIdx.x); d < HeadDim; d += 2 * kMergeThreads) {
     Merged merged[2] = {{0, -INFINITY, 0}, {0, -INFINITY, 0}};
     for (int64_t chunk = first; chunk < stop; ++chunk) {
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams
       merged[0].add(out.x, workspace.stats[place]);
       merged[1].add(out.y, workspace.stats[place]);
     }
-    const float factor = first == stop ? 0.0f : p.value_scale / merged[0].sum;
+    const float factor = first == stop ? 0.0f : inverse_sum(p, head, merged[0].max, merged[0].sum);
     Element* out = static_cast<Element*>(p.out) + (sequence * p.num_heads + head) * HeadDim + d;
     *reinterpret_cast<uint32_t*>(out) =
         Pair<Element>::pack(merged[0].out * factor, merged[1].out * factor);

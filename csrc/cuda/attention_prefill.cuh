@@ -82,11 +82,9 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   async_commit();
 
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
-  int position[2];  // of this lane's rows
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    position[half] = before + (first_row + warp * kRows + lane / 4 + 8 * half) / group;
-  }
+  const int row = first_row + warp * kRows + lane / 4;  // and row + 8
+  const int position[2] = {before + row / group, before + (row + 8) / group};
+  const Scores scores(p, kv_head * group + row % group, kv_head * group + (row + 8) % group);
   RowState<HeadDim> state;
   state.clear();
   for (int tile = first_tile; tile < stop_tile; ++tile) {
@@ -102,25 +100,25 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     Visible visible;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      visible.stop[half] = min(position[half] + 1 - token, +Kernel::kKeys);
+      visible.stop[half] = position[half] + 1 - token;
       visible.first[half] = window > 0 ? max(position[half] + 1 - window - token, 0) : 0;
     }
     const bool is_all_visible =
         token + Kernel::kKeys <= nearest + 1 && (window == 0 || token >= furthest + 1 - window);
     const uint4* keys = tiles + stage * 2 * Kernel::kTileChunks;
-    attend<Element, HeadDim, Kernel::kKeys>(
-        state, queries + warp * kRows * Tile::kStride, keys, keys + Kernel::kTileChunks,
-        p.scale * p.key_scale * kLog2E, is_all_visible, visible);
+    attend<Element, HeadDim, Kernel::kKeys>(state, queries + warp * kRows * Tile::kStride, keys,
+                                            keys + Kernel::kTileChunks, scores, is_all_visible,
+                                            visible);
   }
   finish_sums(state);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + warp * kRows + lane / 4 + 8 * half;
-    if (row >= num_rows) continue;
-    const float factor = p.value_scale / state.sum[half];
-    const int64_t head = kv_head * group + row % group;
-    Element* out =
-        static_cast<Element*>(p.out) + ((query_begin + row / group) * p.num_heads + head) * HeadDim;
+    const int own_row = row + 8 * half;
+    if (own_row >= num_rows) continue;
+    const int64_t head = kv_head * group + own_row % group;
+    const float factor = inverse_sum(p, head, state.max[half], state.sum[half]);
+    Element* out = static_cast<Element*>(p.out) +
+                   ((query_begin + own_row / group) * p.num_heads + head) * HeadDim;
 #pragma unroll
     for (int j = 0; j < HeadDim / 8; ++j) {
       *reinterpret_cast<uint32_t*>(out + j * 8 + lane % 4 * 2) =

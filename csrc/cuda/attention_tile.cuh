@@ -80,17 +80,51 @@ struct Cache {
   }
 };
 
-// Keys that a lane's two rows see: those in [first, stop), counted from the tile's first.
+constexpr float kLog2E = 1.4426950408889634f;
+
+// How products of queries and keys become scores in units of log 2.
+struct Scores {
+  float scale;
+  float bound;  // of products, where scores have a soft cap: cap / scale; 0: none
+  float rate;   // of 2^x in tanh
+  bool has_slopes;
+  float slope[2];  // of the lane's two rows; products grow by it with every position
+
+  // The heads of the lane's two rows; a row that is nobody's may have any.
+  __device__ __forceinline__ Scores(const AttentionParams& p, int64_t head, int64_t other_head)
+      : scale(p.scale * p.key_scale * kLog2E),
+        bound(p.soft_cap * kLog2E / scale),
+        rate(2.0f * scale / p.soft_cap),
+        has_slopes(p.slopes != nullptr) {
+    slope[0] = has_slopes ? p.slopes[min(head, p.num_heads - 1)] * kLog2E / scale : 0.0f;
+    slope[1] = has_slopes ? p.slopes[min(other_head, p.num_heads - 1)] * kLog2E / scale : 0.0f;
+  }
+
+  // bound * tanh(product / bound): tanh(x) = 1 - 2 / (1 + e^2x). Gemma Team, Gemma 2, section 2.
+  __device__ __forceinline__ float cap(float product) const {
+    return bound - __fdividef(2.0f * bound, 1.0f + exp2f(product * rate));
+  }
+};
+
+// What a row's sums are multiplied by in the end. A sink has a weight and no value (Xiao et al.,
+// Efficient Streaming Language Models with Attention Sinks, section 3; gpt-oss).
+__device__ __forceinline__ float inverse_sum(const AttentionParams& p, int64_t head, float max,
+                                             float sum) {
+  if (p.sinks != nullptr) sum += exp2f(p.sinks[head] * kLog2E - max);  // infinite: nothing is left
+  return p.value_scale / sum;
+}
+
+// Keys that a lane's two rows see: those in [first, stop), counted from the tile's first. A row's
+// own position is the last of them.
 struct Visible {
   int first[2];
   int stop[2];
 };
 
-// The warp's rows `queries` [16] attend to Keys keys and values. Scores are multiplied by
-// scale_log2.
+// The warp's rows `queries` [16] attend to Keys keys and values.
 template <typename Element, int HeadDim, int Keys>
 __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* queries,
-                                       const uint4* keys, const uint4* values, float scale_log2,
+                                       const uint4* keys, const uint4* values, const Scores& scores,
                                        bool is_all_visible, const Visible& visible) {
   using Tile = Row<HeadDim>;
   const int lane = int(threadIdx.x) % kWarpSize;
@@ -109,6 +143,23 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
       mma_m16n8k16<Element>(score[2 * j + 1], a, b[2], b[3]);
     }
   }
+  if (scores.bound != 0) {
+#pragma unroll
+    for (int j = 0; j < Keys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[j][i] = scores.cap(score[j][i]);
+    }
+  }
+  if (scores.has_slopes) {  // Press et al., Train Short, Test Long, section 3
+#pragma unroll
+    for (int j = 0; j < Keys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int distance = j * 8 + lane % 4 * 2 + i % 2 - (visible.stop[i / 2] - 1);
+        score[j][i] += scores.slope[i / 2] * float(distance);
+      }
+    }
+  }
   float correction[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -120,7 +171,7 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
         const int key = j * 8 + lane % 4 * 2 + i % 2;
         const bool is_seen =
             is_all_visible || (key >= visible.first[half] && key < visible.stop[half]);
-        score[j][i] = is_seen ? score[j][i] * scale_log2 : -INFINITY;
+        score[j][i] = is_seen ? score[j][i] * scores.scale : -INFINITY;
         largest = fmaxf(largest, score[j][i]);
       }
     }
@@ -171,8 +222,6 @@ __device__ __forceinline__ void finish_sums(RowState<HeadDim>& state) {
     state.sum[half] += __shfl_xor_sync(0xffffffffu, state.sum[half], 2);
   }
 }
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Calls body with the head size as a constant; false: there is no such kernel.
 template <typename Body>

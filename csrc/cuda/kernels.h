@@ -34,42 +34,53 @@ struct EmbedParams {
 };
 cudaError_t embed(const EmbedParams& p, cudaStream_t stream);
 
-struct RmsNormParams {
+// RMSNorm, or with a bias LayerNorm. Without `rows`, `out` may be x.
+struct NormParams {
   const float* x;       // [num_tokens, hidden]
   const float* weight;  // [hidden]
+  const float* bias;    // [hidden], or null
   const int32_t* rows;  // [num_rows] rows of x, clamped; or null: all in order
-  void* out;            // [num_rows, hidden] of type
+  void* out;            // [num_rows, hidden] of type, or float32
   int64_t num_tokens;
   int64_t num_rows;
   int64_t hidden;  // multiple of 8, at most kMaxHidden
   float eps;
+  float factor;      // of what is added
+  int32_t is_wide;   // out is float32
+  int32_t is_added;  // to what out holds, which is float32
   Type type;
 };
 constexpr int64_t kMaxHidden = 16384;
-cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream);
+cudaError_t norm(const NormParams& p, cudaStream_t stream);
 
-struct ActMulParams {
-  const void* gate_up;  // [num_tokens, 2 * intermediate] of type: gate, then up
-  void* out;            // [num_tokens, intermediate] of type
+// out = f(gate) * up, or f(x) where there is no gate.
+struct ActivateParams {
+  const void* x;  // [num_tokens, 2 * intermediate] of type: gate, then up; or [.., intermediate]
+  void* out;      // [num_tokens, intermediate] of type
   int64_t num_tokens;
   int64_t intermediate;  // multiple of 8
   MlpActivation activation;
+  float above;  // xIELU's
+  float below;
+  int32_t is_gated;
   Type type;
 };
-cudaError_t act_mul(const ActMulParams& p, cudaStream_t stream);
+cudaError_t activate(const ActivateParams& p, cudaStream_t stream);
 
 // The norm of heads (Qwen3), the rotation of dimension i with i + rotary_dim / 2, and the write
-// into the cache. The cache of a layer is [num_blocks, 2 (key, value), num_kv_heads, block_size,
-// head_dim] of kv_type.
+// into the cache. Norms of heads are RMSNorm, or with a bias LayerNorm. The cache of a layer is
+// [num_blocks, 2 (key, value), num_kv_heads, block_size, head_dim] of kv_type.
 struct RopeParams {
   const void* qkv;           // [num_tokens, num_heads + 2 * num_kv_heads, head_dim] of type
   const int32_t* positions;  // [num_tokens], clamped to the tables
   const int64_t* slots;  // [num_tokens] block * block_size + offset; out of the pool: not written
   const float* cos;      // [num_positions, rotary_dim / 2]
   const float* sin;      // the same
-  const float* q_norm;   // [head_dim], or null: heads are not normed
-  const float* k_norm;   // [head_dim], or null
-  void* q;               // [num_tokens, num_heads, head_dim] of type
+  const float* q_norm;   // [head_dim] or [num_heads, head_dim], or null: heads are not normed
+  const float* k_norm;   // the same of keys
+  const float* q_bias;   // as q_norm, or null
+  const float* k_bias;
+  void* q;  // [num_tokens, num_heads, head_dim] of type
   void* kv;
   int64_t num_tokens;
   int64_t num_positions;
@@ -79,6 +90,9 @@ struct RopeParams {
   int64_t rotary_dim;  // multiple of 4, at most head_dim
   int64_t num_blocks;
   int64_t block_size;
+  int64_t
+      norm_stride;  // elements from one head's norm to the next: head_dim, or 0 for all the same
+  int32_t is_norm_last;  // heads are normed once they are rotated (Hunyuan)
   float eps;
   float key_scale;  // keys and values are divided by these: 1 unless the cache is 8 bits wide
   float value_scale;
@@ -96,6 +110,9 @@ struct AttentionParams {
   const int32_t* context_len;  // [num_sequences], queries included; 0: padding, output is 0
   const int32_t* block_table;  // [num_sequences, block_table_stride], clamped to the pool
   void* out;                   // [num_tokens, num_heads, head_dim] of type
+  const float* sinks;          // [num_heads] scores that have no value, or null
+  const float* slopes;         // [num_heads] of ALiBi, or null
+  int32_t* plan;               // decode: [num_sequences + 1], which attention_plan writes
   void* workspace;             // decode: attention_workspace_bytes
   int64_t num_tokens;
   int64_t num_sequences;
@@ -108,12 +125,14 @@ struct AttentionParams {
   int64_t block_table_stride;
   int64_t window;  // 0: all positions
   float scale;
+  float soft_cap;   // of scores: they become soft_cap * tanh(score / soft_cap); 0: they do not
   float key_scale;  // what was divided by when the cache was written
   float value_scale;
   Type type;
   Type kv_type;  // type or kFloat8
 };
-// One token a sequence. The plan depends on the lengths only and serves all layers of a step.
+// One token a sequence. The plan depends on the lengths and the window only and serves all layers
+// of a step that have this window.
 cudaError_t attention_plan(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_decode(const AttentionParams& p, cudaStream_t stream);
 cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream);

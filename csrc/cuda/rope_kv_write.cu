@@ -25,31 +25,65 @@ __device__ __forceinline__ void store_pair(Element* p, float2 x) {
   *reinterpret_cast<typename Pair<Element>::Word*>(p) = Pair<Element>::pack(x.x, x.y);
 }
 
-// What every element of the head is multiplied by to give it a mean square of 1.
-__device__ __forceinline__ float inverse_rms(const Words& words, int lane, int head_dim,
-                                             float eps) {
-  float sum = 0;
-#pragma unroll
-  for (int k = 0; k < kMaxWords; ++k) {
-    if (2 * (lane + kWarpSize * k) < head_dim) {
-      sum += words.at[k].x * words.at[k].x + words.at[k].y * words.at[k].y;
-    }
-  }
-  return 1.0f / sqrtf(warp_reduce(sum, Add()) / float(head_dim) + eps);
-}
+// A head's norm.
+struct HeadNorm {
+  const float* weight;  // [head_dim], or null: it changes nothing
+  const float* bias;
+  float mean, inverse;
 
-// Element pairs at d of the head, normed and rotated. `head` is read again for the other half: it
-// is in L1.
+  __device__ __forceinline__ HeadNorm(const RopeParams& p, bool is_query, int64_t head)
+      : weight(is_query ? p.q_norm : p.k_norm),
+        bias(is_query ? p.q_bias : p.k_bias),
+        mean(0),
+        inverse(1) {
+    const int64_t start = (is_query ? head : head - p.num_heads) * p.norm_stride;
+    if (weight != nullptr) weight += start;
+    if (bias != nullptr) bias += start;
+  }
+
+  __device__ __forceinline__ void measure(const Words& words, int lane, int head_dim, float eps) {
+    if (weight == nullptr) return;
+    if (bias != nullptr) {
+      float sum = 0;
+#pragma unroll
+      for (int k = 0; k < kMaxWords; ++k) {
+        if (2 * (lane + kWarpSize * k) < head_dim) sum += words.at[k].x + words.at[k].y;
+      }
+      mean = warp_reduce(sum, Add()) / float(head_dim);
+    }
+    float squares = 0;
+#pragma unroll
+    for (int k = 0; k < kMaxWords; ++k) {
+      if (2 * (lane + kWarpSize * k) < head_dim) {
+        const float x = words.at[k].x - mean, y = words.at[k].y - mean;
+        squares += x * x + y * y;
+      }
+    }
+    inverse = 1.0f / sqrtf(warp_reduce(squares, Add()) / float(head_dim) + eps);
+  }
+
+  // The pair at d.
+  __device__ __forceinline__ float2 apply(float2 x, int d) const {
+    if (weight == nullptr) return x;
+    x.x = (x.x - mean) * inverse * weight[d];
+    x.y = (x.y - mean) * inverse * weight[d + 1];
+    if (bias != nullptr) x.x += bias[d], x.y += bias[d + 1];
+    return x;
+  }
+};
+
+// Element pairs at d of the head, normed if need be and rotated. `head` is read again for the other
+// half: it is in L1.
 template <typename Element>
 __device__ __forceinline__ float2 rotate(const Element* head, float2 x, int d, int half,
-                                         const float* cos, const float* sin, const float* norm,
-                                         float inverse) {
+                                         const float* cos, const float* sin, const HeadNorm& norm,
+                                         bool is_normed) {
   const bool is_first = d < half;
-  if (norm != nullptr) x.x *= inverse * norm[d], x.y *= inverse * norm[d + 1];
+  if (is_normed) x = norm.apply(x, d);
   if (d >= 2 * half) return x;
   const int other = is_first ? d + half : d - half, angle = is_first ? d : other;
   float2 y = load_pair(head + other);
-  if (norm != nullptr) y.x *= inverse * norm[other], y.y *= inverse * norm[other + 1];
+  if (is_normed) y = norm.apply(y, other);
   const float sign = is_first ? -1.0f : 1.0f;
   return float2{x.x * cos[angle] + sign * y.x * sin[angle],
                 x.y * cos[angle + 1] + sign * y.y * sin[angle + 1]};
@@ -74,15 +108,23 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
     if (d < head_dim) words.at[k] = load_pair(in + d);
   }
   if (!is_value) {
-    const float* norm = is_query ? p.q_norm : p.k_norm;
-    const float inverse = norm == nullptr ? 1.0f : inverse_rms(words, lane, head_dim, p.eps);
+    HeadNorm norm(p, is_query, head);
+    if (!p.is_norm_last) norm.measure(words, lane, head_dim, p.eps);
     const int64_t position = min(max(int64_t{p.positions[token]}, int64_t{0}), p.num_positions - 1);
 #pragma unroll
     for (int k = 0; k < kMaxWords; ++k) {
       const int d = 2 * (lane + kWarpSize * k);
       if (d >= head_dim) continue;
       words.at[k] = rotate(in, words.at[k], d, half, p.cos + position * half,
-                           p.sin + position * half, norm, inverse);
+                           p.sin + position * half, norm, !p.is_norm_last);
+    }
+    if (p.is_norm_last) {
+      norm.measure(words, lane, head_dim, p.eps);
+#pragma unroll
+      for (int k = 0; k < kMaxWords; ++k) {
+        const int d = 2 * (lane + kWarpSize * k);
+        if (d < head_dim) words.at[k] = norm.apply(words.at[k], d);
+      }
     }
   }
   if (is_query) {

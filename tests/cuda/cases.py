@@ -11,8 +11,8 @@ from tests.cuda import (
     test_attention_decode,
     test_attention_prefill,
     test_linear,
+    test_norm,
     test_quant_linear,
-    test_rms_norm,
     test_rope_kv_write,
     test_rows,
     test_sample,
@@ -28,9 +28,9 @@ Case = tuple[str, torch.dtype, Callable[[Any], None]]  # operator, dtype, check
 def small() -> Iterator[Case]:
     """Yield a few small cases an operator: for sanitizers, and for the emulation's own test of this list."""
     for dtype in (BF16, FP16):
-        yield "rms_norm", dtype, _of(test_rms_norm.check, 3, 576, dtype)
+        yield "norm", dtype, _of(test_norm.check, 3, 576, dtype)
         yield "embed", dtype, _of(test_rows.check_embed, 17, 64, dtype)
-        yield "act_mul", dtype, _of(test_rows.check_act_mul, 5, 264, dtype)
+        yield "activate", dtype, _of(test_rows.check_activate, 5, 264, dtype)
         rope = _of(test_rope_kv_write.check, 7, 80, 64, dtype=dtype, kv_dtype=dtype)
         yield "rope_kv_write", dtype, rope
         yield from attention([300, 17, 1], 64, dtype, prefix=20)
@@ -43,9 +43,9 @@ def small() -> Iterator[Case]:
 def large() -> Iterator[Case]:
     """Yield cases of real sizes, and all head sizes: seconds on a GPU."""
     for dtype in (BF16, FP16):
-        yield "rms_norm", dtype, _of(test_rms_norm.check, 300, 4096, dtype)
+        yield "norm", dtype, _of(test_norm.check, 300, 4096, dtype)
         yield "embed", dtype, _of(test_rows.check_embed, 300, 4096, dtype)
-        yield "act_mul", dtype, _of(test_rows.check_act_mul, 300, 14336, dtype)
+        yield "activate", dtype, _of(test_rows.check_activate, 300, 14336, dtype)
         for head_dim in (64, 80, 96, 128, 256):
             for kv_dtype in (dtype, FP8):
                 yield from attention([1, 513, 2049, 8200], head_dim, dtype, prefix=1000, kv_dtype=kv_dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.emulation import library
 from tests.emulation.device import TYPES, Device
+from tgi_asgi.ops import ACTIVATIONS
 
 _BINDINGS = Path(__file__).parents[2] / "csrc" / "bindings" / "cuda" / "library.cpp"
 
@@ -52,30 +53,50 @@ def _embed(device: Device, ids: Tensor, table: Tensor, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _rms_norm(
-    device: Device, x: Tensor, weight: Tensor, eps: float, rows: Tensor | None, out: Tensor
+def _norm(
+    device: Device, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rows: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    is_wide = out.dtype is torch.float32
+    device.launch(
+        "norm", x=x, weight=weight, bias=bias, rows=rows, out=out, num_tokens=x.shape[0],
+        num_rows=out.shape[0], hidden=x.shape[1], eps=eps, factor=1.0, is_wide=is_wide, is_added=False,
+        type=0 if is_wide else TYPES[out.dtype],
+    )  # fmt: skip
+
+
+def _norm_add(
+    device: Device, rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, factor: float, x: Tensor
 ) -> None:
     device.launch(
-        "rms_norm", x=x, weight=weight, rows=rows, out=out, num_tokens=x.shape[0], num_rows=out.shape[0],
-        hidden=x.shape[1], eps=eps, type=TYPES[out.dtype],
+        "norm", x=rows, weight=weight, bias=bias, rows=None, out=x, num_tokens=x.shape[0],
+        num_rows=x.shape[0], hidden=x.shape[1], eps=eps, factor=factor, is_wide=True, is_added=True, type=0,
     )  # fmt: skip
 
 
-def _act_mul(device: Device, gate_up: Tensor, activation: str, out: Tensor) -> None:
+def _activate(device: Device, x: Tensor, activation: str, above: float, below: float, out: Tensor) -> None:
     device.launch(
-        "act_mul", gate_up=gate_up, out=out, num_tokens=out.shape[0], intermediate=out.shape[1],
-        activation=["silu", "gelu_tanh"].index(activation), type=TYPES[out.dtype],
+        "activate", x=x, out=out, num_tokens=out.shape[0], intermediate=out.shape[1],
+        activation=ACTIVATIONS.index(activation), above=above, below=below,
+        is_gated=x.shape[1] != out.shape[1], type=TYPES[out.dtype],
     )  # fmt: skip
+
+
+def _gate(device: Device, gate_up: Tensor, activation: str, out: Tensor) -> None:
+    _activate(device, gate_up, activation, 0.0, 0.0, out)
 
 
 def _rope_kv_write(
     device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float, key_scale: float, value_scale: float, q: Tensor,
-    kv: Tensor,
+    q_norm: Tensor | None, k_norm: Tensor | None, q_bias: Tensor | None, k_bias: Tensor | None,
+    is_norm_last: bool, eps: float, key_scale: float, value_scale: float, q: Tensor, kv: Tensor,
 ) -> None:  # fmt: skip
+    is_each = q_norm is not None and q_norm.numel() != q.shape[2]
     device.launch(
         "rope_kv_write", qkv=qkv, positions=positions, slots=slots, cos=cos, sin=sin, q_norm=q_norm,
-        k_norm=k_norm, q=q, kv=kv, num_tokens=q.shape[0], num_positions=cos.shape[0], num_heads=q.shape[1],
+        k_norm=k_norm, q_bias=q_bias, k_bias=k_bias, norm_stride=q.shape[2] if is_each else 0,
+        is_norm_last=is_norm_last, q=q, kv=kv, num_tokens=q.shape[0], num_positions=cos.shape[0],
+        num_heads=q.shape[1],
         num_kv_heads=kv.shape[2], head_dim=q.shape[2], rotary_dim=2 * cos.shape[1], num_blocks=kv.shape[0],
         block_size=kv.shape[3], eps=eps, key_scale=key_scale, value_scale=value_scale, type=TYPES[q.dtype],
         kv_type=TYPES[kv.dtype],
@@ -83,8 +104,12 @@ def _rope_kv_write(
 
 
 def _attention(device: Device, name: str, **given: Any) -> None:
-    none: dict[str, Any] = dict.fromkeys(("q", "kv", "query_start", "out", "workspace"))
-    zeros = dict.fromkeys(("num_tokens", "max_query_len", "num_heads", "head_dim", "num_blocks", "scale"), 0)
+    none: dict[str, Any] = dict.fromkeys(
+        ("q", "kv", "query_start", "out", "sinks", "slopes", "plan", "workspace")
+    )
+    zeros = dict.fromkeys(
+        ("num_tokens", "max_query_len", "num_heads", "head_dim", "num_blocks", "scale", "soft_cap"), 0
+    )
     ones = dict.fromkeys(("num_kv_heads", "key_scale", "value_scale"), 1)
     kinds = {"type": 0, "kv_type": 0}
     table = given["block_table"]
@@ -98,33 +123,35 @@ def _attention(device: Device, name: str, **given: Any) -> None:
 
 
 def _attention_plan(
-    device: Device, context_len: Tensor, block_table: Tensor, block_size: int, window: int, workspace: Tensor
+    device: Device, context_len: Tensor, block_table: Tensor, block_size: int, window: int, plan: Tensor
 ) -> None:
     _attention(
         device, "attention_plan", context_len=context_len, block_table=block_table, block_size=block_size,
-        window=window, workspace=workspace,
+        window=window, plan=plan,
     )  # fmt: skip
 
 
 def _attention_decode(
     device: Device, q: Tensor, kv: Tensor, context_len: Tensor, block_table: Tensor, window: int,
-    scale: float, key_scale: float, value_scale: float, workspace: Tensor, out: Tensor,
+    scale: float, soft_cap: float, sinks: Tensor | None, slopes: Tensor | None, key_scale: float,
+    value_scale: float, plan: Tensor, workspace: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     _attention(
         device, "attention_decode", q=q, kv=kv, context_len=context_len, block_table=block_table,
-        window=window, scale=scale, key_scale=key_scale, value_scale=value_scale, workspace=workspace,
-        out=out,
+        window=window, scale=scale, soft_cap=soft_cap, sinks=sinks, slopes=slopes, key_scale=key_scale,
+        value_scale=value_scale, plan=plan, workspace=workspace, out=out,
     )  # fmt: skip
 
 
 def _attention_prefill(
     device: Device, q: Tensor, kv: Tensor, query_start: Tensor, context_len: Tensor, block_table: Tensor,
-    max_query_len: int, window: int, scale: float, key_scale: float, value_scale: float, out: Tensor,
+    max_query_len: int, window: int, scale: float, soft_cap: float, sinks: Tensor | None,
+    slopes: Tensor | None, key_scale: float, value_scale: float, out: Tensor,
 ) -> None:  # fmt: skip
     _attention(
         device, "attention_prefill", q=q, kv=kv, query_start=query_start, context_len=context_len,
-        block_table=block_table, max_query_len=max_query_len, window=window, scale=scale, key_scale=key_scale,
-        value_scale=value_scale, out=out,
+        block_table=block_table, max_query_len=max_query_len, window=window, scale=scale, soft_cap=soft_cap,
+        sinks=sinks, slopes=slopes, key_scale=key_scale, value_scale=value_scale, out=out,
     )  # fmt: skip
 
 
@@ -194,8 +221,10 @@ def _dequantise(
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "embed": _embed,
-    "rms_norm": _rms_norm,
-    "act_mul": _act_mul,
+    "norm": _norm,
+    "norm_add": _norm_add,
+    "gate": _gate,
+    "activate": _activate,
     "rope_kv_write": _rope_kv_write,
     "attention_plan": _attention_plan,
     "attention_decode": _attention_decode,

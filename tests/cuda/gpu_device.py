@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.emulation.device import KernelFault
+from tgi_asgi.ops import ACTIVATIONS
 
 _ops: Any = torch.ops.tgi_cuda
 
@@ -72,31 +73,38 @@ class GpuDevice:
     def _embed(self, p: Any) -> None:
         _ops.embed(p.ids, p.table, p.out)
 
-    def _rms_norm(self, p: Any) -> None:
-        _ops.rms_norm(p.x, p.weight, p.eps, p.rows, p.out)
+    def _norm(self, p: Any) -> None:
+        if p.is_added:
+            _ops.norm_add(p.x, p.weight, p.bias, p.eps, p.factor, p.out)
+        else:
+            _ops.norm(p.x, p.weight, p.bias, p.eps, p.rows, p.out)
 
-    def _act_mul(self, p: Any) -> None:
-        _ops.act_mul(p.gate_up, ("silu", "gelu_tanh")[p.activation], p.out)
+    def _activate(self, p: Any) -> None:
+        name = ACTIVATIONS[p.activation]
+        if p.is_gated:
+            _ops.gate(p.x, name, p.out)
+        else:
+            _ops.activate(p.x, name, p.above, p.below, p.out)
 
     def _rope_kv_write(self, p: Any) -> None:
         _ops.rope_kv_write(
-            p.qkv.flatten(1), p.positions, p.slots, p.cos, p.sin, p.q_norm, p.k_norm, p.eps, p.key_scale,
-            p.value_scale, p.q, p.kv,
+            p.qkv.flatten(1), p.positions, p.slots, p.cos, p.sin, p.q_norm, p.k_norm, p.q_bias, p.k_bias,
+            bool(p.is_norm_last), p.eps, p.key_scale, p.value_scale, p.q, p.kv,
         )  # fmt: skip
 
     def _attention_plan(self, p: Any) -> None:
-        _ops.attention_plan(p.context_len, p.block_table, p.block_size, p.window, p.workspace)
+        _ops.attention_plan(p.context_len, p.block_table, p.block_size, p.window, p.plan)
 
     def _attention_decode(self, p: Any) -> None:
         _ops.attention_decode(
-            p.q, p.kv, p.context_len, p.block_table, p.window, p.scale, p.key_scale, p.value_scale,
-            p.workspace, p.out,
+            p.q, p.kv, p.context_len, p.block_table, p.window, p.scale, p.soft_cap, p.sinks, p.slopes,
+            p.key_scale, p.value_scale, p.plan, p.workspace, p.out,
         )  # fmt: skip
 
     def _attention_prefill(self, p: Any) -> None:
         _ops.attention_prefill(
             p.q, p.kv, p.query_start, p.context_len, p.block_table, p.max_query_len, p.window, p.scale,
-            p.key_scale, p.value_scale, p.out,
+            p.soft_cap, p.sinks, p.slopes, p.key_scale, p.value_scale, p.out,
         )  # fmt: skip
 
     def _linear(self, p: Any) -> None:

@@ -36,8 +36,8 @@ _FLAGS = [
 # compiler. 65,536 divided by them and by the block's threads is how many blocks an SM holds.
 _REGISTERS = {
     "embed_kernel": 32,
-    "rms_norm_kernel": 56,
-    "act_mul_kernel": 56,
+    "norm_kernel": 56,
+    "activate_kernel": 56,
     "rope_kernel": 56,
     "plan_kernel": 40,
     "decode_kernel": 176,
@@ -65,8 +65,8 @@ _INSTRUCTIONS = {
         "ldmatrix.sync.aligned.m8n8.x4.trans",
     ),
     "linear": ("cp.async.cg", "mma.sync.aligned.m16n8k16", "ld.shared.v4", "griddepcontrol.wait"),
-    "rms_norm": ("ld.global.v4", "st.global.v4"),
-    "act_mul": ("ld.global.v4", "st.global.v4"),
+    "norm": ("ld.global.v4", "st.global.v4"),
+    "activate": ("ld.global.v4", "st.global.v4"),
 }
 
 

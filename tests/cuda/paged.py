@@ -27,10 +27,33 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None  # None: dtype
     magnitude: float = 1.0  # of queries: the spread of the scores
+    soft_cap: float = 0.0
+    sinks: float | None = None  # of the middle; heads differ
+    has_slopes: bool = False
+
+
+def random_shape(max_context: int, *, is_decode: bool) -> Shape:
+    """Draw a shape by torch's generator: windows, caps, sinks and slopes in any company."""
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), ()))]
+
+    contexts = [int(torch.randint(1, max_context, ())) for _ in range(pick(1, 2, 5))]
+    queries = [1 if is_decode else int(torch.randint(1, context + 1, ())) for context in contexts]
+    num_kv_heads = pick(1, 2, 3)
+    return Shape(
+        contexts, queries, num_heads=num_kv_heads * pick(1, 2, 5, 8), num_kv_heads=num_kv_heads,
+        head_dim=pick(64, 64, 80, 128), block_size=pick(16, 32), window=pick(0, 1, 7, 16, 100),
+        dtype=pick(torch.bfloat16, torch.float16), magnitude=pick(1.0, 20.0), soft_cap=pick(0.0, 3.0, 30.0),
+        sinks=pick(None, 0.0, 6.0), has_slopes=pick(False, True),
+    )  # fmt: skip
 
 
 class PagedCase:
-    """Random queries, keys and values of a shape, on the device; what no sequence owns is forbidden."""
+    """Random queries, keys and values of a shape, on the device; what no sequence owns is forbidden.
+
+    So are blocks that no query's window reaches, and their places in the block table.
+    """
 
     def __init__(self, device: Device, shape: Shape) -> None:
         self.device, self.shape = device, shape
@@ -52,6 +75,11 @@ class PagedCase:
             self.block_table[index, :count] = blocks
             device.forbid(self.block_table[index, count:])
             self._fill(blocks.long(), context)
+            first_seen = context - shape.queries[index] + 1 - shape.window if shape.window else 0
+            behind = max(first_seen, 0) // size
+            device.forbid(self.block_table[index, :behind])
+            for block in blocks[:behind].tolist():
+                device.forbid(self.kv[block])
         owned = set(order.tolist())
         for block in range(num_blocks):
             if block not in owned:
@@ -64,6 +92,11 @@ class PagedCase:
         starts = torch.tensor([0, *shape.queries]).cumsum(0).int()
         self.query_start = device.tensor(starts)
         self.context_len = device.tensor(torch.tensor(shape.contexts, dtype=torch.int32))
+        self.sinks = self.slopes = None
+        if shape.sinks is not None:
+            self.sinks = device.constant(torch.randn(shape.num_heads) + shape.sinks)
+        if shape.has_slopes:
+            self.slopes = device.constant(2.0 ** -(1 + torch.arange(shape.num_heads) / 2))
 
     def _fill(self, blocks: Tensor, context: int) -> None:
         shape, size = self.shape, self.shape.block_size
@@ -86,7 +119,8 @@ class PagedCase:
         shape = self.shape
         return {
             "q": self.q, "kv": self.kv, "query_start": self.query_start, "context_len": self.context_len,
-            "block_table": self.block_table, "out": self.out, "workspace": None,
+            "block_table": self.block_table, "out": self.out, "plan": None, "workspace": None,
+            "sinks": self.sinks, "slopes": self.slopes, "soft_cap": shape.soft_cap,
             "num_tokens": self.q.shape[0], "num_sequences": len(shape.contexts),
             "max_query_len": max(shape.queries, default=0), "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "num_blocks": self.kv.shape[0],
@@ -111,10 +145,23 @@ class PagedCase:
                 if stop > first:
                     q = self.q[row].double().view(shape.num_kv_heads, group, -1)
                     scores = torch.einsum("kgd,tkd->kgt", q, key[first:stop]) * shape.head_dim**-0.5
-                    seen = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), value[first:stop])
+                    weights = self._weights(scores.flatten(0, 1)).view(scores.shape)
+                    seen = torch.einsum("kgt,tkd->kgd", weights, value[first:stop])
                     out[row] = seen.reshape(shape.num_heads, -1)
                 row += 1
         return out
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """Return the weights of scores [num_heads, num_keys], the last of which is the query's own key."""
+        keys = scores.shape[1]
+        if self.shape.soft_cap:
+            scores = self.shape.soft_cap * (scores / self.shape.soft_cap).tanh()
+        if self.slopes is not None:
+            scores = scores + self.slopes.double()[:, None] * torch.arange(1 - keys, 1)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        joined = torch.cat([scores, self.sinks.double()[:, None]], 1)
+        return joined.softmax(-1)[:, :keys]
 
 
 # Of the whole tensor: the results are rounded once, and weights once before they meet the values.

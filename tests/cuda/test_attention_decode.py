@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cuda.faults import Fault, assert_caught
-from tests.cuda.paged import PagedCase, Shape, assert_attended
+from tests.cuda.paged import PagedCase, Shape, assert_attended, random_shape
 from tests.emulation.device import Device
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -17,14 +17,18 @@ BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 def run(device: Device, shape: Shape) -> PagedCase:
     case = PagedCase(device, shape)
-    params = case.params()
     num_bytes = device.attention_workspace_bytes(
         len(shape.contexts), case.block_table.shape[1], shape.block_size, shape.num_heads, shape.head_dim
     )
     workspace = device.empty((num_bytes,), torch.uint8)
-    device.launch("attention_plan", **params | {"workspace": workspace})
-    device.run("attention_decode", [case.out, workspace], **params | {"workspace": workspace})
+    params = case.params(plan=new_plan(device, shape), workspace=workspace)
+    device.launch("attention_plan", **params)
+    device.run("attention_decode", [case.out, workspace], **params)
     return case
+
+
+def new_plan(device: Device, shape: Shape) -> torch.Tensor:
+    return device.empty((len(shape.contexts) + 1,), torch.int32)
 
 
 def check(device: Device, shape: Shape) -> None:
@@ -53,6 +57,13 @@ def one_each(*contexts: int, **kinds: object) -> Shape:
         one_each(300, 40, 7, window=33),
         one_each(600, window=100, block_size=32),
         one_each(290, magnitude=30),
+        one_each(300, 1, 40, soft_cap=5.0, magnitude=20),
+        one_each(300, 1, 40, sinks=2.0),
+        one_each(270, magnitude=30, sinks=80.0),  # beyond all scores
+        one_each(270, magnitude=30, sinks=-200.0),  # below all
+        one_each(300, 17, has_slopes=True, num_heads=6),
+        one_each(600, 40, window=128, sinks=1.0, num_heads=16, kv_dtype=FP8),
+        one_each(70, 40, window=32, soft_cap=50.0, head_dim=256, num_heads=2, num_kv_heads=1),
     ],
     ids=str,
 )
@@ -60,15 +71,21 @@ def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
     check(device, shape)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_any_kind_of_attention_equals_the_reference(device: Device, seed: int) -> None:
+    torch.manual_seed(seed)
+    check(device, random_shape(400, is_decode=True))
+
+
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(device: Device) -> None:
     shape = one_each(300, 64, 513, 31)
     case = run(device, shape)
     together = case.out.clone()
-    workspace = device.empty((1 << 20,), torch.uint8)
+    workspace, plan = device.empty((1 << 20,), torch.uint8), device.empty((2,), torch.int32)
     for index in range(4):
         out = device.empty(case.out.shape[1:], shape.dtype)
         alone = case.params(
-            q=case.q[index], out=out, workspace=workspace, context_len=case.context_len[index:],
+            q=case.q[index], out=out, plan=plan, workspace=workspace, context_len=case.context_len[index:],
             block_table=case.block_table[index], num_tokens=1, num_sequences=1,
         )  # fmt: skip
         device.launch("attention_plan", **alone)
@@ -80,13 +97,12 @@ def test_chunks_grow_with_the_context_and_the_workspace_holds_them_all(device: D
     lengths = [1, 256, 8192, 8193, 8448, 32768, 32769, 40000]
     stride = 40000 // 16
     num_bytes = device.attention_workspace_bytes(len(lengths), stride, 16, 1, 64)
-    workspace = device.empty((num_bytes,), torch.uint8)
     case = PagedCase(device, one_each(*[1] * len(lengths)))
+    plan = new_plan(device, case.shape)
     contexts = device.tensor(torch.tensor(lengths, dtype=torch.int32))
-    params = case.params(context_len=contexts, block_table_stride=stride, workspace=workspace)
+    params = case.params(context_len=contexts, block_table_stride=stride, plan=plan)
     device.launch("attention_plan", **params)
-    starts = workspace[: 4 * (len(lengths) + 1)].view(torch.int32).tolist()
-    counts = [stop - start for start, stop in pairwise(starts)]
+    counts = [stop - start for start, stop in pairwise(plan.tolist())]
     assert counts == [1, 1, 32, 17, 17, 64, 33, 40]
     assert num_bytes >= len(lengths) * max(counts) * 66 * 4
 
@@ -184,10 +200,61 @@ FAULTS = [
         "result",
     ),
     Fault(
+        "the window ends one early",
+        "attention_context.cuh",
+        "max(end - p.window, int64_t{0})",
+        "max(end - p.window - 1, int64_t{0})",
+        "result",
+    ),
+    Fault(
+        "the window is not minded",
+        "attention_context.cuh",
+        "p.window > 0 ? max(end - p.window, int64_t{0}) : 0",
+        "0",
+        "bounds",
+    ),
+    Fault(
+        "scores are not capped",
+        "attention_tile.cuh",
+        "if (scores.bound != 0)",
+        "if (scores.bound < 0)",
+        "result",
+    ),
+    Fault(
+        "the cap is off by the base of the exponents",
+        "attention_tile.cuh",
+        "bound(p.soft_cap * kLog2E / scale)",
+        "bound(p.soft_cap / scale)",
+        "result",
+    ),
+    Fault("the sinks are left out", "attention_tile.cuh", "p.sinks != nullptr", "false", "result"),
+    Fault(
+        "a sink's base is not the scores'",
+        "attention_tile.cuh",
+        "p.sinks[head] * kLog2E",
+        "p.sinks[head]",
+        "result",
+    ),
+    Fault("a sink is the next head's", "attention_tile.cuh", "p.sinks[head]", "p.sinks[head ^ 1]", "result"),
+    Fault(
+        "distances begin at the chunk's end",
+        "attention_decode.cuh",
+        "int(context_end - token_of(i))",
+        "int(end - token_of(i))",
+        "result",
+    ),
+    Fault(
+        "both of a lane's rows have one slope",
+        "attention_tile.cuh",
+        "p.slopes[min(other_head, p.num_heads - 1)]",
+        "p.slopes[min(head, p.num_heads - 1)]",
+        "result",
+    ),
+    Fault(
         "chunks overlap the next sequence's",
         "attention_decode.cu",
-        "chunk_start[sequence + 1] = total + before;",
-        "chunk_start[sequence + 1] = total + before - own;",
+        "p.plan[sequence + 1] = total + before;",
+        "p.plan[sequence + 1] = total + before - own;",
         "result",
     ),
 ]
@@ -198,10 +265,13 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
     if fault.file.endswith(".cuh"):
         fault = replace(fault, kernel="attention_decode_bf16.cu")
 
-    def both(device: Device) -> None:
+    def all_kinds(device: Device) -> None:
         check(
             device, one_each(300, 40, 17, magnitude=200)
         )  # a maximum that falls by more than floats can hold
         check(device, one_each(300, 40, 17, window=20))
+        check(device, one_each(40, 300, soft_cap=5.0, magnitude=20))
+        check(device, one_each(40, 300, sinks=3.0))
+        check(device, one_each(300, num_heads=12, num_kv_heads=1, has_slopes=True))
 
-    assert_caught(fault, both)
+    assert_caught(fault, all_kinds)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cuda.faults import Fault, assert_caught
-from tests.cuda.paged import PagedCase, Shape, assert_attended
+from tests.cuda.paged import PagedCase, Shape, assert_attended, random_shape
 from tests.emulation.device import Device
 
 FP16, FP8 = torch.float16, torch.float8_e4m3fn
@@ -42,11 +42,23 @@ def check(device: Device, shape: Shape) -> None:
         Shape([150], [80], window=20),
         Shape([90], [90], window=64, num_heads=3, num_kv_heads=3),
         Shape([80], [80], magnitude=30),
+        Shape([90, 20], [60, 20], soft_cap=5.0, magnitude=20),
+        Shape([90, 20], [60, 20], sinks=2.0),
+        Shape([40], [40], magnitude=30, sinks=80.0),  # beyond all scores
+        Shape([90, 20], [60, 20], has_slopes=True, num_heads=6),
+        Shape([150], [80], window=33, sinks=1.0, num_heads=16, kv_dtype=FP8),
+        Shape([70], [40], window=32, soft_cap=50.0, head_dim=256, num_heads=2, num_kv_heads=1),
     ],
     ids=str,
 )
 def test_rows_equal_the_reference(device: Device, shape: Shape) -> None:
     check(device, shape)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_kind_of_attention_equals_the_reference(device: Device, seed: int) -> None:
+    torch.manual_seed(seed)
+    check(device, random_shape(150, is_decode=False))
 
 
 def test_a_prompt_has_the_same_bits_however_it_is_cut(device: Device) -> None:
@@ -104,15 +116,15 @@ FAULTS = [
     Fault(
         "rows past the last are written",
         "attention_prefill.cuh",
-        "    if (row >= num_rows) continue;\n",
+        "    if (own_row >= num_rows) continue;\n",
         "",
         "bounds",
     ),
     Fault(
         "a query sees the token after it",
         "attention_prefill.cuh",
-        "min(position[half] + 1 - token",
-        "min(position[half] + 2 - token",
+        "stop[half] = position[half] + 1 - token",
+        "stop[half] = position[half] + 2 - token",
         "result",
     ),
     Fault(
@@ -125,10 +137,44 @@ FAULTS = [
         "position[half] + 2 - window",
         "result",
     ),
+    Fault(
+        "blocks behind the window are read",
+        "attention_prefill.cuh",
+        "window > 0 ? max(nearest - window + 1, 0) : 0",
+        "0",
+        "bounds",
+    ),
+    Fault(
+        "scores are not capped",
+        "attention_tile.cuh",
+        "if (scores.bound != 0)",
+        "if (scores.bound < 0)",
+        "result",
+    ),
+    Fault(
+        "a row's sink is another head's",
+        "attention_prefill.cuh",
+        "inverse_sum(p, head,",
+        "inverse_sum(p, kv_head * group,",
+        "result",
+    ),
+    Fault(
+        "a row's slope is another head's",
+        "attention_prefill.cuh",
+        "kv_head * group + (row + 8) % group)",
+        "kv_head * group + row % group)",
+        "result",
+    ),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
-    shape = Shape([144], [70], num_heads=3, num_kv_heads=1, window=75)
-    assert_caught(replace(fault, kernel="attention_prefill_bf16.cu"), lambda device: check(device, shape))
+    def all_kinds(device: Device) -> None:
+        check(device, Shape([144], [70], num_heads=3, num_kv_heads=1, window=75))
+        check(device, Shape([144], [40], window=20))
+        check(device, Shape([40], [30], soft_cap=5.0, magnitude=20))
+        check(device, Shape([40], [30], sinks=3.0, num_heads=3, num_kv_heads=1))
+        check(device, Shape([40], [30], has_slopes=True, num_heads=3, num_kv_heads=1))
+
+    assert_caught(replace(fault, kernel="attention_prefill_bf16.cu"), all_kinds)

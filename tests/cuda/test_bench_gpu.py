@@ -234,7 +234,7 @@ def test_what_is_timed_runs_on_the_emulated_kernels(emulation: None, monkeypatch
             if peer in peers:
                 peers[peer]()
     assert names == [
-        "attention_decode", "attention_prefill", "rms_norm", "act_mul", "rope_kv_write", "sample",
+        "attention_decode", "attention_prefill", "norm", "gate", "rope_kv_write", "sample",
         *["linear"] * 2, *["quant_linear"] * len(gpu_operators.CODES),
     ]  # fmt: skip
 

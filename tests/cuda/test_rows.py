@@ -1,4 +1,4 @@
-"""The CUDA kernels embed and act_mul in emulation: a row, or an element, at a time."""
+"""The CUDA kernels of the embedding and of activations in emulation: a row, or an element, at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from tests.cuda.faults import Fault, assert_caught
 from tests.emulation.device import TYPES, Device
 from tests.reference.compare import assert_close, assert_equal
 from tests.reference.layers import activate
+from tgi_asgi.ops import ACTIVATIONS
 
+ALPHAS = (0.7, 0.4)  # xIELU's
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -24,17 +26,25 @@ def check_embed(device: Device, tokens: int, hidden: int, dtype: torch.dtype) ->
     assert_equal(out, table[ids.long()].float())
 
 
-def check_act_mul(
-    device: Device, tokens: int, intermediate: int, dtype: torch.dtype, activation: str = "silu"
+def check_activate(
+    device: Device,
+    tokens: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    activation: str = "silu",
+    *,
+    is_gated: bool = True,
 ) -> None:
-    gate_up = device.tensor((torch.randn(tokens, 2 * intermediate) * 3).to(dtype))
+    x = device.tensor((torch.randn(tokens, (2 if is_gated else 1) * intermediate) * 3).to(dtype))
     out = device.empty((tokens, intermediate), dtype)
     device.run(
-        "act_mul", [out], gate_up=gate_up, out=out, num_tokens=tokens, intermediate=intermediate,
-        activation=["silu", "gelu_tanh"].index(activation), type=TYPES[dtype],
+        "activate", [out], x=x, out=out, num_tokens=tokens, intermediate=intermediate,
+        activation=ACTIVATIONS.index(activation), above=ALPHAS[0], below=ALPHAS[1], is_gated=is_gated,
+        type=TYPES[dtype],
     )  # fmt: skip
-    gate, up = gate_up.double().chunk(2, dim=1)
-    assert_close(out.float(), activate(gate, activation) * up, length=2, dtype=dtype)
+    gate = x[:, :intermediate].double()
+    expected = activate(gate, activation, ALPHAS)
+    assert_close(out.float(), expected * x[:, intermediate:] if is_gated else expected, length=2, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,13 +61,14 @@ def test_ids_outside_of_the_table_read_its_ends(device: Device) -> None:
     assert torch.equal(out, table[[0, 3]].float())
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "intermediate"), [(0, 8), (1, 8), (5, 264), (2, 4096)])
-def test_act_mul_equals_the_reference(
-    device: Device, tokens: int, intermediate: int, dtype: torch.dtype, activation: str
+def test_activations_equal_the_reference(
+    device: Device, tokens: int, intermediate: int, dtype: torch.dtype, activation: str, is_gated: bool
 ) -> None:
-    check_act_mul(device, tokens, intermediate, dtype, activation)
+    check_activate(device, tokens, intermediate, dtype, activation, is_gated=is_gated)
 
 
 FAULTS = [
@@ -73,17 +84,35 @@ FAULTS = [
     ),
     Fault(
         "up is read where the gate is",
-        "act_mul.cu",
+        "activate.cu",
         "row + p.intermediate + column",
         "row + column",
         "result",
     ),
     Fault(
         "the end is one row late",
-        "act_mul.cu",
+        "activate.cu",
         "i >= p.num_tokens * vectors",
         "i >= (p.num_tokens + 1) * vectors",
         "bounds",
+    ),
+    Fault(
+        "rows without a gate are as far apart as with one",
+        "activate.cu",
+        "(p.is_gated ? 2 : 1)",
+        "2",
+        "bounds",
+    ),
+    Fault(
+        "the error function has another scale",
+        "activate.cu",
+        "erff(x * 0.70710678118654752f)",
+        "erff(x)",
+        "result",
+    ),
+    Fault("relu is not squared", "activate.cu", "x > 0 ? x * x : 0.0f", "x > 0 ? x : 0.0f", "result"),
+    Fault(
+        "xIELU has one number for both sides", "activate.cu", "below * (expm1f", "above * (expm1f", "result"
     ),
 ]
 
@@ -92,6 +121,8 @@ FAULTS = [
 def test_a_planted_fault_is_caught(fault: Fault) -> None:
     def check(device: Device) -> None:
         check_embed(device, 17, 24, torch.bfloat16)
-        check_act_mul(device, 5, 264, torch.bfloat16)
+        for activation in ACTIVATIONS:
+            check_activate(device, 5, 264, torch.bfloat16, activation)
+            check_activate(device, 5, 264, torch.bfloat16, activation, is_gated=False)
 
     assert_caught(fault, check)

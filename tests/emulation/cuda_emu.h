@@ -156,6 +156,7 @@ __forceinline__ uint32_t __umulhi(uint32_t a, uint32_t b) {
 __forceinline__ int __popc(uint32_t x) { return __builtin_popcount(x); }
 __forceinline__ int __ffs(uint32_t x) { return __builtin_ffs(int(x)); }
 __forceinline__ int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+__forceinline__ float __fdividef(float a, float b) { return a / b; }
 __forceinline__ float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #define SHARED_ARRAY(T, name, count) \

@@ -15,8 +15,8 @@ from tests.emulation.structs import params_struct
 
 _STRUCTS = {
     "embed": "EmbedParams",
-    "rms_norm": "RmsNormParams",
-    "act_mul": "ActMulParams",
+    "norm": "NormParams",
+    "activate": "ActivateParams",
     "rope_kv_write": "RopeParams",
     "attention_plan": "AttentionParams",
     "attention_decode": "AttentionParams",
@@ -45,7 +45,7 @@ class Device:
         device = Device(library.build())
         x = device.tensor(torch.randn(3, 64))
         out = device.empty((3, 64), torch.bfloat16)
-        device.run("rms_norm", [out], x=x, out=out, ...)
+        device.run("norm", [out], x=x, out=out, ...)
 
     All its memory begins as bytes of 0xff, NaN in every type.
     """

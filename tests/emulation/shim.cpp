@@ -10,8 +10,8 @@
   }
 
 OPERATOR(embed, EmbedParams)
-OPERATOR(rms_norm, RmsNormParams)
-OPERATOR(act_mul, ActMulParams)
+OPERATOR(norm, NormParams)
+OPERATOR(activate, ActivateParams)
 OPERATOR(rope_kv_write, RopeParams)
 OPERATOR(attention_plan, AttentionParams)
 OPERATOR(attention_decode, AttentionParams)

@@ -17,12 +17,3 @@ GATED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 XIELU = "xielu"  # of `up` alone: it has two numbers of its own
 ACTIVATIONS = (*GATED_ACTIVATIONS, XIELU)
-
-
-def xielu(x: Tensor, above: float, below: float) -> Tensor:
-    """Return above * x^2 + x / 2 where x is positive, else below * (e^x - 1 - x) + x / 2.
-
-    Source: Huang and Schlag, Deriving Activation Functions Using Integration, arXiv 2411.13010.
-    """
-    negative = x.clamp(max=0)
-    return above * x.clamp(min=0).square() + below * (negative.expm1() - negative) + x / 2

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.activations import GATED_ACTIVATIONS, xielu
 from tgi_asgi.ops.buffers import Buffers, Uses
 from tgi_asgi.ops.cuda_linear import CudaLinear, PlainLinear, QuantLinear, Room
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix, joined_halves
@@ -139,7 +138,7 @@ class CudaProgram:
         self._values = Buffers()
         self._moved: dict[int, tuple[object, Any]] = {}  # by id: the host's, and the device's
         self._room = Room(dtype, device)
-        self._planned: tuple[int, int] | None = None  # block size and window
+        self._plans: dict[int, Tensor] = {}  # of decode attention, by window
         uses = Uses(recorder.calls, (), (), lambda call: [])
         for index, call in enumerate(recorder.calls):
             _EMITTERS[type(call)](self, call)
@@ -171,7 +170,7 @@ class CudaProgram:
     def _embed(self, call: calls.Embed) -> None:
         table = self._dense(call.table.made)
         x = self._make(call.out, torch.float32)
-        added = None if call.positions is None else self._move(call.positions, torch.float32)
+        added = self._floats(call.positions)
 
         def launch(batch: CudaBatch) -> None:
             out = x[: batch.num_tokens]
@@ -192,38 +191,35 @@ class CudaProgram:
         self._launches.append(launch)
 
     def _norm(self, call: calls.Norm) -> None:
-        x, out = self._in(call.x), self._make(call.out, self._dtype)
-        norm = self._norm_of(call.weight)
-        self._launches.append(lambda batch: norm(x[: batch.num_tokens], None, out[: batch.num_tokens]))
-
-    def _norm_add(self, call: calls.NormAdd) -> None:
-        rows, x = self._in(call.rows), self._in(call.x)
-        normed = self._buffer("norm_add", tuple(rows.shape), self._dtype)
-        norm = self._norm_of(call.weight)
+        x, out, norm = self._in(call.x), self._make(call.out, self._dtype), self._norm_of(call.weight)
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            norm(rows[:n], None, normed[:n])
-            x[:n].add_(normed[:n], alpha=call.factor)
+            _kernels.norm(x[:n], *norm, None, out[:n])
+
+        self._launches.append(launch)
+
+    def _norm_add(self, call: calls.NormAdd) -> None:
+        rows, x, norm = self._in(call.rows), self._in(call.x), self._norm_of(call.weight)
+
+        def launch(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            _kernels.norm_add(rows[:n], *norm, call.factor, x[:n])
 
         self._launches.append(launch)
 
     def _norm_residual(self, call: calls.NormResidual) -> None:
         x, norm = self._in(call.x), self._norm_of(call.weight)
-        self._launches.append(lambda batch: norm(x[: batch.num_tokens], None, x[: batch.num_tokens]))
 
-    def _norm_of(self, weight: NormWeight) -> Callable[[Tensor, Tensor | None, Tensor], None]:
-        """Return what writes the norm of x, or of these rows of it, to `out`: LayerNorm is torch's."""
-        scale, eps = self._move(weight.weight, torch.float32), weight.eps
-        if weight.bias is None:
-            return lambda x, rows, out: _kernels.rms_norm(x, scale, eps, rows, out)
-        bias = self._move(weight.bias, torch.float32)
+        def launch(batch: CudaBatch) -> None:
+            n = batch.num_tokens
+            _kernels.norm(x[:n], *norm, None, x[:n])
 
-        def layer_norm(x: Tensor, rows: Tensor | None, out: Tensor) -> None:
-            x = x if rows is None else x[rows]
-            out.copy_(torch.nn.functional.layer_norm(x, (weight.columns,), scale, bias, eps))
+        self._launches.append(launch)
 
-        return layer_norm
+    def _norm_of(self, weight: NormWeight) -> tuple[Tensor, Tensor | None, float]:
+        """Return a norm's weight and bias on the device, and what keeps it finite."""
+        return self._move(weight.weight, torch.float32), self._floats(weight.bias), weight.eps
 
     def _qkv(self, call: calls.Qkv) -> None:
         layer, weight = _layer_of(call.cache), call.weight
@@ -233,42 +229,37 @@ class CudaProgram:
         if call.clip is not None:
             self._launches.append(_clamp(product, call.clip))
         norms = weight.norms
-        if norms is not None and (norms.is_last or norms.query.bias is not None):
-            raise ValueError(
-                "norms of heads that are LayerNorms, or come last, are not among the CUDA kernels"
-            )
         if norms is not None and norms.is_whole:
             self._launches.append(self._whole_norms(product, weight, norms))
-        cos, sin = self._table(call.rope, layer)
+        cos, sin = self._table(call.rope)
         q = self._make(call.out, self._dtype).view(self._max_tokens, weight.num_heads, weight.head_dim)
-        q_norm = k_norm = None
-        eps = 0.0
+        parts: list[Tensor | None] = [None] * 4
+        eps, is_last = 0.0, False
         if norms is not None and not norms.is_whole:
-            if norms.query.columns != weight.head_dim:
-                raise ValueError("norms with weights for each head are not among the CUDA kernels")
-            q_norm, k_norm = (self._head_norm(norm.weight, weight) for norm in (norms.query, norms.key))
-            eps = norms.query.eps
+            query, key = norms.query, norms.key
+            parts = [
+                None if part is None else self._head_norm(part, weight)
+                for part in (query.weight, key.weight, query.bias, key.bias)
+            ]
+            eps, is_last = query.eps, norms.is_last
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
             _kernels.rope_kv_write(
-                product[:n], batch.positions, batch.slots, cos, sin, q_norm, k_norm, eps, layer.key_scale,
-                layer.value_scale, q[:n], layer.pool,
+                product[:n], batch.positions, batch.slots, cos, sin, *parts, is_last, eps,
+                layer.key_scale, layer.value_scale, q[:n], layer.pool,
             )  # fmt: skip
 
         self._launches.append(launch)
 
     def _whole_norms(self, product: Tensor, weight: QkvWeight, norms: HeadNorms) -> _Launch:
         """Normalise all heads of queries together, and all of keys, in place."""
-        stops = (
-            weight.num_heads * weight.head_dim,
-            (weight.num_heads + weight.num_kv_heads) * weight.head_dim,
-        )
-        parts = ((0, stops[0], norms.query.weight), (stops[0], stops[1], norms.key.weight))
-        scales = [(first, stop, self._head_norm(scale, weight)) for first, stop, scale in parts]
+        scales = [self._head_norm(norm.weight, weight) for norm in (norms.query, norms.key)]
+        middle, end = scales[0].numel(), scales[0].numel() + scales[1].numel()
+        parts = ((0, middle, scales[0]), (middle, end, scales[1]))
 
         def launch(batch: CudaBatch) -> None:
-            for first, stop, scale in scales:
+            for first, stop, scale in parts:
                 part = product[: batch.num_tokens, first:stop]
                 wide = part.float()
                 mean = wide.square().mean(-1, keepdim=True)
@@ -277,25 +268,23 @@ class CudaProgram:
         return launch
 
     def _head_norm(self, norm: Tensor, weight: QkvWeight) -> Tensor:
-        """Return a norm of heads on the device, in the order of their rows there."""
+        """Return weights or biases of heads' norms on the device, in the order of their rows there."""
         if weight.is_interleaved:
             norm = norm[joined_halves(weight, norm.numel() // weight.head_dim)]
         return self._move(norm, torch.float32)
 
-    def _table(self, rope: RopeTable | None, layer: CudaKvLayer) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines on the device; without rotation one pair that no position turns."""
+    def _table(self, rope: RopeTable | None) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines on the device; without rotation those of no dims."""
         if rope is not None:
             return self._move(rope.cos, torch.float32), self._move(rope.sin, torch.float32)
-        positions = self._max_blocks * int(layer.pool.shape[3])
-        ones = self._buffer("ones", (positions, 1), torch.float32)
-        return ones.fill_(1.0), self._buffer("zeros", (positions, 1), torch.float32)
+        none = self._buffer("no angles", (1, 0), torch.float32)
+        return none, none
 
     def _attention(self, call: calls.Attention) -> None:
         """Sequences of one token by one kernel, the others by another."""
         layer, spec = _layer_of(call.cache), call.spec
-        for name in ("chunk", "soft_cap", "sinks", "slopes"):
-            if getattr(spec, name) is not None:
-                raise ValueError(f"attention with `{name}` is not among the CUDA kernels")
+        if spec.chunk is not None:
+            raise ValueError("attention with `chunk` is not among the CUDA kernels")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
         heads = call.q.columns // head_dim
         query = self._in(call.q).view(self._max_tokens, heads, head_dim)
@@ -305,27 +294,40 @@ class CudaProgram:
         )
         workspace = self._buffer("workspace", (num_bytes,), torch.uint8)
         seen = spec.window or 0  # as the kernels have it, 0 is all
-        if self._planned is None:  # the first layer's plan serves all
-            self._planned = (block_size, seen)
-            self._launches.append(lambda batch: _plan(batch, block_size, seen, workspace))
-        if self._planned != (block_size, seen):
-            raise ValueError("all layers of a program must have one block size and one window")
+        plan = self._plan(block_size, seen)
+        sinks, slopes = self._floats(spec.sinks), self._floats(spec.slopes)
 
         def launch(batch: CudaBatch) -> None:
             d, n = batch.num_decodes, batch.num_tokens
-            scales = (spec.scale, layer.key_scale, layer.value_scale)
+            kind = (spec.scale, spec.soft_cap or 0.0, sinks, slopes, layer.key_scale, layer.value_scale)
             if d > 0:
                 _kernels.attention_decode(
-                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *scales,
-                    workspace, out[:d],
+                    query[:d], layer.pool, batch.context_len[:d], batch.block_table[:d], seen, *kind,
+                    plan, workspace, out[:d],
                 )  # fmt: skip
             if d < batch.num_sequences:
                 _kernels.attention_prefill(
                     query[:n], layer.pool, batch.query_start[d:], batch.context_len[d:],
-                    batch.block_table[d:], batch.max_query_len, seen, *scales, out[:n],
+                    batch.block_table[d:], batch.max_query_len, seen, *kind, out[:n],
                 )  # fmt: skip
 
         self._launches.append(launch)
+
+    def _plan(self, block_size: int, window: int) -> Tensor:
+        """Return the plan [max_sequences + 1] of layers with this window, which the first of them makes."""
+        if window in self._plans:
+            return self._plans[window]
+        plan = torch.zeros(self._max_sequences + 1, dtype=torch.int32, device=self._device)
+        self._plans[window] = plan
+
+        def launch(batch: CudaBatch) -> None:
+            if d := batch.num_decodes:
+                _kernels.attention_plan(
+                    batch.context_len[:d], batch.block_table[:d], block_size, window, plan
+                )
+
+        self._launches.append(launch)
+        return plan
 
     def _linear(self, call: calls.Linear) -> None:
         source, linear = self._in(call.a), self._product_of(call.weight.made)
@@ -357,10 +359,8 @@ class CudaProgram:
         above, below = call.alphas
 
         def launch(batch: CudaBatch) -> None:
-            wide = product[: batch.num_tokens].float()
-            is_plain = call.activation in GATED_ACTIVATIONS
-            made = GATED_ACTIVATIONS[call.activation](wide) if is_plain else xielu(wide, above, below)
-            out[: batch.num_tokens].copy_(made)
+            n = batch.num_tokens
+            _kernels.activate(product[:n], call.activation, above, below, out[:n])
 
         self._launches.append(launch)
 
@@ -372,7 +372,7 @@ class CudaProgram:
 
         def launch(batch: CudaBatch) -> None:
             n = batch.num_tokens
-            _kernels.act_mul(product[:n], call.activation, out[:n])
+            _kernels.gate(product[:n], call.activation, out[:n])
 
         self._launches.append(launch)
 
@@ -381,18 +381,15 @@ class CudaProgram:
         raise TypeError(f"routed experts ({name}) are computed on CPUs only, not on CUDA")
 
     def _make_head(self, call: calls.Head) -> None:
-        x, norm, linear = (
-            self._in(call.x),
-            self._norm_of(call.norm),
-            self._product_of(call.weight.made),
-        )
+        x, norm = self._in(call.x), self._norm_of(call.norm)
+        linear = self._product_of(call.weight.made)
         normed = self._buffer("head", (self._max_rows, call.weight.columns), self._dtype)
         self._logits = self._buffer("logits", (self._max_rows, call.weight.rows), torch.float32)
 
         def launch(rows: Tensor) -> None:
             n = rows.shape[0]
             out = self._logits[:n]
-            norm(x, rows, normed[:n])
+            _kernels.norm(x, *norm, rows, normed[:n])
             linear.multiply(normed[:n], out)
             if call.scale != 1.0:
                 out.mul_(call.scale)
@@ -416,7 +413,7 @@ class CudaProgram:
         """Return the product with this weight, which is moved to the device."""
         if not isinstance(made, DeviceMatrix):
             raise TypeError("a CUDA step is recorded with a device's weights: make them with a `Repacking`")
-        bias = None if made.bias is None else self._move(made.bias, torch.float32)
+        bias = self._floats(made.bias)
         if isinstance(made.matrix, CudaQuantMatrix):
             codes = self._move_codes(made.matrix)
             return QuantLinear(codes, bias, self._room, is_batch_invariant=self._is_batch_invariant)
@@ -444,6 +441,10 @@ class CudaProgram:
             self._moved[id(tensor)] = kept = (tensor, moved)
         found: Tensor = kept[1]
         return found
+
+    def _floats(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the tensor on the device in float32, if there is one."""
+        return None if tensor is None else self._move(tensor, torch.float32)
 
     def _make(self, value: Value, dtype: torch.dtype) -> Tensor:
         """Give a value its buffer [max_tokens, columns]."""
@@ -496,9 +497,3 @@ def _layer_of(cache: object) -> CudaKvLayer:
     if not isinstance(cache, CudaKvLayer):
         raise TypeError("a CUDA step is recorded with `CudaKvLayer`s")
     return cache
-
-
-def _plan(batch: CudaBatch, block_size: int, window: int, workspace: Tensor) -> None:
-    if batch.num_decodes > 0:
-        d = batch.num_decodes
-        _kernels.attention_plan(batch.context_len[:d], batch.block_table[:d], block_size, window, workspace)

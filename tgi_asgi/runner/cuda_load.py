@@ -22,7 +22,20 @@ logger = logging.getLogger(__name__)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
 HAS = frozenset(
-    {Need.LAYER_NORM, Need.PLAIN_MLP, Need.LEARNT_POSITIONS, Need.INTERLEAVED_ROPE, Need.CLIP}
+    {
+        Need.LAYER_NORM,
+        Need.PLAIN_MLP,
+        Need.GATES,
+        Need.LEARNT_POSITIONS,
+        Need.INTERLEAVED_ROPE,
+        Need.CLIP,
+        Need.QK_LAYER_NORM,
+        Need.LATE_QK_NORM,
+        Need.WINDOWS,
+        Need.SOFT_CAP,
+        Need.SLOPES,
+        Need.SINKS,
+    }
 )  # of what only some models need
 _MAX_GROUP = 16  # query heads of a KV head
 _MAX_HIDDEN = 16384

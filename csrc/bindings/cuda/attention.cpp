@@ -1,6 +1,8 @@
 // CUDA adapters of paged attention.
 #include <torch/library.h>
 
+#include <optional>
+
 #include "bindings/cuda/checks.h"
 
 namespace {
@@ -11,15 +13,19 @@ using tgi::cuda::AttentionParams;
 using tgi::cuda::check_kv_type;
 using tgi::cuda::check_tensor;
 using tgi::cuda::check_type;
+using tgi::cuda::data_or_null;
 using tgi::cuda::run;
 
-struct Scales {
-  double scale, key_scale, value_scale;
+// How a layer attends.
+struct Spec {
+  int64_t window;
+  double scale, soft_cap;
+  const std::optional<Tensor>&sinks, &slopes;
+  double key_scale, value_scale;
 };
 
 AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& context_len,
-                            const Tensor& block_table, int64_t window, const Scales& scales,
-                            const Tensor& out) {
+                            const Tensor& block_table, const Spec& spec, const Tensor& out) {
   AttentionParams p = {};
   p.type = check_type(q, "q");
   p.kv_type = check_kv_type(kv, q);
@@ -32,7 +38,10 @@ AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& con
   check_tensor(context_len, "context_len", kInt, {-1});
   check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
   check_tensor(out, "out", q.scalar_type(), {q.size(0), q.size(1), q.size(2)});
-  TORCH_CHECK(window >= 0, "`window` must not be negative, got ", window);
+  TORCH_CHECK(spec.window >= 0, "`window` must not be negative, got ", spec.window);
+  TORCH_CHECK(spec.soft_cap >= 0, "`soft_cap` must not be negative, got ", spec.soft_cap);
+  if (spec.sinks) check_tensor(*spec.sinks, "sinks", at::kFloat, {q.size(1)});
+  if (spec.slopes) check_tensor(*spec.slopes, "slopes", at::kFloat, {q.size(1)});
   p.q = q.const_data_ptr();
   p.kv = kv.const_data_ptr();
   p.context_len = context_len.const_data_ptr<int32_t>();
@@ -46,11 +55,20 @@ AttentionParams make_params(const Tensor& q, const Tensor& kv, const Tensor& con
   p.num_blocks = kv.size(0);
   p.block_size = kv.size(3);
   p.block_table_stride = block_table.size(1);
-  p.window = window;
-  p.scale = static_cast<float>(scales.scale);
-  p.key_scale = static_cast<float>(scales.key_scale);
-  p.value_scale = static_cast<float>(scales.value_scale);
+  p.sinks = data_or_null<float>(spec.sinks);
+  p.slopes = data_or_null<float>(spec.slopes);
+  p.window = spec.window;
+  p.scale = static_cast<float>(spec.scale);
+  p.soft_cap = static_cast<float>(spec.soft_cap);
+  p.key_scale = static_cast<float>(spec.key_scale);
+  p.value_scale = static_cast<float>(spec.value_scale);
   return p;
+}
+
+void check_plan(const Tensor& plan, const AttentionParams& p) {
+  check_tensor(plan, "plan", kInt, {-1});
+  TORCH_CHECK(plan.size(0) > p.num_sequences, "`plan` must have ", p.num_sequences + 1,
+              " elements, got ", plan.size(0));
 }
 
 void check_workspace(const Tensor& workspace, const AttentionParams& p) {
@@ -62,40 +80,47 @@ void check_workspace(const Tensor& workspace, const AttentionParams& p) {
 }
 
 void attention_plan(const Tensor& context_len, const Tensor& block_table, int64_t block_size,
-                    int64_t window, const Tensor& workspace) {
+                    int64_t window, const Tensor& plan) {
   check_tensor(context_len, "context_len", kInt, {-1});
   check_tensor(block_table, "block_table", kInt, {context_len.size(0), -1});
   TORCH_CHECK(block_size > 0 && window >= 0,
               "`block_size` must be positive and `window` not negative");
   AttentionParams p = {};
   p.context_len = context_len.const_data_ptr<int32_t>();
-  p.workspace = workspace.mutable_data_ptr();
   p.num_sequences = context_len.size(0);
   p.block_size = block_size;
   p.block_table_stride = block_table.size(1);
   p.window = window;
-  check_workspace(workspace, p);
-  run(tgi::cuda::attention_plan, p, workspace);
+  check_plan(plan, p);
+  p.plan = plan.mutable_data_ptr<int32_t>();
+  run(tgi::cuda::attention_plan, p, plan);
 }
 
 void attention_decode(const Tensor& q, const Tensor& kv, const Tensor& context_len,
-                      const Tensor& block_table, int64_t window, double scale, double key_scale,
-                      double value_scale, const Tensor& workspace, const Tensor& out) {
+                      const Tensor& block_table, int64_t window, double scale, double soft_cap,
+                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& slopes,
+                      double key_scale, double value_scale, const Tensor& plan,
+                      const Tensor& workspace, const Tensor& out) {
   AttentionParams p =
-      make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+      make_params(q, kv, context_len, block_table,
+                  {window, scale, soft_cap, sinks, slopes, key_scale, value_scale}, out);
   TORCH_CHECK(p.num_tokens == p.num_sequences, "`q` must have one token a sequence, got ",
               p.num_tokens, " for ", p.num_sequences);
-  p.workspace = workspace.mutable_data_ptr();
+  check_plan(plan, p);
   check_workspace(workspace, p);
+  p.plan = plan.mutable_data_ptr<int32_t>();
+  p.workspace = workspace.mutable_data_ptr();
   run(tgi::cuda::attention_decode, p, out);
 }
 
 void attention_prefill(const Tensor& q, const Tensor& kv, const Tensor& query_start,
                        const Tensor& context_len, const Tensor& block_table, int64_t max_query_len,
-                       int64_t window, double scale, double key_scale, double value_scale,
-                       const Tensor& out) {
+                       int64_t window, double scale, double soft_cap,
+                       const std::optional<Tensor>& sinks, const std::optional<Tensor>& slopes,
+                       double key_scale, double value_scale, const Tensor& out) {
   AttentionParams p =
-      make_params(q, kv, context_len, block_table, window, {scale, key_scale, value_scale}, out);
+      make_params(q, kv, context_len, block_table,
+                  {window, scale, soft_cap, sinks, slopes, key_scale, value_scale}, out);
   check_tensor(query_start, "query_start", kInt, {p.num_sequences + 1});
   TORCH_CHECK(max_query_len >= 0 && max_query_len <= p.num_tokens,
               "`max_query_len` must be in [0, ", p.num_tokens, "], got ", max_query_len);

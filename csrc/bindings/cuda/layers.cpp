@@ -12,13 +12,13 @@ namespace {
 using at::kFloat;
 using at::kInt;
 using at::Tensor;
-using tgi::cuda::ActMulParams;
+using tgi::cuda::ActivateParams;
 using tgi::cuda::check_kv_type;
 using tgi::cuda::check_tensor;
 using tgi::cuda::check_type;
 using tgi::cuda::data_or_null;
 using tgi::cuda::EmbedParams;
-using tgi::cuda::RmsNormParams;
+using tgi::cuda::NormParams;
 using tgi::cuda::RopeParams;
 using tgi::cuda::run;
 using tgi::cuda::Type;
@@ -38,43 +38,89 @@ void embed(const Tensor& ids, const Tensor& table, const Tensor& out) {
   run(tgi::cuda::embed, params, out);
 }
 
-void rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& rows,
-              const Tensor& out) {
-  const Type type = check_type(out, "out");
+NormParams norm_params(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       double eps, const Tensor& out) {
   check_tensor(weight, "weight", kFloat, {-1});
   check_tensor(x, "x", kFloat, {-1, weight.size(0)});
-  if (rows) check_tensor(*rows, "rows", kInt, {-1});
-  const int64_t num_rows = rows ? rows->size(0) : x.size(0);
-  check_tensor(out, "out", out.scalar_type(), {num_rows, weight.size(0)});
-  const RmsNormParams params = {x.const_data_ptr<float>(),
-                                weight.const_data_ptr<float>(),
-                                data_or_null<int32_t>(rows),
-                                out.mutable_data_ptr(),
-                                x.size(0),
-                                num_rows,
-                                weight.size(0),
-                                static_cast<float>(eps),
-                                type};
-  run(tgi::cuda::rms_norm, params, out);
+  if (bias) check_tensor(*bias, "bias", kFloat, {weight.size(0)});
+  NormParams p = {};
+  p.x = x.const_data_ptr<float>();
+  p.weight = weight.const_data_ptr<float>();
+  p.bias = data_or_null<float>(bias);
+  p.out = out.mutable_data_ptr();
+  p.num_tokens = p.num_rows = x.size(0);
+  p.hidden = weight.size(0);
+  p.eps = static_cast<float>(eps);
+  return p;
 }
 
-void act_mul(const Tensor& gate_up, c10::string_view activation, const Tensor& out) {
-  const Type type = check_type(out, "out");
+void norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps,
+          const std::optional<Tensor>& rows, const Tensor& out) {
+  NormParams p = norm_params(x, weight, bias, eps, out);
+  p.is_wide = out.scalar_type() == kFloat;
+  if (!p.is_wide) p.type = check_type(out, "out");
+  if (rows) {
+    check_tensor(*rows, "rows", kInt, {-1});
+    TORCH_CHECK(!out.is_alias_of(x), "`out` may be `x` only where all rows are normed in order");
+    p.rows = rows->const_data_ptr<int32_t>();
+    p.num_rows = rows->size(0);
+  }
+  check_tensor(out, "out", out.scalar_type(), {p.num_rows, p.hidden});
+  run(tgi::cuda::norm, p, out);
+}
+
+void norm_add(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias,
+              double eps, double factor, const Tensor& x) {
+  NormParams p = norm_params(rows, weight, bias, eps, x);
+  check_tensor(x, "x", kFloat, {p.num_rows, p.hidden});
+  p.factor = static_cast<float>(factor);
+  p.is_wide = p.is_added = 1;
+  run(tgi::cuda::norm, p, x);
+}
+
+void run_activation(const Tensor& x, c10::string_view name, double above, double below,
+                    bool is_gated, const Tensor& out) {
+  ActivateParams p = {};
+  p.type = check_type(out, "out");
   check_tensor(out, "out", out.scalar_type(), {-1, -1});
-  check_tensor(gate_up, "gate_up", out.scalar_type(), {out.size(0), 2 * out.size(1)});
-  const std::optional<tgi::MlpActivation> found = tgi::find_activation(std::string(activation));
-  const bool has_kernel =
-      found == tgi::MlpActivation::kSilu || found == tgi::MlpActivation::kGeluTanh;
-  TORCH_CHECK(has_kernel, "`activation` must be silu or gelu_tanh, got ", std::string(activation));
-  const ActMulParams params = {
-      gate_up.const_data_ptr(), out.mutable_data_ptr(), out.size(0), out.size(1), *found, type};
-  run(tgi::cuda::act_mul, params, out);
+  check_tensor(x, is_gated ? "gate_up" : "x", out.scalar_type(),
+               {out.size(0), (is_gated ? 2 : 1) * out.size(1)});
+  const std::optional<tgi::MlpActivation> found = tgi::find_activation(std::string(name));
+  TORCH_CHECK(found && !(is_gated && *found == tgi::MlpActivation::kXielu), "`activation` must be ",
+              is_gated ? tgi::kGatedNames : tgi::kActivationNames, ", got ", std::string(name));
+  p.x = x.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.num_tokens = out.size(0);
+  p.intermediate = out.size(1);
+  p.activation = *found;
+  p.above = static_cast<float>(above);
+  p.below = static_cast<float>(below);
+  p.is_gated = is_gated;
+  run(tgi::cuda::activate, p, out);
+}
+
+void gate(const Tensor& gate_up, c10::string_view activation, const Tensor& out) {
+  run_activation(gate_up, activation, 0, 0, true, out);
+}
+
+void activate(const Tensor& x, c10::string_view activation, double above, double below,
+              const Tensor& out) {
+  run_activation(x, activation, above, below, false, out);
+}
+
+// The weights of heads' norms: all together or none, of one weight for all heads or of one each.
+void check_norm(const std::optional<Tensor>& norm, const char* name, int64_t num_heads,
+                int64_t head_dim, bool is_there, bool is_each) {
+  TORCH_CHECK(norm.has_value() == is_there,
+              "`q_norm` and `k_norm` come together, and so do `q_bias` and `k_bias`, with them");
+  if (norm) check_tensor(*norm, name, kFloat, {is_each ? num_heads * head_dim : head_dim});
 }
 
 void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slots,
                    const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& q_norm,
-                   const std::optional<Tensor>& k_norm, double eps, double key_scale,
-                   double value_scale, const Tensor& q, const Tensor& kv) {
+                   const std::optional<Tensor>& k_norm, const std::optional<Tensor>& q_bias,
+                   const std::optional<Tensor>& k_bias, bool is_norm_last, double eps,
+                   double key_scale, double value_scale, const Tensor& q, const Tensor& kv) {
   const Type type = check_type(q, "q"), kv_type = check_kv_type(kv, q);
   check_tensor(q, "q", q.scalar_type(), {-1, -1, -1});
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2);
@@ -85,9 +131,13 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
   TORCH_CHECK(cos.size(0) > 0, "`cos` must have a position");
   check_tensor(positions, "positions", kInt, {num_tokens});
   check_tensor(slots, "slots", at::kLong, {num_tokens});
-  TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "`q_norm` and `k_norm` come together");
-  if (q_norm) check_tensor(*q_norm, "q_norm", kFloat, {head_dim});
-  if (k_norm) check_tensor(*k_norm, "k_norm", kFloat, {head_dim});
+  const bool is_normed = q_norm.has_value(), has_bias = q_bias.has_value();
+  TORCH_CHECK(is_normed || !has_bias, "`q_bias` comes with `q_norm` only");
+  const bool is_each = is_normed && q_norm->numel() != head_dim;
+  check_norm(q_norm, "q_norm", num_heads, head_dim, is_normed, is_each);
+  check_norm(k_norm, "k_norm", kv.size(2), head_dim, is_normed, is_each);
+  check_norm(q_bias, "q_bias", num_heads, head_dim, has_bias, is_each);
+  check_norm(k_bias, "k_bias", kv.size(2), head_dim, has_bias, is_each);
   const RopeParams params = {qkv.const_data_ptr(),
                              positions.const_data_ptr<int32_t>(),
                              slots.const_data_ptr<int64_t>(),
@@ -95,6 +145,8 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
                              sin.const_data_ptr<float>(),
                              data_or_null<float>(q_norm),
                              data_or_null<float>(k_norm),
+                             data_or_null<float>(q_bias),
+                             data_or_null<float>(k_bias),
                              q.mutable_data_ptr(),
                              kv.mutable_data_ptr(),
                              num_tokens,
@@ -105,6 +157,8 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
                              2 * cos.size(1),
                              kv.size(0),
                              kv.size(3),
+                             is_each ? head_dim : 0,
+                             is_norm_last,
                              static_cast<float>(eps),
                              static_cast<float>(key_scale),
                              static_cast<float>(value_scale),
@@ -117,7 +171,9 @@ void rope_kv_write(const Tensor& qkv, const Tensor& positions, const Tensor& slo
 
 TORCH_LIBRARY_IMPL(tgi_cuda, CUDA, m) {
   m.impl("embed", embed);
-  m.impl("rms_norm", rms_norm);
-  m.impl("act_mul", act_mul);
+  m.impl("norm", norm);
+  m.impl("norm_add", norm_add);
+  m.impl("gate", gate);
+  m.impl("activate", activate);
   m.impl("rope_kv_write", rope_kv_write);
 }

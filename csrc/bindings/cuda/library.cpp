@@ -9,25 +9,28 @@
 TORCH_LIBRARY(tgi_cuda, m) {
   m.def("set_dependent_launches(bool is_on) -> ()", &tgi::cuda::set_dependent_launches);
   m.def("embed(Tensor ids, Tensor table, Tensor(a!) out) -> ()");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? rows, Tensor(a!) out) -> ()");
-  m.def("act_mul(Tensor gate_up, str activation, Tensor(a!) out) -> ()");
+  m.def(
+      "norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? rows, Tensor(a!) out) -> ()");
+  m.def(
+      "norm_add(Tensor rows, Tensor weight, Tensor? bias, float eps, float factor, Tensor(a!) x) "
+      "-> ()");
+  m.def("gate(Tensor gate_up, str activation, Tensor(a!) out) -> ()");
+  m.def("activate(Tensor x, str activation, float above, float below, Tensor(a!) out) -> ()");
   m.def(
       "rope_kv_write(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? "
-      "q_norm, "
-      "Tensor? k_norm, float eps, float key_scale, float value_scale, Tensor(a!) q, Tensor(b!) kv) "
-      "-> ()");
+      "q_norm, Tensor? k_norm, Tensor? q_bias, Tensor? k_bias, bool is_norm_last, float eps, float "
+      "key_scale, float value_scale, Tensor(a!) q, Tensor(b!) kv) -> ()");
   m.def(
       "attention_plan(Tensor context_len, Tensor block_table, int block_size, int window, "
-      "Tensor(a!) workspace) -> ()");
+      "Tensor(a!) plan) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor kv, Tensor context_len, Tensor block_table, int window, "
-      "float scale, "
-      "float key_scale, float value_scale, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+      "float scale, float soft_cap, Tensor? sinks, Tensor? slopes, float key_scale, float "
+      "value_scale, Tensor plan, Tensor(a!) workspace, Tensor(b!) out) -> ()");
   m.def(
       "attention_prefill(Tensor q, Tensor kv, Tensor query_start, Tensor context_len, Tensor "
-      "block_table, "
-      "int max_query_len, int window, float scale, float key_scale, float value_scale, Tensor(a!) "
-      "out) -> ()");
+      "block_table, int max_query_len, int window, float scale, float soft_cap, Tensor? sinks, "
+      "Tensor? slopes, float key_scale, float value_scale, Tensor(a!) out) -> ()");
   m.def("linear(Tensor a, Tensor weight, Tensor? bias, bool is_added, Tensor(a!) out) -> ()");
   m.def(
       "quant_linear(Tensor a, Tensor codes, Tensor scales, Tensor? offsets, Tensor? bias, int "

@@ -1,0 +1,72 @@
+"""What only some families have, by the CUDA runner on emulated kernels, against `transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.cuda import emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.emulation import library
+from tests.support.families import CASES
+from tests.support.family_case import FamilyCase
+from tests.support.family_files import checkpoint, reference
+from tests.support.family_scores import differences, score
+from tgi_asgi.runner import cuda_load
+
+# Heads of 64, the smallest that the kernels have.
+_WIDE = {"head_dim": 64}
+_FEW = {"num_attention_heads": 2, "num_key_value_heads": 1}
+_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": _WIDE,
+    "gemma3": _WIDE,
+    "ministral": _WIDE,
+    "olmo3": _FEW,
+    "exaone4": _FEW,
+    "smollm3-window": _FEW,
+    "cohere2": _FEW,
+    "bloom": {"n_head": 2},
+    "mpt": {"n_heads": 2},
+    "falcon-rw": {"num_attention_heads": 2},
+    "cohere-head-norms": _FEW,
+    "stablelm-parallel": _FEW,
+    "phi-head-norms": _FEW,
+    "hunyuan": _WIDE,
+    "glm4": _WIDE,
+    "nemotron": _FEW,
+    "apertus": _FEW,
+    "gpt2": {"n_head": 2},
+    "olmo": _FEW,
+}
+_USUAL = ("gemma2", "mpt", "cohere-head-norms", "hunyuan")
+LARGEST, MEAN = 0.05, 0.02  # of a log-probability, in float16
+
+
+def _widened(name: str) -> FamilyCase:
+    (case,) = (case for case in CASES if case.name == name)
+    return replace(case, name=f"{name}-wide", config={**case.config, **_CHANGES[name]})
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    library.require()
+    emulated_ops.register()
+    device = EmulatedDevice()
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    return device
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in _USUAL else [pytest.mark.models]) for name in _CHANGES]
+)
+def test_log_probabilities_are_those_of_transformers(name: str, device: EmulatedDevice) -> None:
+    case = _widened(name)
+    found = reference(case)
+    apart = differences(score(case, checkpoint(case), found, "float16"), found)
+    assert len(apart) == len(found.all_ids) - 1, "another token was drawn"
+    assert apart.max() <= LARGEST
+    assert apart.mean() <= MEAN
+    assert device.replayed > 0
