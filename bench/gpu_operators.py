@@ -183,7 +183,7 @@ def _rope(rows: int) -> Measurement:
     sets = [random(rows, width) for _ in range(copies_past_l2(num_bytes))]
 
     def call(qkv: Tensor) -> None:
-        _kernels.rope_kv_write(qkv, positions, slots, cos, sin, None, None, 0.0, 1.0, 1.0, q, kv)
+        _kernels.rope_kv_write(qkv, positions, slots, cos, sin, *[None] * 4, False, 0.0, 1.0, 1.0, q, kv)
 
     calls: list[Call] = [functools.partial(call, one) for one in sets]
     return "rope_kv_write", f"{rows} rows", num_bytes, "copy", calls, {}

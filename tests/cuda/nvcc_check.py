@@ -42,7 +42,7 @@ _REGISTERS = {
     "plan_kernel": 40,
     "decode_kernel": 176,
     "decode_kernel 256": 255,
-    "decode_kernel fp8": 232,
+    "decode_kernel fp8": 234,
     "merge_kernel": 64,
     "prefill_kernel": 248,
     "prefill_kernel 256": 255,
