@@ -29,7 +29,7 @@ SHAPES = [
 ]
 OPERATORS = [
     "norm", "activation", "linear", "linear_add", "norm_add", "norm_residual", "gate_up", "up", "qkv",
-    "attention", "layer",
+    "attention", "layer", "experts_add", "gated_add",
 ]  # fmt: skip
 # How far logits may be from float64's: a value halfway between two codes may go either way, and that
 # adds up, but in few graphs.
@@ -73,8 +73,8 @@ class Pools:
                 self.rows.append(graph.linear(a))
             else:
                 self.x = graph.linear_add(a, self.x, [1.0, 0.3, -0.5][option])
-        elif operator == "experts_add" and self.tame:
-            a = self.tame[which % len(self.tame)]
+        elif operator == "experts_add" and (inputs := self._as_wide_as_the_residual()):
+            a = inputs[which % len(inputs)]
             self.x = graph.experts_add(a, self.x, 1 + option, [1.0, 0.3, -0.5][option])
         elif operator == "gated_add" and self.rows and self.tame:
             a = self.tame[which % len(self.tame)]
@@ -92,6 +92,10 @@ class Pools:
                 has_rope, is_interleaved = which % 3 > 0, which % 2 > 0
                 made = graph.qkv(a, layer, norms, has_rope=has_rope, is_interleaved=is_interleaved)
                 self.queries.append((made, layer))
+
+    def _as_wide_as_the_residual(self) -> list[Twin]:
+        """Return the activations that experts can read: what they make of them is as wide."""
+        return [a for a in self.tame if a.value.columns == self.graph.shape.hidden]
 
 
 @dataclass(frozen=True)
