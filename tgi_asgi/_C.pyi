@@ -340,6 +340,60 @@ class Heads:
         query_scales: _Floats | None = None,
     ) -> None: ...
 
+class StatePool:
+    """See `tgi_asgi.ops.StatePool`; layers: the channels and taps of each, and the floats behind."""
+
+    def __init__(self, *, layers: Sequence[tuple[int, int, int]], num_slots: int) -> None: ...
+    @property
+    def slot_bytes(self) -> int:
+        """What the states of a sequence take."""
+
+class ShortConv:
+    """A short convolution of columns of rows."""
+
+    def __init__(
+        self,
+        *,
+        weight: _Floats,
+        bias: _Floats | None,
+        first_column: int,
+        in_gate: int | None,
+        out_gate: int | None,
+        has_silu: bool,
+    ) -> None: ...
+
+class SelectiveScan:
+    """State spaces of heads."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_groups: int,
+        state_size: int,
+        a: _Floats,
+        d: _Floats,
+        dt_bias: _Floats,
+        dt_column: int,
+        dt_low: float,
+        dt_high: float,
+    ) -> None: ...
+
+class GatedNorm:
+    """A norm of groups of columns, and a gate."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        group_width: int,
+        weight: _Floats | None,
+        eps: float,
+        is_gate_first: bool,
+        gate_column: int,
+    ) -> None: ...
+
 class AttentionSpec:
     """How a layer attends, see `tgi_asgi.ops.AttentionSpec`."""
 
@@ -451,6 +505,13 @@ class Program:
         x: Rows,
     ) -> None: ...
     def gated_add(self, *, rows: Rows, gate: Rows, factor: float, x: Rows) -> None: ...
+    def short_conv(
+        self, *, rows: Rows, conv: ShortConv, states: StatePool, layer: int, out: Rows
+    ) -> None: ...
+    def selective_scan(
+        self, *, source: Rows, steps: Rows, scan: SelectiveScan, states: StatePool, layer: int, out: Rows
+    ) -> None: ...
+    def gated_norm(self, *, rows: Rows, gate: Rows, norm: GatedNorm, out: Rows) -> None: ...
     def logits(self, *, product: Product, vocab_size: int, scale: float, cap: float) -> None: ...
     def end_cache_writes(self, *, can_gather: bool, rows: Sequence[Rows], query: Query | None) -> None: ...
     def run(self, batch: FlatRows, rows: Sequence[int]) -> _Floats:

@@ -413,6 +413,7 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     kv_tokens: int = 0  # size of the KV cache, in sequences of `max_total_tokens`
     kv_bytes: int = 0
+    max_batch_size: int = 0  # sequences in a step
     num_threads: int = 0
     kernel_set: str | None = None  # of the CPU's kernels
     prompt_precision: str | None = None  # of prompts, where it is not that of generated tokens

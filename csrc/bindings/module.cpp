@@ -21,6 +21,7 @@
 #include "bindings/program.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
+#include "bindings/state_pool.h"
 #include "bindings/step_queue.h"
 #include "cpu/platform.h"
 #include "cpu/step/kernel_sets.h"
@@ -156,6 +157,7 @@ PYBIND11_MODULE(_C, module) {
   tgi::bind_formats(module);
   tgi::bind_matrices(module);
   tgi::bind_kv_pool(module);
+  tgi::bind_state_pool(module);
   tgi::bind_sampling(module);
   tgi::bind_adapters(module);
   tgi::bind_rows(module);

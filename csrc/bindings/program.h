@@ -17,6 +17,7 @@
 #include "bindings/matrix.h"
 #include "bindings/rows.h"
 #include "bindings/sample.h"
+#include "bindings/state_pool.h"
 #include "cpu/step/segment.h"
 
 namespace tgi {
@@ -55,6 +56,7 @@ using RowsPtr = std::shared_ptr<RowsBuffer>;
 using ActivationPtr = std::shared_ptr<ActivationBuffer>;
 using QueryPtr = std::shared_ptr<QueryBuffer>;
 using PoolPtr = std::shared_ptr<KvPool>;
+using StatesPtr = std::shared_ptr<StatePool>;
 using Floats = Array<float>;
 
 // A product's operands: its weight, the input in the precision that the weight is multiplied in.
@@ -91,6 +93,32 @@ struct Heads {
   std::optional<HeadNorms> norms;
   double clip;  // q, k and v are cut to [-clip, clip] first; 0: they are not
   std::optional<Floats> query_scales;  // [positions] what queries are multiplied by as well
+};
+
+// A short convolution of columns of rows, see ShortConvParams.
+struct ShortConv {
+  Floats weight;               // [taps, padded channels]
+  std::optional<Floats> bias;  // [padded channels]
+  int64_t first_column;
+  std::optional<int64_t> in_gate, out_gate;  // their first columns, of the same rows
+  bool has_silu;
+};
+
+// State spaces of heads, see SelectiveScanParams; their vectors have an element a head.
+struct SelectiveScan {
+  int64_t num_heads, head_dim, num_groups, state_size;
+  Floats a, d, dt_bias;
+  int64_t dt_column;  // where the heads' steps begin in their rows
+  double dt_low, dt_high;
+};
+
+// A norm of groups of columns and a gate, see GatedNormParams.
+struct GatedNorm {
+  int64_t width, group_width;
+  std::optional<Floats> weight;  // [width]
+  double eps;
+  bool is_gate_first;
+  int64_t gate_column;  // where the gates begin in their rows
 };
 
 class Program {
@@ -143,10 +171,18 @@ class Program {
                    const ActivationPtr& gathered, const ActivationPtr& inner, double factor,
                    const RowsPtr& x);
   void gated_add(const RowsPtr& rows, const RowsPtr& gate, double factor, const RowsPtr& x);
+  // To rows of the layer's channels.
+  void short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,
+                  int64_t layer, const RowsPtr& out);
+  // `in` has x, B and C, `steps` each head's step.
+  void selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
+                      const StatesPtr& states, int64_t layer, const RowsPtr& out);
+  void gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
+                  const RowsPtr& out);
   void logits(const Product& product, int64_t vocab_size, double scale, double cap);
-  // Says that no operator behind writes keys or values: a step without rows of logits ends here,
-  // one with some goes on with these alone, if what it still needs of tokens lies in `rows` and
-  // `query`.
+  // Says that no operator behind writes keys, values or states: a step without rows of logits ends
+  // here, one with some goes on with these alone, if what it still needs of tokens lies in `rows`
+  // and `query`.
   void end_cache_writes(bool can_gather, const std::vector<RowsPtr>& rows, const QueryPtr& query);
   int64_t num_operators() const { return forward_.size() + head_.size(); }
 
@@ -176,6 +212,7 @@ class Program {
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);
   void use_norms(const HeadNorms& norms, int64_t num_heads, step::HeadParams& params);
   step::KvLayerView use_pool(const PoolPtr& pool, int64_t layer, int64_t num_heads);
+  void use_states(const StatesPtr& states);
   const float* keep(const Floats& array);
   // A norm's weight and bias (or null), of this shape.
   std::pair<const float*, const float*> keep(const Norm& norm, int64_t columns, const char* name);
@@ -194,11 +231,13 @@ class Program {
   // What a step reads of its tokens alone is not there once it goes on with its last rows.
   void check_before_end(const char* name) const;
 
-  void begin(const step::StepHeader& header);
+  void begin(const step::StepHeader& header, const std::vector<int32_t>& row_slots);
+  void check_tables(const step::StepHeader& header, int64_t sequence) const;
   void check_header(const step::StepHeader& header) const;
   void check_rows(const step::StepHeader& header) const;
   void check_members(int num_members) const;
   void prepare(int num_members, bool only_rows);
+  void end();
   void run_step(int member, int num_members, double* ends = nullptr);
   Floats logits_view(int64_t rows);
 
@@ -207,6 +246,7 @@ class Program {
   int64_t num_ids_ = 0, vocab_ = 0;
   int64_t num_positions_ = INT32_MAX;  // those that every table has an entry for
   bool has_positions_ = false;         // some are added to embeddings
+  StatesPtr states_;
   PoolPtr pool_;
   step::KvLayerView kv_ = {};  // the first of its layers that was used: all have one shape
   step::HeadSplit heads_ = {};

@@ -87,6 +87,35 @@ void bind_buffers(py::module_& module) {
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
            py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
            py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
+  py::class_<ShortConv>(module, "ShortConv", "A short convolution of columns of rows.")
+      .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
+                       std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
+                       bool has_silu) {
+             return ShortConv{std::move(weight), std::move(bias), first_column,
+                              in_gate,           out_gate,        has_silu};
+           }),
+           py::kw_only(), py::arg("weight").noconvert(), py::arg("bias").noconvert(),
+           py::arg("first_column"), py::arg("in_gate"), py::arg("out_gate"), py::arg("has_silu"));
+  py::class_<SelectiveScan>(module, "SelectiveScan", "State spaces of heads.")
+      .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_groups, int64_t state_size,
+                       Floats a, Floats d, Floats dt_bias, int64_t dt_column, double dt_low,
+                       double dt_high) {
+             return SelectiveScan{num_heads,    head_dim,     num_groups,         state_size,
+                                  std::move(a), std::move(d), std::move(dt_bias), dt_column,
+                                  dt_low,       dt_high};
+           }),
+           py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_groups"),
+           py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
+           py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_low"),
+           py::arg("dt_high"));
+  py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
+      .def(py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
+                       bool is_gate_first, int64_t gate_column) {
+             return GatedNorm{width, group_width,   std::move(weight),
+                              eps,   is_gate_first, gate_column};
+           }),
+           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
+           py::arg("eps"), py::arg("is_gate_first"), py::arg("gate_column"));
 }
 
 }  // namespace
@@ -144,6 +173,14 @@ void bind_program(py::module_& module) {
            py::arg("x").none(false))
       .def("gated_add", &Program::gated_add, py::kw_only(), py::arg("rows").none(false),
            py::arg("gate").none(false), py::arg("factor"), py::arg("x").none(false))
+      .def("short_conv", &Program::short_conv, py::kw_only(), py::arg("rows").none(false),
+           py::arg("conv"), py::arg("states").none(false), py::arg("layer"),
+           py::arg("out").none(false))
+      .def("selective_scan", &Program::selective_scan, py::kw_only(), py::arg("source").none(false),
+           py::arg("steps").none(false), py::arg("scan"), py::arg("states").none(false),
+           py::arg("layer"), py::arg("out").none(false))
+      .def("gated_norm", &Program::gated_norm, py::kw_only(), py::arg("rows").none(false),
+           py::arg("gate").none(false), py::arg("norm"), py::arg("out").none(false))
       .def("logits", &Program::logits, py::kw_only(), py::arg("product"), py::arg("vocab_size"),
            py::arg("scale"), py::arg("cap"))
       .def("end_cache_writes", &Program::end_cache_writes, py::kw_only(), py::arg("can_gather"),

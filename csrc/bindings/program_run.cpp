@@ -39,7 +39,7 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   FlatRows kept = batch;
   std::vector<int32_t> kept_rows = rows;
   check_adapters(batch);
-  begin(header_of(kept, kept_rows));
+  begin(header_of(kept, kept_rows), kept.row_slots);
   batch_ = std::move(kept);  // the header's arrays stay where they are, for `run_head`
   rows_ = std::move(kept_rows);
   {
@@ -47,6 +47,7 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
     cpu::run_on_team([&](int num_members) { prepare(num_members, false); },
                      [&](int member, int num_members) { run_step(member, num_members); });
   }
+  end();
   can_run_head_ = true;
   return logits_view(header_.num_rows);
 }
@@ -74,7 +75,7 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
   const step::StepHeader header = header_of(batch, rows);
   check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
         "the draw must have the rows and the vocabulary of the step");
-  begin(header);
+  begin(header, batch.row_slots);
   call.set_logits(logits_->data());
   cpu::run_on_team(
       [&](int num_members) {
@@ -85,13 +86,14 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
         run_step(member, num_members);
         call.run(member, num_members);
       });
+  end();
   call.finish();
 }
 
 std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {
   check(!rows.empty(), "`rows` must not be empty");
   check_adapters(batch);
-  begin(header_of(batch, rows));
+  begin(header_of(batch, rows), batch.row_slots);
   std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
   {
     const py::gil_scoped_release release;
@@ -101,6 +103,7 @@ std::vector<double> Program::profile(const FlatRows& batch, const std::vector<in
                        run_step(member, num_members, ends.data() + 1);
                      });
   }
+  end();
   std::vector<double> times;
   for (size_t i = 1; i < ends.size(); ++i) times.push_back(ends[i] - ends[i - 1]);
   return times;
@@ -132,13 +135,18 @@ Floats Program::logits_view(int64_t rows) {
   return Floats({rows, vocab_}, logits_->data(), owner);
 }
 
-void Program::begin(const step::StepHeader& header) {
+void Program::begin(const step::StepHeader& header, const std::vector<int32_t>& row_slots) {
   check_limit(header.num_tokens, max_tokens_, "ids");
   check_limit(header.num_sequences, max_sequences_, "context_len");
   check_header(header);
   check_rows(header);
   header_ = header;
+  if (states_ != nullptr) states_->begin(row_slots, header_);
   can_run_head_ = false;
+}
+
+void Program::end() {
+  if (states_ != nullptr) states_->commit();
 }
 
 void Program::check_header(const step::StepHeader& h) const {
@@ -146,26 +154,35 @@ void Program::check_header(const step::StepHeader& h) const {
   if (has_positions_ || pool_ != nullptr) {
     check_range(h.positions, h.num_tokens, num_positions_, "positions");
   }
-  if (pool_ == nullptr) return;  // nothing reads more
-  const int64_t block_size = pool_->block_size(), blocks = pool_->num_blocks();
-  check(h.num_groups == pool_->num_groups(), "a step must have the block tables of ",
-        pool_->num_groups(), " groups, got ", h.num_groups);
-  check_range(h.slots, h.num_groups * h.num_tokens, blocks * block_size, "slots");
+  if (pool_ == nullptr && states_ == nullptr) return;  // nothing reads more
   check(h.query_start[0] == 0 && h.query_start[h.num_sequences] == h.num_tokens,
         "`query_start` must run from 0 to ", h.num_tokens);
   check(std::binary_search(h.query_start, h.query_start + h.num_sequences + 1, h.num_generated),
         "`num_generated` must be where a sequence begins, or all tokens, got ", h.num_generated);
+  if (pool_ != nullptr) {
+    check(h.num_groups == pool_->num_groups(), "a step must have the block tables of ",
+          pool_->num_groups(), " groups, got ", h.num_groups);
+    check_range(h.slots, h.num_groups * h.num_tokens, pool_->num_blocks() * pool_->block_size(),
+                "slots");
+  }
   for (int64_t s = 0; s < h.num_sequences; ++s) {
     const int64_t length = int64_t{h.query_start[s + 1]} - h.query_start[s];
-    const int64_t longest = std::min(max_context_, h.block_table_stride * block_size);
     check(length > 0, "`query_start` must ascend, got ", h.query_start[s], " before ",
           h.query_start[s + 1]);
+    const int64_t held =
+        pool_ == nullptr ? max_context_ : h.block_table_stride * pool_->block_size();
+    const int64_t longest = std::min(max_context_, held);
     check(h.context_len[s] >= length && h.context_len[s] <= longest, "`context_len`[", s,
           "] must be in [", length, ", ", longest, "], got ", h.context_len[s]);
-    const int64_t num_blocks = (h.context_len[s] + block_size - 1) / block_size;
-    for (int64_t group = 0; group < h.num_groups; ++group) {
-      check_range(h.table(group, s), num_blocks, blocks, "block_table");
-    }
+    if (pool_ != nullptr) check_tables(h, s);
+  }
+}
+
+void Program::check_tables(const step::StepHeader& h, int64_t sequence) const {
+  const int64_t block_size = pool_->block_size();
+  const int64_t num_blocks = (h.context_len[sequence] + block_size - 1) / block_size;
+  for (int64_t group = 0; group < h.num_groups; ++group) {
+    check_range(h.table(group, sequence), num_blocks, pool_->num_blocks(), "block_table");
   }
 }
 

@@ -291,6 +291,78 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
   return differences;
 }
 
+// What a short convolution makes of two sequences that go on from their states, and leaves of them.
+Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool is_gated) {
+  constexpr int64_t kChannels = 77, kPadded = 96, kTaps = 4, kPlaces = 4;
+  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
+  StepHeader step = {};
+  step.num_tokens = kTokens;
+  step.num_sequences = 2;
+  step.query_start = starts;
+  step.state_from = from;
+  step.state_to = to;
+  std::vector<float> states(kPlaces * (kTaps - 1) * kPadded), out(kTokens * kPadded, NAN);
+  std::copy_n(x.begin(), states.size(), states.begin());
+  ShortConvParams params = {};
+  params.in = x.data() + 9;
+  params.in_gate = is_gated ? x.data() + 2 : nullptr;
+  params.out_gate = is_gated ? x.data() + 101 : nullptr;
+  params.stride = kColumns;
+  params.num_channels = kChannels;
+  params.num_taps = kTaps;
+  params.weight = x.data() + 512;
+  params.bias = is_gated ? nullptr : x.data() + 64;
+  params.has_silu = !is_gated;
+  params.state = {reinterpret_cast<uint8_t*>(states.data()),
+                  (kTaps - 1) * kPadded * static_cast<int64_t>(sizeof(float))};
+  params.out = out.data();
+  for (int member = 0; member < 3; ++member) kernels.short_conv(params, step, member, 3);
+  Bytes found;
+  append(found, out);
+  append(found, states);
+  return found;
+}
+
+// What heads of state spaces make of the same sequences, and a gated norm of that.
+Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_first) {
+  constexpr int64_t kHeads = 2, kDim = 48, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
+  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
+  StepHeader step = {};
+  step.num_tokens = kTokens;
+  step.num_sequences = 2;
+  step.query_start = starts;
+  step.state_from = from;
+  step.state_to = to;
+  std::vector<float> states(kPlaces * kWidth * kSize), out(kTokens * kWidth, NAN), normed(out);
+  std::copy_n(x.begin(), states.size(), states.begin());
+  const std::vector<float> a(kHeads, -0.7f), d(kHeads, 0.3f), dt_bias(kHeads, 0.1f);
+  SelectiveScanParams params = {};
+  params.in = x.data();
+  params.dt = x.data() + 200;
+  params.in_stride = params.dt_stride = kColumns;
+  params.num_heads = kHeads;
+  params.head_dim = kDim;
+  params.num_groups = 1;
+  params.state_size = kSize;
+  params.a = a.data();
+  params.d = d.data();
+  params.dt_bias = dt_bias.data();
+  params.dt_high = INFINITY;
+  params.state = {reinterpret_cast<uint8_t*>(states.data()),
+                  kWidth * kSize * static_cast<int64_t>(sizeof(float))};
+  params.out = out.data();
+  params.out_stride = kWidth;
+  for (int member = 0; member < 3; ++member) kernels.selective_scan(params, step, member, 3);
+  kernels.gated_norm({out.data(), kWidth, x.data() + 7, kColumns, kWidth, kDim / 2, x.data() + 99,
+                      1e-5f, is_gate_first, normed.data(), kWidth},
+                     step, 0, 1);
+  Bytes found;
+  append(found, out);
+  append(found, states);
+  append(found, normed);
+  return found;
+}
+
 // The first set whose products of bf16 round as this one's: it must have the same bits.
 const Kernels& like(const std::vector<const Kernels*>& sets, const Kernels& kernels) {
   return **std::find_if(sets.begin(), sets.end(), [&](const Kernels* each) {
@@ -320,6 +392,15 @@ int main() {
     if (differences == 0) continue;
     ++num_failed;
     std::printf("%s: %d passes over a row differ\n", sets[s]->name, differences);
+  }
+  for (const bool is_gated : {false, true}) {
+    const Bytes expected = convolution_of(*sets[0], x, is_gated);
+    for (size_t s = 1; s < sets.size(); ++s) {
+      num_failed += compare(*sets[s], convolution_of(*sets[s], x, is_gated), expected,
+                            "a convolution", Precision::kFloat32);
+      num_failed += compare(*sets[s], scan_of(*sets[s], x, is_gated),
+                            scan_of(*sets[0], x, is_gated), "a scan", Precision::kFloat32);
+    }
   }
   for (int i = 0; i < kNumFormats; ++i) {
     const Format format = static_cast<Format>(i);

@@ -15,6 +15,7 @@ from tests.ops.twin import Graph, Shape, Twin, draw_state
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.batches import flat_rows
 from tests.support.kv import poison, poisoned_pool
+from tests.support.state_steps import Shape as StateShape
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import calls, cpu_calls, cuda
 
@@ -44,6 +45,10 @@ class Values:
         expert = ops.gate_up_weight(random_source(32, 48)[1], random_source(32, 48)[1], EXACT)
         down = ops.linear_weight(random_source(48, 32)[1], EXACT)
         self.experts = ops.experts_weight([(expert, down)] * 48, EXACT)
+        self.states = ops.StatePool([StateShape(48, 3, 256)], num_slots=1).layers[0]
+        self.taps = ops.ShortConvWeight(torch.randn(48, 3))
+        one = torch.ones(1)
+        self.scan = ops.SelectiveScanWeight(1, 16, 1, 16, -one, one, one)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
@@ -64,6 +69,9 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
         lambda v, x: ops.experts_add(v.activation, x, v.experts, v.residual),
     ),
     "gated_add": ("rows", lambda v, x: ops.gated_add(x, v.gate, v.residual)),
+    "short_conv": ("rows", lambda v, x: ops.short_conv(x, v.taps, v.states)),
+    "selective_scan": ("rows", lambda v, x: ops.selective_scan(x, v.gate, v.scan, v.states)),
+    "gated_norm": ("rows", lambda v, x: ops.gated_norm(x, v.rows, None, group_width=48, eps=1e-5)),
 }
 KINDS = {
     "a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query",
@@ -85,7 +93,7 @@ def test_every_call_can_be_emitted_and_is_tested_here() -> None:
 def test_a_value_of_another_kind_is_refused_by_both_names(operator: str, given: str) -> None:
     wanted, call = OPERATORS[operator]
     values = Values()
-    if wanted == given or (operator, given) == ("norm", "rows"):
+    if wanted == given or (operator, given) in (("norm", "rows"), ("activation", "rows")):
         call(values, getattr(values, KINDS[given]))
         return
     with pytest.raises(TypeError, match=rf"`{operator}` takes {wanted} as `\w+`, not {given}"):

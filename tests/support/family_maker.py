@@ -29,7 +29,8 @@ _LEAST_CONFIDENCE = -3.5  # mean log-probability of the likeliest token
 _LEAST_MARGIN = 0.02  # between the two likeliest where a token is generated: no matter of rounding
 _SPECIAL_TOKENS = ("<s>", "</s>", "<|endoftext|>")
 _BLOCK = 32  # weights with one scale, in Q8_0
-_ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight")
+_ROUTERS = ("mlp.gate.weight", "router.weight", "gate.wg.weight", "feed_forward.gate.weight")
+_CORRECTIONS = ("e_score_correction_bias", "expert_bias")
 _CLEAR = 4.0  # so much more than others: of two experts that are all but tied few are chosen
 
 
@@ -132,7 +133,7 @@ def _make_model(case: FamilyCase) -> transformers.PreTrainedModel:
 
 def _corrections(model: transformers.PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Return what is added to the scores of experts: no parameters of the model."""
-    return [(name, each) for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return [(name, each) for name, each in model.named_buffers() if name.endswith(_CORRECTIONS)]
 
 
 def _random_matrix(shape: torch.Size, variance: float) -> Tensor:

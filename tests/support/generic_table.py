@@ -16,10 +16,10 @@ _MORE = "keeps more of a sequence than keys and values"
 NATIVE: tuple[str, ...] = (
     "apertus", "arcee", "bloom", "cohere", "cohere2", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
     "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt-sw3", "gpt2", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
-    "internlm3", "iquestcoder", "llama", "ministral", "ministral3", "mistral", "mixtral", "mpt",
-    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "gpt_oss", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "internlm3", "iquestcoder", "lfm2", "lfm2_moe", "llama", "ministral", "ministral3",
+    "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 # Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.

@@ -160,13 +160,18 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     ends = (0, queries, queries + keys, queries + 2 * keys)
     found: dict[str, ops.Target] = {}
     for index, layer in enumerate(model.layers):
-        of_layer = {
-            "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
-            "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
-            "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
-            "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
-            "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
-        }
+        if layer.recurrent is not None:
+            of_layer = {
+                name: ops.Target(weight, 0, weight.rows) for name, weight in layer.recurrent.products.items()
+            }
+        else:
+            of_layer = {
+                "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
+                "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
+                "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),
+                "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
+                "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
+            }
         if layer.experts is None:
             of_layer |= {
                 "mlp.up_proj": ops.Target(layer.up, 0, inner),

@@ -28,6 +28,8 @@ _BOUNDS = {
 MAX_LAYERS = 1 << 10
 MAX_EXPERTS = 1 << 10  # of a layer, as the kernels have it
 MAX_LABELS = 1 << 16
+MAX_STATE = 1 << 14  # of what a recurrent layer's state is the product of
+MAX_TAPS = 16  # of a short convolution, as the kernels have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,57 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConvSpec:
+    """A gated short convolution (LFM2): the window that a sequence keeps is a `StateShape`."""
+
+    num_channels: int
+    num_taps: int  # tokens that it goes over
+    has_bias: bool = False  # of the convolution, and of the products around it
+
+    @property
+    def num_floats(self) -> int:
+        """It keeps nothing but the window."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class MambaSpec:
+    """State spaces of heads behind a short convolution (Mamba-2); what a sequence keeps is a `StateShape`."""
+
+    num_heads: int
+    head_dim: int  # a multiple of 16, as the kernels have it
+    num_groups: int  # of heads, which share B and C
+    state_size: int
+    num_taps: int  # tokens that the convolution goes over
+    has_conv_bias: bool = True
+    has_bias: bool = False  # of the products around it
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def width(self) -> int:
+        """Channels of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_channels(self) -> int:
+        """Those that are convolved: x, B and C."""
+        return self.width + 2 * self.num_groups * self.state_size
+
+    @property
+    def num_floats(self) -> int:
+        """What the heads' states are."""
+        return self.width * self.state_size
+
+
+RecurrentSpec = ShortConvSpec | MambaSpec
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What one layer is: its attention, and experts where it has them in the place of an MLP."""
+    """What one layer is: its attention, and experts where it has them in the place of an MLP.
+
+    A recurrent layer has no attention: of what is said of that nothing counts.
+    """
 
     rope: RopeSpec | None  # None: nothing is rotated
     window: int | None  # a query sees so many positions, its own included; None: all
@@ -103,6 +154,7 @@ class LayerSpec:
     query_growth: QueryGrowth | None = None
     alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
     experts: ExpertsSpec | None = None
+    recurrent: RecurrentSpec | None = None  # what it has in the place of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +165,17 @@ class CacheShape:
     head_dim: int
     value_dim: int
     window: int | None = None  # positions before this many, a token's own included, are never read again
+
+
+class StateShape(Protocol):
+    """What a recurrent layer keeps of a sequence; `ops.StateShape` has the words."""
+
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def num_taps(self) -> int: ...
+    @property
+    def num_floats(self) -> int: ...
 
 
 class ServedConfig(Protocol):
@@ -145,6 +208,14 @@ class ServedConfig(Protocol):
     @property
     def other_bytes_per_token(self) -> int:
         """What a token takes beside them."""
+
+    @property
+    def states(self) -> Sequence[StateShape]:
+        """What each layer that is recurrent keeps of a sequence."""
+
+    @property
+    def other_state_bytes(self) -> int:
+        """What a sequence takes beside them, however long it is."""
 
     @property
     def rotary_dims(self) -> Sequence[int]:
@@ -258,6 +329,8 @@ class ModelConfig:
             growth is None or (0 <= growth.beta < 1e6 and 1 <= growth.period <= MAX_CONTEXT),
             f"queries grow by a beta in 0..1e6 each 1..{MAX_CONTEXT} positions, got {growth}",
         )
+        if layer.recurrent is not None:
+            _check_recurrent(layer.recurrent)
         rope = layer.rope
         if rope is None:
             return
@@ -292,17 +365,28 @@ class ModelConfig:
 
     @property
     def caches(self) -> tuple[CacheShape, ...]:
-        """The keys and values of each layer: all have one shape."""
+        """The keys and values of each layer that attends: all have one shape."""
         return tuple(
-            CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window) for layer in self.layers
+            CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window)
+            for layer in self.layers
+            if layer.recurrent is None
         )
 
     @property
+    def states(self) -> tuple[RecurrentSpec, ...]:
+        """What each recurrent layer keeps."""
+        return tuple(layer.recurrent for layer in self.layers if layer.recurrent is not None)
+
+    @property
     def has_states(self) -> bool:
-        return False
+        return bool(self.states)
 
     @property
     def other_bytes_per_token(self) -> int:
+        return 0
+
+    @property
+    def other_state_bytes(self) -> int:
         return 0
 
     @property
@@ -339,6 +423,29 @@ def _check_experts(experts: ExpertsSpec) -> None:
     )
     numbers = (experts.eps, experts.scale, experts.jitter, *(experts.clamp or ()))
     check(all(map(math.isfinite, numbers)), f"the numbers of a router must be finite, got {numbers}")
+
+
+def _check_recurrent(spec: RecurrentSpec) -> None:
+    if isinstance(spec, MambaSpec):
+        for name in ("num_heads", "head_dim", "num_groups", "state_size"):
+            value = getattr(spec, name)
+            check(1 <= value <= MAX_STATE, f"a state's {name} must be in 1..{MAX_STATE}, got {value}")
+        check(spec.head_dim % 16 == 0, f"a state's heads must be multiples of 16 wide, got {spec.head_dim}")
+        check(
+            spec.num_heads % spec.num_groups == 0,
+            f"the groups of a state must divide its {spec.num_heads} heads, got {spec.num_groups}",
+        )
+        low, high = spec.dt_limit
+        check(0 <= low <= high and low < math.inf, f"steps cannot be cut to {low}..{high}")
+    low, high = _BOUNDS["hidden_size"]
+    check(
+        low <= spec.num_channels <= high,
+        f"the channels of a convolution must be in {low}..{high}, got {spec.num_channels}",
+    )
+    check(
+        2 <= spec.num_taps <= MAX_TAPS,
+        f"the tokens that a convolution goes over must be 2..{MAX_TAPS}, got {spec.num_taps}",
+    )
 
 
 def check_scaling(scaling: RopeScaling) -> None:

@@ -19,7 +19,7 @@ class Model(Protocol):
     config: ModelConfig
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
-        """Return the residual of a batch; writes keys and values to `caches`, one a layer."""
+        """Return the residual of a batch; writes keys and values, or states, to `caches`, one a layer."""
 
     def logits(self, x: ops.Value) -> ops.Value:
         """Return the logits after the tokens that a step asks for."""
@@ -98,8 +98,15 @@ class Family:
     unused: Sequence[str] = ("*.rotary_emb.inv_freq", "*.self_attn.masked_bias", "*.attn_rot_embd.weight")
 
 
-def record(model: Model, caches: Sequence[ops.Cache]) -> ops.Recorder:
-    """Call a model's code once, and return the list of what it does."""
+def record(model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.StateLayer] = ()) -> ops.Recorder:
+    """Call a model's code once, and return the list of what it does.
+
+    Args:
+        caches: of the layers that attend, in order.
+        states: of those that are recurrent.
+    """
     recorder = ops.Recorder()
-    model.logits(model.forward(recorder.batch, caches))
+    attending, recurrent = iter(caches), iter(states)
+    of_layers = [next(attending if each.recurrent is None else recurrent) for each in model.config.layers]
+    model.logits(model.forward(recorder.batch, of_layers))
     return recorder

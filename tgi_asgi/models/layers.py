@@ -16,6 +16,7 @@ from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
 from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.models.rope import RopeTables
 
 Sources = list[ops.WeightSource]
@@ -131,6 +132,10 @@ class LayerWeights:
         found = (names for names in self.expert_names if self.has(f"{names.router}.weight"))
         return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
 
+    def recurrent(self) -> Recurrent | None:
+        """Make what the layer has in the place of attention, if it has no attention."""
+        return None if self.spec.recurrent is None else make_recurrent(self, self.spec.recurrent)
+
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Make gate and up, and down, of each expert in turn."""
         return read_products(self, names, spec)
@@ -149,6 +154,7 @@ class Layer:
     """One transformer layer: each part reads a norm of the residual and adds to it.
 
     Attributes:
+        recurrent: what it has in the place of attention; None: it attends, with `qkv` and `output`.
         experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
         up: the first half of the MLP, with a gate or without.
         alphas: the two numbers of xIELU, where that is the MLP's function.
@@ -163,8 +169,10 @@ class Layer:
         self.slopes = None if self.spec.slopes is None else torch.tensor(self.spec.slopes)
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         self.make_norms(weights)
-        self.qkv = weights.qkv()
-        self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
+        self.recurrent = weights.recurrent()
+        if self.recurrent is None:
+            self.qkv = weights.qkv()
+            self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
         if self.experts is not None:
             return
@@ -179,9 +187,12 @@ class Layer:
         self.mlp_norm = weights.norm("post_attention_layernorm")
 
     def forward(self, x: ops.Value, cache: ops.Cache) -> ops.Value:
-        """Add attention and MLP to the residual x [n_tokens, hidden]."""
-        a = self.attend(ops.norm(x, self.attention_norm), cache)
-        x = ops.linear_add(a, self.output, x, self.factor)
+        """Add attention, or what is in its place, and MLP to the residual x [n_tokens, hidden]."""
+        a = ops.norm(x, self.attention_norm)
+        if self.recurrent is not None:
+            x = self.recurrent.add(a, x, cache, self.factor)
+        else:
+            x = ops.linear_add(self.attend(a, cache), self.output, x, self.factor)
         a = ops.norm(x, self.mlp_norm)
         if self.experts is not None:
             return self.experts.add(a, x, self.factor)

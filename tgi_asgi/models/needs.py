@@ -28,6 +28,7 @@ class Need(enum.StrEnum):
     SLOPES = "ALiBi"
     SINKS = "attention sinks"
     EXPERTS = "routed experts"
+    STATES = "recurrent layers"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -49,5 +50,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.SLOPES: any(layer.slopes is not None for layer in layers),
         Need.SINKS: any(layer.has_sinks for layer in layers),
         Need.EXPERTS: any(layer.experts is not None for layer in layers),
+        Need.STATES: config.has_states,
     }
     return {need for need, is_needed in found.items() if is_needed}

@@ -55,6 +55,11 @@ _GGUF_NAMES = {
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
     "num_nextn_predict_layers": "nextn_predict_layers",
+    "conv_L_cache": "shortconv.l_cache",
+    "mamba_n_heads": "ssm.time_step_rank",
+    "mamba_n_groups": "ssm.group_count",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_d_conv": "ssm.conv_kernel",
 }
 # Keys of GGUF files that matter where there are such tensors: dense Granite 4's say how large its experts and
 # recurrent layers would be.

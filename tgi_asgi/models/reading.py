@@ -73,6 +73,17 @@ def _has_tied_embeddings(reader: Reader) -> bool:
     return reader.flag("tie_word_embeddings", False)
 
 
+def read_kv_heads(reader: Reader, attends: Sequence[bool]) -> None:
+    """Read the KV heads of a GGUF file that has a list of them: of the layers that attend, zeros between."""
+    given = reader.get("num_key_value_heads")
+    if not isinstance(given, list):
+        return
+    check(len(given) == len(attends), f"there must be KV heads of {len(attends)} layers, got {len(given)}")
+    found = {heads for heads, each in zip(given, attends, strict=True) if each} or {1}
+    check(len(found) == 1, f"layers of several numbers of KV heads are not supported: {sorted(found)}")
+    reader.replace("num_key_value_heads", found.pop())
+
+
 def read_biases(reader: Reader, key: str, *tensors: str, default: bool = False) -> list[bool]:
     """Tell which of the first layer's products have biases: a config.json says it of all by one key.
 

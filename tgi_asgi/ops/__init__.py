@@ -19,6 +19,7 @@ from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.experts import ClampedGate, RouteSpec, experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
+from tgi_asgi.ops.gated_norm import gated_norm
 from tgi_asgi.ops.head import head
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
@@ -34,6 +35,8 @@ from tgi_asgi.ops.recorder import RecordedBatch, Recorder
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.sample import SampleResult, sample
 from tgi_asgi.ops.sample_state import SampleState
+from tgi_asgi.ops.selective_scan import SelectiveScanWeight, selective_scan
+from tgi_asgi.ops.short_conv import ShortConvWeight, short_conv
 from tgi_asgi.ops.sources import (
     WeightSource,
     each_row,
@@ -43,6 +46,7 @@ from tgi_asgi.ops.sources import (
     one_below_another,
     plain_tensor,
 )
+from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, state_bytes
 from tgi_asgi.ops.team import (
     configure_threads,
     join_threads,
@@ -103,6 +107,11 @@ __all__ = [
     "RowLimits",
     "SampleResult",
     "SampleState",
+    "SelectiveScanWeight",
+    "ShortConvWeight",
+    "StateLayer",
+    "StatePool",
+    "StateShape",
     "StepQueue",
     "Target",
     "TokenLogprobs",
@@ -123,6 +132,7 @@ __all__ = [
     "gate_up",
     "gate_up_weight",
     "gated_add",
+    "gated_norm",
     "head",
     "integer_source",
     "join_threads",
@@ -143,6 +153,9 @@ __all__ = [
     "route",
     "router_weight",
     "sample",
+    "selective_scan",
+    "short_conv",
+    "state_bytes",
     "threads_kept_awake",
     "token_logprobs",
     "up",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.kv import Cache, keys_and_values
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -33,7 +33,9 @@ def attention(
 
     Raises:
         ValueError: as `AttentionSpec`.
+        TypeError: `cache` is of states.
     """
+    cache = keys_and_values("attention", cache)
     spec = AttentionSpec(scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks, slopes=slopes)
     recorder = recorder_of("attention", q=(q, Kind.QUERY, None))
     head_dim, value_dim = cache.head_dim, cache.value_dim

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.kv import KvCache
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
+from tgi_asgi.ops.states import StateLayer
 from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight, QkvWeight
 
 if TYPE_CHECKING:
     from tgi_asgi.ops.experts import ClampedGate, RouteSpec
+    from tgi_asgi.ops.selective_scan import SelectiveScanWeight
+    from tgi_asgi.ops.short_conv import ShortConvWeight
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -82,7 +85,7 @@ class Qkv(Call):
 
     a: Value
     weight: QkvWeight
-    cache: Cache
+    cache: KvCache
     rope: RopeTable | None
     clip: float | None  # what q, k and v are cut to first
     query_scales: Tensor | None  # [positions] float32, what queries are multiplied by at last
@@ -93,7 +96,7 @@ class Attention(Call):
     """out = softmax(scores) @ values, of scores as the spec says"""
 
     q: Value
-    cache: Cache
+    cache: KvCache
     head_dim: int
     value_dim: int
     rotary_dim: int | None  # of queries that no `qkv` has made
@@ -166,6 +169,42 @@ class GatedAdd(Call):
     gate: Value
     x: Value
     factor: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ShortConv(Call):
+    """out = C * f(conv(B * x)) of rows that are B, C and x, or f(conv(x))"""
+
+    rows: Value
+    weight: ShortConvWeight
+    cache: StateLayer
+    is_gated: bool
+    has_silu: bool
+    first_column: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SelectiveScan(Call):
+    """out = state . C + d * x, where state = e^(dt * a) * state + dt * x * B"""
+
+    rows: Value
+    steps: Value
+    weight: SelectiveScanWeight
+    cache: StateLayer
+    steps_column: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GatedNorm(Call):
+    """out = norm(rows * silu(gate)), or norm(rows) * silu(gate), by groups of columns"""
+
+    rows: Value
+    gate: Value
+    weight: Tensor | None
+    group_width: int
+    eps: float
+    gate_column: int
+    is_gate_first: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -26,6 +26,8 @@ _Made = TypeVar("_Made")
 # What changes the residual in place.
 _CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
+_KEEPING = (calls.Qkv, calls.ShortConv, calls.SelectiveScan)  # what writes what later steps read
+
 
 class CpuCalls:
     """Turns calls into those of a program of the extension.
@@ -58,8 +60,8 @@ class CpuCalls:
         self._tables: dict[int, tuple[RopeTable, layout.Floats, layout.Floats]] = {}
 
     def emit_all(self) -> None:
-        """Note all calls, and behind the last that writes keys and values what the others still read."""
-        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, calls.Qkv)]
+        """Note all calls, and behind the last that writes keys, values or states what others still read."""
+        writes = [index for index, call in enumerate(self._recorded) if isinstance(call, _KEEPING)]
         for index, call in enumerate(self._recorded):
             _EMITTERS[type(call)](self, index, call)
             if writes and index == writes[-1]:
@@ -217,6 +219,45 @@ class CpuCalls:
         rows, gate, x = (self.buffers.of(value, "rows") for value in (call.rows, call.gate, call.x))
         self._native.gated_add(rows=rows, gate=gate, factor=call.factor, x=x)
 
+    def _short_conv(self, index: int, call: calls.ShortConv) -> None:
+        channels = call.out.columns
+        conv = _C.ShortConv(
+            weight=layout.padded(call.weight.taps.T),
+            bias=None if call.weight.bias is None else layout.padded(call.weight.bias),
+            first_column=call.first_column,
+            in_gate=0 if call.is_gated else None,
+            out_gate=channels if call.is_gated else None,
+            has_silu=call.has_silu,
+        )
+        self._native.short_conv(
+            rows=self.buffers.of(call.rows, "rows"), conv=conv, states=call.cache.pool.native,
+            layer=call.cache.index, out=self.buffers.rows(call.out, channels),
+        )  # fmt: skip
+
+    def _selective_scan(self, index: int, call: calls.SelectiveScan) -> None:
+        weight = call.weight
+        scan = _C.SelectiveScan(
+            num_heads=weight.num_heads, head_dim=weight.head_dim, num_groups=weight.num_groups,
+            state_size=weight.state_size, a=weight.a.numpy(), d=weight.d.numpy(),
+            dt_bias=weight.dt_bias.numpy(), dt_column=call.steps_column, dt_low=weight.dt_limit[0],
+            dt_high=weight.dt_limit[1],
+        )  # fmt: skip
+        source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
+        self._native.selective_scan(
+            source=source, steps=steps, scan=scan, states=call.cache.pool.native, layer=call.cache.index,
+            out=self.buffers.rows(call.out, call.out.columns),
+        )  # fmt: skip
+
+    def _gated_norm(self, index: int, call: calls.GatedNorm) -> None:
+        norm = _C.GatedNorm(
+            width=call.out.columns, group_width=call.group_width, eps=call.eps,
+            weight=None if call.weight is None else call.weight.numpy(),
+            is_gate_first=call.is_gate_first, gate_column=call.gate_column,
+        )  # fmt: skip
+        rows, gate = (self.buffers.of(value, "rows") for value in (call.rows, call.gate))
+        out = self.buffers.rows(call.out, call.out.columns)
+        self._native.gated_norm(rows=rows, gate=gate, norm=norm, out=out)
+
     def _head(self, index: int, call: calls.Head) -> None:
         if index != len(self._recorded) - 1:
             raise ValueError("`head` must be the last operator: it computes rows of what is there at the end")
@@ -302,6 +343,9 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
     calls.Route: CpuCalls._route,
     calls.ExpertsAdd: CpuCalls._experts_add,
     calls.GatedAdd: CpuCalls._gated_add,
+    calls.ShortConv: CpuCalls._short_conv,
+    calls.SelectiveScan: CpuCalls._selective_scan,
+    calls.GatedNorm: CpuCalls._gated_norm,
     calls.Head: CpuCalls._head,
 }
 

@@ -378,7 +378,7 @@ class CudaProgram:
 
     def _refuse(self, call: calls.Call) -> None:
         name = type(call).__name__
-        raise TypeError(f"routed experts ({name}) are computed on CPUs only, not on CUDA")
+        raise TypeError(f"{name} is computed on CPUs only, not on CUDA")
 
     def _make_head(self, call: calls.Head) -> None:
         x, norm = self._in(call.x), self._norm_of(call.norm)
@@ -482,6 +482,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Route: CudaProgram._refuse,
     calls.ExpertsAdd: CudaProgram._refuse,
     calls.GatedAdd: CudaProgram._refuse,
+    **dict.fromkeys((calls.ShortConv, calls.SelectiveScan, calls.GatedNorm), CudaProgram._refuse),
     calls.Head: CudaProgram._make_head,
 }
 

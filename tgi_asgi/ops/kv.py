@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from tgi_asgi import _C
 from tgi_asgi.ops.layout import STRIP
+from tgi_asgi.ops.states import StateLayer
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 512
@@ -59,8 +60,8 @@ def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
     return shape.num_kv_heads * (kept * dtype.itemsize + scales)
 
 
-class Cache(Protocol):
-    """One layer's keys and values on some device. Opaque above `ops`."""
+class KvCache(Protocol):
+    """One layer's keys and values on some device."""
 
     @property
     def head_dim(self) -> int:
@@ -71,9 +72,13 @@ class Cache(Protocol):
         """Dims of a head of values, without padding."""
 
 
+# What one layer keeps of sequences. Opaque above `ops`.
+Cache: TypeAlias = KvCache | StateLayer
+
+
 @dataclass(frozen=True, slots=True)
 class KvLayer:
-    """One layer's keys and values: the `Cache` of a CPU. Dims are without padding."""
+    """One layer's keys and values: the `KvCache` of a CPU. Dims are without padding."""
 
     pool: KvPool
     index: int
@@ -142,3 +147,14 @@ class KvPool:
     def close(self) -> None:
         """End that thread. Idempotent."""
         self.native.close_supply()
+
+
+def keys_and_values(operator: str, cache: Cache) -> KvCache:
+    """Return a cache of keys and values as what it is.
+
+    Raises:
+        TypeError: it is of states.
+    """
+    if isinstance(cache, StateLayer):
+        raise TypeError(f"`{operator}` takes keys and values as `cache`, not {type(cache).__name__}")
+    return cache

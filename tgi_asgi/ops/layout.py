@@ -75,9 +75,9 @@ def ordered(vector: Tensor, order: Order) -> Floats:
 
 
 def padded(vector: Tensor) -> Floats:
-    """Return a vector with zeros behind it up to a multiple of 32."""
-    size = -(-vector.numel() // STRIP) * STRIP
-    return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, size - vector.numel())).numpy())
+    """Return a vector, or rows, with zeros behind up to a multiple of 32 columns."""
+    missing = -vector.shape[-1] % STRIP
+    return np.ascontiguousarray(torch.nn.functional.pad(vector, (0, missing)).numpy())
 
 
 def qkv_orders(

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from tgi_asgi.ops import calls
-from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.kv import Cache, keys_and_values
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 from tgi_asgi.ops.weights import QkvWeight
@@ -32,7 +32,9 @@ def qkv(
 
     Raises:
         ValueError: `clip` is not positive, or the weight has norms over all heads.
+        TypeError: `cache` is of states.
     """
+    cache = keys_and_values("qkv", cache)
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"`clip` must be positive, got {clip}")
     if clip is not None and weight.norms is not None and weight.norms.is_whole:

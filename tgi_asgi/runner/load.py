@@ -38,7 +38,9 @@ from tgi_asgi.runner.memory import (
     check_rope_fits,
     check_weights_fit,
     choose_context,
+    fitting_batch,
     room_for_adapters,
+    state_bytes,
     tell_adapters,
 )
 from tgi_asgi.runner.runner import CpuRunner
@@ -120,7 +122,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
                 has_float_prompts=settings.prompt_precision == "bfloat16",
             )
             arithmetic: ops.Arithmetic = packing
-            kv_size, kept = _choose_cpu_cache(opened, settings, packing, dtype, longest)
+            kv_size, kept, settings = _choose_cpu_cache(opened, settings, packing, dtype, longest)
             longest = kv_size.longest(longest, settings)
         else:
             assert isinstance(config, ModelConfig)  # others have been refused
@@ -164,6 +166,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         eos_token_ids=tokenizer.eos_ids,
         kv_tokens=kv_size.held_tokens(max_total_tokens, settings),
         kv_bytes=kv_size.num_bytes,
+        max_batch_size=runner.max_batch_size,
         num_threads=num_threads,
         kernel_set=kernels.name if kernels is not None else None,
         prompt_precision="bfloat16" if has_float_prompts else None,
@@ -235,10 +238,11 @@ def _is_batch_invariant(
 
 def _choose_cpu_cache(
     opened: OpenModel, settings: Settings, packing: ops.Packing, dtype: torch.dtype, longest: int
-) -> tuple[KvSize, int]:
+) -> tuple[KvSize, int, Settings]:
     """Choose the cache's size before anything is read: of what is free once weights and tables are there.
 
-    Returns also the bytes that are kept free for adapters.
+    Returns also the bytes that are kept free for adapters, and settings whose `max_batch_size` is of as many
+    sequences as have room for their states.
     """
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
@@ -249,9 +253,11 @@ def _choose_cpu_cache(
     if settings.serves_adapters:
         kept = room_for_adapters(opened.config, most_adapters(settings), settings.max_lora_rank, free)
         free -= kept
+    settings = replace(settings, max_batch_size=fitting_batch(opened.config, settings.max_batch_size, free))
+    free -= settings.max_batch_size * state_bytes(opened.config)
     size = choose_size(opened.config, settings, dtype, longest, free)
     size = replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
-    return size, kept
+    return size, kept, settings
 
 
 def _make_cpu_runner(
@@ -291,15 +297,16 @@ def _make_cpu_runner(
 def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculation | None:
     """Return how tokens are guessed; none, said once, where it could change the text or not be undone."""
     speculation = settings.speculation
-    if speculation is None or not isinstance(model, GenericModel):
-        return speculation if model.config.generates else None
+    if speculation is None or not model.config.generates:
+        return None
+    generic = model if isinstance(model, GenericModel) else None
     reason = (
         "what it keeps of a sequence cannot be taken back token by token"
         if model.config.has_states
         else "its logits depend on what else is computed"
-        if not model.is_batch_invariant
+        if generic is not None and not generic.is_batch_invariant
         else "it takes images"
-        if model.config.seeing is not None
+        if generic is not None and generic.config.seeing is not None
         else None
     )
     if reason is None:

@@ -17,6 +17,7 @@ _ROPE_SHARE = 1 / 32
 _MOST_ROPE_SHARE = 1 / 2
 _MOST_ADAPTER_SHARE = 1 / 2  # of what is free once the weights are there
 _ADAPTER_BYTES = 2  # bfloat16
+_MOST_STATE_SHARE = 1 / 2  # likewise of what is free behind weights and adapters
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
@@ -83,6 +84,35 @@ def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, fr
     attention = 2 * (hidden + heads) + 2 * (hidden + keys)
     each = _ADAPTER_BYTES * max_rank * len(config.layers) * (attention + 3 * (hidden + inner))
     return min(num_adapters * each, int(free_bytes * _MOST_ADAPTER_SHARE))
+
+
+def state_bytes(config: ServedConfig) -> int:
+    """Return what the states of a sequence that runs take."""
+    return sum(map(ops.state_bytes, config.states)) + config.other_state_bytes
+
+
+def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int) -> int:
+    """Return how many sequences may run at once, up to `max_batch_size`: those whose states have room.
+
+    At most half of what is free is for states: the cache needs room, too.
+
+    Raises:
+        ModelLoadError: there is not room for one.
+    """
+    each, room = state_bytes(config), int(free_bytes * _MOST_STATE_SHARE)
+    if max_batch_size * each <= room:
+        return max_batch_size
+    if each > room:
+        raise ModelLoadError(
+            f"the states of a sequence take {each / _GIB:.2f} GiB, {free_bytes / _GIB:.2f} GiB are free: "
+            "free memory, or take a smaller model, or a smaller quantisation of it"
+        )
+    logger.warning(
+        "%d sequences run at once, not the %d of --max-batch-size: the states of each take %.3f GiB, and "
+        "%.1f GiB are free",
+        room // each, max_batch_size, each / _GIB, free_bytes / _GIB,
+    )  # fmt: skip
+    return room // each
 
 
 def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:

@@ -55,6 +55,11 @@ def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.Kv
     return pool
 
 
+def make_states(config: ServedConfig, max_batch_size: int) -> Sequence[ops.StateLayer]:
+    """Make the memory of what recurrent layers keep of the sequences that run; none if there are none."""
+    return ops.StatePool(config.states, num_slots=max_batch_size).layers if config.states else ()
+
+
 def make_program(
     model: Model | GenericModel, caches: Sequence[ops.KvLayer], *, max_batch_size: int, max_step_tokens: int,
     max_context: int, image_cache: int = 0, max_drafts: int = 0, adapters: ops.AdapterLayout | None = None,
@@ -65,7 +70,8 @@ def make_program(
     """
     if isinstance(model, GenericModel):
         return model.program(caches, max_context, image_cache, adapters)
+    states = make_states(model.config, max_batch_size)
     return ops.CpuProgram(
-        record(model, caches), max_tokens=max_step_tokens, max_sequences=max_batch_size,
+        record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
         max_rows=max_batch_size + max_drafts, max_context=max_context, adapters=adapters,
     )  # fmt: skip

@@ -11,6 +11,7 @@
 #include "experts.h"
 #include "packed.h"
 #include "shares.h"
+#include "states.h"
 
 namespace tgi::cpu::step {
 
@@ -46,6 +47,10 @@ struct StepHeader {
   // Tokens that have an adapter, ascending; none where no row of the step has one.
   const AdapterSpan* adapters;
   int64_t num_adapters;
+  // [num_sequences] places of a pool of states: where a sequence's lies, negative where it has
+  // none as yet, and where it goes.
+  const int32_t* state_from;
+  const int32_t* state_to;
 
   int64_t slot(int64_t group, int64_t token) const { return slots[group * num_tokens + token]; }
   const int32_t* table(int64_t group, int64_t sequence) const {
@@ -435,6 +440,9 @@ struct Kernels {
   StepFunction<RouteParams> route;
   StepFunction<ExpertsAddParams> experts_add;
   StepFunction<GatedAddParams> gated_add;
+  StepFunction<ShortConvParams> short_conv;
+  StepFunction<SelectiveScanParams> selective_scan;
+  StepFunction<GatedNormParams> gated_norm;
   // Work memory of a member, in floats, for a product's units of so many strips.
   int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);
   // Does the inner product's instruction so many times on all registers, for measuring its peak;

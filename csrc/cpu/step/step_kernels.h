@@ -10,6 +10,8 @@
 #include "qkv_kernel.h"
 #include "route_kernel.h"
 #include "sample_rows.h"
+#include "selective_scan_kernel.h"
+#include "short_conv_kernel.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -91,20 +93,35 @@ double spin(Precision precision, int64_t times) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {
-      name,           S::kArithmetic,
-      S::kTileTokens, [](Precision precision) -> int64_t { return S::attention_rows(precision); },
-      embed<S>,       norm<S>,
-      norm_add<S>,    pack<S>,
-      norm_rows<S>,   linear_rows<S>,
-      qkv<S>,         head_rows<S>,
-      store_heads<S>, attention<S>,
-      linear_add<S>,  up<S>,
-      gate_up<S>,     act_mul<S>,
-      logits<S>,      shrink<S>,
-      route<S>,       experts_add<S>,
-      gated_add<S>,   scratch_floats<S>,
-      spin<S>,        make_row_passes<S>()};
+  return {name,
+          S::kArithmetic,
+          S::kTileTokens,
+          [](Precision precision) -> int64_t { return S::attention_rows(precision); },
+          embed<S>,
+          norm<S>,
+          norm_add<S>,
+          pack<S>,
+          norm_rows<S>,
+          linear_rows<S>,
+          qkv<S>,
+          head_rows<S>,
+          store_heads<S>,
+          attention<S>,
+          linear_add<S>,
+          up<S>,
+          gate_up<S>,
+          act_mul<S>,
+          logits<S>,
+          shrink<S>,
+          route<S>,
+          experts_add<S>,
+          gated_add<S>,
+          short_conv<S>,
+          selective_scan<S>,
+          gated_norm<S>,
+          scratch_floats<S>,
+          spin<S>,
+          make_row_passes<S>()};
 }
 
 }  // namespace

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch import Tensor, nn
 
 from tests.models.generic.test_experts import CODES, with_quantised_experts
-from tests.support.generic import open_generic
+from tests.support import architectures
+from tests.support.generic import batch_of, load_generic, open_generic, program_of
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
-from tgi_asgi.models.generic import rope
+from tgi_asgi.models.generic import rope, states
 from tgi_asgi.models.generic.common import CommonDecoder
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.models.generic.modules import GatedMlp, PackedModule
@@ -121,3 +122,19 @@ def test_tables_of_a_model_take_no_more_than_is_allowed_together(
     assert isinstance(loaded, GenericModel)
     found = [module for module in loaded.module.modules() if "forward" in vars(module)]
     assert sum(isinstance(module.forward, RotaryLookup) for module in found) == count
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "lfm2", "jamba", "kimi_linear", "qwen3_next"])
+def test_what_the_states_of_a_sequence_take_is_foretold(model_type: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(model_type)
+    with open_generic(folder) as opened:
+        foretold = opened.config.other_state_bytes
+    ids = [architectures.random_ids(20, 0)]
+    with program_of(load_generic(folder), num_sequences=1) as program:
+        for start, count in ((0, 9), (9, 1), (10, 10)):
+            program.run(batch_of([(0, start, count)], ids), [0])
+        kept = cast(Any, program)._states._states[0]
+    tensors = [
+        tensor for state in kept for layer in state.cache.layers for tensor in states.tensors_of(layer)
+    ]
+    assert foretold == sum(tensor.nbytes for tensor in tensors) > 0

@@ -1,55 +1,133 @@
-"""IBM's Granite 4 where it is dense: Granite 3 with an MLP that others share between experts."""
+"""IBM's Granite 4: Granite 3 with Mamba-2 in most layers, and an MLP that all tokens have beside experts.
+
+Those that are dense, or have no state, are of this architecture, too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.config import MAX_TAPS, MambaSpec, ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
+from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
-from tgi_asgi.models.layers import LayerWeights, Sources
-from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.layers import Sources
+from tgi_asgi.models.reader import Reader, as_float
+from tgi_asgi.models.reading import num_layers, read_biases, read_kv_heads
+from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+
+_RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_attention")
+_KEYS = ("hidden_size", "mamba_expand", "mamba_n_heads", "mamba_d_conv")
 
 
-def _is_dense(config: Mapping[str, Any]) -> bool:
-    kinds = config.get("layer_types") or config.get("layers_block_type")
-    has_states = not isinstance(kinds, list) or not set(map(str, kinds)) <= {"attention", "full_attention"}
-    return config.get("num_local_experts") == 0 and not has_states
+def _has_our_sizes(config: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have the sizes of a model's states, where it has any."""
+    kinds = config.get("layer_types") or config.get("layers_block_type") or _RECURRENT
+    if not isinstance(kinds, list | tuple) or not any(kind in _RECURRENT for kind in kinds):
+        return True
+    given = {"hidden_size": 4096, "mamba_expand": 2, "mamba_n_heads": 128, "mamba_d_conv": 4}
+    sizes = [config.get(key) or given[key] for key in _KEYS]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return True  # and refused, with the key's name
+    hidden, expand, heads, taps = sizes
+    return hidden * expand % (16 * heads) == 0 and 2 <= taps <= MAX_TAPS
 
 
 def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
-    """Read Granite 4's without experts and states: what has such runs by the code of transformers."""
-    names = ("num_local_experts", "layer_types", "layers_block_type")
-    check(
-        _is_dense({name: reader.get(name) for name in names}),
-        "only models without experts and states are computed: num_local_experts 0, all layers attention",
-    )
+    """Read Granite 4's."""
+    is_recurrent = _read_kinds(reader)
+    if reader.is_gguf:
+        read_kv_heads(reader, [not each for each in is_recurrent])
+    reader.ignore("normalization_function", "mamba_chunk_size", "num_experts_per_tok")
     inner = reader.integer("shared_intermediate_size", 1024)
-    reader.ignore("mamba_conv_bias", "mamba_proj_bias", "normalization_function")
     position = reader.get("position_embedding_type")
     check(position in (None, "rope", "nope"), f"position_embedding_type {position!r} is not supported")
     config = read_granite(reader, architecture)
+    check(config.activation == "silu", f"hidden_act must be silu, got {config.activation}")
+    mamba = _read_mamba(reader, config.hidden_size)
     layers = config.layers
-    if position != "rope":
+    if position != "rope" and not reader.is_gguf:
         layers = tuple(replace(layer, rope=None) for layer in layers)
+    layers = tuple(
+        replace(layer, rope=None, recurrent=mamba) if each else layer
+        for each, layer in zip(is_recurrent, layers, strict=True)
+    )
+    reader.defaults(num_local_experts=8, num_experts_per_tok=2)
+    if reader.integer("num_local_experts", 0):
+        experts = read_experts(
+            reader, count="num_local_experts", top_k="num_experts_per_tok", size="intermediate_size",
+            is_renormalised=True, shared_size=inner,
+        )  # fmt: skip
+        layers = with_experts(reader, layers, experts, everywhere)
     return replace(config, layers=layers, intermediate_size=inner)
 
 
-class Granite4Weights(LayerWeights):
+def _read_kinds(reader: Reader) -> list[bool]:
+    """Tell which layers are recurrent; a GGUF file's tensors say it."""
+    count = num_layers(reader)
+    if reader.is_gguf:
+        return [f"blk.{index}.ssm_in.weight" in reader.tensors for index in range(count)]
+    kinds = reader.get("layer_types") or reader.get("layers_block_type") or [_RECURRENT[0]] * count
+    reader.ignore("layers_block_type")
+    known = (*_RECURRENT, *_ATTENDING)
+    check(
+        isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
+        f"layer_types must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
+    )
+    return [kind in _RECURRENT for kind in kinds]
+
+
+def _read_mamba(reader: Reader, hidden: int) -> MambaSpec:
+    """Read what a recurrent layer is; also of models that have none."""
+    heads = reader.integer("mamba_n_heads", 128)
+    width = reader.integer("ssm.inner_size" if reader.is_gguf else "mamba_expand", 2)
+    width *= 1 if reader.is_gguf else hidden
+    check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
+    reader.ignore("mamba_d_head")  # what these say
+    (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
+    (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
+    return MambaSpec(
+        num_heads=heads, head_dim=width // heads, num_groups=reader.integer("mamba_n_groups", 1),
+        state_size=reader.integer("mamba_d_state", 256), num_taps=reader.integer("mamba_d_conv", 4),
+        has_conv_bias=conv_bias, has_bias=bias,
+        dt_limit=_read_limit(reader),
+    )  # fmt: skip
+
+
+def _read_limit(reader: Reader) -> tuple[float, float]:
+    """Read what steps are cut to; `transformers` writes infinity as an object."""
+    given = reader.get("time_step_limit") or (0.0, math.inf)
+    check(
+        isinstance(given, list | tuple) and len(given) == 2,
+        f"time_step_limit must be two numbers, got {str(given)[:100]}",
+    )
+    limits = [math.inf if each == {"__float__": "Infinity"} else each for each in given]
+    check(
+        all(type(each) in (int, float) for each in limits),
+        f"time_step_limit must be two numbers, got {str(given)[:100]}",
+    )
+    return as_float(limits[0]), as_float(limits[1])
+
+
+class Granite4Weights(GraniteMoeWeights):
     """A layer whose MLP is what others share between experts: gate and up are one tensor."""
 
     def gate_up_sources(self) -> Sources:
-        """Cut the tensor of gate and up by rows."""
+        """Cut the tensor of gate and up by rows; llama.cpp has them apart."""
+        if not self.has("shared_mlp.input_linear.weight"):
+            return super().gate_up_sources()
         rows = [self.config.intermediate_size] * 2
         return self.cut("shared_mlp.input_linear.weight", rows, self.config.hidden_size)
 
     def linear(self, name: str, rows: int, columns: int, *, has_bias: bool) -> ops.LinearWeight:
         """Make the weight of a single product."""
-        name = "shared_mlp.output_linear" if name == "mlp.down_proj" else name
+        if name == "mlp.down_proj" and not self.has("mlp.down_proj.weight"):
+            name = "shared_mlp.output_linear"
         return super().linear(name, rows, columns, has_bias=has_bias)
 
 
@@ -59,4 +137,23 @@ class Granite4(Decoder):
     weights_class = Granite4Weights
 
 
-FAMILIES = (Family("GraniteMoeHybridForCausalLM", None, read_granite4, Granite4, computes=_is_dense),)
+_GGUF_NAMES = {
+    "mamba.in_proj": "ssm_in",
+    "mamba.conv1d": "ssm_conv1d",
+    "mamba.dt": "ssm_dt",
+    "mamba.A": "ssm_a",
+    "mamba.D": "ssm_d",
+    "mamba.norm": "ssm_norm",
+    "mamba.out_proj": "ssm_out",
+}
+FAMILIES = (
+    Family(
+        "GraniteMoeHybridForCausalLM",
+        "granitehybrid",
+        read_granite4,
+        Granite4,
+        gguf_names=_GGUF_NAMES,
+        is_rotary_permuted=True,
+        computes=_has_our_sizes,
+    ),
+)

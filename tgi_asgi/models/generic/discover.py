@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,27 @@ def discover(model: Any, max_positions: int) -> list[AttentionLayer]:
     return probe.layers
 
 
+def run_with_cache(model: Any, name: str, make: Callable[[], Any]) -> Any:
+    """Run the module on three tokens without weights, with a cache under this name; return the cache.
+
+    Raises:
+        NotProbed: it does not run without weights.
+    """
+    with _Probe(LONGEST).installed(), implementation(model, PROBE), torch.no_grad():
+        for run in (run_on_meta, run_on_zeros):
+            cache = make()
+            with contextlib.suppress(NotProbed):
+                run(model, **{name: cache, "use_cache": True})
+                return cache
+    raise NotProbed(f"{type(model).__name__} does not run without weights")
+
+
 class NotProbed(Exception):
     """The module cannot run without weights."""
 
 
-def run_on_meta(model: nn.Module) -> None:
-    """Call a module on three tokens of the meta device.
+def run_on_meta(model: nn.Module, **more: Any) -> None:
+    """Call a module on three tokens of the meta device, with `more` arguments.
 
     Raises:
         NotProbed: it raised.
@@ -90,7 +105,8 @@ def run_on_meta(model: nn.Module) -> None:
     try:
         for owner, name, value in buffers:
             owner._buffers[name] = None if value is None else value.to("meta")
-        model(**arguments(model, input_ids=ids, position_ids=positions, use_cache=False))
+        given = {"use_cache": False, **more}
+        model(**arguments(model, input_ids=ids, position_ids=positions, **given))
     except Exception as error:
         raise NotProbed(f"{type(error).__name__}: {error}") from error
     finally:
@@ -98,8 +114,8 @@ def run_on_meta(model: nn.Module) -> None:
             owner._buffers[name] = value
 
 
-def run_on_zeros(model: nn.Module) -> None:
-    """Call a module on three tokens, each parameter one zero that is seen as many.
+def run_on_zeros(model: nn.Module, **more: Any) -> None:
+    """Call a module on three tokens, each parameter one zero that is seen as many, with `more` arguments.
 
     For code that asks tensors for values (which experts are chosen); slower, as products copy their matrices.
 
@@ -116,7 +132,8 @@ def run_on_zeros(model: nn.Module) -> None:
                 owner._parameters[name] = nn.Parameter(zero.expand(value.shape), requires_grad=False)
         ids = torch.zeros(1, _TOKENS, dtype=torch.long)
         positions = torch.arange(_TOKENS)[None]
-        model(**arguments(model, input_ids=ids, position_ids=positions, use_cache=False))
+        given = {"use_cache": False, **more}
+        model(**arguments(model, input_ids=ids, position_ids=positions, **given))
     except Exception as error:
         raise NotProbed(f"{type(error).__name__}: {error}") from error
     finally:

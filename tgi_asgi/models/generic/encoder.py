@@ -18,7 +18,7 @@ from torch import nn
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, StateShape
 from tgi_asgi.models.generic import attention, encoder_check
 from tgi_asgi.models.generic.build import build
 from tgi_asgi.models.generic.discover import configurations
@@ -65,6 +65,15 @@ class EncoderConfig:
 
     @property
     def other_bytes_per_token(self) -> int:
+        return 0
+
+    @property
+    def states(self) -> tuple[StateShape, ...]:
+        """None: nothing of a prompt is kept."""
+        return ()
+
+    @property
+    def other_state_bytes(self) -> int:
         return 0
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.config import MAX_CONTEXT, CacheShape
+from tgi_asgi.models.config import MAX_CONTEXT, CacheShape, StateShape
 from tgi_asgi.models.family import Model
 from tgi_asgi.models.generic import attention
 from tgi_asgi.models.generic import check as self_check
@@ -25,6 +25,7 @@ from tgi_asgi.models.generic.program import FloorProgram, GenericProgram, cache_
 from tgi_asgi.models.generic.recurrent import RecurrentLayers, recurrent_modules
 from tgi_asgi.models.generic.replace import Replaced, all_products_are_ours, packed_names, takes_sines
 from tgi_asgi.models.generic.rope import fix_rotary_tables, is_dynamic, table_bytes, tabulate
+from tgi_asgi.models.generic.states import state_bytes
 from tgi_asgi.models.generic.vision.processor import load_processor
 from tgi_asgi.models.generic.vision.program import VisionProgram
 from tgi_asgi.models.generic.vision.text import Seeing, TextView, check_looks_through_rows
@@ -65,11 +66,17 @@ class GenericConfig:
     floor_reason: str = ""  # why its sequences run one by one, on a cache of its own; empty: they do not
     seeing: Seeing | None = None  # of a model that takes images
     is_dynamic: bool = False  # its rotary tables are made for the context that is served
+    other_state_bytes: int = 0  # of the states of a sequence that runs
 
     @property
     def other_bytes_per_token(self) -> int:
         """About what a token takes in a cache of the model's own: float32, of two states."""
         return 2 * 8 * self.num_layers * self.hidden_size if self.floor_reason else 0
+
+    @property
+    def states(self) -> tuple[StateShape, ...]:
+        """None of ours: what is kept of a sequence is its own."""
+        return ()
 
     @property
     def longest_context(self) -> int:
@@ -139,6 +146,7 @@ class OpenGeneric:
             num_layers=int(getattr(text, "num_hidden_layers", 0) or 1),
             seeing=self._seeing,
             is_dynamic=is_dynamic(self._model),
+            other_state_bytes=state_bytes(self._model, cache_name(self._model)) if self._recurrent else 0,
         )
 
     def image_processor(self, directory: Path) -> ImageProcessor | None:

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.generic.discover import NotProbed, run_with_cache
+
+_KEPT = 2  # states of a slot, see `SlotStates`
+_FLOAT_BYTES = 4
 _REPLACED = frozenset({"keys", "values"})  # what an update makes anew: it never writes into them
 
 
@@ -93,6 +98,41 @@ def _copy_layer(layer: Any) -> Any:
         if name not in _REPLACED and isinstance(value, (Tensor, list, dict)):
             setattr(made, name, copy.deepcopy(value))
     return made
+
+
+def state_bytes(model: Any, cache_name: str | None) -> int:
+    """Return what the states of a sequence take, both of them, beside its keys and values; without weights.
+
+    Raises:
+        ModelLoadError: it cannot be found out.
+    """
+    if cache_name is None:
+        return 0
+    try:
+        cache = run_with_cache(model, cache_name, lambda: empty_cache(model))
+    except NotProbed as error:
+        raise ModelLoadError(f"what a sequence's states take is not known: {error}") from None
+    tensors = [
+        tensor
+        for value in vars(cache).values()
+        if isinstance(value, list)
+        for layer in value
+        for tensor in tensors_of(layer)
+    ]
+    return _KEPT * _FLOAT_BYTES * sum(tensor.numel() for tensor in tensors)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a layer's state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(each)
+    elif hasattr(value, "__dict__"):
+        for name, each in vars(value).items():
+            if name not in _REPLACED:
+                yield from tensors_of(each)
 
 
 def empty_cache(model: Any) -> Any:

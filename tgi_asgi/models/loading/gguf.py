@@ -22,8 +22,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 def gguf_name(name: str, names: Mapping[str, str]) -> str | None:
     """Translate a canonical name: model.layers.3.mlp.up_proj.weight is blk.3.ffn_up.weight.
 
-    names: llama.cpp's, by canonical ones without layer and kind. None: it has none for this.
+    names: llama.cpp's, by canonical ones without layer and kind; with it, where llama.cpp has no kind. None:
+        it has none for this.
     """
+    whole = _LAYER.fullmatch(name)
+    if whole is not None and whole[2] in names:
+        return f"blk.{whole[1]}.{names[whole[2]]}"
     stem, _, kind = name.rpartition(".")
     layer = _LAYER.fullmatch(stem)
     found = names.get(layer[2] if layer else stem)

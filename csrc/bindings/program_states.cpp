@@ -1,0 +1,128 @@
+// Recording of recurrent layers: what they read, write and keep, checked once.
+#include <utility>
+
+#include "bindings/program.h"
+#include "cpu/step/kernel_sets.h"
+
+namespace tgi {
+
+namespace {
+
+constexpr int64_t kMostHeads = 1 << 20;  // and of what else a state's size is a product of
+constexpr int64_t kVectorFloats = 16;
+
+// Columns of rows.
+const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const char* name) {
+  check(first >= 0 && first <= rows->num_columns && count <= rows->num_columns - first, "columns [",
+        first, ", ", first + count, ") must be in `", name, "`, which has ", rows->num_columns);
+  return rows->data() + first;
+}
+
+}  // namespace
+
+void Program::use_states(const StatesPtr& states) {
+  check_before_end("a recurrent layer");
+  if (states_ == nullptr) states_ = states;
+  check(states == states_, "all layers of a program must have one pool of states");
+}
+
+void Program::short_conv(const RowsPtr& rows, const ShortConv& conv, const StatesPtr& states,
+                         int64_t layer, const RowsPtr& out) {
+  const StateShape& shape = states->shape(layer);
+  use_states(states);
+  step::ShortConvParams params = {};
+  params.state = states->window(layer);
+  params.num_channels = shape.num_channels;
+  params.num_taps = shape.num_taps;
+  const int64_t width = params.padded_channels();
+  check_shape(conv.weight, "weight", {shape.num_taps, width});
+  if (conv.bias) check_shape(*conv.bias, "bias", {width});
+  check_rows_buffer(rows, rows->num_columns, "rows");
+  check_rows_buffer(out, width, "out");
+  check(rows != out, "`out` must be another buffer");
+  const auto part = [&](int64_t first_column) {
+    return columns_of(rows, first_column, shape.num_channels, "rows");
+  };
+  params.in = part(conv.first_column);
+  if (conv.in_gate) params.in_gate = part(*conv.in_gate);
+  if (conv.out_gate) params.out_gate = part(*conv.out_gate);
+  params.stride = rows->num_columns;
+  params.weight = keep(conv.weight);
+  params.bias = conv.bias ? keep(*conv.bias) : nullptr;
+  params.has_silu = conv.has_silu;
+  params.out = out->data();
+  keep(rows->memory);
+  keep(out->memory);
+  forward_.add(step::kernels().short_conv, params);
+}
+
+void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
+                             const StatesPtr& states, int64_t layer, const RowsPtr& out) {
+  use_states(states);
+  for (const auto& [size, name] : {std::pair{scan.num_heads, "num_heads"},
+                                   {scan.head_dim, "head_dim"},
+                                   {scan.num_groups, "num_groups"},
+                                   {scan.state_size, "state_size"}}) {
+    check(size > 0 && size <= kMostHeads, "`", name, "` must be in [1, ", kMostHeads, "], got ",
+          size);
+  }
+  check(scan.head_dim % kVectorFloats == 0, "`head_dim` must be a multiple of ", kVectorFloats,
+        ", got ", scan.head_dim);
+  check(scan.num_heads % scan.num_groups == 0, "`num_groups` must divide the ", scan.num_heads,
+        " heads, got ", scan.num_groups);
+  const int64_t width = scan.num_heads * scan.head_dim;
+  check(states->shape(layer).num_floats == width * scan.state_size, "the layer's state must have ",
+        width * scan.state_size, " floats, got ", states->shape(layer).num_floats);
+  check_shape(scan.a, "a", {scan.num_heads});
+  check_shape(scan.d, "d", {scan.num_heads});
+  check_shape(scan.dt_bias, "dt_bias", {scan.num_heads});
+  for (const RowsPtr& each : {in, steps}) check_rows_buffer(each, each->num_columns, "rows");
+  check_rows_buffer(out, step::padded_columns(width), "out");
+  check(out != in && out != steps, "`out` must be another buffer");
+  step::SelectiveScanParams params = {};
+  params.in = columns_of(in, 0, width + 2 * scan.num_groups * scan.state_size, "source");
+  params.in_stride = in->num_columns;
+  params.dt = columns_of(steps, scan.dt_column, scan.num_heads, "steps");
+  params.dt_stride = steps->num_columns;
+  params.num_heads = scan.num_heads;
+  params.head_dim = scan.head_dim;
+  params.num_groups = scan.num_groups;
+  params.state_size = scan.state_size;
+  params.a = keep(scan.a);
+  params.d = keep(scan.d);
+  params.dt_bias = keep(scan.dt_bias);
+  params.dt_low = static_cast<float>(scan.dt_low);
+  params.dt_high = static_cast<float>(scan.dt_high);
+  params.state = states->floats(layer);
+  params.out = out->data();
+  params.out_stride = out->num_columns;
+  for (const RowsPtr& each : {in, steps, out}) keep(each->memory);
+  forward_.add(step::kernels().selective_scan, params);
+}
+
+void Program::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
+                         const RowsPtr& out) {
+  check_size(norm.width, "width");
+  check(norm.group_width > 0 && norm.width % norm.group_width == 0,
+        "`group_width` must divide the ", norm.width, " columns, got ", norm.group_width);
+  for (const RowsPtr& each : {rows, gate}) check_rows_buffer(each, each->num_columns, "rows");
+  check_rows_buffer(out, step::padded_columns(norm.width), "out");
+  check(out != rows && out != gate, "`out` must be another buffer");
+  if (norm.weight) check_shape(*norm.weight, "weight", {norm.width});
+  step::GatedNormParams params = {};
+  params.rows = columns_of(rows, 0, norm.width, "rows");
+  params.stride = rows->num_columns;
+  params.gate = columns_of(gate, norm.gate_column, norm.width, "gate");
+  params.gate_stride = gate->num_columns;
+  params.width = norm.width;
+  params.group_width = norm.group_width;
+  params.weight = norm.weight ? keep(*norm.weight) : nullptr;
+  params.eps = static_cast<float>(norm.eps);
+  params.is_gate_first = norm.is_gate_first;
+  params.out = out->data();
+  params.out_stride = out->num_columns;
+  for (const RowsPtr& each : {rows, gate, out}) keep(each->memory);
+  forward_.add(step::kernels().gated_norm, params);
+}
+
+}  // namespace tgi

@@ -1,0 +1,100 @@
+// Short convolutions along a sequence. Included by the step_<isa>.cpp files only.
+#pragma once
+
+#include "../team.h"
+#include "activations.h"
+#include "step.h"
+
+namespace tgi::cpu::step {
+namespace {
+
+// Channels that go through a sequence together: their window stays in the first level of cache,
+// and of a row whole lines are read, 512 bytes in turn.
+constexpr int64_t kConvVectors = 8;
+constexpr int64_t kVector = 16;
+constexpr int64_t kConvChannels = kConvVectors * kVector;
+
+// A ring of the last inputs of some channels.
+struct ConvWindow {
+  alignas(64) float values[kMaxTaps - 1][kConvChannels];
+};
+
+// Sixteen channels of a row from c on; zero behind the last channel.
+template <class S>
+inline typename S::F load_channels(const float* row, int64_t c, int64_t num_channels) {
+  const int64_t left = num_channels - c;
+  if (left >= kVector) return S::load(row + c);
+  return left > 0 ? S::load_head(row + c, static_cast<int>(left), S::zero()) : S::zero();
+}
+
+// One token: `first` is where the window's oldest input lies, whose place the token's own takes.
+template <class S>
+inline void convolve_token(const ShortConvParams& p, int64_t token, Range channels, int64_t first,
+                           ConvWindow& window) {
+  const int64_t width = p.padded_channels(), kept = p.num_taps - 1;
+  const int64_t row = token * p.stride;
+  float* const out = p.out + token * width;
+  for (int64_t c = channels.begin; c < channels.end; c += kVector) {
+    const int64_t at = c - channels.begin;
+    auto u = load_channels<S>(p.in + row, c, p.num_channels);
+    if (p.in_gate != nullptr) {
+      u = S::mul(u, load_channels<S>(p.in_gate + row, c, p.num_channels));
+    }
+    auto sum = p.bias == nullptr ? S::zero() : S::load(p.bias + c);
+    for (int64_t k = 0; k < kept; ++k) {
+      const int64_t place = first + k < kept ? first + k : first + k - kept;
+      sum = S::fma(S::load(p.weight + k * width + c), S::load(window.values[place] + at), sum);
+    }
+    sum = S::fma(S::load(p.weight + kept * width + c), u, sum);
+    S::store(window.values[first] + at, u);
+    if (p.has_silu) sum = silu<S>(sum);
+    if (p.out_gate != nullptr) {
+      sum = S::mul(sum, load_channels<S>(p.out_gate + row, c, p.num_channels));
+    }
+    S::store(out + c, sum);
+  }
+}
+
+template <class S>
+inline void convolve_sequence(const ShortConvParams& p, const StepHeader& step, int64_t sequence,
+                              Range channels) {
+  const int64_t width = p.padded_channels(), kept = p.num_taps - 1;
+  const int64_t size = channels.end - channels.begin;
+  ConvWindow window;
+  const int32_t from = step.state_from[sequence];
+  for (int64_t k = 0; k < kept; ++k) {
+    for (int64_t at = 0; at < size; at += kVector) {
+      const auto known =
+          from < 0 ? S::zero() : S::load(p.state.of(from) + k * width + channels.begin + at);
+      S::store(window.values[k] + at, known);
+    }
+  }
+  int64_t first = 0;
+  for (int64_t t = step.query_start[sequence]; t < step.query_start[sequence + 1]; ++t) {
+    convolve_token<S>(p, t, channels, first, window);
+    first = first + 1 < kept ? first + 1 : 0;
+  }
+  float* const to = p.state.of(step.state_to[sequence]);
+  for (int64_t k = 0; k < kept; ++k) {
+    const int64_t place = first + k < kept ? first + k : first + k - kept;
+    for (int64_t at = 0; at < size; at += kVector) {
+      S::store(to + k * width + channels.begin + at, S::load(window.values[place] + at));
+    }
+  }
+}
+
+// Members have channels.
+template <class S>
+void short_conv(const ShortConvParams& p, const StepHeader& step, int member, int num_members) {
+  const Range vectors = split(p.padded_channels() / kVector, member, num_members);
+  const int64_t end = vectors.end * kVector;
+  for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+    for (int64_t c = vectors.begin * kVector; c < end; c += kConvChannels) {
+      const int64_t stop = c + kConvChannels < end ? c + kConvChannels : end;
+      convolve_sequence<S>(p, step, sequence, {c, stop});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tgi::cpu::step

@@ -1,0 +1,160 @@
+"""The operators selective_scan and gated_norm: Mamba-2's heads, and the norm behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference import selective_scan as reference
+from tests.reference.compare import assert_close, assert_same_bits
+from tests.support.state_steps import Shape, Steps
+from tgi_asgi import _C, ops
+from tgi_asgi.ops import Kind, SelectiveScanWeight
+
+_COLUMN = 5  # of the heads' steps
+
+
+def random_weight(heads: int, dim: int, groups: int, size: int, **options: Any) -> SelectiveScanWeight:
+    a, d, dt_bias = -torch.rand(heads) - 0.01, torch.randn(heads), torch.randn(heads)
+    return SelectiveScanWeight(heads, dim, groups, size, a, d, dt_bias, **options)
+
+
+def steps_of(weight: SelectiveScanWeight, num_slots: int) -> Steps:
+    return Steps(
+        lambda rows, layer: ops.selective_scan(rows[0], rows[1], weight, layer, steps_column=_COLUMN),
+        Shape(7, 3, weight.width * weight.state_size),
+        [weight.columns, _COLUMN + weight.num_heads],
+        num_slots,
+    )
+
+
+def random_text(weight: SelectiveScanWeight, tokens: int) -> list[Tensor]:
+    return [torch.randn(tokens, weight.columns), torch.randn(tokens, _COLUMN + weight.num_heads)]
+
+
+def part(text: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    return [rows[start:stop] for rows in text]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "groups", "size", "tokens"),
+    [(1, 16, 1, 1, 1), (3, 16, 1, 5, 17), (4, 64, 2, 33, 40), (2, 80, 2, 16, 9), (6, 48, 3, 20, 33)],
+)
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 1.2)], ids=["any step", "some steps"])
+def test_a_sequence_is_that_of_the_reference(
+    kernel_set: str, heads: int, dim: int, groups: int, size: int, tokens: int, limit: tuple[float, float]
+) -> None:
+    _C.set_num_threads(3)
+    weight = random_weight(heads, dim, groups, size, dt_limit=limit)
+    text = random_text(weight, tokens)
+    (found,) = steps_of(weight, 2).run([(1, 0, text)])
+    expected = reference.selective_scan(text[0], text[1][:, _COLUMN:], weight)
+    assert_close(found, expected, length=4 * (size + tokens))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, threads: int) -> None:
+    weight = random_weight(3, 80, 3, 9)
+    texts = [random_text(weight, length) for length in (23, 11, 40)]
+    _C.set_num_threads(2)
+    whole = [steps_of(weight, 1).run([(0, 0, text)])[0] for text in texts]
+    _C.set_num_threads(threads)
+    steps = steps_of(weight, 8)
+    for cuts in ([1] * 40, [2, 1, 9, 1, 1, 26], [5, 18, 17]):
+        for slot, text in enumerate(texts):  # slots are used again
+            found, start = [], 0
+            for size in cuts:
+                if start < len(text[0]):
+                    others = [(slot + 3, 0, part(texts[1], 0, 3))] if start % 2 else []
+                    found.append(steps.run([*others, (slot, start, part(text, start, start + size))])[-1])
+                    start += size
+            assert_same_bits(torch.cat(found), whole[slot])
+
+
+def test_a_step_may_be_computed_again() -> None:
+    _C.set_num_threads(2)
+    weight = random_weight(2, 32, 1, 6)
+    text = random_text(weight, 9)
+    (whole,) = steps_of(weight, 1).run([(0, 0, text)])
+    steps = steps_of(weight, 4)
+    steps.run([(2, 0, part(text, 0, 4))])
+    for wrong in (random_text(weight, 1), random_text(weight, 3), part(text, 4, 6)):
+        steps.run([(2, 4, wrong)])
+    assert_same_bits(steps.run([(2, 6, part(text, 6, 9))])[0], whole[6:])
+
+
+def test_sets_agree_to_the_bit() -> None:
+    _C.set_num_threads(2)
+    weight = random_weight(3, 48, 1, 7)
+    text, of_norm = random_text(weight, 21), torch.rand(144)
+    before, found = _C.kernel_set(), []
+    for name in _C.kernel_sets():
+        _C.use_kernel_set(name)
+        (y,) = steps_of(weight, 1).run([(0, 0, text)])
+        found.append(torch.cat([y, gate(y, torch.ones(21, 150), of_norm, group_width=24)], 1))
+    _C.use_kernel_set(before)
+    for each in found:
+        assert_same_bits(each, found[0])
+
+
+def gate(rows: Tensor, gates: Tensor, weight: Tensor | None, **options: Any) -> Tensor:
+    return Steps(
+        lambda values, layer: ops.gated_norm(values[0], values[1], weight, eps=1e-5, **options), Shape(1, 2),
+        [rows.shape[1], gates.shape[1]], 1,
+    ).run([(0, 0, [rows, gates])])[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_gate_first", [True, False])
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "width"), [(1, 1, 1), (9, 48, 16), (17, 66, 11), (40, 129, 129), (3, 300, 75)]
+)
+def test_gated_norms_are_those_of_the_reference(
+    kernel_set: str, tokens: int, columns: int, width: int, has_weight: bool, is_gate_first: bool
+) -> None:
+    _C.set_num_threads(2)
+    rows, gates = torch.randn(tokens, columns), torch.randn(tokens, columns + 3)
+    weight = torch.randn(columns) if has_weight else None
+    found = gate(rows, gates, weight, group_width=width, gate_column=2, is_gate_first=is_gate_first)
+    expected = reference.gated_norm(
+        rows, gates[:, 2 : columns + 2], weight, width, 1e-5, is_gate_first=is_gate_first
+    )
+    assert_close(found, expected, length=width + 8)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    recorder = ops.Recorder()
+    weight = random_weight(2, 16, 1, 4)
+    rows, steps = recorder.value(Kind.ROWS, weight.columns), recorder.value(Kind.ROWS, 6)
+    layer = ops.StatePool([Shape(3, 2, 128)], num_slots=1).layers[0]
+    with pytest.raises(ValueError, match="takes states of 128 floats, not 127"):
+        ops.selective_scan(rows, steps, weight, ops.StatePool([Shape(3, 2, 127)], num_slots=1).layers[0])
+    with pytest.raises(ValueError, match="takes 40 columns as `rows`, not 6"):
+        ops.selective_scan(steps, steps, weight, layer)
+    with pytest.raises(ValueError, match="takes columns 5 to 7 of `steps`, which has 6"):
+        ops.selective_scan(rows, steps, weight, layer, steps_column=5)
+    with pytest.raises(ValueError, match="takes columns 0 to 40 of `gate`, which has 6"):
+        ops.gated_norm(rows, steps, None, group_width=40, eps=1e-5)
+    with pytest.raises(ValueError, match="`group_width` must divide the 6 columns, got 4"):
+        ops.gated_norm(steps, rows, None, group_width=4, eps=1e-5)
+    with pytest.raises(ValueError, match="`weight` must have 6 elements"):
+        ops.gated_norm(steps, rows, torch.ones(5), group_width=6, eps=1e-5)
+    with pytest.raises(ValueError, match="`a` must have 2 elements"):
+        SelectiveScanWeight(2, 16, 1, 4, torch.ones(3), torch.ones(2), torch.ones(2))
+    with pytest.raises(TypeError, match="`d` must be float32"):
+        SelectiveScanWeight(2, 16, 1, 4, torch.ones(2), torch.ones(2).double(), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 24, 1, 4), "`head_dim` must be a multiple of 16, got 24"),
+        ((3, 16, 2, 4), "must divide the 3 heads"),
+    ],
+)
+def test_heads_that_the_kernels_do_not_have_are_refused(sizes: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        steps_of(random_weight(*sizes), 1)

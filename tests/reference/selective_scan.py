@@ -1,0 +1,40 @@
+"""State spaces of heads and the gated norm in float64, token by token: slow and obvious."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from tgi_asgi.ops import SelectiveScanWeight
+
+
+def selective_scan(rows: Tensor, steps: Tensor, weight: SelectiveScanWeight) -> Tensor:
+    """Return what a sequence's rows become, [n_tokens, heads * head_dim] float64, from its first token on."""
+    heads, groups, size = weight.num_heads, weight.num_groups, weight.state_size
+    x, b, c = rows.double().split([weight.width, groups * size, groups * size], 1)
+    state = torch.zeros(heads, weight.head_dim, size, dtype=torch.float64)
+    out = []
+    for token in range(len(rows)):
+        dt = softplus(steps[token].double() + weight.dt_bias.double()).clamp(*weight.dt_limit)
+        of_heads = x[token].view(heads, -1)
+        write, read = (
+            part[token].view(groups, size).repeat_interleave(heads // groups, 0) for part in (b, c)
+        )
+        decay = torch.exp(dt * weight.a.double())
+        added = (dt[:, None] * of_heads)[:, :, None] * write[:, None, :]
+        state = decay[:, None, None] * state + added
+        out.append((state * read[:, None, :]).sum(-1) + weight.d.double()[:, None] * of_heads)
+    return torch.stack(out).view(len(rows), -1)
+
+
+def gated_norm(
+    rows: Tensor, gate: Tensor, weight: Tensor | None, group_width: int, eps: float, *, is_gate_first: bool
+) -> Tensor:
+    """Return norm(rows * silu(gate)), or norm(rows) * silu(gate), float64."""
+    x, passed = rows.double(), silu(gate.double())
+    x = x * passed if is_gate_first else x
+    if weight is not None:
+        groups = x.view(len(x), -1, group_width)
+        x = (groups / (groups.square().mean(-1, keepdim=True) + eps).sqrt()).view_as(x) * weight.double()
+    return x if is_gate_first else x * passed

@@ -1,0 +1,29 @@
+"""A short convolution in float64, token by token: slow and obvious."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tgi_asgi.ops import ShortConvWeight
+
+
+def short_conv(
+    rows: Tensor, weight: ShortConvWeight, *, is_gated: bool = False, has_silu: bool = False
+) -> Tensor:
+    """Return what a sequence's rows become, [n_tokens, channels] float64, from its first token on."""
+    channels, num_taps = weight.taps.shape
+    rows, taps = rows.double(), weight.taps.double()
+    before, behind, x = (
+        rows.split(channels, 1) if is_gated else (torch.ones(()), torch.ones(()), rows[:, :channels])
+    )
+    inputs = (before * x).expand(len(rows), channels)
+    out = torch.zeros(len(rows), channels, dtype=torch.float64)
+    for token in range(len(rows)):
+        for tap in range(num_taps):
+            at = token - (num_taps - 1 - tap)
+            if at >= 0:
+                out[token] += taps[:, tap] * inputs[at]
+    if weight.bias is not None:
+        out += weight.bias.double()
+    return behind * (torch.nn.functional.silu(out) if has_silu else out)

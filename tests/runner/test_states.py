@@ -1,0 +1,114 @@
+"""Models with recurrent layers: how many sequences run at once, and what they do without."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.runner.test_load import settings
+from tests.support.families_page import config_of
+from tests.support.family_case import FamilyCase
+from tests.support.family_files import checkpoint
+from tests.support.family_states import STATE_CASES
+from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.runner import load as loading
+from tgi_asgi.runner.memory import fitting_batch, state_bytes
+from tgi_asgi.runner.runner import CpuRunner
+from tgi_asgi.settings import GivenRope
+
+LFM2 = STATE_CASES[0]
+
+
+def case_named(name: str) -> FamilyCase:
+    return next(case for case in STATE_CASES if case.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "each"),
+    [
+        ("lfm2", 2 * 4 * 2 * 2 * 128),  # two places, two layers, two tokens of 128 channels
+        ("granite_hybrid-dense", 2 * 4 * 3 * (2 * 352 + 256 * 24)),
+    ],
+)
+def test_what_the_states_of_a_sequence_take_is_counted(
+    name: str, each: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, config = read_config(config_of(case_named(name)))
+    assert state_bytes(config) == each
+    assert fitting_batch(config, 7, 14 * each) == 7
+    assert not caplog.records
+    assert fitting_batch(config, 7, 14 * each - 1) == 6
+    assert "6 sequences run at once, not the 7 of --max-batch-size" in caplog.text
+    with pytest.raises(ModelLoadError, match="the states of a sequence take"):
+        fitting_batch(config, 7, 2 * each - 1)
+
+
+def test_models_without_states_run_as_many_as_they_may() -> None:
+    from tests.support.families import CASES
+
+    _, config = read_config(config_of(CASES[0]))
+    assert state_bytes(config) == 0
+    assert fitting_batch(config, 128, 0) == 128
+
+
+def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "free_memory", lambda: 16 << 20)
+    monkeypatch.setattr(
+        loading, "fitting_batch", lambda config, most, free: fitting_batch(config, most, 60_000)
+    )
+    loaded = loading.load(settings(max_batch_size=128), checkpoint(LFM2), lambda *_: None)
+    loaded.runner.close()
+    assert loaded.runner.max_batch_size == loaded.info.max_batch_size == 30_000 // 4096
+
+
+def test_nothing_is_drafted_and_nothing_shared(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = loading.load(settings(speculate=8), checkpoint(LFM2), lambda *_: None)
+    loaded.runner.close()
+    assert isinstance(loaded.runner, CpuRunner)
+    assert loaded.runner.drafts is None and loaded.runner.has_states
+    assert "nothing is speculated for Lfm2ForCausalLM" in caplog.text
+
+
+def test_positions_of_layers_that_attend_may_be_stretched() -> None:
+    """Recurrent layers have none."""
+    from tgi_asgi.models.rope import scale_positions
+
+    _, config = read_config(config_of(LFM2))
+    scaled = scale_positions(config, GivenRope("linear", 4.0))
+    assert [layer.rope is None for layer in scaled.layers] == [True, False, True, False]
+    assert scaled.context_length == 4 * config.context_length
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["conv", "mamba", "conv", "conv"]}, "layer_types must be 4 of conv, full_attention"),
+        ({"layer_types": ["conv"]}, "layer_types must be 4 of"),
+        ({"conv_L_cache": 17}, r"goes over must be 2\.\.16, got 17"),
+        ({"block_multiple_of": 0}, "block_multiple_of must be positive"),
+        ({"conv_activation": "gelu"}, "conv_activation"),
+    ],
+    ids=str,
+)
+def test_convolutions_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        read_config({**config_of(LFM2), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mamba_n_heads": 7}, "multiples of 16 wide"),
+        ({"mamba_n_groups": 3}, "must divide its 8 heads, got 3"),
+        ({"mamba_d_state": 0}, "state_size must be in 1"),
+        ({"mamba_d_conv": 1}, r"goes over must be 2\.\.16, got 1"),
+        ({"time_step_limit": [1.0]}, "time_step_limit must be two numbers"),
+        ({"time_step_limit": [0.5, 0.1]}, "steps cannot be cut to"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ({"layer_types": ["mamba", "rwkv", "mamba", "mamba"]}, "layer_types must be 4 of"),
+    ],
+    ids=str,
+)
+def test_state_spaces_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        read_config({**config_of(case_named("granite_hybrid-dense")), **changes})

@@ -1,0 +1,142 @@
+"""Families with recurrent layers, as rows of `families`: those that are held against `transformers`, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from tests.support.family_case import BASE, FamilyCase, Fault
+
+_ARCHITECTURES = {
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
+    "granite_hybrid": "GraniteMoeHybridForCausalLM",
+}
+
+
+def _case(
+    name: str, config: Mapping[str, Any] | None = None, *, faults: tuple[Fault, ...], **more: Any
+) -> FamilyCase:
+    architecture = _ARCHITECTURES[name.partition("-")[0]]
+    return FamilyCase(name, architecture, {**BASE, **(config or {})}, faults, **more)
+
+
+_KINDS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "conv"]}
+_LFM2 = {**_KINDS, "block_multiple_of": 32, "tie_word_embeddings": True}
+_EXPERTS = {
+    **_KINDS,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "num_dense_layers": 1,
+    "tie_word_embeddings": True,
+}
+_TAPS = Fault("no-taps", tensors="*.conv.conv.weight", change="to ones")
+_GATES = Fault("order-of-gates", tensors="*.conv.in_proj.weight", change="swap halves")
+_OPERATOR_NORM = Fault("no-operator-norm", tensors="*.operator_norm.weight", change="to ones")
+_QUERY_NORM = Fault("no-query-norm", tensors="*.q_layernorm.weight", change="to ones")
+_LAST_NORM = Fault("no-last-norm", tensors="model.embedding_norm.weight", change="to ones")
+_ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
+_CONV_BIAS = Fault("no-convolution-bias", tensors="*.conv.conv.bias")
+_NORM_WEIGHTS = Fault("not-renormalised", config={"norm_topk_prob": False})
+_CORRECTION = Fault("no-correction", tensors="*.expert_bias")
+_SCALING = Fault("no-scaling", config={"routed_scaling_factor": 1.0})
+_ROUTER = Fault("order-of-experts", tensors="*.feed_forward.gate.weight", change="swap halves")
+_LAST_EXPERT = Fault("a-missing-expert", tensors="*.experts.3.w2.weight")
+_HYBRID = {
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "attention", "mamba", "mamba"],
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.35,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 4.0,
+    "shared_intermediate_size": 96,
+    "num_local_experts": 0,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 24,
+    "mamba_chunk_size": 16,
+}
+
+_PUBLISHED = {"layer_types": ["mamba", "attention", "mamba", "mamba"]}  # as llama.cpp's converter wants it
+
+
+def _mamba(name: str, tensor: str, change: Literal["to ones", "to zeros", "swap halves"]) -> Fault:
+    return Fault(name, tensors=f"*.mamba.{tensor}", change=change)
+
+
+_DECAY = _mamba("other-decay", "A_log", "to ones")
+_DIRECT = _mamba("other-direct", "D", "to ones")
+_STEPS = _mamba("other-steps", "dt_bias", "to ones")
+_HEADS = _mamba("order-of-parts", "in_proj.weight", "swap halves")
+_GATED_NORM = _mamba("no-gated-norm", "norm.weight", "to ones")
+_WINDOW_BIAS = _mamba("no-convolution-bias", "conv1d.bias", "to zeros")
+
+STATE_CASES: tuple[FamilyCase, ...] = (
+    _case(
+        "lfm2",
+        {**_LFM2, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+        faults=(_TAPS, _GATES, _OPERATOR_NORM, _QUERY_NORM, _LAST_NORM, _ROPE_BASE),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(  # as the first files were: their sizes and layers under other names
+        "lfm2-old-config",
+        {**_LFM2, "conv_bias": True, "conv_L_cache": 5, "hidden_size": 136, "head_dim": 34},
+        faults=(_CONV_BIAS, _TAPS),
+        gguf=(),
+        json={"block_ff_dim": 192, "full_attn_idxs": [1], "rope_theta": 10000.0, "tie_embedding": True},
+        drops=("intermediate_size", "layer_types", "rope_parameters", "tie_word_embeddings"),
+    ),
+    _case(
+        "lfm2-plain-mlp",
+        {**_LFM2, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+        faults=(Fault("other-attention", config={"rope_parameters": {"rope_theta": 300.0}}),),
+        gguf=(),
+        dtype="bfloat16",
+    ),
+    _case(
+        "lfm2_moe",
+        {**_EXPERTS, "routed_scaling_factor": 1.8},
+        faults=(_TAPS, _GATES, _NORM_WEIGHTS, _CORRECTION, _SCALING, _ROUTER, _LAST_EXPERT),
+        gguf=(),
+    ),
+    _case(
+        "lfm2_moe-plain",
+        {**_EXPERTS, "layer_types": ["conv", "full_attention", "full_attention", "conv"]},
+        faults=(_TAPS, _CORRECTION),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "granite_hybrid-dense",
+        {**_HYBRID, "mamba_n_groups": 2, "mamba_d_conv": 3, "tie_word_embeddings": True},
+        faults=(_DECAY, _DIRECT, _STEPS, _HEADS, _GATED_NORM, _WINDOW_BIAS),
+        json=_PUBLISHED,
+    ),
+    _case(
+        "granite_hybrid-experts",
+        {**_HYBRID, "num_local_experts": 8, "num_experts_per_tok": 2},
+        faults=(_STEPS, _GATED_NORM),
+        gguf=("f32", "q8_0"),
+        json=_PUBLISHED,
+    ),
+    _case(
+        "granite_hybrid",
+        {
+            **_HYBRID,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "position_embedding_type": "rope",
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "time_step_limit": [0.2, 0.6],
+        },
+        faults=(
+            _DECAY,
+            _HEADS,
+            Fault("other-limit", config={"time_step_limit": [0.0, 0.7]}),
+            Fault("no-positions", config={"position_embedding_type": None}),
+            Fault("order-of-experts", tensors="*.router.layer.weight", change="swap halves"),
+            Fault("no-shared-expert", tensors="*.shared_mlp.output_linear.weight"),
+        ),
+        gguf=(),
+    ),
+)

@@ -1,0 +1,159 @@
+"""Liquid AI's LFM2 and LFM2-MoE: most layers have a gated short convolution in the place of attention.
+
+Source: Liquid AI, LFM2 Technical Report, arXiv 2511.23404.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import ModelConfig, ShortConvSpec, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_kv_heads, read_layers, read_sizes
+from tgi_asgi.models.reading_experts import read_experts, with_experts
+
+# Of the first LFM2's files; its code in `transformers` reads none of them.
+_TRAINING = ("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "rms_norm_eps")
+_KINDS = ("conv", "full_attention")
+_SIGMOID = 2  # llama.cpp's number of it
+
+
+def read_lfm2(reader: Reader, architecture: str) -> ModelConfig:
+    """Read LFM2's; the MLP may be narrower than the file says."""
+    reader.rename(intermediate_size=("block_ff_dim",))
+    config = _read(reader, architecture)
+    if not reader.is_gguf:
+        config = replace(config, intermediate_size=_adjusted(reader, config.intermediate_size))
+    return config
+
+
+def read_lfm2_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read LFM2-MoE's: sigmoids, corrected for the choice, behind the first few layers."""
+    if reader.is_gguf:
+        kind = reader.integer("expert_gating_func", _SIGMOID)
+        check(kind == _SIGMOID, f"expert_gating_func {kind} is not supported here, only {_SIGMOID} is")
+    config = _read(reader, architecture)
+    has_correction = (
+        any("exp_probs_b" in name for name in reader.tensors)
+        if reader.is_gguf
+        else reader.flag("use_expert_bias", True)
+    )
+    experts = read_experts(
+        reader, count="num_experts", top_k="num_experts_per_tok", kind="sigmoid",
+        has_correction=has_correction, is_renormalised=reader.flag("norm_topk_prob", True), eps=1e-6,
+        scale=reader.number("routed_scaling_factor", 1.0),
+    )  # fmt: skip
+    first = 0 if reader.is_gguf else reader.integer("num_dense_layers", 2)
+    return replace(config, layers=with_experts(reader, config.layers, experts, lambda index: index >= first))
+
+
+def _read(reader: Reader, architecture: str) -> ModelConfig:
+    reader.ignore(*(() if reader.is_gguf else _TRAINING))
+    reader.defaults(rope_theta=1e6, conv_L_cache=3, num_key_value_heads=8)
+    kinds = _read_kinds(reader)
+    if reader.is_gguf:
+        read_kv_heads(reader, [kind != "conv" for kind in kinds])
+    else:
+        tied = reader.flag("tie_embedding", reader.flag("tie_word_embeddings", True))
+        reader.replace("tie_word_embeddings", tied)
+    sizes = read_sizes(reader, eps="rms_norm_eps" if reader.is_gguf else "norm_eps", default_eps=1e-5)
+    conv = ShortConvSpec(sizes["hidden_size"], reader.integer("conv_L_cache"), _has_bias(reader))
+    return ModelConfig(
+        architecture=architecture,
+        layers=tuple(
+            replace(layer, rope=None, recurrent=conv) if kind == "conv" else layer
+            for kind, layer in zip(kinds, read_layers(reader, sizes), strict=True)
+        ),
+        has_qk_norm=True,
+        **sizes,
+    )
+
+
+def _read_kinds(reader: Reader) -> list[str]:
+    """Return what each layer has; a GGUF file's tensors say it, older files list those that attend."""
+    count = num_layers(reader)
+    if reader.is_gguf:
+        return [_KINDS[f"blk.{index}.shortconv.conv.weight" not in reader.tensors] for index in range(count)]
+    kinds, attending = reader.get("layer_types"), reader.get("full_attn_idxs")
+    if kinds is None:
+        is_list = isinstance(attending, list) and all(type(index) is int for index in attending)
+        check(attending is None or is_list, "full_attn_idxs must be a list of integers")
+        return [_KINDS[attending is None or index in attending] for index in range(count)]
+    check(
+        isinstance(kinds, list) and len(kinds) == count and all(kind in _KINDS for kind in kinds),
+        f"layer_types must be {count} of {', '.join(_KINDS)}, got {str(kinds)[:100]}",
+    )
+    return list(kinds)
+
+
+def _has_bias(reader: Reader) -> bool:
+    if reader.is_gguf:
+        return any(name.endswith(".shortconv.conv.bias") for name in reader.tensors)
+    return reader.flag("conv_bias", False)
+
+
+def _adjusted(reader: Reader, size: int) -> int:
+    """Return an MLP's size as the model's code reckons it: two thirds, in whole multiples."""
+    multiplier, unit = (
+        reader.number("block_ffn_dim_multiplier", 1.0),
+        reader.integer("block_multiple_of", 256),
+    )
+    check(unit >= 1, f"block_multiple_of must be positive, got {unit}")
+    check(0 < multiplier <= 1e6, f"block_ffn_dim_multiplier must be in (0, 1e6], got {multiplier}")
+    if not reader.flag("block_auto_adjust_ff_dim", True):
+        return size
+    return -(-int(multiplier * int(2 * size / 3)) // unit) * unit
+
+
+class Lfm2Weights(LayerWeights):
+    """A layer whose experts have the names of Mixtral's."""
+
+    expert_names = (
+        ExpertNames(
+            router="feed_forward.gate",
+            correction="feed_forward.expert_bias",
+            experts="feed_forward.experts",
+            gate="w1",
+            up="w3",
+            down="w2",
+            joined="feed_forward.experts.gate_up_proj",
+            joined_down="feed_forward.experts.down_proj",
+        ),
+        ExpertNames(),
+    )
+
+
+class Lfm2(Decoder):
+    """The decoder with such weights."""
+
+    weights_class = Lfm2Weights
+    checkpoint = CheckpointLayout(
+        names={
+            "model.norm": "model.embedding_norm",
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.o_proj": "self_attn.out_proj",
+            "self_attn.q_norm": "self_attn.q_layernorm",
+            "self_attn.k_norm": "self_attn.k_layernorm",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.up_proj": "feed_forward.w3",
+            "mlp.down_proj": "feed_forward.w2",
+        }
+    )
+
+
+_GGUF_NAMES = {
+    "model.norm": "token_embd_norm",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
+}
+FAMILIES = (
+    Family("Lfm2ForCausalLM", "lfm2", read_lfm2, Lfm2, gguf_names=_GGUF_NAMES),
+    Family("Lfm2MoeForCausalLM", "lfm2moe", read_lfm2_moe, Lfm2, gguf_names=_GGUF_NAMES),
+)

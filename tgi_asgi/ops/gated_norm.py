@@ -1,0 +1,48 @@
+"""The operator `gated_norm`: rows, normed by groups of columns, as much of them as gates let through."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.values import Kind, Value, recorder_of
+
+
+def gated_norm(
+    rows: Value,
+    gate: Value,
+    weight: Tensor | None,
+    *,
+    group_width: int,
+    eps: float,
+    gate_column: int = 0,
+    is_gate_first: bool = True,
+) -> Value:
+    """Return rows norm(rows * silu(gate)), or norm(rows) * silu(gate), [n_tokens, columns] as `rows`.
+
+    Args:
+        gate: rows whose columns from `gate_column` on are the gates.
+        weight: float32 [columns] of the RMSNorm, each group of `group_width` columns by itself; None: none.
+        is_gate_first: gates come before the norm (Mamba-2), not behind it.
+
+    Raises:
+        ValueError: a number of columns does not fit.
+        TypeError: `weight` is not float32.
+    """
+    recorder = recorder_of("gated_norm", rows=(rows, Kind.ROWS, None), gate=(gate, Kind.ROWS, None))
+    columns = rows.columns
+    if not 0 <= gate_column <= gate.columns - columns:
+        raise ValueError(
+            f"`gated_norm` takes columns {gate_column} to {gate_column + columns} of `gate`, which has "
+            f"{gate.columns}"
+        )
+    if group_width < 1 or columns % group_width:
+        raise ValueError(f"`group_width` must divide the {columns} columns, got {group_width}")
+    if weight is not None and tuple(weight.shape) != (columns,):
+        raise ValueError(f"`weight` must have {columns} elements, got {list(weight.shape)}")
+    if weight is not None and str(weight.dtype) != "torch.float32":
+        raise TypeError(f"`weight` must be float32, got {weight.dtype}")
+    out = recorder.value(Kind.ROWS, columns)
+    return recorder.note(
+        calls.GatedNorm(out, rows, gate, weight, group_width, eps, gate_column, is_gate_first)
+    )

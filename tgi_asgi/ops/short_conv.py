@@ -1,0 +1,75 @@
+"""The operator `short_conv`: a causal convolution of each channel over its sequence's last few tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tgi_asgi.ops import calls
+from tgi_asgi.ops.kv import Cache
+from tgi_asgi.ops.states import StateLayer
+from tgi_asgi.ops.values import Kind, Value, recorder_of
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ShortConvWeight:
+    """The taps of each channel, [channels, taps] float32, the oldest token's first, and a bias [channels].
+
+    Raises:
+        TypeError: they are not float32.
+        ValueError: they are not of these shapes.
+    """
+
+    taps: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.taps.dim() != 2:
+            raise ValueError(f"`taps` must be [channels, taps], got {list(self.taps.shape)}")
+        if self.bias is not None and self.bias.shape != self.taps.shape[:1]:
+            raise ValueError(f"`bias` must have {self.taps.shape[0]} elements, got {list(self.bias.shape)}")
+        for name, tensor in (("taps", self.taps), ("bias", self.bias)):
+            if tensor is not None and str(tensor.dtype) != "torch.float32":
+                raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+
+
+def short_conv(
+    rows: Value,
+    weight: ShortConvWeight,
+    cache: Cache,
+    *,
+    is_gated: bool = False,
+    has_silu: bool = False,
+    first_column: int = 0,
+) -> Value:
+    """Convolve columns of rows along their sequences; write what the next step reads to `cache`.
+
+    Gated (LFM2), rows are three of the channels' width side by side, B, C and x: returns C * conv(B * x).
+    Else x is the columns from `first_column` on. Returns rows [n_tokens, channels]. Tokens go in one after
+    the other: a token's bits do not depend on how its sequence was cut into steps.
+
+    Args:
+        has_silu: of the convolution's result, silu.
+
+    Raises:
+        TypeError: `cache` is of keys and values.
+        ValueError: channels, taps or columns are not those of the weight.
+    """
+    if not isinstance(cache, StateLayer):
+        raise TypeError(f"`short_conv` takes states as `cache`, not {type(cache).__name__}")
+    channels, taps = weight.taps.shape
+    if (channels, taps) != (cache.num_channels, cache.num_taps):
+        raise ValueError(
+            f"`short_conv` takes states of {channels} channels and {taps} taps, "
+            f"not {cache.num_channels} and {cache.num_taps}"
+        )
+    recorder = recorder_of("short_conv", rows=(rows, Kind.ROWS, 3 * channels if is_gated else None))
+    if not 0 <= first_column <= rows.columns - channels:
+        raise ValueError(
+            f"`short_conv` takes columns {first_column} to {first_column + channels} of `rows`, which has "
+            f"{rows.columns}"
+        )
+    out = recorder.value(Kind.ROWS, channels)
+    first = 2 * channels if is_gated else first_column
+    return recorder.note(calls.ShortConv(out, rows, weight, cache, is_gated, has_silu, first))

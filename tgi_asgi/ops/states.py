@@ -1,0 +1,77 @@
+"""What recurrent layers keep of the sequences that run: a pool of states, of one size each.
+
+Only this file and the kernels know their layout, which csrc/cpu/step/states.h draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tgi_asgi import _C
+from tgi_asgi.ops.layout import PANEL, STRIP
+
+_FLOAT_BYTES = 4
+_PLACES = 2  # of a sequence: what a step begins with stays until the next has been computed
+
+
+class StateShape(Protocol):
+    """What one layer keeps: the window of a short convolution, and floats behind it.
+
+    The window is of `num_taps` - 1 tokens of `num_channels`.
+    """
+
+    @property
+    def num_channels(self) -> int: ...
+    @property
+    def num_taps(self) -> int: ...
+    @property
+    def num_floats(self) -> int: ...
+
+
+def state_bytes(shape: StateShape) -> int:
+    """Return what a sequence takes in the pool for one layer."""
+    window = (shape.num_taps - 1) * _padded(shape.num_channels, STRIP)
+    return _PLACES * (window + _padded(shape.num_floats, PANEL)) * _FLOAT_BYTES
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """One layer's states."""
+
+    pool: StatePool
+    index: int
+    num_channels: int
+    num_taps: int
+    num_floats: int
+
+
+class StatePool:
+    """The states of all layers, of as many sequences as run; the system commits it as slots are first used.
+
+        pool = StatePool([StateShape(2048, 3)] * 10, num_slots=128)
+        y = ops.short_conv(rows, weight, pool.layers[0], is_gated=True)
+
+    A sequence is known by its slot, `row_slots` of a step. A step that begins at position 0 begins with
+    zeros; any other goes on where the slot's last or last but one has ended.
+
+    Args:
+        shapes: of each layer.
+
+    Raises:
+        ValueError: a size that the kernels do not have.
+        MemoryError: the system does not grant so much.
+
+    Attributes:
+        native: the same in the extension.
+    """
+
+    def __init__(self, shapes: Sequence[StateShape], *, num_slots: int) -> None:
+        sizes = [(shape.num_channels, shape.num_taps, shape.num_floats) for shape in shapes]
+        self.native = _C.StatePool(layers=sizes, num_slots=num_slots)
+        self.layers = [StateLayer(self, index, *size) for index, size in enumerate(sizes)]
