@@ -75,8 +75,13 @@ def hollow_checkpoint(path: Path, *, has_unused: bool = False, **changes: Any) -
 
 
 def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
-    """Write the same as a GGUF file, all of it but its header behind a hole of `HOLE_BYTES`."""
+    """Write the same as a GGUF file, all of it but its header behind a hole of `HOLE_BYTES`.
+
+    With `num_experts` of OLMoE's architecture, whose MLPs are experts.
+    """
     shape = {**SHAPE, **changes}
+    num_experts = shape.get("num_experts")
+    name = "olmoe" if num_experts else "llama"
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     keys = hidden // heads * shape["num_key_value_heads"]
     vocabulary, between = [hidden, shape["vocab_size"]], [hidden, shape["intermediate_size"]]
@@ -85,23 +90,31 @@ def hollow_gguf(path: Path, **changes: Any) -> ModelFiles:
         "attn_output": [hidden, hidden], "ffn_norm": [hidden], "ffn_gate": between, "ffn_up": between,
         "ffn_down": between[::-1],
     }  # fmt: skip
+    if num_experts:
+        for part in ("gate", "up", "down"):
+            layer[f"ffn_{part}_exps"] = [*layer.pop(f"ffn_{part}"), num_experts]
+        layer |= {
+            "ffn_gate_inp": [hidden, num_experts], "attn_q_norm": [hidden], "attn_k_norm": [keys],
+        }  # fmt: skip
     all_dims = {"token_embd": vocabulary, "output_norm": [hidden], "output": vocabulary} | {
-        f"blk.{index}.{name}": dims
+        f"blk.{index}.{part}": dims
         for index in range(shape["num_hidden_layers"])
-        for name, dims in layer.items()
+        for part, dims in layer.items()
     }
     at, tensors = HOLE_BYTES, []
-    for name, dims in all_dims.items():
-        tensors.append(gguf_bytes.Tensor(f"{name}.weight", dims, _GGUF_BF16, offset=at))
+    for part, dims in all_dims.items():
+        tensors.append(gguf_bytes.Tensor(f"{part}.weight", dims, _GGUF_BF16, offset=at))
         at += -(-math.prod(dims) * 2 // 32) * 32
-    metadata = {
-        "general.architecture": "llama", "llama.vocab_size": shape["vocab_size"],
-        "llama.context_length": shape["max_position_embeddings"], "llama.embedding_length": hidden,
-        "llama.block_count": shape["num_hidden_layers"],
-        "llama.feed_forward_length": shape["intermediate_size"], "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": shape["num_key_value_heads"],
-        "llama.attention.layer_norm_rms_epsilon": 1e-6, "llama.rope.freq_base": shape["rope_theta"],
+    numbers = {
+        "vocab_size": shape["vocab_size"], "context_length": shape["max_position_embeddings"],
+        "embedding_length": hidden, "block_count": shape["num_hidden_layers"],
+        "feed_forward_length": shape["intermediate_size"], "attention.head_count": heads,
+        "attention.head_count_kv": shape["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": shape["rope_theta"],
     }  # fmt: skip
+    if num_experts:
+        numbers |= {"expert_count": num_experts, "expert_used_count": 2}
+    metadata = {"general.architecture": name, **{f"{name}.{key}": value for key, value in numbers.items()}}
     header = gguf_bytes.gguf_bytes(metadata, tensors)
     with path.open("wb") as file:
         file.write(header)

@@ -43,11 +43,6 @@ class Decoder:
         embedding = weights.get("model.embed_tokens.weight", shape)
         self.embedding = ops.linear_weight(embedding, arithmetic, is_vocabulary=True)
         self.positions = self.read_positions(weights) if config.has_learnt_positions else None
-        layer_class = self.parallel_class if config.is_parallel else self.layer_class
-        self.layers = [
-            layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
-            for index in range(config.num_layers)
-        ]
         self.norm = read_norm(config, weights, "model.norm")
         self.head = self.embedding
         if config.num_labels:
@@ -57,6 +52,12 @@ class Decoder:
             head = embedding if config.has_tied_embeddings else weights.get("lm_head.weight", shape)
             bias = weights.get("lm_head.bias", shape[:1]) if config.has_head_bias else None
             self.head = ops.linear_weight(head, arithmetic, bias=bias, is_vocabulary=True)
+        # Behind the head, of which all is resident while it is packed, be it a twentieth of the file.
+        layer_class = self.parallel_class if config.is_parallel else self.layer_class
+        self.layers = [
+            layer_class(config, self.weights_class(config, weights, index, arithmetic), index, ropes)
+            for index in range(config.num_layers)
+        ]
 
     def read_positions(self, weights: Weights) -> Tensor:
         """Return what each position adds to its token's embedding: [positions, hidden] float32."""
