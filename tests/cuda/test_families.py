@@ -22,7 +22,6 @@ _WIDE = {"head_dim": 64}
 _FEW = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "gemma2": _WIDE,
-    "gemma3": _WIDE,
     "ministral": _WIDE,
     "olmo3": _FEW,
     "exaone4": _FEW,
@@ -30,13 +29,11 @@ _CHANGES: Mapping[str, Mapping[str, Any]] = {
     "cohere2": _FEW,
     "bloom": {"n_head": 2},
     "mpt": {"n_heads": 2},
-    "falcon-rw": {"num_attention_heads": 2},
     "cohere-head-norms": _FEW,
     "stablelm-parallel": _FEW,
     "phi-head-norms": _FEW,
     "hunyuan": _WIDE,
     "glm4": _WIDE,
-    "nemotron": _FEW,
     "apertus": _FEW,
     "gpt2": {"n_head": 2},
     "olmo": _FEW,

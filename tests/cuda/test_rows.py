@@ -104,10 +104,10 @@ FAULTS = [
         "bounds",
     ),
     Fault(
-        "the error function has another scale",
+        "the error function has the other sign",
         "activate.cu",
-        "erff(x * 0.70710678118654752f)",
-        "erff(x)",
+        "1.0f + erff(",
+        "1.0f - erff(",
         "result",
     ),
     Fault("relu is not squared", "activate.cu", "x > 0 ? x * x : 0.0f", "x > 0 ? x : 0.0f", "result"),
