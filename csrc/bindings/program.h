@@ -91,7 +91,7 @@ struct Heads {
   std::optional<double> scale;           // of the softmax; none: queries stay as they are
   std::optional<Floats> cosines, sines;  // [positions, padded pairs of a head]
   std::optional<HeadNorms> norms;
-  double clip;  // q, k and v are cut to [-clip, clip] first; 0: they are not
+  double clip;                         // q, k and v are cut to [-clip, clip] first; 0: they are not
   std::optional<Floats> query_scales;  // [positions] what queries are multiplied by as well
 };
 
