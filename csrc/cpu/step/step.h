@@ -251,7 +251,7 @@ struct HeadParams {
   bool is_norm_last;    // heads are normalised once they are rotated
   float clip;           // q, k and v are cut to [-clip, clip] before all that; 0: they are not
   float eps;
-  float q_scale;  // softmax scale times log2(e), or 1
+  float q_scale;              // softmax scale times log2(e), or 1
   const float* query_scales;  // [positions] what queries are multiplied by as well, or null
   void* q;                    // [num_tokens, num_heads, kv.query_bytes()]
   KvLayerView kv;
