@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 
@@ -102,14 +103,15 @@ async def test_a_seed_and_a_choice_decide_alone(make_engine: MakeEngine) -> None
     assert tight.stats.preemptions > 0
 
 
-async def test_all_choices_come_with_one_call_a_step(make_engine: MakeEngine) -> None:
+async def test_all_choices_of_a_step_come_with_one_call(make_engine: MakeEngine) -> None:
     engine = make_engine()
     sink = Recorder()
     channel = submit(engine, make_request(20, max_tokens=6, sampling=SEEDED, n=4))
     channel.attach(sink)
     await until(lambda: channel.is_ended)
     await until(lambda: sum(map(len, sink.calls)) == 24)
-    assert [len(call) for call in sink.calls] == [1, 4, 4, 4, 4, 4, 3]
+    # A call ends where a step does; a loop that comes late takes two steps at once.
+    assert set(accumulate(map(len, sink.calls))) <= {1, 5, 9, 13, 17, 21, 24}
     assert sink.errors == []
 
 
