@@ -160,7 +160,7 @@ class Scheduler:
         Args:
             now: of the clock that arrivals are of; how long prompts have waited sizes their chunks.
         """
-        step = self._new_step()
+        step = Step(self._next_step)
         prefilling = self._plan_decodes(step)
         step.num_decode_rows = step.num_generated_rows = len(step.sequences)
         following = prefilling[0] if prefilling else self._waiting.first(self._num_running_of)
@@ -197,9 +197,6 @@ class Scheduler:
         if any(row.samples for row in step.plan.rows):  # whose tokens wait for the end of the step
             room_s = self._budget.room_s(step.num_decode_rows, waited_s)
             step.plan.view_s = min(room_s * (1.0 - used), ALONE_S)
-
-    def _new_step(self) -> Step:
-        return Step(self._next_step)
 
     def _plan_decodes(self, step: Step) -> list[Sequence]:
         """Add a row for every sequence that decodes; return those that do not yet.
@@ -457,7 +454,7 @@ class Scheduler:
         With `max_tokens` each computes at most so many tokens; later steps compute the others, as they do
         where a prompt whose scores begin again is more than a step holds.
         """
-        step = self._new_step()
+        step = Step(self._next_step)
         room = self._max_step_tokens
         for index, sequence in failed.live():
             if index in rows:
@@ -469,12 +466,11 @@ class Scheduler:
                 end = min(end, sequence.num_computed + room)
                 end = self._end_of_kind(sequence, end)
                 end = self.cuts.end(sequence, sequence.num_computed, end)
-                is_whole = end == whole_end
                 count = end - sequence.num_computed
                 if count == 0:
                     continue
                 room -= count
-                self._add_row(step, sequence, count, samples=row.samples and is_whole)
+                self._add_row(step, sequence, count, samples=row.samples and end == whole_end)
         if not step.sequences:
             return None
         self._end_prefills(step)
@@ -482,13 +478,13 @@ class Scheduler:
         return step
 
     def probe(self) -> Step | None:
-        """Plan a step of one token that is nobody's, to see whether steps can succeed at all.
+        """Plan a step of one token that is nobody's, to see whether steps can succeed; None without room.
 
-        `end_probe` gives back what it holds. None if no block or slot is free.
+        `end_probe` gives back what it holds.
         """
         if not self._slots or self.pool.num_free < self.tables.num_groups:
             return None
-        step = self._new_step()
+        step = Step(self._next_step)
         self._next_step += 1
         slot, blocks = self._slots.pop(), [[self.pool.allocate()] for _ in range(self.tables.num_groups)]
         step.plan.starts.append(SlotStart(slot, SamplingParams(temperature=0.0), 0, (0,)))

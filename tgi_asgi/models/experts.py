@@ -95,8 +95,9 @@ def _route_of(spec: ExpertsSpec, weights: ExpertsSource, names: ExpertNames) -> 
         shape = (1, spec.num_experts) if names.is_correction_row else (spec.num_experts,)
         correction = ops.vector(weights.get(name, *shape))
     return ops.RouteSpec(
-        spec.num_experts, spec.top_k, spec.kind, correction, spec.num_groups, spec.top_groups,
-        spec.adds_two_best, spec.is_renormalised, spec.eps, spec.scale, spec.jitter,
+        spec.num_experts, spec.top_k, spec.kind, correction, num_groups=spec.num_groups,
+        top_groups=spec.top_groups, adds_two_best=spec.adds_two_best, is_renormalised=spec.is_renormalised,
+        eps=spec.eps, scale=spec.scale, jitter=spec.jitter,
     )  # fmt: skip
 
 
