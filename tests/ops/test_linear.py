@@ -9,7 +9,7 @@ from tests.ops.helpers import EXACT, FAST, random_source, rounded
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.reference.layers import linear
 from tests.support import at_once
-from tests.support.blocks import meaning, random_weight
+from tests.support.blocks import QUANTISED, meaning, random_weight, same_codes
 from tgi_asgi import _C, ops
 
 # Tokens, columns, rows, whether there is a bias.
@@ -57,6 +57,18 @@ def test_a_product_of_codes_is_that_of_activations_rounded_to_eight_bits(
     expected = linear(rounded(a, "int8"), meaning(source))
     assert_close(at_once.linear(a, weight), expected, length=columns)
     assert_close(at_once.linear(a, biased), expected + bias.double(), length=columns)
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+@pytest.mark.parametrize("byte", [0x00, 0x77, 0xFF])
+def test_sums_of_the_largest_codes_and_values_do_not_overflow(
+    kernel_set: str, format: str, byte: int
+) -> None:
+    """Of a code's bits all are set, or none, and all values are the largest: 127, or -127."""
+    source = same_codes(format, 32, 256, byte)
+    a = torch.tensor([1.0, -1.0]).repeat(4, 1).reshape(8, 1).expand(8, 256).contiguous()
+    expected = linear(rounded(a, "int8"), meaning(source))
+    assert_close(at_once.linear(a, ops.linear_weight(source, FAST)), expected, length=256)
 
 
 @pytest.mark.parametrize("format", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_K"])

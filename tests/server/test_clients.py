@@ -148,7 +148,7 @@ def test_a_body_that_is_no_json_is_a_400(demo: ServerProcess) -> None:
 
 
 async def test_64_streams_at_once_none_waits_for_another_s_end(demo: ServerProcess) -> None:
-    """32 long streams begin first, then 32 short ones: a short one that waited for a long one's end would end after it."""
+    """32 long streams begin, then 32 short ones: one that waited for a long one would end after it."""
     order: list[int] = []
 
     async def run(client: AsyncOpenAI, index: int) -> int:

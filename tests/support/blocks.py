@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tgi_asgi.ops import FORMATS as TABLE
@@ -40,12 +41,25 @@ def random_weight(format: str, rows: int, columns: int, seed: int) -> WeightSour
         return from_floats(values.to(_FLOATS[format]))
     info = TABLE[format]
     blocks = rng.integers(0, 256, (rows * columns // info.block_columns, info.block_bytes), np.uint8)
+    return _with_scales(blocks, rng, format, (rows, columns))
+
+
+def same_codes(format: str, rows: int, columns: int, byte: int) -> WeightSource:
+    """Make a quantised [rows, columns] weight of one byte, with sound scales."""
+    info = TABLE[format]
+    blocks = np.full((rows * columns // info.block_columns, info.block_bytes), byte, np.uint8)
+    return _with_scales(blocks, np.random.default_rng(0), format, (rows, columns))
+
+
+def _with_scales(
+    blocks: NDArray[np.uint8], rng: np.random.Generator, format: str, shape: tuple[int, int]
+) -> WeightSource:
     for offset in _HALVES.get(format, ()):
         scales = rng.uniform(1e-4, 4e-3, len(blocks)) * rng.choice([-1, 1], len(blocks))
         blocks[:, offset : offset + 2] = scales.astype(np.float16).view(np.uint8).reshape(-1, 2)
     if format == _EXPONENT:
         blocks[:, 0] = rng.integers(118, 122, len(blocks))
-    return WeightSource(blocks.reshape(-1), format, (rows, columns))
+    return WeightSource(blocks.reshape(-1), format, shape)
 
 
 def meaning(source: WeightSource) -> Tensor:

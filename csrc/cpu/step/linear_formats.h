@@ -3,6 +3,8 @@
 // formats.def. Templates over the simd type S, included by the step_<isa>.cpp files only.
 #pragma once
 
+#include <algorithm>
+
 #include "packed.h"
 
 namespace tgi::cpu::step {
@@ -41,13 +43,26 @@ struct BF16 {
 
 // quad(p, j): the codes of columns 4j..4j+3 of sixteen rows, one row a dword. The index j is known
 // at compile time once loops are unrolled.
-template <class S>
+template <class S, int MaxCode>
 struct SmallCodes {  // below 64
+  static constexpr int kMaxCode = MaxCode;
   static constexpr bool kIsSigned = false;
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
     return S::dot_small(acc, codes, values);
   }
+  static inline typename S::I short_sums(typename S::I codes, typename S::I values) {
+    return S::short_sums(codes, values);
+  }
 };
+
+// How many quads' products of codes with values of -127..127 may be added up in 16 bits: a sum has
+// two of each quad. Zero: the set multiplies and adds in 32 bits at once.
+template <class S, class Codes>
+constexpr int quads_in_short() {
+  if constexpr (!S::kHasShortSums || Codes::kMaxCode == 0) return 0;
+  constexpr int kQuads = 32767 / (2 * 127 * (Codes::kMaxCode > 0 ? Codes::kMaxCode : 1));
+  return kQuads >= 8 ? 8 : kQuads >= 4 ? 4 : kQuads >= 2 ? 2 : 0;
+}
 
 // The bits of `mask`, of which quad j has the lowest from bit `from` on, moved to bit `to` of each
 // byte.
@@ -60,7 +75,7 @@ inline typename S::I moved_bits(typename S::I plane, int from, int to, int32_t m
 }
 
 template <class S>
-struct NibbleCodes : SmallCodes<S> {
+struct NibbleCodes : SmallCodes<S, 15> {
   static constexpr int kCodeBytes = 256;
   static inline typename S::I quad(const uint8_t* p, int j) {
     return moved_bits<S>(S::iload(p + 64 * (j % 4)), j / 4 * 4, 0, 0x0F0F0F0F);
@@ -68,7 +83,7 @@ struct NibbleCodes : SmallCodes<S> {
 };
 
 template <class S>
-struct FiveBitCodes : SmallCodes<S> {
+struct FiveBitCodes : SmallCodes<S, 31> {
   static constexpr int kCodeBytes = 320;
   static inline typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 256), j, 4, 0x10101010);
@@ -77,7 +92,7 @@ struct FiveBitCodes : SmallCodes<S> {
 };
 
 template <class S>
-struct SixBitCodes : SmallCodes<S> {
+struct SixBitCodes : SmallCodes<S, 63> {
   static constexpr int kCodeBytes = 384;
   static inline typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 256 + 64 * (j / 4)), j % 4 * 2, 4, 0x30303030);
@@ -86,7 +101,7 @@ struct SixBitCodes : SmallCodes<S> {
 };
 
 template <class S>
-struct TwoBitCodes : SmallCodes<S> {
+struct TwoBitCodes : SmallCodes<S, 3> {
   static constexpr int kCodeBytes = 128;
   static inline typename S::I quad(const uint8_t* p, int j) {
     return moved_bits<S>(S::iload(p + 64 * (j / 4)), j % 4 * 2, 0, 0x03030303);
@@ -94,7 +109,7 @@ struct TwoBitCodes : SmallCodes<S> {
 };
 
 template <class S>
-struct ThreeBitCodes : SmallCodes<S> {
+struct ThreeBitCodes : SmallCodes<S, 7> {
   static constexpr int kCodeBytes = 192;
   static inline typename S::I quad(const uint8_t* p, int j) {
     const auto high = moved_bits<S>(S::iload(p + 128), j, 2, 0x04040404);
@@ -104,6 +119,7 @@ struct ThreeBitCodes : SmallCodes<S> {
 
 template <class S>
 struct ByteCodes {
+  static constexpr int kMaxCode = 0;  // too large for sums in 16 bits
   static constexpr bool kIsSigned = false;
   static constexpr int kCodeBytes = 512;
   static inline typename S::I quad(const uint8_t* p, int j) { return S::iload(p + 64 * j); }
@@ -127,11 +143,18 @@ constexpr ByteTable table_of(const int8_t (&values)[16], bool is_signed) {
   return out;
 }
 
+constexpr int largest_of(const int8_t (&values)[16]) {
+  int largest = 0;
+  for (const int value : values) largest = std::max(largest, value < 0 ? -value : value);
+  return largest;
+}
+
 template <class S, const int8_t (&Values)[16]>
 struct CodebookCodes {
   static constexpr bool kIsSigned = S::kHasSignedDot;
   static constexpr int kZeroShift = kIsSigned ? -1 : 0;
   static constexpr int kCodeBytes = 256;
+  static constexpr int kMaxCode = kIsSigned ? largest_of(Values) : 0;
   static constexpr ByteTable kTable = table_of(Values, kIsSigned);
   static inline typename S::I quad(const uint8_t* p, int j) {
     return S::lookup16(NibbleCodes<S>::quad(p, j), S::load_table(kTable.values));
@@ -139,6 +162,9 @@ struct CodebookCodes {
   static inline typename S::I dot(typename S::I acc, typename S::I codes, typename S::I values) {
     if constexpr (kIsSigned) return S::dot_signed(acc, codes, values);
     return S::dot(acc, codes, values);
+  }
+  static inline typename S::I short_sums(typename S::I codes, typename S::I values) {
+    return S::short_sums_signed(codes, values);
   }
 };
 

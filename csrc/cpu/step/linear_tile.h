@@ -5,6 +5,8 @@
 // token's result does not depend on its batch. Included by the step_<isa>.cpp files only.
 #pragma once
 
+#include <algorithm>
+
 #include "linear_formats.h"
 #include "stream.h"
 
@@ -76,22 +78,28 @@ inline typename S::I sum_start(const TokenGroup<S>& x, int t) {
 template <class S, class Fmt, int Panels, int Tokens, int First, int Last>
 inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<S>& x,
                        typename S::I (&sums)[Panels][Tokens]) {
+  constexpr int kLimit = quads_in_short<S, Fmt>();
+  constexpr int kQuads = kLimit == 0 ? 1 : std::min(kLimit, Last - First);  // of one sum in 16 bits
   typename S::I zeros[Panels];
   TGI_UNROLL(2)
   for (int p = 0; p < Panels; ++p) zeros[p] = Fmt::zeros(w[p]);
-  TGI_UNROLL(16)
-  for (int t = 0; t < Tokens; ++t) {
-    auto start = S::izero();
-    if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
-      constexpr int kShift = Fmt::kHasZeros ? 7 : Fmt::kZeroShift;
-      start = sum_start<S, First, Last>(x, t);
-      if constexpr (kShift > 0) start = S::isar(start, kShift);
+  const auto begin = [&] {
+    TGI_UNROLL(16)
+    for (int t = 0; t < Tokens; ++t) {
+      auto start = S::izero();
+      if constexpr (Fmt::kZeroShift >= 0 || Fmt::kHasZeros) {
+        constexpr int kShift = Fmt::kHasZeros ? 7 : Fmt::kZeroShift;
+        start = sum_start<S, First, Last>(x, t);
+        if constexpr (kShift > 0) start = S::isar(start, kShift);
+      }
+      TGI_UNROLL(2)
+      for (int p = 0; p < Panels; ++p) {
+        sums[p][t] = Fmt::kHasZeros ? S::imul_short(start, zeros[p]) : start;
+      }
     }
-    TGI_UNROLL(2)
-    for (int p = 0; p < Panels; ++p) {
-      sums[p][t] = Fmt::kHasZeros ? S::imul_short(start, zeros[p]) : start;
-    }
-  }
+  };
+  if constexpr (kLimit == 0) begin();
+  typename S::I shorts[Panels][Tokens];
   TGI_UNROLL(8)
   for (int j = First; j < Last; ++j) {
     typename S::I codes[Panels];
@@ -101,7 +109,24 @@ inline void block_sums(const typename Fmt::Block (&w)[Panels], const TokenGroup<
     for (int t = 0; t < Tokens; ++t) {
       const auto values = S::ibroadcast(x.values(t) + 4 * j);
       TGI_UNROLL(2)
-      for (int p = 0; p < Panels; ++p) sums[p][t] = Fmt::dot(sums[p][t], codes[p], values);
+      for (int p = 0; p < Panels; ++p) {
+        if constexpr (kLimit == 0) {
+          sums[p][t] = Fmt::dot(sums[p][t], codes[p], values);
+        } else {
+          const auto both = Fmt::short_sums(codes[p], values);
+          shorts[p][t] = j % kQuads == 0 ? both : S::add_short(shorts[p][t], both);
+        }
+      }
+    }
+    if constexpr (kLimit > 0) {
+      // The accumulators in 16 bits fill the registers: those in 32 begin when these end.
+      if (j == First + kQuads - 1) begin();
+      if (j % kQuads != kQuads - 1) continue;
+      TGI_UNROLL(16)
+      for (int t = 0; t < Tokens; ++t) {
+        TGI_UNROLL(2)
+        for (int p = 0; p < Panels; ++p) sums[p][t] = S::add_shorts(sums[p][t], shorts[p][t]);
+      }
     }
   }
 }

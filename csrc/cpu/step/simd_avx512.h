@@ -26,6 +26,10 @@ struct Avx512 : SetSizes {
 #endif
   // Whether dot_signed, of signed bytes above -128, exists and is faster than `dot`.
   static constexpr bool kHasSignedDot = false;
+  // Whether products of small codes can be added up in 16 bits (short_sums: of two neighbours each;
+  // add_short, add_shorts: to such sums, and such sums to 32 bits), and that is faster than
+  // dot_small.
+  static constexpr bool kHasShortSums = false;
   using F = __m512;   // 16 float
   using I = __m512i;  // 16 int32, or 64 bytes
 

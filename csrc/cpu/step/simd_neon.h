@@ -25,6 +25,7 @@ struct Neon : SetSizes {
   static constexpr const char* kArithmetic = "fma";
 #endif
   static constexpr bool kHasSignedDot = true;
+  static constexpr bool kHasShortSums = false;
   struct F {
     float32x4_t v[4];
   };

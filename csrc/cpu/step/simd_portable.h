@@ -23,6 +23,7 @@ struct Portable : SetSizes {
   static constexpr int kNumRegisters = 4;  // of sixteen lanes
   static constexpr const char* kArithmetic = "fma";
   static constexpr bool kHasSignedDot = true;
+  static constexpr bool kHasShortSums = false;
   template <class Lane>
   static inline Lane lane(const void* lanes, int i) {
     Lane x;
