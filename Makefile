@@ -36,7 +36,7 @@ test-lowest: $(VENV)/.package-tools
 	$(BIN)/python -m tests.lowest $(PYTEST_ARGS)
 
 # The CPU's image on a root that debootstrap makes, without a container engine (`apt-get install buildah debootstrap
-# runc`; as root): built, run as user 1000 on a read-only root, asked. What it took lies in build/image/result.json.
+# runc`; as root): built, run as user 1000 on a read-only root, asked. What it took lies in build/install.json.
 test-image: $(VENV)/.test-tools
 	$(BIN)/python -m pytest -m image $(PYTEST_ARGS)
 

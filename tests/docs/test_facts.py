@@ -101,6 +101,14 @@ def test_the_tour_goes_through_twelve_files_and_names_what_is_in_them() -> None:
             assert name.removesuffix("s") in source, f"{name} is not in {path}"
 
 
+def test_the_tour_says_how_long_its_files_are() -> None:
+    page = _text("docs/tour.md")
+    said = re.search(r"some ([\d,]+) lines", page)
+    assert said is not None
+    length = sum(len(lines_of(path)) for path in re.findall(r"^### \d+\. `([^`]+)`", page, re.MULTILINE))
+    assert abs(int(said[1].replace(",", "")) - length) < 0.1 * length, f"{length} lines"
+
+
 def test_metrics_of_the_operators_page_are_those_of_the_dashboard_or_wire() -> None:
     metrics = Path(ROOT / "tgi_asgi/observe/metrics.py").read_text(encoding="utf-8")
     for name in re.findall(r"\btgi_[a-z_]+", _text("docs/operating.md")):
