@@ -22,6 +22,7 @@ FOLDER = ROOT / "build" / "lowest"
 TREE, PYTHON = FOLDER / "tree", FOLDER / "env" / "bin" / "python"
 # They import what the tests of models need beside these versions, or want newer ones.
 NOT_INSTALLED = {"transformers", "compressed-tensors", "peft"}
+LEFT_OUT = ["formats/test_peft.py"]
 TESTS = [
     "api",
     "engine",
@@ -93,7 +94,7 @@ def _run(*command: object) -> str:
 def main() -> int:
     """Make the environment, run the tests in it, and return their exit status."""
     make_environment()
-    tests = [f"tests/{name}" for name in TESTS]
+    tests = [f"tests/{name}" for name in TESTS] + [f"--ignore=tests/{name}" for name in LEFT_OUT]
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]
     return subprocess.run(command, cwd=TREE, env=environ, check=False).returncode

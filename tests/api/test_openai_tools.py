@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from typing import Any
 
 import openai
@@ -204,9 +205,11 @@ async def test_a_stream_tells_id_and_name_once_and_never_the_markup() -> None:
 @pytest.mark.parametrize("n", [1, 2])
 async def test_the_sdk_s_accumulator_gets_what_the_whole_answer_has(n: int) -> None:
     async with sdk(say(*CALLS)) as client:
-        options: dict[str, Any] = {"model": "m", "messages": HI, "tools": TOOLS, "n": n}
+        options: dict[str, Any] = {"model": "m", "messages": HI, "tools": deepcopy(TOOLS), "n": n}
         whole = await client.chat.completions.create(**options)
         names = []
+        for tool in options["tools"]:
+            tool["function"]["strict"] = True  # or the SDK's versions before 3 refuse to stream
         async with client.chat.completions.stream(**options) as stream:
             async for event in stream:
                 if event.type == "tool_calls.function.arguments.done":

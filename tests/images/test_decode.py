@@ -70,7 +70,7 @@ def test_a_turned_picture_is_upright(format: str, orientation: int) -> None:
 def test_the_orientation_may_stand_in_xmp() -> None:
     for xmp in (b'<x tiff:Orientation="6"/>', b"<tiff:Orientation>6</tiff:Orientation>"):
         data = encoded(picture(21, 10), "JPEG", xmp=xmp)
-        assert decode(data).pixels.size == reference(data).size == (10, 21)
+        assert decode(data).pixels.size == (10, 21)  # as Pillow has it from 11.2 on
 
 
 def test_of_an_animation_the_first_frame_is_read() -> None:
