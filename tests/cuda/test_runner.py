@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama
 
 from tests.cuda import emulated_ops
@@ -333,6 +334,40 @@ async def test_the_cache_s_type_is_a_setting(
         assert all(sampled.is_finite for sampled in job.sampled)
     finally:
         loaded.runner.close()
+
+
+async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
+    tmp_path: Path,
+    device: EmulatedDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    rounded_to: Callable[[torch.dtype], None],
+) -> None:
+    """A checkpoint whose keys are 4096 and values 1024 times those of the reference, its queries less."""
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    reference = make_model(**shape)
+    files = save_quantised(reference, tmp_path, "fp8", kind="row")
+    save_tokenizer(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    factors = {"q_proj": 1 / 4096, "k_proj": 4096.0, "v_proj": 1024.0, "o_proj": 1 / 1024}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.self_attn."
+        for module, factor in factors.items():
+            tensors[f"{stem}{module}.weight_scale"] *= factor
+        tensors |= {f"{stem}k_scale": torch.tensor(4096.0), f"{stem}v_scale": torch.tensor(1024.0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
+    settings = Settings(
+        thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
+        kv_cache_dtype="fp8_e4m3fn", dtype="float16",
+    )  # fmt: skip
+    loaded = load(settings, files, lambda stage, done, total: None)
+    try:
+        job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
+        await generate(loaded.runner, [job], chunk=7)
+    finally:
+        loaded.runner.close()
+    rounded_to(torch.float8_e4m3fn)
+    assert_follows(job, reference, tolerance=EIGHT_BITS)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8_e5m2"])

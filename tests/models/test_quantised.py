@@ -205,6 +205,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128, 48]}, "multiple of 32"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt of quant_algo 'NVFP4'"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
     ],
 )
@@ -222,6 +223,15 @@ def test_blocks_of_compressed_float8_come_from_its_groups() -> None:
     }
     found = Quantisation.from_json({"quantization_config": options})
     assert found is not None and found.block == (128, 128)
+
+
+def test_modelopt_s_float8_is_read_as_any_other(tmp_path: Path) -> None:
+    files = save_quantised(make_model(**SHAPE), tmp_path, "fp8", kind="tensor")
+    expected = our_logits(files, IDS)
+    path = tmp_path / "config.json"
+    said = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    assert torch.equal(our_logits(files, IDS), expected)
 
 
 def test_act_order_beyond_float16_makes_float32(tmp_path: Path) -> None:

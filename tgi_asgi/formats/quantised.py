@@ -56,10 +56,15 @@ class Quantisation:
             return cls("mxfp4")
         if method in _FP8_METHODS:
             return cls("fp8", 8, block=_read_block(options.get("weight_block_size")))
+        if method == "modelopt":
+            algorithm = options.get("quant_algo")
+            _check(algorithm == "FP8", f"ModelOpt of quant_algo {algorithm!r} is not supported, only FP8")
+            return cls("fp8", 8)
         _check(
             method == "compressed-tensors",
             f"checkpoints quantised by {method or 'an unnamed method'} are not supported; supported are awq, "
-            "gptq, fp8, mxfp4 and compressed-tensors: take one of these, the original, or a GGUF file",
+            "gptq, fp8, modelopt, mxfp4 and compressed-tensors: take one of these, the original, or a GGUF "
+            "file",
         )
         layout = options.get("format")
         _check(

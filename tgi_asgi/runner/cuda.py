@@ -78,7 +78,8 @@ class CudaRunner:
 
     The model's weights are plain tensors; it is not kept once it is recorded. `choose` gives the size of the
     cache for the bytes that are free once all else is there and a step of the largest size has run. The cache
-    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn. With `is_batch_invariant` a token's logits are the
+    is of `kv_dtype`: `dtype` (None), or float8_e4m3fn, which keeps keys and values divided by
+    each layer's `kv_scales` (None: by 1). With `is_batch_invariant` a token's logits are the
     same bits whatever else is in the step, and however a prompt is cut. A sequence can ask for `max_top`
     log-probabilities beside that of its token.
 
@@ -98,6 +99,7 @@ class CudaRunner:
         max_context: int,
         dtype: torch.dtype = torch.bfloat16,
         kv_dtype: torch.dtype | None = None,
+        kv_scales: Sequence[tuple[float, float]] | None = None,
         is_batch_invariant: bool = False,
         max_top: int = MAX_TOP,
     ) -> None:
@@ -116,7 +118,11 @@ class CudaRunner:
         self._prompt_lens = [0] * max_batch_size  # by slot
         self._max_blocks = -(-max_context // block_size)
         pool_shape = (config.num_kv_heads, config.head_dim, block_size, kv_dtype or dtype, device.device)
-        self._kv = [CudaKvLayer(pool) for pool in make_cuda_pools(config.num_layers, 1, *pool_shape)]
+        scales = kv_scales or [(1.0, 1.0)] * config.num_layers
+        self._kv = [
+            CudaKvLayer(pool, *of_layer)
+            for pool, of_layer in zip(make_cuda_pools(config.num_layers, 1, *pool_shape), scales, strict=True)
+        ]
         self._program = self._record(model, dtype)
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
         self._scorer = PromptScorer(self._host_logits, max_rows=max_batch_size)

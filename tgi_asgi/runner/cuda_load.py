@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -85,9 +85,16 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
 
 
 def make_runner(
-    model: Model, settings: Settings, device: Device, dtype: torch.dtype, max_total_tokens: int
+    model: Model,
+    settings: Settings,
+    device: Device,
+    dtype: torch.dtype,
+    max_total_tokens: int,
+    kv_scales: Sequence[tuple[float, float]] | None = None,
 ) -> tuple[CudaRunner, KvSize]:
     """Record a model whose weights are on the device, and give what memory is left to the cache.
+
+    `kv_scales` are each layer's of keys and of values, for a cache of FP8.
 
     Raises:
         ModelLoadError: it does not fit, or --kv-cache-dtype asks for what the GPU does not have; the message
@@ -116,6 +123,7 @@ def make_runner(
             max_context=max_total_tokens,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            kv_scales=kv_scales,
             is_batch_invariant=settings.batch_invariant,
             max_top=max(MAX_TOP, settings.max_top_n_tokens or 0),
         )

@@ -136,6 +136,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             _announce(model)
         tokenizer, chat_template = text.result()
         pooling = opened.read_pooling()
+        has_kv_scales = device is not None and settings.kv_cache_dtype == "fp8_e4m3fn"
+        kv_scales = opened.kv_scales() if has_kv_scales else None
     has_float_prompts = False
     adapters = None
     if settings.serves_adapters:
@@ -151,7 +153,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         assert not isinstance(model, GenericModel | EncoderModel)
         if settings.speculation is not None:
             logger.warning("nothing is speculated on a GPU as yet: --speculate is ignored")
-        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest)
+        runner, kv_size = cuda_load.make_runner(model, settings, device, dtype, longest, kv_scales)
     max_total_tokens = kv_size.longest(longest, settings)
     kernels = ops.kernel_set() if device is None else None
     info = ModelInfo(
@@ -175,7 +177,7 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
             arithmetic,
             kv_size,
             kernels,
-            _positions(settings, config, longest),
+            _positions(settings, config, longest) + (f" kv {kv_scales}" if kv_scales else ""),
             has_float_prompts=has_float_prompts,
         ),
         implementation="transformers" if opened.is_generic else "native",
@@ -401,14 +403,14 @@ class _TrackedWeights:
         arithmetic: ops.Arithmetic,
         kv_size: KvSize,
         kernels: ops.KernelSet | None,
-        positions: str,
+        others: str,
         *,
         has_float_prompts: bool,
     ) -> str:
-        """Name what decides the output's bits: weights, arithmetic, positions, code version."""
+        """Name what decides the output's bits: weights, arithmetic, code version, and `others`."""
         rounding = "" if kernels is None else kernels.arithmetic
         options = (
-            f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}{positions}"
+            f"{arithmetic} {rounding} {kv_size.dtype} {kv_size.block_size} {tgi_asgi.__version__}{others}"
         )
         self._hash.update(f"{options}{' prompts bfloat16' if has_float_prompts else ''}".encode())
         return f"fp_{self._hash.hexdigest()}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.checkpoint import CheckpointLayout, is_of_layer
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading import Weights
+from tgi_asgi.models.loading.kv_scales import read_kv_scales
+from tgi_asgi.models.loading.safetensors import SafetensorsWeights
 from tgi_asgi.ops import WeightSource
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -22,7 +24,7 @@ class CheckpointWeights:
             Hub: names lack their prefix, `layers.0...` for `model.layers.0...`.
     """
 
-    def __init__(self, weights: Weights, layout: CheckpointLayout, config: ModelConfig) -> None:
+    def __init__(self, weights: SafetensorsWeights, layout: CheckpointLayout, config: ModelConfig) -> None:
         self._weights, self._layout, self._config = weights, layout, config
         self.num_bytes = weights.num_bytes
         embedding = layout.tensor(_EMBEDDING)
@@ -45,6 +47,16 @@ class CheckpointWeights:
             source = self._weights.get(stored, shape)
         order = self._layout.row_order(self._config, name.rpartition(".")[0])
         return source if order is None else source.in_rows(order)
+
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """Return each layer's scales of keys and of values, as `read_kv_scales` says."""
+
+        def read(name: str) -> tuple[str, npt.NDArray[np.float32]] | None:
+            stored = self.stored_name(name)
+            values = self._weights.floats(stored)
+            return None if values is None else (stored, values)
+
+        return read_kv_scales(read, self._config.num_layers)
 
     def unread(self) -> list[str]:
         """Return what nobody has asked for, as `Weights.unread` says."""

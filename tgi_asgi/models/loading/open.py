@@ -83,6 +83,7 @@ class OpenModel:
 
     def _open_native(self, config: Mapping[str, Any]) -> _Native:
         family, read = read_config(config)
+        assert isinstance(self.weights, SafetensorsWeights)
         self.weights = weights = CheckpointWeights(self.weights, family.model.checkpoint, read)
         is_bare = weights.is_bare or read.architecture.endswith("Model")
         if is_bare and not read.has_tied_embeddings and "lm_head.weight" not in self.weights:
@@ -124,6 +125,14 @@ class OpenModel:
             return self._model.held(self.weights)
         unused = self._unused(self._model)
         return [each for name, each in self.weights.stored().items() if not matches(name, unused)]
+
+    def kv_scales(self) -> list[tuple[float, float]] | None:
+        """Return the scales of keys and of values that each layer of a checkpoint says; None of a GGUF file.
+
+        Raises:
+            ModelLoadError: they contradict each other, or are not one a layer.
+        """
+        return self.weights.kv_scales() if isinstance(self.weights, CheckpointWeights) else None
 
     def table_bytes(self, max_positions: int) -> int:
         """Return about what the code of `transformers` keeps of rotary tables; a family's: `rotary_dims`."""

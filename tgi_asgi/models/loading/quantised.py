@@ -43,9 +43,11 @@ def find_quantised(checkpoint: Checkpoint, name: str) -> bool:
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _WEIGHT_PARTS = ("", "_packed", "_scale", "_scale_inv", "_zero_point", "_g_idx", "_shape")
-# Scales of inputs, which are quantised otherwise or not at all, and of queries, keys and values: not at all.
+# Scales of inputs, which are quantised otherwise or not at all, and of queries, keys and values, for which
+# only a cache of FP8 has a use (`kv_scales.py`).
 UNUSED = (
     "*.input_scale", "*.input_zero_point", "*_proj.output_scale", "*.k_proj.k_scale", "*.v_proj.v_scale",
+    "*.qkv_proj.[kv]_scale",
     "*.self_attn.[kqv]_scale", "*.self_attn.kv_scale", "*.self_attn.prob_scale",
 )  # fmt: skip
 
@@ -130,13 +132,13 @@ def _read_integers(
 
     if quantisation.method == "gptq":
         return unpack_gptq(
-            words("qweight"), words("qzeros"), _read_floats(checkpoint, f"{stem}scales"),
+            words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"),
             words_or_none("g_idx"), quantisation.bits, quantisation.zero_shift,
         )  # fmt: skip
     if quantisation.method == "awq":
-        return unpack_awq(words("qweight"), words("qzeros"), _read_floats(checkpoint, f"{stem}scales"))
+        return unpack_awq(words("qweight"), words("qzeros"), read_floats(checkpoint, f"{stem}scales"))
     return unpack_compressed(
-        words("weight_packed"), _read_floats(checkpoint, f"{stem}weight_scale"),
+        words("weight_packed"), read_floats(checkpoint, f"{stem}weight_scale"),
         words_or_none("weight_zero_point"), words_or_none("weight_g_idx"), columns,
     )  # fmt: skip
 
@@ -177,11 +179,11 @@ def _read_float8(
         run = next((run for run in (128, 64, 32) if shape[1] % run == quantisation.block[1] % run == 0), None)
     if run is None:
         raise ModelLoadError(f"FP8 needs columns in multiples of 32, not {shape[1]}")
-    scales = float8_scales(_read_floats(checkpoint, scale), quantisation.block, shape, run)
+    scales = float8_scales(read_floats(checkpoint, scale), quantisation.block, shape, run)
     return ops.float8_source(codes, scales)
 
 
-def _read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
+def read_floats(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.float32]:
     """Return a tensor of any float dtype as float32."""
     if checkpoint.tensor(name).dtype == "BF16":
         info = checkpoint.tensor(name)

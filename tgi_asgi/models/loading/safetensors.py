@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.quantised import Quantisation
 from tgi_asgi.formats.safetensors import Checkpoint
@@ -15,6 +18,7 @@ from tgi_asgi.models.loading.quantised import (
     find_quantised,
     names_of,
     quantised_shape,
+    read_floats,
     read_quantised,
     stored_format,
 )
@@ -65,6 +69,10 @@ class SafetensorsWeights:
         rows = info.shape[0] if info.shape else 1
         stored = info.shape if len(info.shape) in (1, 2) else (rows, math.prod(info.shape[1:]))
         return WeightSource(self._checkpoint.raw(name), info.dtype, stored)
+
+    def floats(self, name: str) -> npt.NDArray[np.float32] | None:
+        """Return a small tensor of floats, whatever its shape, in float32; None: there is no such."""
+        return read_floats(self._checkpoint, name) if name in self._checkpoint else None
 
     def names(self) -> list[str]:
         """Return the names of all weights: of a quantised one its own, not those of its parts."""
