@@ -49,7 +49,8 @@ class Engine:
         SystemExit: the KV cache is too small for what is asked.
     """
 
-    def __init__(self, model: LoadedModel, seed: int = 0) -> None:
+    def __init__(self, model: LoadedModel, seed: int = 0, sampling: SamplingParams = GREEDY) -> None:
+        self.sampling = sampling
         self._runner, self._vocab = model.runner, model.info.vocab_size
         self._random = random.Random(seed)
         self._step_id = 0
@@ -76,7 +77,7 @@ class Engine:
         """Compute all prompts, `chunk` tokens of one sequence a step; return the seconds it took."""
         start_s = time.perf_counter()
         for sequence in sequences:
-            starts = [SlotStart(sequence.slot, GREEDY, 0, sequence.prompt)]
+            starts = [SlotStart(sequence.slot, self.sampling, 0, sequence.prompt)]
             for first in range(0, len(sequence.prompt), chunk):
                 ids = sequence.prompt[first : first + chunk]
                 is_last = first + len(ids) == len(sequence.prompt)
@@ -100,13 +101,17 @@ class Engine:
         return time.perf_counter() - start_s
 
     def _decode_step(self, sequences: list[Sequence]) -> asyncio.Future[StepResult]:
+        return self.submit(self.decode_rows(sequences), [])
+
+    def decode_rows(self, sequences: list[Sequence]) -> list[StepRow]:
+        """Return rows that draw a token of each, which is computed in the next step."""
         rows = [
             StepRow(s.slot, None, s.num_computed, s.tables, samples=True, adapter=s.adapter)
             for s in sequences
         ]
         for sequence in sequences:
             sequence.num_computed += 1
-        return self.submit(rows, [])
+        return rows
 
     def submit(self, rows: list[StepRow], starts: list[SlotStart]) -> asyncio.Future[StepResult]:
         """Hand a step to the runner."""

@@ -1,11 +1,16 @@
-"""All that a GPU can show, in one command and under nine minutes: builds, checks, measures, compares.
+"""All that a GPU can show, by one command: builds, checks, measures, compares.
 
-    pip download --only-binary=:all: --dest wheels $(python -m bench.gpu --requirements)  # the same Python
-    python -m bench.gpu --wheels wheels [--out FOLDER] [--only STAGE,...] [--dry-run]     # with a GPU
+    python -m bench.gpu --only build,ceilings,checks,step [--out FOLDER]  # first: some four minutes
+    python -m bench.gpu --only operators,engine,peers                     # builds first if nothing is built
+    python -m bench.gpu --only memcheck                                   # a sanitizer's tool a call
+    python -m bench.gpu --wheels wheels --only served                     # what the server imports, as wheels
+    pip download --only-binary=:all: --dest wheels $(python -m bench.gpu --requirements)   # the same Python
 
 Each stage is a process with a deadline: one that fails, hangs or crashes is reported, and the others go on.
-The result is one JSON object, in a file and as the last line of the output; the exit status is 1 unless all
-is well. The machine needs torch with CUDA, nvcc and compute-sanitizer; what else is imported comes as wheels.
+All together are cut off after --limit-s (570). The result is one JSON object in a file, written whenever a
+stage has reported something, so that whoever ends this command loses nothing; a short table is printed after
+each stage. The exit status is 1 unless all is well. The machine needs torch with CUDA, numpy, pytest, ninja,
+pybind11 and nvcc, and no network.
 """
 
 from __future__ import annotations
@@ -21,21 +26,22 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "tgi-gpu-1"
-TOTAL_S = 9 * 60
-INSTALL_S = 20
+SCHEMA = "tgi-gpu-2"
+TOTAL_S = 570  # of a call of ten minutes
+INSTALL_S = 40
 _GRACE_S = 3.0
+_POLL_S = 0.25
+_LOG_CHARS = 2000
 _ROOT = Path(__file__).parents[1]
-_LISTS = ("checks", "ops", "step", "runs", "skipped")
+_LISTS = ("checks", "ops", "step", "runs", "profile", "skipped")
 _OBJECTS = ("device", "ceilings", "build", "sanitizer")
-
-
-_PACKAGES = _ROOT / "build" / "gpu-packages"  # what --wheels brings
+_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+_PACKAGES = _ROOT / "build" / "gpu-packages"  # what --wheels brings, for `served` alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +51,20 @@ class Stage:
     name: str
     deadline_s: float
     is_needed: bool = True  # for `ok`; a comparison with others is not
+    group: int = 1  # of the stages that fit into one call
 
 
-STAGES = (  # by what they are worth, but for what the later ones need, and the served run, which is last
-    Stage("build", 140),
-    Stage("ceilings", 20),
-    Stage("checks", 75),
-    Stage("operators", 70, is_needed=False),
-    Stage("step", 55),
-    Stage("engine", 30),
-    Stage("sanitizer", 45),
-    Stage("peers", 35, is_needed=False),
-    Stage("ptxas", 15, is_needed=False),
-    Stage("served", 35),
+STAGES = (  # by what they are worth, but for what the later ones need
+    Stage("build", 240, group=0),  # as every call's first
+    Stage("ceilings", 30),
+    Stage("checks", 120),
+    Stage("step", 150),
+    Stage("operators", 150, is_needed=False, group=2),
+    Stage("engine", 120, group=2),
+    Stage("peers", 60, is_needed=False, group=2),
+    Stage("served", 90, is_needed=False, group=3),
+    *(Stage(tool, 300, group=4 + index) for index, tool in enumerate(_TOOLS)),
+    Stage("profiler", 60, is_needed=False, group=3),
 )
 
 
@@ -77,16 +84,16 @@ def requirements() -> list[str]:
 
 
 def install(wheels: Path) -> str | None:
-    """Unpack the wheels into a folder that the stages' processes see; return why that failed, or None."""
+    """Unpack the wheels into a folder that the process of `served` sees; return why that failed, or None."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-compile", "--upgrade"]
     command += ["--find-links", str(wheels), "--target", str(_PACKAGES)]
-    return _run_group([*command, *requirements()], INSTALL_S)
+    return _run_group([*command, *requirements()], INSTALL_S)[0] or None
 
 
-def empty_result() -> dict[str, Any]:
+def empty_result(commit: str = "unknown") -> dict[str, Any]:
     """Return a result in which nothing has happened."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    start: dict[str, Any] = {"schema": SCHEMA, "commit": _commit(), "utc": now}
+    start: dict[str, Any] = {"schema": SCHEMA, "commit": commit, "utc": now}
     return (
         start | {name: {} for name in _OBJECTS} | {name: [] for name in _LISTS} | {"wall_s": 0.0, "ok": False}
     )
@@ -98,108 +105,244 @@ def run(
     total_s: float = TOTAL_S,
     module: str = "bench.gpu_stages",
     skipped: Sequence[dict[str, Any]] = (),
+    commit: str = "unknown",
 ) -> dict[str, Any]:
-    """Run stages of a module in turn, and write the result after each; `skipped` failed before them."""
-    result, start = empty_result(), time.monotonic()
+    """Run stages of a module in turn; `skipped` failed before them.
+
+    The result is written whenever a stage reports; one that is running is among those skipped, as if this
+    process had been killed just then.
+    """
+    result, start = empty_result(commit), time.monotonic()
     result["skipped"] += skipped
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    for stage in stages:
-        deadline = min(stage.deadline_s, total_s - (time.monotonic() - start))
-        command = [sys.executable, "-m", module, stage.name]
-        why = "no time was left" if deadline <= 0 else run_stage(command, deadline, result)
-        if why is not None:
-            result["skipped"].append({"what": stage.name, "why": why, "needed": stage.is_needed})
+
+    def write() -> None:
         result["wall_s"] = round(time.monotonic() - start, 1)
         result["ok"] = is_ok(result)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(out, result)
+
+    for stage in stages:
+        deadline = min(stage.deadline_s, total_s - (time.monotonic() - start))
+        running = {"what": stage.name, "why": "it was running when all was ended", "needed": stage.is_needed}
+        result["skipped"].append(running)
+        write()
+        why, log = "no time was left", ""
+        if deadline > 0:
+            why, log = run_stage([sys.executable, "-m", module, stage.name], deadline, result, write)
+        if why:
+            running.update({"why": why} | ({"log": log} if log else {}))
+        else:
+            result["skipped"].remove(running)
+        write()
         print(f"{stage.name}: {why or 'done'} ({result['wall_s']} s)", flush=True)
+        print("".join(table(result, stage.name)), end="", flush=True)
+    write()
     return result
 
 
-def run_stage(command: Sequence[str], deadline_s: float, result: dict[str, Any]) -> str | None:
-    """Run a stage's process and merge what it reported; return why it did not end well, or None.
+def write_whole(path: Path, result: dict[str, Any]) -> None:
+    """Write a result so that whoever reads the file, or kills this process, finds one in one piece."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
 
-    It appends lines of `[name, value]` to a file whose name is its last argument; what it had written when it
-    was killed counts.
+
+def run_stage(
+    command: Sequence[str],
+    deadline_s: float,
+    result: dict[str, Any],
+    changed: Callable[[], None] = lambda: None,
+) -> tuple[str, str]:
+    """Run a stage's process and merge what it reports as it does; return why it ended badly, and its log.
+
+    Both are empty if it did. It appends lines of `[name, value]` to a file whose name is its last argument;
+    what it had written when it was killed counts.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
         report.touch()
-        try:
-            why = _run_group([*command, str(report)], deadline_s)
-        except OSError as error:
-            why = str(error)
-        for line in report.read_text().splitlines():
-            name, value = json.loads(line)
-            result[name].append(value) if name in _LISTS else result[name].update(value)
-    return why
+        with report.open() as file:
+
+            def merge() -> None:
+                for name, value in _whole_lines(file):
+                    result[name].append(value) if name in _LISTS else result[name].update(value)
+                    changed()
+
+            try:
+                return _run_group([*command, str(report)], deadline_s, merge)
+            except OSError as error:
+                return str(error), ""
+            finally:
+                merge()
 
 
-def _run_group(command: Sequence[str], deadline_s: float) -> str | None:
-    """Run a process; at its deadline kill it with all that it started (compilers, servers, sanitizers)."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(_PACKAGES), os.environ.get("PYTHONPATH", "")])
-    }
+def _whole_lines(file: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what lines a process has finished since the last call."""
+    while True:
+        at = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(at)
+            return
+        name, value = json.loads(line)
+        yield name, value
+
+
+def _run_group(
+    command: Sequence[str],
+    deadline_s: float,
+    poll: Callable[[], None] = lambda: None,
+    environment: dict[str, str] | None = None,
+) -> tuple[str, str]:
+    """Run a process; at its deadline kill it with all that it started (compilers, servers, sanitizers).
+
+    Return why it did not end well, and the end of what it printed; both are empty if it did.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
             cwd=_ROOT,
-            env=environment,
+            env=os.environ | _environment(command) | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        end, status = time.monotonic() + deadline_s, None
         try:
-            status = process.wait(deadline_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # it may have a server to stop, which is in a group of its own
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S)
-            return f"not done after {deadline_s:.0f} s"
+            while status is None and time.monotonic() < end:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(min(_POLL_S, max(end - time.monotonic(), 0.01)))
+                poll()
+            if status is None:
+                process.terminate()  # it may have a server to stop, which is in a group of its own
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        words = output.read().strip().splitlines()
-    return None if status == 0 else f"exit status {status}: {' '.join(words[-3:])}"
+        log = output.read().strip()
+    if status == 0:
+        return "", ""
+    if status is None:
+        return f"not done after {deadline_s:.0f} s", log[-_LOG_CHARS:]
+    return f"exit status {status}: {' '.join(log.splitlines()[-3:])}", log[-_LOG_CHARS:]
+
+
+def _environment(command: Sequence[str]) -> dict[str, str]:
+    """Return what a stage's process has beside ours: that of `served` the wheels, before all else."""
+    packages = [str(_PACKAGES)] if "served" in command else []
+    return {"PYTHONPATH": os.pathsep.join([*packages, str(_ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def is_ok(result: dict[str, Any]) -> bool:
     """Tell whether all that is needed ran, every check passed, and no sanitizer found anything."""
     return (
         not any(skipped["needed"] for skipped in result["skipped"])
-        and bool(result["checks"])
         and all(check["ok"] for check in result["checks"])
-        and all(found in ("clean", "refused") for found in result["sanitizer"].values())
+        and all(row.get("same_bits", True) for row in result["step"])
+        and all(result["sanitizer"].get(tool, "clean") in ("clean", "refused") for tool in _TOOLS)
     )
+
+
+_COLUMNS = {  # of the tables: what a stage reports under, and what of it is shown
+    "checks": ("checks", ("op", "dtype", "cases", "worst_rel", "tol", "ok")),
+    "step": (
+        "step",
+        ("batch", "context", "weights", "kv", "prompt", "draw", "graph", "dependent", "us", "floor_us",
+         "of_floor"),
+    ),
+    "operators": ("ops", ("op", "shape", "us", "spread", "of_floor", "peer", "vs_peer")),
+    "engine": (
+        "runs",
+        ("what", "weights", "kv", "draw", "batch", "prompt", "us", "tokens_per_s", "launch_us", "gpu_busy"),
+    ),
+    "peers": ("runs", ("what", "compiled", "batch", "us", "tokens_per_s")),
+    "served": ("runs", ("what", "requests", "failed", "output_tokens_per_s", "start_s")),
+    "profiler": ("profile", ("batch", "weights", "draw", "us", "count", "kernel")),
+}  # fmt: skip
+_WHATS = {"engine": ("ttft", "decode", "mixed"), "peers": ("transformers",), "served": ("served",)}
+
+
+def table(result: dict[str, Any], stage: str) -> Iterator[str]:
+    """Yield the lines of what a stage has found; each ends where the next is to begin."""
+    if stage in _OBJECTS and result[stage]:
+        yield f"  {json.dumps(result[stage])}\n"
+    if stage in _TOOLS and stage in result["sanitizer"]:
+        yield f"  {result['sanitizer'][stage]}\n"
+    if stage not in _COLUMNS:
+        return
+    key, columns = _COLUMNS[stage]
+    rows = [row for row in result[key] if row.get("what") in _WHATS.get(stage, (row.get("what"),))]
+    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    for row, cell in zip(({}, *rows), cells, strict=True):
+        line = "  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip()
+        yield f"  {line}{'  ! ' + row['why'][:100] if row.get('why') else ''}\n"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
+
+
+def chosen(only: str | None, *, is_built: bool) -> list[Stage]:
+    """Return the stages that --only names, in their order, behind a build if there is none.
+
+    Raises:
+        SystemExit: there is no such stage.
+    """
+    names = only.split(",") if only else [stage.name for stage in STAGES]
+    unknown = sorted(set(names) - {stage.name for stage in STAGES})
+    if unknown:
+        raise SystemExit(
+            f"there is no stage {', '.join(unknown)}: take {', '.join(stage.name for stage in STAGES)}"
+        )
+    return [stage for stage in STAGES if stage.name in names or (stage.name == "build" and not is_built)]
+
+
+def is_built() -> bool:
+    """Tell whether both extensions are there, and no source is newer."""
+    built = [*_ROOT.glob("tgi_asgi/_C.*.so"), *_ROOT.glob("tgi_asgi/_cuda.*.so")]
+    sources = [path for path in (_ROOT / "csrc").rglob("*") if path.is_file()]
+    newest = max(path.stat().st_mtime for path in sources)
+    return len(built) == 2 and min(path.stat().st_mtime for path in built) >= newest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line names, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install beside torch first")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=_ROOT / "bench" / "results", help="folder of the result")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels to install for `served`")
     parser.add_argument("--requirements", action="store_true", help="print what the wheels are, and end")
     parser.add_argument("--only", help="stages, with commas between; default: all")
+    parser.add_argument(
+        "--limit-s", type=float, default=TOTAL_S, help="seconds for all; default: %(default)s"
+    )
+    parser.add_argument("--commit", help="what the result is of; default: as git has it")
     parser.add_argument("--dry-run", action="store_true", help="run nothing; write a result that says so")
     options = parser.parse_args(arguments)
     if options.requirements:
         print(*requirements())
         return 0
-    names = options.only.split(",") if options.only else [stage.name for stage in STAGES]
-    stages = [stage for stage in STAGES if stage.name in names]
+    stages = chosen(options.only, is_built=options.dry_run or is_built())
     options.out.mkdir(parents=True, exist_ok=True)
-    out = options.out / f"gpu-{_device_name()}-{_commit()}.json"
+    commit = options.commit or _commit()
+    which = f"-{stages[-1].name}" if options.only else ""
+    out = options.out / f"gpu-{_device_name()}-{commit}{which}.json"
     if options.dry_run:
-        result = empty_result()
+        result = empty_result(commit)
         result["skipped"] = [{"what": stage.name, "why": "dry run", "needed": True} for stage in stages]
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(out, result)
     else:
         why = None if options.wheels is None else install(options.wheels)
-        skipped = [] if why is None else [{"what": "wheels", "why": why, "needed": True}]
-        result = run(stages, out, TOTAL_S - (0 if options.wheels is None else INSTALL_S), skipped=skipped)
-    print(json.dumps(result))
+        skipped = [] if why is None else [{"what": "wheels", "why": why, "needed": False}]
+        left = options.limit_s - (0 if options.wheels is None else INSTALL_S)
+        result = run(stages, out, left, skipped=skipped, commit=commit)
+    print(f"{'all is well' if result['ok'] else 'not all is well'}: {out}")
     return 0 if result["ok"] or options.dry_run else 1
 
 
@@ -225,4 +368,5 @@ def _device_name() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was ended"))  # its stage ends, too
     sys.exit(main())

@@ -1,22 +1,28 @@
 """Llama-3-8B's shape with random weights on the device: what a step costs does not depend on their values.
 
-Used by bench/gpu_stages.py; the forward pass is that of models/decoder.py, over the same operators.
+Used by bench/gpu_stages.py and gpu_runs.py; the forward pass is that of models/decoder.py, over the same
+operators.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench import gpu_stages
-from bench.gpu_stages import random
+from bench import gpu_timing
+from bench.gpu_timing import random
 from tgi_asgi import ops
 from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
 from tgi_asgi.models.family import record
 from tgi_asgi.ops.cuda import CudaBatch, CudaKvLayer, CudaProgram
 from tgi_asgi.ops.cuda_quant import CudaQuantMatrix, DeviceMatrix
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState
+from tgi_asgi.ops.sample import SampleResult
+from tgi_asgi.types import SamplingParams
 
 SHAPE = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
@@ -24,14 +30,44 @@ SHAPE = ModelConfig(
     layers=(LayerSpec(RopeSpec(128, 500000.0), None, 128**-0.5),) * 32,
 )  # fmt: skip
 BLOCK = 16
-_GROUP = 128  # columns that share a scale
+GREEDY = SamplingParams(temperature=0.0)
+TOP_P = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=1)
+_KV_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_DRAWS = {"greedy": GREEDY, "top-p": TOP_P}
+# Codes: bits, columns that share a scale, zero point, whether there are offsets.
+CODES = {
+    "int4": (4, 128, 0, True), "q8_0": (8, 32, 128, False), "q6_k": (8, 16, 32, False),
+    "fp8": (8, 128, 0, False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """What a step of the random model does."""
+
+    batch: int  # sequences that decode
+    context: int  # tokens of each
+    weights: str = "bf16"  # or a name of `CODES`
+    kv: str = "bf16"  # or fp8
+    prompt: int = 0  # tokens of a prompt's chunk beside them, a multiple of a block
+    draw: str = ""  # greedy or top-p; empty: ends with logits
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that can be called again and again, and what it cannot do without."""
+
+    call: Callable[[], Tensor]  # returns logits [batch (+ 1), vocab], or the tokens drawn
+    num_bytes: int
+    num_flops: int
+    num_calls: int  # operators; a call may be several launches of torch's
 
 
 class RandomLlama:
     """A model of this shape, for `CudaProgram` and `CudaRunner`.
 
     Args:
-        weights: bf16, or int4 (a scale and an offset for each 128 columns; embedding and head stay bf16).
+        weights: bf16, or a name of `CODES`; embedding and head stay bf16.
     """
 
     def __init__(self, config: ModelConfig, max_positions: int, weights: str = "bf16") -> None:
@@ -42,7 +78,7 @@ class RandomLlama:
             (2 * config.intermediate_size, hidden), (hidden, config.intermediate_size),
         )  # fmt: skip
         self.head = ops.LinearWeight(config.vocab_size, hidden, dense(config.vocab_size, hidden))
-        make = dense if weights == "bf16" else int4
+        make = dense if weights == "bf16" else functools.partial(quantised, weights)
         self.layers = [[make(*shape) for shape in shapes] for _ in range(config.num_layers)]
         self.norm = ops.NormWeight(random(hidden, dtype=torch.float32), config.norm_eps)
         spec = config.layers[0].rope
@@ -55,6 +91,13 @@ class RandomLlama:
         """Bytes of weights that a step reads."""
         matrices = [self.head.made, *(made for layer in self.layers for made in layer)]
         return sum(made.matrix.nbytes for made in matrices)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that each token is multiplied by, but for the head's."""
+        config, hidden = self.config, self.config.hidden_size
+        rows = (config.num_heads * 2 + 2 * config.num_kv_heads) * config.head_dim
+        return config.num_layers * hidden * (rows + 3 * config.intermediate_size)
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual, as `Model.forward`."""
@@ -83,43 +126,94 @@ def dense(rows: int, columns: int) -> DeviceMatrix:
     return DeviceMatrix(random(rows, columns) * columns**-0.5, None)
 
 
-def int4(rows: int, columns: int) -> DeviceMatrix:
-    """Make a random matrix of codes of four bits."""
-    codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8, device=gpu_stages.DEVICE)
-    scales = torch.rand(rows, columns // _GROUP, device=gpu_stages.DEVICE) * 0.2 * columns**-0.5
-    return DeviceMatrix(CudaQuantMatrix(codes, scales, -8 * scales, (rows, columns), 4, 0), None)
+def quantised(name: str, rows: int, columns: int) -> DeviceMatrix:
+    """Make a random matrix of codes."""
+    return DeviceMatrix(random_codes(name, rows, columns), None)
+
+
+def random_codes(name: str, rows: int, columns: int) -> CudaQuantMatrix:
+    """Make a random matrix of one of `CODES`, which comes to about one a column's square root."""
+    bits, group, zero, has_offsets = CODES[name]
+    group, device = min(group, columns), gpu_timing.DEVICE
+    most = 256 if bits == 4 else 120  # of FP8 these are numbers
+    codes = torch.randint(most, (rows, columns * bits // 8), dtype=torch.uint8, device=device)
+    scales = torch.rand(rows, columns // group, device=device) * (0.2 if bits == 4 else 0.02) * columns**-0.5
+    offsets = -8 * scales if has_offsets else None
+    if name == "fp8":
+        codes = codes.view(torch.float8_e4m3fn)
+    elif name == "q8_0":
+        scales = scales.half()
+    return CudaQuantMatrix(codes, scales, offsets, (rows, columns), bits, zero)
 
 
 def block_table(batch: int, context: int) -> Tensor:
     """Return block tables [batch, context / BLOCK] in random order."""
-    return torch.randperm(batch * context // BLOCK, device=gpu_stages.DEVICE).int().view(batch, -1)
+    return torch.randperm(batch * context // BLOCK, device=gpu_timing.DEVICE).int().view(batch, -1)
 
 
-def decode_program(
-    batch: int, context: int, config: ModelConfig = SHAPE, weights: str = "bf16"
-) -> tuple[Callable[[], Tensor], int, int]:
-    """Return a decode step, which returns logits, the bytes it must read, and how many calls it makes."""
-    device = gpu_stages.DEVICE
-    model = RandomLlama(config, context, weights)
-    shape = (batch * context // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
-    kv = [CudaKvLayer(random(*shape)) for _ in range(config.num_layers)]
+def make_sampler(rows: int, vocab: int, sampling: SamplingParams) -> Callable[[Tensor], Tensor]:
+    """Return a call that draws a token for each row of logits, and returns them."""
+    device = gpu_timing.DEVICE
+    state = CudaSampleState(rows, vocab, device)
+    for slot in range(rows):
+        state.start(slot, sampling, choice=slot, prompt_ids=[1])
+    ids, num_top = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
+    is_finite, logprobs = torch.empty(rows, dtype=torch.bool, device=device), torch.empty(rows, device=device)
+    result = SampleResult(
+        ids, is_finite, logprobs, ids.new_empty(rows, 0), logprobs.new_empty(rows, 0), num_top
+    )
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+
+    def draw(logits: Tensor) -> Tensor:
+        state.draw(logits, slots, None, None, result)
+        return ids
+
+    return draw
+
+
+def make_step(kind: StepKind, config: ModelConfig = SHAPE) -> Step:
+    """Return a step of the random model: sequences that decode, and perhaps a prompt's first chunk."""
+    device, batch, prompt = gpu_timing.DEVICE, kind.batch, kind.prompt
+    longest = max(kind.context, prompt)
+    sequences = batch + (1 if prompt else 0)
+    model = RandomLlama(config, longest, kind.weights)
+    shape = (sequences * longest // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
+    kv = [CudaKvLayer(random(*shape).to(_KV_TYPES[kind.kv])) for _ in range(config.num_layers)]
     program = CudaProgram(
-        record(model, kv), max_tokens=batch, max_sequences=batch, max_rows=batch,
-        max_blocks=context // BLOCK, dtype=torch.bfloat16, device=device,
+        record(model, kv), max_tokens=batch + prompt, max_sequences=sequences, max_rows=sequences,
+        max_blocks=longest // BLOCK, dtype=torch.bfloat16, device=device,
     )  # fmt: skip
-    table = block_table(batch, context)
-    full = torch.full((batch,), context, dtype=torch.int32, device=device)
-    rows = torch.arange(batch, dtype=torch.int32, device=device)
-    inputs = CudaBatch(
-        ids=rows, positions=full - 1, slots=table[:, -1].long() * BLOCK + BLOCK - 1,
-        query_start=torch.arange(batch + 1, dtype=torch.int32, device=device), context_len=full,
-        block_table=table, num_decodes=batch, max_query_len=0,
-    )  # fmt: skip
+    inputs, rows = _inputs(kind, block_table(sequences, longest))
+    draw = make_sampler(sequences, config.vocab_size, _DRAWS[kind.draw]) if kind.draw else None
 
     def call() -> Tensor:
         program.forward(inputs)
         program.head(rows)
-        return program.logits[:batch]
+        logits = program.logits[:sequences]
+        return logits if draw is None else draw(logits)
 
-    kv_bytes = sum(layer.pool.nbytes for layer in kv)
-    return call, model.num_bytes + kv_bytes, program.num_calls + 2
+    of_token = 2 * config.num_kv_heads * config.head_dim * config.num_layers * _KV_TYPES[kind.kv].itemsize
+    head = config.vocab_size * config.hidden_size
+    flops = 2 * (model.num_weights * (batch + prompt) + head * sequences)
+    flops += 2 * config.num_layers * config.num_heads * config.head_dim * prompt * prompt
+    num_bytes = model.num_bytes + of_token * (batch * kind.context + prompt)
+    return Step(call, num_bytes, flops, program.num_calls + 2 + (draw is not None))
+
+
+def _inputs(kind: StepKind, table: Tensor) -> tuple[CudaBatch, Tensor]:
+    """Return a step's batch on the device, and the tokens whose logits are wanted."""
+    batch, prompt, device = kind.batch, kind.prompt, table.device
+    chunk = torch.arange(prompt, dtype=torch.int32, device=device)
+    lengths = torch.full((batch,), kind.context, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    last = lengths.long() - 1
+    slots = table[torch.arange(batch, device=device), last // BLOCK].long() * BLOCK + last % BLOCK
+    if not prompt:
+        return CudaBatch(starts[:-1], lengths - 1, slots, starts, lengths, table, batch, 0), starts[:-1]
+    own = table[batch, chunk.long() // BLOCK].long() * BLOCK + chunk % BLOCK
+    end = torch.tensor([batch + prompt], dtype=torch.int32, device=device)
+    inputs = CudaBatch(
+        torch.cat([starts[:-1], chunk]), torch.cat([lengths - 1, chunk]), torch.cat([slots, own]),
+        torch.cat([starts, end]), torch.cat([lengths, end - batch]), table, batch, prompt,
+    )  # fmt: skip
+    return inputs, torch.cat([starts[:-1], end - 1])

@@ -1,70 +1,139 @@
-"""The stages of bench/gpu.py that run whole models: the engine's loop, `transformers`, a server over sockets.
+"""The stages of bench/gpu.py that run whole models: a step, the engine's loop, `transformers`, a profile.
 
-Weights are random: Llama-3-8B's shape in memory, SmolLM2-135M's as a checkpoint for the server.
+Weights are random, of Llama-3-8B's shape.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
-from bench import gpu_model, gpu_stages
+from bench import gpu_model, gpu_timing
 from bench.engine import Engine, Sequence
-from bench.gpu_stages import Report, time_us
-from bench.loads import WORDS, ClosedLoop, Prompts, Target, run
-from bench.servers import Server
+from bench.gpu_model import GREEDY, TOP_P, StepKind
+from bench.gpu_stages import Report, measure_ceilings
+from bench.gpu_timing import time_calls
 from tgi_asgi.models.config import ModelConfig
-from tgi_asgi.models.loading.open import read_config
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import CudaDevice, Device
 from tgi_asgi.runner.kv import KvSize
 from tgi_asgi.runner.load import LoadedModel
+from tgi_asgi.runner.plan import SlotStart, StepRow
+from tgi_asgi.types import SamplingParams
 
+KINDS = (  # by what they are worth
+    StepKind(1, 1024), StepKind(64, 1024), StepKind(64, 1024, prompt=512), StepKind(64, 1024, draw="top-p"),
+    StepKind(256, 1024), StepKind(16, 8192), StepKind(64, 1024, kv="fp8"), StepKind(1, 1024, "int4"),
+    StepKind(16, 1024, "int4"), StepKind(16, 1024, "q8_0"), StepKind(64, 1024, draw="greedy"),
+    StepKind(16, 1024), StepKind(16, 8192, kv="fp8"), StepKind(16, 1024, "fp8"), StepKind(1, 8192),
+    StepKind(1, 1024, prompt=2048),
+)  # fmt: skip
+DEPENDENT = KINDS[:2]  # also with kernels that begin while the one before still runs
 CONTEXT, STEPS = 1024, 64
 BATCHES = (16, 64, 1)
-STREAMS, REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 64, 192, 100, 64
-SMOLLM2: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
-    "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000,
-    "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+PROMPTS = (128, 1024, 4096)  # tokens: the time to the first token of one alone
+CHUNK = 512  # tokens of a prompt beside sequences that decode
+ENGINES = (  # weights, cache, sampling
+    ("bf16", "bf16", GREEDY), ("bf16", "bf16", TOP_P), ("bf16", "fp8", GREEDY), ("int4", "bf16", GREEDY),
+    ("q8_0", "fp8", TOP_P),
+)  # fmt: skip
+PROFILED = (StepKind(1, 1024), StepKind(64, 1024, draw="top-p"), StepKind(16, 1024, "int4"))
+
+
+def step(report: Report) -> None:
+    """Time steps of the model, as a graph and launch by launch; one that fails is reported, others go on."""
+    limits, failed = measure_ceilings(), 0
+    for kind in KINDS:
+        try:
+            time_step(kind, limits, report)
+        except Exception as error:
+            failed += 1
+            report("step", _of(kind) | {"why": str(error)[:300]})
+        torch.cuda.empty_cache()
+    assert not failed, f"{failed} could not be measured"
+
+
+def time_step(
+    kind: StepKind, limits: dict[str, float], report: Report, config: ModelConfig = gpu_model.SHAPE
+) -> None:
+    """Time one kind of step: the graph first, then without, then with dependent launches.
+
+    These must leave the same bits: cuBLAS may take other kernels in a graph, so each is held to its own kind.
+    """
+    made = gpu_model.make_step(kind, config)
+    floor = max(made.num_bytes / limits["read"], made.num_flops / limits["bf16"]) * 1e6
+    results: dict[bool, torch.Tensor] = {}
+    for is_dependent in (False, True) if kind in DEPENDENT else (False,):
+        torch.ops.tgi_cuda.set_dependent_launches(is_dependent)
+        try:
+            out = made.call()
+            gpu_timing.synchronize()
+            for is_graph, run in ((True, gpu_timing.capture(made.call)), (False, made.call)):
+                timing = time_calls([run], may_capture=False)
+                first = results.setdefault(is_graph, out.clone())
+                row = {"graph": is_graph, "dependent": is_dependent, "floor_us": round(floor, 1)}
+                row |= {"of_floor": round(floor / timing.us, 3), "calls": made.num_calls}
+                row |= {"same_bits": bool(torch.equal(first, out))} if is_dependent else {}
+                report("step", _of(kind) | timing.row() | row)
+        finally:
+            torch.ops.tgi_cuda.set_dependent_launches(False)
+
+
+def _of(kind: StepKind) -> dict[str, Any]:
+    named = {"batch": kind.batch, "context": kind.context, "weights": kind.weights, "kv": kind.kv}
+    return named | {"prompt": kind.prompt, "draw": kind.draw}
 
 
 def engine(report: Report) -> None:
-    """Drive the runner as the engine does: the time of a step, the GPU's share, the time to launch it."""
-    runner = make_runner(gpu_model.SHAPE, CudaDevice(), max_batch=max(BATCHES))
-    try:
-        asyncio.run(drive(runner, gpu_model.SHAPE.vocab_size, report, _busy_us))
-    finally:
-        runner.close()
+    """Drive the runner as the engine does: steps, time to the first token, prompts beside decoding."""
+    for weights, kv, sampling in ENGINES:
+        runner = make_runner(gpu_model.SHAPE, CudaDevice(), max(BATCHES), weights, kv)
+        name = {"weights": weights, "kv": kv, "draw": "greedy" if sampling is GREEDY else "top-p"}
+
+        def named(key: str, row: dict[str, Any], name: dict[str, Any] = name) -> None:
+            report(key, {"what": row["what"]} | name | row)
+
+        try:
+            asyncio.run(drive(runner, gpu_model.SHAPE.vocab_size, named, _busy_us, sampling))
+        finally:
+            runner.close()
+        del runner
+        torch.cuda.empty_cache()
 
 
-def make_runner(config: ModelConfig, device: Device, max_batch: int) -> CudaRunner:
+def make_runner(
+    config: ModelConfig, device: Device, max_batch: int, weights: str = "bf16", kv: str = "bf16"
+) -> CudaRunner:
     """Make a runner of a random model, with room for all its sequences."""
-    longest = CONTEXT + 8 * STEPS
-    size = KvSize(max_batch * longest // gpu_model.BLOCK, gpu_model.BLOCK, 1, torch.bfloat16)
-    model = gpu_model.RandomLlama(config, longest)
+    longest = max(CONTEXT + 8 * STEPS, max(PROMPTS) + gpu_model.BLOCK)
+    tokens = (max_batch + 1) * (CONTEXT + 8 * STEPS) + longest
+    size = KvSize(-(-tokens // gpu_model.BLOCK), gpu_model.BLOCK, 1, torch.bfloat16)
+    model = gpu_model.RandomLlama(config, longest, weights)
     return CudaRunner(
         model, device, lambda free_bytes: size, block_size=gpu_model.BLOCK, max_batch_size=max_batch,
-        max_step_tokens=2048 + max_batch, max_context=longest,
+        max_step_tokens=max(PROMPTS) + max_batch, max_context=longest,
+        kv_dtype=torch.float8_e4m3fn if kv == "fp8" else None,
     )  # fmt: skip
 
 
 async def drive(
-    runner: CudaRunner, vocab: int, report: Report, busy_us: Callable[[Callable[[], object]], float | None]
+    runner: CudaRunner,
+    vocab: int,
+    report: Report,
+    busy_us: Callable[[Callable[[], object]], float | None],
+    sampling: SamplingParams = GREEDY,
 ) -> None:
-    """Time decode steps of each batch size. `busy_us` returns how long the GPU works in a call."""
+    """Time prompts alone, decode steps of each batch size, and steps that have both.
+
+    `busy_us` returns how long the GPU works in a call.
+    """
     launches: list[float] = []
     launch = runner._launch
 
@@ -75,7 +144,13 @@ async def drive(
         return result
 
     runner._launch = timed  # type: ignore[method-assign]  # what the launcher's thread calls for each step
-    engine = Engine(cast(LoadedModel, SimpleNamespace(runner=runner, info=SimpleNamespace(vocab_size=vocab))))
+    loaded = cast(LoadedModel, SimpleNamespace(runner=runner, info=SimpleNamespace(vocab_size=vocab)))
+    engine = Engine(loaded, sampling=sampling)
+    for tokens in PROMPTS:
+        times = [await engine.prefill(engine.sequences(1, tokens, 1), tokens) for _ in range(4)]
+        first_us = statistics.median(times[1:]) * 1e6
+        row = {"what": "ttft", "prompt": tokens, "us": round(first_us, 1)}
+        report("runs", row | {"tokens_per_s": round(tokens / first_us * 1e6)})
     for batch in BATCHES:
         sequences: list[Sequence] = engine.sequences(batch, CONTEXT, 4 * STEPS)
         await engine.prefill(sequences, 2048)
@@ -89,19 +164,60 @@ async def drive(
             return asyncio.run_coroutine_threadsafe(engine.decode(sequences, STEPS), loop).result()
 
         busy = await loop.run_in_executor(None, busy_us, steps)
-        row = {"what": "engine", "batch": batch, "context": CONTEXT, "us": round(step_us, 1)}
+        row = {"what": "decode", "batch": batch, "context": CONTEXT, "us": round(step_us, 1)}
         row |= {"tokens_per_s": round(batch / step_us * 1e6), "launch_us": round(launch_us, 1)}
         report("runs", row | ({"gpu_busy": round(busy / STEPS / step_us, 3)} if busy else {}))
+    launches.clear()
+    row = await mixed(engine, max(BATCHES) - 1)
+    report("runs", row | {"launch_us": round(statistics.median(launches) * 1e6, 1)})
+
+
+async def mixed(engine: Engine, batch: int) -> dict[str, Any]:
+    """Time steps in which sequences decode while a prompt comes in, chunk by chunk, one step in flight."""
+    *sequences, newcomer = engine.sequences(batch + 1, CONTEXT, 4 * STEPS)
+    await engine.prefill(sequences, 2048)
+    await engine.decode(sequences, 4)
+    chunk, times = min(CHUNK, CONTEXT), []
+    for _ in range(4):
+        starts = [SlotStart(newcomer.slot, engine.sampling, 0, newcomer.prompt)]
+        for first in range(0, CONTEXT - chunk + 1, chunk):
+            ids = newcomer.prompt[first : first + chunk]
+            samples = first + chunk == CONTEXT
+            row = StepRow(newcomer.slot, ids, first, newcomer.tables, samples=samples)
+            start_s = time.perf_counter()
+            await engine.submit([*engine.decode_rows(sequences), row], starts)
+            times.append(time.perf_counter() - start_s)
+            starts = []
+    us = round(statistics.median(times) * 1e6, 1)
+    return {"what": "mixed", "batch": batch, "context": CONTEXT, "prompt": chunk, "us": us}
 
 
 def _busy_us(call: Callable[[], object]) -> float | None:
     """Add up the time of all kernels that run during a call; None where they cannot be observed."""
+    return sum(us for _, _, us in _kernels_of(call)) or None
+
+
+def _kernels_of(call: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """Return name, number and microseconds of each kernel that runs during a call."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
-        torch.cuda.synchronize()
-    return sum(float(event.self_device_time_total) for event in profiler.key_averages()) or None
+        gpu_timing.synchronize()
+    found = profiler.key_averages()
+    return [(event.key, int(event.count), float(event.self_device_time_total)) for event in found]
+
+
+def profiler(report: Report) -> None:
+    """Say which kernels steps spend their time in: the fifteen that take most."""
+    for kind in PROFILED:
+        made = gpu_model.make_step(kind)
+        made.call()
+        kernels = sorted(_kernels_of(made.call), key=lambda kernel: -kernel[2])
+        for name, count, us in kernels[:15]:
+            report("profile", _of(kind) | {"kernel": name[:120], "count": count, "us": round(us, 1)})
+        del made
+        torch.cuda.empty_cache()
 
 
 def peers(report: Report) -> None:
@@ -130,14 +246,14 @@ def time_transformers(config: Any, report: Report, batches: tuple[int, ...]) -> 
         attention = "flash_attention_2"
     except ImportError:
         attention = "sdpa"
-    with torch.device(gpu_stages.DEVICE):
+    with torch.device(gpu_timing.DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         ).eval()
     with torch.inference_mode():
         for is_compiled, batch in itertools.product((False, True), batches):
             call = _static_step(config, model, batch, is_compiled)
-            us = time_us([call])[0]
+            us = time_calls([call], may_capture=False).us
             report(
                 "runs",
                 {
@@ -152,84 +268,11 @@ def _static_step(config: Any, model: Any, batch: int, is_compiled: bool) -> Call
     import transformers
 
     cache = transformers.StaticCache(config=config, max_cache_len=CONTEXT + 64)
-    prompt = torch.randint(config.vocab_size, (batch, CONTEXT), device=gpu_stages.DEVICE)
+    prompt = torch.randint(config.vocab_size, (batch, CONTEXT), device=gpu_timing.DEVICE)
     model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     forward = torch.compile(model, mode="reduce-overhead") if is_compiled else model
     ids = prompt[:, :1].contiguous()
     return lambda: forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def served(report: Report) -> None:
-    """Serve a checkpoint of SmolLM2-135M's shape and let 64 clients stream from it at once."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), SMOLLM2)
-        report("runs", serve(Path(folder), STREAMS, REQUESTS))
-
-
-def serve(directory: Path, streams: int, requests: int) -> dict[str, Any]:
-    """Start the server on a checkpoint, run the load, and return its figures."""
-    arguments = ["--model-id", str(directory), "--max-batch-size", str(max(streams, 2))]
-    with Server.ours(arguments) as server:
-        prompts = Prompts(PROMPT_TOKENS)
-        load = ClosedLoop(streams, requests)
-        asyncio.run(run(ClosedLoop(1, 2), prompts, server.url, max_tokens=4))
-        measured = asyncio.run(run(load, prompts, server.url, max_tokens=OUTPUT_TOKENS))
-        row = {"what": "served", "start_s": round(server.start_s, 1)} | measured.summary(Target())
-    assert not measured.errors, measured.errors[0]
-    return row
-
-
-def write_checkpoint(directory: Path, config: dict[str, Any]) -> None:
-    """Write random weights in bfloat16, a tokenizer to which a word is a token, and a chat template."""
-    from safetensors.torch import save_file
-
-    from bench.export_checkpoint import weight_names
-
-    _, shape = read_config(config)
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    sizes = {
-        "q_proj": (queries, shape.hidden_size), "k_proj": (keys, shape.hidden_size),
-        "v_proj": (keys, shape.hidden_size), "o_proj": (shape.hidden_size, queries),
-        "gate_proj": (shape.intermediate_size, shape.hidden_size),
-        "up_proj": (shape.intermediate_size, shape.hidden_size),
-        "down_proj": (shape.hidden_size, shape.intermediate_size),
-        "embed_tokens": (shape.vocab_size, shape.hidden_size),
-        "lm_head": (shape.vocab_size, shape.hidden_size),
-    }  # fmt: skip
-    tensors = {}
-    for name in weight_names(shape):
-        size = sizes.get(name.split(".")[-2])
-        tensors[name] = (
-            torch.ones(shape.hidden_size) if size is None else torch.randn(size) * size[1] ** -0.5
-        ).bfloat16()
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ ' ' + message.content }}{% endfor %}"
-    )
-    _write_tokenizer(directory / "tokenizer.json", shape.vocab_size)
-
-
-def _write_tokenizer(path: Path, vocab_size: int) -> None:
-    """Bytes, each word of `bench.loads` with the space before it, and names for the ids that are left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
-        spaced = f"\u0120{word}"
-        for stop in range(1, len(spaced)):
-            merges[spaced[:stop], spaced[stop]] = None
-            tokens[spaced[: stop + 1]] = None
-    for index in itertools.count():
-        if len(tokens) >= vocab_size:
-            break
-        tokens[f"\u0120n{index}"] = None
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path))
-
-
-STAGES = (engine, peers, served)
+STAGES = (step, engine, peers, profiler)

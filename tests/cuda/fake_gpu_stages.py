@@ -26,6 +26,21 @@ def main(name: str, path: str) -> None:
             late = f"/tmp/tgi-fake-stage/{os.getppid()}"
             subprocess.run(["sh", "-c", f"sleep 4; touch {late}"], check=True)
             time.sleep(60)
+        elif name == "waiting":
+            report("checks", {"ok": True, "op": "before the end"})
+            while os.getppid() != 1:  # until the run is no more
+                time.sleep(0.1)
+        elif name == "step":
+            row = {
+                "batch": 64,
+                "context": 1024,
+                "weights": "bf16",
+                "kv": "fp8",
+                "prompt": 512,
+                "draw": "top-p",
+            }
+            report("step", row | {"graph": True, "dependent": False, "us": 3512.04, "of_floor": 0.873})
+            report("step", {"batch": 1, "context": 1024, "why": "out of memory"})
         elif name == "crashing":
             os.kill(os.getpid(), 11)
         else:

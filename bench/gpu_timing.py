@@ -1,0 +1,111 @@
+"""How bench/gpu_*.py time what a GPU does: medians of CUDA events over inputs that rotate past the L2 cache.
+
+A kernel of less than 20 us is as long as its launch: such calls are timed 20 at a time inside a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda")
+L2_BYTES = 256 << 20  # more than any cache: inputs together are at least this
+SHORT_US = 20.0
+CALLS_A_GRAPH = 20
+_RUNS = 21
+_WARM_UP = 3
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a call takes."""
+
+    us: float  # the median
+    spread: float  # the middle half of all runs over the median
+    in_graph: bool = False  # timed among others in a CUDA graph, without launches
+
+    def row(self) -> dict[str, Any]:
+        """Return it as a result has it."""
+        return {"us": round(self.us, 2), "spread": round(self.spread, 3), "in_graph": self.in_graph}
+
+
+def time_calls(calls: Sequence[Call], *, may_capture: bool = True) -> Timing:
+    """Return the time of one of `calls`, which do the same on data of their own, taken in turn.
+
+    With `may_capture` short ones are timed inside a graph, unless they cannot be captured.
+    """
+    turn = in_turn(calls)
+    for _ in range(min(_WARM_UP, len(calls))):
+        turn()
+    synchronize()
+    single = _time(turn)
+    if not may_capture or single.us >= SHORT_US:
+        return single
+
+    def many() -> None:
+        for _ in range(CALLS_A_GRAPH):
+            turn()
+
+    try:
+        replay = capture(many)
+    except RuntimeError:  # it waits for the device, or a library of it does
+        return single
+    replay()
+    together = _time(replay)
+    return Timing(together.us / CALLS_A_GRAPH, together.spread, in_graph=True)
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """Return a call that makes these in turn, so that none finds its inputs in the cache."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def copies_past_l2(num_bytes: int) -> int:
+    """Return how many sets of inputs of this size no cache holds together."""
+    return max(1, min(_RUNS, -(-L2_BYTES // max(num_bytes, 1))))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Return random numbers on the device: never zeros, which cost a GPU less."""
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def _time(call: Call) -> Timing:
+    events = [(make_event(), make_event()) for _ in range(_RUNS)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    synchronize()
+    times = sorted(begin.elapsed_time(end) * 1e3 for begin, end in events)
+    middle = statistics.median(times)
+    return Timing(middle, (times[len(times) * 3 // 4] - times[len(times) // 4]) / max(middle, 1e-9))
+
+
+# What a test without a GPU puts others in the place of.
+
+
+def make_event() -> Any:
+    """Return an event that can be timed."""
+    make: Any = torch.cuda.Event
+    return make(enable_timing=True)
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was given."""
+    torch.cuda.synchronize()
+
+
+def capture(call: Callable[[], object]) -> Call:
+    """Return the replay of a CUDA graph of a call, which has been called before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

@@ -1,0 +1,55 @@
+"""A GPU's clock for tests of bench/gpu_*.py: what is called runs at once, and takes what a test says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu_timing
+from tests.cuda.emulated_device import EmulatedDevice
+
+
+class Clock:
+    """Counts microseconds: `advance` is what a call on the scripted device does.
+
+    Attributes:
+        captures: how many graphs were made.
+    """
+
+    def __init__(self) -> None:
+        self.us = 0.0
+        self.captures = 0
+        self._device = EmulatedDevice()
+
+    def advance(self, us: float) -> None:
+        self.us += us
+
+    def event(self) -> Any:
+        return _Event(self)
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
+        self.captures += 1
+        return self._device.capture(lambda: (call(), None)[1])
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put it in the place of CUDA's events, graphs and waiting; tensors are the host's."""
+        monkeypatch.setattr(gpu_timing, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(gpu_timing, "L2_BYTES", 1)
+        monkeypatch.setattr(gpu_timing, "make_event", self.event)
+        monkeypatch.setattr(gpu_timing, "synchronize", lambda: None)
+        monkeypatch.setattr(gpu_timing, "capture", self.capture)
+
+
+class _Event:
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self.at = clock, 0.0
+
+    def record(self) -> None:
+        self._clock.advance(0.5)
+        self.at = self._clock.us
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) / 1e3

@@ -1,0 +1,301 @@
+"""The stages of bench/gpu.py on emulated kernels, by a clock that a test moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bench import gpu_model, gpu_operators, gpu_runs, gpu_served, gpu_stages, gpu_timing
+from bench.gpu_model import StepKind
+from bench.gpu_timing import Timing
+from tests.cuda import cases, emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.scripted_gpu import Clock
+from tests.emulation import library
+from tests.reference.compare import assert_close
+from tgi_asgi.models.config import LayerSpec, ModelConfig, RopeSpec
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    clock.put_in(monkeypatch)
+    return clock
+
+
+def test_long_calls_are_timed_one_by_one_and_short_ones_inside_a_graph_of_twenty(clock: Clock) -> None:
+    """A launch takes 0.5 us here, as an event does."""
+    made: list[int] = []
+
+    def on(data: int, us: float) -> Callable[[], None]:
+        return lambda: (made.append(data), clock.advance(us))[0]
+
+    long = gpu_timing.time_calls([on(0, 30.0), on(1, 30.0)])
+    assert (long.us, long.in_graph, clock.captures) == (30.5, False, 0)
+    assert made[:5] == [0, 1, 0, 1, 0], "inputs are taken in turn"
+    assert len(made) == 2 + 21
+
+
+def test_what_cannot_be_captured_is_timed_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(call: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(gpu_timing, "capture", refuse)
+    assert gpu_timing.time_calls([lambda: clock.advance(3.0)]) == Timing(3.5, 0.0)
+
+
+def test_a_short_call_in_a_graph_has_no_share_of_launches(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def capture(call: Callable[[], object]) -> Callable[[], object]:
+        calls.clear()
+        call()
+        return lambda: clock.advance(20 * 2.0 + 0.5)
+
+    monkeypatch.setattr(gpu_timing, "capture", capture)
+    found = gpu_timing.time_calls([lambda: (calls.append(1), clock.advance(9.0)), lambda: clock.advance(9.0)])
+    assert found.in_graph and found.us == pytest.approx(2.05)
+    assert len(calls) == 10, "twenty calls, of two in turn"
+
+
+def test_peers_find_nothing_in_the_cache_either(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: seen.append(k.data_ptr()),
+    )
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(b.data_ptr()))
+    monkeypatch.setattr(gpu_timing, "L2_BYTES", 3 << 20)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(gpu_operators, name, value)
+    rotated = 0
+    for make in gpu_operators.makers():
+        _, _, num_bytes, _, calls, peers = make()
+        for name, peer in peers.items():
+            seen.clear()
+            for _ in range(3):
+                if name.startswith(("SDPA", "torch.mm")):
+                    peer()
+            rotated += len(seen) == len(set(seen)) == 3
+        assert len(calls) == gpu_timing.copies_past_l2(num_bytes) or make.func.__name__ == "_prefill"
+    assert rotated == 2 + 2 + 2 + len(gpu_model.CODES), "of two attentions by two ways each, of all products"
+
+
+SMALL: dict[str, Any] = {
+    "HIDDEN": 64, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "INTERMEDIATE": 64, "VOCAB": 300,
+    "DECODES": ((3, 48),), "PREFILLS": (32,), "ROWS": (5,), "DRAWS": (2,), "PRODUCTS": (3,),
+    "QUANT_PRODUCTS": (3,),
+}  # fmt: skip
+
+
+def test_a_random_checkpoint_is_served_over_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 2048}
+    gpu_served.write_checkpoint(
+        tmp_path,
+        gpu_served.SMOLLM2
+        | shape
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512},
+    )
+    monkeypatch.setattr(gpu_served, "PROMPT_TOKENS", 20)
+    monkeypatch.setattr(gpu_served, "OUTPUT_TOKENS", 5)
+    row = gpu_served.serve(tmp_path, 4, 6)
+    assert (row["requests"], row["failed"], row["output_tokens"]) == (6, 0, 5)
+    assert row["prompt_tokens"] == 20, "a word is a token"
+
+
+TINY = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=300, hidden_size=128, intermediate_size=128,
+    num_heads=4, num_kv_heads=2, head_dim=64, context_length=512, norm_eps=1e-5,
+    layers=(LayerSpec(RopeSpec(64, 1e4), None, 0.125),) * 2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def emulation(clock: Clock) -> None:
+    library.require()
+    emulated_ops.register()
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("q8_0", "fp8")])
+async def test_the_engine_s_loop_is_timed(
+    emulation: None, monkeypatch: pytest.MonkeyPatch, weights: str, kv: str
+) -> None:
+    small = {"CONTEXT": 48, "STEPS": 3, "BATCHES": (2, 1), "PROMPTS": (48,), "CHUNK": 16}
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_runs, name, value)
+    runner = gpu_runs.make_runner(TINY, EmulatedDevice(), 2, weights, kv)
+    rows: list[dict[str, Any]] = []
+
+    def unobserved(call: Callable[[], object]) -> None:
+        call()
+
+    try:
+        await gpu_runs.drive(runner, 300, lambda key, row: rows.append(row), unobserved, gpu_model.TOP_P)
+    finally:
+        runner.close()
+    assert [(row["what"], row.get("batch")) for row in rows] == [
+        ("ttft", None), ("decode", 2), ("decode", 1), ("mixed", 1),
+    ]  # fmt: skip
+    assert all(row["us"] > 0 for row in rows)
+    assert all(row["launch_us"] > 0 for row in rows[1:])
+    assert rows[-1]["prompt"] == 16
+
+
+def test_transformers_is_timed_with_a_static_cache(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    monkeypatch.setattr(gpu_runs, "CONTEXT", 8)
+    monkeypatch.setattr(gpu_runs, "time_calls", lambda calls, may_capture: (calls[0](), Timing(5.0, 0.1))[1])
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    rows: list[dict[str, object]] = []
+    gpu_runs.time_transformers(config, lambda key, row: rows.append(row), (2,))
+    assert [(row["compiled"], row["tokens_per_s"]) for row in rows] == [(False, 400000), (True, 400000)]
+
+
+def test_checks_say_how_near_each_operator_came_to_its_limit(
+    emulation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "large", lambda: iter(()))
+    rows: list[dict[str, Any]] = []
+    gpu_stages.checks(lambda name, row: rows.append(row))
+    assert len({(row["op"], row["dtype"]) for row in rows}) == len(rows)
+    assert {row["op"] for row in rows} == {operator for operator, _, _ in cases.small()}
+    assert sum(row["cases"] for row in rows) == len(list(cases.small()))
+    for row in rows:
+        assert row["ok"] and row["why"] is None
+        assert 0 <= row["worst_rel"] <= row["tol"]
+        assert (row["tol"] == 0) == (row["op"] == "embed")
+        assert row["worst_rel"] > 0 or row["op"] == "embed", "a rounded result never equals float64"
+
+
+def test_a_check_that_fails_shows_by_how_much(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(values: Tensor) -> Callable[[object], None]:
+        return lambda device: assert_close(values, torch.ones(4, dtype=torch.float64), length=1)
+
+    bad, lost = torch.tensor([1.0, 1, 1, 1.5]), torch.full((4,), math.nan)
+    made = [("good", torch.ones(4)), ("bad", torch.ones(4)), ("bad", bad), ("lost", lost)]
+    monkeypatch.setattr(cases, "small", lambda: [(name, torch.float32, check(x)) for name, x in made])
+    monkeypatch.setattr(cases, "large", lambda: iter(()))
+    rows: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match="2 cases failed"):
+        gpu_stages.checks(lambda name, row: rows.update({row["op"]: row}))
+    tol = float(f"{2 * torch.finfo(torch.float32).eps:.3g}")
+    assert rows["good"]["ok"] and rows["good"]["worst_rel"] == 0
+    assert (rows["bad"]["cases"], rows["bad"]["ok"], rows["bad"]["tol"]) == (2, False, tol)
+    assert rows["bad"]["worst_rel"] == pytest.approx(0.25, rel=0.01)
+    assert rows["bad"]["why"].startswith("relative error")
+    assert rows["lost"]["worst_rel"] is None and not rows["lost"]["ok"]
+
+
+def test_what_is_timed_runs_on_the_emulated_kernels(
+    emulation: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cannot be measured: it is reported, and the others are."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(gpu_operators, name, value)
+    monkeypatch.setattr(gpu_stages, "measure_ceilings", lambda: {"read": 1e12, "copy": 1e12, "bf16": 1e12})
+    monkeypatch.setattr(gpu_stages, "compare", lambda us, peers: {"peers": sorted(peers)})
+    monkeypatch.setattr(gpu_operators, "_gate", _broken)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(AssertionError, match="1 could not be measured"):
+        gpu_stages.operators(lambda name, row: rows.append(row))
+    assert [row["op"] for row in rows] == [
+        "attention_decode", "attention_prefill", "norm", "_broken", "rope_kv_write", "sample",
+        *["linear"] * 2, *["quant_linear"] * len(gpu_model.CODES),
+    ]  # fmt: skip
+    assert rows[3]["why"] == "out of memory"
+    measured = [row for row in rows if "why" not in row]
+    assert all(row["us"] > 0 and row["of_floor"] > 0 and row["bytes"] > 0 for row in measured)
+
+
+def _broken(rows: int) -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        (StepKind(3, 48), 16),
+        (StepKind(3, 48, "int4"), 4.5),
+        (StepKind(3, 48, kv="fp8"), 16),
+        (StepKind(3, 48, prompt=32), 16),
+        (StepKind(3, 48, draw="top-p"), 16),
+        (StepKind(2, 16, "q8_0", "fp8", 48, "greedy"), 8.5),
+    ],
+    ids=str,
+)
+def test_a_step_of_random_weights_is_timed_as_a_graph_and_without(
+    emulation: None, clock: Clock, monkeypatch: pytest.MonkeyPatch, kind: StepKind, bits: float
+) -> None:
+    made = gpu_model.make_step(kind, TINY)
+    matrices = 2 * (512 * 128 + 128 * 256 + 256 * 128 + 128 * 128)
+    of_token = 2 * 2 * 2 * 64 * (1 if kind.kv == "fp8" else 2)
+    tokens = kind.batch * kind.context + kind.prompt
+    assert made.num_bytes == 300 * 128 * 2 + matrices * bits / 8 + of_token * tokens
+    assert made.num_calls == 1 + 1 + 2 * 9 + 2 + bool(kind.draw)
+    out = made.call()
+    rows_of_logits = kind.batch + bool(kind.prompt)
+    assert out.shape == ((rows_of_logits,) if kind.draw else (rows_of_logits, 300))
+    assert bool((out >= 0).all() and (out < 300).all()) if kind.draw else bool(out.isfinite().all())
+
+    monkeypatch.setattr(gpu_runs, "DEPENDENT", (kind,))
+    rows: list[dict[str, Any]] = []
+    gpu_runs.time_step(kind, {"read": 1e12, "bf16": 1e12}, lambda name, row: rows.append(row), TINY)
+    assert [(row["graph"], row["dependent"]) for row in rows] == [
+        (True, False), (False, False), (True, True), (False, True),
+    ]  # fmt: skip
+    assert all(row["us"] > 0 and row["floor_us"] > 0 and row["prompt"] == kind.prompt for row in rows)
+    assert kind.draw == "top-p" or all(row["same_bits"] for row in rows if row["dependent"])
+
+
+def test_one_kind_of_step_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(kind: StepKind, limits: object, report: Callable[[str, Any], None]) -> None:
+        if kind.kv == "fp8":
+            raise torch.OutOfMemoryError("out of memory")
+        report("step", {"batch": kind.batch})
+
+    monkeypatch.setattr(gpu_runs, "measure_ceilings", dict)
+    monkeypatch.setattr(gpu_runs, "time_step", timed)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(AssertionError, match="2 could not be measured"):
+        gpu_runs.step(lambda name, row: rows.append(row))
+    assert len(rows) == len(gpu_runs.KINDS)
+    assert [row["kv"] for row in rows if "why" in row] == ["fp8", "fp8"]
+
+
+def test_a_profile_is_of_the_kernels_that_take_most(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [(f"kernel {index}", 2, float(index)) for index in range(40)]
+    monkeypatch.setattr(gpu_runs, "_kernels_of", lambda call: kernels)
+    monkeypatch.setattr(gpu_runs, "PROFILED", (StepKind(1, 16),))
+    monkeypatch.setattr(gpu_model, "SHAPE", TINY)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    made = gpu_model.make_step(StepKind(1, 16), TINY)
+    monkeypatch.setattr(gpu_model, "make_step", lambda kind: made)
+    rows: list[dict[str, Any]] = []
+    gpu_runs.profiler(lambda name, row: rows.append(row))
+    assert [row["kernel"] for row in rows] == [f"kernel {39 - place}" for place in range(15)]
+
+
+def test_the_fastest_peer_that_runs_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError("no module named flashinfer")
+
+    monkeypatch.setattr(gpu_stages, "time_calls", lambda calls: Timing(calls[0](), 0.0))
+    row = gpu_stages.compare(10.0, {"slow": lambda: 20.0, "fast": lambda: 5.0, "FlashInfer": absent})
+    assert (row["peer"], row["peer_us"], row["vs_peer"]) == ("fast", 5.0, 0.5)
+    assert row["peers_failed"] == {"FlashInfer": "no module named flashinfer"}
+    assert gpu_stages.compare(10.0, {}) == {}
