@@ -24,6 +24,7 @@ from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
+from tgi_asgi.ops import cuda_sample_state
 from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.inputs import PlanError
@@ -172,6 +173,41 @@ async def test_prompt_log_probabilities_follow_the_reference(
         assert logprob == pytest.approx(float(expected[index, PROMPT[index + 1]]), abs=0.02)
         assert len(top) == 1
     assert job.token_ids[0] == int(expected[-1].argmax())
+    assert runner._scorer._token_logprobs is cuda_sample_state.token_logprobs, "where the logits are"
+
+
+async def test_chunks_of_a_prompt_are_as_long_as_a_gpu_takes_for_a_token(runner: CudaRunner) -> None:
+    assert runner.least_chunk == 512
+
+
+async def test_of_block_tables_only_the_columns_that_a_step_has_go_up(
+    model: Model, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is behind them in the device's tables is of the longer steps before, and changes nothing."""
+    runner = make_runner(model, device, max_context=640)
+    sizes: list[tuple[int, int]] = []
+    upload = runner._upload
+
+    def note(*given: Any) -> Any:
+        buffers, places = upload(*given)
+        sizes.append((buffers.shape.num_columns, buffers.shape.num_bytes))
+        return buffers, places
+
+    monkeypatch.setattr(runner, "_upload", note)
+    try:
+        short = [Job(PROMPT, 3, SamplingParams(temperature=0.0, logprobs=0)) for _ in range(2)]
+        await generate(runner, [short[0]])
+        assert {columns for columns, _ in sizes} == {2}
+        most = max(num_bytes for _, num_bytes in sizes)
+        await generate(runner, [Job(PROMPT * 20, 3)], chunk=60)
+        assert max(columns for columns, _ in sizes) == 23
+        sizes.clear()
+        await generate(runner, [short[1]])
+        assert max(sizes) == (2, most) and most < 1024
+        assert short[0].sampled == short[1].sampled
+        assert runner._tables.shape == (2, 40) and bool(runner._tables[:, 2:].any())
+    finally:
+        runner.close()
 
 
 async def test_blocks_are_copied_before_rows_run(runner: CudaRunner) -> None:

@@ -14,6 +14,17 @@ def test_the_first_chunk_is_modest_whatever_the_maximum() -> None:
     assert TokenBudget(max_tokens=100, block_size=16, target_s=0.05).tokens(0) == 100
 
 
+def test_no_chunk_is_shorter_than_what_a_gpu_computes_in_the_time_of_a_token() -> None:
+    budget = TokenBudget(max_tokens=4096, block_size=16, target_s=0.05, least_tokens=512)
+    assert budget.tokens(0) == 512
+    budget.observe(0, 512, 0.512)
+    for _ in range(20):
+        budget.observe(64, 0, 0.2)
+    assert budget.tokens(64) == 512  # else 96: see the test of prompts that advance
+    budget.shrink(512)
+    assert budget.tokens(64) == 256, "what found no memory is not tried again"
+
+
 def test_a_prompt_alone_gets_the_maximum() -> None:
     budget = make_budget()
     budget.observe(0, 512, 10.0)

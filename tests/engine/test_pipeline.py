@@ -15,6 +15,7 @@ class HeldRunner:
     """Keeps every step until the test lets it go."""
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
+    least_chunk = 16
     has_states = takes_whole_prompts = has_prompt_arithmetic = False
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)

@@ -151,6 +151,7 @@ class FakeRunner:
     eyes: Eyes | None = None
     view_steps: int = 2
     takes_whole_prompts: bool = False
+    least_chunk: int = 0
     has_prompt_arithmetic: bool = False
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)

@@ -20,11 +20,15 @@ class TokenBudget:
     that alone misses the target the streams are late anyway, and starving prompts would not help them. Both
     grow with the wait, to 1.3 times the target and 2.5 times the decode time within a second: when many
     arrive at once all of them are answered soon, and those that stream go slower until then.
+
+    Args:
+        least_tokens: of a prompt in a step, at least as many as a block has: fewer would take as long.
     """
 
     __slots__ = (
         "_alike_s",
         "_block_size",
+        "_least_tokens",
         "_limit",
         "_max_tokens",
         "_num_alike_drafts",
@@ -35,8 +39,9 @@ class TokenBudget:
         "_time",
     )
 
-    def __init__(self, *, max_tokens: int, block_size: int, target_s: float) -> None:
+    def __init__(self, *, max_tokens: int, block_size: int, target_s: float, least_tokens: int = 0) -> None:
         self._max_tokens = max_tokens
+        self._least_tokens = max(least_tokens, block_size)
         self._limit = max_tokens  # less after a step that found no memory
         self._block_size = block_size
         self._target_s = target_s
@@ -50,20 +55,20 @@ class TokenBudget:
     def tokens(self, num_decode_rows: int, waited_s: float = 0.0) -> int:
         """Return how many prompt tokens the next step may compute: whole blocks, or the maximum.
 
-        At least one block, so that prompts always advance. `waited_s`: how long the next prompt has waited.
+        Never none, so that prompts always advance. `waited_s`: how long the next prompt has waited.
         """
         return min(self._wanted(num_decode_rows, waited_s), self._limit)
 
     def _wanted(self, num_decode_rows: int, waited_s: float) -> int:
         token_s = self._time.token_s
         if token_s is None:
-            return min(_UNKNOWN_COST_TOKENS, self._max_tokens)
+            return min(max(_UNKNOWN_COST_TOKENS, self._least_tokens), self._max_tokens)
         if num_decode_rows == 0:
             return self._max_tokens
         room_s = self.room_s(num_decode_rows, waited_s)
         tokens = int(room_s / max(token_s, room_s / self._max_tokens))
         aligned = tokens - tokens % self._block_size
-        return min(max(aligned, self._block_size), self._max_tokens)
+        return min(max(aligned, self._least_tokens), self._max_tokens)
 
     def room_s(self, num_decode_rows: int, waited_s: float = 0.0) -> float:
         """Return how long the next step may take beside its decoding."""

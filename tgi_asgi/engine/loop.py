@@ -63,6 +63,7 @@ class ServingLoop:
             max_tokens=settings.max_batch_prefill_tokens,
             block_size=runner.block_size,
             target_s=settings.target_inter_token_ms / 1000,
+            least_tokens=runner.least_chunk,
         )
         self.scheduler = Scheduler(
             num_blocks=runner.num_blocks,

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tgi_asgi.ops.logprobs import TokenLogprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.ops.sample_state import SLOT, SampleState, has_penalties
 from tgi_asgi.types import SamplingParams
@@ -57,12 +59,19 @@ class CudaSampleState:
         self._host.start(slot, sampling, **history)
         _put(self._records[slot], torch.from_numpy(self._host.record_bytes[slot]))
         if has_penalties(sampling):
-            _put(self._counts[slot], torch.from_numpy(self._host.counts[slot]))
+            self._put_counts(slot)
         there = (self._biased_ids, self._biased_values, self._masked_ids)
         counts = (num_biased, num_biased, num_masked)
         for target, source, count in zip(there, self._host_lists(), counts, strict=True):
             if count > 0:
                 _put(target[slot, :count], source[slot, :count])
+
+    def _put_counts(self, slot: int) -> None:
+        """Bring up a slot's counts: of the tokens that occur; the others are set to 0 where they lie."""
+        row = self._host.counts[slot]
+        ids = np.flatnonzero(row)
+        up = torch.from_numpy(np.stack([ids, row[ids]])).to(self._counts.device, non_blocking=True)
+        self._counts[slot].zero_().scatter_(0, up[0], up[1].int())
 
     def max_top(self, slots: Sequence[int]) -> int:
         """Return the largest number of top log-probabilities that one of these slots wants."""
@@ -89,6 +98,21 @@ class CudaSampleState:
 
     def _host_lists(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(map(torch.from_numpy, self._host.lists))  # type: ignore[return-value]
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> TokenLogprobs:
+    """Score logits on the device, as the operator of that name; only the results come down.
+
+    Raises:
+        ValueError: a token id is out of range, or `num_top` is more than the vocabulary.
+    """
+    (rows, vocab), device = logits.shape, logits.device
+    if not 0 <= num_top <= vocab or bool(((token_ids < 0) | (token_ids >= vocab)).any()):
+        raise ValueError(f"token ids must be in [0, {vocab}), and `num_top` no more than {vocab}")
+    logprobs, top_logprobs = torch.empty(rows, device=device), torch.empty(rows, num_top, device=device)
+    top_ids = torch.empty(rows, num_top, dtype=torch.int32, device=device)
+    _kernels.token_logprobs(logits, token_ids.to(device), logprobs, top_ids, top_logprobs)
+    return TokenLogprobs(logprobs.cpu(), top_ids.cpu(), top_logprobs.cpu())
 
 
 def _put(target: Tensor, source: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tgi_asgi.models.family import Model, record
 from tgi_asgi.ops.cuda import CudaKvLayer, CudaProgram, copy_cuda_blocks, make_cuda_pools
+from tgi_asgi.ops.cuda_sample_state import token_logprobs
 from tgi_asgi.ops.sample import SampleResult
 from tgi_asgi.runner.cuda_buffers import StepBuffers, StepShape
 from tgi_asgi.runner.cuda_device import Device, Event
@@ -36,6 +37,8 @@ from tgi_asgi.types import Eyes
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a prompt in a step: a GPU reads the weights in the time of products of some 200 tokens.
+LEAST_CHUNK = 512
 # Batches that decode alone are padded to one of these, for each of which there are graphs.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 MAX_TOP = 20  # as OpenAI has it
@@ -108,6 +111,7 @@ class CudaRunner:
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
+        self.least_chunk = LEAST_CHUNK
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
         self.eyes: Eyes | None = None
         self.drafts: DraftLimits | None = None
@@ -125,12 +129,15 @@ class CudaRunner:
         ]
         self._program = self._record(model, dtype)
         self._sampler = CudaSampler(max_batch_size, config.vocab_size, max_top, device)
-        self._scorer = PromptScorer(self._host_logits, max_rows=max_batch_size)
+        self._scorer = PromptScorer(self._logits_of, token_logprobs, max_rows=max_batch_size)
         self._no_ids = np.zeros(max_batch_size, np.int32)
-        largest = self._shape(
-            max_step_tokens, max_batch_size, max_batch_size, max_batch_size, max_step_tokens
+        largest = StepShape(
+            max_step_tokens, max_batch_size, max_batch_size, max_batch_size, max_step_tokens, self._max_blocks
         )
         self._device_inputs = torch.zeros(largest.num_bytes, dtype=torch.uint8, device=device.device)
+        # Where graphs read block tables. Of a step only the columns that it has go up, and are put here; what
+        # is behind them is of earlier steps, and lies past every sequence's end.
+        self._tables = torch.zeros(max_batch_size, self._max_blocks, dtype=torch.int32, device=device.device)
         self._staging = [
             _Staging(device.pinned(largest.num_bytes), self._sampler.staging()) for _ in range(MAX_IN_FLIGHT)
         ]
@@ -190,9 +197,6 @@ class CudaRunner:
             device=self._device.device, is_batch_invariant=self._is_batch_invariant,
         )  # fmt: skip
 
-    def _shape(self, tokens: int, sequences: int, rows: int, decodes: int, longest: int) -> StepShape:
-        return StepShape(tokens, sequences, rows, decodes, longest, self._max_blocks)
-
     # The launcher's thread.
 
     def _launch_all(self) -> None:
@@ -215,8 +219,8 @@ class CudaRunner:
 
     def _profile(self) -> None:
         """Run a step of the largest size, all padding, so that libraries take the memory they want."""
-        shape = self._shape(
-            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens
+        shape = StepShape(
+            self.max_step_tokens, self.max_batch_size, self.max_batch_size, 0, self.max_step_tokens, 0
         )
         buffers = StepBuffers.view(self._device_inputs, shape)
         buffers.clear()
@@ -227,7 +231,7 @@ class CudaRunner:
         """Make the graphs of batches that decode alone, the largest first: the others fit in its memory."""
         sizes = {size for size in BUCKETS if size < self.max_batch_size} | {self.max_batch_size}
         for size in sorted(sizes, reverse=True):
-            buffers = StepBuffers.view(self._device_inputs, self._shape(size, size, size, size, 0))
+            buffers = StepBuffers.view(self._device_inputs, StepShape(size, size, size, size, 0, 0))
             buffers.clear()  # what is called before the capture must leave no trace
             self._graphs[size] = _Graphs(
                 self._device.capture(functools.partial(self._forward, buffers)),
@@ -292,22 +296,24 @@ class CudaRunner:
             raise PlanError("a row that decodes comes after a chunk of a prompt")
         batch = self._inputs.fill(rows, self._no_ids)
         from_slot = [row.slot if row.token_ids is None else -1 for row in rows[:num_decodes]]
-        stops = batch.query_start.tolist()
+        stops, columns = batch.query_start.tolist(), batch.block_tables[0].shape[1]
         if num_decodes == len(rows):
             size = min(bucket for bucket in self._graphs if bucket >= len(rows))
-            shape = self._shape(size, size, size, size, 0)
+            shape = StepShape(size, size, size, size, 0, columns)
             row_slots = [row.slot if row.samples else -1 for row in rows]
             logits_rows, places = list(range(len(rows))), sampling
         else:
             longest = max(row.num_tokens for row in rows[num_decodes:])
-            shape = self._shape(stops[-1], len(rows), len(sampling), num_decodes, longest)
+            shape = StepShape(stops[-1], len(rows), len(sampling), num_decodes, longest, columns)
             row_slots = [rows[index].slot for index in sampling]
             logits_rows, places = [stops[index + 1] - 1 for index in sampling], list(range(len(sampling)))
         mask_rows = self._sampler.mask_rows(row_slots)
         StepBuffers.view(staging.inputs, shape).fill(batch, from_slot, logits_rows, row_slots, mask_rows)
         count = shape.num_bytes
         self._device_inputs[:count].copy_(staging.inputs[:count], non_blocking=True)
-        return StepBuffers.view(self._device_inputs, shape), places
+        buffers = StepBuffers.view(self._device_inputs, shape)
+        self._tables[: shape.num_sequences, :columns].copy_(buffers.block_table)
+        return buffers, places
 
     def _is_decode(self, row: StepRow) -> bool:
         """Tell whether decode attention may compute the row.
@@ -324,7 +330,7 @@ class CudaRunner:
         if decodes > 0:
             last = self._sampler.state.last_ids.index_select(0, buffers.from_slot.clamp(min=0))
             buffers.ids[:decodes] = torch.where(buffers.from_slot >= 0, last, buffers.ids[:decodes])
-        self._program.forward(buffers.batch())
+        self._program.forward(buffers.batch(self._tables))
         if buffers.shape.num_rows > 0:
             self._program.head(buffers.rows)
 
@@ -338,9 +344,10 @@ class CudaRunner:
         if result.prompt_logprobs and buffers.shape.num_rows > 0:
             self._program.head(buffers.rows)
 
-    def _host_logits(self, rows: Sequence[int]) -> Tensor:
+    def _logits_of(self, rows: Sequence[int]) -> Tensor:
+        """Return the logits of tokens of the last step, on the device; until the next call."""
         self._program.head(torch.tensor(rows, dtype=torch.int32, device=self._device.device))
-        return self._program.logits[: len(rows)].cpu()
+        return self._program.logits[: len(rows)]
 
     def _draw(self, buffers: StepBuffers) -> None:
         self._sampler.draw(self._program.logits, buffers)

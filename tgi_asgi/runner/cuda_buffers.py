@@ -26,7 +26,7 @@ class StepShape:
     num_rows: int  # of logits
     num_decodes: int  # sequences of one token, which come first
     max_query_len: int  # of the others
-    max_blocks: int
+    num_columns: int  # of the block tables that go up: as many as the longest sequence has blocks
 
     def sections(self) -> list[_Section]:
         t, s, r = self.num_tokens, self.num_sequences, self.num_rows
@@ -40,7 +40,7 @@ class StepShape:
             ("rows", (r,), torch.int32),
             ("row_slots", (r,), torch.int32),
             ("mask_rows", (r,), torch.int32),
-            ("block_table", (s, self.max_blocks), torch.int32),
+            ("block_table", (s, self.num_columns), torch.int32),
         ]
 
     @property
@@ -62,7 +62,7 @@ class StepBuffers:
     rows: Tensor  # [n_rows] int32: tokens whose logits are wanted
     row_slots: Tensor  # [n_rows] int32: sampling slots; -1: none
     mask_rows: Tensor  # [n_rows] int32: rows of the grammars' masks; -1: none
-    block_table: Tensor  # [n_sequences, max_blocks] int32
+    block_table: Tensor  # [n_sequences, n_columns] int32
 
     @classmethod
     def view(cls, memory: Tensor, shape: StepShape) -> StepBuffers:
@@ -100,11 +100,11 @@ class StepBuffers:
         for tensor in (self.slots, self.from_slot, self.row_slots, self.mask_rows):
             tensor.fill_(-1)
 
-    def batch(self) -> CudaBatch:
-        """Return what a program computes."""
+    def batch(self, block_tables: Tensor) -> CudaBatch:
+        """Return what a program computes, with tables [n_sequences or more, max_blocks]."""
         return CudaBatch(
-            self.ids, self.positions, self.slots, self.query_start, self.context_len, self.block_table,
-            self.shape.num_decodes, self.shape.max_query_len,
+            self.ids, self.positions, self.slots, self.query_start, self.context_len,
+            block_tables[: self.shape.num_sequences], self.shape.num_decodes, self.shape.max_query_len,
         )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ class EncoderRunner:
         dense: Sequence[Dense] = (),
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.least_chunk = block_size
         self.max_batch_size, self.max_context = max_batch_size, max_context
         self.max_step_tokens = max(max_step_tokens, max_context)
         self._vocab_size = model.config.vocab_size

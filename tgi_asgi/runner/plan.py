@@ -137,6 +137,7 @@ class Runner(Protocol):
     block_size: int
     max_batch_size: int
     max_step_tokens: int
+    least_chunk: int  # tokens of a prompt, fewer of which take a step no less time
     has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
     eyes: Eyes | None  # of a model that takes images
     # A prompt is one row of one step, and nothing follows; `max_step_tokens` hold the longest.

@@ -11,6 +11,8 @@ from tgi_asgi import ops
 from tgi_asgi.runner.plan import PromptLogprobs, StepRow
 from tgi_asgi.runner.sampling import unpack_top
 
+_Score = Callable[[Tensor, Tensor, int], ops.TokenLogprobs]
+
 _ROWS = 64  # of logits at a time: 12 MB with 49,152 tokens, 64 MB with 256k
 
 
@@ -21,11 +23,14 @@ class PromptScorer:
 
     Args:
         logits: computes the logits of tokens of the last step; valid until its next call.
+        token_logprobs: scores them where they are, as the operator of that name.
         max_rows: how many of them it takes.
     """
 
-    def __init__(self, logits: Callable[[Sequence[int]], Tensor], *, max_rows: int = _ROWS) -> None:
-        self._logits = logits
+    def __init__(
+        self, logits: Callable[[Sequence[int]], Tensor], token_logprobs: _Score, *, max_rows: int = _ROWS
+    ) -> None:
+        self._logits, self._token_logprobs = logits, token_logprobs
         self._max_rows = min(max_rows, _ROWS)
         self._tails: dict[int, Tensor] = {}  # slot -> logits [1, vocab] after its last token so far
 
@@ -46,20 +51,19 @@ class PromptScorer:
         if row.start == 0:
             result: PromptLogprobs = [(None, [])]
         elif tail is not None:
-            result = _pairs(tail, tokens[:1], num_top)
+            result = self._pairs(tail, tokens[:1], num_top)
         else:
             raise ValueError(f"the tokens before position {row.start} have no log-probabilities")
         last = len(tokens) - 1
         for start in range(0, last, self._max_rows):
             stop = min(start + self._max_rows, last)
             logits = self._logits(range(first + start, first + stop))
-            result += _pairs(logits, tokens[start + 1 : stop + 1], num_top)
+            result += self._pairs(logits, tokens[start + 1 : stop + 1], num_top)
         if not row.samples:  # more of the prompt may follow
             self._tails[row.slot] = self._logits([first + last]).clone()
         return result
 
-
-def _pairs(logits: Tensor, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
-    found = ops.token_logprobs(logits, torch.tensor(tokens, dtype=torch.int32), num_top)
-    tops = unpack_top(found.top_ids.tolist(), found.top_logprobs.tolist(), [num_top] * len(tokens))
-    return list(zip(found.logprobs.tolist(), tops, strict=True))
+    def _pairs(self, logits: Tensor, tokens: Sequence[int], num_top: int) -> PromptLogprobs:
+        found = self._token_logprobs(logits, torch.tensor(tokens, dtype=torch.int32), num_top)
+        tops = unpack_top(found.top_ids.tolist(), found.top_logprobs.tolist(), [num_top] * len(tokens))
+        return list(zip(found.logprobs.tolist(), tops, strict=True))

@@ -65,7 +65,7 @@ class CpuRunner:
     ) -> None:
         config = model.config
         self.num_blocks = kv_size.num_blocks
-        self.block_size = kv_size.block_size
+        self.block_size = self.least_chunk = kv_size.block_size
         self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
@@ -100,7 +100,7 @@ class CpuRunner:
         self.eyes = None if self._seer is None else self._seer.eyes
         self._sampling = ops.SampleState(max_batch_size, config.vocab_size)
         self._masks = SlotMasks(config.vocab_size)
-        self._scorer = PromptScorer(self._program.run_head, max_rows=max_batch_size)
+        self._scorer = PromptScorer(self._program.run_head, ops.token_logprobs, max_rows=max_batch_size)
         self._generates = config.generates
         self._pooler = Pooler(self._program.hidden, dense)
         self._constrained: set[int] = set()  # slots whose sequences have a grammar, as of what was submitted

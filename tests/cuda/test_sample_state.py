@@ -1,0 +1,68 @@
+"""What sampling keeps on the device, and what of it goes up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cuda import emulated_ops
+from tests.emulation import library
+from tgi_asgi import ops
+from tgi_asgi.ops.cuda_sample_state import CudaSampleState, token_logprobs
+from tgi_asgi.types import SamplingParams
+
+VOCAB = 5000
+PENALISED = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is read beside those that are there already, in bytes."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known, self.num_bytes = known, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in args:
+            if isinstance(given, Tensor) and given.untyped_storage().data_ptr() not in self._known:
+                self.num_bytes = max(self.num_bytes, given.untyped_storage().nbytes())
+        return func(*args, **(kwargs or {}))
+
+
+def test_counts_go_up_of_the_tokens_that_occur_and_are_zeroed_where_they_lie() -> None:
+    state = CudaSampleState(3, VOCAB, torch.device("cpu"))
+    histories: list[dict[str, Any]] = [
+        {"prompt_ids": [1, 2, 2, 4999], "output_ids": [7, 7, 2]},
+        {"prompt_ids": [5]},
+        {"prompt_ids": [], "output_ids": [0]},
+    ]
+    for history in histories:
+        with Largest({state._counts.untyped_storage().data_ptr()}) as largest:
+            state.start(1, PENALISED, choice=0, **history)
+        assert 0 < largest.num_bytes < VOCAB * 4, "of a vocabulary nothing goes up"
+        expected = torch.zeros(VOCAB, dtype=torch.int32)
+        expected[history["prompt_ids"]] = 1
+        for token in history.get("output_ids", ()):
+            expected[token] += 2
+        assert torch.equal(state._counts[1], expected)
+        assert not state._counts[[0, 2]].any()
+
+
+def test_tokens_are_scored_where_their_logits_are() -> None:
+    library.require()
+    emulated_ops.register()
+    logits, ids = torch.randn(5, 300) * 4, torch.randint(300, (5,), dtype=torch.int32)
+    found, expected = token_logprobs(logits, ids, 4), ops.token_logprobs(logits, ids, 4)
+    assert torch.equal(found.top_ids, expected.top_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.top_logprobs, expected.top_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("token", "num_top"), [(300, 0), (-1, 2), (3, 301)])
+def test_a_token_that_is_none_is_refused(token: int, num_top: int) -> None:
+    with pytest.raises(ValueError, match=r"\[0, 300\)"):
+        token_logprobs(torch.randn(1, 300), torch.tensor([token], dtype=torch.int32), num_top)
