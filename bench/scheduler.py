@@ -47,7 +47,7 @@ class InstantRunner:
 
     def __init__(self, num_blocks: int, max_batch_size: int) -> None:
         self.num_blocks = num_blocks
-        self.block_size = BLOCK_SIZE
+        self.block_size = self.least_chunk = BLOCK_SIZE
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
         self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False

@@ -35,7 +35,11 @@ def test_long_calls_are_timed_one_by_one_and_short_ones_inside_a_graph_of_twenty
     made: list[int] = []
 
     def on(data: int, us: float) -> Callable[[], None]:
-        return lambda: (made.append(data), clock.advance(us))[0]
+        def call() -> None:
+            made.append(data)
+            clock.advance(us)
+
+        return call
 
     long = gpu_timing.time_calls([on(0, 30.0), on(1, 30.0)])
     assert (long.us, long.in_graph, clock.captures) == (30.5, False, 0)
@@ -62,7 +66,12 @@ def test_a_short_call_in_a_graph_has_no_share_of_launches(
         return lambda: clock.advance(20 * 2.0 + 0.5)
 
     monkeypatch.setattr(gpu_timing, "capture", capture)
-    found = gpu_timing.time_calls([lambda: (calls.append(1), clock.advance(9.0)), lambda: clock.advance(9.0)])
+
+    def first() -> None:
+        calls.append(1)
+        clock.advance(9.0)
+
+    found = gpu_timing.time_calls([first, lambda: clock.advance(9.0)])
     assert found.in_graph and found.us == pytest.approx(2.05)
     assert len(calls) == 10, "twenty calls, of two in turn"
 
@@ -121,9 +130,12 @@ TINY = ModelConfig(
 
 
 @pytest.fixture
-def emulation(clock: Clock) -> None:
+def emulation(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated kernels, of which a few runs are enough."""
     library.require()
     emulated_ops.register()
+    monkeypatch.setattr(gpu_timing, "_RUNS", 3)
+    monkeypatch.setattr(gpu_timing, "CALLS_A_GRAPH", 2)
 
 
 @pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("q8_0", "fp8")])
