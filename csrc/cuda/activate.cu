@@ -9,11 +9,11 @@ namespace {
 constexpr int kThreads = 256;
 
 // x / (1 + e^-x)
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
 
 // 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
 __device__ __forceinline__ float gelu_tanh(float x) {
-  return x / (1.0f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+  return __fdividef(x, 1.0f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
 }
 
 __device__ __forceinline__ float gelu(float x) {
@@ -47,10 +47,9 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads, 4) activate_kernel(ActivateParams p) {
   wait_for_kernel_before();
   start_kernel_after();
-  const int64_t vectors = p.intermediate / 8;
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= p.num_tokens * vectors) return;
-  const int64_t token = i / vectors, column = i % vectors * 8;
+  const int64_t token = blockIdx.x;
+  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * 8;
+  if (column >= p.intermediate) return;
   const Element* row =
       static_cast<const Element*>(p.x) + token * (p.is_gated ? 2 : 1) * p.intermediate;
   float x[8], up[8] = {1, 1, 1, 1, 1, 1, 1, 1};
@@ -66,9 +65,10 @@ __global__ void __launch_bounds__(kThreads, 4) activate_kernel(ActivateParams p)
 cudaError_t activate(const ActivateParams& p, cudaStream_t stream) {
   if (p.intermediate % 8 != 0) return cudaErrorInvalidValue;
   if (p.num_tokens == 0) return cudaSuccess;
-  const auto blocks = unsigned(ceil_divide<int64_t>(p.num_tokens * (p.intermediate / 8), kThreads));
+  const dim3 grid(unsigned(p.num_tokens),
+                  unsigned(ceil_divide<int64_t>(p.intermediate / 8, kThreads)));
   const auto kernel = p.type == Type::kBfloat16 ? activate_kernel<bf16> : activate_kernel<fp16>;
-  return launch_dependent(kernel, dim3(blocks), dim3(kThreads), 0, stream, p);
+  return launch_dependent(kernel, grid, dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace tgi::cuda

@@ -30,9 +30,9 @@ struct Context {
     begin = p.window > 0 ? max(end - p.window, int64_t{0}) : 0;
     length = chunk_length(end);
   }
-  __device__ __forceinline__ int64_t first_chunk() const { return begin / length; }
+  __device__ __forceinline__ int64_t first_chunk() const { return divide_narrow(begin, length); }
   __device__ __forceinline__ int64_t num_chunks() const {
-    return end == 0 ? 0 : ceil_divide(end, length) - first_chunk();
+    return end == 0 ? 0 : divide_narrow(end + length - 1, length) - first_chunk();
   }
 };
 
@@ -50,7 +50,7 @@ struct Workspace {
   static __device__ __forceinline__ int64_t max_chunks_on_device(const AttentionParams& p) {
     const int64_t longest = p.block_table_stride * p.block_size;
     const int64_t least = longest <= 8192 ? 0 : longest <= 32768 ? 32 : 64;
-    return max(least, ceil_divide(longest, chunk_length(longest)));
+    return max(least, divide_narrow(longest + chunk_length(longest) - 1, chunk_length(longest)));
   }
 };
 

@@ -57,24 +57,26 @@ struct Decode {
     // all at once.
     int32_t own_block = 0;
     if (lane < num_tiles) {
-      own_block = p.block_table[sequence * p.block_table_stride + token_of(lane) / p.block_size];
+      own_block =
+          p.block_table[sequence * p.block_table_stride + int(token_of(lane)) / int(p.block_size)];
     }
     own_block = min(max(own_block, 0), int32_t(p.num_blocks - 1));
     const KvCache cache(p, kv_head);
-    const int64_t head = kv_head * (p.num_heads / p.num_kv_heads) + lane / 4;
+    const int64_t head = kv_head * divide_narrow(p.num_heads, p.num_kv_heads) + lane / 4;
     const Scores scores(p, head, head + 8);
     const auto bring_tile = [&](int i) {
       const int64_t token = token_of(i);
-      const int64_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize),
-                    offset = token % p.block_size;
+      const int32_t block = __shfl_sync(0xffffffffu, own_block, i % kWarpSize);
+      const int64_t place = cache.row_at(block, int(token) % int(p.block_size));
       uint4* stage = tiles + i % kStages * 2 * kTileChunks;
 #pragma unroll 4
       for (int k = lane; k < 2 * kTile * KvCache::kCopies; k += kWarpSize) {
         const bool is_value = k >= kTile * KvCache::kCopies;
         const int row = k / KvCache::kCopies % kTile;
         const bool is_valid = token + row >= begin && token + row < end;
-        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value,
-                    block, offset + row, is_valid);
+        const int64_t at = place + row * HeadDim + (is_value ? cache.value_offset : 0);
+        cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies,
+                    is_valid ? at : 0, is_valid);
       }
     };
 #pragma unroll
@@ -140,11 +142,12 @@ __global__ void __launch_bounds__(Decode<Element, KvElement, HeadDim>::kThreads,
   uint4* tiles = queries + kRows * Row<HeadDim>::kStride;
   auto* sums = reinterpret_cast<float*>(tiles);  // once the tiles are done with
   float* stats = sums + Kernel::kWarps * kRows * HeadDim;
-  const int group = int(p.num_heads / p.num_kv_heads);
+  const int group = int(divide_narrow(p.num_heads, p.num_kv_heads));
   const Workspace workspace(p);
   const int64_t num_items = int64_t{p.plan[p.num_sequences]} * p.num_kv_heads;
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-    const int64_t chunk = item / p.num_kv_heads, kv_head = item % p.num_kv_heads;
+    const int64_t chunk = divide_narrow(item, p.num_kv_heads),
+                  kv_head = item - chunk * p.num_kv_heads;
     int64_t sequence = 0;  // the last that begins at or before this chunk
     for (int64_t stop = p.num_sequences; stop - sequence > 1;) {
       const int64_t middle = (sequence + stop) / 2;
@@ -185,7 +188,8 @@ __global__ void __launch_bounds__(kMergeThreads, 8) merge_kernel(AttentionParams
   wait_for_kernel_before();
   start_kernel_after();
   const Workspace workspace(p);
-  const int64_t sequence = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads;
+  const int64_t sequence = divide_narrow(blockIdx.x, p.num_heads),
+                head = blockIdx.x - sequence * p.num_heads;
   const int64_t first = p.plan[sequence], stop = p.plan[sequence + 1];
   for (int d = 2 * int(threadIdx.x); d < HeadDim; d += 2 * kMergeThreads) {
     Merged merged[2] = {{0, -INFINITY, 0}, {0, -INFINITY, 0}};

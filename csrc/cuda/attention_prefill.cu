@@ -9,7 +9,7 @@ cudaError_t launch_prefill(const AttentionParams& p, cudaStream_t stream);
 
 cudaError_t attention_prefill(const AttentionParams& p, cudaStream_t stream) {
   const bool fits = p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0 && p.block_size > 0 &&
-                    p.num_sequences <= 65535;
+                    p.num_sequences <= 65535 && p.scale > 0 && p.key_scale > 0;
   if (!fits || (p.kv_type != p.type && p.kv_type != Type::kFloat8)) return cudaErrorInvalidValue;
   if (p.num_sequences == 0 || p.max_query_len == 0) return cudaSuccess;
   if (p.type == Type::kBfloat16) {

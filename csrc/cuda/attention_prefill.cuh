@@ -18,26 +18,41 @@ struct Prefill {
   static constexpr int kBlockRows = kWarps * kRows;
   static constexpr int kKeys = HeadDim <= 128 ? 64 : 32;
   static constexpr int kStages = 2;
-  static constexpr int kUnroll = HeadDim <= 128 ? 4 : 1;  // the sums leave no more registers
+  static constexpr int kUnroll = HeadDim <= 128 ? 2 : 1;  // the sums leave no more registers
   static constexpr int kTileChunks = kKeys * Row<HeadDim>::kStride;
+  static constexpr int kPlaces = 2 * kKeys;  // of two tiles' rows in the cache
   static constexpr int kSharedBytes =
-      (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16;
+      (kBlockRows * Row<HeadDim>::kStride + kStages * 2 * kTileChunks) * 16 +
+      kPlaces * int(sizeof(int64_t));
   static_assert(kSharedBytes <= 99 << 10);
   using KvCache = Cache<Element, KvElement, HeadDim>;
 
-  static __device__ __forceinline__ void bring_tile(const AttentionParams& p, const KvCache& cache,
-                                                    const int32_t* table, int token, int begin,
-                                                    int end, uint4* stage) {
+  // Finds where the rows of the tile of keys from `token` on lie, once for keys, values and all
+  // their 16 bytes; -1: nowhere, it is outside of [begin, end). Read behind the next barrier.
+  static __device__ __forceinline__ void find_tile(const AttentionParams& p, const KvCache& cache,
+                                                   const int32_t* table, int token, int begin,
+                                                   int end, int64_t* places) {
+    const int row = int(threadIdx.x), position = token + row;
+    if (row >= kKeys) return;
+    int64_t place = -1;
+    if (position >= begin && position < end) {
+      const int block_size = int(p.block_size);
+      const int block = min(max(table[position / block_size], 0), int(p.num_blocks) - 1);
+      place = cache.row_at(block, position % block_size);
+    }
+    places[token / kKeys % 2 * kKeys + row] = place;
+  }
+
+  static __device__ __forceinline__ void bring_tile(const KvCache& cache, int token,
+                                                    const int64_t* places, uint4* stage) {
 #pragma unroll(kUnroll)
-    for (int k = int(threadIdx.x); k < 2 * kKeys * KvCache::kCopies; k += kThreads) {
-      const bool is_value = k >= kKeys * KvCache::kCopies;
-      const int row = k / KvCache::kCopies % kKeys;
-      const int position = token + row, block_size = int(p.block_size);
-      const bool is_valid = position >= begin && position < end;
-      int block = is_valid ? table[position / block_size] : 0;
-      block = min(max(block, 0), int(p.num_blocks) - 1);
-      cache.bring(stage + (is_value ? kTileChunks : 0), row, k % KvCache::kCopies, is_value, block,
-                  position % block_size, is_valid);
+    for (int k = int(threadIdx.x); k < kKeys * KvCache::kCopies; k += kThreads) {
+      const int row = k / KvCache::kCopies, i = k % KvCache::kCopies;
+      const int64_t place = places[token / kKeys % 2 * kKeys + row];
+      const bool is_valid = place >= 0;
+      const int64_t at = is_valid ? place : 0;
+      cache.bring(stage, row, i, at, is_valid);
+      cache.bring(stage + kTileChunks, row, i, at + cache.value_offset, is_valid);
     }
   }
 };
@@ -47,10 +62,11 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     prefill_kernel(AttentionParams p) {
   using Kernel = Prefill<Element, KvElement, HeadDim>;
   using Tile = Row<HeadDim>;
-  DYNAMIC_SHARED(uint4, queries);  // [64 rows], then the stages' tiles
+  DYNAMIC_SHARED(uint4, queries);  // [64 rows], then the stages' tiles, then `places`
   uint4* tiles = queries + Kernel::kBlockRows * Tile::kStride;
+  auto* places = reinterpret_cast<int64_t*>(tiles + Kernel::kStages * 2 * Kernel::kTileChunks);
   const int64_t sequence = blockIdx.z, kv_head = blockIdx.y;
-  const int group = int(p.num_heads / p.num_kv_heads);
+  const int group = int(divide_narrow(p.num_heads, p.num_kv_heads));
   const int64_t query_begin = min(max(int64_t{p.query_start[sequence]}, int64_t{0}), p.num_tokens);
   const int64_t query_end =
       min(max(int64_t{p.query_start[sequence + 1]}, query_begin), p.num_tokens);
@@ -78,7 +94,10 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
   const typename Kernel::KvCache cache(p, kv_head);
   const int32_t* table = p.block_table + sequence * p.block_table_stride;
   const int first_tile = begin / Kernel::kKeys, stop_tile = ceil_divide(end, Kernel::kKeys);
-  Kernel::bring_tile(p, cache, table, first_tile * Kernel::kKeys, begin, end, tiles);
+  Kernel::find_tile(p, cache, table, first_tile * Kernel::kKeys, begin, end, places);
+  Kernel::find_tile(p, cache, table, (first_tile + 1) * Kernel::kKeys, begin, end, places);
+  __syncthreads();
+  Kernel::bring_tile(cache, first_tile * Kernel::kKeys, places, tiles);
   async_commit();
 
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
@@ -93,10 +112,12 @@ __global__ void __launch_bounds__(Prefill<Element, KvElement, HeadDim>::kThreads
     const int stage = (tile - first_tile) % Kernel::kStages;
     const int token = tile * Kernel::kKeys;
     if (tile + 1 < stop_tile) {
-      Kernel::bring_tile(p, cache, table, token + Kernel::kKeys, begin, end,
+      Kernel::bring_tile(cache, token + Kernel::kKeys, places,
                          tiles + (stage ^ 1) * 2 * Kernel::kTileChunks);
     }
     async_commit();
+    // Over this tile's, which all have brought before the barrier.
+    Kernel::find_tile(p, cache, table, token + 2 * Kernel::kKeys, begin, end, places);
     Visible visible;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

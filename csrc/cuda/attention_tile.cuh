@@ -3,6 +3,7 @@
 // fragments is in mma.cuh.
 #pragma once
 
+#include <cfloat>
 #include <type_traits>
 
 #include "async.cuh"
@@ -57,12 +58,16 @@ struct Cache {
         block_stride(2 * p.num_kv_heads * p.block_size * HeadDim),
         value_offset(p.num_kv_heads * p.block_size * HeadDim) {}
 
-  // Starts to bring the i-th 16 bytes of a row (or zeros) into row `row` of a tile. A cache of 8
-  // bits is converted on the way, at once.
-  __device__ __forceinline__ void bring(uint4* tile, int row, int i, bool is_value, int64_t block,
-                                        int64_t offset, bool is_valid) const {
-    const KvElement* from = head + block * block_stride + (is_value ? value_offset : 0) +
-                            offset * HeadDim + i * (16 / int(sizeof(KvElement)));
+  // Where the keys of a token lie, in elements from `head`; its values are `value_offset` behind.
+  __device__ __forceinline__ int64_t row_at(int64_t block, int64_t offset) const {
+    return block * block_stride + offset * HeadDim;
+  }
+
+  // Starts to bring the i-th 16 bytes of the row at `at` (or zeros) into row `row` of a tile. A
+  // cache of 8 bits is converted on the way, at once.
+  __device__ __forceinline__ void bring(uint4* tile, int row, int i, int64_t at,
+                                        bool is_valid) const {
+    const KvElement* from = head + at + i * (16 / int(sizeof(KvElement)));
     if constexpr (kIsSame) {
       async_copy16(&tile[Row<HeadDim>::at(row, i)], from, is_valid);
     } else {
@@ -82,6 +87,18 @@ struct Cache {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
+// 2^x in one instruction; what is less than the least normal number becomes 0.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float result = exp2f(x);
+  return result < FLT_MIN ? 0.0f : result;
+#endif
+}
+
 // How products of queries and keys become scores in units of log 2.
 struct Scores {
   float scale;
@@ -93,16 +110,17 @@ struct Scores {
   // The heads of the lane's two rows; a row that is nobody's may have any.
   __device__ __forceinline__ Scores(const AttentionParams& p, int64_t head, int64_t other_head)
       : scale(p.scale * p.key_scale * kLog2E),
-        bound(p.soft_cap * kLog2E / scale),
-        rate(2.0f * scale / p.soft_cap),
+        bound(__fdividef(p.soft_cap * kLog2E, scale)),
+        rate(__fdividef(2.0f * scale, p.soft_cap)),
         has_slopes(p.slopes != nullptr) {
-    slope[0] = has_slopes ? p.slopes[min(head, p.num_heads - 1)] * kLog2E / scale : 0.0f;
-    slope[1] = has_slopes ? p.slopes[min(other_head, p.num_heads - 1)] * kLog2E / scale : 0.0f;
+    const float factor = __fdividef(kLog2E, scale);
+    slope[0] = has_slopes ? p.slopes[min(head, p.num_heads - 1)] * factor : 0.0f;
+    slope[1] = has_slopes ? p.slopes[min(other_head, p.num_heads - 1)] * factor : 0.0f;
   }
 
   // bound * tanh(product / bound): tanh(x) = 1 - 2 / (1 + e^2x). Gemma Team, Gemma 2, section 2.
   __device__ __forceinline__ float cap(float product) const {
-    return bound - __fdividef(2.0f * bound, 1.0f + exp2f(product * rate));
+    return bound - __fdividef(2.0f * bound, 1.0f + exp2_flushed(product * rate));
   }
 };
 
@@ -111,7 +129,7 @@ struct Scores {
 __device__ __forceinline__ float inverse_sum(const AttentionParams& p, int64_t head, float max,
                                              float sum) {
   if (p.sinks != nullptr) sum += exp2f(p.sinks[head] * kLog2E - max);  // infinite: nothing is left
-  return p.value_scale / sum;
+  return __fdividef(p.value_scale, sum);
 }
 
 // Keys that a lane's two rows see: those in [first, stop), counted from the tile's first. A row's
@@ -160,32 +178,37 @@ __device__ __forceinline__ void attend(RowState<HeadDim>& state, const uint4* qu
       }
     }
   }
-  float correction[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float largest = state.max[half];
+  if (!is_all_visible) {  // of most tiles nothing is hidden: these are spared the comparisons
 #pragma unroll
     for (int j = 0; j < Keys / 8; ++j) {
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int key = j * 8 + lane % 4 * 2 + i % 2;
-        const bool is_seen =
-            is_all_visible || (key >= visible.first[half] && key < visible.stop[half]);
-        score[j][i] = is_seen ? score[j][i] * scores.scale : -INFINITY;
-        largest = fmaxf(largest, score[j][i]);
+        if (key < visible.first[i / 2] || key >= visible.stop[i / 2]) score[j][i] = -INFINITY;
       }
+    }
+  }
+  float correction[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < Keys / 8; ++j) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) largest = fmaxf(largest, score[j][i]);
     }
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    largest = fmaxf(state.max[half], largest * scores.scale);   // scales are positive
     const float shift = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet
-    correction[half] = exp2f(state.max[half] - shift);
+    correction[half] = exp2_flushed(state.max[half] - shift);
     state.max[half] = largest;
     float sum = state.sum[half] * correction[half];
 #pragma unroll
     for (int j = 0; j < Keys / 8; ++j) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        score[j][i] = exp2f(score[j][i] - shift);
+        score[j][i] = exp2_flushed(fmaf(score[j][i], scores.scale, -shift));
         sum += score[j][i];
       }
     }

@@ -138,4 +138,9 @@ __host__ __device__ constexpr Integer ceil_divide(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
+// a / b of numbers below 2^32: of 64 bits a division is a function, which is called.
+__host__ __device__ constexpr int64_t divide_narrow(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 }  // namespace tgi::cuda

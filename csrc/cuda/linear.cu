@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(kThreads, Tile<Tokens>::kBlocks) linear_kernel
   DYNAMIC_SHARED(uint4, queue);  // [stage][copy][thread]; then the sums
   // Blocks that share rows of W follow each other, so that all but the first find them in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
-  const int64_t first_token = blockIdx.x % token_tiles * Tokens;
-  const int64_t first_row = blockIdx.x / token_tiles * T::kRows;
+  const int64_t row_tile = divide_narrow(blockIdx.x, token_tiles);
+  const int64_t first_token = (blockIdx.x - row_tile * token_tiles) * Tokens;
+  const int64_t first_row = row_tile * T::kRows;
   Sums<Tokens> sums = {};
   walk<Element>(p, first_row, first_token, queue, sums);
   __syncthreads();  // the queue is done with

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(NormParams p) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += values[k][i];
   }
-  if (p.bias != nullptr) mean = block_reduce(sum, Add(), scratch) / float(p.hidden);
+  if (p.bias != nullptr) mean = __fdividef(block_reduce(sum, Add(), scratch), float(p.hidden));
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int64_t column = (int64_t{k} * blockDim.x + threadIdx.x) * 8;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_kernel(NormParams p) {
     }
   }
   squares = block_reduce(squares, Add(), scratch);
-  const float inverse = 1.0f / sqrtf(squares / float(p.hidden) + p.eps);
+  const float inverse = rsqrtf(__fdividef(squares, float(p.hidden)) + p.eps);
   Element* out = static_cast<Element*>(p.out) + row * p.hidden;  // [hidden]
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {

@@ -69,11 +69,11 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
   const int lane = int(threadIdx.x) % kWarpSize;
   // Blocks that share rows follow each other, so that all but the first find the codes in L2.
   const int64_t token_tiles = ceil_divide<int64_t>(p.num_tokens, Tokens);
-  const int64_t first_token = blockIdx.x % token_tiles * Tokens;
-  const int64_t first_row =
-      (blockIdx.x / token_tiles * kWarps + threadIdx.x / kWarpSize) * kWarpRows;
+  const int64_t row_tile = divide_narrow(blockIdx.x, token_tiles);
+  const int64_t first_token = (blockIdx.x - row_tile * token_tiles) * Tokens;
+  const int64_t first_row = (row_tile * kWarps + threadIdx.x / kWarpSize) * kWarpRows;
   if (first_row >= p.weight.num_rows) return;
-  const int64_t columns = p.weight.num_columns, groups = columns / p.weight.group;
+  const int64_t columns = p.weight.num_columns, groups = divide_narrow(columns, p.weight.group);
   const float shift = kMagic + float(p.weight.zero);
   const auto* codes = static_cast<const uint8_t*>(p.weight.codes);
   const auto* scales = static_cast<const Scale*>(p.weight.scales);
@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
         }
       }
     }
+    const int64_t group = divide_narrow(column, p.weight.group);
 #pragma unroll
     for (int row = 0; row < kWarpRows; ++row) {
-      const int64_t place =
-          min(first_row + row, p.weight.num_rows - 1) * groups + column / p.weight.group;
+      const int64_t place = min(first_row + row, p.weight.num_rows - 1) * groups + group;
       const float scale = to_float(scales[place]);
       const float offset = offsets == nullptr ? 0.0f : to_float(offsets[place]);
 #pragma unroll
@@ -153,11 +153,12 @@ __global__ void __launch_bounds__(kThreads, Tokens == 8 ? 3 : 4)
 
 template <typename Element, typename Scale, typename Code>
 __global__ void __launch_bounds__(kThreads, 8) dequantise_kernel(QuantMatrix m, Element* out) {
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kStep<Code>;
+  const int64_t step = int64_t{blockIdx.x} * kThreads + threadIdx.x, first = step * kStep<Code>;
   if (first >= m.num_rows * m.num_columns) return;
   const uint4 bytes = *reinterpret_cast<const uint4*>(static_cast<const uint8_t*>(m.codes) +
                                                       first * Code::kBits / 8);
-  const int64_t place = first / m.group;  // groups of a row follow each other, and rows do
+  // Groups of a row follow each other, and rows do; a group is a whole number of steps.
+  const int64_t place = divide_narrow(step, m.group / kStep<Code>);
   const float scale = to_float(static_cast<const Scale*>(m.scales)[place]);
   const float offset =
       m.offsets == nullptr ? 0.0f : to_float(static_cast<const Scale*>(m.offsets)[place]);

@@ -49,7 +49,7 @@ struct HeadNorm {
       for (int k = 0; k < kMaxWords; ++k) {
         if (2 * (lane + kWarpSize * k) < head_dim) sum += words.at[k].x + words.at[k].y;
       }
-      mean = warp_reduce(sum, Add()) / float(head_dim);
+      mean = __fdividef(warp_reduce(sum, Add()), float(head_dim));
     }
     float squares = 0;
 #pragma unroll
@@ -59,7 +59,7 @@ struct HeadNorm {
         squares += x * x + y * y;
       }
     }
-    inverse = 1.0f / sqrtf(warp_reduce(squares, Add()) / float(head_dim) + eps);
+    inverse = rsqrtf(__fdividef(warp_reduce(squares, Add()), float(head_dim)) + eps);
   }
 
   // The pair at d.
@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
   start_kernel_after();
   const int lane = int(threadIdx.x) % kWarpSize, head_dim = int(p.head_dim),
             half = int(p.rotary_dim / 2);
-  const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
-  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
-  if (unit >= p.num_tokens * all_heads) return;
-  const int64_t token = unit / all_heads, head = unit % all_heads;
+  const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads, token = blockIdx.x;
+  const int64_t head = int64_t{blockIdx.y} * kWarps + threadIdx.x / kWarpSize;
+  if (head >= all_heads) return;
   const bool is_query = head < p.num_heads, is_value = head >= p.num_heads + p.num_kv_heads;
-  const Element* in = static_cast<const Element*>(p.qkv) + unit * head_dim;  // [head_dim]
+  const Element* in =
+      static_cast<const Element*>(p.qkv) + (token * all_heads + head) * head_dim;  // [head_dim]
   Words words;
 #pragma unroll
   for (int k = 0; k < kMaxWords; ++k) {
@@ -138,12 +138,13 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
   }
   const int64_t slot = p.slots[token];
   if (slot < 0 || slot >= p.num_blocks * p.block_size) return;
-  const int64_t kv_head = (head - p.num_heads) % p.num_kv_heads;
-  const int64_t plane = slot / p.block_size * 2 + (is_value ? 1 : 0);
+  const int64_t kv_head = head - p.num_heads - (is_value ? p.num_kv_heads : 0);
+  const auto place = static_cast<uint32_t>(slot), block_size = static_cast<uint32_t>(p.block_size);
+  const int64_t plane = int64_t{place / block_size} * 2 + (is_value ? 1 : 0);
   KvElement* out =
       static_cast<KvElement*>(p.kv) +
-      ((plane * p.num_kv_heads + kv_head) * p.block_size + slot % p.block_size) * head_dim;
-  const float factor = 1.0f / (is_value ? p.value_scale : p.key_scale);
+      ((plane * p.num_kv_heads + kv_head) * p.block_size + place % block_size) * head_dim;
+  const float factor = __fdividef(1.0f, is_value ? p.value_scale : p.key_scale);
 #pragma unroll
   for (int k = 0; k < kMaxWords; ++k) {
     const int d = 2 * (lane + kWarpSize * k);
@@ -153,18 +154,20 @@ __global__ void __launch_bounds__(kThreads, 4) rope_kernel(RopeParams p) {
 
 template <typename Element>
 cudaError_t launch_rope(const RopeParams& p, cudaStream_t stream) {
-  const int64_t units = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
+  const int64_t all_heads = p.num_heads + 2 * p.num_kv_heads;
   const auto kernel =
       p.kv_type == Type::kFloat8 ? rope_kernel<Element, fp8> : rope_kernel<Element, Element>;
-  return launch_dependent(kernel, dim3(unsigned(ceil_divide<int64_t>(units, kWarps))),
-                          dim3(kThreads), 0, stream, p);
+  return launch_dependent(
+      kernel, dim3(unsigned(p.num_tokens), unsigned(ceil_divide<int64_t>(all_heads, kWarps))),
+      dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace
 
 cudaError_t rope_kv_write(const RopeParams& p, cudaStream_t stream) {
   const bool fits = p.head_dim % 16 == 0 && p.head_dim >= 16 && p.head_dim <= 64 * kMaxWords &&
-                    p.rotary_dim % 4 == 0 && p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim;
+                    p.rotary_dim % 4 == 0 && p.rotary_dim >= 0 && p.rotary_dim <= p.head_dim &&
+                    p.num_blocks * p.block_size <= int64_t{UINT32_MAX};
   if (!fits || (p.kv_type != p.type && p.kv_type != Type::kFloat8)) return cudaErrorInvalidValue;
   if (p.num_tokens == 0) return cudaSuccess;
   return p.type == Type::kBfloat16 ? launch_rope<bf16>(p, stream) : launch_rope<fp16>(p, stream);

@@ -70,7 +70,7 @@ struct Kept {
   float max, factor;
   float floor, mean, reach;
 
-  __device__ __forceinline__ float score(int i) const { return (values[i] - max) * factor; }
+  __device__ __forceinline__ float score(float value) const { return (value - max) * factor; }
   __device__ __forceinline__ bool has(float score) const {
     return score >= floor && fabsf(score - mean) <= reach;
   }
@@ -80,24 +80,24 @@ struct Kept {
 // Typical Sampling, section 4.
 __device__ __forceinline__ void keep_typical(float typical_p, int n, Kept& kept, RowRoom& room) {
   double mass = 0, weighted = 0;
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-    const float score = kept.score(i);
-    if (!(score >= kept.floor)) continue;
+  for_each(kept.values, n, [&](int, float x) {
+    const float score = kept.score(x);
+    if (!(score >= kept.floor)) return;
     const float weight = expf(score);
     mass += weight;
     weighted += double(weight) * score;
-  }
+  });
   mass = block_reduce(mass, Add(), room.doubles);
   const auto mean = static_cast<float>(block_reduce(weighted, Add(), room.doubles) / mass);
-  const auto weigh = [&](int i, float& distance) {
-    const float score = kept.score(i);
+  const auto weigh = [&](float x, float& distance) {
+    const float score = kept.score(x);
     distance = fabsf(score - mean);
     return score >= kept.floor ? to_weight(score) : Weight{0};
   };
   const auto share = [=](Weight total) {
     return static_cast<Weight>(ceil(double(total) * typical_p));
   };
-  kept.reach = reach(n, weigh, share, room);
+  kept.reach = reach(kept.values, n, weigh, share, room);
   kept.mean = mean;
 }
 
@@ -105,24 +105,24 @@ __device__ __forceinline__ void keep_typical(float typical_p, int n, Kept& kept,
 // ties.
 __device__ __forceinline__ void cut(const SampleSlot& slot, int n, Kept& kept, RowRoom& room) {
   if (slot.top_k > 0 && slot.top_k < n) {
-    const auto weigh = [&](int i, float& distance) {
-      const float score = kept.score(i);
+    const auto weigh = [&](float x, float& distance) {
+      const float score = kept.score(x);
       distance = fabsf(score);
       return Weight{score >= -FLT_MAX ? 1u : 0u};
     };
     const auto share = [&](Weight) { return static_cast<Weight>(slot.top_k); };
-    kept.floor = -reach(n, weigh, share, room);
+    kept.floor = -reach(kept.values, n, weigh, share, room);
   }
   if (slot.top_p < 1.0f) {
-    const auto weigh = [&](int i, float& distance) {
-      const float score = kept.score(i);
+    const auto weigh = [&](float x, float& distance) {
+      const float score = kept.score(x);
       distance = fabsf(score);
       return score >= kept.floor ? to_weight(score) : Weight{0};
     };
     const auto share = [&](Weight total) {
       return static_cast<Weight>(ceil(double(total) * slot.top_p));
     };
-    kept.floor = fmaxf(kept.floor, -reach(n, weigh, share, room));
+    kept.floor = fmaxf(kept.floor, -reach(kept.values, n, weigh, share, room));
   }
   if (slot.min_p > 0.0f) kept.floor = fmaxf(kept.floor, logf(slot.min_p));
   if (slot.typical_p < 1.0f) keep_typical(slot.typical_p, n, kept, room);
@@ -136,8 +136,9 @@ __device__ __forceinline__ int race(const SampleSlot& slot, int n, const Kept& k
   double best = INFINITY;
   int winner = n;
   float bound = INFINITY;
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-    const float score = kept.score(i);
+  for (int i = int(threadIdx.x); i < n;
+       i += kRowThreads) {  // its code is too long to be there four times
+    const float score = kept.score(kept.values[i]);
     if (!kept.has(score)) continue;
     const uint32_t word =
         philox(uint32_t(i), uint32_t(slot.choice), uint64_t(slot.position), slot.seed);
@@ -194,15 +195,16 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
     float* top_logprobs = p.top_logprobs + row * p.max_top;
     int filled;
     if ((slot.flags & kIsProcessed) != 0) {
-      const auto value = [&](int i) {
-        const float score = kept.score(i);
+      const auto value = [&](float x) {
+        const float score = kept.score(x);
         return kept.has(score) ? score : -INFINITY;
       };
-      filled = describe(n, value, 0.0f, id, wanted, p.logprobs + row, top_ids, top_logprobs, room);
+      filled = describe(values, n, value, 0.0f, id, wanted, p.logprobs + row, top_ids, top_logprobs,
+                        room);
     } else {
-      const auto value = [&](int i) { return logits[i]; };
-      filled =
-          describe(n, value, raw.max, id, wanted, p.logprobs + row, top_ids, top_logprobs, room);
+      const auto value = [](float x) { return x; };
+      filled = describe(logits, n, value, raw.max, id, wanted, p.logprobs + row, top_ids,
+                        top_logprobs, room);
     }
     if (is_first) p.num_top[row] = filled;
   }
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) token_logprobs_kernel(TokenLog
   if (stats.is_finite && stats.max > -INFINITY) {
     const int id = min(max(p.token_ids[row], int32_t{0}), int32_t(n - 1));
     filled = describe(
-        n, [&](int i) { return logits[i]; }, stats.max, id, num_top, p.logprobs + row, top_ids,
+        logits, n, [](float x) { return x; }, stats.max, id, num_top, p.logprobs + row, top_ids,
         top_logprobs, room);
   } else if (threadIdx.x == 0) {
     p.logprobs[row] = kNaN;

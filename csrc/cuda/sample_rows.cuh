@@ -14,6 +14,8 @@ namespace tgi::cuda {
 constexpr int kRowThreads = 512;
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 constexpr int kBins = 2048;
+constexpr int kListed = 2048;         // elements of one bin that a search goes on with
+constexpr float kBinsADistance = 64;  // the last bin has whatever is further off than 32
 
 struct Min {
   template <typename T>
@@ -26,7 +28,12 @@ using Weight = unsigned long long;  // a count, or e^score in units of 2^-40
 
 // The block's shared memory.
 struct RowRoom {
-  Weight bins[kBins];
+  // Weights in two words: of 64 bits shared memory has no addition, only a loop of compare and
+  // swap.
+  uint32_t low[kBins];
+  uint32_t high[kBins];
+  int listed[kListed];        // the elements of the bin found
+  int num_listed;             // or more than there is room for
   Weight weights[kRowWarps];  // scratch of reductions, by type
   double doubles[kRowWarps];
   float floats[kRowWarps];
@@ -34,6 +41,23 @@ struct RowRoom {
   Weight before;  // of a search: the weight before the bin found
   int bin;
 };
+
+// Calls body(i, x[i]) for this thread's share of x [n]: of runs of four by number, so that a row's
+// sums do not hang on where it lies; 16 bytes a load where these are aligned.
+template <typename Body>
+__device__ __forceinline__ void for_each(const float* x, int n, const Body& body) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  for (int i = int(threadIdx.x) * 4; i + 3 < n; i += kRowThreads * 4) {
+    const float4 four = is_aligned ? *reinterpret_cast<const float4*>(x + i)
+                                   : float4{x[i], x[i + 1], x[i + 2], x[i + 3]};
+    body(i, four.x);
+    body(i + 1, four.y);
+    body(i + 2, four.z);
+    body(i + 3, four.w);
+  }
+  const int last = n / 4 * 4 + int(threadIdx.x);
+  if (last < n) body(last, x[last]);
+}
 
 struct RowStats {
   float max;
@@ -43,11 +67,10 @@ struct RowStats {
 __device__ __forceinline__ RowStats row_stats(const float* x, int n, RowRoom& room) {
   float largest = -INFINITY;
   int is_finite = 1;
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-    const float value = x[i];
+  for_each(x, n, [&](int, float value) {
     if (!(value <= FLT_MAX)) is_finite = 0;
     largest = fmaxf(largest, value);
-  }
+  });
   largest = block_reduce(largest, Max(), room.floats);
   return {largest, block_reduce(is_finite, Min(), room.ints) != 0};
 }
@@ -55,10 +78,29 @@ __device__ __forceinline__ RowStats row_stats(const float* x, int n, RowRoom& ro
 // The first index of x [n] with this value.
 __device__ __forceinline__ int row_find(const float* x, int n, float value, RowRoom& room) {
   int first = n;
-  for (int i = int(threadIdx.x); i < n && first == n; i += kRowThreads) {
-    if (x[i] == value) first = i;
-  }
+  for_each(x, n, [&](int i, float other) {
+    if (other == value) first = min(first, i);
+  });
   return block_reduce(first, Min(), room.ints);
+}
+
+__device__ __forceinline__ void clear_bins(RowRoom& room) {
+  for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) {
+    room.low[bin] = 0;
+    room.high[bin] = 0;
+  }
+}
+
+__device__ __forceinline__ void add_to_bin(RowRoom& room, int bin, Weight weight) {
+  const auto low = static_cast<uint32_t>(weight);
+  const uint32_t before = atomicAdd(&room.low[bin], low);
+  const uint32_t carry = before + low < before ? 1 : 0;
+  const uint32_t high = static_cast<uint32_t>(weight >> 32) + carry;
+  if (high != 0) atomicAdd(&room.high[bin], high);
+}
+
+__device__ __forceinline__ Weight weight_of_bin(const RowRoom& room, int bin) {
+  return Weight{room.high[bin]} << 32 | room.low[bin];
 }
 
 // Of the bins' weights, the first bin at which those up to it reach target (at most their total):
@@ -68,7 +110,7 @@ __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   const int thread = int(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   Weight own = 0;
 #pragma unroll
-  for (int k = 0; k < kOwn; ++k) own += room.bins[thread * kOwn + k];
+  for (int k = 0; k < kOwn; ++k) own += weight_of_bin(room, thread * kOwn + k);
   Weight upto = own;  // of this warp's threads
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
@@ -81,40 +123,72 @@ __device__ __forceinline__ void find_bin(Weight target, RowRoom& room) {
   Weight before = upto - own;
   if (before < target && target <= upto) {
     int bin = thread * kOwn;
-    while (before + room.bins[bin] < target) before += room.bins[bin++];
+    while (before + weight_of_bin(room, bin) < target) before += weight_of_bin(room, bin++);
     room.bin = bin;
     room.before = before;
   }
   __syncthreads();
 }
 
+// The bin of a distance in the first pass: linear, as logits lie densely near the middle, where
+// bits of floats would put a fifth of a vocabulary into one bin.
+__device__ __forceinline__ int linear_bin(float distance) {
+  return int(fminf(distance * kBinsADistance, float(kBins - 1)));
+}
+
 // The least distance at which the weight of all elements up to it reaches share(total); both
-// inclusive. weigh(i, distance) gives element i's weight and distance >= 0, or 0. Radix search from
-// the top bits of the distance, whose order is that of its bits.
+// inclusive. weigh(x, distance) gives an element's weight and distance >= 0, or 0.
+//
+//     n elements -> linear bins -> the bin of the target, its elements listed -> by their bits
+//
+// The list is searched by radix from the top bits of the distance, whose order is that of its bits;
+// where it has no room for all, so are all elements, the others passed over.
 template <typename Weigh, typename Share>
-__device__ __forceinline__ float reach(int n, const Weigh& weigh, const Share& share,
-                                       RowRoom& room) {
+__device__ __forceinline__ float reach(const float* values, int n, const Weigh& weigh,
+                                       const Share& share, RowRoom& room) {
+  clear_bins(room);
+  if (threadIdx.x == 0) room.num_listed = 0;
+  __syncthreads();
+  Weight total = 0;
+  for_each(values, n, [&](int, float x) {
+    float distance = 0;
+    const Weight weight = weigh(x, distance);
+    if (weight == 0) return;
+    add_to_bin(room, linear_bin(distance), weight);
+    total += weight;
+  });
+  total = block_reduce(total, Add(), room.weights);  // its barriers end the additions, too
+  if (total == 0) return INFINITY;
+  Weight target = min(max(share(total), Weight{1}), total);
+  find_bin(target, room);
+  target -= room.before;
+  const int linear = room.bin;
+  for_each(values, n, [&](int i, float x) {
+    float distance = 0;
+    if (weigh(x, distance) == 0 || linear_bin(distance) != linear) return;
+    const int place = atomicAdd(&room.num_listed, 1);
+    if (place < kListed) room.listed[place] = i;
+  });
+  __syncthreads();
+  const bool is_listed = room.num_listed <= kListed;
+  const int count = is_listed ? room.num_listed : n;
   constexpr int kShifts[4] = {31, 20, 9, 0};
   uint32_t prefix = 0;
-  Weight target = 0;
 #pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = pass == 0 ? kShifts[1] : pass == 1 ? kShifts[2] : kShifts[3];
     const int above = pass == 0 ? kShifts[0] : pass == 1 ? kShifts[1] : kShifts[2];
-    for (int bin = int(threadIdx.x); bin < kBins; bin += kRowThreads) room.bins[bin] = 0;
+    clear_bins(room);
     __syncthreads();
-    Weight total = 0;
-    for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
+    for (int k = int(threadIdx.x); k < count; k += kRowThreads) {
       float distance = 0;
-      const Weight weight = weigh(i, distance);
+      const Weight weight = weigh(values[is_listed ? room.listed[k] : k], distance);
       const uint32_t bits = __float_as_uint(distance);
       if (weight == 0 || bits >> above != prefix >> above) continue;
-      atomicAdd(&room.bins[bits >> shift & ((1u << (above - shift)) - 1)], weight);
-      total += weight;
+      if (!is_listed && linear_bin(distance) != linear) continue;
+      add_to_bin(room, int(bits >> shift & ((1u << (above - shift)) - 1)), weight);
     }
-    total = block_reduce(total, Add(), room.weights);  // its barriers end the additions, too
-    if (pass == 0) target = min(max(share(total), Weight{1}), total);
-    if (total == 0) return INFINITY;
+    __syncthreads();
     find_bin(target, room);
     target -= room.before;
     prefix |= uint32_t(room.bin) << shift;
@@ -126,29 +200,29 @@ __device__ __forceinline__ Weight to_weight(float score) {
   return static_cast<Weight>(expf(score) * 0x1p40f);
 }
 
-// log softmax of value(i), where -infinity is out, at `id` and of the `wanted` best; returns how
-// many of these there are. Lowest id first on ties.
+// log softmax of value(values[i]), where -infinity is out, at `id` and of the `wanted` best;
+// returns how many of these there are. Lowest id first on ties.
 template <typename Value>
-__device__ __forceinline__ int describe(int n, const Value& value, float max, int id, int wanted,
-                                        float* logprob, int32_t* top_ids, float* top_logprobs,
-                                        RowRoom& room) {
+__device__ __forceinline__ int describe(const float* values, int n, const Value& value, float max,
+                                        int id, int wanted, float* logprob, int32_t* top_ids,
+                                        float* top_logprobs, RowRoom& room) {
   float sum = 0;
-  for (int i = int(threadIdx.x); i < n; i += kRowThreads) sum += expf(value(i) - max);
+  for_each(values, n, [&](int, float x) { sum += expf(value(x) - max); });
   const auto normaliser = static_cast<float>(log(block_reduce(double(sum), Add(), room.doubles)));
-  const float own = value(id);
+  const float own = value(values[id]);
   if (threadIdx.x == 0) *logprob = own == -INFINITY ? -INFINITY : (own - max) - normaliser;
   float last = INFINITY;  // value and id listed last
   int last_id = -1, filled = 0;
   for (; filled < wanted; ++filled) {
     float best = -INFINITY;
     int best_id = n;
-    for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
-      const float x = value(i);
+    for_each(values, n, [&](int i, float raw) {
+      const float x = value(raw);
       if (x > best && (x < last || (x == last && i > last_id))) {
         best = x;
         best_id = i;
       }
-    }
+    });
     const float largest = block_reduce(best, Max(), room.floats);
     if (largest == -INFINITY) break;
     last_id = block_reduce(best == largest ? best_id : n, Min(), room.ints);

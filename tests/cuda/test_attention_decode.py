@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "the block table is read one entry late",
         "attention_decode.cuh",
-        "token_of(lane) / p.block_size];",
-        "token_of(lane) / p.block_size + 1];",
+        "int(token_of(lane)) / int(p.block_size)];",
+        "int(token_of(lane)) / int(p.block_size) + 1];",
         "bounds",
     ),
     Fault(
@@ -174,15 +174,15 @@ FAULTS = [
     Fault(
         "the running maximum is dropped",
         "attention_tile.cuh",
-        "float largest = state.max[half];",
-        "float largest = -INFINITY;",
+        "fmaxf(state.max[half], largest * scores.scale)",
+        "largest * scores.scale",
         "result",
     ),
     Fault(
         "one key too many is seen",
         "attention_tile.cuh",
-        "key < visible.stop[half]",
-        "key <= visible.stop[half]",
+        "key >= visible.stop[i / 2]",
+        "key > visible.stop[i / 2]",
         "result",
     ),
     Fault(
@@ -223,8 +223,8 @@ FAULTS = [
     Fault(
         "the cap is off by the base of the exponents",
         "attention_tile.cuh",
-        "bound(p.soft_cap * kLog2E / scale)",
-        "bound(p.soft_cap / scale)",
+        "bound(__fdividef(p.soft_cap * kLog2E, scale))",
+        "bound(__fdividef(p.soft_cap, scale))",
         "result",
     ),
     Fault("the sinks are left out", "attention_tile.cuh", "p.sinks != nullptr", "false", "result"),

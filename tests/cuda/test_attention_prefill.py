@@ -85,9 +85,30 @@ FAULTS = [
     Fault(
         "a token past the context is brought",
         "attention_prefill.cuh",
-        "position < end;",
-        "position < end + 1;",
+        "position >= begin && position < end",
+        "position >= begin && position < end + 1",
         "bounds",
+    ),
+    Fault(
+        "rows are brought before it is known where they lie",
+        "attention_prefill.cuh",
+        "  __syncthreads();\n  Kernel::bring_tile(",
+        "  Kernel::bring_tile(",
+        "race|uninit",
+    ),
+    Fault(
+        "where rows lie is overwritten while it is read",
+        "attention_prefill.cuh",
+        "token + 2 * Kernel::kKeys, begin",
+        "token + Kernel::kKeys, begin",
+        "race",
+    ),
+    Fault(
+        "values are read where keys lie",
+        "attention_prefill.cuh",
+        "row, i, at + cache.value_offset, is_valid",
+        "row, i, at, is_valid",
+        "result",
     ),
     Fault(
         "a tile is read before it is there", "attention_prefill.cuh", "    async_wait<0>();\n", "", "async"

@@ -118,7 +118,7 @@ FAULTS = [
     Fault(
         "the slot's offset is dropped",
         "rope_kv_write.cu",
-        "p.block_size + slot % p.block_size)",
+        "p.block_size + place % block_size)",
         "p.block_size)",
         "bounds|blocks|race",
     ),
@@ -157,8 +157,8 @@ FAULTS = [
     Fault(
         "the mean is not taken off",
         "rope_kv_write.cu",
-        "mean = warp_reduce",
-        "mean = 0 * warp_reduce",
+        "mean = __fdividef(warp_reduce",
+        "mean = 0 * __fdividef(warp_reduce",
         "result",
     ),
     Fault(

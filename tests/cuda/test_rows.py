@@ -80,7 +80,11 @@ FAULTS = [
         "bounds|result",
     ),
     Fault(
-        "threads past the end work too", "embed.cu", "if (i >= p.num_tokens * vectors) return;", "", "bounds"
+        "threads past the end work too",
+        "embed.cu",
+        "if (column >= p.hidden) return;",
+        "",
+        "bounds|blocks|race",
     ),
     Fault(
         "up is read where the gate is",
@@ -92,9 +96,9 @@ FAULTS = [
     Fault(
         "the end is one row late",
         "activate.cu",
-        "i >= p.num_tokens * vectors",
-        "i >= (p.num_tokens + 1) * vectors",
-        "bounds",
+        "column >= p.intermediate",
+        "column >= p.intermediate + 8",
+        "bounds|blocks|race",
     ),
     Fault(
         "rows without a gate are as far apart as with one",

@@ -154,6 +154,22 @@ def test_flat_logits_show_the_edge_of_the_set(device: Device) -> None:
     check(device, flat.round(decimals=5), [SamplingParams(top_k=5)])  # whole ties are kept
 
 
+def test_a_bin_may_have_more_elements_than_the_list(device: Device) -> None:
+    """5,000 tokens within a 64th: of these many are kept, and some beyond."""
+    logits = torch.cat([torch.randperm(5000).float() * 1e-6, torch.randn(77) - 1])[None]
+    check(device, logits, [SamplingParams(top_k=4321)])
+    check(device, logits, [SamplingParams(top_p=0.9)])
+
+
+def test_a_row_s_bits_do_not_hang_on_where_it_lies(device: Device) -> None:
+    """Rows of 1,003 floats: of four one is aligned to 16 bytes."""
+    logits = (torch.randn(1, 1003) * 3).expand(4, -1).contiguous()
+    wanted = [SamplingParams(top_p=0.9, typical_p=0.9, seed=4, logprobs=9)] * 4
+    drawn = run(device, logits, wanted, max_top=9)
+    assert all(top == drawn.tops[0] for top in drawn.tops)
+    assert len({drawn.logprobs[row] for row in range(4) if drawn.ids[row] == drawn.ids[0]}) == 1
+
+
 def test_large_and_negative_logits_do_not_overflow(device: Device) -> None:
     check(device, torch.randn(1, 300) * 50 - 30000, [SamplingParams(top_p=0.95)])
 
@@ -229,16 +245,44 @@ FAULTS = [
     Fault(
         "bins are cleared while others count",
         "sample_rows.cuh",
-        "room.bins[bin] = 0;\n    __syncthreads();",
-        "room.bins[bin] = 0;",
+        "    clear_bins(room);\n    __syncthreads();",
+        "    clear_bins(room);",
         "race",
     ),
     Fault(
         "counts are added without an atomic",
         "sample_rows.cuh",
-        "atomicAdd(&room.bins[bits >> shift & ((1u << (above - shift)) - 1)], weight);",
-        "room.bins[bits >> shift & ((1u << (above - shift)) - 1)] += weight;",
+        "const uint32_t before = atomicAdd(&room.low[bin], low);",
+        "const uint32_t before = room.low[bin];\n  room.low[bin] = before + low;",
         "race",
+    ),
+    Fault(
+        "the carry is lost",
+        "sample_rows.cuh",
+        "before + low < before ? 1 : 0",
+        "before + low < before ? 0 : 0",
+        "result|uninit",
+    ),
+    Fault(
+        "elements that the list has no room for are forgotten",
+        "sample_rows.cuh",
+        "const bool is_listed = room.num_listed <= kListed;",
+        "const bool is_listed = true;",
+        "bounds|result|ub",
+    ),
+    Fault(
+        "elements of other bins are counted where there is no list",
+        "sample_rows.cuh",
+        "if (!is_listed && linear_bin(distance) != linear) continue;",
+        "",
+        "result",
+    ),
+    Fault(
+        "the end of a row is left out",
+        "sample_rows.cuh",
+        "if (last < n) body",
+        "if (last < n - 1) body",
+        "result",
     ),
     Fault(
         "the bin found is read too soon",
@@ -302,5 +346,11 @@ def test_a_planted_fault_is_caught(fault: Fault) -> None:
         check(device, logits, [biased] * 2, mask=mask, mask_rows=(0, 1))
         check(device, logits, [biased] * 2, mask=mask, mask_rows=(-1, 1))
         check(device, torch.zeros(1, 130), [SamplingParams()])
+        carried = torch.cat([torch.zeros(1), -0.5 - torch.arange(600) * 1e-6, torch.full((2,), -9.0)])[None]
+        check(device, carried, [SamplingParams(top_p=0.95)])
+        if "list" in fault.what:
+            crowded = torch.cat([torch.randperm(2500).float() * 1e-6, torch.randn(40) - 1])[None]
+            check(device, crowded, [SamplingParams(top_k=2222)])
+        check(device, torch.arange(131.0)[None], [SamplingParams(temperature=0)])
 
     assert_caught(replace(fault, kernel="sample.cu"), everything)
