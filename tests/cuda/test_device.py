@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from tests.cuda import emulated_ops
+from tests.emulation import library
+from tgi_asgi.runner import cuda_load
 from tgi_asgi.runner.cuda_device import CudaDevice
 
 
@@ -54,3 +58,54 @@ def test_an_error_of_one_call_fails_alone(
 def test_too_little_memory_is_no_loss(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", answering(RuntimeError("must not be asked")))
     assert not device.is_lost(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+@pytest.fixture
+def kernels() -> None:
+    library.require()
+    emulated_ops.register()
+
+
+def test_a_gpu_before_ampere_is_told_of_in_a_sentence_and_left_alone(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with caplog.at_level(logging.WARNING):
+        assert cuda_load.find_device() is None
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "the CPU computes: Tesla T4 has compute capability 7.5, GPU kernels need 8.0 (Ampere) or later"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    device = object()
+    monkeypatch.setattr(cuda_load, "CudaDevice", lambda: device)
+    assert cuda_load.find_device() is device
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "The NVIDIA driver on your system is too old (found version 11040). Please update",
+            ["the CPU computes: The NVIDIA driver on your system is too old (found version 11040)"],
+        ),
+        ("No CUDA GPUs are available", []),
+    ],
+)
+def test_a_driver_that_is_too_old_is_told_of_and_a_hidden_gpu_is_not(
+    kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: str,
+    told: list[str],
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert cuda_load.find_device() is None
+    assert [record.getMessage() for record in caplog.records] == told

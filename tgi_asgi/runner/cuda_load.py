@@ -20,6 +20,7 @@ from tgi_asgi.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies, and bfloat16 on tensor cores
 HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are compiled for
 HAS = frozenset(
     {
@@ -44,11 +45,34 @@ _DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def find_device() -> Device | None:
-    """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen."""
+    """Return the device that steps run on; None if the extension has no CUDA, or no GPU can be seen.
+
+    One whose kernels or driver are too old is told of in a sentence, and the CPU computes.
+    """
     with contextlib.suppress(ModuleNotFoundError):  # built without CUDA
         importlib.import_module("tgi_asgi._cuda")  # registers torch.ops.tgi_cuda
-    has_kernels = hasattr(torch.ops.tgi_cuda, "attention_decode")
-    return CudaDevice() if has_kernels and torch.cuda.is_available() else None
+    if not hasattr(torch.ops.tgi_cuda, "attention_decode"):
+        return None
+    if not torch.cuda.is_available():
+        _tell_of_old_driver()
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        logger.warning(
+            "the CPU computes: %s has compute capability %d.%d, GPU kernels need %d.%d (Ampere) or later",
+            torch.cuda.get_device_name(), *capability, *LEAST_CAPABILITY,
+        )  # fmt: skip
+        return None
+    return CudaDevice()
+
+
+def _tell_of_old_driver() -> None:
+    """Say so where torch sees no GPU for the driver's age."""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # or there is no GPU, or it is hidden
+        if "too old" in str(error):
+            logger.warning("the CPU computes: %s", str(error).partition(". ")[0])
 
 
 def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
