@@ -113,7 +113,7 @@ def test_a_stage_s_figures_are_printed_as_a_table(capsys: pytest.CaptureFixture[
     assert lines[3].split() == ["1", "1024", "!", "out", "of", "memory"]
 
 
-# What the server's own machine has, and one that lends a GPU has not.
+# What a machine with torch and a GPU may not have, or not as new as we need it.
 LACKING = (
     "starlette",
     "hypercorn",
@@ -124,6 +124,7 @@ LACKING = (
     "peft",
     "pytest_asyncio",
     "uvicorn",
+    "transformers",  # of an older version than ours
 )
 
 
@@ -162,6 +163,10 @@ def test_wheels_that_are_not_there_are_named_and_the_stages_run_all_the_same(
     [found] = json.loads(path.read_text())["skipped"]
     assert found["what"] == "wheels"
     assert found["why"].startswith("exit status 1") and "No matching distribution" in found["why"]
+
+
+def test_a_build_is_for_the_gpu_that_is_there_alone() -> None:
+    assert [gpu_stages._architecture(found) for found in ((8, 0), (9, 0), (12, 0))] == ["8.0", "9.0a", "12.0"]
 
 
 def test_what_the_machine_needs_is_named_without_torch() -> None:
