@@ -1,7 +1,8 @@
 """Compiles csrc/cuda with nvcc and reads what the assembler says: `make cuda-check`. Needs no GPU.
 
-A warning, a spill, a stack frame or a register more than is noted below fails. Results are kept by what went
-into them, so that only files that changed are compiled again.
+A warning, a spill, a stack frame or a register more than is noted below fails; where nvdisasm is found
+(sass.py) also a retry loop on shared memory, a call, local memory, and a loop of more instructions than are
+noted. Results are kept by what went into them, so that only files that changed are compiled again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tests.cuda import sass
 
 _ROOT = Path(__file__).parents[2]
 _SOURCES = _ROOT / "csrc" / "cuda"
@@ -52,6 +55,20 @@ _REGISTERS = {
     "sample_kernel": 64,
     "token_logprobs_kernel": 40,
 }
+# Of sm_90a, which the kernels are tuned for. Functions that may be called: in the draw logarithms in double,
+# which tell the winner, and divisions by penalties, which are the CPU's to the bit.
+_CALLS = {"sample_kernel": 8}
+# The most instructions of a loop, from its farthest branch back: what was last counted, and a tenth. A kernel
+# that is not here has not been counted.
+_LOOPS = {
+    "activate_kernel": 8,
+    "rope_kernel": 920,
+    "decode_kernel": 2080,
+    "merge_kernel": 430,
+    "prefill_kernel": 1260,  # a tile of keys
+    "sample_kernel": 8070,
+    "token_logprobs_kernel": 440,
+}
 # What the intermediate code must hold, by source: copies of 16 bytes, asynchronous ones, tensor cores.
 _INSTRUCTIONS = {
     "attention_decode_bf16": (
@@ -71,6 +88,16 @@ _INSTRUCTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Code:
+    """What a kernel's instructions are, as `sass.Sass` counts them."""
+
+    num_retries: int
+    num_calls: int
+    num_local: int
+    longest_loop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """What the assembler says of a kernel for an architecture."""
 
@@ -81,6 +108,7 @@ class Kernel:
     shared_bytes: int
     stack_bytes: int
     spill_bytes: int
+    code: Code | None = None  # of sm_90a, where there is nvdisasm
 
     def complaints(self) -> Iterator[str]:
         """Say what is wrong with it."""
@@ -89,9 +117,7 @@ class Kernel:
                 f"{self.name} for {self.architecture} has {self.stack_bytes} bytes of stack and spills "
                 f"{self.spill_bytes}"
             )
-        base = self.name.partition("<")[0]
-        kinds = [f"{base} {kind}" for kind in ("256", "fp8") if kind in self.name]
-        bound = next((_REGISTERS[kind] for kind in (*kinds, base) if kind in _REGISTERS), None)
+        bound = self._noted(_REGISTERS)
         if bound is None:
             yield f"{self.name} has no bound of registers in {Path(__file__).name}"
         elif self.registers > bound:
@@ -99,6 +125,31 @@ class Kernel:
                 f"{self.name} for {self.architecture} takes {self.registers} registers, more than the "
                 f"{bound} noted"
             )
+        if self.code is not None:
+            yield from self._complaints_of(self.code)
+
+    def _complaints_of(self, code: Code) -> Iterator[str]:
+        who = f"{self.name} for {self.architecture}"
+        if code.num_retries:
+            yield f"{who} retries {code.num_retries} additions in shared memory, which has none of 64 bits"
+        if code.num_calls > _CALLS.get(self._kind, 0):
+            yield f"{who} calls {code.num_calls} functions: a division, or one in double"
+        if code.num_local:
+            yield f"{who} has {code.num_local} loads and stores of local memory"
+        bound = _LOOPS.get(self._kind)
+        if bound is not None and code.longest_loop > bound:
+            yield f"{who} has a loop of {code.longest_loop} instructions, more than the {bound} noted"
+
+    @property
+    def _kind(self) -> str:
+        base = self.name.partition("<")[0]
+        is_converting = base in ("decode_kernel", "prefill_kernel") and "fp8" in self.name
+        return f"{base} fp8" if is_converting else base
+
+    def _noted(self, bounds: Mapping[str, int]) -> int | None:
+        base = self.name.partition("<")[0]
+        kinds = [f"{base} {kind}" for kind in ("256", "fp8") if kind in self.name]
+        return next((bounds[kind] for kind in (*kinds, base) if kind in bounds), None)
 
 
 def find_nvcc() -> str | None:
@@ -124,9 +175,10 @@ def compile_all(nvcc: str) -> tuple[list[Kernel], list[str]]:
 
 def table(kernels: list[Kernel]) -> str:
     """Render the kernels as lines of text."""
-    lines = [f"{'kernel':<44} {'arch':>5} {'registers':>9} {'shared':>7}"]
+    lines = [f"{'kernel':<44} {'arch':>5} {'registers':>9} {'shared':>7} {'loop':>5} {'calls':>5}"]
     lines += [
         f"{kernel.name:<44} {kernel.architecture:>5} {kernel.registers:>9} {kernel.shared_bytes:>7}"
+        + ("" if kernel.code is None else f" {kernel.code.longest_loop:>5} {kernel.code.num_calls:>5}")
         for kernel in sorted(kernels, key=lambda kernel: (kernel.source, kernel.name, kernel.architecture))
     ]
     return "\n".join(lines)
@@ -134,7 +186,8 @@ def table(kernels: list[Kernel]) -> str:
 
 def _compile(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
     version = subprocess.check_output([nvcc, "--version"], text=True)
-    texts = [path.read_text() for path in (*_closure(source), Path(__file__))]
+    readers = (Path(__file__), Path(sass.__file__))
+    texts = [path.read_text() for path in (*_closure(source), *readers)] + [str(sass.find_nvdisasm())]
     kept = _CACHE / f"{source.stem}-{hashlib.sha256(repr((version, texts)).encode()).hexdigest()[:16]}.json"
     if not kept.exists():
         _CACHE.mkdir(parents=True, exist_ok=True)
@@ -143,7 +196,10 @@ def _compile(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
         partial.write_text(json.dumps([[asdict(kernel) for kernel in kernels], complaints]))
         partial.replace(kept)
     kernels, complaints = json.loads(kept.read_text())
-    return [Kernel(**kernel) for kernel in kernels], complaints
+    codes = [None if kernel["code"] is None else Code(**kernel["code"]) for kernel in kernels]
+    return [
+        Kernel(**kernel | {"code": code}) for kernel, code in zip(kernels, codes, strict=True)
+    ], complaints
 
 
 def _closure(source: Path) -> list[Path]:
@@ -179,11 +235,24 @@ def _run(nvcc: str, source: Path) -> tuple[list[Kernel], list[str]]:
             text=True,
         )
         code = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+        codes = {} if done.returncode else _disassemble(Path(folder))
     if done.returncode != 0:
         return [], [f"{source.name} does not compile:\n{done.stdout}{done.stderr}"]
     needed = _INSTRUCTIONS.get(source.stem, ())
     missing = [f"{source.name} compiles to no {word}" for word in needed if word not in code]
-    return list(_parse(source.name, done.stderr)), missing
+    return list(_parse(source.name, done.stderr, codes)), missing
+
+
+def _disassemble(folder: Path) -> dict[tuple[str, str], Code]:
+    """Return what is in the cubin for sm_90a that nvcc kept, by mangled name and architecture."""
+    nvdisasm, found = sass.find_nvdisasm(), {}
+    for cubin in folder.glob(f"*sm_{ARCHITECTURES[-1]}*.cubin") if nvdisasm else ():
+        architecture = ARCHITECTURES[-1]
+        for kernel in sass.disassemble(str(nvdisasm), cubin):
+            found[kernel.name, architecture] = Code(
+                kernel.num_retries, kernel.num_calls, kernel.num_local, kernel.longest_loop
+            )
+    return found
 
 
 _ENTRY = re.compile(
@@ -194,7 +263,7 @@ _ENTRY = re.compile(
 )
 
 
-def _parse(source: str, text: str) -> Iterator[Kernel]:
+def _parse(source: str, text: str, codes: Mapping[tuple[str, str], Code]) -> Iterator[Kernel]:
     for part in re.split(r"(?=ptxas info *: Compiling entry)", text):
         found = _ENTRY.search(part)
         if found is None:
@@ -202,7 +271,7 @@ def _parse(source: str, text: str) -> Iterator[Kernel]:
         mangled, architecture, stack, stores, loads, registers, shared = found.groups()
         yield Kernel(
             source, _demangle(mangled), architecture, int(registers), int(shared or 0), int(stack),
-            int(stores) + int(loads),
+            int(stores) + int(loads), codes.get((mangled, architecture)),
         )  # fmt: skip
 
 
@@ -269,6 +338,8 @@ def main() -> int:
         return 0
     kernels, complaints = compile_all(nvcc)
     print(table(kernels))
+    if sass.find_nvdisasm() is None:
+        print("cuda-check: there is no nvdisasm here (Triton's wheel has one): no instruction was looked at")
     complaints += check_bindings(nvcc)
     for complaint in complaints:
         print(complaint, file=sys.stderr)

@@ -125,7 +125,13 @@ FAULTS = [
     Fault(
         "values are written over keys", "rope_kv_write.cu", "* 2 + (is_value ? 1 : 0)", "* 2", "blocks|race"
     ),
-    Fault("padding is written", "rope_kv_write.cu", "if (slot < 0 || slot", "if (slot", "bounds"),
+    Fault(
+        "padding is written",
+        "rope_kv_write.cu",
+        "const int64_t slot = p.slots[token];",
+        "const int64_t slot = max(p.slots[token], int64_t{0});",
+        "bounds|blocks|race",
+    ),
     Fault(
         "the rotation turns the other way",
         "rope_kv_write.cu",
