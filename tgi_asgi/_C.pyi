@@ -380,6 +380,21 @@ class SelectiveScan:
         dt_high: float,
     ) -> None: ...
 
+class DeltaRule:
+    """Heads of the gated delta rule."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        num_key_heads: int,
+        key_dim: int,
+        is_tiled: bool,
+        a: _Floats,
+        dt_bias: _Floats,
+    ) -> None: ...
+
 class GatedNorm:
     """A norm of groups of columns, and a gate."""
 
@@ -391,6 +406,7 @@ class GatedNorm:
         weight: _Floats | None,
         eps: float,
         is_gate_first: bool,
+        is_sigmoid: bool,
         gate_column: int,
     ) -> None: ...
 
@@ -510,6 +526,9 @@ class Program:
     ) -> None: ...
     def selective_scan(
         self, *, source: Rows, steps: Rows, scan: SelectiveScan, states: StatePool, layer: int, out: Rows
+    ) -> None: ...
+    def delta_rule(
+        self, *, source: Rows, steps: Rows, rule: DeltaRule, states: StatePool, layer: int, out: Rows
     ) -> None: ...
     def gated_norm(self, *, rows: Rows, gate: Rows, norm: GatedNorm, out: Rows) -> None: ...
     def logits(self, *, product: Product, vocab_size: int, scale: float, cap: float) -> None: ...

@@ -112,12 +112,19 @@ struct SelectiveScan {
   double dt_low, dt_high;
 };
 
+// Heads of the gated delta rule, see DeltaRuleParams; its vectors have an element a head.
+struct DeltaRule {
+  int64_t num_heads, head_dim, num_key_heads, key_dim;
+  bool is_tiled;
+  Floats a, dt_bias;
+};
+
 // A norm of groups of columns and a gate, see GatedNormParams.
 struct GatedNorm {
   int64_t width, group_width;
   std::optional<Floats> weight;  // [width]
   double eps;
-  bool is_gate_first;
+  bool is_gate_first, is_sigmoid;
   int64_t gate_column;  // where the gates begin in their rows
 };
 
@@ -177,6 +184,9 @@ class Program {
   // `in` has x, B and C, `steps` each head's step.
   void selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
                       const StatesPtr& states, int64_t layer, const RowsPtr& out);
+  // `in` has queries, keys and values, `steps` those of rates and of decays.
+  void delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
+                  const StatesPtr& states, int64_t layer, const RowsPtr& out);
   void gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
                   const RowsPtr& out);
   void logits(const Product& product, int64_t vocab_size, double scale, double cap);

@@ -108,14 +108,23 @@ void bind_buffers(py::module_& module) {
            py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
            py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_low"),
            py::arg("dt_high"));
+  py::class_<DeltaRule>(module, "DeltaRule", "Heads of the gated delta rule.")
+      .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_key_heads, int64_t key_dim,
+                       bool is_tiled, Floats a, Floats dt_bias) {
+             return DeltaRule{num_heads, head_dim,     num_key_heads,     key_dim,
+                              is_tiled,  std::move(a), std::move(dt_bias)};
+           }),
+           py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_key_heads"),
+           py::arg("key_dim"), py::arg("is_tiled"), py::arg("a").noconvert(),
+           py::arg("dt_bias").noconvert());
   py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
       .def(py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
-                       bool is_gate_first, int64_t gate_column) {
-             return GatedNorm{width, group_width,   std::move(weight),
-                              eps,   is_gate_first, gate_column};
+                       bool is_gate_first, bool is_sigmoid, int64_t gate_column) {
+             return GatedNorm{width,         group_width, std::move(weight), eps,
+                              is_gate_first, is_sigmoid,  gate_column};
            }),
            py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
-           py::arg("eps"), py::arg("is_gate_first"), py::arg("gate_column"));
+           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_column"));
 }
 
 }  // namespace
@@ -178,6 +187,9 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false))
       .def("selective_scan", &Program::selective_scan, py::kw_only(), py::arg("source").none(false),
            py::arg("steps").none(false), py::arg("scan"), py::arg("states").none(false),
+           py::arg("layer"), py::arg("out").none(false))
+      .def("delta_rule", &Program::delta_rule, py::kw_only(), py::arg("source").none(false),
+           py::arg("steps").none(false), py::arg("rule"), py::arg("states").none(false),
            py::arg("layer"), py::arg("out").none(false))
       .def("gated_norm", &Program::gated_norm, py::kw_only(), py::arg("rows").none(false),
            py::arg("gate").none(false), py::arg("norm"), py::arg("out").none(false))

@@ -1,4 +1,5 @@
 // Recording of recurrent layers: what they read, write and keep, checked once.
+#include <initializer_list>
 #include <utility>
 
 #include "bindings/program.h"
@@ -16,6 +17,13 @@ const float* columns_of(const RowsPtr& rows, int64_t first, int64_t count, const
   check(first >= 0 && first <= rows->num_columns && count <= rows->num_columns - first, "columns [",
         first, ", ", first + count, ") must be in `", name, "`, which has ", rows->num_columns);
   return rows->data() + first;
+}
+
+void check_sizes(std::initializer_list<std::pair<int64_t, const char*>> sizes) {
+  for (const auto& [size, name] : sizes) {
+    check(size > 0 && size <= kMostHeads, "`", name, "` must be in [1, ", kMostHeads, "], got ",
+          size);
+  }
 }
 
 }  // namespace
@@ -59,13 +67,10 @@ void Program::short_conv(const RowsPtr& rows, const ShortConv& conv, const State
 void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const SelectiveScan& scan,
                              const StatesPtr& states, int64_t layer, const RowsPtr& out) {
   use_states(states);
-  for (const auto& [size, name] : {std::pair{scan.num_heads, "num_heads"},
-                                   {scan.head_dim, "head_dim"},
-                                   {scan.num_groups, "num_groups"},
-                                   {scan.state_size, "state_size"}}) {
-    check(size > 0 && size <= kMostHeads, "`", name, "` must be in [1, ", kMostHeads, "], got ",
-          size);
-  }
+  check_sizes({{scan.num_heads, "num_heads"},
+               {scan.head_dim, "head_dim"},
+               {scan.num_groups, "num_groups"},
+               {scan.state_size, "state_size"}});
   check(scan.head_dim % kVectorFloats == 0, "`head_dim` must be a multiple of ", kVectorFloats,
         ", got ", scan.head_dim);
   check(scan.num_heads % scan.num_groups == 0, "`num_groups` must divide the ", scan.num_heads,
@@ -100,6 +105,45 @@ void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const Sele
   forward_.add(step::kernels().selective_scan, params);
 }
 
+void Program::delta_rule(const RowsPtr& in, const RowsPtr& steps, const DeltaRule& rule,
+                         const StatesPtr& states, int64_t layer, const RowsPtr& out) {
+  use_states(states);
+  check_sizes({{rule.num_heads, "num_heads"},
+               {rule.head_dim, "head_dim"},
+               {rule.num_key_heads, "num_key_heads"}});
+  check(rule.head_dim % kVectorFloats == 0, "`head_dim` must be a multiple of ", kVectorFloats,
+        ", got ", rule.head_dim);
+  check(rule.key_dim > 0 && rule.key_dim <= step::kMaxKeyDim, "`key_dim` must be in [1, ",
+        step::kMaxKeyDim, "], got ", rule.key_dim);
+  check(rule.num_heads % rule.num_key_heads == 0, "`num_key_heads` must divide the ",
+        rule.num_heads, " heads, got ", rule.num_key_heads);
+  const int64_t width = rule.num_heads * rule.head_dim;
+  check(states->shape(layer).num_floats == width * rule.key_dim, "the layer's state must have ",
+        width * rule.key_dim, " floats, got ", states->shape(layer).num_floats);
+  check_shape(rule.a, "a", {rule.num_heads});
+  check_shape(rule.dt_bias, "dt_bias", {rule.num_heads});
+  for (const RowsPtr& each : {in, steps}) check_rows_buffer(each, each->num_columns, "rows");
+  check_rows_buffer(out, step::padded_columns(width), "out");
+  check(out != in && out != steps, "`out` must be another buffer");
+  step::DeltaRuleParams params = {};
+  params.in = columns_of(in, 0, width + 2 * rule.num_key_heads * rule.key_dim, "source");
+  params.in_stride = in->num_columns;
+  params.steps = columns_of(steps, 0, 2 * rule.num_heads, "steps");
+  params.steps_stride = steps->num_columns;
+  params.num_heads = rule.num_heads;
+  params.head_dim = rule.head_dim;
+  params.num_key_heads = rule.num_key_heads;
+  params.key_dim = rule.key_dim;
+  params.is_tiled = rule.is_tiled;
+  params.a = keep(rule.a);
+  params.dt_bias = keep(rule.dt_bias);
+  params.state = states->floats(layer);
+  params.out = out->data();
+  params.out_stride = out->num_columns;
+  for (const RowsPtr& each : {in, steps, out}) keep(each->memory);
+  forward_.add(step::kernels().delta_rule, params);
+}
+
 void Program::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNorm& norm,
                          const RowsPtr& out) {
   check_size(norm.width, "width");
@@ -119,6 +163,7 @@ void Program::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNo
   params.weight = norm.weight ? keep(*norm.weight) : nullptr;
   params.eps = static_cast<float>(norm.eps);
   params.is_gate_first = norm.is_gate_first;
+  params.is_sigmoid = norm.is_sigmoid;
   params.out = out->data();
   params.out_stride = out->num_columns;
   for (const RowsPtr& each : {rows, gate, out}) keep(each->memory);

@@ -354,12 +354,47 @@ Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_
   params.out_stride = kWidth;
   for (int member = 0; member < 3; ++member) kernels.selective_scan(params, step, member, 3);
   kernels.gated_norm({out.data(), kWidth, x.data() + 7, kColumns, kWidth, kDim / 2, x.data() + 99,
-                      1e-5f, is_gate_first, normed.data(), kWidth},
+                      1e-5f, is_gate_first, !is_gate_first, normed.data(), kWidth},
                      step, 0, 1);
   Bytes found;
   append(found, out);
   append(found, states);
   append(found, normed);
+  return found;
+}
+
+// What heads of the gated delta rule make of the same sequences.
+Bytes rule_of(const Kernels& kernels, const std::vector<float>& x, bool is_tiled) {
+  constexpr int64_t kHeads = 4, kDim = 32, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
+  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
+  StepHeader step = {};
+  step.num_tokens = kTokens;
+  step.num_sequences = 2;
+  step.query_start = starts;
+  step.state_from = from;
+  step.state_to = to;
+  std::vector<float> states(kPlaces * kWidth * kSize), out(kTokens * kWidth, NAN);
+  for (size_t i = 0; i < states.size(); ++i) states[i] = x[i % x.size()];
+  const std::vector<float> a(kHeads, -0.7f), dt_bias(kHeads, 0.1f);
+  DeltaRuleParams params = {};
+  params.in = x.data();
+  params.steps = x.data() + 100;
+  params.in_stride = params.steps_stride = kColumns;
+  params.num_heads = kHeads;
+  params.head_dim = kDim;
+  params.num_key_heads = 2;
+  params.key_dim = kSize;
+  params.is_tiled = is_tiled;
+  params.a = a.data();
+  params.dt_bias = dt_bias.data();
+  params.state = {reinterpret_cast<uint8_t*>(states.data()),
+                  kWidth * kSize * static_cast<int64_t>(sizeof(float))};
+  params.out = out.data();
+  params.out_stride = kWidth;
+  for (int member = 0; member < 3; ++member) kernels.delta_rule(params, step, member, 3);
+  Bytes found;
+  append(found, out);
+  append(found, states);
   return found;
 }
 
@@ -400,6 +435,8 @@ int main() {
                             "a convolution", Precision::kFloat32);
       num_failed += compare(*sets[s], scan_of(*sets[s], x, is_gated),
                             scan_of(*sets[0], x, is_gated), "a scan", Precision::kFloat32);
+      num_failed += compare(*sets[s], rule_of(*sets[s], x, is_gated),
+                            rule_of(*sets[0], x, is_gated), "a delta rule", Precision::kFloat32);
     }
   }
   for (int i = 0; i < kNumFormats; ++i) {

@@ -16,8 +16,8 @@ from tests.reference.compare import assert_close, assert_same_bits, assert_withi
 from tests.support import at_once
 from tests.support.batches import flat_rows, random_blocks, slots_of
 from tests.support.kv import poisoned_pool, read_kv, write_kv
-from tgi_asgi import _C
-from tgi_asgi.ops import FlatRows
+from tgi_asgi import _C, ops
+from tgi_asgi.ops import FlatRows, Kind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # Queries and weights of bfloat16 are rounded; queries for an int8 cache have 16 bits, weights 15.
@@ -52,7 +52,7 @@ class Sequences:
         self.values.append(value)
         return len(self.keys) - 1
 
-    def run(self, parts: list[tuple[int, int, Tensor]]) -> Tensor:
+    def run(self, parts: list[tuple[int, int, Tensor]], gate: Tensor | None = None) -> Tensor:
         """Attend parts (sequence, context, its last queries), each with only `context` tokens written."""
         contexts = [context for _, context, _ in parts]
         num_blocks = sum(-(-context // self.block_size) for context in contexts) + 2
@@ -69,7 +69,7 @@ class Sequences:
         q = torch.cat([q for _, _, q in parts]).flatten(1)
         return at_once.attention(
             q, layer, self.head_dim**-0.5, window=self.window, rotary_dim=self.rotary_dim,
-            batch=flat_rows(spans, blocks, self.block_size), **self.rules,
+            batch=flat_rows(spans, blocks, self.block_size), gate=gate, **self.rules,
         )  # fmt: skip
 
     def queries(self, count: int) -> Tensor:
@@ -235,3 +235,23 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
 def test_block_ids_of_another_dtype_are_refused() -> None:
     with pytest.raises(TypeError):
         call(block_table=np.array([[3, 1]]))
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(3, 20), (2, 64)])
+def test_gates_let_through_some_of_the_result(kernel_set: str, heads: int, dim: int) -> None:
+    """Of more tokens than a tile, whose gates are of both signs."""
+    sequences = Sequences(heads, 1, dim, 16, torch.float32)
+    sequence, q = sequences.add(70), sequences.queries(37)
+    gate = torch.randn(37, heads * dim) * 3
+    found = sequences.run([(sequence, 70, q)], gate=gate)
+    expected = sequences.expected(sequence, 70, q).flatten(1) * torch.sigmoid(gate.double())
+    room = ROOM[torch.float32]
+    assert_within(found, expected, whole=room, worst=2 * room)
+
+
+def test_a_gate_of_other_columns_is_refused() -> None:
+    recorder = ops.Recorder()
+    layer = poisoned_pool(num_kv_heads=1, head_dim=16, dtype=torch.float32).layers[0]
+    q, gate = recorder.value(Kind.QUERY, 32), recorder.value(Kind.ROWS, 16)
+    with pytest.raises(ValueError, match="takes 32 columns as `gate`, not 16"):
+        ops.attention(q, layer, 1.0, gate=gate)

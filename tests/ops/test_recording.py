@@ -40,6 +40,7 @@ class Values:
         self.rows = ops.linear(self.activation, self.square)
         self.query = ops.qkv(self.activation, self.heads, self.layer, None)
         self.gate = self.recorder.value(ops.Kind.ROWS, 1)
+        self.steps = self.recorder.value(ops.Kind.ROWS, 2)
         self.route = ops.RouteSpec(48, 2)
         self.choice = ops.route(self.rows, self.route)
         expert = ops.gate_up_weight(random_source(32, 48)[1], random_source(32, 48)[1], EXACT)
@@ -49,6 +50,7 @@ class Values:
         self.taps = ops.ShortConvWeight(torch.randn(48, 3))
         one = torch.ones(1)
         self.scan = ops.SelectiveScanWeight(1, 16, 1, 16, -one, one, one)
+        self.rule = ops.DeltaRuleWeight(1, 16, 1, 16, -one, one)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
@@ -71,6 +73,7 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "gated_add": ("rows", lambda v, x: ops.gated_add(x, v.gate, v.residual)),
     "short_conv": ("rows", lambda v, x: ops.short_conv(x, v.taps, v.states)),
     "selective_scan": ("rows", lambda v, x: ops.selective_scan(x, v.gate, v.scan, v.states)),
+    "delta_rule": ("rows", lambda v, x: ops.delta_rule(x, v.steps, v.rule, v.states)),
     "gated_norm": ("rows", lambda v, x: ops.gated_norm(x, v.rows, None, group_width=48, eps=1e-5)),
 }
 KINDS = {

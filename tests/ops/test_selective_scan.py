@@ -107,21 +107,28 @@ def gate(rows: Tensor, gates: Tensor, weight: Tensor | None, **options: Any) -> 
     ).run([(0, 0, [rows, gates])])[0]  # fmt: skip
 
 
-@pytest.mark.parametrize("is_gate_first", [True, False])
+@pytest.mark.parametrize(
+    ("is_gate_first", "is_sigmoid"), [(True, False), (False, False), (False, True), (True, True)]
+)
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize(
     ("tokens", "columns", "width"), [(1, 1, 1), (9, 48, 16), (17, 66, 11), (40, 129, 129), (3, 300, 75)]
 )
 def test_gated_norms_are_those_of_the_reference(
-    kernel_set: str, tokens: int, columns: int, width: int, has_weight: bool, is_gate_first: bool
+    kernel_set: str,
+    tokens: int,
+    columns: int,
+    width: int,
+    has_weight: bool,
+    is_gate_first: bool,
+    is_sigmoid: bool,
 ) -> None:
     _C.set_num_threads(2)
     rows, gates = torch.randn(tokens, columns), torch.randn(tokens, columns + 3)
     weight = torch.randn(columns) if has_weight else None
-    found = gate(rows, gates, weight, group_width=width, gate_column=2, is_gate_first=is_gate_first)
-    expected = reference.gated_norm(
-        rows, gates[:, 2 : columns + 2], weight, width, 1e-5, is_gate_first=is_gate_first
-    )
+    kind = {"is_gate_first": is_gate_first, "is_sigmoid": is_sigmoid}
+    found = gate(rows, gates, weight, group_width=width, gate_column=2, **kind)
+    expected = reference.gated_norm(rows, gates[:, 2 : columns + 2], weight, width, 1e-5, **kind)
     assert_close(found, expected, length=width + 8)
 
 

@@ -29,10 +29,17 @@ def selective_scan(rows: Tensor, steps: Tensor, weight: SelectiveScanWeight) -> 
 
 
 def gated_norm(
-    rows: Tensor, gate: Tensor, weight: Tensor | None, group_width: int, eps: float, *, is_gate_first: bool
+    rows: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    group_width: int,
+    eps: float,
+    *,
+    is_gate_first: bool,
+    is_sigmoid: bool,
 ) -> Tensor:
-    """Return norm(rows * silu(gate)), or norm(rows) * silu(gate), float64."""
-    x, passed = rows.double(), silu(gate.double())
+    """Return norm(rows * f(gate)), or norm(rows) * f(gate), float64."""
+    x, passed = rows.double(), (torch.sigmoid if is_sigmoid else silu)(gate.double())
     x = x * passed if is_gate_first else x
     if weight is not None:
         groups = x.view(len(x), -1, group_width)

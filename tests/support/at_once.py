@@ -94,9 +94,16 @@ def qkv(
     )
 
 
-def attention(q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, **rules: Any) -> Tensor:
+def attention(
+    q: Tensor, cache: Cache, scale: float, *, batch: FlatRows, gate: Tensor | None = None, **rules: Any
+) -> Tensor:
     """q [n_tokens, num_heads * head_dim] is rotated already; `rotary_dim` is that of the keys."""
-    return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
+    if gate is None:
+        return _run(lambda _, q: ops.attention(q, cache, scale, **rules), (q, Kind.QUERY), batch=batch)
+    return _run(
+        lambda _, q, gate: ops.attention(q, cache, scale, gate=gate, **rules), (q, Kind.QUERY),
+        (gate, Kind.ROWS), batch=batch,
+    )  # fmt: skip
 
 
 def _run(

@@ -15,6 +15,7 @@ from tgi_asgi.ops.attention import attention
 from tgi_asgi.ops.attention_spec import AttentionSpec
 from tgi_asgi.ops.cpu_program import CpuProgram
 from tgi_asgi.ops.cuda_quant import Repacking
+from tgi_asgi.ops.delta_rule import DeltaRuleWeight, delta_rule
 from tgi_asgi.ops.embed import embed
 from tgi_asgi.ops.experts import ClampedGate, RouteSpec, experts_add, gated_add, route
 from tgi_asgi.ops.formats import FORMATS
@@ -82,6 +83,7 @@ __all__ = [
     "ClampedGate",
     "CpuProgram",
     "Delta",
+    "DeltaRuleWeight",
     "Drafter",
     "ExpertsWeight",
     "FlatRows",
@@ -121,6 +123,7 @@ __all__ = [
     "attention",
     "bfloat16_time",
     "configure_threads",
+    "delta_rule",
     "direct",
     "each_row",
     "embed",

@@ -21,23 +21,28 @@ def attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     rotary_dim: int | None = None,
+    gate: Value | None = None,
 ) -> Value:
     """Attend the queries to the cache; `AttentionSpec` says what the numbers are.
 
     `rotary_dim` is that of the keys, for queries that are an input of the program (None: whole heads): the
-    cache keeps dims in the order in which they turn.
+    cache keeps dims in the order in which they turn. `gate` is rows [n_tokens, num_heads * value_dim]: the
+    result is multiplied by their sigmoid.
 
     Returns an activation [n_tokens, num_heads * value_dim]. A row's bits depend on its own sequence only:
     not on the batch, on how its prompt was cut, on block ids or on threads. Chunks of 256 positions are
     reduced alone and merged in order (Dao, FlashAttention, section 3.1; flash-decoding).
 
     Raises:
-        ValueError: as `AttentionSpec`.
+        ValueError: as `AttentionSpec`, or the gate does not have the result's columns.
         TypeError: `cache` is of states.
     """
     cache = keys_and_values("attention", cache)
     spec = AttentionSpec(scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks, slopes=slopes)
-    recorder = recorder_of("attention", q=(q, Kind.QUERY, None))
     head_dim, value_dim = cache.head_dim, cache.value_dim
-    out = recorder.value(Kind.ACTIVATION, q.columns // head_dim * value_dim)
-    return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, rotary_dim, spec))
+    recorder = recorder_of("attention", q=(q, Kind.QUERY, None))
+    columns = q.columns // head_dim * value_dim
+    if gate is not None:
+        recorder = recorder_of("attention", q=(q, Kind.QUERY, None), gate=(gate, Kind.ROWS, columns))
+    out = recorder.value(Kind.ACTIVATION, columns)
+    return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, rotary_dim, spec, gate))

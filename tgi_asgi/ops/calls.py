@@ -19,6 +19,7 @@ from tgi_asgi.ops.values import Value
 from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight, QkvWeight
 
 if TYPE_CHECKING:
+    from tgi_asgi.ops.delta_rule import DeltaRuleWeight
     from tgi_asgi.ops.experts import ClampedGate, RouteSpec
     from tgi_asgi.ops.selective_scan import SelectiveScanWeight
     from tgi_asgi.ops.short_conv import ShortConvWeight
@@ -93,7 +94,7 @@ class Qkv(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attention(Call):
-    """out = softmax(scores) @ values, of scores as the spec says"""
+    """out = softmax(scores) @ values (* sigmoid(gate)), of scores as the spec says"""
 
     q: Value
     cache: KvCache
@@ -101,6 +102,7 @@ class Attention(Call):
     value_dim: int
     rotary_dim: int | None  # of queries that no `qkv` has made
     spec: AttentionSpec
+    gate: Value | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -195,8 +197,18 @@ class SelectiveScan(Call):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class DeltaRule(Call):
+    """out = state . q, where state = decay * state, then state += rate * (v - state . k) k"""
+
+    rows: Value
+    steps: Value
+    weight: DeltaRuleWeight
+    cache: StateLayer
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class GatedNorm(Call):
-    """out = norm(rows * silu(gate)), or norm(rows) * silu(gate), by groups of columns"""
+    """out = norm(rows * f(gate)), or norm(rows) * f(gate), by groups of columns"""
 
     rows: Value
     gate: Value
@@ -205,6 +217,7 @@ class GatedNorm(Call):
     eps: float
     gate_column: int
     is_gate_first: bool
+    is_sigmoid: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)

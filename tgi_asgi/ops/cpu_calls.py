@@ -26,7 +26,12 @@ _Made = TypeVar("_Made")
 # What changes the residual in place.
 _CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
-_KEEPING = (calls.Qkv, calls.ShortConv, calls.SelectiveScan)  # what writes what later steps read
+_KEEPING = (
+    calls.Qkv,
+    calls.ShortConv,
+    calls.SelectiveScan,
+    calls.DeltaRule,
+)  # what writes what later steps read
 
 
 class CpuCalls:
@@ -147,14 +152,27 @@ class CpuCalls:
             "true_dim": call.value_dim, "spec": call.spec.native,
         }  # fmt: skip
         precisions = self._uses.precisions(call.out)
-        if call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
+        if call.gate is None and call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
             out = self.buffers.activation(call.out, precisions[0])
             self._native.attention(**shape, out=out)
             return
         rows = self.buffers.head_rows(call.out.columns)
         self._native.attention(**shape, rows=rows)
-        self._pack(rows, call.out)
+        if call.gate is None:
+            self._pack(rows, call.out)
+        else:
+            self._pack_gated(rows, call.gate, call.out)
         self.buffers.give_back(rows)
+
+    def _pack_gated(self, rows: Any, gate: Value, out: Value) -> None:
+        norm = _C.GatedNorm(
+            width=out.columns, group_width=out.columns, eps=0.0, weight=None, is_gate_first=False,
+            is_sigmoid=True, gate_column=0,
+        )  # fmt: skip
+        gated = self.buffers.scratch(out.columns)
+        self._native.gated_norm(rows=rows, gate=self.buffers.of(gate, "rows"), norm=norm, out=gated)
+        self._pack(gated, out)
+        self.buffers.give_back(gated)
 
     def _linear(self, index: int, call: calls.Linear) -> None:
         made = _made(call.weight.made, PackedLinear)
@@ -248,11 +266,24 @@ class CpuCalls:
             out=self.buffers.rows(call.out, call.out.columns),
         )  # fmt: skip
 
+    def _delta_rule(self, index: int, call: calls.DeltaRule) -> None:
+        weight = call.weight
+        rule = _C.DeltaRule(
+            num_heads=weight.num_heads, head_dim=weight.head_dim, num_key_heads=weight.num_key_heads,
+            key_dim=weight.key_dim, is_tiled=weight.is_tiled, a=weight.a.numpy(),
+            dt_bias=weight.dt_bias.numpy(),
+        )  # fmt: skip
+        source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
+        self._native.delta_rule(
+            source=source, steps=steps, rule=rule, states=call.cache.pool.native, layer=call.cache.index,
+            out=self.buffers.rows(call.out, call.out.columns),
+        )  # fmt: skip
+
     def _gated_norm(self, index: int, call: calls.GatedNorm) -> None:
         norm = _C.GatedNorm(
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
             weight=None if call.weight is None else call.weight.numpy(),
-            is_gate_first=call.is_gate_first, gate_column=call.gate_column,
+            is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_column=call.gate_column,
         )  # fmt: skip
         rows, gate = (self.buffers.of(value, "rows") for value in (call.rows, call.gate))
         out = self.buffers.rows(call.out, call.out.columns)
@@ -345,6 +376,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
     calls.GatedAdd: CpuCalls._gated_add,
     calls.ShortConv: CpuCalls._short_conv,
     calls.SelectiveScan: CpuCalls._selective_scan,
+    calls.DeltaRule: CpuCalls._delta_rule,
     calls.GatedNorm: CpuCalls._gated_norm,
     calls.Head: CpuCalls._head,
 }

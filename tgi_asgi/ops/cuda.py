@@ -285,6 +285,8 @@ class CudaProgram:
         layer, spec = _layer_of(call.cache), call.spec
         if spec.chunk is not None:
             raise ValueError("attention with `chunk` is not among the CUDA kernels")
+        if call.gate is not None:
+            raise ValueError("attention with `gate` is not among the CUDA kernels")
         block_size, head_dim = int(layer.pool.shape[3]), call.head_dim
         heads = call.q.columns // head_dim
         query = self._in(call.q).view(self._max_tokens, heads, head_dim)
@@ -479,10 +481,8 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.LinearAdd: CudaProgram._linear_add,
     calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
-    calls.Route: CudaProgram._refuse,
-    calls.ExpertsAdd: CudaProgram._refuse,
-    calls.GatedAdd: CudaProgram._refuse,
-    **dict.fromkeys((calls.ShortConv, calls.SelectiveScan, calls.GatedNorm), CudaProgram._refuse),
+    **dict.fromkeys((calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm), CudaProgram._refuse),
+    **dict.fromkeys((calls.ShortConv, calls.SelectiveScan, calls.DeltaRule), CudaProgram._refuse),
     calls.Head: CudaProgram._make_head,
 }
 

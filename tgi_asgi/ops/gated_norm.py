@@ -17,13 +17,15 @@ def gated_norm(
     eps: float,
     gate_column: int = 0,
     is_gate_first: bool = True,
+    is_sigmoid: bool = False,
 ) -> Value:
-    """Return rows norm(rows * silu(gate)), or norm(rows) * silu(gate), [n_tokens, columns] as `rows`.
+    """Return rows norm(rows * f(gate)), or norm(rows) * f(gate), [n_tokens, columns] as `rows`.
 
     Args:
         gate: rows whose columns from `gate_column` on are the gates.
         weight: float32 [columns] of the RMSNorm, each group of `group_width` columns by itself; None: none.
         is_gate_first: gates come before the norm (Mamba-2), not behind it.
+        is_sigmoid: f is the sigmoid, not silu.
 
     Raises:
         ValueError: a number of columns does not fit.
@@ -44,5 +46,5 @@ def gated_norm(
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     out = recorder.value(Kind.ROWS, columns)
     return recorder.note(
-        calls.GatedNorm(out, rows, gate, weight, group_width, eps, gate_column, is_gate_first)
+        calls.GatedNorm(out, rows, gate, weight, group_width, eps, gate_column, is_gate_first, is_sigmoid)
     )

@@ -14,6 +14,13 @@ inline typename S::F silu(typename S::F x) {
   return S::div(x, S::add(S::set1(1.0f), e));
 }
 
+// 1 / (1 + e^-x).
+template <class S>
+inline typename S::F sigmoid(typename S::F x) {
+  const auto one = S::set1(1.0f);
+  return S::div(one, S::add(one, exp2<S, false>(S::mul(x, S::set1(-kFloatLog2E)))));
+}
+
 // GELU by tanh, which is x * sigmoid(2 * 0.79788 * (x + 0.044715 x^3)).
 template <class S>
 inline typename S::F gelu_tanh(typename S::F x) {

@@ -279,10 +279,8 @@ template <class S>
 void gated_add(const GatedAddParams& p, const StepHeader& step, int member, int num_members) {
   const Range tokens = split(step.num_tokens, member, num_members);
   for (int64_t token = tokens.begin; token < tokens.end; ++token) {
-    const auto one = S::set1(1.0f);
     const auto gate = S::set1(p.gate[token * p.gate_stride]);
-    const auto e = exp2<S, false>(S::mul(gate, S::set1(-kFloatLog2E)));
-    const auto weight = S::mul(S::div(one, S::add(one, e)), S::set1(p.factor));
+    const auto weight = S::mul(sigmoid<S>(gate), S::set1(p.factor));
     const float* const rows = p.rows + token * p.num_columns;
     float* const x = p.x + token * p.num_columns;
     for (int64_t k = 0; k < p.num_columns; k += 16) {

@@ -109,6 +109,14 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
   }
 }
 
+// How much a gate lets through.
+template <class S>
+inline typename S::F gate_factor(const GatedNormParams& p, const float* gates, int64_t c,
+                                 int64_t end) {
+  const auto gate = load_channels<S>(gates, c, end);
+  return p.is_sigmoid ? sigmoid<S>(gate) : silu<S>(gate);
+}
+
 // Columns of a row that are normed together.
 template <class S>
 inline void gate_group(const GatedNormParams& p, int64_t token, Range columns) {
@@ -117,7 +125,7 @@ inline void gate_group(const GatedNormParams& p, int64_t token, Range columns) {
   float* const out = p.out + token * p.out_stride;
   const auto value = [&](int64_t c) {
     const auto x = load_channels<S>(rows, c, columns.end);
-    return p.is_gate_first ? S::mul(x, silu<S>(load_channels<S>(gates, c, columns.end))) : x;
+    return p.is_gate_first ? S::mul(x, gate_factor<S>(p, gates, c, columns.end)) : x;
   };
   auto factor = S::set1(1.0f);
   if (p.weight != nullptr) {
@@ -134,7 +142,7 @@ inline void gate_group(const GatedNormParams& p, int64_t token, Range columns) {
     if (p.weight != nullptr) {
       x = S::mul(S::mul(x, factor), load_channels<S>(p.weight, c, columns.end));
     }
-    if (!p.is_gate_first) x = S::mul(x, silu<S>(load_channels<S>(gates, c, columns.end)));
+    if (!p.is_gate_first) x = S::mul(x, gate_factor<S>(p, gates, c, columns.end));
     const int64_t left = columns.end - c;
     S::store_head(out + c, static_cast<int>(left < kVector ? left : kVector), x);
   }

@@ -14,7 +14,8 @@
 
 namespace tgi::cpu::step {
 
-constexpr int64_t kMaxTaps = 16;  // of a short convolution
+constexpr int64_t kMaxTaps = 16;     // of a short convolution
+constexpr int64_t kMaxKeyDim = 256;  // of the gated delta rule
 
 // One layer's part of the places of a pool.
 struct StateView {
@@ -63,7 +64,29 @@ struct SelectiveScanParams {
   int64_t out_stride;
 };
 
-// Rows and gates, normed by groups of columns: norm(rows * silu(gate)), or norm(rows) * silu(gate).
+// The gated delta rule: a token decays a head's state, and corrects what that has under its key.
+// state = e^(a * softplus(step + bias)) * state; state += k (rate * (v - k . state)); out = q .
+// state, where rate = sigmoid of another step, k and q are normed, and q is divided by
+// sqrt(key_dim). Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464,
+// section 3.
+struct DeltaRuleParams {
+  const float* in;  // [num_tokens, in_stride]: q, k [key heads, key_dim], v [heads, head_dim]
+  int64_t in_stride;
+  const float* steps;  // [num_tokens, steps_stride]: of each head that of its rate, of its decay
+  int64_t steps_stride;
+  int64_t num_heads;
+  int64_t head_dim;       // a multiple of 16
+  int64_t num_key_heads;  // which divides the heads
+  int64_t key_dim;        // up to kMaxKeyDim
+  bool is_tiled;          // head h has the key of h % num_key_heads, else neighbours have one
+  const float* a;         // [num_heads], negative
+  const float* dt_bias;   // [num_heads]
+  StateView state;        // [num_heads, head_dim / 16, key_dim, 16]
+  float* out;             // [num_tokens, out_stride], zero behind the heads
+  int64_t out_stride;
+};
+
+// Rows and gates, normed by groups of columns: norm(rows * f(gate)), or norm(rows) * f(gate).
 struct GatedNormParams {
   const float* rows;  // [num_tokens, stride]
   int64_t stride;
@@ -74,7 +97,8 @@ struct GatedNormParams {
   const float* weight;  // [width], or null: nothing is normed
   float eps;
   bool is_gate_first;
-  float* out;  // [num_tokens, out_stride], zero behind the columns
+  bool is_sigmoid;  // f is the sigmoid, else silu
+  float* out;       // [num_tokens, out_stride], zero behind the columns
   int64_t out_stride;
 };
 

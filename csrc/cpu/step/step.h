@@ -442,6 +442,7 @@ struct Kernels {
   StepFunction<GatedAddParams> gated_add;
   StepFunction<ShortConvParams> short_conv;
   StepFunction<SelectiveScanParams> selective_scan;
+  StepFunction<DeltaRuleParams> delta_rule;
   StepFunction<GatedNormParams> gated_norm;
   // Work memory of a member, in floats, for a product's units of so many strips.
   int64_t (*scratch_floats)(const PackedMatrix& weight, Precision precision, int64_t unit_strips);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_kernel.h"
+#include "delta_rule_kernel.h"
 #include "experts_kernel.h"
 #include "linear_kernels.h"
 #include "mlp_kernels.h"
@@ -125,6 +126,7 @@ constexpr Kernels make_kernels(const char* name) {
           gated_add<S>,
           short_conv<S>,
           selective_scan<S>,
+          delta_rule<S>,
           gated_norm<S>,
           scratch_floats<S>,
           spin<S>,
