@@ -31,7 +31,13 @@ from tgi_asgi.types import Adapter, GenerationRequest, SamplingParams, StopCondi
 
 NUM_PROBES, NUM_OTHERS = 8, 24
 # As some checkpoints call what another architecture computes.
-ALIASES = {"RWForCausalLM", "StableLMEpochForCausalLM", "Ernie4_5_ForCausalLM"}
+ALIASES = {
+    "RWForCausalLM",
+    "StableLMEpochForCausalLM",
+    "Ernie4_5_ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+}
 USUAL = {"LlamaForCausalLM", "BloomForCausalLM", "StableLmForCausalLM", "Lfm2ForCausalLM"}
 
 

@@ -10,7 +10,7 @@ from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.models.loading.open import read_config
+from tgi_asgi.models.loading.open import is_native, read_config
 from tgi_asgi.runner import load as loading
 from tgi_asgi.runner.memory import fitting_batch, state_bytes
 from tgi_asgi.runner.runner import CpuRunner
@@ -28,6 +28,7 @@ def case_named(name: str) -> FamilyCase:
     [
         ("lfm2", 2 * 4 * 2 * 2 * 128),  # two places, two layers, two tokens of 128 channels
         ("granite_hybrid-dense", 2 * 4 * 3 * (2 * 352 + 256 * 24)),
+        ("qwen3_5", 2 * 4 * 3 * (3 * 224 + 128 * 24)),
     ],
 )
 def test_what_the_states_of_a_sequence_take_is_counted(
@@ -112,3 +113,57 @@ def test_convolutions_that_cannot_be_are_refused(changes: dict[str, object], mes
 def test_state_spaces_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
         read_config({**config_of(case_named("granite_hybrid-dense")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear_num_value_heads": 5}, "must divide its 5 heads, got 2"),
+        ({"linear_num_key_heads": 0}, "num_key_heads must be in 1"),
+        ({"linear_value_head_dim": 24}, "multiples of 16 wide, got 24"),
+        ({"linear_key_head_dim": 257}, r"key_dim must be in 1\.\.256, got 257"),
+        ({"linear_conv_kernel_dim": 1}, r"goes over must be 2\.\.16, got 1"),
+        ({"linear_key_head_dim": "24"}, "`linear_key_head_dim` must be one integer"),
+        ({"layer_types": ["linear_attention"]}, "layer_types must be 4 of"),
+        ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval must be positive"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"attn_output_gate": False}, "attn_output_gate must be true"),
+        ({"text_config": 3}, "text_config must be an object"),
+        ({"text_config": {**config_of(case_named("qwen3_5")), "rope_scale": 2}}, "`rope_scale` is 2"),
+    ],
+    ids=str,
+)
+def test_delta_nets_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        read_config({**config_of(case_named("qwen3_5")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3_5", {"linear_value_head_dim": 24}),
+        ("qwen3_5", {"linear_key_head_dim": 320}),
+        ("qwen3_5", {"attention_bias": True}),
+        ("qwen3_5", {"vision_config": {"depth": 2}}),
+        ("granite_hybrid-dense", {"mamba_n_heads": 128}),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_have_is_left_to_transformers(name: str, changes: dict[str, object]) -> None:
+    config = config_of(case_named(name))
+    assert is_native(config)
+    assert not is_native({**config, **changes})
+
+
+def test_the_text_of_a_model_that_sees_is_read_from_its_part() -> None:
+    config = config_of(case_named("qwen3_5"))
+    whole = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "text_config": {**config, "tie_word_embeddings": False},
+        "vision_config": {"depth": 2},
+        "tie_word_embeddings": True,
+    }
+    found, expected = read_config(whole)[1], read_config(config)[1]
+    assert found.has_tied_embeddings
+    assert found.layers == expected.layers

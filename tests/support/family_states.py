@@ -11,6 +11,9 @@ _ARCHITECTURES = {
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "granite_hybrid": "GraniteMoeHybridForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
 }
 
 
@@ -70,6 +73,38 @@ _STEPS = _mamba("other-steps", "dt_bias", "to ones")
 _HEADS = _mamba("order-of-parts", "in_proj.weight", "swap halves")
 _GATED_NORM = _mamba("no-gated-norm", "norm.weight", "to ones")
 _WINDOW_BIAS = _mamba("no-convolution-bias", "conv1d.bias", "to zeros")
+
+_DELTA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 24,
+}
+_DELTA_EXPERTS = {
+    **_DELTA,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+}
+
+
+def _delta(name: str, tensor: str, change: Literal["to ones", "to zeros", "swap halves"]) -> Fault:
+    return Fault(name, tensors=f"*.linear_attn.{tensor}", change=change)
+
+
+_DELTA_TAPS = _delta("no-taps", "conv1d.weight", "to ones")
+_DELTA_DECAY = _delta("other-decay", "A_log", "swap halves")
+_DELTA_STEPS = _delta("no-bias-of-steps", "dt_bias", "to zeros")
+_DELTA_NORM = _delta("no-gated-norm", "norm.weight", "to ones")
+_RATES_AND_DECAYS = _delta("order-of-steps", "in_proj_ba.weight", "swap halves")
+_OUTPUT_GATES = Fault("no-output-gates", tensors="*.q_proj.weight", change="swap halves")
+_ZERO_CENTRED = Fault("no-input-norm", tensors="*.input_layernorm.weight", change="to zeros")
+_PARTIAL = Fault("whole-heads-turn", config={"rope_parameters": {"partial_rotary_factor": 1.0}})
+_SHARED_GATE = Fault("no-shared-gate", tensors="*.shared_expert_gate.weight")
 
 STATE_CASES: tuple[FamilyCase, ...] = (
     _case(
@@ -138,5 +173,60 @@ STATE_CASES: tuple[FamilyCase, ...] = (
             Fault("no-shared-expert", tensors="*.shared_mlp.output_linear.weight"),
         ),
         gguf=(),
+    ),
+    _case(
+        "qwen3_next-dense-layer",
+        {**_DELTA_EXPERTS, "mlp_only_layers": [1], "norm_topk_prob": False, "linear_conv_kernel_dim": 3},
+        faults=(_DELTA_TAPS, Fault("renormalised", config={"norm_topk_prob": True})),
+        gguf=(),
+        dtype="bfloat16",
+    ),
+    _case(
+        "qwen3_next",
+        _DELTA_EXPERTS,
+        faults=(
+            _DELTA_TAPS,
+            _DELTA_DECAY,
+            _DELTA_STEPS,
+            _DELTA_NORM,
+            _RATES_AND_DECAYS,
+            _OUTPUT_GATES,
+            _ZERO_CENTRED,
+            _PARTIAL,
+            _SHARED_GATE,
+        ),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(  # as many keys as values; every second layer attends, which no list says
+        "qwen3_5-of-one-kind",
+        {
+            **_DELTA,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 4,
+            "tie_word_embeddings": True,
+        },
+        faults=(_DELTA_DECAY, _OUTPUT_GATES),
+        json={"full_attention_interval": 2},
+        drops=("layer_types",),
+    ),
+    _case(
+        "qwen3_5",
+        _DELTA,
+        faults=(
+            _DELTA_TAPS,
+            _DELTA_DECAY,
+            _DELTA_STEPS,
+            _DELTA_NORM,
+            _OUTPUT_GATES,
+            _ZERO_CENTRED,
+            _PARTIAL,
+        ),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "qwen3_5_moe",
+        _DELTA_EXPERTS,
+        faults=(_DELTA_DECAY, _OUTPUT_GATES, _SHARED_GATE),
+        gguf=("f32", "q8_0"),
     ),
 )

@@ -19,7 +19,8 @@ NATIVE: tuple[str, ...] = (
     "gpt_oss", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense",
     "hunyuan_v1_moe", "internlm3", "iquestcoder", "lfm2", "lfm2_moe", "llama", "ministral", "ministral3",
     "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+    "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 # Of the common shape: computed by a decoder of ours, which `transformers`' code only confirms.

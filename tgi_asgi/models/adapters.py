@@ -172,6 +172,8 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
                 "self_attn.qkv_proj": ops.Target(layer.qkv, 0, ends[3]),
                 "self_attn.o_proj": ops.Target(layer.output, 0, config.hidden_size),
             }
+            if layer.gate is not None:  # half of it is another product
+                del of_layer["self_attn.q_proj"], of_layer["self_attn.qkv_proj"]
         if layer.experts is None:
             of_layer |= {
                 "mlp.up_proj": ops.Target(layer.up, 0, inner),

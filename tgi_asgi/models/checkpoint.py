@@ -25,12 +25,14 @@ class CheckpointLayout:
     Attributes:
         names: of modules, by canonical ones: of the model, or behind a layer's number.
         is_transposed: matrices of layers lie [columns, rows], as GPT-2's `Conv1D` has them.
+        part: what names may have behind `model.`, where that is a part of a model that sees images, too.
         row_order: returns for a canonical module which row of the file's tensor each of its rows is; None:
             they lie in order.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     is_transposed: bool = False
+    part: str | None = None
     row_order: Callable[[ModelConfig, str], Rows | None] = lambda config, module: None
 
     @property

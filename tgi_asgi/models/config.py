@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
 
@@ -30,6 +31,7 @@ MAX_EXPERTS = 1 << 10  # of a layer, as the kernels have it
 MAX_LABELS = 1 << 16
 MAX_STATE = 1 << 14  # of what a recurrent layer's state is the product of
 MAX_TAPS = 16  # of a short convolution, as the kernels have it
+MAX_KEY_DIM = 256  # of the gated delta rule, as the kernels have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,52 +91,6 @@ class QueryGrowth:
 
     beta: float
     period: int
-
-
-@dataclass(frozen=True, slots=True)
-class ShortConvSpec:
-    """A gated short convolution (LFM2): the window that a sequence keeps is a `StateShape`."""
-
-    num_channels: int
-    num_taps: int  # tokens that it goes over
-    has_bias: bool = False  # of the convolution, and of the products around it
-
-    @property
-    def num_floats(self) -> int:
-        """It keeps nothing but the window."""
-        return 0
-
-
-@dataclass(frozen=True, slots=True)
-class MambaSpec:
-    """State spaces of heads behind a short convolution (Mamba-2); what a sequence keeps is a `StateShape`."""
-
-    num_heads: int
-    head_dim: int  # a multiple of 16, as the kernels have it
-    num_groups: int  # of heads, which share B and C
-    state_size: int
-    num_taps: int  # tokens that the convolution goes over
-    has_conv_bias: bool = True
-    has_bias: bool = False  # of the products around it
-    dt_limit: tuple[float, float] = (0.0, math.inf)
-
-    @property
-    def width(self) -> int:
-        """Channels of all heads."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def num_channels(self) -> int:
-        """Those that are convolved: x, B and C."""
-        return self.width + 2 * self.num_groups * self.state_size
-
-    @property
-    def num_floats(self) -> int:
-        """What the heads' states are."""
-        return self.width * self.state_size
-
-
-RecurrentSpec = ShortConvSpec | MambaSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +203,7 @@ class ModelConfig:
     activation: str = "silu"
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the product after attention
+    has_output_gate: bool = False  # heads' results are multiplied by the sigmoid of as many gates
     has_mlp_bias: bool = False
     has_gate: bool = True  # an MLP is f(gate) * up, not f(up)
     is_parallel: bool = False  # attention and MLP read the residual as it comes to the layer
@@ -437,6 +394,17 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         )
         low, high = spec.dt_limit
         check(0 <= low <= high and low < math.inf, f"steps cannot be cut to {low}..{high}")
+    if isinstance(spec, GatedDeltaSpec):
+        for name in ("num_heads", "head_dim", "num_key_heads", "key_dim"):
+            value, most = getattr(spec, name), MAX_KEY_DIM if name == "key_dim" else MAX_STATE
+            check(1 <= value <= most, f"a delta net's {name} must be in 1..{most}, got {value}")
+        check(
+            spec.head_dim % 16 == 0, f"a delta net's heads must be multiples of 16 wide, got {spec.head_dim}"
+        )
+        check(
+            spec.num_heads % spec.num_key_heads == 0,
+            f"the key heads of a delta net must divide its {spec.num_heads} heads, got {spec.num_key_heads}",
+        )
     low, high = _BOUNDS["hidden_size"]
     check(
         low <= spec.num_channels <= high,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,11 @@ class LayerWeights:
 
     def qkv_sources(self) -> Sources:
         """Return the matrices of q, k and v."""
-        return [
-            self.get(f"self_attn.{name}.weight", rows, self.config.hidden_size)
-            for name, rows in self._heads()
+        names = self._heads()
+        queries = [self._queries(0)] if self.config.has_output_gate else []
+        hidden = self.config.hidden_size
+        return queries + [
+            self.get(f"self_attn.{name}.weight", rows, hidden) for name, rows in names[len(queries) :]
         ]
 
     def qkv_biases(self) -> Sources | None:
@@ -110,6 +113,10 @@ class LayerWeights:
             biases=self.qkv_biases(), norms=self.norms(), is_interleaved=config.has_interleaved_rope,
         )  # fmt: skip
 
+    def output_gate(self) -> ops.LinearWeight | None:
+        """Make the weight of the gates of heads' results, if there are any."""
+        return ops.linear_weight(self._queries(1), self.arithmetic) if self.config.has_output_gate else None
+
     def sinks(self) -> Tensor | None:
         """Return the heads' sinks [num_heads] float32, if there are any."""
         return ops.vector(self.get("self_attn.sinks", self.config.num_heads)) if self.spec.has_sinks else None
@@ -145,6 +152,12 @@ class LayerWeights:
         bias = self.get(f"{name}.bias", rows) if has_bias else None
         return ops.linear_weight(self.get(f"{name}.weight", rows, columns), self.arithmetic, bias=bias)
 
+    def _queries(self, part: int) -> ops.WeightSource:
+        """Return the rows of heads' queries, or with 1 of their gates, which lie behind each query."""
+        heads, dim = self.config.num_heads, self.config.head_dim
+        rows = np.arange(2 * heads * dim).reshape(heads, 2, dim)[:, part].reshape(-1)
+        return self.get("self_attn.q_proj.weight", 2 * len(rows), self.config.hidden_size).in_rows(rows)
+
     def _heads(self) -> tuple[tuple[str, int], ...]:
         keys = self.config.num_kv_heads * self.config.head_dim
         return (("q_proj", self.config.num_heads * self.config.head_dim), ("k_proj", keys), ("v_proj", keys))
@@ -155,6 +168,7 @@ class Layer:
 
     Attributes:
         recurrent: what it has in the place of attention; None: it attends, with `qkv` and `output`.
+        gate: of what heads make; None: all of it counts.
         experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
         up: the first half of the MLP, with a gate or without.
         alphas: the two numbers of xIELU, where that is the MLP's function.
@@ -170,8 +184,10 @@ class Layer:
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         self.make_norms(weights)
         self.recurrent = weights.recurrent()
+        self.gate: ops.LinearWeight | None = None
         if self.recurrent is None:
             self.qkv = weights.qkv()
+            self.gate = weights.output_gate()
             self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
         if self.experts is not None:
@@ -200,18 +216,20 @@ class Layer:
 
     def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what the heads make of the activation a."""
-        return self.attend_with(self.project(a, cache), cache)
+        # Before keys and values: of the last layer's a step needs that of few tokens only behind them.
+        gate = None if self.gate is None else ops.linear(a, self.gate)
+        return self.attend_with(self.project(a, cache), cache, gate)
 
     def project(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return the queries of the activation a; its keys and values are written to the cache."""
         return ops.qkv(a, self.qkv, cache, self.rope, self.config.clip, self.query_scales)
 
-    def attend_with(self, q: ops.Value, cache: ops.Cache) -> ops.Value:
-        """Return what queries find in the cache."""
+    def attend_with(self, q: ops.Value, cache: ops.Cache, gate: ops.Value | None = None) -> ops.Value:
+        """Return what queries find in the cache, as much of it as gates let through."""
         spec = self.spec
         return ops.attention(
             q, cache, spec.scale, window=spec.window, chunk=spec.chunk, soft_cap=spec.soft_cap,
-            sinks=self.sinks, slopes=self.slopes,
+            sinks=self.sinks, slopes=self.slopes, gate=gate,
         )  # fmt: skip
 
     def activate(self, a: ops.Value) -> ops.Value:

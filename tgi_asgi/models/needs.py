@@ -27,6 +27,7 @@ class Need(enum.StrEnum):
     SOFT_CAP = "soft caps of scores"
     SLOPES = "ALiBi"
     SINKS = "attention sinks"
+    OUTPUT_GATES = "gates of what heads make"
     EXPERTS = "routed experts"
     STATES = "recurrent layers"
 
@@ -49,6 +50,7 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.SOFT_CAP: any(layer.soft_cap is not None for layer in layers),
         Need.SLOPES: any(layer.slopes is not None for layer in layers),
         Need.SINKS: any(layer.has_sinks for layer in layers),
+        Need.OUTPUT_GATES: config.has_output_gate,
         Need.EXPERTS: any(layer.experts is not None for layer in layers),
         Need.STATES: config.has_states,
     }

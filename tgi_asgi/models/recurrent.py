@@ -5,18 +5,23 @@ Plain Python over the operators, as `layers.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import MambaSpec, ModelConfig, RecurrentSpec, ShortConvSpec
+from tgi_asgi.models.config import ModelConfig
+from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec, ShortConvSpec
 
 
 class RecurrentSource(Protocol):
     """A layer's weights, as `layers.LayerWeights` has them."""
 
     config: ModelConfig
+    arithmetic: ops.Arithmetic
 
     def has(self, name: str) -> bool: ...
     def get(self, name: str, *shape: int) -> ops.WeightSource: ...
@@ -95,6 +100,81 @@ class Mamba:
         return ops.linear_add(ops.activation(y), self._output, x, factor)
 
 
+class GatedDelta:
+    """A gated delta net: queries, keys and values are convolved, then go through the heads' states.
+
+    Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464.
+    """
+
+    def __init__(self, weights: RecurrentSource, spec: GatedDeltaSpec) -> None:
+        hidden, heads, arithmetic = weights.config.hidden_size, spec.num_heads, weights.arithmetic
+        self._head_dim, self._eps = spec.head_dim, weights.config.norm_eps
+        self._input, self._gate = (ops.linear_weight(each, arithmetic) for each in _inputs(weights, spec))
+        self._steps = ops.router_weight(_steps(weights, spec), arithmetic)
+        taps = ops.vector(weights.get("linear_attn.conv1d.weight", spec.num_channels, 1, spec.num_taps))
+        self._conv = ops.ShortConvWeight(taps.view(spec.num_channels, spec.num_taps))
+        is_llama_cpp = weights.has("linear_attn.A")  # where others have the logarithm of what it has
+        a = ops.vector(weights.get("linear_attn.A" if is_llama_cpp else "linear_attn.A_log", heads))
+        bias = weights.get("linear_attn.dt.bias" if is_llama_cpp else "linear_attn.dt_bias", heads)
+        self._rule = ops.DeltaRuleWeight(
+            heads, spec.head_dim, spec.num_key_heads, spec.key_dim, a=a if is_llama_cpp else -torch.exp(a),
+            dt_bias=ops.vector(bias), is_tiled=spec.is_tiled,
+        )  # fmt: skip
+        self._norm = ops.vector(weights.get("linear_attn.norm.weight", spec.head_dim)).repeat(heads)
+        self._output = weights.linear("linear_attn.out_proj", hidden, spec.width, has_bias=False)
+        self.products: dict[str, ops.LinearWeight] = {}
+        if not spec.is_tiled:  # else heads lie in another order than in adapters
+            self.products["linear_attn.out_proj"] = self._output
+            if weights.has("linear_attn.in_proj_qkv.weight"):
+                self.products |= {"linear_attn.in_proj_qkv": self._input, "linear_attn.in_proj_z": self._gate}
+
+    def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
+        """Add to the residual x what this makes of the activation a, times `factor`."""
+        rows, gate, steps = (ops.linear(a, each) for each in (self._input, self._gate, self._steps))
+        convolved = ops.short_conv(rows, self._conv, cache, has_silu=True)
+        y = ops.delta_rule(convolved, steps, self._rule, cache)
+        y = ops.gated_norm(
+            y, gate, self._norm, group_width=self._head_dim, eps=self._eps, is_gate_first=False
+        )
+        return ops.linear_add(ops.activation(y), self._output, x, factor)
+
+
+def _inputs(weights: RecurrentSource, spec: GatedDeltaSpec) -> Iterator[ops.WeightSource]:
+    """Yield the product of queries, keys and values, one below another, and that of gates."""
+    hidden, both = weights.config.hidden_size, "linear_attn.in_proj_qkvz.weight"
+    if weights.has(both):
+        order = _ungrouped(spec.num_key_heads, [spec.key_dim] * 2 + [spec.width // spec.num_key_heads] * 2)
+        fused = weights.get(both, len(order), hidden)
+        yield fused.in_rows(order[: spec.num_channels])
+        yield fused.in_rows(order[spec.num_channels :])
+        return
+    yield weights.get("linear_attn.in_proj_qkv.weight", spec.num_channels, hidden)
+    yield weights.get("linear_attn.in_proj_z.weight", spec.width, hidden)
+
+
+def _steps(weights: RecurrentSource, spec: GatedDeltaSpec) -> ops.WeightSource:
+    """Return the product of each head's rate, and below that of each head's decay."""
+    hidden, both = weights.config.hidden_size, "linear_attn.in_proj_ba.weight"
+    if weights.has(both):
+        order = _ungrouped(spec.num_key_heads, [spec.num_heads // spec.num_key_heads] * 2)
+        return weights.get(both, 2 * spec.num_heads, hidden).in_rows(order)
+    each = [weights.get(f"linear_attn.in_proj_{name}.weight", spec.num_heads, hidden) for name in ("b", "a")]
+    return ops.one_below_another(each)
+
+
+def _ungrouped(num_groups: int, sizes: list[int]) -> npt.NDArray[np.int64]:
+    """Return the order of rows that lie group by group, in each the parts of these sizes.
+
+    q0 k0 v0 z0 | q1 k1 v1 z1     as Qwen3-Next's files have them
+    q0 q1 | k0 k1 | v0 v1 | z0 z1     what is read
+    """
+    rows = np.arange(num_groups * sum(sizes)).reshape(num_groups, -1)
+    parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
 def make_recurrent(weights: RecurrentSource, spec: RecurrentSpec) -> Recurrent:
     """Make what a configuration says."""
+    if isinstance(spec, GatedDeltaSpec):
+        return GatedDelta(weights, spec)
     return Mamba(weights, spec) if isinstance(spec, MambaSpec) else ShortConv(weights, spec)

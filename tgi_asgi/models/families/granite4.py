@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import MAX_TAPS, MambaSpec, ModelConfig, check
+from tgi_asgi.models.config import MAX_TAPS, ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
@@ -20,6 +20,7 @@ from tgi_asgi.models.layers import Sources
 from tgi_asgi.models.reader import Reader, as_float
 from tgi_asgi.models.reading import num_layers, read_biases, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
+from tgi_asgi.models.recurrent_specs import MambaSpec
 
 _RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_attention")
 _KEYS = ("hidden_size", "mamba_expand", "mamba_n_heads", "mamba_d_conv")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tgi_asgi.models.checkpoint import CheckpointLayout
-from tgi_asgi.models.config import ModelConfig, ShortConvSpec, check
+from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
@@ -16,6 +16,7 @@ from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import num_layers, read_kv_heads, read_layers, read_sizes
 from tgi_asgi.models.reading_experts import read_experts, with_experts
+from tgi_asgi.models.recurrent_specs import ShortConvSpec
 
 # Of the first LFM2's files; its code in `transformers` reads none of them.
 _TRAINING = ("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "rms_norm_eps")

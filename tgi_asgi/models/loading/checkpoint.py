@@ -29,6 +29,8 @@ class CheckpointWeights:
         self.num_bytes = weights.num_bytes
         embedding = layout.tensor(_EMBEDDING)
         self.is_bare = embedding not in weights and embedding.removeprefix(layout.prefix) in weights
+        part = f"{layout.prefix}{layout.part}."
+        self._part = part if embedding.replace(layout.prefix, part, 1) in weights else layout.prefix
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.stored_name(name) in self._weights
@@ -36,7 +38,9 @@ class CheckpointWeights:
     def stored_name(self, name: str) -> str:
         """Return what the files call a tensor."""
         stored = self._layout.tensor(name)
-        return stored.removeprefix(self._layout.prefix) if self.is_bare else stored
+        if self.is_bare:
+            return stored.removeprefix(self._layout.prefix)
+        return stored.replace(self._layout.prefix, self._part, 1)
 
     def get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
         """Return a tensor, as `Weights.get` says."""

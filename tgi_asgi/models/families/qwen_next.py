@@ -1,0 +1,240 @@
+"""Qwen3-Next and Qwen3.5, with experts and without: most layers have a gated delta net for attention.
+
+Norms add 1 to their weights, and what heads make is multiplied by the sigmoid of gates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import MAX_KEY_DIM, MAX_TAPS, LayerSpec, ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.experts import ExpertNames
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import LayerWeights
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import (
+    make_rope,
+    num_layers,
+    read_layers,
+    read_rope,
+    read_sizes,
+    rope_values,
+)
+from tgi_asgi.models.reading_experts import everywhere, read_experts, read_sparse_steps, with_experts
+from tgi_asgi.models.recurrent_specs import GatedDeltaSpec
+
+ReadConfig = Callable[[Reader, str], ModelConfig]
+_KINDS = ("linear_attention", "full_attention")
+_DELTA_SIZES = {  # and what they are where a config.json lacks them
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+# Of positions of images: those of text are the same in all three parts.
+_IMAGE_ROPE = ("mrope_section", "mrope_interleaved")
+
+
+def _computes(config: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have the sizes of a model's states, and the model nothing but text."""
+    if config.get("vision_config") or config.get("attention_bias"):
+        return False
+    sizes = [config.get(key) or given for key, given in _DELTA_SIZES.items()]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return True  # and refused, with the key's name
+    _, head_dim, _, key_dim, taps = sizes
+    return head_dim % 16 == 0 and key_dim <= MAX_KEY_DIM and 2 <= taps <= MAX_TAPS
+
+
+def read_qwen3_next(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen3-Next's."""
+    reader.defaults(
+        num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512,
+        shared_expert_intermediate_size=512, num_key_value_heads=2,
+    )  # fmt: skip
+    config = _read(reader, architecture)
+    where = everywhere if reader.is_gguf else read_sparse_steps(reader)
+    is_renormalised = reader.flag("norm_topk_prob", True)
+    return _with_experts(reader, config, where=where, is_renormalised=is_renormalised)
+
+
+def read_qwen3_5(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen3.5's."""
+    with _text_of(reader) as text:
+        text.defaults(num_key_value_heads=4)
+        return _tiled(text, _read(text, architecture))
+
+
+def read_qwen3_5_moe(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Qwen3.5's with experts, which all layers have: the size of an MLP is nothing's."""
+    with _text_of(reader) as text:
+        text.defaults(
+            num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512,
+            shared_expert_intermediate_size=512, num_key_value_heads=2,
+        )  # fmt: skip
+        text.replace("intermediate_size", text.integer("shared_expert_intermediate_size"))
+        config = _tiled(text, _read(text, architecture))
+        return _with_experts(text, config, where=everywhere, is_renormalised=True)
+
+
+@contextlib.contextmanager
+def _text_of(reader: Reader) -> Iterator[Reader]:
+    """Give what a configuration says of text, which may be a part of it; what is left of that is refused."""
+    part = reader.get("text_config")
+    if part is None:
+        yield reader
+        return
+    check(isinstance(part, dict), f"text_config must be an object, got {str(part)[:100]}")
+    tied = reader.get("tie_word_embeddings")
+    text = Reader.of_json(part if tied is None else {**part, "tie_word_embeddings": tied})
+    yield text
+    text.finish()
+
+
+def _with_experts(
+    reader: Reader, config: ModelConfig, *, where: Callable[[int], bool], is_renormalised: bool
+) -> ModelConfig:
+    experts = read_experts(
+        reader, count="num_experts", top_k="num_experts_per_tok", is_renormalised=is_renormalised,
+        shared_size=reader.integer("shared_expert_intermediate_size"), has_shared_gate=True,
+    )  # fmt: skip
+    return replace(config, layers=with_experts(reader, config.layers, experts, where))
+
+
+def _read(reader: Reader, architecture: str) -> ModelConfig:
+    reader.defaults(head_dim=256, partial_rotary_factor=0.25)
+    if reader.is_gguf:  # counts the layers that draft
+        drafting = reader.integer("num_nextn_predict_layers", 0)
+        reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+        reader.ignore("rope.dimension_sections")
+    check(not reader.flag("attention_bias", False), "attention_bias is not supported here")
+    check(reader.flag("attn_output_gate", True), "attn_output_gate must be true")
+    kinds = _read_kinds(reader)
+    sizes = read_sizes(reader)
+    check(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
+    if reader.is_gguf:
+        rope = read_rope(reader, sizes["head_dim"])
+    else:
+        given = {key: value for key, value in rope_values(reader).items() if key not in _IMAGE_ROPE}
+        rope = make_rope(reader, given, sizes["head_dim"])
+    delta = _read_delta(reader)
+    layers = read_layers(reader, sizes, ropes=[rope] * len(kinds))
+    return ModelConfig(
+        architecture=architecture,
+        layers=tuple(
+            replace(layer, rope=None, recurrent=delta) if kind == _KINDS[0] else layer
+            for kind, layer in zip(kinds, layers, strict=True)
+        ),
+        has_qk_norm=True,
+        has_output_gate=True,
+        norm_offset=0.0 if reader.is_gguf else 1.0,  # llama.cpp's converter has added it
+        **sizes,
+    )
+
+
+def _read_kinds(reader: Reader) -> list[str]:
+    """Return what each layer has; a GGUF file's tensors say it, else a list or each how many attend."""
+    count = num_layers(reader)
+    if reader.is_gguf:
+        reader.ignore("attention.recurrent_layers", "full_attention_interval")
+        return [_KINDS[f"blk.{index}.ssm_conv1d.weight" not in reader.tensors] for index in range(count)]
+    kinds, period = reader.get("layer_types"), reader.integer("full_attention_interval", 4)
+    check(period >= 1, f"full_attention_interval must be positive, got {period}")
+    if kinds is None:
+        return [_KINDS[(index + 1) % period == 0] for index in range(count)]
+    check(
+        isinstance(kinds, list) and len(kinds) == count and all(kind in _KINDS for kind in kinds),
+        f"layer_types must be {count} of {', '.join(_KINDS)}, got {str(kinds)[:100]}",
+    )
+    return list(kinds)
+
+
+def _read_delta(reader: Reader) -> GatedDeltaSpec:
+    if reader.is_gguf:
+        heads, width = reader.integer("ssm.time_step_rank"), reader.integer("ssm.inner_size")
+        check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
+        others = ("ssm.group_count", "ssm.state_size", "ssm.conv_kernel")
+        sizes = [heads, width // heads, *(reader.integer(key) for key in others)]
+    else:
+        sizes = [reader.integer(key, given) for key, given in _DELTA_SIZES.items()]
+    heads, head_dim, key_heads, key_dim, taps = sizes
+    return GatedDeltaSpec(heads, head_dim, key_heads, key_dim, taps)
+
+
+def _tiled(reader: Reader, config: ModelConfig) -> ModelConfig:
+    """Say how heads lie in llama.cpp's files of Qwen3.5: it has put those of one key apart."""
+    if not reader.is_gguf:
+        return config
+    return replace(config, layers=tuple(map(_with_tiles, config.layers)))
+
+
+def _with_tiles(layer: LayerSpec) -> LayerSpec:
+    delta = layer.recurrent
+    if not isinstance(delta, GatedDeltaSpec) or delta.num_heads == delta.num_key_heads:
+        return layer
+    return replace(layer, recurrent=replace(delta, is_tiled=True))
+
+
+class QwenNextWeights(LayerWeights):
+    """A layer whose shared expert is one, by name."""
+
+    expert_names = (ExpertNames(shared="mlp.shared_expert"),)
+
+
+class QwenNext(Decoder):
+    """The decoder with such weights; a model that sees images, too, has them one name deeper."""
+
+    weights_class = QwenNextWeights
+    checkpoint = CheckpointLayout(part="language_model")
+
+
+_DELTA = {
+    f"linear_attn.{name}": stored
+    for name, stored in {
+        "in_proj_qkvz": "ssm_in",  # of the first files
+        "in_proj_qkv": "attn_qkv",
+        "in_proj_z": "attn_gate",
+        "in_proj_ba": "ssm_ba",
+        "in_proj_b": "ssm_beta",
+        "in_proj_a": "ssm_alpha",
+        "conv1d": "ssm_conv1d",
+        "dt": "ssm_dt",
+        "A": "ssm_a",
+        "norm": "ssm_norm",
+        "out_proj": "ssm_out",
+    }.items()
+}
+_GGUF_NAMES = {
+    **_DELTA,
+    "post_attention_layernorm": "post_attention_norm",
+    **{f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")},
+}
+# What only drafts, and what only sees.
+_UNUSED = ("mtp.*", "model.mtp.*", "model.visual.*", "blk.{num_layers}.*")
+
+
+def _family(architecture: str, gguf_name: str, read_config: ReadConfig) -> Family:
+    return Family(
+        architecture,
+        gguf_name,
+        read_config,
+        QwenNext,
+        gguf_names=_GGUF_NAMES,
+        computes=_computes,
+        unused=_UNUSED,
+    )
+
+
+FAMILIES = (
+    _family("Qwen3NextForCausalLM", "qwen3next", read_qwen3_next),
+    _family("Qwen3_5ForCausalLM", "qwen35", read_qwen3_5),
+    _family("Qwen3_5ForConditionalGeneration", "qwen35", read_qwen3_5),
+    _family("Qwen3_5MoeForCausalLM", "qwen35moe", read_qwen3_5_moe),
+    _family("Qwen3_5MoeForConditionalGeneration", "qwen35moe", read_qwen3_5_moe),
+)
