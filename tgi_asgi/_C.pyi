@@ -140,6 +140,7 @@ class KvPool:
         num_blocks: int,
         block_size: int,
         precision: str,
+        has_latents: bool = False,
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -348,6 +349,23 @@ class StatePool:
     def slot_bytes(self) -> int:
         """What the states of a sequence take."""
 
+class LatentHeads:
+    """What latent attention does with rows."""
+
+    def __init__(
+        self,
+        *,
+        pool: KvPool,
+        layer: int,
+        num_heads: int,
+        scale: float,
+        norm: _Floats,
+        eps: float,
+        cosines: _Floats,
+        sines: _Floats,
+        turning_column: int,
+    ) -> None: ...
+
 class ShortConv:
     """A short convolution of columns of rows."""
 
@@ -492,6 +510,10 @@ class Program:
     def linear_add(self, *, product: Product, factor: float, x: Rows) -> None: ...
     def qkv(self, *, products: Sequence[Product], heads: Heads, out: Query) -> None: ...
     def head_rows(self, *, rows: Rows, heads: Heads, has_keys: bool, out: Query) -> None: ...
+    def heads_linear(self, *, product: Product, num_heads: int, out: Rows) -> None: ...
+    def latent_qkv(
+        self, *, absorbed: Rows, turning: Rows, latents: Rows, heads: LatentHeads, out: Query
+    ) -> None: ...
     def attention(
         self,
         *,

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kMostLayers = 1 << 16;
 constexpr int64_t kMostBytes = int64_t{1} << 55;  // of a block: a layer's are below 2^50
 
-void check_shape_of(const KvShape& shape, step::Precision precision) {
+void check_heads(const KvShape& shape, step::Precision precision) {
   const int64_t unit = precision == step::Precision::kInt8 ? step::kStripRows : 2;
   const auto check_dim = [unit](int64_t dim, const char* name) {
     check(dim >= unit && dim <= step::kMaxHeadDim && dim % unit == 0, "`", name,
@@ -26,14 +26,23 @@ void check_shape_of(const KvShape& shape, step::Precision precision) {
   check_size(shape.num_kv_heads, "num_kv_heads");
   check_dim(shape.head_dim, "head_dim");
   check_dim(shape.value_dim, "value_dim");
-  check(shape.group >= 0 && shape.group < kMostLayers, "`group` must be in [0, ", kMostLayers,
-        "), got ", shape.group);
+}
+
+void check_latent(const KvShape& shape, step::Precision precision) {
+  check(precision != step::Precision::kInt8, "latents are kept as floats, not as int8");
+  check(shape.num_kv_heads == 1, "latents are of one head, got ", shape.num_kv_heads);
+  const auto check_dim = [](int64_t dim, int64_t most, const char* name) {
+    check(dim > 0 && dim <= most && dim % step::kStripRows == 0, "`", name,
+          "` of latents must be a multiple of ", step::kStripRows, " up to ", most, ", got ", dim);
+  };
+  check_dim(shape.head_dim, step::kMaxLatentDim, "head_dim");
+  check_dim(shape.value_dim, std::min(step::kMaxHeadDim, shape.head_dim), "value_dim");
 }
 
 }  // namespace
 
 KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_size,
-               const std::string& precision)
+               const std::string& precision, bool has_latents)
     : num_blocks_(num_blocks), block_size_(block_size), precision_(precision_of(precision)) {
   const auto count = static_cast<int64_t>(layers.size());
   check(count > 0 && count <= kMostLayers, "`layers` must be 1 to ", kMostLayers, ", got ", count);
@@ -43,7 +52,13 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
         "`block_size` must be 16, 32 or 64, got ", block_size);
   std::vector<int64_t> offsets, sizes;  // of layers in their group's block; of groups' blocks
   for (const KvShape& shape : layers) {
-    check_shape_of(shape, precision_);
+    if (has_latents) {
+      check_latent(shape, precision_);
+    } else {
+      check_heads(shape, precision_);
+    }
+    check(shape.group >= 0 && shape.group < kMostLayers, "`group` must be in [0, ", kMostLayers,
+          "), got ", shape.group);
     step::KvLayerView view = {};
     view.precision = precision_;
     view.group = shape.group;
@@ -52,6 +67,7 @@ KvPool::KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t b
     view.num_heads = shape.num_kv_heads;
     view.head_dim = shape.head_dim;
     view.value_dim = shape.value_dim;
+    view.is_latent = has_latents;
     num_groups_ = std::max(num_groups_, shape.group + 1);
     sizes.resize(static_cast<size_t>(num_groups_));
     int64_t& size = sizes[static_cast<size_t>(shape.group)];
@@ -108,12 +124,12 @@ namespace {
 // layers: of each KV heads, the dims of keys and of values, and its group.
 std::shared_ptr<KvPool> make_pool(
     const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>>& layers, int64_t num_blocks,
-    int64_t block_size, const std::string& precision) {
+    int64_t block_size, const std::string& precision, bool has_latents) {
   std::vector<KvShape> shapes;
   for (const auto& [heads, head_dim, value_dim, group] : layers) {
     shapes.push_back({heads, head_dim, value_dim, group});
   }
-  return std::make_shared<KvPool>(shapes, num_blocks, block_size, precision);
+  return std::make_shared<KvPool>(shapes, num_blocks, block_size, precision, has_latents);
 }
 
 }  // namespace
@@ -122,7 +138,7 @@ void bind_kv_pool(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   py::class_<KvPool, std::shared_ptr<KvPool>>(module, "KvPool", "See tgi_asgi.ops.KvPool.")
       .def(py::init(&make_pool), py::kw_only(), py::arg("layers"), py::arg("num_blocks"),
-           py::arg("block_size"), py::arg("precision"))
+           py::arg("block_size"), py::arg("precision"), py::arg("has_latents") = false)
       .def_property_readonly("num_layers", &KvPool::num_layers)
       .def_property_readonly("num_groups", &KvPool::num_groups)
       .def_property_readonly("num_blocks", &KvPool::num_blocks)

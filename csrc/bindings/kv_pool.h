@@ -25,8 +25,9 @@ struct KvShape {
 
 class KvPool {
  public:
+  // Latents: of all layers the values are the first dims of keys, and nothing of their own.
   KvPool(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_size,
-         const std::string& precision);
+         const std::string& precision, bool has_latents = false);
 
   // A layer's part [block][keys, values][KV head].
   cpu::step::KvLayerView layer(int64_t index) const;

@@ -103,6 +103,7 @@ void PagedAttention::run(const KvPool& pool, int64_t layer, const FloatArray& q,
   check(k.has_value() == v.has_value(), "`k` and `v` come together");
   const int64_t num_tokens = q.ndim() == 3 ? q.shape(0) : 0;
   const step::KvLayerView kv = pool.layer(layer);
+  check(!kv.is_latent, "a pool of latents is for recorded steps alone");
   Call call = {};
   call.store.q = heads_of(q, "q", num_tokens);
   const int64_t num_heads = q.shape(1);

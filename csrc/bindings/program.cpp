@@ -168,12 +168,13 @@ void Program::norm_in_place(const Norm& norm, const RowsPtr& x) {
 }
 
 void Program::pack(const RowsPtr& rows, const ActivationPtr& out) {
-  check_rows_buffer(rows, out->view.num_columns, "rows");
+  const int64_t columns = out->view.num_columns;
+  check_rows_buffer(rows, std::max(rows->num_columns, columns), "rows");
   check_num_rows(*out, "out");
   keep(rows->memory);
   keep(*out);
   forward_.add(step::kernels().pack,
-               step::PackParams{rows->data(), rows->num_columns, rows->num_columns, shared(out)});
+               step::PackParams{rows->data(), rows->num_columns, columns, shared(out)});
 }
 
 void Program::linear(const Product& product, const RowsPtr& out, int64_t first_column) {
@@ -320,10 +321,11 @@ step::AdapterPlace Program::adapter_place(const Product& product, size_t part) {
 }
 
 step::LinearParams Program::linear_params(const Product& product, int64_t unit_strips,
-                                          bool for_logits, size_t part) {
+                                          bool for_logits, size_t part, int64_t num_heads) {
   const step::PackedMatrix& weight = product.weight.packed;
-  check(product.in->view.num_columns == weight.num_columns, "the input must have ",
-        weight.num_columns, " columns, got ", product.in->view.num_columns);
+  const int64_t columns = cpu::product_of_sizes({num_heads, weight.num_columns});
+  check(product.in->view.num_columns == columns, "the input must have ", columns, " columns, got ",
+        product.in->view.num_columns);
   check_num_rows(*product.in, "source", for_logits);
   const step::Activation& in = product.in->view;
   check_product(weight, in.precision, unit_strips);

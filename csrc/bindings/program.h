@@ -95,6 +95,19 @@ struct Heads {
   std::optional<Floats> query_scales;  // [positions] what queries are multiplied by as well
 };
 
+// What latent attention does with rows: the norm of latents, angles, and which layer of which pool
+// they go to.
+struct LatentHeads {
+  PoolPtr pool;
+  int64_t layer;
+  int64_t num_heads;
+  double scale;  // of the softmax
+  Floats norm;   // [values of a latent]
+  double eps;
+  Floats cosines, sines;   // [positions, rotated pairs]
+  int64_t turning_column;  // where what is rotated of queries begins in its rows
+};
+
 // A short convolution of columns of rows, see ShortConvParams.
 struct ShortConv {
   Floats weight;               // [taps, padded channels]
@@ -154,6 +167,7 @@ class Program {
             const ActivationPtr& out);
   void norm_add(const RowsPtr& rows, const Norm& norm, double factor, const RowsPtr& x);
   void norm_in_place(const Norm& norm, const RowsPtr& x);
+  // The first columns of rows: as many as `out` has.
   void pack(const RowsPtr& rows, const ActivationPtr& out);
   // To columns of `out` from `first_column` on.
   void linear(const Product& product, const RowsPtr& out, int64_t first_column);
@@ -162,6 +176,11 @@ class Program {
   void qkv(const std::vector<Product>& products, const Heads& heads, const QueryPtr& out);
   // Of rows in packed order.
   void head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys, const QueryPtr& out);
+  // Of each head's columns of the input the product with that head's rows of the weight.
+  void heads_linear(const Product& product, int64_t num_heads, const RowsPtr& out);
+  // Queries against latents of parts `absorbed` and `turning`; latents to the cache.
+  void latent_qkv(const RowsPtr& absorbed, const RowsPtr& turning, const RowsPtr& latents,
+                  const LatentHeads& heads, const QueryPtr& out);
   // To an activation, or to rows where a head is no multiple of 32. The queries are scaled already.
   void attention(const QueryPtr& q, const PoolPtr& pool, int64_t layer, int64_t true_dim,
                  const SpecPtr& spec, const ActivationPtr& out, const RowsPtr& rows);
@@ -214,9 +233,10 @@ class Program {
   int64_t vocab() const { return vocab_; }
 
  private:
-  // Of the `part`-th product of an operator; what adapters need before it is recorded.
+  // Of the `part`-th product of an operator; what adapters need before it is recorded. The weight
+  // has a head's columns of the input.
   step::LinearParams linear_params(const Product& product, int64_t unit_strips,
-                                   bool for_logits = false, size_t part = 0);
+                                   bool for_logits = false, size_t part = 0, int64_t num_heads = 1);
   step::AdapterPlace adapter_place(const Product& product, size_t part);
   void check_adapters(const FlatRows& batch) const;
   step::HeadParams head_params(const Heads& heads, bool has_values, const QueryPtr& out);

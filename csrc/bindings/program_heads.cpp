@@ -51,6 +51,7 @@ void Program::head_rows(const RowsPtr& rows, const Heads& heads, bool has_keys,
 step::HeadParams Program::head_params(const Heads& heads, bool has_values, const QueryPtr& out) {
   step::HeadParams params = {};
   params.kv = use_pool(heads.pool, heads.layer, heads.num_heads);
+  check(!params.kv.is_latent, "latents are written by `latent_qkv`");
   check(!has_values || params.kv.head_dim == params.kv.value_dim,
         "a recorded step writes keys and values of one width, got ", params.kv.head_dim, " and ",
         params.kv.value_dim);

@@ -87,6 +87,16 @@ void bind_buffers(py::module_& module) {
            py::arg("true_dim"), py::arg("scale"), py::arg("cosines").noconvert() = py::none(),
            py::arg("sines").noconvert() = py::none(), py::arg("norms") = py::none(),
            py::arg("clip") = 0.0, py::arg("query_scales").noconvert() = py::none());
+  py::class_<LatentHeads>(module, "LatentHeads", "What latent attention does with rows.")
+      .def(py::init([](PoolPtr pool, int64_t layer, int64_t num_heads, double scale, Floats norm,
+                       double eps, Floats cosines, Floats sines, int64_t turning_column) {
+             return LatentHeads{std::move(pool), layer, num_heads,          scale,
+                                std::move(norm), eps,   std::move(cosines), std::move(sines),
+                                turning_column};
+           }),
+           py::kw_only(), py::arg("pool").none(false), py::arg("layer"), py::arg("num_heads"),
+           py::arg("scale"), py::arg("norm").noconvert(), py::arg("eps"),
+           py::arg("cosines").noconvert(), py::arg("sines").noconvert(), py::arg("turning_column"));
   py::class_<ShortConv>(module, "ShortConv", "A short convolution of columns of rows.")
       .def(py::init([](Floats weight, MaybeFloats bias, int64_t first_column,
                        std::optional<int64_t> in_gate, std::optional<int64_t> out_gate,
@@ -164,6 +174,11 @@ void bind_program(py::module_& module) {
            py::arg("out").none(false))
       .def("head_rows", &Program::head_rows, py::kw_only(), py::arg("rows").none(false),
            py::arg("heads"), py::arg("has_keys"), py::arg("out").none(false))
+      .def("heads_linear", &Program::heads_linear, py::kw_only(), py::arg("product"),
+           py::arg("num_heads"), py::arg("out").none(false))
+      .def("latent_qkv", &Program::latent_qkv, py::kw_only(), py::arg("absorbed").none(false),
+           py::arg("turning").none(false), py::arg("latents").none(false), py::arg("heads"),
+           py::arg("out").none(false))
       .def("attention", &Program::attention, py::kw_only(), py::arg("q").none(false),
            py::arg("pool").none(false), py::arg("layer"), py::arg("true_dim"),
            py::arg("spec").none(false), py::arg("out") = ActivationPtr(),

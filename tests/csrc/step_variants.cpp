@@ -165,6 +165,30 @@ Bytes products_of(const Kernels& kernels, const PackedMatrix& weight, Precision 
   return found;
 }
 
+// A step of one prompt of 300 tokens, whose blocks lie in order.
+struct Text {
+  explicit Text(int64_t num_blocks)
+      : places(count_up(kContext)),
+        blocks(count_up(num_blocks)),
+        slots(places.begin(), places.end()) {
+    step.num_tokens = kContext;
+    step.num_sequences = 1;
+    step.positions = places.data();
+    step.num_groups = 1;
+    step.slots = slots.data();
+    step.query_start = starts;
+    step.context_len = lengths;
+    step.block_table = blocks.data();
+    step.block_table_stride = num_blocks;
+    step.attention_split = split;
+  }
+  const std::vector<int32_t> places, blocks;
+  const std::vector<int64_t> slots;
+  const int32_t starts[2] = {0, kContext}, lengths[1] = {kContext};
+  AttentionPoint split[2];
+  StepHeader step = {};
+};
+
 struct AttentionCase {
   Precision precision;
   int64_t head_dim;  // up to kRows / 3: one head of queries, of keys, of values
@@ -191,22 +215,9 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   Input out(kernels, Precision::kInt8, kStripRows, kContext);
   std::vector<float> plain(kContext * kStripRows);
 
-  const std::vector<int32_t> places = count_up(kContext), blocks = count_up(kv.num_blocks);
-  const std::vector<int64_t> slots(places.begin(), places.end());
-  const int32_t starts[] = {0, kContext}, lengths[] = {kContext};
-  AttentionPoint split[2];
-  StepHeader step = {};
-  step.num_tokens = kContext;
-  step.num_sequences = 1;
-  step.positions = places.data();
-  step.num_groups = 1;
-  step.slots = slots.data();
-  step.query_start = starts;
-  step.context_len = lengths;
-  step.block_table = blocks.data();
-  step.block_table_stride = kv.num_blocks;
-  split_attention(step, {c.window}, {1, 1, kernels.attention_rows(c.precision)}, 1, split);
-  step.attention_split = split;
+  Text text(kv.num_blocks);
+  StepHeader& step = text.step;
+  split_attention(step, {c.window}, {1, 1, kernels.attention_rows(c.precision)}, 1, text.split);
 
   kernels.norm({x.data(), ones.data(), nullptr, kColumns, 1e-5f, false, input.view, 0}, step, 0, 1);
   QkvParams qkv = {};
@@ -247,6 +258,8 @@ Bytes cache_and_attention(const Kernels& kernels, const PackedMatrix& weight,
   append(found, plain);
   return found;
 }
+
+#include "step_variants_latents.h"
 
 // How often the passes over a row say other than the portable ones. Masses alone may differ, as
 // some processors round products that are added up and others do not.
@@ -437,6 +450,13 @@ int main() {
                             scan_of(*sets[0], x, is_gated), "a scan", Precision::kFloat32);
       num_failed += compare(*sets[s], rule_of(*sets[s], x, is_gated),
                             rule_of(*sets[0], x, is_gated), "a delta rule", Precision::kFloat32);
+    }
+  }
+  for (const Precision precision : {Precision::kFloat32, Precision::kBF16}) {
+    for (size_t s = 1; s < sets.size(); ++s) {
+      const Kernels& other = precision == Precision::kBF16 ? like(sets, *sets[s]) : *sets[0];
+      num_failed += compare(*sets[s], latents_and_attention(*sets[s], precision, x),
+                            latents_and_attention(other, precision, x), "latents", precision);
     }
   }
   for (int i = 0; i < kNumFormats; ++i) {

@@ -158,3 +158,4 @@ class Keys:
     num_kv_heads: int = 1
     head_dim: int = 8
     value_dim: int = 8
+    is_latent: bool = False

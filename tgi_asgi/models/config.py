@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from tgi_asgi.errors import ModelLoadError
+from tgi_asgi.models.latent_spec import LatentSpec
 from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
@@ -111,6 +112,7 @@ class LayerSpec:
     alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
     experts: ExpertsSpec | None = None
     recurrent: RecurrentSpec | None = None  # what it has in the place of attention
+    latent: LatentSpec | None = None  # how keys and values are made, where that is of latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class CacheShape:
     head_dim: int
     value_dim: int
     window: int | None = None  # positions before this many, a token's own included, are never read again
+    is_latent: bool = False  # one head, whose values are its keys' first dims
 
 
 class StateShape(Protocol):
@@ -288,6 +291,9 @@ class ModelConfig:
         )
         if layer.recurrent is not None:
             _check_recurrent(layer.recurrent)
+        if layer.latent is not None:
+            reason = layer.latent.refusal(None if layer.rope is None else layer.rope.dim)
+            check(reason is None, reason or "")
         rope = layer.rope
         if rope is None:
             return
@@ -323,11 +329,13 @@ class ModelConfig:
     @property
     def caches(self) -> tuple[CacheShape, ...]:
         """The keys and values of each layer that attends: all have one shape."""
-        return tuple(
-            CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window)
-            for layer in self.layers
-            if layer.recurrent is None
-        )
+        return tuple(self._cache(layer) for layer in self.layers if layer.recurrent is None)
+
+    def _cache(self, layer: LayerSpec) -> CacheShape:
+        latent = layer.latent
+        if latent is None:
+            return CacheShape(self.num_kv_heads, self.head_dim, self.head_dim, layer.window)
+        return CacheShape(1, latent.rank + latent.rotary_dim, latent.rank, layer.window, is_latent=True)
 
     @property
     def states(self) -> tuple[RecurrentSpec, ...]:
@@ -350,8 +358,10 @@ class ModelConfig:
     def rotary_dims(self) -> tuple[int, ...]:
         """The dims of each rotary table, and of its copy where heads are padded for the kernels."""
         padded = -(-self.head_dim // 32) * 32
+        if all(layer.latent is not None for layer in self.layers):
+            padded = 0
         dims = [rope.dim for rope in {layer.rope for layer in self.layers} if rope is not None]
-        return tuple(size for dim in dims for size in ((dim,) if dim == padded else (dim, padded)))
+        return tuple(size for dim in dims for size in ((dim,) if padded in (0, dim) else (dim, padded)))
 
 
 def _check_experts(experts: ExpertsSpec) -> None:

@@ -22,8 +22,10 @@ from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.gate_up import gate_up
 from tgi_asgi.ops.gated_norm import gated_norm
 from tgi_asgi.ops.head import head
+from tgi_asgi.ops.heads_linear import heads_linear
 from tgi_asgi.ops.kernel_set import KernelSet, kernel_set
 from tgi_asgi.ops.kv import Cache, KvLayer, KvPool, kept_dim, kv_bytes_per_token
+from tgi_asgi.ops.latent_qkv import latent_qkv
 from tgi_asgi.ops.linear import linear, linear_add
 from tgi_asgi.ops.logprobs import TokenLogprobs, token_logprobs
 from tgi_asgi.ops.norm import norm, norm_add, norm_residual
@@ -61,10 +63,12 @@ from tgi_asgi.ops.weights import (
     Arithmetic,
     ExpertsWeight,
     GateUpWeight,
+    HeadsWeight,
     LinearWeight,
     QkvWeight,
     experts_weight,
     gate_up_weight,
+    heads_weight,
     linear_weight,
     qkv_weight,
     router_weight,
@@ -89,6 +93,7 @@ __all__ = [
     "FlatRows",
     "GateUpWeight",
     "HeadNorms",
+    "HeadsWeight",
     "KernelSet",
     "Kind",
     "KvLayer",
@@ -137,11 +142,14 @@ __all__ = [
     "gated_add",
     "gated_norm",
     "head",
+    "heads_linear",
+    "heads_weight",
     "integer_source",
     "join_threads",
     "kept_dim",
     "kernel_set",
     "kv_bytes_per_token",
+    "latent_qkv",
     "linear",
     "linear_add",
     "linear_weight",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.kv import Cache, keys_and_values
+from tgi_asgi.ops.kv import Cache, KvLayer, keys_and_values
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -29,7 +29,8 @@ def attention(
     cache keeps dims in the order in which they turn. `gate` is rows [n_tokens, num_heads * value_dim]: the
     result is multiplied by their sigmoid.
 
-    Returns an activation [n_tokens, num_heads * value_dim]. A row's bits depend on its own sequence only:
+    Returns an activation [n_tokens, num_heads * value_dim]; from latents rows, which `heads_linear` goes on
+    with. A row's bits depend on its own sequence only:
     not on the batch, on how its prompt was cut, on block ids or on threads. Chunks of 256 positions are
     reduced alone and merged in order (Dao, FlashAttention, section 3.1; flash-decoding).
 
@@ -44,5 +45,6 @@ def attention(
     columns = q.columns // head_dim * value_dim
     if gate is not None:
         recorder = recorder_of("attention", q=(q, Kind.QUERY, None), gate=(gate, Kind.ROWS, columns))
-    out = recorder.value(Kind.ACTIVATION, columns)
+    kind = Kind.ROWS if isinstance(cache, KvLayer) and cache.is_latent else Kind.ACTIVATION
+    out = recorder.value(kind, columns)
     return recorder.note(calls.Attention(out, q, cache, head_dim, value_dim, rotary_dim, spec, gate))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tgi_asgi.ops.attention_spec import AttentionSpec
-from tgi_asgi.ops.kv import KvCache
+from tgi_asgi.ops.kv import KvCache, KvLayer
 from tgi_asgi.ops.norm_weight import NormWeight
 from tgi_asgi.ops.rope import RopeTable
 from tgi_asgi.ops.states import StateLayer
 from tgi_asgi.ops.values import Value
-from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, LinearWeight, QkvWeight
+from tgi_asgi.ops.weights import ExpertsWeight, GateUpWeight, HeadsWeight, LinearWeight, QkvWeight
 
 if TYPE_CHECKING:
     from tgi_asgi.ops.delta_rule import DeltaRuleWeight
@@ -49,7 +49,7 @@ class Embed(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Activation(Call):
-    """out = x"""
+    """out = the first columns of x, or all"""
 
     x: Value
 
@@ -90,6 +90,27 @@ class Qkv(Call):
     rope: RopeTable | None
     clip: float | None  # what q, k and v are cut to first
     query_scales: Tensor | None  # [positions] float32, what queries are multiplied by at last
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LatentQkv(Call):
+    """out = the queries of both parts, the second rotated; the rows' latent goes to the cache."""
+
+    absorbed: Value
+    turning: Value
+    turning_column: int  # where the second part begins in its rows
+    latents: Value
+    norm: NormWeight
+    rope: RopeTable
+    cache: KvLayer
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class HeadsLinear(Call):
+    """out = of each head its columns of a @ its W.T"""
+
+    a: Value
+    weight: HeadsWeight
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -26,8 +26,10 @@ _Made = TypeVar("_Made")
 # What changes the residual in place.
 _CHANGING = (calls.LinearAdd, calls.NormAdd, calls.NormResidual, calls.ExpertsAdd, calls.GatedAdd)
 
+_PRODUCTS = (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd, calls.HeadsLinear)
 _KEEPING = (
     calls.Qkv,
+    calls.LatentQkv,
     calls.ShortConv,
     calls.SelectiveScan,
     calls.DeltaRule,
@@ -145,12 +147,36 @@ class CpuCalls:
         self._native.head_rows(rows=rows, heads=heads, has_keys=True, out=out)
         self.buffers.give_back(rows)
 
+    def _latent_qkv(self, index: int, call: calls.LatentQkv) -> None:
+        layer = call.cache
+        num_heads = call.out.columns // layer.head_dim
+        scale, norm = self._uses.query_scale(call.out), call.norm
+        heads = _C.LatentHeads(
+            pool=layer.pool.native, layer=layer.index, num_heads=num_heads,
+            scale=1.0 if scale is None else scale, norm=norm.weight.numpy(), eps=norm.eps,
+            cosines=call.rope.cos.numpy(), sines=call.rope.sin.numpy(), turning_column=call.turning_column,
+        )  # fmt: skip
+        absorbed, turning, latents = (
+            self.buffers.of(value, "rows") for value in (call.absorbed, call.turning, call.latents)
+        )
+        out = self.buffers.query(call.out, layer.pool, num_heads)
+        self._native.latent_qkv(absorbed=absorbed, turning=turning, latents=latents, heads=heads, out=out)
+
+    def _heads_linear(self, index: int, call: calls.HeadsLinear) -> None:
+        made = _made(call.weight.made, PackedLinear)
+        out = self.buffers.rows(call.out, call.out.columns)
+        product = _C.Product(weight=made.matrix, source=self.buffers.of(call.a, made.precision))
+        self._native.heads_linear(product=product, num_heads=call.weight.num_heads, out=out)
+
     def _attention(self, index: int, call: calls.Attention) -> None:
         layer = _layer_of(call.cache)
         shape: dict[str, Any] = {
             "q": self._query_of(call, layer), "pool": layer.pool.native, "layer": layer.index,
             "true_dim": call.value_dim, "spec": call.spec.native,
         }  # fmt: skip
+        if call.out.kind is Kind.ROWS:
+            self._native.attention(**shape, rows=self.buffers.rows(call.out, call.out.columns))
+            return
         precisions = self._uses.precisions(call.out)
         if call.gate is None and call.value_dim % layout.STRIP == 0 and len(precisions) == 1:
             out = self.buffers.activation(call.out, precisions[0])
@@ -366,6 +392,8 @@ _EMITTERS: dict[type[calls.Call], Callable[[CpuCalls, int, Any], None]] = {
     calls.NormAdd: CpuCalls._norm_add,
     calls.NormResidual: CpuCalls._norm_residual,
     calls.Qkv: CpuCalls._qkv,
+    calls.LatentQkv: CpuCalls._latent_qkv,
+    calls.HeadsLinear: CpuCalls._heads_linear,
     calls.Attention: CpuCalls._attention,
     calls.Linear: CpuCalls._linear,
     calls.LinearAdd: CpuCalls._linear_add,
@@ -386,11 +414,7 @@ def _precisions_of(call: calls.Call) -> list[str]:
     """Return the precisions in which a call's weights are multiplied."""
     if isinstance(call, calls.ExpertsAdd):
         return [_made(call.weight.made, PackedExperts).precision]
-    made = (
-        call.weight.made
-        if isinstance(call, (calls.Qkv, calls.Up, calls.GateUp, calls.Linear, calls.LinearAdd))
-        else None
-    )
+    made = call.weight.made if isinstance(call, _PRODUCTS) else None
     parts = made.parts if isinstance(made, (PackedQkv, PackedGateUp)) else [made]
     return [part.precision for part in parts if isinstance(part, PackedLinear)]
 

@@ -483,6 +483,7 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.GateUp: CudaProgram._gate_up,
     **dict.fromkeys((calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm), CudaProgram._refuse),
     **dict.fromkeys((calls.ShortConv, calls.SelectiveScan, calls.DeltaRule), CudaProgram._refuse),
+    **dict.fromkeys((calls.LatentQkv, calls.HeadsLinear), CudaProgram._refuse),
     calls.Head: CudaProgram._make_head,
 }
 

@@ -68,6 +68,10 @@ class Repacking:
         """Refuse routers, as experts."""
         raise ValueError("routed experts are computed on CPUs only, not on CUDA")
 
+    def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> DeviceMatrix:
+        """Refuse products of heads, which have no CUDA kernels."""
+        raise ValueError("latent attention is computed on CPUs only, not on CUDA")
+
     def experts(self, gate_ups: Sequence[DeviceMatrix], downs: Sequence[DeviceMatrix]) -> DeviceMatrix:
         """Refuse experts, which have no CUDA kernels."""
         raise ValueError("routed experts are computed on CPUs only, not on CUDA")

@@ -14,6 +14,7 @@ from tgi_asgi.ops.states import StateLayer
 
 BLOCK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 512
+MAX_LATENT_DIM = 640
 _MOST_GROWTH = 1.2  # of a head that int8 pads to whole strips
 _PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -39,7 +40,10 @@ def kept_dim(head_dim: int, dtype: torch.dtype, name: str = "head_dim") -> int:
 
 
 class HeadShape(Protocol):
-    """The heads of one layer's keys and values; values have `value_dim` dims a head."""
+    """The heads of one layer's keys and values; values have `value_dim` dims a head.
+
+    Of latents (MLA) there is one head, and its values are its keys' first dims: kept once.
+    """
 
     @property
     def num_kv_heads(self) -> int: ...
@@ -47,6 +51,8 @@ class HeadShape(Protocol):
     def head_dim(self) -> int: ...
     @property
     def value_dim(self) -> int: ...
+    @property
+    def is_latent(self) -> bool: ...
 
 
 def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
@@ -55,9 +61,33 @@ def kv_bytes_per_token(shape: HeadShape, dtype: torch.dtype) -> int:
     Raises:
         ValueError: as `kept_dim`.
     """
+    if shape.is_latent:
+        return _kept_latent(shape, dtype)[0] * dtype.itemsize
     kept = kept_dim(shape.head_dim, dtype) + kept_dim(shape.value_dim, dtype, "value_dim")
     scales = kept // STRIP * 2 if dtype is torch.int8 else 0  # of float16, one a strip
     return shape.num_kv_heads * (kept * dtype.itemsize + scales)
+
+
+def _kept_latent(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the dims of a latent, and of the values in it.
+
+    Raises:
+        ValueError: the cache cannot have these, or not in this dtype.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"latents are kept as float32 or bfloat16, not as {dtype}")
+    dims = shape.head_dim, shape.value_dim
+    for dim, most in zip(dims, (MAX_LATENT_DIM, MAX_HEAD_DIM), strict=True):
+        if dim % STRIP or not 0 < dim <= most:
+            raise ValueError(f"a latent must be a multiple of {STRIP} up to {most} wide, got {dim}")
+    return dims
+
+
+def _kept(shape: HeadShape, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the dims of a head of keys and of values, as they are kept."""
+    if shape.is_latent:
+        return _kept_latent(shape, dtype)
+    return kept_dim(shape.head_dim, dtype), kept_dim(shape.value_dim, dtype, "value_dim")
 
 
 class KvCache(Protocol):
@@ -85,6 +115,7 @@ class KvLayer:
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    is_latent: bool = False
 
 
 class KvPool:
@@ -119,16 +150,17 @@ class KvPool:
         groups: Sequence[int] | None = None,
     ) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
-        kept = [
-            (each.num_kv_heads, kept_dim(each.head_dim, dtype), kept_dim(each.value_dim, dtype, "value_dim"))
-            for each in shapes
-        ]
+        kept = [(each.num_kv_heads, *_kept(each, dtype)) for each in shapes]
+        has_latents = any(each.is_latent for each in shapes)
+        if has_latents and not all(each.is_latent for each in shapes):
+            raise ValueError("a pool is of latents in all layers, or in none")
         self.native = _C.KvPool(
             layers=[(*shape, group) for shape, group in zip(kept, groups or [0] * len(kept), strict=True)],
             num_blocks=num_blocks, block_size=block_size, precision=_PRECISIONS[dtype],
+            has_latents=has_latents,
         )  # fmt: skip
         self.layers = [
-            KvLayer(self, index, each.num_kv_heads, each.head_dim, each.value_dim)
+            KvLayer(self, index, each.num_kv_heads, each.head_dim, each.value_dim, each.is_latent)
             for index, each in enumerate(shapes)
         ]
 
@@ -147,6 +179,17 @@ class KvPool:
     def close(self) -> None:
         """End that thread. Idempotent."""
         self.native.close_supply()
+
+
+def latents(operator: str, cache: Cache) -> KvLayer:
+    """Return a cache of latents as what it is.
+
+    Raises:
+        TypeError: it is another.
+    """
+    if not isinstance(cache, KvLayer) or not cache.is_latent:
+        raise TypeError(f"`{operator}` takes latents as `cache`, not {type(cache).__name__}")
+    return cache
 
 
 def keys_and_values(operator: str, cache: Cache) -> KvCache:

@@ -15,7 +15,7 @@ from tgi_asgi.ops import layout
 from tgi_asgi.ops.formats import FORMATS
 from tgi_asgi.ops.layout import Floats, Order
 from tgi_asgi.ops.norm_weight import NormWeight
-from tgi_asgi.ops.sources import WeightSource, decode, from_floats
+from tgi_asgi.ops.sources import WeightSource, decode, from_floats, plain_tensor
 from tgi_asgi.ops.weights import QkvWeight
 
 # A product's precision where that is the tokens': int8 for generated ones, bfloat16 for those of prompts.
@@ -146,6 +146,12 @@ class Packing:
         """Pack a matrix as its file has it, as `Arithmetic.router` says."""
         return replace(self, quantise=None).linear(source, bias, is_vocabulary=False)
 
+    def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> PackedLinear:
+        """Pack the heads' matrices one below the other, as `Arithmetic.heads` says."""
+        if is_transposed:
+            source = self._transposed(source.in_order(), num_heads)
+        return self.router(source, None)
+
     def experts(self, gate_ups: Sequence[PackedGateUp], downs: Sequence[PackedLinear]) -> PackedExperts:
         """Put experts side by side, as `Arithmetic.experts` says.
 
@@ -222,6 +228,15 @@ class Packing:
         if FORMATS[name].is_quantised:
             return BY_KIND if self.has_float_prompts and not is_vocabulary else "int8"
         return "bfloat16" if name == "BF16" else "float32"
+
+    def _transposed(self, source: WeightSource, num_heads: int) -> WeightSource:
+        """Transpose each head's matrix; codes, whose blocks lie along rows, become floats as FP8 does."""
+        rows, columns = source.shape
+        values = plain_tensor(source)
+        if FORMATS[source.format].is_quantised and not self.is_exact:
+            values = values.bfloat16()
+        heads = values.view(num_heads, rows // num_heads, columns).transpose(1, 2)
+        return from_floats(heads.reshape(num_heads * columns, -1))
 
     def _stored(self, source: WeightSource, *, is_vocabulary: bool = False) -> WeightSource:
         """Return a matrix as it will be packed: the file's own bytes, unless it is quantised here."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tgi_asgi.ops.layout import STRIP
 from tgi_asgi.ops.norm_weight import HeadNorms
 from tgi_asgi.ops.sources import WeightSource, decode
 
@@ -49,6 +50,16 @@ class GateUpWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadsWeight:
+    """A matrix [rows, columns] of each head, one below the other."""
+
+    num_heads: int
+    rows: int
+    columns: int
+    made: Any
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsWeight:
     """The MLPs of a layer's experts, all of one shape."""
 
@@ -72,6 +83,9 @@ class Arithmetic(Protocol):
 
     def router(self, source: WeightSource, bias: Tensor | None) -> Any:
         """Make what `LinearWeight.made` is of a matrix that is never quantised: a choice hangs on it."""
+
+    def heads(self, source: WeightSource, num_heads: int, *, is_transposed: bool) -> Any:
+        """Make what `HeadsWeight.made` is; it is never quantised: it is small, and all heads hang on it."""
 
     def experts(self, gate_ups: Sequence[Any], downs: Sequence[Any]) -> Any:
         """Make what `ExpertsWeight.made` is, of what `gate_up` and `linear` have made of each expert's."""
@@ -110,6 +124,27 @@ def router_weight(
     rows, columns = _matrix("source", source)
     biases = _biases([bias] if bias is not None else None, [source])
     return LinearWeight(rows, columns, arithmetic.router(source, biases[0] if biases else None))
+
+
+def heads_weight(
+    source: WeightSource, arithmetic: Arithmetic, *, num_heads: int, is_transposed: bool = False
+) -> HeadsWeight:
+    """Make the weight of `heads_linear` from a source [num_heads * rows, columns].
+
+    `is_transposed`: the source has the transpose of each head's matrix, [num_heads * columns, rows].
+
+    Raises:
+        ValueError: rows or columns are no whole blocks of 32 of each head, or the device has no such product.
+    """
+    rows, columns = _matrix("source", source)
+    if rows % (num_heads * STRIP) or columns % STRIP:
+        raise ValueError(
+            f"`source` must have multiples of {STRIP} rows of each of {num_heads} heads, and of columns, got "
+            f"[{rows}, {columns}]"
+        )
+    made = arithmetic.heads(source, num_heads, is_transposed=is_transposed)
+    shape = (columns, rows // num_heads) if is_transposed else (rows // num_heads, columns)
+    return HeadsWeight(num_heads, *shape, made)
 
 
 def qkv_weight(

@@ -138,7 +138,7 @@ inline void add_value_sums(const uint8_t* values, int64_t row_bytes) {
 // Dims [dim, dim + 16 * Vectors) of the sums of weight times value.
 template <class S, int Vectors>
 inline void tile_values(const Chunk& chunk, const uint8_t* const* values, const uint8_t* weights,
-                        int64_t value_dim, int64_t dim, State<S, Precision::kBF16>& state) {
+                        int64_t row_dim, int64_t dim, State<S, Precision::kBF16>& state) {
   using T = typename S::Tiles;
   T::template zero<0>();
   if constexpr (Vectors > 1) T::template zero<1>();
@@ -146,14 +146,14 @@ inline void tile_values(const Chunk& chunk, const uint8_t* const* values, const 
   if constexpr (Vectors > 2) T::template zero<3>();
   for (int64_t b = 0; b < chunk.num_blocks; ++b) {
     if (chunk.is_cold && dim == 0) {
-      fetch_lines<S>(fetched_beside(chunk, Precision::kBF16, b), 32 * value_dim);
+      fetch_lines<S>(fetched_beside(chunk, Precision::kBF16, b), 32 * row_dim);
     }
     const uint8_t* const from = values[b] + 4 * dim;
     T::template load<6>(weights + 32 * b, kWeightStride);
-    add_value_sums<S, 0>(from, 4 * value_dim);
-    if constexpr (Vectors > 1) add_value_sums<S, 1>(from, 4 * value_dim);
-    if constexpr (Vectors > 2) add_value_sums<S, 2>(from, 4 * value_dim);
-    if constexpr (Vectors > 2) add_value_sums<S, 3>(from, 4 * value_dim);
+    add_value_sums<S, 0>(from, 4 * row_dim);
+    if constexpr (Vectors > 1) add_value_sums<S, 1>(from, 4 * row_dim);
+    if constexpr (Vectors > 2) add_value_sums<S, 2>(from, 4 * row_dim);
+    if constexpr (Vectors > 2) add_value_sums<S, 3>(from, 4 * row_dim);
   }
   const auto stride = state.stride * static_cast<int64_t>(sizeof(float));
   T::template store<0>(state.sums + dim, stride);
@@ -186,13 +186,40 @@ void tile_softmax(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk, int
   }
 }
 
+// What a chunk's values give, weighted by the softmax of scores [16][256].
+template <class S>
+void attend_tiles_with_scores(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk,
+                              const ChunkShape& shape, float* scores,
+                              State<S, Precision::kBF16>& state) {
+  alignas(64) uint8_t weights[kTileRows * kWeightStride];
+  if (shape.scores != nullptr) {
+    change_scores<S, Precision::kBF16>(tile, tile.count, chunk, *shape.scores, scores);
+  }
+  const int64_t value_dim = shape.value_dim, row_dim = shape.row_dim;
+  tile_softmax<S>(tile, chunk, value_dim, scores, weights, state);
+
+  // A row of the last vector may go beyond the head, into what is the pool's or the padding's, too.
+  alignas(64) uint8_t padding[32 * kMaxLatentDim + kTileRowBytes];
+  const uint8_t* values[kSubBlocks];
+  std::memcpy(values, chunk.values, sizeof(values));
+  const int64_t last = chunk.num_blocks - 1, tokens = chunk.num_tokens - 16 * last;
+  if (tokens < 16) values[last] = padded_values(values[last], tokens, row_dim, padding);
+  int64_t dim = 0;
+  for (; dim + 48 < value_dim; dim += 64) {
+    tile_values<S, 4>(chunk, values, weights, row_dim, dim, state);
+  }
+  for (; dim + 16 < value_dim; dim += 32) {
+    tile_values<S, 2>(chunk, values, weights, row_dim, dim, state);
+  }
+  if (dim < value_dim) tile_values<S, 1>(chunk, values, weights, row_dim, dim, state);
+}
+
 template <class S>
 void attend_tiles_chunk(const Tile<S, Precision::kBF16>& tile, const Chunk& chunk,
                         const ChunkShape& shape, State<S, Precision::kBF16>& state) {
   static_assert(S::attention_rows(Precision::kBF16) == kTileRows);
   alignas(64) uint8_t queries[kQueryBytes];
   alignas(64) float scores[kTileRows * kChunkTokens];
-  alignas(64) uint8_t weights[kTileRows * kWeightStride];
   gather_queries<S>(tile, shape.head_dim, queries);
   int64_t b = 0;
   for (; b + 4 <= chunk.num_blocks; b += 4) {
@@ -202,26 +229,7 @@ void attend_tiles_chunk(const Tile<S, Precision::kBF16>& tile, const Chunk& chun
     tile_block_scores<S, 1>(chunk, shape.head_dim, queries, b, scores);
   }
   mask_scores<S>(tile, chunk, scores);
-  if (shape.scores != nullptr) {
-    change_scores<S, Precision::kBF16>(tile, tile.count, chunk, *shape.scores, scores);
-  }
-  const int64_t value_dim = shape.value_dim;
-  tile_softmax<S>(tile, chunk, value_dim, scores, weights, state);
-
-  // A row of the last vector may go beyond the head, into what is the pool's or the padding's, too.
-  alignas(64) uint8_t padding[32 * kMaxHeadDim + kTileRowBytes];
-  const uint8_t* values[kSubBlocks];
-  std::memcpy(values, chunk.values, sizeof(values));
-  const int64_t last = chunk.num_blocks - 1, tokens = chunk.num_tokens - 16 * last;
-  if (tokens < 16) values[last] = padded_values(values[last], tokens, value_dim, padding);
-  int64_t dim = 0;
-  for (; dim + 48 < value_dim; dim += 64) {
-    tile_values<S, 4>(chunk, values, weights, value_dim, dim, state);
-  }
-  for (; dim + 16 < value_dim; dim += 32) {
-    tile_values<S, 2>(chunk, values, weights, value_dim, dim, state);
-  }
-  if (dim < value_dim) tile_values<S, 1>(chunk, values, weights, value_dim, dim, state);
+  attend_tiles_with_scores<S>(tile, chunk, shape, scores, state);
 }
 
 }  // namespace

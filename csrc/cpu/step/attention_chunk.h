@@ -65,6 +65,7 @@ using State = RowState<S::attention_rows(precision)>;
 struct ChunkShape {
   int64_t head_dim;  // of keys, as kept
   int64_t value_dim;
+  int64_t row_dim;            // from a token's values to the next's
   const ScoreParams* scores;  // null where scores stay as they are
 };
 
@@ -323,7 +324,7 @@ inline const uint8_t* fetched_beside(const Chunk& chunk, Precision precision, in
 
 // Vectors dims [16 * Vectors * group ..) of the sums of weight times value.
 template <class S, Precision precision, int Rows, int Vectors>
-void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim, int64_t first_dim,
+void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t row_dim, int64_t first_dim,
                   State<S, precision>& state) {
   using Kv = KvTraits<S, precision>;
   constexpr int kStepTokens = Kv::kIsBF16 ? 2 : 1;
@@ -342,7 +343,7 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim,
     const uint8_t* ahead = fetched_beside(chunk, precision, b);
     ahead = ahead == nullptr ? values : ahead + first_dim * 4;
     for (int64_t t = 0; t < tokens; t += kStepTokens) {
-      const int64_t row_bytes = t / kStepTokens * value_dim * 4;
+      const int64_t row_bytes = t / kStepTokens * row_dim * 4;
       TGI_UNROLL(4)
       for (int v = 0; v < Vectors; ++v) {
         if (is_cold) fetch_stream<S>(ahead + row_bytes + 64 * v);
@@ -371,13 +372,12 @@ void chunk_values(const Chunk& chunk, const uint8_t* weights, int64_t value_dim,
   }
 }
 
+// What a chunk's values give, weighted by the softmax of scores [Rows][256].
 template <class S, Precision precision, int Rows>
-void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
-                  State<S, precision>& state) {
-  alignas(64) float scores[Rows * kChunkTokens];
+void attend_with_scores(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
+                        float* scores, State<S, precision>& state) {
   alignas(64) uint8_t weights[Rows * kChunkTokens * (precision == Precision::kBF16 ? 2 : 4)];
-  const int64_t value_dim = shape.value_dim;
-  chunk_scores<S, precision, Rows>(tile, chunk, shape.head_dim, scores);
+  const int64_t value_dim = shape.value_dim, row_dim = shape.row_dim;
   if (shape.scores != nullptr)
     change_scores<S, precision>(tile, Rows, chunk, *shape.scores, scores);
   chunk_softmax<S, precision, Rows>(chunk, value_dim, {scores, weights, state.maximum, state.total},
@@ -385,12 +385,20 @@ void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const Chun
   // The last vector may go beyond the head, into what is the pool's, too.
   int64_t dim = 0;
   for (; dim + 48 < value_dim; dim += 64) {
-    chunk_values<S, precision, Rows, 4>(chunk, weights, value_dim, dim, state);
+    chunk_values<S, precision, Rows, 4>(chunk, weights, row_dim, dim, state);
   }
   for (; dim + 16 < value_dim; dim += 32) {
-    chunk_values<S, precision, Rows, 2>(chunk, weights, value_dim, dim, state);
+    chunk_values<S, precision, Rows, 2>(chunk, weights, row_dim, dim, state);
   }
-  if (dim < value_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, value_dim, dim, state);
+  if (dim < value_dim) chunk_values<S, precision, Rows, 1>(chunk, weights, row_dim, dim, state);
+}
+
+template <class S, Precision precision, int Rows>
+void attend_chunk(const Tile<S, precision>& tile, const Chunk& chunk, const ChunkShape& shape,
+                  State<S, precision>& state) {
+  alignas(64) float scores[Rows * kChunkTokens];
+  chunk_scores<S, precision, Rows>(tile, chunk, shape.head_dim, scores);
+  attend_with_scores<S, precision, Rows>(tile, chunk, shape, scores, state);
 }
 
 // merged = the rows of `merged` and then those of `next`, in this order. A row that a chunk hides

@@ -8,6 +8,7 @@
 #include "amx_attention.h"
 #include "attention_chunk.h"
 #include "attention_int8.h"
+#include "attention_latent.h"
 
 namespace tgi::cpu::step {
 namespace {
@@ -17,8 +18,13 @@ using ChunkFunction = void (*)(const Tile<S, precision>&, const Chunk&, const Ch
                                State<S, precision>&);
 
 template <class S, Precision precision, int... Before>
-inline ChunkFunction<S, precision> chunk_function(int64_t rows,
+inline ChunkFunction<S, precision> chunk_function(int64_t rows, bool is_latent,
                                                   std::integer_sequence<int, Before...>) {
+  if constexpr (precision != Precision::kInt8) {
+    constexpr ChunkFunction<S, precision> table[] = {
+        attend_latent_chunk<S, precision, Before + 1>...};
+    if (is_latent) return table[rows - 1];
+  }
   if constexpr (precision == Precision::kInt8) {
     constexpr ChunkFunction<S, precision> table[] = {attend_int8_chunk<S, Before + 1>...};
     return table[rows - 1];
@@ -33,12 +39,12 @@ template <class S, Precision precision>
 constexpr bool kAttendsByTiles = S::kHasTiles && precision == Precision::kBF16;
 
 template <class S, Precision precision>
-inline ChunkFunction<S, precision> chunk_function(int64_t rows) {
+inline ChunkFunction<S, precision> chunk_function(int64_t rows, bool is_latent) {
   if constexpr (kAttendsByTiles<S, precision>) {
-    return attend_tiles_chunk<S>;
+    return is_latent ? attend_latent_tiles_chunk<S> : attend_tiles_chunk<S>;
   } else {
     return chunk_function<S, precision>(
-        rows, std::make_integer_sequence<int, S::attention_rows(precision)>());
+        rows, is_latent, std::make_integer_sequence<int, S::attention_rows(precision)>());
   }
 }
 
@@ -269,7 +275,8 @@ inline void clear(RowState<MaxRows>& state) {
 }
 
 inline ChunkShape chunk_shape(const AttentionParams& p) {
-  return {p.kv.head_dim, p.kv.value_dim, p.scores.changes_scores() ? &p.scores : nullptr};
+  const int64_t row_dim = p.kv.is_latent ? p.kv.head_dim : p.kv.value_dim;
+  return {p.kv.head_dim, p.kv.value_dim, row_dim, p.scores.changes_scores() ? &p.scores : nullptr};
 }
 
 // Chunks [begin, end) of a tile whose others belong to other members; the last member to arrive
@@ -280,7 +287,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
                    int64_t end, int member, int num_members) {
   const int64_t value_dim = p.kv.value_dim;
   const int64_t size = S::attention_rows(precision) * (value_dim + 2);
-  const auto function = chunk_function<S, precision>(tile.count);
+  const auto function = chunk_function<S, precision>(tile.count, p.kv.is_latent);
   const AttentionPoint* const split = step.attention_split + p.split * (num_members + 1);
   const Sharers all = sharers(split, at, member, num_members);
   const AttentionPartial& partial = p.partials[all.first];
@@ -304,7 +311,7 @@ void attend_shared(const AttentionParams& p, const StepHeader& step, const Atten
 template <class S, Precision precision>
 void attend_tile(const AttentionParams& p, const StepHeader& step, const AttentionPoint& at,
                  const AttentionPoint& next, const Tile<S, precision>& tile) {
-  const auto function = chunk_function<S, precision>(tile.count);
+  const auto function = chunk_function<S, precision>(tile.count, p.kv.is_latent);
   const ChunkShape shape = chunk_shape(p);
   State<S, precision> state(p.kv.value_dim), merged(p.kv.value_dim);
   if (tile.longest <= kChunkTokens) {

@@ -9,6 +9,7 @@
 #include "../sample.h"
 #include "adapter.h"
 #include "experts.h"
+#include "kv_layer.h"
 #include "packed.h"
 #include "shares.h"
 #include "states.h"
@@ -88,79 +89,6 @@ struct AttentionRule {
 // Up to this many tokens every member makes its own copy of a norm's output: cheaper than a
 // barrier.
 constexpr int64_t kPrivateTokens = 2;
-
-// Where the scales of a strip of 32 dims begin in a sub-block of an int8 cache: behind all codes.
-constexpr int64_t int8_scales(int64_t head_dim, int64_t strip) {
-  return 16 * head_dim + 32 * strip;
-}
-
-// A strip of a query against an int8 cache: 32 high bytes and 32 low bytes of 16-bit codes, the
-// scale, and -128 times the sum of the codes, where sums of products with unsigned keys begin.
-constexpr int64_t kInt8QueryScale = 64;
-constexpr int64_t kInt8QueryStart = 68;
-constexpr int64_t kInt8QueryStrip = 72;
-
-// One layer's keys and values: its part [keys, values][KV head] of each block of its group, in
-// sub-blocks of 16 tokens. BF16: keys [pair of dims][16 tokens][2], values [pair of
-// tokens][dim][2]; float32: keys [dim][16], values [16][dim]; int8: keys [quad of dims][16
-// tokens][4] as code + 128, values [quad of tokens][dim][4], then in both fp16 scales [strip of 32
-// dims][16 tokens]. The dims of keys (and of q) are in the order of the packed rows: strip by
-// strip, of each rotated pair the first, then the second. A last strip of fewer than 32 dims is as
-// short here: nothing is padded. Reads of whole vectors may go up to kPoolSlack bytes beyond the
-// last block.
-constexpr int64_t kPoolSlack = 256;
-struct KvLayerView {
-  uint8_t* data;
-  Precision precision;
-  int64_t group;  // whose block tables and slots it has
-  int64_t num_blocks;
-  int64_t block_stride;  // bytes from a block to the next
-  int64_t block_size;    // tokens, a multiple of 16
-  int64_t num_heads;
-  int64_t head_dim;   // of keys, as kept: even; int8 keeps whole strips of 32
-  int64_t value_dim;  // the same of values
-
-  int64_t num_strips() const { return strips_of(head_dim); }
-  int64_t num_value_strips() const { return strips_of(value_dim); }
-  // Dims of a strip of keys, and of one of values.
-  int64_t strip_dims(int64_t strip) const { return dims_of(head_dim, strip); }
-  int64_t value_strip_dims(int64_t strip) const { return dims_of(value_dim, strip); }
-  // Of a head of a token's query.
-  int64_t query_bytes() const {
-    return precision == Precision::kInt8   ? head_dim / kStripRows * kInt8QueryStrip
-           : precision == Precision::kBF16 ? head_dim * 2
-                                           : head_dim * 4;
-  }
-  // The sub-block of keys, or of values, that holds the token at `offset` of a block.
-  uint8_t* keys(int64_t head, int64_t block, int64_t offset) const {
-    return data + block * block_stride +
-           (head * block_size + offset) / 16 * sub_block_bytes(head_dim);
-  }
-  uint8_t* values(int64_t head, int64_t block, int64_t offset) const {
-    return data + block * block_stride + key_bytes() +
-           (head * block_size + offset) / 16 * sub_block_bytes(value_dim);
-  }
-  // What a block has of this layer.
-  int64_t layer_bytes() const {
-    return key_bytes() + num_heads * block_size / 16 * sub_block_bytes(value_dim);
-  }
-
- private:
-  static int64_t strips_of(int64_t dim) { return (dim + kStripRows - 1) / kStripRows; }
-  static int64_t dims_of(int64_t dim, int64_t strip) {
-    const int64_t left = dim - strip * kStripRows;
-    return left < kStripRows ? left : kStripRows;
-  }
-  int64_t sub_block_bytes(int64_t dim) const {
-    return precision == Precision::kInt8   ? dim * 17
-           : precision == Precision::kBF16 ? dim * 32
-                                           : dim * 64;
-  }
-  int64_t key_bytes() const { return num_heads * block_size / 16 * sub_block_bytes(head_dim); }
-};
-
-// Heads are at most so wide.
-constexpr int64_t kMaxHeadDim = 512;
 
 struct EmbedParams {
   PackedMatrix table;
@@ -270,6 +198,34 @@ struct HeadRowsParams {
   bool has_keys;       // else there are queries alone
   bool is_whole_norm;  // norms are over all heads of q, or of k, together
   HeadParams heads;
+};
+
+// A product of each head by itself: head h's columns of the input with head h's rows of the weight.
+struct HeadsLinearParams {
+  LinearParams linear;  // the weight has a head's columns; whole strips of rows are a head's
+  int64_t num_heads;
+  float* out;  // [num_tokens, stride], of which the weight's rows are the first columns
+  int64_t stride;
+};
+
+// Queries against latents, and a token's own latent, which goes to the cache: a part without
+// positions, as wide as values, and a rotated one behind it.
+struct LatentQkvParams {
+  const float* absorbed;  // [num_tokens, stride] of each head of a query the first part
+  int64_t absorbed_stride;
+  const float* turning;  // [num_tokens, stride] of each head the second, to be rotated
+  int64_t turning_stride;
+  const float* latents;  // [num_tokens, stride] of a token the first part, to be normalised, and
+                         // the second
+  int64_t latent_stride;
+  const float* norm;  // [value_dim]
+  float eps;
+  const float* cosines;  // [positions, half of the rotated dims]
+  const float* sines;    // the same
+  int64_t num_heads;
+  float q_scale;  // softmax scale times log2(e)
+  float* q;       // [num_tokens, num_heads, head_dim]
+  KvLayerView kv;
 };
 
 // Heads that others have computed and rotated, dims in their own order: [num_tokens, heads, dim].
@@ -430,6 +386,8 @@ struct Kernels {
   StepFunction<QkvParams> qkv;
   StepFunction<HeadRowsParams> head_rows;
   StepFunction<StoreHeadsParams> store_heads;
+  StepFunction<HeadsLinearParams> heads_linear;
+  StepFunction<LatentQkvParams> latent_qkv;
   StepFunction<AttentionParams> attention;
   StepFunction<LinearAddParams> linear_add;
   StepFunction<UpParams> up;

@@ -4,6 +4,8 @@
 #include "attention_kernel.h"
 #include "delta_rule_kernel.h"
 #include "experts_kernel.h"
+#include "heads_linear_kernel.h"
+#include "latent_qkv_kernel.h"
 #include "linear_kernels.h"
 #include "mlp_kernels.h"
 #include "norm_kernel.h"
@@ -114,6 +116,8 @@ constexpr Kernels make_kernels(const char* name) {
           qkv<S>,
           head_rows<S>,
           store_heads<S>,
+          heads_linear<S>,
+          latent_qkv<S>,
           attention<S>,
           linear_add<S>,
           up<S>,
