@@ -66,6 +66,7 @@ def of(*target_modules: str, **more: Any) -> dict[str, Any]:
     return {"target_modules": list(target_modules), **more}
 
 
+LATENT = of("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 NEOX = of("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 more_families = functools.partial(pytest.param, marks=pytest.mark.models)
 
@@ -95,6 +96,8 @@ more_families = functools.partial(pytest.param, marks=pytest.mark.models)
         more_families("falcon", {**NEOX, "r": 3}),
         more_families("falcon-new", NEOX),
         more_families("bloom", NEOX),
+        more_families("minicpm3", LATENT),
+        more_families("deepseek_v3-halves", of("q_proj", "kv_a_proj_with_mqa", "o_proj")),
         more_families("mpt", of("Wqkv", "out_proj", "up_proj", "down_proj")),
     ],
 )  # fmt: skip

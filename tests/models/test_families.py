@@ -15,6 +15,7 @@ from tests.support.families import CASES
 from tests.support.family_case import FamilyCase, Fault
 from tests.support.family_experts import EXPERT_CASES
 from tests.support.family_files import Reference, checkpoint, faulty_checkpoint, gguf_file, reference
+from tests.support.family_latent import LATENT_CASES
 from tests.support.family_scores import differences, score
 from tests.support.family_states import STATE_CASES
 from tgi_asgi.formats.sources import ModelFiles
@@ -32,7 +33,10 @@ GATED = (
 FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
-ROUTED = (*EXPERT_CASES, *(case for case in STATE_CASES if "num_experts_per_tok" in case.config))
+ROUTED = (
+    *EXPERT_CASES,
+    *(case for case in (*LATENT_CASES, *STATE_CASES) if "num_experts_per_tok" in case.config),
+)
 GGUF_FORMS = {form for case in CASES for form in case.gguf}
 FAULTS = {f"{case.name}-{fault.name}": (case, fault) for case in CASES for fault in case.faults}
 

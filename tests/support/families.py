@@ -14,6 +14,7 @@ from tests.support.families_newer import NEWER_CASES
 from tests.support.families_plain import PLAIN_CASES
 from tests.support.family_case import BASE, FamilyCase, Fault
 from tests.support.family_experts import EXPERT_CASES
+from tests.support.family_latent import LATENT_CASES
 from tests.support.family_states import STATE_CASES
 
 _ROPE_BASE = Fault("rope-base", config={"rope_parameters": {"rope_theta": 100.0}})
@@ -323,5 +324,6 @@ CASES: tuple[FamilyCase, ...] = (
     *NEWER_CASES,
     *PLAIN_CASES,
     *EXPERT_CASES,
+    *LATENT_CASES,
     *STATE_CASES,
 )

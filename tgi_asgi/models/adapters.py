@@ -27,6 +27,7 @@ _REASONS = {
     "embed": "an embedding is not changed by adapters",
     "wte": "an embedding is not changed by adapters",
     "lm_head": "the head is not changed by adapters",
+    "kv_b_proj": "what makes keys and values of latents is not changed by adapters",
 }
 
 
@@ -164,6 +165,9 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
             of_layer = {
                 name: ops.Target(weight, 0, weight.rows) for name, weight in layer.recurrent.products.items()
             }
+        elif layer.latent is not None:
+            output = ops.Target(layer.output, 0, config.hidden_size)
+            of_layer = {**layer.latent.targets, "self_attn.o_proj": output}
         else:
             of_layer = {
                 "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),

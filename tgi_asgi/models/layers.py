@@ -16,6 +16,7 @@ from torch import Tensor
 from tgi_asgi import ops
 from tgi_asgi.models.config import ExpertsSpec, ModelConfig
 from tgi_asgi.models.experts import ExpertNames, ExpertProducts, Experts, read_products
+from tgi_asgi.models.latent import LatentAttention
 from tgi_asgi.models.loading import Weights
 from tgi_asgi.models.recurrent import Recurrent, make_recurrent
 from tgi_asgi.models.rope import RopeTables
@@ -143,6 +144,10 @@ class LayerWeights:
         """Make what the layer has in the place of attention, if it has no attention."""
         return None if self.spec.recurrent is None else make_recurrent(self, self.spec.recurrent)
 
+    def latent(self) -> LatentAttention | None:
+        """Make the layer's latent attention, if that is its kind."""
+        return None if self.spec.latent is None else LatentAttention(self, self.spec.latent)
+
     def expert_products(self, names: ExpertNames, spec: ExpertsSpec) -> Iterator[ExpertProducts]:
         """Make gate and up, and down, of each expert in turn."""
         return read_products(self, names, spec)
@@ -169,6 +174,7 @@ class Layer:
     Attributes:
         recurrent: what it has in the place of attention; None: it attends, with `qkv` and `output`.
         gate: of what heads make; None: all of it counts.
+        latent: its attention, where that is of latents: then there is no `qkv`.
         experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
         up: the first half of the MLP, with a gate or without.
         alphas: the two numbers of xIELU, where that is the MLP's function.
@@ -184,10 +190,14 @@ class Layer:
         hidden, width = config.hidden_size, config.num_heads * config.head_dim
         self.make_norms(weights)
         self.recurrent = weights.recurrent()
+        self.latent = weights.latent()
         self.gate: ops.LinearWeight | None = None
-        if self.recurrent is None:
+        if self.latent is not None and self.spec.latent is not None:
+            width = config.num_heads * self.spec.latent.value_dim
+        elif self.recurrent is None:
             self.qkv = weights.qkv()
             self.gate = weights.output_gate()
+        if self.recurrent is None:
             self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
         if self.experts is not None:
@@ -216,6 +226,8 @@ class Layer:
 
     def attend(self, a: ops.Value, cache: ops.Cache) -> ops.Value:
         """Return what the heads make of the activation a."""
+        if self.latent is not None:
+            return self.latent.attend(a, cache, self.rope, self.spec.scale)
         # Before keys and values: of the last layer's a step needs that of few tokens only behind them.
         gate = None if self.gate is None else ops.linear(a, self.gate)
         return self.attend_with(self.project(a, cache), cache, gate)

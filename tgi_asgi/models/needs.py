@@ -30,6 +30,7 @@ class Need(enum.StrEnum):
     OUTPUT_GATES = "gates of what heads make"
     EXPERTS = "routed experts"
     STATES = "recurrent layers"
+    LATENTS = "latent attention"
 
 
 def needs_of(config: ModelConfig) -> set[Need]:
@@ -53,5 +54,6 @@ def needs_of(config: ModelConfig) -> set[Need]:
         Need.OUTPUT_GATES: config.has_output_gate,
         Need.EXPERTS: any(layer.experts is not None for layer in layers),
         Need.STATES: config.has_states,
+        Need.LATENTS: any(layer.latent is not None for layer in layers),
     }
     return {need for need, is_needed in found.items() if is_needed}

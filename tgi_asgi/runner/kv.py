@@ -135,8 +135,7 @@ def _choose_dtype(config: ServedConfig, settings: Settings, dtype: torch.dtype) 
         raise ModelLoadError("--kv-cache-dtype int8 contradicts --dtype float32, which is exact")
     try:
         for cache in config.caches:
-            ops.kept_dim(cache.head_dim, torch.int8)
-            ops.kept_dim(cache.value_dim, torch.int8)
+            ops.kv_bytes_per_token(cache, torch.int8)
     except ValueError as error:
         raise ModelLoadError(f"--kv-cache-dtype int8: {error}") from None
     return torch.int8

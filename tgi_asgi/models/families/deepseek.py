@@ -1,0 +1,156 @@
+"""DeepSeek V2 and V3, and GLM 4.7 Flash: latent attention, and experts in groups behind a few dense layers.
+
+Sources: DeepSeek-AI, DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tgi_asgi.models.config import ExpertsSpec, ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.latent_spec import LatentSpec
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import num_layers, read_biases
+from tgi_asgi.models.reading_experts import behind_dense, read_corrected, read_experts, with_experts
+from tgi_asgi.models.reading_latent import (
+    has_our_sizes,
+    interleaved,
+    latent_layers,
+    read_latent,
+    read_latent_rope,
+    read_latent_sizes,
+)
+
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of them
+
+
+def read_deepseek_v2(reader: Reader, architecture: str) -> ModelConfig:
+    """Read V2's, and all GGUF files, which have one name for the three."""
+    if reader.is_gguf:
+        return _read_gguf(reader, architecture)
+    reader.defaults(
+        kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        n_routed_experts=64, n_shared_experts=2, moe_intermediate_size=1407, first_k_dense_replace=0,
+        topk_method="greedy",
+    )  # fmt: skip
+    check(not reader.flag("mlp_bias", False), "mlp_bias is not supported here")
+    check(not reader.flag("norm_topk_prob", False), "norm_topk_prob is not supported for softmax routing")
+    method, scoring = reader.get("topk_method"), reader.get("scoring_func")
+    check(
+        method in ("greedy", "group_limited_greedy") and scoring in (None, "softmax"),
+        f"routing by {method} of {scoring} is not supported",
+    )
+    _check_every_layer(reader)
+    experts = _read_softmax(reader, has_groups=method == "group_limited_greedy")
+    reader.ignore("n_group", "topk_group")
+    return _make(reader, architecture, interleaved(read_latent(reader), True), experts, behind_dense(reader))
+
+
+def read_deepseek_v3(reader: Reader, architecture: str) -> ModelConfig:
+    """Read V3's and R1's; the files have a layer more, which only drafts."""
+    reader.defaults(
+        kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
+        first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    )  # fmt: skip
+    _check_corrected(reader)
+    _check_every_layer(reader)
+    latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
+    return _make(reader, architecture, latent, read_corrected(reader), behind_dense(reader))
+
+
+def read_glm4_moe_lite(reader: Reader, architecture: str) -> ModelConfig:
+    """Read GLM 4.7 Flash's, in which a list says which layers are dense."""
+    reader.defaults(
+        kv_lora_rank=512, q_lora_rank=768, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256,
+        n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=1536,
+        routed_scaling_factor=1.8, rms_norm_eps=1e-5, first_k_dense_replace=1,
+    )  # fmt: skip
+    _check_corrected(reader)
+    latent = interleaved(read_latent(reader), reader.flag("rope_interleave", True))
+    kinds, where = reader.get("mlp_layer_types"), behind_dense(reader)
+    if kinds is not None:
+        count = num_layers(reader)
+        check(
+            isinstance(kinds, list) and len(kinds) == count and set(kinds) <= {"dense", "sparse"},
+            f"mlp_layer_types must be {count} of dense or sparse, got {str(kinds)[:100]}",
+        )
+        where = [kind == "sparse" for kind in kinds].__getitem__
+    return _make(reader, architecture, latent, read_corrected(reader), where)
+
+
+def _read_gguf(reader: Reader, architecture: str) -> ModelConfig:
+    """Read a file of llama.cpp's, of any of the three: how tokens are routed says what it is.
+
+    It counts the layer that drafts. Files from before it said how scores are made are V2's.
+    """
+    drafting = reader.integer("num_nextn_predict_layers", 0)
+    reader.replace("num_hidden_layers", reader.integer("num_hidden_layers") - drafting)
+    latent = interleaved(read_latent(reader), True)
+    has_correction = any("exp_probs_b" in name for name in reader.tensors)
+    kind = reader.integer("expert_gating_func", _SIGMOID if has_correction else _SOFTMAX)
+    check(kind in (_SOFTMAX, _SIGMOID), f"expert_gating_func {kind} is not supported, only 1 and 2 are")
+    is_renormalised = reader.flag("norm_topk_prob", False)
+    if kind == _SOFTMAX:
+        check(not is_renormalised, "expert_weights_norm is not supported for softmax routing")
+        experts = _read_softmax(reader, has_groups=True)
+    else:
+        experts = replace(read_corrected(reader), is_renormalised=is_renormalised)
+    return _make(reader, architecture, latent, experts, behind_dense(reader))
+
+
+def _read_softmax(reader: Reader, *, has_groups: bool) -> ExpertsSpec:
+    """Read experts as V2 has them: the best of a group speaks for it, and weights are only scaled."""
+    size, groups = reader.integer("moe_intermediate_size"), reader.integer("n_group", 1)
+    return read_experts(
+        reader, count="n_routed_experts", top_k="num_experts_per_tok",
+        num_groups=groups if has_groups else 1,
+        top_groups=reader.integer("topk_group", groups) if has_groups else 1,
+        scale=reader.number("routed_scaling_factor", 1.0),
+        shared_size=size * reader.integer("n_shared_experts", 0),
+    )  # fmt: skip
+
+
+def _check_corrected(reader: Reader) -> None:
+    method, scoring = reader.get("topk_method"), reader.get("scoring_func")
+    check(
+        method in (None, "noaux_tc") and scoring in (None, "sigmoid"),
+        f"routing by {method} of {scoring} is not supported",
+    )
+
+
+def _check_every_layer(reader: Reader) -> None:
+    step = reader.integer("moe_layer_freq", 1)
+    check(step == 1, f"moe_layer_freq {step} is not supported, only 1 is")
+
+
+def _make(
+    reader: Reader,
+    architecture: str,
+    latent: LatentSpec,
+    experts: ExpertsSpec,
+    where: Callable[[int], bool],
+) -> ModelConfig:
+    (output_bias,) = read_biases(reader, "attention_bias", "attn_output")
+    sizes = read_latent_sizes(reader, latent)
+    layers = latent_layers(reader, latent, *read_latent_rope(reader, latent))
+    return ModelConfig(
+        architecture=architecture,
+        layers=with_experts(reader, layers, experts, where),
+        has_output_bias=output_bias,
+        **sizes,
+    )
+
+
+_DRAFTING = ("model.layers.{num_layers}.*", "blk.{num_layers}.*", "*.rotary_emb.inv_freq")
+FAMILIES = tuple(
+    Family(name, "deepseek2", read, Decoder, computes=has_our_sizes, unused=_DRAFTING)
+    for name, read in (
+        ("DeepseekV2ForCausalLM", read_deepseek_v2),
+        ("DeepseekV3ForCausalLM", read_deepseek_v3),
+        ("Glm4MoeLiteForCausalLM", read_glm4_moe_lite),
+    )
+)

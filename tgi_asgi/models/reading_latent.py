@@ -1,0 +1,106 @@
+"""How families read what configurations say of latent attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.models.config import LayerSpec, RopeSpec, check
+from tgi_asgi.models.latent_spec import LatentSpec
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import (
+    num_layers,
+    read_biases,
+    read_rope,
+    read_sizes,
+    rope_values,
+    yarn_magnitude,
+)
+
+_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def has_our_sizes(config: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have the sizes of a config.json, as far as it says them."""
+    given = [config.get(key) for key in _SIZES]
+    if not all(value is None or (type(value) is int and value > 0) for value in given):
+        return True  # and refused, with the key's name
+    rank, plain, turning, value = (32 if size is None else size for size in given)
+    return LatentSpec(rank, plain, turning, value).is_computed
+
+
+def read_latent(reader: Reader) -> LatentSpec:
+    """Read the sizes of latents and heads; whether pairs are neighbours is the family's to say."""
+    has_inner = (
+        "blk.0.attn_q_a.weight" in reader.tensors if reader.is_gguf else reader.get("q_lora_rank") is not None
+    )
+    if not has_inner:
+        reader.ignore("q_lora_rank")
+    (has_bias,) = read_biases(reader, "attention_bias", "attn_kv_a_mqa")
+    plain, rotary, value = _read_gguf_heads(reader) if reader.is_gguf else _read_json_heads(reader)
+    return LatentSpec(
+        reader.integer("kv_lora_rank"), plain, rotary, value,
+        query_rank=reader.integer("q_lora_rank") if has_inner else None, has_bias=has_bias,
+    )  # fmt: skip
+
+
+def _read_json_heads(reader: Reader) -> tuple[int, int, int]:
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    check(heads > 0, f"num_attention_heads must be positive, got {heads}")
+    value = reader.integer("v_head_dim", hidden // heads)
+    reader.ignore("qk_head_dim")
+    return reader.integer("qk_nope_head_dim"), reader.integer("qk_rope_head_dim"), value
+
+
+def _read_gguf_heads(reader: Reader) -> tuple[int, int, int]:
+    """Read what newer files say of heads beside the latents, which they count as one head's keys."""
+    key, value = "attention.key_length", "attention.value_length"
+    if reader.get(f"{key}_mla") is not None:
+        reader.ignore(key, value)
+        key, value = f"{key}_mla", f"{value}_mla"
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    check(heads > 0, f"attention.head_count must be positive, got {heads}")
+    rotary, width = reader.integer("rope.dimension_count"), reader.integer(key)
+    return width - rotary, rotary, reader.integer(value, hidden // heads)
+
+
+def read_latent_sizes(reader: Reader, latent: LatentSpec, **options: Any) -> dict[str, Any]:
+    """Read what `read_sizes` does of a model whose heads are these."""
+    width, heads = latent.plain_dim + latent.rotary_dim, reader.integer("num_attention_heads")
+    # What transformers 5 and llama.cpp say of heads is of latents, or of what turns.
+    reader.replace("head_dim", width)
+    reader.replace("attention.value_length", width)
+    reader.replace("num_key_value_heads", heads)
+    return read_sizes(reader, **options)
+
+
+def latent_layers(reader: Reader, latent: LatentSpec, rope: RopeSpec, scale: float) -> tuple[LayerSpec, ...]:
+    """Make the layers' specifications: all are alike."""
+    return (LayerSpec(rope, None, scale, latent=latent),) * num_layers(reader)
+
+
+def read_latent_rope(reader: Reader, latent: LatentSpec) -> tuple[RopeSpec, float]:
+    """Read the rotary embedding, and what scores are multiplied by: YaRN's magnitude is part of it.
+
+    In a GGUF file, as llama.cpp has it, DeepSeek's two magnitudes of cosines are one.
+    """
+    if reader.is_gguf:
+        key = "rope.scaling.yarn_log_multiplier"
+        all_dims = 10 * reader.number(key, 0.0)  # of this architecture the files have a tenth
+        if all_dims:
+            reader.replace(key, 1.0)
+        rope = read_rope(reader, latent.rotary_dim)
+    else:
+        rope = read_rope(reader, latent.rotary_dim)
+        all_dims = Reader.of_json(rope_values(reader)).number("mscale_all_dim", 0.0)
+    scale = (latent.plain_dim + latent.rotary_dim) ** -0.5
+    if rope.scaling is None or not all_dims:
+        return rope, scale
+    check(all_dims > 0, f"mscale_all_dim must be positive, got {all_dims}")
+    return rope, scale * yarn_magnitude(rope.scaling.factor, all_dims) ** 2
+
+
+def interleaved(latent: LatentSpec, is_interleaved: bool) -> LatentSpec:
+    """Return latents whose keys turn in pairs of neighbours, or not."""
+    return replace(latent, is_interleaved=is_interleaved)
