@@ -20,6 +20,7 @@ from conversion.gemma import Gemma3Model  # type: ignore[import-not-found]
 from conversion.glm import Glm4Model  # type: ignore[import-not-found]
 from conversion.hunyuan import HunYuanMoEModel  # type: ignore[import-not-found]
 from conversion.internlm import InternLM3Model  # type: ignore[import-not-found]
+from conversion.qwen import Qwen3NextModel  # type: ignore[import-not-found]
 from conversion.stablelm import StableLMModel  # type: ignore[import-not-found]
 
 _LOAD, _MODIFY = ModelBase.load_hparams, StableLMModel.modify_tensors
@@ -58,6 +59,7 @@ if __name__ == "__main__":
     ModelBase.load_hparams = staticmethod(_load_hparams)
     StableLMModel.modify_tensors = _modify_tensors
     Gemma3Model.modify_tensors = _modify_gemma3
+    Qwen3NextModel.no_mtp = True  # it wants layers that draft, else
     TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
     for model in (ChatGLMModel, Glm4Model, HunYuanMoEModel, InternLM3Model):
         model.set_vocab = TextModel._set_vocab_gpt2
