@@ -379,8 +379,7 @@ class CudaProgram:
         self._launches.append(launch)
 
     def _refuse(self, call: calls.Call) -> None:
-        name = type(call).__name__
-        raise TypeError(f"{name} is computed on CPUs only, not on CUDA")
+        raise TypeError(f"{type(call).__name__} is computed on CPUs only, not on CUDA")
 
     def _make_head(self, call: calls.Head) -> None:
         x, norm = self._in(call.x), self._norm_of(call.norm)
@@ -469,6 +468,10 @@ class CudaProgram:
         return self._buffers[key]
 
 
+_CPU_ALONE = (
+    calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm, calls.ShortConv, calls.SelectiveScan,
+    calls.DeltaRule, calls.LatentQkv, calls.HeadsLinear,
+)  # fmt: skip
 _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.Embed: CudaProgram._embed,
     calls.Activation: CudaProgram._activation,
@@ -481,10 +484,8 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
     calls.LinearAdd: CudaProgram._linear_add,
     calls.Up: CudaProgram._up,
     calls.GateUp: CudaProgram._gate_up,
-    **dict.fromkeys((calls.Route, calls.ExpertsAdd, calls.GatedAdd, calls.GatedNorm), CudaProgram._refuse),
-    **dict.fromkeys((calls.ShortConv, calls.SelectiveScan, calls.DeltaRule), CudaProgram._refuse),
-    **dict.fromkeys((calls.LatentQkv, calls.HeadsLinear), CudaProgram._refuse),
     calls.Head: CudaProgram._make_head,
+    **dict.fromkeys(_CPU_ALONE, CudaProgram._refuse),
 }
 
 
