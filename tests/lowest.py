@@ -22,7 +22,12 @@ FOLDER = ROOT / "build" / "lowest"
 TREE, PYTHON = FOLDER / "tree", FOLDER / "env" / "bin" / "python"
 # They import what the tests of models need beside these versions, or want newer ones.
 NOT_INSTALLED = {"transformers", "compressed-tensors", "peft"}
-LEFT_OUT = ["formats/test_peft.py"]
+# peft's patterns, and what the newest `transformers` makes of a conversation.
+LEFT_OUT = [
+    "formats/test_peft.py",
+    "text/test_chat_references.py",
+    "text/test_chat.py::test_renders_what_transformers_renders",
+]
 TESTS = [
     "api",
     "engine",
@@ -54,7 +59,7 @@ def make_environment() -> None:
     versions = _run(sys.executable, "-m", "uv", "pip", "freeze", "--python", PYTHON)
     (FOLDER / "versions.txt").write_text(versions, encoding="utf-8")
     _check(versions)
-    _run(PYTHON, "setup.py", "build_ext", "--inplace")
+    _install("--no-build-isolation", "--no-deps", "--editable", ".")
     wanted = project["project"]["optional-dependencies"]["test"]
     _install("-c", FOLDER / "versions.txt", *(need for need in wanted if name_of(need) not in NOT_INSTALLED))
 
@@ -94,8 +99,10 @@ def _run(*command: object) -> str:
 def main() -> int:
     """Make the environment, run the tests in it, and return their exit status."""
     make_environment()
-    tests = [f"tests/{name}" for name in TESTS] + [f"--ignore=tests/{name}" for name in LEFT_OUT]
-    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    tests = [f"tests/{name}" for name in TESTS] + [f"--deselect=tests/{name}" for name in LEFT_OUT]
+    # Without CI's rule that nothing may be missing: clients in environments of their own are `make test`'s.
+    environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CI")}
+    environ["PATH"] = f"{PYTHON.parent}{os.pathsep}{environ['PATH']}"  # guides call tgi-asgi
     command = [str(PYTHON), "-m", "pytest", "-q", *tests, *sys.argv[1:]]
     return subprocess.run(command, cwd=TREE, env=environ, check=False).returncode
 
