@@ -21,23 +21,26 @@ from tests.support.family_states import STATE_CASES
 from tgi_asgi.formats.sources import ModelFiles
 
 EXACT = 5e-5  # of a log-probability; what is right is within 7e-6
+# Where `transformers` sums up otherwise: it makes keys of latents, and takes a delta net's tokens by chunks.
+EXACT_OTHERWISE = 3e-4  # what is right is within 1.5e-4
 FLOATS = ("safetensors", "f32", "f16", "bf16")  # forms whose weights are multiplied as floats
 # The largest and the mean difference in default arithmetic: floats differ by 0.035 and 0.02, codes by more,
 # since their activations are int8. Some models differ by more: by no more than `transformers` in bfloat16.
 LOOSE_FLOATS, LOOSE_FLOATS_MEAN = 0.05, 0.03
 LOOSE_CODES, LOOSE_CODES_MEAN = 0.3, 0.08
 SLACK = 1.2
-GATED = (
-    2.0  # codes differ by more where what is rounded is multiplied, as the gates of short convolutions are
-)
+# Codes differ by more where what is rounded is multiplied, as the gates of short convolutions are, and where
+# the weights are rounded, too.
+MORE = 2.0
 FAULTY = 1e-2  # what a planted fault must differ by, far from what may pass
 
 STORED = {f"{case.name}-{form}": (case, form) for case in CASES for form in ("safetensors", *case.gguf)}
+CLOSE = STORED | {f"{case.name}-{form}": (case, form) for case in CASES for form in case.rounded}
 ROUTED = (
     *EXPERT_CASES,
     *(case for case in (*LATENT_CASES, *STATE_CASES) if "num_experts_per_tok" in case.config),
 )
-GGUF_FORMS = {form for case in CASES for form in case.gguf}
+GGUF_FORMS = {form for case in CASES for form in (*case.gguf, *case.rounded)}
 FAULTS = {f"{case.name}-{fault.name}": (case, fault) for case in CASES for fault in case.faults}
 
 
@@ -74,12 +77,13 @@ def open_files(case: FamilyCase, form: str) -> ModelFiles:
 def test_log_probabilities_are_those_of_transformers(case: FamilyCase, form: str) -> None:
     found = reference(case)
     job = score(case, open_files(case, form), found, "float32")
-    assert differences(job, found).max() <= EXACT
+    sums_otherwise = case in LATENT_CASES or "linear_num_value_heads" in case.config
+    assert differences(job, found).max() <= (EXACT_OTHERWISE if sums_otherwise else EXACT)
     assert job.token_ids == found.token_ids
 
 
 @pytest.mark.parametrize(
-    ("case", "form"), rows(STORED, usual="llama-q8_0 phi3-partial-rotary-safetensors olmo2-safetensors")
+    ("case", "form"), rows(CLOSE, usual="llama-q8_0 phi3-partial-rotary-safetensors olmo2-safetensors")
 )
 def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
     found = reference(case)
@@ -88,7 +92,7 @@ def test_default_arithmetic_stays_close(case: FamilyCase, form: str) -> None:
     largest, mean = _largest_and_mean(case, apart)
     assert found.rounding is not None
     usual_largest, usual_mean = _largest_and_mean(case, found.rounding)
-    codes = GATED if case in STATE_CASES else 1.0
+    codes = MORE if case in STATE_CASES or form in case.rounded else 1.0
     assert largest <= max(LOOSE_FLOATS if is_float else LOOSE_CODES * codes, usual_largest * SLACK)
     assert mean <= max(LOOSE_FLOATS_MEAN if is_float else LOOSE_CODES_MEAN * codes, usual_mean * SLACK)
 

@@ -34,8 +34,11 @@ def changed(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda *args, **given: function(*args, **{**given, **options})
 
 
+_WEIGHT = ops.DeltaRuleWeight
+
+
 def of_other_heads(*args: Any, **given: Any) -> ops.DeltaRuleWeight:
-    return replace(ops.DeltaRuleWeight(*args, **given), is_tiled=True)
+    return replace(_WEIGHT(*args, **given), is_tiled=True)
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {

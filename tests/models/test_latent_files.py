@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.test_families import EXACT
+from tests.models.test_families import EXACT_OTHERWISE
 from tests.support.checkpoints import Model, load_model, make_model, our_logits, reference_logits, save
 from tests.support.families_page import config_of
 from tests.support.family_case import FamilyCase
@@ -164,9 +164,9 @@ def older(source: Path, target: Path, num_heads: int) -> None:
     fields |= {f"deepseek2.attention.{key}": width for key, width in widths.items()}
     fields["deepseek2.attention.head_count_kv"] = num_heads
     for name, value in fields.items():
-        if name.startswith("deepseek2."):
-            kind = reader.fields[name if name in reader.fields else f"{name}_mla"].types[0]
-            writer.add_key_value(name, value, kind)
+        if name.startswith(("deepseek2.", "tokenizer.")):
+            kinds = reader.fields[name if name in reader.fields else f"{name}_mla"].types
+            writer.add_key_value(name, value, *kinds)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     for name in [name for name in tensors if ".attn_k_b." in name]:
         keys, values = tensors.pop(name), tensors.pop(name.replace("_k_b", "_v_b"))
@@ -186,4 +186,4 @@ def test_older_gguf_files_have_keys_and_values_in_one(tmp_path: Path) -> None:
     older(gguf_file(case, "f32").path, tmp_path / "old.gguf", case.config["num_attention_heads"])
     found = reference(case)
     job = score(case, ModelFiles(case.name, None, "gguf", tmp_path / "old.gguf"), found, "float32")
-    assert differences(job, found).max() <= EXACT
+    assert differences(job, found).max() <= EXACT_OTHERWISE

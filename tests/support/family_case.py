@@ -34,6 +34,7 @@ class FamilyCase:
     config: Mapping[str, Any]  # of its configuration class
     faults: tuple[Fault, ...]
     gguf: tuple[str, ...] = ("f32",)  # what llama.cpp's converter writes; none where it drops what matters
+    rounded: tuple[str, ...] = ()  # types that hold them nearly, whose blocks lie along other rows
     dtype: str = "float32"  # of the checkpoint
     json: Mapping[str, Any] = field(default_factory=dict)  # laid over config.json, as a fault's
     drops: tuple[str, ...] = ()  # what older versions did not write into config.json

@@ -59,12 +59,12 @@ def reference(case: FamilyCase) -> Reference:
 
 
 def gguf_file(case: FamilyCase, kind: str) -> ModelFiles:
-    """Return the case's checkpoint as llama.cpp's converter writes it, in a type of `case.gguf`."""
+    """Return the case's checkpoint as llama.cpp's converter writes it, in a type that the case names."""
     script = Path(__file__).with_name("convert_gguf.py")
     folder = _home(case) / f"gguf-{_key(RELEASE, script.read_text('utf-8'))}"
     if not folder.exists():
         with _made_at(folder) as partial:
-            _convert(script, checkpoint(case).path, case.gguf, partial)
+            _convert(script, checkpoint(case).path, (*case.gguf, *case.rounded), partial)
     return ModelFiles(case.name, None, "gguf", folder / f"{kind}.gguf")
 
 

@@ -70,7 +70,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         "deepseek_v2",
         {**_EXPERTS, **_YARN, "routed_scaling_factor": 2.0},
         faults=(_ROPE_BASE, _QUERY_NORM, _LATENT_NORM, _TURNING, _UPS, _MSCALE, _SCORES, _ROUTER, _SHARED),
-        gguf=("f32", "q8_0"),
+        rounded=("q8_0",),  # of keys a head has its transpose
         json={"scoring_func": "softmax"},
     ),
     _case(
@@ -104,7 +104,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         "deepseek_v3",
         {**_CORRECTED, **_GROUPS, **_YARN},
         faults=(_HALVES, _CORRECTION, _OTHER_GROUPS, _SCALING, _WEIGHTS, _MSCALE, _TURNING, _ROUTER),
-        gguf=("f32", "q8_0"),
+        rounded=("q8_0",),  # of keys a head has its transpose
         json=_SIGMOID,
     ),
     _case(
@@ -119,7 +119,7 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
         "glm4_moe_lite",
         {**_CORRECTED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
         faults=(_CORRECTION, _SHARED, _SCALING, _WEIGHTS, _HALVES, _UPS),
-        gguf=("f32", "q8_0"),
+        rounded=("q8_0",),  # of keys a head has its transpose
         json=_SIGMOID,
     ),
     _case(
@@ -135,7 +135,6 @@ LATENT_CASES: tuple[FamilyCase, ...] = (
             Fault("scale_emb", config={"scale_emb": 1}),
             Fault("scale_depth", config={"scale_depth": 0.7}),
             Fault("dim_model_base", config={"dim_model_base": 384}),
-            _QUERY_NORM,
             _LATENT_NORM,
             _TURNING,
         ),
