@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 4) activate_kernel(ActivateParams p)
   wait_for_kernel_before();
   start_kernel_after();
   const int64_t token = blockIdx.x;
-  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * 8;
+  const int64_t column = int64_t{(blockIdx.y * kThreads + threadIdx.x) * 8};
   if (column >= p.intermediate) return;
   const Element* row =
       static_cast<const Element*>(p.x) + token * (p.is_gated ? 2 : 1) * p.intermediate;

@@ -109,10 +109,10 @@ struct Scores {
 
   // The heads of the lane's two rows; a row that is nobody's may have any.
   __device__ __forceinline__ Scores(const AttentionParams& p, int64_t head, int64_t other_head)
-      : scale(p.scale * p.key_scale * kLog2E),
-        bound(__fdividef(p.soft_cap * kLog2E, scale)),
-        rate(__fdividef(2.0f * scale, p.soft_cap)),
-        has_slopes(p.slopes != nullptr) {
+      : scale(p.scale * p.key_scale * kLog2E), has_slopes(p.slopes != nullptr) {
+    // Not as initialisers, which nvcc's host compiler sees.
+    bound = __fdividef(p.soft_cap * kLog2E, scale);
+    rate = __fdividef(2.0f * scale, p.soft_cap);
     const float factor = __fdividef(kLog2E, scale);
     slope[0] = has_slopes ? p.slopes[min(head, p.num_heads - 1)] * factor : 0.0f;
     slope[1] = has_slopes ? p.slopes[min(other_head, p.num_heads - 1)] * factor : 0.0f;

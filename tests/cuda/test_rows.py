@@ -105,7 +105,7 @@ FAULTS = [
         "activate.cu",
         "(p.is_gated ? 2 : 1)",
         "2",
-        "bounds",
+        "bounds|blocks",
     ),
     Fault(
         "the error function has the other sign",
