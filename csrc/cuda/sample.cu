@@ -136,8 +136,8 @@ __device__ __forceinline__ int race(const SampleSlot& slot, int n, const Kept& k
   double best = INFINITY;
   int winner = n;
   float bound = INFINITY;
-  for (int i = int(threadIdx.x); i < n;
-       i += kRowThreads) {  // its code is too long to be there four times
+  // By one, not by four: its code is long.
+  for (int i = int(threadIdx.x); i < n; i += kRowThreads) {
     const float score = kept.score(kept.values[i]);
     if (!kept.has(score)) continue;
     const uint32_t word =
@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_kernel(SampleParams all
     p.num_top[row] = 0;
   }
   if (slot_index < 0 || slot_index >= all.num_slots) return;
-  const SampleSlot slot = p.records[slot_index];
+  // Not a copy, for which compute capability 8.0 has no registers left.
+  const SampleSlot& slot = p.records[slot_index];
   const float* logits = p.logits + row * p.vocab;  // [vocab]
   const RowStats raw = row_stats(logits, n, room);
   if (!raw.is_finite) return;

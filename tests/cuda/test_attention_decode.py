@@ -223,8 +223,8 @@ FAULTS = [
     Fault(
         "the cap is off by the base of the exponents",
         "attention_tile.cuh",
-        "bound(__fdividef(p.soft_cap * kLog2E, scale))",
-        "bound(__fdividef(p.soft_cap, scale))",
+        "bound = __fdividef(p.soft_cap * kLog2E, scale)",
+        "bound = __fdividef(p.soft_cap, scale)",
         "result",
     ),
     Fault("the sinks are left out", "attention_tile.cuh", "p.sinks != nullptr", "false", "result"),

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.helpers import EXACT, FAST, random_source
+from tests.ops.helpers import EXACT, FAST, random_source, rope_table
 from tests.ops.twin import Graph, Shape, Twin, draw_state
 from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.batches import flat_rows
 from tests.support.kv import poison, poisoned_pool
 from tests.support.state_steps import Shape as StateShape
 from tgi_asgi import _C, ops
+from tgi_asgi.models.config import CacheShape
 from tgi_asgi.ops import calls, cpu_calls, cuda
 
 ODD = Shape(hidden=60, intermediate=100, heads=3, kv_heads=1, head_dim=20, rotary_dim=12)
@@ -51,6 +52,11 @@ class Values:
         one = torch.ones(1)
         self.scan = ops.SelectiveScanWeight(1, 16, 1, 16, -one, one, one)
         self.rule = ops.DeltaRuleWeight(1, 16, 1, 16, -one, one)
+        self.head = ops.HeadsWeight(1, 48, 48, self.square.made)
+        shape = CacheShape(1, 64, 32, is_latent=True)
+        self.latents = ops.KvPool([shape], num_blocks=1, block_size=16, dtype=torch.float32).layers[0]
+        self.absorbed, self.latent = (self.recorder.value(ops.Kind.ROWS, columns) for columns in (32, 64))
+        self.latent_norm, self.turns = ops.NormWeight(torch.ones(32), 1e-5), rope_table(32, 4)
 
 
 OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
@@ -75,6 +81,11 @@ OPERATORS: dict[str, tuple[str, Callable[[Values, Any], object]]] = {
     "selective_scan": ("rows", lambda v, x: ops.selective_scan(x, v.gate, v.scan, v.states)),
     "delta_rule": ("rows", lambda v, x: ops.delta_rule(x, v.steps, v.rule, v.states)),
     "gated_norm": ("rows", lambda v, x: ops.gated_norm(x, v.rows, None, group_width=48, eps=1e-5)),
+    "heads_linear": ("an activation", lambda v, x: ops.heads_linear(x, v.head)),
+    "latent_qkv": (
+        "rows",
+        lambda v, x: ops.latent_qkv(v.absorbed, x, v.latent, v.latent_norm, v.turns, v.latents),
+    ),
 }
 KINDS = {
     "a residual": "residual", "an activation": "activation", "rows": "rows", "a query": "query",
