@@ -83,6 +83,12 @@ void append(Bytes& out, const std::vector<float>& values) {
   out.insert(out.end(), bytes, bytes + values.size() * sizeof(float));
 }
 
+Bytes joined(std::initializer_list<const std::vector<float>*> parts) {
+  Bytes out;
+  for (const std::vector<float>* part : parts) append(out, *part);
+  return out;
+}
+
 size_t scratch_of(const Kernels& kernels, const PackedMatrix& weight, Precision precision,
                   int64_t unit_strips) {
   return static_cast<size_t>(kernels.scratch_floats(weight, precision, unit_strips));
@@ -304,16 +310,22 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
   return differences;
 }
 
-// What a short convolution makes of two sequences that go on from their states, and leaves of them.
-Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool is_gated) {
-  constexpr int64_t kChannels = 77, kPadded = 96, kTaps = 4, kPlaces = 4;
-  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
+// Two sequences, of which the second goes on from its state.
+StepHeader step_of_states() {
+  static const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
   StepHeader step = {};
   step.num_tokens = kTokens;
   step.num_sequences = 2;
   step.query_start = starts;
   step.state_from = from;
   step.state_to = to;
+  return step;
+}
+
+// What a short convolution makes of two sequences that go on from their states, and leaves of them.
+Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool is_gated) {
+  constexpr int64_t kChannels = 77, kPadded = 96, kTaps = 4, kPlaces = 4;
+  const StepHeader step = step_of_states();
   std::vector<float> states(kPlaces * (kTaps - 1) * kPadded), out(kTokens * kPadded, NAN);
   std::copy_n(x.begin(), states.size(), states.begin());
   ShortConvParams params = {};
@@ -330,22 +342,13 @@ Bytes convolution_of(const Kernels& kernels, const std::vector<float>& x, bool i
                   (kTaps - 1) * kPadded * static_cast<int64_t>(sizeof(float))};
   params.out = out.data();
   for (int member = 0; member < 3; ++member) kernels.short_conv(params, step, member, 3);
-  Bytes found;
-  append(found, out);
-  append(found, states);
-  return found;
+  return joined({&out, &states});
 }
 
 // What heads of state spaces make of the same sequences, and a gated norm of that.
 Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_first) {
   constexpr int64_t kHeads = 2, kDim = 48, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
-  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
-  StepHeader step = {};
-  step.num_tokens = kTokens;
-  step.num_sequences = 2;
-  step.query_start = starts;
-  step.state_from = from;
-  step.state_to = to;
+  const StepHeader step = step_of_states();
   std::vector<float> states(kPlaces * kWidth * kSize), out(kTokens * kWidth, NAN), normed(out);
   std::copy_n(x.begin(), states.size(), states.begin());
   const std::vector<float> a(kHeads, -0.7f), d(kHeads, 0.3f), dt_bias(kHeads, 0.1f);
@@ -369,23 +372,13 @@ Bytes scan_of(const Kernels& kernels, const std::vector<float>& x, bool is_gate_
   kernels.gated_norm({out.data(), kWidth, x.data() + 7, kColumns, kWidth, kDim / 2, x.data() + 99,
                       1e-5f, is_gate_first, !is_gate_first, normed.data(), kWidth},
                      step, 0, 1);
-  Bytes found;
-  append(found, out);
-  append(found, states);
-  append(found, normed);
-  return found;
+  return joined({&out, &states, &normed});
 }
 
 // What heads of the gated delta rule make of the same sequences.
 Bytes rule_of(const Kernels& kernels, const std::vector<float>& x, bool is_tiled) {
   constexpr int64_t kHeads = 4, kDim = 32, kSize = 20, kWidth = kHeads * kDim, kPlaces = 4;
-  const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
-  StepHeader step = {};
-  step.num_tokens = kTokens;
-  step.num_sequences = 2;
-  step.query_start = starts;
-  step.state_from = from;
-  step.state_to = to;
+  const StepHeader step = step_of_states();
   std::vector<float> states(kPlaces * kWidth * kSize), out(kTokens * kWidth, NAN);
   for (size_t i = 0; i < states.size(); ++i) states[i] = x[i % x.size()];
   const std::vector<float> a(kHeads, -0.7f), dt_bias(kHeads, 0.1f);
@@ -405,10 +398,7 @@ Bytes rule_of(const Kernels& kernels, const std::vector<float>& x, bool is_tiled
   params.out = out.data();
   params.out_stride = kWidth;
   for (int member = 0; member < 3; ++member) kernels.delta_rule(params, step, member, 3);
-  Bytes found;
-  append(found, out);
-  append(found, states);
-  return found;
+  return joined({&out, &states});
 }
 
 // The first set whose products of bf16 round as this one's: it must have the same bits.

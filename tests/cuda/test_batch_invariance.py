@@ -8,7 +8,7 @@ import pytest
 
 from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.cuda.test_runner import FP16, PROMPT
+from tests.cuda.emulated_runner import FP16, PROMPT
 from tests.emulation import library
 from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.driving import Job, generate

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.emulation import library
+from tests.cuda.emulated_runner import make_device
 from tests.support.families import CASES
 from tests.support.family_case import FamilyCase
 from tests.support.family_files import checkpoint, reference
@@ -53,9 +52,7 @@ def _widened(name: str) -> FamilyCase:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
-    library.require()
-    emulated_ops.register()
-    device = EmulatedDevice()
+    device = make_device()
     monkeypatch.setattr(cuda_load, "find_device", lambda: device)
     return device
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
+from tests.cuda.emulated_runner import make_device, save_with_tokenizer
 from tests.cuda.test_quant_linear import random_source
-from tests.cuda.test_runner import save_with_tokenizer
-from tests.emulation import library
 from tests.support.checkpoints import make_model, save, save_gguf
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
@@ -130,9 +128,7 @@ def test_codes_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
-    library.require()
-    emulated_ops.register()
-    device = EmulatedDevice()
+    device = make_device()
     monkeypatch.setattr(cuda_load, "find_device", lambda: device)
     return device
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from transformers.models.llama import modeling_llama
 
-from tests.cuda import emulated_ops
 from tests.cuda.emulated_device import EmulatedDevice
-from tests.emulation import library
-from tests.support.checkpoints import load_model, make_model, save, save_gguf, save_tokenizer
+from tests.cuda.emulated_runner import (
+    FP16,
+    PROMPT,
+    SHAPE,
+    assert_follows,
+    logprobs_of,
+    make_device,
+    make_runner,
+    save_with_tokenizer,
+)  # fmt: skip
+from tests.support.checkpoints import load_model, make_model, save, save_gguf
 from tests.support.driving import GREEDY, Job, draw_over_a_shared_block, generate
 from tests.support.quantised import save_quantised
 from tgi_asgi import ops
 from tgi_asgi.errors import ModelLoadError
-from tgi_asgi.formats.sources import ModelFiles
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.family import Model
 from tgi_asgi.ops import cuda_sample_state
@@ -34,14 +38,10 @@ from tgi_asgi.runner.plan import DeviceLost, SlotStart, StepPlan, StepResult, St
 from tgi_asgi.settings import Settings
 from tgi_asgi.types import SamplingParams
 
-FP16 = torch.float16
-EIGHT_BITS = 0.06  # of a log-probability; 0.034 is seen, and 0.083 against a reference that does not round
-PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
-
 
 @pytest.fixture(scope="module")
 def reference() -> transformers.PreTrainedModel:
-    return make_model(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+    return make_model(**SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,7 @@ def model(reference: transformers.PreTrainedModel, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def device() -> EmulatedDevice:
-    library.require()
-    emulated_ops.register()
-    return EmulatedDevice()
+    return make_device()
 
 
 @pytest.fixture
@@ -75,62 +73,6 @@ def runner(model: Model, device: EmulatedDevice) -> Iterator[CudaRunner]:
     )
     yield runner
     runner.close()
-
-
-def make_runner(
-    model: Model, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
-) -> CudaRunner:
-    def choose(free_bytes: int) -> KvSize:
-        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
-
-    return CudaRunner(
-        model,
-        device,
-        choose,
-        block_size=16,
-        max_batch_size=2,
-        max_step_tokens=64,
-        max_context=max_context,
-        dtype=FP16,
-        kv_dtype=kv_dtype,
-    )
-
-
-def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
-    """Hold each greedy token and its log-probability to the reference's."""
-    assert len(job.sampled) == job.num_tokens > 0
-    expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]
-    for row, sampled in zip(expected, job.sampled, strict=True):
-        assert float(row[sampled.token_id]) > float(row.max()) - tolerance, "not the best token"
-        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=tolerance)
-
-
-def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) -> ModelFiles:
-    files = save(model, directory)
-    save_tokenizer(directory)
-    return files
-
-
-def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = reference(torch.tensor([ids])).logits[0]
-    return logits.double().log_softmax(-1)
-
-
-@pytest.fixture
-def rounded_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], None]:
-    """Return what has the reference round its keys and values to what a cache of a type holds of them."""
-
-    def patch(dtype: torch.dtype) -> None:
-        plain = modeling_llama.eager_attention_forward
-
-        def rounded(module: Any, query: Any, key: Any, value: Any, *others: Any, **options: Any) -> Any:
-            key, value = (kept.to(dtype).to(kept.dtype) for kept in (key, value))
-            return plain(module, query, key, value, *others, **options)
-
-        monkeypatch.setattr(modeling_llama, "eager_attention_forward", rounded)
-
-    return patch
 
 
 async def test_sequences_in_one_batch_follow_the_reference(
@@ -325,94 +267,6 @@ async def test_a_model_is_loaded_onto_the_device_that_is_there(
         assert all(sampled.is_finite for sampled in job.sampled)
     finally:
         loaded.runner.close()
-
-
-async def test_a_cache_of_eight_bits_stays_close_and_its_blocks_can_be_copied(
-    model: Model,
-    reference: transformers.PreTrainedModel,
-    device: EmulatedDevice,
-    rounded_to: Callable[[torch.dtype], None],
-) -> None:
-    runner = make_runner(model, device, kv_dtype=torch.float8_e4m3fn)
-    try:
-        job = Job(PROMPT, 6, SamplingParams(temperature=0.0, logprobs=0))
-        await generate(runner, [job], chunk=7)
-        copied = StepPlan(9, [], [], [(39, 3)])
-        await runner.submit(copied)
-        pools = [layer.pool.view(torch.uint8) for layer in runner._kv]
-        assert all(pool.any() and torch.equal(pool[3], pool[39]) for pool in pools)
-    finally:
-        runner.close()
-    expected = logprobs_of(reference, PROMPT)[-1]
-    logprob = job.sampled[0].logprob
-    assert logprob is not None
-    assert abs(logprob - float(expected[job.token_ids[0]])) > EIGHT_BITS, "that is not eight bits"
-    rounded_to(torch.float8_e4m3fn)
-    assert_follows(job, reference, tolerance=EIGHT_BITS)
-
-
-@pytest.mark.parametrize(("name", "itemsize"), [("auto", 2), ("fp8_e4m3fn", 1)])
-async def test_the_cache_s_type_is_a_setting(
-    tmp_path: Path, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch, name: str, itemsize: int
-) -> None:
-    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-    files = save_with_tokenizer(make_model(**shape), tmp_path)
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
-    settings = Settings(
-        thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
-        kv_cache_dtype=name,
-    )  # fmt: skip
-    loaded = load(settings, files, lambda stage, done, total: None)
-    try:
-        assert loaded.info.kv_bytes == 2 * 128 * 2 * 64 * itemsize
-        job = Job(PROMPT, 2)
-        await generate(loaded.runner, [job])
-        assert all(sampled.is_finite for sampled in job.sampled)
-    finally:
-        loaded.runner.close()
-
-
-async def test_keys_and_values_beyond_fp8_are_kept_by_the_checkpoint_s_scales(
-    tmp_path: Path,
-    device: EmulatedDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    rounded_to: Callable[[torch.dtype], None],
-) -> None:
-    """A checkpoint whose keys are 4096 and values 1024 times those of the reference, its queries less."""
-    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    reference = make_model(**shape)
-    files = save_quantised(reference, tmp_path, "fp8", kind="row")
-    save_tokenizer(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    factors = {"q_proj": 1 / 4096, "k_proj": 4096.0, "v_proj": 1024.0, "o_proj": 1 / 1024}
-    for layer in range(2):
-        stem = f"model.layers.{layer}.self_attn."
-        for module, factor in factors.items():
-            tensors[f"{stem}{module}.weight_scale"] *= factor
-        tensors |= {f"{stem}k_scale": torch.tensor(4096.0), f"{stem}v_scale": torch.tensor(1024.0)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    monkeypatch.setattr(cuda_load, "find_device", lambda: device)
-    settings = Settings(
-        thread_nice=0, num_threads=1, max_batch_size=2, max_batch_prefill_tokens=64, max_total_tokens=128,
-        kv_cache_dtype="fp8_e4m3fn", dtype="float16",
-    )  # fmt: skip
-    loaded = load(settings, files, lambda stage, done, total: None)
-    try:
-        job = Job(PROMPT, 4, SamplingParams(temperature=0.0, logprobs=0))
-        await generate(loaded.runner, [job], chunk=7)
-    finally:
-        loaded.runner.close()
-    rounded_to(torch.float8_e4m3fn)
-    assert_follows(job, reference, tolerance=EIGHT_BITS)
-
-
-@pytest.mark.parametrize("name", ["int8", "fp8_e5m2"])
-def test_a_cache_that_the_gpu_does_not_have_is_refused(
-    model: Model, device: EmulatedDevice, name: str
-) -> None:
-    settings = Settings(kv_cache_dtype=name)
-    with pytest.raises(ModelLoadError, match=f"{name} is not kept on a GPU.*CUDA_VISIBLE_DEVICES="):
-        cuda_load.make_runner(model, settings, device, FP16, 256)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from tests.reference import delta_rule as reference
 from tests.reference.compare import assert_close, assert_same_bits
-from tests.support.state_steps import Shape, Steps
+from tests.support.state_steps import (
+    Shape,
+    Steps,
+    assert_step_may_be_computed_again,
+    assert_steps_leave_bits_alone,
+)
 from tgi_asgi import _C, ops
 from tgi_asgi.ops import DeltaRuleWeight, Kind
 
@@ -33,10 +38,6 @@ def steps_of(weight: DeltaRuleWeight, num_slots: int) -> Steps:
 
 def random_text(weight: DeltaRuleWeight, tokens: int) -> list[Tensor]:
     return [torch.randn(tokens, weight.columns), torch.randn(tokens, 2 * weight.num_heads)]
-
-
-def part(text: list[Tensor], start: int, stop: int) -> list[Tensor]:
-    return [rows[start:stop] for rows in text]
 
 
 @pytest.mark.parametrize(("heads", "dim", "key_heads", "size", "tokens"), SIZES)
@@ -65,31 +66,13 @@ def test_keys_of_zeros_change_nothing(kernel_set: str) -> None:
 def test_a_sequence_has_the_same_bits_in_any_steps_and_team(kernel_set: str, threads: int) -> None:
     weight = random_weight(3, 80, 3, 9)
     texts = [random_text(weight, length) for length in (23, 11, 40)]
-    _C.set_num_threads(2)
-    whole = [steps_of(weight, 1).run([(0, 0, text)])[0] for text in texts]
-    _C.set_num_threads(threads)
-    steps = steps_of(weight, 8)
-    for cuts in ([1] * 40, [2, 1, 9, 1, 1, 26], [5, 18, 17]):
-        for slot, text in enumerate(texts):  # slots are used again
-            found, start = [], 0
-            for size in cuts:
-                if start < len(text[0]):
-                    others = [(slot + 3, 0, part(texts[1], 0, 3))] if start % 2 else []
-                    found.append(steps.run([*others, (slot, start, part(text, start, start + size))])[-1])
-                    start += size
-            assert_same_bits(torch.cat(found), whole[slot])
+    assert_steps_leave_bits_alone(lambda slots: steps_of(weight, slots), texts, threads)
 
 
 def test_a_step_may_be_computed_again() -> None:
-    _C.set_num_threads(2)
     weight = random_weight(2, 32, 1, 6)
-    text = random_text(weight, 9)
-    (whole,) = steps_of(weight, 1).run([(0, 0, text)])
-    steps = steps_of(weight, 4)
-    steps.run([(2, 0, part(text, 0, 4))])
-    for wrong in (random_text(weight, 1), random_text(weight, 3), part(text, 4, 6)):
-        steps.run([(2, 4, wrong)])
-    assert_same_bits(steps.run([(2, 6, part(text, 6, 9))])[0], whole[6:])
+    wrong = [random_text(weight, 1), random_text(weight, 3)]
+    assert_step_may_be_computed_again(lambda slots: steps_of(weight, slots), random_text(weight, 9), wrong)
 
 
 def test_sets_agree_to_the_bit() -> None:

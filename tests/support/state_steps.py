@@ -9,10 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tgi_asgi import ops
+from tests.reference.compare import assert_same_bits
+from tgi_asgi import _C, ops
 from tgi_asgi.ops import Kind, Value
 
 MAX_TOKENS = 64
+Text = Sequence[Tensor]  # the rows of each input
+
+
+def part(text: Text, start: int, stop: int) -> list[Tensor]:
+    """Return some tokens of a text."""
+    return [rows[start:stop] for rows in text]
 
 
 @dataclass(frozen=True)
@@ -70,3 +77,38 @@ class Steps:
     def _array(self, value: Value) -> np.ndarray:
         found: np.ndarray = self._program._calls.buffers.of(value, "rows").array()
         return found
+
+
+def assert_steps_leave_bits_alone(make: Callable[[int], Steps], texts: Sequence[Text], threads: int) -> None:
+    """Hold texts cut into steps, beside others and in slots used before, to each alone and whole.
+
+    Args:
+        make: returns steps of so many slots.
+        texts: three, of which the second has three tokens at least.
+    """
+    _C.set_num_threads(2)
+    whole = [make(1).run([(0, 0, text)])[0] for text in texts]
+    _C.set_num_threads(threads)
+    steps = make(8)
+    for cuts in ([1] * 40, [2, 1, 9, 1, 1, 26], [5, 18, 17]):
+        for slot, text in enumerate(texts):
+            found, start = [], 0
+            for size in cuts:
+                if start < len(text[0]):
+                    others = [(slot + 3, 0, part(texts[1], 0, 3))] if start % 2 else []
+                    found.append(steps.run([*others, (slot, start, part(text, start, start + size))])[-1])
+                    start += size
+            assert_same_bits(torch.cat(found), whole[slot])
+
+
+def assert_step_may_be_computed_again(
+    make: Callable[[int], Steps], text: Text, wrong: Sequence[Text]
+) -> None:
+    """Hold a text of nine tokens, at whose fifth steps of other texts are computed first, to it whole."""
+    _C.set_num_threads(2)
+    (whole,) = make(1).run([(0, 0, text)])
+    steps = make(4)
+    steps.run([(2, 0, part(text, 0, 4))])
+    for other in (*wrong, part(text, 4, 6)):
+        steps.run([(2, 4, other)])
+    assert_same_bits(steps.run([(2, 6, part(text, 6, 9))])[0], whole[6:])

@@ -119,6 +119,20 @@ def read_layers(
     )
 
 
+def check_layer_types(kinds: object, count: int, known: Sequence[str]) -> list[str]:
+    """Return what a config.json says that each layer is.
+
+    Raises:
+        ModelLoadError: it is no list of one of `known` a layer.
+    """
+    check(
+        isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
+        f"layer_types must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
+    )
+    assert isinstance(kinds, list)
+    return kinds
+
+
 def num_layers(reader: Reader) -> int:
     """Return how many layers there are, within bounds: lists are made of this number."""
     count = reader.integer("num_hidden_layers")

@@ -286,11 +286,7 @@ class CpuCalls:
             dt_bias=weight.dt_bias.numpy(), dt_column=call.steps_column, dt_low=weight.dt_limit[0],
             dt_high=weight.dt_limit[1],
         )  # fmt: skip
-        source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
-        self._native.selective_scan(
-            source=source, steps=steps, scan=scan, states=call.cache.pool.native, layer=call.cache.index,
-            out=self.buffers.rows(call.out, call.out.columns),
-        )  # fmt: skip
+        self._native.selective_scan(scan=scan, **self._heads_of(call))
 
     def _delta_rule(self, index: int, call: calls.DeltaRule) -> None:
         weight = call.weight
@@ -299,11 +295,15 @@ class CpuCalls:
             key_dim=weight.key_dim, is_tiled=weight.is_tiled, a=weight.a.numpy(),
             dt_bias=weight.dt_bias.numpy(),
         )  # fmt: skip
+        self._native.delta_rule(rule=rule, **self._heads_of(call))
+
+    def _heads_of(self, call: calls.SelectiveScan | calls.DeltaRule) -> dict[str, Any]:
+        """Return what heads with states read and write."""
         source, steps = (self.buffers.of(value, "rows") for value in (call.rows, call.steps))
-        self._native.delta_rule(
-            source=source, steps=steps, rule=rule, states=call.cache.pool.native, layer=call.cache.index,
-            out=self.buffers.rows(call.out, call.out.columns),
-        )  # fmt: skip
+        return {
+            "source": source, "steps": steps, "states": call.cache.pool.native, "layer": call.cache.index,
+            "out": self.buffers.rows(call.out, call.out.columns),
+        }  # fmt: skip
 
     def _gated_norm(self, index: int, call: calls.GatedNorm) -> None:
         norm = _C.GatedNorm(

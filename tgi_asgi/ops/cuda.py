@@ -226,8 +226,9 @@ class CudaProgram:
         made: DeviceMatrix = weight.made
         rows = (weight.num_heads + 2 * weight.num_kv_heads) * weight.head_dim
         product = self._product(call.a, made, rows, "qkv")
-        if call.clip is not None:
-            self._launches.append(_clamp(product, call.clip))
+        clip = call.clip
+        if clip is not None:
+            self._launches.append(lambda batch: _clamp(product[: batch.num_tokens], clip))
         norms = weight.norms
         if norms is not None and norms.is_whole:
             self._launches.append(self._whole_norms(product, weight, norms))
@@ -489,11 +490,8 @@ _EMITTERS: dict[type[calls.Call], Callable[[CudaProgram, Any], None]] = {
 }
 
 
-def _clamp(product: Tensor, most: float) -> _Launch:
-    def launch(batch: CudaBatch) -> None:
-        product[: batch.num_tokens].clamp_(-most, most)
-
-    return launch
+def _clamp(product: Tensor, most: float) -> None:
+    product.clamp_(-most, most)
 
 
 def _layer_of(cache: object) -> CudaKvLayer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.states import StateLayer
+from tgi_asgi.ops.states import check_heads, states_of
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -40,11 +40,7 @@ class DeltaRuleWeight:
     is_tiled: bool = False
 
     def __post_init__(self) -> None:
-        for name, tensor in (("a", self.a), ("dt_bias", self.dt_bias)):
-            if tuple(tensor.shape) != (self.num_heads,):
-                raise ValueError(f"`{name}` must have {self.num_heads} elements, got {list(tensor.shape)}")
-            if str(tensor.dtype) != "torch.float32":
-                raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+        check_heads(self.num_heads, a=self.a, dt_bias=self.dt_bias)
 
     @property
     def width(self) -> int:
@@ -81,12 +77,9 @@ def delta_rule(rows: Value, steps: Value, weight: DeltaRuleWeight, cache: Cache)
         TypeError: `cache` is of keys and values.
         ValueError: columns or states do not fit the weight.
     """
-    if not isinstance(cache, StateLayer):
-        raise TypeError(f"`delta_rule` takes states as `cache`, not {type(cache).__name__}")
-    if cache.num_floats != weight.num_floats:
-        raise ValueError(f"`delta_rule` takes states of {weight.num_floats} floats, not {cache.num_floats}")
+    layer = states_of("delta_rule", cache, weight.num_floats)
     recorder = recorder_of(
         "delta_rule", rows=(rows, Kind.ROWS, weight.columns), steps=(steps, Kind.ROWS, 2 * weight.num_heads)
     )
     out = recorder.value(Kind.ROWS, weight.width)
-    return recorder.note(calls.DeltaRule(out, rows, steps, weight, cache))
+    return recorder.note(calls.DeltaRule(out, rows, steps, weight, layer))

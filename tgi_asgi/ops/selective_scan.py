@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.states import StateLayer
+from tgi_asgi.ops.states import check_heads, states_of
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -42,11 +42,7 @@ class SelectiveScanWeight:
     dt_limit: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        for name, tensor in (("a", self.a), ("d", self.d), ("dt_bias", self.dt_bias)):
-            if tuple(tensor.shape) != (self.num_heads,):
-                raise ValueError(f"`{name}` must have {self.num_heads} elements, got {list(tensor.shape)}")
-            if str(tensor.dtype) != "torch.float32":
-                raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
+        check_heads(self.num_heads, a=self.a, d=self.d, dt_bias=self.dt_bias)
 
     @property
     def width(self) -> int:
@@ -78,13 +74,7 @@ def selective_scan(
         TypeError: `cache` is of keys and values.
         ValueError: columns or states do not fit the weight.
     """
-    if not isinstance(cache, StateLayer):
-        raise TypeError(f"`selective_scan` takes states as `cache`, not {type(cache).__name__}")
-    if cache.num_floats != weight.width * weight.state_size:
-        raise ValueError(
-            f"`selective_scan` takes states of {weight.width * weight.state_size} floats, "
-            f"not {cache.num_floats}"
-        )
+    layer = states_of("selective_scan", cache, weight.width * weight.state_size)
     recorder = recorder_of(
         "selective_scan", rows=(rows, Kind.ROWS, weight.columns), steps=(steps, Kind.ROWS, None)
     )
@@ -94,4 +84,4 @@ def selective_scan(
             f"which has {steps.columns}"
         )
     out = recorder.value(Kind.ROWS, weight.width)
-    return recorder.note(calls.SelectiveScan(out, rows, steps, weight, cache, steps_column))
+    return recorder.note(calls.SelectiveScan(out, rows, steps, weight, layer, steps_column))

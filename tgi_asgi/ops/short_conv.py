@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tgi_asgi.ops import calls
 from tgi_asgi.ops.kv import Cache
-from tgi_asgi.ops.states import StateLayer
+from tgi_asgi.ops.states import states
 from tgi_asgi.ops.values import Kind, Value, recorder_of
 
 
@@ -56,13 +56,12 @@ def short_conv(
         TypeError: `cache` is of keys and values.
         ValueError: channels, taps or columns are not those of the weight.
     """
-    if not isinstance(cache, StateLayer):
-        raise TypeError(f"`short_conv` takes states as `cache`, not {type(cache).__name__}")
+    layer = states("short_conv", cache)
     channels, taps = weight.taps.shape
-    if (channels, taps) != (cache.num_channels, cache.num_taps):
+    if (channels, taps) != (layer.num_channels, layer.num_taps):
         raise ValueError(
             f"`short_conv` takes states of {channels} channels and {taps} taps, "
-            f"not {cache.num_channels} and {cache.num_taps}"
+            f"not {layer.num_channels} and {layer.num_taps}"
         )
     recorder = recorder_of("short_conv", rows=(rows, Kind.ROWS, 3 * channels if is_gated else None))
     if not 0 <= first_column <= rows.columns - channels:
@@ -72,4 +71,4 @@ def short_conv(
         )
     out = recorder.value(Kind.ROWS, channels)
     first = 2 * channels if is_gated else first_column
-    return recorder.note(calls.ShortConv(out, rows, weight, cache, is_gated, has_silu, first))
+    return recorder.note(calls.ShortConv(out, rows, weight, layer, is_gated, has_silu, first))

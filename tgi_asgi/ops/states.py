@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from tgi_asgi import _C
 from tgi_asgi.ops.layout import PANEL, STRIP
 
@@ -49,6 +51,44 @@ class StateLayer:
     num_channels: int
     num_taps: int
     num_floats: int
+
+
+def states(operator: str, cache: object) -> StateLayer:
+    """Return what an operator of a recurrent layer is given as `cache`.
+
+    Raises:
+        TypeError: it is of keys and values.
+    """
+    if not isinstance(cache, StateLayer):
+        raise TypeError(f"`{operator}` takes states as `cache`, not {type(cache).__name__}")
+    return cache
+
+
+def states_of(operator: str, cache: object, num_floats: int) -> StateLayer:
+    """Return the same of heads that keep so many floats.
+
+    Raises:
+        TypeError: it is of keys and values.
+        ValueError: its states are of another size.
+    """
+    layer = states(operator, cache)
+    if layer.num_floats != num_floats:
+        raise ValueError(f"`{operator}` takes states of {num_floats} floats, not {layer.num_floats}")
+    return layer
+
+
+def check_heads(num_heads: int, **tensors: Tensor) -> None:
+    """Refuse numbers of heads that are not float32 [num_heads].
+
+    Raises:
+        TypeError: some are of another dtype.
+        ValueError: some are not one a head.
+    """
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != (num_heads,):
+            raise ValueError(f"`{name}` must have {num_heads} elements, got {list(tensor.shape)}")
+        if str(tensor.dtype) != "torch.float32":
+            raise TypeError(f"`{name}` must be float32, got {tensor.dtype}")
 
 
 class StatePool:

@@ -18,7 +18,7 @@ from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Sources
 from tgi_asgi.models.reader import Reader, as_float
-from tgi_asgi.models.reading import num_layers, read_biases, read_kv_heads
+from tgi_asgi.models.reading import check_layer_types, num_layers, read_biases, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
 from tgi_asgi.models.recurrent_specs import MambaSpec
 
@@ -75,12 +75,8 @@ def _read_kinds(reader: Reader) -> list[bool]:
         return [f"blk.{index}.ssm_in.weight" in reader.tensors for index in range(count)]
     kinds = reader.get("layer_types") or reader.get("layers_block_type") or [_RECURRENT[0]] * count
     reader.ignore("layers_block_type")
-    known = (*_RECURRENT, *_ATTENDING)
-    check(
-        isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds),
-        f"layer_types must be {count} of {', '.join(known)}, got {str(kinds)[:100]}",
-    )
-    return [kind in _RECURRENT for kind in kinds]
+    found = check_layer_types(kinds, count, (*_RECURRENT, *_ATTENDING))
+    return [kind in _RECURRENT for kind in found]
 
 
 def _read_mamba(reader: Reader, hidden: int) -> MambaSpec:

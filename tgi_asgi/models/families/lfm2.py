@@ -14,7 +14,7 @@ from tgi_asgi.models.experts import ExpertNames
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
-from tgi_asgi.models.reading import num_layers, read_kv_heads, read_layers, read_sizes
+from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads, read_layers, read_sizes
 from tgi_asgi.models.reading_experts import read_experts, with_experts
 from tgi_asgi.models.recurrent_specs import ShortConvSpec
 
@@ -85,11 +85,7 @@ def _read_kinds(reader: Reader) -> list[str]:
         is_list = isinstance(attending, list) and all(type(index) is int for index in attending)
         check(attending is None or is_list, "full_attn_idxs must be a list of integers")
         return [_KINDS[attending is None or index in attending] for index in range(count)]
-    check(
-        isinstance(kinds, list) and len(kinds) == count and all(kind in _KINDS for kind in kinds),
-        f"layer_types must be {count} of {', '.join(_KINDS)}, got {str(kinds)[:100]}",
-    )
-    return list(kinds)
+    return check_layer_types(kinds, count, _KINDS)
 
 
 def _has_bias(reader: Reader) -> bool:

@@ -18,6 +18,7 @@ from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import LayerWeights
 from tgi_asgi.models.reader import Reader
 from tgi_asgi.models.reading import (
+    check_layer_types,
     make_rope,
     num_layers,
     read_layers,
@@ -148,11 +149,7 @@ def _read_kinds(reader: Reader) -> list[str]:
     check(period >= 1, f"full_attention_interval must be positive, got {period}")
     if kinds is None:
         return [_KINDS[(index + 1) % period == 0] for index in range(count)]
-    check(
-        isinstance(kinds, list) and len(kinds) == count and all(kind in _KINDS for kind in kinds),
-        f"layer_types must be {count} of {', '.join(_KINDS)}, got {str(kinds)[:100]}",
-    )
-    return list(kinds)
+    return check_layer_types(kinds, count, _KINDS)
 
 
 def _read_delta(reader: Reader) -> GatedDeltaSpec:

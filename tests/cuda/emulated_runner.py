@@ -1,0 +1,70 @@
+"""The CUDA runner on emulated kernels, small models for it, and what their text is held to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.cuda import emulated_ops
+from tests.cuda.emulated_device import EmulatedDevice
+from tests.emulation import library
+from tests.support.checkpoints import save, save_tokenizer
+from tests.support.driving import Job
+from tgi_asgi.formats.sources import ModelFiles
+from tgi_asgi.models.family import Model
+from tgi_asgi.runner.cuda import CudaRunner
+from tgi_asgi.runner.kv import KvSize
+
+FP16 = torch.float16
+SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28]  # more than a block
+
+
+def make_device() -> EmulatedDevice:
+    """Return a device whose operators are there; the test is skipped where they cannot be built."""
+    library.require()
+    emulated_ops.register()
+    return EmulatedDevice()
+
+
+def make_runner(
+    model: Model, device: EmulatedDevice, *, kv_dtype: torch.dtype | None = None, max_context: int = 256
+) -> CudaRunner:
+    def choose(free_bytes: int) -> KvSize:
+        return KvSize(num_blocks=40, block_size=16, bytes_per_token=1, dtype=FP16)
+
+    return CudaRunner(
+        model,
+        device,
+        choose,
+        block_size=16,
+        max_batch_size=2,
+        max_step_tokens=64,
+        max_context=max_context,
+        dtype=FP16,
+        kv_dtype=kv_dtype,
+    )
+
+
+def assert_follows(job: Job, reference: transformers.PreTrainedModel, *, tolerance: float = 0.02) -> None:
+    """Hold each greedy token and its log-probability to the reference's."""
+    assert len(job.sampled) == job.num_tokens > 0
+    expected = logprobs_of(reference, [*job.prompt_ids, *job.token_ids])[len(job.prompt_ids) - 1 : -1]
+    for row, sampled in zip(expected, job.sampled, strict=True):
+        assert float(row[sampled.token_id]) > float(row.max()) - tolerance, "not the best token"
+        assert sampled.logprob == pytest.approx(float(row[sampled.token_id]), abs=tolerance)
+
+
+def save_with_tokenizer(model: transformers.PreTrainedModel, directory: Path) -> ModelFiles:
+    files = save(model, directory)
+    save_tokenizer(directory)
+    return files
+
+
+def logprobs_of(reference: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = reference(torch.tensor([ids])).logits[0]
+    return logits.double().log_softmax(-1)
