@@ -20,6 +20,9 @@ def test_every_kernel_compiles_within_its_bounds(nvcc: str) -> None:
     kernels, complaints = nvcc_check.compile_all(nvcc)
     assert not complaints, "\n".join(complaints)
     assert {kernel.architecture for kernel in kernels} == set(nvcc_check.ARCHITECTURES)
+    if sass.find_nvdisasm() is not None:
+        tuned = [kernel for kernel in kernels if kernel.architecture == nvcc_check.ARCHITECTURES[-1]]
+        assert [kernel.name for kernel in tuned if kernel.code is None] == []
 
 
 def test_the_adapters_compile_against_torch(nvcc: str) -> None:
