@@ -217,8 +217,8 @@ def tgi(**parameters: Any) -> bytes:
 
 
 STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-# Objects of small parts take longer to make than to measure: a quarter of them shows as well what is slow.
-ROOM = pytest.mark.parametrize("room", [4 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
+# Objects of small parts take longer to make than to measure: an eighth of them shows as well what is slow.
+ROOM = pytest.mark.parametrize("room", [2 * MIB, pytest.param(SIZE, marks=pytest.mark.soak)])
 MESSAGE = b'{"role":"user","content":""}'
 CHAT_TOOL = '{"type":"function","function":{"name":"%s","description":"%s"}}'
 FLAT_TOOL = '{"type":"function","name":"%s","description":"%s"}'
