@@ -138,14 +138,11 @@ def emulation(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "CALLS_A_GRAPH", 2)
 
 
-@pytest.mark.parametrize(("weights", "kv"), [("bf16", "bf16"), ("q8_0", "fp8")])
-async def test_the_engine_s_loop_is_timed(
-    emulation: None, monkeypatch: pytest.MonkeyPatch, weights: str, kv: str
-) -> None:
+async def test_the_engine_s_loop_is_timed(emulation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"CONTEXT": 48, "STEPS": 3, "BATCHES": (2, 1), "PROMPTS": (48,), "CHUNK": 16}
     for name, value in small.items():
         monkeypatch.setattr(gpu_runs, name, value)
-    runner = gpu_runs.make_runner(TINY, EmulatedDevice(), 2, weights, kv)
+    runner = gpu_runs.make_runner(TINY, EmulatedDevice(), 2, "q8_0", "fp8")
     rows: list[dict[str, Any]] = []
 
     def unobserved(call: Callable[[], object]) -> None:
@@ -242,7 +239,6 @@ def _broken(rows: int) -> None:
     [
         (StepKind(3, 48), 16),
         (StepKind(3, 48, "int4"), 4.5),
-        (StepKind(3, 48, kv="fp8"), 16),
         (StepKind(3, 48, prompt=32), 16),
         (StepKind(3, 48, draw="top-p"), 16),
         (StepKind(2, 16, "q8_0", "fp8", 48, "greedy"), 8.5),

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.api import test_fuzz as openai
@@ -60,10 +61,10 @@ def test_bytes(scale: Scale) -> None:
         asyncio.run(native.post(path, body))
 
 
-def test_what_the_openapi_document_allows(scale: Scale, tell: Tell) -> None:
-    effort = scale(["--phases", "fuzzing", "--max-examples", "8"], ["--max-examples", "500"])
+@pytest.mark.soak  # a few examples are in tests/server/test_tgi_clients.py
+def test_what_the_openapi_document_allows(tell: Tell) -> None:
     command = [
-        "run", *effort, "--no-color", "--request-timeout", "20", "--workers", "2",
+        "run", "--max-examples", "500", "--no-color", "--request-timeout", "20", "--workers", "2",
         "--checks", "not_a_server_error,content_type_conformance,response_schema_conformance",
     ]  # fmt: skip
     with serve() as server, lag_told(server.url, tell):
