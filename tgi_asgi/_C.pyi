@@ -394,6 +394,7 @@ class SelectiveScan:
         d: _Floats,
         dt_bias: _Floats,
         dt_column: int,
+        dt_scale: float,
         dt_low: float,
         dt_high: float,
     ) -> None: ...
@@ -425,6 +426,7 @@ class GatedNorm:
         eps: float,
         is_gate_first: bool,
         is_sigmoid: bool,
+        gate_scale: float,
         gate_column: int,
     ) -> None: ...
 

@@ -122,7 +122,7 @@ struct SelectiveScan {
   int64_t num_heads, head_dim, num_groups, state_size;
   Floats a, d, dt_bias;
   int64_t dt_column;  // where the heads' steps begin in their rows
-  double dt_low, dt_high;
+  double dt_scale, dt_low, dt_high;
 };
 
 // Heads of the gated delta rule, see DeltaRuleParams; its vectors have an element a head.
@@ -138,6 +138,7 @@ struct GatedNorm {
   std::optional<Floats> weight;  // [width]
   double eps;
   bool is_gate_first, is_sigmoid;
+  double gate_scale;
   int64_t gate_column;  // where the gates begin in their rows
 };
 

@@ -108,16 +108,16 @@ void bind_buffers(py::module_& module) {
            py::arg("first_column"), py::arg("in_gate"), py::arg("out_gate"), py::arg("has_silu"));
   py::class_<SelectiveScan>(module, "SelectiveScan", "State spaces of heads.")
       .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_groups, int64_t state_size,
-                       Floats a, Floats d, Floats dt_bias, int64_t dt_column, double dt_low,
-                       double dt_high) {
-             return SelectiveScan{num_heads,    head_dim,     num_groups,         state_size,
-                                  std::move(a), std::move(d), std::move(dt_bias), dt_column,
-                                  dt_low,       dt_high};
+                       Floats a, Floats d, Floats dt_bias, int64_t dt_column, double dt_scale,
+                       double dt_low, double dt_high) {
+             return SelectiveScan{
+                 num_heads,          head_dim,  num_groups, state_size, std::move(a), std::move(d),
+                 std::move(dt_bias), dt_column, dt_scale,   dt_low,     dt_high};
            }),
            py::kw_only(), py::arg("num_heads"), py::arg("head_dim"), py::arg("num_groups"),
            py::arg("state_size"), py::arg("a").noconvert(), py::arg("d").noconvert(),
-           py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_low"),
-           py::arg("dt_high"));
+           py::arg("dt_bias").noconvert(), py::arg("dt_column"), py::arg("dt_scale"),
+           py::arg("dt_low"), py::arg("dt_high"));
   py::class_<DeltaRule>(module, "DeltaRule", "Heads of the gated delta rule.")
       .def(py::init([](int64_t num_heads, int64_t head_dim, int64_t num_key_heads, int64_t key_dim,
                        bool is_tiled, Floats a, Floats dt_bias) {
@@ -128,13 +128,15 @@ void bind_buffers(py::module_& module) {
            py::arg("key_dim"), py::arg("is_tiled"), py::arg("a").noconvert(),
            py::arg("dt_bias").noconvert());
   py::class_<GatedNorm>(module, "GatedNorm", "A norm of groups of columns, and a gate.")
-      .def(py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
-                       bool is_gate_first, bool is_sigmoid, int64_t gate_column) {
-             return GatedNorm{width,         group_width, std::move(weight), eps,
-                              is_gate_first, is_sigmoid,  gate_column};
-           }),
-           py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
-           py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_column"));
+      .def(
+          py::init([](int64_t width, int64_t group_width, MaybeFloats weight, double eps,
+                      bool is_gate_first, bool is_sigmoid, double gate_scale, int64_t gate_column) {
+            return GatedNorm{width,         group_width, std::move(weight), eps,
+                             is_gate_first, is_sigmoid,  gate_scale,        gate_column};
+          }),
+          py::kw_only(), py::arg("width"), py::arg("group_width"), py::arg("weight").noconvert(),
+          py::arg("eps"), py::arg("is_gate_first"), py::arg("is_sigmoid"), py::arg("gate_scale"),
+          py::arg("gate_column"));
 }
 
 }  // namespace

@@ -96,6 +96,7 @@ void Program::selective_scan(const RowsPtr& in, const RowsPtr& steps, const Sele
   params.a = keep(scan.a);
   params.d = keep(scan.d);
   params.dt_bias = keep(scan.dt_bias);
+  params.dt_scale = static_cast<float>(scan.dt_scale);
   params.dt_low = static_cast<float>(scan.dt_low);
   params.dt_high = static_cast<float>(scan.dt_high);
   params.state = states->floats(layer);
@@ -164,6 +165,7 @@ void Program::gated_norm(const RowsPtr& rows, const RowsPtr& gate, const GatedNo
   params.eps = static_cast<float>(norm.eps);
   params.is_gate_first = norm.is_gate_first;
   params.is_sigmoid = norm.is_sigmoid;
+  params.gate_scale = static_cast<float>(norm.gate_scale);
   params.out = out->data();
   params.out_stride = out->num_columns;
   for (const RowsPtr& each : {rows, gate, out}) keep(each->memory);

@@ -69,8 +69,8 @@ def open_files(case: FamilyCase, form: str) -> ModelFiles:
             llama-biases-safetensors llama-rope-yarn-safetensors llama-head-24-safetensors
             mistral-window-safetensors qwen2-unused-window-safetensors granite-safetensors
             smollm3-other-layers-safetensors phi3-old-config-safetensors olmo2-safetensors
-            lfm2-safetensors qwen3_next-safetensors llama-rope-llama3-f32 llama-odd-sizes-f16 qwen3-q8_0
-            granite-bf16 phi3-short-factors-f32
+            lfm2-safetensors qwen3_next-safetensors falcon_h1-safetensors llama-rope-llama3-f32
+            llama-odd-sizes-f16 qwen3-q8_0 granite-bf16 phi3-short-factors-f32
         """,
     ),
 )

@@ -44,12 +44,12 @@ def random_text(weight: SelectiveScanWeight, tokens: int) -> list[Tensor]:
     ("heads", "dim", "groups", "size", "tokens"),
     [(1, 16, 1, 1, 1), (3, 16, 1, 5, 17), (4, 64, 2, 33, 40), (2, 80, 2, 16, 9), (6, 48, 3, 20, 33)],
 )
-@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 1.2)], ids=["any step", "some steps"])
+@pytest.mark.parametrize("options", [{}, {"dt_limit": (0.3, 1.2), "dt_scale": 0.4}], ids=str)
 def test_a_sequence_is_that_of_the_reference(
-    kernel_set: str, heads: int, dim: int, groups: int, size: int, tokens: int, limit: tuple[float, float]
+    kernel_set: str, heads: int, dim: int, groups: int, size: int, tokens: int, options: dict[str, Any]
 ) -> None:
     _C.set_num_threads(3)
-    weight = random_weight(heads, dim, groups, size, dt_limit=limit)
+    weight = random_weight(heads, dim, groups, size, **options)
     text = random_text(weight, tokens)
     (found,) = steps_of(weight, 2).run([(1, 0, text)])
     expected = reference.selective_scan(text[0], text[1][:, _COLUMN:], weight)
@@ -91,7 +91,8 @@ def gate(rows: Tensor, gates: Tensor, weight: Tensor | None, **options: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("is_gate_first", "is_sigmoid"), [(True, False), (False, False), (False, True), (True, True)]
+    ("is_gate_first", "is_sigmoid", "gate_scale"),
+    [(True, False, 1.0), (False, False, 0.3), (False, True, 1.0), (True, True, 2.5)],
 )
 @pytest.mark.parametrize("has_weight", [True, False])
 @pytest.mark.parametrize(
@@ -105,11 +106,16 @@ def test_gated_norms_are_those_of_the_reference(
     has_weight: bool,
     is_gate_first: bool,
     is_sigmoid: bool,
+    gate_scale: float,
 ) -> None:
     _C.set_num_threads(2)
     rows, gates = torch.randn(tokens, columns), torch.randn(tokens, columns + 3)
     weight = torch.randn(columns) if has_weight else None
-    kind = {"is_gate_first": is_gate_first, "is_sigmoid": is_sigmoid}
+    kind: dict[str, Any] = {
+        "is_gate_first": is_gate_first,
+        "is_sigmoid": is_sigmoid,
+        "gate_scale": gate_scale,
+    }
     found = gate(rows, gates, weight, group_width=width, gate_column=2, **kind)
     expected = reference.gated_norm(rows, gates[:, 2 : columns + 2], weight, width, 1e-5, **kind)
     assert_close(found, expected, length=width + 8)

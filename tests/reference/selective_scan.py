@@ -16,7 +16,8 @@ def selective_scan(rows: Tensor, steps: Tensor, weight: SelectiveScanWeight) -> 
     state = torch.zeros(heads, weight.head_dim, size, dtype=torch.float64)
     out = []
     for token in range(len(rows)):
-        dt = softplus(steps[token].double() + weight.dt_bias.double()).clamp(*weight.dt_limit)
+        raw = weight.dt_scale * steps[token].double() + weight.dt_bias.double()
+        dt = softplus(raw).clamp(*weight.dt_limit)
         of_heads = x[token].view(heads, -1)
         write, read = (
             part[token].view(groups, size).repeat_interleave(heads // groups, 0) for part in (b, c)
@@ -37,9 +38,10 @@ def gated_norm(
     *,
     is_gate_first: bool,
     is_sigmoid: bool,
+    gate_scale: float = 1.0,
 ) -> Tensor:
-    """Return norm(rows * f(gate)), or norm(rows) * f(gate), float64."""
-    x, passed = rows.double(), (torch.sigmoid if is_sigmoid else silu)(gate.double())
+    """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), float64."""
+    x, passed = rows.double(), (torch.sigmoid if is_sigmoid else silu)(gate_scale * gate.double())
     x = x * passed if is_gate_first else x
     if weight is not None:
         groups = x.view(len(x), -1, group_width)

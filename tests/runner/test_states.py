@@ -29,6 +29,7 @@ def case_named(name: str) -> FamilyCase:
         ("lfm2", 2 * 4 * 2 * 2 * 128),  # two places, two layers, two tokens of 128 channels
         ("granite_hybrid-dense", 2 * 4 * 3 * (2 * 352 + 256 * 24)),
         ("qwen3_5", 2 * 4 * 3 * (3 * 224 + 128 * 24)),
+        ("falcon_h1", 2 * 4 * 2 * (2 * 288 + 192 * 24)),
     ],
 )
 def test_what_the_states_of_a_sequence_take_is_counted(
@@ -118,6 +119,26 @@ def test_state_spaces_that_cannot_be_are_refused(changes: dict[str, object], mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"mamba_d_ssm": 24 * 4}, "multiples of 16 wide"),
+        ({"ssm_multipliers": [1.0, 0.5]}, "ssm_multipliers must be 5 numbers"),
+        ({"mlp_multipliers": [1.0, "0.5"]}, "mlp_multipliers must be 2 numbers"),
+        ({"mlp_multipliers": [0.0, 0.5]}, "mlp_multipliers must be positive"),
+        ({"ssm_multipliers": [1.0, 1.0, 0.0, 1.0, 1.0]}, "the factors of a state must be positive"),
+        ({"ssm_in_multiplier": -1.0}, "the factors of a layer's parts must be positive"),
+        ({"key_multiplier": 0}, "the scale of scores must be positive"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ({"residual_multiplier": 2.0}, "`residual_multiplier` is 2.0"),
+    ],
+    ids=str,
+)
+def test_layers_side_by_side_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=message):
+        read_config({**config_of(case_named("falcon_h1")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"linear_num_value_heads": 5}, "must divide its 5 heads, got 2"),
         ({"linear_num_key_heads": 0}, "num_key_heads must be in 1"),
         ({"linear_value_head_dim": 24}, "multiples of 16 wide, got 24"),
@@ -147,6 +168,9 @@ def test_delta_nets_that_cannot_be_are_refused(changes: dict[str, object], messa
         ("qwen3_5", {"attention_bias": True}),
         ("qwen3_5", {"vision_config": {"depth": 2}}),
         ("granite_hybrid-dense", {"mamba_n_heads": 128}),
+        ("falcon_h1", {"mamba_d_ssm": 72}),
+        ("falcon_h1", {"mamba_d_conv": 17}),
+        ("falcon_h1", {"mlp_bias": True}),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ _ARCHITECTURES = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5": "Qwen3_5ForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
 }
 
 
@@ -105,6 +106,42 @@ _OUTPUT_GATES = Fault("no-output-gates", tensors="*.q_proj.weight", change="swap
 _ZERO_CENTRED = Fault("no-input-norm", tensors="*.input_layernorm.weight", change="to zeros")
 _PARTIAL = Fault("whole-heads-turn", config={"rope_parameters": {"partial_rotary_factor": 1.0}})
 _SHARED_GATE = Fault("no-shared-gate", tensors="*.shared_expert_gate.weight")
+
+_SIDE_BY_SIDE = {  # with constants that Q8_0 holds in its scales: llama.cpp multiplies them into the weights
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+    "mamba_d_ssm": 192,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 24,
+    "mamba_chunk_size": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e11},
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.25,
+    "key_multiplier": 0.625,
+    "attention_in_multiplier": 1.5,
+    "attention_out_multiplier": 0.75,
+    "ssm_in_multiplier": 0.75,
+    "ssm_out_multiplier": 0.5,
+    "ssm_multipliers": [0.5, 1.5, 1.25, 0.75, 1.625],
+    "mlp_multipliers": [1.75, 0.625],
+}
+
+
+def _factor(key: str, *, index: int | None = None) -> Fault:
+    """Return the fault that a constant is not there, or of several the one at this index."""
+    given: Any = _SIDE_BY_SIDE[key]
+    if index is not None:
+        changed = [1.0 if at == index else each for at, each in enumerate(given)]
+    return Fault(
+        f"no-{key}" if index is None else f"no-{key}-{index}", config={key: 1.0 if index is None else changed}
+    )
+
+
+_FACTORS = (
+    *(_factor(key) for key in _SIDE_BY_SIDE if key.endswith("_multiplier")),
+    *(_factor("ssm_multipliers", index=index) for index in range(5)),
+    *(_factor("mlp_multipliers", index=index) for index in range(2)),
+)
 
 STATE_CASES: tuple[FamilyCase, ...] = (
     _case(
@@ -228,5 +265,44 @@ STATE_CASES: tuple[FamilyCase, ...] = (
         _DELTA_EXPERTS,
         faults=(_DELTA_DECAY, _OUTPUT_GATES, _SHARED_GATE),
         gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "falcon_h1",
+        {**_SIDE_BY_SIDE, "mamba_n_groups": 2, "mamba_d_conv": 3},
+        faults=(*_FACTORS, _DECAY, _DIRECT, _STEPS, _HEADS, _WINDOW_BIAS),
+        gguf=("f32", "q8_0"),
+    ),
+    _case(
+        "falcon_h1-norm",
+        {**_SIDE_BY_SIDE, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
+        faults=(
+            _GATED_NORM,
+            _factor("ssm_multipliers", index=0),
+            Fault("no-norm", config={"mamba_rms_norm": False}),
+            Fault("norm-first", config={"mamba_norm_before_gate": True}),
+        ),
+    ),
+    _case(  # llama.cpp has no norm before gates, and no other width of states than the one that is named
+        "falcon_h1-biases",
+        {
+            **_SIDE_BY_SIDE,
+            "mamba_d_ssm": None,
+            "mamba_rms_norm": True,
+            "mamba_proj_bias": True,
+            "projectors_bias": True,
+            "attention_bias": True,
+            "mamba_conv_bias": False,
+            "mlp_bias": True,
+            "mlp_multipliers": [1.0, 0.625],
+            "tie_word_embeddings": True,
+        },
+        faults=(
+            _GATED_NORM,
+            _factor("ssm_multipliers", index=0),
+            _factor("ssm_in_multiplier"),
+            _factor("attention_in_multiplier"),
+            _factor("key_multiplier"),
+        ),
+        gguf=(),
     ),
 )

@@ -15,11 +15,11 @@ _MORE = "keeps more of a sequence than keys and values"
 # Computed by a family of ours, unless the code of `transformers` is asked for: then as the other tables say.
 NATIVE: tuple[str, ...] = (
     "apertus", "arcee", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
-    "ernie4_5_moe", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
-    "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoehybrid",
-    "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "iquestcoder", "lfm2",
-    "lfm2_moe", "llama", "minicpm3", "ministral", "ministral3", "mistral", "mixtral", "mpt", "nemotron",
-    "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "ernie4_5_moe", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe",
+    "granitemoehybrid", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "iquestcoder",
+    "lfm2", "lfm2_moe", "llama", "minicpm3", "ministral", "ministral3", "mistral", "mixtral", "mpt",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "stablelm",
     "starcoder2",
 )  # fmt: skip

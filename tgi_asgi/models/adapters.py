@@ -161,15 +161,15 @@ def _decoder_targets(model: Decoder) -> dict[str, ops.Target]:
     ends = (0, queries, queries + keys, queries + 2 * keys)
     found: dict[str, ops.Target] = {}
     for index, layer in enumerate(model.layers):
+        of_layer: dict[str, ops.Target] = {}
         if layer.recurrent is not None:
-            of_layer = {
-                name: ops.Target(weight, 0, weight.rows) for name, weight in layer.recurrent.products.items()
-            }
-        elif layer.latent is not None:
+            products = layer.recurrent.products
+            of_layer |= {name: ops.Target(weight, 0, weight.rows) for name, weight in products.items()}
+        if layer.latent is not None:
             output = ops.Target(layer.output, 0, config.hidden_size)
-            of_layer = {**layer.latent.targets, "self_attn.o_proj": output}
-        else:
-            of_layer = {
+            of_layer |= {**layer.latent.targets, "self_attn.o_proj": output}
+        elif layer.spec.attends:
+            of_layer |= {
                 "self_attn.q_proj": ops.Target(layer.qkv, ends[0], ends[1]),
                 "self_attn.k_proj": ops.Target(layer.qkv, ends[1], ends[2]),
                 "self_attn.v_proj": ops.Target(layer.qkv, ends[2], ends[3]),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Protocol
 
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.latent_spec import LatentSpec
-from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, MambaSpec, RecurrentSpec
+from tgi_asgi.models.recurrent_specs import GatedDeltaSpec, HybridSpec, MambaSpec, RecurrentSpec
 
 MAX_CONTEXT = 1 << 24
 
@@ -98,7 +98,7 @@ class QueryGrowth:
 class LayerSpec:
     """What one layer is: its attention, and experts where it has them in the place of an MLP.
 
-    A recurrent layer has no attention: of what is said of that nothing counts.
+    Of a layer that does not attend nothing counts that is said of attention.
     """
 
     rope: RopeSpec | None  # None: nothing is rotated
@@ -112,7 +112,12 @@ class LayerSpec:
     alphas: tuple[float, float] | None = None  # xIELU's two numbers, where the configuration has them
     experts: ExpertsSpec | None = None
     recurrent: RecurrentSpec | None = None  # what it has in the place of attention
+    hybrid: HybridSpec | None = None  # it has both, side by side
     latent: LatentSpec | None = None  # how keys and values are made, where that is of latents
+
+    @property
+    def attends(self) -> bool:
+        return self.recurrent is None or self.hybrid is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +296,10 @@ class ModelConfig:
         )
         if layer.recurrent is not None:
             _check_recurrent(layer.recurrent)
+        if layer.hybrid is not None:
+            check(layer.recurrent is not None, "a hybrid layer needs a recurrent part")
+            parts = (layer.hybrid.attention, layer.hybrid.state, layer.hybrid.mlp)
+            _check_factors("the factors of a layer's parts", [x for part in parts for x in astuple(part)])
         if layer.latent is not None:
             reason = layer.latent.refusal(None if layer.rope is None else layer.rope.dim)
             check(reason is None, reason or "")
@@ -329,7 +338,7 @@ class ModelConfig:
     @property
     def caches(self) -> tuple[CacheShape, ...]:
         """The keys and values of each layer that attends: all have one shape."""
-        return tuple(self._cache(layer) for layer in self.layers if layer.recurrent is None)
+        return tuple(self._cache(layer) for layer in self.layers if layer.attends)
 
     def _cache(self, layer: LayerSpec) -> CacheShape:
         latent = layer.latent
@@ -402,6 +411,7 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
             spec.num_heads % spec.num_groups == 0,
             f"the groups of a state must divide its {spec.num_heads} heads, got {spec.num_groups}",
         )
+        _check_factors("the factors of a state", spec.factors)
         low, high = spec.dt_limit
         check(0 <= low <= high and low < math.inf, f"steps cannot be cut to {low}..{high}")
     if isinstance(spec, GatedDeltaSpec):
@@ -424,6 +434,10 @@ def _check_recurrent(spec: RecurrentSpec) -> None:
         2 <= spec.num_taps <= MAX_TAPS,
         f"the tokens that a convolution goes over must be 2..{MAX_TAPS}, got {spec.num_taps}",
     )
+
+
+def _check_factors(what: str, factors: Sequence[float]) -> None:
+    check(all(0 < each < math.inf for each in factors), f"{what} must be positive, got {factors}")
 
 
 def check_scaling(scaling: RopeScaling) -> None:

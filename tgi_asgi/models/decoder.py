@@ -6,6 +6,7 @@ come from, is `layers.py`'s.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -67,8 +68,9 @@ class Decoder:
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
         """Return the residual of a batch, as `Model.forward` says."""
         x = self.embed(batch)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.forward(x, cache)
+        rest = iter(caches)
+        for layer in self.layers:
+            x = layer.forward(x, *itertools.islice(rest, layer.num_caches))
         return x
 
     def embed(self, batch: ops.RecordedBatch) -> ops.Value:

@@ -19,7 +19,11 @@ class Model(Protocol):
     config: ModelConfig
 
     def forward(self, batch: ops.RecordedBatch, caches: Sequence[ops.Cache]) -> ops.Value:
-        """Return the residual of a batch; writes keys and values, or states, to `caches`, one a layer."""
+        """Return the residual of a batch.
+
+        caches: what layers write to, in order: keys and values of one that attends, its state of one that is
+            recurrent; a layer that is both has them in this order.
+        """
 
     def logits(self, x: ops.Value) -> ops.Value:
         """Return the logits after the tokens that a step asks for."""
@@ -72,6 +76,13 @@ GGUF_NAMES: Mapping[str, str] = {
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mamba.in_proj": "ssm_in",
+    "mamba.conv1d": "ssm_conv1d",
+    "mamba.dt": "ssm_dt",
+    "mamba.A": "ssm_a",
+    "mamba.D": "ssm_d",
+    "mamba.norm": "ssm_norm",
+    "mamba.out_proj": "ssm_out",
 }
 
 
@@ -115,6 +126,11 @@ def record(model: Model, caches: Sequence[ops.Cache], states: Sequence[ops.State
     """
     recorder = ops.Recorder()
     attending, recurrent = iter(caches), iter(states)
-    of_layers = [next(attending if each.recurrent is None else recurrent) for each in model.config.layers]
-    model.logits(model.forward(recorder.batch, of_layers))
+    written: list[ops.Cache] = []
+    for layer in model.config.layers:
+        if layer.attends:
+            written.append(next(attending))
+        if layer.recurrent is not None:
+            written.append(next(recurrent))
+    model.logits(model.forward(recorder.batch, written))
     return recorder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class LayerWeights:
         return Experts(self, next(found, self.expert_names[0]), self.spec.experts)
 
     def recurrent(self) -> Recurrent | None:
-        """Make what the layer has in the place of attention, if it has no attention."""
+        """Make what the layer has in the place of attention, or beside it."""
         return None if self.spec.recurrent is None else make_recurrent(self, self.spec.recurrent)
 
     def latent(self) -> LatentAttention | None:
@@ -173,6 +174,7 @@ class Layer:
 
     Attributes:
         recurrent: what it has in the place of attention; None: it attends, with `qkv` and `output`.
+        num_caches: how many `forward` takes.
         gate: of what heads make; None: all of it counts.
         latent: its attention, where that is of latents: then there is no `qkv`.
         experts: what it has in the place of an MLP; None: it has one, `up` and `down`.
@@ -181,6 +183,7 @@ class Layer:
     """
 
     alphas: tuple[float, float] | None = None
+    num_caches = 1
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
         self.config, self.spec, self.factor = config, config.layers[index], config.residual_factor
@@ -194,10 +197,10 @@ class Layer:
         self.gate: ops.LinearWeight | None = None
         if self.latent is not None and self.spec.latent is not None:
             width = config.num_heads * self.spec.latent.value_dim
-        elif self.recurrent is None:
+        elif self.spec.attends:
             self.qkv = weights.qkv()
             self.gate = weights.output_gate()
-        if self.recurrent is None:
+        if self.spec.attends:
             self.output = weights.linear("self_attn.o_proj", hidden, width, has_bias=config.has_output_bias)
         self.experts = weights.experts()
         if self.experts is not None:
@@ -270,6 +273,45 @@ class ParallelLayer(Layer):
         a = ops.norm(x, self.mlp_norm)
         x = ops.linear_add(self.attend_with(q, cache), self.output, x, self.factor)
         return ops.linear_add(self.activate(a), self.down, x, self.factor)
+
+
+class HybridLayer(Layer):
+    """A layer that attends and is recurrent, side by side, with a constant on what each part reads and adds.
+
+    What is multiplied into what a part reads stands in the weights of the norm before it. The MLP's is
+    multiplied into gate and up alike.
+    """
+
+    num_caches = 2
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights, index: int, ropes: RopeTables) -> None:
+        super().__init__(config, weights, index, ropes)
+        assert self.spec.hybrid is not None and self.recurrent is not None
+        self.parts, self.state = self.spec.hybrid, self.recurrent
+        self.state_norm = _scaled(self.attention_norm, self.parts.state.read)
+        self.attention_norm = _scaled(self.attention_norm, self.parts.attention.read)
+        self.mlp_norm = _scaled(self.mlp_norm, self.parts.mlp.read)
+
+    def forward(self, x: ops.Value, cache: ops.Cache, *states: ops.Cache) -> ops.Value:
+        """Add attention, state and MLP to the residual x [n_tokens, hidden].
+
+        Both caches are written before the residual changes, and attention comes behind: of the last layer's
+        a step needs that of few tokens only.
+        """
+        (state,) = states
+        a = ops.norm(x, self.attention_norm)
+        q = self.project(a, cache)
+        if self.parts.state.read != self.parts.attention.read:
+            a = ops.norm(x, self.state_norm)
+        x = self.state.add(a, x, state, self.parts.state.added)
+        x = ops.linear_add(self.attend_with(q, cache), self.output, x, self.parts.attention.added)
+        a = ops.norm(x, self.mlp_norm)
+        return ops.linear_add(self.activate(a), self.down, x, self.parts.mlp.added)
+
+
+def _scaled(norm: ops.NormWeight, factor: float) -> ops.NormWeight:
+    """Return an RMSNorm of so many times the size."""
+    return replace(norm, weight=norm.weight * factor)
 
 
 class PostNormLayer(Layer):

@@ -72,21 +72,24 @@ class Mamba:
         hidden, heads, width = weights.config.hidden_size, spec.num_heads, spec.width
         rows = width + spec.num_channels + heads
         self._spec, self._eps = spec, weights.config.norm_eps
-        self._input = weights.linear("mamba.in_proj", rows, hidden, has_bias=spec.has_bias)
+        self._input = weights.linear("mamba.in_proj", rows, hidden, has_bias=spec.has_input_bias)
         taps = ops.vector(weights.get("mamba.conv1d.weight", spec.num_channels, 1, spec.num_taps))
+        self._gate_factor, *convolved, steps_factor = spec.factors
+        state = spec.num_groups * spec.state_size
+        factors = torch.tensor(convolved).repeat_interleave(torch.tensor([width, state, state]))
         bias = ops.vector(weights.get("mamba.conv1d.bias", spec.num_channels)) if spec.has_conv_bias else None
-        self._conv = ops.ShortConvWeight(taps.view(spec.num_channels, spec.num_taps), bias)
+        self._conv = ops.ShortConvWeight(taps.view(len(factors), -1) * factors[:, None], bias)
         is_llama_cpp = weights.has("mamba.A")  # where others have the logarithm of what it has
         logs, steps = ("mamba.A", "mamba.dt.bias") if is_llama_cpp else ("mamba.A_log", "mamba.dt_bias")
         a = ops.vector(weights.get(logs, heads))
         self._scan = ops.SelectiveScanWeight(
             heads, spec.head_dim, spec.num_groups, spec.state_size, a=a if is_llama_cpp else -torch.exp(a),
             d=ops.vector(weights.get("mamba.D", heads)), dt_bias=ops.vector(weights.get(steps, heads)),
-            dt_limit=spec.dt_limit,
+            dt_limit=spec.dt_limit, dt_scale=steps_factor,
         )  # fmt: skip
         groups = (spec.num_groups, width // spec.num_groups) if is_llama_cpp else (width,)
-        self._norm = ops.vector(weights.get("mamba.norm.weight", *groups))
-        self._output = weights.linear("mamba.out_proj", hidden, width, has_bias=spec.has_bias)
+        self._norm = ops.vector(weights.get("mamba.norm.weight", *groups)) if spec.has_norm else None
+        self._output = weights.linear("mamba.out_proj", hidden, width, has_bias=spec.has_output_bias)
         self.products = {"mamba.in_proj": self._input, "mamba.out_proj": self._output}
 
     def add(self, a: ops.Value, x: ops.Value, cache: ops.Cache, factor: float) -> ops.Value:
@@ -95,8 +98,10 @@ class Mamba:
         rows = ops.linear(a, self._input)  # gates, what is convolved, steps
         convolved = ops.short_conv(rows, self._conv, cache, has_silu=True, first_column=width)
         y = ops.selective_scan(convolved, rows, self._scan, cache, steps_column=width + channels)
-        group_width = width // self._spec.num_groups
-        y = ops.gated_norm(y, rows, self._norm, group_width=group_width, eps=self._eps)
+        y = ops.gated_norm(
+            y, rows, self._norm, group_width=width // self._spec.num_groups, eps=self._eps,
+            is_gate_first=self._spec.is_gate_first, gate_scale=self._gate_factor,
+        )  # fmt: skip
         return ops.linear_add(ops.activation(y), self._output, x, factor)
 
 

@@ -1,6 +1,6 @@
-"""What a layer may have in the place of attention: its sizes, and those of what a sequence keeps.
+"""What a layer may have in the place of attention, or beside it: sizes, and what a sequence keeps of it.
 
-Each is a `StateShape`; `config.py` bounds their numbers. Without torch.
+Each of `RecurrentSpec` is a `StateShape`; `config.py` bounds their numbers. Without torch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ class MambaSpec:
     state_size: int
     num_taps: int  # tokens that the convolution goes over
     has_conv_bias: bool = True
-    has_bias: bool = False  # of the products around it
+    has_input_bias: bool = False
+    has_output_bias: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    has_norm: bool = True  # of the heads' results, by groups
+    is_gate_first: bool = True  # before that norm
+    factors: tuple[float, float, float, float, float] = (1.0,) * 5  # on gates, x, B, C and steps
 
     @property
     def width(self) -> int:
@@ -82,6 +86,23 @@ class GatedDeltaSpec:
     def num_floats(self) -> int:
         """What the heads' states are."""
         return self.width * self.key_dim
+
+
+@dataclass(frozen=True, slots=True)
+class PartFactors:
+    """Constants of one part of a layer."""
+
+    read: float = 1.0  # on what it reads
+    added: float = 1.0  # on what it adds to the residual
+
+
+@dataclass(frozen=True, slots=True)
+class HybridSpec:
+    """A layer that attends and is recurrent: both read one norm, and add to the residual (Falcon-H1)."""
+
+    attention: PartFactors
+    state: PartFactors
+    mlp: PartFactors
 
 
 RecurrentSpec = ShortConvSpec | MambaSpec | GatedDeltaSpec

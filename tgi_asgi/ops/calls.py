@@ -229,7 +229,7 @@ class DeltaRule(Call):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GatedNorm(Call):
-    """out = norm(rows * f(gate)), or norm(rows) * f(gate), by groups of columns"""
+    """out = norm(rows * f(s * gate)), or norm(rows) * f(s * gate), by groups of columns"""
 
     rows: Value
     gate: Value
@@ -239,6 +239,7 @@ class GatedNorm(Call):
     gate_column: int
     is_gate_first: bool
     is_sigmoid: bool
+    gate_scale: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)

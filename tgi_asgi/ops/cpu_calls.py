@@ -193,7 +193,7 @@ class CpuCalls:
     def _pack_gated(self, rows: Any, gate: Value, out: Value) -> None:
         norm = _C.GatedNorm(
             width=out.columns, group_width=out.columns, eps=0.0, weight=None, is_gate_first=False,
-            is_sigmoid=True, gate_column=0,
+            is_sigmoid=True, gate_scale=1.0, gate_column=0,
         )  # fmt: skip
         gated = self.buffers.scratch(out.columns)
         self._native.gated_norm(rows=rows, gate=self.buffers.of(gate, "rows"), norm=norm, out=gated)
@@ -283,8 +283,8 @@ class CpuCalls:
         scan = _C.SelectiveScan(
             num_heads=weight.num_heads, head_dim=weight.head_dim, num_groups=weight.num_groups,
             state_size=weight.state_size, a=weight.a.numpy(), d=weight.d.numpy(),
-            dt_bias=weight.dt_bias.numpy(), dt_column=call.steps_column, dt_low=weight.dt_limit[0],
-            dt_high=weight.dt_limit[1],
+            dt_bias=weight.dt_bias.numpy(), dt_column=call.steps_column, dt_scale=weight.dt_scale,
+            dt_low=weight.dt_limit[0], dt_high=weight.dt_limit[1],
         )  # fmt: skip
         self._native.selective_scan(scan=scan, **self._heads_of(call))
 
@@ -309,7 +309,8 @@ class CpuCalls:
         norm = _C.GatedNorm(
             width=call.out.columns, group_width=call.group_width, eps=call.eps,
             weight=None if call.weight is None else call.weight.numpy(),
-            is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_column=call.gate_column,
+            is_gate_first=call.is_gate_first, is_sigmoid=call.is_sigmoid, gate_scale=call.gate_scale,
+            gate_column=call.gate_column,
         )  # fmt: skip
         rows, gate = (self.buffers.of(value, "rows") for value in (call.rows, call.gate))
         out = self.buffers.rows(call.out, call.out.columns)

@@ -18,14 +18,16 @@ def gated_norm(
     gate_column: int = 0,
     is_gate_first: bool = True,
     is_sigmoid: bool = False,
+    gate_scale: float = 1.0,
 ) -> Value:
-    """Return rows norm(rows * f(gate)), or norm(rows) * f(gate), [n_tokens, columns] as `rows`.
+    """Return norm(rows * f(s * gate)), or norm(rows) * f(s * gate), [n_tokens, columns] as `rows`.
 
     Args:
         gate: rows whose columns from `gate_column` on are the gates.
         weight: float32 [columns] of the RMSNorm, each group of `group_width` columns by itself; None: none.
         is_gate_first: gates come before the norm (Mamba-2), not behind it.
         is_sigmoid: f is the sigmoid, not silu.
+        gate_scale: s.
 
     Raises:
         ValueError: a number of columns does not fit.
@@ -46,5 +48,7 @@ def gated_norm(
         raise TypeError(f"`weight` must be float32, got {weight.dtype}")
     out = recorder.value(Kind.ROWS, columns)
     return recorder.note(
-        calls.GatedNorm(out, rows, gate, weight, group_width, eps, gate_column, is_gate_first, is_sigmoid)
+        calls.GatedNorm(
+            out, rows, gate, weight, group_width, eps, gate_column, is_gate_first, is_sigmoid, gate_scale
+        )
     )

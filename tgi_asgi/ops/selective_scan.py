@@ -25,7 +25,8 @@ class SelectiveScanWeight:
         num_groups: of heads, which share B and C.
         a: negative: a state is multiplied by e^(dt * a).
         d: how much of x goes past the state.
-        dt_bias: is added to a token's step before softplus, whose result is cut to `dt_limit`.
+        dt_bias: is added to `dt_scale` times a token's step before softplus, whose result is cut to
+            `dt_limit`.
 
     Raises:
         TypeError: they are not float32.
@@ -40,6 +41,7 @@ class SelectiveScanWeight:
     d: Tensor
     dt_bias: Tensor
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    dt_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_heads(self.num_heads, a=self.a, d=self.d, dt_bias=self.dt_bias)
@@ -60,8 +62,8 @@ def selective_scan(
 ) -> Value:
     """Take each sequence's tokens through its heads' states, which `cache` keeps.
 
-    With dt = softplus(step + dt_bias): state = e^(dt * a) * state + dt * x * B; y = state . C + d * x. A
-    token's bits do not depend on how its sequence was cut into steps.
+    With dt = softplus(dt_scale * step + dt_bias): state = e^(dt * a) * state + dt * x * B; y = state . C +
+    d * x. A token's bits do not depend on how its sequence was cut into steps.
 
     Args:
         rows: x [heads, head_dim], B and C [groups, state_size], side by side.

@@ -22,7 +22,8 @@ struct HeadStep {
 };
 
 inline HeadStep head_step(const SelectiveScanParams& p, int64_t token, int64_t head) {
-  const double raw = static_cast<double>(p.dt[token * p.dt_stride + head]) + p.dt_bias[head];
+  const double raw =
+      static_cast<double>(p.dt[token * p.dt_stride + head]) * p.dt_scale + p.dt_bias[head];
   const double soft = raw > 20 ? raw : std::log1p(std::exp(raw));
   auto dt = static_cast<float>(soft);
   dt = dt < p.dt_low ? p.dt_low : dt > p.dt_high ? p.dt_high : dt;
@@ -113,7 +114,7 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
 template <class S>
 inline typename S::F gate_factor(const GatedNormParams& p, const float* gates, int64_t c,
                                  int64_t end) {
-  const auto gate = load_channels<S>(gates, c, end);
+  const auto gate = S::mul(S::set1(p.gate_scale), load_channels<S>(gates, c, end));
   return p.is_sigmoid ? sigmoid<S>(gate) : silu<S>(gate);
 }
 

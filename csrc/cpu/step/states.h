@@ -44,7 +44,9 @@ struct ShortConvParams {
 };
 
 // State spaces of heads: a token decays a head's state and adds to it, and reads it out:
-// state = e^(dt * a) * state + dt * x * B, out = state . C + d * x, where dt = softplus(dt + bias).
+// state = e^(dt * a) * state + dt * x * B, out = state . C + d * x, where dt = softplus(dt_scale *
+// dt
+// + bias).
 // Source: Dao and Gu, Transformers are SSMs, arXiv 2405.21060, section 7.
 struct SelectiveScanParams {
   const float* in;  // [num_tokens, in_stride]: x [heads, head_dim], B and C [groups, state_size]
@@ -55,9 +57,10 @@ struct SelectiveScanParams {
   int64_t head_dim;    // a multiple of 16
   int64_t num_groups;  // of heads, which share B and C
   int64_t state_size;
-  const float* a;         // [num_heads], negative
-  const float* d;         // [num_heads]
-  const float* dt_bias;   // [num_heads]
+  const float* a;        // [num_heads], negative
+  const float* d;        // [num_heads]
+  const float* dt_bias;  // [num_heads]
+  float dt_scale;
   float dt_low, dt_high;  // what dt is cut to
   StateView state;        // [num_heads, state_size, head_dim]
   float* out;             // [num_tokens, out_stride], zero behind the heads
@@ -86,7 +89,8 @@ struct DeltaRuleParams {
   int64_t out_stride;
 };
 
-// Rows and gates, normed by groups of columns: norm(rows * f(gate)), or norm(rows) * f(gate).
+// Rows and gates, normed by groups of columns: norm(rows * f(s * gate)), or norm(rows) * f(s *
+// gate).
 struct GatedNormParams {
   const float* rows;  // [num_tokens, stride]
   int64_t stride;
@@ -97,8 +101,9 @@ struct GatedNormParams {
   const float* weight;  // [width], or null: nothing is normed
   float eps;
   bool is_gate_first;
-  bool is_sigmoid;  // f is the sigmoid, else silu
-  float* out;       // [num_tokens, out_stride], zero behind the columns
+  bool is_sigmoid;   // f is the sigmoid, else silu
+  float gate_scale;  // s
+  float* out;        // [num_tokens, out_stride], zero behind the columns
   int64_t out_stride;
 };
 

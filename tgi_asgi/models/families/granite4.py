@@ -5,25 +5,23 @@ Those that are dense, or have no state, are of this architecture, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from tgi_asgi import ops
-from tgi_asgi.models.config import MAX_TAPS, ModelConfig, check
+from tgi_asgi.models.config import ModelConfig, check
 from tgi_asgi.models.decoder import Decoder
 from tgi_asgi.models.families.granite import read_granite
 from tgi_asgi.models.families.granite_moe import GraniteMoeWeights
 from tgi_asgi.models.family import Family
 from tgi_asgi.models.layers import Sources
-from tgi_asgi.models.reader import Reader, as_float
-from tgi_asgi.models.reading import check_layer_types, num_layers, read_biases, read_kv_heads
+from tgi_asgi.models.reader import Reader
+from tgi_asgi.models.reading import check_layer_types, num_layers, read_kv_heads
 from tgi_asgi.models.reading_experts import everywhere, read_experts, with_experts
-from tgi_asgi.models.recurrent_specs import MambaSpec
+from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
 
 _RECURRENT, _ATTENDING = ("mamba", "linear_attention"), ("attention", "full_attention")
-_KEYS = ("hidden_size", "mamba_expand", "mamba_n_heads", "mamba_d_conv")
 
 
 def _has_our_sizes(config: Mapping[str, Any]) -> bool:
@@ -31,12 +29,7 @@ def _has_our_sizes(config: Mapping[str, Any]) -> bool:
     kinds = config.get("layer_types") or config.get("layers_block_type") or _RECURRENT
     if not isinstance(kinds, list | tuple) or not any(kind in _RECURRENT for kind in kinds):
         return True
-    given = {"hidden_size": 4096, "mamba_expand": 2, "mamba_n_heads": 128, "mamba_d_conv": 4}
-    sizes = [config.get(key) or given[key] for key in _KEYS]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return True  # and refused, with the key's name
-    hidden, expand, heads, taps = sizes
-    return hidden * expand % (16 * heads) == 0 and 2 <= taps <= MAX_TAPS
+    return has_kernels_for(config)
 
 
 def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
@@ -44,13 +37,13 @@ def read_granite4(reader: Reader, architecture: str) -> ModelConfig:
     is_recurrent = _read_kinds(reader)
     if reader.is_gguf:
         read_kv_heads(reader, [not each for each in is_recurrent])
-    reader.ignore("normalization_function", "mamba_chunk_size", "num_experts_per_tok")
+    reader.ignore("normalization_function", "num_experts_per_tok")
     inner = reader.integer("shared_intermediate_size", 1024)
     position = reader.get("position_embedding_type")
     check(position in (None, "rope", "nope"), f"position_embedding_type {position!r} is not supported")
     config = read_granite(reader, architecture)
     check(config.activation == "silu", f"hidden_act must be silu, got {config.activation}")
-    mamba = _read_mamba(reader, config.hidden_size)
+    mamba = read_mamba(reader, config.hidden_size)
     layers = config.layers
     if position != "rope" and not reader.is_gguf:
         layers = tuple(replace(layer, rope=None) for layer in layers)
@@ -79,38 +72,6 @@ def _read_kinds(reader: Reader) -> list[bool]:
     return [kind in _RECURRENT for kind in found]
 
 
-def _read_mamba(reader: Reader, hidden: int) -> MambaSpec:
-    """Read what a recurrent layer is; also of models that have none."""
-    heads = reader.integer("mamba_n_heads", 128)
-    width = reader.integer("ssm.inner_size" if reader.is_gguf else "mamba_expand", 2)
-    width *= 1 if reader.is_gguf else hidden
-    check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
-    reader.ignore("mamba_d_head")  # what these say
-    (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
-    (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
-    return MambaSpec(
-        num_heads=heads, head_dim=width // heads, num_groups=reader.integer("mamba_n_groups", 1),
-        state_size=reader.integer("mamba_d_state", 256), num_taps=reader.integer("mamba_d_conv", 4),
-        has_conv_bias=conv_bias, has_bias=bias,
-        dt_limit=_read_limit(reader),
-    )  # fmt: skip
-
-
-def _read_limit(reader: Reader) -> tuple[float, float]:
-    """Read what steps are cut to; `transformers` writes infinity as an object."""
-    given = reader.get("time_step_limit") or (0.0, math.inf)
-    check(
-        isinstance(given, list | tuple) and len(given) == 2,
-        f"time_step_limit must be two numbers, got {str(given)[:100]}",
-    )
-    limits = [math.inf if each == {"__float__": "Infinity"} else each for each in given]
-    check(
-        all(type(each) in (int, float) for each in limits),
-        f"time_step_limit must be two numbers, got {str(given)[:100]}",
-    )
-    return as_float(limits[0]), as_float(limits[1])
-
-
 class Granite4Weights(GraniteMoeWeights):
     """A layer whose MLP is what others share between experts: gate and up are one tensor."""
 
@@ -134,22 +95,12 @@ class Granite4(Decoder):
     weights_class = Granite4Weights
 
 
-_GGUF_NAMES = {
-    "mamba.in_proj": "ssm_in",
-    "mamba.conv1d": "ssm_conv1d",
-    "mamba.dt": "ssm_dt",
-    "mamba.A": "ssm_a",
-    "mamba.D": "ssm_d",
-    "mamba.norm": "ssm_norm",
-    "mamba.out_proj": "ssm_out",
-}
 FAMILIES = (
     Family(
         "GraniteMoeHybridForCausalLM",
         "granitehybrid",
         read_granite4,
         Granite4,
-        gguf_names=_GGUF_NAMES,
         is_rotary_permuted=True,
         computes=_has_our_sizes,
     ),

@@ -1,0 +1,123 @@
+"""TII's Falcon-H1: each layer has attention and Mamba-2 side by side, and constants on what its parts make.
+
+llama.cpp's converter multiplies the constants into the weights.
+
+Source: Zuo et al., Falcon-H1, arXiv 2507.22448.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tgi_asgi.models.checkpoint import CheckpointLayout
+from tgi_asgi.models.config import ModelConfig, check
+from tgi_asgi.models.decoder import Decoder
+from tgi_asgi.models.family import Family
+from tgi_asgi.models.layers import HybridLayer
+from tgi_asgi.models.reader import Reader, as_float
+from tgi_asgi.models.reading import read_biases, read_layers, read_sizes
+from tgi_asgi.models.reading_mamba import has_kernels_for, read_mamba
+from tgi_asgi.models.recurrent_specs import HybridSpec, MambaSpec, PartFactors
+
+
+def _computes(config: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have the states, and no bias the constant in the norm before the MLP."""
+    factors = config.get("mlp_multipliers")
+    has_factor = isinstance(factors, list) and factors[:1] not in ([], [1])
+    return has_kernels_for(config, config.get("mamba_d_ssm", 1024)) and not (
+        has_factor and config.get("mlp_bias") is True
+    )
+
+
+def read_falcon_h1(reader: Reader, architecture: str) -> ModelConfig:
+    """Read Falcon-H1's."""
+    reader.defaults(mamba_d_ssm=1024, num_key_value_heads=8)
+    reader.ignore("mlp_expansion_factor")  # what `intermediate_size` says
+    sizes = read_sizes(reader, default_eps=1e-5)
+    check(sizes["activation"] == "silu", f"hidden_act must be silu, got {sizes['activation']}")
+    qkv_bias, output_bias = read_biases(reader, "attention_bias", "attn_q", "attn_output")
+    (mlp_bias,) = read_biases(reader, "mlp_bias", "ffn_gate")
+    read = _number(reader, "attention_in_multiplier")
+    gate, down = _numbers(reader, "mlp_multipliers", 2)
+    check(gate > 0, f"mlp_multipliers must be positive, got {gate}")
+    hybrid = HybridSpec(
+        attention=PartFactors(read, _number(reader, "attention_out_multiplier")),
+        state=PartFactors(_number(reader, "ssm_in_multiplier"), _number(reader, "ssm_out_multiplier")),
+        mlp=PartFactors(gate, down / gate),
+    )
+    mamba = _read_state(reader, sizes["hidden_size"])
+    scale = sizes["head_dim"] ** -0.5 * _number(reader, "key_multiplier")
+    layers = read_layers(reader, sizes, scale=scale)
+    return ModelConfig(
+        architecture=architecture,
+        layers=tuple(replace(layer, recurrent=mamba, hybrid=hybrid) for layer in layers),
+        has_qkv_bias=qkv_bias,
+        has_output_bias=output_bias,
+        has_mlp_bias=mlp_bias,
+        embedding_factor=_number(reader, "embedding_multiplier"),
+        logits_scale=_number(reader, "lm_head_multiplier"),
+        **sizes,
+    )
+
+
+def _read_state(reader: Reader, hidden: int) -> MambaSpec:
+    """Read the recurrent part; in a GGUF file the gates are always before the norm."""
+    mamba = read_mamba(reader, hidden)
+    (output_bias,) = read_biases(reader, "projectors_bias", "ssm_out")
+    if reader.is_gguf:
+        has_norm, is_gate_first = "blk.0.ssm_norm.weight" in reader.tensors, True
+    else:
+        has_norm = reader.flag("mamba_rms_norm", False)
+        is_gate_first = not reader.flag("mamba_norm_before_gate", True)
+    gates, x, b, c, steps = _numbers(reader, "ssm_multipliers", 5)
+    return replace(
+        mamba, has_output_bias=output_bias, has_norm=has_norm, is_gate_first=is_gate_first,
+        factors=(gates, x, b, c, steps),
+    )  # fmt: skip
+
+
+def _number(reader: Reader, key: str) -> float:
+    """Read a factor; a GGUF file has it in its weights."""
+    return 1.0 if reader.is_gguf else reader.number(key, 1.0)
+
+
+def _numbers(reader: Reader, key: str, count: int) -> list[float]:
+    """Read several."""
+    given = None if reader.is_gguf else reader.get(key)
+    if given is None:
+        return [1.0] * count
+    check(
+        isinstance(given, list) and len(given) == count and all(type(x) in (int, float) for x in given),
+        f"{key} must be {count} numbers, got {str(given)[:100]}",
+    )
+    return [as_float(each) for each in given]
+
+
+class FalconH1(Decoder):
+    """The decoder with such layers."""
+
+    layer_class = HybridLayer
+    checkpoint = CheckpointLayout(
+        names={
+            "model.norm": "model.final_layernorm",
+            "post_attention_layernorm": "pre_ff_layernorm",
+            "mlp.gate_proj": "feed_forward.gate_proj",
+            "mlp.up_proj": "feed_forward.up_proj",
+            "mlp.down_proj": "feed_forward.down_proj",
+        }
+    )
+
+
+_GGUF_NAMES = {"post_attention_layernorm.weight": "ffn_norm"}  # which has no kind behind it
+FAMILIES = (
+    Family(
+        "FalconH1ForCausalLM",
+        "falcon-h1",
+        read_falcon_h1,
+        FalconH1,
+        gguf_names=_GGUF_NAMES,
+        computes=_computes,
+    ),
+)

@@ -1,0 +1,61 @@
+"""How families read what configurations say of Mamba-2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tgi_asgi.models.config import MAX_TAPS, check
+from tgi_asgi.models.reader import Reader, as_float
+from tgi_asgi.models.reading import read_biases
+from tgi_asgi.models.recurrent_specs import MambaSpec
+
+_SIZES = {"hidden_size": 4096, "mamba_expand": 2, "mamba_n_heads": 128, "mamba_d_conv": 4}
+
+
+def has_kernels_for(config: Mapping[str, Any], width: object = None) -> bool:
+    """Tell of a config.json whether the kernels have the sizes of its states.
+
+    width: channels of all heads; None: a multiple of the residual's.
+    """
+    hidden, expand, heads, taps = (config.get(key) or size for key, size in _SIZES.items())
+    sizes = (hidden, expand, heads, taps) if width is None else (width, heads, taps)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return True  # and refused, with the key's name
+    channels: Any = hidden * expand if width is None else width
+    return channels % (16 * heads) == 0 and 2 <= taps <= MAX_TAPS
+
+
+def read_mamba(reader: Reader, hidden: int) -> MambaSpec:
+    """Read what a recurrent layer is, also of models that have none."""
+    heads = reader.integer("mamba_n_heads", 128)
+    if reader.is_gguf:
+        width = reader.integer("ssm.inner_size", 2 * hidden)
+    else:
+        width = reader.integer("mamba_expand", 2) * hidden
+        width = reader.integer("mamba_d_ssm", 0) or width
+    check(heads > 0 and width > 0, f"the heads of states must be positive: {heads} of {width} channels")
+    reader.ignore("mamba_d_head", "mamba_chunk_size")  # what these say; how some kernels go about it
+    (conv_bias,) = read_biases(reader, "mamba_conv_bias", "ssm_conv1d", default=True)
+    (bias,) = read_biases(reader, "mamba_proj_bias", "ssm_in")
+    return MambaSpec(
+        num_heads=heads, head_dim=width // heads, num_groups=reader.integer("mamba_n_groups", 1),
+        state_size=reader.integer("mamba_d_state", 256), num_taps=reader.integer("mamba_d_conv", 4),
+        has_conv_bias=conv_bias, has_input_bias=bias, has_output_bias=bias, dt_limit=_read_limit(reader),
+    )  # fmt: skip
+
+
+def _read_limit(reader: Reader) -> tuple[float, float]:
+    """Read what steps are cut to; `transformers` writes infinity as an object."""
+    given = reader.get("time_step_limit") or (0.0, math.inf)
+    check(
+        isinstance(given, list | tuple) and len(given) == 2,
+        f"time_step_limit must be two numbers, got {str(given)[:100]}",
+    )
+    limits = [math.inf if each == {"__float__": "Infinity"} else each for each in given]
+    check(
+        all(type(each) in (int, float) for each in limits),
+        f"time_step_limit must be two numbers, got {str(given)[:100]}",
+    )
+    return as_float(limits[0]), as_float(limits[1])
