@@ -1,11 +1,11 @@
-"""Models with routed experts: decode beside what memory allows, and both kinds of step beside llama.cpp.
+"""Models with routed experts, states or latents: decode beside what memory allows, and all beside llama.cpp.
 
     python -m bench.moe --llama-bench path/to/llama-bench [--models olmoe-1b-7b:8,gpt-oss-20b:6] [--rounds 3]
 
 Files of real layers with random weights (`bench.moe_files`) are made once, in --folder. In each round this
 server's runner and llama-bench take turns on the same file: one stream generates --tokens, and a prompt is
 computed. The bound of a generated token is the bytes of the weights that it needs (of experts the chosen
-ones, of the embedding nothing) over the bandwidth that was measured just before it.
+ones, of an embedding that is no head nothing) over the bandwidth that was measured just before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from bench.bandwidth import read_bandwidth
 from bench.engine import Engine
 from bench.intervals import advantage, estimate
-from bench.moe_files import EXPERTS, MODELS, MoeModel, make
+from bench.moe_files import EXPERTS, MODELS, Model, make
 from bench.report import command_line, commit, emit, machine, median, table
 from tgi_asgi.formats.gguf import GgufFile
 from tgi_asgi.formats.sources import ModelFiles
@@ -32,13 +32,14 @@ CONTEXT = 16  # tokens before those that are generated
 FOLDER = Path(__file__).parents[1] / "build" / "moe"
 
 
-def active_bytes(path: Path, model: MoeModel) -> int:
+def active_bytes(path: Path, model: Model) -> int:
     """Return the bytes of weights that a generated token needs."""
     file = GgufFile.open(path)
     total = 0
     for name, info in file.tensors.items():
         is_expert = any(part in name for part in EXPERTS)
-        share = model.top_k / model.num_experts if is_expert else name != "token_embd.weight"
+        is_head = name == "token_embd.weight" and "output.weight" not in file.tensors
+        share = model.top_k / model.num_experts if is_expert else is_head or name != "token_embd.weight"
         total += math.ceil(info.nbytes * share)
     file.close()
     return total

@@ -1,4 +1,4 @@
-"""GGUF files of models with routed experts, to measure speed with: real layers, random weights.
+"""GGUF files of newer models, most with routed experts, to measure speed with: real layers, random weights.
 
     python -m bench.moe_files qwen3-30b-a3b model.gguf --layers 8
 
@@ -18,9 +18,9 @@ from typing import Any, Literal
 import gguf
 import numpy as np
 
+from bench.hybrid_files import HYBRIDS, DeltaModel, LatentModel, Shape, Tensors
 from tests.support.gguf_blocks import Bytes, random_matrix
 
-Shape = tuple[int, ...]
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
@@ -57,25 +57,23 @@ class MoeModel:
     has_biases: bool = False
     has_sinks: bool = False
 
-    def tensors(self, num_layers: int) -> dict[str, tuple[str, Shape]]:
-        """Return format and shape of each tensor of a file of so many layers, by name."""
-        vocabulary = (self.cut_vocabulary(num_layers), self.hidden)
-        found: dict[str, tuple[str, Shape]] = {
+    def ends(self, vocab_size: int) -> Tensors:
+        """Return format and shape of what is before and behind the layers."""
+        vocabulary = (vocab_size, self.hidden)
+        return {
             "token_embd.weight": (self.matrices, vocabulary),
             "output_norm.weight": ("F32", (self.hidden,)),
             "output.weight": (self.head, vocabulary),
         }
-        for index in range(num_layers):
-            has_more = is_more(index, num_layers)
-            for name, shape in self._layer().items():
-                found[f"blk.{index}.{name}"] = (self._format(name, shape, has_more=has_more), shape)
-        return found
 
-    def cut_vocabulary(self, num_layers: int) -> int:
-        """Return the tokens of a file of so many layers: a multiple of 64."""
-        return -(-self.vocab_size * num_layers // self.num_layers // 64) * 64
+    def layer(self, index: int, *, has_more: bool) -> Tensors:
+        """Return those of a layer, which may be one that gets more bits."""
+        return {
+            name: (self._format(name, shape, has_more=has_more), shape)
+            for name, shape in self._shapes().items()
+        }
 
-    def _layer(self) -> dict[str, Shape]:
+    def _shapes(self) -> dict[str, Shape]:
         hidden, count, size = self.hidden, self.num_experts, self.size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         products = {
@@ -103,19 +101,43 @@ class MoeModel:
             return self.more
         return self.experts if stem in EXPERTS else self.matrices
 
-    def header(self, num_layers: int) -> dict[str, Any]:
-        """Return a file's metadata."""
+    def numbers(self) -> dict[str, Any]:
+        """Return what the file's metadata says of it."""
         numbers = {
-            "context_length": 32768, "embedding_length": self.hidden, "block_count": num_layers,
             "feed_forward_length": self.size, "expert_count": self.num_experts,
             "expert_used_count": self.top_k,
             "attention.head_count": self.num_heads, "attention.head_count_kv": self.num_kv_heads,
-            "attention.key_length": self.head_dim, "attention.value_length": self.head_dim,
-            "vocab_size": self.cut_vocabulary(num_layers), **self.metadata,
+            "attention.key_length": self.head_dim, "attention.value_length": self.head_dim, **self.metadata,
         }  # fmt: skip
         if self.name != "olmoe":  # whose only size of an MLP is the experts'
             numbers["expert_feed_forward_length"] = self.size
-        return {f"{self.name}.{key}": value for key, value in numbers.items()}
+        return numbers
+
+
+Model = MoeModel | DeltaModel | LatentModel
+
+
+def cut_vocabulary(model: Model, num_layers: int) -> int:
+    """Return the tokens of a file of so many layers: a multiple of 64."""
+    return -(-model.vocab_size * num_layers // model.num_layers // 64) * 64
+
+
+def _tensors(model: Model, num_layers: int) -> Tensors:
+    """Return format and shape of each tensor of a file of so many layers, by name."""
+    found = model.ends(cut_vocabulary(model, num_layers))
+    for index in range(num_layers):
+        of_layer = model.layer(index, has_more=is_more(index, num_layers))
+        found |= {f"blk.{index}.{name}": each for name, each in of_layer.items()}
+    return found
+
+
+def _header(model: Model, num_layers: int) -> dict[str, Any]:
+    """Return a file's metadata."""
+    numbers = {
+        "context_length": 32768, "embedding_length": model.hidden, "block_count": num_layers,
+        "vocab_size": cut_vocabulary(model, num_layers), **model.numbers(),
+    }  # fmt: skip
+    return {f"{model.name}.{key}": value for key, value in numbers.items()}
 
 
 def is_more(index: int, num_layers: int) -> bool:
@@ -126,7 +148,8 @@ def is_more(index: int, num_layers: int) -> bool:
 
 _K_QUANTS: dict[str, Any] = {"matrices": "Q4_K", "experts": "Q4_K", "head": "Q6_K", "more": "Q6_K"}
 _PUBLISHED: dict[str, Any] = {"matrices": "Q8_0", "experts": "MXFP4", "head": "Q8_0", "more": "MXFP4"}
-MODELS = {
+MODELS: dict[str, Model] = {
+    **HYBRIDS,
     "olmoe-1b-7b": MoeModel(
         "olmoe", 16, 50304, 2048, 16, 16, 128, 64, 8, 1024, **_K_QUANTS, qk_norm="whole",
         metadata={"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0},
@@ -147,13 +170,16 @@ MODELS = {
 }  # fmt: skip
 
 
-def make(path: Path, model: MoeModel, num_layers: int) -> None:
+def make(path: Path, model: Model, num_layers: int) -> None:
     """Write a file of so many layers; a tensor at a time is in memory."""
-    tensors, random = model.tensors(num_layers), np.random.default_rng(0)
+    tensors, random = _tensors(model, num_layers), np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, model.name)
-    for key, value in model.header(num_layers).items():
-        writer.add_key_value(key, value, _TYPES[type(value)])
-    _add_tokenizer(writer, model.cut_vocabulary(num_layers))
+    for key, value in _header(model, num_layers).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, _TYPES[type(value)])
+    _add_tokenizer(writer, cut_vocabulary(model, num_layers))
     for name, (format, shape) in tensors.items():
         block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
         size = math.prod(shape) // block * nbytes
@@ -166,9 +192,10 @@ def make(path: Path, model: MoeModel, num_layers: int) -> None:
     kept: dict[tuple[str, Shape], Bytes] = {}
     for name, (format, shape) in tensors.items():
         matrix = shape[-2:]
-        if len(shape) == 1:
-            is_norm = "norm" in name
-            values = random.standard_normal(shape) * 0.1 + is_norm
+        if len(shape) == 1 or "conv1d" in name:
+            values = random.standard_normal(shape) * 0.1 + ("norm" in name)
+            if name.endswith("ssm_a"):  # a state decays
+                values = -np.abs(values)
             writer.write_tensor_data(values.astype(np.float32))
             continue
         if (format, matrix) not in kept:
@@ -185,6 +212,7 @@ _TYPES = {
     str: gguf.GGUFValueType.STRING,
     float: gguf.GGUFValueType.FLOAT32,
     int: gguf.GGUFValueType.UINT32,
+    bool: gguf.GGUFValueType.BOOL,
 }
 
 

@@ -278,7 +278,6 @@ STATE_CASES: tuple[FamilyCase, ...] = (
         faults=(
             _GATED_NORM,
             _factor("ssm_multipliers", index=0),
-            Fault("no-norm", config={"mamba_rms_norm": False}),
             Fault("norm-first", config={"mamba_norm_before_gate": True}),
         ),
     ),
@@ -297,7 +296,6 @@ STATE_CASES: tuple[FamilyCase, ...] = (
             "tie_word_embeddings": True,
         },
         faults=(
-            _GATED_NORM,
             _factor("ssm_multipliers", index=0),
             _factor("ssm_in_multiplier"),
             _factor("attention_in_multiplier"),
