@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ def test_a_small_one_of_its_kind_is_loaded(tmp_path: Path, name: str) -> None:
     small |= {"num_kv_heads": 4, "head_dim": 32, "dense_size": 256, "query_rank": 256}
     small |= {"delta_heads": 4, "delta_key_heads": 2, "delta_dim": 64}
     fields = {field.name for field in dataclasses.fields(MODELS[name])}
-    model = dataclasses.replace(MODELS[name], **{key: small[key] for key in fields & small.keys()})
+    changes: dict[str, Any] = {key: small[key] for key in fields & small.keys()}
+    model = dataclasses.replace(MODELS[name], **changes)
     path = tmp_path / "model.gguf"
     make(path, model, LAYERS)
     with OpenModel(ModelFiles(name, None, "gguf", path)) as opened:
