@@ -50,7 +50,8 @@ class InstantRunner:
         self.block_size = self.least_chunk = BLOCK_SIZE
         self.max_batch_size = max_batch_size
         self.max_step_tokens = 1 << 20
-        self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
+        self.takes_whole_prompts = self.has_prompt_arithmetic = False
+        self.num_kept_states: int | None = None
         self.drafts: DraftLimits | None = None
         self.windows: tuple[int | None, ...] = (None,)
         self.eyes: Eyes | None = None

@@ -200,6 +200,7 @@ class RowLimits:
         max_tokens: int,  # of a step
         # Of each group of layers, how many positions a token sees, its own the last; None: all.
         windows: Sequence[int | None],
+        num_kept_states: int = 0,
     ) -> None: ...
 
 class AdapterLayout:
@@ -238,6 +239,9 @@ class FlatRows:
         row_slots: Sequence[int] | npt.NDArray[np.integer[Any]] = ...,
         num_generated: int = ...,
         adapters: Sequence[Adapter | None] = ...,
+        num_drafts: Sequence[int] = ...,
+        resumes: Sequence[int] = ...,
+        keeps: Sequence[tuple[int, int, int]] = ...,
     ) -> None: ...
     @property
     def num_generated(self) -> int: ...
@@ -344,7 +348,14 @@ class Heads:
 class StatePool:
     """See `tgi_asgi.ops.StatePool`; layers: the channels and taps of each, and the floats behind."""
 
-    def __init__(self, *, layers: Sequence[tuple[int, int, int]], num_slots: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        layers: Sequence[tuple[int, int, int]],
+        num_slots: int,
+        num_kept: int = 0,
+        num_drafts: int = 0,
+    ) -> None: ...
     @property
     def slot_bytes(self) -> int:
         """What the states of a sequence take."""

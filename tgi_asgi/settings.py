@@ -364,6 +364,12 @@ class Settings:
     )
     block_size: int = _engine("Tokens in a block of the KV cache.", 16, _BLOCK)
     prefix_cache: bool = _engine("Reuse the KV blocks of prompts seen before.", True)
+    max_kept_states: int | None = _engine(
+        "States of recurrent layers kept for prompts to go on from, 0: none (default: what 10 % of the "
+        "cache's memory hold).",
+        None,
+        _AMOUNT,
+    )
     share_prefix_cache: bool = _engine("Share blocks across API keys: speed tells what others ask.", False)
     num_threads: int | None = _engine("Compute threads (default: one a usable core).", None, _COUNT)
     thread_nice: int | None = _engine(

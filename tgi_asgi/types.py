@@ -414,6 +414,8 @@ class ModelInfo:
     kv_tokens: int = 0  # size of the KV cache, in sequences of `max_total_tokens`
     kv_bytes: int = 0
     max_batch_size: int = 0  # sequences in a step
+    num_kept_states: int = 0  # of recurrent layers, for prompts to go on from
+    kept_state_bytes: int = 0  # of all of them
     num_threads: int = 0
     kernel_set: str | None = None  # of the CPU's kernels
     prompt_precision: str | None = None  # of prompts, where it is not that of generated tokens

@@ -262,7 +262,7 @@ class Program {
   // What a step reads of its tokens alone is not there once it goes on with its last rows.
   void check_before_end(const char* name) const;
 
-  void begin(const step::StepHeader& header, const std::vector<int32_t>& row_slots);
+  void begin(const step::StepHeader& header, const FlatRows& batch);
   void check_tables(const step::StepHeader& header, int64_t sequence) const;
   void check_header(const step::StepHeader& header) const;
   void check_rows(const step::StepHeader& header) const;

@@ -39,7 +39,7 @@ Floats Program::run(const FlatRows& batch, const std::vector<int32_t>& rows) {
   FlatRows kept = batch;
   std::vector<int32_t> kept_rows = rows;
   check_adapters(batch);
-  begin(header_of(kept, kept_rows), kept.row_slots);
+  begin(header_of(kept, kept_rows), kept);
   batch_ = std::move(kept);  // the header's arrays stay where they are, for `run_head`
   rows_ = std::move(kept_rows);
   {
@@ -75,7 +75,7 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
   const step::StepHeader header = header_of(batch, rows);
   check(call.num_rows() == header.num_rows && call.vocab() == vocab_,
         "the draw must have the rows and the vocabulary of the step");
-  begin(header, batch.row_slots);
+  begin(header, batch);
   call.set_logits(logits_->data());
   cpu::run_on_team(
       [&](int num_members) {
@@ -93,7 +93,7 @@ void Program::draw_batch(const FlatRows& batch, const std::vector<int32_t>& rows
 std::vector<double> Program::profile(const FlatRows& batch, const std::vector<int32_t>& rows) {
   check(!rows.empty(), "`rows` must not be empty");
   check_adapters(batch);
-  begin(header_of(batch, rows), batch.row_slots);
+  begin(header_of(batch, rows), batch);
   std::vector<double> ends(static_cast<size_t>(num_operators()) + 1);
   {
     const py::gil_scoped_release release;
@@ -135,13 +135,13 @@ Floats Program::logits_view(int64_t rows) {
   return Floats({rows, vocab_}, logits_->data(), owner);
 }
 
-void Program::begin(const step::StepHeader& header, const std::vector<int32_t>& row_slots) {
+void Program::begin(const step::StepHeader& header, const FlatRows& batch) {
   check_limit(header.num_tokens, max_tokens_, "ids");
   check_limit(header.num_sequences, max_sequences_, "context_len");
   check_header(header);
   check_rows(header);
   header_ = header;
-  if (states_ != nullptr) states_->begin(row_slots, header_);
+  if (states_ != nullptr) states_->begin(batch, header_);
   can_run_head_ = false;
 }
 

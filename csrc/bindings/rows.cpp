@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "bindings/checks.h"
 
@@ -25,6 +26,9 @@ struct Names {
   PyObject* stop = PyUnicode_InternFromString("stop");
   PyObject* num_drafts = PyUnicode_InternFromString("num_drafts");
   PyObject* adapter = PyUnicode_InternFromString("adapter");
+  PyObject* states = PyUnicode_InternFromString("states");
+  PyObject* resumes = PyUnicode_InternFromString("resumes");
+  PyObject* keeps = PyUnicode_InternFromString("keeps");
 };
 
 py::object attribute(PyObject* object, PyObject* name) {
@@ -137,6 +141,32 @@ void read_tables(const py::object& given, const PlannedRows::Row& row, const Row
   }
 }
 
+// Reads which kept state a row goes on from, and which are kept of it.
+void read_states(const py::object& given, const RowLimits& limits, PlannedRows::Row& row,
+                 std::vector<StateKeep>& keeps) {
+  static const Names names;
+  row.resumes = -1;
+  row.first_keep = keeps.size();
+  if (given.is_none()) return;
+  const auto place_of = [&](PyObject* value) {
+    return narrow(integer(value, "place of a kept state", limits.num_kept_states));
+  };
+  const py::object resumes = attribute(given.ptr(), names.resumes);
+  if (!resumes.is_none()) row.resumes = place_of(resumes.ptr());
+  const Items items(attribute(given.ptr(), names.keeps));
+  int64_t last = row.start;
+  for (int64_t i = 0; i < items.size(); ++i) {
+    const Items pair((py::handle(items[i])));
+    if (pair.size() != 2) throw PlanError("a state is kept in front of a position, in a place");
+    const int64_t position = integer(pair[0], "position of a state", row.stop);
+    if (position < last || position == 0 || (row.is_floating && position > row.start))
+      throw PlanError("states are kept in the order of a row's positions, and none at 0");
+    keeps.push_back({0, narrow(position), place_of(pair[1])});
+    last = position;
+  }
+  row.num_keeps = keeps.size() - row.first_keep;
+}
+
 }  // namespace
 
 PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
@@ -194,6 +224,7 @@ PlannedRows read_rows(py::handle rows, const RowLimits& limits) {
     const py::object adapter = attribute(item, names.adapter);
     if (!adapter.is_none()) row.adapter = adapter.cast<std::shared_ptr<Adapter>>();
     planned.has_adapters = planned.has_adapters || row.adapter != nullptr;
+    read_states(attribute(item, names.states), limits, row, planned.keeps);
     planned.rows.push_back(row);
   }
   return planned;
@@ -275,6 +306,14 @@ FlatRows lay_out(const PlannedRows& planned, const RowLimits& limits,
     }
     flat.row_slots.push_back(row.slot);
     flat.row_of_plan.push_back(narrow(static_cast<int64_t>(index)));
+    flat.num_drafts.push_back(row.is_from_slot ? narrow(stop - first - 1) : 0);
+    flat.resumes.push_back(row.resumes);
+    if (row.num_keeps > 0 && start != row.start)
+      throw PlanError("a state is kept of a row that does not begin there");
+    for (size_t i = row.first_keep; i < row.first_keep + row.num_keeps; ++i) {
+      flat.keeps.push_back(planned.keeps[i]);
+      flat.keeps.back().row = narrow(flat.num_rows() - 1);
+    }
     taken.push_back(&row);
     adapters.push_back(row.adapter);
     flat.table_width =
@@ -326,7 +365,9 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
                      std::vector<int64_t> slots, std::vector<int32_t> query_start,
                      std::vector<int32_t> context_len, const Array<int32_t>& block_table,
                      std::vector<int32_t> row_slots, int64_t num_generated,
-                     const std::vector<std::shared_ptr<Adapter>>& adapters) {
+                     const std::vector<std::shared_ptr<Adapter>>& adapters,
+                     std::vector<int32_t> num_drafts, std::vector<int32_t> resumes,
+                     const std::vector<std::tuple<int32_t, int32_t, int32_t>>& keeps) {
   check(positions.size() == ids.size() && slots.size() == ids.size() &&
             query_start.size() == context_len.size() + 1,
         "`positions` and `slots` have an entry a token, `query_start` one more than `context_len`");
@@ -346,6 +387,9 @@ FlatRows from_arrays(std::vector<int32_t> ids, std::vector<int32_t> positions,
   check(adapters.empty() || adapters.size() == flat.context_len.size(),
         "`adapters` has an entry a sequence");
   flat.set_adapters({adapters.begin(), adapters.end()});
+  flat.num_drafts = std::move(num_drafts);
+  flat.resumes = std::move(resumes);
+  for (const auto& [row, position, place] : keeps) flat.keeps.push_back({row, position, place});
   return flat;
 }
 
@@ -356,12 +400,15 @@ py::array_t<Value> copy_of(const std::vector<Value>& values) {
 
 RowLimits make_limits(int64_t vocab_size, int64_t num_blocks, int64_t block_size,
                       int64_t max_context, int64_t max_rows, int64_t max_tokens,
-                      const std::vector<std::optional<int64_t>>& windows) {
+                      const std::vector<std::optional<int64_t>>& windows, int64_t num_kept_states) {
   for (const int64_t limit :
        {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens}) {
     check(limit > 0 && limit <= INT32_MAX, "limits must be in [1, ", INT32_MAX, "], got ", limit);
   }
-  RowLimits limits = {vocab_size, num_blocks, block_size, max_context, max_rows, max_tokens, {}};
+  RowLimits limits = {vocab_size, num_blocks, block_size, max_context,
+                      max_rows,   max_tokens, {},         num_kept_states};
+  check(num_kept_states >= 0 && num_kept_states <= INT32_MAX, "`num_kept_states` must be in [0, ",
+        INT32_MAX, "], got ", num_kept_states);
   check(!windows.empty(), "there is a group at the least");
   for (const std::optional<int64_t>& window : windows) {
     check(!window || *window > 0, "a window must be positive");
@@ -377,14 +424,17 @@ void bind_rows(py::module_& module) {
   py::class_<RowLimits>(module, "RowLimits", "Bounds of a plan's integers.")
       .def(py::init(&make_limits), py::kw_only(), py::arg("vocab_size"), py::arg("num_blocks"),
            py::arg("block_size"), py::arg("max_context"), py::arg("max_rows"),
-           py::arg("max_tokens"), py::arg("windows"));
+           py::arg("max_tokens"), py::arg("windows"), py::arg("num_kept_states") = 0);
   py::class_<FlatRows>(module, "FlatRows",
                        "The rows of a plan as flat arrays, see csrc/bindings/rows.h.")
       .def(py::init(&from_arrays), py::kw_only(), py::arg("ids"), py::arg("positions"),
            py::arg("slots"), py::arg("query_start"), py::arg("context_len"),
            py::arg("block_table").noconvert(), py::arg("row_slots") = std::vector<int32_t>(),
            py::arg("num_generated") = 0,
-           py::arg("adapters") = std::vector<std::shared_ptr<Adapter>>())
+           py::arg("adapters") = std::vector<std::shared_ptr<Adapter>>(),
+           py::arg("num_drafts") = std::vector<int32_t>(),
+           py::arg("resumes") = std::vector<int32_t>(),
+           py::arg("keeps") = std::vector<std::tuple<int32_t, int32_t, int32_t>>())
       .def_readonly("num_generated", &FlatRows::num_generated)
       .def_property_readonly("ids", [](const FlatRows& rows) { return copy_of(rows.ids); })
       .def_property_readonly("positions",

@@ -31,8 +31,16 @@ struct RowLimits {
   // How many positions a token sees, its own the last, in the layers of each group: blocks that
   // lie before them are not read, and may be others' already.
   std::vector<int64_t> windows;
+  int64_t num_kept_states;  // the bound of places where states are kept
 
   int64_t num_groups() const { return static_cast<int64_t>(windows.size()); }
+};
+
+// A state that is kept: that of a row's sequence in front of one of the row's tokens.
+struct StateKeep {
+  int32_t row;
+  int32_t position;
+  int32_t place;  // among those for kept states
 };
 
 // A plan's rows as they were given, each integer checked. Where a row begins, and with which
@@ -50,10 +58,13 @@ struct PlannedRows {
     size_t first_id, num_ids;        // of `ids`
     size_t first_block, num_blocks;  // of `blocks`: so many of each group, group by group
     AdapterPtr adapter;              // null: none
+    int32_t resumes;                 // the place of a kept state that it goes on from, or -1
+    size_t first_keep, num_keeps;    // of `keeps`
   };
   std::vector<Row> rows;
   std::vector<int32_t> ids;
   std::vector<int32_t> blocks;
+  std::vector<StateKeep> keeps;
   bool has_adapters = false;
 };
 
@@ -71,6 +82,9 @@ struct FlatRows {
   int64_t table_width = 0;
   int64_t num_generated = 0;         // the first so many tokens were drawn
   std::vector<int32_t> row_slots;    // [num_rows]
+  std::vector<int32_t> num_drafts;   // [num_rows] of its tokens, the last ones; or empty
+  std::vector<int32_t> resumes;      // [num_rows] places of kept states, -1: its slot's; or empty
+  std::vector<StateKeep> keeps;      // row by row, in the order of positions
   std::vector<int32_t> row_of_plan;  // [num_rows] which row of the plan it is
   std::vector<int32_t> draws;        // tokens that are drawn after
   std::vector<int32_t> draw_slots;   // and their slots

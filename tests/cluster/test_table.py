@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,18 @@ def test_blocks_behind_a_gap_do_not_count(table: ReplicaTable) -> None:
     table.update(report("a", *prompt[1:]))
     table.update(report("b", prompt[0]))
     assert table.order(prompt, 10 * BLOCK)[0] == "b"
+
+
+def test_states_say_how_far_a_prompt_goes_on(table: ReplicaTable) -> None:
+    """Of a model with recurrent layers a replica tells of the blocks that have a state behind them."""
+    prompt = digests("p", 10)
+    table.update(replace(report("a", prompt[0], prompt[6]), has_states=True))
+    table.update(replace(report("b", prompt[3], digests("q", 9)[8]), has_states=True))
+    assert [table.replicas[name].num_held(prompt) for name in "ab"] == [7, 4]
+    table.send("b", digests("r", 5), 5 * BLOCK + 1).end()
+    assert [table.replicas["b"].num_held(digests("r", count)) for count in (4, 5, 6)] == [0, 5, 5]
+    table.update(replace(report("a", lost=prompt[6:7], is_whole=False), has_states=True))
+    assert table.replicas["a"].num_held(prompt) == 1
 
 
 def test_a_busy_replica_loses_to_one_that_must_compute_the_prompt(table: ReplicaTable) -> None:

@@ -310,15 +310,13 @@ int count_differences(const RowPasses& a, const RowPasses& b, std::mt19937& rand
   return differences;
 }
 
-// Two sequences, of which the second goes on from its state.
+// Two sequences, of which the second goes on from its state, which is copied first.
 StepHeader step_of_states() {
-  static const int32_t starts[] = {0, 17, kTokens}, from[] = {-1, 3}, to[] = {0, 2};
+  static const StateSpan spans[] = {{0, 17, -1, 0}, {17, 17, 3, 1}, {17, kTokens, 1, 2}};
   StepHeader step = {};
   step.num_tokens = kTokens;
-  step.num_sequences = 2;
-  step.query_start = starts;
-  step.state_from = from;
-  step.state_to = to;
+  step.state_spans = spans;
+  step.num_state_spans = 3;
   return step;
 }
 

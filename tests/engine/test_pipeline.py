@@ -16,7 +16,8 @@ class HeldRunner:
 
     num_blocks = block_size = max_batch_size = max_step_tokens = 1
     least_chunk = 16
-    has_states = takes_whole_prompts = has_prompt_arithmetic = False
+    takes_whole_prompts = has_prompt_arithmetic = False
+    num_kept_states: int | None = None
     drafts: DraftLimits | None = None
     windows: tuple[int | None, ...] = (None,)
     eyes: Eyes | None = None

@@ -138,7 +138,7 @@ async def test_a_prompt_may_fill_the_context_and_no_more(make_engine: MakeEngine
 
 
 async def test_prompts_that_come_whole_share_steps_up_to_the_budget(make_engine: MakeEngine) -> None:
-    runner = FakeRunner(num_blocks=512, max_step_tokens=300, takes_whole_prompts=True, has_states=True)
+    runner = FakeRunner(num_blocks=512, max_step_tokens=300, takes_whole_prompts=True, num_kept_states=0)
     engine = make_engine(runner, max_batch_prefill_tokens=96)
     sizes = [10, 200, 90, 7, 40, 41, 300, 1, 33, 20, 10, 96, 2]
     requests = [_pooled(bytes([at]) * size, MEAN) for at, size in enumerate(sizes)]
@@ -154,7 +154,7 @@ async def test_prompts_that_come_whole_share_steps_up_to_the_budget(make_engine:
 
 @pytest.mark.parametrize("error", [RuntimeError("bad"), MemoryError("none")])
 async def test_a_prompt_that_fails_whole_is_not_cut(make_engine: MakeEngine, error: Exception) -> None:
-    runner = FakeRunner(num_blocks=512, takes_whole_prompts=True, has_states=True)
+    runner = FakeRunner(num_blocks=512, takes_whole_prompts=True, num_kept_states=0)
     engine = make_engine(runner, max_batch_prefill_tokens=200)
     runner.fault = lambda plan: error if any(row.num_tokens == 150 for row in plan.rows) else None
     good = [_pooled(size, MEAN) for size in (20, 30, 40, 3)]
@@ -170,6 +170,6 @@ async def test_a_prompt_that_fails_whole_is_not_cut(make_engine: MakeEngine, err
 
 
 async def test_where_the_second_text_begins_reaches_the_runner(make_engine: MakeEngine) -> None:
-    runner = FakeRunner(takes_whole_prompts=True, has_states=True)
+    runner = FakeRunner(takes_whole_prompts=True, num_kept_states=0)
     await _run(make_engine(runner), replace(_pooled(9, MEAN), second_start=4))
     assert [row.second_start for plan in runner.plans for row in plan.rows] == [4]

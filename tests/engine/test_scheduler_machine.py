@@ -55,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_drafts=st.sampled_from([0, 0, 1, 3, 9]),
         windows=st.sampled_from(WINDOWS),
         is_cramped=st.booleans(),
+        num_kept_states=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
     )
     def start(
         self,
@@ -68,7 +69,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_drafts: int,
         windows: tuple[int | None, ...],
         is_cramped: bool,
+        num_kept_states: int | None,
     ) -> None:
+        if num_kept_states is not None:
+            eyes = None
         drafts = DraftLimits(num_drafts, 16) if num_drafts else None
         # Steps hold a prompt that is not cut, or an image of at most nine tokens.
         is_cramped = is_cramped and eyes is not Eyes.PROMPT
@@ -80,7 +84,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_size=max_batch_size,
             max_prefill_tokens=max_prefill,
             max_step_tokens=max_step_tokens,
-            prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT,
+            prefix_cache=not is_forgetful and eyes is not Eyes.PROMPT and num_kept_states != 0,
+            num_kept_states=num_kept_states,
             eyes=eyes,
             has_prompt_arithmetic=has_prompt_arithmetic,
             drafts=drafts,
@@ -97,6 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_adapters=MAX_ADAPTERS,
             windows=windows,
             max_step_tokens=max_step_tokens,
+            num_kept_states=num_kept_states,
         )
         self.num_blocks = num_blocks
         self.open: list[Sequence] = []
@@ -276,6 +282,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in writable:
             assert tables[block] == 1, f"block {block} will be written and is shared"
             assert pool._digests[block] is None, f"block {block} will be written and is in the cache"
+
+    @invariant()
+    def kept_states_are_accounted_for(self) -> None:
+        if not hasattr(self, "scheduler") or self.scheduler.tables.states is None:
+            return
+        states = self.scheduler.tables.states
+        states.pool.check()
+        holders = Counter(keep.place for step, _ in self.flights for keep in step.keeps)
+        for sequence in self.scheduler.running:
+            held = sequence.states
+            places = (held.resumes, held.for_choices, held.answer)
+            holders.update(place for place in places if place is not None)
+        assert states.pool._references == [holders[place] for place in range(states.pool.num_blocks)]
+        assert set(states.pool.known) <= set(self.scheduler.pool.known)
+        pending = {keep.digest for step, _ in self.flights for keep in step.keeps} - {None}
+        assert states._pending == pending
+        num_answers = sum(sequence.states.answer is not None for sequence in self.scheduler.running)
+        assert states._num_answers == num_answers <= states.pool.num_blocks // 2
 
     @invariant()
     def sequences_are_accounted_for(self) -> None:

@@ -13,6 +13,8 @@ from tests.reference.compare import assert_close, assert_same_bits
 from tests.support.state_steps import (
     Shape,
     Steps,
+    assert_drafts_are_taken_back,
+    assert_kept_states_are_gone_on_with,
     assert_step_may_be_computed_again,
     assert_steps_leave_bits_alone,
 )
@@ -67,6 +69,20 @@ def test_a_step_may_be_computed_again() -> None:
     weight = random_weight(2, 32, 1, 6)
     wrong = [random_text(weight, 1), random_text(weight, 3)]
     assert_step_may_be_computed_again(lambda slots: steps_of(weight, slots), random_text(weight, 9), wrong)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kept_states_are_gone_on_with(threads: int) -> None:
+    weight = random_weight(3, 48, 3, 6)
+    assert_kept_states_are_gone_on_with(
+        lambda slots: steps_of(weight, slots), random_text(weight, 12), threads
+    )
+
+
+def test_drafts_are_taken_back() -> None:
+    weight = random_weight(2, 32, 1, 6)
+    wrong = random_text(weight, 4)
+    assert_drafts_are_taken_back(lambda slots: steps_of(weight, slots), random_text(weight, 12), wrong)
 
 
 def test_sets_agree_to_the_bit() -> None:

@@ -12,7 +12,7 @@ from tests.support.family_states import STATE_CASES
 from tgi_asgi.errors import ModelLoadError
 from tgi_asgi.models.loading.open import is_native, read_config
 from tgi_asgi.runner import load as loading
-from tgi_asgi.runner.memory import fitting_batch, state_bytes
+from tgi_asgi.runner.memory import choose_kept_states, fitting_batch, kept_state_bytes, state_bytes
 from tgi_asgi.runner.runner import CpuRunner
 from tgi_asgi.settings import GivenRope
 
@@ -56,19 +56,64 @@ def test_models_without_states_run_as_many_as_they_may() -> None:
 def test_a_server_runs_as_many_sequences_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "free_memory", lambda: 16 << 20)
     monkeypatch.setattr(
-        loading, "fitting_batch", lambda config, most, free: fitting_batch(config, most, 60_000)
+        loading, "fitting_batch", lambda config, most, free, drafts: fitting_batch(config, most, 60_000)
     )
     loaded = loading.load(settings(max_batch_size=128), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()
     assert loaded.runner.max_batch_size == loaded.info.max_batch_size == 30_000 // 4096
 
 
-def test_nothing_is_drafted_and_nothing_shared(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "cache", "free", "number"),
+    [
+        (None, 100, 1000, 100),
+        (None, 1, 1000, 8),  # a few at the least
+        (None, 1 << 30, 1 << 40, 1 << 16),
+        (None, 100, 20, 10),
+        (None, 100, 1, 0),
+        (0, 100, 1000, 0),
+        (500, 0, 1000, 500),
+    ],
+)
+def test_as_many_states_are_kept_as_have_room(wanted: int | None, cache: int, free: int, number: int) -> None:
+    """Sizes are in states, the cache's of ten: at most half of what is free."""
+    _, config = read_config(config_of(LFM2))
+    each = state_bytes(config) // 2
+    assert kept_state_bytes(config) == each
+    assert choose_kept_states(config, wanted, cache * 10 * each, free * each) == number
+    with pytest.raises(ModelLoadError, match=r"--max-kept-states 501 .* set it to at most 500"):
+        choose_kept_states(config, 501, 0, 1000 * each)
+
+
+def test_models_without_states_keep_none() -> None:
+    from tests.support.families import CASES
+
+    _, config = read_config(config_of(CASES[0]))
+    assert choose_kept_states(config, 100, 1 << 30, 1 << 40) == 0
+
+
+def test_kept_states_take_from_the_room_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "free_memory", lambda: 16 << 20)
+    sizes = {}
+    for number in (0, 1000):
+        loaded = loading.load(settings(max_kept_states=number), checkpoint(LFM2), lambda *_: None)
+        loaded.runner.close()
+        assert loaded.runner.num_kept_states == loaded.info.num_kept_states == number
+        assert loaded.info.kept_state_bytes == number * 2048
+        sizes[number] = loaded.info.kv_bytes
+    assert 0 <= sizes[0] - sizes[1000] <= 1000 * 2048
+
+
+def test_drafts_take_room_for_their_states(caplog: pytest.LogCaptureFixture) -> None:
     loaded = loading.load(settings(speculate=8), checkpoint(LFM2), lambda *_: None)
     loaded.runner.close()
     assert isinstance(loaded.runner, CpuRunner)
-    assert loaded.runner.drafts is None and loaded.runner.has_states
-    assert "nothing is speculated for Lfm2ForCausalLM" in caplog.text
+    assert loaded.runner.drafts is not None and not caplog.records
+    _, config = read_config(config_of(LFM2))
+    each = state_bytes(config, 8)
+    assert each == 9 * state_bytes(config)
+    assert fitting_batch(config, 7, 14 * each - 1, 8) == 6
+    assert "the states of each take 0.000 GiB with 8 drafts" in caplog.text
 
 
 def test_positions_of_layers_that_attend_may_be_stretched() -> None:

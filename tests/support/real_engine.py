@@ -62,4 +62,5 @@ async def together(engine: Engine, requests: Sequence[GenerationRequest]) -> lis
 def told(answer: Answer) -> list[tuple[object, ...]]:
     """Return what a client learns of an answer, but for when: tokens, texts and log-probabilities."""
     assert answer.error is None
-    return [(event.token_id, event.text, event.logprob, str(event.top)) for event in answer.events]
+    events = sorted(answer.events, key=lambda event: event.index)
+    return [(event.token_id, event.text, event.logprob, str(event.top)) for event in events]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from tgi_asgi import _C, ops
 from tgi_asgi.ops import Kind, Value
 
 MAX_TOKENS = 64
+NUM_KEPT, NUM_DRAFTS = 3, 3
 Text = Sequence[Tensor]  # the rows of each input
 
 
@@ -46,7 +48,9 @@ class Steps:
         columns: Sequence[int],
         num_slots: int,
     ) -> None:
-        pool = ops.StatePool([Shape(3, 2), shape], num_slots=num_slots)
+        pool = ops.StatePool(
+            [Shape(3, 2), shape], num_slots=num_slots, num_kept=NUM_KEPT, num_drafts=NUM_DRAFTS
+        )
         recorder = ops.Recorder()
         self._inputs = [recorder.value(Kind.ROWS, count) for count in columns]
         self._out = operator(self._inputs, pool.layers[1])
@@ -55,8 +59,18 @@ class Steps:
             inputs=self._inputs, outputs=[self._out],
         )  # fmt: skip
 
-    def run(self, parts: Sequence[tuple[int, int, Sequence[Tensor]]]) -> list[Tensor]:
-        """Compute parts of sequences: their slots, where they begin, and their rows of each input."""
+    def run(
+        self,
+        parts: Sequence[tuple[int, int, Sequence[Tensor]]],
+        resumes: Sequence[int] = (),
+        keeps: Sequence[tuple[int, int, int]] = (),
+        num_drafts: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Compute parts of sequences: their slots, where they begin, and their rows of each input.
+
+        Args:
+            resumes, keeps, num_drafts: as those of `ops.FlatRows`.
+        """
         lengths = [len(rows[0]) for _, _, rows in parts]
         total = sum(lengths)
         for value in (*self._inputs, self._out):
@@ -68,6 +82,7 @@ class Steps:
             ids=zeros, positions=zeros, slots=zeros.astype(np.int64), query_start=np.cumsum([0, *lengths]),
             context_len=np.array([start + len(rows[0]) for _, start, rows in parts]),
             block_table=np.zeros((len(parts), 1), np.int32), row_slots=[slot for slot, _, _ in parts],
+            resumes=resumes, keeps=keeps, num_drafts=num_drafts,
         )  # fmt: skip
         self._program.run(batch, ())
         padding = self._array(self._out)[:total, self._out.columns :]
@@ -112,3 +127,86 @@ def assert_step_may_be_computed_again(
     for other in (*wrong, part(text, 4, 6)):
         steps.run([(2, 4, other)])
     assert_same_bits(steps.run([(2, 6, part(text, 6, 9))])[0], whole[6:])
+
+
+def assert_kept_states_are_gone_on_with(make: Callable[[int], Steps], text: Text, threads: int) -> None:
+    """Hold a text of twelve tokens that goes on from states kept on the way, in other slots, to it whole."""
+    _C.set_num_threads(2)
+    (whole,) = make(1).run([(0, 0, text)])
+    _C.set_num_threads(threads)
+    steps = make(4)
+    steps.run([(1, 0, part(text, 2, 6))])  # what another has left in its slot
+    other, found = steps.run(
+        [(0, 0, part(text, 0, 2)), (2, 0, part(text, 0, 9))], keeps=[(1, 3, 1), (1, 7, 0)]
+    )
+    assert_same_bits(other, whole[:2])
+    assert_same_bits(found, whole[:9])
+    # In front of a row's first token it is the state that the row begins with.
+    (found,) = steps.run([(1, 3, part(text, 3, 9))], resumes=[1], keeps=[(0, 3, 2)])
+    assert_same_bits(found, whole[3:9])
+    first, second, third = steps.run(
+        [(0, 3, part(text, 3, 4)), (3, 7, part(text, 7, 12)), (2, 9, part(text, 9, 12))],
+        resumes=[2, 0, -1],
+        keeps=[(2, 9, 1)],
+    )
+    assert_same_bits(torch.cat([first, second, third]), torch.cat([whole[3:4], whole[7:], whole[9:]]))
+    (found,) = steps.run([(0, 9, part(text, 9, 12))], resumes=[1])
+    assert_same_bits(found, whole[9:])
+
+
+def assert_wrong_states_are_refused(make: Callable[[int], Steps], text: Text) -> None:
+    """Expect that a step is refused as a whole that goes on where nothing is, or keeps where it must not."""
+    _C.set_num_threads(2)
+    (whole,) = make(1).run([(0, 0, text)])
+    steps = make(2)
+    begun = [(0, 0, part(text, 0, 5)), (1, 0, part(text, 0, 5))]
+    steps.run(begun, keeps=[(0, 3, 1)])
+    following = [(0, 5, part(text, 5, 9)), (1, 3, part(text, 3, 9))]
+    for resumes, keeps, message in (
+        ([-1, 0], [], "place 0 keeps no state of 3 tokens"),
+        ([-1, 3], [], "there is no place 3 of kept states"),
+        ([1], [], "`resumes` has an entry a sequence"),
+        ([-1, 1], [(0, 9, 0)], "a state cannot be kept at 9 of a row of 5 to 9"),
+        ([-1, 1], [(0, 4, 0)], "a state cannot be kept at 4 of a row of 5 to 9"),
+        ([-1, 1], [(0, 7, 0), (0, 6, 2)], "in the order of rows and positions"),
+        ([-1, 1], [(0, 7, 0), (1, 6, 0)], "two states are kept in one place"),
+        ([-1, 1], [(0, 7, 1)], "a state is kept where another row begins"),
+        ([-1, 1], [(0, 7, 3)], "place of a kept state"),
+        ([-1, 1], [(2, 7, 0)], "a state is kept of no row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            steps.run(following, resumes, keeps)
+    for num_drafts, message in (
+        ([0], "`num_drafts` has an entry a sequence"),
+        ([4, 0], "a row has places for 3 drafts, got 4"),
+        ([0, -1], "a row has places for 3 drafts, got -1"),
+        ([1, 0], "no state is kept among drafts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            steps.run(following, [-1, 1], [(0, 6, 0)], num_drafts)
+    found = steps.run(following, [-1, 1])
+    assert_same_bits(torch.cat(found), torch.cat([whole[5:9], whole[3:9]]))
+
+
+def assert_drafts_are_taken_back(make: Callable[[int], Steps], text: Text, wrong: Text) -> None:
+    """Hold a text of twelve tokens, of which a row guesses some, to it whole: any number of them is right."""
+    _C.set_num_threads(2)
+    (whole,) = make(1).run([(0, 0, text)])
+    for num_right in range(NUM_DRAFTS + 1):
+        steps = make(3)
+        steps.run([(1, 0, part(text, 0, 4))])
+        drafted = [torch.cat(pair) for pair in zip(part(text, 4, 5 + num_right), wrong, strict=True)]
+        row = [rows[: 1 + NUM_DRAFTS] for rows in drafted]
+        begin = 5 + num_right
+        other, found = steps.run([(0, 0, part(text, 0, 2)), (1, 4, row)], num_drafts=[0, NUM_DRAFTS])
+        assert_same_bits(other, whole[:2])
+        assert_same_bits(found[: 1 + num_right], whole[4:begin])
+        for _ in range(2):  # the first was void, as it was known only then that its tokens are wrong
+            again = [rows[: 1 + NUM_DRAFTS] for rows in wrong]
+            steps.run([(1, begin, again)], num_drafts=[NUM_DRAFTS])
+            with pytest.raises(ValueError, match=f"slot 1 has no state of {begin + 9} tokens"):
+                steps.run([(1, begin + 9, again)])
+        (found,) = steps.run(
+            [(1, begin, part(text, begin, 12))], num_drafts=[11 - begin] if begin > 7 else []
+        )
+        assert_same_bits(found, whole[begin:])

@@ -54,7 +54,7 @@ class Replica:
         self._life = secrets.token_hex(8)
         self._num_streams = 0
         self._journal = BlockJournal()
-        self._engine.scheduler.pool.journal = self._journal
+        self._engine.scheduler.resumable.journal = self._journal
 
     @classmethod
     async def start(cls, name: str, settings: Settings, loader: Loader = load_model) -> Replica:
@@ -94,7 +94,7 @@ class Replica:
         changes = journal.since(seen.number) if seen.life == self._life else None
         is_whole = changes is None
         if changes is None:
-            changes = dict.fromkeys(self._engine.scheduler.pool.known, True)
+            changes = dict.fromkeys(self._engine.scheduler.resumable.known, True)
         return Report(
             self.name,
             Seen(self._life, journal.end),
@@ -104,6 +104,7 @@ class Replica:
             stats.accepted - stats.finished - stats.failed - stats.cancelled,
             snapshot(stats),
             {} if self._adapters is None else self._adapters.keys,
+            has_states=self._engine.scheduler.tables.states is not None,
         )
 
     async def generate(self, wired: WireRequest) -> AsyncIterator[Reply]:

@@ -37,6 +37,7 @@ class KnownReplica:
         self.num_open = 0
         self.num_foreign = 0
         self.num_missed = 0
+        self._has_states = False
         self._load_tokens = 0
         self._clock = clock
         self._held: set[bytes] = set()
@@ -53,17 +54,22 @@ class KnownReplica:
         return self._load_tokens + STREAM_TOKENS * (self.num_open + self.num_foreign)
 
     def num_held(self, digests: Sequence[bytes]) -> int:
-        """Return how many blocks of a prompt's beginning it has."""
+        """Return how many blocks of a prompt's beginning it has, and can go on behind."""
         held, expected = self._held, self._expected
+        if self._has_states:
+            for number in range(len(digests), 0, -1):
+                if digests[number - 1] in held or digests[number - 1] in expected:
+                    return number
+            return 0
         for number, digest in enumerate(digests):
             if digest not in held and digest not in expected:
                 return number
         return len(digests)
 
     def expect(self, digests: Sequence[bytes]) -> None:
-        """Learn that a prompt was sent that fills these blocks."""
+        """Learn that a prompt was sent that fills these blocks; a state is kept behind the last."""
         now_s = self._clock()
-        for digest in digests:
+        for digest in digests[-1:] if self._has_states else digests:
             self._expected[digest] = now_s
             self._expected.move_to_end(digest)
 
@@ -85,7 +91,7 @@ class KnownReplica:
         oldest_s = self._clock() - _EXPECTED_S
         while self._expected and next(iter(self._expected.values())) < oldest_s:
             self._expected.popitem(last=False)
-        self.seen, self.adapters = report.seen, report.adapters
+        self.seen, self.adapters, self._has_states = report.seen, report.adapters, report.has_states
         self.num_foreign = max(report.num_open - self.num_open, 0)
         self.num_missed = 0
 

@@ -9,7 +9,7 @@ from tgi_asgi.engine.stats import EngineStats, Histogram
 
 Snapshot = Mapping[str, Any]
 
-_GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "max_adapters")
+_GAUGES = ("batch_size", "running", "waiting", "blocks_used", "blocks_total", "states_kept", "max_adapters")
 
 
 def snapshot(stats: EngineStats) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class Report:
         num_open: requests that run or wait there, whichever ingress they came by.
         stats: of its engine: `totals.snapshot`.
         adapters: those that can be asked for, with their keys.
+        has_states: a prompt goes on behind the last block of it that is cached, also where others before that
+            are not told of: it is states that are told.
     """
 
     replica: str
@@ -160,6 +162,7 @@ class Report:
     num_open: int = 0
     stats: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
+    has_states: bool = False
 
 
 def join_digests(digests: Iterable[bytes]) -> bytes:

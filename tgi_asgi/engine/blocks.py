@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Protocol
 
 from tgi_asgi.engine.journal import BlockJournal
+
+
+class Dependents(Protocol):
+    """What is of no use without blocks."""
+
+    def lost(self, digest: bytes) -> None:
+        """Learn that these contents can no longer be found."""
 
 
 class BlockPool:
@@ -26,17 +34,19 @@ class BlockPool:
 
     Attributes:
         journal: hears which contents can be found from now on, and which no longer, if there is one.
+        dependents: hear the latter, if there are any.
     """
 
     __slots__ = (
-        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "journal",
-        "num_blocks", "num_touched", "num_used",
+        "_by_digest", "_digests", "_free", "_given_up", "_num_eager", "_references", "dependents",
+        "journal", "num_blocks", "num_touched", "num_used",
     )  # fmt: skip
 
     def __init__(self, num_blocks: int, num_eager: int | None = None) -> None:
         assert num_blocks >= 1
         self.num_blocks = num_blocks
         self.journal: BlockJournal | None = None
+        self.dependents: Dependents | None = None
         self.num_used = 0
         self.num_touched = 0  # blocks that were ever handed out: those from here on are free and not listed
         self._num_eager = num_blocks if num_eager is None else num_eager
@@ -104,12 +114,20 @@ class BlockPool:
         return self._by_digest.get(digest)
 
     @property
+    def num_known(self) -> int:
+        """How many contents can be found."""
+        return len(self._by_digest)
+
+    @property
     def known(self) -> Iterable[bytes]:
         """The digests of all contents that can be found."""
         return self._by_digest.keys()
 
     def is_free(self, block: int) -> bool:
         return self._references[block] == 0
+
+    def num_holders(self, block: int) -> int:
+        return self._references[block]
 
     def take(self, block: int) -> None:
         """Add a holder to a block that `find` returned, reviving it if it is free."""
@@ -140,6 +158,8 @@ class BlockPool:
         self._digests[block] = None
         if self.journal is not None:
             self.journal.lost(digest)
+        if self.dependents is not None:
+            self.dependents.lost(digest)
 
     def reset(self) -> int:
         """Make all blocks unfindable, used and free; return how many could be found."""

@@ -6,22 +6,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from tgi_asgi.engine.admission import Admission
-from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.channel import RequestChannel
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
+from tgi_asgi.engine.tables import BlockTables
 
 _COUNTERS = ("accepted", "finished", "failed", "cancelled", "steps", "failed_steps", "preemptions")
 
 
 def describe(
     admission: Admission,
-    pool: BlockPool,
+    tables: BlockTables,
     channels: Iterable[RequestChannel],
     stats: EngineStats,
     now_s: float,
 ) -> dict[str, Any]:
     """Return counters, permits, blocks and every open request with its sequences, oldest first."""
+    pool = tables.pool
     ordered = sorted(channels, key=lambda channel: channel.stats.arrival_s)
     return {
         "counters": {name: getattr(stats, name) for name in _COUNTERS},
@@ -32,8 +34,13 @@ def describe(
             "free": pool.num_free,
             "touched": pool.num_touched,
         },
+        **({} if tables.states is None else {"kept_states": _states(tables.states)}),
         "requests": [_request(channel, now_s) for channel in ordered],
     }
+
+
+def _states(states: KeptStates) -> dict[str, int]:
+    return {"total": states.pool.num_blocks, "used": states.pool.num_used, "findable": states.num_known}
 
 
 def _request(channel: RequestChannel, now_s: float) -> dict[str, Any]:

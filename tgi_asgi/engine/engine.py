@@ -99,7 +99,7 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """Return what the engine holds now, for a person to read."""
-        return describe(self.admission, self.scheduler.pool, self._loop.channels, self.stats, self._clock())
+        return describe(self.admission, self.scheduler.tables, self._loop.channels, self.stats, self._clock())
 
     def start(self) -> None:
         """Begin to serve."""

@@ -6,6 +6,8 @@ it reaches into where the prompt is resumed.
     window 5, blocks of 4 tokens; which blocks are found
     all positions    0 1 2 3 4 5 -
     window           0 - - 3 4 - -     resumed behind 4 (positions 16 on see 12 and later); 3 and 4 are taken
+
+Where a model has recurrent layers, a state must have been kept there, too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.runner.groups import BlockNeeds
 
 
@@ -25,10 +28,14 @@ class Hit:
     Attributes:
         num_blocks: of tokens, from the prompt's start.
         blocks: of each group the last of them, as many as it still reads.
+        num_found: blocks that were there, also where there was no state to go on with.
+        state: the place of the one that there is.
     """
 
     num_blocks: int
     blocks: list[list[int]]
+    num_found: int = 0
+    state: int | None = None
 
     @classmethod
     def none(cls, num_groups: int) -> Hit:
@@ -41,8 +48,10 @@ def group_key(digest: bytes, group: int) -> bytes:
     return digest + group.to_bytes(2, "little") if group else digest
 
 
-def find_hit(pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int) -> Hit:
-    """Return the longest hit of at most `num_blocks`."""
+def find_hit(
+    pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks: int, states: KeptStates | None = None
+) -> Hit:
+    """Return the longest hit of at most `num_blocks`; with `states` it needs one."""
     size, num_groups = needs.block_size, len(needs.windows)
     blocks: list[list[int]] = [[] for _ in range(num_groups)]
     end = num_blocks
@@ -56,7 +65,13 @@ def find_hit(pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks:
             while len(found) < end and (block := find(group, len(found))) is not None:
                 found.append(block)
             end = len(found)
-    end = _resumable(needs, find, end)
+    num_found = end = _resumable(needs, find, end)
+    state: int | None = None
+    while states is not None and end > 0:
+        state = states.find(sequence.chain.digest(end - 1, sequence.token_ids))
+        if state is not None:
+            break
+        end = _resumable(needs, find, end - 1)
     for group in range(num_groups):
         if needs.windows[group] is None:
             del blocks[group][end:]
@@ -71,7 +86,7 @@ def find_hit(pool: BlockPool, needs: BlockNeeds, sequence: Sequence, num_blocks:
             key = _key(sequence, group, index)
             if pool.find(key) is None and not pool.miss(key):
                 break
-    return Hit(end, blocks)
+    return Hit(end, blocks, num_found, state)
 
 
 def _key(sequence: Sequence, group: int, index: int) -> bytes:

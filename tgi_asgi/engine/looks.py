@@ -6,11 +6,12 @@ rows of others. Called by the scheduler; pure Python.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from tgi_asgi.engine.sequence import Sequence
-from tgi_asgi.runner.plan import StepResult
+from tgi_asgi.runner.plan import StepPlan, StepResult
 from tgi_asgi.types import Eyes, ImageInput
 
 ALONE_S = 1.0  # what a step encodes while nobody decodes: an engine that hears of nothing longer seems hung
@@ -56,6 +57,12 @@ def settle(looks: Many[Look], result: StepResult) -> None:
             sequence.num_seen = max(sequence.num_seen, look.index + 1)
 
 
+def plan_views(plan: StepPlan, looks: Many[Look], room_s: Callable[[], float]) -> None:
+    """Give the images of a step the time that there is; most of all where no token waits for its end."""
+    plan.views = [look.image for look in looks]
+    plan.view_s = min(room_s(), ALONE_S) if any(row.samples for row in plan.rows) else ALONE_S
+
+
 class Cuts:
     """Where a prompt may be cut into chunks.
 
@@ -82,6 +89,22 @@ class Cuts:
             if first < end < stop:
                 return first if first > start else stop
         return end
+
+    def before_images(self, sequence: Sequence, count: int, room: int) -> tuple[int, list[Look]]:
+        """Return how many tokens of a chunk can be computed: up to an image that is to be encoded first.
+
+        What must not be cut is left to the next step where it is more than `room`. Also returns what is to be
+        encoded.
+        """
+        start = sequence.num_computed
+        end = self.end(sequence, start, start + count)
+        looks = looks_for(sequence, end)
+        if looks:
+            reach = max(looks[0].image.start, start)
+            end = self.end(sequence, start, reach) if reach > start else start
+            if end > reach:
+                return 0, looks
+        return (end - start if end - start <= room else 0), looks
 
     def longest(self, images: Many[ImageInput], prompt_len: int) -> int:
         """Return how many tokens of a prompt a step must compute at the least."""

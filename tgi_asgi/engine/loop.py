@@ -74,8 +74,10 @@ class ServingLoop:
             stats=stats,
             num_eager_blocks=num_eager_blocks,
             eyes=runner.eyes,
-            prefix_cache=settings.prefix_cache and not runner.has_states and runner.eyes is not Eyes.PROMPT,
-            can_fork=not runner.has_states,
+            prefix_cache=(
+                settings.prefix_cache and runner.num_kept_states != 0 and runner.eyes is not Eyes.PROMPT
+            ),
+            num_kept_states=runner.num_kept_states,
             takes_whole_prompts=runner.takes_whole_prompts,
             has_prompt_arithmetic=runner.has_prompt_arithmetic,
             drafts=runner.drafts,
@@ -417,3 +419,6 @@ class ServingLoop:
         stats.running = scheduler.num_running
         stats.waiting = scheduler.num_waiting
         stats.blocks_used = scheduler.pool.num_used
+        states = scheduler.tables.states
+        if states is not None:
+            stats.states_kept = states.num_known

@@ -32,7 +32,7 @@ from tgi_asgi.engine.adapted import RunningAdapters
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.budget import TokenBudget
 from tgi_asgi.engine.drafting import plan_drafts
-from tgi_asgi.engine.looks import ALONE_S, Cuts, is_looking, looks_for
+from tgi_asgi.engine.looks import Cuts, is_looking, plan_views
 from tgi_asgi.engine.sequence import Sequence, SequenceState
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.engine.step import Step, take_over
@@ -56,7 +56,7 @@ class Scheduler:
     Args:
         num_eager_blocks: blocks that are filled before cached ones are given up (default: all).
         eyes: of a model that takes images.
-        can_fork: the choices of a prompt share what the first has computed of it.
+        num_kept_states: as the runner's.
         takes_whole_prompts: no prompt is cut; one that exceeds the budget is a step of its own.
         has_prompt_arithmetic: tokens of prompts have other bits than the same tokens drawn. Then a row has
             the one or the other, and a block with drawn tokens is its sequence's alone: so the bits of a
@@ -79,7 +79,7 @@ class Scheduler:
         stats: EngineStats,
         num_eager_blocks: int | None = None,
         prefix_cache: bool = True,
-        can_fork: bool = True,
+        num_kept_states: int | None = None,
         eyes: Eyes | None = None,
         takes_whole_prompts: bool = False,
         has_prompt_arithmetic: bool = False,
@@ -93,7 +93,7 @@ class Scheduler:
         self.cuts = Cuts(eyes)
         self.tables = BlockTables(
             self.pool, BlockNeeds(windows, block_size, max_step_tokens), prefix_cache=prefix_cache,
-            can_fork=can_fork, shares_prompts_alone=has_prompt_arithmetic, stats=stats,
+            num_kept_states=num_kept_states, shares_prompts_alone=has_prompt_arithmetic, stats=stats,
         )  # fmt: skip
         self._has_prompt_arithmetic = has_prompt_arithmetic
         self._has_eyes = eyes is not None
@@ -126,6 +126,11 @@ class Scheduler:
     def running(self) -> tuple[Sequence, ...]:
         """The sequences that hold a slot, most urgent first."""
         return tuple(self._running)
+
+    @property
+    def resumable(self) -> BlockPool:
+        """What tells by its digests how far prompts are found: the blocks, or the states behind some."""
+        return self.pool if self.tables.states is None else self.tables.states.pool
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queue a request's sequences, the first of which computes the prompt for all."""
@@ -177,8 +182,9 @@ class Scheduler:
         if self._may_admit(step):
             self._admit(step, budget)
         if step.looks:
-            self._plan_views(
-                step, waited_s, step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
+            left = 1.0 - step.num_prefill_tokens / max(budget, step.num_prefill_tokens, 1)
+            plan_views(
+                step.plan, step.looks, lambda: left * self._budget.room_s(step.num_decode_rows, waited_s)
             )
         if not step.sequences and not step.looks:
             return None
@@ -190,14 +196,6 @@ class Scheduler:
         self._next_step += 1
         return step
 
-    def _plan_views(self, step: Step, waited_s: float, used: float) -> None:
-        """Give the images of a step the time that its chunks leave, of which they use so much."""
-        step.plan.views = [look.image for look in step.looks]
-        step.plan.view_s = ALONE_S
-        if any(row.samples for row in step.plan.rows):  # whose tokens wait for the end of the step
-            room_s = self._budget.room_s(step.num_decode_rows, waited_s)
-            step.plan.view_s = min(room_s * (1.0 - used), ALONE_S)
-
     def _plan_decodes(self, step: Step) -> list[Sequence]:
         """Add a row for every sequence that decodes; return those that do not yet.
 
@@ -208,6 +206,9 @@ class Scheduler:
         prefilling: list[Sequence] = []
         running, size = self._running, self.block_size
         rows, sequences, epochs = step.plan.rows, step.sequences, step.epochs
+        states = self.tables.states
+        if states is not None and not states.keeps_answers:
+            states = None
         if self._adapters.num_running:  # rows of one adapter side by side; the others first
             running = self._adapters.grouped(running)
         for sequence in running:
@@ -230,6 +231,8 @@ class Scheduler:
             )  # fmt: skip
             if ahead:
                 row.stop = stop
+            elif states is not None and start % size == 0:
+                states.plan_answer(step.keeps, row, sequence)
             rows.append(row)
             sequences.append(sequence)
             epochs.append(sequence.epoch)
@@ -299,7 +302,9 @@ class Scheduler:
             count = aligned if aligned > 0 else limit
         count = self._end_of_kind(sequence, start + count) - start
         if self._has_eyes:
-            count = self._before_images(step, sequence, count)
+            room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
+            count, looks = self.cuts.before_images(sequence, count, room)
+            step.looks += looks
             if count == 0 or self._cover(sequence, start + count) < start + count:
                 return 0
         self._add_row(step, sequence, count, samples=count == remaining)
@@ -314,23 +319,6 @@ class Scheduler:
         if not self._has_prompt_arithmetic or sequence.is_behind_prompt:
             return end
         return min(end, sequence.prompt_len)
-
-    def _before_images(self, step: Step, sequence: Sequence, count: int) -> int:
-        """Return how many tokens of a chunk can be computed: up to an image that is to be encoded first.
-
-        What must not be cut is left to the next step where it is too much for this one.
-        """
-        start = sequence.num_computed
-        end = self.cuts.end(sequence, start, start + count)
-        looks = looks_for(sequence, end)
-        if looks:
-            step.looks += looks
-            reach = max(looks[0].image.start, start)
-            end = self.cuts.end(sequence, start, reach) if reach > start else start
-            if end > reach:
-                return 0
-        room = self._max_step_tokens - step.num_decode_rows - step.num_prefill_tokens
-        return end - start if end - start <= room else 0
 
     def _add_row(self, step: Step, sequence: Sequence, count: int, *, samples: bool) -> None:
         """Add a row of `count` known tokens, with the slot's start and the block to copy where due."""
@@ -350,6 +338,8 @@ class Scheduler:
             sequence.slot, tokens, start, sequence.tables, samples, wanted, sequence.pooling, second_start,
             is_generated, adapter=sequence.adapter,
         )  # fmt: skip
+        if self.tables.states is not None:
+            self.tables.states.plan_row(step.keeps, row, sequence)
         plan.rows.insert(at, row)
         step.sequences.insert(at, sequence)
         step.epochs.insert(at, sequence.epoch)
@@ -444,8 +434,9 @@ class Scheduler:
                 for table in row.block_tables:
                     lost[table[at]] = max(begin, at * self.block_size)
         self.pool.forget(lost)
+        void = set() if self.tables.states is None else self.tables.states.undo(step.keeps)
         for sequence in self.running:
-            if self.tables.reads(sequence, lost):
+            if self.tables.reads(sequence, lost) or sequence.states.resumes in void:
                 self._suspend(sequence)
 
     def retry(self, failed: Step, rows: range, max_tokens: int | None = None) -> Step | None:

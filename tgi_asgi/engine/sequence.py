@@ -7,6 +7,7 @@ import enum
 from typing import TYPE_CHECKING, Any
 
 from tgi_asgi.engine.prefix import HashChain
+from tgi_asgi.engine.states import HeldStates
 from tgi_asgi.runner.plan import SlotStart
 from tgi_asgi.types import GenerationRequest
 
@@ -44,8 +45,8 @@ class Sequence:
         "adapter", "arrival_s", "chain", "choice", "copy_sources", "epoch", "followers", "is_prefilling",
         "leader", "max_tokens", "min_tokens", "num_ahead", "num_cached", "num_computed", "num_given_back",
         "num_pending", "num_registered", "num_seen", "num_settled", "num_taken", "owner", "pooling",
-        "prompt_len", "request", "slot", "starts_slot", "state", "stop_ids", "tables", "tenant", "token_ids",
-        "urgency", "wants_prompt_logprobs", "watch",
+        "prompt_len", "request", "slot", "starts_slot", "state", "states", "stop_ids", "tables", "tenant",
+        "token_ids", "urgency", "wants_prompt_logprobs", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +102,7 @@ class Sequence:
         self.is_prefilling = True
         self.starts_slot = True
         self.copy_sources: list[int] = []
+        self.states = HeldStates()
 
     def leave(self, state: SequenceState) -> None:
         """Leave the running set (or the queue); blocks and slot have been given back."""

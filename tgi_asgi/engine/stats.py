@@ -46,6 +46,7 @@ class EngineStats:
         skipped_tokens: tokens that a row drew beyond its first, where it drew any.
         running, waiting: sequences with a slot, and without.
         blocks_used, blocks_total: of the KV cache.
+        states_kept: that prompts can go on from, of models with recurrent layers.
         adapters: returns the names of adapters of requests that run, and that wait; None: none are served.
         max_adapters: different ones that a step may have.
     """
@@ -54,7 +55,8 @@ class EngineStats:
         "accepted", "accepted_draft_tokens", "adapters", "batch_size", "blocks_total", "blocks_used",
         "cancelled", "draft_tokens", "drafted_rows", "failed", "failed_steps", "finished", "inter_token_s",
         "max_adapters", "preemptions", "prefill_size", "prefill_tokens", "prefix_hit_tokens",
-        "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens", "step_s", "steps", "waiting",
+        "prefix_query_tokens", "running", "sampled_tokens", "skipped_tokens", "states_kept", "step_s",
+        "steps", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -81,5 +83,6 @@ class EngineStats:
         self.waiting = 0
         self.blocks_used = 0
         self.blocks_total = 0
+        self.states_kept = 0
         self.adapters: Callable[[], tuple[list[str], list[str]]] | None = None
         self.max_adapters = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tgi_asgi.engine.drafting import settle_row
 from tgi_asgi.engine.looks import Look, settle
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.states import Keep
 from tgi_asgi.engine.tables import BlockTables
 from tgi_asgi.runner.plan import StepPlan, StepResult, StepRow
 
@@ -13,12 +14,14 @@ class Step:
     """A planned step: what the runner gets, and whom each row belongs to."""
 
     __slots__ = (
-        "epochs", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan", "sequences",
+        "epochs", "keeps", "looks", "num_decode_rows", "num_generated_rows", "num_prefill_tokens", "plan",
+        "sequences",
     )  # fmt: skip
 
     def __init__(self, step_id: int) -> None:
         self.plan = StepPlan(step_id, [])
         self.looks: list[Look] = []  # images that it encodes
+        self.keeps: list[Keep] = []  # states that it keeps
         self.sequences: list[Sequence] = []
         self.epochs: list[int] = []
         self.num_decode_rows = 0
@@ -49,6 +52,8 @@ def take_over(step: Step, result: StepResult, tables: BlockTables) -> list[tuple
             sequence.num_pending -= 1
             if sampled.is_finite:
                 _append(sequence, sampled.token_id)
+    if tables.states is not None:
+        tables.states.settle(step.keeps)
     return live
 
 

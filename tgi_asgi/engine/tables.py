@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from tgi_asgi.engine.blocks import BlockPool
 from tgi_asgi.engine.hits import Hit, find_hit, group_key
 from tgi_asgi.engine.sequence import Sequence
+from tgi_asgi.engine.states import KeptStates
 from tgi_asgi.engine.stats import EngineStats
 from tgi_asgi.runner.groups import BlockNeeds
 
@@ -35,6 +36,10 @@ class BlockTables:
         needs: of each group, in the order of a sequence's tables.
         shares_prompts_alone: blocks with tokens that were drawn are neither found nor left to be found: the
             same tokens of a prompt would fill them otherwise.
+        num_kept_states: as `Runner.num_kept_states`.
+
+    Attributes:
+        states: what is kept of them; None: nothing, or they have none.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class BlockTables:
         needs: BlockNeeds,
         *,
         prefix_cache: bool,
-        can_fork: bool = True,
+        num_kept_states: int | None = None,
         shares_prompts_alone: bool = False,
         stats: EngineStats,
     ) -> None:
@@ -53,9 +58,14 @@ class BlockTables:
         self.num_groups = len(needs.windows)
         self._groups = range(self.num_groups)
         self._windowed = [group for group in self._groups if needs.windows[group] is not None]
-        self._prefix_cache, self._can_fork = prefix_cache, can_fork
+        self._prefix_cache, self._can_fork = prefix_cache, num_kept_states != 0
         self._shares_prompts_alone = shares_prompts_alone
         self._stats = stats
+        self.states: KeptStates | None = None
+        if num_kept_states:
+            keeps_answers = prefix_cache and not shares_prompts_alone
+            self.states = KeptStates(num_kept_states, pool, needs.block_size, keeps_answers=keeps_answers)
+            pool.dependents = self.states
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks of a group hold that many tokens."""
@@ -80,9 +90,9 @@ class BlockTables:
         """Take the longest cached prefix, and new blocks for what comes behind."""
         pool = self.pool
         hit = Hit.none(self.num_groups)
+        num_shared = self._num_shared(sequence, len(sequence.token_ids) - 1)
         if self._may_look_up(sequence):
-            num_shared = self._num_shared(sequence, len(sequence.token_ids) - 1)
-            hit = find_hit(pool, self.needs, sequence, num_shared)
+            hit = find_hit(pool, self.needs, sequence, num_shared, self.states)
         num_tokens = len(sequence.token_ids)
         num_blocks = self.blocks_for(num_tokens)
         num_new = self.needs.of_tokens(num_tokens, keeps_all=sequence.needs_all) - sum(map(len, hit.blocks))
@@ -102,6 +112,11 @@ class BlockTables:
         sequence.num_registered = hit.num_blocks
         sequence.num_computed = sequence.num_taken = hit.num_blocks * self.block_size
         sequence.num_settled = sequence.num_computed
+        if self.states is not None and self._prefix_cache:
+            ends = sorted({hit.num_found, num_shared} - {0})
+            sequence.states.keep_at = tuple(end * self.block_size for end in ends if end > hit.num_blocks)
+            if hit.state is not None:
+                self.states.resume(sequence, hit.state)
         return True
 
     def _may_look_up(self, sequence: Sequence) -> bool:
@@ -116,6 +131,8 @@ class BlockTables:
     def _may_fork(self, sequence: Sequence, leader: Sequence) -> bool:
         """Tell whether a leader holds all that the last token of the prompt reads."""
         if not self._can_fork or not leader.has_computed_prompt:
+            return False
+        if self.states is not None and leader.states.for_choices is None:
             return False
         last = sequence.prompt_len - 1
         return all(
@@ -147,6 +164,8 @@ class BlockTables:
         sequence.num_computed = sequence.num_taken = sequence.num_settled = start
         sequence.num_registered = num_shared
         sequence.num_cached = 0
+        if self.states is not None:
+            self.states.fork(sequence, leader)
         return True
 
     def grow(self, sequence: Sequence) -> None:
@@ -197,6 +216,8 @@ class BlockTables:
         """Learn that the first `num_computed` tokens are in the cache for good, and no row begins before."""
         if sequence.copy_sources:
             self._release_copies(sequence)
+        if self.states is not None:
+            self.states.begin(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_taken
             if self._may_look_up(sequence):
@@ -229,6 +250,8 @@ class BlockTables:
         """Release all blocks of a sequence; with `forget` none of them can be found any more."""
         held = [table[first:] for table, first in zip(sequence.tables, sequence.num_given_back, strict=True)]
         self._release_copies(sequence)
+        if self.states is not None:
+            self.states.leave(sequence)
         for blocks in held:
             if forget:
                 self.pool.forget(blocks)

@@ -187,7 +187,7 @@ class ServedConfig(Protocol):
 
     @property
     def has_states(self) -> bool:
-        """A sequence has more than keys and values: nothing that it has computed can be shared."""
+        """A sequence has more than keys and values: from these alone nothing can go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,8 @@ class Metrics:
         gauge(name, help, lambda s: s.blocks_used * block_size)
         name, help = "tgi_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1."
         gauge(name, help, lambda s: s.blocks_used / max(s.blocks_total, 1))
+        name, help = "tgi_kept_states", "States of recurrent layers that prompts can go on from."
+        gauge(name, help, lambda s: s.states_kept)
         counter("tgi_preemptions_total", "Sequences preempted for want of room.", lambda s: s.preemptions)
         name, help = "tgi_prompt_tokens_total", "Prompt tokens, computed or cached."
         counter(name, help, lambda s: s.prefill_tokens + s.prefix_hit_tokens)

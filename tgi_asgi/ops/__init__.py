@@ -49,7 +49,7 @@ from tgi_asgi.ops.sources import (
     one_below_another,
     plain_tensor,
 )
-from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, state_bytes
+from tgi_asgi.ops.states import StateLayer, StatePool, StateShape, kept_state_bytes, state_bytes
 from tgi_asgi.ops.team import (
     configure_threads,
     join_threads,
@@ -147,6 +147,7 @@ __all__ = [
     "integer_source",
     "join_threads",
     "kept_dim",
+    "kept_state_bytes",
     "kernel_set",
     "kv_bytes_per_token",
     "latent_qkv",

@@ -1,4 +1,4 @@
-"""What recurrent layers keep of the sequences that run: a pool of states, of one size each.
+"""What recurrent layers keep of sequences, those that run and those that are gone on with: a pool of states.
 
 Only this file and the kernels know their layout, which csrc/cpu/step/states.h draws.
 """
@@ -15,7 +15,7 @@ from tgi_asgi import _C
 from tgi_asgi.ops.layout import PANEL, STRIP
 
 _FLOAT_BYTES = 4
-_PLACES = 2  # of a sequence: what a step begins with stays until the next has been computed
+_HALVES = 2  # of a sequence's places: what a step begins with stays until the next has been computed
 
 
 class StateShape(Protocol):
@@ -32,10 +32,15 @@ class StateShape(Protocol):
     def num_floats(self) -> int: ...
 
 
-def state_bytes(shape: StateShape) -> int:
-    """Return what a sequence takes in the pool for one layer."""
+def state_bytes(shape: StateShape, num_drafts: int = 0) -> int:
+    """Return what a sequence that runs takes in the pool for one layer, with a state behind each draft."""
+    return _HALVES * (1 + num_drafts) * kept_state_bytes(shape)
+
+
+def kept_state_bytes(shape: StateShape) -> int:
+    """Return what a state that is kept takes in the pool for one layer."""
     window = (shape.num_taps - 1) * _padded(shape.num_channels, STRIP)
-    return _PLACES * (window + _padded(shape.num_floats, PANEL)) * _FLOAT_BYTES
+    return (window + _padded(shape.num_floats, PANEL)) * _FLOAT_BYTES
 
 
 def _padded(size: int, unit: int) -> int:
@@ -92,16 +97,20 @@ def check_heads(num_heads: int, **tensors: Tensor) -> None:
 
 
 class StatePool:
-    """The states of all layers, of as many sequences as run; the system commits it as slots are first used.
+    """The states of all layers; the system commits it as places are first used.
 
         pool = StatePool([StateShape(2048, 3)] * 10, num_slots=128)
         y = ops.short_conv(rows, weight, pool.layers[0], is_gated=True)
 
     A sequence is known by its slot, `row_slots` of a step. A step that begins at position 0 begins with
-    zeros; any other goes on where the slot's last or last but one has ended.
+    zeros; any other goes on where the slot's last or last but one has ended, or from a state that was kept
+    (`resumes` of a step). `keeps` of a step: of which row a state is kept, in front of which position, where.
 
     Args:
         shapes: of each layer.
+        num_slots: sequences that run.
+        num_kept: places for states that are kept.
+        num_drafts: most drafts of a row; which of them are right is known by where the next row begins.
 
     Raises:
         ValueError: a size that the kernels do not have.
@@ -111,7 +120,11 @@ class StatePool:
         native: the same in the extension.
     """
 
-    def __init__(self, shapes: Sequence[StateShape], *, num_slots: int) -> None:
+    def __init__(
+        self, shapes: Sequence[StateShape], *, num_slots: int, num_kept: int = 0, num_drafts: int = 0
+    ) -> None:
         sizes = [(shape.num_channels, shape.num_taps, shape.num_floats) for shape in shapes]
-        self.native = _C.StatePool(layers=sizes, num_slots=num_slots)
+        self.native = _C.StatePool(
+            layers=sizes, num_slots=num_slots, num_kept=num_kept, num_drafts=num_drafts
+        )
         self.layers = [StateLayer(self, index, *size) for index, size in enumerate(sizes)]

@@ -112,7 +112,8 @@ class CudaRunner:
         self.max_step_tokens = max_step_tokens
         self.max_context = max_context
         self.least_chunk = LEAST_CHUNK
-        self.has_states = self.takes_whole_prompts = self.has_prompt_arithmetic = False
+        self.takes_whole_prompts = self.has_prompt_arithmetic = False
+        self.num_kept_states: int | None = None
         self.eyes: Eyes | None = None
         self.drafts: DraftLimits | None = None
         # One block table serves all layers: what windows hide is not given back.

@@ -17,6 +17,11 @@ from tgi_asgi.settings import Speculation
 MOST_PER_STEP = 64  # of all rows: there is a row of logits for each
 
 
+def most_drafts(how: Speculation | None) -> int:
+    """Return how many drafts a row has at the most."""
+    return 0 if how is None else min(how.num_tokens, MOST_PER_STEP)
+
+
 class SlotDrafts:
     """What is drafted for the sequences of all slots. For the runner's thread.
 
@@ -26,7 +31,7 @@ class SlotDrafts:
     """
 
     def __init__(self, how: Speculation, num_slots: int) -> None:
-        self.limits = DraftLimits(min(how.num_tokens, MOST_PER_STEP), MOST_PER_STEP)
+        self.limits = DraftLimits(most_drafts(how), MOST_PER_STEP)
         self.native = ops.Drafter(num_slots=num_slots, shortest=how.shortest, longest=how.longest)
 
     def start(self, start: SlotStart) -> None:

@@ -34,7 +34,7 @@ class EncoderRunner:
         max_context: tokens that a prompt can have.
     """
 
-    has_states = True
+    num_kept_states: int | None = 0
     takes_whole_prompts = True
     has_prompt_arithmetic = False
     eyes: Eyes | None = None

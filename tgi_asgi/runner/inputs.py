@@ -21,6 +21,7 @@ class StepInputs:
         max_rows: sequences in a step, and the bound of slots.
         max_tokens: tokens in a step.
         windows: as `Runner.windows`.
+        num_kept_states: the bound of places of kept states.
 
     Attributes:
         limits: the same, for `ops.StepQueue`.
@@ -36,6 +37,7 @@ class StepInputs:
         max_rows: int,
         max_tokens: int,
         windows: Sequence[int | None] = (None,),
+        num_kept_states: int = 0,
     ) -> None:
         self._num_blocks, self._max_rows = num_blocks, max_rows
         self.limits = RowLimits(
@@ -46,6 +48,7 @@ class StepInputs:
             max_rows=max_rows,
             max_tokens=max_tokens,
             windows=windows,
+            num_kept_states=num_kept_states,
         )
 
     def check(self, plan: StepPlan) -> None:

@@ -31,6 +31,7 @@ from tgi_asgi.models.pooling import Dense
 from tgi_asgi.runner import cuda_load, prompt_precision
 from tgi_asgi.runner.cuda import CudaRunner
 from tgi_asgi.runner.cuda_device import Device
+from tgi_asgi.runner.drafts import most_drafts
 from tgi_asgi.runner.encoder import EncoderRunner
 from tgi_asgi.runner.kv import KvSize, choose_size, free_memory
 from tgi_asgi.runner.load_pooling import LoadedText, with_pooling
@@ -38,7 +39,9 @@ from tgi_asgi.runner.memory import (
     check_rope_fits,
     check_weights_fit,
     choose_context,
+    choose_kept_states,
     fitting_batch,
+    kept_state_bytes,
     room_for_adapters,
     state_bytes,
     tell_adapters,
@@ -169,6 +172,8 @@ def load(settings: Settings, files: ModelFiles, progress: Progress) -> LoadedMod
         kv_tokens=kv_size.held_tokens(max_total_tokens, settings),
         kv_bytes=kv_size.num_bytes,
         max_batch_size=runner.max_batch_size,
+        num_kept_states=runner.num_kept_states or 0,
+        kept_state_bytes=(runner.num_kept_states or 0) * kept_state_bytes(config),
         num_threads=num_threads,
         kernel_set=kernels.name if kernels is not None else None,
         prompt_precision="bfloat16" if has_float_prompts else None,
@@ -244,7 +249,7 @@ def _choose_cpu_cache(
     """Choose the cache's size before anything is read: of what is free once weights and tables are there.
 
     Returns also the bytes that are kept free for adapters, and settings whose `max_batch_size` is of as many
-    sequences as have room for their states.
+    sequences as have room for their states, and whose `max_kept_states` says how many more there are.
     """
     if settings.kv_cache_dtype.startswith("fp8"):
         logger.warning("--kv-cache-dtype %s is ignored on a CPU: take int8", settings.kv_cache_dtype)
@@ -255,9 +260,21 @@ def _choose_cpu_cache(
     if settings.serves_adapters:
         kept = room_for_adapters(opened.config, most_adapters(settings), settings.max_lora_rank, free)
         free -= kept
-    settings = replace(settings, max_batch_size=fitting_batch(opened.config, settings.max_batch_size, free))
-    free -= settings.max_batch_size * state_bytes(opened.config)
+    num_drafts = most_drafts(settings.speculation)
+    most = fitting_batch(opened.config, settings.max_batch_size, free, num_drafts)
+    settings = replace(settings, max_batch_size=most)
+    free -= most * state_bytes(opened.config, num_drafts)
     size = choose_size(opened.config, settings, dtype, longest, free)
+    cache_bytes = size.num_bytes if settings.prefix_cache else 0
+    num_kept = choose_kept_states(opened.config, settings.max_kept_states, cache_bytes, free)
+    if settings.max_kept_states and not num_kept:
+        logger.warning(
+            "--max-kept-states is ignored: nothing can be kept of %s's states", opened.config.architecture
+        )
+    if num_kept:
+        free -= num_kept * kept_state_bytes(opened.config)
+        size = choose_size(opened.config, settings, dtype, longest, free)
+    settings = replace(settings, max_kept_states=num_kept)
     size = replace(size, bytes_per_token=0) if isinstance(opened.config, EncoderConfig) else size
     return size, kept, settings
 
@@ -292,6 +309,7 @@ def _make_cpu_runner(
         dense=dense,
         has_prompt_arithmetic=has_prompt_arithmetic,
         speculation=speculation_of(model, settings),
+        num_kept_states=settings.max_kept_states or 0,
         adapters=None if adapters is None else adapters.layout,
     )
 
@@ -304,7 +322,7 @@ def speculation_of(model: Model | GenericModel, settings: Settings) -> Speculati
     generic = model if isinstance(model, GenericModel) else None
     reason = (
         "what it keeps of a sequence cannot be taken back token by token"
-        if model.config.has_states
+        if generic is not None and generic.config.has_states
         else "its logits depend on what else is computed"
         if generic is not None and not generic.is_batch_invariant
         else "it takes images"

@@ -18,6 +18,8 @@ _MOST_ROPE_SHARE = 1 / 2
 _MOST_ADAPTER_SHARE = 1 / 2  # of what is free once the weights are there
 _ADAPTER_BYTES = 2  # bfloat16
 _MOST_STATE_SHARE = 1 / 2  # likewise of what is free behind weights and adapters
+_KEPT_SHARE = 1 / 10  # of the cache's memory, for states that are kept
+_FEWEST_KEPT, _MOST_KEPT = 8, 1 << 16  # of them, where the operator says nothing
 
 
 def packed_bytes(tensors: Iterable[tuple[str, int]], packing: ops.Packing, vocabulary: int) -> int:
@@ -86,20 +88,23 @@ def room_for_adapters(config: ServedConfig, num_adapters: int, max_rank: int, fr
     return min(num_adapters * each, int(free_bytes * _MOST_ADAPTER_SHARE))
 
 
-def state_bytes(config: ServedConfig) -> int:
-    """Return what the states of a sequence that runs take."""
-    return sum(map(ops.state_bytes, config.states)) + config.other_state_bytes
+def state_bytes(config: ServedConfig, num_drafts: int = 0) -> int:
+    """Return what the states of a sequence that runs take, whose rows have so many drafts at the most."""
+    return sum(ops.state_bytes(each, num_drafts) for each in config.states) + config.other_state_bytes
 
 
-def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int) -> int:
+def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int, num_drafts: int = 0) -> int:
     """Return how many sequences may run at once, up to `max_batch_size`: those whose states have room.
 
     At most half of what is free is for states: the cache needs room, too.
 
+    Args:
+        num_drafts: most of a row, each of which leaves a state.
+
     Raises:
         ModelLoadError: there is not room for one.
     """
-    each, room = state_bytes(config), int(free_bytes * _MOST_STATE_SHARE)
+    each, room = state_bytes(config, num_drafts), int(free_bytes * _MOST_STATE_SHARE)
     if max_batch_size * each <= room:
         return max_batch_size
     if each > room:
@@ -108,11 +113,39 @@ def fitting_batch(config: ServedConfig, max_batch_size: int, free_bytes: int) ->
             "free memory, or take a smaller model, or a smaller quantisation of it"
         )
     logger.warning(
-        "%d sequences run at once, not the %d of --max-batch-size: the states of each take %.3f GiB, and "
+        "%d sequences run at once, not the %d of --max-batch-size: the states of each take %.3f GiB%s, and "
         "%.1f GiB are free",
-        room // each, max_batch_size, each / _GIB, free_bytes / _GIB,
+        room // each, max_batch_size, each / _GIB, f" with {num_drafts} drafts" if num_drafts else "",
+        free_bytes / _GIB,
     )  # fmt: skip
     return room // each
+
+
+def kept_state_bytes(config: ServedConfig) -> int:
+    """Return what a state that is kept takes; 0: none can be."""
+    return sum(map(ops.kept_state_bytes, config.states))
+
+
+def choose_kept_states(config: ServedConfig, wanted: int | None, cache_bytes: int, free_bytes: int) -> int:
+    """Return how many states are kept: as many as are wanted, or as a tenth of the cache's memory holds.
+
+    At most half of what is free is for them.
+
+    Raises:
+        ModelLoadError: more are wanted.
+    """
+    each = kept_state_bytes(config)
+    if not each:
+        return 0
+    fitting = int(free_bytes * _MOST_STATE_SHARE) // each
+    if wanted is None:
+        return min(max(int(cache_bytes * _KEPT_SHARE) // each, _FEWEST_KEPT), _MOST_KEPT, fitting)
+    if wanted > fitting:
+        raise ModelLoadError(
+            f"--max-kept-states {wanted} would take {wanted * each / _GIB:.2f} GiB, {free_bytes / _GIB:.2f} "
+            f"GiB are free: set it to at most {fitting}"
+        )
+    return wanted
 
 
 def tell_adapters(num_adapters: int, each_bytes: int, kept_bytes: int) -> None:

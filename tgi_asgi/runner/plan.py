@@ -37,6 +37,20 @@ class SlotStart:
 
 
 @dataclass(slots=True)
+class StateMoves:
+    """What of a row's states is not its slot's: of models with recurrent layers alone.
+
+    The state that a row begins with is its slot's, else that of place `resumes`. On the way the row's states
+    are kept, each in front of a position that the row computes, above 0, in a place that no other row of the
+    step has to do with; positions ascend. Of a row that may have drafts only its `start` may be one, and it
+    begins there. Of a step that fails none is kept.
+    """
+
+    resumes: int | None = None  # [0, num_kept_states)
+    keeps: Sequence[tuple[int, int]] = ()  # (position, place)
+
+
+@dataclass(slots=True)
 class StepRow:
     """One sequence's part of a step."""
 
@@ -61,6 +75,7 @@ class StepRow:
     stop: int | None = None
     num_drafts: int = 0  # most tokens that the runner may guess and compute behind the row's own
     adapter: Any = None  # `Adapter.weights`; steps are fastest where rows of one adapter are neighbours
+    states: StateMoves | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -138,7 +153,9 @@ class Runner(Protocol):
     max_batch_size: int
     max_step_tokens: int
     least_chunk: int  # tokens of a prompt, fewer of which take a step no less time
-    has_states: bool  # sequences cannot share what they have computed, but each begins with its first token
+    # Places for states of sequences, beside those of the slots: without its state at a token no sequence goes
+    # on there. With 0 none can share what it has computed. None: blocks are all that there is of a sequence.
+    num_kept_states: int | None
     eyes: Eyes | None  # of a model that takes images
     # A prompt is one row of one step, and nothing follows; `max_step_tokens` hold the longest.
     takes_whole_prompts: bool

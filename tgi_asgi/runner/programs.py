@@ -15,6 +15,7 @@ from tgi_asgi.models.family import Model, record
 from tgi_asgi.models.generic.model import GenericModel
 from tgi_asgi.runner.groups import CacheGroups
 from tgi_asgi.runner.kv import KvSize
+from tgi_asgi.runner.plan import DraftLimits
 
 SUPPLIED_BYTES = 192 << 20  # of the cache, before it is written: 8,000 tokens of the default model
 
@@ -55,23 +56,30 @@ def make_pool(config: ServedConfig, size: KvSize, groups: CacheGroups) -> ops.Kv
     return pool
 
 
-def make_states(config: ServedConfig, max_batch_size: int) -> Sequence[ops.StateLayer]:
-    """Make the memory of what recurrent layers keep of the sequences that run; none if there are none."""
-    return ops.StatePool(config.states, num_slots=max_batch_size).layers if config.states else ()
+def make_states(
+    config: ServedConfig, max_batch_size: int, num_kept: int, num_drafts: int
+) -> Sequence[ops.StateLayer]:
+    """Make the memory of what recurrent layers keep of sequences; none if there are none."""
+    if not config.states:
+        return ()
+    pool = ops.StatePool(config.states, num_slots=max_batch_size, num_kept=num_kept, num_drafts=num_drafts)
+    return pool.layers
 
 
 def make_program(
     model: Model | GenericModel, caches: Sequence[ops.KvLayer], *, max_batch_size: int, max_step_tokens: int,
-    max_context: int, image_cache: int = 0, max_drafts: int = 0, adapters: ops.AdapterLayout | None = None,
+    max_context: int, image_cache: int = 0, drafts: DraftLimits | None = None, num_kept_states: int = 0,
+    adapters: ops.AdapterLayout | None = None,
 ) -> Program:  # fmt: skip
     """Make what runs a model's steps over its layers' caches, with rows that may have adapters.
 
-    `max_drafts`: rows of logits beside the batch's.
+    `drafts`: have rows of logits beside the batch's; `num_kept_states`: beside those of sequences that run.
     """
     if isinstance(model, GenericModel):
         return model.program(caches, max_context, image_cache, adapters)
-    states = make_states(model.config, max_batch_size)
+    per_row, per_step = (drafts.per_row, drafts.per_step) if drafts is not None else (0, 0)
+    states = make_states(model.config, max_batch_size, num_kept_states, per_row)
     return ops.CpuProgram(
         record(model, caches, states), max_tokens=max_step_tokens, max_sequences=max_batch_size,
-        max_rows=max_batch_size + max_drafts, max_context=max_context, adapters=adapters,
+        max_rows=max_batch_size + per_step, max_context=max_context, adapters=adapters,
     )  # fmt: skip

@@ -38,12 +38,13 @@ class CpuRunner:
     Args:
         dense: what pooled vectors go through.
         has_prompt_arithmetic: the model's weights are packed so that prompts are computed otherwise.
-        speculation: how tokens are guessed; None: each row draws one. Not for models that have states.
+        speculation: how tokens are guessed; None: each row draws one.
+        num_kept_states: of a model with recurrent layers.
         adapters: what rows may have.
 
     Attributes:
         max_context: tokens that a sequence can have.
-        has_states: a sequence has more than keys and values: nothing that it has computed can be shared.
+        num_kept_states: as `Runner.num_kept_states`.
         eyes: of a model that takes images.
         drafts: how many it takes.
         windows: of the groups of layers that share block tables.
@@ -61,6 +62,7 @@ class CpuRunner:
         dense: Sequence[Dense] = (),
         has_prompt_arithmetic: bool = False,
         speculation: Speculation | None = None,
+        num_kept_states: int = 0,
         adapters: ops.AdapterLayout | None = None,
     ) -> None:
         config = model.config
@@ -72,7 +74,7 @@ class CpuRunner:
         groups = groups_of(config, kv_size.dtype)
         self.windows = groups.windows
         self._pool = make_pool(config, kv_size, groups)
-        self.has_states = config.has_states
+        self.num_kept_states = num_kept_states if config.has_states else None
         self.takes_whole_prompts = False
         self.has_prompt_arithmetic = has_prompt_arithmetic
         self._inputs = StepInputs(
@@ -83,6 +85,7 @@ class CpuRunner:
             max_rows=max_batch_size,
             max_tokens=max_step_tokens,
             windows=groups.windows,
+            num_kept_states=num_kept_states,
         )
         self._drafts = None if speculation is None else SlotDrafts(speculation, max_batch_size)
         self.drafts = None if self._drafts is None else self._drafts.limits
@@ -93,7 +96,8 @@ class CpuRunner:
             max_step_tokens=max_step_tokens,
             max_context=max_context,
             image_cache=image_cache,
-            max_drafts=0 if self._drafts is None else self._drafts.limits.per_step,
+            drafts=self.drafts,
+            num_kept_states=num_kept_states,
             adapters=adapters,
         )
         self._seer = self._program if isinstance(self._program, VisionProgram) else None

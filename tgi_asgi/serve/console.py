@@ -80,7 +80,6 @@ class Console:
 def describe(info: ModelInfo, url: str, seconds: float) -> str:
     """Return the table that tells what is served."""
     revision = f" ({info.revision[:12]})" if info.revision else ""
-    size = f"{info.kv_bytes / GIB:.1f} GiB" if info.kv_bytes >= GIB else f"{info.kv_bytes / MIB:.0f} MiB"
     kernels = f" ({info.kernel_set})" if info.kernel_set else ""
     prompts = f", prompts in {info.prompt_precision}" if info.prompt_precision else ""
     rows = {
@@ -88,10 +87,19 @@ def describe(info: ModelInfo, url: str, seconds: float) -> str:
         "Architecture": info.architecture,
         "Arithmetic": f"{info.dtype} on {info.device}{kernels}{prompts}, {info.num_threads} threads",
         "Context": f"{info.max_total_tokens:,} tokens",
-        **({"KV cache": f"{info.kv_tokens:,} tokens, {size}"} if info.kv_bytes else {}),  # an encoder's: none
+        **({"KV cache": f"{info.kv_tokens:,} tokens, {_size(info.kv_bytes)}"} if info.kv_bytes else {}),
+        **(
+            {"Kept states": f"{info.num_kept_states:,}, {_size(info.kept_state_bytes)}"}
+            if info.num_kept_states
+            else {}
+        ),
         "Ready": f"{url} after {seconds:.1f} s",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
 def example(info: ModelInfo, url: str, *, has_chat: bool, has_key: bool) -> str:

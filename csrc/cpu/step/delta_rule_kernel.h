@@ -125,23 +125,21 @@ inline void apply_tokens(const DeltaRuleParams& p, const DeltaTokens& tokens, in
   }
 }
 
-// Vectors [begin, end) of a head's channels, for all of a sequence's tokens.
+// Vectors [begin, end) of a head's channels, for all tokens of a span.
 template <class S>
-inline void apply_head(const DeltaRuleParams& p, const StepHeader& step, int64_t sequence,
-                       int64_t head, Range vectors, DeltaTokens& tokens) {
+inline void apply_head(const DeltaRuleParams& p, const StateSpan& span, int64_t head, Range vectors,
+                       DeltaTokens& tokens) {
   const int64_t stride = p.key_dim * kVector, of_head = p.head_dim / kVector;
   const int64_t offset = head * of_head * stride;
-  const int32_t place = step.state_from[sequence];
-  float* const to = p.state.of(step.state_to[sequence]) + offset;
-  const float* from = place < 0 ? to : p.state.of(place) + offset;
-  if (place < 0) {
+  float* const to = p.state.of(span.to) + offset;
+  const float* from = span.from < 0 ? to : p.state.of(span.from) + offset;
+  if (span.from < 0 || span.begin == span.end) {
     for (int64_t at = vectors.begin * stride; at < vectors.end * stride; at += kVector) {
-      S::store(to + at, S::zero());
+      S::store(to + at, span.from < 0 ? S::zero() : S::load(from + at));
     }
   }
-  const int64_t stop = step.query_start[sequence + 1];
-  for (int64_t t = step.query_start[sequence]; t < stop; t += kDeltaTokens) {
-    const int64_t count = kDeltaTokens < stop - t ? kDeltaTokens : stop - t;
+  for (int64_t t = span.begin; t < span.end; t += kDeltaTokens) {
+    const int64_t count = kDeltaTokens < span.end - t ? kDeltaTokens : span.end - t;
     read_tokens<S>(p, t, count, head, tokens);
     for (int64_t v = vectors.begin; v < vectors.end;) {
       const int64_t column = head * p.head_dim + v * kVector;
@@ -164,11 +162,11 @@ void delta_rule(const DeltaRuleParams& p, const StepHeader& step, int member, in
   const int64_t of_head = p.head_dim / kVector, num_vectors = p.num_heads * of_head;
   const Range mine = split(num_vectors, member, num_members);
   DeltaTokens tokens;
-  for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+  for (int64_t span = 0; span < step.num_state_spans; ++span) {
     for (int64_t i = mine.begin; i < mine.end;) {
       const int64_t head = i / of_head, first = i - head * of_head;
       const int64_t left = mine.end - i, size = of_head - first < left ? of_head - first : left;
-      apply_head<S>(p, step, sequence, head, {first, first + size}, tokens);
+      apply_head<S>(p, step.state_spans[span], head, {first, first + size}, tokens);
       i += size;
     }
   }

@@ -66,18 +66,20 @@ inline void scan_token(const SelectiveScanParams& p, int64_t token, int64_t head
 }
 
 template <class S, int Vectors>
-inline void scan_sequence(const SelectiveScanParams& p, const StepHeader& step, int64_t sequence,
-                          int64_t head, int64_t c) {
+inline void scan_span(const SelectiveScanParams& p, const StateSpan& span, int64_t head,
+                      int64_t c) {
   const int64_t offset = head * p.state_size * p.head_dim + c;
-  const int32_t place = step.state_from[sequence];
-  float* const to = p.state.of(step.state_to[sequence]) + offset;
-  const float* from = place < 0 ? to : p.state.of(place) + offset;
-  if (place < 0) {
+  float* const to = p.state.of(span.to) + offset;
+  const float* from = span.from < 0 ? to : p.state.of(span.from) + offset;
+  if (span.from < 0 || span.begin == span.end) {
     for (int64_t n = 0; n < p.state_size; ++n) {
-      for (int v = 0; v < Vectors; ++v) S::store(to + n * p.head_dim + v * kVector, S::zero());
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = n * p.head_dim + v * kVector;
+        S::store(to + at, span.from < 0 ? S::zero() : S::load(from + at));
+      }
     }
   }
-  for (int64_t t = step.query_start[sequence]; t < step.query_start[sequence + 1]; ++t) {
+  for (int64_t t = span.begin; t < span.end; ++t) {
     scan_token<S, Vectors>(p, t, head, c, from, to);
     from = to;
   }
@@ -89,15 +91,16 @@ void selective_scan(const SelectiveScanParams& p, const StepHeader& step, int me
                     int num_members) {
   const int64_t of_head = p.head_dim / kVector, num_vectors = p.num_heads * of_head;
   const Range mine = split(num_vectors, member, num_members);
-  for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+  for (int64_t index = 0; index < step.num_state_spans; ++index) {
+    const StateSpan& span = step.state_spans[index];
     for (int64_t i = mine.begin; i < mine.end;) {
       const int64_t head = i / of_head, first = i % of_head, c = first * kVector;
       const int64_t left = of_head - first < mine.end - i ? of_head - first : mine.end - i;
       if (left >= kScanVectors) {
-        scan_sequence<S, kScanVectors>(p, step, sequence, head, c);
+        scan_span<S, kScanVectors>(p, span, head, c);
         i += kScanVectors;
       } else {
-        scan_sequence<S, 1>(p, step, sequence, head, c);
+        scan_span<S, 1>(p, span, head, c);
         ++i;
       }
     }

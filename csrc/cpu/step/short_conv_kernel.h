@@ -56,25 +56,24 @@ inline void convolve_token(const ShortConvParams& p, int64_t token, Range channe
 }
 
 template <class S>
-inline void convolve_sequence(const ShortConvParams& p, const StepHeader& step, int64_t sequence,
-                              Range channels) {
+inline void convolve_span(const ShortConvParams& p, const StateSpan& span, Range channels) {
   const int64_t width = p.padded_channels(), kept = p.num_taps - 1;
   const int64_t size = channels.end - channels.begin;
   ConvWindow window;
-  const int32_t from = step.state_from[sequence];
   for (int64_t k = 0; k < kept; ++k) {
     for (int64_t at = 0; at < size; at += kVector) {
-      const auto known =
-          from < 0 ? S::zero() : S::load(p.state.of(from) + k * width + channels.begin + at);
+      const auto known = span.from < 0
+                             ? S::zero()
+                             : S::load(p.state.of(span.from) + k * width + channels.begin + at);
       S::store(window.values[k] + at, known);
     }
   }
   int64_t first = 0;
-  for (int64_t t = step.query_start[sequence]; t < step.query_start[sequence + 1]; ++t) {
+  for (int64_t t = span.begin; t < span.end; ++t) {
     convolve_token<S>(p, t, channels, first, window);
     first = first + 1 < kept ? first + 1 : 0;
   }
-  float* const to = p.state.of(step.state_to[sequence]);
+  float* const to = p.state.of(span.to);
   for (int64_t k = 0; k < kept; ++k) {
     const int64_t place = first + k < kept ? first + k : first + k - kept;
     for (int64_t at = 0; at < size; at += kVector) {
@@ -88,10 +87,10 @@ template <class S>
 void short_conv(const ShortConvParams& p, const StepHeader& step, int member, int num_members) {
   const Range vectors = split(p.padded_channels() / kVector, member, num_members);
   const int64_t end = vectors.end * kVector;
-  for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+  for (int64_t span = 0; span < step.num_state_spans; ++span) {
     for (int64_t c = vectors.begin * kVector; c < end; c += kConvChannels) {
       const int64_t stop = c + kConvChannels < end ? c + kConvChannels : end;
-      convolve_sequence<S>(p, step, sequence, {c, stop});
+      convolve_span<S>(p, step.state_spans[span], {c, stop});
     }
   }
 }

@@ -1,11 +1,19 @@
 // What a recurrent layer keeps of a sequence, and the operators that read and write it. Plain
 // structs, as in step.h.
 //
-//   a pool     slot 0: place 0 | place 1     slot 1: place 2 | place 3     ...
+//   a pool     slot 0: place 0 | place 1     slot 1: place 2 | place 3     ...     kept ones
 //   a step     reads the place that has as many tokens as the sequence has had, writes the other
+//
+// (With drafts a slot has two rows of places instead: a state is left behind each token of a draft,
+// as it is not known how many of them will have been right.)
 //
 // So a step that fails, or turns out to be void, leaves the state that it began with. A sequence's
 // tokens go in one after the other, in prompts as in decode: its bits do not depend on the steps.
+//
+// What is to be kept of a sequence is written in passing: its tokens are cut into spans there.
+//
+//   tokens 100..119 of slot 0, kept in place 9 in front of 112     100..111: 0 -> 9, 112..119: 9 ->
+//   1
 #pragma once
 
 #include <cstdint>
@@ -16,6 +24,13 @@ namespace tgi::cpu::step {
 
 constexpr int64_t kMaxTaps = 16;     // of a short convolution
 constexpr int64_t kMaxKeyDim = 256;  // of the gated delta rule
+
+// Tokens of a sequence that go through its state, which goes from a place of a pool to another:
+// negative where it begins with nothing. Without a token it is copied.
+struct StateSpan {
+  int32_t begin, end;  // of the step's tokens
+  int32_t from, to;
+};
 
 // One layer's part of the places of a pool.
 struct StateView {

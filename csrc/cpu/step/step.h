@@ -48,10 +48,9 @@ struct StepHeader {
   // Tokens that have an adapter, ascending; none where no row of the step has one.
   const AdapterSpan* adapters;
   int64_t num_adapters;
-  // [num_sequences] places of a pool of states: where a sequence's lies, negative where it has
-  // none as yet, and where it goes.
-  const int32_t* state_from;
-  const int32_t* state_to;
+  // How sequences go through their states: those of one follow each other.
+  const StateSpan* state_spans;
+  int64_t num_state_spans;
 
   int64_t slot(int64_t group, int64_t token) const { return slots[group * num_tokens + token]; }
   const int32_t* table(int64_t group, int64_t sequence) const {

@@ -71,6 +71,7 @@ async def info(exchange: Exchange) -> None:
         "max_client_batch_size": Limits.of(settings, is_tgi=settings.tgi_compat).prompts,
         "max_batch_total_tokens": model.kv_tokens,
         "max_batch_size": model.max_batch_size or settings.max_batch_size,
+        "max_kept_states": model.num_kept_states,
         # Dashboards and clients ask for this name; `version` is ours.
         "router": "text-generation-router",
         "version": tgi_asgi.__version__,

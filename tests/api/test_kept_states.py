@@ -1,0 +1,59 @@
+"""What clients and operators see of kept states, of a tiny model with recurrent layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.family_files import checkpoint
+from tests.support.family_states import STATE_CASES
+from tests.support.pooled_server import PooledServer, pooled_server
+
+LFM2 = STATE_CASES[0]
+PROMPT = [3 + number * 5 % 90 for number in range(40)]
+
+
+async def complete(server: PooledServer, prompt: list[int], **fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 30, "return_token_ids": True, **fields}
+    answer = await server.post("/v1/completions", prompt=prompt, ignore_eos=True, **body)
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def cached(answer: dict[str, Any]) -> int:
+    number: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return number
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+async def test_the_second_turn_of_a_conversation_is_found_up_to_the_answers_end(speculate: int) -> None:
+    settings = {
+        "max_total_tokens": 200,
+        "max_kept_states": 20,
+        "speculate": speculate,
+        "debug_endpoints": True,
+    }
+    async with pooled_server(checkpoint(LFM2).path, **settings) as server:
+        first = await complete(server, PROMPT)
+        assert cached(first) == 0
+        turn = [*PROMPT, *first["choices"][0]["token_ids"], 7, 8, 9]
+        assert len(turn) == 73
+        second = await complete(server, turn)
+        if not speculate:
+            assert cached(second) == 64
+        assert cached(second) >= 32
+        other = await complete(server, PROMPT, n=3, cache_salt="other")
+        assert cached(other) == 0
+        for choice in other["choices"]:
+            assert choice["token_ids"] == first["choices"][0]["token_ids"]
+        metrics = (await server.http.get("/metrics")).text
+        assert "\ntgi_kept_states 0\n" not in metrics and "\ntgi_kept_states " in metrics
+        assert (await server.http.get("/info")).json()["max_kept_states"] == 20
+        shown = (await server.http.get("/debug/engine")).json()["kept_states"]
+        assert (shown["total"], shown["used"]) == (20, 0) and 0 < shown["findable"] <= 20
+    async with pooled_server(checkpoint(LFM2).path, max_total_tokens=200, max_kept_states=0) as server:
+        again = await complete(server, turn)
+        assert cached(again) == cached(await complete(server, turn)) == 0
+        assert again["choices"][0]["token_ids"] == second["choices"][0]["token_ids"]
